@@ -1,0 +1,53 @@
+# make quickstart   an original model, its unwanted values, the patched model, the table: minutes on two cores
+# make test         the unit and end-to-end tests
+# make lint         ruff and basedpyright
+#
+# Each makes a virtual environment first and installs what it needs, once; nothing outside the
+# project's folder changes. Settings: VENV=.venv, PYTHON=/path/to/python3.12, UV= (use pip).
+
+VENV ?= .venv
+ifeq ($(origin PYTHON),undefined)
+PYTHON := $(shell .ci/find_python 3.11 3.12 3.13)
+endif
+ifeq ($(origin UV),undefined)
+UV := $(shell uv --version >/dev/null 2>&1 && echo uv)
+endif
+
+ifneq ($(UV),)
+INSTALL = $(UV) pip install --python $(VENV)/bin/python
+MAKE_VENV = $(UV) venv --clear --python $(PYTHON) $(VENV)
+else
+INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check
+MAKE_VENV = $(PYTHON) -m venv --clear $(VENV)
+endif
+
+.PHONY: quickstart test lint
+.DELETE_ON_ERROR:
+
+quickstart: $(VENV)/.installed-quickstart
+	$(VENV)/bin/python -m tnt_jax.pipeline --gin_file=gin_configs/experiments/quickstart.gin
+
+test: $(VENV)/.installed-test
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/basedpyright --pythonpath $(VENV)/bin/python
+
+# convlab brings the quickstart's sentences and venues as JSON files. They are read without importing
+# it, so none of its dependencies (old torch and transformers among them) is wanted.
+$(VENV)/.installed-quickstart: setup.py $(VENV)/bin/python
+	$(INSTALL) --editable .
+	$(INSTALL) --no-deps convlab==3.0.1
+	touch $@
+
+$(VENV)/.installed-test: setup.py $(VENV)/bin/python
+	$(INSTALL) --editable '.[test]'
+	touch $@
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { \
+	  echo "tnt_jax needs Python 3.11, 3.12 or 3.13, and none was found: install one, or pass PYTHON=/path/to/python3.11" >&2; \
+	  exit 2; }
+	$(MAKE_VENV)

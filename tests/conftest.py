@@ -1,0 +1,37 @@
+"""Every test runs on eight simulated CPU devices, without network, with strict numerics."""
+
+import os
+import pathlib
+
+# Before the first import of JAX or TensorFlow, and inherited by the programs that tests start.
+os.environ.update(
+    JAX_PLATFORMS="cpu",
+    CUDA_VISIBLE_DEVICES="",  # TensorFlow would claim a GPU's whole memory
+    TF_CPP_MIN_LOG_LEVEL="3",
+    HF_HUB_OFFLINE="1",
+    TRANSFORMERS_OFFLINE="1",
+    NO_GCE_CHECK="true",  # otherwise TFDS may wait for a cloud metadata server
+)
+
+import hypothesis
+import jax
+import pytest
+
+# In this process only: a program that a test starts sees one device unless the test says otherwise.
+jax.config.update("jax_num_cpu_devices", 8)
+# An implicit broadcast between ranks is a wrong axis more often than it is meant.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# The first example of a property compiles, so a deadline would measure the compiler. The examples
+# are the same in every run: a red test can be run again.
+hypothesis.settings.register_profile("tnt_jax", deadline=None, derandomize=True, max_examples=50)
+hypothesis.settings.load_profile("tnt_jax")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> pathlib.Path:
+    """The optional folder of outside data, with golden/ and data/ (see tests/golden/README.md)."""
+    folder = os.environ.get("TNT_JAX_SHARED")
+    if not folder:
+        pytest.skip("needs outside data: set TNT_JAX_SHARED to a folder with golden/ and data/")
+    return pathlib.Path(folder)

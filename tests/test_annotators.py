@@ -1,0 +1,317 @@
+import json
+import pathlib
+import pickle
+import tempfile
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tnt_jax import annotators
+from tnt_jax.errors import UsageError
+
+
+@pytest.fixture
+def lexicon(tmp_path):
+    def make(*entries, **settings):
+        path = tmp_path / "words.txt"
+        path.write_text("\n".join(entries), encoding="utf-8")
+        return annotators.Lexicon(path=str(path), **settings)
+
+    return make
+
+
+@pytest.fixture
+def gazetteer(tmp_path):
+    def make(values_by_type, **settings):
+        path = tmp_path / "values.json"
+        path.write_text(json.dumps(values_by_type), encoding="utf-8")
+        return annotators.Gazetteer(path=str(path), **settings)
+
+    return make
+
+
+def marked(annotator, targets, inputs=""):
+    return [targets[s.start : s.end] for s in annotator.annotate(inputs, targets).spans]
+
+
+# -----------------------------------------------------------------------------
+# Lexicon
+# -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("entry", "targets", "expected"),
+    [
+        ("ass", "class assess bass assassin", []),
+        ("cunt", "Scunthorpe United", []),
+        ("ass", "An ass. ASS! (ass)", ["ass", "ASS", "ass"]),
+        ("ass", "half-ass, non\u2011ass and ass-like", ["ass", "ass", "ass"]),
+        ("ass", "ass_hole ass2 2ass", []),
+        ("don", "don't don\u2019t", []),
+        ("don't", "don\u2019t", ["don\u2019t"]),
+        ("idiot", "the idiot's and the idiot\u2019s", ["idiot", "idiot"]),
+        ("rosa's bar", "Rosa's Bar or Rosa 's bar", ["Rosa's Bar", "Rosa 's bar"]),
+        ("4", "4.5 1,4 14 4:30 4", ["4"]),
+        ("4", "I give it 4.", ["4"]),
+        (
+            "4 star",
+            "a 4-star, 4  star, 4\nstar, 4. star, 4 - star",
+            ["4-star", "4  star", "4\nstar"],
+        ),
+        ("£20-25", "for £20-25, not £20-250", ["£20-25"]),
+        ("f*ck", "f*ck f*cking fck", ["f*ck"]),
+        ("a$$", "a$$", ["a$$"]),
+        ("cafe", "caf\u00e9 cafe\u0301", []),
+        ("caf\u00e9", "CAFE\u0301 Caf\u00e9", ["CAFE\u0301", "Caf\u00e9"]),
+        ("straße", "STRASSE", ["STRASSE"]),
+        ("дурак", "Дурак дураки", ["Дурак"]),
+        ("कि", "किताब कि", ["कि"]),
+    ],
+)
+def test_lexicon_finds_whole_words_only(lexicon, entry, targets, expected):
+    assert marked(lexicon(entry), targets) == expected
+
+
+def test_offsets_are_code_points(lexicon):
+    (span,) = lexicon("bad").annotate("", "\U0001f600\u00e9 bad").spans
+    assert (span.start, span.end) == (3, 6)
+
+
+def test_first_then_longest_entry_wins(lexicon):
+    annotator = lexicon("son", "son of a", "son of a gun", "gun show")
+    assert marked(annotator, "son of a gun show, son of an") == ["son of a gun", "son"]
+
+
+def test_case_sensitive_compares_letters_as_they_are(lexicon):
+    annotator = lexicon("Dick", "rat", case_sensitive=True)
+    assert marked(annotator, "Dick's dick, RAT, rat") == ["Dick", "rat"]
+    (span,) = annotator.annotate("", "Dick").spans
+    assert span.alternatives == ("rat",)  # "Rat" would not have been marked
+
+
+@pytest.mark.parametrize(
+    ("entry", "forms"),
+    [
+        ("fool", "fools fooled fooling"),
+        ("kiss", "kisses kissed kissing"),
+        ("bitch", "bitches bitched bitching"),
+        ("bully", "bullies bullied bullying"),
+        ("slay", "slays slayed slaying"),
+        ("smile", "smiles smiled smiling"),
+        ("see", "sees seed seeing"),
+        ("slap", "slaps slapped slapping"),
+        ("idiot", "idiots idioted idioting"),
+        ("fix", "fixes fixed fixing"),
+        ("big fool", "big fools big fooled big fooling"),
+    ],
+)
+def test_inflections(lexicon, entry, forms):
+    annotator = lexicon(entry, inflections=True)
+    others = (" ".join(f) for f in zip(*[iter(forms.split())] * len(entry.split()), strict=True))
+    assert marked(annotator, f"{entry}; {forms}") == [entry, *others]
+    assert marked(lexicon(entry), forms) == []
+
+
+def test_inflections_follow_the_spelling_rules(lexicon):
+    annotator = lexicon("slap", "smile", "bully", "fix", inflections=True)
+    wrong = "slaping smileing bullyed fixxed smil slappings"
+    assert marked(annotator, wrong) == []
+
+
+def test_comments_and_blank_lines_are_skipped(lexicon):
+    annotator = lexicon("\ufeff# not a word", "", "  fool  ", "   ", "#fool too")
+    assert marked(annotator, "not a word, fool too") == ["fool"]
+
+
+def test_lexicon_alternatives_are_the_other_entries_cased_as_the_marked_text(lexicon):
+    annotator = lexicon("idiot", "Fool", "old rat")
+    spans = annotator.annotate("", "idiot, Fool, OLD RAT").spans
+    assert [s.alternatives for s in spans] == [
+        ("Fool", "old rat"),
+        ("Idiot", "Old rat"),
+        ("IDIOT", "FOOL"),
+    ]
+    (span,) = lexicon("idiot", "fool", alternatives=False).annotate("", "idiot").spans
+    assert span.alternatives == ()
+
+
+def test_lexicon_everywhere_is_all_that_it_would_mark(lexicon):
+    settings = {"at_every_position": True}
+    assert lexicon("rat", "Fool").everywhere() == ()
+    assert lexicon("rat", "Fool", case_sensitive=True, **settings).everywhere() == ("rat", "Fool")
+    annotator = lexicon("rat", "Fool", inflections=True, **settings)
+    everywhere = annotator.everywhere()
+    assert {"rat", "Rat", "RAT", "ratting", "Fool", "FOOL", "Fools"} <= set(everywhere)
+    assert len(set(everywhere)) == len(everywhere)
+    assert all(marked(annotator, text) == [text] for text in everywhere)
+
+
+def test_lexicon_marks_also_what_the_inputs_say(lexicon):
+    assert marked(lexicon("rat"), "a rat", inputs="rat") == ["rat"]
+
+
+# -----------------------------------------------------------------------------
+# Gazetteer
+# -----------------------------------------------------------------------------
+
+VENUES = {
+    "name": ["the cambridge blue", "cambridge", "pizza hut", "Café Brazil"],
+    "area": {"city centre": ["centre", "city center"], "north": [], "riverside": []},
+    "food": {"british": ["english"], "indian": [], "north indian": []},
+    "price": ["high", "cheap"],
+    "rating": ["high", "low"],
+}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "targets", "expected"),
+    [
+        ("area = north", "It is in the north.", []),
+        ("area = north", "It is by the Riverside.", ["Riverside"]),
+        ("AREA[RIVERSIDE]", "by the riverside", []),
+        ("area = centre", "in the city center", []),  # another name of the same value
+        ("food = british", "English and Indian food", ["Indian"]),
+        ("food = north indian", "north indian food in the north", []),  # within a longer name
+        ("food = indian", "north indian food", ["north indian"]),
+        ("area = north ; food = indian", "north indian food", ["north indian"]),
+        ("name = the cambridge blue", "The Cambridge Blue, Cambridge", []),
+        ("name = cambridge", "the cambridge blue in cambridge", ["the cambridge blue"]),
+        ("rating = high", "a high price", []),  # some type's value of that name is supported
+        ("northern", "the north", ["north"]),
+        ("", "northern indians", []),
+        ("name = Cafe\u0301 Brazil", "CAFÉ  Brazil", []),
+        ("", "", []),
+    ],
+)
+def test_gazetteer_marks_what_the_inputs_do_not_state(gazetteer, inputs, targets, expected):
+    assert marked(gazetteer(VENUES), targets, inputs=inputs) == expected
+
+
+def test_gazetteer_alternatives_and_supported(gazetteer):
+    values = {"area": {"north": ["northern"], "south": []}, "food": ["thai", "high tea"]}
+    annotation = gazetteer(values).annotate("food = thai", "South of it. in the south")
+    at_start, later = annotation.spans
+    assert at_start.alternatives == ("North", "Northern", "High tea")
+    assert later.alternatives == ("north", "northern", "high tea")
+    assert annotation.supported == ("thai", "Thai", "THAI")
+
+    annotation = gazetteer(values, alternatives=False).annotate("food = thai", "south")
+    assert annotation.spans == (annotators.Span(start=0, end=5),)
+
+
+def test_a_name_shared_with_a_supported_value_is_no_alternative(gazetteer):
+    values = {"price": ["High", "low"], "rating": {"top": ["high"]}}
+    annotation = gazetteer(values).annotate("rating = top", "low")
+    assert annotation.spans[0].alternatives == ()
+    assert set(annotation.supported) >= {"High", "top", "high"}
+
+
+def test_gazetteer_has_nothing_for_every_position(gazetteer):
+    assert gazetteer(VENUES).everywhere() == ()
+
+
+# -----------------------------------------------------------------------------
+# Both
+# -----------------------------------------------------------------------------
+
+
+def test_description_names_settings_and_content_but_not_the_folder(lexicon, gazetteer, tmp_path):
+    first = lexicon("rat")
+    again = tmp_path / "elsewhere"
+    again.mkdir()
+    (again / "words.txt").write_text("rat", encoding="utf-8")
+    assert annotators.Lexicon(path=str(again / "words.txt")).description == first.description
+    assert lexicon("cat").description != first.description
+    assert lexicon("rat", inflections=True).description != first.description
+    assert first.description.startswith("Lexicon(words.txt:")
+    assert gazetteer(VENUES).description.startswith("Gazetteer(values.json:")
+
+
+def test_annotators_travel_to_other_processes(lexicon, gazetteer):
+    for annotator in (lexicon("rat"), gazetteer({"animal": ["rat"]})):
+        copy = pickle.loads(pickle.dumps(annotator))
+        assert copy.annotate("", "a rat") == annotator.annotate("", "a rat")
+        assert len(copy.annotate("", "a rat").spans) == 1
+
+
+@pytest.mark.parametrize("make", [annotators.Lexicon, annotators.Gazetteer])
+def test_unreadable_files_name_the_setting(make, tmp_path):
+    with pytest.raises(UsageError, match=rf"{make.__name__}\.path.*absent\.txt"):
+        make(path=str(tmp_path / "absent.txt"))
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes("café".encode("latin-1"))
+    with pytest.raises(UsageError, match=r"UTF-8.*latin\.txt"):
+        make(path=str(latin))
+
+
+def test_a_list_of_nothing_is_a_mistake(lexicon):
+    with pytest.raises(UsageError, match="lists nothing"):
+        lexicon("", "# only a comment")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "names no value"),
+        ("{}", "names no value"),
+        ('{"area": []}', "names no value"),
+        ('{"area": "north"}', "type 'area' must be a list"),
+        ('{"area": ["north", 4]}', "type 'area' must be a list of non-blank strings"),
+        ('{"area": [" "]}', "non-blank"),
+        ('{"area": {"north": "up"}}', "value 'north' of type 'area'"),
+        ('{"area": {"": []}}', "non-blank"),
+    ],
+)
+def test_a_malformed_gazetteer_is_a_mistake(tmp_path, content, message):
+    path = tmp_path / "values.json"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(UsageError, match=message):
+        annotators.Gazetteer(path=str(path))
+
+
+# Few characters, so that entries, words and their joints collide often.
+texts = st.text(alphabet="abS'\u2019 -.,1\u0301é\U0001f600\n", max_size=30)
+
+
+@given(entries=st.lists(texts, max_size=5), targets=texts, inflections=st.booleans())
+def test_spans_are_sorted_disjoint_within_the_text_and_repeatable(entries, targets, inflections):
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "words.txt"
+        path.write_text("\n".join([*entries, "a"]), encoding="utf-8")
+        annotator = annotators.Lexicon(path=str(path), inflections=inflections)
+    annotation = annotator.annotate("", targets)
+    edges = [edge for span in annotation.spans for edge in (span.start, span.end)]
+    assert all(span.start < span.end for span in annotation.spans)
+    assert edges == sorted(edges)
+    assert all(0 <= edge <= len(targets) for edge in edges)
+    assert annotator.annotate("", targets) == annotation
+
+
+phrases = st.lists(st.sampled_from(["red", "sea", "bass", "bar"]), min_size=1, max_size=3).map(
+    " ".join
+)
+
+
+@given(
+    values=st.lists(phrases, min_size=1, max_size=8, unique=True),
+    num_supported=st.integers(0, 8),
+    value_index=st.integers(0, 7),
+    style=st.sampled_from([str, str.upper, str.title]),
+)
+def test_a_value_is_marked_exactly_when_the_inputs_do_not_hold_it(
+    values, num_supported, value_index, style
+):
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "values.json"
+        path.write_text(json.dumps({"thing": values}), encoding="utf-8")
+        annotator = annotators.Gazetteer(path=str(path))
+    stated = values[:num_supported]
+    value = values[value_index % len(values)]
+    supported = any(f" {value} " in f" {phrase} " for phrase in stated)
+
+    inputs = "things: " + " ; ".join(stated)
+    targets = f"They have {style(value)}, as you see."
+    expected = [] if supported else [style(value)]
+    assert marked(annotator, targets, inputs=inputs) == expected

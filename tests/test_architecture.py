@@ -1,0 +1,190 @@
+"""The package keeps its layers: what imports what, what stays optional, what is declared."""
+
+import ast
+import importlib.metadata
+import pathlib
+import re
+import subprocess
+import sys
+
+import gin
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+PACKAGE = ROOT / "tnt_jax"
+GIN_CONFIGS = ROOT / "gin_configs"
+
+# The layers of docs/architecture.md. A module imports modules of its own group or of a group that
+# its own one lists.
+GROUPS = {
+    "base": {"array_types", "errors"},
+    "numerics": {"objectives", "t5", "sharding", "train_step", "decoding"},
+    "text": {"records", "annotators", "text_metrics"},
+    "data": {
+        "tokenization",
+        "feature_converters",
+        "tasks",
+        "paper_tasks",
+        "checkpoints",
+        "corpora",
+    },
+    "assembly": {"assembly", "run_log", "program"},
+    "programs": {"train", "generate", "annotate", "evaluate", "pipeline"},
+}
+MAY_IMPORT = {
+    "base": {"base"},
+    "numerics": {"base", "numerics"},
+    "text": {"base", "text"},
+    "data": {"base", "numerics", "text", "data"},
+    "assembly": {"base", "numerics", "text", "data", "assembly"},
+    "programs": {"base", "numerics", "text", "data", "assembly"},
+}
+# Programs exchange files; only these call other programs.
+CALLS_PROGRAMS = {"pipeline"}
+
+# What a machine for numerics need not have.
+NOT_FOR_NUMERICS = (
+    "tensorflow", "tensorflow_datasets", "seqio", "gin", "sentencepiece", "jaxtyping", "beartype",
+)  # fmt: skip
+
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+
+
+def group_of(module):
+    for group, modules in GROUPS.items():
+        if module in modules:
+            return group
+    raise AssertionError(f"{module}.py is in no group: add it to GROUPS and docs/architecture.md")
+
+
+def imported_names(module):
+    """Every dotted name that the module imports, inside functions too."""
+    names = set()
+    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}.py line {node.lineno}: write `from tnt_jax import`"
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+def run_python(code):
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_import_direction(module):
+    group = group_of(module)
+    for name in imported_names(module):
+        package, _, rest = name.partition(".")
+        if package != "tnt_jax":
+            continue
+        imported = rest.partition(".")[0]
+        if imported == "__version__":
+            continue
+        allowed = MAY_IMPORT[group] | ({"programs"} if module in CALLS_PROGRAMS else set())
+        assert group_of(imported) in allowed, f"{module} ({group}) must not import {imported}"
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) & GROUPS["text"]))
+def test_text_modules_need_no_jax(module):
+    top_level = {name.partition(".")[0] for name in imported_names(module)}
+    assert not top_level & {"jax", "flax", "optax", "tensorflow", "seqio"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_third_party_imports_are_declared(module):
+    """What a module imports is in setup.py under its own name, not by luck of a dependency."""
+    declared = set(
+        re.findall(r'"([A-Za-z0-9_-]+)(?:\[\w+\])?[>=]=', (ROOT / "setup.py").read_text("utf-8"))
+    )
+    distributions = importlib.metadata.packages_distributions()
+    for name in imported_names(module):
+        package = name.partition(".")[0]
+        if package == "tnt_jax" or package == "__gin__" or package in sys.stdlib_module_names:
+            continue
+        assert declared & set(distributions.get(package, [])), f"{module} imports {package}"
+
+
+def test_numerics_need_only_jax_flax_and_optax():
+    numerics = sorted(set(MODULES) & GROUPS["numerics"])
+    completed = run_python(
+        f"""
+import importlib, sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {NOT_FOR_NUMERICS}:
+            raise ImportError(f"{{name}} is not on this machine")
+
+sys.meta_path.insert(0, Absent())
+for module in {numerics}:
+    importlib.import_module("tnt_jax." + module)
+"""
+    )
+    assert completed.returncode == 0, completed.stderr
+
+
+def test_importing_the_package_is_cheap():
+    completed = run_python(
+        "import sys; before = set(sys.modules); import tnt_jax; print(set(sys.modules) - before)"
+    )
+    assert completed.returncode == 0, completed.stderr
+    assert ast.literal_eval(completed.stdout) == {"tnt_jax"}
+
+
+GIN_FILES = sorted(GIN_CONFIGS.rglob("*.gin"))
+MACRO_DEFINITION = re.compile(r"^([A-Z][A-Z0-9_]*)\s*=", re.MULTILINE)
+MACRO_USE = re.compile(r"%([A-Z][A-Z0-9_]*)")
+INCLUDE = re.compile(r"""^include\s+["'](.+?)["']""", re.MULTILINE)
+
+each_gin_file = pytest.mark.parametrize(
+    "path", GIN_FILES, ids=lambda path: str(path.relative_to(GIN_CONFIGS))
+)
+
+
+@pytest.fixture
+def clean_gin():
+    gin.clear_config()
+    for folder in (ROOT, GIN_CONFIGS):
+        gin.add_config_file_search_path(str(folder))
+    yield
+    gin.clear_config()
+
+
+@each_gin_file
+def test_gin_file_parses(path, clean_gin):
+    """Syntax, imports, and that every function and argument bound exists."""
+    gin.parse_config_file(str(path))
+
+
+def gin_text(path):
+    return re.sub(r"#.*$", "", path.read_text("utf-8"), flags=re.MULTILINE)
+
+
+def included_files(path):
+    """The file itself and everything that it includes, at any depth."""
+    files = {path}
+    for name in INCLUDE.findall(gin_text(path)):
+        found = [folder / name for folder in (ROOT, GIN_CONFIGS) if (folder / name).exists()]
+        assert found, f"{path.relative_to(ROOT)} includes {name}, which is not there"
+        files |= included_files(found[0])
+    return files
+
+
+@each_gin_file
+def test_gin_macros_are_used(path):
+    """gin accepts a misspelt macro silently, so each one defined must be read somewhere.
+
+    "Somewhere" is a file that can meet this one: what it includes, and the files of every
+    composition that includes it. Models and objectives also meet any run file, on the command line.
+    """
+    family = set().union(*(files for files in map(included_files, GIN_FILES) if path in files))
+    if path.relative_to(GIN_CONFIGS).parts[0] in {"models", "objectives"}:
+        family |= {other for other in GIN_FILES if other.parent.name == "runs"}
+    used = set().union(*(MACRO_USE.findall(gin_text(other)) for other in family))
+    unused = set(MACRO_DEFINITION.findall(gin_text(path))) - used
+    assert not unused, f"defined but never read: {sorted(unused)}"

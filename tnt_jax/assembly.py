@@ -1,0 +1,154 @@
+"""From settings to a run: mesh, shardings, model, optimizer, and the one jitted step."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from tnt_jax import checkpoints, objectives, sharding, t5, train_step
+from tnt_jax.array_types import PyTree
+from tnt_jax.errors import UsageError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """A T5 on a mesh: what programs need to read parameters and to run them.
+
+    Attributes:
+      config: Of the network.
+      mesh: From `sharding.make_mesh`.
+    """
+
+    config: t5.T5Config
+    mesh: Mesh
+
+    @functools.cached_property
+    def abstract_params(self) -> PyTree:
+        """Shapes, dtypes and shardings of the parameters; no array is made."""
+        abstract = t5.abstract_params(self.config)
+        shardings = sharding.param_shardings(
+            abstract, t5.param_logical_axes(self.config), self.mesh
+        )
+        return _with_shardings(abstract, shardings)
+
+    @functools.cached_property
+    def forward(self) -> train_step.Forward:
+        """`forward(params, batch, dropout_key or None) -> logits`."""
+        return t5.make_forward(self.config)
+
+    def restore(self, path: str) -> PyTree:
+        """Parameters from a checkpoint, each array straight to the devices that hold it.
+
+        Raises:
+          UsageError: There is no checkpoint of this model at `path`.
+        """
+        return checkpoints.restore_params(path, self.abstract_params)
+
+    def init(self, seed: int) -> PyTree:
+        """Random parameters; no device ever holds more than its own part."""
+        init = jax.jit(
+            functools.partial(t5.init, self.config), out_shardings=_shardings(self.abstract_params)
+        )
+        return init(jax.random.key(seed))
+
+    def check_vocabulary_size(self, vocab_size: int) -> None:
+        """Raises a UsageError where the vocabulary has ids that the model lacks."""
+        if vocab_size > self.config.vocab_size:
+            raise UsageError(
+                f"VOCABULARY: expected at most the model's {self.config.vocab_size} ids "
+                f"(T5Config.vocab_size), found {vocab_size}. Give the vocabulary that the model "
+                "was trained with."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """What one training run holds fixed.
+
+    Attributes:
+      model: The current model.
+      objective: The loss per token.
+      optimizer: Updates the parameters.
+      num_microbatches: Parts that a batch is computed in.
+    """
+
+    model: Model
+    objective: objectives.TntObjective
+    optimizer: optax.GradientTransformation
+    num_microbatches: int = 1
+
+    @functools.cached_property
+    def abstract_state(self) -> train_step.TrainState:
+        """Shapes, dtypes and shardings of the state; no array is made."""
+        params, mesh = self.model.abstract_params, self.model.mesh
+        abstract = jax.eval_shape(
+            functools.partial(train_step.init_state, optimizer=self.optimizer), params
+        )
+        shardings = train_step.TrainState(
+            step=sharding.replicated(mesh),
+            params=_shardings(params),
+            opt_state=sharding.optimizer_shardings(
+                abstract.opt_state, params, _shardings(params), mesh
+            ),
+        )
+        return _with_shardings(abstract, shardings)
+
+    def init_state(self, params: PyTree) -> train_step.TrainState:
+        """The state before the first update; takes over (donates) `params`."""
+        init = jax.jit(
+            functools.partial(train_step.init_state, optimizer=self.optimizer),
+            out_shardings=_shardings(self.abstract_state),
+            donate_argnums=0,
+        )
+        return init(params)
+
+    @functools.cached_property
+    def step(self) -> Callable[..., tuple[train_step.TrainState, train_step.Sums]]:
+        """`(state, original_params or None, batch, key) -> (state, sums)`, compiled.
+
+        The original is an argument with a sharding of its own: never captured, never donated.
+        """
+        state = _shardings(self.abstract_state)
+        replicated = sharding.replicated(self.model.mesh)
+        return jax.jit(
+            functools.partial(
+                train_step.train_step,
+                forward=self.model.forward,
+                objective=self.objective,
+                optimizer=self.optimizer,
+                num_microbatches=self.num_microbatches,
+            ),
+            in_shardings=(
+                state,
+                _shardings(self.model.abstract_params) if self.objective.needs_original else None,
+                sharding.batch_sharding(self.model.mesh),
+                replicated,
+            ),
+            out_shardings=(state, replicated),
+            donate_argnums=0,
+        )
+
+
+def jit_eval_step(
+    model: Model, objective: objectives.TntObjective
+) -> Callable[..., train_step.Sums]:
+    """`(params, original_params or None, batch) -> sums`, compiled for the model's mesh."""
+    return jax.jit(
+        functools.partial(train_step.eval_step, forward=model.forward, objective=objective),
+        out_shardings=sharding.replicated(model.mesh),
+    )
+
+
+def _shardings(abstract: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
+def _with_shardings(abstract: PyTree, shardings: PyTree) -> PyTree:
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        abstract,
+        shardings,
+    )

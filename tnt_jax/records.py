@@ -1,0 +1,256 @@
+"""The record: an input, what the original model said to it, and what is unwanted there.
+
+Programs exchange records as JSONL, one object a line (`tnt_jax.tasks` holds the same as TFRecord):
+
+    {"id": "...", "inputs": "text", "targets": "text the original model produced",
+     "target_ids": [...],                       exact generated ids, EOS included
+     "negative_spans": [[start, end], ...],     code point offsets into targets, end exclusive
+     "negative_token_ids": [[position, [ids]]], further ids removed at a position of target_ids
+     "annotator": "name and settings"}
+
+Only `inputs` is required, so a file of prompts is a file of records. Unknown fields are kept. This
+module needs the standard library alone.
+"""
+
+import contextlib
+import dataclasses
+import glob
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from tnt_jax.errors import UsageError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+    """One example, before tokenisation.
+
+    Attributes:
+        id: names the example; unique within a data set.
+        inputs: text for the encoder.
+        targets: text that the original model produced; empty in a prompt.
+        target_ids: the exact generated ids, EOS included. Kept because re-tokenising a sampled text
+            can give other ids. None when only the text is known.
+        negative_spans: unwanted stretches of `targets`, as (start, end) in Unicode code points, end
+            exclusive. None means not annotated yet, () means nothing is unwanted.
+        negative_token_ids: (position, ids) pairs: ids to remove at a token position, beside those
+            that follow from the spans. Alternatives that would be just as wrong, or earlier marks.
+        annotator: who or what made the annotation.
+        extra: fields that are not ours, kept from file to file.
+
+    Raises:
+        UsageError: a span or a position lies outside the targets.
+    """
+
+    id: str
+    inputs: str
+    targets: str = ""
+    target_ids: tuple[int, ...] | None = None
+    negative_spans: tuple[tuple[int, int], ...] | None = None
+    negative_token_ids: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    annotator: str = ""
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        for start, end in self.negative_spans or ():
+            if not 0 <= start < end <= len(self.targets):
+                raise UsageError(
+                    f"record {self.id!r}: negative_spans has [{start}, {end}], but targets has "
+                    f"{len(self.targets)} characters. A span is [start, end] with 0 <= start < end "
+                    "<= length, counted in Unicode code points (not bytes), end exclusive."
+                )
+        for position, _ in self.negative_token_ids:
+            # Without target_ids the length is known, and checked, only after tokenisation.
+            if position < 0 or (self.target_ids is not None and position >= len(self.target_ids)):
+                raise UsageError(
+                    f"record {self.id!r}: negative_token_ids has position {position}; expected a "
+                    "position in target_ids, counted from 0."
+                )
+
+    @classmethod
+    def from_json(cls, fields: Any, where: str) -> "Record":
+        """Builds a record from a parsed JSON object.
+
+        Args:
+            fields: what was parsed; anything but an object (a mapping) is the user's mistake.
+            where: its place as `file:line`, for messages; the id of an object that has none is made
+                from it.
+
+        Raises:
+            UsageError: a field is missing, of the wrong type or out of range.
+        """
+        if not isinstance(fields, Mapping):
+            raise UsageError(f"{where}: expected a JSON object, found {_shown(fields)}.")
+        if "inputs" not in fields:
+            raise UsageError(f"{where}: the field 'inputs' is missing; found {sorted(fields)}.")
+        known = {}
+        for name, (is_valid, expected) in _FIELDS.items():
+            value = fields.get(name)
+            if value is None:  # null is the same as absent
+                continue
+            if not is_valid(value):
+                raise UsageError(f"{where}: {name}: expected {expected}, found {_shown(value)}.")
+            known[name] = _as_tuples(value)
+        path, _, line = where.rpartition(":")
+        known.setdefault("id", f"{pathlib.PurePath(path).stem}:{line}")
+        extra = {name: value for name, value in fields.items() if name not in _FIELDS}
+        try:
+            return cls(**known, extra=extra)
+        except UsageError as error:
+            raise UsageError(f"{where}: {error}") from None
+
+    def to_json(self) -> dict[str, Any]:
+        """The inverse of `from_json`; optional fields that hold nothing are left out."""
+        fields: dict[str, Any] = {"id": self.id, "inputs": self.inputs, "targets": self.targets}
+        if self.target_ids is not None:
+            fields["target_ids"] = [int(i) for i in self.target_ids]
+        if self.negative_spans is not None:
+            fields["negative_spans"] = [[int(s), int(e)] for s, e in self.negative_spans]
+        if self.negative_token_ids:
+            fields["negative_token_ids"] = [
+                [int(position), [int(i) for i in ids]] for position, ids in self.negative_token_ids
+            ]
+        if self.annotator:
+            fields["annotator"] = self.annotator
+        return {**fields, **self.extra}
+
+
+def read_records(path: str | os.PathLike) -> list[Record]:
+    """Reads a JSONL file, or every file that a glob pattern names, in sorted order.
+
+    A record without an id gets `file-stem:line`. Empty lines are skipped.
+
+    Raises:
+        UsageError: no file, no record, a bad line (named as `file:line`), or an id used twice.
+    """
+
+    def located():
+        for file in matching_files(path):
+            with file.open("rb") as lines:
+                for number, line in enumerate(lines, start=1):
+                    if line.strip():
+                        where = f"{file}:{number}"
+                        yield where, Record.from_json(_parse(line, where), where)
+
+    return data_set(located(), path)
+
+
+def data_set(located: Iterable[tuple[str, Record]], path: str | os.PathLike) -> list[Record]:
+    """Collects records, each given with its place as `file:line`, into one data set.
+
+    Raises:
+        UsageError: there is no record in `path`, or an id is used twice.
+    """
+    found = []
+    first_use = {}
+    for where, record in located:
+        if record.id in first_use:
+            raise UsageError(
+                f"{where}: the id {record.id!r} was used before, at {first_use[record.id]}. Every "
+                "record of a data set needs its own."
+            )
+        first_use[record.id] = where
+        found.append(record)
+    if not found:
+        raise UsageError(f"{path}: expected records, found none.")
+    return found
+
+
+def write_records(path: str | os.PathLike, records: Iterable[Record]) -> None:
+    """Writes JSONL; the file appears under its name only when it is complete."""
+    with replacing(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record.to_json(), ensure_ascii=False) + "\n")
+
+
+def matching_files(path: str | os.PathLike) -> list[pathlib.Path]:
+    """The file `path`, or the files that match it as a glob pattern, sorted.
+
+    Raises:
+        UsageError: there is none.
+    """
+    files = [pathlib.Path(path)]
+    if not files[0].is_file():
+        # Path.glob takes no absolute pattern.
+        names = sorted(glob.glob(os.fspath(path), recursive=True))  # noqa: PTH207
+        files = [file for file in map(pathlib.Path, names) if file.is_file()]
+    if not files:
+        raise UsageError(f"{path}: no such file, and no file matches it as a pattern.")
+    return files
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """Yields a path beside `path` to write to, and renames it to `path` when all went well.
+
+    Parent folders are created. A program that is stopped half-way leaves no file that looks whole.
+    """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _parse(line: bytes, where: str) -> Any:
+    try:
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{where}: not UTF-8 ({error.reason} at byte {error.start}).") from None
+    except json.JSONDecodeError as error:
+        raise UsageError(
+            f"{where}: not JSON: {error.msg} at column {error.colno}. Expected one object a line."
+        ) from None
+
+
+def _is_text(value: Any) -> bool:
+    try:
+        # JSON can spell half a surrogate pair: no text, and neither tokenisers nor files take it.
+        return isinstance(value, str) and value.encode("utf-8") is not None
+    except UnicodeEncodeError:
+        return False
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(_is_int(i) and i >= 0 for i in value)
+
+
+def _are_spans(value: Any) -> bool:
+    return isinstance(value, list) and all(_are_ids(span) and len(span) == 2 for span in value)
+
+
+def _are_ids_by_position(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(entry, list) and len(entry) == 2 and _is_int(entry[0]) and _are_ids(entry[1])
+        for entry in value
+    )
+
+
+_FIELDS = {
+    "id": (_is_text, "a string of Unicode text"),
+    "inputs": (_is_text, "a string of Unicode text"),
+    "targets": (_is_text, "a string of Unicode text"),
+    "target_ids": (_are_ids, "a list of token ids"),
+    "negative_spans": (_are_spans, "a list of [start, end] code point offsets"),
+    "negative_token_ids": (_are_ids_by_position, "a list of [position, [token ids]]"),
+    "annotator": (_is_text, "a string of Unicode text"),
+}
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(_as_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _shown(value: Any) -> str:
+    text = ascii(value)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"

@@ -1,0 +1,405 @@
+"""Text to token ids and back, and which tokens an unwanted stretch of text touches.
+
+Works for seqio's `SentencePieceVocabulary` and `ByteVocabulary`. Offsets are Unicode code points.
+The *extent* of a token is the stretch of text that it stands for, without the spaces at its ends:
+the piece "▁house" does not own the space before it. Tokens that stand for no text (EOS, padding, a
+lone "▁") have an empty extent.
+"""
+
+import codecs
+import dataclasses
+import io
+import os
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import sentencepiece
+
+from tnt_jax import records
+from tnt_jax.errors import UsageError
+
+if (
+    TYPE_CHECKING
+):  # seqio imports TensorFlow, which takes seconds; whoever has a vocabulary has paid
+    import seqio
+
+PAD_ID = 0
+EOS_ID = 1
+
+Extent = tuple[int, int]
+
+_SPACE = "▁"  # how sentencepiece writes a space inside a piece
+# Stands before a text that is tokenised as a continuation. A private-use character: in no
+# vocabulary, so it joins no piece.
+_ANCHOR = "\ue000"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MarkedTarget:
+    """A target sequence and what must not be said in it.
+
+    Attributes:
+        target_ids: `[T]` int32, EOS included.
+        negative_pairs: `[M, 2]` int32 rows (position, id), sorted, without repeats.
+        num_spans_without_token: spans that overlap no token's extent (white space, or characters
+            that the tokeniser's normalisation drops), so that nothing was marked for them.
+    """
+
+    target_ids: np.ndarray
+    negative_pairs: np.ndarray
+    num_spans_without_token: int
+
+
+def check_vocabulary(vocabulary: "seqio.Vocabulary") -> int:
+    """Loads the vocabulary now, rather than in the middle of a run, and returns its size.
+
+    Raises:
+        UsageError: its file is missing or no sentencepiece model, or its ids are not T5's
+            (padding 0, EOS 1), or it is of another kind.
+    """
+    import seqio
+    import tensorflow as tf
+    from google.protobuf.message import DecodeError
+
+    if isinstance(vocabulary, seqio.SentencePieceVocabulary):
+        file = vocabulary.sentencepiece_model_file
+        try:
+            processor = vocabulary.tokenizer
+        except (tf.errors.OpError, DecodeError, RuntimeError, ValueError) as error:
+            raise UsageError(
+                f"vocabulary: expected a sentencepiece model at {file!r}: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
+        if (processor.pad_id(), processor.eos_id()) != (PAD_ID, EOS_ID):
+            raise UsageError(
+                f"vocabulary {file!r}: expected T5's ids, padding 0 and EOS 1, found padding "
+                f"{processor.pad_id()} and EOS {processor.eos_id()}. Train it with pad_id=0, "
+                "eos_id=1, unk_id=2 (tnt_jax.tokenization.train_sentencepiece does)."
+            )
+    elif not isinstance(vocabulary, seqio.ByteVocabulary):
+        raise UsageError(
+            "vocabulary: expected a seqio SentencePieceVocabulary or ByteVocabulary, found "
+            f"{type(vocabulary).__name__}."
+        )
+    return vocabulary.vocab_size
+
+
+def encode(vocabulary: "seqio.Vocabulary", text: str, *, add_eos: bool) -> list[int]:
+    """Token ids of `text`."""
+    return [*vocabulary.encode(text), *([EOS_ID] if add_eos else [])]
+
+
+def decode(vocabulary: "seqio.Vocabulary", ids: Sequence[int] | np.ndarray) -> str:
+    """Text of `ids` up to the first EOS: the text that `token_extents` measures."""
+    return vocabulary.decode([int(i) for i in ids])
+
+
+def token_extents(
+    vocabulary: "seqio.Vocabulary", ids: Sequence[int] | np.ndarray
+) -> tuple[str, list[Extent]]:
+    """Decodes `ids` and says which characters each of them stands for.
+
+    A token that is one byte of a character has the whole character as its extent.
+
+    Returns:
+        The text up to the first EOS, and one (start, end) per id.
+    """
+    ids = [int(i) for i in ids]
+    spoken = ids[: ids.index(EOS_ID)] if EOS_ID in ids else ids
+    processor = _processor(vocabulary)
+    if processor is None:
+        text, extents = _byte_extents(spoken)
+    else:
+        # seqio decodes ids beyond the vocabulary (a model's padding rows) as unknown.
+        known = [i if i < processor.vocab_size() else processor.unk_id() for i in spoken]
+        decoded = processor.decode(known, return_type=_OFFSETS)
+        text, extents = decoded["text"], _piece_extents(processor, decoded, decoded["text"])
+    return text, extents + [(len(text), len(text))] * (len(ids) - len(spoken))
+
+
+def mark_tokens(record: records.Record, vocabulary: "seqio.Vocabulary") -> MarkedTarget:
+    """Turns the marks of a record into token ids to remove per position.
+
+    A token is negative when its extent overlaps a negative span: its own id is removed there. The
+    EOS stands for no text, so spans never mark it. `negative_token_ids` come on top.
+
+    With `target_ids` these exact ids are kept. Without them the text is tokenised, and spans are
+    matched in the text as it was given, although the tokeniser may normalise it.
+
+    Raises:
+        UsageError: `target_ids` do not decode to `targets` or go on after the EOS, or a removed id
+            or its position does not exist.
+    """
+    ids, extents = _tokens(record, vocabulary)
+    pairs = set()
+    num_spans_without_token = 0
+    for span in record.negative_spans or ():
+        touched = _touched(extents, span)
+        pairs.update((position, ids[position]) for position in touched)
+        num_spans_without_token += not touched
+    for position, removed_ids in record.negative_token_ids:
+        if position >= len(ids):
+            raise UsageError(
+                f"record {record.id!r}: negative_token_ids has position {position}, but its "
+                f"targets have {len(ids)} tokens."
+            )
+        for removed_id in removed_ids:
+            if not 0 <= removed_id < vocabulary.vocab_size:
+                raise UsageError(
+                    f"record {record.id!r}: negative_token_ids has id {removed_id}, but the "
+                    f"vocabulary has {vocabulary.vocab_size} ids."
+                )
+            pairs.add((position, removed_id))
+    return MarkedTarget(
+        target_ids=np.array(ids, np.int32),
+        negative_pairs=np.array(sorted(pairs), np.int32).reshape(-1, 2),
+        num_spans_without_token=num_spans_without_token,
+    )
+
+
+def first_token_ids(
+    vocabulary: "seqio.Vocabulary", prefix_text: str, strings: Sequence[str]
+) -> list[int | None]:
+    """The id of each string's first token when it stands right after `prefix_text`.
+
+    A token boundary lies between prefix and string. After a space or at the start of a text the
+    first token carries the leading space, as in "▁city"; elsewhere, say after "(", it does not.
+    None stands for a string that starts with a lone "▁": that token begins any word.
+
+    Two strings may share a first token. An annotator that removes the first tokens of unsupported
+    values should therefore leave out those that begin a supported one.
+
+    Raises:
+        UsageError: a string is blank.
+    """
+    # Whether a text starts with a space piece is the model's own setting: no anchor there.
+    anchor = prefix_text and _ANCHOR + (" " if prefix_text[-1].isspace() else "")
+    first_tokens = [tokens[0] for tokens in _tokens_after(vocabulary, anchor, strings)]
+    return [first_id if reaches else None for first_id, reaches in first_tokens]
+
+
+def alternative_token_ids(
+    vocabulary: "seqio.Vocabulary",
+    target_ids: Sequence[int] | np.ndarray,
+    span: Extent,
+    alternatives: Sequence[str],
+) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """What to remove where a span begins, so that it is not replaced by an alternative.
+
+    The alternatives are tokenised from the boundary where the span's first token begins: with its
+    leading space if it has one, and with the characters that it holds before the span (in
+    "▁(river", a span from "river" on has "(" before it). Where a lone "▁" comes before that token,
+    an alternative such as "▁city" would take the place of the "▁", one such as "▁", "Zoo" goes on
+    after it: each is removed where it would depart. A first token that ends before the
+    alternative's own text begins is not removed: it begins innocent words too.
+
+    Args:
+        vocabulary: of the targets.
+        target_ids: the generated ids.
+        span: (start, end) in the text of `target_ids`.
+        alternatives: texts that would be just as wrong in the place of the span.
+
+    Returns:
+        Entries for `Record.negative_token_ids`: positions and, sorted, the ids to remove there.
+        Empty when the span touches no token.
+
+    Raises:
+        UsageError: an alternative is blank.
+    """
+    text, extents = token_extents(vocabulary, target_ids)
+    touched = _touched(extents, span)
+    if not touched:
+        return ()
+    start = position = touched[0]
+    anchor = _ANCHOR
+    processor = _processor(vocabulary)
+    if processor is not None:
+        # Ids beyond the vocabulary decode as unknown, and have no piece.
+        own, before = (
+            processor.id_to_piece(int(i)) if i < processor.vocab_size() else ""
+            for i in (target_ids[position], target_ids[position - 1])
+        )
+        if position > 0 and before == _SPACE and not own.startswith(_SPACE):
+            start = position - 1
+        anchor += " " if start < position or own.startswith(_SPACE) else ""
+    anchor += text[extents[position][0] : span[0]]
+    removed = {}
+    for tokens in _tokens_after(vocabulary, anchor, alternatives):
+        num_shared = int(start < position and tokens[0][0] == target_ids[start])
+        first_id, reaches = tokens[num_shared]
+        if reaches:
+            removed.setdefault(start + num_shared, set()).add(first_id)
+    return tuple((where, tuple(sorted(ids))) for where, ids in sorted(removed.items()))
+
+
+def train_sentencepiece(
+    texts: Iterable[str],
+    path: str | os.PathLike,
+    *,
+    vocab_size: int,
+    user_defined_symbols: Sequence[str] = (),
+) -> None:
+    """Trains a unigram sentencepiece model with T5's ids: padding 0, EOS 1, unknown 2, no BOS.
+
+    Every character of `texts` gets a piece. The same texts give the same file on any machine.
+
+    Args:
+        texts: the corpus; line breaks count as spaces.
+        path: the model file to write.
+        vocab_size: number of ids, those three included.
+        user_defined_symbols: strings that always are one token, such as slot names.
+
+    Raises:
+        UsageError: no text, or `vocab_size` is more, or less, than this corpus can fill.
+    """
+    sentences = [text for text in (" ".join(text.split()) for text in texts) if text]
+    if not sentences:
+        raise UsageError("train_sentencepiece: expected texts, found none.")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences),
+            model_writer=model,
+            vocab_size=vocab_size,
+            pad_id=PAD_ID,
+            eos_id=EOS_ID,
+            unk_id=2,
+            bos_id=-1,
+            character_coverage=1.0,
+            user_defined_symbols=list(user_defined_symbols),
+            # The default of 4192 bytes silently skips longer texts.
+            max_sentence_length=max(len(sentence.encode()) for sentence in sentences) + 1,
+            num_threads=1,  # sums of floats would depend on the number of threads
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        # Before "] " stands a place in sentencepiece's source, after it the advice.
+        advice = str(error).rpartition("] ")[2]
+        raise UsageError(f"train_sentencepiece: vocab_size={vocab_size}: {advice}") from error
+    with records.replacing(path) as unfinished:
+        unfinished.write_bytes(model.getvalue())
+
+
+_OFFSETS = "offset_mapping"  # pieces with their places in the text, in code points
+
+
+def _processor(vocabulary: "seqio.Vocabulary") -> sentencepiece.SentencePieceProcessor | None:
+    """What tokenises; None for a vocabulary of bytes, which needs nothing."""
+    return getattr(vocabulary, "tokenizer", None)
+
+
+def _tokens(
+    record: records.Record, vocabulary: "seqio.Vocabulary"
+) -> tuple[list[int], list[Extent]]:
+    """Ids of the record's targets, EOS included, and their extents in `record.targets`."""
+    if record.target_ids is not None:
+        ids = [int(i) for i in record.target_ids]
+        if EOS_ID in ids[:-1]:
+            raise UsageError(
+                f"record {record.id!r}: target_ids go on after the EOS (id {EOS_ID}) at position "
+                f"{ids.index(EOS_ID)}: expected them to end there, without padding."
+            )
+        text, extents = token_extents(vocabulary, ids)
+        if text != record.targets:
+            raise UsageError(
+                f"record {record.id!r}: target_ids decode to {text[:60]!r}, but targets is "
+                f"{record.targets[:60]!r}. Expected the vocabulary that the ids were generated "
+                "with; leave target_ids out to have targets tokenised."
+            )
+        return ids, extents
+    processor = _processor(vocabulary)
+    if processor is None:
+        ids = encode(vocabulary, record.targets, add_eos=True)
+        return ids, token_extents(vocabulary, ids)[1]
+    encoded = processor.encode(record.targets, return_type=_OFFSETS)
+    extents = _piece_extents(processor, encoded, record.targets)
+    end = len(record.targets)
+    return [*encoded["ids"], EOS_ID], [*extents, (end, end)]
+
+
+def _touched(extents: Sequence[Extent], span: Extent) -> list[int]:
+    start, end = span
+    return [i for i, (a, b) in enumerate(extents) if a < b and a < end and start < b]
+
+
+def _byte_extents(ids: Sequence[int] | np.ndarray) -> tuple[str, list[Extent]]:
+    """Text and extents of ByT5's ids, byte + 3; others, and broken characters, say nothing."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="ignore")
+    text = ""
+    extents = [(0, 0)] * len(ids)
+    unfinished = []  # positions of the bytes since the last whole character
+    for position, token_id in enumerate(ids):
+        extents[position] = (len(text), len(text))
+        if not 3 <= token_id < 259:
+            continue
+        unfinished.append(position)
+        character = decoder.decode(bytes([token_id - 3]))
+        if character:
+            start = len(text) + (character == " ")
+            for own in unfinished[-len(character.encode()) :]:
+                extents[own] = (start, len(text) + 1)
+            text += character
+            unfinished = []
+    return text, extents
+
+
+def _piece_extents(
+    processor: sentencepiece.SentencePieceProcessor, mapping: dict, text: str
+) -> list[Extent]:
+    """Trims the spaces from sentencepiece's offsets, and fills in what it leaves empty.
+
+    When several pieces spell one character (byte fallback; "½", normalised to "1⁄2") sentencepiece
+    gives the character to the last of them and nothing to the others. All of them spell it.
+    """
+    extents = []
+    following = (len(text), len(text))  # the first character of the next piece that has any
+    for token_id, piece, (start, end) in zip(
+        reversed(mapping["ids"]),
+        reversed(mapping["pieces"]),
+        reversed(mapping["offsets"]),
+        strict=True,
+    ):
+        surface = text[start:end]
+        # Beside a "▁" the text as given may have any white space, such as a tab or two spaces.
+        blank = None if _SPACE in (piece[:1], piece[-1:]) else " "
+        first = start + len(surface) - len(surface.lstrip(blank))
+        last = end - (len(surface) - len(surface.rstrip(blank)))
+        if processor.is_control(token_id) or not piece.strip(_SPACE):
+            extents.append((end, end))
+        elif first < last:
+            extents.append((first, last))
+            following = (first, first + 1)
+        else:
+            extents.append(following)
+    return extents[::-1]
+
+
+def _tokens_after(
+    vocabulary: "seqio.Vocabulary", anchor: str, strings: Sequence[str]
+) -> list[list[tuple[int, bool]]]:
+    """The tokens of each `anchor + string` that come after `_ANCHOR`, if `anchor` starts with it.
+
+    Each token comes with whether it spells some of the string, rather than of the anchor alone.
+    """
+    strings = [string.strip() for string in strings]
+    if not all(strings):
+        raise UsageError("alternatives: expected texts that are not blank, found a blank one.")
+    processor = _processor(vocabulary)
+    if processor is None:
+        return [[(i, True) for i in vocabulary.encode(string)] for string in strings]
+    strings = [anchor + string for string in strings]
+    tokens_by_string = []
+    for string, encoded in zip(
+        strings, processor.encode(strings, return_type=_OFFSETS), strict=True
+    ):
+        extents = _piece_extents(processor, encoded, string)
+        tokens_by_string.append(
+            [
+                (token_id, end > len(anchor))
+                for token_id, (_, end) in zip(encoded["ids"], extents, strict=True)
+                # A string that starts with an unknown character is one unknown token with _ANCHOR.
+                if not anchor or end > len(_ANCHOR)
+            ]
+        )
+    return tokens_by_string
