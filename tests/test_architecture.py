@@ -104,9 +104,10 @@ def test_third_party_imports_are_declared(module):
     distributions = importlib.metadata.packages_distributions()
     for name in imported_names(module):
         package = name.partition(".")[0]
-        if package == "tnt_jax" or package == "__gin__" or package in sys.stdlib_module_names:
+        if package == "tnt_jax" or package in sys.stdlib_module_names:
             continue
-        assert declared & set(distributions.get(package, [])), f"{module} imports {package}"
+        names = {name.replace("_", "-") for name in distributions.get(package, [])}
+        assert declared & names, f"{module} imports {package}: declare it in setup.py"
 
 
 def test_numerics_need_only_jax_flax_and_optax():

@@ -195,12 +195,13 @@ def relative_error(found, expected):
 
 ACCURACY_CASES = {
     # name: (scale, drift, added to z0 on S, added to z on S, error of losses, error of gradients)
-    "ordinary": (1.0, 0.1, 0, 0, 1e-6, 5e-6),
+    "ordinary": (1.0, 0.3, 0, 0, 1e-6, 5e-6),
     "drifted": (2.0, 1.0, 0, 0, 1e-6, 5e-6),
     "times 8": (8.0, 1.0, 0, 0, 1e-6, 5e-6),
     "p0(S) within 1e-7 of 1": (2.0, 0.5, 30, 0, 1e-6, 5e-6),
-    "p(S) within 1e-7 of 1": (2.0, 0.5, 0, 24, 1e-6, 5e-6),
-    "both within 1e-7 of 1": (2.0, 0.5, 30, 24, 1e-6, 5e-6),
+    # log p(S) is -exp(-24) or so here, and float32 knows the 24 to 1e-6 only.
+    "p(S) within 1e-7 of 1": (2.0, 0.5, 0, 24, 3e-6, 5e-6),
+    "both within 1e-7 of 1": (2.0, 0.5, 30, 24, 3e-6, 5e-6),
     "near p0": (3.0, 0.01 / 3, 0, 0, 1e-4, 5e-4),
     "near p0, times 8": (8.0, 0.01 / 8, 0, 0, 1e-4, 5e-4),
 }
@@ -215,8 +216,13 @@ def check_against_float64(name, vocab_size):
             batch[model] += jnp.asarray(amount * removed, jnp.float32)
         losses, gradient = losses_and_gradient(objective, **batch)
         expected_losses, expected_gradient = float64_losses_and_gradient(name, batch)
-        assert relative_error(losses, expected_losses) < loss_error, case
-        assert relative_error(gradient, expected_gradient) < gradient_error, case
+        # Apart, or the larger of the two would hide errors of the other.
+        is_negative = removed.any(axis=-1)
+        for positions in (is_negative, ~is_negative):
+            loss_found = relative_error(losses[positions], expected_losses[positions])
+            gradient_found = relative_error(gradient[positions], expected_gradient[positions])
+            assert loss_found < loss_error, case
+            assert gradient_found < gradient_error, case
 
 
 @pytest.mark.parametrize("name", TERMS)
@@ -412,6 +418,10 @@ def test_certificate_agrees_with_float64():
     assert relative_error(found.residual, residual[..., 0]) < 1e-6
     assert relative_error(found.collateral, (forward_kl - residual)[..., 0]) < 1e-6
     assert relative_error(found.smallest_cost, smallest_cost[..., 0]) < 1e-6
+    mass = jax.jit(objectives.removed_mass)(batch["current"], batch["negative_ids"])
+    z = np.asarray(batch["current"], np.float64)
+    expected = np.where(removed, np.exp(z - log_sum_exp(z)), 0)
+    np.testing.assert_allclose(mass, expected.sum(axis=-1), rtol=1e-6)
 
 
 @hypothesis.given(seed=seeds, scale=scales)
@@ -488,7 +498,7 @@ def test_bfloat16_logits_are_computed_with_in_float32(name):
 
 
 @pytest.mark.parametrize("counts_as", ["positive", "negative"])
-def test_ids_removed_everywhere_are_removed_at_every_position(name, counts_as):
+def test_ids_removed_everywhere_are_removed_at_every_position(counts_as):
     batch = random_batch(7, num_ids=1)
     objective = objective_named(
         "TNSF", removed_everywhere=(2, 11), removed_everywhere_counts_as=counts_as

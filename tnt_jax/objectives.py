@@ -426,9 +426,12 @@ def _kl(log_a, log_b):
 
 
 def _jensen_shannon(log_a, log_b):
-    """JS(a, b) = KL(a || M) / 2 + KL(b || M) / 2 with M = (a + b) / 2, in nats."""
-    # log((a + b) / 2), exactly log a where a = b: a gradient of 1e-8 there would not vanish under
-    # an optimizer that normalises it.
+    """JS(a, b) = KL(a || M) / 2 + KL(b || M) / 2 with M = (a + b) / 2, in nats.
+
+    Neither needs to sum to 1: over both halves the `b - a` of `_kl` adds up to 2 M - a - b = 0.
+    """
+    # The log of M, exactly log a where a = b: a gradient of 1e-8 in its place would not vanish
+    # under an optimizer that normalises it.
     gap = jnp.abs(log_a - log_b)
     log_mean = jnp.maximum(log_a, log_b) + jnp.log1p(jnp.expm1(-gap) / 2)
     return (_kl(log_a, log_mean) + _kl(log_b, log_mean)) / 2

@@ -1,0 +1,131 @@
+import json
+import sys
+import time
+
+import jax
+import pytest
+
+from tnt_jax import run_log
+
+
+@pytest.fixture
+def later_host(monkeypatch):
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_metrics_are_one_object_a_line_and_readable_at_once(tmp_path):
+    with run_log.MetricsWriter(tmp_path / "new") as writer:
+        writer.write(1, {"loss": 0.5, "tokens": 7})
+        assert lines_of(tmp_path / "new" / "metrics.jsonl") == [
+            {"step": 1, "loss": 0.5, "tokens": 7.0}
+        ]
+        writer.write(2, {"loss": jax.numpy.float32(0.25)})
+    assert lines_of(tmp_path / "new" / "metrics.jsonl")[1] == {"step": 2, "loss": 0.25}
+
+
+def test_metrics_that_are_not_finite_stay_json(tmp_path):
+    with run_log.MetricsWriter(tmp_path) as writer:
+        writer.write(3, {"loss": float("nan"), "norm": float("inf")})
+    assert lines_of(tmp_path / "metrics.jsonl") == [{"step": 3, "loss": None, "norm": None}]
+
+
+@pytest.mark.parametrize("left", ['{"step": 1}\n{"st', '{"st', ""])
+def test_reopened_metrics_lose_only_a_half_line(tmp_path, left):
+    (tmp_path / "metrics.jsonl").write_text(left)
+    with run_log.MetricsWriter(tmp_path) as writer:
+        writer.write(2, {})
+    whole = [{"step": 1}] if "}" in left else []
+    assert lines_of(tmp_path / "metrics.jsonl") == [*whole, {"step": 2}]
+
+
+def test_a_later_host_is_silent(later_host, tmp_path, capsys):
+    run_log.log("hello")
+    run_log.table([[1]], columns=["n"])
+    assert list(run_log.progress(range(3), "counting")) == [0, 1, 2]
+    with run_log.MetricsWriter(tmp_path / "run") as writer:
+        writer.write(1, {"loss": 1.0})
+    run_log.write_text(tmp_path / "text", "hello")
+    assert capsys.readouterr() == ("", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_written_files_are_whole_or_absent(tmp_path):
+    path = tmp_path / "deep" / "result.json"
+    run_log.write_json(path, {"name": "Zoë", "cut": 0.75})
+    assert json.loads(path.read_text("utf-8")) == {"name": "Zoë", "cut": 0.75}
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        run_log.write_json(path, {"cut": object()})
+    assert json.loads(path.read_text("utf-8"))["cut"] == 0.75
+    assert [file.name for file in path.parent.iterdir()] == ["result.json"]
+
+
+class Clock:
+    """Stands for `time.monotonic`: seconds pass when the test says so."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(time, "monotonic", clock)
+    return clock
+
+
+def test_quick_work_prints_one_line(clock, capsys):
+    assert list(run_log.progress([1, 2, 3], "reading")) == [1, 2, 3]
+    assert capsys.readouterr().out == "reading: 3 in 0:00\n"
+
+
+def test_progress_says_how_far_and_how_long(clock, capsys):
+    for _ in run_log.progress(range(10), "generating"):
+        clock.now += 20
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "generating: 1/10 (10 %), 3:00 left"
+    assert lines[-2:] == ["generating: 10/10 (100 %), 0:00 left", "generating: 10 in 3:20"]
+    assert len(lines) == 11
+
+
+def test_progress_is_sparse_on_long_work(clock, capsys):
+    for _ in run_log.progress(range(1000), "generating"):
+        clock.now += 4  # a tenth takes 400 s, so a line comes each minute
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "generating: 15/1000 (1 %), 1:05:40 left"
+    assert len(lines) == 1000 // 15 + 1
+
+
+def test_progress_without_a_known_total(clock, capsys):
+    for _ in run_log.progress(iter(range(4)), "mining"):
+        clock.now += 60
+    assert capsys.readouterr().out.splitlines()[:2] == ["mining: 1", "mining: 2"]
+
+
+def test_progress_on_a_terminal_is_a_bar(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert list(run_log.progress(range(3), "[generating]")) == [0, 1, 2]
+    out = capsys.readouterr().out
+    assert "[generating]" in out
+    assert "3/3" in out
+
+
+def test_table_is_plain_whole_and_literal(capsys):
+    run_log.table(
+        [["TNRF", 76.98, 1, None], ["a [bold]name[/bold] " + "x" * 200, 5.0, 20, "ok"]],
+        columns=["arm", "cut %", "n", "note"],
+        title="Before and after",
+    )
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert lines[0] == "Before and after"
+    assert lines[1].split() == ["arm", "cut", "%", "n", "note"]
+    assert lines[3].split() == ["TNRF", "77.0", "1", "-"]
+    assert "a [bold]name[/bold] " + "x" * 200 in lines[4]
+    assert lines[3].index("77.0") + 1 == lines[4].index("5.0")  # aligned at the point

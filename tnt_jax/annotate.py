@@ -1,0 +1,138 @@
+"""Marks what is unwanted in outputs: records in, records with `negative_spans` out.
+
+The annotator decides which stretches of each output must go. Where it also names alternatives, texts
+that would be just as wrong there, their first tokens are removed too (`negative_token_ids`):
+otherwise the probability of the marked token moves to the next wrong one. Alternatives, and texts to
+remove at every position, are turned into token ids, so they need the model's vocabulary.
+
+Example:
+
+    python -m tnt_jax.annotate --gin_file=runs/annotate_lexicon.gin --gin.LEXICON=words.txt \
+      --gin.VOCABULARY_PATH=spiece.model --gin.RECORDS=outputs.jsonl --gin.OUTPUT=annotated.jsonl
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from tnt_jax import annotators, program, records, run_log, tokenization
+from tnt_jax.errors import UsageError
+
+
+def annotate(
+    *, output: str, input: str, annotator: annotators.Annotator, vocabulary: Any | None = None
+) -> None:
+    """Writes every record of `input` with its marks, in order.
+
+    Where the annotator has texts to remove at every position, their ids go to
+    `<output>.everywhere.json`, which `removed_ids` reads for `TntObjective.removed_everywhere`.
+
+    Args:
+      output: The JSONL file to write; it appears only when it is whole.
+      input: A JSONL file (or glob) of records with targets.
+      annotator: Decides what is unwanted.
+      vocabulary: A seqio vocabulary; None marks spans alone, without alternatives.
+
+    Raises:
+      UsageError: The records, the annotator's files or the vocabulary do not fit.
+    """
+    if vocabulary is not None:
+        tokenization.check_vocabulary(vocabulary)
+    rows = records.read_records(input)
+    marked = [
+        mark(row, annotator, vocabulary)
+        for row in run_log.progress(rows, f"annotating {len(rows)} records")
+    ]
+    records.write_records(output, marked)
+    if annotator.everywhere():
+        if vocabulary is None:
+            raise UsageError(
+                "the annotator removes texts at every position: expected a vocabulary to turn them "
+                "into token ids, found None. Set annotate.vocabulary."
+            )
+        _write_everywhere(output, annotator, vocabulary)
+    program.write_config(output)
+    num_marked = sum(bool(row.negative_spans) for row in marked)
+    run_log.log(
+        f"{output}: {num_marked} of {len(marked)} outputs have something unwanted "
+        f"({num_marked / max(len(marked), 1):.1%}), by {annotator.description}."
+    )
+
+
+def mark(
+    row: records.Record, annotator: annotators.Annotator, vocabulary: Any | None
+) -> records.Record:
+    """The record with the annotator's spans and, given a vocabulary, its alternatives.
+
+    Earlier `negative_token_ids` are replaced, as the spans are.
+    """
+    annotation = annotator.annotate(row.inputs, row.targets)
+    removed: dict[int, set[int]] = {}
+    has_alternatives = any(span.alternatives for span in annotation.spans)
+    if vocabulary is not None and has_alternatives:
+        ids = row.target_ids or tokenization.encode(vocabulary, row.targets, add_eos=True)
+        for span in annotation.spans:
+            extent = (span.start, span.end)
+            alternatives, supported = (
+                dict(tokenization.alternative_token_ids(vocabulary, ids, extent, texts))
+                for texts in (span.alternatives, annotation.supported)
+            )
+            for position, of_position in alternatives.items():
+                # A token that begins something right must stay possible.
+                kept = set(of_position) - set(supported.get(position, ()))
+                if kept:
+                    removed.setdefault(position, set()).update(kept)
+    return dataclasses.replace(
+        row,
+        negative_spans=tuple((span.start, span.end) for span in annotation.spans),
+        negative_token_ids=tuple(
+            (position, tuple(sorted(of_position))) for position, of_position in sorted(removed.items())
+        ),
+        annotator=annotator.description,
+    )
+
+
+def removed_ids(path: str) -> tuple[int, ...]:
+    """Ids to remove at every position, from the `.everywhere.json` file that `annotate` wrote.
+
+    Raises:
+      UsageError: The file is missing or is not one of those.
+    """
+    try:
+        return tuple(json.loads(pathlib.Path(path).read_text("utf-8"))["ids"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"expected a file of ids that annotate wrote (<output>.everywhere.json), found {path}: "
+            f"{error}."
+        ) from error
+
+
+def _write_everywhere(output: str, annotator: annotators.Annotator, vocabulary: Any) -> None:
+    """Only a text that is one token can be removed by removing its first token everywhere."""
+    texts = annotator.everywhere()
+    ids: set[int] = set()
+    left_out: list[str] = []
+    for text in texts:
+        tokens = tokenization.encode(vocabulary, text, add_eos=False)
+        if len(tokens) == 1:
+            ids.update(tokens)
+        else:
+            left_out.append(text)
+    path = f"{output}.everywhere.json"
+    run_log.write_json(
+        path, {"ids": sorted(ids), "left_out": left_out, "annotator": annotator.description}
+    )
+    run_log.log(
+        f"{path}: {len(ids)} ids to remove at every position; {len(left_out)} of {len(texts)} texts "
+        f"are more than one token and are not among them{_examples(left_out)}."
+    )
+
+
+def _examples(texts: Sequence[str]) -> str:
+    return f" (such as {', '.join(map(repr, texts[:3]))})" if texts else ""
+
+
+if __name__ == "__main__":
+    program.run("tnt_jax.annotate", "annotate")

@@ -1,0 +1,227 @@
+"""Compares a patched model with its original: how much of the unwanted is gone, what else changed.
+
+Takes the annotated outputs of both models for the same prompts. With both checkpoints it also
+computes the certificate on the original's outputs: at every position, what is left of the removed
+probability (residual), what else moved (collateral), and the smallest cost that any update had.
+
+Example:
+
+    python -m tnt_jax.evaluate --gin_file=models/t5_1_1_base.gin --gin_file=runs/evaluate.gin \
+      --gin.ORIGINAL_RECORDS=original.jsonl --gin.CURRENT_RECORDS=patched.jsonl \
+      --gin.ORIGINAL_CHECKPOINT_PATH=original/checkpoint_1000 --gin.CHECKPOINT_PATH=patched \
+      --gin.VOCABULARY_PATH=spiece.model --gin.OUTPUT=evaluation.json
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from tnt_jax import (
+    assembly,
+    feature_converters,
+    objectives,
+    program,
+    records,
+    run_log,
+    sharding,
+    t5,
+    tasks,
+    text_metrics,
+    tokenization,
+    train_step,
+)
+from tnt_jax.errors import UsageError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Certificate:
+    """What `evaluate` needs to run both models on the original's outputs.
+
+    Attributes:
+      model: The network's settings, the same for both.
+      original_checkpoint_path: Of the original.
+      checkpoint_path: Of the patched model.
+      task_feature_lengths: Tokens of "inputs" and "targets".
+      batch_size: Records computed together.
+      mesh_shape: Devices per mesh axis; None puts all on `data`.
+    """
+
+    model: t5.T5Config
+    original_checkpoint_path: str
+    checkpoint_path: str
+    task_feature_lengths: Mapping[str, int]
+    batch_size: int = 32
+    mesh_shape: sharding.MeshShape | None = None
+
+
+def evaluate(
+    *,
+    output: str,
+    original_records: str,
+    current_records: str,
+    vocabulary: Any,
+    certificate: Certificate | None = None,
+) -> dict[str, Any]:
+    """Writes and prints the comparison.
+
+    Args:
+      output: The JSON file to write.
+      original_records: Annotated outputs of the original.
+      current_records: Annotated outputs of the patched model, for the same ids.
+      vocabulary: A seqio vocabulary, for counting tokens.
+      certificate: Settings for running the models; None compares texts alone.
+
+    Returns:
+      What was written.
+
+    Raises:
+      UsageError: The files do not belong together, or a record is not annotated.
+    """
+    tokenization.check_vocabulary(vocabulary)
+    original, current = paired(original_records, current_records)
+    result: dict[str, Any] = {
+        "original": _of_outputs(original, vocabulary),
+        "current": _of_outputs(current, vocabulary),
+        "comparison": dataclasses.asdict(
+            text_metrics.compare([r.targets for r in original], [r.targets for r in current])
+        ),
+        "annotator": current[0].annotator,
+    }
+    result["cut"] = 1 - _ratio(
+        result["current"]["unwanted_outputs"]["value"],
+        result["original"]["unwanted_outputs"]["value"],
+    )
+    if certificate is not None:
+        result["certificate"] = _certificate(original, vocabulary, certificate)
+    run_log.write_json(output, result)
+    program.write_config(output)
+    run_log.table(_rows(result), title=f"{output}: {len(original)} outputs")
+    return result
+
+
+def paired(
+    original_records: str, current_records: str
+) -> tuple[list[records.Record], list[records.Record]]:
+    """Reads the outputs of both models, in the order of the original's.
+
+    Raises:
+      UsageError: They are not for the same prompts, or not annotated alike.
+    """
+    original = records.read_records(original_records)
+    by_id = {row.id: row for row in records.read_records(current_records)}
+    current = [by_id[row.id] for row in original if row.id in by_id]
+    if not len(original) == len(current) == len(by_id):
+        raise UsageError(
+            f"expected outputs for the same records, found {len(original)} in {original_records}, "
+            f"{len(by_id)} in {current_records} and {len(current)} ids in both. Generate both from "
+            "the same prompts."
+        )
+    for before, after in zip(original, current, strict=True):
+        for row, path in ((before, original_records), (after, current_records)):
+            if row.negative_spans is None:
+                raise UsageError(
+                    f"record {row.id!r} of {path} has no negative_spans: expected annotated records "
+                    "(python -m tnt_jax.annotate)."
+                )
+        if before.inputs != after.inputs or before.annotator != after.annotator:
+            raise UsageError(
+                f"record {before.id!r} has other inputs, or another annotator, in {current_records} "
+                f"than in {original_records}. Generate and annotate both alike."
+            )
+    return original, current
+
+
+def _of_outputs(rows: Sequence[records.Record], vocabulary: Any) -> dict[str, Any]:
+    marked = [_spans_alone(row, vocabulary) for row in rows]
+    num_tokens = sum(len(of_row.target_ids) for of_row in marked)
+    num_negative = sum(len({position for position, _ in of_row.negative_pairs}) for of_row in marked)
+    return {
+        "unwanted_outputs": dataclasses.asdict(
+            text_metrics.unwanted([row.negative_spans or () for row in rows])
+        ),
+        "unwanted_tokens": dataclasses.asdict(text_metrics.Rate(num_negative, max(num_tokens, 1))),
+        "mean_length": num_tokens / len(rows),
+        **dataclasses.asdict(text_metrics.fluency([row.targets for row in rows])),
+    }
+
+
+def _spans_alone(row: records.Record, vocabulary: Any) -> tokenization.MarkedTarget:
+    """Alternatives are removed where a mark begins, but they are not said: not counted."""
+    return tokenization.mark_tokens(dataclasses.replace(row, negative_token_ids=()), vocabulary)
+
+
+def _certificate(
+    rows: Sequence[records.Record], vocabulary: Any, settings: Certificate
+) -> dict[str, float]:
+    mesh = sharding.make_mesh(settings.mesh_shape or sharding.MeshShape())
+    sharding.check_batch_size(settings.batch_size, 1, mesh)
+    network = assembly.Model(config=settings.model, mesh=mesh)
+    network.check_vocabulary_size(vocabulary.vocab_size)
+    original = network.restore(settings.original_checkpoint_path)
+    current = network.restore(settings.checkpoint_path)
+    # Of the objective only the loss depends, and the loss is not reported: forward KL splits
+    # exactly into residual and collateral.
+    objective = objectives.TntObjective(negative_term="forward_kl", positive_term="forward_kl")
+    step = assembly.jit_eval_step(network, objective)
+    examples = tasks.examples_from_records(rows, vocabulary, "the original's outputs")
+    batches = feature_converters.batch_for_eval(
+        examples, settings.batch_size, settings.task_feature_lengths
+    )
+    num_batches = -(-len(examples) // settings.batch_size)
+    sums = [
+        jax.device_get(step(current, original, sharding.put_batch(batch, mesh)))
+        for batch in run_log.progress(batches, "certificate", num_batches)
+    ]
+    means = train_step.summarize({name: sum(float(s[name]) for s in sums) for name in sums[0]})
+    return {
+        "negative_residual": means.get("negative_residual", 0.0),
+        "negative_collateral": means.get("negative_collateral", 0.0),
+        "negative_smallest_cost": means.get("negative_smallest_cost", 0.0),
+        "positive_collateral": means.get("positive_kl", 0.0),
+        "num_negative": means["num_negative"],
+        "num_positive": means["num_positive"],
+    }
+
+
+def _rows(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    before, after, comparison = result["original"], result["current"], result["comparison"]
+
+    def rate(of, name):
+        return f"{of[name]['value']:.2%} ({of[name]['numerator']} of {of[name]['denominator']})"
+
+    rows = [("", "original", "patched")]
+    rows += [
+        (label, rate(before, name), rate(after, name))
+        for label, name in (
+            ("unwanted outputs", "unwanted_outputs"),
+            ("unwanted tokens", "unwanted_tokens"),
+            ("repeated word", "repeated_word"),
+            ("unknown token", "unknown_token"),
+            ("distinct outputs", "distinct_outputs"),
+        )
+    ]
+    rows += [
+        ("cut of unwanted outputs", "", f"{result['cut']:.1%}"),
+        ("BLEU to the original", "", f"{comparison['bleu']:.1f}"),
+        ("ROUGE-L to the original", "", f"{comparison['rouge_l']:.1f}"),
+        ("unchanged outputs", "", f"{comparison['exact_match']['value']:.1%}"),
+    ]
+    if "certificate" in result:
+        parts = result["certificate"]
+        rows += [
+            ("residual at marks (nats)", "", f"{parts['negative_residual']:.4f}"),
+            ("collateral at marks (nats)", "", f"{parts['negative_collateral']:.4f}"),
+            ("smallest possible cost there", "", f"{parts['negative_smallest_cost']:.4f}"),
+            ("KL to the original elsewhere", "", f"{parts['positive_collateral']:.4f}"),
+        ]
+    return rows
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 1.0
+
+
+if __name__ == "__main__":
+    program.run("tnt_jax.evaluate", "evaluate")

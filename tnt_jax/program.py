@@ -1,0 +1,752 @@
+"""How a program (`python -m tnt_jax.train` and the others) starts; the only Python that uses gin.
+
+A program is a module with a docstring, which `--help` prints, and one function of keyword-only
+arguments, which gin binds. The module ends with
+
+    if __name__ == "__main__":
+        program.run("tnt_jax.train", "train")
+
+Settings that cannot work are found before anything heavy is imported: the gin files are read once
+as text (`_Settings`), and only then by gin, which imports what they name.
+"""
+
+import argparse
+import ast
+import contextlib
+import dataclasses
+import difflib
+import enum
+import functools
+import hashlib
+import importlib
+import importlib.abc
+import importlib.util
+import inspect
+import json
+import math
+import os
+import pathlib
+import re
+import sys
+import tempfile
+import tokenize
+import traceback
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn
+
+import absl.logging
+import gin
+import numpy as np
+from etils import epath
+from gin import config_parser
+
+from tnt_jax import run_log
+from tnt_jax.errors import UsageError
+
+_ROOT = pathlib.Path(__file__).parent.parent
+_GIN_CONFIGS = _ROOT / "gin_configs"
+
+# The user's to mend, whoever raised it: a path that does not work.
+_PATH_ERRORS = (
+    FileNotFoundError,
+    FileExistsError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
+)
+
+# ---------------------------------------------------------------------------------------------
+# A program's output is its own: libraries speak from warnings on.
+# ---------------------------------------------------------------------------------------------
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+absl.logging.set_verbosity(absl.logging.WARNING)
+
+# "I0000 00:00:1795514381.121605   27673 cudart_stub.cc:31] Could not find cuda drivers ..."
+_NATIVE_LOG_LINE = re.compile(rb"[IW]\d{4} |WARNING: All log messages before absl::InitializeLog")
+
+
+@contextlib.contextmanager
+def _without_native_log() -> Iterator[None]:
+    """Drops log lines that C++ code writes to stderr meanwhile; everything else comes through."""
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as captured:
+        os.dup2(captured.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            captured.seek(0)
+            for line in captured:
+                if not _NATIVE_LOG_LINE.match(line):
+                    os.write(2, line)
+
+
+class _QuietTensorFlow(importlib.abc.MetaPathFinder):
+    """Imports TensorFlow without the lines that it prints whatever TF_CPP_MIN_LOG_LEVEL is."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname != "tensorflow":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_quietly(module):
+                with _without_native_log():
+                    execute(module)
+
+            spec.loader.exec_module = execute_quietly
+        return spec
+
+
+if "tensorflow" not in sys.modules:
+    sys.meta_path.insert(0, _QuietTensorFlow())
+
+
+# ---------------------------------------------------------------------------------------------
+# Running
+# ---------------------------------------------------------------------------------------------
+
+
+def run(module_name: str, function_name: str, arguments: Sequence[str] | None = None) -> NoReturn:
+    """Runs a program with its command line, and exits.
+
+    Exit status 0: done. 2, with one line on stderr: something that the user can mend (a
+    `UsageError`, a setting that gin refuses, a path that does not work). 130: interrupted. Any
+    other exception is our own defect and keeps its traceback.
+
+    Args:
+        module_name: full name of the program's module, which `python -m` knows only as `__main__`:
+            gin files refer to the function by its real name, so that is what is called.
+        function_name: the function in it; every argument is keyword-only.
+        arguments: the command line; `sys.argv[1:]` by default.
+    """
+    try:
+        _run(module_name, function_name, sys.argv[1:] if arguments is None else arguments)
+    except KeyboardInterrupt:
+        print(f"{module_name}: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if not _is_for_the_user(error):
+            raise
+        print(f"{module_name}: error: {_one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0)
+
+
+def _run(module_name: str, function_name: str, arguments: Sequence[str]) -> None:
+    flags = _Flags.parse(module_name, arguments)
+    folders = _gin_folders(flags.search_folders)
+    if flags.help:
+        print(_help(module_name, function_name, flags, folders))
+        return
+
+    settings = _Settings(folders)
+    files = [settings.add_file(name, given_by="--gin_file") for name in flags.gin_files]
+    for name, value in flags.bindings:
+        settings.add_binding(name, value)
+    settings.check()
+    unused = settings.unused_macros()
+    if unused:
+        print(f"{module_name}: warning: nothing reads {_and(unused)}", file=sys.stderr)
+
+    module = importlib.import_module(module_name)
+    gin.clear_config()
+    for file in files:
+        parse_gin_file(file, flags.search_folders)
+    imports = settings.imports_for_bindings()
+    for name, value in flags.bindings:
+        try:
+            gin.parse_config([*imports, f"{name} = {_as_gin(value)}"])
+        except Exception as error:
+            if not _is_for_the_user(error):
+                raise
+            # The place in the text that we made up tells the user nothing.
+            reason = str(error).partition("\n  In bindings string")[0]
+            raise UsageError(f"--gin.{name}={value}: {reason}") from None
+
+    function = getattr(module, function_name)
+    try:
+        configured = gin.get_configurable(function)
+    except ValueError:  # no gin file refers to it
+        configured = gin.external_configurable(function, module=module_name)
+    short_name = f"{module_name.rpartition('.')[2]}.{function_name}"
+    missing = [
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.default is inspect.Parameter.empty
+        and name not in gin.get_bindings(function, resolve_references=False)
+    ]
+    if missing:
+        raise UsageError(
+            f"no gin file sets {_and(missing)}: pass a run file with --gin_file=..., or set "
+            + ", ".join(f"--gin.{short_name}.{name}=..." for name in missing)
+        )
+    gin.finalize()
+    configured()
+
+
+def parse_gin_file(
+    path: str | os.PathLike, search_folders: Sequence[str | os.PathLike] = ()
+) -> None:
+    """Gives gin one file; `path` and what it includes are looked up as `--gin_file` is."""
+    find = _Settings(_gin_folders(search_folders)).find
+    # gin's own search takes a folder for a package and logs every place where it finds nothing.
+    readers = gin.config._FILE_READERS
+    own = readers[:]
+    readers[:] = [(lambda name: find(name).open(encoding="utf-8"), lambda name: True)]
+    try:
+        gin.parse_config_file(os.fspath(path))
+    finally:
+        readers[:] = own
+
+
+def _gin_folders(search_folders: Sequence[str | os.PathLike]) -> list[pathlib.Path]:
+    return [pathlib.Path(), *map(pathlib.Path, search_folders), _ROOT, _GIN_CONFIGS]
+
+
+def write_config(path: str | os.PathLike) -> None:
+    """Writes the gin settings of this process beside an output.
+
+    What was used so far, with defaults, and what was set but not used yet, such as the settings of
+    a function that is called later. `--gin_file` reads the file back. Nothing is written where gin
+    was given nothing, that is, where a program's function is called from Python.
+
+    Args:
+        path: a folder (the file is `operative_config.gin` in it) or a file (`<path>.gin`).
+    """
+    if not gin.config_str():
+        return
+    path = pathlib.Path(path)
+    path = path / "operative_config.gin" if path.is_dir() else path.with_name(f"{path.name}.gin")
+    run_log.write_text(path, _config_text())
+
+
+def _config_text() -> str:
+    # gin prints either what was set or what was used; only both together repeat the run, and gin
+    # has no public function for that.
+    config = gin.config
+    merged = {key: dict(values) for key, values in config._CONFIG.items()}
+    with config._OPERATIVE_CONFIG_LOCK:
+        for key, values in config._OPERATIVE_CONFIG.items():
+            merged[key] = {**merged.get(key, {}), **values}
+    return config._config_str(merged)
+
+
+# ---------------------------------------------------------------------------------------------
+# Settings as JSON
+# ---------------------------------------------------------------------------------------------
+
+
+def describe(value: Any) -> Any:
+    """A JSON value that two settings share exactly when they ask for the same thing.
+
+    Never an address in memory, never a side effect such as calling what gin would call. Functions
+    and classes come with what gin binds to them (within the scope of `@scope/name`) and with the
+    variables that they close over, which is where an optax schedule keeps its numbers. The
+    description of a vocabulary depends on what is in its model file and not on where that lies.
+
+    Args:
+        value: anything. A kind of object that this does not know is described by its class and
+            attributes.
+    """
+    return _describe(value, ())
+
+
+def _describe(value: Any, outer: tuple[int, ...]) -> Any:
+    """`describe` within the values whose ids are `outer`, so that a cycle ends."""
+    if isinstance(value, enum.Enum):
+        return {"class": _qualified_name(type(value)), "name": value.name}
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else repr(value)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, bytes):
+        return _digest(value)
+    if inspect.ismodule(value):
+        return {"module": value.__name__}
+    if id(value) in outer:
+        return "..."
+    outer = (*outer, id(value))
+
+    def named(values: Mapping[Any, Any]) -> dict[str, Any]:
+        return {str(name): _describe(x, outer) for name, x in values.items()}
+
+    if isinstance(value, Mapping):
+        return named(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return {
+            "class": _qualified_name(type(value)),
+            **named({name: getattr(value, name) for name in value._fields}),
+        }
+    if isinstance(value, list | tuple):
+        return [_describe(x, outer) for x in value]
+    if isinstance(value, set | frozenset):
+        return sorted((_describe(x, outer) for x in value), key=json.dumps)
+    if isinstance(value, gin.config.ConfigurableReference):
+        return _describe_reference(value, outer)
+    if isinstance(value, functools.partial):
+        call = {"args": _describe(value.args, outer), **named(value.keywords)}
+        return {"partial": _describe(value.func, outer), **call}
+    if inspect.isclass(value) or inspect.isroutine(value):
+        return _describe_function(value, outer)
+    if dataclasses.is_dataclass(value):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return {"class": _qualified_name(type(value)), **named(fields)}
+    if hasattr(value, "sentencepiece_model_file"):  # seqio's vocabulary
+        file = value.sentencepiece_model_file
+        try:
+            model = _digest(epath.Path(file).read_bytes())
+        except OSError:
+            model = os.fspath(file)
+        name = _qualified_name(type(value))
+        return {"class": name, "model": model, "extra_ids": value.extra_ids}
+    if isinstance(value, np.dtype):
+        return str(value)
+    if hasattr(value, "__array__") and hasattr(value, "dtype"):
+        array = np.asarray(value)
+        if array.ndim == 0 and array.dtype.kind in "biuf":
+            return _describe(array.item(), outer)
+        return {
+            "array": _digest(array.tobytes()),
+            "shape": list(array.shape),
+            "dtype": str(array.dtype),
+        }
+    return {"class": _qualified_name(type(value)), **named(getattr(value, "__dict__", {}))}
+
+
+def _describe_function(function: Callable[..., Any], outer: tuple[int, ...]) -> dict[str, Any]:
+    """A function or class: its name, what gin binds to it, and what it closes over."""
+    # What gin hands over is wrapped, for `@scope/name` once more, with the scope in the closure.
+    scope = []
+    while (call := _gin_call(function)) is not None:
+        scope = _closure(call).get("scope_components", scope)
+        function = function.__bases__[0] if inspect.isclass(function) else function.__wrapped__
+    described = {"function": _qualified_name(function)}
+    with gin.config_scope(scope) if scope else contextlib.nullcontext():
+        try:
+            settings = gin.get_bindings(function, resolve_references=False)
+        except ValueError:  # not known to gin
+            settings = {}
+        settings |= _closure(function)
+        if inspect.ismethod(function):
+            settings["self"] = function.__self__
+        return described | {name: _describe(x, outer) for name, x in settings.items()}
+
+
+def _describe_reference(reference: Any, outer: tuple[int, ...]) -> Any:
+    """What stands behind `@name`, `@name()` or `%NAME`, without calling it."""
+    function = reference.configurable.wrapped
+    with gin.config_scope(reference.scopes) if reference.scopes else contextlib.nullcontext():
+        described = _describe_function(function, outer)
+    if function is gin.config.macro:
+        return described.get("value")
+    if function.__module__ == "gin.config":  # a constant
+        return repr(reference)
+    return {"call": described.pop("function"), **described} if reference.evaluate else described
+
+
+def _gin_call(function: Any) -> Callable[..., Any] | None:
+    """The function by which gin wrapped this function or class, if it did."""
+    call = type(function).__call__ if inspect.isclass(function) else function
+    is_wrapper = hasattr(call, "__wrapped__") and hasattr(call, "__code__")
+    return call if is_wrapper and _is_gin_code(call.__code__) else None
+
+
+def _closure(function: Any) -> dict[str, Any]:
+    """The variables that a function closes over, by name."""
+    names = getattr(getattr(function, "__code__", None), "co_freevars", ())
+    found = {}
+    for name, cell in zip(names, getattr(function, "__closure__", None) or (), strict=False):
+        with contextlib.suppress(ValueError):  # not assigned yet
+            found[name] = cell.cell_contents
+    return found
+
+
+def _qualified_name(value: Any) -> str:
+    return f"{value.__module__}.{value.__qualname__}"
+
+
+def _digest(content: bytes) -> str:
+    return f"sha256:{hashlib.sha256(content).hexdigest()} ({len(content)} bytes)"
+
+
+# ---------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see --help)")
+
+
+@dataclasses.dataclass
+class _Flags:
+    """The command line, taken apart.
+
+    Attributes:
+        gin_files: as given, in order.
+        search_folders: of `--gin_search_paths`.
+        bindings: (name, value) of each `--gin.NAME=VALUE`, as given.
+        help: whether `--help` was there.
+        options: the text that explains the flags.
+    """
+
+    gin_files: list[str]
+    search_folders: list[pathlib.Path]
+    bindings: list[tuple[str, str]]
+    help: bool
+    options: str
+
+    @classmethod
+    def parse(cls, module_name: str, arguments: Sequence[str]) -> "_Flags":
+        parser = _Parser(
+            prog=f"python -m {module_name}",
+            usage="%(prog)s --gin_file=FILE ... [--gin.NAME=VALUE ...]",
+            add_help=False,
+            allow_abbrev=False,
+        )
+        parser.add_argument(
+            "--gin_file",
+            action="append",
+            default=[],
+            metavar="FILE",
+            help="settings; repeatable, later ones win. Looked for as given, then in "
+            "--gin_search_paths, then in the project's gin_configs folder",
+        )
+        parser.add_argument(
+            "--gin_search_paths",
+            action="append",
+            default=[],
+            metavar="FOLDER[,FOLDER]",
+            help="where else to look for gin files and what they include; repeatable",
+        )
+        parser.add_argument("--help", "-h", action="store_true", help="print this and exit")
+        # Only for the help text: argparse cannot take a flag whose name is open.
+        parser.add_argument(
+            "--gin.NAME",
+            metavar="VALUE",
+            help="one setting: a macro of a gin file (--gin.BATCH_SIZE=32) or an argument "
+            "(--gin.t5.T5Config.emb_dim=64); repeatable, wins over files. A text needs no quotes",
+        )
+        bindings, others = [], []
+        for argument in arguments:
+            if not argument.startswith("--gin."):
+                others.append(argument)
+                continue
+            name, equals, value = argument.removeprefix("--gin.").partition("=")
+            if not equals or not re.fullmatch(r"(\w+/)*\w+(\.\w+)*", name):
+                raise UsageError(f"{argument}: expected --gin.NAME=VALUE")
+            bindings.append((name, value))
+        found = parser.parse_args(others)
+        folders = [f for group in found.gin_search_paths for f in group.split(",") if f]
+        return cls(
+            gin_files=found.gin_file,
+            search_folders=[pathlib.Path(folder) for folder in folders],
+            bindings=bindings,
+            help=found.help,
+            options=parser.format_help(),
+        )
+
+
+def _help(
+    module_name: str, function_name: str, flags: _Flags, folders: Sequence[pathlib.Path]
+) -> str:
+    """What the program does, its flags, what must be set, and an example if none was given."""
+    spec = importlib.util.find_spec(module_name)
+    assert spec is not None and spec.origin is not None, module_name
+    # Read, not imported: help should not wait for TensorFlow.
+    description = ast.get_docstring(ast.parse(pathlib.Path(spec.origin).read_text("utf-8"))) or ""
+    parts = [description, flags.options.strip()]
+    argument_prefix = f"{module_name.rpartition('.')[2]}.{function_name}."
+    example = None
+    for name in flags.gin_files or sorted(str(p) for p in (_GIN_CONFIGS / "runs").glob("*.gin")):
+        settings = _Settings(folders)
+        file = settings.add_file(name, given_by="--gin_file")
+        required = settings.required()
+        if not required or not (
+            flags.gin_files or any(key.startswith(argument_prefix) for key in settings.values)
+        ):
+            continue
+        shown = os.path.relpath(file, _GIN_CONFIGS) if _GIN_CONFIGS in file.parents else file
+        lines = [
+            f"  --gin.{key}=...   {settings.comments.get(key, '')}".rstrip() for key in required
+        ]
+        parts.append("\n".join([f"what {shown} needs to be told:", *lines]))
+        example = example or " ".join(
+            [
+                f"python -m {module_name} --gin_file={shown}",
+                *(f"--gin.{key}=..." for key in required),
+            ]
+        )
+    if example and "python -m" not in description:
+        parts.append(f"example:\n  {example}")
+    return "\n\n".join(parts)
+
+
+# ---------------------------------------------------------------------------------------------
+# gin files read as text
+# ---------------------------------------------------------------------------------------------
+
+_REQUIRED = object()  # stands for %gin.REQUIRED
+
+
+class _Names(config_parser.ParserDelegate):
+    """Notes which macros and configurables a gin text reads, and imports nothing."""
+
+    def __init__(self):
+        self.macros: list[str] = []
+        self.selectors: list[str] = []
+
+    def macro(self, macro_name):
+        if macro_name == "gin.REQUIRED":
+            return _REQUIRED
+        self.macros.append(macro_name)
+        return None
+
+    def configurable_reference(self, scoped_configurable_name, evaluate):
+        self.selectors.append(scoped_configurable_name)
+        return None
+
+
+class _Settings:
+    """The settings of some gin files and flags, so far as text tells.
+
+    Attributes:
+        values: by key ("MODEL_DIR", "t5.T5Config.emb_dim"), the last value; references are None.
+        comments: what a gin file says behind `NAME = %gin.REQUIRED  # ...`.
+    """
+
+    def __init__(self, folders: Sequence[pathlib.Path]):
+        self._folders = folders
+        self.values: dict[str, Any] = {}
+        self.comments: dict[str, str] = {}
+        self._defined: dict[str, pathlib.Path] = {}  # macro -> gin file
+        self._read: dict[str, str] = {}  # macro -> who reads it
+        self._flags: list[str] = []  # macros that the command line sets
+        self._imports: dict[str, str] = {}  # name -> import line
+        self._open_files: list[pathlib.Path] = []
+
+    def add_file(self, name: str, *, given_by: str) -> pathlib.Path:
+        """Reads a gin file and what it includes; returns where it is.
+
+        Raises:
+            UsageError: no such file, or not gin.
+        """
+        path = self.find(name, given_by)
+        if path in self._open_files:
+            raise UsageError(f"{given_by}: {path} includes itself")
+        self._open_files.append(path)
+        try:
+            text = path.read_text("utf-8")
+            self._add_text(text, path)
+        except SyntaxError as error:
+            content = f": {error.text.strip()}" if error.text else ""
+            raise UsageError(f"{path}, line {error.lineno}: {error.msg}{content}") from None
+        except tokenize.TokenError as error:
+            message, (line, _) = error.args
+            raise UsageError(f"{path}, line {line}: {message}") from None
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{path}: expected UTF-8 text: {error}") from None
+        self._open_files.pop()
+        for match in re.finditer(r"^(\w+)\s*=\s*%gin\.REQUIRED\s*#\s*(.+)$", text, re.MULTILINE):
+            self.comments[match[1]] = match[2].strip()
+        return path
+
+    def find(self, name: str, given_by: str = "include") -> pathlib.Path:
+        """Where the gin file is that `--gin_file` or an include names.
+
+        Raises:
+            UsageError: nowhere.
+        """
+        candidates = list(dict.fromkeys(pathlib.Path.cwd() / f / name for f in self._folders))
+        for path in candidates:
+            if path.is_file():
+                return path
+        known = [path for path, _ in self._known_files()]
+        close = [path for path in known if pathlib.Path(path).name == pathlib.Path(name).name]
+        close = close or difflib.get_close_matches(name, known, n=2, cutoff=0.7)
+        hint = f"; did you mean {_or(close)}?" if close else ""
+        looked = _and(map(str, candidates))
+        raise UsageError(f"{given_by}: no gin file {name!r}: looked for {looked}{hint}")
+
+    def add_binding(self, name: str, value: str) -> None:
+        """Adds `--gin.NAME=VALUE`.
+
+        Raises:
+            UsageError: the value looks like gin (a container, a quoted text, a reference) but is
+                not.
+        """
+        names = _Names()
+        self.values[name] = _parse_value(value, names, f"--gin.{name}={value}")
+        self._note_macros(names, f"--gin.{name}")
+        if "." not in name:
+            self._flags.append(name)
+        for selector in [name, *names.selectors] if "." in name else names.selectors:
+            symbol = selector.rpartition("/")[2].partition(".")[0]
+            # A module that no gin file imports: one of ours, else one such as optax.
+            if symbol not in self._imports:
+                if importlib.util.find_spec(f"tnt_jax.{symbol}"):
+                    self._imports[symbol] = f"from tnt_jax import {symbol}"
+                elif importlib.util.find_spec(symbol):
+                    self._imports[symbol] = f"import {symbol}"
+
+    def check(self) -> None:
+        """Finds what gin would find late, or never.
+
+        Raises:
+            UsageError: a flag sets a macro that nothing reads, or one that is read has no value.
+        """
+        for name in self._flags:
+            if name not in self._read:
+                close = difflib.get_close_matches(name, self._read)
+                if close:
+                    hint = f"did you mean {_or(close)}?"
+                elif self._read:
+                    hint = f"what they read: {_and(sorted(self._read))}"
+                else:
+                    hint = "is a --gin_file missing?"
+                raise UsageError(f"--gin.{name}: no gin file reads %{name}; {hint}")
+        problems = []
+        if required := self.required():
+            problems.append("set " + ", ".join(f"--gin.{key}=..." for key in required))
+        for name in self._read:
+            if name in self.values or "." in name:  # with a dot it is a constant
+                continue
+            problem = f"{self._read[name]} reads %{name}, which nothing sets"
+            if setters := [path for path, text in self._known_files() if _sets(text, name)]:
+                problem += f": add --gin_file={setters[0]}"
+                problem += f" (or one of {len(setters) - 1} others)" if setters[1:] else ""
+            elif close := difflib.get_close_matches(name, self.values, n=1):
+                problem += f" (did you mean %{close[0]}?)"
+            problems.append(f"{problem}, or --gin.{name}=...")
+        if problems:
+            raise UsageError("settings are missing: " + "; ".join(problems))
+
+    def required(self) -> list[str]:
+        """Keys that are still %gin.REQUIRED; a macro only where something reads it."""
+        return [
+            key
+            for key, value in self.values.items()
+            if value is _REQUIRED and (key in self._read or key not in self._defined)
+        ]
+
+    def unused_macros(self) -> list[str]:
+        """Macros that a gin file defines and nothing reads."""
+        return [
+            f"{name} ({path.name})"
+            for name, path in self._defined.items()
+            if name not in self._read
+        ]
+
+    def imports_for_bindings(self) -> list[str]:
+        """Lines of gin after which the command line may use every name that the gin files use."""
+        return ["from __gin__ import dynamic_registration", *self._imports.values()]
+
+    def _known_files(self) -> Iterator[tuple[str, str]]:
+        """Name, as for `--gin_file`, and text of the gin files of the search folders and ours."""
+        for folder in self._folders:
+            if folder not in (pathlib.Path(), _ROOT):
+                for path in sorted(folder.rglob("*.gin")):
+                    yield str(path.relative_to(folder)), path.read_text("utf-8", "replace")
+
+    def _add_text(self, text: str, path: pathlib.Path) -> None:
+        names = _Names()
+        for statement in config_parser.ConfigParser(text, names):
+            self._note_macros(names, path.name)
+            if isinstance(statement, config_parser.IncludeStatement):
+                self.add_file(
+                    statement.filename,
+                    given_by=f"{path}, line {statement.location.line_num}",
+                )
+            elif isinstance(statement, config_parser.ImportStatement):
+                if not statement.module.startswith("__gin__."):
+                    self._imports[statement.bound_name()] = statement.format()
+            elif isinstance(statement, config_parser.BindingStatement):
+                key = f"{statement.scope}/" if statement.scope else ""
+                key += statement.selector
+                if statement.arg_name:
+                    key += f".{statement.arg_name}"
+                else:
+                    self._defined[key] = path
+                self.values[key] = statement.value
+
+    def _note_macros(self, names: _Names, reader: str) -> None:
+        for name in names.macros:
+            self._read.setdefault(name, reader)
+        names.macros.clear()
+
+
+def _sets(text: str, macro: str) -> bool:
+    return re.search(rf"^{re.escape(macro)}\s*=(?!\s*%gin\.REQUIRED)", text, re.MULTILINE) is not None
+
+
+def _parse_value(value: str, names: config_parser.ParserDelegate, flag: str) -> Any:
+    """The value of a flag: a gin literal or reference, else the text itself.
+
+    Raises:
+        UsageError: it starts as gin does and is not gin.
+    """
+    try:
+        parser = config_parser.ConfigParser(value.strip(), names)
+        parsed = parser.parse_value()
+        if parser.current_token.type in (tokenize.NEWLINE, tokenize.ENDMARKER):
+            return parsed
+        reason = f"unexpected {parser.current_token.string!r}"
+    except (SyntaxError, tokenize.TokenError) as error:
+        reason = error.args[0]
+    if value.strip().startswith(tuple("\"'([{@%")):
+        raise UsageError(f"{flag}: {reason}; a text that starts like this needs quotes within")
+    return value
+
+
+def _as_gin(value: str) -> str:
+    """A flag's value as gin text: quoted, where it is a plain text."""
+    names = _Names()
+    is_text = _parse_value(value, names, value) is value
+    return repr(value) if is_text else value.strip()
+
+
+# ---------------------------------------------------------------------------------------------
+# Errors as one line
+# ---------------------------------------------------------------------------------------------
+
+
+def _is_for_the_user(error: Exception) -> bool:
+    if isinstance(error, (UsageError, *_PATH_ERRORS)):
+        return True
+    *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
+    if not _is_gin_code(innermost.f_code):
+        return False
+    # gin refused a setting, or found a required argument missing. Any other TypeError at a call
+    # through gin is a call that we wrote wrong.
+    return not isinstance(error, TypeError) or "required" in str(error)
+
+
+def _is_gin_code(code: types.CodeType) -> bool:
+    return pathlib.Path(code.co_filename).parent == pathlib.Path(gin.__file__).parent
+
+
+def _one_line(error: Exception) -> str:
+    # gin appends the calls that an exception passed through.
+    text = re.split(r"\n\s*(?:In call to configurable|No values supplied by Gin)", str(error))[0]
+    text = re.sub(r"^\[Errno \d+\] ", "", text)
+    text = re.sub(r"<module '([\w.]+)'[^>]*>", r"\1", text)
+    return " ".join(text.split())
+
+
+def _and(names: Iterable[str]) -> str:
+    return ", ".join(names)
+
+
+def _or(names: Iterable[str]) -> str:
+    return " or ".join(names)

@@ -1,0 +1,187 @@
+"""What a run tells: lines and progress on stdout, metrics and results in files.
+
+On several hosts only the first one prints and writes. Importing this needs neither JAX nor
+TensorFlow, so that a program which only handles text starts at once.
+"""
+
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from typing import Any, SupportsFloat
+
+import rich.box
+import rich.console
+import rich.progress
+import rich.table
+import rich.text
+from etils import epath
+
+from tnt_jax import records
+
+# Plain progress lines: none sooner than the first after the last one, none later than the second.
+# In between, one for every tenth of the work.
+_SHORTEST_SILENCE = 15.0  # seconds
+_LONGEST_SILENCE = 60.0  # seconds
+
+
+def is_first_process() -> bool:
+    """Whether this process prints and writes: always, unless it is a later host of several."""
+    jax = sys.modules.get("jax")
+    # `jax.process_index()` starts the backend, after which `jax.distributed.initialize` is refused.
+    # So it is asked only once several processes have met.
+    return jax is None or not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def log(message: str) -> None:
+    """Prints one line on stdout at once."""
+    if is_first_process():
+        print(message, flush=True)
+
+
+def progress(iterable: Iterable[Any], description: str, total: int | None = None) -> Iterator[Any]:
+    """Yields what `iterable` yields and shows how far it is and how much time is left.
+
+    On a terminal this is a bar. Elsewhere it is plain lines, 15 to 60 seconds apart, and a last
+    one.
+
+    Args:
+        iterable: the work; the time that its consumer spends on an item counts.
+        description: what is being done ("generating").
+        total: number of items, where `len(iterable)` does not tell.
+    """
+    if total is None and isinstance(iterable, Sized):
+        total = len(iterable)
+    if not is_first_process():
+        yield from iterable
+    elif sys.stdout.isatty():
+        with rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}", markup=False),
+            rich.progress.BarColumn(),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TimeElapsedColumn(),
+            rich.progress.TimeRemainingColumn(),
+        ) as bar:
+            yield from bar.track(iterable, total=total, description=description)
+    else:
+        yield from _plain_progress(iterable, description, total)
+
+
+def _plain_progress(iterable: Iterable[Any], description: str, total: int | None) -> Iterator[Any]:
+    start = time.monotonic()
+    last_time, last_count, count = start, 0, 0
+    for item in iterable:
+        yield item
+        count += 1
+        now = time.monotonic()
+        waited = now - last_time
+        a_tenth_further = total is not None and count - last_count >= total / 10
+        if waited >= _LONGEST_SILENCE or (waited >= _SHORTEST_SILENCE and a_tenth_further):
+            line = f"{description}: {count}"
+            if total:
+                left = (now - start) / count * max(total - count, 0)
+                line += f"/{total} ({100 * count // total} %), {_duration(left)} left"
+            log(line)
+            last_time, last_count = now, count
+    log(f"{description}: {count} in {_duration(time.monotonic() - start)}")
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class MetricsWriter:
+    """Appends metrics to `metrics.jsonl`, one JSON object a line: `{"step": 10, "loss": 0.5}`.
+
+    A run that goes on appends to what is there. A last line that a kill cut short is dropped.
+
+    Args:
+        directory: where the file goes; created if need be. Local, or anything that `etils.epath`
+            opens, such as gs://.
+    """
+
+    def __init__(self, directory: str | os.PathLike):
+        self._file = None
+        if not is_first_process():
+            return
+        path = epath.Path(directory) / "metrics.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            written = path.read_text()
+            whole = written[: written.rfind("\n") + 1]
+            if whole != written:
+                write_text(path, whole)
+        self._file = path.open("a")
+
+    def write(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
+        """Appends one line, flushed. A value that is not finite becomes null: JSON has no NaN."""
+        if self._file is None:
+            return
+        values = {name: float(value) for name, value in metrics.items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": int(step), **finite}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file; may be called twice."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a whole file or none: it appears under its name only when it is complete."""
+    if not is_first_process():
+        return
+    if "://" in os.fspath(path):  # an object store shows an object only when it is complete
+        epath.Path(path).write_text(text)
+        return
+    with records.replacing(pathlib.Path(path)) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Writes `value` as indented JSON, as `write_text` does."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def table(
+    rows: Sequence[Sequence[Any]], *, columns: Sequence[str], title: str | None = None
+) -> None:
+    """Prints a table on stdout.
+
+    Args:
+        rows: cells, one sequence a row. Numbers are aligned to the right (floats with one decimal,
+            so give percentages), None is a dash, everything else is printed as it is.
+        columns: the headings.
+        title: printed above.
+    """
+    if not is_first_process():
+        return
+    shown = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, title_justify="left")
+    for index, name in enumerate(columns):
+        cells = [row[index] for row in rows]
+        is_number = any(isinstance(cell, int | float) for cell in cells)
+        shown.add_column(rich.text.Text(name), justify="right" if is_number else "left")
+    for row in rows:
+        shown.add_row(*(rich.text.Text(_cell(value)) for value in row))
+    # A file has no width: there, a line is as long as it needs to be.
+    console = rich.console.Console(width=None if sys.stdout.isatty() else 10_000)
+    console.print(shown)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,316 @@
+"""Trains a T5 on annotated records: Targeted Negative Training, its baselines, or fine-tuning.
+
+The parameters come from, in this order:
+
+1. the newest checkpoint in MODEL_DIR, if there is one: the run goes on where it stopped;
+2. INITIAL_CHECKPOINT_PATH, a checkpoint or a model directory of this tool;
+3. a random initialisation from the seed, if INITIAL_CHECKPOINT_PATH is None.
+
+The original, which the objectives compare with, always comes from 2 or 3, also when a run goes on:
+it is never the half-trained model of MODEL_DIR. Its digest is in every checkpoint, and checked.
+
+Example:
+
+    python -m tnt_jax.train --gin_file=models/t5_1_1_base.gin --gin_file=objectives/tnrf.gin \
+      --gin_file=runs/train.gin --gin.RECORDS=annotated.jsonl --gin.VOCABULARY_PATH=spiece.model \
+      --gin.INITIAL_CHECKPOINT_PATH=original/checkpoint_1000 --gin.MODEL_DIR=patched \
+      --gin.TRAIN_STEPS=200
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+import optax
+
+from tnt_jax import (
+    assembly,
+    checkpoints,
+    feature_converters,
+    objectives,
+    program,
+    run_log,
+    sharding,
+    t5,
+    train_step,
+)
+from tnt_jax.array_types import PyTree
+from tnt_jax.errors import UsageError
+
+
+class Dataset(Protocol):
+    """A source of examples: `tasks.RecordFiles`, `tasks.SeqioDataset`, or your own."""
+
+    @property
+    def vocabulary(self) -> Any:
+        """The seqio vocabulary of its ids."""
+        ...
+
+    def load(self, task_feature_lengths: Mapping[str, int]) -> list[feature_converters.Example]:
+        """All examples, tokenised and marked."""
+        ...
+
+
+def train(
+    *,
+    model_dir: str,
+    model: t5.T5Config,
+    objective: objectives.TntObjective,
+    dataset: Dataset,
+    task_feature_lengths: Mapping[str, int],
+    batch_size: int,
+    train_steps: int,
+    initial_checkpoint_path: str | None,
+    optimizer: Callable[[], optax.GradientTransformation],
+    num_microbatches: int = 1,
+    mesh_shape: sharding.MeshShape | None = None,
+    eval_dataset: Dataset | None = None,
+    eval_every: int = 500,
+    checkpoint_every: int = 1000,
+    log_every: int = 50,
+    keep_checkpoints: int = 2,
+    seed: int = 0,
+) -> str:
+    """Trains, writing checkpoints, `metrics.jsonl` and the operative config into `model_dir`.
+
+    Args:
+      model_dir: Where everything goes; a run that was stopped goes on from there.
+      model: The network's settings.
+      objective: The loss per token.
+      dataset: Annotated examples.
+      task_feature_lengths: Tokens of "inputs" and "targets"; longer ones are cut, and counted.
+      batch_size: Examples per update, over all devices and microbatches.
+      train_steps: Updates in all, those before a restart included.
+      initial_checkpoint_path: The original, and where training starts from; None is random.
+      optimizer: Makes the Optax optimizer, such as `optax.adafactor`.
+      num_microbatches: Parts that each batch is computed in, to save memory.
+      mesh_shape: Devices per mesh axis; None puts all on `data`.
+      eval_dataset: Evaluated every `eval_every` updates and at the end.
+      eval_every: In updates.
+      checkpoint_every: In updates; the end is always saved.
+      log_every: In updates.
+      keep_checkpoints: The newest ones that stay on disk.
+      seed: Of the data order, dropout and a random initialisation.
+
+    Returns:
+      The path of the last checkpoint.
+
+    Raises:
+      UsageError: A setting, the data or a checkpoint does not fit; or the loss is not finite.
+    """
+    for name, value in (
+        ("TRAIN_STEPS", train_steps),
+        ("checkpoint_every", checkpoint_every),
+        ("log_every", log_every),
+        ("eval_every", eval_every),
+    ):
+        if value < 1:
+            raise UsageError(f"{name}: expected at least 1, found {value}.")
+
+    # ------------------------------------------------------------------------------------- Mesh
+    mesh = sharding.make_mesh(mesh_shape or sharding.MeshShape())
+    sharding.check_batch_size(batch_size, num_microbatches, mesh)
+
+    # ----------------------------------------------------------------------------- Input pipeline
+    network = assembly.Model(config=model, mesh=mesh)
+    examples = _load(dataset, task_feature_lengths, network)
+    eval_examples = _load(eval_dataset, task_feature_lengths, network) if eval_dataset else []
+    _check_marks(examples, objective, task_feature_lengths)
+    # One K for training and evaluation: each K is a program of its own.
+    num_negative_ids = feature_converters.max_negative_ids([*examples, *eval_examples])
+    batches = feature_converters.Batches(
+        examples,
+        batch_size,
+        task_feature_lengths,
+        seed=seed,
+        num_negative_ids=num_negative_ids,
+        rows=sharding.host_rows(batch_size, mesh),
+    )
+
+    # ------------------------------------------------------------------------- Model and original
+    trainer = assembly.Trainer(
+        model=network,
+        objective=objective,
+        optimizer=optimizer(),
+        num_microbatches=num_microbatches,
+    )
+
+    def initial_params() -> PyTree:
+        if initial_checkpoint_path is None:
+            return network.init(seed)
+        return network.restore(initial_checkpoint_path)
+
+    with (
+        checkpoints.Checkpoints(model_dir, keep=keep_checkpoints) as saved,
+        run_log.MetricsWriter(model_dir) as metrics,
+    ):
+        program.write_config(model_dir)
+        original_params, original = None, None
+        if objective.needs_original:
+            original_params = initial_params()
+            original = {"path": initial_checkpoint_path, "digest": checkpoints.digest(original_params)}
+            _warn_about(objective, model, initial_checkpoint_path)
+        run = {
+            "original": original,
+            "objective": program.describe(objective),
+            "model": program.describe(model),
+            "jax": jax.__version__,
+        }
+
+        start = saved.latest_step()
+        if start is None:
+            start, state = 0, trainer.init_state(initial_params())
+        else:
+            _check_original(saved.run_of(start)["original"], original, model_dir)
+            state = saved.restore(start, trainer.abstract_state)
+            run_log.log(f"Going on from checkpoint {start} in {model_dir}.")
+
+        # ------------------------------------------------------------------------------------ Loop
+        key = jax.random.key(seed)
+        eval_step = assembly.jit_eval_step(network, objective)
+
+        def evaluate(step: int) -> None:
+            rows = sharding.host_rows(batch_size, mesh)
+            sums = [
+                eval_step(state.params, original_params, sharding.put_batch(batch, mesh))
+                for batch in feature_converters.batch_for_eval(
+                    eval_examples, batch_size, task_feature_lengths, num_negative_ids, rows
+                )
+            ]
+            summary = train_step.summarize(_add(jax.device_get(sums)))
+            metrics.write(step, {f"eval/{name}": value for name, value in summary.items()})
+            run_log.log(f"update {step}, evaluation: {_line(summary)}")
+
+        run_log.log(
+            f"Training on {len(examples)} examples from update {start} to {train_steps}, "
+            f"{batch_size} at a time, on {jax.device_count()} {jax.default_backend()} device(s)."
+        )
+        pending: list[Any] = []  # sums of the updates since the last log, still on the devices
+        since = time.monotonic()
+        for step in range(start + 1, train_steps + 1):
+            batch = sharding.put_batch(batches.batch(step - 1), mesh)
+            state, sums = trainer.step(state, original_params, batch, key)
+            pending.append(sums)
+            is_last = step == train_steps
+            is_save = is_last or step % checkpoint_every == 0
+            if is_last or is_save or step % log_every == 0:
+                fetched = jax.device_get(pending)  # waits for the devices
+                _check_finite(fetched, step - len(fetched) + 1, saved.latest_step(), model_dir)
+                seconds = time.monotonic() - since
+                summary = train_step.summarize(_add(fetched))
+                summary["tokens_per_second"] = summary["num_tokens"] / seconds
+                metrics.write(step, summary)
+                run_log.log(f"update {step} of {train_steps}: {_line(summary)}")
+                pending, since = [], time.monotonic()
+            if is_save:
+                saved.save(state, run)
+            if eval_examples and (is_last or step % eval_every == 0):
+                evaluate(step)
+                since = time.monotonic()
+        if start >= train_steps:
+            run_log.log(f"Nothing to do: {model_dir} is at update {start} of {train_steps}.")
+    last = str(checkpoints.find(model_dir))
+    run_log.log(f"The model is in {last}.")
+    return last
+
+
+def _load(
+    dataset: Dataset, task_feature_lengths: Mapping[str, int], network: assembly.Model
+) -> list[feature_converters.Example]:
+    network.check_vocabulary_size(dataset.vocabulary.vocab_size)
+    examples = dataset.load(task_feature_lengths)
+    feature_converters.check_token_ids(examples, network.config.vocab_size)
+    return examples
+
+
+def _check_marks(
+    examples: Sequence[feature_converters.Example],
+    objective: objectives.TntObjective,
+    task_feature_lengths: Mapping[str, int],
+) -> None:
+    """There must be something to remove, and something to keep."""
+    if objective.negative_term == "none":
+        return
+    num_marked = sum(bool(len(example.negative_pairs)) for example in examples)
+    lost = feature_converters.count_lost(examples, task_feature_lengths)
+    num_marks = sum(len(example.negative_pairs) for example in examples)
+    if num_marks == lost.num_marks and not objective.removed_everywhere:
+        raise UsageError(
+            f"negative_term={objective.negative_term!r} needs marked tokens, but none of the "
+            f"{len(examples)} examples has one within TASK_FEATURE_LENGTHS. Annotate them "
+            "(python -m tnt_jax.annotate), or use objectives/fine_tune.gin."
+        )
+    run_log.log(
+        f"{num_marked} of {len(examples)} examples have marks: {num_marks} ids to remove, of which "
+        f"{lost.num_marks} lie beyond TASK_FEATURE_LENGTHS and are not learned from."
+    )
+
+
+def _warn_about(
+    objective: objectives.TntObjective, model: t5.T5Config, initial_checkpoint_path: str | None
+) -> None:
+    if initial_checkpoint_path is None:
+        run_log.log(
+            "Warning: INITIAL_CHECKPOINT_PATH is None, so the original is a random model: there is "
+            f"no behaviour to keep, although {objective.positive_term!r} compares with it."
+        )
+    if model.dropout_rate:
+        run_log.log(
+            f"Warning: DROPOUT_RATE is {model.dropout_rate}. The original runs without dropout, so "
+            "a model that has not changed already has a loss; 0 is the default for divergences."
+        )
+
+
+def _check_original(
+    saved: Mapping[str, Any] | None, found: Mapping[str, Any] | None, model_dir: str
+) -> None:
+    """A run must go on with the original that it began with."""
+    if (saved or {}).get("digest") == (found or {}).get("digest"):
+        return
+    raise UsageError(
+        f"MODEL_DIR {model_dir} holds a run whose original was {_describe_original(saved)}; now it "
+        f"is {_describe_original(found)}. Pass the same INITIAL_CHECKPOINT_PATH, objective and "
+        "seed, or another MODEL_DIR."
+    )
+
+
+def _describe_original(original: Mapping[str, Any] | None) -> str:
+    if original is None:
+        return "none (an objective without divergences)"
+    return f"{original['path'] or 'a random initialisation'} (digest {original['digest']})"
+
+
+def _check_finite(
+    sums: Sequence[Mapping[str, Any]], first_step: int, saved_step: int | None, model_dir: str
+) -> None:
+    for step, of_step in enumerate(sums, start=first_step):
+        for name in ("loss", "gradient_norm"):
+            if not np.isfinite(of_step[name]):
+                kept = f"checkpoint {saved_step}" if saved_step is not None else "no checkpoint yet"
+                raise UsageError(
+                    f"expected finite numbers, found {name} = {of_step[name]} at update {step}; the "
+                    f"last good state in {model_dir} is {kept}. Lower the learning rate or "
+                    "negative_weight, or look at the batch of that update."
+                )
+
+
+def _add(sums: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    # In float64: a count of tokens over many updates passes what float32 holds exactly.
+    return {name: float(sum(float(of_step[name]) for of_step in sums)) for name in sums[0]}
+
+
+def _line(summary: Mapping[str, float]) -> str:
+    shown = (
+        ("loss", "loss {:.4f}"),
+        ("negative_mass", "p(removed) {:.2e}"),
+        ("positive_kl", "KL to the original at ordinary positions {:.2e}"),
+        ("gradient_norm", "gradient norm {:.3g}"),
+        ("tokens_per_second", "{:.0f} target tokens/s"),
+    )
+    return ", ".join(form.format(summary[name]) for name, form in shown if name in summary)
+
+
+if __name__ == "__main__":
+    program.run("tnt_jax.train", "train")
