@@ -10,6 +10,8 @@ import sys
 import gin
 import pytest
 
+from tnt_jax import program
+
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "tnt_jax"
 GIN_CONFIGS = ROOT / "gin_configs"
@@ -28,7 +30,7 @@ GROUPS = {
         "checkpoints",
         "corpora",
     },
-    "assembly": {"assembly", "run_log", "program"},
+    "assembly": {"assembly", "run_config", "run_log", "program"},
     "programs": {"train", "generate", "annotate", "evaluate", "pipeline"},
 }
 MAY_IMPORT = {
@@ -150,8 +152,6 @@ each_gin_file = pytest.mark.parametrize(
 @pytest.fixture
 def clean_gin():
     gin.clear_config()
-    for folder in (ROOT, GIN_CONFIGS):
-        gin.add_config_file_search_path(str(folder))
     yield
     gin.clear_config()
 
@@ -159,7 +159,7 @@ def clean_gin():
 @each_gin_file
 def test_gin_file_parses(path, clean_gin):
     """Syntax, imports, and that every function and argument bound exists."""
-    gin.parse_config_file(str(path))
+    program.parse_gin_file(path)
 
 
 def gin_text(path):

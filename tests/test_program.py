@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from tnt_jax import program
+from tnt_jax import program, run_config
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -54,9 +54,9 @@ def greet(*, name, folder, voice=None, style=shout, lengths=None):
         open(folder + "/absent")
     print(style(name), voice, folder, lengths)
     if name == "write":
-        from tnt_jax import program
+        from tnt_jax import run_config
 
-        program.write_config(folder)
+        run_config.write(folder)
 
 
 if __name__ == "__main__":
@@ -65,11 +65,14 @@ if __name__ == "__main__":
     program.run("toy", "greet")
 '''
 
-RUN = """
+RUN = """# Greets one person.
+#
+# Set: NAME (whom to greet), FOLDER.
+
 from __gin__ import dynamic_registration
 import toy
 
-NAME = %gin.REQUIRED  # whom to greet
+NAME = %gin.REQUIRED
 FOLDER = %gin.REQUIRED
 PITCH = 3
 LENGTHS = None
@@ -234,9 +237,21 @@ def test_required_settings_are_listed_together(mistake):
 def test_macros_that_nothing_sets(mistake, toy):
     (toy / "more.gin").write_text("import toy\ntoy.shout.loudness = %PICH\n")
     assert mistake(*GIVEN, "--gin_file=more.gin") == (
-        "settings are missing: more.gin reads %PICH, which nothing sets (did you mean %PITCH?): "
-        "pass --gin.PICH=... or a --gin_file that sets it"
+        "settings are missing: more.gin reads %PICH, which nothing sets (did you mean %PITCH?), "
+        "or --gin.PICH=..."
     )
+
+
+def test_macros_that_another_file_sets(mistake, toy):
+    (toy / "more.gin").write_text("import toy\ntoy.shout.loudness = %MODEL\n")
+    (toy / "models").mkdir()
+    for name in ("a", "b", "c"):
+        (toy / "models" / f"{name}.gin").write_text("MODEL = 3\n")
+    message = mistake(*GIVEN, "--gin_file=more.gin", "--gin_search_paths=models")
+    assert message.startswith(
+        "settings are missing: more.gin reads %MODEL, which nothing sets: add --gin_file=a.gin (or "
+    )
+    assert message.endswith(" others), or --gin.MODEL=...")
 
 
 def test_misspelt_macro_on_the_command_line(mistake):
@@ -344,7 +359,14 @@ def test_help_needs_no_import(run, toy):
     assert (status, err) == (0, "")
     assert out.startswith("Greets somebody.\n\nMore.\n\nusage: python -m toy --gin_file=FILE ...")
     assert "--gin_search_paths" in out
-    assert "--gin.NAME=...   whom to greet\n  --gin.FOLDER=..." in out
+    assert (
+        "--gin_file=run.gin needs:\n"
+        "  Greets one person.\n"
+        "  \n"
+        "  Set: NAME (whom to greet), FOLDER.\n"
+        "  --gin.NAME=...\n"
+        "  --gin.FOLDER=...\n"
+    ) in out
     assert "python -m toy --gin_file=run.gin --gin.NAME=... --gin.FOLDER=...\n" in out
 
 
@@ -363,13 +385,13 @@ def test_written_config_holds_what_is_called_later(toy):
         gin.parse_config(
             ["from __gin__ import dynamic_registration", "import toy", "toy.shout.loudness = 4"]
         )
-    program.write_config(toy / "out.jsonl")
+    run_config.write(toy / "out.jsonl")
     assert "toy.shout.loudness = 4" in (toy / "out.jsonl.gin").read_text()
 
 
 def test_no_config_is_written_for_python_callers(tmp_path):
     gin.clear_config()
-    program.write_config(tmp_path)
+    run_config.write(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -456,20 +478,20 @@ CYCLE.append(CYCLE)
     ],
 )
 def test_descriptions(value, expected):
-    assert program.describe(value) == expected
+    assert run_config.describe(value) == expected
 
 
 def test_description_of_arrays_is_of_their_content():
-    described = program.describe(np.arange(3))
+    described = run_config.describe(np.arange(3))
     assert described["shape"] == [3]
-    assert described == program.describe(np.arange(3))
-    assert described != program.describe(np.arange(1, 4))
+    assert described == run_config.describe(np.arange(3))
+    assert described != run_config.describe(np.arange(1, 4))
 
 
 def test_description_of_built_optimizers_holds_their_numbers_and_no_address():
     def built(peak):
         schedule = optax.warmup_cosine_decay_schedule(0.0, peak, 10, 100)
-        return json.dumps(program.describe(optax.adafactor(schedule)))
+        return json.dumps(run_config.describe(optax.adafactor(schedule)))
 
     assert built(0.1) == built(0.1)
     assert built(0.1) != built(0.2)
@@ -505,12 +527,12 @@ CAREFUL = @careful/optax.adafactor
             "peak_value": 0.1,
         },
     }
-    assert program.describe(optax.adafactor) == plain
-    assert program.describe(gin.query_parameter("OPTIMIZER/gin.macro.value")) == plain
+    assert run_config.describe(optax.adafactor) == plain
+    assert run_config.describe(gin.query_parameter("OPTIMIZER/gin.macro.value")) == plain
     careful = gin.query_parameter("CAREFUL/gin.macro.value")
-    assert program.describe(careful) == {**plain, "decay_rate": 0.5}
+    assert run_config.describe(careful) == {**plain, "decay_rate": 0.5}
     # What a program's function receives is not the reference but what gin makes of it.
-    assert program.describe(careful.scoped_configurable_fn) == {**plain, "decay_rate": 0.5}
+    assert run_config.describe(careful.scoped_configurable_fn) == {**plain, "decay_rate": 0.5}
 
 
 def test_description_of_a_scoped_class(clean_gin, toy):
@@ -524,7 +546,7 @@ toy.greet.style = @loud/toy.Voice
 """
     )
     style = gin.get_bindings("toy.greet")["style"]
-    assert program.describe(style) == {
+    assert run_config.describe(style) == {
         "function": "toy.Voice",
         "words": ["a", "b"],
         "pitch": 9,
@@ -539,7 +561,7 @@ def test_description_of_a_vocabulary_depends_on_its_file_alone(tmp_path):
 
     for name, content in [("a", b"model"), ("b", b"model"), ("c", b"other")]:
         (tmp_path / name).write_bytes(content)
-    described = {n: program.describe(Vocabulary(tmp_path / n)) for n in "abc"}
+    described = {n: run_config.describe(Vocabulary(tmp_path / n)) for n in "abc"}
     assert described["a"] == described["b"] != described["c"]
-    assert program.describe(Vocabulary(tmp_path / "a", 100)) != described["a"]
-    assert program.describe(Vocabulary(tmp_path / "absent"))["model"] == f"{tmp_path}/absent"
+    assert run_config.describe(Vocabulary(tmp_path / "a", 100)) != described["a"]
+    assert run_config.describe(Vocabulary(tmp_path / "absent"))["model"] == f"{tmp_path}/absent"

@@ -1,12 +1,11 @@
-"""Marks what is unwanted in outputs: records in, records with `negative_spans` out.
+r"""Marks what is unwanted in outputs: records in, records with `negative_spans` out.
 
-The annotator decides which stretches of each output must go. Where it also names alternatives, texts
-that would be just as wrong there, their first tokens are removed too (`negative_token_ids`):
-otherwise the probability of the marked token moves to the next wrong one. Alternatives, and texts to
-remove at every position, are turned into token ids, so they need the model's vocabulary.
+The annotator decides which stretches of each output must go. Where it also names alternatives,
+texts that would be just as wrong there, their first tokens are removed too (`negative_token_ids`):
+otherwise the probability of the marked token moves to the next wrong one. Alternatives, and texts
+to remove at every position, are turned into token ids, so they need the model's vocabulary.
 
 Example:
-
     python -m tnt_jax.annotate --gin_file=runs/annotate_lexicon.gin --gin.LEXICON=words.txt \
       --gin.VOCABULARY_PATH=spiece.model --gin.RECORDS=outputs.jsonl --gin.OUTPUT=annotated.jsonl
 """
@@ -17,7 +16,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from tnt_jax import annotators, program, records, run_log, tokenization
+from tnt_jax import annotators, program, records, run_config, run_log, tokenization
 from tnt_jax.errors import UsageError
 
 
@@ -53,7 +52,7 @@ def annotate(
                 "into token ids, found None. Set annotate.vocabulary."
             )
         _write_everywhere(output, annotator, vocabulary)
-    program.write_config(output)
+    run_config.write(output)
     num_marked = sum(bool(row.negative_spans) for row in marked)
     run_log.log(
         f"{output}: {num_marked} of {len(marked)} outputs have something unwanted "
@@ -88,7 +87,8 @@ def mark(
         row,
         negative_spans=tuple((span.start, span.end) for span in annotation.spans),
         negative_token_ids=tuple(
-            (position, tuple(sorted(of_position))) for position, of_position in sorted(removed.items())
+            (position, tuple(sorted(of_position)))
+            for position, of_position in sorted(removed.items())
         ),
         annotator=annotator.description,
     )
@@ -125,8 +125,8 @@ def _write_everywhere(output: str, annotator: annotators.Annotator, vocabulary: 
         path, {"ids": sorted(ids), "left_out": left_out, "annotator": annotator.description}
     )
     run_log.log(
-        f"{path}: {len(ids)} ids to remove at every position; {len(left_out)} of {len(texts)} texts "
-        f"are more than one token and are not among them{_examples(left_out)}."
+        f"{path}: {len(ids)} ids to remove at every position; {len(left_out)} of {len(texts)} "
+        f"texts are more than one token and are not among them{_examples(left_out)}."
     )
 
 

@@ -21,7 +21,7 @@ import unicodedata
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from tnt_jax.errors import UsageError
 
@@ -55,6 +55,7 @@ class Annotation:
     supported: tuple[str, ...] = ()
 
 
+@runtime_checkable
 class Annotator(Protocol):
     """The interface of every annotator. Implementations are deterministic and picklable."""
 

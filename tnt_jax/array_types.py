@@ -1,8 +1,8 @@
 """Array annotations with shapes, optional at run time.
 
-Under pytest, jaxtyping and beartype check every annotated call. In production nothing is checked, and
-a machine that has only JAX, Flax and Optax does not need jaxtyping: there each annotation is plain
-`jax.Array`.
+Under pytest, jaxtyping and beartype check every annotated call. In production nothing is checked,
+and a machine that has only JAX, Flax and Optax does not need jaxtyping: there each annotation is
+plain `jax.Array`.
 """
 
 import jax

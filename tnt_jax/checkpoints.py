@@ -6,12 +6,12 @@ and renames, so a half-written checkpoint is never taken for the newest. The ori
 are never in a checkpoint of the run that trains away from them.
 """
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -20,6 +20,7 @@ from tnt_jax.array_types import PyTree
 from tnt_jax.errors import UsageError
 
 _PREFIX = "checkpoint"
+_STEP_NAMES = ocp.path.step.standard_name_format(step_prefix=_PREFIX)
 
 
 class Checkpoints:
@@ -29,8 +30,10 @@ class Checkpoints:
         """Opens, and creates if need be, a model directory that keeps its last `keep` checkpoints.
 
         Raises:
-          UsageError: The directory cannot be made.
+          UsageError: The directory cannot be made, or `keep` is below 1.
         """
+        if keep < 1:
+            raise UsageError(f"keep_checkpoints: expected at least 1, found {keep}.")
         self._dir = epath.Path(model_dir).expanduser().absolute()
         try:
             self._dir.mkdir(parents=True, exist_ok=True)
@@ -42,7 +45,7 @@ class Checkpoints:
         self._orbax = ocp.CheckpointManager(
             self._dir,
             item_names=("params", "optimizer", "run"),
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, step_prefix=_PREFIX),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, step_name_format=_STEP_NAMES),
         )
 
     def __enter__(self) -> "Checkpoints":
@@ -57,7 +60,7 @@ class Checkpoints:
 
     def save(self, state: train_step.TrainState, run: Mapping[str, Any]) -> None:
         """Writes a checkpoint in the background; `run` is a JSON object."""
-        self._orbax.save(
+        is_saved = self._orbax.save(
             int(state.step),
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(state.params),
@@ -65,15 +68,19 @@ class Checkpoints:
                 run=ocp.args.JsonSave(dict(run)),
             ),
         )
+        assert is_saved, f"there is a checkpoint of step {state.step} or a later one"
 
     def run_of(self, step: int) -> dict[str, Any]:
-        """The `run` that was saved with a checkpoint."""
+        """The `run` that was saved with a checkpoint.
+
+        Raises:
+          UsageError: The checkpoint was not written by a training run.
+        """
+        self._item(step, "run")
         restored = self._orbax.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))
         return restored["run"]
 
-    def restore(
-        self, step: int, abstract_state: train_step.TrainState
-    ) -> train_step.TrainState:
+    def restore(self, step: int, abstract_state: train_step.TrainState) -> train_step.TrainState:
         """The state of a checkpoint.
 
         Args:
@@ -81,11 +88,10 @@ class Checkpoints:
           abstract_state: Shapes, dtypes and shardings to restore to.
 
         Raises:
-          UsageError: The checkpoint is of another model or optimizer.
+          UsageError: The checkpoint is of another model or optimizer, or not of a training run.
         """
-        path = self._dir / f"{_PREFIX}_{step}"
-        _check_tree(path / "params", abstract_state.params, "the model settings")
-        _check_tree(path / "optimizer", abstract_state.opt_state, "OPTIMIZER")
+        _check_tree(self._item(step, "params"), abstract_state.params, "the model settings")
+        _check_tree(self._item(step, "optimizer"), abstract_state.opt_state, "OPTIMIZER")
         restored = self._orbax.restore(
             step,
             args=ocp.args.Composite(
@@ -99,6 +105,15 @@ class Checkpoints:
             opt_state=restored["optimizer"],
         )
 
+    def _item(self, step: int, name: str) -> epath.Path:
+        checkpoint = self._dir / _STEP_NAMES.build_name(step)
+        if not (checkpoint / name).exists():
+            raise UsageError(
+                f"MODEL_DIR: expected the checkpoints of a training run, but {checkpoint} has no "
+                f"`{name}`. Give it as INITIAL_CHECKPOINT_PATH, with another MODEL_DIR."
+            )
+        return checkpoint / name
+
 
 def find(path: str) -> epath.Path:
     """The checkpoint that a setting names: itself, or the newest one in a model directory.
@@ -111,17 +126,13 @@ def find(path: str) -> epath.Path:
         raise UsageError(f"expected a checkpoint or a model directory, found nothing at {path}.")
     if (given / "params").exists():
         return given
-    steps = [
-        int(child.name.removeprefix(f"{_PREFIX}_"))
-        for child in (given.iterdir() if given.is_dir() else ())
-        if child.name.removeprefix(f"{_PREFIX}_").isdigit() and (child / "params").exists()
-    ]
-    if not steps:
+    newest = ocp.path.step.latest_step_metadata(given, _STEP_NAMES)  # of the finished ones
+    if newest is None or not (newest.path / "params").exists():
         raise UsageError(
             f"expected a checkpoint (a directory with `params`) or a model directory (with "
-            f"`{_PREFIX}_<step>` directories); found neither at {path}."
+            f"`{_PREFIX}_<step>` directories of that kind); found neither at {path}."
         )
-    return given / f"{_PREFIX}_{max(steps)}"
+    return newest.path
 
 
 def restore_params(path: str, abstract_params: PyTree) -> PyTree:
@@ -145,31 +156,39 @@ def restore_params(path: str, abstract_params: PyTree) -> PyTree:
 def digest(params: PyTree) -> str:
     """A fingerprint of parameters: 16 hexadecimal digits, the same on any mesh.
 
-    Sums of the bit patterns, weighted by position, in arithmetic modulo 2^32: exact in any order,
-    so nothing has to be gathered. It tells two models apart; it is no cryptographic hash.
+    Covers the name, shape and bits of every parameter and where each element stands. It tells
+    models apart, so that a mistake is seen; it does not withstand an adversary.
     """
-    total = np.uint64(0)
-    for path, sums in jax.tree.leaves_with_path(_bit_sums(params)):
-        name = sharding.path_name(path).encode()
-        for weight, value in enumerate(np.asarray(sums), start=1):
-            seed = int.from_bytes(name[-4:], "little") + 2 * weight + 1
-            with np.errstate(over="ignore"):
-                total = total * np.uint64(6364136223846793005) + np.uint64(value) * np.uint64(seed)
-    return f"{int(total):016x}"
+    hashed = hashlib.sha256()
+    for (path, leaf), sums in zip(
+        jax.tree.leaves_with_path(params), jax.device_get(_bit_sums(params)), strict=True
+    ):
+        hashed.update(f"{sharding.path_name(path)} {leaf.shape} {[int(x) for x in sums]} ".encode())
+    return hashed.hexdigest()[:16]
 
 
 @jax.jit
 def _bit_sums(params):
-    def of(leaf):
+    """Two sums modulo 2^32 of each parameter's scrambled bits: exact in any order of addition.
+
+    So every device adds up what it holds, and nothing is gathered.
+    """
+
+    def scramble(x):  # the finalizer of MurmurHash3: every bit of x acts on every bit of the result
+        x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+        x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+        return x ^ (x >> 16)
+
+    def sums_of(leaf):
         bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32)
-        # A position's weight, from its index along every dimension: no [size] iota to shard.
-        weights = jnp.ones((), jnp.uint32)
+        position = jnp.zeros(leaf.shape, jnp.uint32)
         for axis, size in enumerate(leaf.shape):
             index = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-            weights = weights * jnp.uint32(2654435761) + index * jnp.uint32(2 * size + 1)
-        return jnp.stack([bits.sum(dtype=jnp.uint32), (bits * weights).sum(dtype=jnp.uint32)])
+            position = position * jnp.uint32(size) + index
+        scrambled = scramble(bits ^ scramble(position + jnp.uint32(1)))
+        return tuple(jnp.sum(x, dtype=jnp.uint32) for x in (scrambled, scramble(~scrambled)))
 
-    return jax.tree.map(of, params)
+    return [sums_of(leaf) for leaf in jax.tree.leaves(params)]
 
 
 def _check_tree(path: epath.Path, abstract: PyTree, setting: str) -> None:
@@ -197,14 +216,7 @@ def _check_tree(path: epath.Path, abstract: PyTree, setting: str) -> None:
 
 def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
     return {
-        # Orbax reads named tuples back as dicts and tuples as lists: compare names alone.
-        "/".join(_part(part) for part in path): tuple(leaf.shape)
+        # Names alone: Orbax reads named tuples back as dicts, and tuples as lists.
+        sharding.path_name(path): tuple(leaf.shape)
         for path, leaf in jax.tree.leaves_with_path(tree)
     }
-
-
-def _part(part: Any) -> str:
-    for attribute in ("key", "name", "idx"):
-        if hasattr(part, attribute):
-            return str(getattr(part, attribute))
-    return str(part)

@@ -1,11 +1,10 @@
-"""Compares a patched model with its original: how much of the unwanted is gone, what else changed.
+r"""Compares a patched model with its original: how much of the unwanted is gone, what else changed.
 
 Takes the annotated outputs of both models for the same prompts. With both checkpoints it also
 computes the certificate on the original's outputs: at every position, what is left of the removed
 probability (residual), what else moved (collateral), and the smallest cost that any update had.
 
 Example:
-
     python -m tnt_jax.evaluate --gin_file=models/t5_1_1_base.gin --gin_file=runs/evaluate.gin \
       --gin.ORIGINAL_RECORDS=original.jsonl --gin.CURRENT_RECORDS=patched.jsonl \
       --gin.ORIGINAL_CHECKPOINT_PATH=original/checkpoint_1000 --gin.CHECKPOINT_PATH=patched \
@@ -24,10 +23,10 @@ from tnt_jax import (
     objectives,
     program,
     records,
+    run_config,
     run_log,
     sharding,
     t5,
-    tasks,
     text_metrics,
     tokenization,
     train_step,
@@ -63,8 +62,9 @@ def evaluate(
     current_records: str,
     vocabulary: Any,
     certificate: Certificate | None = None,
+    print_table: bool = True,
 ) -> dict[str, Any]:
-    """Writes and prints the comparison.
+    """Writes the comparison as JSON, and prints it.
 
     Args:
       output: The JSON file to write.
@@ -72,6 +72,7 @@ def evaluate(
       current_records: Annotated outputs of the patched model, for the same ids.
       vocabulary: A seqio vocabulary, for counting tokens.
       certificate: Settings for running the models; None compares texts alone.
+      print_table: Whether to print it.
 
     Returns:
       What was written.
@@ -96,8 +97,10 @@ def evaluate(
     if certificate is not None:
         result["certificate"] = _certificate(original, vocabulary, certificate)
     run_log.write_json(output, result)
-    program.write_config(output)
-    run_log.table(_rows(result), title=f"{output}: {len(original)} outputs")
+    run_config.write(output)
+    if print_table:
+        columns = ("", "original", "patched")
+        run_log.table(_rows(result), columns=columns, title=f"{output}: {len(original)} outputs")
     return result
 
 
@@ -122,13 +125,13 @@ def paired(
         for row, path in ((before, original_records), (after, current_records)):
             if row.negative_spans is None:
                 raise UsageError(
-                    f"record {row.id!r} of {path} has no negative_spans: expected annotated records "
-                    "(python -m tnt_jax.annotate)."
+                    f"record {row.id!r} of {path} has no negative_spans: expected annotated "
+                    "records (python -m tnt_jax.annotate)."
                 )
         if before.inputs != after.inputs or before.annotator != after.annotator:
             raise UsageError(
-                f"record {before.id!r} has other inputs, or another annotator, in {current_records} "
-                f"than in {original_records}. Generate and annotate both alike."
+                f"record {before.id!r} has other inputs, or another annotator, in "
+                f"{current_records} than in {original_records}. Generate and annotate both alike."
             )
     return original, current
 
@@ -136,7 +139,9 @@ def paired(
 def _of_outputs(rows: Sequence[records.Record], vocabulary: Any) -> dict[str, Any]:
     marked = [_spans_alone(row, vocabulary) for row in rows]
     num_tokens = sum(len(of_row.target_ids) for of_row in marked)
-    num_negative = sum(len({position for position, _ in of_row.negative_pairs}) for of_row in marked)
+    num_negative = sum(
+        len({position for position, _ in of_row.negative_pairs}) for of_row in marked
+    )
     return {
         "unwanted_outputs": dataclasses.asdict(
             text_metrics.unwanted([row.negative_spans or () for row in rows])
@@ -155,6 +160,8 @@ def _spans_alone(row: records.Record, vocabulary: Any) -> tokenization.MarkedTar
 def _certificate(
     rows: Sequence[records.Record], vocabulary: Any, settings: Certificate
 ) -> dict[str, float]:
+    from tnt_jax import tasks  # here, because TensorFlow takes seconds to import
+
     mesh = sharding.make_mesh(settings.mesh_shape or sharding.MeshShape())
     sharding.check_batch_size(settings.batch_size, 1, mesh)
     network = assembly.Model(config=settings.model, mesh=mesh)
@@ -191,8 +198,7 @@ def _rows(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     def rate(of, name):
         return f"{of[name]['value']:.2%} ({of[name]['numerator']} of {of[name]['denominator']})"
 
-    rows = [("", "original", "patched")]
-    rows += [
+    rows = [
         (label, rate(before, name), rate(after, name))
         for label, name in (
             ("unwanted outputs", "unwanted_outputs"),

@@ -1,11 +1,10 @@
-"""Generates outputs for prompts, greedily, by sampling or by beam search: JSONL in, JSONL out.
+r"""Generates outputs for prompts, greedily, by sampling or by beam search: JSONL in, JSONL out.
 
 Every output record keeps the prompt's id and other fields and gains `targets` and the exact
 `target_ids`; a reference text in `targets` moves to `reference`. Sampling noise depends on the seed
 and the record's id alone, so two models that agree give the same sample.
 
 Example:
-
     python -m tnt_jax.generate --gin_file=models/t5_1_1_base.gin --gin_file=runs/generate.gin \
       --gin.CHECKPOINT_PATH=original/checkpoint_1000 --gin.VOCABULARY_PATH=spiece.model \
       --gin.PROMPTS=prompts.jsonl --gin.OUTPUT=outputs.jsonl
@@ -22,10 +21,10 @@ from tnt_jax import (
     decoding,
     program,
     records,
+    run_config,
     run_log,
     sharding,
     t5,
-    tasks,
     tokenization,
 )
 from tnt_jax.array_types import PyTree
@@ -37,7 +36,7 @@ _WIDTH_MULTIPLE = 16  # so that files of nearly equal lengths share a compiled p
 def generate(
     *,
     output: str,
-    prompts: str | tasks.SeqioDataset,
+    prompts: Any,
     checkpoint_path: str,
     model: t5.T5Config,
     vocabulary: Any,
@@ -51,7 +50,7 @@ def generate(
 
     Args:
       output: The JSONL file to write; it appears only when it is whole.
-      prompts: A file (or glob) of records, or a seqio task.
+      prompts: A file (or glob) of records, or a `tasks.SeqioDataset`.
       checkpoint_path: A checkpoint, or a model directory for its newest.
       model: The network's settings.
       vocabulary: A seqio vocabulary, of inputs and outputs.
@@ -73,11 +72,7 @@ def generate(
     sharding.check_batch_size(batch_size, 1, mesh)
     network = assembly.Model(config=model, mesh=mesh)
     network.check_vocabulary_size(tokenization.check_vocabulary(vocabulary))
-    rows = (
-        records.read_records(prompts)
-        if isinstance(prompts, str)
-        else tasks.prompts_from_task(prompts.mixture_or_task_name, prompts.split, vocabulary)
-    )
+    rows = _read(prompts, vocabulary)
     params = network.restore(checkpoint_path)
 
     inputs, num_cut = _inputs(rows, vocabulary, task_feature_lengths)
@@ -90,19 +85,25 @@ def generate(
         _output(row, ids, vocabulary)
         for row, ids in zip(
             rows,
-            _decode(
-                inputs, [row.id for row in rows], params, network, decoder, batch_size, seed
-            ),
+            _decode(inputs, [row.id for row in rows], params, network, decoder, batch_size, seed),
             strict=True,
         )
     ]
     records.write_records(output, outputs)
-    program.write_config(output)
-    num_unended = sum(decoder.eos_id not in row.target_ids for row in outputs)
+    run_config.write(output)
+    num_unended = sum(decoder.eos_id not in (row.target_ids or ()) for row in outputs)
     run_log.log(
         f"{output}: {len(outputs)} outputs, of which {num_unended} do not end within "
         f"{decoder.max_length} tokens."
     )
+
+
+def _read(prompts: Any, vocabulary: Any) -> list[records.Record]:
+    if isinstance(prompts, str):
+        return records.read_records(prompts)
+    from tnt_jax import tasks  # here, because TensorFlow takes seconds to import
+
+    return tasks.prompts_from_task(prompts.mixture_or_task_name, prompts.split, vocabulary)
 
 
 def _inputs(

@@ -19,7 +19,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tnt_jax import checkpoints, decoding, objectives, program, records, run_log, tasks, tokenization
+from tnt_jax import (
+    checkpoints,
+    decoding,
+    objectives,
+    program,
+    records,
+    run_config,
+    run_log,
+    tokenization,
+)
 from tnt_jax.errors import UsageError
 
 
@@ -133,10 +142,12 @@ def pipeline(
             "pipeline: expected at least one decoder and arms of different names, found decoders "
             f"{list(decoders)} and arms {[arm.name for arm in arms]}."
         )
+    from tnt_jax import tasks  # here, because TensorFlow takes seconds to import
+
     began = time.monotonic()
     root = pathlib.Path(output_dir)
     stages = _Stages(root)
-    program.write_config(output_dir)
+    run_config.write(output_dir)
 
     # ------------------------------------------------------------------------------- The original
     if new_original is not None:
@@ -211,6 +222,7 @@ def pipeline(
                 },
                 settings={
                     "vocabulary": vocabulary(),
+                    "print_table": False,
                     "certificate": certificate(
                         original_checkpoint_path=original_checkpoint_path,
                         checkpoint_path=checkpoint,
@@ -264,6 +276,8 @@ def _make_original(
         inputs={"texts_of": new.records},
         settings={"vocab_size": new.vocab_size},
     )
+    from tnt_jax import tasks
+
     stages.run(
         "original: train",
         new.train,
@@ -314,8 +328,8 @@ class _Stages:
         self._number += 1
         note = self._notes / f"{self._number:02d}_{name.replace(': ', '_').replace(', ', '_')}.json"
         described = {
-            "function": program.describe(described_as or function),
-            "settings": program.describe(dict(settings)),
+            "function": run_config.describe(described_as or function),
+            "settings": run_config.describe(dict(settings)),
             "inputs": {path: _fingerprint(path) for path in (*inputs.values(), *also_depends_on)},
         }
         before: dict[str, Any] = {}
@@ -398,11 +412,9 @@ def _print_table(
     for decoder in decoders:
         any_arm = next(iter(evaluations.values()))[decoder]
         before = any_arm["original"]
-        rows = [("", "unwanted", "cut", "BLEU", "ROUGE-L", "unchanged", "repeats", "KL elsewhere")]
-        rows.append(
-            ("original", _percent(before["unwanted_outputs"]), "", "", "", "",
-             _percent(before["repeated_word"]), "")
-        )  # fmt: skip
+        columns = ("", "unwanted", "cut", "BLEU", "ROUGE-L", "unchanged", "repeats", "KL elsewhere")
+        repeats = _percent(before["repeated_word"])
+        rows = [("original", _percent(before["unwanted_outputs"]), "", "", "", "", repeats, "")]
         for arm, of_arm in evaluations.items():
             result = of_arm[decoder]
             comparison, after = result["comparison"], result["current"]
@@ -419,7 +431,9 @@ def _print_table(
                 )
             )
         num_outputs = before["unwanted_outputs"]["denominator"]
-        run_log.table(rows, title=f"{decoder} outputs on {num_outputs} unseen prompts")
+        run_log.table(
+            rows, columns=columns, title=f"{decoder} outputs on {num_outputs} unseen prompts"
+        )
 
 
 def _print_examples(original_path: str, current_path: str, arm: str, number: int) -> None:
@@ -431,7 +445,9 @@ def _print_examples(original_path: str, current_path: str, arm: str, number: int
         if before.negative_spans and not current[before.id].negative_spans
     ]
     for before, after in changed[:number]:
-        spans = ", ".join(repr(before.targets[slice(*span)]) for span in before.negative_spans or ())
+        spans = ", ".join(
+            repr(before.targets[slice(*span)]) for span in before.negative_spans or ()
+        )
         run_log.log(
             f"\n  input     {before.inputs}\n  original  {before.targets}\n"
             f"  {arm:<8}  {after.targets}\n  unwanted  {spans}"

@@ -1,4 +1,4 @@
-"""How a program (`python -m tnt_jax.train` and the others) starts; the only Python that uses gin.
+"""How a program (`python -m tnt_jax.train` and the others) starts.
 
 A program is a module with a docstring, which `--help` prints, and one function of keyword-only
 arguments, which gin binds. The module ends with
@@ -15,15 +15,11 @@ import ast
 import contextlib
 import dataclasses
 import difflib
-import enum
-import functools
-import hashlib
 import importlib
 import importlib.abc
 import importlib.util
 import inspect
-import json
-import math
+import itertools
 import os
 import pathlib
 import re
@@ -31,18 +27,16 @@ import sys
 import tempfile
 import tokenize
 import traceback
-import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import absl.logging
 import gin
-import numpy as np
-from etils import epath
+from gin import config as gin_config
 from gin import config_parser
 
-from tnt_jax import run_log
 from tnt_jax.errors import UsageError
+from tnt_jax.run_config import is_gin_code
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _GIN_CONFIGS = _ROOT / "gin_configs"
@@ -198,7 +192,7 @@ def parse_gin_file(
     """Gives gin one file; `path` and what it includes are looked up as `--gin_file` is."""
     find = _Settings(_gin_folders(search_folders)).find
     # gin's own search takes a folder for a package and logs every place where it finds nothing.
-    readers = gin.config._FILE_READERS
+    readers: Any = gin_config._FILE_READERS
     own = readers[:]
     readers[:] = [(lambda name: find(name).open(encoding="utf-8"), lambda name: True)]
     try:
@@ -209,174 +203,6 @@ def parse_gin_file(
 
 def _gin_folders(search_folders: Sequence[str | os.PathLike]) -> list[pathlib.Path]:
     return [pathlib.Path(), *map(pathlib.Path, search_folders), _ROOT, _GIN_CONFIGS]
-
-
-def write_config(path: str | os.PathLike) -> None:
-    """Writes the gin settings of this process beside an output.
-
-    What was used so far, with defaults, and what was set but not used yet, such as the settings of
-    a function that is called later. `--gin_file` reads the file back. Nothing is written where gin
-    was given nothing, that is, where a program's function is called from Python.
-
-    Args:
-        path: a folder (the file is `operative_config.gin` in it) or a file (`<path>.gin`).
-    """
-    if not gin.config_str():
-        return
-    path = pathlib.Path(path)
-    path = path / "operative_config.gin" if path.is_dir() else path.with_name(f"{path.name}.gin")
-    run_log.write_text(path, _config_text())
-
-
-def _config_text() -> str:
-    # gin prints either what was set or what was used; only both together repeat the run, and gin
-    # has no public function for that.
-    config = gin.config
-    merged = {key: dict(values) for key, values in config._CONFIG.items()}
-    with config._OPERATIVE_CONFIG_LOCK:
-        for key, values in config._OPERATIVE_CONFIG.items():
-            merged[key] = {**merged.get(key, {}), **values}
-    return config._config_str(merged)
-
-
-# ---------------------------------------------------------------------------------------------
-# Settings as JSON
-# ---------------------------------------------------------------------------------------------
-
-
-def describe(value: Any) -> Any:
-    """A JSON value that two settings share exactly when they ask for the same thing.
-
-    Never an address in memory, never a side effect such as calling what gin would call. Functions
-    and classes come with what gin binds to them (within the scope of `@scope/name`) and with the
-    variables that they close over, which is where an optax schedule keeps its numbers. The
-    description of a vocabulary depends on what is in its model file and not on where that lies.
-
-    Args:
-        value: anything. A kind of object that this does not know is described by its class and
-            attributes.
-    """
-    return _describe(value, ())
-
-
-def _describe(value: Any, outer: tuple[int, ...]) -> Any:
-    """`describe` within the values whose ids are `outer`, so that a cycle ends."""
-    if isinstance(value, enum.Enum):
-        return {"class": _qualified_name(type(value)), "name": value.name}
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else repr(value)
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if isinstance(value, bytes):
-        return _digest(value)
-    if inspect.ismodule(value):
-        return {"module": value.__name__}
-    if id(value) in outer:
-        return "..."
-    outer = (*outer, id(value))
-
-    def named(values: Mapping[Any, Any]) -> dict[str, Any]:
-        return {str(name): _describe(x, outer) for name, x in values.items()}
-
-    if isinstance(value, Mapping):
-        return named(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return {
-            "class": _qualified_name(type(value)),
-            **named({name: getattr(value, name) for name in value._fields}),
-        }
-    if isinstance(value, list | tuple):
-        return [_describe(x, outer) for x in value]
-    if isinstance(value, set | frozenset):
-        return sorted((_describe(x, outer) for x in value), key=json.dumps)
-    if isinstance(value, gin.config.ConfigurableReference):
-        return _describe_reference(value, outer)
-    if isinstance(value, functools.partial):
-        call = {"args": _describe(value.args, outer), **named(value.keywords)}
-        return {"partial": _describe(value.func, outer), **call}
-    if inspect.isclass(value) or inspect.isroutine(value):
-        return _describe_function(value, outer)
-    if dataclasses.is_dataclass(value):
-        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return {"class": _qualified_name(type(value)), **named(fields)}
-    if hasattr(value, "sentencepiece_model_file"):  # seqio's vocabulary
-        file = value.sentencepiece_model_file
-        try:
-            model = _digest(epath.Path(file).read_bytes())
-        except OSError:
-            model = os.fspath(file)
-        name = _qualified_name(type(value))
-        return {"class": name, "model": model, "extra_ids": value.extra_ids}
-    if isinstance(value, np.dtype):
-        return str(value)
-    if hasattr(value, "__array__") and hasattr(value, "dtype"):
-        array = np.asarray(value)
-        if array.ndim == 0 and array.dtype.kind in "biuf":
-            return _describe(array.item(), outer)
-        return {
-            "array": _digest(array.tobytes()),
-            "shape": list(array.shape),
-            "dtype": str(array.dtype),
-        }
-    return {"class": _qualified_name(type(value)), **named(getattr(value, "__dict__", {}))}
-
-
-def _describe_function(function: Callable[..., Any], outer: tuple[int, ...]) -> dict[str, Any]:
-    """A function or class: its name, what gin binds to it, and what it closes over."""
-    # What gin hands over is wrapped, for `@scope/name` once more, with the scope in the closure.
-    scope = []
-    while (call := _gin_call(function)) is not None:
-        scope = _closure(call).get("scope_components", scope)
-        function = function.__bases__[0] if inspect.isclass(function) else function.__wrapped__
-    described = {"function": _qualified_name(function)}
-    with gin.config_scope(scope) if scope else contextlib.nullcontext():
-        try:
-            settings = gin.get_bindings(function, resolve_references=False)
-        except ValueError:  # not known to gin
-            settings = {}
-        settings |= _closure(function)
-        if inspect.ismethod(function):
-            settings["self"] = function.__self__
-        return described | {name: _describe(x, outer) for name, x in settings.items()}
-
-
-def _describe_reference(reference: Any, outer: tuple[int, ...]) -> Any:
-    """What stands behind `@name`, `@name()` or `%NAME`, without calling it."""
-    function = reference.configurable.wrapped
-    with gin.config_scope(reference.scopes) if reference.scopes else contextlib.nullcontext():
-        described = _describe_function(function, outer)
-    if function is gin.config.macro:
-        return described.get("value")
-    if function.__module__ == "gin.config":  # a constant
-        return repr(reference)
-    return {"call": described.pop("function"), **described} if reference.evaluate else described
-
-
-def _gin_call(function: Any) -> Callable[..., Any] | None:
-    """The function by which gin wrapped this function or class, if it did."""
-    call = type(function).__call__ if inspect.isclass(function) else function
-    is_wrapper = hasattr(call, "__wrapped__") and hasattr(call, "__code__")
-    return call if is_wrapper and _is_gin_code(call.__code__) else None
-
-
-def _closure(function: Any) -> dict[str, Any]:
-    """The variables that a function closes over, by name."""
-    names = getattr(getattr(function, "__code__", None), "co_freevars", ())
-    found = {}
-    for name, cell in zip(names, getattr(function, "__closure__", None) or (), strict=False):
-        with contextlib.suppress(ValueError):  # not assigned yet
-            found[name] = cell.cell_contents
-    return found
-
-
-def _qualified_name(value: Any) -> str:
-    return f"{value.__module__}.{value.__qualname__}"
-
-
-def _digest(content: bytes) -> str:
-    return f"sha256:{hashlib.sha256(content).hexdigest()} ({len(content)} bytes)"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -478,10 +304,14 @@ def _help(
         ):
             continue
         shown = os.path.relpath(file, _GIN_CONFIGS) if _GIN_CONFIGS in file.parents else file
+        comment = itertools.takewhile(
+            lambda line: line.startswith("#"), file.read_text("utf-8").splitlines()
+        )
         lines = [
-            f"  --gin.{key}=...   {settings.comments.get(key, '')}".rstrip() for key in required
+            *(f"  {line.lstrip('# ')}" for line in comment),
+            *(f"  --gin.{key}=..." for key in required),
         ]
-        parts.append("\n".join([f"what {shown} needs to be told:", *lines]))
+        parts.append("\n".join([f"--gin_file={shown} needs:", *lines]))
         example = example or " ".join(
             [
                 f"python -m {module_name} --gin_file={shown}",
@@ -507,13 +337,13 @@ class _Names(config_parser.ParserDelegate):
         self.macros: list[str] = []
         self.selectors: list[str] = []
 
-    def macro(self, macro_name):
+    def macro(self, macro_name) -> Any:
         if macro_name == "gin.REQUIRED":
             return _REQUIRED
         self.macros.append(macro_name)
         return None
 
-    def configurable_reference(self, scoped_configurable_name, evaluate):
+    def configurable_reference(self, scoped_configurable_name, evaluate) -> Any:
         self.selectors.append(scoped_configurable_name)
         return None
 
@@ -523,13 +353,11 @@ class _Settings:
 
     Attributes:
         values: by key ("MODEL_DIR", "t5.T5Config.emb_dim"), the last value; references are None.
-        comments: what a gin file says behind `NAME = %gin.REQUIRED  # ...`.
     """
 
     def __init__(self, folders: Sequence[pathlib.Path]):
         self._folders = folders
         self.values: dict[str, Any] = {}
-        self.comments: dict[str, str] = {}
         self._defined: dict[str, pathlib.Path] = {}  # macro -> gin file
         self._read: dict[str, str] = {}  # macro -> who reads it
         self._flags: list[str] = []  # macros that the command line sets
@@ -547,8 +375,7 @@ class _Settings:
             raise UsageError(f"{given_by}: {path} includes itself")
         self._open_files.append(path)
         try:
-            text = path.read_text("utf-8")
-            self._add_text(text, path)
+            self._add_text(path.read_text("utf-8"), path)
         except SyntaxError as error:
             content = f": {error.text.strip()}" if error.text else ""
             raise UsageError(f"{path}, line {error.lineno}: {error.msg}{content}") from None
@@ -558,8 +385,6 @@ class _Settings:
         except UnicodeDecodeError as error:
             raise UsageError(f"{path}: expected UTF-8 text: {error}") from None
         self._open_files.pop()
-        for match in re.finditer(r"^(\w+)\s*=\s*%gin\.REQUIRED\s*#\s*(.+)$", text, re.MULTILINE):
-            self.comments[match[1]] = match[2].strip()
         return path
 
     def find(self, name: str, given_by: str = "include") -> pathlib.Path:
@@ -568,7 +393,7 @@ class _Settings:
         Raises:
             UsageError: nowhere.
         """
-        candidates = list(dict.fromkeys(pathlib.Path.cwd() / f / name for f in self._folders))
+        candidates = [folder / name for folder in self._folders]
         for path in candidates:
             if path.is_file():
                 return path
@@ -576,7 +401,7 @@ class _Settings:
         close = [path for path in known if pathlib.Path(path).name == pathlib.Path(name).name]
         close = close or difflib.get_close_matches(name, known, n=2, cutoff=0.7)
         hint = f"; did you mean {_or(close)}?" if close else ""
-        looked = _and(map(str, candidates))
+        looked = _and(dict.fromkeys(str(pathlib.Path.cwd() / path) for path in candidates))
         raise UsageError(f"{given_by}: no gin file {name!r}: looked for {looked}{hint}")
 
     def add_binding(self, name: str, value: str) -> None:
@@ -687,7 +512,9 @@ class _Settings:
 
 
 def _sets(text: str, macro: str) -> bool:
-    return re.search(rf"^{re.escape(macro)}\s*=(?!\s*%gin\.REQUIRED)", text, re.MULTILINE) is not None
+    return (
+        re.search(rf"^{re.escape(macro)}\s*=(?!\s*%gin\.REQUIRED)", text, re.MULTILINE) is not None
+    )
 
 
 def _parse_value(value: str, names: config_parser.ParserDelegate, flag: str) -> Any:
@@ -699,9 +526,10 @@ def _parse_value(value: str, names: config_parser.ParserDelegate, flag: str) -> 
     try:
         parser = config_parser.ConfigParser(value.strip(), names)
         parsed = parser.parse_value()
-        if parser.current_token.type in (tokenize.NEWLINE, tokenize.ENDMARKER):
+        rest: Any = parser.current_token
+        if rest.type in (tokenize.NEWLINE, tokenize.ENDMARKER):
             return parsed
-        reason = f"unexpected {parser.current_token.string!r}"
+        reason = f"unexpected {rest.string!r}"
     except (SyntaxError, tokenize.TokenError) as error:
         reason = error.args[0]
     if value.strip().startswith(tuple("\"'([{@%")):
@@ -725,15 +553,11 @@ def _is_for_the_user(error: Exception) -> bool:
     if isinstance(error, (UsageError, *_PATH_ERRORS)):
         return True
     *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
-    if not _is_gin_code(innermost.f_code):
+    if not is_gin_code(innermost.f_code):
         return False
     # gin refused a setting, or found a required argument missing. Any other TypeError at a call
     # through gin is a call that we wrote wrong.
     return not isinstance(error, TypeError) or "required" in str(error)
-
-
-def _is_gin_code(code: types.CodeType) -> bool:
-    return pathlib.Path(code.co_filename).parent == pathlib.Path(gin.__file__).parent
 
 
 def _one_line(error: Exception) -> str:

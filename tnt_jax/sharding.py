@@ -121,9 +121,7 @@ def param_shardings(abstract_params: PyTree, logical_axes: PyTree, mesh: Mesh) -
                 )
         return NamedSharding(mesh, PartitionSpec(*spec))
 
-    return jax.tree.map_with_path(
-        sharding_of, abstract_params, logical_axes, is_leaf=lambda x: isinstance(x, tuple)
-    )
+    return jax.tree.map_with_path(sharding_of, abstract_params, logical_axes)
 
 
 def optimizer_shardings(
@@ -131,28 +129,30 @@ def optimizer_shardings(
 ) -> PyTree:
     """The sharding of every leaf of an Optax state.
 
-    A leaf that stands for a parameter (its path ends with the parameter's) and has its shape is
-    sharded as the parameter is. Counters and Adafactor's factored statistics, at most one vector
-    per parameter dimension, are replicated.
+    A leaf that stands for a parameter (the keys of its path end with the parameter's) and has its
+    shape is sharded as the parameter is. Counters and Adafactor's factored statistics, at most one
+    vector per parameter dimension, are replicated.
 
     Raises:
-      UsageError: A leaf of two or more dimensions matches no parameter.
+      UsageError: Another leaf has two or more dimensions, or is longer than any of a parameter's.
     """
+    param_leaves = jax.tree.leaves_with_path(abstract_params)
     params = {
         _dict_keys(path): (param.shape, sharding)
-        for (path, param), sharding in zip(
-            jax.tree.leaves_with_path(abstract_params), jax.tree.leaves(shardings), strict=True
-        )
+        for (path, param), sharding in zip(param_leaves, jax.tree.leaves(shardings), strict=True)
     }
+    longest = max(size for _, param in param_leaves for size in (1, *param.shape))
 
     def sharding_of(path, leaf):
-        shape, sharding = params.get(_dict_keys(path), ((), None))
-        if sharding is not None and leaf.shape == shape:
-            return sharding
-        if len(leaf.shape) > 1:
+        keys = _dict_keys(path)  # an optimizer may put keys of its own before the parameter's
+        for start in range(len(keys)):
+            shape, sharding = params.get(keys[start:], (None, None))
+            if leaf.shape == shape:
+                return sharding
+        if len(leaf.shape) > 1 or leaf.size > longest:
             raise UsageError(
                 f"optimizer state {path_name(path)} {leaf.shape} has no sharding: expected the "
-                "shape of a parameter of that name, or at most one dimension. Use another optimizer."
+                "shape of a parameter of that name, or one of its dimensions. Use another optimizer."
             )
         return replicated(mesh)
 
@@ -175,8 +175,11 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
 def host_rows(batch_size: int, mesh: Mesh) -> slice:
     """The rows of a global batch that this host loads."""
     indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
-    starts, stops = zip(*((rows.start or 0, rows.stop or batch_size) for (rows,) in indices))
-    return slice(min(starts), max(stops))
+    parts = {rows.indices(batch_size)[:2] for (rows,) in indices}
+    starts, stops = zip(*parts, strict=True)
+    rows = slice(min(starts), max(stops))
+    assert rows.stop - rows.start == sum(stops) - sum(starts), f"gaps between {sorted(parts)}"
+    return rows
 
 
 def _dict_keys(path: tuple[Any, ...]) -> tuple[str, ...]:

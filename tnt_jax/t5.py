@@ -454,6 +454,7 @@ class Transformer(nn.Module):
         self.decoder = _Decoder(c)
 
     def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
+        # An id outside the vocabulary reads NaN: loud, where clamping would read another row.
         return self.token_embedder(tokens).astype(self.config.dtype)
 
     def encode(

@@ -1,4 +1,4 @@
-"""Trains a T5 on annotated records: Targeted Negative Training, its baselines, or fine-tuning.
+r"""Trains a T5 on annotated records: Targeted Negative Training, its baselines, or fine-tuning.
 
 The parameters come from, in this order:
 
@@ -10,7 +10,6 @@ The original, which the objectives compare with, always comes from 2 or 3, also 
 it is never the half-trained model of MODEL_DIR. Its digest is in every checkpoint, and checked.
 
 Example:
-
     python -m tnt_jax.train --gin_file=models/t5_1_1_base.gin --gin_file=objectives/tnrf.gin \
       --gin_file=runs/train.gin --gin.RECORDS=annotated.jsonl --gin.VOCABULARY_PATH=spiece.model \
       --gin.INITIAL_CHECKPOINT_PATH=original/checkpoint_1000 --gin.MODEL_DIR=patched \
@@ -19,7 +18,7 @@ Example:
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -31,6 +30,7 @@ from tnt_jax import (
     feature_converters,
     objectives,
     program,
+    run_config,
     run_log,
     sharding,
     t5,
@@ -40,6 +40,7 @@ from tnt_jax.array_types import PyTree
 from tnt_jax.errors import UsageError
 
 
+@runtime_checkable
 class Dataset(Protocol):
     """A source of examples: `tasks.RecordFiles`, `tasks.SeqioDataset`, or your own."""
 
@@ -146,16 +147,19 @@ def train(
         checkpoints.Checkpoints(model_dir, keep=keep_checkpoints) as saved,
         run_log.MetricsWriter(model_dir) as metrics,
     ):
-        program.write_config(model_dir)
+        run_config.write(model_dir)
         original_params, original = None, None
         if objective.needs_original:
             original_params = initial_params()
-            original = {"path": initial_checkpoint_path, "digest": checkpoints.digest(original_params)}
+            original = {
+                "path": initial_checkpoint_path,
+                "digest": checkpoints.digest(original_params),
+            }
             _warn_about(objective, model, initial_checkpoint_path)
         run = {
             "original": original,
-            "objective": program.describe(objective),
-            "model": program.describe(model),
+            "objective": run_config.describe(objective),
+            "model": run_config.describe(model),
             "jax": jax.__version__,
         }
 
@@ -290,8 +294,8 @@ def _check_finite(
             if not np.isfinite(of_step[name]):
                 kept = f"checkpoint {saved_step}" if saved_step is not None else "no checkpoint yet"
                 raise UsageError(
-                    f"expected finite numbers, found {name} = {of_step[name]} at update {step}; the "
-                    f"last good state in {model_dir} is {kept}. Lower the learning rate or "
+                    f"expected finite numbers, found {name} = {of_step[name]} at update {step}; "
+                    f"the last good state in {model_dir} is {kept}. Lower the learning rate or "
                     "negative_weight, or look at the batch of that update."
                 )
 

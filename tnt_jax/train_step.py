@@ -154,8 +154,9 @@ def _token_sums(objective, logits, original_logits, batch) -> Sums:
     }
     # What the loss leaves to be seen: no gradient flows through the metrics below.
     logits = jax.lax.stop_gradient(logits)
-    removed_mass = objectives.removed_mass(logits, negative_ids, objective.removed_everywhere)
-    sums["negative_mass"] = total(removed_mass, is_negative)
+    if objective.negative_term != "none":
+        removed_mass = objectives.removed_mass(logits, negative_ids, objective.removed_everywhere)
+        sums["negative_mass"] = total(removed_mass, is_negative)
     if original_logits is not None:
         parts = objectives.certificate(
             current_logits=logits,

@@ -1,0 +1,270 @@
+"""Checkpoints come back bit by bit on any mesh, and only where they fit."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tnt_jax import checkpoints, sharding, train_step
+from tnt_jax.errors import UsageError
+
+LOGICAL_AXES = {
+    "decoder": {"norm": {"scale": ("embed",)}, "wi": {"kernel": ("embed", "mlp")}},
+    "embedding": ("vocab", "embed"),
+    "out": ("mlp", "embed"),
+}
+SHAPES = {
+    "decoder": {"norm": {"scale": (8,)}, "wi": {"kernel": (8, 16)}},
+    "embedding": (12, 8),
+    "out": (16, 8),
+}
+RUN = {"original": {"path": "there", "digest": "00ff"}, "objective": {"negative_weight": 1.5}}
+
+adafactor = functools.partial(optax.adafactor, 1e-3, min_dim_size_to_factor=8)
+
+
+def mesh_of(model):
+    return sharding.make_mesh(sharding.MeshShape(model=model))
+
+
+def make_params(mesh, seed=0):
+    random = np.random.default_rng(seed)
+    params = jax.tree.map(
+        lambda shape: random.normal(size=shape).astype(np.float32),
+        SHAPES,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+    return jax.device_put(params, sharding.param_shardings(params, LOGICAL_AXES, mesh))
+
+
+def make_state(mesh, optimizer, step=3):
+    """A state in which every array is non-zero, each with the sharding of a real run."""
+    params = make_params(mesh)
+    state = train_step.init_state(params, optimizer)
+    updates, opt_state = optimizer.update(make_params(mesh, seed=1), state.opt_state, params)
+    params = optax.apply_updates(params, updates)
+    shardings = jax.tree.map(lambda x: x.sharding, params)
+    return train_step.TrainState(
+        step=jax.device_put(jnp.int32(step), sharding.replicated(mesh)),
+        params=params,
+        opt_state=jax.device_put(
+            opt_state, sharding.optimizer_shardings(opt_state, params, shardings, mesh)
+        ),
+    )
+
+
+def abstract(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def assert_same(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for leaf, expected_leaf in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert leaf.dtype == expected_leaf.dtype
+        assert np.asarray(leaf).tobytes() == np.asarray(expected_leaf).tobytes()
+
+
+def save(model_dir, *states, keep=2):
+    with checkpoints.Checkpoints(str(model_dir), keep=keep) as saved:
+        for state in states:
+            saved.save(state, RUN)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        adafactor(),
+        optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)),
+        optax.sgd(1e-3),
+    ],
+    ids=["adafactor", "clipped adamw", "sgd"],
+)
+def test_what_is_restored_on_another_mesh_is_what_was_saved(optimizer, tmp_path):
+    state = make_state(mesh_of(model=2), optimizer)
+    save(tmp_path / "new" / "model", state)
+    wanted = abstract(make_state(mesh_of(model=4), optimizer))
+    with checkpoints.Checkpoints(str(tmp_path / "new" / "model")) as saved:
+        assert saved.latest_step() == 3
+        assert saved.run_of(3) == RUN
+        restored = saved.restore(3, wanted)
+    assert_same(restored, state)
+    assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(
+        lambda x: x.sharding, wanted
+    )
+
+
+def test_a_checkpoint_holds_the_state_as_it_was_when_training_went_on(tmp_path):
+    state = make_state(mesh_of(model=2), adafactor())
+    expected = jax.tree.map(np.array, state.params)
+    update = jax.jit(
+        lambda state: state.replace(params=jax.tree.map(lambda x: x + 1, state.params)),
+        donate_argnums=0,
+    )
+    with checkpoints.Checkpoints(str(tmp_path)) as saved:
+        saved.save(state, RUN)
+        for _ in range(3):  # while it is written, its buffers are given away
+            state = update(state)
+    found = checkpoints.restore_params(str(tmp_path), abstract(state.params))
+    assert_same(found, expected)
+
+
+def test_the_last_checkpoints_stay(tmp_path):
+    state = make_state(mesh_of(model=1), optax.sgd(1e-3))
+    save(tmp_path, *(state.replace(step=jnp.int32(step)) for step in (2, 10, 9_999, 10_000)))
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint_9999", "checkpoint_10000"}
+    with checkpoints.Checkpoints(str(tmp_path)) as saved:
+        assert saved.latest_step() == 10_000
+
+
+def test_find_takes_a_checkpoint_or_the_newest_of_a_model_directory(tmp_path):
+    for name in ("checkpoint_900", "checkpoint_1000", "checkpoint_best", "2000", "other_3000"):
+        (tmp_path / name / "params").mkdir(parents=True)
+    newest = tmp_path / "checkpoint_1000"
+    assert str(checkpoints.find(str(tmp_path))) == str(newest)
+    assert str(checkpoints.find(str(newest))) == str(newest)
+    assert checkpoints.find(str(tmp_path / "checkpoint_900")).name == "checkpoint_900"
+    assert checkpoints.find(str(tmp_path / "2000")).name == "2000"
+
+
+def test_find_says_what_it_expected(tmp_path):
+    with pytest.raises(UsageError, match=r"found nothing at .*no_such"):
+        checkpoints.find(str(tmp_path / "no_such"))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "t5x" / "checkpoint_5" / "target.decoder").mkdir(parents=True)
+    for name in ("empty", "file", "t5x", "t5x/checkpoint_5"):
+        with pytest.raises(UsageError, match=f"with `checkpoint_<step>`.*neither at .*{name}"):
+            checkpoints.find(str(tmp_path / name))
+
+
+def test_a_half_written_checkpoint_is_not_the_newest(tmp_path):
+    state = make_state(mesh_of(model=1), optax.sgd(1e-3))
+    save(tmp_path, state, state.replace(step=jnp.int32(7)))
+    # As a process leaves it that is killed while it writes: Orbax renames at the very end.
+    (tmp_path / "checkpoint_7").rename(tmp_path / "checkpoint_7.orbax-checkpoint-tmp")
+    assert checkpoints.find(str(tmp_path)).name == "checkpoint_3"
+    with checkpoints.Checkpoints(str(tmp_path)) as saved:
+        assert saved.latest_step() == 3
+        saved.save(state.replace(step=jnp.int32(7)), RUN)  # the leftovers are not in the way
+    assert checkpoints.find(str(tmp_path)).name == "checkpoint_7"
+
+
+def test_parameters_go_to_another_mesh_and_dtype(tmp_path):
+    state = make_state(mesh_of(model=2), adafactor())
+    save(tmp_path, state)
+    wanted = abstract(make_params(mesh_of(model=4)))
+    found = checkpoints.restore_params(str(tmp_path), wanted)
+    assert_same(found, state.params)
+    assert found["embedding"].sharding == wanted["embedding"].sharding
+    wanted["out"] = jax.ShapeDtypeStruct(
+        wanted["out"].shape, jnp.bfloat16, sharding=wanted["out"].sharding
+    )
+    found = checkpoints.restore_params(str(tmp_path / "checkpoint_3"), wanted)
+    np.testing.assert_array_equal(found["out"], state.params["out"].astype(jnp.bfloat16))
+
+
+def test_a_checkpoint_of_another_model_names_every_parameter_that_differs(tmp_path):
+    state = make_state(mesh_of(model=1), optax.sgd(1e-3))
+    save(tmp_path, state)
+    wanted = abstract(state.params)
+    of = wanted["embedding"].sharding
+    wanted["embedding"] = jax.ShapeDtypeStruct((13, 8), jnp.float32, sharding=of)
+    wanted["decoder"]["wi_0"] = wanted["decoder"].pop("wi")
+    message = (
+        r"checkpoint_3 does not fit the model settings: "
+        r"decoder/wi_0/kernel is missing; decoder/wi/kernel is unexpected; "
+        r"embedding is \(12, 8\) instead of \(13, 8\)\. Expected"
+    )
+    with pytest.raises(UsageError, match=message):
+        checkpoints.restore_params(str(tmp_path), wanted)
+    with (
+        pytest.raises(UsageError, match=message),
+        checkpoints.Checkpoints(str(tmp_path)) as saved,
+    ):
+        saved.restore(3, abstract(state).replace(params=wanted))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "difference"),
+    [
+        (optax.adamw(1e-3), r"0/mu/decoder/norm/scale is missing.*and \d+ more"),
+        (optax.sgd(1e-3), r"0/count is unexpected"),
+        # The same names, but another shape of statistics.
+        (optax.adafactor(1e-3), r"0/v/embedding is \(1,\) instead of \(12, 8\)"),
+    ],
+)
+def test_a_checkpoint_of_another_optimizer_is_refused(optimizer, difference, tmp_path):
+    mesh = mesh_of(model=1)
+    save(tmp_path, make_state(mesh, adafactor()))
+    with (
+        checkpoints.Checkpoints(str(tmp_path)) as saved,
+        pytest.raises(UsageError, match=f"does not fit OPTIMIZER: .*{difference}"),
+    ):
+        saved.restore(3, abstract(make_state(mesh, optimizer)))
+
+
+def test_parameters_alone_are_no_run_to_go_on_with(tmp_path):
+    state = make_state(mesh_of(model=1), optax.sgd(1e-3))
+    save(tmp_path / "run", state)
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "run" / "checkpoint_3" / "params").rename(tmp_path / "params")
+    (tmp_path / "alone" / "checkpoint_3").mkdir()
+    (tmp_path / "params").rename(tmp_path / "alone" / "checkpoint_3" / "params")
+    assert_same(
+        checkpoints.restore_params(str(tmp_path / "alone"), abstract(state.params)), state.params
+    )
+    with checkpoints.Checkpoints(str(tmp_path / "alone")) as saved:
+        with pytest.raises(UsageError, match="has no `run`.*INITIAL_CHECKPOINT_PATH"):
+            saved.run_of(3)
+        with pytest.raises(UsageError, match="has no `optimizer`.*INITIAL_CHECKPOINT_PATH"):
+            saved.restore(3, abstract(state))
+
+
+def test_a_model_directory_that_cannot_be_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UsageError, match=f"MODEL_DIR: .*{path}"):
+            checkpoints.Checkpoints(str(path))
+    with pytest.raises(UsageError, match="keep_checkpoints: expected at least 1, found 0"):
+        checkpoints.Checkpoints(str(tmp_path), keep=0)
+
+
+def test_the_digest_is_the_same_on_every_mesh():
+    digests = {checkpoints.digest(make_params(mesh_of(model))) for model in (1, 2, 4)}
+    digests.add(checkpoints.digest(jax.tree.map(np.asarray, make_params(mesh_of(1)))))
+    assert len(digests) == 1
+    assert len(digests.pop()) == 16
+
+
+def test_the_digest_sees_every_change():
+    # Round numbers, whose bit patterns end in zeros: weaker sums let such changes through.
+    a = np.ones((64, 32), np.float32)
+    a[1, 0] = 2.0
+    params = {"a": a, "b": 2 * np.ones((64, 32), np.float32), "scale": np.zeros(3, np.float32)}
+
+    def changed(name, index, value):
+        array = params[name].copy()
+        array[index] = value
+        return params | {name: array}
+
+    def moved(row, column):
+        array = np.ones_like(a)
+        array[row, column] = 2.0
+        return params | {"a": array}
+
+    flipped = a.copy()
+    flipped.view(np.uint32)[63, 31] ^= 1
+    variants = [
+        params,
+        params | {"a": flipped},
+        changed("a", (5, 5), -1.0),
+        changed("scale", 0, -0.0),
+        params | {"a": params["b"], "b": params["a"]},
+        params | {"a": a.reshape(32, 64)},
+        {"A": params["a"]} | {name: params[name] for name in ("b", "scale")},
+        *(moved(i // 32, i % 32) for i in range(0, 2048, 64) if i != 32),
+    ]
+    assert len({checkpoints.digest(variant) for variant in variants}) == len(variants)
