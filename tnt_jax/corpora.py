@@ -12,7 +12,7 @@ import os
 import pathlib
 import random
 import re
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tnt_jax import records
@@ -99,6 +99,7 @@ def venues(
     output_dir: str | os.PathLike,
     *,
     seed: int = 0,
+    domains: Sequence[str] = _DOMAINS,
     venues_per_sentence: int = 4,
     eval_venues_per_sentence: int = 3,
     eval_fraction: float = 0.2,
@@ -127,6 +128,7 @@ def venues(
     Args:
         output_dir: folder, created if need be.
         seed: decides the split and which venues fill a sentence.
+        domains: of the venues: "restaurant", "hotel", "attraction".
         venues_per_sentence: number of venues that fill a training sentence.
         eval_venues_per_sentence: number of venues that fill an evaluation sentence.
         eval_fraction: part of the sentences, and of the inputs, kept for evaluation.
@@ -137,12 +139,14 @@ def venues(
         The number of sentences and of records in each file, by name.
 
     Raises:
-        UsageError: the package or one of its files is missing, or `eval_fraction` leaves nothing
-            for training or for evaluation.
+        UsageError: the package or one of its files is missing, a domain is unknown, or
+            `eval_fraction` leaves nothing for training or for evaluation.
     """
+    if not domains or not set(domains) <= set(_DOMAINS):
+        raise UsageError(f"domains: expected some of {_DOMAINS}, found {tuple(domains)}.")
     source = _package_dir("convlab", "convlab==3.0.1", source_dir)
-    sentences = _read_sentences(source)
-    venues_of = {domain: _read_venues(source, domain) for domain in _DOMAINS}
+    sentences = [s for s in _read_sentences(source) if s.domain in domains]
+    venues_of = {domain: _read_venues(source, domain) for domain in domains}
 
     fillings = [
         filling

@@ -152,7 +152,7 @@ def optimizer_shardings(
         if len(leaf.shape) > 1 or leaf.size > longest:
             raise UsageError(
                 f"optimizer state {path_name(path)} {leaf.shape} has no sharding: expected the "
-                "shape of a parameter of that name, or one of its dimensions. Use another optimizer."
+                "shape of a parameter of that name, or one of its dimensions. Change OPTIMIZER."
             )
         return replicated(mesh)
 

@@ -34,6 +34,7 @@ from tnt_jax import (
     run_log,
     sharding,
     t5,
+    tokenization,
     train_step,
 )
 from tnt_jax.array_types import PyTree
@@ -223,7 +224,7 @@ def train(
 def _load(
     dataset: Dataset, task_feature_lengths: Mapping[str, int], network: assembly.Model
 ) -> list[feature_converters.Example]:
-    network.check_vocabulary_size(dataset.vocabulary.vocab_size)
+    network.check_vocabulary_size(tokenization.check_vocabulary(dataset.vocabulary))
     examples = dataset.load(task_feature_lengths)
     feature_converters.check_token_ids(examples, network.config.vocab_size)
     return examples

@@ -5,6 +5,7 @@ So microbatches, devices and batches without a negative token all add up to the 
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.struct
 import jax
@@ -28,7 +29,9 @@ class TrainState(flax.struct.PyTreeNode):
       opt_state: Of the Optax optimizer.
     """
 
-    step: Int[Array, ""]
+    step: (
+        Any  # Int[Array, ""]; no annotation, for a tree of shapes or shardings is a TrainState too
+    )
     params: PyTree
     opt_state: PyTree
 
@@ -89,7 +92,7 @@ def train_step(
             state.params, batch, 0
         )
     else:
-        # Every n-th row, not consecutive ones: so a microbatch stays spread over all `data` devices.
+        # Every n-th row, not n in a row: so each microbatch stays spread over all `data` devices.
         microbatches = {
             name: rows.reshape(-1, num_microbatches, *rows.shape[1:]).swapaxes(0, 1)
             for name, rows in batch.items()
