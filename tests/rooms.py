@@ -74,9 +74,11 @@ def run(module, *arguments):
 
 def saved(path, item="params"):
     """An item of a checkpoint, or of the newest one in a model directory, as NumPy arrays."""
-    with ocp.PyTreeCheckpointer() as reader:
-        found = reader.restore(checkpoints.find(str(path)) / item)
-    return jax.tree.map(np.asarray, found)
+    folder = checkpoints.find(str(path)) / item
+    tree = ocp.StandardCheckpointHandler().metadata(folder).tree
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    arguments = ocp.args.PyTreeRestore(restore_args=as_numpy)
+    return ocp.PyTreeCheckpointHandler().restore(folder, args=arguments)
 
 
 def assert_same_state(one, other):

@@ -239,6 +239,16 @@ def test_limits(convlab_dir, tmp_path):
         assert len(set(sentences)) == len(sentences)
 
 
+def test_domains(convlab_dir, tmp_path):
+    corpora.venues(tmp_path, source_dir=convlab_dir, domains=["attraction", "restaurant"])
+    domains = {record.inputs.split()[0] for rows in read(tmp_path).values() for record in rows}
+    assert domains == {"attraction", "restaurant"}
+    assert "allenbell" not in json.loads((tmp_path / "gazetteer.json").read_text())["name"]
+    for wrong in (["hotels"], []):
+        with pytest.raises(UsageError, match=r"domains: expected some of .*restaurant"):
+            corpora.venues(tmp_path, source_dir=convlab_dir, domains=wrong)
+
+
 def test_files_depend_on_the_seed_alone(convlab_dir, tmp_path):
     for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
         corpora.venues(tmp_path / folder, seed=seed, source_dir=convlab_dir, eval_fraction=0.4)

@@ -84,15 +84,15 @@ class _Filling(NamedTuple):
 
     @property
     def targets(self) -> str:
-        def fill(match: re.Match) -> str:
-            article, value = match[1] or "", self.venue[match[2]]
-            if article in ("a ", "an "):
-                article = "an " if re.match(r"(?!eu|uni|one)[aeiou]", value) else "a "
-            return article + value
-
-        text = re.sub(r"(\ban? )?\{(\w+)\}", fill, self.sentence.text)
+        text = re.sub(r"(\ban? )?\{(\w+)\}", self._value, self.sentence.text)
         # "the {name}" is filled with "the gandhi", "{name} restaurant" with "efes restaurant".
         return re.sub(r"\b([a-z]+) \1\b", r"\1", text)
+
+    def _value(self, placeholder: re.Match) -> str:
+        article, value = placeholder[1] or "", self.venue[placeholder[2]]
+        if article:
+            article = "an " if re.match(r"(?!eu|uni|one)[aeiou]", value) else "a "
+        return article + value
 
 
 def venues(

@@ -10,6 +10,7 @@ Example:
       --gin.PROMPTS=prompts.jsonl --gin.OUTPUT=outputs.jsonl
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -71,7 +72,11 @@ def generate(
     mesh = sharding.make_mesh(mesh_shape or sharding.MeshShape())
     sharding.check_batch_size(batch_size, 1, mesh)
     network = assembly.Model(config=model, mesh=mesh)
-    network.check_vocabulary_size(tokenization.check_vocabulary(vocabulary))
+    vocab_size = tokenization.check_vocabulary(vocabulary)
+    network.check_vocabulary_size(vocab_size)
+    # T5's embedding has more rows than its vocabulary has ids: those stand for no text.
+    unused = range(vocab_size, model.vocab_size)
+    decoder = dataclasses.replace(decoder, banned_ids=(*decoder.banned_ids, *unused))
     rows = _read(prompts, vocabulary)
     params = network.restore(checkpoint_path)
 

@@ -20,6 +20,7 @@ import importlib.abc
 import importlib.util
 import inspect
 import itertools
+import logging
 import os
 import pathlib
 import re
@@ -56,6 +57,7 @@ _PATH_ERRORS = (
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 absl.logging.set_verbosity(absl.logging.WARNING)
+logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
 
 # "I0000 00:00:1795514381.121605   27673 cudart_stub.cc:31] Could not find cuda drivers ..."
 _NATIVE_LOG_LINE = re.compile(rb"[IW]\d{4} |WARNING: All log messages before absl::InitializeLog")

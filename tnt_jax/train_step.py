@@ -113,7 +113,7 @@ def train_step(
         params=optax.apply_updates(state.params, updates),
         opt_state=opt_state,
     )
-    sums |= {"gradient_norm": optax.global_norm(gradients), "num_updates": jnp.ones(())}
+    sums |= {"gradient_norm": optax.tree.norm(gradients), "num_updates": jnp.ones(())}
     return next_state, sums
 
 
