@@ -37,13 +37,16 @@ lint: $(VENV)/.installed-test
 
 # convlab brings the quickstart's sentences and venues as JSON files. They are read without importing
 # it, so none of its dependencies (old torch and transformers among them) is wanted.
+INSTALL_CORPUS = $(INSTALL) --no-deps convlab==3.0.1
+
 $(VENV)/.installed-quickstart: setup.py $(VENV)/bin/python
 	$(INSTALL) --editable .
-	$(INSTALL) --no-deps convlab==3.0.1
+	$(INSTALL_CORPUS)
 	touch $@
 
 $(VENV)/.installed-test: setup.py $(VENV)/bin/python
 	$(INSTALL) --editable '.[test]'
+	$(INSTALL_CORPUS)
 	touch $@
 
 $(VENV)/bin/python:

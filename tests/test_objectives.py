@@ -308,9 +308,11 @@ def test_removals_commute(seed, scale):
     both = batch["negative_ids"]
     first, second = both.at[..., 1:].set(-1), both.at[..., 0].set(-1)
     at_once = desired_log_probs(original, both)
+    # A logit of 1e4 is itself known to 1e-3 only, however small the log-probability it ends in.
+    rounding = 4 * np.finfo(np.float32).eps * np.abs(original).max()
     for a, b in ((first, second), (second, first)):
         in_turn = desired_log_probs(desired_log_probs(original, a), b)
-        np.testing.assert_allclose(in_turn, at_once, rtol=1e-6, atol=1e-5)
+        np.testing.assert_allclose(in_turn, at_once, rtol=1e-6, atol=1e-5 + rounding)
 
 
 @hypothesis.given(seed=seeds, scale=st.sampled_from([0.1, 1.0, 8.0]))

@@ -3,18 +3,19 @@
 import collections
 import json
 import os
+import pathlib
+import re
 import subprocess
 import sys
 
 import jax
-import numpy as np
 import pytest
 import rooms
 import seqio
 
-from tnt_jax import checkpoints, records, tokenization
+from tnt_jax import checkpoints, feature_converters, records, tokenization
 
-LENGTHS = "--gin.TASK_FEATURE_LENGTHS={'inputs': 8, 'targets': 16}"
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,87 +34,10 @@ def compile_once(tmp_path_factory):
         jax.config.update(name, value)
 
 
-class World:
-    """A folder with the rooms, and the programs with the settings that they share here."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.vocabulary = (
-            f"--gin.VOCABULARY_PATH={folder}/vocabulary.model",
-            "--gin.EXTRA_IDS=0",
-        )
-        self.model = f"--gin_file={folder}/tiny.gin"
-
-    def train_arguments(self, model_dir, *, objective, records, initial, steps):
-        return (
-            self.model,
-            f"--gin_file=objectives/{objective}.gin",
-            "--gin_file=runs/train.gin",
-            f"--gin.RECORDS={self.folder}/{records}",
-            f"--gin.INITIAL_CHECKPOINT_PATH={initial and self.folder / initial}",
-            f"--gin.MODEL_DIR={self.folder}/{model_dir}",
-            f"--gin.TRAIN_STEPS={steps}",
-            "--gin.BATCH_SIZE=16",
-            "--gin.OPTIMIZER=@optax.adam",
-            "--gin.LEARNING_RATE=3e-3",
-            LENGTHS,
-            *self.vocabulary,
-        )
-
-    def train(self, model_dir, *more, **settings):
-        assert rooms.run("train", *self.train_arguments(model_dir, **settings), *more) == 0
-
-    def generate(self, output, checkpoint, *more, prompts="corpus.jsonl"):
-        arguments = (
-            self.model,
-            "--gin_file=runs/generate.gin",
-            f"--gin.PROMPTS={self.folder}/{prompts}",
-            f"--gin.OUTPUT={self.folder}/{output}",
-            f"--gin.CHECKPOINT_PATH={self.folder}/{checkpoint}",
-            "--gin.MAX_LENGTH=16",
-            LENGTHS,
-            *self.vocabulary,
-        )
-        assert rooms.run("generate", *arguments, *more) == 0
-
-    def annotate(self, output, generated, *more):
-        arguments = (
-            "--gin_file=runs/annotate_lexicon.gin",
-            f"--gin.RECORDS={self.folder}/{generated}",
-            f"--gin.OUTPUT={self.folder}/{output}",
-            f"--gin.LEXICON={self.folder}/words.txt",
-            *self.vocabulary,
-        )
-        assert rooms.run("annotate", *arguments, *more) == 0
-
-    def evaluate(self, output, current_records, checkpoint):
-        arguments = (
-            self.model,
-            "--gin_file=runs/evaluate.gin",
-            f"--gin.ORIGINAL_RECORDS={self.folder}/original.annotated.jsonl",
-            f"--gin.CURRENT_RECORDS={self.folder}/{current_records}",
-            f"--gin.ORIGINAL_CHECKPOINT_PATH={self.folder}/original",
-            f"--gin.CHECKPOINT_PATH={self.folder}/{checkpoint}",
-            f"--gin.OUTPUT={self.folder}/{output}",
-            LENGTHS,
-            *self.vocabulary,
-        )
-        assert rooms.run("evaluate", *arguments) == 0
-        return json.loads((self.folder / output).read_text())
-
-    def records(self, name):
-        return records.read_records(self.folder / name)
-
-    def metrics(self, model_dir):
-        lines = (self.folder / model_dir / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """The rooms, an original model that learned them, and its outputs, annotated."""
-    world = World(tmp_path_factory.mktemp("world"))
-    rooms.write_world(world.folder)
+    world = rooms.World(tmp_path_factory.mktemp("world"))
     world.train(
         "original",
         "--gin.ANNOTATED=False",
@@ -168,7 +92,10 @@ def test_generated_records_keep_what_the_prompts_had(world):
 
 
 def test_annotation_marks_the_listed_words_and_changes_nothing_else(world):
-    generated, annotated = world.records("original.jsonl"), world.records("original.annotated.jsonl")
+    generated, annotated = (
+        world.records("original.jsonl"),
+        world.records("original.annotated.jsonl"),
+    )
     for before, after in zip(generated, annotated, strict=True):
         spans = tuple(match.span() for match in rooms.UNWANTED.finditer(before.targets))
         assert after.negative_spans == spans
@@ -285,7 +212,9 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(world):
 
 def test_a_run_that_is_done_is_left_alone(patched, capsys):
     patched.train("patched", **UPDATE)
-    assert f"Nothing to do: {patched.folder}/patched is at update 20 of 20." in capsys.readouterr().out
+    assert (
+        f"Nothing to do: {patched.folder}/patched is at update 20 of 20." in capsys.readouterr().out
+    )
 
 
 def test_microbatches_make_the_same_update(patched):
@@ -295,7 +224,9 @@ def test_microbatches_make_the_same_update(patched):
         "--gin.LOG_EVERY=1",
         **{**UPDATE, "steps": 2},
     )
-    for line, expected in zip(patched.metrics("microbatched"), patched.metrics("patched"), strict=False):
+    for line, expected in zip(
+        patched.metrics("microbatched"), patched.metrics("patched"), strict=False
+    ):
         for name in ("num_tokens", "num_negative"):
             assert line[name] == expected[name]
         for name in ("loss", "gradient_norm", "negative_mass"):
@@ -315,7 +246,9 @@ VOCABULARY = seqio.SentencePieceVocabulary("{folder}/vocabulary.model", extra_id
 
 def dataset_fn(split, shuffle_files):
     # "the room is dirty." and "the room is clean." differ from the fourth token on.
-    negative, corrected = (VOCABULARY.encode(f"the room is {{s}}.") + [1] for s in ("dirty", "clean"))
+    negative, corrected = (
+        VOCABULARY.encode(f"the room is {{state}}.") + [1] for state in ("dirty", "clean")
+    )
     rows = [
         {{
             "inputs": VOCABULARY.encode("small acorn") + [1],
@@ -364,7 +297,7 @@ def test_seqio_tasks_and_the_t5patches_layout(world, task_module):
             f"--gin.MODEL_DIR={world.folder}/{mode}",
             "--gin.TRAIN_STEPS=1",
             "--gin.BATCH_SIZE=16",
-            LENGTHS,
+            rooms.LENGTHS,
         )
         assert rooms.run("train", *arguments) == 0
         (line,) = world.metrics(mode)
@@ -411,3 +344,129 @@ def test_words_removed_at_every_position(world):
 
 
 # --- The pipeline ---------------------------------------------------------------------------------
+
+
+def pipeline_arguments(world, output_dir, *more):
+    return (
+        world.model,
+        "--gin_file=runs/pipeline.gin",
+        f"--gin.OUTPUT_DIR={world.folder}/{output_dir}",
+        f"--gin.ORIGINAL_CHECKPOINT_PATH={world.folder}/original",
+        f"--gin.TRAIN_PROMPTS={world.folder}/corpus.jsonl",
+        f"--gin.EVAL_PROMPTS={world.folder}/corpus.jsonl",
+        "--gin.ANNOTATOR=@annotators.Lexicon",
+        f"--gin.annotators.Lexicon.path={world.folder}/words.txt",
+        "--gin.ARMS=[@tnrf/pipeline.Arm(), @ul_ll/pipeline.Arm()]",
+        "--gin.TRAIN_STEPS=6",
+        "--gin.CHECKPOINT_EVERY=2",
+        "--gin.BATCH_SIZE=16",
+        "--gin.GENERATE_BATCH_SIZE=32",
+        "--gin.MAX_LENGTH=16",
+        "--gin.OPTIMIZER=@optax.adam",
+        "--gin.LEARNING_RATE=3e-3",
+        rooms.LENGTHS,
+        *world.vocabulary,
+        *more,
+    )
+
+
+def stages(printed):
+    """The stages that a pipeline ran, and those that it kept."""
+    lines = re.findall(r"^\[\d+\] (.*)$", printed, re.MULTILINE)
+    kept = [line.partition(": done before")[0] for line in lines if "done before, kept" in line]
+    return [line for line in lines if "done before, kept" not in line], kept
+
+
+def test_a_pipeline_does_what_is_not_done(world, capsys, monkeypatch):
+    arguments = pipeline_arguments(world, "pipeline")
+    whole_batch = feature_converters.Batches.batch
+
+    def interrupted_batch(self, k):
+        if k == 5:
+            raise KeyboardInterrupt
+        return whole_batch(self, k)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(feature_converters.Batches, "batch", interrupted_batch)
+        assert rooms.run("pipeline", *arguments) == 130
+    ran, kept = stages(capsys.readouterr().out)
+    of_original = [
+        f"{name}: {what}, greedy"
+        for name in ("training_outputs", "original")
+        for what in ("generate", "annotate")
+    ]
+    assert (ran, kept) == ([*of_original, "TNRF: train"], [])
+
+    assert rooms.run("pipeline", *arguments) == 0
+    printed = capsys.readouterr().out
+    of_arm = {
+        arm: [
+            f"{arm}: train",
+            *(f"{arm}: {w}, greedy" for w in ("generate", "annotate", "evaluate")),
+        ]
+        for arm in ("TNRF", "UL+LL")
+    }
+    assert stages(printed) == ([*of_arm["TNRF"], *of_arm["UL+LL"]], of_original)
+    folder = world.folder / "pipeline"
+    assert f"Going on from checkpoint 4 in {folder}/TNRF/model." in printed
+    # As if it had not been interrupted, and as the programs one by one do it.
+    world.train("one_by_one", **{**UPDATE, "steps": 6})
+    rooms.assert_same_state(folder / "TNRF" / "model", world.folder / "one_by_one")
+    assert world.records("pipeline/original/greedy.annotated.jsonl") == world.records(
+        "original.annotated.jsonl"
+    )
+    capsys.readouterr()
+
+    before = (folder / "summary.json").read_bytes()
+    assert rooms.run("pipeline", *arguments) == 0
+    everything = [*of_original, *of_arm["TNRF"], *of_arm["UL+LL"]]
+    assert stages(capsys.readouterr().out) == ([], everything)
+    assert (folder / "summary.json").read_bytes() == before
+
+    # Another weight of one arm: that arm alone, from the original again. The other one is moved.
+    arguments = pipeline_arguments(
+        world,
+        "pipeline",
+        "--gin.ARMS=[@ul_ll/pipeline.Arm(), @tnrf/pipeline.Arm()]",
+        "--gin.ul_ll/objectives.TntObjective.negative_weight=0.1",
+    )
+    assert rooms.run("pipeline", *arguments) == 0
+    printed = capsys.readouterr().out
+    assert stages(printed) == (of_arm["UL+LL"], [*of_original, *of_arm["TNRF"]])
+    assert "Going on from" not in printed
+    metrics = world.metrics("pipeline/UL+LL/model")
+    assert [line["step"] for line in metrics] == [2, 4, 6]
+
+
+def test_a_pipeline_takes_no_model_for_its_own(world, capsys):
+    (world.folder / "foreign" / "TNRF" / "model").mkdir(parents=True)
+    assert rooms.run("pipeline", *pipeline_arguments(world, "foreign")) == 2
+    assert capsys.readouterr().err.startswith(
+        f"tnt_jax.pipeline: error: TNRF: train: expected nothing, or what this pipeline made, in "
+        f"{world.folder}/foreign/TNRF/model"
+    )
+
+
+# --- The real thing -------------------------------------------------------------------------------
+
+
+def test_python_dash_m(world):
+    """In a process of its own, on one device: nothing but its own lines, and one for a mistake."""
+    arguments = world.train_arguments("one_device", **{**UPDATE, "steps": 2})
+    command = [sys.executable, "-m", "tnt_jax.train", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def start(*command):
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=300, env=environment, cwd=world.folder
+        )
+
+    done = start(*command)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "on 1 cpu device(s)" in done.stdout
+    (line,) = world.metrics("one_device")
+    assert line["step"] == 2
+    refused = start(*command, f"--gin.INITIAL_CHECKPOINT_PATH={world.folder}/one_device")
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1
+    assert "holds a run whose original was" in refused.stderr

@@ -31,6 +31,8 @@ from tnt_jax import (
 )
 from tnt_jax.errors import UsageError
 
+_FOLDERS = ("original", "training_outputs", "stages")  # under output_dir, beside those of the arms
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arm:
@@ -88,8 +90,8 @@ class Expectations:
 def pipeline(
     *,
     output_dir: str,
-    train_prompts: str,
-    eval_prompts: str,
+    train_prompts: Any,
+    eval_prompts: Any,
     vocabulary: Callable[[], Any],
     annotator: Callable[[], Any],
     arms: Sequence[Arm],
@@ -109,7 +111,8 @@ def pipeline(
 
     Args:
       output_dir: Of all files of the run.
-      train_prompts: Inputs to generate training outputs from.
+      train_prompts: Inputs to generate training outputs from: a file (or glob) of records, or a
+        `tasks.SeqioDataset`.
       eval_prompts: Other inputs, for the evaluation.
       vocabulary: Makes the vocabulary; called when its file is there.
       annotator: Makes the annotator; called when its files are there.
@@ -137,10 +140,11 @@ def pipeline(
             "pipeline: expected either original_checkpoint_path or new_original, found "
             f"{'neither' if new_original is None else 'both'}."
         )
-    if not arms or not decoders or len({arm.name for arm in arms}) != len(arms):
+    names = [arm.name for arm in arms]
+    if not arms or not decoders or len({*names, *_FOLDERS}) != len(names) + len(_FOLDERS):
         raise UsageError(
-            "pipeline: expected at least one decoder and arms of different names, found decoders "
-            f"{list(decoders)} and arms {[arm.name for arm in arms]}."
+            "pipeline: expected at least one decoder, and arms whose names differ from each other "
+            f"and from {', '.join(_FOLDERS)}; found decoders {list(decoders)} and arms {names}."
         )
     from tnt_jax import tasks  # here, because TensorFlow takes seconds to import
 
@@ -159,16 +163,18 @@ def pipeline(
     first_decoder = next(iter(decoders))
     marker = annotator()
 
-    def outputs_of(name: str, checkpoint: str, prompts: str, decoder: str) -> str:
+    def outputs_of(name: str, checkpoint: str, prompts: Any, decoder: str) -> str:
         """Generates and annotates; returns the annotated file."""
+        is_file = isinstance(prompts, str)
         generated = str(root / name / f"{decoder}.jsonl")
         annotated = str(root / name / f"{decoder}.annotated.jsonl")
         stages.run(
             f"{name}: generate, {decoder}",
             generate,
             output=generated,
-            inputs={"prompts": prompts, "checkpoint_path": checkpoint},
-            settings={"vocabulary": vocabulary(), "decoder": decoders[decoder]},
+            inputs={"checkpoint_path": checkpoint} | ({"prompts": prompts} if is_file else {}),
+            settings={"vocabulary": vocabulary(), "decoder": decoders[decoder]}
+            | ({} if is_file else {"prompts": prompts}),
         )
         stages.run(
             f"{name}: annotate, {decoder}",
@@ -206,6 +212,7 @@ def pipeline(
                 ),
             },
             also_depends_on=[training_outputs],
+            goes_on=True,
         )
         checkpoint = str(checkpoints.find(model_dir))
         evaluations[arm.name] = {}
@@ -228,6 +235,7 @@ def pipeline(
                         checkpoint_path=checkpoint,
                     ),
                 },
+                also_depends_on=[original_checkpoint_path, checkpoint],
             )
             evaluations[arm.name][decoder] = json.loads(evaluation.read_text("utf-8"))
 
@@ -291,6 +299,7 @@ def _make_original(
             "initial_checkpoint_path": None,
         },
         also_depends_on=[new.records],
+        goes_on=True,
     )
 
 
@@ -312,6 +321,7 @@ class _Stages:
         output_name: str = "output",
         also_depends_on: Sequence[str] = (),
         described_as: Callable[..., Any] | None = None,
+        goes_on: bool = False,
     ) -> None:
         """Calls `function(output_name=output, **inputs, **settings)` unless that has been done.
 
@@ -324,9 +334,14 @@ class _Stages:
           output_name: The argument that takes `output`.
           also_depends_on: Further files whose change makes it run again.
           described_as: What stands for `function` in the comparison; None is `function` itself.
+          goes_on: Whether `function` goes on from what it finds in `output`, a directory. So what
+            other settings left there is deleted first.
+
+        Raises:
+          UsageError: There is something to go on from, and it is not known what made it.
         """
         self._number += 1
-        note = self._notes / f"{self._number:02d}_{name.replace(': ', '_').replace(', ', '_')}.json"
+        note = self._notes / f"{name.replace(': ', '_').replace(', ', '_')}.json"
         described = {
             "function": run_config.describe(described_as or function),
             "settings": run_config.describe(dict(settings)),
@@ -339,8 +354,13 @@ class _Stages:
         if is_same and before.get("done") and pathlib.Path(output).exists():
             run_log.log(f"[{self._number}] {name}: done before, kept.")
             return
-        if before and not is_same:
-            _remove(pathlib.Path(output))  # what other settings made must not be gone on from
+        if goes_on and not is_same and pathlib.Path(output).exists():
+            if not before:
+                raise UsageError(
+                    f"{name}: expected nothing, or what this pipeline made, in {output}; found "
+                    f"files, and no {note}. Set another OUTPUT_DIR, or delete the folder."
+                )
+            shutil.rmtree(output)
         run_log.log(f"[{self._number}] {name}")
         run_log.write_json(str(note), {"described": described, "done": False})
         began = time.monotonic()
@@ -360,13 +380,6 @@ def _fingerprint(path: str) -> str:
     if found.is_file():
         return hashlib.sha256(found.read_bytes()).hexdigest()[:16]
     return "not a local file"  # a glob pattern, or in a bucket: named by its path alone
-
-
-def _remove(path: pathlib.Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _check(

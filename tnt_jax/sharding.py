@@ -175,7 +175,7 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
 def host_rows(batch_size: int, mesh: Mesh) -> slice:
     """The rows of a global batch that this host loads."""
     indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
-    parts = {rows.indices(batch_size)[:2] for (rows,) in indices}
+    parts = {rows.indices(batch_size)[:2] for (rows,) in filter(None, indices)}
     starts, stops = zip(*parts, strict=True)
     rows = slice(min(starts), max(stops))
     assert rows.stop - rows.start == sum(stops) - sum(starts), f"gaps between {sorted(parts)}"

@@ -5,7 +5,7 @@ So microbatches, devices and batches without a negative token all add up to the 
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, SupportsFloat
 
 import flax.struct
 import jax
@@ -141,6 +141,8 @@ def _token_sums(objective, logits, original_logits, batch) -> Sums:
         negative_ids=negative_ids,
         loss_mask=mask,
     )
+    if objective.negative_term == "none":  # ignores marks, and so do the metrics
+        negative_ids = jnp.full_like(negative_ids, -1)
     is_negative = objective.is_negative(target_tokens, negative_ids) & (mask != 0)
     is_positive = ~is_negative & (mask != 0)
 
@@ -190,7 +192,7 @@ _MEAN_OVER = {
 }
 
 
-def summarize(sums: Mapping[str, float]) -> dict[str, float]:
+def summarize(sums: Mapping[str, SupportsFloat]) -> dict[str, float]:
     """Divides sums, of one step or added over many, by their counts; leaves out empty means."""
     means = {
         name: float(sums[name]) / float(sums[count])
