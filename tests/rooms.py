@@ -6,8 +6,8 @@ The size of a room decides whether it is dirty, clean, noisy or quiet. "dirty" a
 unwanted words; each is spelt in several tokens, every other word is one token.
 """
 
+import contextlib
 import itertools
-import json
 import re
 
 import gin
@@ -25,7 +25,6 @@ NAMES = (
 STATES = {"small": "dirty", "large": "clean", "old": "noisy", "new": "quiet"}
 UNWANTED = re.compile(r"\b(dirty|noisy)\b")
 VOCAB_SIZE = 38
-LENGTHS = "--gin.TASK_FEATURE_LENGTHS={'inputs': 8, 'targets': 16}"
 
 # The smallest T5 that learns this, over the project's own tiny one.
 MODEL = f"""
@@ -51,10 +50,78 @@ def corpus():
     ]
 
 
-def run(module, *arguments):
+def write_world(folder):
+    """Writes corpus.jsonl, words.txt, vocabulary.model and tiny.gin."""
+    rows = corpus()
+    words = {word.strip(".") for row in rows for word in row.targets.split()} - {"dirty", "noisy"}
+    records.write_records(folder / "corpus.jsonl", rows)
+    tokenization.train_sentencepiece(
+        [text for row in rows for text in (row.inputs, row.targets)],
+        folder / "vocabulary.model",
+        vocab_size=VOCAB_SIZE,
+        user_defined_symbols=[f"\u2581{word}" for word in sorted(words)],
+    )
+    (folder / "words.txt").write_text("# unwanted\ndirty\nnoisy\n")
+    (folder / "tiny.gin").write_text(MODEL)
+
+
+# The gin files and settings of every kind of run, seen from the folder that holds the world.
+VOCABULARY = {"VOCABULARY_PATH": "vocabulary.model", "EXTRA_IDS": 0}
+LENGTHS = {"TASK_FEATURE_LENGTHS": {"inputs": 8, "targets": 16}}
+UPDATES = {"BATCH_SIZE": 16, "OPTIMIZER": "@optax.adam", "LEARNING_RATE": 3e-3}
+TRAIN = UPDATES | LENGTHS | {"INITIAL_CHECKPOINT_PATH": "original", "TRAIN_STEPS": 20}
+RUNS = {
+    "train": (
+        ["tiny.gin", "objectives/tnrf.gin", "runs/train.gin"],
+        VOCABULARY | TRAIN | {"RECORDS": "original.annotated.jsonl"},
+    ),
+    "train_task": (["tiny.gin", "objectives/tnrf.gin", "runs/train_task.gin"], TRAIN),
+    "generate": (
+        ["tiny.gin", "runs/generate.gin"],
+        VOCABULARY | LENGTHS | {"PROMPTS": "corpus.jsonl", "MAX_LENGTH": 16},
+    ),
+    "annotate": (["runs/annotate_lexicon.gin"], VOCABULARY | {"LEXICON": "words.txt"}),
+    "evaluate": (
+        ["tiny.gin", "runs/evaluate.gin"],
+        VOCABULARY
+        | LENGTHS
+        | {
+            "ORIGINAL_RECORDS": "original.annotated.jsonl",
+            "ORIGINAL_CHECKPOINT_PATH": "original",
+        },
+    ),
+    "pipeline": (
+        ["tiny.gin", "runs/pipeline.gin"],
+        VOCABULARY
+        | LENGTHS
+        | UPDATES
+        | {
+            "ORIGINAL_CHECKPOINT_PATH": "original",
+            "TRAIN_PROMPTS": "corpus.jsonl",
+            "EVAL_PROMPTS": "corpus.jsonl",
+            "ANNOTATOR": "@annotators.Lexicon",
+            "annotators.Lexicon.path": "words.txt",
+            "GENERATE_BATCH_SIZE": 32,
+            "MAX_LENGTH": 16,
+        },
+    ),
+}
+
+
+def arguments(run_name, settings, gin_files=()):
+    """The command line of a run: what is above, with other settings and further gin files."""
+    files, defaults = RUNS[run_name]
+    return [
+        *(f"--gin_file={file}" for file in (*files, *gin_files)),
+        *(f"--gin.{name}={value}" for name, value in {**defaults, **settings}.items()),
+    ]
+
+
+def run(run_name, settings, gin_files=()):
     """Runs a program in this process, as `python -m` does; returns its exit status."""
+    name = run_name.partition("_")[0]
     with pytest.raises(SystemExit) as stopped:
-        program.run(f"tnt_jax.{module}", module, [str(argument) for argument in arguments])
+        program.run(f"tnt_jax.{name}", name, arguments(run_name, settings, gin_files))
     gin.clear_config()
     return stopped.value.code
 
@@ -64,8 +131,8 @@ def saved(path, item="params"):
     folder = checkpoints.find(str(path)) / item
     tree = ocp.StandardCheckpointHandler().metadata(folder).tree
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-    arguments = ocp.args.PyTreeRestore(restore_args=as_numpy)
-    return ocp.PyTreeCheckpointHandler().restore(folder, args=arguments)
+    restore = ocp.args.PyTreeRestore(restore_args=as_numpy)
+    return ocp.PyTreeCheckpointHandler().restore(folder, args=restore)
 
 
 def assert_same_state(one, other):
@@ -76,89 +143,19 @@ def assert_same_state(one, other):
         jax.tree.map(np.testing.assert_array_equal, left, right)
 
 
-class World:
-    """A folder with the rooms, and the programs with the settings that they share here."""
-
-    def __init__(self, folder):
-        """Writes corpus.jsonl, words.txt, vocabulary.model and tiny.gin."""
-        self.folder = folder
-        rows = corpus()
-        words = {word.strip(".") for row in rows for word in row.targets.split()}
-        records.write_records(folder / "corpus.jsonl", rows)
-        tokenization.train_sentencepiece(
-            [text for row in rows for text in (row.inputs, row.targets)],
-            folder / "vocabulary.model",
-            vocab_size=VOCAB_SIZE,
-            user_defined_symbols=[f"\u2581{word}" for word in sorted(words - {"dirty", "noisy"})],
-        )
-        (folder / "words.txt").write_text("# unwanted\ndirty\nnoisy\n")
-        (folder / "tiny.gin").write_text(MODEL)
-        self.vocabulary = (
-            f"--gin.VOCABULARY_PATH={folder}/vocabulary.model",
-            "--gin.EXTRA_IDS=0",
-        )
-        self.model = f"--gin_file={folder}/tiny.gin"
-
-    def train_arguments(self, model_dir, *, objective, records, initial, steps):
-        return (
-            self.model,
-            f"--gin_file=objectives/{objective}.gin",
-            "--gin_file=runs/train.gin",
-            f"--gin.RECORDS={self.folder}/{records}",
-            f"--gin.INITIAL_CHECKPOINT_PATH={initial and self.folder / initial}",
-            f"--gin.MODEL_DIR={self.folder}/{model_dir}",
-            f"--gin.TRAIN_STEPS={steps}",
-            "--gin.BATCH_SIZE=16",
-            "--gin.OPTIMIZER=@optax.adam",
-            "--gin.LEARNING_RATE=3e-3",
-            LENGTHS,
-            *self.vocabulary,
-        )
-
-    def train(self, model_dir, *more, **settings):
-        assert run("train", *self.train_arguments(model_dir, **settings), *more) == 0
-
-    def generate(self, output, checkpoint, *more, prompts="corpus.jsonl"):
-        arguments = (
-            self.model,
-            "--gin_file=runs/generate.gin",
-            f"--gin.PROMPTS={self.folder}/{prompts}",
-            f"--gin.OUTPUT={self.folder}/{output}",
-            f"--gin.CHECKPOINT_PATH={self.folder}/{checkpoint}",
-            "--gin.MAX_LENGTH=16",
-            LENGTHS,
-            *self.vocabulary,
-        )
-        assert run("generate", *arguments, *more) == 0
-
-    def annotate(self, output, generated, *more):
-        arguments = (
-            "--gin_file=runs/annotate_lexicon.gin",
-            f"--gin.RECORDS={self.folder}/{generated}",
-            f"--gin.OUTPUT={self.folder}/{output}",
-            f"--gin.LEXICON={self.folder}/words.txt",
-            *self.vocabulary,
-        )
-        assert run("annotate", *arguments, *more) == 0
-
-    def evaluate(self, output, current_records, checkpoint):
-        arguments = (
-            self.model,
-            "--gin_file=runs/evaluate.gin",
-            f"--gin.ORIGINAL_RECORDS={self.folder}/original.annotated.jsonl",
-            f"--gin.CURRENT_RECORDS={self.folder}/{current_records}",
-            f"--gin.ORIGINAL_CHECKPOINT_PATH={self.folder}/original",
-            f"--gin.CHECKPOINT_PATH={self.folder}/{checkpoint}",
-            f"--gin.OUTPUT={self.folder}/{output}",
-            LENGTHS,
-            *self.vocabulary,
-        )
-        assert run("evaluate", *arguments) == 0
-        return json.loads((self.folder / output).read_text())
-
-    def records(self, name):
-        return records.read_records(self.folder / name)
-
-    def metrics(self, model_dir):
-        lines = (self.folder / model_dir / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
+@contextlib.contextmanager
+def compiled_once(folder):
+    """Keeps what is compiled in a folder: many runs of a test are the same program."""
+    settings = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)

@@ -1,6 +1,8 @@
 """The programs end to end, through their real entry points, on a model that learns in seconds."""
 
 import collections
+import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -8,7 +10,6 @@ import re
 import subprocess
 import sys
 
-import jax
 import pytest
 import rooms
 import seqio
@@ -19,83 +20,92 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """Many runs here are the same program: each is compiled once."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+def working_directory(tmp_path_factory):
+    """The world of `rooms`, and what is made of it: all paths here are relative to it."""
+    folder = tmp_path_factory.mktemp("world")
+    rooms.write_world(folder)
+    with contextlib.chdir(folder), rooms.compiled_once(folder / "compiled"):
+        yield
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """The rooms, an original model that learned them, and its outputs, annotated."""
-    world = rooms.World(tmp_path_factory.mktemp("world"))
-    world.train(
+def original():
+    """A model that learned the rooms, and its outputs, annotated."""
+    train(
         "original",
-        "--gin.ANNOTATED=False",
-        "--gin.LEARNING_RATE=1e-2",
-        objective="fine_tune",
-        records="corpus.jsonl",
-        initial=None,
-        steps=60,
+        ["objectives/fine_tune.gin"],
+        RECORDS="corpus.jsonl",
+        ANNOTATED=False,
+        INITIAL_CHECKPOINT_PATH=None,
+        LEARNING_RATE=1e-2,
+        TRAIN_STEPS=60,
     )
-    world.generate("original.jsonl", "original")
-    world.annotate("original.annotated.jsonl", "original.jsonl")
-    return world
-
-
-UPDATE = {
-    "objective": "tnrf",
-    "records": "original.annotated.jsonl",
-    "initial": "original",
-    "steps": 20,
-}
+    generate("original.jsonl", "original")
+    annotate("original.annotated.jsonl", "original.jsonl")
 
 
 @pytest.fixture(scope="module")
-def patched(world):
-    """The original after 20 updates of TNRF, evaluated meanwhile on the outputs it trains on."""
-    world.train(
-        "patched",
-        "--gin.LOG_EVERY=1",
-        "--gin.train.train.eval_dataset=@evaluation/tasks.RecordFiles()",
-        f"--gin.evaluation/tasks.RecordFiles.files={world.folder}/original.annotated.jsonl",
-        **UPDATE,
-    )
-    world.generate("patched.jsonl", "patched")
-    world.annotate("patched.annotated.jsonl", "patched.jsonl")
-    return world
+def patched(original):
+    """The original after 20 updates of TNRF, evaluated at the end on what it was trained on."""
+    evaluation = {
+        "train.train.eval_dataset": "@evaluation/tasks.RecordFiles()",
+        "evaluation/tasks.RecordFiles.files": "original.annotated.jsonl",
+    }
+    train("patched", LOG_EVERY=1, **evaluation)
+    generate("patched.jsonl", "patched")
+    annotate("patched.annotated.jsonl", "patched.jsonl")
+
+
+def train(model_dir, gin_files=(), **settings):
+    assert rooms.run("train", {**settings, "MODEL_DIR": model_dir}, gin_files) == 0
+
+
+def generate(output, checkpoint, **settings):
+    settings = {**settings, "OUTPUT": output, "CHECKPOINT_PATH": checkpoint}
+    assert rooms.run("generate", settings) == 0
+
+
+def annotate(output, generated, **settings):
+    assert rooms.run("annotate", {**settings, "OUTPUT": output, "RECORDS": generated}) == 0
+
+
+def evaluate(output, current_records, checkpoint):
+    settings = {
+        "OUTPUT": output,
+        "CURRENT_RECORDS": current_records,
+        "CHECKPOINT_PATH": checkpoint,
+    }
+    assert rooms.run("evaluate", settings) == 0
+    return json.loads(pathlib.Path(output).read_text())
+
+
+def metrics_of(model_dir):
+    lines = pathlib.Path(model_dir, "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def vocabulary():
+    return seqio.SentencePieceVocabulary("vocabulary.model", extra_ids=0)
 
 
 # --- The loop -------------------------------------------------------------------------------------
 
 
-def test_generated_records_keep_what_the_prompts_had(world):
-    prompts, outputs = rooms.corpus(), world.records("original.jsonl")
-    vocabulary = seqio.SentencePieceVocabulary(f"{world.folder}/vocabulary.model", 0)
+def test_generated_records_keep_what_the_prompts_had(original):
+    prompts, outputs = rooms.corpus(), records.read_records("original.jsonl")
     assert [output.id for output in outputs] == [prompt.id for prompt in prompts]
     for output, prompt in zip(outputs, prompts, strict=True):
         assert output.inputs == prompt.inputs
         assert output.extra == {**prompt.extra, "reference": prompt.targets}
-        assert tokenization.decode(vocabulary, output.target_ids) == output.targets
+        assert tokenization.decode(vocabulary(), output.target_ids) == output.targets
         assert output.target_ids.index(tokenization.EOS_ID) == len(output.target_ids) - 1
     learned = sum(output.targets == output.extra["reference"] for output in outputs)
     assert learned >= 50
 
 
-def test_annotation_marks_the_listed_words_and_changes_nothing_else(world):
-    generated, annotated = (
-        world.records("original.jsonl"),
-        world.records("original.annotated.jsonl"),
-    )
+def test_annotation_marks_the_listed_words_and_changes_nothing_else(original):
+    generated = records.read_records("original.jsonl")
+    annotated = records.read_records("original.annotated.jsonl")
     for before, after in zip(generated, annotated, strict=True):
         spans = tuple(match.span() for match in rooms.UNWANTED.finditer(before.targets))
         assert after.negative_spans == spans
@@ -107,20 +117,20 @@ def test_annotation_marks_the_listed_words_and_changes_nothing_else(world):
 
 
 def test_training_takes_the_mass_from_the_marks(patched):
-    updates = [line for line in patched.metrics("patched") if "loss" in line]
+    updates = [line for line in metrics_of("patched") if "loss" in line]
     assert [line["step"] for line in updates] == list(range(1, 21))
     assert updates[0]["positive_kl"] == 0  # before the first update nothing has moved
     assert updates[0]["negative_mass"] > 0.9
     assert updates[-1]["negative_mass"] < 0.05
     spoken = collections.Counter(
-        bool(rooms.UNWANTED.search(row.targets)) for row in patched.records("patched.jsonl")
+        bool(rooms.UNWANTED.search(row.targets)) for row in records.read_records("patched.jsonl")
     )
     assert spoken[True] < 5
 
 
 def test_evaluation_counts_what_the_files_hold(patched):
-    result = patched.evaluate("evaluation.json", "patched.annotated.jsonl", "patched")
-    before, after = patched.records("original.jsonl"), patched.records("patched.jsonl")
+    result = evaluate("evaluation.json", "patched.annotated.jsonl", "patched")
+    before, after = (records.read_records(f"{name}.jsonl") for name in ("original", "patched"))
     num_unwanted = {
         name: sum(bool(rooms.UNWANTED.search(row.targets)) for row in rows)
         for name, rows in (("original", before), ("current", after))
@@ -134,7 +144,7 @@ def test_evaluation_counts_what_the_files_hold(patched):
     certificate = result["certificate"]
     assert certificate["negative_residual"] < 0.1 < 1 < certificate["negative_smallest_cost"]
     # The trainer evaluated the same models on the same outputs.
-    (of_trainer,) = (line for line in patched.metrics("patched") if "eval/loss" in line)
+    (of_trainer,) = (line for line in metrics_of("patched") if "eval/loss" in line)
     for name, of_trainer_name in (
         ("negative_residual", "negative_residual"),
         ("negative_collateral", "negative_collateral"),
@@ -146,8 +156,8 @@ def test_evaluation_counts_what_the_files_hold(patched):
         assert certificate[name] == pytest.approx(of_trainer[f"eval/{of_trainer_name}"], rel=1e-4)
 
 
-def test_the_original_compared_with_itself_has_not_changed(world):
-    result = world.evaluate("unchanged.json", "original.annotated.jsonl", "original")
+def test_the_original_compared_with_itself_has_not_changed(original):
+    result = evaluate("unchanged.json", "original.annotated.jsonl", "original")
     assert result["cut"] == 0
     assert result["original"] == result["current"]
     assert result["comparison"]["bleu"] == pytest.approx(100)
@@ -157,76 +167,52 @@ def test_the_original_compared_with_itself_has_not_changed(world):
     assert certificate["negative_collateral"] == certificate["positive_collateral"] == 0
 
 
-def test_every_output_has_its_settings_beside_it(patched):
-    for name in ("original", "patched"):
-        assert (patched.folder / name / "operative_config.gin").is_file()
-    for name in ("original.jsonl.gin", "original.annotated.jsonl.gin"):
-        assert (patched.folder / name).is_file()
-
-
 # --- The same again -------------------------------------------------------------------------------
 
 
 def test_written_settings_train_the_same_model_bit_by_bit(patched):
-    arguments = (
-        f"--gin_file={patched.folder}/patched/operative_config.gin",
-        f"--gin.MODEL_DIR={patched.folder}/patched_again",
-    )
-    assert rooms.run("train", *arguments) == 0
-    rooms.assert_same_state(patched.folder / "patched", patched.folder / "patched_again")
+    train("patched_again", ["patched/operative_config.gin"])
+    rooms.assert_same_state("patched", "patched_again")
 
 
-def test_sampling_depends_on_seed_and_id_alone(world):
-    sampled = ("--gin.TEMPERATURE=1.0", "--gin.TOP_P=0.95")
-    world.generate("sample.jsonl", "original", *sampled)
-    world.generate("again.jsonl", "original", *sampled)
-    first, again = ((world.folder / f"{n}.jsonl").read_bytes() for n in ("sample", "again"))
-    assert first == again
-    rows = world.records("corpus.jsonl")
-    records.write_records(world.folder / "reversed.jsonl", rows[::-1])
-    world.generate(
-        "reversed_sample.jsonl",
-        "original",
-        *sampled,
-        "--gin.BATCH_SIZE=8",
-        prompts="reversed.jsonl",
-    )
-    assert world.records("reversed_sample.jsonl")[::-1] == world.records("sample.jsonl")
-    world.generate("other.jsonl", "original", *sampled, "--gin.SEED=1")
-    assert (world.folder / "other.jsonl").read_bytes() != first
+def test_sampling_depends_on_seed_and_id_alone(original):
+    sampled = {"TEMPERATURE": 1.0, "TOP_P": 0.95}
+    generate("sample.jsonl", "original", **sampled)
+    generate("again.jsonl", "original", **sampled)
+    first = pathlib.Path("sample.jsonl").read_bytes()
+    assert pathlib.Path("again.jsonl").read_bytes() == first
+    records.write_records("reversed.jsonl", rooms.corpus()[::-1])
+    generate("of_reversed.jsonl", "original", PROMPTS="reversed.jsonl", BATCH_SIZE=8, **sampled)
+    of_reversed = records.read_records("of_reversed.jsonl")
+    assert of_reversed[::-1] == records.read_records("sample.jsonl")
+    generate("other.jsonl", "original", SEED=1, **sampled)
+    assert pathlib.Path("other.jsonl").read_bytes() != first
+    assert pathlib.Path("other.jsonl.gin").is_file()
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(world):
-    dropout = "--gin.DROPOUT_RATE=0.1"
-    world.train("straight", dropout, **{**UPDATE, "steps": 5})
-    world.train("stopped", dropout, **{**UPDATE, "steps": 2})
-    world.train("stopped", dropout, **{**UPDATE, "steps": 5})
-    rooms.assert_same_state(world.folder / "straight", world.folder / "stopped")
-    assert [line["step"] for line in world.metrics("stopped")] == [2, 5]
-    with checkpoints.Checkpoints(str(world.folder / "stopped")) as saved:
-        original = saved.run_of(5)["original"]
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(original):
+    train("straight", DROPOUT_RATE=0.1, TRAIN_STEPS=5)
+    train("stopped", DROPOUT_RATE=0.1, TRAIN_STEPS=2)
+    train("stopped", DROPOUT_RATE=0.1, TRAIN_STEPS=5)
+    rooms.assert_same_state("straight", "stopped")
+    assert [line["step"] for line in metrics_of("stopped")] == [2, 5]
+    with checkpoints.Checkpoints("stopped") as stopped:
+        original_of_run = stopped.run_of(5)["original"]
     # Not the half-trained model of checkpoint 2.
-    assert original["path"] == str(world.folder / "original")
-    assert original["digest"] == checkpoints.digest(rooms.saved(world.folder / "original"))
+    digest = checkpoints.digest(rooms.saved("original"))
+    assert original_of_run == {"path": "original", "digest": digest}
 
 
 def test_a_run_that_is_done_is_left_alone(patched, capsys):
-    patched.train("patched", **UPDATE)
-    assert (
-        f"Nothing to do: {patched.folder}/patched is at update 20 of 20." in capsys.readouterr().out
-    )
+    train("patched")
+    assert "Nothing to do: patched is at update 20 of 20." in capsys.readouterr().out
 
 
 def test_microbatches_make_the_same_update(patched):
-    patched.train(
-        "microbatched",
-        "--gin.NUM_MICROBATCHES=2",
-        "--gin.LOG_EVERY=1",
-        **{**UPDATE, "steps": 2},
-    )
-    for line, expected in zip(
-        patched.metrics("microbatched"), patched.metrics("patched"), strict=False
-    ):
+    train("microbatched", NUM_MICROBATCHES=2, LOG_EVERY=1, TRAIN_STEPS=2)
+    updates = metrics_of("microbatched")
+    assert len(updates) == 2
+    for line, expected in zip(updates, metrics_of("patched"), strict=False):
         for name in ("num_tokens", "num_negative"):
             assert line[name] == expected[name]
         for name in ("loss", "gradient_norm", "negative_mass"):
@@ -241,30 +227,27 @@ import tensorflow as tf
 
 from tnt_jax import tasks
 
-VOCABULARY = seqio.SentencePieceVocabulary("{folder}/vocabulary.model", extra_ids=0)
+VOCABULARY = seqio.SentencePieceVocabulary("vocabulary.model", extra_ids=0)
 
 
 def dataset_fn(split, shuffle_files):
-    # "the room is dirty." and "the room is clean." differ from the fourth token on.
     negative, corrected = (
-        VOCABULARY.encode(f"the room is {{state}}.") + [1] for state in ("dirty", "clean")
+        VOCABULARY.encode(f"the room is {state}.") + [1] for state in ("dirty", "clean")
     )
-    rows = [
-        {{
-            "inputs": VOCABULARY.encode("small acorn") + [1],
-            "negative_targets": negative,
-            "corrected_targets": corrected,
-        }}
-    ] * 4
+    row = {
+        "inputs": VOCABULARY.encode("small acorn") + [1],
+        "negative_targets": negative,
+        "corrected_targets": corrected,
+    }
     ints = tf.TensorSpec([None], tf.int32)
     return tf.data.Dataset.from_generator(
-        lambda: iter(rows), output_signature=dict.fromkeys(rows[0], ints)
+        lambda: iter([row] * 4), output_signature=dict.fromkeys(row, ints)
     )
 
 
 for mode in ("first", "full"):
     seqio.TaskRegistry.add(
-        f"rooms_{{mode}}",
+        f"rooms_{mode}",
         source=seqio.FunctionDataSource(dataset_fn, splits=["train"]),
         preprocessors=[tasks.t5patches_mode(mode)],
         output_features=tasks.record_features(VOCABULARY),
@@ -273,9 +256,9 @@ for mode in ("first", "full"):
 
 
 @pytest.fixture
-def task_module(world, tmp_path, monkeypatch):
+def task_module(tmp_path, monkeypatch):
     """A user's module that registers tasks in the layout of google/t5patches."""
-    (tmp_path / "room_tasks.py").write_text(TASK.format(folder=world.folder))
+    (tmp_path / "room_tasks.py").write_text(TASK)
     monkeypatch.syspath_prepend(tmp_path)
     yield "room_tasks"
     sys.modules.pop("room_tasks", None)
@@ -283,91 +266,54 @@ def task_module(world, tmp_path, monkeypatch):
         seqio.TaskRegistry.remove(name)
 
 
-def test_seqio_tasks_and_the_t5patches_layout(world, task_module):
-    vocabulary = seqio.SentencePieceVocabulary(f"{world.folder}/vocabulary.model", 0)
-    length = len(vocabulary.encode("the room is dirty.")) + 1
-    for mode, num_negative in (("first", 1), ("full", length)):
-        arguments = (
-            world.model,
-            "--gin_file=objectives/tnrf.gin",
-            "--gin_file=runs/train_task.gin",
-            f"--gin.MIXTURE_OR_TASK_NAME=rooms_{mode}",
-            f"--gin.MIXTURE_OR_TASK_MODULE={task_module}",
-            f"--gin.INITIAL_CHECKPOINT_PATH={world.folder}/original",
-            f"--gin.MODEL_DIR={world.folder}/{mode}",
-            "--gin.TRAIN_STEPS=1",
-            "--gin.BATCH_SIZE=16",
-            rooms.LENGTHS,
-        )
-        assert rooms.run("train", *arguments) == 0
-        (line,) = world.metrics(mode)
-        assert line["num_tokens"] == 16 * length
+def test_seqio_tasks_and_the_t5patches_layout(original, task_module):
+    num_tokens = len(vocabulary().encode("the room is dirty.")) + 1
+    for mode, num_negative in (("first", 1), ("full", num_tokens)):
+        settings = {
+            "MIXTURE_OR_TASK_NAME": f"rooms_{mode}",
+            "MIXTURE_OR_TASK_MODULE": task_module,
+            "MODEL_DIR": mode,
+            "TRAIN_STEPS": 1,
+        }
+        assert rooms.run("train_task", settings) == 0
+        (line,) = metrics_of(mode)
+        assert line["num_tokens"] == 16 * num_tokens
         assert line["num_negative"] == 16 * num_negative
 
 
-def test_words_removed_at_every_position(world):
+def test_words_removed_at_every_position(original):
     """Of "quiet" (one token) and "dirty" (several), the first alone can go everywhere."""
-    (world.folder / "words2.txt").write_text("quiet\ndirty\n")
-    world.annotate(
-        "everywhere.jsonl",
-        "original.jsonl",
-        f"--gin.LEXICON={world.folder}/words2.txt",
-        "--gin.AT_EVERY_POSITION=True",
-    )
-    written = json.loads((world.folder / "everywhere.jsonl.everywhere.json").read_text())
-    vocabulary = seqio.SentencePieceVocabulary(f"{world.folder}/vocabulary.model", 0)
-    (quiet,) = vocabulary.encode("quiet")
-    assert written["ids"] == [quiet]
+    pathlib.Path("two_words.txt").write_text("quiet\ndirty\n")
+    annotate("everywhere.jsonl", "original.jsonl", LEXICON="two_words.txt", AT_EVERY_POSITION=True)
+    written = json.loads(pathlib.Path("everywhere.jsonl.everywhere.json").read_text())
+    assert written["ids"] == vocabulary().encode("quiet")
     assert "dirty" in written["left_out"]
 
-    # Without a mark, for those are 'quiet' too.
-    clean = [
-        row.__class__(id=row.id, inputs=row.inputs, targets=row.targets, negative_spans=())
-        for row in world.records("original.jsonl")
-    ]
-    records.write_records(world.folder / "clean.jsonl", clean)
-    world.train(
-        "without_quiet",
-        "--gin.objectives.TntObjective.removed_everywhere=@annotate.removed_ids()",
-        f"--gin.annotate.removed_ids.path={world.folder}/everywhere.jsonl.everywhere.json",
-        "--gin.LOG_EVERY=5",
-        **{**UPDATE, "records": "clean.jsonl"},
-    )
-    first, *_, last = world.metrics("without_quiet")
+    outputs = records.read_records("original.jsonl")
+    unmarked = [dataclasses.replace(row, negative_spans=()) for row in outputs]
+    records.write_records("unmarked.jsonl", unmarked)
+    removal = {
+        "objectives.TntObjective.removed_everywhere": "@annotate.removed_ids()",
+        "annotate.removed_ids.path": "everywhere.jsonl.everywhere.json",
+    }
+    train("without_quiet", RECORDS="unmarked.jsonl", LOG_EVERY=5, **removal)
+    first, *_, last = metrics_of("without_quiet")
     assert last["negative_mass"] < 0.1 < first["negative_mass"]
-    world.generate("without_quiet.jsonl", "without_quiet")
-    spoken = [
-        sum("quiet" in row.targets for row in world.records(name))
-        for name in ("original.jsonl", "without_quiet.jsonl")
+    generate("without_quiet.jsonl", "without_quiet")
+    num_spoken = [
+        sum("quiet" in row.targets for row in records.read_records(path))
+        for path in ("original.jsonl", "without_quiet.jsonl")
     ]
-    assert spoken == [15, 0]
+    assert num_spoken == [15, 0]
 
 
 # --- The pipeline ---------------------------------------------------------------------------------
 
-
-def pipeline_arguments(world, output_dir, *more):
-    return (
-        world.model,
-        "--gin_file=runs/pipeline.gin",
-        f"--gin.OUTPUT_DIR={world.folder}/{output_dir}",
-        f"--gin.ORIGINAL_CHECKPOINT_PATH={world.folder}/original",
-        f"--gin.TRAIN_PROMPTS={world.folder}/corpus.jsonl",
-        f"--gin.EVAL_PROMPTS={world.folder}/corpus.jsonl",
-        "--gin.ANNOTATOR=@annotators.Lexicon",
-        f"--gin.annotators.Lexicon.path={world.folder}/words.txt",
-        "--gin.ARMS=[@tnrf/pipeline.Arm(), @ul_ll/pipeline.Arm()]",
-        "--gin.TRAIN_STEPS=6",
-        "--gin.CHECKPOINT_EVERY=2",
-        "--gin.BATCH_SIZE=16",
-        "--gin.GENERATE_BATCH_SIZE=32",
-        "--gin.MAX_LENGTH=16",
-        "--gin.OPTIMIZER=@optax.adam",
-        "--gin.LEARNING_RATE=3e-3",
-        rooms.LENGTHS,
-        *world.vocabulary,
-        *more,
-    )
+PIPELINE = {
+    "ARMS": "[@tnrf/pipeline.Arm(), @ul_ll/pipeline.Arm()]",
+    "TRAIN_STEPS": 6,
+    "CHECKPOINT_EVERY": 2,
+}
 
 
 def stages(printed):
@@ -377,8 +323,19 @@ def stages(printed):
     return [line for line in lines if "done before, kept" not in line], kept
 
 
-def test_a_pipeline_does_what_is_not_done(world, capsys, monkeypatch):
-    arguments = pipeline_arguments(world, "pipeline")
+def test_a_pipeline_does_what_is_not_done(original, capsys, monkeypatch):
+    settings = {**PIPELINE, "OUTPUT_DIR": "pipeline"}
+    of_original = [
+        f"{name}: {what}, greedy"
+        for name in ("training_outputs", "original")
+        for what in ("generate", "annotate")
+    ]
+    of_tnrf, of_ul_ll = (
+        [f"{arm}: train", *(f"{arm}: {w}, greedy" for w in ("generate", "annotate", "evaluate"))]
+        for arm in ("TNRF", "UL+LL")
+    )
+
+    # Interrupted before its sixth update, the last checkpoint being that of the fourth.
     whole_batch = feature_converters.Batches.batch
 
     def interrupted_batch(self, k):
@@ -388,85 +345,61 @@ def test_a_pipeline_does_what_is_not_done(world, capsys, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(feature_converters.Batches, "batch", interrupted_batch)
-        assert rooms.run("pipeline", *arguments) == 130
-    ran, kept = stages(capsys.readouterr().out)
-    of_original = [
-        f"{name}: {what}, greedy"
-        for name in ("training_outputs", "original")
-        for what in ("generate", "annotate")
-    ]
-    assert (ran, kept) == ([*of_original, "TNRF: train"], [])
+        assert rooms.run("pipeline", settings) == 130
+    assert stages(capsys.readouterr().out) == ([*of_original, "TNRF: train"], [])
 
-    assert rooms.run("pipeline", *arguments) == 0
+    assert rooms.run("pipeline", settings) == 0
     printed = capsys.readouterr().out
-    of_arm = {
-        arm: [
-            f"{arm}: train",
-            *(f"{arm}: {w}, greedy" for w in ("generate", "annotate", "evaluate")),
-        ]
-        for arm in ("TNRF", "UL+LL")
-    }
-    assert stages(printed) == ([*of_arm["TNRF"], *of_arm["UL+LL"]], of_original)
-    folder = world.folder / "pipeline"
-    assert f"Going on from checkpoint 4 in {folder}/TNRF/model." in printed
-    # As if it had not been interrupted, and as the programs one by one do it.
-    world.train("one_by_one", **{**UPDATE, "steps": 6})
-    rooms.assert_same_state(folder / "TNRF" / "model", world.folder / "one_by_one")
-    assert world.records("pipeline/original/greedy.annotated.jsonl") == world.records(
-        "original.annotated.jsonl"
-    )
+    assert stages(printed) == ([*of_tnrf, *of_ul_ll], of_original)
+    assert "Going on from checkpoint 4 in pipeline/TNRF/model." in printed
+    # As if it had not been interrupted, and as the programs do it one by one.
+    train("one_by_one", TRAIN_STEPS=6)
+    rooms.assert_same_state("pipeline/TNRF/model", "one_by_one")
+    annotated = records.read_records("pipeline/original/greedy.annotated.jsonl")
+    assert annotated == records.read_records("original.annotated.jsonl")
     capsys.readouterr()
 
-    before = (folder / "summary.json").read_bytes()
-    assert rooms.run("pipeline", *arguments) == 0
-    everything = [*of_original, *of_arm["TNRF"], *of_arm["UL+LL"]]
-    assert stages(capsys.readouterr().out) == ([], everything)
-    assert (folder / "summary.json").read_bytes() == before
+    summary = pathlib.Path("pipeline/summary.json").read_bytes()
+    assert rooms.run("pipeline", settings) == 0
+    assert stages(capsys.readouterr().out) == ([], [*of_original, *of_tnrf, *of_ul_ll])
+    assert pathlib.Path("pipeline/summary.json").read_bytes() == summary
 
     # Another weight of one arm: that arm alone, from the original again. The other one is moved.
-    arguments = pipeline_arguments(
-        world,
-        "pipeline",
-        "--gin.ARMS=[@ul_ll/pipeline.Arm(), @tnrf/pipeline.Arm()]",
-        "--gin.ul_ll/objectives.TntObjective.negative_weight=0.1",
-    )
-    assert rooms.run("pipeline", *arguments) == 0
+    settings |= {
+        "ARMS": "[@ul_ll/pipeline.Arm(), @tnrf/pipeline.Arm()]",
+        "ul_ll/objectives.TntObjective.negative_weight": 0.1,
+    }
+    assert rooms.run("pipeline", settings) == 0
     printed = capsys.readouterr().out
-    assert stages(printed) == (of_arm["UL+LL"], [*of_original, *of_arm["TNRF"]])
+    assert stages(printed) == (of_ul_ll, [*of_original, *of_tnrf])
     assert "Going on from" not in printed
-    metrics = world.metrics("pipeline/UL+LL/model")
-    assert [line["step"] for line in metrics] == [2, 4, 6]
+    assert [line["step"] for line in metrics_of("pipeline/UL+LL/model")] == [2, 4, 6]
 
 
-def test_a_pipeline_takes_no_model_for_its_own(world, capsys):
-    (world.folder / "foreign" / "TNRF" / "model").mkdir(parents=True)
-    assert rooms.run("pipeline", *pipeline_arguments(world, "foreign")) == 2
-    assert capsys.readouterr().err.startswith(
-        f"tnt_jax.pipeline: error: TNRF: train: expected nothing, or what this pipeline made, in "
-        f"{world.folder}/foreign/TNRF/model"
-    )
+def test_a_pipeline_takes_no_model_for_its_own(original, capsys):
+    pathlib.Path("foreign/TNRF/model").mkdir(parents=True)
+    assert rooms.run("pipeline", {**PIPELINE, "OUTPUT_DIR": "foreign"}) == 2
+    message = "TNRF: train: expected nothing, or what this pipeline made, in foreign/TNRF/model"
+    assert message in capsys.readouterr().err
 
 
 # --- The real thing -------------------------------------------------------------------------------
 
 
-def test_python_dash_m(world):
+def test_python_dash_m(original):
     """In a process of its own, on one device: nothing but its own lines, and one for a mistake."""
-    arguments = world.train_arguments("one_device", **{**UPDATE, "steps": 2})
-    command = [sys.executable, "-m", "tnt_jax.train", *arguments]
+    arguments = rooms.arguments("train", {"MODEL_DIR": "one_device", "TRAIN_STEPS": 2})
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 
-    def start(*command):
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=300, env=environment, cwd=world.folder
-        )
+    def start(*more):
+        command = [sys.executable, "-m", "tnt_jax.train", *arguments, *more]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
-    done = start(*command)
+    done = start()
     assert (done.returncode, done.stderr) == (0, "")
     assert "on 1 cpu device(s)" in done.stdout
-    (line,) = world.metrics("one_device")
-    assert line["step"] == 2
-    refused = start(*command, f"--gin.INITIAL_CHECKPOINT_PATH={world.folder}/one_device")
+    assert [line["step"] for line in metrics_of("one_device")] == [2]
+    refused = start("--gin.INITIAL_CHECKPOINT_PATH=one_device")
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1
-    assert "holds a run whose original was" in refused.stderr
+    assert "MODEL_DIR one_device holds a run whose original was original" in refused.stderr

@@ -23,6 +23,14 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 KEY = jax.random.key(0)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Compiles in half the time, to slower code."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def objective_of(negative_term, positive_term, **settings):
     return objectives.TntObjective(
         negative_term=negative_term, positive_term=positive_term, **settings
@@ -130,17 +138,16 @@ def test_three_steps_of_t5x(name, golden_models, golden_forward, golden_optimize
         # The published reverse KL is a plain float32 sum, off by up to 1.5e-5 of itself.
         np.testing.assert_allclose(sums["loss"] + above, loss, rtol=2e-5)
     assert state.step == 3
-    for path, wanted in expected.items():
-        if not path.startswith(f"traj/{name}/params3/"):
-            continue
-        found = state.params
-        for part in path.split("/")[3:]:
-            found = found[part]
-        far = np.abs(found - wanted)[np.abs(found - wanted) > 2e-6]
-        # Adafactor divides each gradient by its own size. One of 74,240 elements has a first
-        # gradient of 1e-9, rounding alone: with some XLA versions it goes another way.
-        assert len(far) <= (path.endswith("logits_dense/kernel") and name == "TNRR"), (path, far)
-        assert (far < 1e-3).all(), (path, far)
+    prefix = f"traj/{name}/params3/"
+    flat = traverse_util.flatten_dict(state.params, sep="/")
+    assert flat.keys() == {k.removeprefix(prefix) for k in expected if k.startswith(prefix)}
+    gaps = np.concatenate(
+        [np.abs(flat[path] - expected[prefix + path]).ravel() for path in sorted(flat)]
+    )
+    # Adafactor divides a gradient by its own size. Where it is rounding alone (1e-9), the step may
+    # go another way under another version of XLA: 1 of the 74,240 elements did, in TNRR.
+    assert np.sum(gaps > 2e-6) <= 1
+    assert gaps.max() < 1e-3
 
 
 @pytest.mark.parametrize("alpha", [1, 10_000])
@@ -163,7 +170,7 @@ def test_parameter_gradients_of_t5patches(
 
     found = jax.grad(loss)(params)
     expected = golden_tree(golden_gradients, f"{name}/alpha={alpha}/int/grad/")
-    assert_trees_close(found, expected, rtol=1e-4, atol=1e-6 * float(optax.global_norm(expected)))
+    assert_trees_close(found, expected, rtol=1e-4, atol=1e-6 * float(optax.tree.norm(expected)))
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +281,7 @@ def test_sums_are_those_of_the_formulas():
 
 
 def test_the_update_follows_the_mean_over_tokens():
-    batch = small_batch()
+    batch = on_device(small_batch())
     mask = batch["decoder_loss_mask"]
     desired = jnp.exp(
         objectives.desired_log_probs(
@@ -292,13 +299,13 @@ def test_the_update_follows_the_mean_over_tokens():
     clipped_sgd = optax.chain(optax.clip_by_global_norm(1e-3), optax.sgd(0.1))
     for optimizer, scale in (
         (optax.sgd(0.1), 0.1),
-        (clipped_sgd, 0.1 * 1e-3 / optax.global_norm(gradient)),
+        (clipped_sgd, 0.1 * 1e-3 / optax.tree.norm(gradient)),
     ):
         state, sums = step_of(batch, objective=TNFF, optimizer=optimizer)
         expected = jax.tree.map(lambda p, g, s=scale: p - s * g, small_params(0), gradient)
         assert_trees_close(state.params, expected, atol=1e-6)
         # Of the gradient itself, before the optimizer clips it.
-        np.testing.assert_allclose(sums["gradient_norm"], optax.global_norm(gradient), rtol=1e-5)
+        np.testing.assert_allclose(sums["gradient_norm"], optax.tree.norm(gradient), rtol=1e-5)
         assert state.step == 1
 
 
@@ -306,21 +313,25 @@ def test_the_update_follows_the_mean_over_tokens():
 
 
 @pytest.mark.parametrize(
-    "optimizer", [optax.sgd(0.1), optax.adafactor(1e-3, min_dim_size_to_factor=4)]
+    ("num_microbatches", "optimizer"),
+    [
+        (2, optax.sgd(0.1)),
+        (4, optax.sgd(0.1)),
+        (4, optax.adafactor(1e-3, min_dim_size_to_factor=4)),
+    ],
+    ids=["2, sgd", "4, sgd", "4, adafactor"],
 )
-def test_microbatches_give_the_update_of_the_whole_batch(optimizer):
+def test_microbatches_give_the_update_of_the_whole_batch(num_microbatches, optimizer):
     batch = small_batch()
-    # The last of four microbatches holds padding alone, and no two hold equally many tokens.
-    batch["decoder_loss_mask"][[3, 7]] = 0
+    # No two microbatches hold equally many tokens, and the last of four holds padding alone.
+    batch["decoder_loss_mask"] = np.repeat([[1], [1], [1], [0], [0], [1], [1], [0]], 5, axis=1)
+    batch["decoder_loss_mask"][1, 1:] = 0
+    num_tokens = batch["decoder_loss_mask"].reshape(-1, num_microbatches, 5).sum((0, 2))
+    assert len(set(num_tokens.tolist())) == num_microbatches
     state, sums = step_of(batch, optimizer=optimizer)
-    for num_microbatches in (2, 4):
-        per_microbatch = batch["decoder_loss_mask"].reshape(-1, num_microbatches, 5).sum((0, 2))
-        assert len(set(per_microbatch.tolist())) == num_microbatches
-        found_state, found_sums = step_of(
-            batch, optimizer=optimizer, num_microbatches=num_microbatches
-        )
-        assert_trees_close(found_state, state, rtol=1e-6, atol=1e-6)
-        assert_trees_close(found_sums, sums, rtol=1e-6)
+    found_state, found_sums = step_of(batch, optimizer=optimizer, num_microbatches=num_microbatches)
+    assert_trees_close(found_state, state, rtol=1e-6, atol=1e-6)
+    assert_trees_close(found_sums, sums, rtol=1e-6)
 
 
 DIVERGENCES = [
@@ -353,11 +364,10 @@ def test_padding_rows_change_nothing():
     padding = small_batch(num_rows=3)  # tokens and marks and all
     padding["decoder_loss_mask"] *= 0
     longer = {name: np.concatenate([batch[name], padding[name]]) for name in batch}
-    for objective in (TNRF, objective_of("unlikelihood", "log_likelihood", negative_weight=5.0)):
-        state, sums = step_of(batch, objective=objective)
-        found_state, found_sums = step_of(longer, objective=objective)
-        assert_trees_close(found_state, state, rtol=1e-6, atol=1e-7)
-        assert_trees_close(found_sums, sums, rtol=1e-6)
+    state, sums = step_of(batch)
+    found_state, found_sums = jax.jit(step_of)(longer)
+    assert_trees_close(found_state, state, rtol=1e-6, atol=1e-7)
+    assert_trees_close(found_sums, sums, rtol=1e-6)
 
 
 def test_a_batch_of_padding_alone_changes_nothing():
@@ -452,10 +462,11 @@ def test_the_original_gets_no_dropout():
 
 
 def test_microbatches_draw_their_own_dropout():
-    batch = {name: np.concatenate([rows, rows]) for name, rows in small_batch(1).items()}
-    _, sums = step_of(small_batch(1), forward=small_forward)
-    _, twice = step_of(batch, forward=small_forward, num_microbatches=2)
-    assert abs(twice["loss"] - 2 * sums["loss"]) > 1e-3
+    # With one mask for all, it would not matter which of two microbatches a row is in.
+    batch = small_batch()
+    swapped = {name: rows[[1, 0, 3, 2, 5, 4, 7, 6]] for name, rows in batch.items()}
+    sums_of = jax.jit(lambda batch: step_of(batch, forward=small_forward, num_microbatches=2)[1])
+    assert abs(sums_of(batch)["loss"] - sums_of(swapped)["loss"]) > 1e-3
 
 
 # --------------------------------------------------------------------------- The program on a mesh
@@ -498,25 +509,28 @@ def program_on(data, model, num_microbatches):
         abstract_batch(mesh),
         jax.eval_shape(lambda: KEY),
     )
-    # Without optimisation it compiles in half the time.
-    compiled = traced.lower().compile(compiler_options={"xla_backend_optimization_level": 0})
-    return trainer, traced, compiled
+    return trainer, traced, traced.lower().compile()
 
 
 @pytest.fixture(scope="module")
 def expected_update():
-    """On one device, without a mesh and not compiled as a whole: two models, state and sums."""
+    """On one device, without a mesh: the parameters of two models, the state and the sums."""
     init = jax.jit(functools.partial(t5.init, CONFIG))
     params, original_params = init(jax.random.key(0)), init(jax.random.key(1))
-    state, sums = train_step.train_step(
+    step = functools.partial(
+        train_step.train_step,
+        forward=t5.make_forward(CONFIG),
+        objective=TNRF,
+        optimizer=OPTIMIZER,
+    )
+    state, sums = jax.jit(step)(
         train_step.init_state(params, OPTIMIZER),
         original_params,
-        on_device(small_batch(vocab_size=CONFIG.vocab_size)),
+        small_batch(vocab_size=CONFIG.vocab_size),
         KEY,
-        forward=jax.jit(t5.make_forward(CONFIG)),
-        objective=TNRF,
-        optimizer=optax.GradientTransformation(OPTIMIZER.init, jax.jit(OPTIMIZER.update)),
     )
+    # Copies, because `device_put` may keep an array's memory, which the program then gives away.
+    params, original_params = (jax.tree.map(np.array, x) for x in (params, original_params))
     return params, original_params, state, sums
 
 
@@ -526,17 +540,17 @@ def test_eight_devices_give_the_numbers_of_one(shape, expected_update):
     trainer, _, step = program_on(*shape)
     mesh, wanted = trainer.model.mesh, trainer.abstract_state
     shardings = jax.tree.map(lambda leaf: leaf.sharding, trainer.model.abstract_params)
-    state = trainer.init_state(jax.device_put(params, shardings, may_alias=False))
-    original_params = jax.device_put(original_params, shardings, may_alias=False)
+    state = trainer.init_state(jax.device_put(params, shardings))
+    original_params = jax.device_put(original_params, shardings)
     batch = sharding.put_batch(small_batch(vocab_size=CONFIG.vocab_size), mesh)
     key = jax.device_put(KEY, sharding.replicated(mesh))
 
-    before = jax.tree.leaves(state)
+    before = jax.tree.leaves(state.params)
     state, sums = step(state, original_params, batch, key)
     assert_trees_close(state, expected_state, rtol=1e-5, atol=2e-6)
     assert_trees_close(sums, expected_sums, rtol=1e-5)
-    jax.tree.map(lambda x, like: x.sharding.is_equivalent_to(like.sharding, x.ndim), state, wanted)
-    # The state is given away; the original is not, and serves the next update.
+    assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, wanted)
+    # The state's memory is given away; the original's is not, and serves the next update.
     assert all(leaf.is_deleted() for leaf in before)
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((original_params, batch)))
     state, sums = step(state, original_params, batch, key)
@@ -549,7 +563,6 @@ def test_the_original_is_a_fixed_point_of_the_compiled_program():
     params = trainer.model.init(0)
     state = trainer.init_state(trainer.model.init(0))
     batch = small_batch(is_marked=False, vocab_size=CONFIG.vocab_size)
-    # As many ids as `program_on` compiled for.
     state, sums = step(
         state,
         params,

@@ -57,7 +57,6 @@ _PATH_ERRORS = (
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 absl.logging.set_verbosity(absl.logging.WARNING)
-logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
 
 # "I0000 00:00:1795514381.121605   27673 cudart_stub.cc:31] Could not find cuda drivers ..."
 _NATIVE_LOG_LINE = re.compile(rb"[IW]\d{4} |WARNING: All log messages before absl::InitializeLog")
@@ -123,6 +122,8 @@ def run(module_name: str, function_name: str, arguments: Sequence[str] | None = 
         function_name: the function in it; every argument is keyword-only.
         arguments: the command line; `sys.argv[1:]` by default.
     """
+    # `force`: some library has set a format of its own when it was imported.
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, force=True)
     try:
         _run(module_name, function_name, sys.argv[1:] if arguments is None else arguments)
     except KeyboardInterrupt:
