@@ -144,14 +144,15 @@ def assert_same_state(one, other):
 
 
 @contextlib.contextmanager
-def compiled_once(folder):
-    """Keeps what is compiled in a folder: many runs of a test are the same program."""
+def compiled_cheaply(folder):
+    """Compiling is most of the time of a tiny run: little is optimised, and nothing twice."""
     settings = {
+        "jax_disable_most_optimizations": True,
         "jax_compilation_cache_dir": str(folder),
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
-    before = {name: getattr(jax.config, name) for name in settings}
+    before = {name: jax.config.values[name] for name in settings}
     for name, value in settings.items():
         jax.config.update(name, value)
     try:

@@ -103,7 +103,7 @@ def pipeline(
     certificate: Callable[..., Any],
     original_checkpoint_path: str | None = None,
     new_original: NewOriginal | None = None,
-    clean_per_marked: float | None = None,
+    clean_per_marked: int | float | None = None,
     expectations: Expectations | None = None,
     num_examples: int = 3,
 ) -> dict[str, Any]:
