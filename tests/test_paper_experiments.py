@@ -87,7 +87,8 @@ def test_experiment_runs_end_to_end(
         "--gin.decoding.Decoding.temperature=1.0",
     )
     # The task's own prompts went in.
-    outputs = records.read_records(tmp_path / "run" / "training_outputs" / "sampled.annotated.jsonl")
+    folder = tmp_path / "run" / "training_outputs"
+    outputs = records.read_records(folder / "sampled.annotated.jsonl")
     assert len(outputs) == 8
     assert all(output.inputs.startswith(("summarize: ", "reply: ")) for output in outputs)
     assert any(output.negative_spans for output in outputs)
@@ -99,7 +100,5 @@ def test_experiment_runs_end_to_end(
 
 def unwanted(folder, kind):
     path = folder / kind.lower()
-    path.write_text(
-        "\n".join(WORDS) if kind == "LEXICON" else json.dumps({"tree": WORDS}), "utf-8"
-    )
+    path.write_text("\n".join(WORDS) if kind == "LEXICON" else json.dumps({"tree": WORDS}), "utf-8")
     return path

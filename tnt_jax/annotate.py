@@ -37,8 +37,14 @@ def annotate(
     Raises:
       UsageError: The records, the annotator's files or the vocabulary do not fit.
     """
+    records.check_writable(output, "OUTPUT")
     if vocabulary is not None:
         tokenization.check_vocabulary(vocabulary)
+    elif annotator.everywhere():
+        raise UsageError(
+            "the annotator removes texts at every position: expected a vocabulary to turn them "
+            "into token ids, found None. Set annotate.vocabulary."
+        )
     rows = records.read_records(input)
     marked = [
         mark(row, annotator, vocabulary)
@@ -46,11 +52,6 @@ def annotate(
     ]
     records.write_records(output, marked)
     if annotator.everywhere():
-        if vocabulary is None:
-            raise UsageError(
-                "the annotator removes texts at every position: expected a vocabulary to turn them "
-                "into token ids, found None. Set annotate.vocabulary."
-            )
         _write_everywhere(output, annotator, vocabulary)
     run_config.write(output)
     num_marked = sum(bool(row.negative_spans) for row in marked)
@@ -66,12 +67,21 @@ def mark(
     """The record with the annotator's spans and, given a vocabulary, its alternatives.
 
     Earlier `negative_token_ids` are replaced, as the spans are.
+
+    Raises:
+      UsageError: The record is a prompt, or its ids are of another vocabulary.
     """
+    if not row.targets and row.target_ids is None:
+        raise UsageError(
+            f"record {row.id!r} has no targets. Expected outputs of the original model "
+            "(tnt_jax.generate writes them), not prompts."
+        )
     annotation = annotator.annotate(row.inputs, row.targets)
     removed: dict[int, set[int]] = {}
     has_alternatives = any(span.alternatives for span in annotation.spans)
     if vocabulary is not None and has_alternatives:
-        ids = row.target_ids or tokenization.encode(vocabulary, row.targets, add_eos=True)
+        unmarked = dataclasses.replace(row, negative_spans=None, negative_token_ids=())
+        ids = tokenization.mark_tokens(unmarked, vocabulary).target_ids
         for span in annotation.spans:
             extent = (span.start, span.end)
             alternatives, supported = (

@@ -80,6 +80,7 @@ def evaluate(
     Raises:
       UsageError: The files do not belong together, or a record is not annotated.
     """
+    records.check_writable(output, "OUTPUT")
     tokenization.check_vocabulary(vocabulary)
     original, current = paired(original_records, current_records)
     result: dict[str, Any] = {

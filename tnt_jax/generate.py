@@ -69,6 +69,12 @@ def generate(
             f"generate runs in one process, found {jax.process_count()}: split the prompts into "
             "files and run it once per host."
         )
+    if task_feature_lengths.get("inputs", 0) < 1:
+        raise UsageError(
+            "TASK_FEATURE_LENGTHS: expected a positive number of tokens for 'inputs', found "
+            f"{dict(task_feature_lengths)}."
+        )
+    records.check_writable(output, "OUTPUT")
     mesh = sharding.make_mesh(mesh_shape or sharding.MeshShape())
     sharding.check_batch_size(batch_size, 1, mesh)
     network = assembly.Model(config=model, mesh=mesh)

@@ -150,6 +150,7 @@ def pipeline(
 
     began = time.monotonic()
     root = pathlib.Path(output_dir)
+    records.check_writable(root / "summary.json", "OUTPUT_DIR")
     stages = _Stages(root)
     run_config.write(output_dir)
 
@@ -158,6 +159,7 @@ def pipeline(
         _make_original(stages, new_original, vocabulary, root)
         original_checkpoint_path = str(checkpoints.find(str(root / "original" / "model")))
     assert original_checkpoint_path is not None
+    checkpoints.find(original_checkpoint_path)  # found missing now, not after the prompts are read
 
     # ------------------------------------------------------------------------- Training outputs
     first_decoder = next(iter(decoders))

@@ -12,9 +12,11 @@ as text (`_Settings`), and only then by gin, which imports what they name.
 
 import argparse
 import ast
+import collections.abc
 import contextlib
 import dataclasses
 import difflib
+import enum
 import importlib
 import importlib.abc
 import importlib.util
@@ -28,6 +30,8 @@ import sys
 import tempfile
 import tokenize
 import traceback
+import types
+import typing
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -185,8 +189,73 @@ def _run(module_name: str, function_name: str, arguments: Sequence[str]) -> None
             f"no gin file sets {_and(missing)}: pass a run file with --gin_file=..., or set "
             + ", ".join(f"--gin.{short_name}.{name}=..." for name in missing)
         )
+    _check_types()
     gin.finalize()
     configured()
+
+
+def _check_types() -> None:
+    """Compares literals with the annotations of the parameters that they are bound to.
+
+    gin knows no types, so that `--gin.TRAIN_STEPS=1e3`, a float, would fail somewhere deep within.
+    What a reference (`@...`) gives is left to whoever receives it.
+
+    Raises:
+        UsageError: a literal is of another type.
+    """
+    for (_, selector), bindings in gin_config._CONFIG.items():
+        parameters = inspect.signature(gin_config._REGISTRY[selector].wrapped).parameters
+        for name, value in bindings.items():
+            setting = f"{selector.removeprefix('tnt_jax.')}.{name}"
+            while _is_macro(value):
+                setting = value.scopes[-1]
+                value = gin.query_parameter(f"{setting}/gin.macro.value")
+            if isinstance(value, gin_config.ConfigurableReference) or name not in parameters:
+                continue
+            annotation, default = parameters[name].annotation, parameters[name].default
+            if value is not default and not _has_type(value, annotation):
+                raise UsageError(
+                    f"--gin.{setting}: expected {_type_name(annotation)}, found {value!r}."
+                )
+
+
+def _is_macro(value: Any) -> bool:
+    return (
+        isinstance(value, gin_config.ConfigurableReference)
+        and value.evaluate
+        and value.selector == "gin.macro"
+    )
+
+
+def _has_type(value: Any, annotation: Any) -> bool:
+    """Whether a literal of gin is what an annotation says; True where that cannot be told."""
+    if _is_union(annotation):
+        return any(_has_type(value, part) for part in typing.get_args(annotation))
+    expected = typing.get_origin(annotation) or annotation
+    if expected in (int, float, str, bool):
+        return type(value) is expected or (expected is float and type(value) is int)
+    if expected in (None, type(None)):
+        return value is None
+    if expected in (collections.abc.Mapping, collections.abc.Sequence, tuple, list, dict):
+        return isinstance(value, expected) and not isinstance(value, str)
+    if expected is collections.abc.Callable:
+        return False
+    if isinstance(value, str) and isinstance(expected, type):  # no text is an array, say
+        takes_text = (Any, inspect.Parameter.empty, *str.__mro__)
+        return expected in takes_text or issubclass(expected, pathlib.PurePath | enum.Enum)
+    return True
+
+
+def _type_name(annotation: Any) -> str:
+    if _is_union(annotation):
+        return " or ".join(map(_type_name, typing.get_args(annotation)))
+    kind = typing.get_origin(annotation) or annotation
+    names = {collections.abc.Callable: "a reference (@module.name)", types.NoneType: "None"}
+    return names.get(kind, getattr(kind, "__name__", str(kind)))
+
+
+def _is_union(annotation: Any) -> bool:
+    return typing.get_origin(annotation) in (types.UnionType, typing.Union)
 
 
 def parse_gin_file(
@@ -452,6 +521,8 @@ class _Settings:
                 continue
             problem = f"{self._read[name]} reads %{name}, which nothing sets"
             if setters := [path for path, text in self._known_files() if _sets(text, name)]:
+                # An experiment is a whole run, rather than a part to add to one.
+                setters.sort(key=lambda path: path.startswith("experiments"))
                 problem += f": add --gin_file={setters[0]}"
                 problem += f" (or one of {len(setters) - 1} others)" if setters[1:] else ""
             elif close := difflib.get_close_matches(name, self.values, n=1):

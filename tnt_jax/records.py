@@ -18,6 +18,7 @@ import glob
 import json
 import os
 import pathlib
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -182,6 +183,26 @@ def matching_files(path: str | os.PathLike) -> list[pathlib.Path]:
     return files
 
 
+def check_writable(path: str | os.PathLike, setting: str) -> None:
+    """Finds out, before the work, whether a file can be written; its folder is created.
+
+    Raises:
+        UsageError: it cannot; the message names `setting`.
+    """
+    if "://" in os.fspath(path):  # an object store, which `tnt_jax.run_log` writes to
+        return
+    path = pathlib.Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+        reason = "it is a directory" if path.is_dir() else None
+    except OSError as error:
+        reason = error.strerror
+    if reason:
+        raise UsageError(f"{setting}: expected a file that can be written, found {path}: {reason}.")
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Yields a path beside `path` to write to, and renames it to `path` when all went well.
@@ -200,7 +221,7 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 def _parse(line: bytes, where: str) -> Any:
     try:
-        return json.loads(line.decode("utf-8"))
+        return json.loads(line.decode("utf-8").rstrip())  # or an open end is said to be in line 2
     except UnicodeDecodeError as error:
         raise UsageError(f"{where}: not UTF-8 ({error.reason} at byte {error.start}).") from None
     except json.JSONDecodeError as error:

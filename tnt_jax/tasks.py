@@ -630,7 +630,8 @@ def _check_trainable(
         if annotated and record.negative_spans is None and not record.negative_token_ids:
             raise UsageError(
                 f"{files}: record {record.id!r} has no negative_spans: nobody annotated it. Run "
-                "tnt_jax.annotate on the file, or set annotated=False to train on it as it is."
+                "tnt_jax.annotate on the file, or set ANNOTATED (RecordFiles.annotated) to False "
+                "to train on it as it is."
             )
     return rows
 

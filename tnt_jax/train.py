@@ -65,7 +65,7 @@ def train(
     batch_size: int,
     train_steps: int,
     initial_checkpoint_path: str | None,
-    optimizer: Callable[[], optax.GradientTransformation],
+    optimizer: Callable[[], optax.GradientTransformation] | optax.GradientTransformation,
     num_microbatches: int = 1,
     mesh_shape: sharding.MeshShape | None = None,
     eval_dataset: Dataset | None = None,
@@ -86,7 +86,7 @@ def train(
       batch_size: Examples per update, over all devices and microbatches.
       train_steps: Updates in all, those before a restart included.
       initial_checkpoint_path: The original, and where training starts from; None is random.
-      optimizer: Makes the Optax optimizer, such as `optax.adafactor`.
+      optimizer: An Optax optimizer, or what makes one, such as `optax.adafactor`.
       num_microbatches: Parts that each batch is computed in, to save memory.
       mesh_shape: Devices per mesh axis; None puts all on `data`.
       eval_dataset: Evaluated every `eval_every` updates and at the end.
@@ -110,6 +110,9 @@ def train(
     ):
         if value < 1:
             raise UsageError(f"{name}: expected at least 1, found {value}.")
+
+    if initial_checkpoint_path is not None:
+        checkpoints.find(initial_checkpoint_path)  # found missing now, not after the data are read
 
     # ------------------------------------------------------------------------------------- Mesh
     mesh = sharding.make_mesh(mesh_shape or sharding.MeshShape())
@@ -135,7 +138,7 @@ def train(
     trainer = assembly.Trainer(
         model=network,
         objective=objective,
-        optimizer=optimizer(),
+        optimizer=optimizer() if callable(optimizer) else optimizer,
         num_microbatches=num_microbatches,
     )
 
@@ -293,10 +296,10 @@ def _check_finite(
     for step, of_step in enumerate(sums, start=first_step):
         for name in ("loss", "gradient_norm"):
             if not np.isfinite(of_step[name]):
-                kept = f"checkpoint {saved_step}" if saved_step is not None else "no checkpoint yet"
+                kept = "no checkpoint yet" if saved_step is None else f"checkpoint {saved_step}"
                 raise UsageError(
-                    f"expected finite numbers, found {name} = {of_step[name]} at update {step}; "
-                    f"the last good state in {model_dir} is {kept}. Lower the learning rate or "
+                    f"update {step}: expected finite numbers, found {name} = {of_step[name]}. "
+                    f"Before it, there is {kept} in {model_dir}. Lower LEARNING_RATE or "
                     "negative_weight, or look at the batch of that update."
                 )
 

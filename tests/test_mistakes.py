@@ -1,0 +1,466 @@
+"""A mistake of the user's is one line: what was expected, what was found, what to change."""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+
+import gin
+import pytest
+import rooms
+
+from tnt_jax import program, records
+
+
+@pytest.fixture(scope="module", autouse=True)
+def working_directory(tmp_path_factory):
+    """The world of `rooms`, with its records marked and an original of one update."""
+    folder = tmp_path_factory.mktemp("world")
+    rooms.write_world(folder)
+    with contextlib.chdir(folder), rooms.compiled_cheaply(folder / "compiled"):
+        marked = [
+            dataclasses.replace(
+                row,
+                negative_spans=tuple(m.span() for m in rooms.UNWANTED.finditer(row.targets)),
+            )
+            for row in rooms.corpus()
+        ]
+        records.write_records("original.annotated.jsonl", marked)
+        settings = {
+            "RECORDS": "corpus.jsonl",
+            "ANNOTATED": False,
+            "INITIAL_CHECKPOINT_PATH": None,
+            "TRAIN_STEPS": 1,
+            "MODEL_DIR": "original",
+        }
+        assert rooms.run("train", settings, ["objectives/fine_tune.gin"]) == 0
+        yield
+
+
+@pytest.fixture
+def mistake(capsys):
+    """The one line with which a program refuses its settings."""
+
+    def mistake(run_name, settings, gin_files=()):
+        assert rooms.run(run_name, settings, gin_files) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        name = run_name.partition("_")[0]
+        assert error.startswith(f"tnt_jax.{name}: error: ")
+        return error.removeprefix(f"tnt_jax.{name}: error: ").rstrip()
+
+    return mistake
+
+
+def record(**fields):
+    """A file of one record, a good one but for `fields`."""
+    good = {
+        "id": "a",
+        "inputs": "small acorn",
+        "targets": "the acorn room is small and dirty.",
+        "negative_spans": [[28, 33]],
+    }
+    return json.dumps({**good, **fields})
+
+
+# --- Settings -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"TRAIN_STPES": 3},
+            "--gin.TRAIN_STPES: no gin file reads %TRAIN_STPES; did you mean TRAIN_STEPS?",
+        ),
+        (
+            {"train.train.batchsize": 3},
+            "--gin.train.train.batchsize=3: Configurable 'train.train' doesn't have a parameter "
+            "named 'batchsize'.",
+        ),
+        ({"TRAIN_STEPS": "1e3"}, "--gin.TRAIN_STEPS: expected int, found 1000.0."),
+        ({"TRAIN_STEPS": 0}, "TRAIN_STEPS: expected at least 1, found 0."),
+        ({"LEARNING_RATE": "0,001"}, "--gin.LEARNING_RATE: expected float or "),
+        ({"MODEL_DIR": 3}, "--gin.MODEL_DIR: expected str, found 3."),
+        ({"t5.T5Config.emb_dim": "wide"}, "--gin.t5.T5Config.emb_dim: expected int, found 'wide'."),
+        ({"TASK_FEATURE_LENGTHS": 8}, "--gin.TASK_FEATURE_LENGTHS: expected Mapping, found 8."),
+        (
+            {"TASK_FEATURE_LENGTHS": {"inputs": 8}},
+            "TASK_FEATURE_LENGTHS: expected positive numbers of tokens for 'inputs' and 'targets', "
+            "found {'inputs': 8}.",
+        ),
+        (
+            {"OPTIMIZER": "adam"},
+            "--gin.OPTIMIZER: expected a reference (@module.name) or ",
+        ),
+        (
+            {"OPTIMIZER": "@optax.adamm"},
+            "--gin.OPTIMIZER=@optax.adamm: Couldn't resolve selector optax.adamm; optax has no "
+            "attribute adamm.",
+        ),
+        ({"NEGATIVE_WEIGHT": -1.0}, "negative_weight must be 0 or more, and finite; got -1.0."),
+        (
+            {"objectives.TntObjective.negative_term": "reverse"},
+            "negative_term must be one of forward_kl, ",
+        ),
+    ],
+)
+def test_settings(mistake, settings, message):
+    assert mistake("train", {"MODEL_DIR": "model", **settings}).startswith(message)
+    assert not pathlib.Path("model").exists()
+
+
+def test_what_is_missing_is_listed_together(capsys):
+    gin_files = ["--gin_file=objectives/tnrf.gin", "--gin_file=runs/train.gin"]
+    with pytest.raises(SystemExit) as stopped:
+        program.run("tnt_jax.train", "train", gin_files)
+    assert stopped.value.code == 2
+    required = ("MODEL_DIR", "INITIAL_CHECKPOINT_PATH", "TRAIN_STEPS", "VOCABULARY_PATH", "RECORDS")
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith(
+        "tnt_jax.train: error: settings are missing: set "
+        + ", ".join(f"--gin.{name}=..." for name in required)
+        + "; training.gin reads %MODEL, which nothing sets: add --gin_file=models/"
+    )
+    gin.clear_config()
+
+
+def test_a_gin_file_that_is_not_there(mistake):
+    message = mistake("train", {"MODEL_DIR": "model"}, ["objectives/tnnf.gin"])
+    assert message.startswith("--gin_file: no gin file 'objectives/tnnf.gin': looked for ")
+    assert "did you mean objectives/tnsf.gin or objectives/tnrf.gin?" in message
+
+
+# --- Data -----------------------------------------------------------------------------------------
+
+SPAN_RULE = (
+    ", but targets has 34 characters. A span is [start, end] with 0 <= start < end <= length, "
+    "counted in Unicode code points (not bytes), end exclusive."
+)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            record(negative_spans=[[30, 40]]),
+            "bad.jsonl:2: record 'a': negative_spans has [30, 40]" + SPAN_RULE,
+        ),
+        (
+            record(negative_spans=[[5, 2]]),
+            "bad.jsonl:2: record 'a': negative_spans has [5, 2]" + SPAN_RULE,
+        ),
+        (
+            record(negative_spans=[5, 2]),
+            "bad.jsonl:2: negative_spans: expected a list of [start, end] code point offsets, "
+            "found [5, 2] (list).",
+        ),
+        (
+            '{"inputs": "a"',
+            "bad.jsonl:2: not JSON: Expecting ',' delimiter at column 15. Expected one object a "
+            "line.",
+        ),
+        ("3", "bad.jsonl:2: expected a JSON object, found 3 (int)."),
+        (
+            '{"targets": "b"}',
+            "bad.jsonl:2: the field 'inputs' is missing; found ['targets'].",
+        ),
+        (
+            record(id="good"),
+            "bad.jsonl:2: the id 'good' was used before, at bad.jsonl:1. Every record of a data "
+            "set needs its own.",
+        ),
+        (
+            record(targets="", negative_spans=[]),
+            "bad.jsonl: record 'a' has no targets. Expected outputs of the original model "
+            "(tnt_jax.generate writes them), not prompts.",
+        ),
+        (
+            record(target_ids=[3, 4, 5, 1]),
+            "record 'a': target_ids decode to 'acorn and birch', but targets is 'the acorn room "
+            "is small and dirty.'. Expected the vocabulary that the ids were generated with; "
+            "leave target_ids out to have targets tokenised.",
+        ),
+        (
+            record(negative_token_ids=[[0, [9999]]]),
+            "record 'a': negative_token_ids has id 9999, but the vocabulary has 38 ids.",
+        ),
+        (
+            record(negative_token_ids=[[99, [5]]]),
+            "record 'a': negative_token_ids has position 99, but its targets have 14 tokens.",
+        ),
+    ],
+)
+def test_records(mistake, line, message):
+    pathlib.Path("bad.jsonl").write_text(f"{record(id='good')}\n{line}\n")
+    assert mistake("train", {"MODEL_DIR": "model", "RECORDS": "bad.jsonl"}) == message
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"RECORDS": "nowhere.jsonl"},
+            "nowhere.jsonl: no such file, and no file matches it as a pattern.",
+        ),
+        ({"RECORDS": "empty.jsonl"}, "empty.jsonl: expected records, found none."),
+        (
+            {"RECORDS": "corpus.jsonl"},
+            "corpus.jsonl: record 'small acorn' has no negative_spans: nobody annotated it. Run "
+            "tnt_jax.annotate on the file, or set ANNOTATED (RecordFiles.annotated) to False to "
+            "train on it as it is.",
+        ),
+        (
+            {"RECORDS": "clean.jsonl"},
+            "negative_term='reverse_kl' needs marked tokens, but none of the 1 examples has one "
+            "within TASK_FEATURE_LENGTHS. Annotate them (python -m tnt_jax.annotate), or use "
+            "objectives/fine_tune.gin.",
+        ),
+        (
+            {"VOCABULARY_PATH": "nowhere.model"},
+            "vocabulary: expected a sentencepiece model at 'nowhere.model': ",
+        ),
+        (
+            {"VOCABULARY_PATH": "corpus.jsonl"},
+            "vocabulary: expected a sentencepiece model at 'corpus.jsonl': ",
+        ),
+        (
+            {"EXTRA_IDS": 100},
+            "VOCABULARY: expected at most the model's 38 ids (T5Config.vocab_size), found 138. "
+            "Give the vocabulary that the model was trained with.",
+        ),
+    ],
+)
+def test_files_and_vocabularies(mistake, settings, message):
+    pathlib.Path("empty.jsonl").write_text("\n")
+    pathlib.Path("clean.jsonl").write_text(record(negative_spans=[]))
+    assert mistake("train", {"MODEL_DIR": "model", **settings}).startswith(message)
+
+
+def test_a_task_that_is_not_there(mistake):
+    settings = {"MODEL_DIR": "model", "MIXTURE_OR_TASK_NAME": "nothing"}
+    assert mistake("train_task", settings).startswith(
+        "MIXTURE_OR_TASK_NAME: no seqio task or mixture 'nothing'; there are ["
+    )
+    settings["MIXTURE_OR_TASK_MODULE"] = "no.such"
+    assert mistake("train_task", settings).startswith(
+        "MIXTURE_OR_TASK_MODULE: no module 'no.such'. Expected an importable name such as "
+    )
+
+
+# --- Devices and checkpoints ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"BATCH_SIZE": 12},
+            "BATCH_SIZE: expected a multiple of num_microbatches x data devices = 1 x 8; found 12.",
+        ),
+        (
+            {"NUM_MICROBATCHES": 3},
+            "BATCH_SIZE: expected a multiple of num_microbatches x data devices = 3 x 8; found 16.",
+        ),
+        (
+            {"MODEL_DEVICES": 3},
+            "MeshShape: expected data x model to be the 8 devices here; found data=-1, model=3. ",
+        ),
+        (
+            {"MODEL_DEVICES": 4},
+            "parameter decoder/logits_dense/kernel: its 'vocab' axis of 38 does not split over "
+            "the 4 devices of mesh axis 'model'.",
+        ),
+        (
+            {"INITIAL_CHECKPOINT_PATH": "nowhere"},
+            "expected a checkpoint or a model directory, found nothing at nowhere.",
+        ),
+        (
+            {"INITIAL_CHECKPOINT_PATH": "compiled"},
+            "expected a checkpoint (a directory with `params`) or a model directory (with "
+            "`checkpoint_<step>` directories of that kind); found neither at compiled.",
+        ),
+    ],
+)
+def test_devices_and_places(mistake, settings, message):
+    assert mistake("train", {"MODEL_DIR": "model", **settings}).startswith(message)
+
+
+@pytest.mark.parametrize("model_dir", ["model", "original"])
+def test_a_checkpoint_of_another_size(mistake, model_dir):
+    """As the original, and as the run to go on with."""
+    settings = {
+        "MODEL_DIR": model_dir,
+        "RECORDS": "corpus.jsonl",
+        "ANNOTATED": False,
+        "t5.T5Config.emb_dim": 64,
+    }
+    message = mistake("train", settings, ["objectives/fine_tune.gin"])
+    assert "original/checkpoint_1 does not fit the model settings: " in message
+    assert "decoder/decoder_norm/scale is (32,) instead of (64,)" in message
+    assert message.endswith("change the model settings, or the path.")
+
+
+def test_another_optimizer_than_that_of_the_run(mistake):
+    settings = {
+        "MODEL_DIR": "original",
+        "RECORDS": "corpus.jsonl",
+        "ANNOTATED": False,
+        "OPTIMIZER": "@optax.adafactor",
+    }
+    message = mistake("train", settings, ["objectives/fine_tune.gin"])
+    assert "original/checkpoint_1 does not fit OPTIMIZER: " in message
+
+
+def test_another_original_than_that_of_the_run(mistake):
+    message = mistake("train", {"MODEL_DIR": "original"})
+    assert message.startswith(
+        "MODEL_DIR original holds a run whose original was none (an objective without "
+        "divergences); now it is original (digest "
+    )
+    assert message.endswith(
+        "Pass the same INITIAL_CHECKPOINT_PATH, objective and seed, or another MODEL_DIR."
+    )
+
+
+# Nothing can be made in /proc, not even by root.
+@pytest.mark.parametrize("model_dir", ["/proc/model", "corpus.jsonl", "corpus.jsonl/model"])
+def test_a_model_directory_that_cannot_be_written(mistake, model_dir):
+    message = mistake("train", {"MODEL_DIR": model_dir})
+    assert message.startswith(
+        f"MODEL_DIR: expected a directory that can be written, found {model_dir}: "
+    )
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(mistake):
+    settings = {"MODEL_DIR": "divergent", "LEARNING_RATE": 1e30, "CHECKPOINT_EVERY": 1}
+    assert mistake("train", settings) == (
+        "update 2: expected finite numbers, found loss = nan. Before it, there is checkpoint 1 in "
+        "divergent. Lower LEARNING_RATE or negative_weight, or look at the batch of that update."
+    )
+    assert [path.name for path in pathlib.Path("divergent").glob("checkpoint_*")] == [
+        "checkpoint_1"
+    ]
+
+
+# --- The other programs ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("run_name", "settings", "message"),
+    [
+        (
+            "generate",
+            {"PROMPTS": "nowhere.jsonl"},
+            "nowhere.jsonl: no such file, and no file matches it as a pattern.",
+        ),
+        (
+            "generate",
+            {"CHECKPOINT_PATH": "nowhere"},
+            "expected a checkpoint or a model directory, found nothing at nowhere.",
+        ),
+        (
+            "generate",
+            {"TASK_FEATURE_LENGTHS": {"targets": 8}},
+            "TASK_FEATURE_LENGTHS: expected a positive number of tokens for 'inputs', found "
+            "{'targets': 8}.",
+        ),
+        (
+            "generate",
+            {"EXTRA_IDS": 100},
+            "VOCABULARY: expected at most the model's 38 ids (T5Config.vocab_size), found 138. ",
+        ),
+        (
+            "generate",
+            {"TOP_P": 2.0},
+            "Decoding.top_p must be above 0 and at most 1 (off); found 2.0",
+        ),
+        (
+            "generate",
+            {"NUM_BEAMS": 2, "TEMPERATURE": 1.0},
+            "Decoding.num_beams=2 searches and temperature=1.0 samples: ",
+        ),
+        (
+            "generate",
+            {"OUTPUT": "original"},
+            "OUTPUT: expected a file that can be written, found original: it is a directory.",
+        ),
+        ("annotate", {"LEXICON": "nowhere.txt"}, "Lexicon.path: expected a UTF-8 text file, "),
+        ("annotate", {"LEXICON": "comment.txt"}, "Lexicon.path: comment.txt lists nothing; "),
+        (
+            "annotate",
+            {"RECORDS": "prompts.jsonl"},
+            "record 'prompts:1' has no targets. Expected outputs of the original model ",
+        ),
+        (
+            "annotate",
+            {"RECORDS": "other_ids.jsonl"},
+            "record 'a': target_ids decode to 'acorn and birch', but targets is ",
+        ),
+        (
+            "annotate",
+            {"AT_EVERY_POSITION": True, "annotate.annotate.vocabulary": None},
+            "the annotator removes texts at every position: expected a vocabulary to turn them "
+            "into token ids, found None. Set annotate.vocabulary.",
+        ),
+        (
+            "evaluate",
+            {"CURRENT_RECORDS": "corpus.jsonl"},
+            "record 'small acorn' of corpus.jsonl has no negative_spans: expected annotated "
+            "records (python -m tnt_jax.annotate).",
+        ),
+        (
+            "evaluate",
+            {"CURRENT_RECORDS": "other_ids.jsonl"},
+            "expected outputs for the same records, found 60 in original.annotated.jsonl, 1 in "
+            "other_ids.jsonl and 0 ids in both. Generate both from the same prompts.",
+        ),
+        (
+            "evaluate",
+            {"CHECKPOINT_PATH": "nowhere"},
+            "expected a checkpoint or a model directory, found nothing at nowhere.",
+        ),
+        (
+            "pipeline",
+            {"ORIGINAL_CHECKPOINT_PATH": "nowhere"},
+            "expected a checkpoint or a model directory, found nothing at nowhere.",
+        ),
+        (
+            "pipeline",
+            {"annotators.Lexicon.path": "nowhere.txt"},
+            "Lexicon.path: expected a UTF-8 text file, ",
+        ),
+        (
+            "pipeline",
+            {"ARMS": "[@tnrf/pipeline.Arm(), @tnrf/pipeline.Arm()]"},
+            "pipeline: expected at least one decoder, and arms whose names differ ",
+        ),
+    ],
+)
+def test_other_programs(mistake, run_name, settings, message):
+    pathlib.Path("comment.txt").write_text("# nothing\n")
+    pathlib.Path("prompts.jsonl").write_text('{"inputs": "small acorn"}\n')
+    pathlib.Path("other_ids.jsonl").write_text(record(target_ids=[3, 4, 5, 1]))
+    right = {
+        "generate": {"OUTPUT": "output", "CHECKPOINT_PATH": "original"},
+        "annotate": {"OUTPUT": "output", "RECORDS": "corpus.jsonl"},
+        "evaluate": {
+            "OUTPUT": "output",
+            "CURRENT_RECORDS": "original.annotated.jsonl",
+            "CHECKPOINT_PATH": "original",
+        },
+        "pipeline": {"OUTPUT_DIR": "pipeline", "TRAIN_STEPS": 1},
+    }
+    assert mistake(run_name, {**right[run_name], **settings}).startswith(message)
+    assert not pathlib.Path("output").exists()
+
+
+@pytest.mark.parametrize("run_name", ["generate", "annotate", "evaluate"])
+def test_an_output_that_cannot_be_written_is_found_before_the_work(mistake, run_name):
+    settings = {"OUTPUT": "/proc/output"}
+    settings |= {"RECORDS" if run_name == "annotate" else "CHECKPOINT_PATH": "nowhere"}
+    settings |= {"CURRENT_RECORDS": "nowhere"} if run_name == "evaluate" else {}
+    assert mistake(run_name, settings).startswith(
+        "OUTPUT: expected a file that can be written, found /proc/output: "
+    )
