@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from tnt_jax import checkpoints, program, records, tokenization
 
@@ -160,3 +161,4 @@ def compiled_cheaply(folder):
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
+        compilation_cache.reset_cache()  # it would stay with the folder that it met first

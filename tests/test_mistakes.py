@@ -277,13 +277,14 @@ def test_a_task_that_is_not_there(mistake):
             "expected a checkpoint or a model directory, found nothing at nowhere.",
         ),
         (
-            {"INITIAL_CHECKPOINT_PATH": "compiled"},
+            {"INITIAL_CHECKPOINT_PATH": "folder"},
             "expected a checkpoint (a directory with `params`) or a model directory (with "
-            "`checkpoint_<step>` directories of that kind); found neither at compiled.",
+            "`checkpoint_<step>` directories of that kind); found neither at folder.",
         ),
     ],
 )
 def test_devices_and_places(mistake, settings, message):
+    pathlib.Path("folder").mkdir(exist_ok=True)
     assert mistake("train", {"MODEL_DIR": "model", **settings}).startswith(message)
 
 

@@ -4,6 +4,7 @@ import json
 
 import gin
 import pytest
+import rooms
 import tensorflow_datasets as tfds
 
 from tnt_jax import program, records, tokenization
@@ -24,6 +25,12 @@ TINY = [
 # inputs, which are random letters, support none of them.
 WORDS = ("alder", "birch", "cedar", "damson", "elm", "fir", "gorse", "hazel", "ivy", "juniper")
 VOCAB_SIZE = 35
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_cheaply(tmp_path_factory):
+    with rooms.compiled_cheaply(tmp_path_factory.mktemp("compiled")):
+        yield
 
 
 @pytest.fixture(scope="module")

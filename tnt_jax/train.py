@@ -181,13 +181,16 @@ def train(
 
         def evaluate(step: int) -> None:
             rows = sharding.host_rows(batch_size, mesh)
+            batches_of_eval = feature_converters.batch_for_eval(
+                eval_examples, batch_size, task_feature_lengths, num_negative_ids, rows
+            )
             sums = [
-                eval_step(state.params, original_params, sharding.put_batch(batch, mesh))
-                for batch in feature_converters.batch_for_eval(
-                    eval_examples, batch_size, task_feature_lengths, num_negative_ids, rows
+                jax.device_get(
+                    eval_step(state.params, original_params, sharding.put_batch(batch, mesh))
                 )
+                for batch in batches_of_eval
             ]
-            summary = train_step.summarize(_add(jax.device_get(sums)))
+            summary = train_step.summarize(_add(sums))
             metrics.write(step, {f"eval/{name}": value for name, value in summary.items()})
             run_log.log(f"update {step}, evaluation: {_line(summary)}")
 
@@ -201,6 +204,10 @@ def train(
             batch = sharding.put_batch(batches.batch(step - 1), mesh)
             state, sums = trainer.step(state, original_params, batch, key)
             pending.append(sums)
+            if len(pending) > 1:
+                # The devices have the newest update to go on with. With more of them waiting,
+                # batches fill the memory, and simulated CPU devices block each other for ever.
+                jax.block_until_ready(pending[-2])
             is_last = step == train_steps
             is_save = is_last or step % checkpoint_every == 0
             if is_last or is_save or step % log_every == 0:
