@@ -68,7 +68,7 @@ def test_experiment_runs_end_to_end(
     original = tmp_path / "original"
     run(
         "train",
-        "--gin_file=models/t5_1_1_base.gin",
+        "--gin_file=models/t5_1_0_base.gin",
         "--gin_file=objectives/fine_tune.gin",
         "--gin_file=runs/train_task.gin",
         "--gin_file=runs/vocabulary.gin",
