@@ -26,6 +26,7 @@ setuptools.setup(
         "etils[epath]>=1.9",
         "flax>=0.12.8",
         "gin-config>=0.5",
+        "importlib_resources>=6",  # TFDS prepares no data set without it, and does not declare it
         "jax>=0.10.2",
         "numpy>=2.0",
         "optax>=0.2.6",

@@ -21,7 +21,7 @@ GIN_CONFIGS = ROOT / "gin_configs"
 GROUPS = {
     "base": {"array_types", "errors"},
     "numerics": {"objectives", "t5", "sharding", "train_step", "decoding"},
-    "text": {"records", "annotators", "text_metrics"},
+    "text": {"records", "annotators", "run_log", "text_metrics"},
     "data": {
         "tokenization",
         "feature_converters",
@@ -30,7 +30,7 @@ GROUPS = {
         "checkpoints",
         "corpora",
     },
-    "assembly": {"assembly", "run_config", "run_log", "program"},
+    "assembly": {"assembly", "run_config", "program"},
     "programs": {"train", "generate", "annotate", "evaluate", "pipeline"},
 }
 MAY_IMPORT = {

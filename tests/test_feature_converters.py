@@ -141,22 +141,6 @@ def test_batch_k_does_not_depend_on_what_was_read_before():
             np.testing.assert_array_equal(value, all_batches[k][name])
 
 
-@pytest.mark.parametrize("num_hosts", [2, 4])
-def test_the_rows_of_all_hosts_are_the_global_batch(num_hosts):
-    share = 8 // num_hosts
-    whole = feature_converters.Batches(numbered(13), 8, LENGTHS, seed=0)
-    hosts = [
-        feature_converters.Batches(
-            numbered(13), 8, LENGTHS, seed=0, rows=slice(host * share, (host + 1) * share)
-        )
-        for host in range(num_hosts)
-    ]
-    for k in (0, 1, 7):
-        parts = [host[k] for host in hosts]
-        for name, value in whole[k].items():
-            np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), value)
-
-
 def test_without_shuffling_the_order_is_kept():
     batches = feature_converters.Batches(numbered(5), 3, LENGTHS, seed=0, shuffle=False)
     assert seen(batches, range(3)).tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3]
@@ -185,12 +169,6 @@ def test_evaluation_reads_everything_once_and_fills_up_with_masked_rows():
     assert inputs[:, 0].tolist() == [2, 3, 4, 5, 6, 0]
     assert masks.sum(axis=1).tolist() == [2, 2, 2, 2, 2, 0]
     assert (batches[1]["decoder_negative_ids"] == -1).all()
-    halves = [
-        list(feature_converters.batch_for_eval(numbered(5), 4, LENGTHS, rows=rows))
-        for rows in (slice(0, 2), slice(2, 4))
-    ]
-    first_tokens = [b["encoder_input_tokens"][:, 0].tolist() for half in halves for b in half]
-    assert first_tokens == [[2, 3], [6, 0], [4, 5], [0, 0]]
 
 
 # --- Mining ---------------------------------------------------------------------------------------

@@ -387,6 +387,27 @@ def test_a_pipeline_does_what_is_not_done(original, capsys, monkeypatch):
     assert [line["step"] for line in metrics_of("pipeline/UL+LL/model")] == [2, 4, 6]
 
 
+def test_a_pipeline_reads_an_edited_word_list(original, capsys):
+    words = pathlib.Path("edited_words.txt")
+    words.write_text(pathlib.Path("words.txt").read_text())
+    settings = {
+        **PIPELINE,
+        "OUTPUT_DIR": "edited",
+        "ARMS": "[@tnrf/pipeline.Arm()]",
+        "annotators.Lexicon.path": words,
+        "TRAIN_STEPS": 1,
+    }
+    assert rooms.run("pipeline", settings) == 0
+    words.write_text(words.read_text() + "quiet\n")
+    capsys.readouterr()
+    assert rooms.run("pipeline", settings) == 0
+    done, kept = stages(capsys.readouterr().out)
+    assert "original: annotate, greedy" in done
+    assert "original: generate, greedy" in kept
+    outputs = records.read_records("edited/original/greedy.annotated.jsonl")
+    assert all(row.negative_spans for row in outputs if "quiet" in row.targets)
+
+
 def test_a_pipeline_takes_no_model_for_its_own(original, capsys):
     pathlib.Path("foreign/TNRF/model").mkdir(parents=True)
     assert rooms.run("pipeline", {**PIPELINE, "OUTPUT_DIR": "foreign"}) == 2

@@ -110,10 +110,13 @@ def test_a_batch_lies_in_order_over_the_data_axis(mesh):
             np.testing.assert_array_equal(shard.data, rows[2 * row : 2 * row + 2])
 
 
-@pytest.mark.parametrize("model", [1, 2, 8])
-def test_the_only_host_loads_every_row(model):
-    mesh = sharding.make_mesh(sharding.MeshShape(model=model))
-    assert sharding.host_rows(16, mesh) == slice(0, 16)
+def test_rows_go_where_the_mesh_has_them_whatever_the_order_of_its_devices(mesh):
+    devices = np.random.default_rng(0).permutation(mesh.devices.ravel()).reshape(8, 1)
+    shuffled = jax.sharding.Mesh(devices, ("data", "model"))
+    placed = sharding.put_batch({"ids": np.arange(24).reshape(8, 3)}, shuffled)["ids"]
+    for shard in placed.addressable_shards:
+        row = np.argwhere(devices == shard.device)[0, 0]
+        np.testing.assert_array_equal(shard.data, [[3 * row, 3 * row + 1, 3 * row + 2]])
 
 
 # ------------------------------------------------------------------------------------ Parameters

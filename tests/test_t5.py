@@ -6,29 +6,19 @@ import math
 import pathlib
 
 import gin
+import golden_model
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import traverse_util
 
 from tnt_jax import t5
 from tnt_jax.errors import UsageError
 
-GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "t5_logits.npz")
+GOLDEN = np.load(golden_model.FOLDER / "t5_logits.npz")
 MODEL_FILES = pathlib.Path(__file__).parents[1] / "gin_configs" / "models"
 
-GOLDEN_CONFIG = t5.T5Config(
-    vocab_size=384,
-    emb_dim=32,
-    num_heads=2,
-    num_encoder_layers=2,
-    num_decoder_layers=2,
-    head_dim=16,
-    mlp_dim=64,
-    mlp_activations=("gelu", "linear"),
-    logits_via_embedding=False,
-)
+GOLDEN_CONFIG = golden_model.CONFIG
 CONFIG_1_0 = t5.T5Config(
     vocab_size=50,
     emb_dim=16,
@@ -48,15 +38,11 @@ def forward_of(config):
 
 
 def golden_params(name="params"):
-    flat = {k.split("/", 1)[1]: jnp.asarray(v) for k, v in GOLDEN.items() if k.startswith(name)}
-    return traverse_util.unflatten_dict(flat, sep="/")
+    return golden_model.tree(GOLDEN, f"{name}/")
 
 
 def golden_batch(name):
-    prefix = f"batch/{name}/"
-    return {
-        k.removeprefix(prefix): jnp.asarray(v) for k, v in GOLDEN.items() if k.startswith(prefix)
-    }
+    return golden_model.tree(GOLDEN, f"batch/{name}/")
 
 
 def random_params(config, seed=0):

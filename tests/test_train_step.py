@@ -7,9 +7,9 @@ the program that runs on a mesh is looked at.
 import dataclasses
 import functools
 import math
-import pathlib
 import re
 
+import golden_model
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +19,6 @@ from flax import traverse_util
 
 from tnt_jax import assembly, objectives, sharding, t5, train_step
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
 KEY = jax.random.key(0)
 
 
@@ -52,17 +51,6 @@ def assert_trees_close(found, expected, **tolerances):
 
 # ------------------------------------------------------------------------------- T5X's own numbers
 
-GOLDEN_CONFIG = t5.T5Config(
-    vocab_size=384,
-    emb_dim=32,
-    num_heads=2,
-    num_encoder_layers=2,
-    num_decoder_layers=2,
-    head_dim=16,
-    mlp_dim=64,
-    mlp_activations=("gelu", "linear"),
-    logits_via_embedding=False,
-)
 # The published classes; those with a reverse term smooth every probability.
 CLASSES = {
     "FT": objective_of("none", "log_likelihood", z_loss=1e-4),
@@ -76,27 +64,22 @@ CLASSES = {
 }
 
 
-def golden_tree(arrays, prefix):
-    flat = {k.removeprefix(prefix): jnp.asarray(arrays[k]) for k in arrays if k.startswith(prefix)}
-    return traverse_util.unflatten_dict(flat, sep="/")
-
-
 @pytest.fixture(scope="module")
 def golden_models():
     """Parameters of the current model and of the original, and the batch `int`."""
-    arrays = np.load(GOLDEN / "t5_logits.npz")
-    batch = golden_tree(arrays, "batch/int/")
+    arrays = np.load(golden_model.FOLDER / "t5_logits.npz")
+    batch = golden_model.tree(arrays, "batch/int/")
     weights = batch.pop("decoder_loss_weights")
     batch["decoder_loss_mask"] = (weights != 0).astype(jnp.int32)
     batch["decoder_negative_ids"] = jnp.where(weights < 0, batch["decoder_target_tokens"], -1)[
         ..., None
     ]
-    return golden_tree(arrays, "params/"), golden_tree(arrays, "orig_params/"), batch
+    return golden_model.tree(arrays, "params/"), golden_model.tree(arrays, "orig_params/"), batch
 
 
 @pytest.fixture(scope="module")
 def golden_forward():
-    return jax.jit(t5.make_forward(GOLDEN_CONFIG))
+    return jax.jit(t5.make_forward(golden_model.CONFIG))
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +103,7 @@ def entropy_of_desired(name, original_logits, batch):
 @pytest.mark.parametrize("name", ["FT", "UL", "TNFF", "TNRR", "TNRF"])
 def test_three_steps_of_t5x(name, golden_models, golden_forward, golden_optimizer):
     params, original_params, batch = golden_models
-    expected = np.load(GOLDEN / "t5x_steps.npz")
+    expected = np.load(golden_model.FOLDER / "t5x_steps.npz")
     objective = CLASSES[name]
     above = entropy_of_desired(name, golden_forward(original_params, batch), batch)
     # Not compiled as a whole, so that the five objectives share two compiled parts.
@@ -169,7 +152,7 @@ def test_parameter_gradients_of_t5patches(
         return losses.sum()
 
     found = jax.grad(loss)(params)
-    expected = golden_tree(golden_gradients, f"{name}/alpha={alpha}/int/grad/")
+    expected = golden_model.tree(golden_gradients, f"{name}/alpha={alpha}/int/grad/")
     assert_trees_close(found, expected, rtol=1e-4, atol=1e-6 * float(optax.tree.norm(expected)))
 
 

@@ -59,8 +59,7 @@ def convert_features(
 ) -> dict[str, np.ndarray]:
     """Pads or cuts examples to one shape.
 
-    What is too long is cut at the end. An input keeps its EOS as the last token, as T5 was trained
-    (seqio's `append_eos_after_trim`); a target does not: the text did not end there.
+    What is too long is cut at the end. A target that is cut has no EOS: the text did not end there.
 
     Args:
         examples: `B` of them.
@@ -76,15 +75,10 @@ def convert_features(
     input_length, target_length = _lengths(task_feature_lengths)
     batch_size = len(examples)
     num_negative_ids = num_negative_ids or max_negative_ids(examples)
-    inputs = np.zeros((batch_size, input_length), np.int32)
     targets = np.zeros((batch_size, target_length), np.int32)
     loss_mask = np.zeros((batch_size, target_length), np.int32)
     negative_ids = np.full((batch_size, target_length, num_negative_ids), -1, np.int32)
     for row, example in enumerate(examples):
-        kept_inputs = example.inputs[:input_length]
-        inputs[row, : len(kept_inputs)] = kept_inputs
-        if len(example.inputs) > input_length and example.inputs[-1] == EOS_ID:
-            inputs[row, -1] = EOS_ID
         kept_targets = example.targets[:target_length]
         targets[row, : len(kept_targets)] = kept_targets
         if example.loss_mask is None:
@@ -102,12 +96,27 @@ def convert_features(
             )
         negative_ids[row, positions, slots] = ids
     return {
-        "encoder_input_tokens": inputs,
+        "encoder_input_tokens": pad_inputs([e.inputs for e in examples], input_length),
         "decoder_input_tokens": np.pad(targets, ((0, 0), (1, 0)))[:, :-1],
         "decoder_target_tokens": targets,
         "decoder_loss_mask": loss_mask * (targets != 0),
         "decoder_negative_ids": negative_ids,
     }
+
+
+def pad_inputs(inputs: Sequence[Sequence[int] | np.ndarray], length: int) -> np.ndarray:
+    """Encoder input ids `[B, length]` int32, padded with 0.
+
+    An input that is cut keeps its EOS as the last token, as T5 was trained (seqio's
+    `append_eos_after_trim`).
+    """
+    padded = np.zeros((len(inputs), length), np.int32)
+    for row, ids in zip(padded, inputs, strict=True):
+        kept = ids[:length]
+        row[: len(kept)] = kept
+        if len(ids) > length and ids[-1] == EOS_ID:
+            row[-1] = EOS_ID
+    return padded
 
 
 def count_lost(examples: Sequence[Example], task_feature_lengths: Mapping[str, int]) -> Lost:
@@ -149,7 +158,7 @@ class Batches:
 
     Every epoch is a permutation of all examples by (seed, epoch), and batches run on from one epoch
     into the next: each example is seen exactly once per epoch, whatever the batch size. Nothing
-    needs to be saved to resume, and every host can take its rows of the same global batch.
+    needs to be saved to resume, and every host builds the same global batch.
 
     Attributes:
         examples: the data set.
@@ -158,7 +167,6 @@ class Batches:
         seed: of the order.
         num_negative_ids: `K`; None takes what the data set needs.
         shuffle: False keeps the order of `examples`.
-        rows: the part of each global batch to build, for one host of several; None builds all.
 
     Raises:
         UsageError: there are no examples, or a setting is not positive.
@@ -170,7 +178,6 @@ class Batches:
     seed: int
     num_negative_ids: int | None = None
     shuffle: bool = True
-    rows: slice | None = None
 
     def __post_init__(self):
         if not self.examples:
@@ -182,10 +189,8 @@ class Batches:
             self.num_negative_ids = max_negative_ids(self.examples)
 
     def batch(self, k: int) -> dict[str, np.ndarray]:
-        """Batch k, counted from 0: the model features of its `rows`."""
-        positions = np.arange(k * self.batch_size, (k + 1) * self.batch_size)[
-            self.rows or slice(None)
-        ]
+        """Batch k, counted from 0: its model features."""
+        positions = np.arange(k * self.batch_size, (k + 1) * self.batch_size)
         epochs, indices = np.divmod(positions, len(self.examples))
         orders = {epoch: self._order(epoch) for epoch in set(epochs.tolist())}
         chosen = [
@@ -213,7 +218,6 @@ def batch_for_eval(
     batch_size: int,
     task_feature_lengths: Mapping[str, int],
     num_negative_ids: int | None = None,
-    rows: slice | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Every example once, in order; the last batch is filled up with rows whose loss mask is 0."""
     num_negative_ids = num_negative_ids or max_negative_ids(examples)
@@ -221,7 +225,7 @@ def batch_for_eval(
     filler = Example(nothing, nothing, negative_pairs=nothing.reshape(0, 2))
     for start in range(0, len(examples), batch_size):
         chosen = [*examples[start : start + batch_size], *[filler] * batch_size][:batch_size]
-        yield convert_features(chosen[rows or slice(None)], task_feature_lengths, num_negative_ids)
+        yield convert_features(chosen, task_feature_lengths, num_negative_ids)
 
 
 class Selection(NamedTuple):

@@ -20,6 +20,7 @@ import numpy as np
 from tnt_jax import (
     assembly,
     decoding,
+    feature_converters,
     program,
     records,
     run_config,
@@ -124,10 +125,7 @@ def _inputs(
     longest = task_feature_lengths["inputs"]
     ids = [tokenization.encode(vocabulary, row.inputs, add_eos=True) for row in rows]
     width = -(-max(map(len, ids)) // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
-    inputs = np.zeros((len(ids), min(longest, width)), np.int32)
-    for row, of_row in zip(inputs, ids, strict=True):
-        kept = of_row if len(of_row) <= longest else [*of_row[: longest - 1], of_row[-1]]
-        row[: len(kept)] = kept
+    inputs = feature_converters.pad_inputs(ids, min(longest, width))
     return inputs, sum(len(of_row) > longest for of_row in ids)
 
 

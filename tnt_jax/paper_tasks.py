@@ -7,7 +7,7 @@ They supply human examples: to fine-tune the original model on, and prompts for 
 Its annotated outputs come back as files of records.
 
 The vocabulary is T5's, at its public address. Name another one in the data set's settings
-(`SeqioDataset.vocabulary`) where that cannot be reached.
+(`SeqioDataset.vocabulary_override`) where that cannot be reached.
 """
 
 import seqio

@@ -163,7 +163,7 @@ def pipeline(
 
     # ------------------------------------------------------------------------- Training outputs
     first_decoder = next(iter(decoders))
-    marker = annotator()
+    marker, shared_vocabulary = annotator(), vocabulary()
 
     def outputs_of(name: str, checkpoint: str, prompts: Any, decoder: str) -> str:
         """Generates and annotates; returns the annotated file."""
@@ -175,7 +175,7 @@ def pipeline(
             generate,
             output=generated,
             inputs={"checkpoint_path": checkpoint} | ({"prompts": prompts} if is_file else {}),
-            settings={"vocabulary": vocabulary(), "decoder": decoders[decoder]}
+            settings={"vocabulary": shared_vocabulary, "decoder": decoders[decoder]}
             | ({} if is_file else {"prompts": prompts}),
         )
         stages.run(
@@ -183,7 +183,8 @@ def pipeline(
             annotate,
             output=annotated,
             inputs={"input": generated},
-            settings={"vocabulary": vocabulary(), "annotator": marker},
+            settings={"vocabulary": shared_vocabulary, "annotator": marker},
+            version=marker.description,  # names the contents of a word list, not only its path
         )
         return annotated
 
@@ -209,7 +210,7 @@ def pipeline(
                 "objective": arm.objective,
                 "dataset": tasks.RecordFiles(
                     files=training_outputs,
-                    vocabulary=vocabulary(),
+                    vocabulary=shared_vocabulary,
                     clean_per_marked=clean_per_marked,
                 ),
             },
@@ -230,7 +231,7 @@ def pipeline(
                     "current_records": current_outputs,
                 },
                 settings={
-                    "vocabulary": vocabulary(),
+                    "vocabulary": shared_vocabulary,
                     "print_table": False,
                     "certificate": certificate(
                         original_checkpoint_path=original_checkpoint_path,
@@ -266,22 +267,11 @@ def _make_original(
     stages: "_Stages", new: NewOriginal, vocabulary: Callable[[], Any], root: pathlib.Path
 ) -> None:
     stages.run(
-        "corpus",
-        lambda output: new.corpus(),
-        output=str(pathlib.Path(new.records).parent),
-        inputs={},
-        settings={},
-        described_as=new.corpus,
+        "corpus", _write_corpus, output=new.records, inputs={}, settings={"corpus": new.corpus}
     )
-
-    def train_vocabulary(*, output: str, texts_of: str, vocab_size: int) -> None:
-        rows = records.read_records(texts_of)
-        texts = [text for row in rows for text in (row.inputs, row.targets)]
-        tokenization.train_sentencepiece(texts, output, vocab_size=vocab_size)
-
     stages.run(
         "vocabulary",
-        train_vocabulary,
+        _train_vocabulary,
         output=new.vocabulary_path,
         inputs={"texts_of": new.records},
         settings={"vocab_size": new.vocab_size},
@@ -305,6 +295,18 @@ def _make_original(
     )
 
 
+def _write_corpus(*, output: str, corpus: Callable[[], Any]) -> None:
+    corpus()
+    if not pathlib.Path(output).exists():
+        raise UsageError(f"new_original: expected its corpus to write {output}; it did not.")
+
+
+def _train_vocabulary(*, output: str, texts_of: str, vocab_size: int) -> None:
+    rows = records.read_records(texts_of)
+    texts = [text for row in rows for text in (row.inputs, row.targets)]
+    tokenization.train_sentencepiece(texts, output, vocab_size=vocab_size)
+
+
 class _Stages:
     """Runs stages, and remembers with what settings and inputs each one was run."""
 
@@ -322,7 +324,7 @@ class _Stages:
         settings: Mapping[str, Any],
         output_name: str = "output",
         also_depends_on: Sequence[str] = (),
-        described_as: Callable[..., Any] | None = None,
+        version: str = "",
         goes_on: bool = False,
     ) -> None:
         """Calls `function(output_name=output, **inputs, **settings)` unless that has been done.
@@ -335,7 +337,7 @@ class _Stages:
           settings: Its other arguments.
           output_name: The argument that takes `output`.
           also_depends_on: Further files whose change makes it run again.
-          described_as: What stands for `function` in the comparison; None is `function` itself.
+          version: A text whose change makes it run again, for what the settings do not show.
           goes_on: Whether `function` goes on from what it finds in `output`, a directory. So what
             other settings left there is deleted first.
 
@@ -345,8 +347,9 @@ class _Stages:
         self._number += 1
         note = self._notes / f"{name.replace(': ', '_').replace(', ', '_')}.json"
         described = {
-            "function": run_config.describe(described_as or function),
+            "function": run_config.describe(function),
             "settings": run_config.describe(dict(settings)),
+            "version": version,
             "inputs": {path: _fingerprint(path) for path in (*inputs.values(), *also_depends_on)},
         }
         before: dict[str, Any] = {}

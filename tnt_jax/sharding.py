@@ -165,21 +165,17 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Moves this host's rows of a batch to its devices; the result is the global batch."""
+    """Moves a global batch to the devices, its rows over `data`.
+
+    Every host gives the whole batch, which is small beside what is computed from it, and its
+    devices take their rows. Which ones those are is the mesh's affair: on a TPU slice they need not
+    be next to each other.
+    """
     sharding = batch_sharding(mesh)
     return {
-        name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
+        name: jax.make_array_from_callback(rows.shape, sharding, rows.__getitem__)
+        for name, rows in batch.items()
     }
-
-
-def host_rows(batch_size: int, mesh: Mesh) -> slice:
-    """The rows of a global batch that this host loads."""
-    indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
-    parts = {rows.indices(batch_size)[:2] for (rows,) in filter(None, indices)}
-    starts, stops = zip(*parts, strict=True)
-    rows = slice(min(starts), max(stops))
-    assert rows.stop - rows.start == sum(stops) - sum(starts), f"gaps between {sorted(parts)}"
-    return rows
 
 
 def _dict_keys(path: tuple[Any, ...]) -> tuple[str, ...]:

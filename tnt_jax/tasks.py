@@ -29,7 +29,7 @@ import tensorflow as tf
 from absl import logging
 from google.protobuf.message import DecodeError
 
-from tnt_jax import feature_converters, records, tokenization
+from tnt_jax import feature_converters, records, run_log, tokenization
 from tnt_jax.errors import UsageError
 
 # --- Records as TFRecord --------------------------------------------------------------------------
@@ -418,12 +418,9 @@ class RecordFiles:
         examples = examples_from_records(rows, self.vocabulary, self.files)
         if self.clean_per_marked is not None:
             selection = feature_converters.select_clean(examples, self.clean_per_marked, self.seed)
-            logging.info(
-                "%s: kept all %d examples with marks and %d of %d without.",
-                self.files,
-                selection.num_marked,
-                selection.num_clean_kept,
-                selection.num_clean,
+            run_log.log(
+                f"{self.files}: all {selection.num_marked} examples with marks and "
+                f"{selection.num_clean_kept} of {selection.num_clean} without (clean_per_marked)."
             )
             examples = selection.examples
         _log_lost(examples, task_feature_lengths, self.files)

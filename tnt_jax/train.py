@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -131,7 +132,6 @@ def train(
         task_feature_lengths,
         seed=seed,
         num_negative_ids=num_negative_ids,
-        rows=sharding.host_rows(batch_size, mesh),
     )
 
     # ------------------------------------------------------------------------- Model and original
@@ -169,7 +169,13 @@ def train(
 
         start = saved.latest_step()
         if start is None:
-            start, state = 0, trainer.init_state(initial_params())
+            # A copy: the state's buffers are donated to every update, the original's never.
+            params = (
+                initial_params()
+                if original_params is None
+                else jax.tree.map(jnp.copy, original_params)
+            )
+            start, state = 0, trainer.init_state(params)
         else:
             _check_original(saved.run_of(start)["original"], original, model_dir)
             state = saved.restore(start, trainer.abstract_state)
@@ -180,9 +186,8 @@ def train(
         eval_step = assembly.jit_eval_step(network, objective)
 
         def evaluate(step: int) -> None:
-            rows = sharding.host_rows(batch_size, mesh)
             batches_of_eval = feature_converters.batch_for_eval(
-                eval_examples, batch_size, task_feature_lengths, num_negative_ids, rows
+                eval_examples, batch_size, task_feature_lengths, num_negative_ids
             )
             sums = [
                 jax.device_get(

@@ -29,9 +29,7 @@ class TrainState(flax.struct.PyTreeNode):
       opt_state: Of the Optax optimizer.
     """
 
-    step: (
-        Any  # Int[Array, ""]; no annotation, for a tree of shapes or shardings is a TrainState too
-    )
+    step: Any  # Int[Array, ""], but trees of shapes and of shardings are TrainStates too
     params: PyTree
     opt_state: PyTree
 
