@@ -35,15 +35,19 @@ setuptools.setup(
         "rich>=13.7",
         "rouge-score>=0.1.2",
         "sacrebleu>=2.4",
+        "safetensors>=0.5",
         "sentencepiece>=0.2.3",
         "seqio>=0.0.20",
         "tensorflow>=2.21",
         "tensorflow-datasets>=4.9.9",
+        "tensorstore>=0.1.74",
     ],
     extras_require={
         # Accelerators: pick the one that the machine has.
         "tpu": ["jax[tpu]>=0.10.2"],
         "gpu": ["jax[cuda12]>=0.10.2"],
+        # Models by their names on the Hugging Face hub.
+        "hub": ["huggingface-hub>=0.30"],
         # Annotators and scorers that read text with a trained model.
         "text": ["alt-profanity-check>=1.5", "spacy>=3.8"],
         # Message and reply pairs for tnt_jax.corpora.chitchat.
@@ -52,6 +56,7 @@ setuptools.setup(
             "basedpyright>=1.31",
             "beartype>=0.22",
             "chitchat-dataset==0.9.0",
+            "huggingface-hub>=0.30",
             "hypothesis>=6.150",
             "jaxtyping>=0.3.7",
             "pytest>=9.0",

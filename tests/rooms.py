@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from tnt_jax import checkpoints, program, records, tokenization
+from tnt_jax import pretrained, program, records, tokenization
 
 NAMES = (
     *("acorn", "birch", "cedar", "daisy", "elder", "fern", "grape", "hazel"),
@@ -129,7 +129,7 @@ def run(run_name, settings, gin_files=()):
 
 def saved(path, item="params"):
     """An item of a checkpoint, or of the newest one in a model directory, as NumPy arrays."""
-    folder = checkpoints.find(str(path)) / item
+    folder = pretrained.find(str(path)) / item
     tree = ocp.StandardCheckpointHandler().metadata(folder).tree
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
     restore = ocp.args.PyTreeRestore(restore_args=as_numpy)

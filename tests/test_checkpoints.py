@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from tnt_jax import checkpoints, sharding, train_step
+from tnt_jax import checkpoints, lazy_arrays, pretrained, sharding, train_step
 from tnt_jax.errors import UsageError
 
 LOGICAL_AXES = {
@@ -76,6 +76,12 @@ def save(model_dir, *states, keep=2):
             saved.save(state, RUN)
 
 
+def restore_params(path, wanted):
+    item = pretrained.find(str(path)) / "params"
+    lazy_arrays.check(checkpoints.lazy_item(item), wanted, str(item.parent), "the model settings")
+    return checkpoints.restore_item(item, wanted)
+
+
 @pytest.mark.parametrize(
     "optimizer",
     [
@@ -110,7 +116,7 @@ def test_a_checkpoint_holds_the_state_as_it_was_when_training_went_on(tmp_path):
         saved.save(state, RUN)
         for _ in range(3):  # while it is written, its buffers are given away
             state = update(state)
-    found = checkpoints.restore_params(str(tmp_path), abstract(state.params))
+    found = restore_params(str(tmp_path), abstract(state.params))
     assert_same(found, expected)
 
 
@@ -122,50 +128,29 @@ def test_the_last_checkpoints_stay(tmp_path):
         assert saved.latest_step() == 10_000
 
 
-def test_find_takes_a_checkpoint_or_the_newest_of_a_model_directory(tmp_path):
-    for name in ("checkpoint_900", "checkpoint_1000", "checkpoint_best", "2000", "other_3000"):
-        (tmp_path / name / "params").mkdir(parents=True)
-    newest = tmp_path / "checkpoint_1000"
-    assert str(checkpoints.find(str(tmp_path))) == str(newest)
-    assert str(checkpoints.find(str(newest))) == str(newest)
-    assert checkpoints.find(str(tmp_path / "checkpoint_900")).name == "checkpoint_900"
-    assert checkpoints.find(str(tmp_path / "2000")).name == "2000"
-
-
-def test_find_says_what_it_expected(tmp_path):
-    with pytest.raises(UsageError, match=r"found nothing at .*no_such"):
-        checkpoints.find(str(tmp_path / "no_such"))
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "file").write_text("")
-    (tmp_path / "t5x" / "checkpoint_5" / "target.decoder").mkdir(parents=True)
-    for name in ("empty", "file", "t5x", "t5x/checkpoint_5"):
-        with pytest.raises(UsageError, match=f"with `checkpoint_<step>`.*neither at .*{name}"):
-            checkpoints.find(str(tmp_path / name))
-
-
 def test_a_half_written_checkpoint_is_not_the_newest(tmp_path):
     state = make_state(mesh_of(model=1), optax.sgd(1e-3))
     save(tmp_path, state, state.replace(step=jnp.int32(7)))
     # As a process leaves it that is killed while it writes: Orbax renames at the very end.
     (tmp_path / "checkpoint_7").rename(tmp_path / "checkpoint_7.orbax-checkpoint-tmp")
-    assert checkpoints.find(str(tmp_path)).name == "checkpoint_3"
+    assert pretrained.find(str(tmp_path)).name == "checkpoint_3"
     with checkpoints.Checkpoints(str(tmp_path)) as saved:
         assert saved.latest_step() == 3
         saved.save(state.replace(step=jnp.int32(7)), RUN)  # the leftovers are not in the way
-    assert checkpoints.find(str(tmp_path)).name == "checkpoint_7"
+    assert pretrained.find(str(tmp_path)).name == "checkpoint_7"
 
 
 def test_parameters_go_to_another_mesh_and_dtype(tmp_path):
     state = make_state(mesh_of(model=2), adafactor())
     save(tmp_path, state)
     wanted = abstract(make_params(mesh_of(model=4)))
-    found = checkpoints.restore_params(str(tmp_path), wanted)
+    found = restore_params(str(tmp_path), wanted)
     assert_same(found, state.params)
     assert found["embedding"].sharding == wanted["embedding"].sharding
     wanted["out"] = jax.ShapeDtypeStruct(
         wanted["out"].shape, jnp.bfloat16, sharding=wanted["out"].sharding
     )
-    found = checkpoints.restore_params(str(tmp_path / "checkpoint_3"), wanted)
+    found = restore_params(str(tmp_path / "checkpoint_3"), wanted)
     np.testing.assert_array_equal(found["out"], state.params["out"].astype(jnp.bfloat16))
 
 
@@ -182,7 +167,7 @@ def test_a_checkpoint_of_another_model_names_every_parameter_that_differs(tmp_pa
         r"embedding is \(12, 8\) instead of \(13, 8\)\. Expected"
     )
     with pytest.raises(UsageError, match=message):
-        checkpoints.restore_params(str(tmp_path), wanted)
+        restore_params(str(tmp_path), wanted)
     with (
         pytest.raises(UsageError, match=message),
         checkpoints.Checkpoints(str(tmp_path)) as saved,
@@ -193,7 +178,7 @@ def test_a_checkpoint_of_another_model_names_every_parameter_that_differs(tmp_pa
 @pytest.mark.parametrize(
     ("optimizer", "difference"),
     [
-        (optax.adamw(1e-3), r"0/mu/decoder/norm/scale is missing.*and \d+ more"),
+        (optax.adamw(1e-3), r"0/mu/decoder/norm/scale is missing.*0/nu/out is missing"),
         (optax.sgd(1e-3), r"0/count is unexpected"),
         # The same names, but another shape of statistics.
         (optax.adafactor(1e-3), r"0/v/embedding is \(1,\) instead of \(12, 8\)"),
@@ -216,9 +201,7 @@ def test_parameters_alone_are_no_run_to_go_on_with(tmp_path):
     (tmp_path / "run" / "checkpoint_3" / "params").rename(tmp_path / "params")
     (tmp_path / "alone" / "checkpoint_3").mkdir()
     (tmp_path / "params").rename(tmp_path / "alone" / "checkpoint_3" / "params")
-    assert_same(
-        checkpoints.restore_params(str(tmp_path / "alone"), abstract(state.params)), state.params
-    )
+    assert_same(restore_params(str(tmp_path / "alone"), abstract(state.params)), state.params)
     with checkpoints.Checkpoints(str(tmp_path / "alone")) as saved:
         with pytest.raises(UsageError, match=r"has no `run`.*INITIAL_CHECKPOINT_PATH"):
             saved.run_of(3)

@@ -115,7 +115,7 @@ def test_what_is_missing_is_listed_together(capsys):
     with pytest.raises(SystemExit) as stopped:
         program.run("tnt_jax.train", "train", gin_files)
     assert stopped.value.code == 2
-    required = ("MODEL_DIR", "INITIAL_CHECKPOINT_PATH", "TRAIN_STEPS", "VOCABULARY_PATH", "RECORDS")
+    required = ("MODEL_DIR", "INITIAL_CHECKPOINT_PATH", "TRAIN_STEPS", "RECORDS")
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert error.startswith(
@@ -227,8 +227,9 @@ def test_records(mistake, line, message):
         ),
         (
             {"EXTRA_IDS": 100},
-            "VOCABULARY: expected at most the model's 38 ids (T5Config.vocab_size), found 138. "
-            "Give the vocabulary that the model was trained with.",
+            "VOCABULARY: expected the vocabulary of a model with 38 rows (T5Config.vocab_size): as "
+            "many ids, or up to 128 fewer; found 138. Give the vocabulary, and EXTRA_IDS, that the "
+            "model was trained with.",
         ),
     ],
 )
@@ -278,8 +279,10 @@ def test_a_task_that_is_not_there(mistake):
         ),
         (
             {"INITIAL_CHECKPOINT_PATH": "folder"},
-            "expected a checkpoint (a directory with `params`) or a model directory (with "
-            "`checkpoint_<step>` directories of that kind); found neither at folder.",
+            "expected a model at folder, found no kind that is known. Looked there, and in "
+            "checkpoint_<step> folders, for: config.json and model.safetensors (Hugging Face); "
+            "params (tnt_jax); a file named checkpoint (T5X); state/_METADATA (T5X with Orbax). "
+            "The directory has nothing in it.",
         ),
     ],
 )
@@ -370,7 +373,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(mistake):
         (
             "generate",
             {"EXTRA_IDS": 100},
-            "VOCABULARY: expected at most the model's 38 ids (T5Config.vocab_size), found 138. ",
+            "VOCABULARY: expected the vocabulary of a model with 38 rows (T5Config.vocab_size): ",
         ),
         (
             "generate",

@@ -583,7 +583,7 @@ def captured_bytes(traced):
 def test_the_program_carries_no_parameter():
     trainer, traced, _ = program_on(4, 2, 2)
     sizes = [leaf.size * 4 for leaf in jax.tree.leaves(trainer.model.abstract_params)]
-    bucket_table = 4 * (2 * t5.MAX_DISTANCE + 1)
+    bucket_table = 4 * (2 * CONFIG.relpos_max_distance + 1)
     assert captured_bytes(traced) <= bucket_table < min(size for size in sizes if size > 1024)
 
     # The same step around an original that it has captured: the check above would see it.

@@ -8,9 +8,8 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from tnt_jax import checkpoints, objectives, sharding, t5, train_step
+from tnt_jax import objectives, pretrained, sharding, t5, train_step
 from tnt_jax.array_types import PyTree
-from tnt_jax.errors import UsageError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,9 +42,9 @@ class Model:
         """Parameters from a checkpoint, each array straight to the devices that hold it.
 
         Raises:
-          UsageError: There is no checkpoint of this model at `path`.
+          UsageError: There is no checkpoint of this model at `path`, of a kind that is known.
         """
-        return checkpoints.restore_params(path, self.abstract_params)
+        return pretrained.open_checkpoint(path).restore(self.abstract_params)
 
     def init(self, seed: int) -> PyTree:
         """Random parameters; no device ever holds more than its own part."""
@@ -53,15 +52,6 @@ class Model:
             functools.partial(t5.init, self.config), out_shardings=_shardings(self.abstract_params)
         )
         return init(jax.random.key(seed))
-
-    def check_vocabulary_size(self, vocab_size: int) -> None:
-        """Raises a UsageError where the vocabulary has ids that the model lacks."""
-        if vocab_size > self.config.vocab_size:
-            raise UsageError(
-                f"VOCABULARY: expected at most the model's {self.config.vocab_size} ids "
-                f"(T5Config.vocab_size), found {vocab_size}. Give the vocabulary that the model "
-                "was trained with."
-            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Checkpoints of a run, and parameters from any checkpoint directory.
+"""Checkpoints of a run, and the arrays of anything that Orbax wrote.
 
 A checkpoint is `MODEL_DIR/checkpoint_<step>` with the items `params`, `optimizer` (Orbax trees) and
 `run` (JSON: what the run was, the original's identity among it). Orbax writes to a temporary name
@@ -6,19 +6,25 @@ and renames, so a half-written checkpoint is never taken for the newest. The ori
 are never in a checkpoint of the run that trains away from them.
 """
 
+import functools
 import hashlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from tnt_jax import sharding, train_step
+from tnt_jax import lazy_arrays, sharding, train_step
 from tnt_jax.array_types import PyTree
 from tnt_jax.errors import UsageError
+from tnt_jax.lazy_arrays import LazyArray
 
+PARAMS = "params"
+# In a model directory: all of a directory of Hugging Face's but the weights.
+DESCRIPTION = "huggingface"
 _PREFIX = "checkpoint"
 _STEP_NAMES = ocp.path.step.standard_name_format(step_prefix=_PREFIX)
 
@@ -115,42 +121,92 @@ class Checkpoints:
         return checkpoint / name
 
 
-def find(path: str) -> epath.Path:
-    """The checkpoint that a setting names: itself, or the newest one in a model directory.
-
-    Raises:
-      UsageError: There is none.
-    """
-    given = epath.Path(path).expanduser().absolute()
-    if not given.exists():
-        raise UsageError(f"expected a checkpoint or a model directory, found nothing at {path}.")
-    if (given / "params").exists():
-        return given
-    newest = ocp.path.step.latest_step_metadata(given, _STEP_NAMES)  # of the finished ones
-    if newest is None or not (newest.path / "params").exists():
-        raise UsageError(
-            f"expected a checkpoint (a directory with `params`) or a model directory (with "
-            f"`{_PREFIX}_<step>` directories of that kind); found neither at {path}."
-        )
-    return newest.path
+def read_run(checkpoint: epath.Path) -> dict[str, Any] | None:
+    """What a training run has noted in its checkpoint; None where no run wrote it."""
+    if not (checkpoint / "run").exists():
+        return None
+    reader = ocp.JsonCheckpointHandler()
+    return dict(reader.restore(checkpoint / "run", args=ocp.args.JsonRestore()))
 
 
-def restore_params(path: str, abstract_params: PyTree) -> PyTree:
-    """The parameters of a checkpoint.
+def lazy_item(item: epath.Path, within: tuple[str, ...] = ()) -> dict[str, LazyArray]:
+    """The arrays of an item that Orbax wrote, by name.
 
     Args:
-      path: A checkpoint, or a model directory for its newest.
-      abstract_params: Shapes, dtypes and shardings to restore to: every array goes straight to the
-        devices that hold it.
+      item: Such as `checkpoint_10/params`.
+      within: Leads to the part of its tree.
 
     Raises:
-      UsageError: There is no checkpoint, or it is of another model: all missing, unexpected and
-        mis-shaped parameters are named.
+      UsageError: It has no such part, or Orbax does not read it.
     """
-    checkpoint = find(path) / "params"
-    _check_tree(checkpoint, abstract_params, "the model settings")
-    with ocp.StandardCheckpointer() as reader:
-        return reader.restore(checkpoint, abstract_params)
+    reader = ocp.PyTreeCheckpointHandler()
+    try:
+        tree = reader.metadata(item).tree
+        for key in within:
+            tree = tree[key]
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{'/'.join((str(item), *within))}: expected arrays that Orbax wrote: "
+            f"{type(error).__name__}: {str(error).splitlines()[0]}."
+        ) from error
+
+    def array_of(path: tuple[Any, ...], leaf: Any) -> LazyArray:
+        keys = (*within, *(getattr(key, "key", getattr(key, "idx", None)) for key in path))
+
+        # The last one alone is kept: a scanned stack is asked for layer after layer.
+        @functools.lru_cache(maxsize=1)
+        def whole() -> np.ndarray:
+            wanted = _nested(keys, leaf)
+            as_numpy = _nested(keys, ocp.RestoreArgs(restore_type=np.ndarray))
+            arguments = ocp.args.PyTreeRestore(
+                item=wanted, restore_args=as_numpy, partial_restore=True
+            )
+            return np.asarray(jax.tree.leaves(reader.restore(item, args=arguments))[0])
+
+        return LazyArray(
+            tuple(leaf.shape),
+            np.dtype(leaf.dtype),
+            f"{item.parent.name}/{item.name}: {'/'.join(map(str, keys))}",
+            lambda index: np.array(whole()[index]),
+        )
+
+    return {
+        sharding.path_name(path): array_of(path, leaf)
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
+
+
+def restore_item(item: epath.Path, abstract: PyTree, within: tuple[str, ...] = ()) -> PyTree:
+    """The arrays of an item, each straight to the devices that hold it.
+
+    Args:
+      item: Such as `checkpoint_10/params`.
+      abstract: Shapes, dtypes and shardings to restore to.
+      within: Leads to the part of its tree.
+    """
+    wanted = _nested(within, abstract)
+    arguments = ocp.args.PyTreeRestore(
+        item=wanted,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+        partial_restore=True,
+    )
+    restored = ocp.PyTreeCheckpointHandler().restore(item, args=arguments)
+    for key in within:
+        restored = restored[key]
+    return restored
+
+
+def _nested(keys: tuple[Any, ...], value: Any) -> Any:
+    for key in reversed(keys):
+        value = {key: value}
+    return value
+
+
+def save_items(folder: epath.Path, step: int, items: Mapping[str, ocp.args.CheckpointArgs]) -> None:
+    """Writes `folder/checkpoint_<step>` with the items given, by name, and waits for it."""
+    options = ocp.CheckpointManagerOptions(step_name_format=_STEP_NAMES)
+    with ocp.CheckpointManager(folder, item_names=tuple(items), options=options) as writer:
+        writer.save(step, args=ocp.args.Composite(**items))
 
 
 def digest(params: PyTree) -> str:
@@ -194,29 +250,7 @@ def _bit_sums(params):
 def _check_tree(path: epath.Path, abstract: PyTree, setting: str) -> None:
     """Compares a saved tree with the expected one and names every difference at once."""
     # The item's own handler: a checkpointer would warn that an item is no whole checkpoint.
-    found = _shapes(ocp.PyTreeCheckpointHandler().metadata(path).tree)
-    expected = _shapes(abstract)
-    differences = [
-        *(f"{name} is missing" for name in expected if name not in found),
-        *(f"{name} is unexpected" for name in found if name not in expected),
-        *(
-            f"{name} is {found[name]} instead of {expected[name]}"
-            for name in expected
-            if name in found and found[name] != expected[name]
-        ),
-    ]
+    found = lazy_arrays.shapes(ocp.PyTreeCheckpointHandler().metadata(path).tree)
+    differences = lazy_arrays.differences_of(found, lazy_arrays.shapes(abstract))
     if differences:
-        shown = "; ".join(differences[:8])
-        more = f"; and {len(differences) - 8} more" if len(differences) > 8 else ""
-        raise UsageError(
-            f"the checkpoint {path.parent} does not fit {setting}: {shown}{more}. Expected a "
-            f"checkpoint of the same sizes: change {setting}, or the path."
-        )
-
-
-def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
-    return {
-        # Names alone: Orbax reads named tuples back as dicts, and tuples as lists.
-        sharding.path_name(path): tuple(leaf.shape)
-        for path, leaf in jax.tree.leaves_with_path(tree)
-    }
+        raise UsageError(lazy_arrays.mismatch(str(path.parent), setting, differences))

@@ -21,6 +21,7 @@ from tnt_jax import (
     assembly,
     feature_converters,
     objectives,
+    pretrained,
     program,
     records,
     run_config,
@@ -39,7 +40,7 @@ class Certificate:
     """What `evaluate` needs to run both models on the original's outputs.
 
     Attributes:
-      model: The network's settings, the same for both.
+      model: The network's settings, the same for both, or that they are the original's.
       original_checkpoint_path: Of the original.
       checkpoint_path: Of the patched model.
       task_feature_lengths: Tokens of "inputs" and "targets".
@@ -47,7 +48,7 @@ class Certificate:
       mesh_shape: Devices per mesh axis; None puts all on `data`.
     """
 
-    model: t5.T5Config
+    model: t5.T5Config | pretrained.FromCheckpoint
     original_checkpoint_path: str
     checkpoint_path: str
     task_feature_lengths: Mapping[str, int]
@@ -165,8 +166,9 @@ def _certificate(
 
     mesh = sharding.make_mesh(settings.mesh_shape or sharding.MeshShape())
     sharding.check_batch_size(settings.batch_size, 1, mesh)
-    network = assembly.Model(config=settings.model, mesh=mesh)
-    network.check_vocabulary_size(vocabulary.vocab_size)
+    config = pretrained.config_of(settings.model, settings.original_checkpoint_path)
+    pretrained.check_vocabulary(vocabulary, config, settings.original_checkpoint_path)
+    network = assembly.Model(config=config, mesh=mesh)
     original = network.restore(settings.original_checkpoint_path)
     current = network.restore(settings.checkpoint_path)
     # Of the objective only the loss depends, and the loss is not reported: forward KL splits

@@ -8,6 +8,7 @@ features are int32: `encoder_input_tokens` `[B, Ti]`; `decoder_input_tokens`,
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -102,6 +103,16 @@ def convert_features(
         "decoder_loss_mask": loss_mask * (targets != 0),
         "decoder_negative_ids": negative_ids,
     }
+
+
+def digest(examples: Sequence[Example]) -> str:
+    """A fingerprint of a data set: 16 hexadecimal digits; the order counts."""
+    hashed = hashlib.sha256()
+    for example in examples:
+        arrays = (example.inputs, example.targets, example.negative_pairs, example.loss_mask)
+        for array in arrays:
+            hashed.update(b"-" if array is None else f"{array.shape} ".encode() + array.tobytes())
+    return hashed.hexdigest()[:16]
 
 
 def pad_inputs(inputs: Sequence[Sequence[int] | np.ndarray], length: int) -> np.ndarray:

@@ -21,6 +21,7 @@ from tnt_jax import (
     assembly,
     decoding,
     feature_converters,
+    pretrained,
     program,
     records,
     run_config,
@@ -40,7 +41,7 @@ def generate(
     output: str,
     prompts: Any,
     checkpoint_path: str,
-    model: t5.T5Config,
+    model: t5.T5Config | pretrained.FromCheckpoint,
     vocabulary: Any,
     decoder: decoding.Decoding,
     task_feature_lengths: Mapping[str, int],
@@ -54,7 +55,7 @@ def generate(
       output: The JSONL file to write; it appears only when it is whole.
       prompts: A file (or glob) of records, or a `tasks.SeqioDataset`.
       checkpoint_path: A checkpoint, or a model directory for its newest.
-      model: The network's settings.
+      model: The network's settings, or that they are the checkpoint's.
       vocabulary: A seqio vocabulary, of inputs and outputs.
       decoder: How to choose the tokens.
       task_feature_lengths: Tokens of "inputs"; longer ones are cut, and counted.
@@ -78,11 +79,11 @@ def generate(
     records.check_writable(output, "OUTPUT")
     mesh = sharding.make_mesh(mesh_shape or sharding.MeshShape())
     sharding.check_batch_size(batch_size, 1, mesh)
-    network = assembly.Model(config=model, mesh=mesh)
-    vocab_size = tokenization.check_vocabulary(vocabulary)
-    network.check_vocabulary_size(vocab_size)
+    config = pretrained.config_of(model, checkpoint_path)
+    network = assembly.Model(config=config, mesh=mesh)
+    vocab_size = pretrained.check_vocabulary(vocabulary, config, checkpoint_path)
     # T5's embedding has more rows than its vocabulary has ids: those stand for no text.
-    unused = range(vocab_size, model.vocab_size)
+    unused = range(vocab_size, config.vocab_size)
     decoder = dataclasses.replace(decoder, banned_ids=(*decoder.banned_ids, *unused))
     rows = _read(prompts, vocabulary)
     params = network.restore(checkpoint_path)

@@ -20,9 +20,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tnt_jax import (
-    checkpoints,
+    convert,
     decoding,
     objectives,
+    pretrained,
     program,
     records,
     run_config,
@@ -157,9 +158,9 @@ def pipeline(
     # ------------------------------------------------------------------------------- The original
     if new_original is not None:
         _make_original(stages, new_original, vocabulary, root)
-        original_checkpoint_path = str(checkpoints.find(str(root / "original" / "model")))
+        original_checkpoint_path = str(pretrained.find(str(root / "original" / "model")))
     assert original_checkpoint_path is not None
-    checkpoints.find(original_checkpoint_path)  # found missing now, not after the prompts are read
+    came_as = pretrained.open_checkpoint(original_checkpoint_path)
 
     # ------------------------------------------------------------------------- Training outputs
     first_decoder = next(iter(decoders))
@@ -217,7 +218,7 @@ def pipeline(
             also_depends_on=[training_outputs],
             goes_on=True,
         )
-        checkpoint = str(checkpoints.find(model_dir))
+        checkpoint = str(pretrained.find(model_dir))
         evaluations[arm.name] = {}
         for decoder in decoders:
             current_outputs = outputs_of(arm.name, checkpoint, eval_prompts, decoder)
@@ -241,6 +242,21 @@ def pipeline(
                 also_depends_on=[original_checkpoint_path, checkpoint],
             )
             evaluations[arm.name][decoder] = json.loads(evaluation.read_text("utf-8"))
+        if came_as.output_format != "orbax":
+            stages.run(
+                f"{arm.name}: convert",
+                _hand_back,
+                output=str(root / arm.name / came_as.output_format),
+                inputs={
+                    "checkpoint": checkpoint,
+                    "evaluation": str(root / arm.name / f"{first_decoder}.evaluation.json"),
+                },
+                settings={
+                    "output_format": came_as.output_format,
+                    "scan_layers": came_as.scan_layers,
+                },
+                goes_on=True,
+            )
 
     # ----------------------------------------------------------------------------------- Summary
     checks = _check(expectations, evaluations) if expectations else []
@@ -305,6 +321,21 @@ def _train_vocabulary(*, output: str, texts_of: str, vocab_size: int) -> None:
     rows = records.read_records(texts_of)
     texts = [text for row in rows for text in (row.inputs, row.targets)]
     tokenization.train_sentencepiece(texts, output, vocab_size=vocab_size)
+
+
+def _hand_back(
+    *, output: str, checkpoint: str, evaluation: str, output_format: str, scan_layers: bool
+) -> None:
+    """Writes a patched model in the format that the original came in."""
+    if pathlib.Path(output).exists():  # of a run that was stopped
+        shutil.rmtree(output)
+    convert.convert(
+        input=checkpoint,
+        output=output,
+        output_format=output_format,
+        scan_layers=scan_layers,
+        evaluation=evaluation if output_format == "huggingface" else None,
+    )
 
 
 class _Stages:

@@ -1,4 +1,6 @@
-"""T5 1.0 and 1.1 in Flax Linen, with T5X's parameter names and logical axes.
+"""T5 and its family in Flax Linen, with T5X's parameter names and logical axes.
+
+T5 1.0 and 1.1, LM-adapted and Flan-T5, mT5, ByT5 and umT5 differ in settings of `T5Config` alone.
 
 Parameter names and shapes, initializers, masks and the places of dropout agree with
 google-research/t5x (`t5x/examples/t5/network.py`, `layers.py`), so a T5X checkpoint loads by name.
@@ -29,9 +31,6 @@ from flax import linen as nn
 from tnt_jax.array_types import Array, Bool, Float, Int, Key, PyTree
 from tnt_jax.errors import UsageError
 
-NUM_BUCKETS = 32
-MAX_DISTANCE = 128
-
 # T5X's value. Finite, so that a query with nothing to attend to (padding) stays finite as well.
 _MASKED_LOGIT = -1e10
 
@@ -43,6 +42,7 @@ _ACTIVATIONS = {
     "silu": nn.silu,
     "swish": nn.silu,
     "tanh": nn.tanh,
+    "gelu_exact": functools.partial(nn.gelu, approximate=False),
 }
 
 KeysValues = tuple[Float[Array, "_ H _ D"], Float[Array, "_ H _ D"]]
@@ -64,13 +64,21 @@ class T5Config:
       mlp_activations: one activation (T5 1.0: `("relu",)`), or several whose outputs are multiplied
         (T5 1.1: `("gelu", "linear")`).
       logits_via_embedding: True ties the output matrix to the embedding (T5 1.0).
+      scale_decoder_outputs: whether logits are multiplied by `emb_dim ** -0.5`; None is T5X's rule,
+        where the output matrix is tied.
+      relpos_bias_per_layer: a relative position bias for every layer (umT5, `scalable_t5` of T5X)
+        instead of one for each stack.
+      num_relpos_buckets: of the relative position bias.
+      relpos_max_distance: beyond it all distances share a bucket.
+      layer_norm_epsilon: added to the mean square.
       dtype: of the computation, float32 or bfloat16, as a name or a dtype. Parameters and logits
         are always float32.
       dropout_rate: probability of zeroing, at T5X's places; acts only where a call is given a key.
       float32_attention_logits: compute attention logits and softmax in float32 whatever `dtype` is.
 
     Raises:
-      UsageError: a size below 1, a rate outside [0, 1), or an unknown activation or dtype.
+      UsageError: a size below 1, buckets that the distance does not fill, a rate outside [0, 1), an
+        epsilon below 0, or an unknown activation or dtype.
     """
 
     vocab_size: int
@@ -82,6 +90,11 @@ class T5Config:
     mlp_dim: int
     mlp_activations: Sequence[str]
     logits_via_embedding: bool
+    scale_decoder_outputs: bool | None = None
+    relpos_bias_per_layer: bool = False
+    num_relpos_buckets: int = 32
+    relpos_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
     dtype: str | np.dtype | type = "float32"
     dropout_rate: float = 0.0
     float32_attention_logits: bool = False
@@ -111,6 +124,23 @@ class T5Config:
         object.__setattr__(self, "dtype", dtype)
         if not 0.0 <= self.dropout_rate < 1.0:
             raise UsageError(f"T5Config.dropout_rate must be in [0, 1), not {self.dropout_rate}")
+        if self.layer_norm_epsilon < 0:
+            raise UsageError(
+                f"layer_norm_epsilon must be at least 0, not {self.layer_norm_epsilon}"
+            )
+        # Half of a direction's buckets hold one distance each, and further ones must follow.
+        buckets, distance = self.num_relpos_buckets, self.relpos_max_distance
+        if buckets % 4 or distance <= buckets // 2:
+            raise UsageError(
+                "T5Config.num_relpos_buckets must be a multiple of 4 and less than twice "
+                f"relpos_max_distance, not {buckets} with {distance}"
+            )
+
+    @property
+    def scales_logits(self) -> bool:
+        """`scale_decoder_outputs`, or what None stands for."""
+        scale = self.scale_decoder_outputs
+        return self.logits_via_embedding if scale is None else scale
 
 
 class Memory(NamedTuple):
@@ -148,7 +178,7 @@ def _dense(
 
 def _layer_norm(config: T5Config) -> nn.RMSNorm:
     scale_init = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
-    return nn.RMSNorm(epsilon=1e-6, dtype=config.dtype, scale_init=scale_init)
+    return nn.RMSNorm(epsilon=config.layer_norm_epsilon, dtype=config.dtype, scale_init=scale_init)
 
 
 def _dropout(config: T5Config) -> nn.Dropout:
@@ -157,24 +187,23 @@ def _dropout(config: T5Config) -> nn.Dropout:
 
 
 @functools.cache
-def _bucket_of_offset(bidirectional: bool) -> np.ndarray:
-    """Buckets of the offsets -MAX_DISTANCE to MAX_DISTANCE (key minus query position).
+def _bucket_of_offset(bidirectional: bool, num_buckets: int, max_distance: int) -> np.ndarray:
+    """Buckets of the offsets -max_distance to max_distance (key minus query position).
 
     Half of the buckets hold one distance each, the other half grow logarithmically up to
-    MAX_DISTANCE. A table, so that training and decoding cannot disagree by a rounding of the
+    `max_distance`. A table, so that training and decoding cannot disagree by a rounding of the
     logarithm.
     """
-    offsets = np.arange(-MAX_DISTANCE, MAX_DISTANCE + 1)
+    offsets = np.arange(-max_distance, max_distance + 1)
     if bidirectional:
-        num_buckets = NUM_BUCKETS // 2
+        num_buckets //= 2
         first_bucket = np.where(offsets > 0, num_buckets, 0)
         distances = np.abs(offsets)
     else:
-        num_buckets = NUM_BUCKETS
         first_bucket = np.zeros_like(offsets)
         distances = np.maximum(-offsets, 0)
     num_exact = num_buckets // 2
-    octave = np.log(np.maximum(distances, 1) / num_exact) / np.log(MAX_DISTANCE / num_exact)
+    octave = np.log(np.maximum(distances, 1) / num_exact) / np.log(max_distance / num_exact)
     # The tiny addend keeps exact powers (log 8 / log 16 * 8 = 6) from being rounded down.
     logarithmic = np.floor(num_exact + octave * (num_buckets - num_exact) + 1e-9).astype(int)
     buckets = np.where(distances < num_exact, distances, np.minimum(logarithmic, num_buckets - 1))
@@ -182,7 +211,7 @@ def _bucket_of_offset(bidirectional: bool) -> np.ndarray:
 
 
 class _RelativePositionBias(nn.Module):
-    """A learned bias per head and bucket of key minus query position, shared by all layers."""
+    """A learned bias per head and bucket of key minus query position."""
 
     config: T5Config
     bidirectional: bool
@@ -191,18 +220,20 @@ class _RelativePositionBias(nn.Module):
     def __call__(
         self, query_positions: Int[Array, "Q"], key_positions: Int[Array, "K"]
     ) -> Float[Array, "1 H Q K"]:
+        c = self.config
         init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
         embedding = self.param(
             "rel_embedding",
             nn.with_logical_partitioning(init, ("heads", "relpos_buckets")),
-            (self.config.num_heads, NUM_BUCKETS),
+            (c.num_heads, c.num_relpos_buckets),
             jnp.float32,
         )
         offsets = key_positions[None, :] - query_positions[:, None]
-        offsets = jnp.clip(offsets, -MAX_DISTANCE, MAX_DISTANCE) + MAX_DISTANCE
-        buckets = jnp.asarray(_bucket_of_offset(self.bidirectional))[offsets]
+        offsets = jnp.clip(offsets, -c.relpos_max_distance, c.relpos_max_distance)
+        table = _bucket_of_offset(self.bidirectional, c.num_relpos_buckets, c.relpos_max_distance)
+        buckets = jnp.asarray(table)[offsets + c.relpos_max_distance]
         # A contraction with a one-hot, as in T5X: the gradient of a gather is a slow scatter.
-        one_hot = jax.nn.one_hot(buckets, NUM_BUCKETS, dtype=jnp.float32)
+        one_hot = jax.nn.one_hot(buckets, c.num_relpos_buckets, dtype=jnp.float32)
         return jnp.einsum("hn,qkn->hqk", embedding, one_hot)[None]
 
 
@@ -279,6 +310,8 @@ class _EncoderLayer(nn.Module):
     config: T5Config
 
     def setup(self):
+        if self.config.relpos_bias_per_layer:
+            self.relpos_bias = _RelativePositionBias(self.config, bidirectional=True)
         self.pre_attention_layer_norm = _layer_norm(self.config)
         self.attention = _Attention(self.config)
         self.pre_mlp_layer_norm = _layer_norm(self.config)
@@ -306,6 +339,8 @@ class _DecoderLayer(nn.Module):
     config: T5Config
 
     def setup(self):
+        if self.config.relpos_bias_per_layer:
+            self.relpos_bias = _RelativePositionBias(self.config, bidirectional=False)
         self.pre_self_attention_layer_norm = _layer_norm(self.config)
         self.self_attention = _Attention(self.config)
         self.pre_cross_attention_layer_norm = _layer_norm(self.config)
@@ -355,11 +390,21 @@ class _DecoderLayer(nn.Module):
         return x + self.dropout(y, deterministic=deterministic), keys_values
 
 
+def _biases(
+    stack: "_Encoder | _Decoder", query_positions: Int[Array, "Q"], key_positions: Int[Array, "K"]
+) -> Sequence[Float[Array, "1 H Q K"]]:
+    """The relative position bias for each layer of a stack."""
+    if stack.config.relpos_bias_per_layer:
+        return [layer.relpos_bias(query_positions, key_positions) for layer in stack.layers]
+    return [stack.relpos_bias(query_positions, key_positions)] * len(stack.layers)
+
+
 class _Encoder(nn.Module):
     config: T5Config
 
     def setup(self):
-        self.relpos_bias = _RelativePositionBias(self.config, bidirectional=True)
+        if not self.config.relpos_bias_per_layer:
+            self.relpos_bias = _RelativePositionBias(self.config, bidirectional=True)
         self.layers = [_EncoderLayer(self.config) for _ in range(self.config.num_encoder_layers)]
         self.encoder_norm = _layer_norm(self.config)
         self.dropout = _dropout(self.config)
@@ -370,9 +415,9 @@ class _Encoder(nn.Module):
         self, x: Float[Array, "B S E"], *, mask: Bool[Array, "B 1 S S"], deterministic: bool
     ) -> Float[Array, "B S E"]:
         positions = jnp.arange(x.shape[1])
-        bias = self.relpos_bias(positions, positions)
+        biases = _biases(self, positions, positions)
         x = self.dropout(x, deterministic=deterministic)
-        for layer in self.layers:
+        for layer, bias in zip(self.layers, biases, strict=True):
             x = layer(x, mask=mask, bias=bias, deterministic=deterministic)
         return self.output_dropout(self.encoder_norm(x), deterministic=deterministic)
 
@@ -382,7 +427,8 @@ class _Decoder(nn.Module):
 
     def setup(self):
         c = self.config
-        self.relpos_bias = _RelativePositionBias(c, bidirectional=False)
+        if not c.relpos_bias_per_layer:
+            self.relpos_bias = _RelativePositionBias(c, bidirectional=False)
         self.layers = [_DecoderLayer(c) for _ in range(c.num_decoder_layers)]
         self.decoder_norm = _layer_norm(c)
         self.dropout = _dropout(c)
@@ -404,7 +450,7 @@ class _Decoder(nn.Module):
         deterministic: bool,
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "N T E"], Cache]:
-        bias = self.relpos_bias(positions, jnp.arange(self_mask.shape[-1]))
+        biases = _biases(self, positions, jnp.arange(self_mask.shape[-1]))
         x = self.dropout(x, deterministic=deterministic)
         new_cache = []
         for i, layer in enumerate(self.layers):
@@ -412,7 +458,7 @@ class _Decoder(nn.Module):
                 x,
                 cross_keys_values[i],
                 self_mask=self_mask,
-                self_bias=bias,
+                self_bias=biases[i],
                 cross_mask=cross_mask,
                 deterministic=deterministic,
                 cache=None if cache is None else cache[i],
@@ -518,10 +564,13 @@ class Transformer(nn.Module):
     def logits(self, hidden: Float[Array, "B T E"]) -> Float[Array, "B T V"]:
         """Float32 logits of decoder states."""
         hidden = hidden.astype(jnp.float32)
-        if not self.config.logits_via_embedding:
-            return self.decoder.logits_dense(hidden)
-        # The embedding has unit variance, an output matrix would have 1 / emb_dim.
-        return self.token_embedder.attend(hidden) * self.config.emb_dim**-0.5
+        is_tied = self.config.logits_via_embedding
+        output = self.token_embedder.attend if is_tied else self.decoder.logits_dense
+        logits = output(hidden)
+        if self.config.scales_logits:
+            # The embedding has unit variance, an output matrix of its own has 1 / emb_dim.
+            logits *= self.config.emb_dim**-0.5
+        return logits
 
     def __call__(
         self,

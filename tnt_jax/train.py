@@ -30,12 +30,12 @@ from tnt_jax import (
     checkpoints,
     feature_converters,
     objectives,
+    pretrained,
     program,
     run_config,
     run_log,
     sharding,
     t5,
-    tokenization,
     train_step,
 )
 from tnt_jax.array_types import PyTree
@@ -59,7 +59,7 @@ class Dataset(Protocol):
 def train(
     *,
     model_dir: str,
-    model: t5.T5Config,
+    model: t5.T5Config | pretrained.FromCheckpoint,
     objective: objectives.TntObjective,
     dataset: Dataset,
     task_feature_lengths: Mapping[str, int],
@@ -80,7 +80,7 @@ def train(
 
     Args:
       model_dir: Where everything goes; a run that was stopped goes on from there.
-      model: The network's settings.
+      model: The network's settings, or that they are the initial checkpoint's.
       objective: The loss per token.
       dataset: Annotated examples.
       task_feature_lengths: Tokens of "inputs" and "targets"; longer ones are cut, and counted.
@@ -112,17 +112,23 @@ def train(
         if value < 1:
             raise UsageError(f"{name}: expected at least 1, found {value}.")
 
-    if initial_checkpoint_path is not None:
-        checkpoints.find(initial_checkpoint_path)  # found missing now, not after the data are read
+    config = pretrained.config_of(model, initial_checkpoint_path)
 
     # ------------------------------------------------------------------------------------- Mesh
     mesh = sharding.make_mesh(mesh_shape or sharding.MeshShape())
     sharding.check_batch_size(batch_size, num_microbatches, mesh)
 
     # ----------------------------------------------------------------------------- Input pipeline
-    network = assembly.Model(config=model, mesh=mesh)
-    examples = _load(dataset, task_feature_lengths, network)
-    eval_examples = _load(eval_dataset, task_feature_lengths, network) if eval_dataset else []
+    network = assembly.Model(config=config, mesh=mesh)
+
+    def load(of: Dataset) -> list[feature_converters.Example]:
+        pretrained.check_vocabulary(of.vocabulary, config, initial_checkpoint_path)
+        loaded = of.load(task_feature_lengths)
+        feature_converters.check_token_ids(loaded, config.vocab_size)
+        return loaded
+
+    examples = load(dataset)
+    eval_examples = load(eval_dataset) if eval_dataset else []
     _check_marks(examples, objective, task_feature_lengths)
     # One K for training and evaluation: each K is a program of its own.
     num_negative_ids = feature_converters.max_negative_ids([*examples, *eval_examples])
@@ -152,6 +158,7 @@ def train(
         run_log.MetricsWriter(model_dir) as metrics,
     ):
         run_config.write(model_dir)
+        pretrained.describe(model_dir, config, dataset.vocabulary, initial_checkpoint_path)
         original_params, original = None, None
         if objective.needs_original:
             original_params = initial_params()
@@ -159,11 +166,15 @@ def train(
                 "path": initial_checkpoint_path,
                 "digest": checkpoints.digest(original_params),
             }
-            _warn_about(objective, model, initial_checkpoint_path)
+            _warn_about(objective, config, initial_checkpoint_path)
         run = {
             "original": original,
             "objective": run_config.describe(objective),
-            "model": run_config.describe(model),
+            "model": run_config.describe(config),
+            "data": {
+                "num_examples": len(examples),
+                "digest": feature_converters.digest(examples),
+            },
             "jax": jax.__version__,
         }
 
@@ -231,18 +242,9 @@ def train(
                 since = time.monotonic()
         if start >= train_steps:
             run_log.log(f"Nothing to do: {model_dir} is at update {start} of {train_steps}.")
-    last = str(checkpoints.find(model_dir))
+    last = str(pretrained.find(model_dir))
     run_log.log(f"The model is in {last}.")
     return last
-
-
-def _load(
-    dataset: Dataset, task_feature_lengths: Mapping[str, int], network: assembly.Model
-) -> list[feature_converters.Example]:
-    network.check_vocabulary_size(tokenization.check_vocabulary(dataset.vocabulary))
-    examples = dataset.load(task_feature_lengths)
-    feature_converters.check_token_ids(examples, network.config.vocab_size)
-    return examples
 
 
 def _check_marks(

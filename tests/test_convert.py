@@ -1,0 +1,183 @@
+"""From any format to any other and back, bit by bit; and what is not converted."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import seqio
+from etils import epath
+from test_huggingface import TINY, write_directory
+
+from tnt_jax import convert, pretrained, tokenization, vocabularies
+from tnt_jax.errors import UsageError
+
+FORMATS = ("huggingface", "t5x", "t5x_orbax", "orbax")
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """A Hugging Face directory with a tokenizer and further files."""
+    folder = tmp_path / "original"
+    write_directory(folder)
+    model = tmp_path / "spiece.model"
+    tokenization.train_sentencepiece(["the house is wonderful"], model, vocab_size=17)
+    vocabularies.write(epath.Path(folder), seqio.SentencePieceVocabulary(str(model), 19))
+    (folder / "generation_config.json").write_text('{"max_new_tokens": 7}')
+    settings = json.loads((folder / "config.json").read_text())
+    settings |= {"task_specific_params": {"summarization": {"prefix": "summarize: "}}}
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def run(directory, output, output_format, **kwargs):
+    return convert.convert(
+        input=str(directory), output=str(output), output_format=output_format, **kwargs
+    )
+
+
+def loaded(path):
+    found = pretrained.open_checkpoint(str(path))
+    return {name: array.load() for name, array in found.weights.items()}
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, array in found.items():
+        assert array.dtype == expected[name].dtype
+        np.testing.assert_array_equal(array, expected[name], err_msg=name)
+
+
+@pytest.mark.parametrize("path", [FORMATS[1:], FORMATS[:0:-1]], ids="-".join)
+def test_any_way_around_ends_where_it_began(path, directory, tmp_path):
+    expected = loaded(directory)
+    here = directory
+    for i, output_format in enumerate((*path, "huggingface")):
+        run(here, tmp_path / str(i), output_format)
+        here = tmp_path / str(i)
+    assert_same(loaded(here), expected)
+    assert pretrained.open_checkpoint(str(here)).config == TINY
+
+
+def test_a_directory_goes_through_ours_with_all_that_belongs_to_it(directory, tmp_path):
+    run(directory, tmp_path / "ours", "orbax")
+    run(tmp_path / "ours", tmp_path / "back", "huggingface")
+    names = {file.name for file in directory.iterdir()}
+    assert {file.name for file in (tmp_path / "back").iterdir()} == names | {"README.md"}
+    for name in names - {"config.json"}:
+        assert (tmp_path / "back" / name).read_bytes() == (directory / name).read_bytes(), name
+    settings = [json.loads((f / "config.json").read_text()) for f in (tmp_path / "back", directory)]
+    assert settings[0] == settings[1] | {"torch_dtype": "float32"}
+
+
+@pytest.mark.parametrize("output_format", FORMATS)
+def test_the_type_that_was_asked_for(output_format, directory, tmp_path):
+    expected = {name: x.astype(jnp.bfloat16) for name, x in loaded(directory).items()}
+    run(directory, tmp_path / "half", output_format, dtype="bfloat16")
+    assert_same(loaded(tmp_path / "half"), expected)
+    # Back: what bfloat16 holds, float32 holds as well.
+    run(tmp_path / "half", tmp_path / "whole", output_format, dtype="float32")
+    assert_same(
+        loaded(tmp_path / "whole"), {name: x.astype(np.float32) for name, x in expected.items()}
+    )
+    if output_format == "huggingface":
+        settings = json.loads((tmp_path / "half" / "config.json").read_text())
+        assert settings["torch_dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("output_format", FORMATS)
+def test_a_dry_run_shows_every_parameter_and_writes_nothing(
+    output_format, directory, tmp_path, capsys
+):
+    run(directory, tmp_path / "out", output_format, dry_run=True, dtype="bfloat16")
+    printed = capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+    row = {
+        "huggingface": r"lm_head.weight (40, 12) bfloat16 model.safetensors: lm_head.weight",
+        "t5x": "decoder/logits_dense/kernel (12, 40) bfloat16 model.safetensors: lm_head.weight",
+    }.get(output_format, "decoder/logits_dense/kernel (12, 40) bfloat16")
+    assert row in " ".join(printed.split())
+    total = sum(x.size for x in loaded(directory).values())
+    assert f"{len(loaded(directory))} arrays, {total:,} numbers, " in printed
+
+
+def test_what_exists_is_not_written_over(directory, tmp_path):
+    (tmp_path / "out" / "checkpoint_0").mkdir(parents=True)
+    (tmp_path / "out" / "checkpoint_0" / "mine").write_text("mine")
+    for output_format in FORMATS:
+        with pytest.raises(UsageError, match=r"--output: expected a directory that does not exist"):
+            run(directory, tmp_path / "out", output_format)
+    assert (tmp_path / "out" / "checkpoint_0" / "mine").read_text() == "mine"
+
+
+def test_an_error_half_way_leaves_no_model(directory, tmp_path, monkeypatch):
+    run(directory, tmp_path / "t5x", "t5x")
+    (tmp_path / "t5x" / "checkpoint_0" / "target.token_embedder.embedding" / "0.0").unlink()
+    for output_format in FORMATS:
+        output = tmp_path / "out" / output_format
+        with pytest.raises(UsageError, match="is damaged"):
+            run(tmp_path / "t5x", output, output_format)
+        with pytest.raises(UsageError):
+            pretrained.open_checkpoint(str(output))
+
+
+def test_settings_that_do_not_exist(directory):
+    with pytest.raises(UsageError, match=r"--output_format: expected huggingface, t5x, t5x_orbax"):
+        run(directory, "out", "torch")
+    with pytest.raises(UsageError, match=r"--dtype: expected float32 or bfloat16, found float16"):
+        run(directory, "out", "orbax", dtype="float16")
+    with pytest.raises(UsageError, match=r"--scan_layers goes with"):
+        run(directory, "out", "orbax", scan_layers=True)
+
+
+def test_a_model_without_a_tokenizer(directory, tmp_path, capsys):
+    run(directory, tmp_path / "t5x", "t5x")
+    run(tmp_path / "t5x", tmp_path / "without", "huggingface")
+    assert "comes without a tokenizer" in capsys.readouterr().out
+    assert not (tmp_path / "without" / "spiece.model").exists()
+    run(tmp_path / "t5x", tmp_path / "with", "huggingface", vocabulary=str(directory))
+    assert pretrained.vocabulary(str(tmp_path / "with")).vocab_size == 36
+
+
+# ------------------------------------------------------------------------------- The command line
+
+
+def test_the_command(directory, tmp_path, capsys):
+    arguments = [f"--input={directory}", f"--output={tmp_path / 'out'}"]
+    with pytest.raises(SystemExit) as stopped:
+        convert._main([*arguments, "--output_format=t5x", "--dtype=bfloat16", "--scan_layers"])
+    assert stopped.value.code == 0
+    assert "optimizer state is not" in capsys.readouterr().out
+    found = pretrained.open_checkpoint(str(tmp_path / "out"))
+    assert (found.kind, found.scan_layers) == ("T5X", True)
+
+    with pytest.raises(SystemExit) as stopped:
+        convert._main([*arguments, "--output_format=t5x"])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("tnt_jax.convert: error: --output: expected")
+    assert error.count("\n") == 1
+
+
+def test_a_gin_file_says_what_the_parameters_must_fit(directory, tmp_path, capsys):
+    arguments = [f"--input={directory}", f"--output={tmp_path / 'out'}", "--output_format=orbax"]
+    with pytest.raises(SystemExit) as stopped:
+        convert._main([*arguments, "--gin_file=models/t5_1_1_tiny.gin"])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert "does not fit the model settings" in error
+    assert "token_embedder/embedding is (40, 12) instead of (32128, 32)" in error
+    (tmp_path / "fits.gin").write_text(
+        """
+        include "models/t5_1_1_tiny.gin"
+        from tnt_jax import t5
+        VOCAB_SIZE = 40
+        t5.T5Config.emb_dim = 12
+        t5.T5Config.num_encoder_layers = 3
+        t5.T5Config.head_dim = 4
+        t5.T5Config.mlp_dim = 20
+        """.replace("        ", "")
+    )
+    with pytest.raises(SystemExit) as stopped:
+        convert._main([*arguments, f"--gin_file={tmp_path / 'fits.gin'}", "--dry_run"])
+    assert stopped.value.code == 0, capsys.readouterr().err

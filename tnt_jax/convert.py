@@ -1,0 +1,311 @@
+r"""Converts a model between Hugging Face's, T5X's and our own formats.
+
+The input may be a Hugging Face directory (or its name on the hub), a T5X checkpoint (legacy or
+Orbax, scanned layers or not), or one of ours; it is found out which. Formats of the output:
+
+  huggingface  config.json, safetensors, the tokenizer, a model card; transformers loads it
+  t5x          OUTPUT/checkpoint_<step>, msgpack and zarr: T5X's legacy format
+  t5x_orbax    OUTPUT/checkpoint_<step>/state
+  orbax        OUTPUT/checkpoint_<step>/params, a model directory of tnt_jax
+
+Parameters and the step are carried over, optimizer state is not.
+
+Example:
+    python -m tnt_jax.convert --input=patched --output=patched-hf --output_format=huggingface
+"""
+
+import argparse
+import json
+import math
+import os
+import pathlib
+import shutil
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import flax.traverse_util
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from tnt_jax import (
+    checkpoints,
+    huggingface,
+    model_card,
+    pretrained,
+    program,
+    run_log,
+    t5,
+    t5x_checkpoints,
+    vocabularies,
+)
+from tnt_jax.errors import UsageError
+from tnt_jax.lazy_arrays import LazyArray
+
+_FORMATS = ("huggingface", "t5x", "t5x_orbax", "orbax")
+_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": jnp.dtype(jnp.bfloat16)}
+
+
+def convert(
+    *,
+    input: str,
+    output: str,
+    output_format: str,
+    dtype: str | None = None,
+    dry_run: bool = False,
+    scan_layers: bool = False,
+    vocabulary: str | None = None,
+    evaluation: str | None = None,
+    model: t5.T5Config | pretrained.FromCheckpoint | None = None,
+) -> str:
+    """Writes a model in another format.
+
+    Args:
+      input: A model, of any kind.
+      output: The directory to write, which appears when it is whole.
+      output_format: "huggingface", "t5x", "t5x_orbax" or "orbax".
+      dtype: "float32" or "bfloat16"; None keeps what the input has.
+      dry_run: True prints the table of parameters and writes nothing.
+      scan_layers: Stacks T5X's layers, as its `scalable_t5` has them.
+      vocabulary: A sentencepiece model, or a directory with a tokenizer, for an input without one.
+      evaluation: A JSON file of `tnt_jax.evaluate`, for the model card.
+      model: Settings that the parameters must fit; None takes them from the input.
+
+    Returns:
+      What was written, or would be.
+
+    Raises:
+      UsageError: The input is none, or does not fit; the output exists; or it has no such network.
+    """
+    if output_format not in _FORMATS:
+        raise UsageError(f"--output_format: expected {', '.join(_FORMATS)}, found {output_format}.")
+    if dtype is not None and dtype not in _DTYPES:
+        raise UsageError(f"--dtype: expected float32 or bfloat16, found {dtype}.")
+    is_t5x = output_format in ("t5x", "t5x_orbax")
+    if scan_layers and not is_t5x:
+        raise UsageError("--scan_layers goes with --output_format=t5x or t5x_orbax.")
+    source = pretrained.open_checkpoint(input)
+    config = pretrained.config_for(model or pretrained.FromCheckpoint(), source)
+    weights = {
+        name: source.weights[name].astype(_DTYPES[dtype] if dtype else source.weights[name].dtype)
+        for name in huggingface.parameter_names(config)
+    }
+    settings: dict[str, Any] = {}
+    if is_t5x:
+        config, weights = t5x_checkpoints.as_t5x_has_it(config, weights)
+    else:
+        settings = _settings(source, config)
+    numbers = _read_evaluation(evaluation)
+    target = _target(output, output_format, source.step)
+    laid_out = _laid_out(weights, output_format, scan_layers)
+    if dry_run:
+        _print_plan(laid_out, source, target)
+        return str(target)
+
+    if output_format == "huggingface":
+        _write_huggingface(target, weights, source, settings, numbers, vocabulary)
+    elif output_format == "t5x":
+        t5x_checkpoints.write_legacy(target, laid_out, source.step, _progress)
+    else:
+        _write_orbax(target, laid_out, source, config, settings, vocabulary, output_format)
+    if is_t5x:
+        run_log.log("Parameters and step are carried over; optimizer state is not.")
+    run_log.log(f"{target}: {len(weights)} parameters from {source.path} ({source.kind}).")
+    return str(target)
+
+
+def _settings(source: pretrained.Pretrained, config: t5.T5Config) -> dict[str, Any]:
+    """The input's `config.json` if it has one, else a new one."""
+    if (source.description / huggingface.CONFIG).exists():
+        return huggingface.read_config(source.description)
+    return huggingface.new_config(config)
+
+
+def _read_evaluation(path: str | None) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    try:
+        found = json.loads(epath.Path(path).expanduser().read_text())
+        return {key: found[key] for key in ("original", "current", "comparison", "cut")} | found
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"--evaluation: expected what tnt_jax.evaluate writes, found {path}: {error}."
+        ) from error
+
+
+def _target(output: str, output_format: str, step: int) -> epath.Path:
+    """The directory that will be written; it must not be there yet."""
+    folder = epath.Path(output).expanduser()
+    folder = folder if "://" in output else folder.absolute()
+    target = folder if output_format == "huggingface" else folder / f"checkpoint_{step}"
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UsageError(
+            f"--output: expected a directory that does not exist or is empty, found {target}. "
+            "Delete it or choose another."
+        )
+    return target
+
+
+def _laid_out(
+    weights: Mapping[str, LazyArray], output_format: str, scan_layers: bool
+) -> dict[str, LazyArray]:
+    if output_format == "huggingface":
+        return huggingface.to_stored(weights)
+    return t5x_checkpoints.stacked(weights) if scan_layers else dict(weights)
+
+
+def _print_plan(
+    laid_out: Mapping[str, LazyArray], source: pretrained.Pretrained, target: epath.Path
+) -> None:
+    rows = [
+        (name, str(array.shape), array.dtype.name, array.source) for name, array in laid_out.items()
+    ]
+    run_log.table(rows, columns=("parameter", "shape", "type", "from"), title=f"{target}")
+    count = sum(math.prod(array.shape) for array in laid_out.values())
+    size = sum(math.prod(array.shape) * array.dtype.itemsize for array in laid_out.values())
+    run_log.log(
+        f"{len(rows)} arrays, {count:,} numbers, {size / 1e9:.3g} GB, from {source.path} "
+        f"({source.kind}). Everything fits; nothing was written (--dry_run)."
+    )
+
+
+def _progress(items):
+    return run_log.progress(items, "writing", len(items))
+
+
+def _write_huggingface(
+    target: epath.Path,
+    weights: Mapping[str, LazyArray],
+    source: pretrained.Pretrained,
+    settings: dict[str, Any],
+    evaluation: Mapping[str, Any] | None,
+    vocabulary: str | None,
+) -> None:
+    """Everything into a local directory beside the target, or a temporary one, and then over."""
+    is_remote = "://" in os.fspath(target)
+    parent = pathlib.Path.cwd() if is_remote else pathlib.Path(os.fspath(target.parent))
+    parent.mkdir(parents=True, exist_ok=True)
+    unfinished = epath.Path(parent / f".{target.name}.{os.getpid()}.unfinished")
+    unfinished.mkdir()
+    try:
+        huggingface.write_weights(unfinished, weights, progress=_progress)
+        has_tokenizer = _copy_description(source, unfinished, vocabulary)
+        dtypes = sorted({array.dtype.name for array in weights.values()})
+        key = "dtype" if "dtype" in settings else "torch_dtype"
+        settings = settings | {key: dtypes[-1]}
+        settings.pop("_name_or_path", None)
+        card = model_card.write(
+            name=target.name,
+            source=os.fspath(source.path),
+            dtype=" and ".join(dtypes),
+            step=source.step,
+            run=source.run,
+            evaluation=evaluation,
+            has_tokenizer=has_tokenizer,
+        )
+        (unfinished / "README.md").write_text(card)
+        (unfinished / huggingface.CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+        if is_remote:
+            target.mkdir(parents=True, exist_ok=True)
+            # config.json last: with it the directory is a model.
+            files = sorted(unfinished.iterdir(), key=lambda file: file.name == huggingface.CONFIG)
+            for file in files:
+                file.copy(target / file.name)
+        else:
+            if target.exists():  # empty
+                target.rmdir()
+            unfinished.rename(target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _copy_description(
+    source: pretrained.Pretrained, folder: epath.Path, vocabulary: str | None
+) -> bool:
+    """Copies what is neither weights nor settings; returns whether a tokenizer is among it."""
+    if vocabulary is not None:
+        vocabularies.write(folder, pretrained.vocabulary(vocabulary))
+    for name in huggingface.OTHER_FILES:
+        is_tokenizer = name not in ("generation_config.json", "LICENSE")
+        if (source.description / name).exists() and not (vocabulary and is_tokenizer):
+            (folder / name).write_bytes((source.description / name).read_bytes())
+    if vocabularies.has_tokenizer(folder):
+        return True
+    run_log.log(
+        f"Warning: {source.path} comes without a tokenizer, so there is none in the output. Pass "
+        "--vocabulary=spiece.model to add it."
+    )
+    return False
+
+
+def _write_orbax(
+    target: epath.Path,
+    laid_out: Mapping[str, LazyArray],
+    source: pretrained.Pretrained,
+    config: t5.T5Config,
+    settings: dict[str, Any],
+    vocabulary: str | None,
+    output_format: str,
+) -> None:
+    arrays = {name: laid_out[name].load() for name in _progress(list(laid_out))}
+    params = flax.traverse_util.unflatten_dict(arrays, sep="/")
+    if output_format == "t5x_orbax":
+        state = {"target": params, "state": {"step": np.int32(source.step), "param_states": {}}}
+        item = {t5x_checkpoints.ORBAX_ITEM: ocp.args.PyTreeSave(state)}
+        checkpoints.save_items(target.parent, source.step, item)
+        return
+    checkpoints.save_items(
+        target.parent, source.step, {checkpoints.PARAMS: ocp.args.StandardSave(params)}
+    )
+    folder = target.parent / checkpoints.DESCRIPTION
+    folder.mkdir(parents=True, exist_ok=True)
+    _copy_description(source, folder, vocabulary)
+    (folder / huggingface.CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tnt_jax.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--input", required=True, metavar="MODEL", help="a model, of any kind")
+    parser.add_argument("--output", required=True, metavar="DIR", help="the directory to write")
+    parser.add_argument("--output_format", required=True, choices=_FORMATS)
+    parser.add_argument("--dtype", choices=_DTYPES, help="of the output; as the input has it")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="check, print the parameters, write nothing"
+    )
+    parser.add_argument(
+        "--scan_layers", action="store_true", help="stack T5X's layers, as its scalable_t5 does"
+    )
+    parser.add_argument(
+        "--vocabulary", metavar="FILE", help="a tokenizer, for an input that has none"
+    )
+    parser.add_argument(
+        "--evaluation", metavar="FILE", help="of tnt_jax.evaluate, for the model card"
+    )
+    parser.add_argument(
+        "--gin_file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a file of gin_configs/models that the parameters must fit",
+    )
+    flags = vars(parser.parse_args(arguments))
+    gin_files = flags.pop("gin_file")
+    settings = [f"--gin_file={name}" for name in gin_files]
+    if gin_files:
+        settings.append("--gin.convert.convert.model=%MODEL")
+    for name, value in flags.items():
+        if value is not None:
+            text = repr(value) if isinstance(value, str) else value
+            settings.append(f"--gin.convert.convert.{name}={text}")
+    program.run("tnt_jax.convert", "convert", settings)
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1:])

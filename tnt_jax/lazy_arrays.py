@@ -1,0 +1,192 @@
+"""Arrays in files: shape and dtype are known, elements are read when they are asked for.
+
+Every checkpoint format is a mapping from T5X's parameter names to such arrays, and every difference
+of layout (a transposed matrix, a layer of a scanned stack) is a view of one. So a parameter goes
+from a file to the devices, or to another file, without the rest of the model in memory.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from tnt_jax import sharding
+from tnt_jax.array_types import PyTree
+from tnt_jax.errors import UsageError
+
+Index = tuple[slice, ...]  # one (start, stop) per axis, both given, without steps
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LazyArray:
+    """An array that is not in memory.
+
+    Attributes:
+      shape: Of the array.
+      dtype: Of its elements, as stored.
+      source: Where it is, for people: a file and the name in it.
+      read: Reads a part, `read(index)`, into new memory.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    source: str
+    read: Callable[[Index], np.ndarray]
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        """The elements of `index`, slices without steps, as `jax.make_array_from_callback` asks."""
+        whole = [slice(*part.indices(n)) for part, n in zip(index, self.shape, strict=True)]
+        assert all(part.step == 1 for part in whole), index
+        return self.read(tuple(slice(part.start, part.stop) for part in whole))
+
+    def load(self) -> np.ndarray:
+        """The whole array."""
+        return self[(slice(None),) * len(self.shape)]
+
+    def transposed(self) -> "LazyArray":
+        """The same elements with the order of the axes reversed."""
+        return dataclasses.replace(
+            self,
+            shape=self.shape[::-1],
+            read=lambda index: np.ascontiguousarray(self.read(index[::-1]).T),
+        )
+
+    def at(self, position: int, axis: int) -> "LazyArray":
+        """One layer of a stack: the axis is dropped."""
+
+        def read(index: Index) -> np.ndarray:
+            part = self.read((*index[:axis], slice(position, position + 1), *index[axis:]))
+            return np.ascontiguousarray(part.squeeze(axis))
+
+        shape = (*self.shape[:axis], *self.shape[axis + 1 :])
+        return LazyArray(shape, self.dtype, f"{self.source}, layer {position}", read)
+
+    def merged(self, axis: int) -> "LazyArray":
+        """Two axes as one, the elements of the second next to each other."""
+        outer, inner = self.shape[axis : axis + 2]
+
+        def read(index: Index) -> np.ndarray:
+            start, stop = index[axis].start, index[axis].stop
+            rows = slice(start // inner, -(-stop // inner))
+            part = self.read((*index[:axis], rows, slice(0, inner), *index[axis + 1 :]))
+            part = part.reshape(*part.shape[:axis], -1, *part.shape[axis + 2 :])
+            first = start - rows.start * inner
+            return part.take(range(first, first + stop - start), axis)
+
+        shape = (*self.shape[:axis], outer * inner, *self.shape[axis + 2 :])
+        return dataclasses.replace(self, shape=shape, read=read)
+
+    def split(self, axis: int, outer: int) -> "LazyArray":
+        """One axis as two, the reverse of `merged`."""
+        inner = self.shape[axis] // outer
+
+        def read(index: Index) -> np.ndarray:
+            rows, within = index[axis], index[axis + 1]
+            joined = slice(rows.start * inner, rows.stop * inner)
+            part = self.read((*index[:axis], joined, *index[axis + 2 :]))
+            part = part.reshape(*part.shape[:axis], -1, inner, *part.shape[axis + 1 :])
+            return part.take(range(within.start, within.stop), axis + 1)
+
+        shape = (*self.shape[:axis], outer, inner, *self.shape[axis + 1 :])
+        return dataclasses.replace(self, shape=shape, read=read)
+
+    def astype(self, dtype: np.dtype) -> "LazyArray":
+        """The same elements, converted when they are read."""
+        if dtype == self.dtype:
+            return self
+        return dataclasses.replace(
+            self, dtype=dtype, read=lambda index: self.read(index).astype(dtype)
+        )
+
+
+def of_array(array: np.ndarray, source: str) -> LazyArray:
+    """A view of an array that is in memory all the same."""
+    return LazyArray(array.shape, array.dtype, source, lambda index: np.array(array[index]))
+
+
+def stack(arrays: Sequence[LazyArray], axis: int) -> LazyArray:
+    """Arrays of one shape, side by side along a new axis."""
+    first = arrays[0]
+    assert all((a.shape, a.dtype) == (first.shape, first.dtype) for a in arrays), first.source
+
+    def read(index: Index) -> np.ndarray:
+        rest = (*index[:axis], *index[axis + 1 :])
+        return np.stack([array.read(rest) for array in arrays[index[axis]]], axis)
+
+    shape = (*first.shape[:axis], len(arrays), *first.shape[axis:])
+    return LazyArray(shape, first.dtype, f"{first.source}, and {len(arrays) - 1} more", read)
+
+
+def check(arrays: Mapping[str, LazyArray], abstract: PyTree, where: str, setting: str) -> None:
+    """Compares stored arrays with the parameters of a model and names every difference at once.
+
+    Args:
+      arrays: By name, as "encoder/encoder_norm/scale".
+      abstract: A tree of anything with shapes.
+      where: The checkpoint, for the message.
+      setting: What says how the model should be.
+
+    Raises:
+      UsageError: Something is missing, unexpected or of another shape.
+    """
+    differences = differences_of(
+        {name: array.shape for name, array in arrays.items()}, shapes(abstract)
+    )
+    if differences:
+        raise UsageError(mismatch(where, setting, differences))
+
+
+def shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+    """The shape of every leaf, by its name: "encoder/encoder_norm/scale"."""
+    # Names alone: Orbax reads named tuples back as dicts, and tuples as lists.
+    return {
+        sharding.path_name(path): tuple(leaf.shape)
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
+
+
+def differences_of(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    """What two sets of named shapes do not share, in words."""
+    return [
+        *(f"{name} is missing" for name in expected if name not in found),
+        *(f"{name} is unexpected" for name in found if name not in expected),
+        *(
+            f"{name} is {found[name]} instead of {expected[name]}"
+            for name in expected
+            if name in found and found[name] != expected[name]
+        ),
+    ]
+
+
+def mismatch(where: str, setting: str, differences: Sequence[str]) -> str:
+    """The message about a checkpoint of another model."""
+    return (
+        f"the checkpoint {where} does not fit {setting}: {'; '.join(differences)}. Expected a "
+        f"checkpoint of the same sizes: change {setting}, or the path."
+    )
+
+
+def restore(arrays: Mapping[str, LazyArray], abstract: PyTree) -> PyTree:
+    """Reads parameters, one after the other, each straight to the devices that hold it.
+
+    In memory beside what the devices of this host hold: the largest parameter, or where it is
+    sharded the largest part.
+
+    Args:
+      arrays: By name; those of `abstract`, which `check` has compared.
+      abstract: Shapes, dtypes and shardings to restore to.
+    """
+    leaves, treedef = jax.tree.flatten_with_path(abstract)
+    restored: dict[str, jax.Array] = {}
+    by_name = {sharding.path_name(path): leaf for path, leaf in leaves}
+    # In the order of the files: the layers of a scanned stack come from one array.
+    for name in sorted(by_name, key=lambda name: arrays[name].source):
+        leaf = by_name[name]
+        read: Any = arrays[name].astype(leaf.dtype).__getitem__
+        placed = jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
+        restored[name] = placed.block_until_ready()
+    return jax.tree.unflatten(treedef, [restored[name] for name in by_name])

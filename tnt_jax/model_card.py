@@ -1,0 +1,108 @@
+"""The README.md of a model directory: what was done to the model, and what came of it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+_PAPER = "[Targeted Negative Training](https://arxiv.org/abs/2406.13660)"
+
+
+def write(
+    *,
+    name: str,
+    source: str,
+    dtype: str,
+    step: int,
+    run: Mapping[str, Any] | None,
+    evaluation: Mapping[str, Any] | None,
+    has_tokenizer: bool,
+) -> str:
+    """The text of a model card.
+
+    Args:
+      name: Of the model.
+      source: The checkpoint that it was written from.
+      dtype: Of its weights.
+      step: Updates of training.
+      run: What the training run noted; None says that nothing was trained here.
+      evaluation: From `tnt_jax.evaluate`.
+      has_tokenizer: Whether a tokenizer lies beside the weights.
+    """
+    original = ((run or {}).get("original") or {}).get("path")
+    parts = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text2text-generation",
+        "tags: [t5, tnt_jax, targeted-negative-training]" if run else "tags: [t5, tnt_jax]",
+        "---",
+        f"# {name}",
+        "",
+    ]
+    if run:
+        parts += [*_trained(run, original, step), ""]
+    else:
+        parts += [f"Converted by tnt_jax from `{source}`; no weight was changed.", ""]
+    if evaluation:
+        parts += [*_numbers(evaluation), ""]
+    parts += [
+        "## Use",
+        "",
+        "    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer",
+        f'    model = AutoModelForSeq2SeqLM.from_pretrained("{name}")',
+    ]
+    if has_tokenizer:
+        parts += [f'    tokenizer = AutoTokenizer.from_pretrained("{name}")', ""]
+    else:
+        parts += ["", "There is no tokenizer here: take the one of the original model.", ""]
+    parts += [f"The weights are {dtype}.", ""]
+    return "\n".join(parts)
+
+
+def _trained(run: Mapping[str, Any], original: str | None, step: int) -> list[str]:
+    objective, data = run.get("objective") or {}, run.get("data") or {}
+    lines = [
+        f"Fine-tuned by tnt_jax with {_PAPER}: marked tokens are removed from the distribution of "
+        "the original model, and as little else as possible is changed."
+        if original
+        else "Trained by tnt_jax.",
+        "",
+        "| | |",
+        "|---|---|",
+    ]
+    if original:
+        digest = run["original"]["digest"]
+        lines.append(f"| original | `{original}` (digest of its parameters {digest}) |")
+    settings = {
+        "at marked tokens": objective.get("negative_term"),
+        "elsewhere": objective.get("positive_term"),
+        "weight of marked tokens (alpha)": objective.get("negative_weight"),
+    }
+    lines += [f"| {label} | {value} |" for label, value in settings.items() if value is not None]
+    lines.append(f"| updates | {step} |")
+    if data:
+        count, digest = data["num_examples"], data["digest"]
+        lines.append(f"| data | {count} examples (digest {digest}) |")
+    return lines
+
+
+def _numbers(evaluation: Mapping[str, Any]) -> list[str]:
+    before, after = (evaluation[model]["unwanted_outputs"] for model in ("original", "current"))
+    comparison, certificate = evaluation["comparison"], evaluation.get("certificate")
+
+    def rate(of: Mapping[str, Any]) -> str:
+        return f"{of['value']:.2%} ({of['numerator']} of {of['denominator']})"
+
+    lines = [
+        "## Before and after",
+        "",
+        f"Unwanted is what this annotator marks: `{evaluation['annotator']}`.",
+        "",
+        "| | original | this model |",
+        "|---|---|---|",
+        f"| outputs with something unwanted | {rate(before)} | {rate(after)} |",
+        f"| cut | | {evaluation['cut']:.1%} |",
+        f"| BLEU to the original's outputs | | {comparison['bleu']:.1f} |",
+    ]
+    if certificate:
+        kl = certificate["positive_collateral"]
+        lines.append(f"| KL to the original at unmarked tokens, nats | | {kl:.4f} |")
+    return lines

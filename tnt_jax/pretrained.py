@@ -1,0 +1,402 @@
+"""A model from wherever it is: what kind of checkpoint, which network, which vocabulary.
+
+Kinds are found by what a directory holds (`_KINDS`); the user names a path and nothing else.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import orbax.checkpoint as ocp
+from etils import epath
+
+from tnt_jax import (
+    checkpoints,
+    huggingface,
+    lazy_arrays,
+    run_log,
+    t5,
+    t5x_checkpoints,
+    tokenization,
+    vocabularies,
+)
+from tnt_jax.array_types import PyTree
+from tnt_jax.errors import UsageError
+from tnt_jax.lazy_arrays import LazyArray
+
+if TYPE_CHECKING:  # seqio imports TensorFlow, which takes seconds
+    import seqio
+
+# ----------------------------------------------------------------------------- Kinds of checkpoint
+
+_HUGGING_FACE, _OURS, _T5X, _T5X_ORBAX = "Hugging Face", "tnt_jax", "T5X", "T5X (Orbax)"
+
+
+def _has_weights(folder: epath.Path) -> bool:
+    """A config.json and weights of any kind: one that is not read gets an error of its own."""
+    names = (huggingface.WEIGHTS, huggingface.INDEX, "pytorch_model.bin", "flax_model.msgpack")
+    has_weights = any((folder / name).exists() for name in names)
+    return (folder / huggingface.CONFIG).exists() and (
+        has_weights or not (folder / checkpoints.DESCRIPTION).exists()
+    )
+
+
+# Kind -> whether a directory is one, and what was looked for.
+_KINDS: dict[str, tuple[Callable[[epath.Path], bool], str]] = {
+    _HUGGING_FACE: (_has_weights, f"{huggingface.CONFIG} and {huggingface.WEIGHTS} (Hugging Face)"),
+    _OURS: (lambda folder: (folder / checkpoints.PARAMS).is_dir(), "params (tnt_jax)"),
+    _T5X: (
+        lambda folder: (folder / t5x_checkpoints.CHECKPOINT_FILE).is_file(),
+        "a file named checkpoint (T5X)",
+    ),
+    _T5X_ORBAX: (
+        lambda folder: (folder / t5x_checkpoints.ORBAX_ITEM / "_METADATA").is_file(),
+        "state/_METADATA (T5X with Orbax)",
+    ),
+}
+_OUTPUT_FORMATS = {
+    _HUGGING_FACE: "huggingface",
+    _OURS: "orbax",
+    _T5X: "t5x",
+    _T5X_ORBAX: "t5x_orbax",
+}
+
+
+def _kind(folder: epath.Path) -> str | None:
+    return next((kind for kind, (is_one, _) in _KINDS.items() if is_one(folder)), None)
+
+
+def _is_whole(folder: epath.Path) -> bool:
+    """Whether a checkpoint of a known kind is not one that is being written."""
+    kind = _kind(folder)
+    is_orbax = kind in (_OURS, _T5X_ORBAX)
+    return kind is not None and (not is_orbax or ocp.path.step.is_checkpoint_finalized(folder))
+
+
+def find(path: str) -> epath.Path:
+    """The checkpoint that a setting names.
+
+    Itself, the newest `checkpoint_<step>` in a model directory, or a model of the Hugging Face hub,
+    which is downloaded into its cache.
+
+    Raises:
+      UsageError: There is none.
+    """
+    given = epath.Path(path).expanduser()
+    given = given if "://" in path else given.absolute()
+    if not given.exists():
+        return _from_hub(path)
+    if given.is_file() and given.name == t5x_checkpoints.CHECKPOINT_FILE:
+        given = given.parent  # T5X takes the path of the file as well
+    if not given.is_dir():
+        raise UsageError(f"expected a directory with a model, found a file at {path}.")
+    if _kind(given):
+        return given
+    steps = {
+        int(match[1]): folder
+        for folder in given.iterdir()
+        if (match := re.fullmatch(r"checkpoint_(\d+)", folder.name)) and _is_whole(folder)
+    }
+    if not steps:
+        looked_for = "; ".join(what for _, what in _KINDS.values())
+        content = sorted(file.name for file in given.iterdir())
+        shown = ", ".join(content[:8]) + (" ..." if content[8:] else "")
+        raise UsageError(
+            f"expected a model at {path}, found no kind that is known. Looked there, and in "
+            f"checkpoint_<step> folders, for: {looked_for}. The directory has "
+            f"{shown or 'nothing in it'}."
+        )
+    return steps[max(steps)]
+
+
+def _from_hub(path: str) -> epath.Path:
+    missing = f"expected a checkpoint or a model directory, found nothing at {path}"
+    owner, _, name = path.partition("/")
+    is_hub_name = all(re.fullmatch(r"\w[\w.-]*", part) for part in (owner, name))
+    if not is_hub_name or epath.Path(owner).exists():
+        raise UsageError(f"{missing}.")
+    try:
+        import huggingface_hub  # of the extra `hub`
+    except ImportError:
+        raise UsageError(
+            f"{missing}. If it is a model of the Hugging Face hub: pip install huggingface-hub."
+        ) from None
+    files = [huggingface.CONFIG, "*.safetensors", huggingface.INDEX, *huggingface.OTHER_FILES]
+    try:
+        return epath.Path(huggingface_hub.snapshot_download(path, allow_patterns=files))
+    except Exception as error:  # of the hub's, of its HTTP client's or of the network's
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise UsageError(f"{missing}, nor on the Hugging Face hub: {reason}.") from error
+
+
+# ------------------------------------------------------------------------------- Opening
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Pretrained:
+    """A model in files.
+
+    Attributes:
+      kind: Of checkpoint, for people.
+      path: Of the checkpoint.
+      config: Of the network, in float32 and without dropout.
+      weights: By T5X's names, layers apart; those that are not the network's are here too.
+      step: Of the checkpoint, 0 where it does not say.
+      run: What a training run of ours has noted, None elsewhere.
+      description: Where `config.json`, the tokenizer and what else is no weight may lie.
+      output_format: Of `tnt_jax.convert`, which makes more of this kind.
+      scan_layers: Whether T5X's layers are stacked.
+    """
+
+    kind: str
+    path: epath.Path
+    config: t5.T5Config
+    weights: dict[str, LazyArray]
+    step: int
+    run: dict[str, Any] | None
+    description: epath.Path
+    output_format: str
+    scan_layers: bool = False
+    _orbax: tuple[epath.Path, tuple[str, ...]] | None = None
+
+    def check(self, abstract_params: PyTree, setting: str = "the model settings") -> None:
+        """Raises a UsageError, naming every difference, unless these are the weights."""
+        lazy_arrays.check(self.weights, abstract_params, str(self.path), setting)
+
+    def restore(self, abstract_params: PyTree) -> PyTree:
+        """The parameters, each straight to the devices that hold it.
+
+        Args:
+          abstract_params: Shapes, dtypes and shardings to restore to.
+
+        Raises:
+          UsageError: They are of another network: every difference is named.
+        """
+        self.check(abstract_params)
+        if self._orbax is not None:
+            item, within = self._orbax
+            return checkpoints.restore_item(item, abstract_params, within)
+        return lazy_arrays.restore(self.weights, abstract_params)
+
+
+def open_checkpoint(path: str) -> Pretrained:
+    """Opens what a setting names; no weight is read yet.
+
+    Args:
+      path: A directory of Hugging Face's or its name on the hub; a checkpoint of ours or of T5X's,
+        or a model directory for its newest. Local, or anything that `etils.epath` opens.
+
+    Raises:
+      UsageError: There is none, or it is damaged or of another architecture.
+    """
+    folder = find(path)
+    kind = _kind(folder)
+    assert kind is not None
+    if kind == _HUGGING_FACE:
+        model = huggingface.read(folder)
+        return Pretrained(
+            kind=kind,
+            path=folder,
+            config=model.config,
+            weights=model.weights,
+            step=0,
+            run=None,
+            description=folder,
+            output_format=_OUTPUT_FORMATS[kind],
+        )
+    orbax, run, scan_layers = None, None, False
+    if kind == _OURS:
+        orbax = (folder / checkpoints.PARAMS, ())
+        weights, run = checkpoints.lazy_item(*orbax), checkpoints.read_run(folder)
+        step = _step_of_name(folder)
+    elif kind == _T5X:
+        weights, step = t5x_checkpoints.read_legacy(folder)
+    else:
+        item = folder / t5x_checkpoints.ORBAX_ITEM
+        orbax, weights = (item, ("target",)), checkpoints.lazy_item(item, ("target",))
+        step = int(checkpoints.lazy_item(item, ("state",))["step"].load())
+    if kind != _OURS and t5x_checkpoints.is_scalable(weights):
+        scan_layers = t5x_checkpoints.is_scanned(weights)
+        orbax, weights = None, t5x_checkpoints.from_scalable(weights, str(folder))
+    description = _description(folder)
+    if (description / huggingface.CONFIG).exists():
+        config = huggingface.t5_config(
+            huggingface.read_config(description),
+            str(description / huggingface.CONFIG),
+            is_tied="decoder/logits_dense/kernel" not in weights,
+        )
+    else:
+        config = t5x_checkpoints.infer_config(weights, str(folder))
+    return Pretrained(
+        kind=kind,
+        path=folder,
+        config=config,
+        weights=weights,
+        step=step,
+        run=run,
+        description=description,
+        output_format=_OUTPUT_FORMATS[kind],
+        scan_layers=scan_layers,
+        _orbax=orbax,
+    )
+
+
+def _step_of_name(folder: epath.Path) -> int:
+    match = re.fullmatch(r"checkpoint_(\d+)", folder.name)
+    return int(match[1]) if match else 0
+
+
+# ------------------------------------------------------------------------------- The network
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FromCheckpoint:
+    """Says of a model that its sizes are those of its checkpoint.
+
+    Attributes:
+      dtype: As in `t5.T5Config`.
+      dropout_rate: As in `t5.T5Config`; what a checkpoint says is left aside.
+      float32_attention_logits: As in `t5.T5Config`.
+    """
+
+    dtype: str = "float32"
+    dropout_rate: float = 0.0
+    float32_attention_logits: bool = False
+
+
+_COMPUTATION = tuple(field.name for field in dataclasses.fields(FromCheckpoint))
+
+
+def config_of(model: t5.T5Config | FromCheckpoint, path: str | None) -> t5.T5Config:
+    """The settings of a network whose weights come from a checkpoint.
+
+    Args:
+      model: The settings; or that they are the checkpoint's.
+      path: Of the checkpoint; None for random parameters.
+
+    Raises:
+      UsageError: The checkpoint is of another network, or `model` needs one and there is none.
+    """
+    if path is None:
+        if isinstance(model, FromCheckpoint):
+            raise UsageError(
+                "models/from_checkpoint.gin takes the model's sizes from its checkpoint, and "
+                "INITIAL_CHECKPOINT_PATH is None: choose another file of gin_configs/models."
+            )
+        return model
+    return config_for(model, open_checkpoint(path))
+
+
+def config_for(model: t5.T5Config | FromCheckpoint, found: Pretrained) -> t5.T5Config:
+    """As `config_of`, for a checkpoint that is open."""
+    computation = {name: getattr(model, name) for name in _COMPUTATION}
+    of_checkpoint = dataclasses.replace(found.config, **computation)
+    if isinstance(model, FromCheckpoint):
+        found.check(t5.abstract_params(of_checkpoint), "its own settings")
+        return of_checkpoint
+    found.check(t5.abstract_params(model))
+    _check_same(model, of_checkpoint, found)
+    return model
+
+
+def _check_same(model: t5.T5Config, of_checkpoint: t5.T5Config, found: Pretrained) -> None:
+    """Settings that no shape shows, such as the activation, where a checkpoint states them."""
+    if not (found.description / huggingface.CONFIG).exists():
+        return
+    differences = [
+        f"{name} = {mine!r} ({theirs!r})"
+        for name in (
+            "mlp_activations",
+            "scales_logits",
+            "relpos_max_distance",
+            "layer_norm_epsilon",
+        )
+        if (mine := getattr(model, name)) != (theirs := getattr(of_checkpoint, name))
+    ]
+    if differences:
+        raise UsageError(
+            f"the model settings differ from {found.description / huggingface.CONFIG}, in "
+            f"brackets: {'; '.join(differences)}. Use --gin_file=models/from_checkpoint.gin."
+        )
+
+
+# ------------------------------------------------------------------------------- The vocabulary
+
+
+def vocabulary(path: str | None, extra_ids: int | None = None) -> "seqio.Vocabulary":
+    """A vocabulary from a sentencepiece model, or the one that a model comes with.
+
+    Args:
+      path: A file; or a directory of Hugging Face's, a checkpoint or a model directory of ours.
+      extra_ids: After the pieces; None is T5's 100 for a file, and for a directory what it says.
+
+    Raises:
+      UsageError: There is none.
+    """
+    if path is None:
+        raise UsageError(
+            "VOCABULARY_PATH: expected a sentencepiece model or a directory, found None."
+        )
+    given = epath.Path(path).expanduser()
+    if given.is_file() or path.endswith(".model"):
+        return vocabularies.of_file(path, extra_ids)
+    if given.is_dir() and vocabularies.has_tokenizer(given):
+        return vocabularies.of_directory(given, extra_ids)
+    return vocabularies.of_directory(_description(find(path)), extra_ids)
+
+
+def check_vocabulary(vocabulary: "seqio.Vocabulary", config: t5.T5Config, path: str | None) -> int:
+    """Compares a vocabulary with the model that it is used for; returns its size.
+
+    Args:
+      vocabulary: Of inputs and targets.
+      config: Of the network.
+      path: Of the checkpoint, None for a random model.
+
+    Raises:
+      UsageError: Its ids are not T5's, or not as many as the model's, or the checkpoint comes with
+        another one.
+    """
+    vocab_size = tokenization.check_vocabulary(vocabulary)
+    vocabularies.check_size(vocab_size, config.vocab_size)
+    if path is not None:
+        vocabularies.check_same(vocabulary, _description(find(path)))
+    return vocab_size
+
+
+def _description(folder: epath.Path) -> epath.Path:
+    """Where a checkpoint's `config.json` and tokenizer lie, if it has any."""
+    return folder if _kind(folder) == _HUGGING_FACE else folder.parent / checkpoints.DESCRIPTION
+
+
+def describe(
+    model_dir: str, config: t5.T5Config, vocabulary: "seqio.Vocabulary", original: str | None
+) -> None:
+    """Writes beside our checkpoints what Hugging Face's directory has beside its weights.
+
+    So a model directory says by itself which network it is of and how its text is tokenised, and it
+    goes back to the format that the original came in when the original is no longer there.
+
+    Args:
+      model_dir: The model directory.
+      config: Of the network.
+      vocabulary: Of its ids.
+      original: The checkpoint that it started from, whose files are taken where there are any.
+    """
+    folder = epath.Path(model_dir).expanduser() / checkpoints.DESCRIPTION
+    if not run_log.is_first_process() or (folder / huggingface.CONFIG).exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = huggingface.new_config(config)
+    source = None if original is None else _description(find(original))
+    if source is not None and (source / huggingface.CONFIG).exists():
+        settings = huggingface.read_config(source)
+        for name in huggingface.OTHER_FILES:
+            if (source / name).exists():
+                (folder / name).write_bytes((source / name).read_bytes())
+    if not vocabularies.has_tokenizer(folder):
+        vocabularies.write(folder, vocabulary)
+    # The last file: with it the description is whole.
+    (folder / huggingface.CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
