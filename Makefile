@@ -1,9 +1,11 @@
 # make quickstart   an original model, its unwanted values, the patched model, the table: minutes on two cores
 # make test         the unit and end-to-end tests
 # make lint         ruff and basedpyright
+# make parity       logits, outputs and conversion against transformers and torch, at T5-small's size
 #
 # Each makes a virtual environment first and installs what it needs, once; nothing outside the
-# project's folder changes. Settings: VENV=.venv, PYTHON=/path/to/python3.12, UV= (use pip).
+# project's folder changes. Settings: VENV=.venv, PYTHON=/path/to/python3.12, UV= (use pip);
+# PARITY_PYTHON=/path/to/python, which has torch, transformers and this project, for make parity.
 
 VENV ?= .venv
 ifeq ($(origin PYTHON),undefined)
@@ -21,7 +23,7 @@ INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check
 MAKE_VENV = $(PYTHON) -m venv --clear $(VENV)
 endif
 
-.PHONY: quickstart test lint
+.PHONY: quickstart test lint parity
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.installed-quickstart
@@ -35,6 +37,14 @@ lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/basedpyright --pythonpath $(VENV)/bin/python
 
+# Its environment is apart: torch is large, and nothing else here needs it.
+PARITY_VENV = .venv-parity
+parity:
+ifndef PARITY_PYTHON
+	$(MAKE) VENV=$(PARITY_VENV) $(PARITY_VENV)/.installed-parity
+endif
+	$(or $(PARITY_PYTHON),$(PARITY_VENV)/bin/python) tests/parity.py $(PARITY_ARGS)
+
 # convlab brings the quickstart's sentences and venues as JSON files. They are read without importing
 # it, so none of its dependencies (old torch and transformers among them) is wanted.
 INSTALL_CORPUS = $(INSTALL) --no-deps convlab==3.0.1
@@ -47,6 +57,12 @@ $(VENV)/.installed-quickstart: setup.py $(VENV)/bin/python
 $(VENV)/.installed-test: setup.py $(VENV)/bin/python
 	$(INSTALL) --editable '.[test]'
 	$(INSTALL_CORPUS)
+	touch $@
+
+# PyPI's torch brings gigabytes of CUDA on Linux: the second choice, where the first is out of reach.
+$(VENV)/.installed-parity: setup.py $(VENV)/bin/python
+	$(INSTALL) --index-url https://download.pytorch.org/whl/cpu torch || $(INSTALL) torch
+	$(INSTALL) --editable . 'transformers>=5.24'
 	touch $@
 
 $(VENV)/bin/python:

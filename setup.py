@@ -46,6 +46,21 @@ setuptools.setup(
         # Accelerators: pick the one that the machine has.
         "tpu": ["jax[tpu]>=0.10.2"],
         "gpu": ["jax[cuda12]>=0.10.2"],
+        # tnt_jax.t5x_plugin. T5X is on no package index, and what it asks for itself clashes with
+        # what is above: README.md says how to install it beside us.
+        "t5x": [
+            "t5x @ git+https://github.com/google-research/t5x"
+            "@cc342d419ec3e3e9c4bf1df33c82330cafdc1e16",
+        ],
+        # What T5X needs of what is on PyPI, when it is installed without what it asks for.
+        "t5x-needs": [
+            "cached-property>=1.5",
+            "chex>=0.1.90",
+            "clu>=0.0.12",
+            "fiddle>=0.3",
+            "grain>=0.2.18",
+            "tensorboard>=2.20",
+        ],
         # Models by their names on the Hugging Face hub.
         "hub": ["huggingface-hub>=0.30"],
         # Annotators and scorers that read text with a trained model.

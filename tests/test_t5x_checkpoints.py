@@ -1,7 +1,7 @@
 """What T5X wrote is read, in every layout; what we write has T5X's names, shapes and values.
 
 `golden/t5x_checkpoints.tar.gz` was written by T5X itself (golden/README.md). That T5X reads what we
-write is shown where T5X is installed (`tests/test_t5x_plugin.py`).
+write: `test_t5x_restores.py`.
 """
 
 import dataclasses

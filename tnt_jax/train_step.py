@@ -76,7 +76,7 @@ def train_step(
     def microbatch_sums(params, rows, index):
         logits = forward(params, rows, jax.random.fold_in(step_key, index))
         original_logits = None if original_params is None else forward(original_params, rows, None)
-        sums = _token_sums(objective, logits, original_logits, rows)
+        sums = token_sums(objective, logits, original_logits, rows)
         return sums["loss"], sums
 
     def accumulate(totals, inputs):
@@ -125,10 +125,16 @@ def eval_step(
 ) -> Sums:
     """The sums of one batch without dropout and without an update."""
     original_logits = None if original_params is None else forward(original_params, batch, None)
-    return _token_sums(objective, forward(params, batch, None), original_logits, batch)
+    return token_sums(objective, forward(params, batch, None), original_logits, batch)
 
 
-def _token_sums(objective, logits, original_logits, batch) -> Sums:
+def token_sums(
+    objective: objectives.TntObjective,
+    logits: Float[Array, "B T V"],
+    original_logits: Float[Array, "B T V"] | None,
+    batch: Mapping[str, Array],
+) -> Sums:
+    """What a step reports of a batch: sums over its tokens, and counts (`MEAN_OVER`)."""
     target_tokens = batch["decoder_target_tokens"]
     negative_ids = batch["decoder_negative_ids"]
     mask = batch["decoder_loss_mask"]
@@ -177,7 +183,7 @@ def _token_sums(objective, logits, original_logits, batch) -> Sums:
 
 
 # What each sum is a mean over. Counts are reported as they are.
-_MEAN_OVER = {
+MEAN_OVER = {
     "loss": "num_tokens",
     "negative_loss": "num_negative",
     "positive_loss": "num_positive",
@@ -194,7 +200,7 @@ def summarize(sums: Mapping[str, SupportsFloat]) -> dict[str, float]:
     """Divides sums, of one step or added over many, by their counts; leaves out empty means."""
     means = {
         name: float(sums[name]) / float(sums[count])
-        for name, count in _MEAN_OVER.items()
+        for name, count in MEAN_OVER.items()
         if name in sums and float(sums[count]) > 0
     }
     counts = {name: float(sums[name]) for name in sums if name.startswith("num_")}

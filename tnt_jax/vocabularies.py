@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # seqio imports TensorFlow, which takes seconds
 T5_EXTRA_IDS = 100
 _BYT5_EXTRA_IDS = 125
 _SENTENCEPIECE = "spiece.model"
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _EXTRA_ID = re.compile(r"<extra_id_(\d+)>")
 # A model has rows up to here beyond the ids of its vocabulary: 32,128 for T5's 32,100.
 _MOST_PADDING = 128
@@ -61,8 +62,9 @@ def of_directory(folder: epath.Path, extra_ids: int | None = None) -> "seqio.Voc
 
     settings = _settings(folder)
     if _is_bytes(settings):
-        stated = settings.get("extra_ids", _BYT5_EXTRA_IDS)
-        return seqio.ByteVocabulary(stated if extra_ids is None else extra_ids)
+        return seqio.ByteVocabulary(
+            _byt5_extra_ids(folder, settings) if extra_ids is None else extra_ids
+        )
     if not has_tokenizer(folder):
         raise UsageError(
             f"VOCABULARY_PATH: expected {_SENTENCEPIECE} or tokenizer.json in {folder}, found "
@@ -108,6 +110,15 @@ def _is_bytes(settings: Mapping[str, Any]) -> bool:
     return str(settings.get("tokenizer_class", "")).startswith("ByT5")
 
 
+def _byt5_extra_ids(folder: epath.Path, settings: Mapping[str, Any]) -> int:
+    # transformers writes extra_ids 0 and lists them as tokens; which list depends on its version.
+    listed = set(_added_tokens(folder, {}, set()))
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        listed.update(str(token) for token in settings.get(key) or ())
+    num_listed = sum(_EXTRA_ID.fullmatch(name) is not None for name in listed)
+    return num_listed or int(settings.get("extra_ids", _BYT5_EXTRA_IDS))
+
+
 def _parse(content: bytes, where: str) -> _Pieces:
     try:
         return _Pieces.FromString(content)
@@ -119,6 +130,8 @@ def _added_tokens(folder: epath.Path, tokenizer: Mapping[str, Any], pieces: set[
     """Tokens after the pieces of the sentencepiece model, in the order of their ids."""
     by_id = {int(entry["id"]): entry["content"] for entry in tokenizer.get("added_tokens", ())}
     by_id |= {int(i): token for token, i in _json(folder / "added_tokens.json").items()}
+    for i, entry in _settings(folder).get("added_tokens_decoder", {}).items():
+        by_id[int(i)] = entry["content"]
     vocabulary = tokenizer.get("model", {}).get("vocab", ())
     if isinstance(vocabulary, list):
         by_id |= {i: name for i, (name, _) in enumerate(vocabulary) if _EXTRA_ID.fullmatch(name)}
@@ -137,11 +150,14 @@ def _from_tokenizer_json(tokenizer: Mapping[str, Any], where: str) -> _Pieces:
     for i, (piece, score) in enumerate(model["vocab"]):
         if _EXTRA_ID.fullmatch(piece):
             continue
-        special = {0: kind.CONTROL, 1: kind.CONTROL, 2: kind.UNKNOWN}.get(i, kind.NORMAL)
-        pieces.pieces.add(piece=piece, score=score, type=special)
+        of_piece = {0: kind.CONTROL, 1: kind.CONTROL, 2: kind.UNKNOWN}.get(i, kind.NORMAL)
+        if model.get("byte_fallback") and _BYTE.fullmatch(piece):
+            of_piece = kind.BYTE
+        pieces.pieces.add(piece=piece, score=score, type=of_piece)
     trainer, normalizer = pieces.trainer_spec, pieces.normalizer_spec
     trainer.model_type = _protos.TrainerSpec.UNIGRAM
     trainer.vocab_size = len(pieces.pieces)
+    trainer.byte_fallback = bool(model.get("byte_fallback"))
     trainer.pad_id, trainer.eos_id, trainer.unk_id, trainer.bos_id = 0, 1, 2, -1
     trainer.pad_piece, trainer.eos_piece, trainer.unk_piece = (
         piece.piece for piece in pieces.pieces[:3]
