@@ -1,6 +1,8 @@
 """From any format to any other and back, bit by bit; and what is not converted."""
 
+import dataclasses
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -70,6 +72,55 @@ def test_a_directory_goes_through_ours_with_all_that_belongs_to_it(directory, tm
     assert settings[0] == settings[1] | {"torch_dtype": "float32"}
 
 
+@pytest.mark.parametrize("output_format", FORMATS[1:])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mlp_activations": ("silu", "linear")},
+        {"mlp_activations": ("gelu_exact",)},
+        {"relpos_bias_per_layer": True},
+        {"logits_via_embedding": True, "scale_decoder_outputs": False},
+    ],
+)
+def test_what_arrays_do_not_show_comes_back_as_well(output_format, change, tmp_path, capsys):
+    config = dataclasses.replace(TINY, **change)
+    write_directory(tmp_path / "in", config)
+    run(
+        tmp_path / "in",
+        tmp_path / "out",
+        output_format,
+        **{"scan_layers": output_format != "orbax"},
+    )
+    is_warned = "T5X's files do not show mlp_activations" in capsys.readouterr().out
+    assert is_warned == ("mlp_activations" in change and output_format != "orbax")
+    run(tmp_path / "out", tmp_path / "back", "huggingface")
+    before, after = (
+        json.loads((tmp_path / name / "config.json").read_text()) for name in ("in", "back")
+    )
+    assert after == before | {"torch_dtype": "float32"}
+    found = pretrained.open_checkpoint(str(tmp_path / "back")).config
+    assert found.mlp_activations == config.mlp_activations
+    assert found.relpos_bias_per_layer == config.relpos_bias_per_layer
+    assert found.scales_logits == config.scales_logits
+
+
+def test_biases_that_are_alike_are_still_those_of_umt5(tmp_path):
+    config = dataclasses.replace(TINY, relpos_bias_per_layer=True)
+    arrays = write_directory(tmp_path / "in", config, same_biases=True)
+    run(tmp_path / "in", tmp_path / "t5x", "t5x", scan_layers=True)
+    run(tmp_path / "t5x", tmp_path / "back", "huggingface")
+    assert pretrained.open_checkpoint(str(tmp_path / "back")).config == config
+    assert_same(loaded(tmp_path / "back"), arrays)
+
+
+def test_a_directory_of_another_model(directory, tmp_path):
+    run(directory, tmp_path / "out", "t5x")
+    write_directory(tmp_path / "other", dataclasses.replace(TINY, mlp_dim=8))
+    (tmp_path / "out" / "checkpoint_0").rename(tmp_path / "out" / "checkpoint_5")
+    with pytest.raises(UsageError, match=r"has checkpoints of another model"):
+        run(tmp_path / "other", tmp_path / "out", "t5x")
+
+
 @pytest.mark.parametrize("output_format", FORMATS)
 def test_the_type_that_was_asked_for(output_format, directory, tmp_path):
     expected = {name: x.astype(jnp.bfloat16) for name, x in loaded(directory).items()}
@@ -132,6 +183,7 @@ def test_settings_that_do_not_exist(directory):
 
 def test_a_model_without_a_tokenizer(directory, tmp_path, capsys):
     run(directory, tmp_path / "t5x", "t5x")
+    shutil.rmtree(tmp_path / "t5x" / "huggingface")  # as T5X writes its checkpoints
     run(tmp_path / "t5x", tmp_path / "without", "huggingface")
     assert "comes without a tokenizer" in capsys.readouterr().out
     assert not (tmp_path / "without" / "spiece.model").exists()

@@ -194,13 +194,16 @@ TINY = t5.T5Config(
 )
 
 
-def write_directory(folder, config=TINY, dtype=np.float32, **kwargs):
+def write_directory(folder, config=TINY, dtype=np.float32, same_biases=False, **kwargs):
     """Writes random weights; returns them by T5X's names."""
     random = np.random.default_rng(0)
     arrays = {
         name: random.normal(size=shape).astype(dtype)
         for name, shape in lazy_arrays.shapes(t5.abstract_params(config)).items()
     }
+    if same_biases:
+        first = arrays["encoder/layers_0/relpos_bias/rel_embedding"]
+        arrays |= {name: first for name in arrays if name.endswith("rel_embedding")}
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: lazy_arrays.of_array(array, name) for name, array in arrays.items()}
     huggingface.write_weights(epath.Path(folder), weights, **kwargs)

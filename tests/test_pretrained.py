@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 
 import gin
 import jax
@@ -184,6 +185,7 @@ def test_the_ids_of_byt5(directory):
 
 def test_a_t5x_checkpoint_brings_none(directory):
     path = of_kind(directory, "t5x")
+    shutil.rmtree(path / "huggingface")  # T5X itself writes none
     with pytest.raises(UsageError, match=r"VOCABULARY_PATH: expected spiece.model or tokenizer"):
         pretrained.vocabulary(str(path))
 

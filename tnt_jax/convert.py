@@ -8,7 +8,8 @@ Orbax, scanned layers or not), or one of ours; it is found out which. Formats of
   t5x_orbax    OUTPUT/checkpoint_<step>/state
   orbax        OUTPUT/checkpoint_<step>/params, a model directory of tnt_jax
 
-Parameters and the step are carried over, optimizer state is not.
+Parameters and the step are carried over, optimizer state is not. What a checkpoint has no place for
+(config.json, the tokenizer) lies in OUTPUT/huggingface, for the way back.
 
 Example:
     python -m tnt_jax.convert --input=patched --output=patched-hf --output_format=huggingface
@@ -92,11 +93,9 @@ def convert(
         name: source.weights[name].astype(_DTYPES[dtype] if dtype else source.weights[name].dtype)
         for name in huggingface.parameter_names(config)
     }
-    settings: dict[str, Any] = {}
+    settings = _settings(source, config, is_needed=not is_t5x)
     if is_t5x:
         config, weights = t5x_checkpoints.as_t5x_has_it(config, weights)
-    else:
-        settings = _settings(source, config)
     numbers = _read_evaluation(evaluation)
     target = _target(output, output_format, source.step)
     laid_out = _laid_out(weights, output_format, scan_layers)
@@ -106,21 +105,30 @@ def convert(
 
     if output_format == "huggingface":
         _write_huggingface(target, weights, source, settings, numbers, vocabulary)
-    elif output_format == "t5x":
-        t5x_checkpoints.write_legacy(target, laid_out, source.step, _progress)
     else:
-        _write_orbax(target, laid_out, source, config, settings, vocabulary, output_format)
+        _describe(target.parent, source, settings, vocabulary)
+        if output_format == "t5x":
+            t5x_checkpoints.write_legacy(target, laid_out, source.step, _progress)
+        else:
+            _write_orbax(target, laid_out, source.step, output_format)
     if is_t5x:
         run_log.log("Parameters and step are carried over; optimizer state is not.")
+        if not t5x_checkpoints.is_inferred(config):
+            run_log.log(
+                f"Warning: T5X's files do not show mlp_activations = {config.mlp_activations}: set "
+                "them in T5X's gin file."
+            )
     run_log.log(f"{target}: {len(weights)} parameters from {source.path} ({source.kind}).")
     return str(target)
 
 
-def _settings(source: pretrained.Pretrained, config: t5.T5Config) -> dict[str, Any]:
-    """The input's `config.json` if it has one, else a new one."""
+def _settings(
+    source: pretrained.Pretrained, config: t5.T5Config, *, is_needed: bool
+) -> dict[str, Any]:
+    """The input's `config.json` if it has one, else a new one where it is needed."""
     if (source.description / huggingface.CONFIG).exists():
         return huggingface.read_config(source.description)
-    return huggingface.new_config(config)
+    return huggingface.new_config(config) if is_needed else {}
 
 
 def _read_evaluation(path: str | None) -> dict[str, Any] | None:
@@ -241,28 +249,38 @@ def _copy_description(
 
 
 def _write_orbax(
-    target: epath.Path,
-    laid_out: Mapping[str, LazyArray],
-    source: pretrained.Pretrained,
-    config: t5.T5Config,
-    settings: dict[str, Any],
-    vocabulary: str | None,
-    output_format: str,
+    target: epath.Path, laid_out: Mapping[str, LazyArray], step: int, output_format: str
 ) -> None:
+    """All parameters are in memory: Orbax writes them at once."""
     arrays = {name: laid_out[name].load() for name in _progress(list(laid_out))}
     params = flax.traverse_util.unflatten_dict(arrays, sep="/")
     if output_format == "t5x_orbax":
-        state = {"target": params, "state": {"step": np.int32(source.step), "param_states": {}}}
-        item = {t5x_checkpoints.ORBAX_ITEM: ocp.args.PyTreeSave(state)}
-        checkpoints.save_items(target.parent, source.step, item)
+        state = {"target": params, "state": {"step": np.int32(step), "param_states": {}}}
+        items = {t5x_checkpoints.ORBAX_ITEM: ocp.args.PyTreeSave(state)}
+    else:
+        items = {checkpoints.PARAMS: ocp.args.StandardSave(params)}
+    checkpoints.save_items(target.parent, step, items)
+
+
+def _describe(
+    model_dir: epath.Path,
+    source: pretrained.Pretrained,
+    settings: Mapping[str, Any],
+    vocabulary: str | None,
+) -> None:
+    """Writes what the formats of checkpoints have no place for beside them."""
+    if not settings and vocabulary is None:
         return
-    checkpoints.save_items(
-        target.parent, source.step, {checkpoints.PARAMS: ocp.args.StandardSave(params)}
-    )
-    folder = target.parent / checkpoints.DESCRIPTION
+    folder = model_dir / checkpoints.DESCRIPTION
+    if (folder / huggingface.CONFIG).exists() and huggingface.read_config(folder) != settings:
+        raise UsageError(
+            f"--output: {model_dir} has checkpoints of another model, as {folder} says. Choose "
+            "another directory."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     _copy_description(source, folder, vocabulary)
-    (folder / huggingface.CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+    if settings:
+        (folder / huggingface.CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def _main(arguments: list[str]) -> None:

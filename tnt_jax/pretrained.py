@@ -217,18 +217,20 @@ def open_checkpoint(path: str) -> Pretrained:
         item = folder / t5x_checkpoints.ORBAX_ITEM
         orbax, weights = (item, ("target",)), checkpoints.lazy_item(item, ("target",))
         step = int(checkpoints.lazy_item(item, ("state",))["step"].load())
-    if kind != _OURS and t5x_checkpoints.is_scalable(weights):
-        scan_layers = t5x_checkpoints.is_scanned(weights)
-        orbax, weights = None, t5x_checkpoints.from_scalable(weights, str(folder))
     description = _description(folder)
+    described = None
     if (description / huggingface.CONFIG).exists():
-        config = huggingface.t5_config(
+        described = huggingface.t5_config(
             huggingface.read_config(description),
             str(description / huggingface.CONFIG),
             is_tied="decoder/logits_dense/kernel" not in weights,
         )
-    else:
-        config = t5x_checkpoints.infer_config(weights, str(folder))
+    if kind != _OURS and t5x_checkpoints.is_scalable(weights):
+        scan_layers = t5x_checkpoints.is_scanned(weights)
+        share_biases = described is None or not described.relpos_bias_per_layer
+        weights = t5x_checkpoints.from_scalable(weights, str(folder), share_biases=share_biases)
+        orbax = None
+    config = described or t5x_checkpoints.infer_config(weights, str(folder))
     return Pretrained(
         kind=kind,
         path=folder,

@@ -190,13 +190,21 @@ def is_scalable(arrays: Mapping[str, LazyArray]) -> bool:
     )
 
 
-def from_scalable(arrays: Mapping[str, LazyArray], where: str) -> dict[str, LazyArray]:
+def from_scalable(
+    arrays: Mapping[str, LazyArray], where: str, *, share_biases: bool
+) -> dict[str, LazyArray]:
     """Parameters of `scalable_t5`, scanned or not, as those of `t5`.
+
+    Args:
+      arrays: By T5X's names.
+      where: The checkpoint, for messages.
+      share_biases: Whether relative position biases that are the same in all layers become one.
 
     Raises:
       UsageError: The stacks do not say how many layers they have.
     """
-    return _with_shared_biases(_with_joined_heads(_unstacked(arrays, where)))
+    found = _with_joined_heads(_unstacked(arrays, where))
+    return _with_shared_biases(found) if share_biases else found
 
 
 def _unstacked(arrays: Mapping[str, LazyArray], where: str) -> dict[str, LazyArray]:
@@ -296,6 +304,15 @@ def stacked(arrays: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
 
 
 # ------------------------------------------------------------------------------ The architecture
+
+
+# Activations that `infer_config` reads off the names of the kernels.
+_INFERRED_ACTIVATIONS = (("relu",), ("gelu", "linear"))
+
+
+def is_inferred(config: t5.T5Config) -> bool:
+    """Whether a checkpoint of T5X shows all that this network is."""
+    return config.mlp_activations in _INFERRED_ACTIVATIONS
 
 
 def infer_config(arrays: Mapping[str, LazyArray], where: str) -> t5.T5Config:
