@@ -161,6 +161,52 @@ def test_what_exists_is_not_written_over(directory, tmp_path):
     assert (tmp_path / "out" / "checkpoint_0" / "mine").read_text() == "mine"
 
 
+@pytest.mark.parametrize("output_format", FORMATS[1:])
+def test_an_earlier_step_than_the_newest_is_written_as_well(output_format, directory, tmp_path):
+    for step in (7, 0):
+        run(directory, tmp_path / "out", output_format)
+        if step:
+            (tmp_path / "out" / "checkpoint_0").rename(tmp_path / "out" / f"checkpoint_{step}")
+    assert_same(loaded(tmp_path / "out" / "checkpoint_0"), loaded(directory))
+
+
+@pytest.mark.parametrize("output_format", FORMATS[1:])
+def test_no_checkpoints_go_into_a_model(output_format, directory):
+    with pytest.raises(UsageError, match=r"expected a directory for checkpoints, found a model at"):
+        run(directory, directory, output_format)
+
+
+def test_a_vocabulary_that_does_not_fit_is_found_before_the_work(directory, tmp_path):
+    (tmp_path / "garbage.model").write_text("garbage")
+    for path, message in (
+        (tmp_path / "garbage.model", "expected a sentencepiece model at"),
+        (tmp_path / "spiece.model", "a model with 40 rows .*; found 117. Give"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            run(directory, tmp_path / "out", "huggingface", vocabulary=str(path), dry_run=True)
+
+
+def test_an_evaluation_that_is_none_is_found_before_the_work(directory, tmp_path):
+    (tmp_path / "evaluation.json").write_text('{"cut": 0.5, "comparison": {}, "original": {}}')
+    with pytest.raises(UsageError, match=r"--evaluation: expected what tnt_jax.evaluate writes"):
+        run(
+            directory,
+            tmp_path / "out",
+            "huggingface",
+            evaluation=str(tmp_path / "evaluation.json"),
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_card_of_a_conversion(directory, tmp_path):
+    for dtype, fact in (
+        ("float32", "no weight was changed"),
+        ("bfloat16", "weights are stored as bfloat16 instead of float32"),
+    ):
+        run(directory, tmp_path / dtype, "huggingface", dtype=dtype)
+        assert fact in (tmp_path / dtype / "README.md").read_text()
+
+
 def test_an_error_half_way_leaves_no_model(directory, tmp_path, monkeypatch):
     run(directory, tmp_path / "t5x", "t5x")
     (tmp_path / "t5x" / "checkpoint_0" / "target.token_embedder.embedding" / "0.0").unlink()
@@ -170,6 +216,8 @@ def test_an_error_half_way_leaves_no_model(directory, tmp_path, monkeypatch):
             run(tmp_path / "t5x", output, output_format)
         with pytest.raises(UsageError):
             pretrained.open_checkpoint(str(output))
+        assert not list((tmp_path / "out").rglob("*.tmp-*"))
+        assert not list((tmp_path / "out").rglob("*.unfinished"))
 
 
 def test_settings_that_do_not_exist(directory):

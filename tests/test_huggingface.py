@@ -165,6 +165,8 @@ def test_a_new_config_says_the_same(settings, is_tied):
         ({"decoder_start_token_id": 5}, "decoder_start_token_id 0, found 5"),
         ({"feed_forward_proj": "gated-mish"}, "config.json: .*mlp_activations must name"),
         ({"num_heads": 0}, "config.json: T5Config.num_heads must be a whole number"),
+        ({"feed_forward_proj": 3}, "config.json: feed_forward_proj: expected str, found 3"),
+        ({"layer_norm_epsilon": "1e-6"}, "layer_norm_epsilon: expected float or int, found '1e-6'"),
     ],
 )
 def test_settings_that_are_not_t5_s(change, message):
@@ -343,6 +345,35 @@ def test_a_file_that_is_none(directory):
         read(directory)
 
 
+@pytest.mark.parametrize(
+    ("offsets", "message"),
+    [
+        ([0, 80], "b is at 0 to 80, after what ends at 80"),  # where a is as well
+        ([90, 170], "b is at 90 to 170, after what ends at 80"),
+        ([-80, 0], "not made of whole numbers"),
+        ([80.0, 160.0], "not made of whole numbers"),
+        ("ab", "not made of whole numbers"),
+    ],
+)
+def test_tensors_that_are_not_one_after_the_other(offsets, message, directory):
+    entry = {"dtype": "F32", "shape": [4, 5]}
+    header = {"a": entry | {"data_offsets": [0, 80]}, "b": entry | {"data_offsets": offsets}}
+    content = json.dumps(header).encode()
+    (directory / "model.safetensors").write_bytes(
+        len(content).to_bytes(8, "little") + content + bytes(160)
+    )
+    with pytest.raises(UsageError, match=f"expected a safetensors file: .*{message}"):
+        read(directory)
+
+
+@pytest.mark.parametrize("shard", [None, 3, "../../etc/passwd"])
+def test_an_index_that_names_no_files(shard, tmp_path):
+    write_directory(tmp_path, max_shard_bytes=3000)
+    (tmp_path / huggingface.INDEX).write_text(json.dumps({"weight_map": {"a": shard}}))
+    with pytest.raises(UsageError, match=r"is not the name of a file"):
+        read(tmp_path)
+
+
 def test_a_shard_that_is_missing(tmp_path):
     write_directory(tmp_path, max_shard_bytes=3000)
     shards = sorted(tmp_path.glob("model-*.safetensors"))
@@ -368,7 +399,7 @@ def test_a_tensor_that_its_shard_does_not_hold(tmp_path):
     ("dtype", "message"),
     [
         (np.float16, r"expected numbers of type F32 or BF16, found F16 \(.*overflow in float16"),
-        (np.int8, r"found I8 \(.*not quantized"),
+        (np.int8, r"found I8 \(.*in one of these types"),
     ],
 )
 def test_other_types_of_numbers(dtype, message, directory):

@@ -106,6 +106,11 @@ def test_what_was_looked_for_is_listed(tmp_path):
             pretrained.find(str(tmp_path / name))
 
 
+def test_a_scheme_that_nobody_knows():
+    with pytest.raises(UsageError, match=r"expected a path that can be read, found no://where: "):
+        pretrained.find("no://where")
+
+
 def test_a_model_of_the_hub(directory, tmp_path, monkeypatch):
     """huggingface_hub itself, off line, on a cache as it lays one out."""
     from huggingface_hub import constants
@@ -181,6 +186,19 @@ def test_the_ids_of_byt5(directory):
     found = pretrained.vocabulary(str(directory))
     assert found.vocab_size == 384  # as config.json of ByT5 says
     assert found.encode("é") == [195 + 3, 169 + 3]
+
+
+def test_added_tokens_come_after_t5_s_own(directory, capsys):
+    names = [*(f"<extra_id_{i}>" for i in reversed(range(9))), "<sep>"]
+    added = {name: 30 + i for i, name in enumerate(names)}
+    (directory / "added_tokens.json").write_text(json.dumps(added))
+    found = pretrained.vocabulary(str(directory))
+    assert "1 tokens that T5 does not (<sep>)" in capsys.readouterr().out
+    assert found.vocab_size == 40
+    assert found.encode("<sep>")[-1] == 39
+    plain = seqio.SentencePieceVocabulary(str(directory / "spiece.model"), 9)
+    for text in (*TEXTS, "<extra_id_0> walks"):
+        assert found.encode(text) == plain.encode(text)
 
 
 def test_a_t5x_checkpoint_brings_none(directory):

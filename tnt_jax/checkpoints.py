@@ -206,7 +206,9 @@ def save_items(folder: epath.Path, step: int, items: Mapping[str, ocp.args.Check
     """Writes `folder/checkpoint_<step>` with the items given, by name, and waits for it."""
     options = ocp.CheckpointManagerOptions(step_name_format=_STEP_NAMES)
     with ocp.CheckpointManager(folder, item_names=tuple(items), options=options) as writer:
-        writer.save(step, args=ocp.args.Composite(**items))
+        # By force: a manager would leave out a step before the newest, without a word.
+        is_saved = writer.save(step, args=ocp.args.Composite(**items), force=True)
+        assert is_saved, f"Orbax did not write step {step} in {folder}"
 
 
 def digest(params: PyTree) -> str:

@@ -97,6 +97,8 @@ def convert(
     if is_t5x:
         config, weights = t5x_checkpoints.as_t5x_has_it(config, weights)
     numbers = _read_evaluation(evaluation)
+    if vocabulary is not None:
+        pretrained.check_vocabulary(pretrained.vocabulary(vocabulary), config, None)
     target = _target(output, output_format, source.step)
     laid_out = _laid_out(weights, output_format, scan_layers)
     if dry_run:
@@ -118,6 +120,12 @@ def convert(
                 f"Warning: T5X's files do not show mlp_activations = {config.mlp_activations}: set "
                 "them in T5X's gin file."
             )
+    is_described = (source.description / huggingface.CONFIG).exists()
+    if source.output_format in ("t5x", "t5x_orbax") and not is_described:
+        run_log.log(
+            f"T5X's files do not state the activation: {config.mlp_activations} is taken from the "
+            "names of the parameters."
+        )
     run_log.log(f"{target}: {len(weights)} parameters from {source.path} ({source.kind}).")
     return str(target)
 
@@ -136,8 +144,9 @@ def _read_evaluation(path: str | None) -> dict[str, Any] | None:
         return None
     try:
         found = json.loads(epath.Path(path).expanduser().read_text())
-        return {key: found[key] for key in ("original", "current", "comparison", "cut")} | found
-    except (ValueError, KeyError, TypeError) as error:
+        model_card.numbers(found)  # what is missing is missed now, not when the weights are written
+        return found
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"--evaluation: expected what tnt_jax.evaluate writes, found {path}: {error}."
         ) from error
@@ -147,6 +156,11 @@ def _target(output: str, output_format: str, step: int) -> epath.Path:
     """The directory that will be written; it must not be there yet."""
     folder = epath.Path(output).expanduser()
     folder = folder if "://" in output else folder.absolute()
+    if output_format != "huggingface" and folder.is_dir() and pretrained.is_model(folder):
+        raise UsageError(
+            f"--output: expected a directory for checkpoints, found a model at {folder}. Choose "
+            "another directory."
+        )
     target = folder if output_format == "huggingface" else folder / f"checkpoint_{step}"
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(
@@ -208,6 +222,9 @@ def _write_huggingface(
             name=target.name,
             source=os.fspath(source.path),
             dtype=" and ".join(dtypes),
+            stored_dtype=" and ".join(
+                sorted({source.weights[name].dtype.name for name in weights})
+            ),
             step=source.step,
             run=source.run,
             evaluation=evaluation,

@@ -39,6 +39,16 @@ _MAX_SHARD_BYTES = 5 * 10**9
 
 # ---------------------------------------------------------------------------------- The settings
 
+# Of what could be mistaken for something else; sizes are checked by `t5.T5Config`.
+_SETTING_TYPES = {
+    "feed_forward_proj": (str,),
+    "dense_act_fn": (str,),
+    "layer_norm_epsilon": (float, int),
+    "relative_attention_num_buckets": (int,),
+    "relative_attention_max_distance": (int,),
+    "num_decoder_layers": (int,),
+}
+
 
 def read_config(folder: epath.Path) -> dict[str, Any]:
     """`config.json` of a directory.
@@ -56,7 +66,7 @@ def read_config(folder: epath.Path) -> dict[str, Any]:
     if model_type not in _MODEL_TYPES or not is_encoder_decoder:
         kind = f"model_type {model_type!r}"
         if isinstance(config, dict) and config.get("architectures"):
-            kind += f" ({', '.join(config['architectures'])})"
+            kind += f" ({', '.join(map(str, config['architectures']))})"
         raise UsageError(
             f"{path}: expected an encoder-decoder of the T5 family (model_type "
             f"{', '.join(_MODEL_TYPES)}), found {kind}. tnt_jax trains no other architecture."
@@ -75,6 +85,10 @@ def t5_config(config: Mapping[str, Any], where: str, *, is_tied: bool) -> t5.T5C
     Raises:
       UsageError: A setting is missing, or is one that this network does not have.
     """
+    for key, kinds in _SETTING_TYPES.items():
+        if not isinstance(config.get(key), (*kinds, type(None))):
+            names = " or ".join(kind.__name__ for kind in kinds)
+            raise UsageError(f"{where}: {key}: expected {names}, found {config[key]!r}.")
     is_mt5 = config["model_type"] == "mt5"
     projection = config.get("feed_forward_proj", "relu" if config["model_type"] == "t5" else None)
     projection = projection or "gated-gelu"
@@ -92,6 +106,7 @@ def t5_config(config: Mapping[str, Any], where: str, *, is_tied: bool) -> t5.T5C
                 f"{where}: expected T5's ids, {key} {expected}, found {found}. Such a model's ids "
                 "mean something else."
             )
+    epsilon = config.get("layer_norm_epsilon")
     # T5 scales where weights are tied, and says so by the flag even where they no longer are.
     scale = config.get("scale_decoder_outputs")
     if is_mt5:
@@ -111,9 +126,9 @@ def t5_config(config: Mapping[str, Any], where: str, *, is_tied: bool) -> t5.T5C
             logits_via_embedding=is_tied,
             scale_decoder_outputs=None if scale == is_tied else scale,
             relpos_bias_per_layer=config["model_type"] == "umt5",
-            num_relpos_buckets=config.get("relative_attention_num_buckets", 32),
-            relpos_max_distance=config.get("relative_attention_max_distance", 128),
-            layer_norm_epsilon=config.get("layer_norm_epsilon", 1e-6),
+            num_relpos_buckets=config.get("relative_attention_num_buckets") or 32,
+            relpos_max_distance=config.get("relative_attention_max_distance") or 128,
+            layer_norm_epsilon=1e-6 if epsilon is None else float(epsilon),
         )
     except KeyError as error:
         raise UsageError(f"{where}: expected {error.args[0]!r}, found no such setting.") from error
@@ -323,6 +338,8 @@ def _stored(folder: epath.Path) -> dict[str, LazyArray]:
         weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
         names_by_shard: dict[str, list[str]] = {}
         for name, shard in weight_map.items():
+            if not isinstance(shard, str) or "/" in shard:
+                raise ValueError(f"{shard!r} is not the name of a file")
             names_by_shard.setdefault(shard, []).append(name)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UsageError(f"{folder / INDEX}: expected JSON with a weight_map: {error}.") from error
@@ -370,8 +387,9 @@ def read_safetensors(path: epath.Path) -> dict[str, LazyArray]:
             entries: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
             for name, entry in header.items():
                 start, end = entry["data_offsets"]
-                entries[name] = (entry["dtype"], tuple(entry["shape"]), start, end)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+                entries[name] = (str(entry["dtype"]), tuple(entry["shape"]), start, end)
+            _check_offsets(entries)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UsageError(f"{path}: expected a safetensors file: {error}.") from error
     first = 8 + length
     expected_size = first + max((end for *_, end in entries.values()), default=0)
@@ -392,7 +410,7 @@ def read_safetensors(path: epath.Path) -> dict[str, LazyArray]:
                 "transformers saves it as float32: from_pretrained(..., dtype=torch.float32)"
                 ".save_pretrained(...)."
                 if other == {"F16"}
-                else "Take the files of this model that are not quantized."
+                else "Take the files of this model in one of these types."
             )
         )
     arrays = {}
@@ -406,6 +424,18 @@ def read_safetensors(path: epath.Path) -> dict[str, LazyArray]:
         reader = _reader(path, first + start, shape, dtype)
         arrays[name] = LazyArray(shape, dtype, f"{path.name}: {name}", reader)
     return arrays
+
+
+def _check_offsets(entries: Mapping[str, tuple[str, tuple[int, ...], int, int]]) -> None:
+    """Raises a ValueError unless the tensors fill the file from its beginning, each on its own."""
+    for name, (_, shape, start, end) in entries.items():
+        if not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
+            raise ValueError(f"the shape or the place of {name} is not made of whole numbers")
+    position = 0
+    for name, (*_, start, end) in sorted(entries.items(), key=lambda entry: entry[1][2:]):
+        if start != position or end < start:
+            raise ValueError(f"{name} is at {start} to {end}, after what ends at {position}")
+        position = end
 
 
 def _reader(

@@ -17,6 +17,8 @@ from tnt_jax import sharding
 from tnt_jax.array_types import PyTree
 from tnt_jax.errors import UsageError
 
+ITS_OWN_SETTINGS = "its own settings"  # what a checkpoint says, or shows, of its network
+
 Index = tuple[slice, ...]  # one (start, stop) per axis, both given, without steps
 
 
@@ -177,9 +179,12 @@ def differences_of(
 
 def mismatch(where: str, setting: str, differences: Sequence[str]) -> str:
     """The message about a checkpoint of another model."""
+    advice = f"change {setting}, or the path"
+    if setting == ITS_OWN_SETTINGS:
+        advice = "it is damaged, or of an architecture that is not T5's"
     return (
         f"the checkpoint {where} does not fit {setting}: {'; '.join(differences)}. Expected a "
-        f"checkpoint of the same sizes: change {setting}, or the path."
+        f"checkpoint of the same sizes: {advice}."
     )
 
 

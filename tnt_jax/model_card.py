@@ -11,6 +11,7 @@ def write(
     name: str,
     source: str,
     dtype: str,
+    stored_dtype: str,
     step: int,
     run: Mapping[str, Any] | None,
     evaluation: Mapping[str, Any] | None,
@@ -22,6 +23,7 @@ def write(
       name: Of the model.
       source: The checkpoint that it was written from.
       dtype: Of its weights.
+      stored_dtype: Of the weights in `source`.
       step: Updates of training.
       run: What the training run noted; None says that nothing was trained here.
       evaluation: From `tnt_jax.evaluate`.
@@ -40,9 +42,12 @@ def write(
     if run:
         parts += [*_trained(run, original, step), ""]
     else:
-        parts += [f"Converted by tnt_jax from `{source}`; no weight was changed.", ""]
+        change = "no weight was changed"
+        if dtype != stored_dtype:
+            change = f"weights are stored as {dtype} instead of {stored_dtype}, otherwise unchanged"
+        parts += [f"Converted by tnt_jax from `{source}`; {change}.", ""]
     if evaluation:
-        parts += [*_numbers(evaluation), ""]
+        parts += [*numbers(evaluation), ""]
     parts += [
         "## Use",
         "",
@@ -84,7 +89,8 @@ def _trained(run: Mapping[str, Any], original: str | None, step: int) -> list[st
     return lines
 
 
-def _numbers(evaluation: Mapping[str, Any]) -> list[str]:
+def numbers(evaluation: Mapping[str, Any]) -> list[str]:
+    """The lines of the table of before and after; KeyError or TypeError where one is missing."""
     before, after = (evaluation[model]["unwanted_outputs"] for model in ("original", "current"))
     comparison, certificate = evaluation["comparison"], evaluation.get("certificate")
 

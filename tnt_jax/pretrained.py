@@ -68,6 +68,11 @@ def _kind(folder: epath.Path) -> str | None:
     return next((kind for kind, (is_one, _) in _KINDS.items() if is_one(folder)), None)
 
 
+def is_model(folder: epath.Path) -> bool:
+    """Whether a directory is itself a model, of whichever kind."""
+    return _kind(folder) is not None
+
+
 def _is_whole(folder: epath.Path) -> bool:
     """Whether a checkpoint of a known kind is not one that is being written."""
     kind = _kind(folder)
@@ -84,9 +89,19 @@ def find(path: str) -> epath.Path:
     Raises:
       UsageError: There is none.
     """
-    given = epath.Path(path).expanduser()
-    given = given if "://" in path else given.absolute()
-    if not given.exists():
+    try:
+        given = epath.Path(path).expanduser()
+        given = given if "://" in path else given.absolute()
+        is_there = given.exists()
+    except Exception as error:
+        if "://" not in path:
+            raise
+        # A scheme that etils does not know, or whatever the client of a bucket raises.
+        reason = next(iter(str(error).splitlines()), "")
+        raise UsageError(
+            f"expected a path that can be read, found {path}: {type(error).__name__}: {reason}."
+        ) from error
+    if not is_there:
         return _from_hub(path)
     if given.is_file() and given.name == t5x_checkpoints.CHECKPOINT_FILE:
         given = given.parent  # T5X takes the path of the file as well
@@ -296,7 +311,7 @@ def config_for(model: t5.T5Config | FromCheckpoint, found: Pretrained) -> t5.T5C
     computation = {name: getattr(model, name) for name in _COMPUTATION}
     of_checkpoint = dataclasses.replace(found.config, **computation)
     if isinstance(model, FromCheckpoint):
-        found.check(t5.abstract_params(of_checkpoint), "its own settings")
+        found.check(t5.abstract_params(of_checkpoint), lazy_arrays.ITS_OWN_SETTINGS)
         return of_checkpoint
     found.check(t5.abstract_params(model))
     _check_same(model, of_checkpoint, found)

@@ -129,6 +129,20 @@ def write_legacy(
     """
     unfinished = folder.parent / f"{folder.name}.tmp-{os.getpid()}"
     unfinished.mkdir(parents=True)
+    try:
+        _write_arrays(unfinished, arrays, step, progress)
+        unfinished.rename(folder)
+    finally:
+        if unfinished.exists():
+            unfinished.rmtree()
+
+
+def _write_arrays(
+    folder: epath.Path,
+    arrays: Mapping[str, LazyArray],
+    step: int,
+    progress: Callable[[Iterable[Any]], Iterator[Any]],
+) -> None:
     leaves = {}
     for name in progress(list(arrays)):
         array = arrays[name]
@@ -140,7 +154,7 @@ def write_legacy(
         }
         spec = {"driver": "zarr", "dtype": array.dtype.name, "metadata": metadata}
         store = ts.open(
-            spec | {"kvstore": _kvstore(unfinished / path)}, create=True, delete_existing=True
+            spec | {"kvstore": _kvstore(folder / path)}, create=True, delete_existing=True
         ).result()
         store.write(array.load()).result()
         leaves[name] = spec | {"kvstore": {"driver": "file", "path": path}}
@@ -152,8 +166,7 @@ def write_legacy(
         },
     }
     packed = flax.serialization.msgpack_serialize(content)
-    (unfinished / CHECKPOINT_FILE).write_bytes(packed)
-    unfinished.rename(folder)
+    (folder / CHECKPOINT_FILE).write_bytes(packed)
 
 
 def _chunks(array: LazyArray) -> list[int]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from etils import epath
 from sentencepiece import sentencepiece_model_pb2
 
+from tnt_jax import run_log
 from tnt_jax.errors import UsageError
 
 if TYPE_CHECKING:  # seqio imports TensorFlow, which takes seconds
@@ -83,8 +84,16 @@ def of_directory(folder: epath.Path, extra_ids: int | None = None) -> "seqio.Voc
     is_standard = len(numbers) == len(added) and numbers == list(range(len(numbers)))[::-1]
     if not is_standard:
         # Tokens that somebody added: pieces of their own, after T5's extra ids.
+        others = [name for name in added if not _EXTRA_ID.fullmatch(name)]
+        run_log.log(
+            f"Warning: {folder} has {len(others)} tokens that T5 does not ({', '.join(others[:4])}"
+            f"{' ...' if others[4:] else ''}). Beside spaces transformers tokenises such text "
+            "otherwise; give target_ids in records that have them."
+        )
         for name in added:
-            pieces.pieces.add(piece=name, score=0.0, type=_Pieces.SentencePiece.USER_DEFINED)
+            # As seqio names its extra ids, which own the space before them.
+            piece = f"\u2581{name}" if _EXTRA_ID.fullmatch(name) else name
+            pieces.pieces.add(piece=piece, score=0.0, type=_Pieces.SentencePiece.USER_DEFINED)
         return of_file(_temporary_file(pieces), 0)
     if extra_ids is None:
         stated = settings.get("extra_ids")
