@@ -14,23 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from test_huggingface import TINY
 
-from tnt_jax import assembly, convert, pretrained, sharding, t5, t5x_checkpoints
+from tnt_jax import assembly, convert, pretrained, sharding, t5x_checkpoints
 from tnt_jax.errors import UsageError
 
 GOLDEN = np.load(golden_model.FOLDER / "t5x_checkpoints.npz")
 BATCH = golden_model.tree(GOLDEN, "batch/")
-CONFIG = t5.T5Config(
-    vocab_size=40,
-    emb_dim=12,
-    num_heads=2,
-    num_encoder_layers=3,
-    num_decoder_layers=2,
-    head_dim=4,
-    mlp_dim=20,
-    mlp_activations=("gelu", "linear"),
-    logits_via_embedding=False,
-)
+CONFIG = TINY
 PER_LAYER = dataclasses.replace(CONFIG, relpos_bias_per_layer=True)
 CONFIGS = {
     "t5_legacy": CONFIG,

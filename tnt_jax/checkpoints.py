@@ -82,9 +82,9 @@ class Checkpoints:
         Raises:
           UsageError: The checkpoint was not written by a training run.
         """
-        self._item(step, "run")
-        restored = self._orbax.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))
-        return restored["run"]
+        run = read_run(self._item(step, "run").parent)
+        assert run is not None
+        return run
 
     def restore(self, step: int, abstract_state: train_step.TrainState) -> train_step.TrainState:
         """The state of a checkpoint.

@@ -125,9 +125,7 @@ class T5Config:
         if not 0.0 <= self.dropout_rate < 1.0:
             raise UsageError(f"T5Config.dropout_rate must be in [0, 1), not {self.dropout_rate}")
         if self.layer_norm_epsilon < 0:
-            raise UsageError(
-                f"layer_norm_epsilon must be at least 0, not {self.layer_norm_epsilon}"
-            )
+            raise UsageError(f"layer_norm_epsilon must be >= 0, not {self.layer_norm_epsilon}")
         # Half of a direction's buckets hold one distance each, and further ones must follow.
         buckets, distance = self.num_relpos_buckets, self.relpos_max_distance
         if buckets % 4 or distance <= buckets // 2:
@@ -565,12 +563,9 @@ class Transformer(nn.Module):
         """Float32 logits of decoder states."""
         hidden = hidden.astype(jnp.float32)
         is_tied = self.config.logits_via_embedding
-        output = self.token_embedder.attend if is_tied else self.decoder.logits_dense
-        logits = output(hidden)
-        if self.config.scales_logits:
-            # The embedding has unit variance, an output matrix of its own has 1 / emb_dim.
-            logits *= self.config.emb_dim**-0.5
-        return logits
+        logits = (self.token_embedder.attend if is_tied else self.decoder.logits_dense)(hidden)
+        # The embedding has unit variance, an output matrix of its own has 1 / emb_dim.
+        return logits * self.config.emb_dim**-0.5 if self.config.scales_logits else logits
 
     def __call__(
         self,
