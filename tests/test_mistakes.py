@@ -266,7 +266,7 @@ def test_a_task_that_is_not_there(mistake):
         ),
         (
             {"MODEL_DEVICES": 3},
-            "MeshShape: expected data x model to be the 8 devices here; found data=-1, model=3. ",
+            "MeshShape: expected data x fsdp x model to be the 8 devices here; found data=-1, ",
         ),
         (
             {"MODEL_DEVICES": 4},

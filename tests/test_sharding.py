@@ -16,7 +16,7 @@ AXES = {
     "embedding": ("vocab", "embed"),
     "query": ("embed", "joined_kv"),
     "rel_embedding": ("heads", "relpos_buckets"),
-    "scale": ("embed",),
+    "scale": ("norm",),
     "wo": ("mlp", "embed"),
 }
 SHAPES = {
@@ -27,11 +27,11 @@ SHAPES = {
     "wo": (48, 16),
 }
 SPECS = {
-    "embedding": PartitionSpec("model", None),
-    "query": PartitionSpec(None, "model"),
+    "embedding": PartitionSpec("model", "fsdp"),
+    "query": PartitionSpec("fsdp", "model"),
     "rel_embedding": PartitionSpec("model", None),
     "scale": PartitionSpec(None),
-    "wo": PartitionSpec("model", None),
+    "wo": PartitionSpec("model", "fsdp"),
 }
 
 
@@ -47,7 +47,7 @@ def specs_of(shardings):
 
 @pytest.fixture(scope="module")
 def mesh():
-    return sharding.make_mesh(sharding.MeshShape(data=4, model=2))
+    return sharding.make_mesh(sharding.MeshShape(data=2, fsdp=2, model=2))
 
 
 # ------------------------------------------------------------------------------------------ Mesh
@@ -56,32 +56,36 @@ def mesh():
 @pytest.mark.parametrize(
     ("shape", "sizes"),
     [
-        (sharding.MeshShape(), (8, 1)),
-        (sharding.MeshShape(model=4), (2, 4)),
-        (sharding.MeshShape(data=1, model=8), (1, 8)),
+        (sharding.MeshShape(), (8, 1, 1)),
+        (sharding.MeshShape(model=4), (2, 1, 4)),
+        (sharding.MeshShape(fsdp=2, model=2), (2, 2, 2)),
+        (sharding.MeshShape(data=1, model=8), (1, 1, 8)),
     ],
 )
 def test_a_mesh_uses_every_device(shape, sizes):
     mesh = sharding.make_mesh(shape)
-    assert dict(mesh.shape) == dict(zip(("data", "model"), sizes, strict=True))
+    assert dict(mesh.shape) == dict(zip(sharding.MESH_AXES, sizes, strict=True))
     assert set(mesh.devices.flat) == set(jax.devices())
 
 
-@pytest.mark.parametrize("sizes", [(3, 2), (8, 2), (4, 1), (-1, 3), (-1, 16)])
+SIZES = [(3, 1, 2), (8, 1, 2), (4, 1, 1), (-1, 1, 3), (-1, 1, 16), (-1, 3, 1), (2, 8, 1)]
+
+
+@pytest.mark.parametrize("sizes", SIZES)
 def test_a_mesh_that_is_not_the_devices_is_refused(sizes):
-    data, model = sizes
+    data, fsdp, model = sizes
     with pytest.raises(
         UsageError,
-        match=rf"the 8 devices here; found data={data}, model={model}\. Change MeshShape",
+        match=rf"the 8 devices here; found data={data}, fsdp={fsdp}, model={model}\. Change Mesh",
     ):
-        sharding.make_mesh(sharding.MeshShape(data=data, model=model))
+        sharding.make_mesh(sharding.MeshShape(data=data, fsdp=fsdp, model=model))
 
 
-@pytest.mark.parametrize("sizes", [(0, 1), (-2, 1), (1, 0), (8, -1)])
+@pytest.mark.parametrize("sizes", [(0, 1, 1), (-2, 1, 1), (1, 1, 0), (8, 1, -1), (1, 0, 1)])
 def test_a_mesh_has_devices_on_each_axis(sizes):
-    data, model = sizes
-    with pytest.raises(UsageError, match=rf"found data={data}, model={model}"):
-        sharding.MeshShape(data=data, model=model)
+    data, fsdp, model = sizes
+    with pytest.raises(UsageError, match=rf"found data={data}, fsdp={fsdp}, model={model}"):
+        sharding.MeshShape(data=data, fsdp=fsdp, model=model)
 
 
 # ----------------------------------------------------------------------------------------- Batch
@@ -89,7 +93,7 @@ def test_a_mesh_has_devices_on_each_axis(sizes):
 
 @pytest.mark.parametrize("batch_size", [0, -8, 4, 12, 20])
 def test_a_batch_that_does_not_split_is_refused(batch_size, mesh):
-    message = rf"BATCH_SIZE: .* data devices = 2 x 4; found {batch_size}\."
+    message = rf"BATCH_SIZE: .* data x fsdp devices = 2 x 4; found {batch_size}\."
     with pytest.raises(UsageError, match=message):
         sharding.check_batch_size(batch_size, 2, mesh)
 
@@ -106,16 +110,16 @@ def test_a_batch_lies_in_order_over_the_data_axis(mesh):
     for name, rows in batch.items():
         np.testing.assert_array_equal(placed[name], rows)
         for shard in placed[name].addressable_shards:
-            row = np.argwhere(mesh.devices == shard.device)[0, 0]
+            row = np.flatnonzero(mesh.devices.ravel() == shard.device)[0] // 2
             np.testing.assert_array_equal(shard.data, rows[2 * row : 2 * row + 2])
 
 
 def test_rows_go_where_the_mesh_has_them_whatever_the_order_of_its_devices(mesh):
-    devices = np.random.default_rng(0).permutation(mesh.devices.ravel()).reshape(8, 1)
-    shuffled = jax.sharding.Mesh(devices, ("data", "model"))
+    devices = np.random.default_rng(0).permutation(mesh.devices.ravel()).reshape(4, 2, 1)
+    shuffled = jax.sharding.Mesh(devices, sharding.MESH_AXES)
     placed = sharding.put_batch({"ids": np.arange(24).reshape(8, 3)}, shuffled)["ids"]
     for shard in placed.addressable_shards:
-        row = np.argwhere(devices == shard.device)[0, 0]
+        row = np.flatnonzero(devices.ravel() == shard.device)[0]
         np.testing.assert_array_equal(shard.data, [[3 * row, 3 * row + 1, 3 * row + 2]])
 
 
@@ -125,7 +129,7 @@ def test_rows_go_where_the_mesh_has_them_whatever_the_order_of_its_devices(mesh)
 def test_parameters_are_split_by_the_rules(mesh):
     shardings = sharding.param_shardings(abstract(SHAPES), AXES, mesh)
     assert specs_of(shardings) == SPECS
-    assert shardings["query"].shard_shape((16, 24)) == (16, 12)
+    assert shardings["query"].shard_shape((16, 24)) == (8, 12)
 
 
 @pytest.mark.parametrize(

@@ -402,7 +402,7 @@ def test_logical_axes_fit_the_parameters():
     assert layer["encoder_decoder_attention"]["out"]["kernel"] == ("joined_kv", "embed")
     assert layer["mlp"]["wi_0"]["kernel"] == ("embed", "mlp")
     assert layer["mlp"]["wo"]["kernel"] == ("mlp", "embed")
-    assert layer["pre_mlp_layer_norm"]["scale"] == ("embed",)
+    assert layer["pre_mlp_layer_norm"]["scale"] == ("norm",)
     assert axes["decoder"]["logits_dense"]["kernel"] == ("embed", "vocab")
 
 

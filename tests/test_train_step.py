@@ -477,9 +477,9 @@ def abstract_batch(mesh):
 
 
 @functools.cache
-def program_on(data, model, num_microbatches):
+def program_on(data, fsdp, model, num_microbatches):
     """The trainer of a mesh, and its step: traced on shapes alone, and compiled."""
-    mesh = sharding.make_mesh(sharding.MeshShape(data=data, model=model))
+    mesh = sharding.make_mesh(sharding.MeshShape(data=data, fsdp=fsdp, model=model))
     trainer = assembly.Trainer(
         model=assembly.Model(config=CONFIG, mesh=mesh),
         objective=TNRF,
@@ -523,7 +523,7 @@ def placed(params, trainer):
     )
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (4, 2, 2), (2, 4, 1)])
+@pytest.mark.parametrize("shape", [(8, 1, 1, 1), (4, 1, 2, 2), (2, 2, 2, 1), (1, 8, 1, 2)])
 def test_eight_devices_give_the_numbers_of_one(shape, expected_update):
     params, original_params, expected_state, expected_sums = expected_update
     trainer, _, step = program_on(*shape)
@@ -548,7 +548,7 @@ def test_eight_devices_give_the_numbers_of_one(shape, expected_update):
 
 def test_the_original_is_a_fixed_point_of_the_compiled_program(expected_update):
     params, *_ = expected_update
-    trainer, _, step = program_on(4, 2, 2)
+    trainer, _, step = program_on(4, 1, 2, 2)
     mesh = trainer.model.mesh
     batch = small_batch(is_marked=False, vocab_size=CONFIG.vocab_size)
     state, sums = step(
@@ -562,7 +562,7 @@ def test_the_original_is_a_fixed_point_of_the_compiled_program(expected_update):
 
 
 def test_random_parameters_are_the_same_on_every_mesh(expected_update):
-    trainer, *_ = program_on(4, 2, 2)
+    trainer, *_ = program_on(4, 1, 2, 2)
     assert_trees_close(trainer.model.init(0), expected_update[0], rtol=1e-6)
 
 
@@ -581,7 +581,7 @@ def captured_bytes(traced):
 
 
 def test_the_program_carries_no_parameter():
-    trainer, traced, _ = program_on(4, 2, 2)
+    trainer, traced, _ = program_on(4, 1, 2, 2)
     sizes = [leaf.size * 4 for leaf in jax.tree.leaves(trainer.model.abstract_params)]
     bucket_table = 4 * (2 * CONFIG.relpos_max_distance + 1)
     assert captured_bytes(traced) <= bucket_table < min(size for size in sizes if size > 1024)
@@ -607,14 +607,14 @@ def test_the_program_carries_no_parameter():
 
 
 def test_the_state_is_donated_and_the_original_is_not():
-    _, traced, _ = program_on(4, 2, 2)
+    _, traced, _ = program_on(4, 1, 2, 2)
     state, original_params, batch, key = traced.lower().args_info[0]
     assert all(leaf.donated for leaf in jax.tree.leaves(state))
     assert not any(leaf.donated for leaf in jax.tree.leaves((original_params, batch, key)))
 
 
 def test_no_parameter_is_replicated_over_the_model_axis():
-    trainer, _, compiled = program_on(4, 2, 2)
+    trainer, _, compiled = program_on(4, 1, 2, 2)
     config, abstract_params = trainer.model.config, trainer.model.abstract_params
     state, original_params, batch, _ = compiled.input_shardings[0]
     new_state, _ = compiled.output_shardings
@@ -625,7 +625,7 @@ def test_no_parameter_is_replicated_over_the_model_axis():
         )
 
     expected = jax.tree.map(
-        lambda leaf, axes: leaf.size // (1 if set(axes) == {"embed"} else 2),
+        lambda leaf, axes: leaf.size // (1 if set(axes) == {"norm"} else 2),
         abstract_params,
         t5.param_logical_axes(config),
     )

@@ -1,30 +1,42 @@
 """The mesh, one table from logical to mesh axes, and shardings for every tree of a run.
 
-`data` splits the batch, `model` splits the parameters within a layer. Parameters say what their
-dimensions mean (`t5.param_logical_axes`); where each meaning goes is decided in `AXIS_RULES` alone.
-A dimension without a rule is an error: silent replication is how a model stops fitting.
+`data` splits the batch. `fsdp` splits the batch as well, and every parameter along `embed`: a layer
+is gathered when it is computed, its gradient is scattered again, and no device holds a whole model.
+`model` splits the parameters within a layer, and the vocabulary. Parameters say what their
+dimensions mean (`t5.param_logical_axes`), activations too (`constrain`); where each meaning goes is
+decided in `AXIS_RULES` alone. A dimension without a rule is an error: silent replication is how a
+model stops fitting.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from tnt_jax.array_types import PyTree
+from tnt_jax.array_types import Array, PyTree
 from tnt_jax.errors import UsageError
 
-# Logical axis -> mesh axis; None replicates, on purpose. The names are T5X's.
-AXIS_RULES: Mapping[str, str | None] = {
-    "batch": "data",
-    "vocab": "model",
-    "heads": "model",
-    "joined_kv": "model",
-    "mlp": "model",
-    "embed": None,
-    "relpos_buckets": None,
+MESH_AXES = ("data", "fsdp", "model")
+
+# Logical axis -> mesh axes; () replicates, on purpose. The names are T5X's.
+AXIS_RULES: Mapping[str, tuple[str, ...]] = {
+    # Of parameters.
+    "vocab": ("model",),
+    "heads": ("model",),
+    "joined_kv": ("model",),
+    "mlp": ("model",),
+    "embed": ("fsdp",),
+    "norm": (),  # a vector of the width of `embed`, too small to be worth gathering
+    "relpos_buckets": (),
+    "layers": (),
+    # Of activations; those of parameters above stand for the same there, but for `embed`.
+    "batch": ("data", "fsdp"),
+    "length": (),
+    "width": (),
 }
 
 
@@ -33,35 +45,86 @@ class MeshShape:
     """How many devices each mesh axis has.
 
     Attributes:
-      data: devices that share the batch; -1 takes all that `model` leaves.
-      model: devices that share each layer's parameters.
+      data: devices that share the batch; -1 takes all that the others leave.
+      fsdp: devices that share the batch, the parameters, the optimizer state and the original.
+      model: devices that share each layer's computation and the vocabulary.
     """
 
     data: int = -1
+    fsdp: int = 1
     model: int = 1
 
     def __post_init__(self):
-        if self.model < 1 or (self.data < 1 and self.data != -1):
+        if min(self.fsdp, self.model) < 1 or (self.data < 1 and self.data != -1):
             raise UsageError(
-                "MeshShape: expected model of at least 1, and data of at least 1 or -1 (all other "
-                f"devices); found data={self.data}, model={self.model}."
+                "MeshShape: expected fsdp and model of at least 1, and data of at least 1 or -1 "
+                f"(all other devices); found {self._as_text()}."
             )
 
+    def _as_text(self) -> str:
+        return ", ".join(f"{axis}={getattr(self, axis)}" for axis in MESH_AXES)
 
-def make_mesh(shape: MeshShape) -> Mesh:
-    """A mesh over all devices of all hosts, with axes `data` and `model`.
+    def sizes(self, num_devices: int) -> tuple[int, int, int]:
+        """Devices along each of `MESH_AXES`.
+
+        Raises:
+          UsageError: They do not use exactly `num_devices`.
+        """
+        others = self.fsdp * self.model
+        data = num_devices // others if self.data == -1 else self.data
+        if data * others != num_devices:
+            raise UsageError(
+                f"MeshShape: expected data x fsdp x model to be the {num_devices} devices here; "
+                f"found {self._as_text()}. Change "
+                + " or ".join(f"MeshShape.{axis}" for axis in MESH_AXES)
+                + "."
+            )
+        return data, self.fsdp, self.model
+
+
+def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh with the axes of `MESH_AXES`.
+
+    Args:
+      shape: Devices per axis.
+      devices: Those to use, such as the ones of a TPU that is only described; None takes all of all
+        hosts.
 
     Raises:
       UsageError: The shape does not use exactly the devices that are there.
     """
-    num_devices = jax.device_count()
-    data = num_devices // shape.model if shape.data == -1 else shape.data
-    if data * shape.model != num_devices:
-        raise UsageError(
-            f"MeshShape: expected data x model to be the {num_devices} devices here; found "
-            f"data={shape.data}, model={shape.model}. Change MeshShape.data or MeshShape.model."
-        )
-    return jax.make_mesh((data, shape.model), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    num_devices = jax.device_count() if devices is None else len(devices)
+    return jax.make_mesh(
+        shape.sizes(num_devices), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
+    )
+
+
+def constrain(x: Array, *logical_axes: str) -> Array:
+    """Says how an activation lies, by `AXIS_RULES`, on the mesh that is in use.
+
+    That mesh is the one of `jax.sharding.use_abstract_mesh`, around the traced function; without
+    one, and for mesh axes that `jax.shard_map` has taken over, nothing is said.
+
+    Args:
+      x: An activation.
+      logical_axes: One for each of its dimensions.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    free = {
+        axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == AxisType.Auto and mesh.shape[axis] > 1
+    }  # fmt: skip
+    if not free:
+        return x
+    rules = [[axis for axis in AXIS_RULES[name] if axis in free] for name in logical_axes]
+    return jax.lax.with_sharding_constraint(x, _partition_spec(rules))
+
+
+def _partition_spec(rules: Sequence[Sequence[str]]) -> PartitionSpec:
+    """The mesh axes of each dimension, written as JAX prints them."""
+    return PartitionSpec(
+        *(None if not axes else axes[0] if len(axes) == 1 else tuple(axes) for axes in rules)
+    )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -70,17 +133,19 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch over `data`; holds for every feature, whatever its rank."""
+    """Rows of a batch over `data` and `fsdp`; holds for every feature, whatever its rank."""
     return NamedSharding(mesh, PartitionSpec(AXIS_RULES["batch"]))
 
 
 def check_batch_size(batch_size: int, num_microbatches: int, mesh: Mesh) -> None:
-    """Raises a UsageError unless every microbatch splits evenly over `data`."""
-    num_parts = num_microbatches * mesh.shape["data"]
+    """Raises a UsageError unless every microbatch splits evenly over the devices that share it."""
+    num_devices = math.prod(mesh.shape[axis] for axis in AXIS_RULES["batch"])
+    num_parts = num_microbatches * num_devices
     if num_microbatches < 1 or batch_size < 1 or batch_size % num_parts:
+        axes = " x ".join(AXIS_RULES["batch"])
         raise UsageError(
-            f"BATCH_SIZE: expected a multiple of num_microbatches x data devices = "
-            f"{num_microbatches} x {mesh.shape['data']}; found {batch_size}."
+            f"BATCH_SIZE: expected a multiple of num_microbatches x {axes} devices = "
+            f"{num_microbatches} x {num_devices}; found {batch_size}."
         )
 
 
@@ -106,20 +171,22 @@ def param_shardings(abstract_params: PyTree, logical_axes: PyTree, mesh: Mesh) -
                 f"each dimension, each of {', '.join(AXIS_RULES)} (sharding.AXIS_RULES)."
             )
         spec = [AXIS_RULES[axis] for axis in axes]
-        used = [mesh_axis for mesh_axis in spec if mesh_axis]
+        used = [mesh_axis for mesh_axes in spec for mesh_axis in mesh_axes]
         if len(used) != len(set(used)):
             raise UsageError(
-                f"parameter {name}: its axes {axes} go to the mesh axes {tuple(spec)}, one of them "
+                f"parameter {name}: its axes {axes} go to the mesh axes {tuple(used)}, one of them "
                 "twice. Change sharding.AXIS_RULES."
             )
-        for axis, size, mesh_axis in zip(axes, param.shape, spec, strict=True):
-            if mesh_axis and size % mesh.shape[mesh_axis]:
+        for axis, size, mesh_axes in zip(axes, param.shape, spec, strict=True):
+            for mesh_axis in mesh_axes:
+                if size % mesh.shape[mesh_axis] == 0:
+                    continue
                 raise UsageError(
                     f"parameter {name}: its {axis!r} axis of {size} does not split over the "
                     f"{mesh.shape[mesh_axis]} devices of mesh axis {mesh_axis!r}. Choose another "
                     f"MeshShape.{mesh_axis}, or a model whose {axis!r} is a multiple of it."
                 )
-        return NamedSharding(mesh, PartitionSpec(*spec))
+        return NamedSharding(mesh, _partition_spec(spec))
 
     return jax.tree.map_with_path(sharding_of, abstract_params, logical_axes)
 
@@ -130,8 +197,8 @@ def optimizer_shardings(
     """The sharding of every leaf of an Optax state.
 
     A leaf that stands for a parameter (the keys of its path end with the parameter's) and has its
-    shape is sharded as the parameter is. Counters and Adafactor's factored statistics, at most one
-    vector per parameter dimension, are replicated.
+    shape is sharded as the parameter is. Counters and Adafactor's factored statistics, which lack
+    one of the parameter's dimensions, are replicated.
 
     Raises:
       UsageError: Another leaf has two or more dimensions, or is longer than any of a parameter's.
@@ -149,14 +216,20 @@ def optimizer_shardings(
             shape, sharding = params.get(keys[start:], (None, None))
             if leaf.shape == shape:
                 return sharding
+            if shape and leaf.shape in _without_one(shape):
+                return replicated(mesh)
         if len(leaf.shape) > 1 or leaf.size > longest:
             raise UsageError(
                 f"optimizer state {path_name(path)} {leaf.shape} has no sharding: expected the "
-                "shape of a parameter of that name, or one of its dimensions. Change OPTIMIZER."
+                "shape of a parameter of that name, or all of it but one. Change OPTIMIZER."
             )
         return replicated(mesh)
 
     return jax.tree.map_with_path(sharding_of, abstract_opt_state)
+
+
+def _without_one(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    return [(*shape[:i], *shape[i + 1 :]) for i in range(len(shape))]
 
 
 def path_name(path: tuple[Any, ...]) -> str:

@@ -175,7 +175,7 @@ def _dense(
 
 
 def _layer_norm(config: T5Config) -> nn.RMSNorm:
-    scale_init = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
+    scale_init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
     return nn.RMSNorm(epsilon=config.layer_norm_epsilon, dtype=config.dtype, scale_init=scale_init)
 
 
