@@ -20,7 +20,15 @@ GIN_CONFIGS = ROOT / "gin_configs"
 # its own one lists.
 GROUPS = {
     "base": {"array_types", "errors"},
-    "numerics": {"objectives", "t5", "sharding", "train_step", "decoding"},
+    "numerics": {
+        "objectives",
+        "fused_objective",
+        "original",
+        "t5",
+        "sharding",
+        "train_step",
+        "decoding",
+    },
     "text": {"records", "annotators", "run_log", "text_metrics", "model_card"},
     "data": {
         "tokenization",

@@ -523,7 +523,9 @@ def placed(params, trainer):
     )
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1, 1), (4, 1, 2, 2), (2, 2, 2, 1), (1, 8, 1, 2)])
+@pytest.mark.parametrize(
+    "shape", [(8, 1, 1, 1), (4, 1, 2, 2), (2, 2, 2, 1), (2, 2, 2, 2), (1, 4, 2, 2)]
+)
 def test_eight_devices_give_the_numbers_of_one(shape, expected_update):
     params, original_params, expected_state, expected_sums = expected_update
     trainer, _, step = program_on(*shape)

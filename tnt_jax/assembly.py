@@ -3,12 +3,13 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import optax
 from jax.sharding import Mesh
 
-from tnt_jax import objectives, pretrained, sharding, t5, train_step
+from tnt_jax import objectives, original, pretrained, sharding, t5, train_step
 from tnt_jax.array_types import PyTree
 
 
@@ -34,9 +35,9 @@ class Model:
         return _with_shardings(abstract, shardings)
 
     @functools.cached_property
-    def forward(self) -> train_step.Forward:
-        """`forward(params, batch, dropout_key or None) -> logits`."""
-        return t5.make_forward(self.config)
+    def forward(self) -> original.Forward:
+        """`forward(params, batch, dropout_key or None) -> FactoredLogits`."""
+        return t5.make_factored_forward(self.config)
 
     def restore(self, path: str) -> PyTree:
         """Parameters from a checkpoint, each array straight to the devices that hold it.
@@ -103,14 +104,17 @@ class Trainer:
         """
         state = _shardings(self.abstract_state)
         replicated = sharding.replicated(self.model.mesh)
+        specs = jax.tree.map(lambda where: where.spec, state.params)
+        step = functools.partial(
+            train_step.train_step,
+            forward=self.model.forward,
+            objective=self.objective,
+            optimizer=self.optimizer,
+            num_microbatches=self.num_microbatches,
+            place_gradients=lambda gradients: jax.lax.with_sharding_constraint(gradients, specs),
+        )
         return jax.jit(
-            functools.partial(
-                train_step.train_step,
-                forward=self.model.forward,
-                objective=self.objective,
-                optimizer=self.optimizer,
-                num_microbatches=self.num_microbatches,
-            ),
+            _on_mesh(step, self.model.mesh),
             in_shardings=(
                 state,
                 _shardings(self.model.abstract_params) if self.objective.needs_original else None,
@@ -126,10 +130,19 @@ def jit_eval_step(
     model: Model, objective: objectives.TntObjective
 ) -> Callable[..., train_step.Sums]:
     """`(params, original_params or None, batch) -> sums`, compiled for the model's mesh."""
-    return jax.jit(
-        functools.partial(train_step.eval_step, forward=model.forward, objective=objective),
-        out_shardings=sharding.replicated(model.mesh),
-    )
+    step = functools.partial(train_step.eval_step, forward=model.forward, objective=objective)
+    return jax.jit(_on_mesh(step, model.mesh), out_shardings=sharding.replicated(model.mesh))
+
+
+def _on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """The function, traced with `mesh` as the mesh in use."""
+
+    @functools.wraps(function)
+    def traced(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return traced
 
 
 def _shardings(abstract: PyTree) -> PyTree:

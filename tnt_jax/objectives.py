@@ -27,11 +27,14 @@ from tnt_jax.errors import UsageError
 
 # Stands for log 0. Finite, because -inf - (-inf) is NaN and 0 * inf is a NaN gradient; so low that
 # adding any logit to it changes nothing and its exponential is exactly 0.
-_LOG_ZERO = -1e30
+LOG_ZERO = -1e30
 
 # `negative_likelihood` earns nothing for p(S) below exp(-10.3) = 3.4e-5, about 1/V for T5; without
 # it the loss has no minimum. The constant is t5patches's, which applies it with the wrong sign.
-_LOG_LIKELIHOOD_FLOOR = -10.3
+LOG_LIKELIHOOD_FLOOR = -10.3
+
+# Of the series of exp(x) for |x| < 1: what follows is below 3e-8 of the sum.
+_LAST_POWER = 10
 
 _DIVERGENCES = (
     "forward_kl",
@@ -164,6 +167,33 @@ class TntObjective:
         """Whether a term is a divergence, so that `token_losses` needs the original's logits."""
         return self.negative_term in _DIVERGENCES or self.positive_term in _DIVERGENCES
 
+    def check(self, *, has_original: bool, vocab_size: int) -> None:
+        """Raises a UsageError unless `token_losses` can be computed from what there is."""
+        if self.needs_original and not has_original:
+            raise UsageError(
+                f"negative_term={self.negative_term!r} with positive_term={self.positive_term!r} "
+                "compares with the original model, but there are no original logits. Give the "
+                "original's parameters, or choose terms without a divergence."
+            )
+        if max(self.removed_everywhere, default=-1) >= vocab_size:
+            raise UsageError(
+                f"removed_everywhere must hold ids below the vocabulary size, {vocab_size}; got "
+                f"{max(self.removed_everywhere)}. Take the ids from the vocabulary of this model."
+            )
+
+    def smoothed_target(self, vocab_size: int) -> tuple[float, float, float]:
+        """Of `log_likelihood`: the target's share, every other id's, and what is subtracted.
+
+        As T5X's `cross_entropy_with_logits` with `label_smoothing`, as t5patches with `smoothing`.
+        """
+        if self.smoothing:
+            off = self.smoothing / (1 + self.smoothing * vocab_size)
+            return off + 1 / (1 + self.smoothing * vocab_size), off, 0.0
+        if self.label_smoothing:
+            on, off = 1 - self.label_smoothing, self.label_smoothing / (vocab_size - 1)
+            return on, off, -(on * math.log(on) + (vocab_size - 1) * off * math.log(off))
+        return 1.0, 0.0, 0.0
+
     def is_negative(
         self, target_tokens: Int[Array, "B T"], negative_ids: Int[Array, "#B #T K"]
     ) -> Bool[Array, "B T"]:
@@ -207,12 +237,7 @@ class TntObjective:
           UsageError: `original_logits` is None and a term needs it, or `removed_everywhere` holds
             an id outside the vocabulary.
         """
-        if self.needs_original and original_logits is None:
-            raise UsageError(
-                f"negative_term={self.negative_term!r} with positive_term={self.positive_term!r} "
-                "compares with the original model, but there are no original logits. Give the "
-                "original's parameters, or choose terms without a divergence."
-            )
+        self.check(has_original=original_logits is not None, vocab_size=current_logits.shape[-1])
         is_real = loss_mask != 0
 
         def usable(logits):  # float32: tokens pushed towards zero are where bfloat16 is worst
@@ -270,7 +295,7 @@ class TntObjective:
                 )
             case "negative_likelihood":
                 log_removed, _ = _log_masses(current, removed)
-                return jnp.maximum(log_removed, _LOG_LIKELIHOOD_FLOOR)
+                return jnp.maximum(log_removed, LOG_LIKELIHOOD_FLOOR)
             case "unlikelihood":
                 return _residual(current, removed)
             case "log_likelihood":
@@ -302,18 +327,8 @@ class TntObjective:
         return of_bit + jnp.exp(log_removed) * within_removed + jnp.exp(log_rest) * within_kept
 
     def _cross_entropy(self, current, target_tokens):
-        """-log p(target), or the cross-entropy with a target of `on` there and `off` elsewhere.
-
-        As T5X's `cross_entropy_with_logits` with `label_smoothing`, as t5patches with `smoothing`.
-        """
-        vocab_size = current.shape[-1]
-        on, off, entropy = 1.0, 0.0, 0.0
-        if self.smoothing:
-            off = self.smoothing / (1 + self.smoothing * vocab_size)
-            on = off + 1 / (1 + self.smoothing * vocab_size)
-        elif self.label_smoothing:
-            on, off = 1 - self.label_smoothing, self.label_smoothing / (vocab_size - 1)
-            entropy = -(on * math.log(on) + (vocab_size - 1) * off * math.log(off))
+        """-log p(target), or the cross-entropy with a target of `on` there and `off` elsewhere."""
+        on, off, entropy = self.smoothed_target(current.shape[-1])
         log_probs = jax.nn.log_softmax(current)
         target_log_probs = jnp.take_along_axis(log_probs, target_tokens[..., None], axis=-1)
         losses = (off - on) * target_log_probs.squeeze(-1) - entropy
@@ -329,16 +344,10 @@ def removed_mask(
 ) -> Bool[Array, "B T V"]:
     """The set `S` of every position: its `negative_ids` (-1 is padding) and `removed_everywhere`.
 
-    Raises:
-      UsageError: `removed_everywhere` holds an id that is not below `vocab_size`.
+    Ids that are not below `vocab_size` are ignored; `TntObjective.check` refuses them.
     """
-    if max(removed_everywhere, default=-1) >= vocab_size:
-        raise UsageError(
-            f"removed_everywhere must hold ids below the vocabulary size, {vocab_size}; got "
-            f"{max(removed_everywhere)}. Take the ids from the vocabulary of this model."
-        )
     everywhere = jnp.asarray(removed_everywhere, jnp.int32)
-    removed_row = jnp.zeros(vocab_size, bool).at[everywhere].set(True)
+    removed_row = jnp.zeros(vocab_size, bool).at[everywhere].set(True, mode="drop")
 
     # A scatter: comparing each of K ids with each of V would build [B, T, K, V].
     def scatter(ids):
@@ -388,16 +397,16 @@ def removed_mass(
 
 
 def _log_probs_within(logits, ids):
-    """Log-softmax over the `ids` of each position alone, `_LOG_ZERO` on all others."""
-    return jax.nn.log_softmax(jnp.where(ids, logits, _LOG_ZERO))
+    """Log-softmax over the `ids` of each position alone, `LOG_ZERO` on all others."""
+    return jax.nn.log_softmax(jnp.where(ids, logits, LOG_ZERO))
 
 
 def _removed_log_odds(logits, removed):
-    """Log of `p(S) / (1 - p(S))`, about `_LOG_ZERO` where nothing is removed."""
+    """Log of `p(S) / (1 - p(S))`, about `LOG_ZERO` where nothing is removed."""
     # Centred at the largest logit that stays: a common offset of the logits would cost digits.
-    kept = jnp.where(removed, _LOG_ZERO, logits)
+    kept = jnp.where(removed, LOG_ZERO, logits)
     centre = jax.lax.stop_gradient(kept.max(axis=-1, keepdims=True))
-    log_removed = jax.nn.logsumexp(jnp.where(removed, logits - centre, _LOG_ZERO), axis=-1)
+    log_removed = jax.nn.logsumexp(jnp.where(removed, logits - centre, LOG_ZERO), axis=-1)
     return log_removed - jax.nn.logsumexp(kept - centre, axis=-1)
 
 
@@ -416,13 +425,21 @@ def _kl(log_a, log_b):
     """KL(a || b) summed over the last axis, for distributions given by their logarithms.
 
     As both sum to 1, it is the sum of `b - a - a log(b / a)`, in which no summand is negative:
-    nothing cancels between ids, nor, with `expm1`, within one whose log-ratio is small. The plain
+    nothing cancels between ids, nor within one whose log-ratio is small. The plain
     sum of `a log(a / b)` loses all its digits near a = b.
     """
     a, b, log_ratio = jnp.exp(log_a), jnp.exp(log_b), log_b - log_a
     is_near = jnp.abs(log_ratio) < 1
-    near = jnp.where(is_near, log_ratio, 0.0)  # or expm1 overflows where it is not selected
-    return jnp.where(is_near, a * (jnp.expm1(near) - near), b - a - a * log_ratio).sum(axis=-1)
+    near = jnp.where(is_near, log_ratio, 0.0)  # or it overflows where it is not selected
+    return jnp.where(is_near, a * exp_remainder(near), b - a - a * log_ratio).sum(axis=-1)
+
+
+def exp_remainder(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`exp(x) - 1 - x` for |x| < 1, to float32's precision however small x is: its series."""
+    series = jnp.full_like(x, 1 / math.factorial(_LAST_POWER))
+    for power in range(_LAST_POWER - 1, 1, -1):
+        series = series * x + 1 / math.factorial(power)
+    return series * x * x
 
 
 def _jensen_shannon(log_a, log_b):

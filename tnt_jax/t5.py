@@ -21,13 +21,14 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from tnt_jax import fused_objective
 from tnt_jax.array_types import Array, Bool, Float, Int, Key, PyTree
 from tnt_jax.errors import UsageError
 
@@ -698,3 +699,45 @@ def make_forward(config: T5Config) -> Callable[..., Float[Array, "B T V"]]:
         return cast(jax.Array, logits)  # apply returns a pair only if it may change variables
 
     return forward
+
+
+def make_factored_forward(config: T5Config) -> Callable[..., fused_objective.FactoredLogits]:
+    """As `make_forward`, but the logits are not multiplied out."""
+    model = Transformer(config)
+
+    def forward(
+        params: PyTree,
+        batch: Mapping[str, Array],
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> fused_objective.FactoredLogits:
+        def states(model):
+            encoded = model.encode(
+                batch["encoder_input_tokens"],
+                encoder_segment_ids=batch.get("encoder_segment_ids"),
+                deterministic=dropout_key is None,
+            )
+            return model.decode(
+                encoded,
+                batch["encoder_input_tokens"],
+                batch["decoder_input_tokens"],
+                batch["decoder_target_tokens"],
+                encoder_segment_ids=batch.get("encoder_segment_ids"),
+                decoder_segment_ids=batch.get("decoder_segment_ids"),
+                deterministic=dropout_key is None,
+            )
+
+        rngs = None if dropout_key is None else {"dropout": dropout_key}
+        hidden = nn.apply(states, model)({"params": params}, rngs=rngs)
+        if config.scales_logits:
+            hidden = hidden.astype(jnp.float32) * config.emb_dim**-0.5
+        matrix, vocab_axis = output_matrix(config, params)
+        return fused_objective.FactoredLogits(hidden, matrix, vocab_axis)
+
+    return forward
+
+
+def output_matrix(config: T5Config, params: PyTree) -> tuple[Any, int]:
+    """The output matrix among the parameters (or shapes, or shardings), and its vocabulary axis."""
+    if config.logits_via_embedding:
+        return params["token_embedder"]["embedding"], 0
+    return params["decoder"]["logits_dense"]["kernel"], 1

@@ -328,7 +328,7 @@ class TntModel(models.EncoderDecoderModel):
                 f"the vocabulary has {self.output_vocabulary.vocab_size} ids, but the model has "
                 f"{logits.shape[-1]} logits. Set the vocab_size of its network, or its VOCABULARY."
             )
-        sums = train_step.token_sums(self.objective, logits, original_logits, batch)
+        loss, sums = train_step.token_sums(self.objective, logits, original_logits, batch)
         # Those of T5X count time, sequences and correct tokens.
         found = self._compute_metrics(
             logits=logits,
@@ -339,7 +339,7 @@ class TntModel(models.EncoderDecoderModel):
         for name, total in sums.items():
             count = train_step.MEAN_OVER.get(name)
             found[name] = _Mean(total=total, count=sums[count]) if count else metrics.Sum(total)
-        return sums["loss"], found
+        return loss, found
 
     def eval_fn(
         self,

@@ -4,6 +4,7 @@ Metrics leave the step as sums and counts, over the whole global batch; `summari
 So microbatches, devices and batches without a negative token all add up to the same numbers.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, SupportsFloat
 
@@ -11,12 +12,14 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import AxisType, PartitionSpec
 
-from tnt_jax import objectives
+from tnt_jax import fused_objective, objectives
 from tnt_jax.array_types import Array, Float, Int, Key, PyTree
+from tnt_jax.fused_objective import FactoredLogits, TokenValues
+from tnt_jax.original import PARAMETERS, Forward, Logits, Original
 
-Batch = Mapping[str, Int[Array, "B ..."]]
-Forward = Callable[..., Float[Array, "B T V"]]  # (params, batch, dropout_key or None)
+Batch = Mapping[str, Int[Array, "B ..."] | Float[Array, "B ..."]]
 Sums = dict[str, Float[Array, ""]]
 
 
@@ -51,60 +54,68 @@ def train_step(
     objective: objectives.TntObjective,
     optimizer: optax.GradientTransformation,
     num_microbatches: int = 1,
+    original: Original = PARAMETERS,
+    block_size: int | None = None,
+    place_gradients: Callable[[PyTree], PyTree] = lambda gradients: gradients,
 ) -> tuple[TrainState, Sums]:
     """One update.
 
     The loss is the sum of the objective's token losses over the whole batch divided by the number
     of unmasked tokens, however many microbatches it is computed in.
 
+    With microbatches, gradients are added up on each device of the `data` axis of the mesh in use
+    and exchanged once. Where parameters are split over `fsdp`, each microbatch scatters them.
+
     Args:
       state: Of the model being trained.
-      original_params: Of the frozen original, which runs without dropout and gets no gradient. None
-        where the objective needs no original.
+      original_params: What `original` needs of the frozen original, which runs without dropout and
+        gets no gradient. None where the objective needs no original.
       batch: Model features of `feature_converters`, `[B, ...]`.
       key: Of the run, the same for every step: dropout uses `fold_in(key, step)`.
-      forward: `forward(params, batch, dropout_key or None) -> logits [B, T, V]`.
+      forward: `forward(params, batch, dropout_key or None) -> logits [B, T, V]`; or their factors,
+        from which `fused_objective` works.
       objective: The loss per token.
       optimizer: Updates the parameters.
       num_microbatches: Divides `B`; activations of one microbatch live at a time.
+      original: Where the original's logits come from.
+      block_size: As in `fused_objective.token_values`.
+      place_gradients: Puts a tree of gradients where the parameters are (a sharding constraint).
 
     Returns:
       The next state, and sums for `summarize`. The gradient's norm is the one before clipping.
     """
-    step_key = jax.random.fold_in(key, state.step)
 
-    def microbatch_sums(params, rows, index):
-        logits = forward(params, rows, jax.random.fold_in(step_key, index))
-        original_logits = None if original_params is None else forward(original_params, rows, None)
-        sums = token_sums(objective, logits, original_logits, rows)
-        return sums["loss"], sums
+    def loss_and_sums(params, original_params, rows, key):
+        current = forward(original.current_params(params, original_params), rows, key)
+        of_original = None
+        if original_params is not None:
+            of_original = original.logits(forward, original_params, rows)
+        return token_sums(objective, current, of_original, rows, block_size)
 
-    def accumulate(totals, inputs):
-        (_, sums), gradients = jax.value_and_grad(microbatch_sums, has_aux=True)(
-            state.params, *inputs
+    def gradients_and_sums(params, original_params, rows, key):
+        (_, sums), gradients = jax.value_and_grad(loss_and_sums, has_aux=True)(
+            params, original_params, rows, key
         )
-        return jax.tree.map(jnp.add, totals, (gradients, sums)), None
+        return place_gradients(gradients), sums
 
+    step_key = jax.random.fold_in(key, state.step)
     if num_microbatches == 1:
-        (_, sums), gradients = jax.value_and_grad(microbatch_sums, has_aux=True)(
-            state.params, batch, 0
+        gradients, sums = gradients_and_sums(
+            state.params, original_params, batch, jax.random.fold_in(step_key, 0)
         )
     else:
-        # Every n-th row, not n in a row: so each microbatch stays spread over all `data` devices.
-        microbatches = {
-            name: rows.reshape(-1, num_microbatches, *rows.shape[1:]).swapaxes(0, 1)
-            for name, rows in batch.items()
-        }
-        inputs = microbatches, jnp.arange(num_microbatches)
-        first = jax.tree.map(lambda x: x[0], inputs)
-        zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype),
-            jax.eval_shape(jax.grad(microbatch_sums, has_aux=True), state.params, *first),
+        gradients, sums = _add_up_microbatches(
+            gradients_and_sums,
+            num_microbatches,
+            place_gradients,
+            state.params,
+            original_params,
+            batch,
+            step_key,
         )
-        (gradients, sums), _ = jax.lax.scan(accumulate, zeros, inputs)
 
     num_tokens = jnp.maximum(sums["num_tokens"], 1.0)  # a batch of padding alone changes nothing
-    gradients = jax.tree.map(lambda g: g / num_tokens, gradients)
+    gradients = jax.tree.map(lambda g: g / num_tokens.astype(g.dtype), gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     next_state = TrainState(
         step=state.step + 1,
@@ -115,6 +126,49 @@ def train_step(
     return next_state, sums
 
 
+def _add_up_microbatches(
+    function, num_microbatches, place_gradients, params, original_params, batch, key
+):
+    """The sum of `function(params, original_params, rows, key)` over microbatches and devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axis = "data"
+    is_free = dict(zip(mesh.axis_names, mesh.axis_types, strict=True)).get(axis) == AxisType.Auto
+    is_split = is_free and mesh.shape[axis] > 1
+
+    def on_device(params, original_params, batch, key):
+        if is_split:  # otherwise all devices would drop the same
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+        # Every n-th row, not n in a row: so each microbatch stays spread over all devices.
+        microbatches = jax.tree.map(
+            lambda x: x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1), dict(batch)
+        )
+
+        def add(totals, inputs):
+            rows, index = inputs
+            found = function(params, original_params, rows, jax.random.fold_in(key, index))
+            return jax.tree.map(jnp.add, totals, found), None
+
+        first = jax.tree.map(lambda x: x[0], microbatches)
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype),
+            jax.eval_shape(function, params, original_params, first, key),
+        )
+        inputs = microbatches, jnp.arange(num_microbatches)
+        totals, _ = jax.lax.scan(add, (place_gradients(zeros[0]), zeros[1]), inputs)
+        return jax.lax.psum(totals, axis) if is_split else totals
+
+    if not is_split:
+        return on_device(params, original_params, batch, key)
+    everywhere, rows = PartitionSpec(), PartitionSpec(axis)
+    return jax.shard_map(
+        on_device,
+        in_specs=(everywhere, everywhere, rows, everywhere),
+        out_specs=everywhere,
+        axis_names={axis},
+        check_vma=False,
+    )(params, original_params, batch, key)
+
+
 def eval_step(
     params: PyTree,
     original_params: PyTree | None,
@@ -122,31 +176,52 @@ def eval_step(
     *,
     forward: Forward,
     objective: objectives.TntObjective,
+    original: Original = PARAMETERS,
+    block_size: int | None = None,
 ) -> Sums:
     """The sums of one batch without dropout and without an update."""
-    original_logits = None if original_params is None else forward(original_params, batch, None)
-    return token_sums(objective, forward(params, batch, None), original_logits, batch)
+    of_original = None
+    if original_params is not None:
+        of_original = original.logits(forward, original_params, batch)
+    current = forward(original.current_params(params, original_params), batch, None)
+    return token_sums(objective, current, of_original, batch, block_size)[1]
 
 
 def token_sums(
     objective: objectives.TntObjective,
-    logits: Float[Array, "B T V"],
-    original_logits: Float[Array, "B T V"] | None,
+    logits: Logits,
+    original_logits: Logits | None,
     batch: Mapping[str, Array],
-) -> Sums:
-    """What a step reports of a batch: sums over its tokens, and counts (`MEAN_OVER`)."""
+    block_size: int | None = None,
+) -> tuple[Float[Array, ""], Sums]:
+    """The loss, and what a step reports of a batch: sums over its tokens, counts (`MEAN_OVER`).
+
+    Logits that are whole go through the definition, their factors through `fused_objective`.
+
+    Args:
+      objective: The loss per token.
+      logits: Of the model being trained.
+      original_logits: Of the original, of the same kind; None where there is none.
+      batch: Model features.
+      block_size: As in `fused_objective.token_values`.
+
+    Returns:
+      The sum of the losses, which has a gradient; and the sums, which have none.
+    """
     target_tokens = batch["decoder_target_tokens"]
     negative_ids = batch["decoder_negative_ids"]
     mask = batch["decoder_loss_mask"]
-    losses = objective.token_losses(
-        current_logits=logits,
-        original_logits=original_logits,
+    values_of = _whole_values
+    if isinstance(logits, FactoredLogits):
+        values_of = functools.partial(fused_objective.token_values, block_size=block_size)
+    loss, values = values_of(
+        objective,
+        logits,
+        original_logits,
         target_tokens=target_tokens,
         negative_ids=negative_ids,
         loss_mask=mask,
     )
-    if objective.negative_term == "none":  # ignores marks, and so do the metrics
-        negative_ids = jnp.full_like(negative_ids, -1)
     is_negative = objective.is_negative(target_tokens, negative_ids) & (mask != 0)
     is_positive = ~is_negative & (mask != 0)
 
@@ -154,32 +229,50 @@ def token_sums(
         return jnp.sum(values, where=where, dtype=jnp.float32)
 
     sums = {
-        "loss": total(losses),
-        "negative_loss": total(losses, is_negative),
-        "positive_loss": total(losses, is_positive),
+        "loss": total(values.losses),
+        "negative_loss": total(values.losses, is_negative),
+        "positive_loss": total(values.losses, is_positive),
         "num_tokens": total(mask != 0),
         "num_negative": total(is_negative),
         "num_positive": total(is_positive),
     }
-    # What the loss leaves to be seen: no gradient flows through the metrics below.
-    logits = jax.lax.stop_gradient(logits)
     if objective.negative_term != "none":
-        removed_mass = objectives.removed_mass(logits, negative_ids, objective.removed_everywhere)
-        sums["negative_mass"] = total(removed_mass, is_negative)
+        sums["negative_mass"] = total(values.removed_mass, is_negative)
+    if values.residual is not None and values.collateral is not None:
+        sums |= {
+            "positive_kl": total(values.residual + values.collateral, is_positive),
+            "negative_residual": total(values.residual, is_negative),
+            "negative_collateral": total(values.collateral, is_negative),
+            "negative_smallest_cost": total(values.smallest_cost, is_negative),
+        }
+    return loss, sums
+
+
+def _whole_values(objective, logits, original_logits, *, target_tokens, negative_ids, loss_mask):
+    """`fused_objective.token_values` by the definition."""
+    losses = objective.token_losses(
+        current_logits=logits,
+        original_logits=original_logits,
+        target_tokens=target_tokens,
+        negative_ids=negative_ids,
+        loss_mask=loss_mask,
+    )
+    if objective.negative_term == "none":  # ignores marks, and so do the metrics
+        negative_ids = jnp.full_like(negative_ids, -1)
+    everywhere = objective.removed_everywhere
+    logits = jax.lax.stop_gradient(logits)
+    values = TokenValues(
+        jax.lax.stop_gradient(losses), objectives.removed_mass(logits, negative_ids, everywhere)
+    )
     if original_logits is not None:
         parts = objectives.certificate(
             current_logits=logits,
             original_logits=original_logits,
             negative_ids=negative_ids,
-            removed_everywhere=objective.removed_everywhere,
+            removed_everywhere=everywhere,
         )
-        sums |= {
-            "positive_kl": total(parts.residual + parts.collateral, is_positive),
-            "negative_residual": total(parts.residual, is_negative),
-            "negative_collateral": total(parts.collateral, is_negative),
-            "negative_smallest_cost": total(parts.smallest_cost, is_negative),
-        }
-    return sums
+        values = values._replace(**parts._asdict())
+    return losses.sum(), values
 
 
 # What each sum is a mean over. Counts are reported as they are.

@@ -1,0 +1,112 @@
+"""Where the original's logits come from in an update: the kinds of original.
+
+Whatever the kind, what it needs is an argument of the jitted step, sharded, never captured, donated
+or trained: `original_params` below.
+
+    Parameters    a second tree of parameters and a second forward pass: nothing to prepare
+    CachedStates  its decoder states, computed once for a data set, come with the batch; only its
+                  output matrix is in memory
+    AdaptersOff   the model being trained is the original with adapters, so it is its own original
+                  with the adapters left out: one tree of parameters in all
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import jax.numpy as jnp
+
+from tnt_jax.array_types import Array, Float, PyTree
+from tnt_jax.fused_objective import FactoredLogits
+
+# Logits `[B, T, V]`, or what they are the product of.
+Logits = Float[Array, "B T V"] | FactoredLogits
+Forward = Callable[..., Any]  # (params, batch, dropout_key or None) -> Logits
+
+STATES = "original_hidden"  # the model feature that CachedStates reads
+
+
+@runtime_checkable
+class Original(Protocol):
+    """What `train_step` asks of a kind."""
+
+    def current_params(self, params: PyTree, original_params: PyTree | None) -> PyTree:
+        """What the model being trained is run with; `params` are those that get a gradient."""
+        ...
+
+    def logits(
+        self, forward: Forward, original_params: PyTree, batch: Mapping[str, Array]
+    ) -> Logits:
+        """The original's logits for a batch, without dropout."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameters:
+    """A second tree of parameters."""
+
+    def current_params(self, params: PyTree, original_params: PyTree | None) -> PyTree:
+        """The trained parameters alone."""
+        del original_params
+        return params
+
+    def logits(
+        self, forward: Forward, original_params: PyTree, batch: Mapping[str, Array]
+    ) -> Logits:
+        """A second forward pass."""
+        return forward(original_params, batch, None)
+
+
+PARAMETERS = Parameters()
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedStates:
+    """Decoder states that come with the batch, `[B, T, E]` under `STATES`.
+
+    Attributes:
+      vocab_axis: Of the output matrix, as in `FactoredLogits`; `original_params` is that matrix.
+    """
+
+    vocab_axis: int
+
+    def current_params(self, params: PyTree, original_params: PyTree | None) -> PyTree:
+        """The trained parameters alone."""
+        del original_params
+        return params
+
+    def logits(
+        self, forward: Forward, original_params: PyTree, batch: Mapping[str, Array]
+    ) -> Logits:
+        """No forward pass at all."""
+        del forward
+        return FactoredLogits(batch[STATES], original_params, self.vocab_axis)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptersOff:
+    """One tree of parameters, with adapters beside them; `t5` runs with those that it is given."""
+
+    def current_params(self, params: PyTree, original_params: PyTree | None) -> PyTree:
+        """The original's parameters with the adapters among them."""
+        assert original_params is not None
+        return _merged(original_params, params)
+
+    def logits(
+        self, forward: Forward, original_params: PyTree, batch: Mapping[str, Array]
+    ) -> Logits:
+        """A second forward pass, through the same parameters without adapters."""
+        return forward(original_params, batch, None)
+
+
+def _merged(tree: Any, other: Any) -> Any:
+    """Two nested dicts as one; no leaf is in both."""
+    if not (isinstance(tree, Mapping) and isinstance(other, Mapping)):
+        raise AssertionError("a parameter and an adapter have the same name")
+    shared = {key: _merged(tree[key], other[key]) for key in tree.keys() & other.keys()}
+    return {**tree, **other, **shared}
+
+
+def dense(logits: Logits) -> Float[Array, "B T V"]:
+    """Logits multiplied out, in float32."""
+    return logits.whole() if isinstance(logits, FactoredLogits) else logits.astype(jnp.float32)
