@@ -23,6 +23,7 @@ GROUPS = {
     "numerics": {
         "objectives",
         "fused_objective",
+        "embedding",
         "original",
         "t5",
         "sharding",
@@ -38,7 +39,14 @@ GROUPS = {
         "paper_tasks",
         "corpora",
     },
-    "files": {"lazy_arrays", "huggingface", "t5x_checkpoints", "checkpoints", "pretrained"},
+    "files": {
+        "lazy_arrays",
+        "huggingface",
+        "t5x_checkpoints",
+        "checkpoints",
+        "pretrained",
+        "original_states",
+    },
     "assembly": {"assembly", "run_config", "program"},
     "programs": {"train", "generate", "annotate", "evaluate", "pipeline", "convert"},
     "edge": {"t5x_plugin"},

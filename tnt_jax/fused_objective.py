@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from tnt_jax import objectives, sharding
 from tnt_jax.array_types import Array, Bool, Float, Int
@@ -168,12 +168,7 @@ class _Layout:
 
     @classmethod
     def of(cls, num_tokens: int, vocab_size: int) -> "_Layout":
-        mesh = jax.sharding.get_abstract_mesh()
-        free = {
-            axis: mesh.shape[axis]
-            for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-            if kind == AxisType.Auto and mesh.shape[axis] > 1
-        }
+        free = sharding.free_axes()
         stored = tuple(axis for axis in sharding.AXIS_RULES["batch"] if axis in free)
         vocab = tuple(axis for axis in sharding.AXIS_RULES["vocab"] if axis in free)
         shared = tuple(axis for axis in sharding.AXIS_RULES["embed"] if axis in stored)

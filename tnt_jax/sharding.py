@@ -99,6 +99,19 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     )
 
 
+def free_axes() -> dict[str, int]:
+    """The axes of the mesh in use that have several devices, and how many.
+
+    Those that `jax.shard_map` has taken over are not among them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return {
+        axis: mesh.shape[axis]
+        for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == AxisType.Auto and mesh.shape[axis] > 1
+    }
+
+
 def constrain(x: Array, *logical_axes: str) -> Array:
     """Says how an activation lies, by `AXIS_RULES`, on the mesh that is in use.
 
@@ -109,11 +122,7 @@ def constrain(x: Array, *logical_axes: str) -> Array:
       x: An activation.
       logical_axes: One for each of its dimensions.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    free = {
-        axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind == AxisType.Auto and mesh.shape[axis] > 1
-    }  # fmt: skip
+    free = free_axes()
     if not free:
         return x
     rules = [[axis for axis in AXIS_RULES[name] if axis in free] for name in logical_axes]

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from tnt_jax import fused_objective
+from tnt_jax import embedding, fused_objective
 from tnt_jax.array_types import Array, Bool, Float, Int, Key, PyTree
 from tnt_jax.errors import UsageError
 
@@ -499,8 +499,7 @@ class Transformer(nn.Module):
         self.decoder = _Decoder(c)
 
     def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
-        # An id outside the vocabulary reads NaN: loud, where clamping would read another row.
-        return self.token_embedder(tokens).astype(self.config.dtype)
+        return embedding.look_up(self.token_embedder.embedding, tokens, self.config.dtype)
 
     def encode(
         self,

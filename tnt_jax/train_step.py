@@ -12,9 +12,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from tnt_jax import fused_objective, objectives
+from tnt_jax import fused_objective, objectives, sharding
 from tnt_jax.array_types import Array, Float, Int, Key, PyTree
 from tnt_jax.fused_objective import FactoredLogits, TokenValues
 from tnt_jax.original import PARAMETERS, Forward, Logits, Original
@@ -130,10 +130,8 @@ def _add_up_microbatches(
     function, num_microbatches, place_gradients, params, original_params, batch, key
 ):
     """The sum of `function(params, original_params, rows, key)` over microbatches and devices."""
-    mesh = jax.sharding.get_abstract_mesh()
     axis = "data"
-    is_free = dict(zip(mesh.axis_names, mesh.axis_types, strict=True)).get(axis) == AxisType.Auto
-    is_split = is_free and mesh.shape[axis] > 1
+    is_split = axis in sharding.free_axes()
 
     def on_device(params, original_params, batch, key):
         if is_split:  # otherwise all devices would drop the same
