@@ -20,7 +20,16 @@ GIN_CONFIGS = ROOT / "gin_configs"
 # its own one lists.
 GROUPS = {
     "base": {"array_types", "errors"},
-    "numerics": {"objectives", "t5", "sharding", "train_step", "decoding"},
+    "numerics": {
+        "objectives",
+        "t5",
+        "t5_config",
+        "t5_layers",
+        "sharding",
+        "optimizers",
+        "train_step",
+        "decoding",
+    },
     "text": {"records", "annotators", "run_log", "text_metrics", "model_card"},
     "data": {
         "tokenization",

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import optax
@@ -104,7 +105,8 @@ class Trainer:
         state = _shardings(self.abstract_state)
         replicated = sharding.replicated(self.model.mesh)
         return jax.jit(
-            functools.partial(
+            _traced_on(
+                self.model.mesh,
                 train_step.train_step,
                 forward=self.model.forward,
                 objective=self.objective,
@@ -127,9 +129,20 @@ def jit_eval_step(
 ) -> Callable[..., train_step.Sums]:
     """`(params, original_params or None, batch) -> sums`, compiled for the model's mesh."""
     return jax.jit(
-        functools.partial(train_step.eval_step, forward=model.forward, objective=objective),
+        _traced_on(model.mesh, train_step.eval_step, forward=model.forward, objective=objective),
         out_shardings=sharding.replicated(model.mesh),
     )
+
+
+def _traced_on(mesh: Mesh, function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
+    """The function with its settings, traced with the mesh that `sharding.constrain` looks for."""
+
+    @functools.wraps(function)
+    def traced(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args, **settings)
+
+    return traced
 
 
 def _shardings(abstract: PyTree) -> PyTree:
