@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tnt_jax import t5
+from tnt_jax import t5, t5_layers
 from tnt_jax.errors import UsageError
 
 GOLDEN = np.load(golden_model.FOLDER / "t5_logits.npz")
@@ -227,8 +227,8 @@ def test_logits_equal_the_numpy_reference(changes):
 )
 def test_relative_position_buckets(offset, encoder_bucket, decoder_bucket):
     index = np.clip(offset, -128, 128) + 128
-    assert t5._bucket_of_offset(True, 32, 128)[index] == encoder_bucket
-    assert t5._bucket_of_offset(False, 32, 128)[index] == decoder_bucket
+    assert t5_layers._bucket_of_offset(True, 32, 128)[index] == encoder_bucket
+    assert t5_layers._bucket_of_offset(False, 32, 128)[index] == decoder_bucket
 
 
 def test_packed_rows_equal_rows_of_their_own():

@@ -105,16 +105,16 @@ class Trainer:
         state = _shardings(self.abstract_state)
         replicated = sharding.replicated(self.model.mesh)
         specs = jax.tree.map(lambda where: where.spec, state.params)
-        step = functools.partial(
-            train_step.train_step,
-            forward=self.model.forward,
-            objective=self.objective,
-            optimizer=self.optimizer,
-            num_microbatches=self.num_microbatches,
-            place_gradients=lambda gradients: jax.lax.with_sharding_constraint(gradients, specs),
-        )
         return jax.jit(
-            _on_mesh(step, self.model.mesh),
+            _traced_on(
+                self.model.mesh,
+                train_step.train_step,
+                forward=self.model.forward,
+                objective=self.objective,
+                optimizer=self.optimizer,
+                num_microbatches=self.num_microbatches,
+                place_gradients=lambda tree: jax.lax.with_sharding_constraint(tree, specs),
+            ),
             in_shardings=(
                 state,
                 _shardings(self.model.abstract_params) if self.objective.needs_original else None,
@@ -130,17 +130,19 @@ def jit_eval_step(
     model: Model, objective: objectives.TntObjective
 ) -> Callable[..., train_step.Sums]:
     """`(params, original_params or None, batch) -> sums`, compiled for the model's mesh."""
-    step = functools.partial(train_step.eval_step, forward=model.forward, objective=objective)
-    return jax.jit(_on_mesh(step, model.mesh), out_shardings=sharding.replicated(model.mesh))
+    return jax.jit(
+        _traced_on(model.mesh, train_step.eval_step, forward=model.forward, objective=objective),
+        out_shardings=sharding.replicated(model.mesh),
+    )
 
 
-def _on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """The function, traced with `mesh` as the mesh in use."""
+def _traced_on(mesh: Mesh, function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
+    """The function with its settings, traced with the mesh that `sharding.constrain` looks for."""
 
     @functools.wraps(function)
-    def traced(*args):
+    def traced(*args: Any) -> Any:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return function(*args)
+            return function(*args, **settings)
 
     return traced
 

@@ -146,6 +146,9 @@ def decode(
     if decoding.temperature > 0 and row_keys is None:
         raise UsageError("sampling (Decoding.temperature above 0) needs one key per row: row_keys")
 
+    # Cut out of their stacks once, before the loop: steps that scan the layers are 40 % slower.
+    config = dataclasses.replace(config, scan_layers=False, remat_policy="none")
+    params = t5.unstack_layers(params)
     model = t5.Transformer(config)
     memory = model.apply({"params": params}, encoder_input_tokens, method="start_decoding")
     removed = np.zeros((1, config.vocab_size), bool)

@@ -8,7 +8,8 @@ what a stopped run has computed is there for the next one.
     FOLDER/<original>/part_<keys>.json   {"keys": {key of an example: [first row, number of rows]}}
 
 A part is there when its JSON is: both files are written beside their place and renamed, that last.
-It is named after what is in it, so that two runs at once may write the same folder. States keep the dtype that they were computed in; bfloat16 is stored as its bits.
+It is named after what is in it, so that two runs at once may write the same folder. States keep the
+dtype that they were computed in; bfloat16 is stored as its bits.
 """
 
 import hashlib

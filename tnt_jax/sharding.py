@@ -129,6 +129,36 @@ def constrain(x: Array, *logical_axes: str) -> Array:
     return jax.lax.with_sharding_constraint(x, _partition_spec(rules))
 
 
+def gather(param: Array, logical_axes: Sequence[str], dtype: Any) -> Array:
+    """A parameter as a layer computes with it: cast, and whole along `embed`.
+
+    On the mesh that is in use, as for `constrain`. It is cast before it is gathered, so that half
+    the bytes travel if the dtype is bfloat16. Its gradient is said to lie as the parameter does:
+    the transpose of a constraint is the same constraint, which would sum up the whole gradient on
+    every device, where each needs its part of it.
+
+    Args:
+      param: A parameter, or one layer of a stacked one.
+      logical_axes: One for each of its dimensions.
+      dtype: Of the computation.
+    """
+    if not free_axes():
+        return param.astype(dtype)
+    param_dtype = param.dtype
+
+    @jax.custom_vjp
+    def gathered(param):
+        whole = ("width" if axis == "embed" else axis for axis in logical_axes)
+        cast = constrain(param.astype(dtype), *logical_axes)
+        return constrain(cast, *whole)
+
+    def scattered(_, gradient):
+        return (constrain(gradient, *logical_axes).astype(param_dtype),)
+
+    gathered.defvjp(lambda param: (gathered(param), None), scattered)
+    return gathered(param)
+
+
 def _partition_spec(rules: Sequence[Sequence[str]]) -> PartitionSpec:
     """The mesh axes of each dimension, written as JAX prints them."""
     return PartitionSpec(
@@ -225,7 +255,8 @@ def optimizer_shardings(
             shape, sharding = params.get(keys[start:], (None, None))
             if leaf.shape == shape:
                 return sharding
-            if shape and leaf.shape in _without_one(shape):
+            # (layers, 1) is, of a stacked parameter, what (1,) is of another: no statistics.
+            if shape and leaf.shape in (*_without_one(shape), (shape[0], 1)):
                 return replicated(mesh)
         if len(leaf.shape) > 1 or leaf.size > longest:
             raise UsageError(

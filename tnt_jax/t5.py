@@ -9,137 +9,34 @@ Two seams are our own:
 * Keys and values are computed apart from attention. Training and step-by-step decoding run the
   same layers; a decoding step only takes most of its keys and values from a cache.
 * The output matrix is apart from the decoder (`Transformer.decode`, then `Transformer.logits`), so
-  a loss can work from the hidden states without ever holding `[B, T, V]`.
+  a loss can work from the hidden states without ever holding `[B, T, V]`
+  (`make_factored_forward`).
+
+With `T5Config.scan_layers` the same parameters are stacked, layer upon layer (`stack_layers`).
 
 Token id 0 is padding and the first decoder input; every mask follows from `tokens > 0`. The
 relative position bias needs only differences of positions within one row, which packing keeps, so
 the `*_positions` features of a packed batch are not read.
 """
 
-import contextlib
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
-from tnt_jax import embedding, fused_objective
+from tnt_jax import embedding, sharding
 from tnt_jax.array_types import Array, Bool, Float, Int, Key, PyTree
 from tnt_jax.errors import UsageError
+from tnt_jax.fused_objective import FactoredLogits
+from tnt_jax.t5_config import T5Config
+from tnt_jax.t5_layers import Cache, Decoder, Encoder
 
-# T5X's value. Finite, so that a query with nothing to attend to (padding) stays finite as well.
-_MASKED_LOGIT = -1e10
-
-_ACTIVATIONS = {
-    "gelu": nn.gelu,  # the tanh approximation, as in T5 1.1
-    "linear": lambda x: x,
-    "relu": nn.relu,
-    "sigmoid": nn.sigmoid,
-    "silu": nn.silu,
-    "swish": nn.silu,
-    "tanh": nn.tanh,
-    "gelu_exact": functools.partial(nn.gelu, approximate=False),
-}
-
-KeysValues = tuple[Float[Array, "_ H _ D"], Float[Array, "_ H _ D"]]
-Cache = tuple[KeysValues, ...]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class T5Config:
-    """Architecture of one T5 model, with T5X's field names.
-
-    Attributes:
-      vocab_size: rows of the embedding, padding of the vocabulary included.
-      emb_dim: width of the residual stream.
-      num_heads: attention heads per layer.
-      num_encoder_layers: layers of the encoder.
-      num_decoder_layers: layers of the decoder.
-      head_dim: width of one head; `num_heads * head_dim` need not be `emb_dim`.
-      mlp_dim: width of the hidden MLP layer.
-      mlp_activations: one activation (T5 1.0: `("relu",)`), or several whose outputs are multiplied
-        (T5 1.1: `("gelu", "linear")`).
-      logits_via_embedding: True ties the output matrix to the embedding (T5 1.0).
-      scale_decoder_outputs: whether logits are multiplied by `emb_dim ** -0.5`; None is T5X's rule,
-        where the output matrix is tied.
-      relpos_bias_per_layer: a relative position bias for every layer (umT5, `scalable_t5` of T5X)
-        instead of one for each stack.
-      num_relpos_buckets: of the relative position bias.
-      relpos_max_distance: beyond it all distances share a bucket.
-      layer_norm_epsilon: added to the mean square.
-      dtype: of the computation, float32 or bfloat16, as a name or a dtype. Parameters and logits
-        are always float32.
-      dropout_rate: probability of zeroing, at T5X's places; acts only where a call is given a key.
-      float32_attention_logits: compute attention logits and softmax in float32 whatever `dtype` is.
-
-    Raises:
-      UsageError: a size below 1, buckets that the distance does not fill, a rate outside [0, 1), an
-        epsilon below 0, or an unknown activation or dtype.
-    """
-
-    vocab_size: int
-    emb_dim: int
-    num_heads: int
-    num_encoder_layers: int
-    num_decoder_layers: int
-    head_dim: int
-    mlp_dim: int
-    mlp_activations: Sequence[str]
-    logits_via_embedding: bool
-    scale_decoder_outputs: bool | None = None
-    relpos_bias_per_layer: bool = False
-    num_relpos_buckets: int = 32
-    relpos_max_distance: int = 128
-    layer_norm_epsilon: float = 1e-6
-    dtype: str | np.dtype | type = "float32"
-    dropout_rate: float = 0.0
-    float32_attention_logits: bool = False
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and (not isinstance(value, int) or value < 1):
-                raise UsageError(
-                    f"T5Config.{field.name} must be a whole number of at least 1, not {value!r}"
-                )
-        # Tuples and dtypes, so that a configuration is hashable: a static argument of jax.jit.
-        activations = self.mlp_activations
-        activations = (activations,) if isinstance(activations, str) else tuple(activations)
-        object.__setattr__(self, "mlp_activations", activations)
-        unknown = [name for name in activations if name not in _ACTIVATIONS]
-        if unknown or not activations:
-            raise UsageError(
-                f"T5Config.mlp_activations must name one or more of {', '.join(_ACTIVATIONS)}; "
-                f"found {activations}"
-            )
-        dtype = np.dtype(None)
-        with contextlib.suppress(TypeError):  # not the name of any dtype
-            dtype = jnp.dtype(self.dtype)
-        if dtype not in (jnp.float32, jnp.bfloat16):
-            raise UsageError(f"T5Config.dtype must be float32 or bfloat16, not {self.dtype!r}")
-        object.__setattr__(self, "dtype", dtype)
-        if not 0.0 <= self.dropout_rate < 1.0:
-            raise UsageError(f"T5Config.dropout_rate must be in [0, 1), not {self.dropout_rate}")
-        if self.layer_norm_epsilon < 0:
-            raise UsageError(f"layer_norm_epsilon must be >= 0, not {self.layer_norm_epsilon}")
-        # Half of a direction's buckets hold one distance each, and further ones must follow.
-        buckets, distance = self.num_relpos_buckets, self.relpos_max_distance
-        if buckets % 4 or distance <= buckets // 2:
-            raise UsageError(
-                "T5Config.num_relpos_buckets must be a multiple of 4 and less than twice "
-                f"relpos_max_distance, not {buckets} with {distance}"
-            )
-
-    @property
-    def scales_logits(self) -> bool:
-        """`scale_decoder_outputs`, or what None stands for."""
-        scale = self.scale_decoder_outputs
-        return self.logits_via_embedding if scale is None else scale
+_EMBEDDING_AXES = ("vocab", "embed")
 
 
 class Memory(NamedTuple):
@@ -152,320 +49,6 @@ class Memory(NamedTuple):
 
     keys_values: Cache
     mask: Bool[Array, "B 1 1 S"]
-
-
-# ---------------------------------------------------------------------------------------- Layers
-
-
-def _dense(
-    config: T5Config,
-    features: int,
-    axes: tuple[str, str],
-    kernel_init: Callable | None = None,
-    **kwargs,
-) -> nn.Dense:
-    if kernel_init is None:
-        kernel_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
-    kwargs.setdefault("dtype", config.dtype)
-    return nn.Dense(
-        features,
-        use_bias=False,
-        kernel_init=nn.with_logical_partitioning(kernel_init, axes),
-        **kwargs,
-    )
-
-
-def _layer_norm(config: T5Config) -> nn.RMSNorm:
-    scale_init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-    return nn.RMSNorm(epsilon=config.layer_norm_epsilon, dtype=config.dtype, scale_init=scale_init)
-
-
-def _dropout(config: T5Config) -> nn.Dropout:
-    """T5's dropout: one mask for all positions of a sequence."""
-    return nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
-
-
-@functools.cache
-def _bucket_of_offset(bidirectional: bool, num_buckets: int, max_distance: int) -> np.ndarray:
-    """Buckets of the offsets -max_distance to max_distance (key minus query position).
-
-    Half of the buckets hold one distance each, the other half grow logarithmically up to
-    `max_distance`. A table, so that training and decoding cannot disagree by a rounding of the
-    logarithm.
-    """
-    offsets = np.arange(-max_distance, max_distance + 1)
-    if bidirectional:
-        num_buckets //= 2
-        first_bucket = np.where(offsets > 0, num_buckets, 0)
-        distances = np.abs(offsets)
-    else:
-        first_bucket = np.zeros_like(offsets)
-        distances = np.maximum(-offsets, 0)
-    num_exact = num_buckets // 2
-    octave = np.log(np.maximum(distances, 1) / num_exact) / np.log(max_distance / num_exact)
-    # The tiny addend keeps exact powers (log 8 / log 16 * 8 = 6) from being rounded down.
-    logarithmic = np.floor(num_exact + octave * (num_buckets - num_exact) + 1e-9).astype(int)
-    buckets = np.where(distances < num_exact, distances, np.minimum(logarithmic, num_buckets - 1))
-    return (first_bucket + buckets).astype(np.int32)
-
-
-class _RelativePositionBias(nn.Module):
-    """A learned bias per head and bucket of key minus query position."""
-
-    config: T5Config
-    bidirectional: bool
-
-    @nn.compact
-    def __call__(
-        self, query_positions: Int[Array, "Q"], key_positions: Int[Array, "K"]
-    ) -> Float[Array, "1 H Q K"]:
-        c = self.config
-        init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
-        embedding = self.param(
-            "rel_embedding",
-            nn.with_logical_partitioning(init, ("heads", "relpos_buckets")),
-            (c.num_heads, c.num_relpos_buckets),
-            jnp.float32,
-        )
-        offsets = key_positions[None, :] - query_positions[:, None]
-        offsets = jnp.clip(offsets, -c.relpos_max_distance, c.relpos_max_distance)
-        table = _bucket_of_offset(self.bidirectional, c.num_relpos_buckets, c.relpos_max_distance)
-        buckets = jnp.asarray(table)[offsets + c.relpos_max_distance]
-        # A contraction with a one-hot, as in T5X: the gradient of a gather is a slow scatter.
-        one_hot = jax.nn.one_hot(buckets, c.num_relpos_buckets, dtype=jnp.float32)
-        return jnp.einsum("hn,qkn->hqk", embedding, one_hot)[None]
-
-
-class _Attention(nn.Module):
-    """Multi-head attention without biases.
-
-    T5 does not divide attention logits by sqrt(head_dim); the initializer of the query does.
-    """
-
-    config: T5Config
-
-    def setup(self):
-        c = self.config
-        joined_kv = c.num_heads * c.head_dim
-        init = functools.partial(
-            nn.initializers.variance_scaling, mode="fan_in", distribution="normal"
-        )
-        self.query = _dense(c, joined_kv, ("embed", "joined_kv"), init(1.0 / c.head_dim))
-        self.key = _dense(c, joined_kv, ("embed", "joined_kv"), init(1.0))
-        self.value = _dense(c, joined_kv, ("embed", "joined_kv"), init(1.0))
-        self.out = _dense(c, c.emb_dim, ("joined_kv", "embed"), init(1.0))
-        self.dropout = _dropout(c)
-
-    def _split_heads(self, x: Float[Array, "B T J"]) -> Float[Array, "B H T D"]:
-        c = self.config
-        return x.reshape(*x.shape[:2], c.num_heads, c.head_dim).swapaxes(1, 2)
-
-    def keys_values(self, x: Float[Array, "B T E"]) -> KeysValues:
-        return self._split_heads(self.key(x)), self._split_heads(self.value(x))
-
-    def __call__(
-        self,
-        x: Float[Array, "B Q E"],
-        keys_values: KeysValues,
-        *,
-        mask: Bool[Array, "#B 1 #Q K"],
-        bias: Float[Array, "1 H Q K"] | None = None,
-        deterministic: bool,
-    ) -> Float[Array, "B Q E"]:
-        keys, values = keys_values
-        queries = self._split_heads(self.query(x))
-        if self.config.float32_attention_logits:
-            queries, keys = queries.astype(jnp.float32), keys.astype(jnp.float32)
-        logits = jnp.einsum("bhqd,bhkd->bhqk", queries, keys)
-        if bias is not None:
-            logits = logits + bias.astype(logits.dtype)
-        logits = jnp.where(mask, logits, _MASKED_LOGIT)
-        weights = jax.nn.softmax(logits).astype(self.config.dtype)
-        weights = self.dropout(weights, deterministic=deterministic)
-        mixed = jnp.einsum("bhqk,bhkd->bhqd", weights, values)
-        return self.out(mixed.swapaxes(1, 2).reshape(*x.shape[:2], -1))
-
-
-class _Mlp(nn.Module):
-    """Position-wise MLP; with several activations their outputs gate each other."""
-
-    config: T5Config
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B T E"], *, deterministic: bool) -> Float[Array, "B T E"]:
-        c = self.config
-        names = ["wi"]
-        if len(c.mlp_activations) > 1:
-            names = [f"wi_{i}" for i in range(len(c.mlp_activations))]
-        hidden = math.prod(
-            _ACTIVATIONS[activation](_dense(c, c.mlp_dim, ("embed", "mlp"), name=name)(x))
-            for name, activation in zip(names, c.mlp_activations, strict=True)
-        )
-        hidden = _dropout(c)(hidden, deterministic=deterministic)
-        return _dense(c, c.emb_dim, ("mlp", "embed"), name="wo")(hidden)
-
-
-class _EncoderLayer(nn.Module):
-    config: T5Config
-
-    def setup(self):
-        if self.config.relpos_bias_per_layer:
-            self.relpos_bias = _RelativePositionBias(self.config, bidirectional=True)
-        self.pre_attention_layer_norm = _layer_norm(self.config)
-        self.attention = _Attention(self.config)
-        self.pre_mlp_layer_norm = _layer_norm(self.config)
-        self.mlp = _Mlp(self.config)
-        self.dropout = _dropout(self.config)
-
-    def __call__(
-        self,
-        x: Float[Array, "B S E"],
-        *,
-        mask: Bool[Array, "B 1 S S"],
-        bias: Float[Array, "1 H S S"],
-        deterministic: bool,
-    ) -> Float[Array, "B S E"]:
-        y = self.pre_attention_layer_norm(x)
-        y = self.attention(
-            y, self.attention.keys_values(y), mask=mask, bias=bias, deterministic=deterministic
-        )
-        x = x + self.dropout(y, deterministic=deterministic)
-        y = self.mlp(self.pre_mlp_layer_norm(x), deterministic=deterministic)
-        return x + self.dropout(y, deterministic=deterministic)
-
-
-class _DecoderLayer(nn.Module):
-    config: T5Config
-
-    def setup(self):
-        if self.config.relpos_bias_per_layer:
-            self.relpos_bias = _RelativePositionBias(self.config, bidirectional=False)
-        self.pre_self_attention_layer_norm = _layer_norm(self.config)
-        self.self_attention = _Attention(self.config)
-        self.pre_cross_attention_layer_norm = _layer_norm(self.config)
-        self.encoder_decoder_attention = _Attention(self.config)
-        self.pre_mlp_layer_norm = _layer_norm(self.config)
-        self.mlp = _Mlp(self.config)
-        self.dropout = _dropout(self.config)
-
-    def __call__(
-        self,
-        x: Float[Array, "N T E"],
-        cross_keys_values: KeysValues,
-        *,
-        self_mask: Bool[Array, "#N 1 T L"],
-        self_bias: Float[Array, "1 H T L"],
-        cross_mask: Bool[Array, "B 1 #T S"],
-        deterministic: bool,
-        cache: KeysValues | None,
-        position: Int[Array, ""],
-    ) -> tuple[Float[Array, "N T E"], KeysValues]:
-        """One layer; returns its output and the self-attention keys and values that it used.
-
-        With a `cache`, `x` is the one `position`, and its key and value are written there first.
-        """
-        y = self.pre_self_attention_layer_norm(x)
-        keys_values = self.self_attention.keys_values(y)
-        if cache is not None:
-            write = functools.partial(
-                jax.lax.dynamic_update_slice_in_dim, start_index=position, axis=2
-            )
-            keys_values = (write(cache[0], keys_values[0]), write(cache[1], keys_values[1]))
-        y = self.self_attention(
-            y, keys_values, mask=self_mask, bias=self_bias, deterministic=deterministic
-        )
-        x = x + self.dropout(y, deterministic=deterministic)
-
-        y = self.pre_cross_attention_layer_norm(x)
-        # In beam search x has several rows per encoder input, next to each other. As further
-        # queries of one row they share its keys and values; elsewhere this reshape does nothing.
-        y = y.reshape(cross_mask.shape[0], -1, y.shape[-1])
-        y = self.encoder_decoder_attention(
-            y, cross_keys_values, mask=cross_mask, deterministic=deterministic
-        )
-        x = x + self.dropout(y, deterministic=deterministic).reshape(x.shape)
-
-        y = self.mlp(self.pre_mlp_layer_norm(x), deterministic=deterministic)
-        return x + self.dropout(y, deterministic=deterministic), keys_values
-
-
-def _biases(
-    stack: "_Encoder | _Decoder", query_positions: Int[Array, "Q"], key_positions: Int[Array, "K"]
-) -> Sequence[Float[Array, "1 H Q K"]]:
-    """The relative position bias for each layer of a stack."""
-    if stack.config.relpos_bias_per_layer:
-        return [layer.relpos_bias(query_positions, key_positions) for layer in stack.layers]
-    return [stack.relpos_bias(query_positions, key_positions)] * len(stack.layers)
-
-
-class _Encoder(nn.Module):
-    config: T5Config
-
-    def setup(self):
-        if not self.config.relpos_bias_per_layer:
-            self.relpos_bias = _RelativePositionBias(self.config, bidirectional=True)
-        self.layers = [_EncoderLayer(self.config) for _ in range(self.config.num_encoder_layers)]
-        self.encoder_norm = _layer_norm(self.config)
-        self.dropout = _dropout(self.config)
-        # The last dropout of the encoder alone has a mask per position in T5X.
-        self.output_dropout = nn.Dropout(self.config.dropout_rate)
-
-    def __call__(
-        self, x: Float[Array, "B S E"], *, mask: Bool[Array, "B 1 S S"], deterministic: bool
-    ) -> Float[Array, "B S E"]:
-        positions = jnp.arange(x.shape[1])
-        biases = _biases(self, positions, positions)
-        x = self.dropout(x, deterministic=deterministic)
-        for layer, bias in zip(self.layers, biases, strict=True):
-            x = layer(x, mask=mask, bias=bias, deterministic=deterministic)
-        return self.output_dropout(self.encoder_norm(x), deterministic=deterministic)
-
-
-class _Decoder(nn.Module):
-    config: T5Config
-
-    def setup(self):
-        c = self.config
-        if not c.relpos_bias_per_layer:
-            self.relpos_bias = _RelativePositionBias(c, bidirectional=False)
-        self.layers = [_DecoderLayer(c) for _ in range(c.num_decoder_layers)]
-        self.decoder_norm = _layer_norm(c)
-        self.dropout = _dropout(c)
-        if not c.logits_via_embedding:
-            # Float32 whatever the compute dtype: the loss is worst off in bfloat16.
-            self.logits_dense = _dense(c, c.vocab_size, ("embed", "vocab"), dtype=jnp.float32)
-
-    def cross_keys_values(self, encoded: Float[Array, "B S E"]) -> Cache:
-        return tuple(layer.encoder_decoder_attention.keys_values(encoded) for layer in self.layers)
-
-    def __call__(
-        self,
-        x: Float[Array, "N T E"],
-        cross_keys_values: Cache,
-        *,
-        positions: Int[Array, "T"],
-        self_mask: Bool[Array, "#N 1 T L"],
-        cross_mask: Bool[Array, "B 1 #T S"],
-        deterministic: bool,
-        cache: Cache | None = None,
-    ) -> tuple[Float[Array, "N T E"], Cache]:
-        biases = _biases(self, positions, jnp.arange(self_mask.shape[-1]))
-        x = self.dropout(x, deterministic=deterministic)
-        new_cache = []
-        for i, layer in enumerate(self.layers):
-            x, keys_values = layer(
-                x,
-                cross_keys_values[i],
-                self_mask=self_mask,
-                self_bias=biases[i],
-                cross_mask=cross_mask,
-                deterministic=deterministic,
-                cache=None if cache is None else cache[i],
-                position=positions[0],
-            )
-            new_cache.append(keys_values)
-        x = self.dropout(self.decoder_norm(x), deterministic=deterministic)
-        return x, tuple(new_cache)
 
 
 # ----------------------------------------------------------------------------------------- Model
@@ -492,11 +75,11 @@ class Transformer(nn.Module):
             c.vocab_size,
             c.emb_dim,
             embedding_init=nn.with_logical_partitioning(
-                nn.initializers.normal(stddev=1.0), ("vocab", "embed")
+                nn.initializers.normal(stddev=1.0), _EMBEDDING_AXES
             ),
         )
-        self.encoder = _Encoder(c)
-        self.decoder = _Decoder(c)
+        self.encoder = Encoder(c)
+        self.decoder = Decoder(c)
 
     def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
         return embedding.look_up(self.token_embedder.embedding, tokens, self.config.dtype)
@@ -549,25 +132,27 @@ class Transformer(nn.Module):
         if decoder_segment_ids is not None and encoder_segment_ids is not None:
             self_mask &= _attention_mask(decoder_segment_ids, decoder_segment_ids, jnp.equal)
             cross_mask &= _attention_mask(decoder_segment_ids, encoder_segment_ids, jnp.equal)
-        hidden, _ = self.decoder(
+        return self.decoder(
             self._embed(decoder_input_tokens),
-            self.decoder.cross_keys_values(encoded),
-            positions=positions,
+            encoded,
             self_mask=self_mask,
             cross_mask=cross_mask,
             deterministic=deterministic,
         )
-        return hidden
 
     def logits(self, hidden: Float[Array, "B T E"]) -> Float[Array, "B T V"]:
         """Float32 logits of decoder states."""
         hidden = hidden.astype(jnp.float32)
-        is_tied = self.config.logits_via_embedding
-        logits = (self.token_embedder.attend if is_tied else self.decoder.logits_dense)(hidden)
+        if self.config.logits_via_embedding:
+            table = self.token_embedder.embedding
+            logits = hidden @ sharding.gather(table, _EMBEDDING_AXES, jnp.float32).T
+        else:
+            logits = self.decoder.logits_dense(hidden)
+        logits = sharding.constrain(logits, "batch", "length", "vocab")
         # The embedding has unit variance, an output matrix of its own has 1 / emb_dim.
         return logits * self.config.emb_dim**-0.5 if self.config.scales_logits else logits
 
-    def __call__(
+    def hidden(
         self,
         encoder_input_tokens: Int[Array, "B S"],
         decoder_input_tokens: Int[Array, "B T"],
@@ -576,14 +161,14 @@ class Transformer(nn.Module):
         encoder_segment_ids: Int[Array, "B S"] | None = None,
         decoder_segment_ids: Int[Array, "B T"] | None = None,
         deterministic: bool = True,
-    ) -> Float[Array, "B T V"]:
-        """Teacher-forced logits: `encode`, `decode` and `logits` in turn."""
+    ) -> Float[Array, "B T E"]:
+        """Teacher-forced decoder states: `encode` and `decode` in turn."""
         encoded = self.encode(
             encoder_input_tokens,
             encoder_segment_ids=encoder_segment_ids,
             deterministic=deterministic,
         )
-        hidden = self.decode(
+        return self.decode(
             encoded,
             encoder_input_tokens,
             decoder_input_tokens,
@@ -592,10 +177,17 @@ class Transformer(nn.Module):
             decoder_segment_ids=decoder_segment_ids,
             deterministic=deterministic,
         )
-        return self.logits(hidden)
+
+    def __call__(self, *tokens: Int[Array, "B _"], **kwargs: Any) -> Float[Array, "B T V"]:
+        """Teacher-forced logits: `hidden`, with its arguments, and `logits` in turn."""
+        return self.logits(self.hidden(*tokens, **kwargs))
 
     def start_decoding(self, encoder_input_tokens: Int[Array, "B S"]) -> Memory:
-        """Computes, once, what every `decode_step` reads: cross-attention keys and values."""
+        """Computes, once, what every `decode_step` reads: cross-attention keys and values.
+
+        Decoding is for layers that are apart: a step that scanned them would cut every weight out
+        of its stack again. See `decoding.decode`.
+        """
         encoded = self.encode(encoder_input_tokens)
         mask = (encoder_input_tokens > 0)[:, None, None, :]
         return Memory(self.decoder.cross_keys_values(encoded), mask)
@@ -620,14 +212,11 @@ class Transformer(nn.Module):
         Returns:
           The logits and the cache with this position added.
         """
-        length = cache[0][0].shape[2]
-        hidden, cache = self.decoder(
+        hidden, cache = self.decoder.step(
             self._embed(tokens[:, None]),
             memory.keys_values,
-            positions=position[None],
-            self_mask=(jnp.arange(length) <= position)[None, None, None, :],
+            position=position,
             cross_mask=memory.mask,
-            deterministic=True,
             cache=cache,
         )
         return self.logits(hidden)[:, 0], cache
@@ -641,20 +230,78 @@ def empty_cache(config: T5Config, num_rows: int, max_length: int) -> Cache:
 
 # ------------------------------------------------------------------------------------ Parameters
 
+_LAYER = re.compile(r"layers_(\d+)")
+_STACKED = "layers"
+
+
+def stack_layers(params: PyTree) -> PyTree:
+    """Parameters as a network with `scan_layers` has them, from those of one without.
+
+    `encoder/layers_0/...`, `encoder/layers_1/...` become `encoder/layers/...` with a first axis of
+    layers, and so in the decoder. Parameters that are stacked already stay as they are.
+
+    Args:
+      params: Arrays, or shapes and dtypes (`jax.ShapeDtypeStruct`).
+    """
+
+    def stack(*layers: Any) -> Any:
+        first = layers[0]
+        if isinstance(first, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct((len(layers), *first.shape), first.dtype)
+        return jnp.stack(layers)
+
+    def of_stack(tree: PyTree) -> PyTree:
+        layers = {int(match[1]): key for key in tree if (match := _LAYER.fullmatch(key))}
+        stacked = {key: value for key, value in tree.items() if key not in layers.values()}
+        if layers:
+            in_order = [tree[layers[i]] for i in sorted(layers)]
+            stacked[_STACKED] = jax.tree.map(stack, *in_order)
+        return stacked
+
+    return _of_stacks(of_stack, params)
+
+
+def unstack_layers(params: PyTree) -> PyTree:
+    """The reverse of `stack_layers`: every layer under a name of its own."""
+
+    def layer_of(leaf: Any, i: int) -> Any:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+        return leaf[i]
+
+    def of_stack(tree: PyTree) -> PyTree:
+        apart = {key: value for key, value in tree.items() if key != _STACKED}
+        if _STACKED in tree:
+            num_layers = jax.tree.leaves(tree[_STACKED])[0].shape[0]
+            for i in range(num_layers):
+                layer = functools.partial(layer_of, i=i)
+                apart[f"layers_{i}"] = jax.tree.map(layer, tree[_STACKED])
+        return apart
+
+    return _of_stacks(of_stack, params)
+
+
+def _of_stacks(change: Callable[[PyTree], PyTree], params: PyTree) -> PyTree:
+    stacks = {stack: change(params[stack]) for stack in ("encoder", "decoder") if stack in params}
+    return {**params, **stacks}
+
 
 def _boxed_params(config: T5Config, key: Key[Array, ""]) -> PyTree:
-    # Parameter shapes do not depend on the batch.
+    # Layers apart, whatever the config: so a model with stacked layers starts from the same random
+    # numbers. Parameter shapes do not depend on the batch.
+    apart = dataclasses.replace(config, scan_layers=False, remat_policy="none")
     tokens = jnp.ones((1, 1), jnp.int32)
-    return Transformer(config).init(key, tokens, tokens, tokens)["params"]
+    return Transformer(apart).init(key, tokens, tokens, tokens)["params"]
 
 
 def init(config: T5Config, key: Key[Array, ""]) -> PyTree:
     """Random float32 parameters by T5X's initializers: a plain dict, arrays unboxed.
 
     A pure function of the key: call it under `jax.jit` with `out_shardings` for a model that fits
-    no single device.
+    no single device. The numbers are the same with and without `scan_layers`.
     """
-    return nn.unbox(_boxed_params(config, key))
+    params = nn.unbox(_boxed_params(config, key))
+    return stack_layers(params) if config.scan_layers else params
 
 
 def abstract_params(config: T5Config) -> PyTree:
@@ -665,9 +312,26 @@ def abstract_params(config: T5Config) -> PyTree:
 def param_logical_axes(config: T5Config) -> PyTree:
     """The structure of the parameters, with a tuple of T5X's logical axis names for each."""
     boxed = jax.eval_shape(functools.partial(_boxed_params, config), jax.random.key(0))
-    return jax.tree.map(
+    axes = jax.tree.map(
         lambda box: box.names, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)
     )
+    if not config.scan_layers:
+        return axes
+
+    def of_stack(tree: PyTree) -> PyTree:
+        """Every layer has the axes of the first."""
+        others = {key: value for key, value in tree.items() if not _LAYER.fullmatch(key)}
+        stacked = jax.tree.map(
+            lambda names: ("layers", *names),
+            tree["layers_0"],
+            is_leaf=lambda x: isinstance(x, tuple),
+        )
+        return {**others, _STACKED: stacked}
+
+    return _of_stacks(of_stack, axes)
+
+
+# --------------------------------------------------------------------------------------- Forward
 
 
 def make_forward(config: T5Config) -> Callable[..., Float[Array, "B T V"]]:
@@ -685,58 +349,56 @@ def make_forward(config: T5Config) -> Callable[..., Float[Array, "B T V"]]:
         batch: Mapping[str, Int[Array, "B _"]],
         dropout_key: Key[Array, ""] | None = None,
     ) -> Float[Array, "B T V"]:
-        logits = model.apply(
-            {"params": params},
-            batch["encoder_input_tokens"],
-            batch["decoder_input_tokens"],
-            batch["decoder_target_tokens"],
-            encoder_segment_ids=batch.get("encoder_segment_ids"),
-            decoder_segment_ids=batch.get("decoder_segment_ids"),
-            deterministic=dropout_key is None,
-            rngs=None if dropout_key is None else {"dropout": dropout_key},
-        )
+        logits = _apply(model, params, batch, dropout_key, "__call__")
         return cast(jax.Array, logits)  # apply returns a pair only if it may change variables
 
     return forward
 
 
-def make_factored_forward(config: T5Config) -> Callable[..., fused_objective.FactoredLogits]:
-    """As `make_forward`, but the logits are not multiplied out."""
+def make_factored_forward(config: T5Config) -> Callable[..., FactoredLogits]:
+    """As `make_forward`, without the product that ends in logits.
+
+    Returns:
+      `forward(params, batch, dropout_key=None) -> FactoredLogits`. `hidden` is of the compute
+      dtype, or float32 where the logits are scaled; `matrix` is the parameter itself.
+    """
     model = Transformer(config)
 
     def forward(
         params: PyTree,
-        batch: Mapping[str, Array],
+        batch: Mapping[str, Int[Array, "B _"]],
         dropout_key: Key[Array, ""] | None = None,
-    ) -> fused_objective.FactoredLogits:
-        def states(model):
-            encoded = model.encode(
-                batch["encoder_input_tokens"],
-                encoder_segment_ids=batch.get("encoder_segment_ids"),
-                deterministic=dropout_key is None,
-            )
-            return model.decode(
-                encoded,
-                batch["encoder_input_tokens"],
-                batch["decoder_input_tokens"],
-                batch["decoder_target_tokens"],
-                encoder_segment_ids=batch.get("encoder_segment_ids"),
-                decoder_segment_ids=batch.get("decoder_segment_ids"),
-                deterministic=dropout_key is None,
-            )
-
-        rngs = None if dropout_key is None else {"dropout": dropout_key}
-        hidden = nn.apply(states, model)({"params": params}, rngs=rngs)
+    ) -> FactoredLogits:
+        hidden = cast(jax.Array, _apply(model, params, batch, dropout_key, "hidden"))
         if config.scales_logits:
             hidden = hidden.astype(jnp.float32) * config.emb_dim**-0.5
-        matrix, vocab_axis = output_matrix(config, params)
-        return fused_objective.FactoredLogits(hidden, matrix, vocab_axis)
+        return FactoredLogits(hidden, *output_matrix(config, params))
 
     return forward
 
 
 def output_matrix(config: T5Config, params: PyTree) -> tuple[Any, int]:
-    """The output matrix among the parameters (or shapes, or shardings), and its vocabulary axis."""
+    """The output matrix in a tree of parameters, shapes or shardings, and its vocabulary axis."""
     if config.logits_via_embedding:
         return params["token_embedder"]["embedding"], 0
     return params["decoder"]["logits_dense"]["kernel"], 1
+
+
+def _apply(
+    model: Transformer,
+    params: PyTree,
+    batch: Mapping[str, Array],
+    dropout_key: Key[Array, ""] | None,
+    method: str,
+) -> Any:
+    return model.apply(
+        {"params": params},
+        batch["encoder_input_tokens"],
+        batch["decoder_input_tokens"],
+        batch["decoder_target_tokens"],
+        encoder_segment_ids=batch.get("encoder_segment_ids"),
+        decoder_segment_ids=batch.get("decoder_segment_ids"),
+        deterministic=dropout_key is None,
+        rngs=None if dropout_key is None else {"dropout": dropout_key},
+        method=method,
+    )

@@ -1,0 +1,271 @@
+"""Layers in a loop, and layers computed twice, are the network that they are of."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_t5 import CONFIG_1_0, SOME_BATCH, random_params
+
+from tnt_jax import checkpoints, decoding, optimizers, t5
+from tnt_jax.errors import UsageError
+
+# Two depths, so that the stacks cannot be taken for each other.
+T5_1_0 = dataclasses.replace(CONFIG_1_0, num_encoder_layers=2, num_decoder_layers=3)
+T5_1_1 = dataclasses.replace(T5_1_0, mlp_activations=("gelu", "linear"), logits_via_embedding=False)
+UMT5 = dataclasses.replace(T5_1_1, relpos_bias_per_layer=True)
+CONFIGS = {"1.0": T5_1_0, "1.1": T5_1_1, "umt5": UMT5}
+each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+
+
+def scanned(config, **changes):
+    return dataclasses.replace(config, scan_layers=True, **changes)
+
+
+def packed(batch):
+    """The same tokens as two segments of each row, one where the other is cut."""
+    return batch | {
+        "encoder_segment_ids": jnp.where(jnp.arange(12)[None] < 4, 1, 2)
+        * (batch["encoder_input_tokens"] > 0),
+        "decoder_segment_ids": jnp.where(jnp.arange(40)[None] < 9, 1, 2)
+        * (batch["decoder_target_tokens"] > 0),
+    }
+
+
+def loss_of(config, dropout_key=None):
+    """A number in which every logit counts on its own."""
+    forward = t5.make_forward(config)
+
+    def loss(params, batch):
+        logits = forward(params, batch, dropout_key)
+        weights = jax.random.normal(jax.random.key(5), logits.shape)
+        return jnp.mean(logits * weights), logits
+
+    return loss
+
+
+@functools.cache
+def gradients_of(config, is_packed=False):
+    """Logits, and gradients with layers apart, of one set of parameters."""
+    params = random_params(dataclasses.replace(config, scan_layers=False))
+    if config.scan_layers:
+        params = t5.stack_layers(params)
+    batch = packed(SOME_BATCH) if is_packed else SOME_BATCH
+    (_, logits), gradients = jax.jit(jax.value_and_grad(loss_of(config), has_aux=True))(
+        params, batch
+    )
+    return logits, t5.unstack_layers(gradients)
+
+
+def assert_close(found, expected, atol=1e-5):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=atol), found, expected
+    )
+
+
+# ------------------------------------------------------------------------------------ One network
+
+
+@pytest.mark.parametrize("is_packed", [False, True], ids=["", "packed"])
+@each_config
+def test_values_and_gradients_are_those_of_layers_apart(config, is_packed):
+    assert_close(gradients_of(scanned(config), is_packed), gradients_of(config, is_packed))
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("policy", ["minimal", "full"])
+def test_gradients_are_those_without_remat(policy, scan_layers):
+    config = dataclasses.replace(UMT5, remat_policy=policy, scan_layers=scan_layers)
+    assert_close(gradients_of(config), gradients_of(UMT5))
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_what_is_computed_again_has_the_same_dropout(scan_layers):
+    key = jax.random.key(2)
+    config = dataclasses.replace(T5_1_0, dropout_rate=0.3, scan_layers=scan_layers)
+    params = t5.init(config, jax.random.key(0))
+    found, expected = (
+        jax.jit(
+            jax.grad(loss_of(dataclasses.replace(config, remat_policy=policy), key), has_aux=True)
+        )(params, SOME_BATCH)
+        for policy in ("full", "none")
+    )
+    assert_close(found, expected)
+
+
+def test_every_scanned_layer_has_a_dropout_of_its_own():
+    # Layers that are alike and add nothing but what dropout lets through: with one mask for all of
+    # them, what was dropped once would be dropped by all.
+    config = scanned(CONFIG_1_0, num_encoder_layers=8, dropout_rate=0.5)
+    params = jax.tree.map(jnp.zeros_like, t5.init(config, jax.random.key(0)))
+    layers = params["encoder"]["layers"]
+    for norm in (layers["pre_mlp_layer_norm"], params["encoder"]["encoder_norm"]):
+        norm["scale"] += 1
+    layers["mlp"]["wi"]["kernel"] += 1
+    layers["mlp"]["wo"]["kernel"] += 1
+    params["token_embedder"]["embedding"] += 1
+    states = t5.Transformer(config).apply(
+        {"params": params},
+        jnp.full((4, 1), 7),
+        deterministic=False,
+        method="encode",
+        rngs={"dropout": jax.random.key(1)},
+    )
+    # The first dropout and eight more leave two sizes if they are the same, and many if not.
+    assert len(np.unique(np.round(np.asarray(states), 3))) > 4
+
+
+def test_full_keeps_less_than_minimal_and_minimal_less_than_none():
+    config = dataclasses.replace(T5_1_1, num_encoder_layers=6, num_decoder_layers=6)
+
+    def temporary_bytes(policy, scan_layers):
+        settings = dataclasses.replace(config, remat_policy=policy, scan_layers=scan_layers)
+        gradient = jax.jit(jax.grad(loss_of(settings), has_aux=True))
+        compiled = gradient.lower(t5.abstract_params(settings), SOME_BATCH).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    full, minimal, none = (temporary_bytes(p, True) for p in ("full", "minimal", "none"))
+    assert full < minimal < none
+    assert temporary_bytes("full", False) < temporary_bytes("none", False)
+
+
+# ------------------------------------------------------------------------------------- Parameters
+
+
+@each_config
+def test_stacked_parameters_start_from_the_same_numbers(config):
+    key = jax.random.key(3)
+    apart, stacked = t5.init(config, key), t5.init(scanned(config), key)
+    kernel = stacked["decoder"]["layers"]["self_attention"]["query"]["kernel"]
+    for i in range(3):
+        expected = apart["decoder"][f"layers_{i}"]["self_attention"]["query"]["kernel"]
+        np.testing.assert_array_equal(kernel[i], expected)
+    assert_close(stacked, t5.stack_layers(apart), atol=0)
+    assert_close(t5.unstack_layers(stacked), apart, atol=0)
+    # What is so already stays so.
+    assert_close(t5.stack_layers(stacked), stacked, atol=0)
+    assert_close(t5.unstack_layers(apart), apart, atol=0)
+
+
+def test_stacked_parameters_are_those_that_the_network_asks_for():
+    config = scanned(UMT5)
+    tokens = jnp.ones((1, 1), jnp.int32)
+    boxed = jax.eval_shape(
+        lambda: t5.Transformer(config).init(jax.random.key(0), tokens, tokens, tokens)["params"]
+    )
+    names = jax.tree.map(lambda x: x.names, boxed, is_leaf=lambda x: hasattr(x, "names"))
+    assert names == t5.param_logical_axes(config)
+    shapes = jax.tree.map(lambda x: x.value.shape, boxed, is_leaf=lambda x: hasattr(x, "names"))
+    assert shapes == jax.tree.map(lambda x: x.shape, t5.abstract_params(config))
+    assert names["encoder"]["layers"]["mlp"]["wo"]["kernel"] == ("layers", "mlp", "embed")
+
+
+def test_eleven_layers_are_in_the_order_of_their_numbers():
+    apart = {
+        "decoder": {f"layers_{i}": {"scale": jnp.full(2, i)} for i in (10, 2, 0, 1, *range(3, 10))}
+    }
+    stacked = t5.stack_layers(apart)["decoder"]["layers"]["scale"]
+    np.testing.assert_array_equal(stacked[:, 0], range(11))
+
+
+def test_shapes_are_stacked_as_arrays_are():
+    shapes = t5.abstract_params(T5_1_0)
+    assert t5.stack_layers(shapes) == t5.abstract_params(scanned(T5_1_0))
+    assert t5.unstack_layers(t5.abstract_params(scanned(T5_1_0))) == shapes
+
+
+@pytest.mark.parametrize("policy", ["all", "Full"])
+def test_an_unknown_policy_is_named(policy):
+    with pytest.raises(UsageError, match="remat_policy must be one of none, minimal, full; found"):
+        dataclasses.replace(T5_1_0, remat_policy=policy)
+
+
+# --------------------------------------------------------------------------------------- Decoding
+
+
+@each_config
+def test_outputs_are_those_of_layers_apart(config):
+    params = random_params(config)
+    settings = decoding.Decoding(max_length=6, num_beams=2)
+    tokens = SOME_BATCH["encoder_input_tokens"]
+    expected = decoding.decode(params, tokens, config=config, decoding=settings)
+    found = decoding.decode(
+        t5.stack_layers(params),
+        tokens,
+        config=scanned(config, remat_policy="full"),
+        decoding=settings,
+    )
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_allclose(found.log_prob, expected.log_prob, rtol=1e-6)
+
+
+def test_weights_are_cut_out_of_their_stacks_before_the_loop():
+    config = scanned(T5_1_1)
+    traced = jax.jit(
+        functools.partial(decoding.decode, config=config, decoding=decoding.Decoding(max_length=4))
+    ).trace(t5.abstract_params(config), SOME_BATCH["encoder_input_tokens"])
+    (call,) = (eqn for eqn in traced.jaxpr.jaxpr.eqns if "jaxpr" in eqn.params)
+    (loop,) = (eqn for eqn in call.params["jaxpr"].eqns if eqn.primitive.name == "while")
+    stacked = (3, config.emb_dim, config.num_heads * config.head_dim)
+    assert stacked in {var.aval.shape for var in call.params["jaxpr"].jaxpr.invars}
+    assert stacked not in {var.aval.shape for var in loop.invars}
+
+
+# -------------------------------------------------------------------------------------- Adafactor
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"min_dim_size_to_factor": 12}, {"weight_decay_rate": 0.1}, {"momentum": 0.9}],
+    ids=str,
+)
+def test_adafactor_updates_each_layer_as_a_parameter_of_its_own(settings):
+    schedule = optax.linear_schedule(0.1, 0.01, 4)
+    params = random_params(T5_1_0)
+    # Gradients of very different sizes, so that what one layer's is clipped by is not another's.
+    gradients = jax.tree.map(lambda x: x**3, params)
+    gradients["decoder"]["layers_1"] = jax.tree.map(
+        lambda x: 100 * x, gradients["decoder"]["layers_1"]
+    )
+    stacked = t5.stack_layers(params)
+    expected_of, found_of = (
+        optax.adafactor(schedule, **settings),
+        optimizers.adafactor(schedule, **settings),
+    )
+    expected_state, found_state = expected_of.init(params), found_of.init(stacked)
+    for _ in range(3):
+        updates, expected_state = expected_of.update(gradients, expected_state, params)
+        params = optax.apply_updates(params, updates)
+        updates, found_state = found_of.update(t5.stack_layers(gradients), found_state, stacked)
+        stacked = optax.apply_updates(stacked, updates)
+        assert_close(t5.unstack_layers(stacked), params, atol=0)
+    assert found_state[0].count == 3
+    # What was saved by the one is read by the other, where no layer is stacked.
+    assert jax.tree.structure(found_of.init(params)) == jax.tree.structure(expected_state)
+
+
+def test_without_a_stack_it_is_optax_s():
+    params = random_params(T5_1_0)
+    gradients = jax.tree.map(lambda x: x**3, params)
+    results = []
+    for optimizer in (optax.adafactor(0.1), optimizers.adafactor(0.1)):
+        results.append(optimizer.update(gradients, optimizer.init(params), params))
+    assert_close(results[0], results[1], atol=0)
+
+
+# ------------------------------------------------------------------------------------- Checkpoints
+
+
+@each_config
+def test_the_fingerprint_is_of_the_network(config):
+    params = random_params(config)
+    digest = checkpoints.digest(params)
+    assert checkpoints.digest(t5.stack_layers(params)) == digest
+    other = t5.stack_layers(params)
+    scale = other["encoder"]["layers"]["pre_mlp_layer_norm"]["scale"]
+    other["encoder"]["layers"]["pre_mlp_layer_norm"]["scale"] = scale[::-1]
+    assert checkpoints.digest(other) != digest
