@@ -80,7 +80,7 @@ def _cell(value: Any) -> str:
 def interleave(
     runs: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of every run in every round, one after the other: what slows a machine slows them all.
+    """Seconds of every run in every round, one after another: what slows a machine slows them all.
 
     Args:
         runs: by name; whatever a run returns is waited for (`jax.block_until_ready`).
@@ -100,5 +100,5 @@ def interleave(
 
 
 def ratio(times: Sequence[float], baseline: Sequence[float]) -> float:
-    """The median over rounds of time / baseline, both of `interleave`: steadier than either time."""
+    """The median over rounds of time / baseline, both from `interleave`: steadier than a time."""
     return median(one / other for one, other in zip(times, baseline, strict=True))
