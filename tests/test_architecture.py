@@ -26,6 +26,8 @@ GROUPS = {
         "tokenization",
         "vocabularies",
         "feature_converters",
+        "packing",
+        "prefetch",
         "tasks",
         "paper_tasks",
         "corpora",
