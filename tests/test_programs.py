@@ -226,6 +226,20 @@ def test_microbatches_make_the_same_update(patched):
             assert line[name] == pytest.approx(expected[name], rel=1e-4)
 
 
+def test_packed_rows_hold_several_examples(patched, capsys):
+    lengths = {"inputs": 16, "targets": 48}
+    train("packed", PACK=True, TASK_FEATURE_LENGTHS=lengths, LOG_EVERY=1, TRAIN_STEPS=4)
+    first, *_, last = metrics_of("packed")
+    # The sixty rooms fill two batches of sixteen rows at most: with sixteen alone, it takes four.
+    assert first["num_tokens"] + metrics_of("packed")[1]["num_tokens"] >= sum(
+        len(row.target_ids) for row in records.read_records("original.jsonl")
+    )
+    assert first["positive_kl"] < 1e-9  # nothing has moved, whoever shares the row
+    assert last["negative_mass"] < first["negative_mass"]
+    assert 0 <= last["input_wait_fraction"] < 1
+    assert re.search(r"Packed, [2-5]\.\d examples a row: padding is \d+%", capsys.readouterr().out)
+
+
 # --- Other data, other removals -------------------------------------------------------------------
 
 TASK = """
