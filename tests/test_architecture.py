@@ -38,6 +38,8 @@ GROUPS = {
         "tokenization",
         "vocabularies",
         "feature_converters",
+        "packing",
+        "prefetch",
         "tasks",
         "paper_tasks",
         "corpora",

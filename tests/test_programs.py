@@ -69,8 +69,8 @@ def annotate(output, generated, **settings):
     assert rooms.run("annotate", {**settings, "OUTPUT": output, "RECORDS": generated}) == 0
 
 
-def evaluate(output, current_records, checkpoint):
-    settings = {
+def evaluate(output, current_records, checkpoint, **settings):
+    settings |= {
         "OUTPUT": output,
         "CURRENT_RECORDS": current_records,
         "CHECKPOINT_PATH": checkpoint,
@@ -136,7 +136,8 @@ def test_training_takes_the_mass_from_the_marks(patched):
 
 
 def test_evaluation_counts_what_the_files_hold(patched):
-    result = evaluate("evaluation.json", "patched.annotated.jsonl", "patched")
+    sharded = {"FSDP_DEVICES": 2, "MODEL_DEVICES": 2}
+    result = evaluate("evaluation.json", "patched.annotated.jsonl", "patched", **sharded)
     before, after = (records.read_records(f"{name}.jsonl") for name in ("original", "patched"))
     num_unwanted = {
         name: sum(bool(rooms.UNWANTED.search(row.targets)) for row in rows)
@@ -150,7 +151,7 @@ def test_evaluation_counts_what_the_files_hold(patched):
     assert result["comparison"]["exact_match"]["numerator"] == unchanged
     certificate = result["certificate"]
     assert certificate["negative_residual"] < 0.1 < 1 < certificate["negative_smallest_cost"]
-    # The trainer evaluated the same models on the same outputs.
+    # The trainer evaluated the same models on the same outputs, with no parameter split.
     (of_trainer,) = (line for line in metrics_of("patched") if "eval/loss" in line)
     for name, of_trainer_name in (
         ("negative_residual", "negative_residual"),
@@ -224,6 +225,20 @@ def test_microbatches_make_the_same_update(patched):
             assert line[name] == expected[name]
         for name in ("loss", "gradient_norm", "negative_mass"):
             assert line[name] == pytest.approx(expected[name], rel=1e-4)
+
+
+def test_packed_rows_hold_several_examples(patched, capsys):
+    lengths = {"inputs": 16, "targets": 48}
+    train("packed", PACK=True, TASK_FEATURE_LENGTHS=lengths, LOG_EVERY=1, TRAIN_STEPS=4)
+    first, *_, last = metrics_of("packed")
+    # The sixty rooms fill two batches of sixteen rows at most: with sixteen alone, it takes four.
+    assert first["num_tokens"] + metrics_of("packed")[1]["num_tokens"] >= sum(
+        len(row.target_ids) for row in records.read_records("original.jsonl")
+    )
+    assert first["positive_kl"] < 1e-9  # nothing has moved, whoever shares the row
+    assert last["negative_mass"] < first["negative_mass"]
+    assert 0 <= last["input_wait_fraction"] < 1
+    assert re.search(r"Packed, [2-5]\.\d examples a row: padding is \d+%", capsys.readouterr().out)
 
 
 # --- Other data, other removals -------------------------------------------------------------------

@@ -4,6 +4,9 @@ Axes: `B` examples, `Ti` input tokens, `T` target tokens, `K` removed ids per po
 features are int32: `encoder_input_tokens` `[B, Ti]`; `decoder_input_tokens`,
 `decoder_target_tokens` and `decoder_loss_mask` `[B, T]`, padded with 0; `decoder_negative_ids`
 `[B, T, K]`, padded with -1. A position is negative when it has any id. NumPy only.
+
+In a packed batch several examples share a row, and `B` counts rows. `encoder_segment_ids` `[B, Ti]`
+and `decoder_segment_ids` `[B, T]` number the examples of a row from 1, with 0 at padding.
 """
 
 import dataclasses
@@ -14,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tnt_jax import packing
 from tnt_jax.errors import UsageError
 
 EOS_ID = 1  # T5's; tokenization.check_vocabulary makes sure of it
@@ -53,19 +57,32 @@ class Lost(NamedTuple):
     num_marks: int  # (position, id) pairs beyond the cut
 
 
+class Place(NamedTuple):
+    """Where one example lies in a batch."""
+
+    example: int  # its index in the data set
+    row: int
+    segment: int  # its number within the row, from 1
+    input_offset: int  # its first input token is encoder_input_tokens[row, input_offset]
+    target_offset: int  # its first target token is decoder_target_tokens[row, target_offset]
+    num_targets: int  # target tokens that are kept, EOS included
+
+
 def convert_features(
     examples: Sequence[Example],
     task_feature_lengths: Mapping[str, int],
     num_negative_ids: int | None = None,
+    places: Sequence[Place] | None = None,
 ) -> dict[str, np.ndarray]:
     """Pads or cuts examples to one shape.
 
     What is too long is cut at the end. A target that is cut has no EOS: the text did not end there.
 
     Args:
-        examples: `B` of them.
+        examples: `B` of them, or as many as there are places.
         task_feature_lengths: `Ti` under "inputs" and `T` under "targets".
         num_negative_ids: `K`; None takes what these examples need.
+        places: where each example lies in a packed batch; None gives each a row of its own.
 
     Returns:
         The model features listed at the head of this module.
@@ -74,35 +91,62 @@ def convert_features(
         UsageError: a length is missing, or an example has more than `K` ids at a position.
     """
     input_length, target_length = _lengths(task_feature_lengths)
-    batch_size = len(examples)
     num_negative_ids = num_negative_ids or max_negative_ids(examples)
-    targets = np.zeros((batch_size, target_length), np.int32)
-    loss_mask = np.zeros((batch_size, target_length), np.int32)
-    negative_ids = np.full((batch_size, target_length, num_negative_ids), -1, np.int32)
-    for row, example in enumerate(examples):
+    is_packed = places is not None
+    if places is None:
+        places = [Place(row, row, 1, 0, 0, target_length) for row in range(len(examples))]
+    num_rows = 1 + max((place.row for place in places), default=-1)
+    inputs, input_segments = np.zeros((2, num_rows, input_length), np.int32)
+    targets, target_segments, loss_mask = np.zeros((3, num_rows, target_length), np.int32)
+    negative_ids = np.full((num_rows, target_length, num_negative_ids), -1, np.int32)
+    for example, place in zip(examples, places, strict=True):
+        row, offset = place.row, place.target_offset
+        kept_inputs = _cut_input(example.inputs, input_length)
+        here = slice(place.input_offset, place.input_offset + len(kept_inputs))
+        inputs[row, here] = kept_inputs
+        input_segments[row, here] = place.segment
         kept_targets = example.targets[:target_length]
-        targets[row, : len(kept_targets)] = kept_targets
-        if example.loss_mask is None:
-            loss_mask[row, : len(kept_targets)] = 1
-        else:
-            loss_mask[row, : len(kept_targets)] = example.loss_mask[:target_length]
-        kept_pairs = example.negative_pairs[example.negative_pairs[:, 0] < target_length]
-        positions, ids = kept_pairs.T
-        # The pairs are sorted: the n-th id at a position is n after the first of that position.
-        slots = np.arange(len(positions)) - np.searchsorted(positions, positions)
-        if slots.size and slots.max() >= num_negative_ids:
-            raise UsageError(
-                f"example {example.id!r} has {slots.max() + 1} negative ids at one position, but "
-                f"num_negative_ids is {num_negative_ids}. Raise it, or leave it unset."
-            )
-        negative_ids[row, positions, slots] = ids
-    return {
-        "encoder_input_tokens": pad_inputs([e.inputs for e in examples], input_length),
-        "decoder_input_tokens": np.pad(targets, ((0, 0), (1, 0)))[:, :-1],
+        here = slice(offset, offset + len(kept_targets))
+        targets[row, here] = kept_targets
+        target_segments[row, here] = place.segment
+        has_loss = 1 if example.loss_mask is None else example.loss_mask[:target_length]
+        loss_mask[row, here] = has_loss
+        positions, slots, ids = _negative_slots(example, target_length, num_negative_ids)
+        negative_ids[row, offset + positions, slots] = ids
+    shifted = _shift_right(targets)
+    features = {
+        "encoder_input_tokens": inputs,
+        # A segment begins with 0, not with the end of the one before it.
+        "decoder_input_tokens": (
+            shifted * (target_segments == _shift_right(target_segments)) if is_packed else shifted
+        ),
         "decoder_target_tokens": targets,
         "decoder_loss_mask": loss_mask * (targets != 0),
         "decoder_negative_ids": negative_ids,
     }
+    if is_packed:
+        features["encoder_segment_ids"] = input_segments
+        features["decoder_segment_ids"] = target_segments
+    return features
+
+
+def _negative_slots(
+    example: Example, target_length: int, num_negative_ids: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Position, place among the `K` of that position, and id of each mark within the length."""
+    positions, ids = example.negative_pairs[example.negative_pairs[:, 0] < target_length].T
+    # The pairs are sorted: the n-th id at a position is n after the first of that position.
+    slots = np.arange(len(positions)) - np.searchsorted(positions, positions)
+    if slots.size and slots.max() >= num_negative_ids:
+        raise UsageError(
+            f"example {example.id!r} has {slots.max() + 1} negative ids at one position, but "
+            f"num_negative_ids is {num_negative_ids}. Raise it, or leave it unset."
+        )
+    return positions, slots, ids
+
+
+def _shift_right(rows: np.ndarray) -> np.ndarray:
+    return np.pad(rows, ((0, 0), (1, 0)))[:, :-1]
 
 
 def digest(examples: Sequence[Example]) -> str:
@@ -123,11 +167,15 @@ def pad_inputs(inputs: Sequence[Sequence[int] | np.ndarray], length: int) -> np.
     """
     padded = np.zeros((len(inputs), length), np.int32)
     for row, ids in zip(padded, inputs, strict=True):
-        kept = ids[:length]
+        kept = _cut_input(np.asarray(ids, np.int32), length)
         row[: len(kept)] = kept
-        if len(ids) > length and ids[-1] == EOS_ID:
-            row[-1] = EOS_ID
     return padded
+
+
+def _cut_input(ids: np.ndarray, length: int) -> np.ndarray:
+    if len(ids) > length and ids[-1] == EOS_ID:
+        return np.append(ids[: length - 1], np.int32(EOS_ID))
+    return ids[:length]
 
 
 def count_lost(examples: Sequence[Example], task_feature_lengths: Mapping[str, int]) -> Lost:
@@ -163,6 +211,15 @@ def check_token_ids(examples: Sequence[Example], num_embeddings: int) -> None:
                 )
 
 
+class Fill(NamedTuple):
+    """How full the rows of an epoch are."""
+
+    num_rows: int
+    examples_per_row: float
+    input_padding: float  # share of the encoder's positions that hold no token
+    target_padding: float  # of the decoder's
+
+
 @dataclasses.dataclass
 class Batches:
     """An endless sequence of batches: batch k depends on the examples, the seed and k alone.
@@ -171,13 +228,19 @@ class Batches:
     into the next: each example is seen exactly once per epoch, whatever the batch size. Nothing
     needs to be saved to resume, and every host builds the same global batch.
 
+    Packing puts as many whole examples into a row as fit, within the permutation of one epoch. The
+    batch size counts rows, so a packed batch has as many positions as an unpacked one, and more
+    examples. How many rows an epoch has depends on its permutation: to find batch k, the epochs
+    before it are packed as well, 4 microseconds for each example, once.
+
     Attributes:
         examples: the data set.
         batch_size: rows in a global batch.
         task_feature_lengths: "inputs" and "targets", in tokens.
         seed: of the order.
         num_negative_ids: `K`; None takes what the data set needs.
-        shuffle: False keeps the order of `examples`.
+        shuffle: False keeps the order of `examples` (of each row's largest example, if packed).
+        pack: True puts several examples into a row.
 
     Raises:
         UsageError: there are no examples, or a setting is not positive.
@@ -189,39 +252,84 @@ class Batches:
     seed: int
     num_negative_ids: int | None = None
     shuffle: bool = True
+    pack: bool = False
 
     def __post_init__(self):
         if not self.examples:
             raise UsageError("expected a data set with examples, found none.")
         if self.batch_size < 1:
             raise UsageError(f"BATCH_SIZE: expected a positive number, found {self.batch_size}.")
-        _lengths(self.task_feature_lengths)
+        lengths = _lengths(self.task_feature_lengths)
         if self.num_negative_ids is None:
             self.num_negative_ids = max_negative_ids(self.examples)
+        sizes = [(len(example.inputs), len(example.targets)) for example in self.examples]
+        self._sizes = np.minimum(np.array(sizes), lengths)  # of what is kept, `[N, 2]`
+        # Both serve many batches. The loop's thread asks and the user may, so the caches are ones
+        # that threads can share.
+        self._rows = functools.lru_cache(maxsize=2)(self._rows_of_epoch)
+        self._num_rows = functools.lru_cache(maxsize=None)(lambda epoch: len(self._rows(epoch)))
 
     def batch(self, k: int) -> dict[str, np.ndarray]:
         """Batch k, counted from 0: its model features."""
-        positions = np.arange(k * self.batch_size, (k + 1) * self.batch_size)
-        epochs, indices = np.divmod(positions, len(self.examples))
-        orders = {epoch: self._order(epoch) for epoch in set(epochs.tolist())}
-        chosen = [
-            self.examples[int(orders[epoch][index])]
-            for epoch, index in zip(epochs.tolist(), indices.tolist(), strict=True)
-        ]
-        return convert_features(chosen, self.task_feature_lengths, self.num_negative_ids)
+        places = self.layout(k)
+        return convert_features(
+            [self.examples[place.example] for place in places],
+            self.task_feature_lengths,
+            self.num_negative_ids,
+            places if self.pack else None,
+        )
 
     __getitem__ = batch
 
-    def _order(self, epoch: int) -> np.ndarray:
-        num_examples = len(self.examples)
-        if not self.shuffle:
-            return np.arange(num_examples)
-        return _permutation(num_examples, self.seed, epoch)
+    def layout(self, k: int) -> list[Place]:
+        """Which examples batch k has, and where each of them lies; row by row.
 
+        What is kept for each example, such as an array `[T, E]` of the original's decoder states,
+        goes to `[row, target_offset : target_offset + num_targets]` of an array `[B, T, E]`.
+        """
+        places = []
+        for row, indices in enumerate(self._members(k)):
+            input_offset = target_offset = 0
+            for segment, index in enumerate(indices, start=1):
+                num_inputs, num_targets = self._sizes[index].tolist()
+                places.append(
+                    Place(int(index), row, segment, input_offset, target_offset, num_targets)
+                )
+                input_offset += num_inputs
+                target_offset += num_targets
+        return places
 
-@functools.lru_cache(maxsize=4)  # a permutation serves many batches
-def _permutation(num_examples: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(num_examples)
+    def fill(self) -> Fill:
+        """How full the rows of the first epoch are."""
+        num_rows = self._num_rows(0)
+        input_share, target_share = self._sizes.sum(axis=0) / (
+            num_rows * np.array(_lengths(self.task_feature_lengths))
+        )
+        per_row = len(self.examples) / num_rows
+        return Fill(num_rows, per_row, 1 - float(input_share), 1 - float(target_share))
+
+    def _members(self, k: int) -> list[np.ndarray]:
+        """The indices of the examples of each row of batch k."""
+        epoch, start = 0, k * self.batch_size  # the row at which the batch starts in the epoch
+        if not self.pack:
+            epoch, start = divmod(start, len(self.examples))
+        while start >= self._num_rows(epoch):
+            start -= self._num_rows(epoch)
+            epoch += 1
+        members: list[np.ndarray] = []
+        while len(members) < self.batch_size:
+            members.extend(self._rows(epoch)[start : start + self.batch_size - len(members)])
+            epoch, start = epoch + 1, 0
+        return members
+
+    def _rows_of_epoch(self, epoch: int) -> Sequence[np.ndarray] | np.ndarray:
+        order = np.arange(len(self.examples))
+        if self.shuffle:
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(order))
+        if not self.pack:
+            return order[:, None]
+        rows = packing.pack(self._sizes[order], _lengths(self.task_feature_lengths))
+        return [order[row] for row in rows]
 
 
 def batch_for_eval(

@@ -4,15 +4,21 @@ Every output record keeps the prompt's id and other fields and gains `targets` a
 `target_ids`; a reference text in `targets` moves to `reference`. Sampling noise depends on the seed
 and the record's id alone, so two models that agree give the same sample.
 
+Prompts of like lengths are decoded together, the longest first, in a few encoder widths, each of
+which is a program to compile. No output depends on that; they are written in the prompts' order.
+
 Example:
     python -m tnt_jax.generate --gin_file=models/t5_1_1_base.gin --gin_file=runs/generate.gin \
       --gin.CHECKPOINT_PATH=original/checkpoint_1000 --gin.VOCABULARY_PATH=spiece.model \
       --gin.PROMPTS=prompts.jsonl --gin.OUTPUT=outputs.jsonl
 """
 
+import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+import functools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -34,6 +40,8 @@ from tnt_jax.array_types import PyTree
 from tnt_jax.errors import UsageError
 
 _WIDTH_MULTIPLE = 16  # so that files of nearly equal lengths share a compiled program
+_MOST_WIDTHS = 5  # per file: each is a program of its own
+_BATCHES_PER_WIDTH = 4  # a program is worth compiling for so many batches
 
 
 def generate(
@@ -88,26 +96,37 @@ def generate(
     rows = _read(prompts, vocabulary)
     params = network.restore(checkpoint_path)
 
-    inputs, num_cut = _inputs(rows, vocabulary, task_feature_lengths)
+    longest = task_feature_lengths["inputs"]
+    inputs = [tokenization.encode(vocabulary, row.inputs, add_eos=True) for row in rows]
+    num_cut = sum(len(ids) > longest for ids in inputs)
     if num_cut:
         run_log.log(
-            f"{num_cut} of {len(rows)} inputs are cut at {inputs.shape[1]} tokens "
-            "(TASK_FEATURE_LENGTHS)."
+            f"{num_cut} of {len(rows)} inputs are cut at {longest} tokens (TASK_FEATURE_LENGTHS)."
         )
-    outputs = [
-        _output(row, ids, vocabulary)
-        for row, ids in zip(
-            rows,
-            _decode(inputs, [row.id for row in rows], params, network, decoder, batch_size, seed),
-            strict=True,
-        )
-    ]
-    records.write_records(output, outputs)
+    batches = _plan([len(ids) for ids in inputs], batch_size, longest)
+
+    def start(batch: _Batch) -> decoding.Decoded:
+        ids = [rows[index].id for index in batch.indices]
+        tokens = [inputs[index] for index in batch.indices]
+        return _start(ids, tokens, batch.width, params, network, decoder, batch_size, seed)
+
+    outputs: dict[int, records.Record] = {}
+    began = time.monotonic()
+    for batch, tokens in run_log.progress(
+        _one_ahead(batches, start), f"generating {len(rows)} outputs", total=len(batches)
+    ):
+        for index, of_row in zip(batch.indices, tokens, strict=False):  # filler rows come last
+            outputs[index] = _output(rows[index], of_row, vocabulary)
+    seconds = time.monotonic() - began
+    records.write_records(output, [outputs[index] for index in range(len(rows))])
     run_config.write(output)
-    num_unended = sum(decoder.eos_id not in (row.target_ids or ()) for row in outputs)
+    generated = [row.target_ids or () for row in outputs.values()]
+    num_unended = sum(decoder.eos_id not in ids for ids in generated)
     run_log.log(
         f"{output}: {len(outputs)} outputs, of which {num_unended} do not end within "
-        f"{decoder.max_length} tokens."
+        f"{decoder.max_length} tokens. With compilation: {len(outputs) / seconds:.1f} outputs/s, "
+        f"{sum(map(len, generated)) / seconds:.0f} tokens/s, in encoder widths of "
+        f"{', '.join(map(str, sorted({batch.width for batch in batches})))}."
     )
 
 
@@ -119,46 +138,91 @@ def _read(prompts: Any, vocabulary: Any) -> list[records.Record]:
     return tasks.prompts_from_task(prompts.mixture_or_task_name, prompts.split, vocabulary)
 
 
-def _inputs(
-    rows: Sequence[records.Record], vocabulary: Any, task_feature_lengths: Mapping[str, int]
-) -> tuple[np.ndarray, int]:
-    """Input ids `[N, Ti]` padded with 0, and how many were cut (they keep their EOS)."""
-    longest = task_feature_lengths["inputs"]
-    ids = [tokenization.encode(vocabulary, row.inputs, add_eos=True) for row in rows]
-    width = -(-max(map(len, ids)) // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
-    inputs = feature_converters.pad_inputs(ids, min(longest, width))
-    return inputs, sum(len(of_row) > longest for of_row in ids)
+class _Batch(NamedTuple):
+    indices: list[int]  # of its prompts
+    width: int  # of the encoder
 
 
-def _decode(
-    inputs: np.ndarray,
+def _plan(lengths: Sequence[int], batch_size: int, longest: int) -> list[_Batch]:
+    """Prompts by falling length, in batches that are little wider than their longest prompt.
+
+    The longest come first: what does not fit into memory is known at once.
+
+    Args:
+      lengths: Tokens of every prompt.
+      batch_size: Prompts in a batch; the last may have fewer.
+      longest: No width is above it; longer prompts are cut.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    needed = [
+        min(longest, -(-lengths[part[0]] // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE) for part in parts
+    ]
+    num_widths = min(_MOST_WIDTHS, 1 + len(parts) // _BATCHES_PER_WIDTH)
+    return [_Batch(*of) for of in zip(parts, _few_widths(needed, num_widths), strict=True)]
+
+
+def _few_widths(needed: Sequence[int], num_widths: int) -> list[int]:
+    """Widths at least as large as those needed, few distinct ones, and of those the least sum."""
+    number = collections.Counter(needed)
+    distinct = sorted(number)
+
+    @functools.cache
+    def best(end: int, num_left: int) -> tuple[float, tuple[int, ...]]:
+        """The sum, and the widths, for the `end` smallest of those needed."""
+        if end == 0 or num_left == 0:
+            return (0.0 if end == 0 else float("inf")), ()
+        width = distinct[end - 1]
+        return min(
+            (total + width * sum(number[n] for n in distinct[begin:end]), (*widths, width))
+            for begin in range(end)
+            for total, widths in [best(begin, num_left - 1)]
+        )
+
+    _, widths = best(len(distinct), num_widths)
+    return [min(width for width in widths if width >= n) for n in needed]
+
+
+def _start(
     ids: Sequence[str],
+    inputs: Sequence[Sequence[int]],
+    width: int,
     params: PyTree,
     network: assembly.Model,
     decoder: decoding.Decoding,
     batch_size: int,
     seed: int,
-):
-    """Yields the generated ids of every row, EOS included, padding dropped."""
-    num_fill = -len(inputs) % batch_size
-    inputs = np.pad(inputs, ((0, num_fill), (0, 0)))
-    keys = decoding.record_keys(seed, [*ids, *[""] * num_fill]) if decoder.temperature else None
-    starts = range(0, len(inputs), batch_size)
-    for start in run_log.progress(starts, f"generating {len(ids)} outputs"):
-        rows = slice(start, start + batch_size)
-        batch = sharding.put_batch({"tokens": inputs[rows]}, network.mesh)
-        decoded = decoding.decode(
-            params,
-            batch["tokens"],
-            None if keys is None else jax.device_put(keys[rows], batch["tokens"].sharding),
-            config=network.config,
-            decoding=decoder,
-        )
-        for tokens in np.asarray(decoded.tokens)[: len(ids) - start]:
-            yield tuple(int(token) for token in np.trim_zeros(tokens, "b"))
+) -> decoding.Decoded:
+    """Has the devices begin with a batch, filled up with empty rows, and does not wait for it."""
+    num_fill = batch_size - len(ids)
+    rows = feature_converters.pad_inputs([*inputs, *[()] * num_fill], width)
+    tokens = sharding.put_batch({"tokens": rows}, network.mesh)["tokens"]
+    keys = None
+    if decoder.temperature:
+        keys = decoding.record_keys(seed, [*ids, *[""] * num_fill])
+        keys = jax.device_put(keys, tokens.sharding)
+    return decoding.decode(params, tokens, keys, config=network.config, decoding=decoder)
 
 
-def _output(row: records.Record, ids: tuple[int, ...], vocabulary: Any) -> records.Record:
+def _one_ahead(
+    batches: Sequence[_Batch], start: Callable[[_Batch], decoding.Decoded]
+) -> Iterator[tuple[_Batch, np.ndarray]]:
+    """Yields each batch with its tokens, `[B, L]`.
+
+    The devices have begun with the next batch by then: they work while the host writes text. No
+    more than two batches are on the devices.
+    """
+    started = None
+    for batch in batches:
+        before, started = started, (batch, start(batch))
+        if before:
+            yield before[0], np.asarray(before[1].tokens)
+    if started:
+        yield started[0], np.asarray(started[1].tokens)
+
+
+def _output(row: records.Record, tokens: np.ndarray, vocabulary: Any) -> records.Record:
+    ids = tuple(np.trim_zeros(tokens, "b").tolist())
     extra = dict(row.extra)
     if row.targets:
         extra.setdefault("reference", row.targets)

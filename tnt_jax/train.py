@@ -16,6 +16,7 @@ Example:
       --gin.TRAIN_STEPS=200
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -30,6 +31,7 @@ from tnt_jax import (
     checkpoints,
     feature_converters,
     objectives,
+    prefetch,
     pretrained,
     program,
     run_config,
@@ -69,6 +71,7 @@ def train(
     optimizer: Callable[[], optax.GradientTransformation] | optax.GradientTransformation,
     num_microbatches: int = 1,
     mesh_shape: sharding.MeshShape | None = None,
+    pack: bool = False,
     eval_dataset: Dataset | None = None,
     eval_every: int = 500,
     checkpoint_every: int = 1000,
@@ -84,12 +87,13 @@ def train(
       objective: The loss per token.
       dataset: Annotated examples.
       task_feature_lengths: Tokens of "inputs" and "targets"; longer ones are cut, and counted.
-      batch_size: Examples per update, over all devices and microbatches.
+      batch_size: Rows per update, over all devices and microbatches: examples, unless packed.
       train_steps: Updates in all, those before a restart included.
       initial_checkpoint_path: The original, and where training starts from; None is random.
       optimizer: An Optax optimizer, or what makes one, such as `optax.adafactor`.
       num_microbatches: Parts that each batch is computed in, to save memory.
       mesh_shape: Devices per mesh axis; None puts all on `data`.
+      pack: Puts as many whole examples into a row as fit. An update then sees more of them.
       eval_dataset: Evaluated every `eval_every` updates and at the end.
       eval_every: In updates.
       checkpoint_every: In updates; the end is always saved.
@@ -138,7 +142,12 @@ def train(
         task_feature_lengths,
         seed=seed,
         num_negative_ids=num_negative_ids,
+        pack=pack,
     )
+    _log_fill(batches)
+
+    def batch_of(step: int) -> dict[str, jax.Array]:
+        return sharding.put_batch(batches.batch(step - 1), mesh)
 
     # ------------------------------------------------------------------------- Model and original
     trainer = assembly.Trainer(
@@ -212,34 +221,41 @@ def train(
 
         run_log.log(
             f"Training on {len(examples)} examples from update {start} to {train_steps}, "
-            f"{batch_size} at a time, on {jax.device_count()} {jax.default_backend()} device(s)."
+            f"{batch_size} rows at a time, on {jax.device_count()} {jax.default_backend()} "
+            "device(s)."
         )
         pending: list[Any] = []  # sums of the updates since the last log, still on the devices
-        since = time.monotonic()
-        for step in range(start + 1, train_steps + 1):
-            batch = sharding.put_batch(batches.batch(step - 1), mesh)
-            state, sums = trainer.step(state, original_params, batch, key)
-            pending.append(sums)
-            if len(pending) > 1:
-                # The devices have the newest update to go on with. With more of them waiting,
-                # batches fill the memory, and simulated CPU devices block each other for ever.
-                jax.block_until_ready(pending[-2])
-            is_last = step == train_steps
-            is_save = is_last or step % checkpoint_every == 0
-            if is_last or is_save or step % log_every == 0:
-                fetched = jax.device_get(pending)  # waits for the devices
-                _check_finite(fetched, step - len(fetched) + 1, saved.latest_step(), model_dir)
-                seconds = time.monotonic() - since
-                summary = train_step.summarize(_add(fetched))
-                summary["tokens_per_second"] = summary["num_tokens"] / seconds
-                metrics.write(step, summary)
-                run_log.log(f"update {step} of {train_steps}: {_line(summary)}")
-                pending, since = [], time.monotonic()
-            if is_save:
-                saved.save(state, run)
-            if eval_examples and (is_last or step % eval_every == 0):
-                evaluate(step)
-                since = time.monotonic()
+        since, waited = time.monotonic(), 0.0
+        steps = range(start + 1, train_steps + 1)
+        with contextlib.closing(prefetch.ahead(batch_of, steps)) as upcoming:
+            for step in steps:
+                asked = time.monotonic()
+                batch = next(upcoming)
+                waited += time.monotonic() - asked
+                state, sums = trainer.step(state, original_params, batch, key)
+                pending.append(sums)
+                if len(pending) > 1:
+                    # The devices have the newest update to go on with. With more of them waiting,
+                    # batches fill the memory, and simulated CPU devices block each other for ever.
+                    jax.block_until_ready(pending[-2])
+                is_last = step == train_steps
+                is_save = is_last or step % checkpoint_every == 0
+                if is_last or is_save or step % log_every == 0:
+                    fetched = jax.device_get(pending)  # waits for the devices
+                    _check_finite(fetched, step - len(fetched) + 1, saved.latest_step(), model_dir)
+                    seconds = time.monotonic() - since
+                    summary = train_step.summarize(_add(fetched))
+                    summary["tokens_per_second"] = summary["num_tokens"] / seconds
+                    summary["input_wait_fraction"] = waited / seconds
+                    metrics.write(step, summary)
+                    run_log.log(f"update {step} of {train_steps}: {_line(summary)}")
+                    pending, since, waited = [], time.monotonic(), 0.0
+                if is_save:
+                    saved.save(state, run)
+                if eval_examples and (is_last or step % eval_every == 0):
+                    began = time.monotonic()
+                    evaluate(step)
+                    since += time.monotonic() - began
         if start >= train_steps:
             run_log.log(f"Nothing to do: {model_dir} is at update {start} of {train_steps}.")
     last = str(pretrained.find(model_dir))
@@ -267,6 +283,16 @@ def _check_marks(
     run_log.log(
         f"{num_marked} of {len(examples)} examples have marks: {num_marks} ids to remove, of which "
         f"{lost.num_marks} lie beyond TASK_FEATURE_LENGTHS and are not learned from."
+    )
+
+
+def _log_fill(batches: feature_converters.Batches) -> None:
+    fill = batches.fill()
+    how = f"Packed, {fill.examples_per_row:.1f} examples a row" if batches.pack else "Not packed"
+    run_log.log(
+        f"{how}: padding is {fill.input_padding:.0%} of the inputs' and {fill.target_padding:.0%} "
+        f"of the targets' positions. An epoch takes {fill.num_rows / batches.batch_size:.1f} "
+        "updates."
     )
 
 
@@ -330,6 +356,7 @@ def _line(summary: Mapping[str, float]) -> str:
         ("positive_kl", "KL to the original at ordinary positions {:.2e}"),
         ("gradient_norm", "gradient norm {:.3g}"),
         ("tokens_per_second", "{:.0f} target tokens/s"),
+        ("input_wait_fraction", "{:.0%} of the time waiting for input"),
     )
     return ", ".join(form.format(summary[name]) for name, form in shown if name in summary)
 

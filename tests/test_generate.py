@@ -1,0 +1,153 @@
+"""How prompts are put into batches, and that neither batches nor devices change an output."""
+
+import contextlib
+import itertools
+import re
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+import rooms
+from hypothesis import strategies as st
+
+from tnt_jax import generate, records, sharding
+
+# --- The plan -------------------------------------------------------------------------------------
+
+
+@hypothesis.given(st.lists(st.integers(1, 300), min_size=1, max_size=80), st.integers(1, 6))
+def test_every_prompt_fits_and_is_in_one_batch(lengths, batch_size):
+    batches = generate._plan(lengths, batch_size, longest=100)
+    indices = [index for batch in batches for index in batch.indices]
+    assert sorted(indices) == list(range(len(lengths)))
+    assert [lengths[index] for index in indices] == sorted(lengths, reverse=True)
+    assert all(len(batch.indices) == batch_size for batch in batches[:-1])
+    for batch in batches:
+        assert max(min(lengths[index], 100) for index in batch.indices) <= batch.width <= 100
+    assert len({batch.width for batch in batches}) <= min(5, 1 + len(batches) // 4)
+
+
+def test_widths_by_hand():
+    """Sixteen batches of two may have five widths, and need four; three batches have one."""
+    lengths = [5, 30, 31, 70, 90, 200] + [5] * 26
+    widths = [batch.width for batch in generate._plan(lengths, 2, longest=512)]
+    # 200 and 90 share a batch, 70 and 31, 30 and 5.
+    assert widths == [208, 80, 32] + [16] * 13
+    assert [batch.width for batch in generate._plan(lengths[:6], 2, longest=512)] == [208] * 3
+
+
+@hypothesis.given(st.lists(st.integers(1, 9), min_size=1, max_size=20), st.integers(1, 4))
+def test_no_other_widths_would_pad_less(needed, num_widths):
+    found = generate._few_widths(needed, num_widths)
+    assert all(width >= n for width, n in zip(found, needed, strict=True))
+    assert len(set(found)) <= num_widths
+    least = min(
+        sum(min(width for width in widths if width >= n) for n in needed)
+        for widths in itertools.combinations_with_replacement(sorted(set(needed)), num_widths)
+        if max(widths) == max(needed)
+    )
+    assert sum(found) == least
+
+
+def test_the_next_batch_is_begun_before_one_is_fetched():
+    events = []
+
+    class Decoded:
+        def __init__(self, batch):
+            self.width = batch.width
+            events.append(f"start {self.width}")
+
+        @property
+        def tokens(self):
+            events.append(f"fetch {self.width}")
+            return np.array([[self.width]])
+
+    batches = [generate._Batch([], width) for width in (3, 2, 1)]
+    for batch, tokens in generate._one_ahead(batches, Decoded):
+        events.append(f"got {batch.width}, {tokens[0, 0]}")
+    assert events == [
+        *("start 3", "start 2", "fetch 3", "got 3, 3"),
+        *("start 1", "fetch 2", "got 2, 2", "fetch 1", "got 1, 1"),
+    ]
+    assert list(generate._one_ahead([], Decoded)) == []
+
+
+# --- The outputs ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", autouse=True)
+def working_directory(tmp_path_factory):
+    """The world of `rooms`, prompts of one to eleven rooms, and a model that has begun to learn."""
+    folder = tmp_path_factory.mktemp("world")
+    rooms.write_world(folder)
+    with contextlib.chdir(folder), rooms.compiled_cheaply(folder / "compiled"):
+        rows = rooms.corpus()
+        prompts = [
+            records.Record(
+                id=str(n), inputs=" ".join(row.inputs for row in rows[n : n + 1 + n % 11])
+            )
+            for n in range(45)
+        ]
+        records.write_records("prompts.jsonl", prompts)
+        settings = {
+            "RECORDS": "corpus.jsonl",
+            "ANNOTATED": False,
+            "INITIAL_CHECKPOINT_PATH": None,
+            "TRAIN_STEPS": 20,
+            "LEARNING_RATE": 1e-2,
+            "MODEL_DIR": "model",
+        }
+        assert rooms.run("train", settings, ["objectives/fine_tune.gin"]) == 0
+        yield
+
+
+def outputs(name, **settings):
+    """The generated ids of every prompt, in order."""
+    defaults = {
+        "PROMPTS": "prompts.jsonl",
+        "CHECKPOINT_PATH": "model",
+        "OUTPUT": f"{name}.jsonl",
+        "TASK_FEATURE_LENGTHS": {"inputs": 40},
+        "BATCH_SIZE": 8,
+    }
+    assert rooms.run("generate", defaults | settings) == 0
+    found = records.read_records(f"{name}.jsonl")
+    assert [row.id for row in found] == [str(n) for n in range(45)]
+    return [row.target_ids for row in found]
+
+
+@pytest.mark.parametrize("decoder", [{}, {"TEMPERATURE": 1.0}], ids=["greedy", "sampling"])
+def test_outputs_do_not_depend_on_the_batches(decoder, monkeypatch, capsys):
+    bucketed = outputs("bucketed", **decoder)
+    assert len(set(bucketed)) > 10
+    printed = capsys.readouterr().out
+    assert re.search(r"\d outputs/s, \d+ tokens/s, in encoder widths of 16, 32\.", printed)
+    # As they come, all in one width.
+    monkeypatch.setattr(
+        generate,
+        "_plan",
+        lambda lengths, batch_size, longest: [
+            generate._Batch(list(range(len(lengths)))[start : start + batch_size], longest)
+            for start in range(0, len(lengths), batch_size)
+        ],
+    )
+    assert outputs("unsorted", **decoder) == bucketed
+
+
+@pytest.mark.parametrize("decoder", [{}, {"NUM_BEAMS": 3}], ids=["greedy", "beams"])
+def test_eight_devices_give_the_tokens_of_one(decoder, monkeypatch):
+    meshes = []
+
+    def make_mesh(shape):
+        # The first run is on one device, whatever it asks for.
+        meshes.append(make_real_mesh(shape, None if meshes else jax.devices()[:1]))
+        return meshes[-1]
+
+    make_real_mesh = sharding.make_mesh
+    monkeypatch.setattr(sharding, "make_mesh", make_mesh)
+    expected = outputs("one", **decoder)
+    for sizes in [(2, 4, 1), (4, 1, 2), (2, 2, 2)]:
+        names = ("DATA_DEVICES", "FSDP_DEVICES", "MODEL_DEVICES")
+        assert outputs("eight", **decoder, **dict(zip(names, sizes, strict=True))) == expected
+        assert tuple(meshes[-1].shape.values()) == sizes
