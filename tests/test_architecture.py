@@ -25,6 +25,7 @@ GROUPS = {
         "fused_objective",
         "embedding",
         "original",
+        "adapters",
         "t5",
         "t5_config",
         "t5_layers",
@@ -52,7 +53,7 @@ GROUPS = {
         "pretrained",
         "original_states",
     },
-    "assembly": {"assembly", "run_config", "program"},
+    "assembly": {"assembly", "original_setup", "run_config", "program"},
     "programs": {"train", "generate", "annotate", "evaluate", "pipeline", "convert"},
     "edge": {"t5x_plugin"},
 }

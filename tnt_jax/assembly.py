@@ -6,11 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from tnt_jax import objectives, original, pretrained, sharding, t5, train_step
+from tnt_jax import adapters, objectives, pretrained, sharding, t5, train_step
 from tnt_jax.array_types import PyTree
+from tnt_jax.original import PARAMETERS, AdaptersOff, CachedStates, Forward, Original
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,9 +37,38 @@ class Model:
         return _with_shardings(abstract, shardings)
 
     @functools.cached_property
-    def forward(self) -> original.Forward:
+    def abstract_computed_params(self) -> PyTree:
+        """The parameters in the dtypes that a forward pass reads them in.
+
+        A frozen model in these gives the numbers of the float32 one, bit for bit: what is cast to
+        bfloat16 before every use may be cast once.
+        """
+        return jax.tree.map(
+            lambda leaf, dtype: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding),
+            self.abstract_params,
+            t5.computed_dtypes(self.config),
+        )
+
+    def abstract_adapters(self, rank: int) -> PyTree:
+        """Shapes, dtypes and shardings of adapters for all kernels within layers."""
+        abstract = jax.eval_shape(
+            functools.partial(adapters.init, self.abstract_params, rank), jax.random.key(0)
+        )
+        axes = adapters.logical_axes(t5.param_logical_axes(self.config))
+        return _with_shardings(abstract, sharding.param_shardings(abstract, axes, self.mesh))
+
+    @functools.cached_property
+    def forward(self) -> Forward:
         """`forward(params, batch, dropout_key or None) -> FactoredLogits`."""
         return t5.make_factored_forward(self.config)
+
+    @functools.cached_property
+    def hidden_states(self) -> Callable[..., jax.Array]:
+        """`(params, batch) -> states [B, T, E]` of the decoder, whole on every device."""
+        return jax.jit(
+            _traced_on(self.mesh, lambda params, batch: self.forward(params, batch, None).hidden),
+            out_shardings=sharding.replicated(self.mesh),
+        )
 
     def restore(self, path: str) -> PyTree:
         """Parameters from a checkpoint, each array straight to the devices that hold it.
@@ -54,6 +85,14 @@ class Model:
         )
         return init(jax.random.key(seed))
 
+    def init_adapters(self, rank: int, seed: int) -> PyTree:
+        """Adapters that change nothing yet."""
+        init = jax.jit(
+            functools.partial(adapters.init, self.abstract_params, rank),
+            out_shardings=_shardings(self.abstract_adapters(rank)),
+        )
+        return init(jax.random.key(seed))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trainer:
@@ -64,17 +103,41 @@ class Trainer:
       objective: The loss per token.
       optimizer: Updates the parameters.
       num_microbatches: Parts that a batch is computed in.
+      original: Where the original's logits come from.
+      adapter_rank: Of the adapters that are trained where `original` is `AdaptersOff`.
+      block_size: Tokens that the loss is computed for at a time on a device; None chooses.
     """
 
     model: Model
     objective: objectives.TntObjective
     optimizer: optax.GradientTransformation
     num_microbatches: int = 1
+    original: Original = PARAMETERS
+    adapter_rank: int = 0
+    block_size: int | None = None
+
+    @functools.cached_property
+    def abstract_params(self) -> PyTree:
+        """Of what is trained."""
+        if isinstance(self.original, AdaptersOff):
+            return self.model.abstract_adapters(self.adapter_rank)
+        return self.model.abstract_params
+
+    @functools.cached_property
+    def abstract_original(self) -> PyTree | None:
+        """Of what the step needs of the original; None if the objective needs none."""
+        if isinstance(self.original, AdaptersOff):  # the model cannot run without it
+            return self.model.abstract_computed_params
+        if not self.objective.needs_original:
+            return None
+        if isinstance(self.original, CachedStates):
+            return t5.output_matrix(self.model.config, self.model.abstract_params)[0]
+        return self.model.abstract_computed_params
 
     @functools.cached_property
     def abstract_state(self) -> train_step.TrainState:
         """Shapes, dtypes and shardings of the state; no array is made."""
-        params, mesh = self.model.abstract_params, self.model.mesh
+        params, mesh = self.abstract_params, self.model.mesh
         abstract = jax.eval_shape(
             functools.partial(train_step.init_state, optimizer=self.optimizer), params
         )
@@ -113,11 +176,13 @@ class Trainer:
                 objective=self.objective,
                 optimizer=self.optimizer,
                 num_microbatches=self.num_microbatches,
+                original=self.original,
+                block_size=self.block_size,
                 place_gradients=lambda tree: jax.lax.with_sharding_constraint(tree, specs),
             ),
             in_shardings=(
                 state,
-                _shardings(self.model.abstract_params) if self.objective.needs_original else None,
+                _shardings(self.abstract_original),
                 sharding.batch_sharding(self.model.mesh),
                 replicated,
             ),
@@ -127,13 +192,26 @@ class Trainer:
 
 
 def jit_eval_step(
-    model: Model, objective: objectives.TntObjective
+    model: Model,
+    objective: objectives.TntObjective,
+    kind: Original = PARAMETERS,
 ) -> Callable[..., train_step.Sums]:
     """`(params, original_params or None, batch) -> sums`, compiled for the model's mesh."""
     return jax.jit(
-        _traced_on(model.mesh, train_step.eval_step, forward=model.forward, objective=objective),
+        _traced_on(
+            model.mesh,
+            train_step.eval_step,
+            forward=model.forward,
+            objective=objective,
+            original=kind,
+        ),
         out_shardings=sharding.replicated(model.mesh),
     )
+
+
+def copied(params: PyTree, abstract: PyTree) -> PyTree:
+    """New arrays with the dtypes of `abstract`, placed as `params` are."""
+    return jax.tree.map(lambda leaf, like: jnp.array(leaf, like.dtype, copy=True), params, abstract)
 
 
 def _traced_on(mesh: Mesh, function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:

@@ -14,9 +14,13 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 
+from tnt_jax import sharding
+from tnt_jax.adapters import is_adapter
 from tnt_jax.array_types import Array, Float, PyTree
+from tnt_jax.errors import UsageError
 from tnt_jax.fused_objective import FactoredLogits
 
 # Logits `[B, T, V]`, or what they are the product of.
@@ -88,8 +92,19 @@ class AdaptersOff:
     """One tree of parameters, with adapters beside them; `t5` runs with those that it is given."""
 
     def current_params(self, params: PyTree, original_params: PyTree | None) -> PyTree:
-        """The original's parameters with the adapters among them."""
+        """The original's parameters with the adapters among them.
+
+        Raises:
+          UsageError: Something else than an adapter would be trained: the original would move.
+        """
         assert original_params is not None
+        others = [path for path, _ in jax.tree.leaves_with_path(params) if not is_adapter(path)]
+        if others:
+            names = ", ".join(sharding.path_name(path) for path in others[:3])
+            raise UsageError(
+                "ORIGINAL='adapters_off' trains adapters alone, or the original would change with "
+                f"the model; found {len(others)} other parameters to train: {names}."
+            )
         return _merged(original_params, params)
 
     def logits(

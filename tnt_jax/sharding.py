@@ -33,6 +33,7 @@ AXIS_RULES: Mapping[str, tuple[str, ...]] = {
     "norm": (),  # a vector of the width of `embed`, too small to be worth gathering
     "relpos_buckets": (),
     "layers": (),
+    "adapter_rank": (),
     # Of activations; those of parameters above stand for the same there, but for `embed`.
     "batch": ("data", "fsdp"),
     "length": (),

@@ -331,6 +331,23 @@ def param_logical_axes(config: T5Config) -> PyTree:
     return _of_stacks(of_stack, axes)
 
 
+def computed_dtypes(config: T5Config) -> PyTree:
+    """The dtype in which a forward pass reads each parameter.
+
+    Kernels within layers, and an embedding that is not the output matrix as well, are cast to the
+    compute dtype before every use. All else is computed in float32.
+    """
+
+    def dtype_of(path: tuple[Any, ...], _: Any) -> Any:
+        name = sharding.path_name(path)
+        is_cast = "layers" in name and name.endswith("kernel")
+        if name == "token_embedder/embedding":
+            is_cast = not config.logits_via_embedding
+        return config.dtype if is_cast else jnp.dtype("float32")
+
+    return jax.tree.map_with_path(dtype_of, abstract_params(config))
+
+
 # --------------------------------------------------------------------------------------- Forward
 
 

@@ -64,6 +64,7 @@ class T5Config:
         again: "none" computes nothing again, "minimal" all but the products with a weight, "full"
         everything. Only "minimal" and "full" also let go of weights that were gathered along the
         mesh axis `fsdp`.
+      adapter_scale: what multiplies the adapters among the parameters, if any: alpha / rank.
 
     Raises:
       UsageError: a size below 1, buckets that the distance does not fill, a rate outside [0, 1), an
@@ -89,6 +90,7 @@ class T5Config:
     float32_attention_logits: bool = False
     scan_layers: bool = False
     remat_policy: str = "none"
+    adapter_scale: float = 1.0
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

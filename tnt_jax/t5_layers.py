@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from tnt_jax import sharding
+from tnt_jax import adapters, sharding
 from tnt_jax.array_types import Array, Bool, Float, Int
 from tnt_jax.t5_config import ACTIVATIONS, REMAT_POLICIES, T5Config
 
@@ -27,32 +27,49 @@ KeysValues = tuple[Float[Array, "_ H _ D"], Float[Array, "_ H _ D"]]
 Cache = tuple[KeysValues, ...]
 
 
+class _Dense(nn.Module):
+    """A product with a kernel, and with the adapter beside it if there is one; no bias."""
+
+    config: T5Config
+    features: int
+    axes: tuple[str, str]
+    kernel_init: Callable
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
+        shape = x.shape[-1], self.features
+        init = nn.with_logical_partitioning(self.kernel_init, self.axes)
+        x = x.astype(self.dtype)
+        y = x @ self._operand(self.param("kernel", init, shape, jnp.float32), *self.axes)
+        if not self.has_variable("params", adapters.ADAPTER_IN):
+            return y
+        a = self.get_variable("params", adapters.ADAPTER_IN)
+        b = self.get_variable("params", adapters.ADAPTER_OUT)
+        low = x @ self._operand(a, self.axes[0], "adapter_rank")
+        high = low @ self._operand(b, "adapter_rank", self.axes[1])
+        return y + high * self.config.adapter_scale
+
+    def _operand(self, kernel: Float[Array, "I O"], *axes: str) -> Float[Array, "I O"]:
+        if self.config.scan_layers and self.dtype == jnp.bfloat16:
+            # Rounds as the cast does, so nothing changes. But a plain cast is moved out of the loop
+            # by XLA for TPUs, through an optimization_barrier too: it casts the whole stack before
+            # and keeps that, half as large as the parameters, until the loop has ended.
+            kernel = jax.lax.reduce_precision(kernel, exponent_bits=8, mantissa_bits=7)
+        return sharding.gather(kernel, axes, self.dtype)
+
+
 def _dense(
     config: T5Config,
     features: int,
     axes: tuple[str, str],
     kernel_init: Callable | None = None,
-    **kwargs,
-) -> nn.Dense:
+    **kwargs: Any,
+) -> _Dense:
     if kernel_init is None:
         kernel_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
-
-    def operands(x: Array, kernel: Array, bias: None, *, dtype: Any) -> tuple[Any, ...]:
-        if config.scan_layers and dtype == jnp.bfloat16:
-            # Rounds as the cast does, so nothing changes. But a plain cast is moved out of the loop
-            # by XLA for TPUs, through an optimization_barrier too: it casts the whole stack before
-            # and keeps that, half as large as the parameters, until the loop has ended.
-            kernel = jax.lax.reduce_precision(kernel, exponent_bits=8, mantissa_bits=7)
-        return x.astype(dtype), sharding.gather(kernel, axes, dtype), bias
-
     kwargs.setdefault("dtype", config.dtype)
-    return nn.Dense(
-        features,
-        use_bias=False,
-        kernel_init=nn.with_logical_partitioning(kernel_init, axes),
-        promote_dtype=cast(Any, operands),
-        **kwargs,
-    )
+    return _Dense(config, features, axes, kernel_init, **kwargs)
 
 
 def _layer_norm(config: T5Config) -> nn.RMSNorm:

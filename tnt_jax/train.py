@@ -17,12 +17,12 @@ Example:
 """
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -72,6 +72,10 @@ def train(
     num_microbatches: int = 1,
     mesh_shape: sharding.MeshShape | None = None,
     pack: bool = False,
+    original: str = "parameters",
+    states_dir: str | None = None,
+    adapter_rank: int = 16,
+    adapter_alpha: float = 32.0,
     eval_dataset: Dataset | None = None,
     eval_every: int = 500,
     checkpoint_every: int = 1000,
@@ -94,6 +98,12 @@ def train(
       num_microbatches: Parts that each batch is computed in, to save memory.
       mesh_shape: Devices per mesh axis; None puts all on `data`.
       pack: Puts as many whole examples into a row as fit. An update then sees more of them.
+      original: Where the original's logits come from: "parameters" (a second tree and a second
+        forward pass), "cached" (decoder states, computed once for the data) or "adapters_off" (the
+        model trains low-rank adapters, and is its own original without them).
+      states_dir: Of the cached states; None is beside the file of records, or in `model_dir`.
+      adapter_rank: Of adapters.
+      adapter_alpha: Adapters are multiplied by `adapter_alpha / adapter_rank`.
       eval_dataset: Evaluated every `eval_every` updates and at the end.
       eval_every: In updates.
       checkpoint_every: In updates; the end is always saved.
@@ -117,6 +127,11 @@ def train(
             raise UsageError(f"{name}: expected at least 1, found {value}.")
 
     config = pretrained.config_of(model, initial_checkpoint_path)
+    kind = original_setup.kind_of(original, config)
+    if adapter_rank < 1:
+        raise UsageError(f"ADAPTER_RANK: expected at least 1, found {adapter_rank}.")
+    if original == "adapters_off":
+        config = dataclasses.replace(config, adapter_scale=adapter_alpha / adapter_rank)
 
     # ------------------------------------------------------------------------------------- Mesh
     mesh = sharding.make_mesh(mesh_shape or sharding.MeshShape())
@@ -146,15 +161,14 @@ def train(
     )
     _log_fill(batches)
 
-    def batch_of(step: int) -> dict[str, jax.Array]:
-        return sharding.put_batch(batches.batch(step - 1), mesh)
-
     # ------------------------------------------------------------------------- Model and original
     trainer = assembly.Trainer(
         model=network,
         objective=objective,
         optimizer=optimizer() if callable(optimizer) else optimizer,
         num_microbatches=num_microbatches,
+        original=kind,
+        adapter_rank=adapter_rank,
     )
 
     def initial_params() -> PyTree:
@@ -168,16 +182,22 @@ def train(
     ):
         run_config.write(model_dir)
         pretrained.describe(model_dir, config, dataset.vocabulary, initial_checkpoint_path)
-        original_params, original = None, None
+        start = saved.latest_step()
+        brought, params = original_setup.bring(
+            trainer,
+            initial_params,
+            initial_checkpoint_path,
+            is_new=start is None,
+            examples=[*examples, *eval_examples],
+            states_folder=states_dir
+            or original_states.default_folder(getattr(dataset, "files", None), model_dir),
+            task_feature_lengths=task_feature_lengths,
+            batch_size=batch_size,
+        )
         if objective.needs_original:
-            original_params = initial_params()
-            original = {
-                "path": initial_checkpoint_path,
-                "digest": checkpoints.digest(original_params),
-            }
             _warn_about(objective, config, initial_checkpoint_path)
         run = {
-            "original": original,
+            "original": brought.identity,
             "objective": run_config.describe(objective),
             "model": run_config.describe(config),
             "data": {
@@ -186,35 +206,36 @@ def train(
             },
             "jax": jax.__version__,
         }
-
-        start = saved.latest_step()
-        if start is None:
-            # A copy: the state's buffers are donated to every update, the original's never.
-            params = (
-                initial_params()
-                if original_params is None
-                else jax.tree.map(jnp.copy, original_params)
-            )
+        if original == "adapters_off":
+            run["adapters"] = {"rank": adapter_rank, "alpha": adapter_alpha}
+        if params is not None:
             start, state = 0, trainer.init_state(params)
         else:
-            _check_original(saved.run_of(start)["original"], original, model_dir)
+            assert start is not None
+            _check_original(saved.run_of(start)["original"], brought.identity, model_dir)
             state = saved.restore(start, trainer.abstract_state)
             run_log.log(f"Going on from checkpoint {start} in {model_dir}.")
 
+        def batch_of(step: int) -> dict[str, jax.Array]:
+            placed = [
+                (examples[p.example], p.row, p.target_offset) for p in batches.layout(step - 1)
+            ]
+            return sharding.put_batch(brought.with_states(batches.batch(step - 1), placed), mesh)
+
         # ------------------------------------------------------------------------------------ Loop
         key = jax.random.key(seed)
-        eval_step = assembly.jit_eval_step(network, objective)
+        eval_step = assembly.jit_eval_step(network, objective, kind)
 
         def evaluate(step: int) -> None:
             batches_of_eval = feature_converters.batch_for_eval(
                 eval_examples, batch_size, task_feature_lengths, num_negative_ids
             )
-            sums = [
-                jax.device_get(
-                    eval_step(state.params, original_params, sharding.put_batch(batch, mesh))
-                )
-                for batch in batches_of_eval
-            ]
+            sums = []
+            for number, batch in enumerate(batches_of_eval):
+                rows = eval_examples[number * batch_size :][:batch_size]
+                batch = brought.with_states(batch, [(e, row, 0) for row, e in enumerate(rows)])
+                batch = sharding.put_batch(batch, mesh)
+                sums.append(jax.device_get(eval_step(state.params, brought.params, batch)))
             summary = train_step.summarize(_add(sums))
             metrics.write(step, {f"eval/{name}": value for name, value in summary.items()})
             run_log.log(f"update {step}, evaluation: {_line(summary)}")
@@ -232,7 +253,7 @@ def train(
                 asked = time.monotonic()
                 batch = next(upcoming)
                 waited += time.monotonic() - asked
-                state, sums = trainer.step(state, original_params, batch, key)
+                state, sums = trainer.step(state, brought.params, batch, key)
                 pending.append(sums)
                 if len(pending) > 1:
                     # The devices have the newest update to go on with. With more of them waiting,

@@ -1,0 +1,125 @@
+"""Brings the original of a run: reads it, tells it from others, prepares what its kind needs."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from tnt_jax import assembly, checkpoints, feature_converters, original, sharding, t5
+from tnt_jax.array_types import PyTree
+from tnt_jax.errors import UsageError
+from tnt_jax.original_states import OriginalStates
+
+KINDS = ("parameters", "cached", "adapters_off")
+
+
+def kind_of(name: str, config: t5.T5Config) -> original.Original:
+    """The kind that a setting names.
+
+    Raises:
+      UsageError: There is no such kind, or dropout would make its states those of another model.
+    """
+    match name:
+        case "parameters":
+            return original.PARAMETERS
+        case "cached":
+            shapes = t5.abstract_params(config)
+            return original.CachedStates(vocab_axis=t5.output_matrix(config, shapes)[1])
+        case "adapters_off":
+            return original.AdaptersOff()
+    raise UsageError(f"ORIGINAL: expected one of {', '.join(KINDS)}, found {name!r}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Brought:
+    """What a run needs of its original.
+
+    Attributes:
+      params: For the step: an argument of it, None if the objective needs none.
+      identity: Where it came from and its digest; None with `params`.
+      states: The cache, where the kind is `CachedStates`.
+    """
+
+    params: PyTree | None
+    identity: dict[str, Any] | None
+    states: OriginalStates | None = None
+
+    def with_states(
+        self,
+        batch: dict[str, np.ndarray],
+        placed: Sequence[tuple[feature_converters.Example, int, int]],
+    ) -> dict[str, np.ndarray]:
+        """A batch with the original's states of its examples, if they are cached."""
+        if self.states is None:
+            return batch
+        shape = batch["decoder_target_tokens"].shape
+        return {**batch, original.STATES: self.states.feature(placed, shape)}
+
+
+def bring(
+    trainer: assembly.Trainer,
+    initial_params: Callable[[], PyTree],
+    path: str | None,
+    *,
+    is_new: bool,
+    examples: Sequence[feature_converters.Example],
+    states_folder: str,
+    task_feature_lengths: Mapping[str, int],
+    batch_size: int,
+) -> tuple[Brought, PyTree | None]:
+    """Reads the original once, and makes of it what the step needs and where training starts.
+
+    Args:
+      trainer: Of the run.
+      initial_params: Reads it, or makes a random one.
+      path: Where from, for people and the checkpoint.
+      is_new: Whether the run starts here, so that it needs parameters to start from.
+      examples: All that it will be asked about, for `CachedStates`.
+      states_folder: Of those states.
+      task_feature_lengths: Tokens of "inputs" and "targets".
+      batch_size: Examples that states are computed for at a time.
+
+    Returns:
+      The original; and float32 parameters to start from (adapters: to train beside it), which the
+      caller may give away, or None unless `is_new`.
+    """
+    abstract, model = trainer.abstract_original, trainer.model
+    if abstract is None:
+        return Brought(None, None), initial_params() if is_new else None
+    whole = initial_params()
+    identity = {"path": path, "digest": checkpoints.digest(whole)}
+    if isinstance(trainer.original, original.AdaptersOff):
+        params = _converted(whole, abstract)
+        start = model.init_adapters(trainer.adapter_rank, seed=0) if is_new else None
+        return Brought(params, identity), start
+    if isinstance(trainer.original, original.CachedStates):
+        states = OriginalStates(
+            states_folder, f"{identity['digest']}-{model.config.dtype}", task_feature_lengths
+        )
+
+        def states_of(batch: dict[str, np.ndarray]) -> np.ndarray:
+            return np.asarray(model.hidden_states(whole, sharding.put_batch(batch, model.mesh)))
+
+        states.compute(examples, states_of, batch_size)
+        matrix, _ = t5.output_matrix(model.config, whole)
+        params = assembly.copied(matrix, abstract)
+        return Brought(params, identity, states), whole if is_new else None
+    if not is_new:
+        return Brought(_converted(whole, abstract), identity), None
+    # A copy: the state's buffers are donated to every update, the original's never.
+    return Brought(assembly.copied(whole, abstract), identity), whole
+
+
+def _converted(params: PyTree, abstract: PyTree) -> PyTree:
+    """The same in other dtypes, one array after the other: both models would not fit."""
+    leaves, structure = jax.tree.flatten(params)
+    del params
+    likes = jax.tree.leaves(abstract)
+    for i, like in enumerate(likes):
+        if leaves[i].dtype != like.dtype:
+            wide, leaves[i] = leaves[i], leaves[i].astype(like.dtype)
+            jax.block_until_ready(leaves[i])
+            wide.delete()
+    return jax.tree.unflatten(structure, leaves)
