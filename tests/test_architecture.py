@@ -53,8 +53,8 @@ GROUPS = {
         "pretrained",
         "original_states",
     },
-    "assembly": {"assembly", "original_setup", "run_config", "program"},
-    "programs": {"train", "generate", "annotate", "evaluate", "pipeline", "convert"},
+    "assembly": {"assembly", "original_setup", "compiled_step", "run_config", "program"},
+    "programs": {"train", "generate", "annotate", "evaluate", "pipeline", "convert", "precompile"},
     "edge": {"t5x_plugin"},
 }
 MAY_IMPORT = {
@@ -68,7 +68,7 @@ MAY_IMPORT = {
     "edge": {"base", "numerics", "data", "files"},
 }
 # Programs exchange files; only these call other programs.
-CALLS_PROGRAMS = {"pipeline"}
+CALLS_PROGRAMS = {"pipeline", "precompile"}
 
 # What a machine for numerics need not have.
 NOT_FOR_NUMERICS = (

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from tnt_jax import adapters, objectives, pretrained, sharding, t5, train_step
 from tnt_jax.array_types import PyTree
-from tnt_jax.original import PARAMETERS, AdaptersOff, CachedStates, Forward, Original
+from tnt_jax.original import PARAMETERS, STATES, AdaptersOff, CachedStates, Forward, Original
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -189,6 +189,28 @@ class Trainer:
             out_shardings=(state, replicated),
             donate_argnums=0,
         )
+
+    def abstract_batch(
+        self, feature_shapes: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, jax.ShapeDtypeStruct]:
+        """Model features as the step takes them, the original's states among them if it does."""
+        shapes = {
+            name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in feature_shapes.items()
+        }
+        if isinstance(self.original, CachedStates) and self.objective.needs_original:
+            config, targets = self.model.config, shapes["decoder_target_tokens"]
+            dtype = jnp.dtype("float32") if config.scales_logits else config.dtype
+            shapes[STATES] = jax.ShapeDtypeStruct((*targets.shape, config.emb_dim), dtype)
+        where = sharding.batch_sharding(self.model.mesh)
+        return {
+            name: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
+            for name, shape in shapes.items()
+        }
+
+    def lower(self, abstract_batch: Mapping[str, jax.ShapeDtypeStruct]) -> Any:
+        """The step for a batch of such shapes, ready to be compiled; no array is made."""
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        return self.step.lower(self.abstract_state, self.abstract_original, abstract_batch, key)
 
 
 def jit_eval_step(

@@ -149,6 +149,22 @@ def _shift_right(rows: np.ndarray) -> np.ndarray:
     return np.pad(rows, ((0, 0), (1, 0)))[:, :-1]
 
 
+def feature_shapes(
+    task_feature_lengths: Mapping[str, int],
+    batch_size: int,
+    num_negative_ids: int,
+    *,
+    pack: bool,
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of the features of a batch, int32 all, without making one."""
+    nothing = np.zeros(0, np.int32)
+    example = Example(nothing, nothing, negative_pairs=nothing.reshape(0, 2))
+    batches = Batches(
+        [example], 1, task_feature_lengths, seed=0, num_negative_ids=num_negative_ids, pack=pack
+    )
+    return {name: (batch_size, *rows.shape[1:]) for name, rows in batches.batch(0).items()}
+
+
 def digest(examples: Sequence[Example]) -> str:
     """A fingerprint of a data set: 16 hexadecimal digits; the order counts."""
     hashed = hashlib.sha256()

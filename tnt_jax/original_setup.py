@@ -6,16 +6,30 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
+from jax.sharding import Mesh
 
-from tnt_jax import assembly, checkpoints, feature_converters, original, sharding, t5
+from tnt_jax import assembly, checkpoints, feature_converters, objectives, sharding, t5
 from tnt_jax.array_types import PyTree
 from tnt_jax.errors import UsageError
+from tnt_jax.original import (
+    PARAMETERS,
+    STATES,
+    AdaptersOff,
+    CachedStates,
+    Original,
+    Parameters,
+)
 from tnt_jax.original_states import OriginalStates
 
-KINDS = ("parameters", "cached", "adapters_off")
+KINDS: dict[str, type[Original]] = {
+    "parameters": Parameters,
+    "cached": CachedStates,
+    "adapters_off": AdaptersOff,
+}
 
 
-def kind_of(name: str, config: t5.T5Config) -> original.Original:
+def kind_of(name: str, config: t5.T5Config) -> Original:
     """The kind that a setting names.
 
     Raises:
@@ -23,13 +37,44 @@ def kind_of(name: str, config: t5.T5Config) -> original.Original:
     """
     match name:
         case "parameters":
-            return original.PARAMETERS
+            return PARAMETERS
         case "cached":
             shapes = t5.abstract_params(config)
-            return original.CachedStates(vocab_axis=t5.output_matrix(config, shapes)[1])
+            return CachedStates(vocab_axis=t5.output_matrix(config, shapes)[1])
         case "adapters_off":
-            return original.AdaptersOff()
+            return AdaptersOff()
     raise UsageError(f"ORIGINAL: expected one of {', '.join(KINDS)}, found {name!r}.")
+
+
+def make_trainer(
+    *,
+    config: t5.T5Config,
+    mesh: Mesh,
+    objective: objectives.TntObjective,
+    optimizer: Callable[[], optax.GradientTransformation] | optax.GradientTransformation,
+    num_microbatches: int,
+    original: str,
+    adapter_rank: int,
+    adapter_alpha: float,
+) -> assembly.Trainer:
+    """The trainer of a run; the arguments are those of `train.train`.
+
+    Raises:
+      UsageError: A setting does not fit.
+    """
+    if adapter_rank < 1:
+        raise UsageError(f"ADAPTER_RANK: expected at least 1, found {adapter_rank}.")
+    kind = kind_of(original, config)
+    if isinstance(kind, AdaptersOff):
+        config = dataclasses.replace(config, adapter_scale=adapter_alpha / adapter_rank)
+    return assembly.Trainer(
+        model=assembly.Model(config=config, mesh=mesh),
+        objective=objective,
+        optimizer=optimizer() if callable(optimizer) else optimizer,
+        num_microbatches=num_microbatches,
+        original=kind,
+        adapter_rank=adapter_rank,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +100,7 @@ class Brought:
         if self.states is None:
             return batch
         shape = batch["decoder_target_tokens"].shape
-        return {**batch, original.STATES: self.states.feature(placed, shape)}
+        return {**batch, STATES: self.states.feature(placed, shape)}
 
 
 def bring(
@@ -90,11 +135,11 @@ def bring(
         return Brought(None, None), initial_params() if is_new else None
     whole = initial_params()
     identity = {"path": path, "digest": checkpoints.digest(whole)}
-    if isinstance(trainer.original, original.AdaptersOff):
+    if isinstance(trainer.original, AdaptersOff):
         params = _converted(whole, abstract)
         start = model.init_adapters(trainer.adapter_rank, seed=0) if is_new else None
         return Brought(params, identity), start
-    if isinstance(trainer.original, original.CachedStates):
+    if isinstance(trainer.original, CachedStates):
         states = OriginalStates(
             states_folder, f"{identity['digest']}-{model.config.dtype}", task_feature_lengths
         )

@@ -14,6 +14,7 @@ import argparse
 import ast
 import collections.abc
 import contextlib
+import copy
 import dataclasses
 import difflib
 import enum
@@ -32,7 +33,7 @@ import tokenize
 import traceback
 import types
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import absl.logging
@@ -113,7 +114,14 @@ if "tensorflow" not in sys.modules:
 # ---------------------------------------------------------------------------------------------
 
 
-def run(module_name: str, function_name: str, arguments: Sequence[str] | None = None) -> NoReturn:
+def run(
+    module_name: str,
+    function_name: str,
+    arguments: Sequence[str] | None = None,
+    *,
+    flags: Sequence[str] = (),
+    needs_all: bool = True,
+) -> NoReturn:
     """Runs a program with its command line, and exits.
 
     Exit status 0: done. 2, with one line on stderr: something that the user can mend (a
@@ -125,11 +133,14 @@ def run(module_name: str, function_name: str, arguments: Sequence[str] | None = 
             gin files refer to the function by its real name, so that is what is called.
         function_name: the function in it; every argument is keyword-only.
         arguments: the command line; `sys.argv[1:]` by default.
+        flags: arguments of the function that are flags of their own: `--NAME=VALUE`.
+        needs_all: whether every setting that the gin files require must be given.
     """
     # `force`: some library has set a format of its own when it was imported.
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, force=True)
     try:
-        _run(module_name, function_name, sys.argv[1:] if arguments is None else arguments)
+        arguments = sys.argv[1:] if arguments is None else arguments
+        _run(module_name, function_name, arguments, flags, needs_all)
     except KeyboardInterrupt:
         print(f"{module_name}: interrupted", file=sys.stderr)
         sys.exit(130)
@@ -141,7 +152,20 @@ def run(module_name: str, function_name: str, arguments: Sequence[str] | None = 
     sys.exit(0)
 
 
-def _run(module_name: str, function_name: str, arguments: Sequence[str]) -> None:
+def _run(
+    module_name: str,
+    function_name: str,
+    arguments: Sequence[str],
+    own_flags: Sequence[str],
+    needs_all: bool,
+) -> None:
+    short_name = f"{module_name.rpartition('.')[2]}.{function_name}"
+    own = {f"--{name}=": f"--gin.{short_name}.{name}=" for name in own_flags}
+    for flag, setting in own.items():
+        arguments = [
+            setting + argument.removeprefix(flag) if argument.startswith(flag) else argument
+            for argument in arguments
+        ]
     flags = _Flags.parse(module_name, arguments)
     folders = _gin_folders(flags.search_folders)
     if flags.help:
@@ -152,7 +176,7 @@ def _run(module_name: str, function_name: str, arguments: Sequence[str]) -> None
     files = [settings.add_file(name, given_by="--gin_file") for name in flags.gin_files]
     for name, value in flags.bindings:
         settings.add_binding(name, value)
-    settings.check()
+    settings.check(needs_all)
     unused = settings.unused_macros()
     if unused:
         print(f"{module_name}: warning: nothing reads {_and(unused)}", file=sys.stderr)
@@ -177,7 +201,6 @@ def _run(module_name: str, function_name: str, arguments: Sequence[str]) -> None
         configured = gin.get_configurable(function)
     except ValueError:  # no gin file refers to it
         configured = gin.external_configurable(function, module=module_name)
-    short_name = f"{module_name.rpartition('.')[2]}.{function_name}"
     missing = [
         name
         for name, parameter in inspect.signature(function).parameters.items()
@@ -190,8 +213,43 @@ def _run(module_name: str, function_name: str, arguments: Sequence[str]) -> None
             + ", ".join(f"--gin.{short_name}.{name}=..." for name in missing)
         )
     _check_types()
-    gin.finalize()
+    if needs_all:
+        gin.finalize()  # refuses whatever is still required
     configured()
+
+
+def bound_arguments(
+    function: Callable[..., Any], names: Sequence[str], optional: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What gin would call a function with, for some of its arguments.
+
+    Args:
+        function: of a program.
+        names: of its arguments; those that gin does not bind are left out.
+        optional: further ones, left out also where a setting that they need is not given.
+
+    Raises:
+        UsageError: gin binds none of them, or one is required and was not given.
+    """
+    try:
+        bindings = gin.get_bindings(function, resolve_references=False)
+    except ValueError:
+        bindings = {}
+    found = {}
+    for name in (*names, *optional):
+        if name not in bindings:
+            continue
+        value = copy.deepcopy(bindings[name])  # which is how gin evaluates what a value refers to
+        if value is gin.REQUIRED and name in names:
+            raise UsageError(f"settings are missing: no gin file and no flag sets {name}.")
+        if value is not gin.REQUIRED:
+            found[name] = value
+    if not found:
+        raise UsageError(
+            f"expected the gin files of a {function.__name__} run, found none of its settings: add "
+            "--gin_file=models/..., --gin_file=objectives/... and --gin_file=runs/train.gin."
+        )
+    return found
 
 
 def _check_types() -> None:
@@ -497,8 +555,11 @@ class _Settings:
                 elif importlib.util.find_spec(symbol):
                     self._imports[symbol] = f"import {symbol}"
 
-    def check(self) -> None:
+    def check(self, needs_all: bool = True) -> None:
         """Finds what gin would find late, or never.
+
+        Args:
+            needs_all: False leaves settings that are required and not given to whoever reads them.
 
         Raises:
             UsageError: a flag sets a macro that nothing reads, or one that is read has no value.
@@ -514,7 +575,7 @@ class _Settings:
                     hint = "is a --gin_file missing?"
                 raise UsageError(f"--gin.{name}: no gin file reads %{name}; {hint}")
         problems = []
-        if required := self.required():
+        if needs_all and (required := self.required()):
             problems.append("set " + ", ".join(f"--gin.{key}=..." for key in required))
         for name in self._read:
             if name in self.values or "." in name:  # with a dot it is a constant

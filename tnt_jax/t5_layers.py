@@ -25,6 +25,44 @@ _MASKED_LOGIT = -1e10
 
 KeysValues = tuple[Float[Array, "_ H _ D"], Float[Array, "_ H _ D"]]
 Cache = tuple[KeysValues, ...]
+Axes = tuple[str, str]  # of a kernel: logical axes of its inputs and outputs
+
+
+def _operand(kernel: Float[Array, "I O"], like: Array, axes: Axes, is_scanned: bool) -> Array:
+    """A kernel as a layer computes with it: whole along `embed`, in the dtype of the other side."""
+    if is_scanned and like.dtype == jnp.bfloat16:
+        # Rounds as the cast does, so nothing changes. But a plain cast is moved out of the loop
+        # by XLA for TPUs, through an optimization_barrier too: it casts the whole stack before
+        # and keeps that, half as large as the parameters, until the loop has ended.
+        kernel = jax.lax.reduce_precision(kernel, exponent_bits=8, mantissa_bits=7)
+    return sharding.gather(kernel, axes, like.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _product(
+    x: Float[Array, "B T I"], kernel: Float[Array, "I O"], axes: Axes, is_scanned: bool
+) -> Float[Array, "B T O"]:
+    """`x @ kernel` in the dtype of `x`; the kernel's gradient adds up in the kernel's own.
+
+    The sum over a batch is the one place where bfloat16 would lose what float32 parameters are kept
+    for, on every device and between them. And the gathered kernel is not kept for the gradient,
+    whatever `remat_policy` says: it is gathered again.
+    """
+    return x @ _operand(kernel, x, axes, is_scanned)
+
+
+def _product_forward(x, kernel, axes, is_scanned):
+    return _product(x, kernel, axes, is_scanned), (x, kernel)
+
+
+def _product_backward(axes, is_scanned, kept, gradient):
+    x, kernel = kept
+    of_x = gradient @ _operand(kernel, x, axes, is_scanned).T
+    of_kernel = jnp.einsum("bti,bto->io", x, gradient, preferred_element_type=kernel.dtype)
+    return of_x, sharding.constrain(of_kernel, *axes)
+
+
+_product.defvjp(_product_forward, _product_backward)
 
 
 class _Dense(nn.Module):
@@ -32,7 +70,7 @@ class _Dense(nn.Module):
 
     config: T5Config
     features: int
-    axes: tuple[str, str]
+    axes: Axes
     kernel_init: Callable
     dtype: Any
 
@@ -40,29 +78,23 @@ class _Dense(nn.Module):
     def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
         shape = x.shape[-1], self.features
         init = nn.with_logical_partitioning(self.kernel_init, self.axes)
+        is_scanned = self.config.scan_layers
         x = x.astype(self.dtype)
-        y = x @ self._operand(self.param("kernel", init, shape, jnp.float32), *self.axes)
+        y = _product(x, self.param("kernel", init, shape, jnp.float32), self.axes, is_scanned)
         if not self.has_variable("params", adapters.ADAPTER_IN):
             return y
-        a = self.get_variable("params", adapters.ADAPTER_IN)
-        b = self.get_variable("params", adapters.ADAPTER_OUT)
-        low = x @ self._operand(a, self.axes[0], "adapter_rank")
-        high = low @ self._operand(b, "adapter_rank", self.axes[1])
-        return y + high * self.config.adapter_scale
-
-    def _operand(self, kernel: Float[Array, "I O"], *axes: str) -> Float[Array, "I O"]:
-        if self.config.scan_layers and self.dtype == jnp.bfloat16:
-            # Rounds as the cast does, so nothing changes. But a plain cast is moved out of the loop
-            # by XLA for TPUs, through an optimization_barrier too: it casts the whole stack before
-            # and keeps that, half as large as the parameters, until the loop has ended.
-            kernel = jax.lax.reduce_precision(kernel, exponent_bits=8, mantissa_bits=7)
-        return sharding.gather(kernel, axes, self.dtype)
+        for name, axes in (
+            (adapters.ADAPTER_IN, (self.axes[0], "adapter_rank")),
+            (adapters.ADAPTER_OUT, ("adapter_rank", self.axes[1])),
+        ):
+            x = _product(x, self.get_variable("params", name), axes, is_scanned)
+        return y + x * self.config.adapter_scale
 
 
 def _dense(
     config: T5Config,
     features: int,
-    axes: tuple[str, str],
+    axes: Axes,
     kernel_init: Callable | None = None,
     **kwargs: Any,
 ) -> _Dense:

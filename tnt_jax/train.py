@@ -17,7 +17,6 @@ Example:
 """
 
 import contextlib
-import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -127,19 +126,24 @@ def train(
             raise UsageError(f"{name}: expected at least 1, found {value}.")
 
     config = pretrained.config_of(model, initial_checkpoint_path)
-    kind = original_setup.kind_of(original, config)
-    if adapter_rank < 1:
-        raise UsageError(f"ADAPTER_RANK: expected at least 1, found {adapter_rank}.")
-    if original == "adapters_off":
-        config = dataclasses.replace(config, adapter_scale=adapter_alpha / adapter_rank)
 
     # ------------------------------------------------------------------------------------- Mesh
     mesh = sharding.make_mesh(mesh_shape or sharding.MeshShape())
     sharding.check_batch_size(batch_size, num_microbatches, mesh)
 
-    # ----------------------------------------------------------------------------- Input pipeline
-    network = assembly.Model(config=config, mesh=mesh)
+    trainer = original_setup.make_trainer(
+        config=config,
+        mesh=mesh,
+        objective=objective,
+        optimizer=optimizer,
+        num_microbatches=num_microbatches,
+        original=original,
+        adapter_rank=adapter_rank,
+        adapter_alpha=adapter_alpha,
+    )
+    network, config = trainer.model, trainer.model.config
 
+    # ----------------------------------------------------------------------------- Input pipeline
     def load(of: Dataset) -> list[feature_converters.Example]:
         pretrained.check_vocabulary(of.vocabulary, config, initial_checkpoint_path)
         loaded = of.load(task_feature_lengths)
@@ -162,15 +166,6 @@ def train(
     _log_fill(batches)
 
     # ------------------------------------------------------------------------- Model and original
-    trainer = assembly.Trainer(
-        model=network,
-        objective=objective,
-        optimizer=optimizer() if callable(optimizer) else optimizer,
-        num_microbatches=num_microbatches,
-        original=kind,
-        adapter_rank=adapter_rank,
-    )
-
     def initial_params() -> PyTree:
         if initial_checkpoint_path is None:
             return network.init(seed)
@@ -224,7 +219,7 @@ def train(
 
         # ------------------------------------------------------------------------------------ Loop
         key = jax.random.key(seed)
-        eval_step = assembly.jit_eval_step(network, objective, kind)
+        eval_step = assembly.jit_eval_step(network, objective, trainer.original)
 
         def evaluate(step: int) -> None:
             batches_of_eval = feature_converters.batch_for_eval(

@@ -1,0 +1,248 @@
+r"""Compiles the train step of a run for devices that are not here, and says whether it fits.
+
+For a TPU it is the real program of the real compiler (libtpu: `pip install 'tnt_jax[tpu]'`), on a
+machine with nothing but a CPU. Give it the gin files and settings of the run itself; what the step
+does not depend on (RECORDS, MODEL_DIR, ...) may be left out.
+
+--topology says for which devices: "v5e:2x4", "v5p:4x4x4", "v6e:4x4", "v4:2x2x1", or "local" for
+those of this machine.
+
+Example:
+    python -m tnt_jax.precompile --topology=v5e:2x4 --gin_file=models/t5_1_1_xl.gin \
+      --gin_file=objectives/tnrf.gin --gin_file=runs/train.gin --gin.FSDP_DEVICES=8
+"""
+
+import dataclasses
+import os
+import re
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from tnt_jax import (
+    assembly,
+    compiled_step,
+    feature_converters,
+    original_setup,
+    pretrained,
+    program,
+    run_log,
+    sharding,
+    train,
+)
+from tnt_jax.errors import UsageError
+from tnt_jax.original import AdaptersOff, Parameters
+
+# GiB of each device, as its vendor states it.
+HBM = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 96}
+
+_STEP_SETTINGS = (
+    *("model", "objective", "task_feature_lengths", "batch_size", "optimizer", "num_microbatches"),
+    *("mesh_shape", "pack", "original", "adapter_rank", "adapter_alpha"),
+)
+
+
+def precompile(
+    *, topology: str = "local", num_negative_ids: int = 1, output: str | None = None
+) -> dict[str, Any]:
+    """Compiles the step that `train.train` is bound to, and prints what it takes.
+
+    Args:
+      topology: Which devices, as above.
+      num_negative_ids: Ids removed at a position, at most; a run takes them from its data.
+      output: A JSON file for the numbers; None writes none.
+
+    Returns:
+      What it prints.
+
+    Raises:
+      UsageError: A setting does not fit, or the topology is not known.
+    """
+    settings = program.bound_arguments(train.train, _STEP_SETTINGS, ("initial_checkpoint_path",))
+    devices = devices_of(topology)
+    report = compile_step(devices, num_negative_ids=num_negative_ids, **settings)
+    report = {"topology": topology, **report}
+    if output is not None:
+        run_log.write_json(output, report)
+    _print(report)
+    return report
+
+
+def devices_of(topology: str) -> Sequence[Any]:
+    """The devices of a topology; none of them need be here.
+
+    Raises:
+      UsageError: It is not known, or libtpu is missing.
+    """
+    if topology == "local":
+        return jax.devices()
+    # libtpu would ask the metadata server of a cloud machine where it is.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    from jax.experimental import topologies
+
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except Exception as error:  # of whatever type libtpu raises
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise UsageError(
+            "--topology: expected local or a TPU such as v5e:2x4, v5p:2x2x1 or v6e:4x4, and libtpu "
+            f"(pip install 'tnt_jax[tpu]'); found {topology!r}: {reason}"
+        ) from error
+
+
+def compile_step(
+    devices: Sequence[Any],
+    *,
+    model: Any,
+    objective: Any,
+    task_feature_lengths: Any,
+    batch_size: int,
+    optimizer: Any,
+    num_microbatches: int = 1,
+    mesh_shape: sharding.MeshShape | None = None,
+    pack: bool = False,
+    original: str = "parameters",
+    adapter_rank: int = 16,
+    adapter_alpha: float = 32.0,
+    initial_checkpoint_path: str | None = None,
+    num_negative_ids: int = 1,
+) -> dict[str, Any]:
+    """Compiles a step for devices; the arguments are those of `train.train`.
+
+    Returns:
+      "fits" (None where the devices' memory is not known), "bytes" by kind, "collectives", and what
+      else is printed; where the compiler itself finds that it does not fit, "bytes" are its words.
+    """
+    if isinstance(model, pretrained.FromCheckpoint):
+        model = pretrained.config_of(model, initial_checkpoint_path)
+    mesh = sharding.make_mesh(mesh_shape or sharding.MeshShape(), devices)
+    sharding.check_batch_size(batch_size, num_microbatches, mesh)
+    trainer = original_setup.make_trainer(
+        config=model,
+        mesh=mesh,
+        objective=objective,
+        optimizer=optimizer,
+        num_microbatches=num_microbatches,
+        original=original,
+        adapter_rank=adapter_rank,
+        adapter_alpha=adapter_alpha,
+    )
+    batch = trainer.abstract_batch(
+        feature_converters.feature_shapes(
+            task_feature_lengths, batch_size, num_negative_ids, pack=pack
+        )
+    )
+    report: dict[str, Any] = {
+        "device": devices[0].device_kind,
+        "mesh": dict(mesh.shape),
+        "num_params": sum(leaf.size for leaf in jax.tree.leaves(trainer.model.abstract_params)),
+        "batch_size": batch_size,
+        "lengths": dict(task_feature_lengths),
+        "original": original,
+        "jax": jax.__version__,
+    }
+    began = time.monotonic()
+    try:
+        compiled = trainer.lower(batch).compile()
+    except jax.errors.JaxRuntimeError as error:
+        used = re.search(r"Used (\S+) of (\S+) hbm", str(error))
+        if used is None:
+            raise
+        return {**report, "fits": False, "used": used[1], "of": used[2], **_advice(trainer)}
+    report["compile_seconds"] = round(time.monotonic() - began, 1)
+    state = trainer.abstract_state
+    report["bytes"] = compiled_step.memory(
+        compiled,
+        {
+            "parameters": state.params,
+            "original": trainer.abstract_original,
+            "optimizer": state.opt_state,
+            "batch": batch,
+        },
+    )
+    report["collectives"] = [
+        dataclasses.asdict(each) for each in compiled_step.collectives(compiled)
+    ]
+    limit = _limit(devices[0])
+    report["of"] = limit
+    report["fits"] = None if limit is None else report["bytes"]["total"] <= limit
+    return report if report["fits"] is not False else {**report, **_advice(trainer)}
+
+
+def _limit(device: Any) -> int | None:
+    """Bytes of a device's memory, where they are known."""
+    kind = device.device_kind.lower().removeprefix("tpu ").replace(" lite", "e")
+    if kind in HBM:
+        return HBM[kind] * compiled_step.GIB
+    try:
+        return (device.memory_stats() or {}).get("bytes_limit")
+    except (jax.errors.JaxRuntimeError, AttributeError, NotImplementedError):
+        return None
+
+
+def _advice(trainer: assembly.Trainer) -> dict[str, str]:
+    """What would help, what costs least first."""
+    config, mesh = trainer.model.config, trainer.model.mesh
+    tries = []
+    if mesh.shape["data"] > 1:
+        tries.append("FSDP_DEVICES (parameters, optimizer and original over more devices)")
+    if config.remat_policy != "full":
+        tries.append("REMAT_POLICY='full' (activations are computed again)")
+    if not config.scan_layers:
+        tries.append("SCAN_LAYERS=True (one layer's gradients and weights at a time)")
+    if config.dtype != "bfloat16":
+        tries.append("DTYPE='bfloat16' (activations, and the original's kernels, in half)")
+    tries.append("NUM_MICROBATCHES (activations of a part of the batch)")
+    if isinstance(trainer.original, Parameters) and trainer.objective.needs_original:
+        tries.append("ORIGINAL='cached' (no second tree of parameters)")
+    if not isinstance(trainer.original, AdaptersOff):
+        tries.append("ORIGINAL='adapters_off' (gradients and optimizer of adapters alone)")
+    return {"advice": "try " + "; ".join(tries)}
+
+
+def _print(report: dict[str, Any]) -> None:
+    mesh = " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items())
+    title = (
+        f"{report['num_params'] / 1e9:.2f} billion parameters on {report['topology']} "
+        f"({report['device']}), {mesh}; {report['batch_size']} rows of "
+        f"{report['lengths']['inputs']} and {report['lengths']['targets']} tokens; original: "
+        f"{report['original']}"
+    )
+    run_log.log(title)
+    if "bytes" in report:
+        rows = [
+            (name, f"{number / compiled_step.GIB:.3f}") for name, number in report["bytes"].items()
+        ]
+        run_log.table(rows, columns=("on each device", "GiB"))
+        rows = [
+            (
+                each["operation"],
+                each["shape"],
+                f"{each['num_bytes'] / 2**20:.2f}",
+                each["count"],
+                "by the data" if each["times"] is None else each["times"],
+            )
+            for each in report["collectives"][:12]
+        ]
+        left_out = len(report["collectives"]) - len(rows)
+        run_log.table(rows, columns=("collective", "result", "MiB", "in the program", "each runs"))
+        if left_out:
+            run_log.log(f"and {left_out} smaller ones.")
+        run_log.log(f"Compiled in {report['compile_seconds']} s by JAX {report['jax']}.")
+    if report["fits"] is None:
+        run_log.log("How much memory such a device has is not known here.")
+        return
+    total = report["bytes"]["total"] / compiled_step.GIB if "bytes" in report else None
+    of = report["of"] / compiled_step.GIB if total is not None else report["of"]
+    if report["fits"]:
+        run_log.log(f"It fits: {total:.2f} of {of:.0f} GiB.")
+    else:
+        used = f"{total:.2f} of {of:.0f} GiB" if total is not None else f"{report['used']} of {of}"
+        run_log.log(f"It does not fit: {used}. To make it fit, {report['advice']}.")
+
+
+if __name__ == "__main__":
+    program.run("tnt_jax.precompile", "precompile", flags=("topology",), needs_all=False)
