@@ -16,9 +16,13 @@ GIB = 2**30
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _OPERATION = re.compile(rf"= (.+?) ({'|'.join(_COLLECTIVES)})(?:-start)?\(")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _SHAPE = re.compile(r"\b(pred|[a-z]+?\d+)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:body|condition|calls|to_apply|branch_computations)=\{?%?([\w.\-]+)")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_LIMIT = re.compile(r"= s32\[\][^=]* constant\((\d+)\)")
+# How a TPU's program has a reduce-scatter: a fusion of an all-reduce and a slice.
+_FUSED_SCATTER = "all-reduce-scatter"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Collective:
     Attributes:
       operation: Such as "all-gather".
       shape: Of its result on one device, such as "bf16[4096,10240]".
-      num_bytes: Of that result.
+      num_bytes: Of that result; of a reduce-scatter, of what goes in.
       count: How often the program has it.
       times: How often a loop around it runs; None where only the data tells.
     """
@@ -85,13 +89,17 @@ def collectives(compiled: Any) -> list[Collective]:
             computations[name].append(line)
     times = _times(computations)
     found: dict[tuple[str, str, int, int | None], int] = {}
+    seen = set()  # the parts of an asynchronous exchange share a channel
     for name, lines in computations.items():
         if name == "ENTRY" or name not in times:
             continue
         for line in lines:
-            if match := _OPERATION.search(line):
+            match, channel = _OPERATION.search(line), _CHANNEL.search(line)
+            if match and (channel is None or channel[1] not in seen):
+                seen.add(channel and channel[1])
                 shape, num_bytes = _result(match[1], is_start=f"{match[2]}-start(" in line)
-                key = (match[2], shape, num_bytes, times[name])
+                operation = "reduce-scatter" if name.startswith(_FUSED_SCATTER) else match[2]
+                key = (operation, shape, num_bytes, times[name])
                 found[key] = found.get(key, 0) + 1
     made = [Collective(o, s, n, count, t) for (o, s, n, t), count in found.items()]
     return sorted(made, key=lambda c: -c.num_bytes * c.count * (c.times or 1))
@@ -110,9 +118,10 @@ def _times(computations: Mapping[str, Sequence[str]]) -> dict[str, int | None]:
         name = waiting.pop()
         for line in computations[name]:
             trips: int | None = 1
-            if " while(" in line:
-                known = _TRIPS.search(line)
-                trips = int(known[1]) if known else None
+            if " while(" in line and (condition := _CONDITION.search(line)):
+                # A loop over layers counts up to a constant; one over blocks of tokens does not.
+                limits = [m for x in computations[condition[1]] for m in _LIMIT.findall(x)]
+                trips = int(limits[0]) if len(limits) == 1 else None
             around = times[name]
             for called in _CALLED.findall(line):
                 if called in computations and called not in times:
