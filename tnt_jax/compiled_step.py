@@ -89,18 +89,21 @@ def collectives(compiled: Any) -> list[Collective]:
             computations[name].append(line)
     times = _times(computations)
     found: dict[tuple[str, str, int, int | None], int] = {}
-    seen = set()  # the parts of an asynchronous exchange share a channel
+    seen = set()  # the parts of an asynchronous exchange share channel and result
     for name, lines in computations.items():
         if name == "ENTRY" or name not in times:
             continue
         for line in lines:
-            match, channel = _OPERATION.search(line), _CHANNEL.search(line)
-            if match and (channel is None or channel[1] not in seen):
-                seen.add(channel and channel[1])
-                shape, num_bytes = _result(match[1], is_start=f"{match[2]}-start(" in line)
-                operation = "reduce-scatter" if name.startswith(_FUSED_SCATTER) else match[2]
-                key = (operation, shape, num_bytes, times[name])
-                found[key] = found.get(key, 0) + 1
+            if (match := _OPERATION.search(line)) is None:
+                continue
+            operation = "reduce-scatter" if name.startswith(_FUSED_SCATTER) else match[2]
+            shape, num_bytes = _result(match[1], is_start=f"{match[2]}-start(" in line)
+            exchange = *_CHANNEL.findall(line), operation, shape
+            if exchange in seen and _CHANNEL.search(line):
+                continue
+            seen.add(exchange)
+            key = (operation, shape, num_bytes, times[name])
+            found[key] = found.get(key, 0) + 1
     made = [Collective(o, s, n, count, t) for (o, s, n, t), count in found.items()]
     return sorted(made, key=lambda c: -c.num_bytes * c.count * (c.times or 1))
 
