@@ -30,6 +30,8 @@ from tnt_jax import (
     checkpoints,
     feature_converters,
     objectives,
+    original_setup,
+    original_states,
     prefetch,
     pretrained,
     program,
