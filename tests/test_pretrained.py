@@ -282,6 +282,14 @@ def test_the_gin_file_takes_the_sizes_from_the_checkpoint():
     assert model == pretrained.FromCheckpoint(dtype="float32", dropout_rate=0.0)
 
 
+def test_every_setting_of_the_computation_is_a_macro_of_the_gin_file():
+    text = FROM_CHECKPOINT.read_text()
+    fields = {field.name for field in dataclasses.fields(pretrained.FromCheckpoint)}
+    # How attention is rounded is left to those who ask for it.
+    for name in fields - {"float32_attention_logits"}:
+        assert f"pretrained.FromCheckpoint.{name} = %{name.upper()}\n" in text
+
+
 # ------------------------------------------------------------------------------------- Vocabulary
 
 
