@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from tnt_jax import checkpoints, lazy_arrays, pretrained, sharding, train_step
+from tnt_jax import checkpoints, lazy_arrays, pretrained, sharding, t5, train_step
 from tnt_jax.errors import UsageError
 
 LOGICAL_AXES = {
@@ -192,6 +192,26 @@ def test_a_checkpoint_of_another_optimizer_is_refused(optimizer, difference, tmp
         pytest.raises(UsageError, match=f"does not fit OPTIMIZER: .*{difference}"),
     ):
         saved.restore(3, abstract(make_state(mesh, optimizer)))
+
+
+@pytest.mark.parametrize("is_scanned", [False, True])
+def test_a_run_goes_on_with_its_layers_as_it_has_them(is_scanned, tmp_path):
+    layer = {"scale": jnp.ones(4)}
+    apart = {"encoder": {"layers_0": layer, "layers_1": layer}}
+    states = [
+        train_step.init_state(params, adafactor()) for params in (apart, t5.stack_layers(apart))
+    ]
+    save(tmp_path, states[is_scanned])
+    message = (
+        f"scan_layers: expected {is_scanned}, .* found {not is_scanned}. "
+        f"Set SCAN_LAYERS = {is_scanned}; .*checkpoint_0 as INITIAL_CHECKPOINT_PATH"
+    )
+    other = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), states[not is_scanned])
+    with (
+        checkpoints.Checkpoints(str(tmp_path)) as saved,
+        pytest.raises(UsageError, match=message),
+    ):
+        saved.restore(0, other)
 
 
 def test_parameters_alone_are_no_run_to_go_on_with(tmp_path):

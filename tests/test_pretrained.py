@@ -5,15 +5,27 @@ import json
 import pathlib
 import shutil
 
+import flax.traverse_util
 import gin
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import seqio
 from etils import epath
 from test_huggingface import TINY, write_directory
 
-from tnt_jax import convert, pretrained, t5, tokenization, vocabularies
+from tnt_jax import (
+    assembly,
+    checkpoints,
+    convert,
+    lazy_arrays,
+    pretrained,
+    sharding,
+    t5,
+    tokenization,
+    vocabularies,
+)
 from tnt_jax.errors import UsageError
 
 FROM_CHECKPOINT = pathlib.Path(__file__).parents[1] / "gin_configs/models/from_checkpoint.gin"
@@ -68,6 +80,114 @@ def test_every_kind_is_found_by_its_path_alone(output_format, directory):
         restored["decoder"]["logits_dense"]["kernel"],
         expected.weights["decoder/logits_dense/kernel"].load(),
     )
+
+
+# --------------------------------------------------------------------- Layers stacked and apart
+
+
+def on_devices(config):
+    """Shapes, split over four devices of two axes."""
+    mesh = sharding.make_mesh(sharding.MeshShape(data=1, fsdp=2, model=2), jax.devices()[:4])
+    return assembly.Model(config=config, mesh=mesh).abstract_params
+
+
+def assert_restored(found, config, params):
+    """Whatever way the layers are stored, each array is read to where its parts belong."""
+    for scan_layers in (False, True):
+        wanted = on_devices(dataclasses.replace(config, scan_layers=scan_layers))
+        restored = found.restore(wanted)
+        assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(
+            lambda x: x.sharding, wanted
+        )
+        expected = t5.stack_layers(params) if scan_layers else params
+        jax.tree.map(np.testing.assert_array_equal, restored, expected)
+
+
+@pytest.mark.parametrize("output_format", ["huggingface", "orbax", "t5x", "t5x_orbax"])
+def test_any_checkpoint_becomes_a_model_with_stacked_layers(output_format, directory):
+    found = pretrained.open_checkpoint(str(of_kind(directory, output_format)))
+    weights = {name: array.load() for name, array in found.weights.items()}
+    assert_restored(found, TINY, flax.traverse_util.unflatten_dict(weights, sep="/"))
+
+
+def test_t5x_s_scanned_layers_become_ours(directory, tmp_path):
+    expected = pretrained.open_checkpoint(str(directory)).weights
+    expected = {name: array.load() for name, array in expected.items()}
+    convert.convert(
+        input=str(directory),
+        output=str(tmp_path / "t5x"),
+        output_format="t5x_orbax",
+        scan_layers=True,
+    )
+    found = pretrained.open_checkpoint(str(tmp_path / "t5x"))
+    assert_restored(found, TINY, flax.traverse_util.unflatten_dict(expected, sep="/"))
+
+
+@pytest.fixture
+def of_a_scanned_run(directory, tmp_path):
+    """A model directory of ours in which the layers are stacked, and the parameters in it."""
+    convert.convert(input=str(directory), output=str(tmp_path / "run"), output_format="orbax")
+    shutil.rmtree(tmp_path / "run" / "checkpoint_0")
+    params = t5.init(TINY, jax.random.key(4))
+    stacked = ocp.args.StandardSave(t5.stack_layers(params))
+    checkpoints.save_items(epath.Path(tmp_path / "run"), 5, {checkpoints.PARAMS: stacked})
+    return tmp_path / "run", params
+
+
+def test_a_run_with_stacked_layers_is_a_model_like_any_other(of_a_scanned_run):
+    path, params = of_a_scanned_run
+    found = pretrained.open_checkpoint(str(path))
+    assert found.config == TINY
+    assert_restored(found, TINY, params)
+    for scan_layers in (False, True):
+        model = pretrained.FromCheckpoint(scan_layers=scan_layers, remat_policy="full")
+        expected = dataclasses.replace(TINY, scan_layers=scan_layers, remat_policy="full")
+        assert pretrained.config_of(model, str(path)) == expected
+        assert pretrained.config_of(expected, str(path)) == expected
+    other = dataclasses.replace(TINY, scan_layers=True, num_decoder_layers=3)
+    with pytest.raises(UsageError, match="does not fit the model settings: decoder/layers_2/"):
+        pretrained.config_of(other, str(path))
+
+
+@pytest.mark.parametrize("output_format", ["huggingface", "orbax", "t5x", "t5x_orbax"])
+def test_a_run_with_stacked_layers_is_converted(output_format, of_a_scanned_run, tmp_path):
+    path, params = of_a_scanned_run
+    convert.convert(
+        input=str(path),
+        output=str(tmp_path / "out"),
+        output_format=output_format,
+        model=dataclasses.replace(TINY, scan_layers=True),
+    )
+    found = pretrained.open_checkpoint(str(tmp_path / "out")).weights
+    expected = flax.traverse_util.flatten_dict(params, sep="/")
+    assert found.keys() == expected.keys()
+    for name, array in found.items():
+        np.testing.assert_array_equal(array.load(), expected[name])
+
+
+def test_a_layer_of_a_stack_is_read_alone(of_a_scanned_run, monkeypatch):
+    """A model that does not fit in memory is converted layer by layer."""
+    path, params = of_a_scanned_run
+    found = pretrained.open_checkpoint(str(path)).weights
+    sizes = []
+    of_store = lazy_arrays.of_store
+
+    def recorded(store, source):
+        array = of_store(store, source)
+
+        def read(index):
+            sizes.append(np.prod([part.stop - part.start for part in index]))
+            return array.read(index)
+
+        return dataclasses.replace(array, read=read)
+
+    monkeypatch.setattr(lazy_arrays, "of_store", recorded)
+    kernel = params["encoder"]["layers_1"]["mlp"]["wi_0"]["kernel"]
+    np.testing.assert_array_equal(found["encoder/layers_1/mlp/wi_0/kernel"].load(), kernel)
+    assert sizes == [kernel.size]
+
+
+# ------------------------------------------------------------------------------------- Finding
 
 
 def test_a_checkpoint_is_itself_or_the_newest_of_a_directory(tmp_path):
@@ -160,6 +280,14 @@ def test_the_gin_file_takes_the_sizes_from_the_checkpoint():
     finally:
         gin.clear_config()
     assert model == pretrained.FromCheckpoint(dtype="float32", dropout_rate=0.0)
+
+
+def test_every_setting_of_the_computation_is_a_macro_of_the_gin_file():
+    text = FROM_CHECKPOINT.read_text()
+    fields = {field.name for field in dataclasses.fields(pretrained.FromCheckpoint)}
+    # How attention is rounded is left to those who ask for it.
+    for name in fields - {"float32_attention_logits"}:
+        assert f"pretrained.FromCheckpoint.{name} = %{name.upper()}\n" in text
 
 
 # ------------------------------------------------------------------------------------- Vocabulary

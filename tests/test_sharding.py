@@ -9,7 +9,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from tnt_jax import sharding
+from tnt_jax import optimizers, sharding
 from tnt_jax.errors import UsageError
 
 AXES = {
@@ -201,6 +201,25 @@ def test_an_optimizer_state_is_split_as_its_parameters(name, mesh):
         else:
             assert leaf.spec == NONE, path
     assert found == expected
+
+
+@pytest.mark.parametrize("make", [optimizers.adafactor, optax.adafactor, optax.adamw])
+def test_the_state_of_stacked_layers_is_split_as_they_are(make, mesh):
+    layers = {name: shape for name, shape in SHAPES.items() if name != "embedding"}
+    params = {"decoder": {"layers": abstract({name: (3, *layers[name]) for name in layers})}}
+    axes = {"decoder": {"layers": {name: ("layers", *AXES[name]) for name in layers}}}
+    of_params = sharding.param_shardings(params, axes, mesh)
+    expected = {name: PartitionSpec(None, *SPECS[name]) for name in layers}
+    assert specs_of(of_params["decoder"]["layers"]) == expected
+    for settings in [{"min_dim_size_to_factor": 8}, {}] if make is not optax.adamw else [{}]:
+        state = jax.eval_shape(make(1e-3, **settings).init, params)
+        shardings = sharding.optimizer_shardings(state, params, of_params, mesh)
+        for (path, leaf), where in zip(
+            jax.tree.leaves_with_path(state), jax.tree.leaves(shardings), strict=True
+        ):
+            name = re.findall(r"\w+", jax.tree_util.keystr(path))[-1]
+            is_whole = name in layers and leaf.shape == (3, *layers[name])
+            assert where.spec == (expected[name] if is_whole else NONE), (path, leaf)
 
 
 @pytest.mark.parametrize(

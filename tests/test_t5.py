@@ -278,6 +278,37 @@ def test_hidden_states_times_the_output_matrix_are_the_logits(config):
     np.testing.assert_allclose(np.asarray(hidden) @ np.asarray(matrix), logits, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("changes", "vocab_axis", "dtype"),
+    [
+        ({}, 0, "float32"),
+        ({"dtype": "bfloat16"}, 0, "float32"),  # scaled in float32
+        ({"scale_decoder_outputs": False, "dtype": "bfloat16"}, 0, "bfloat16"),
+        ({"logits_via_embedding": False}, 1, "float32"),
+        ({"logits_via_embedding": False, "scale_decoder_outputs": True}, 1, "float32"),
+    ],
+    ids=str,
+)
+def test_factored_logits_are_logits(changes, vocab_axis, dtype):
+    config = dataclasses.replace(CONFIG_1_0, **changes)
+    params = random_params(config)
+    factored = jax.jit(t5.make_factored_forward(config))(params, SOME_BATCH)
+    assert (factored.vocab_axis, factored.hidden.dtype) == (vocab_axis, jnp.dtype(dtype))
+    assert factored.matrix.shape == ((50, 16) if vocab_axis == 0 else (16, 50))
+    matrix = np.asarray(factored.matrix)
+    product = np.asarray(factored.hidden, np.float32) @ (matrix if vocab_axis else matrix.T)
+    # The same rounding before the product: of the float32 product alone the order of sums differs.
+    np.testing.assert_allclose(product, forward_of(config)(params, SOME_BATCH), atol=2e-4)
+
+
+def test_factored_logits_have_dropout_with_a_key():
+    config = dataclasses.replace(CONFIG_1_0, dropout_rate=0.5)
+    params, key = random_params(config), jax.random.key(1)
+    factored = jax.jit(t5.make_factored_forward(config))(params, SOME_BATCH, key)
+    logits = forward_of(config)(params, SOME_BATCH, key)
+    np.testing.assert_allclose(factored.hidden @ factored.matrix.T, logits, atol=2e-4)
+
+
 def test_an_id_outside_the_vocabulary_is_loud():
     batch = golden_batch("int")
     batch["encoder_input_tokens"] = batch["encoder_input_tokens"].at[1, 0].set(384)
@@ -498,19 +529,29 @@ def test_model_files(name):
         config = gin.query_parameter("MODEL/macro.value").scoped_configurable_fn()
         with gin.unlock_config():
             gin.parse_config("VOCAB_SIZE = 100\nDTYPE = 'bfloat16'\nDROPOUT_RATE = 0.1")
+            gin.parse_config("SCAN_LAYERS = True\nREMAT_POLICY = 'minimal'")
         changed = gin.query_parameter("MODEL/macro.value").scoped_configurable_fn()
     finally:
         gin.clear_config()
     assert type(config) is t5.T5Config
     assert config.vocab_size == 32128
     assert config.dropout_rate == 0
+    is_large = name.endswith(("_xl", "_xxl", "_3b", "_11b"))
+    assert (config.scan_layers, config.remat_policy) == (is_large, "full" if is_large else "none")
     assert changed == dataclasses.replace(
-        config, vocab_size=100, dtype="bfloat16", dropout_rate=0.1
+        config,
+        vocab_size=100,
+        dtype="bfloat16",
+        dropout_rate=0.1,
+        scan_layers=True,
+        remat_policy="minimal",
     )
     if NUM_PARAMS[name]:
         # One layer of each kind is traced, the others are its copies: 48 take a second to trace.
         one = t5.abstract_params(
-            dataclasses.replace(config, num_encoder_layers=1, num_decoder_layers=1)
+            dataclasses.replace(
+                config, num_encoder_layers=1, num_decoder_layers=1, scan_layers=False
+            )
         )
         assert NUM_PARAMS[name] == (
             num_params(one)

@@ -8,6 +8,7 @@ are never in a checkpoint of the run that trains away from them.
 
 import functools
 import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,9 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from etils import epath
 
-from tnt_jax import lazy_arrays, sharding, train_step
+from tnt_jax import lazy_arrays, sharding, t5, train_step
 from tnt_jax.array_types import PyTree
 from tnt_jax.errors import UsageError
 from tnt_jax.lazy_arrays import LazyArray
@@ -96,6 +98,7 @@ class Checkpoints:
         Raises:
           UsageError: The checkpoint is of another model or optimizer, or not of a training run.
         """
+        self._check_layers(step, abstract_state.params)
         _check_tree(self._item(step, "params"), abstract_state.params, "the model settings")
         _check_tree(self._item(step, "optimizer"), abstract_state.opt_state, "OPTIMIZER")
         restored = self._orbax.restore(
@@ -110,6 +113,21 @@ class Checkpoints:
             params=restored["params"],
             opt_state=restored["optimizer"],
         )
+
+    def _check_layers(self, step: int, abstract_params: PyTree) -> None:
+        """A run goes on with its layers as it has them: its optimizer state is laid out so too."""
+
+        def is_scanned(tree: PyTree) -> bool:
+            return any("/layers/" in name for name in lazy_arrays.shapes(tree))
+
+        item = self._item(step, "params")
+        saved = is_scanned(ocp.PyTreeCheckpointHandler().metadata(item).tree)
+        if saved != is_scanned(abstract_params):
+            raise UsageError(
+                f"scan_layers: expected {saved}, as the run in {item.parent.parent} has it, found "
+                f"{not saved}. Set SCAN_LAYERS = {saved}; or begin another run from this one: give "
+                f"{item.parent} as INITIAL_CHECKPOINT_PATH, with another MODEL_DIR."
+            )
 
     def _item(self, step: int, name: str) -> epath.Path:
         checkpoint = self._dir / _STEP_NAMES.build_name(step)
@@ -150,29 +168,42 @@ def lazy_item(item: epath.Path, within: tuple[str, ...] = ()) -> dict[str, LazyA
             f"{type(error).__name__}: {str(error).splitlines()[0]}."
         ) from error
 
-    def array_of(path: tuple[Any, ...], leaf: Any) -> LazyArray:
-        keys = (*within, *(getattr(key, "key", getattr(key, "idx", None)) for key in path))
+    # TensorStore reads a layer of a stack, or what one device holds, where Orbax reads an array.
+    metadata = json.loads((item / "_METADATA").read_text())
+    spec = {
+        "driver": "zarr3" if metadata.get("use_zarr3") else "zarr",
+        # Where zeros are written as well, what is missing is an error.
+        "fill_missing_data_reads": not metadata.get("store_array_data_equal_to_fill_value"),
+    }
+    is_database = (item / "manifest.ocdbt").exists()
 
-        # The last one alone is kept: a scanned stack is asked for layer after layer.
-        @functools.lru_cache(maxsize=1)
-        def whole() -> np.ndarray:
-            wanted = _nested(keys, leaf)
-            as_numpy = _nested(keys, ocp.RestoreArgs(restore_type=np.ndarray))
-            arguments = ocp.args.PyTreeRestore(
-                item=wanted, restore_args=as_numpy, partial_restore=True
-            )
-            return np.asarray(jax.tree.leaves(reader.restore(item, args=arguments))[0])
+    def array_of(leaf: Any) -> LazyArray:
+        source = f"{item.parent.name}/{item.name}: {leaf.name.replace('.', '/')}"
+
+        @functools.cache
+        def store() -> LazyArray:
+            if is_database:
+                kvstore = {
+                    "driver": "ocdbt",
+                    "base": lazy_arrays.kvstore(item),
+                    "path": f"{leaf.name}/",
+                }
+            else:
+                kvstore = lazy_arrays.kvstore(item / leaf.name)
+            try:
+                opened = ts.open(spec | {"kvstore": kvstore}, open=True, read=True).result()
+                return lazy_arrays.of_store(opened, source)
+            except ValueError as error:
+                raise UsageError(
+                    f"{source}: {lazy_arrays.first_line(error)}; the checkpoint is damaged."
+                ) from error
 
         return LazyArray(
-            tuple(leaf.shape),
-            np.dtype(leaf.dtype),
-            f"{item.parent.name}/{item.name}: {'/'.join(map(str, keys))}",
-            lambda index: np.array(whole()[index]),
+            tuple(leaf.shape), np.dtype(leaf.dtype), source, lambda index: store().read(index)
         )
 
     return {
-        sharding.path_name(path): array_of(path, leaf)
-        for path, leaf in jax.tree.leaves_with_path(tree)
+        sharding.path_name(path): array_of(leaf) for path, leaf in jax.tree.leaves_with_path(tree)
     }
 
 
@@ -214,12 +245,16 @@ def save_items(folder: epath.Path, step: int, items: Mapping[str, ocp.args.Check
 def digest(params: PyTree) -> str:
     """A fingerprint of parameters: 16 hexadecimal digits, the same on any mesh.
 
-    Covers the name, shape and bits of every parameter and where each element stands. It tells
-    models apart, so that a mistake is seen; it does not withstand an adversary.
+    Covers the name, shape and bits of every parameter and where each element stands; layers that
+    are stacked count as layers that are apart. It tells models apart, so that a mistake is seen; it
+    does not withstand an adversary.
     """
     hashed = hashlib.sha256()
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
     for (path, leaf), sums in zip(
-        jax.tree.leaves_with_path(params), jax.device_get(_bit_sums(params)), strict=True
+        jax.tree.leaves_with_path(t5.unstack_layers(abstract)),
+        jax.device_get(_bit_sums(params)),
+        strict=True,
     ):
         hashed.update(f"{sharding.path_name(path)} {leaf.shape} {[int(x) for x in sums]} ".encode())
     return hashed.hexdigest()[:16]
@@ -246,7 +281,7 @@ def _bit_sums(params):
         scrambled = scramble(bits ^ scramble(position + jnp.uint32(1)))
         return tuple(jnp.sum(x, dtype=jnp.uint32) for x in (scrambled, scramble(~scrambled)))
 
-    return [sums_of(leaf) for leaf in jax.tree.leaves(params)]
+    return [sums_of(leaf) for leaf in jax.tree.leaves(t5.unstack_layers(params))]
 
 
 def _check_tree(path: epath.Path, abstract: PyTree, setting: str) -> None:

@@ -289,8 +289,8 @@ def read(folder: epath.Path) -> Model:
 
 
 def parameter_names(config: t5.T5Config) -> list[str]:
-    """T5X's names of a network's parameters, in the order of the tree."""
-    return list(lazy_arrays.shapes(t5.abstract_params(config)))
+    """T5X's names of a network's parameters, layers apart, in the order of the tree."""
+    return list(lazy_arrays.shapes(t5.unstack_layers(t5.abstract_params(config))))
 
 
 def _embedding(stored: Mapping[str, LazyArray], folder: epath.Path) -> LazyArray:

@@ -7,11 +7,15 @@ from a file to the devices, or to another file, without the rest of the model in
 
 import dataclasses
 import mmap
+import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+import tensorstore as ts
+from etils import epath
 
 from tnt_jax import sharding
 from tnt_jax.array_types import PyTree
@@ -121,6 +125,31 @@ def of_array(array: np.ndarray, source: str) -> LazyArray:
     return LazyArray(array.shape, array.dtype, source, lambda index: np.array(array[index]))
 
 
+def of_store(store: ts.TensorStore, source: str) -> LazyArray:
+    """A view of an array that TensorStore has opened."""
+
+    def read(index: Index) -> np.ndarray:
+        try:
+            return store[index].read().result()
+        except ValueError as error:  # what TensorStore raises, for whatever reason
+            raise UsageError(
+                f"{source}: {first_line(error)}; the checkpoint is damaged."
+            ) from error
+
+    return LazyArray(tuple(store.shape), store.dtype.numpy_dtype, source, read)
+
+
+def kvstore(folder: epath.Path) -> dict[str, Any] | str:
+    """How TensorStore names a directory."""
+    path = os.fspath(folder).rstrip("/") + "/"
+    return path if "://" in path else {"driver": "file", "path": path}
+
+
+def first_line(error: Exception) -> str:
+    """What TensorStore says, without where in its source it says so."""
+    return str(error).splitlines()[0].partition(" [source locations")[0].rstrip(".")
+
+
 def stack(arrays: Sequence[LazyArray], axis: int) -> LazyArray:
     """Arrays of one shape, side by side along a new axis."""
     first = arrays[0]
@@ -132,6 +161,40 @@ def stack(arrays: Sequence[LazyArray], axis: int) -> LazyArray:
 
     shape = (*first.shape[:axis], len(arrays), *first.shape[axis:])
     return LazyArray(shape, first.dtype, f"{first.source}, and {len(arrays) - 1} more", read)
+
+
+# The layers of a network with `T5Config.scan_layers`, and its layers apart: two names of the same.
+_STACKED = re.compile(r"(encoder|decoder)/layers/(.+)")
+
+
+def layers_apart(arrays: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
+    """Every layer of a stack under a name of its own, as `t5.unstack_layers` has it."""
+    apart = {}
+    for name, array in arrays.items():
+        if match := _STACKED.fullmatch(name):
+            stack_name, rest = match.groups()
+            for i in range(array.shape[0]):
+                apart[f"{stack_name}/layers_{i}/{rest}"] = array.at(i, 0)
+        else:
+            apart[name] = array
+    return apart
+
+
+def laid_out(arrays: Mapping[str, LazyArray], abstract: PyTree) -> dict[str, LazyArray]:
+    """Arrays with layers apart, under the names and with the types of a tree of parameters."""
+    found = {}
+    for path, leaf in jax.tree.leaves_with_path(abstract):
+        name = sharding.path_name(path)
+        if match := _STACKED.fullmatch(name):
+            stack_name, rest = match.groups()
+            layers = [
+                arrays[f"{stack_name}/layers_{i}/{rest}"].astype(leaf.dtype)
+                for i in range(leaf.shape[0])
+            ]
+            found[name] = stack(layers, 0)
+        else:
+            found[name] = arrays[name].astype(leaf.dtype)
+    return found
 
 
 def check(arrays: Mapping[str, LazyArray], abstract: PyTree, where: str, setting: str) -> None:
@@ -195,7 +258,7 @@ def restore(arrays: Mapping[str, LazyArray], abstract: PyTree) -> PyTree:
     sharded the largest part.
 
     Args:
-      arrays: By name; those of `abstract`, which `check` has compared.
+      arrays: By name, from `laid_out`.
       abstract: Shapes, dtypes and shardings to restore to.
     """
     leaves, treedef = jax.tree.flatten_with_path(abstract)
@@ -204,7 +267,7 @@ def restore(arrays: Mapping[str, LazyArray], abstract: PyTree) -> PyTree:
     # In the order of the files: the layers of a scanned stack come from one array.
     for name in sorted(by_name, key=lambda name: arrays[name].source):
         leaf = by_name[name]
-        read: Any = arrays[name].astype(leaf.dtype).__getitem__
+        read: Any = arrays[name].__getitem__
         placed = jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
         restored[name] = placed.block_until_ready()
     return jax.tree.unflatten(treedef, [restored[name] for name in by_name])

@@ -162,7 +162,7 @@ class Pretrained:
       run: What a training run of ours has noted, None elsewhere.
       description: Where `config.json`, the tokenizer and what else is no weight may lie.
       output_format: Of `tnt_jax.convert`, which makes more of this kind.
-      scan_layers: Whether T5X's layers are stacked.
+      scan_layers: Whether T5X's layers are stacked. How those of ours are stored, nobody need know.
     """
 
     kind: str
@@ -174,26 +174,32 @@ class Pretrained:
     description: epath.Path
     output_format: str
     scan_layers: bool = False
-    _orbax: tuple[epath.Path, tuple[str, ...]] | None = None
+    # What Orbax can read by itself: the item, the part of it, and the names that are stored there.
+    _orbax: tuple[epath.Path, tuple[str, ...], frozenset[str]] | None = None
 
     def check(self, abstract_params: PyTree, setting: str = "the model settings") -> None:
         """Raises a UsageError, naming every difference, unless these are the weights."""
-        lazy_arrays.check(self.weights, abstract_params, str(self.path), setting)
+        apart = t5.unstack_layers(abstract_params)
+        lazy_arrays.check(self.weights, apart, str(self.path), setting)
 
     def restore(self, abstract_params: PyTree) -> PyTree:
         """The parameters, each straight to the devices that hold it.
 
         Args:
-          abstract_params: Shapes, dtypes and shardings to restore to.
+          abstract_params: Shapes, dtypes and shardings to restore to; layers stacked or apart,
+            whichever way they are stored.
 
         Raises:
           UsageError: They are of another network: every difference is named.
         """
         self.check(abstract_params)
         if self._orbax is not None:
-            item, within = self._orbax
-            return checkpoints.restore_item(item, abstract_params, within)
-        return lazy_arrays.restore(self.weights, abstract_params)
+            item, within, stored = self._orbax
+            if stored == lazy_arrays.shapes(abstract_params).keys():
+                return checkpoints.restore_item(item, abstract_params, within)
+        return lazy_arrays.restore(
+            lazy_arrays.laid_out(self.weights, abstract_params), abstract_params
+        )
 
 
 def open_checkpoint(path: str) -> Pretrained:
@@ -223,14 +229,16 @@ def open_checkpoint(path: str) -> Pretrained:
         )
     orbax, run, scan_layers = None, None, False
     if kind == _OURS:
-        orbax = (folder / checkpoints.PARAMS, ())
-        weights, run = checkpoints.lazy_item(*orbax), checkpoints.read_run(folder)
+        stored = checkpoints.lazy_item(folder / checkpoints.PARAMS)
+        orbax = (folder / checkpoints.PARAMS, (), frozenset(stored))
+        weights, run = lazy_arrays.layers_apart(stored), checkpoints.read_run(folder)
         step = _step_of_name(folder)
     elif kind == _T5X:
         weights, step = t5x_checkpoints.read_legacy(folder)
     else:
         item = folder / t5x_checkpoints.ORBAX_ITEM
-        orbax, weights = (item, ("target",)), checkpoints.lazy_item(item, ("target",))
+        weights = checkpoints.lazy_item(item, ("target",))
+        orbax = (item, ("target",), frozenset(weights))
         step = int(checkpoints.lazy_item(item, ("state",))["step"].load())
     description = _description(folder)
     described = None
@@ -276,11 +284,15 @@ class FromCheckpoint:
       dtype: As in `t5.T5Config`.
       dropout_rate: As in `t5.T5Config`; what a checkpoint says is left aside.
       float32_attention_logits: As in `t5.T5Config`.
+      scan_layers: As in `t5.T5Config`; the checkpoint may have it either way.
+      remat_policy: As in `t5.T5Config`.
     """
 
     dtype: str = "float32"
     dropout_rate: float = 0.0
     float32_attention_logits: bool = False
+    scan_layers: bool = False
+    remat_policy: str = "none"
 
 
 _COMPUTATION = tuple(field.name for field in dataclasses.fields(FromCheckpoint))

@@ -133,31 +133,17 @@ def constrain(x: Array, *logical_axes: str) -> Array:
 def gather(param: Array, logical_axes: Sequence[str], dtype: Any) -> Array:
     """A parameter as a layer computes with it: cast, and whole along `embed`.
 
-    On the mesh that is in use, as for `constrain`. It is cast before it is gathered, so that half
-    the bytes travel if the dtype is bfloat16. Its gradient is said to lie as the parameter does:
-    the transpose of a constraint is the same constraint, which would sum up the whole gradient on
-    every device, where each needs its part of it.
+    On the mesh that is in use, as for `constrain`. Two constraints: the cast is made where the
+    parameter lies, so that in bfloat16 half the bytes travel; and what is transposed from it, the
+    gradient, lies there too, so that each device is sent its part of the sum and no other.
 
     Args:
       param: A parameter, or one layer of a stacked one.
       logical_axes: One for each of its dimensions.
       dtype: Of the computation.
     """
-    if not free_axes():
-        return param.astype(dtype)
-    param_dtype = param.dtype
-
-    @jax.custom_vjp
-    def gathered(param):
-        whole = ("width" if axis == "embed" else axis for axis in logical_axes)
-        cast = constrain(param.astype(dtype), *logical_axes)
-        return constrain(cast, *whole)
-
-    def scattered(_, gradient):
-        return (constrain(gradient, *logical_axes).astype(param_dtype),)
-
-    gathered.defvjp(lambda param: (gathered(param), None), scattered)
-    return gathered(param)
+    cast = constrain(param.astype(dtype), *logical_axes)
+    return constrain(cast, *("width" if axis == "embed" else axis for axis in logical_axes))
 
 
 def _partition_spec(rules: Sequence[Sequence[str]]) -> PartitionSpec:

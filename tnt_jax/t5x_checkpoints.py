@@ -65,11 +65,9 @@ def read_legacy(folder: epath.Path) -> tuple[dict[str, LazyArray], int]:
                 store = opened[name].result()
             except ValueError as error:  # what TensorStore raises, for whatever reason
                 raise UsageError(
-                    f"{source}: {_first_line(error)} ({folder} is damaged)."
+                    f"{source}: {lazy_arrays.first_line(error)} ({folder} is damaged)."
                 ) from error
-            array = LazyArray(
-                tuple(store.shape), store.dtype.numpy_dtype, source, _reader(store, source)
-            )
+            array = lazy_arrays.of_store(store, source)
         else:
             array = lazy_arrays.of_array(np.asarray(leaf), f"{file.name}: {name}")
         if array.dtype not in (np.float32, jnp.bfloat16):
@@ -87,30 +85,9 @@ def _spec(folder: epath.Path, leaf: Mapping[str, Any]) -> dict[str, Any]:
     path = leaf.get("path") or leaf["kvstore"].get("path")
     return {
         "driver": "zarr",
-        "kvstore": _kvstore(folder / path.rstrip("/").rpartition("/")[2]),
+        "kvstore": lazy_arrays.kvstore(folder / path.rstrip("/").rpartition("/")[2]),
         "fill_missing_data_reads": False,  # a lost file is an error, and no zeros
     }
-
-
-def _kvstore(folder: epath.Path) -> dict[str, Any] | str:
-    path = os.fspath(folder).rstrip("/") + "/"
-    return path if "://" in path else {"driver": "file", "path": path}
-
-
-def _reader(store: ts.TensorStore, source: str) -> Callable[[lazy_arrays.Index], np.ndarray]:
-    def read(index: lazy_arrays.Index) -> np.ndarray:
-        try:
-            return store[index].read().result()
-        except ValueError as error:
-            raise UsageError(
-                f"{source}: {_first_line(error)}; the checkpoint is damaged."
-            ) from error
-
-    return read
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0].partition(" [source locations")[0].rstrip(".")
 
 
 def write_legacy(
@@ -154,7 +131,9 @@ def _write_arrays(
         }
         spec = {"driver": "zarr", "dtype": array.dtype.name, "metadata": metadata}
         store = ts.open(
-            spec | {"kvstore": _kvstore(folder / path)}, create=True, delete_existing=True
+            spec | {"kvstore": lazy_arrays.kvstore(folder / path)},
+            create=True,
+            delete_existing=True,
         ).result()
         store.write(array.load()).result()
         leaves[name] = spec | {"kvstore": {"driver": "file", "path": path}}
