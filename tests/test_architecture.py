@@ -23,6 +23,7 @@ GROUPS = {
     "numerics": {
         "objectives",
         "fused_objective",
+        "fused_block",
         "embedding",
         "original",
         "adapters",

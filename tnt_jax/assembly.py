@@ -210,7 +210,8 @@ class Trainer:
     def lower(self, abstract_batch: Mapping[str, jax.ShapeDtypeStruct]) -> Any:
         """The step for a batch of such shapes, ready to be compiled; no array is made."""
         key = jax.eval_shape(lambda: jax.random.key(0))
-        return self.step.lower(self.abstract_state, self.abstract_original, abstract_batch, key)
+        step: Any = self.step
+        return step.lower(self.abstract_state, self.abstract_original, abstract_batch, key)
 
 
 def jit_eval_step(

@@ -8,6 +8,7 @@ rows. What travels is as large as the result, whatever the vocabulary.
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from tnt_jax.array_types import Array, Float, Int
 
 
 def look_up(
-    table: Float[Array, "V E"], tokens: Int[Array, "B T"], dtype: jnp.dtype
+    table: Float[Array, "V E"], tokens: Int[Array, "B T"], dtype: Any
 ) -> Float[Array, "B T E"]:
     """The rows of `tokens`, cast to `dtype`; an id outside the table reads NaN.
 

@@ -5,13 +5,14 @@ A stack of layers (`T5Config.scan_layers`) is one array, but it is many paramete
 has its own.
 """
 
+import functools
 import itertools
 from typing import Any
 
 import jax
 import optax
 
-from tnt_jax.array_types import PyTree
+from tnt_jax.array_types import Array, PyTree
 
 
 def adafactor(learning_rate: Any = None, **settings: Any) -> optax.GradientTransformation:
@@ -50,16 +51,56 @@ def layer_by_layer(optimizer: optax.GradientTransformation) -> optax.GradientTra
     def update(updates: PyTree, state: PyTree, params: PyTree | None = None) -> Any:
         results = []
         for stack in _stacks(updates):
-            part, apply = _part((updates, state, params), stack), optimizer.update
+            part = _part((updates, state, params), stack)
+            update_part = optimizer.update
             if stack is not None:
-                axes = (0, _layer_axes(part[1]))
-                apply = jax.vmap(
-                    apply, in_axes=(*axes, None if params is None else 0), out_axes=axes
-                )
-            results.append(apply(*part))
+                update_part = functools.partial(_update_layers, optimizer)
+            results.append(update_part(*part))
         return _merged(results)
 
     return optax.GradientTransformation(init, update)
+
+
+def _update_layers(
+    optimizer: optax.GradientTransformation, updates: PyTree, state: PyTree, params: PyTree | None
+) -> tuple[PyTree, PyTree]:
+    """One layer after the other, in place.
+
+    All layers at once (`jax.vmap`) would need memory for intermediate results as large as the
+    largest stack: half a GiB on each of eight devices at XXL.
+    """
+    axes = _layer_axes(state)
+    is_shared = jax.tree.map(lambda axis: axis is None, axes, is_leaf=lambda x: x is None)
+
+    def layer_of(stacked: PyTree, i: Array) -> PyTree:
+        return jax.tree.map(
+            lambda x: jax.lax.dynamic_index_in_dim(x, i, axis=0, keepdims=False), stacked
+        )
+
+    def put(stacked: PyTree, layer: PyTree, i: Array) -> PyTree:
+        return jax.tree.map(
+            lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y.astype(x.dtype), i, axis=0),
+            stacked,
+            layer,
+        )
+
+    def body(i: Array, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+        updates, new_state = carry
+        layer_state = jax.tree.map(
+            lambda shared, old, new: old if shared else layer_of(new, i),
+            is_shared, state, new_state,
+        )  # fmt: skip
+        changed, layer_state = optimizer.update(
+            layer_of(updates, i), layer_state, None if params is None else layer_of(params, i)
+        )
+        new_state = jax.tree.map(
+            lambda shared, old, new: new if shared else put(old, new, i),
+            is_shared, new_state, layer_state,
+        )  # fmt: skip
+        return put(updates, changed, i), new_state
+
+    num_layers = jax.tree.leaves(updates)[0].shape[0]
+    return jax.lax.fori_loop(0, num_layers, body, (updates, state))
 
 
 # A part of a tree is all parameters of one stack, or all that are in none (None), and what stands

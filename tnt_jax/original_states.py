@@ -81,10 +81,10 @@ class OriginalStates:
     ) -> list[feature_converters.Example]:
         """Those without states, each content once; the same on every host."""
         unique = {self._key(example): example for example in examples}
-        is_missing = np.array([key not in self._rows for key in unique], bool)
+        is_missing: np.ndarray = np.array([key not in self._rows for key in unique], bool)
         if jax.process_count() > 1:  # every host has to take part in computing any
-            is_missing = np.asarray(multihost_utils.process_allgather(is_missing)).any(axis=0)
-        return [e for e, absent in zip(unique.values(), is_missing, strict=True) if absent]
+            is_missing = np.any(multihost_utils.process_allgather(is_missing), axis=0)
+        return [e for e, absent in zip(unique.values(), is_missing.tolist(), strict=True) if absent]
 
     def compute(
         self,

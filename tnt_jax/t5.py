@@ -82,7 +82,9 @@ class Transformer(nn.Module):
         self.decoder = Decoder(c)
 
     def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
-        return embedding.look_up(self.token_embedder.embedding, tokens, self.config.dtype)
+        return embedding.look_up(
+            self.token_embedder.embedding, tokens, jnp.dtype(self.config.dtype)
+        )
 
     def encode(
         self,

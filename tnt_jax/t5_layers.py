@@ -52,7 +52,7 @@ def _product(
 
 
 def _product_forward(x, kernel, axes, is_scanned):
-    return _product(x, kernel, axes, is_scanned), (x, kernel)
+    return x @ _operand(kernel, x, axes, is_scanned), (x, kernel)
 
 
 def _product_backward(axes, is_scanned, kept, gradient):
@@ -79,15 +79,16 @@ class _Dense(nn.Module):
         shape = x.shape[-1], self.features
         init = nn.with_logical_partitioning(self.kernel_init, self.axes)
         is_scanned = self.config.scan_layers
+        product: Any = _product
         x = x.astype(self.dtype)
-        y = _product(x, self.param("kernel", init, shape, jnp.float32), self.axes, is_scanned)
+        y = product(x, self.param("kernel", init, shape, jnp.float32), self.axes, is_scanned)
         if not self.has_variable("params", adapters.ADAPTER_IN):
             return y
         for name, axes in (
             (adapters.ADAPTER_IN, (self.axes[0], "adapter_rank")),
             (adapters.ADAPTER_OUT, ("adapter_rank", self.axes[1])),
         ):
-            x = _product(x, self.get_variable("params", name), axes, is_scanned)
+            x = product(x, self.get_variable("params", name), axes, is_scanned)
         return y + x * self.config.adapter_scale
 
 

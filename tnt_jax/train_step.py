@@ -209,7 +209,7 @@ def token_sums(
     target_tokens = batch["decoder_target_tokens"]
     negative_ids = batch["decoder_negative_ids"]
     mask = batch["decoder_loss_mask"]
-    values_of = _whole_values
+    values_of: Any = _whole_values
     if isinstance(logits, FactoredLogits):
         values_of = functools.partial(fused_objective.token_values, block_size=block_size)
     loss, values = values_of(
