@@ -258,11 +258,13 @@ def test_a_task_that_is_not_there(mistake):
     [
         (
             {"BATCH_SIZE": 12},
-            "BATCH_SIZE: expected a multiple of num_microbatches x data devices = 1 x 8; found 12.",
+            "BATCH_SIZE: expected a multiple of num_microbatches x data x fsdp devices = 1 x 8; "
+            "found 12.",
         ),
         (
             {"NUM_MICROBATCHES": 3},
-            "BATCH_SIZE: expected a multiple of num_microbatches x data devices = 3 x 8; found 16.",
+            "BATCH_SIZE: expected a multiple of num_microbatches x data x fsdp devices = 3 x 8; "
+            "found 16.",
         ),
         (
             {"MODEL_DEVICES": 3},
