@@ -17,7 +17,7 @@ import optax
 import pytest
 from flax import traverse_util
 
-from tnt_jax import assembly, objectives, sharding, t5, train_step
+from tnt_jax import assembly, compiled_step, objectives, sharding, t5, train_step
 
 KEY = jax.random.key(0)
 
@@ -479,7 +479,8 @@ def abstract_batch(mesh):
 @functools.cache
 def program_on(data, fsdp, model, num_microbatches):
     """The trainer of a mesh, and its step: traced on shapes alone, and compiled."""
-    mesh = sharding.make_mesh(sharding.MeshShape(data=data, fsdp=fsdp, model=model))
+    shape = sharding.MeshShape(data=data, fsdp=fsdp, model=model)
+    mesh = sharding.make_mesh(shape, jax.devices()[: data * fsdp * model])
     trainer = assembly.Trainer(
         model=assembly.Model(config=CONFIG, mesh=mesh),
         objective=TNRF,
@@ -641,3 +642,22 @@ def test_no_parameter_is_replicated_over_the_model_axis():
     for name, where in batch.items():
         shape = abstract_batch(trainer.model.mesh)[name].shape
         assert where.shard_shape(shape) == (shape[0] // 4, *shape[1:])
+
+
+def in_loops(compiled):
+    return [each for each in compiled_step.collectives(compiled) if each.times != 1]
+
+
+def test_gradients_of_microbatches_are_exchanged_once_over_data():
+    *_, compiled = program_on(4, 1, 1, 2)
+    assert {each.operation for each in compiled_step.collectives(compiled)} == {"all-reduce"}
+    assert in_loops(compiled) == []
+    # Over `model` activations and rows of the loss are exchanged inside, but no kernel's gradient.
+    trainer, _, compiled = program_on(4, 1, 2, 2)
+    kernels = {
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * 4
+        for leaf in jax.tree.leaves(trainer.abstract_params)
+        if len(leaf.shape) == 2
+    }
+    assert in_loops(compiled)
+    assert not {each.num_bytes for each in in_loops(compiled)} & kernels

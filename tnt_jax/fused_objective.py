@@ -138,14 +138,16 @@ class _Layout:
       tokens: Those of them that split them here as well.
       vocab: Axes that split the vocabulary. Where `fsdp` is among them, the devices of a group see
         all tokens of the group: hidden states travel, not the matrix, which is larger.
+      embed: Axes that split the other dimension of a matrix as it is stored.
     """
 
     stored: tuple[str, ...] = ()
     tokens: tuple[str, ...] = ()
     vocab: tuple[str, ...] = ()
+    embed: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, num_tokens: int, vocab_size: int) -> "_Layout":
+    def of(cls, num_tokens: int, vocab_size: int, width: int) -> "_Layout":
         free = sharding.free_axes()
         stored = tuple(axis for axis in sharding.AXIS_RULES["batch"] if axis in free)
         vocab = tuple(axis for axis in sharding.AXIS_RULES["vocab"] if axis in free)
@@ -155,27 +157,60 @@ class _Layout:
         )
         num_parts = math.prod(free[axis] for axis in (*shared, *vocab))
         if vocab_size % num_parts == 0 and tokens_of_group <= vocab_size:
-            vocab = (*shared, *vocab)
-        return cls(stored, tuple(axis for axis in stored if axis not in vocab), vocab)
+            vocab = (*vocab, *shared)  # in this order a group has columns next to each other
+        tokens = tuple(axis for axis in stored if axis not in vocab)
+        is_split = width % math.prod(free[axis] for axis in shared) == 0
+        return cls(stored, tokens, vocab, shared if is_split else ())
 
     @property
     def gathered(self) -> tuple[str, ...]:
         """Axes over which the tokens of a group are brought together."""
         return tuple(axis for axis in self.stored if axis not in self.tokens)
 
+    @property
+    def stored_vocab(self) -> tuple[str, ...]:
+        """Axes that split the vocabulary of a matrix as it is stored."""
+        return tuple(axis for axis in self.vocab if axis not in self.embed)
+
+    def columns(self, matrix, vocab_axis):
+        """From a device's part of a stored matrix to the columns that it computes with."""
+        for axis in self.embed:
+            if axis in self.vocab:
+                matrix = jax.lax.all_to_all(
+                    matrix, axis, split_axis=vocab_axis, concat_axis=1 - vocab_axis, tiled=True
+                )
+            else:
+                matrix = jax.lax.all_gather(matrix, axis, axis=1 - vocab_axis, tiled=True)
+        return matrix
+
+    def stored_part(self, columns, vocab_axis):
+        """Back: the sum over all devices of what they have for a part of the stored matrix."""
+        for axis in self.embed:
+            if axis in self.vocab:
+                columns = jax.lax.all_to_all(
+                    columns, axis, split_axis=1 - vocab_axis, concat_axis=vocab_axis, tiled=True
+                )
+            else:
+                columns = jax.lax.psum_scatter(
+                    columns, axis, scatter_dimension=1 - vocab_axis, tiled=True
+                )
+        rest = tuple(axis for axis in self.tokens if axis not in self.embed)
+        return jax.lax.psum(columns, rest) if rest else columns
+
 
 def _on_mesh(settings, hidden, matrix, original, tokens, *, with_gradients):
     """Total, values and gradients, computed where the mesh in use says."""
-    layout = _Layout.of(tokens[0].size, matrix.shape[settings.vocab_axis])
+    vocab_axis = settings.vocab_axis
+    layout = _Layout.of(tokens[0].size, matrix.shape[vocab_axis], matrix.shape[1 - vocab_axis])
     compute = functools.partial(_on_device, settings, layout, with_gradients=with_gradients)
     if not layout.stored and not layout.vocab:
         return compute(hidden, matrix, original, tokens)
 
     rows = PartitionSpec(layout.stored or None)
 
-    def of(vocab_axis):
-        columns = layout.vocab or None
-        return PartitionSpec(None, columns) if vocab_axis == 1 else PartitionSpec(columns, None)
+    def of(vocab_axis):  # as the parameter lies: whole along no axis
+        embed, vocab = layout.embed or None, layout.stored_vocab or None
+        return PartitionSpec(embed, vocab) if vocab_axis == 1 else PartitionSpec(vocab, embed)
 
     of_matrix, of_original = of(settings.vocab_axis), None
     if original is not None:
@@ -216,9 +251,11 @@ def _on_device(settings, layout, hidden, matrix, original, tokens, *, with_gradi
     )
     hidden_rows, original_rows, token_rows = flat
     if original is not None:
-        original = original.replace(hidden=original_rows)
+        columns = layout.columns(original.matrix, original.vocab_axis)
+        original = original.replace(hidden=original_rows, matrix=columns)
+    columns = layout.columns(matrix, settings.vocab_axis)
     values, gradients = _blocks(
-        settings, layout.vocab, hidden_rows, matrix, original, token_rows, with_gradients
+        settings, layout.vocab, hidden_rows, columns, original, token_rows, with_gradients
     )
     values = jax.tree.map(lambda x: own_rows(x.reshape(-1, batch_shape[1])), values)
     total = jnp.sum(values.losses)
@@ -228,8 +265,7 @@ def _on_device(settings, layout, hidden, matrix, original, tokens, *, with_gradi
         return total, values, None
     of_hidden, of_matrix = gradients
     of_hidden = scatter(of_hidden.reshape(-1, *batch_shape[1:], of_hidden.shape[-1]))
-    if layout.tokens:
-        of_matrix = jax.lax.psum(of_matrix, layout.tokens)
+    of_matrix = layout.stored_part(of_matrix, settings.vocab_axis)
     return total, values, (of_hidden.astype(hidden.dtype), of_matrix.astype(matrix.dtype))
 
 

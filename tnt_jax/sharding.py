@@ -36,6 +36,7 @@ AXIS_RULES: Mapping[str, tuple[str, ...]] = {
     "adapter_rank": (),
     # Of activations; those of parameters above stand for the same there, but for `embed`.
     "batch": ("data", "fsdp"),
+    "group": ("data",),  # the batch where the devices of a `fsdp` group have the rows of all
     "length": (),
     "width": (),
 }

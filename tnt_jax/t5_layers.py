@@ -58,8 +58,26 @@ def _product_forward(x, kernel, axes, is_scanned):
 def _product_backward(axes, is_scanned, kept, gradient):
     x, kernel = kept
     of_x = gradient @ _operand(kernel, x, axes, is_scanned).T
+    if _tokens_travel(x, kernel, axes):
+        x = sharding.constrain(x, "group", "length", axes[0])
+        gradient = sharding.constrain(gradient, "group", "length", axes[1])
     of_kernel = jnp.einsum("bti,bto->io", x, gradient, preferred_element_type=kernel.dtype)
     return of_x, sharding.constrain(of_kernel, *axes)
+
+
+def _tokens_travel(x: Float[Array, "B T I"], kernel: Float[Array, "I O"], axes: Axes) -> bool:
+    """Whether a `fsdp` group shares its tokens for a kernel's gradient.
+
+    The devices of a group hold a part of the kernel each, and its gradient is a sum over the tokens
+    of all. Either each computes the whole gradient of its tokens and they scatter the sum, or each
+    gets the tokens of the others and computes its part alone. The latter moves less, and needs no
+    memory for whole gradients, where the tokens are few beside the width of the model.
+    """
+    if "embed" not in axes or "fsdp" not in sharding.free_axes():
+        return False
+    width = kernel.shape[axes.index("embed")]
+    num_tokens = x.shape[0] * x.shape[1] // sharding.free_axes().get("data", 1)
+    return num_tokens * x.dtype.itemsize <= width * kernel.dtype.itemsize
 
 
 _product.defvjp(_product_forward, _product_backward)
@@ -145,25 +163,53 @@ class _RelativePositionBias(nn.Module):
     config: T5Config
     bidirectional: bool
 
-    @nn.compact
+    def setup(self):
+        init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
+        self.rel_embedding = self.param(
+            "rel_embedding",
+            nn.with_logical_partitioning(init, ("heads", "relpos_buckets")),
+            (self.config.num_heads, self.config.num_relpos_buckets),
+            jnp.float32,
+        )
+
     def __call__(
         self, query_positions: Int[Array, "Q"], key_positions: Int[Array, "K"]
     ) -> Float[Array, "1 H Q K"]:
-        c = self.config
-        init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
-        embedding = self.param(
-            "rel_embedding",
-            nn.with_logical_partitioning(init, ("heads", "relpos_buckets")),
-            (c.num_heads, c.num_relpos_buckets),
-            jnp.float32,
-        )
-        offsets = key_positions[None, :] - query_positions[:, None]
-        offsets = jnp.clip(offsets, -c.relpos_max_distance, c.relpos_max_distance)
+        return self.later(query_positions, key_positions)()
+
+    def later(
+        self, query_positions: Int[Array, "Q"], key_positions: Int[Array, "K"]
+    ) -> Callable[[], Float[Array, "1 H Q K"]]:
+        """The same, computed when and where it is called."""
+        c, embedding = self.config, self.rel_embedding
         table = _bucket_of_offset(self.bidirectional, c.num_relpos_buckets, c.relpos_max_distance)
-        buckets = jnp.asarray(table)[offsets + c.relpos_max_distance]
-        # A contraction with a one-hot, as in T5X: the gradient of a gather is a slow scatter.
-        one_hot = jax.nn.one_hot(buckets, c.num_relpos_buckets, dtype=jnp.float32)
-        return jnp.einsum("hn,qkn->hqk", embedding, one_hot)[None]
+
+        def bias() -> Float[Array, "1 H Q K"]:
+            offsets = key_positions[None, :] - query_positions[:, None]
+            offsets = jnp.clip(offsets, -c.relpos_max_distance, c.relpos_max_distance)
+            buckets = jnp.asarray(table)[offsets + c.relpos_max_distance]
+            # A contraction with a one-hot, as in T5X: the gradient of a gather is a slow scatter.
+            one_hot = jax.nn.one_hot(buckets, c.num_relpos_buckets, dtype=jnp.float32)
+            return jnp.einsum("hn,qkn->hqk", embedding, one_hot)[None]
+
+        return bias
+
+
+def _shared_bias(
+    stack: "Encoder | Decoder", positions: Int[Array, "T"]
+) -> Callable[[], Float[Array, "1 H T T"] | None]:
+    """What the layers of a stack call for their bias, where they share one.
+
+    In a loop over layers each computes it again. Computed before the loop, its gradient would add
+    up there as large as the attention logits of one row, and be exchanged like that.
+    """
+    c = stack.config
+    if c.relpos_bias_per_layer:
+        return lambda: None
+    if c.scan_layers:
+        return stack.relpos_bias.later(positions, positions)
+    bias = stack.relpos_bias(positions, positions)
+    return lambda: bias
 
 
 class _Attention(nn.Module):
@@ -390,10 +436,10 @@ class Encoder(nn.Module):
         """All layers, the norm, and dropout around them."""
         c = self.config
         positions = jnp.arange(x.shape[1])
-        bias = None if c.relpos_bias_per_layer else self.relpos_bias(positions, positions)
+        bias = _shared_bias(self, positions)
 
         def call(layer: _EncoderLayer, x: Float[Array, "B S E"]) -> Float[Array, "B S E"]:
-            return layer(x, mask=mask, bias=bias, deterministic=deterministic)
+            return layer(x, mask=mask, bias=bias(), deterministic=deterministic)
 
         x = self.dropout(x, deterministic=deterministic)
         x = _run(self.layers, c.num_encoder_layers, c, x, call)
@@ -429,7 +475,7 @@ class Decoder(nn.Module):
         """All positions at once: all layers, the norm, and dropout around them."""
         c = self.config
         positions = jnp.arange(x.shape[1])
-        bias = None if c.relpos_bias_per_layer else self.relpos_bias(positions, positions)
+        bias = _shared_bias(self, positions)
 
         def call(layer: _DecoderLayer, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
             # Here and not before the layers, so that those of one layer at a time are in memory.
@@ -439,7 +485,7 @@ class Decoder(nn.Module):
                 cross_keys_values,
                 positions=positions,
                 self_mask=self_mask,
-                self_bias=bias,
+                self_bias=bias(),
                 cross_mask=cross_mask,
                 deterministic=deterministic,
             )

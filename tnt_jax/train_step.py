@@ -84,13 +84,17 @@ def train_step(
     Returns:
       The next state, and sums for `summarize`. The gradient's norm is the one before clipping.
     """
+    # The mean is taken before the gradient: dividing gradients would take memory for some of them
+    # twice. A batch of padding alone changes nothing.
+    num_tokens = jnp.maximum(jnp.sum(batch["decoder_loss_mask"] != 0, dtype=jnp.float32), 1.0)
 
     def loss_and_sums(params, original_params, rows, key):
         current = forward(original.current_params(params, original_params), rows, key)
         of_original = None
         if original_params is not None:
             of_original = original.logits(forward, original_params, rows)
-        return token_sums(objective, current, of_original, rows, block_size)
+        loss, sums = token_sums(objective, current, of_original, rows, block_size)
+        return loss / num_tokens, sums
 
     def gradients_and_sums(params, original_params, rows, key):
         (_, sums), gradients = jax.value_and_grad(loss_and_sums, has_aux=True)(
@@ -114,8 +118,6 @@ def train_step(
             step_key,
         )
 
-    num_tokens = jnp.maximum(sums["num_tokens"], 1.0)  # a batch of padding alone changes nothing
-    gradients = jax.tree.map(lambda g: g / num_tokens.astype(g.dtype), gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     next_state = TrainState(
         step=state.step + 1,
