@@ -3,6 +3,7 @@
 import contextlib
 import json
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +11,16 @@ import numpy as np
 import optax
 import pytest
 import rooms
+from flax import traverse_util
 
 from tnt_jax import (
     adapters,
+    assembly,
+    convert,
     feature_converters,
     objectives,
     original_setup,
+    pretrained,
     sharding,
     t5,
 )
@@ -121,6 +126,54 @@ def test_adapters_start_at_the_original_and_only_they_move(capfd):
     # Going on with another way to train is refused.
     train("adapters", status=2, TRAIN_STEPS=8)
     assert "adapter" in capfd.readouterr().err
+
+
+def test_a_run_of_adapters_is_read_as_the_model_that_it_is():
+    """Generation, evaluation and conversion take it as they take any checkpoint."""
+    train("to-read", ORIGINAL="adapters_off", ADAPTER_RANK=4, ADAPTER_ALPHA=12.0, LEARNING_RATE=0.1)
+    params, added, original = (
+        traverse_util.flatten_dict(tree, sep="/")
+        for tree in (
+            restored("to-read"),
+            rooms.saved("to-read"),
+            rooms.saved("original"),
+        )
+    )
+    assert params.keys() == original.keys()
+    changed = set()
+    for name, kernel in original.items():
+        module = name.removesuffix("/kernel")
+        expected = kernel
+        if f"{module}/adapter_in" in added:
+            changed.add(name)
+            expected = kernel + 3 * added[f"{module}/adapter_in"] @ added[f"{module}/adapter_out"]
+        np.testing.assert_allclose(params[name], expected, rtol=1e-5, atol=1e-6)
+    assert len(changed) == 4 + 3 + 8 + 3  # attention and mlp of one layer in each stack
+    settings = {"PROMPTS": "corpus.jsonl", "OUTPUT": "adapters.jsonl", "CHECKPOINT_PATH": "to-read"}
+    assert rooms.run("generate", settings) == 0
+    convert.convert(input="to-read", output="merged", output_format="orbax")
+    jax.tree.map(np.testing.assert_array_equal, restored("merged"), restored("to-read"))
+
+
+def restored(path):
+    found = pretrained.open_checkpoint(path)
+    return found.restore(assembly.Model(config=found.config, mesh=one_device()).abstract_params)
+
+
+def one_device():
+    return sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
+
+
+def test_adapters_without_their_original_are_refused():
+    train("to-lose", ORIGINAL="adapters_off", INITIAL_CHECKPOINT_PATH="adapters-base")
+    pathlib.Path("adapters-base").rename("elsewhere")
+    with pytest.raises(UsageError, match="adapters for an original that the run noted as adapters"):
+        pretrained.open_checkpoint("to-lose")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def base_of_adapters(working_directory):
+    shutil.copytree("original", "adapters-base")
 
 
 def test_adapters_after_a_stop():

@@ -9,10 +9,12 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
 from tnt_jax import (
+    adapters,
     checkpoints,
     huggingface,
     lazy_arrays,
@@ -233,6 +235,8 @@ def open_checkpoint(path: str) -> Pretrained:
         orbax = (folder / checkpoints.PARAMS, (), frozenset(stored))
         weights, run = lazy_arrays.layers_apart(stored), checkpoints.read_run(folder)
         step = _step_of_name(folder)
+        if run is not None and "adapters" in run:
+            weights, orbax = _with_adapters(weights, run, folder), None
     elif kind == _T5X:
         weights, step = t5x_checkpoints.read_legacy(folder)
     else:
@@ -266,6 +270,44 @@ def open_checkpoint(path: str) -> Pretrained:
         scan_layers=scan_layers,
         _orbax=orbax,
     )
+
+
+def _with_adapters(
+    stored: dict[str, LazyArray], run: dict[str, Any], folder: epath.Path
+) -> dict[str, LazyArray]:
+    """The original's weights, with what a run has trained beside them added when they are read."""
+    path = run["original"]["path"]
+    if path is None:
+        raise UsageError(
+            f"{folder}: it has adapters beside a random initialisation, which no file holds. Train "
+            "adapters with an INITIAL_CHECKPOINT_PATH."
+        )
+    try:
+        merged = dict(open_checkpoint(path).weights)
+    except UsageError as error:
+        raise UsageError(
+            f"{folder}: it has adapters for an original that the run noted as {path} (digest "
+            f"{run['original']['digest']}): {error}"
+        ) from error
+    scale = run["adapters"]["alpha"] / run["adapters"]["rank"]
+
+    def added(kernel: LazyArray, a: LazyArray, b: LazyArray) -> LazyArray:
+        def read(index: lazy_arrays.Index) -> np.ndarray:
+            rows, columns = index
+            low, high = a[rows, slice(None)], b[slice(None), columns]
+            return kernel.read(index).astype(np.float32) + scale * (low @ high)
+
+        source = f"{kernel.source}, with {a.source}"
+        return LazyArray(kernel.shape, np.dtype(np.float32), source, read)
+
+    for name, a in stored.items():
+        module, _, leaf = name.rpartition("/")
+        if leaf == adapters.ADAPTER_IN:
+            kernel = f"{module}/kernel"
+            if kernel not in merged:
+                raise UsageError(f"{folder}: it has an adapter for {kernel}, which {path} lacks.")
+            merged[kernel] = added(merged[kernel], a, stored[f"{module}/{adapters.ADAPTER_OUT}"])
+    return merged
 
 
 def _step_of_name(folder: epath.Path) -> int:
