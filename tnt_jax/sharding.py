@@ -136,7 +136,9 @@ def gather(param: Array, logical_axes: Sequence[str], dtype: Any) -> Array:
 
     On the mesh that is in use, as for `constrain`. Two constraints: the cast is made where the
     parameter lies, so that in bfloat16 half the bytes travel; and what is transposed from it, the
-    gradient, lies there too, so that each device is sent its part of the sum and no other.
+    gradient, lies there too, so that each device is sent its part of the sum and no other. Left to
+    itself the compiler gathers weights as well, but in copies of another layout: of T5 1.1 XXL on
+    eight chips, 1.6 GiB more on each.
 
     Args:
       param: A parameter, or one layer of a stacked one.
