@@ -30,7 +30,7 @@ quickstart: $(VENV)/.installed-quickstart
 	$(VENV)/bin/python -m tnt_jax.pipeline --gin_file=gin_configs/experiments/quickstart.gin
 
 test: $(VENV)/.installed-test
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .

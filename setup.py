@@ -74,7 +74,10 @@ setuptools.setup(
             "huggingface-hub>=0.30",
             "hypothesis>=6.150",
             "jaxtyping>=0.3.7",
+            # The compiler for TPUs, which needs none: tests/test_tpu_program.py.
+            "libtpu; platform_system == 'Linux' and platform_machine == 'x86_64'",
             "pytest>=9.0",
+            "pytest-xdist>=3.8",
             "ruff>=0.12",
         ],
     },

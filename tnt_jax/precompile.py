@@ -45,7 +45,11 @@ _STEP_SETTINGS = (
 
 
 def precompile(
-    *, topology: str = "local", num_negative_ids: int = 1, output: str | None = None
+    *,
+    topology: str = "local",
+    num_negative_ids: int = 1,
+    output: str | None = None,
+    program_text: str | None = None,
 ) -> dict[str, Any]:
     """Compiles the step that `train.train` is bound to, and prints what it takes.
 
@@ -53,6 +57,7 @@ def precompile(
       topology: Which devices, as above.
       num_negative_ids: Ids removed at a position, at most; a run takes them from its data.
       output: A JSON file for the numbers; None writes none.
+      program_text: A file for the compiled program as text; None writes none.
 
     Returns:
       What it prints.
@@ -62,7 +67,9 @@ def precompile(
     """
     settings = program.bound_arguments(train.train, _STEP_SETTINGS, ("initial_checkpoint_path",))
     devices = devices_of(topology)
-    report = compile_step(devices, num_negative_ids=num_negative_ids, **settings)
+    report = compile_step(
+        devices, num_negative_ids=num_negative_ids, program_text=program_text, **settings
+    )
     report = {"topology": topology, **report}
     if output is not None:
         run_log.write_json(output, report)
@@ -109,8 +116,9 @@ def compile_step(
     adapter_alpha: float = 32.0,
     initial_checkpoint_path: str | None = None,
     num_negative_ids: int = 1,
+    program_text: str | None = None,
 ) -> dict[str, Any]:
-    """Compiles a step for devices; the arguments are those of `train.train`.
+    """Compiles a step for devices; the arguments are those of `train.train` and `precompile`.
 
     Returns:
       "fits" (None where the devices' memory is not known), "bytes" by kind, "collectives", and what
@@ -152,6 +160,8 @@ def compile_step(
         if used is None:
             raise
         return {**report, "fits": False, "used": used[1], "of": used[2], **_advice(trainer)}
+    if program_text is not None:
+        run_log.write_text(program_text, compiled.as_text())
     report["compile_seconds"] = round(time.monotonic() - began, 1)
     state = trainer.abstract_state
     report["bytes"] = compiled_step.memory(

@@ -178,36 +178,47 @@ class _RelativePositionBias(nn.Module):
         return self.later(query_positions, key_positions)()
 
     def later(
-        self, query_positions: Int[Array, "Q"], key_positions: Int[Array, "K"]
-    ) -> Callable[[], Float[Array, "1 H Q K"]]:
-        """The same, computed when and where it is called."""
-        c, embedding = self.config, self.rel_embedding
+        self,
+        query_positions: Int[Array, "Q"],
+        key_positions: Int[Array, "K"],
+        num_groups: int = 1,
+    ) -> Callable[[], Float[Array, "G H Q K"]]:
+        """The same, computed when and where it is called, for each group of rows by itself."""
+        c = self.config
+        embedding: Any = self.rel_embedding
         table = _bucket_of_offset(self.bidirectional, c.num_relpos_buckets, c.relpos_max_distance)
 
-        def bias() -> Float[Array, "1 H Q K"]:
+        def bias() -> Float[Array, "G H Q K"]:
             offsets = key_positions[None, :] - query_positions[:, None]
             offsets = jnp.clip(offsets, -c.relpos_max_distance, c.relpos_max_distance)
             buckets = jnp.asarray(table)[offsets + c.relpos_max_distance]
             # A contraction with a one-hot, as in T5X: the gradient of a gather is a slow scatter.
             one_hot = jax.nn.one_hot(buckets, c.num_relpos_buckets, dtype=jnp.float32)
-            return jnp.einsum("hn,qkn->hqk", embedding, one_hot)[None]
+            of_groups = jnp.broadcast_to(embedding, (num_groups, *embedding.shape))
+            if num_groups > 1:
+                of_groups = sharding.constrain(of_groups, "batch", "heads", "relpos_buckets")
+            return jnp.einsum("ghn,qkn->ghqk", of_groups, one_hot)
 
         return bias
 
 
 def _shared_bias(
-    stack: "Encoder | Decoder", positions: Int[Array, "T"]
-) -> Callable[[], Float[Array, "1 H T T"] | None]:
+    stack: "Encoder | Decoder", positions: Int[Array, "T"], num_rows: int
+) -> Callable[[], Float[Array, "G H T T"] | None]:
     """What the layers of a stack call for their bias, where they share one.
 
-    In a loop over layers each computes it again. Computed before the loop, its gradient would add
-    up there as large as the attention logits of one row, and be exchanged like that.
+    In a loop over layers each computes it again, and on a mesh each device for its own rows.
+    Computed once, its gradient, as large as the attention logits of one row, would be added up in
+    the loop and over devices; so only that of its few parameters is.
     """
     c = stack.config
     if c.relpos_bias_per_layer:
         return lambda: None
     if c.scan_layers:
-        return stack.relpos_bias.later(positions, positions)
+        free = sharding.free_axes()
+        num_groups = math.prod(free.get(axis, 1) for axis in sharding.AXIS_RULES["batch"])
+        num_groups = num_groups if num_rows % num_groups == 0 else 1
+        return stack.relpos_bias.later(positions, positions, num_groups)
     bias = stack.relpos_bias(positions, positions)
     return lambda: bias
 
@@ -246,7 +257,7 @@ class _Attention(nn.Module):
         keys_values: KeysValues,
         *,
         mask: Bool[Array, "#B 1 #Q K"],
-        bias: Float[Array, "1 H Q K"] | None = None,
+        bias: Float[Array, "G H Q K"] | None = None,
         deterministic: bool,
     ) -> Float[Array, "B Q E"]:
         keys, values = keys_values
@@ -255,7 +266,8 @@ class _Attention(nn.Module):
             queries, keys = queries.astype(jnp.float32), keys.astype(jnp.float32)
         logits = jnp.einsum("bhqd,bhkd->bhqk", queries, keys)
         if bias is not None:
-            logits = logits + bias.astype(logits.dtype)
+            of_groups = logits.reshape(len(bias), -1, *logits.shape[1:])
+            logits = (of_groups + bias[:, None].astype(logits.dtype)).reshape(logits.shape)
         logits = jnp.where(mask, logits, _MASKED_LOGIT)
         weights = jax.nn.softmax(logits).astype(self.config.dtype)
         weights = self.dropout(weights, deterministic=deterministic)
@@ -301,7 +313,7 @@ class _EncoderLayer(nn.Module):
         x: Float[Array, "B S E"],
         *,
         mask: Bool[Array, "B 1 S S"],
-        bias: Float[Array, "1 H S S"] | None,
+        bias: Float[Array, "G H S S"] | None,
         deterministic: bool,
     ) -> Float[Array, "B S E"]:
         """One layer; without a `bias` of the stack it has one of its own."""
@@ -338,7 +350,7 @@ class _DecoderLayer(nn.Module):
         *,
         positions: Int[Array, "T"],
         self_mask: Bool[Array, "#N 1 T L"],
-        self_bias: Float[Array, "1 H T L"] | None,
+        self_bias: Float[Array, "G H T L"] | None,
         cross_mask: Bool[Array, "B 1 #T S"],
         deterministic: bool,
         cache: KeysValues | None = None,
@@ -436,7 +448,7 @@ class Encoder(nn.Module):
         """All layers, the norm, and dropout around them."""
         c = self.config
         positions = jnp.arange(x.shape[1])
-        bias = _shared_bias(self, positions)
+        bias = _shared_bias(self, positions, len(x))
 
         def call(layer: _EncoderLayer, x: Float[Array, "B S E"]) -> Float[Array, "B S E"]:
             return layer(x, mask=mask, bias=bias(), deterministic=deterministic)
@@ -475,7 +487,7 @@ class Decoder(nn.Module):
         """All positions at once: all layers, the norm, and dropout around them."""
         c = self.config
         positions = jnp.arange(x.shape[1])
-        bias = _shared_bias(self, positions)
+        bias = _shared_bias(self, positions, len(x))
 
         def call(layer: _DecoderLayer, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
             # Here and not before the layers, so that those of one layer at a time are in memory.
