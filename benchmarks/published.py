@@ -1,7 +1,7 @@
 """The published library's step, T5X's with google/t5patches, for `step.py` to run beside ours.
 
 Neither is on a package index; README.md says how T5X is installed, and t5patches is a folder to put
-on PYTHONPATH. The original of its TNFF is a constant of the compiled program, as its trainer has it.
+on PYTHONPATH. The original of its TNFF is a constant in the program: so its trainer has it.
 """
 
 import jax
@@ -63,10 +63,9 @@ def make(config, name, batch):
         partitioner=partitioner,
     )
     state = initializer.from_scratch(jax.random.PRNGKey(0))
-    if name != "fine-tune":  # the one that is trained is given away
+    original = {}
+    if name != "fine-tune":  # a copy: the state is given away
         original = {"orig_train_state": jax.tree.map(jnp.copy, state)}
-    else:
-        original = {}
     training = trainer_class(
         model=model,
         train_state=state,
