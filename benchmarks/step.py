@@ -1,0 +1,326 @@
+r"""The whole train step with every kind of original, against our own plain fine-tuning step.
+
+    taskset -c 0 python benchmarks/step.py                   times, and memory as XLA accounts it
+    python benchmarks/step.py --rss                          peak memory, a process for each line
+    python benchmarks/step.py --dtype=bfloat16 --remat=full --batch=128 --lengths=512,128   on a GPU
+
+Columns: "times fine-tune" is the median of the ratios of neighbouring steps; "floor" the same ratio
+of the products that the model is made of, with nothing else on top. "accounted" is arguments and
+temporaries by XLA, with layers scanned and rematerialised. Where the card is known, "MFU" is those
+products over what it can do in the time. Of --rss: the largest resident set from start to the
+second update, which on a CPU has parameters, optimizer state and compiler in it; and the device's
+own peak.
+
+Where T5X and google/t5patches are installed, their steps are run as well (`published.py`).
+
+Needs jax, flax, optax and numpy, and nothing else of what tnt_jax needs.
+"""
+
+import argparse
+import dataclasses
+import functools
+import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import report
+
+from tnt_jax import adapters, compiled_step, objectives, optimizers, t5, train_step
+from tnt_jax.original import PARAMETERS, STATES, AdaptersOff, CachedStates
+
+# emb_dim, num_heads, layers of each stack, mlp_dim
+SIZES = {"small": (512, 6, 8, 1024), "base": (768, 12, 12, 2048), "large": (1024, 16, 24, 2816)}
+FINE_TUNE = objectives.TntObjective(negative_term="none", positive_term="log_likelihood")
+TNRF = objectives.TntObjective(negative_term="reverse_kl", positive_term="forward_kl")
+OPTIMIZER = optimizers.adafactor(1e-3)
+RANK, ALPHA = 16, 32.0
+# Multiply-adds per second of dense products: bfloat16, and float32 as TF32.
+CARDS = {"H100": (989e12, 494e12), "H200": (989e12, 494e12), "A100": (312e12, 156e12)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A step; `original` is None for plain fine-tuning, `live` the part that is no padding."""
+
+    original: str | None
+    live: float = 1.0
+
+    @property
+    def objective(self):
+        """Of the step."""
+        return TNRF if self.original else FINE_TUNE
+
+
+FIRST = "fine-tune"
+VARIANTS = {
+    FIRST: Variant(None),
+    "TNRF, second forward": Variant("parameters"),
+    "TNRF, cached": Variant("cached"),
+    "TNRF, cached, half padding": Variant("cached", live=0.5),
+    "TNRF, adapters_off": Variant("adapters_off"),
+}
+PUBLISHED = {"published fine-tune": "fine-tune", "published TNFF": "TNFF"}
+
+
+def make_config(size, dtype, remat, scan):
+    """T5 1.1 of a size."""
+    emb_dim, num_heads, num_layers, mlp_dim = SIZES[size]
+    return t5.T5Config(
+        vocab_size=32128,
+        emb_dim=emb_dim,
+        num_heads=num_heads,
+        num_encoder_layers=num_layers,
+        num_decoder_layers=num_layers,
+        head_dim=64,
+        mlp_dim=mlp_dim,
+        mlp_activations=("gelu", "linear"),
+        logits_via_embedding=False,
+        dtype=dtype,
+        remat_policy=remat,
+        scan_layers=scan,
+        adapter_scale=ALPHA / RANK,
+    )
+
+
+def make_batch(config, batch_size, lengths, live=1.0, seed=0):
+    """Random tokens, a tenth of the targets marked; the end of every target may be padding."""
+    rng = np.random.default_rng(seed)
+    inputs, targets = (
+        rng.integers(2, config.vocab_size, (batch_size, n)).astype(np.int32) for n in lengths
+    )
+    mask = np.broadcast_to(np.arange(lengths[1]) < live * lengths[1], targets.shape)
+    marked = mask & (rng.random(targets.shape) < 0.1)
+    return {
+        "encoder_input_tokens": inputs,
+        "decoder_input_tokens": np.pad(targets, ((0, 0), (1, 0)))[:, :-1] * mask,
+        "decoder_target_tokens": targets * mask,
+        "decoder_loss_mask": mask.astype(np.int32),
+        "decoder_negative_ids": np.where(marked, targets, -1)[..., None],
+    }
+
+
+def make_step(config, variant):
+    """The update, compiled at its first call; the state is given away."""
+    kinds = {"cached": CachedStates(vocab_axis=1), "adapters_off": AdaptersOff()}
+    return jax.jit(
+        functools.partial(
+            train_step.train_step,
+            forward=t5.make_factored_forward(config),
+            objective=variant.objective,
+            optimizer=OPTIMIZER,
+            original=kinds.get(variant.original, PARAMETERS),
+        ),
+        donate_argnums=0,
+    )
+
+
+class Work:
+    """A model in training, on which the variants take turns: no more is held than they need."""
+
+    def __init__(self, config, variants, batch_size, lengths):
+        self.key = jax.random.key(0)
+        kinds = {variant.original for variant in variants}
+        params = t5.init(config, self.key)
+        forward = jax.jit(t5.make_factored_forward(config))
+        self.batches, self.originals, self.states = {}, {}, {}
+        for variant in variants:
+            batch = jax.tree.map(
+                jax.numpy.asarray, make_batch(config, batch_size, lengths, variant.live)
+            )
+            if variant.original == "cached":
+                batch[STATES] = forward(params, batch).hidden
+            self.batches[variant] = batch
+        if "cached" in kinds:
+            self.originals["cached"] = t5.output_matrix(config, params)[0].copy()
+        if kinds & {"parameters", "adapters_off"}:
+            frozen = jax.tree.map(
+                lambda x, dtype: x.astype(dtype, copy=True), params, t5.computed_dtypes(config)
+            )
+            self.originals |= {"parameters": frozen, "adapters_off": frozen}
+        if "adapters_off" in kinds:
+            pairs = adapters.init(params, RANK, self.key)
+            self.states["adapters_off"] = train_step.init_state(pairs, OPTIMIZER)
+        if kinds - {"adapters_off"}:
+            self.states["all"] = train_step.init_state(params, OPTIMIZER)
+
+    def arguments(self, variant):
+        """Of the step of a variant."""
+        state = self.states.get(variant.original, self.states.get("all"))
+        return state, self.originals.get(variant.original), self.batches[variant], self.key
+
+    def update(self, variant, step):
+        """One update; the state is shared by all variants that train all parameters."""
+        state, sums = step(*self.arguments(variant))
+        self.states[variant.original if variant.original in self.states else "all"] = state
+        return sums["loss"]
+
+
+def abstract_arguments(config, variant, batch_size, lengths):
+    """Shapes of the arguments of a step."""
+    return jax.eval_shape(lambda: Work(config, [variant], batch_size, lengths).arguments(variant))
+
+
+def accounted(config, variant, batch_size, lengths):
+    """Bytes that XLA wants: arguments, results that are new, temporaries."""
+    arguments = abstract_arguments(config, variant, batch_size, lengths)
+    compiled = make_step(config, variant).lower(*arguments).compile()
+    return compiled_step.memory(compiled, {})["total"]
+
+
+def products(config, variant, batch_size, lengths):
+    """Floating-point operations of the products that a step is made of, attention's included."""
+    (num_inputs, num_targets), inner = lengths, config.num_heads * config.head_dim
+    mlp = (len(config.mlp_activations) + 1) * config.emb_dim * config.mlp_dim
+    projection = config.emb_dim * inner
+    encoder = num_inputs * (4 * projection + mlp + 2 * inner * num_inputs)
+    decoder = num_targets * (6 * projection + mlp + 2 * inner * (num_inputs + num_targets))
+    decoder += num_inputs * 2 * projection  # keys and values of what the encoder has read
+    layers = config.num_encoder_layers * encoder + config.num_decoder_layers * decoder
+    head = variant.live * num_targets * config.emb_dim * config.vocab_size
+    # A forward pass is one unit of each, a backward pass two: to activations, and to parameters.
+    units = {None: (3, 3), "parameters": (4, 4), "cached": (3, 4), "adapters_off": (3, 3)}
+    of_layers, of_head = units[variant.original]
+    return 2 * batch_size * (of_layers * layers + of_head * head)
+
+
+def of_card(flops, seconds, dtype):
+    """The part of the device's speed that a step makes use of; None where it is not known."""
+    kind = jax.devices()[0].device_kind
+    speeds = [speed for name, speed in CARDS.items() if name in kind]
+    if jax.default_backend() != "gpu" or not speeds:
+        return None
+    return f"{flops / seconds / speeds[0][dtype != 'bfloat16']:.1%}"
+
+
+def has_published():
+    """Whether T5X and google/t5patches are installed."""
+    return all(importlib.util.find_spec(name) for name in ("t5x", "t5patches"))
+
+
+def compare(size, flags):
+    """Rows of times and accounted memory for one size."""
+    config = make_config(size, flags.dtype, flags.remat, flags.scan)
+    shape = flags.batch, flags.lengths
+    work = Work(config, VARIANTS.values(), *shape)
+    runs = {
+        name: functools.partial(work.update, variant, make_step(config, variant))
+        for name, variant in VARIANTS.items()
+    }
+    if has_published() and not flags.ours:
+        import published
+
+        batch = make_batch(config, *shape)
+        runs |= {name: published.make(config, of, batch) for name, of in PUBLISHED.items()}
+    times = report.interleave(runs, flags.rounds, warm_up=2)
+    # Scanned: in a program of layers that are apart XLA may undo it.
+    remat = dataclasses.replace(config, remat_policy="full", scan_layers=True)
+    bytes_of, floors = {}, {}
+    for name, variant in VARIANTS.items():
+        bytes_of[name] = accounted(remat, variant, flags.memory_batch, flags.memory_lengths)
+        floors[name] = products(config, variant, *shape)
+    for name in runs:
+        seconds = report.median(times[name])
+        is_ours = name in VARIANTS
+        yield (
+            size,
+            name,
+            1e3 * seconds,
+            report.ratio(times[name], times[FIRST]),
+            floors[name] / floors[FIRST] if is_ours else None,
+            bytes_of[name] / 2**20 if is_ours else None,
+            bytes_of[name] / bytes_of[FIRST] if is_ours else None,
+            of_card(floors[name], seconds, flags.dtype) if is_ours else None,
+        )
+
+
+# ----------------------------------------------------------------------- A process for each variant
+
+
+def measure(size, name, flags):
+    """Two updates of one variant in this process; prints its peaks as a JSON line."""
+    config = make_config(size, flags.dtype, flags.remat, flags.scan)
+    if name in VARIANTS:
+        variant = VARIANTS[name]
+        work = Work(config, [variant], flags.batch, flags.lengths)
+        update = functools.partial(work.update, variant, make_step(config, variant))
+    else:
+        import published
+
+        batch = make_batch(config, flags.batch, flags.lengths)
+        update = published.make(config, PUBLISHED[name], batch)
+    for _ in range(2):
+        jax.block_until_ready(update())
+    stats = jax.devices()[0].memory_stats() or {}
+    print(json.dumps([peak(), stats.get("peak_bytes_in_use")]))
+
+
+def peak():
+    """Bytes of this program's largest resident set: `ru_maxrss` may be that of who started it."""
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def peaks(size, arguments, names):
+    """Rows of the peaks for one size."""
+    first = None
+    for name in names:
+        command = [sys.executable, __file__, *arguments, f"--size={size}", f"--measure={name}"]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        resident, on_device = json.loads(done.stdout.splitlines()[-1])
+        first = first or (resident, on_device)
+        yield (
+            size,
+            name,
+            resident / 2**20,
+            resident / first[0],
+            None if on_device is None else on_device / 2**20,
+            None if on_device is None else on_device / first[1],
+        )
+
+
+def main():
+    """Prints one table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+
+    def lengths(text):
+        return tuple(map(int, text.split(",")))
+
+    parser.add_argument("--size", default="small,base", help=f"of {', '.join(SIZES)}")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--lengths", type=lengths, default=(128, 64), help="inputs,targets")
+    parser.add_argument("--memory_batch", type=int, default=32, help="that accounted bytes are of")
+    parser.add_argument("--memory_lengths", type=lengths, default=(512, 128))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--remat", default="none", choices=("none", "minimal", "full"))
+    parser.add_argument("--scan", action="store_true", help="one loop over the layers of a stack")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--ours", action="store_true", help="leaves out the published library")
+    parser.add_argument("--rss", action="store_true", help="peak memory instead of times")
+    parser.add_argument("--measure", help="a variant, for --rss")
+    flags = parser.parse_args()
+    if flags.measure:
+        return measure(flags.size, flags.measure, flags)
+    print(report.environment(), end="\n\n")
+    what = f"batch {flags.batch} x {'/'.join(map(str, flags.lengths))}, {flags.dtype}"
+    sizes = flags.size.split(",")
+    if flags.rss:
+        names = [*VARIANTS, *(PUBLISHED if has_published() and not flags.ours else ())]
+        rows = [row for size in sizes for row in peaks(size, sys.argv[1:], names)]
+        columns = ("peak resident MiB", "times fine-tune", "device MiB", "times fine-tune")
+    else:
+        rows = [row for size in sizes for row in compare(size, flags)]
+        of = f"{flags.memory_batch} x {'/'.join(map(str, flags.memory_lengths))}"
+        columns = (
+            *("ms", "times fine-tune", "floor"),
+            *(f"accounted MiB, {of}", "times fine-tune", "MFU"),
+        )
+    report.table(("", what, *columns), rows)
+
+
+if __name__ == "__main__":
+    main()
