@@ -35,6 +35,7 @@ AXIS_RULES: Mapping[str, tuple[str, ...]] = {
     "layers": (),
     # Of activations; those of parameters above stand for the same there, but for `embed`.
     "batch": ("data", "fsdp"),
+    "rows": ("data",),  # the batch as well, where `fsdp` splits the width
     "length": (),
     "width": (),
 }

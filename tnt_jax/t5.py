@@ -83,7 +83,11 @@ class Transformer(nn.Module):
 
     def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
         # An id outside the vocabulary reads NaN: loud, where clamping would read another row.
-        return self.token_embedder(tokens).astype(self.config.dtype)
+        embedded = self.token_embedder(tokens).astype(self.config.dtype)
+        # Looked up where the columns of the embedding are, and only then sent to where the rows of
+        # the batch are; so the gradient is added up where the columns are, too.
+        embedded = sharding.constrain(embedded, "rows", "length", "embed")
+        return sharding.constrain(embedded, "batch", "length", "width")
 
     def encode(
         self,
