@@ -352,10 +352,14 @@ def test_eight_devices_with_stacked_layers_give_the_update_of_one_without():
     assert_close(found, step_on(plain, {"data": 1}, jax.devices()[:1]))
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
-def test_weights_are_gathered_and_activations_are_not(scan_layers):
+@pytest.mark.parametrize(
+    ("scan_layers", "shape"),
+    [(False, {"fsdp": 4}), (True, {"fsdp": 4}), (True, {"data": 2, "fsdp": 2})],
+    ids=str,
+)
+def test_weights_are_gathered_and_activations_are_not(scan_layers, shape):
     config = dataclasses.replace(OF_A_MESH, scan_layers=scan_layers)
-    mesh = sharding.make_mesh(sharding.MeshShape(fsdp=4), jax.devices()[:4])
+    mesh = sharding.make_mesh(sharding.MeshShape(**shape), jax.devices()[:4])
     model = assembly.Model(config=config, mesh=mesh)
     forward = t5.make_factored_forward(config)
 

@@ -82,9 +82,9 @@ class Transformer(nn.Module):
         self.decoder = Decoder(c)
 
     def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
-        return embedding.look_up(
-            self.token_embedder.embedding, tokens, jnp.dtype(self.config.dtype)
-        )
+        table: Any = self.token_embedder.embedding
+        rows = embedding.look_up(table, tokens, jnp.dtype(self.config.dtype))
+        return sharding.constrain(rows, "batch", "length", "width")
 
     def encode(
         self,

@@ -411,7 +411,6 @@ def _run(
             policy=REMAT_POLICIES[config.remat_policy],
             prevent_cse=not config.scan_layers,
         )
-    x = sharding.constrain(x, "batch", "length", "width")
     if not config.scan_layers:
         for layer in layers:
             x = run_one(layer, x)
