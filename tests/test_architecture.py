@@ -54,7 +54,14 @@ GROUPS = {
         "pretrained",
         "original_states",
     },
-    "assembly": {"assembly", "original_setup", "compiled_step", "run_config", "program"},
+    "assembly": {
+        "assembly",
+        "original_setup",
+        "compiled_step",
+        "quiet_tensorflow",
+        "run_config",
+        "program",
+    },
     "programs": {"train", "generate", "annotate", "evaluate", "pipeline", "convert", "precompile"},
     "edge": {"t5x_plugin"},
 }

@@ -124,6 +124,7 @@ def of_bytes(value):
         ),
         (b"no example", "no TFRecord file of tf.train.Example"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",  # bytes: in no fixed order
 )
 def test_a_bad_tfrecord_is_named(tmp_path, row, message):
     path = tmp_path / "rows.tfrecord"

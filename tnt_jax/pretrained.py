@@ -460,14 +460,20 @@ def describe(
     if not run_log.is_first_process() or (folder / huggingface.CONFIG).exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    settings = huggingface.new_config(config)
     source = None if original is None else _description(find(original))
     if source is not None and (source / huggingface.CONFIG).exists():
         settings = huggingface.read_config(source)
         for name in huggingface.OTHER_FILES:
             if (source / name).exists():
                 (folder / name).write_bytes((source / name).read_bytes())
+    else:
+        try:
+            settings = huggingface.new_config(config)
+        except UsageError:  # a network that Hugging Face has no words for, but that can be trained
+            settings = None
     if not vocabularies.has_tokenizer(folder):
         vocabularies.write(folder, vocabulary)
+    if settings is None:
+        return
     # The last file: with it the description is whole.
     (folder / huggingface.CONFIG).write_text(json.dumps(settings, indent=2) + "\n")

@@ -13,13 +13,11 @@ as text (`_Settings`), and only then by gin, which imports what they name.
 import argparse
 import ast
 import collections.abc
-import contextlib
 import copy
 import dataclasses
 import difflib
 import enum
 import importlib
-import importlib.abc
 import importlib.util
 import inspect
 import itertools
@@ -28,7 +26,6 @@ import os
 import pathlib
 import re
 import sys
-import tempfile
 import tokenize
 import traceback
 import types
@@ -41,6 +38,7 @@ import gin
 from gin import config as gin_config
 from gin import config_parser
 
+from tnt_jax import quiet_tensorflow
 from tnt_jax.errors import UsageError
 from tnt_jax.run_config import is_gin_code
 
@@ -63,50 +61,7 @@ _PATH_ERRORS = (
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 absl.logging.set_verbosity(absl.logging.WARNING)
 
-# "I0000 00:00:1795514381.121605   27673 cudart_stub.cc:31] Could not find cuda drivers ..."
-_NATIVE_LOG_LINE = re.compile(rb"[IW]\d{4} |WARNING: All log messages before absl::InitializeLog")
-
-
-@contextlib.contextmanager
-def _without_native_log() -> Iterator[None]:
-    """Drops log lines that C++ code writes to stderr meanwhile; everything else comes through."""
-    sys.stderr.flush()
-    stderr = os.dup(2)
-    with tempfile.TemporaryFile() as captured:
-        os.dup2(captured.fileno(), 2)
-        try:
-            yield
-        finally:
-            sys.stderr.flush()
-            os.dup2(stderr, 2)
-            os.close(stderr)
-            captured.seek(0)
-            for line in captured:
-                if not _NATIVE_LOG_LINE.match(line):
-                    os.write(2, line)
-
-
-class _QuietTensorFlow(importlib.abc.MetaPathFinder):
-    """Imports TensorFlow without the lines that it prints whatever TF_CPP_MIN_LOG_LEVEL is."""
-
-    def find_spec(self, fullname, path=None, target=None):
-        if fullname != "tensorflow":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def execute_quietly(module):
-                with _without_native_log():
-                    execute(module)
-
-            spec.loader.exec_module = execute_quietly
-        return spec
-
-
-if "tensorflow" not in sys.modules:
-    sys.meta_path.insert(0, _QuietTensorFlow())
+quiet_tensorflow.install()
 
 
 # ---------------------------------------------------------------------------------------------
