@@ -80,7 +80,7 @@ def test_t5x_computes_the_same_logits(name, written_by_t5x):
     assert jax.tree.map(lambda x: x.sharding, params) == jax.tree.map(
         lambda x: x.sharding, model.abstract_params
     )
-    logits = jax.jit(model.forward)(params, BATCH)
+    logits = jax.jit(model.forward)(params, BATCH).whole()
     real = np.asarray(BATCH["decoder_target_tokens"]) > 0
     expected = GOLDEN[f"{name}/logits"]
     np.testing.assert_allclose(logits[real], expected[real], rtol=1e-5, atol=1e-5)
@@ -155,14 +155,14 @@ def test_a_tied_output_matrix_that_is_not_scaled_becomes_one_of_its_own(written_
     source = pretrained.open_checkpoint(str(written_by_t5x / "t5_1_0_legacy"))
     config = dataclasses.replace(source.config, scale_decoder_outputs=False)
     model = assembly.Model(config=config, mesh=sharding.make_mesh(sharding.MeshShape()))
-    expected = model.forward(source.restore(model.abstract_params), BATCH)
+    expected = model.forward(source.restore(model.abstract_params), BATCH).whole()
 
     config, arrays = t5x_checkpoints.as_t5x_has_it(config, source.weights)
     t5x_checkpoints.write_legacy(epath.Path(tmp_path) / "checkpoint_1", arrays, 1)
     found = pretrained.open_checkpoint(str(tmp_path))
     assert found.config == config
     model = assembly.Model(config=config, mesh=model.mesh)
-    logits = model.forward(found.restore(model.abstract_params), BATCH)
+    logits = model.forward(found.restore(model.abstract_params), BATCH).whole()
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
 
 
