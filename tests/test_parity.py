@@ -18,9 +18,7 @@ EXPECTED = np.load(FOLDER / "expected.npz")
 IDS = json.loads((FOLDER / "expected_ids.json").read_text("utf-8"))
 FAMILIES = sorted({name.split("/")[0] for name in EXPECTED.files})
 FEATURES = ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
-ONE_DEVICE = jax.make_mesh(
-    (1, 1), ("data", "model"), (jax.sharding.AxisType.Auto,) * 2, devices=jax.devices()[:1]
-)
+ONE_DEVICE = sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
 
 
 def expected(family):
