@@ -123,7 +123,7 @@ def write_table(path, results):
         "Made by `python benchmarks/topologies.py`, which compiles the real programs without any",
         "TPU. GiB of each chip. TNRF, bfloat16, layers stacked and computed again for the gradient",
         '(`REMAT_POLICY = "full"`), Adafactor, everything split over all chips by `fsdp`, rows of',
-        f"{LENGTHS['inputs']} and {LENGTHS['targets']} tokens. README.md says what `ORIGINAL` does.",
+        f"{LENGTHS['inputs']} and {LENGTHS['targets']} tokens. README.md has `ORIGINAL`.",
         f"JAX {importlib.metadata.version('jax')}, libtpu {importlib.metadata.version('libtpu')}.",
         "",
         f"| {' | '.join(COLUMNS)} |",
