@@ -99,6 +99,7 @@ VARIANTS = {
     "TNRF, fused, blocks of 64": functools.partial(fused, block_size=64),
     "TNRF, fused, blocks of 128": functools.partial(fused, block_size=128),
     "TNRF, fused, blocks of 256": functools.partial(fused, block_size=256),
+    "TNRF, fused, blocks of 1024": functools.partial(fused, block_size=1024),
 }
 PADDED = f"TNRF, fused, {1 - LIVE:.0%} padding"
 
