@@ -329,7 +329,7 @@ def test_dropout_is_the_current_model_s_alone(batch, original):
     key = jax.random.key(0)
     loss, found = model.loss_fn(params, batch, key, params)
     current, still = model._compute_logits(params, batch, key), model._compute_logits(params, batch)
-    sums = train_step.token_sums(TNRF, current, still, batch)
+    _, sums = train_step.token_sums(TNRF, current, still, batch)
     np.testing.assert_allclose(loss, sums["loss"], rtol=1e-5)
     assert float(found["positive_kl"].compute()) > 1e-3
 
