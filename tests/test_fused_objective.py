@@ -315,9 +315,12 @@ def test_eight_devices_give_the_numbers_of_one(name, shape):
     step, placed = on_mesh(OBJECTIVES[name], shape, *inputs)
     found = step(*placed)
     expected = with_gradients(fused, OBJECTIVES[name], *inputs)
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6), found, expected
-    )
+
+    def assert_close(one, other):  # to the rounding of sums whose parts cancel
+        largest = max(1.0, float(jnp.abs(other).max()))
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-6 * largest)
+
+    jax.tree.map(assert_close, found, expected)
 
 
 def largest_in_loop(compiled):

@@ -56,6 +56,7 @@ def make_trainer(
     original: str,
     adapter_rank: int,
     adapter_alpha: float,
+    block_size: int | None,
 ) -> assembly.Trainer:
     """The trainer of a run; the arguments are those of `train.train`.
 
@@ -64,6 +65,8 @@ def make_trainer(
     """
     if adapter_rank < 1:
         raise UsageError(f"ADAPTER_RANK: expected at least 1, found {adapter_rank}.")
+    if block_size is not None and block_size < 1:
+        raise UsageError(f"BLOCK_SIZE: expected None or at least 1, found {block_size}.")
     kind = kind_of(original, config)
     if isinstance(kind, AdaptersOff):
         config = dataclasses.replace(config, adapter_scale=adapter_alpha / adapter_rank)
@@ -74,6 +77,7 @@ def make_trainer(
         num_microbatches=num_microbatches,
         original=kind,
         adapter_rank=adapter_rank,
+        block_size=block_size,
     )
 
 
@@ -113,6 +117,7 @@ def bring(
     states_folder: str,
     task_feature_lengths: Mapping[str, int],
     batch_size: int,
+    seed: int,
 ) -> tuple[Brought, PyTree | None]:
     """Reads the original once, and makes of it what the step needs and where training starts.
 
@@ -125,6 +130,7 @@ def bring(
       states_folder: Of those states.
       task_feature_lengths: Tokens of "inputs" and "targets".
       batch_size: Examples that states are computed for at a time.
+      seed: Of new adapters.
 
     Returns:
       The original; and float32 parameters to start from (adapters: to train beside it), which the
@@ -137,7 +143,7 @@ def bring(
     identity = {"path": path, "digest": checkpoints.digest(whole)}
     if isinstance(trainer.original, AdaptersOff):
         params = _converted(whole, abstract)
-        start = model.init_adapters(trainer.adapter_rank, seed=0) if is_new else None
+        start = model.init_adapters(trainer.adapter_rank, seed) if is_new else None
         return Brought(params, identity), start
     if isinstance(trainer.original, CachedStates):
         states = OriginalStates(

@@ -305,6 +305,7 @@ def _make_original(
                 files=new.records, vocabulary=vocabulary(), annotated=False
             ),
             "initial_checkpoint_path": None,
+            "original": "parameters",  # a model from nothing has none, and no adapters
         },
         also_depends_on=[new.records],
         goes_on=True,

@@ -40,7 +40,7 @@ HBM = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 96}
 
 _STEP_SETTINGS = (
     *("model", "objective", "task_feature_lengths", "batch_size", "optimizer", "num_microbatches"),
-    *("mesh_shape", "pack", "original", "adapter_rank", "adapter_alpha"),
+    *("mesh_shape", "pack", "original", "adapter_rank", "adapter_alpha", "block_size"),
 )
 
 
@@ -114,6 +114,7 @@ def compile_step(
     original: str = "parameters",
     adapter_rank: int = 16,
     adapter_alpha: float = 32.0,
+    block_size: int | None = None,
     initial_checkpoint_path: str | None = None,
     num_negative_ids: int = 1,
     program_text: str | None = None,
@@ -137,6 +138,7 @@ def compile_step(
         original=original,
         adapter_rank=adapter_rank,
         adapter_alpha=adapter_alpha,
+        block_size=block_size,
     )
     batch = trainer.abstract_batch(
         feature_converters.feature_shapes(

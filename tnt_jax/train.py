@@ -77,6 +77,7 @@ def train(
     states_dir: str | None = None,
     adapter_rank: int = 16,
     adapter_alpha: float = 32.0,
+    block_size: int | None = None,
     eval_dataset: Dataset | None = None,
     eval_every: int = 500,
     checkpoint_every: int = 1000,
@@ -105,6 +106,7 @@ def train(
       states_dir: Of the cached states; None is beside the file of records, or in `model_dir`.
       adapter_rank: Of adapters.
       adapter_alpha: Adapters are multiplied by `adapter_alpha / adapter_rank`.
+      block_size: Tokens that a device computes the loss of at a time; None chooses.
       eval_dataset: Evaluated every `eval_every` updates and at the end.
       eval_every: In updates.
       checkpoint_every: In updates; the end is always saved.
@@ -142,6 +144,7 @@ def train(
         original=original,
         adapter_rank=adapter_rank,
         adapter_alpha=adapter_alpha,
+        block_size=block_size,
     )
     network, config = trainer.model, trainer.model.config
 
@@ -190,6 +193,7 @@ def train(
             or original_states.default_folder(getattr(dataset, "files", None), model_dir),
             task_feature_lengths=task_feature_lengths,
             batch_size=batch_size,
+            seed=seed,
         )
         if objective.needs_original:
             _warn_about(objective, config, initial_checkpoint_path)
