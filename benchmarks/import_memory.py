@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 
+import report
 from etils import epath
 
 METHODS = {"tnt_jax": 1, "tnt_jax, 8 devices": 8, "all at once": 1}
@@ -84,7 +85,7 @@ def measure(folder, method):
         "files": sum(f.stat().st_size for f in pathlib.Path(folder).glob("*.safetensors")) / 1e6,
         "parameters": sum(sizes) / 1e6,
         "largest": max(sizes) / 1e6,
-        "peak": peak() / 1e6,
+        "peak": report.peak() / 1e6,
     }
     row["beyond"] = row["peak"] - before / 1e6 - row["parameters"]
     print(json.dumps(row))
@@ -94,11 +95,6 @@ def resident():
     """Bytes of the resident set now."""
     pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
-
-
-def peak():
-    """Bytes of the largest resident set so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main():

@@ -60,6 +60,13 @@ def version(package: str) -> str:
         return "absent"
 
 
+def peak() -> int:
+    """Bytes of this process's largest resident set: `ru_maxrss` may be that of who started it."""
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Prints Markdown: numbers right-aligned, floats with three significant digits, None a dash."""
     numeric = [any(isinstance(row[i], int | float) for row in rows) for i in range(len(columns))]

@@ -21,7 +21,6 @@ import dataclasses
 import functools
 import importlib.util
 import json
-import pathlib
 import subprocess
 import sys
 
@@ -255,14 +254,7 @@ def measure(size, name, flags):
     for _ in range(2):
         jax.block_until_ready(update())
     stats = jax.devices()[0].memory_stats() or {}
-    print(json.dumps([peak(), stats.get("peak_bytes_in_use")]))
-
-
-def peak():
-    """Bytes of this program's largest resident set: `ru_maxrss` may be that of who started it."""
-    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-    (line,) = (line for line in lines if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
+    print(json.dumps([report.peak(), stats.get("peak_bytes_in_use")]))
 
 
 def peaks(size, arguments, names):

@@ -57,6 +57,7 @@ GROUPS = {
     "assembly": {
         "assembly",
         "original_setup",
+        "training_loop",
         "compiled_step",
         "quiet_tensorflow",
         "run_config",

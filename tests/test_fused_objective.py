@@ -178,6 +178,11 @@ def test_agrees_for_any_block_and_matrix(block_size, vocab_axis):
     assert_agree(OBJECTIVES["TNRF"], *inputs, block_size=block_size)
 
 
+@pytest.mark.parametrize("block_size", [32, 48])
+def test_agrees_in_several_passes_over_a_block(block_size):
+    assert_agree(OBJECTIVES["TNRF"], *problem(9, batch=8), block_size=block_size)
+
+
 @pytest.mark.parametrize("name", ["TNRF", "TNRLL smoothed", "fine-tune"])
 def test_the_values_need_no_gradient(name):
     """Evaluation computes the same values without the gradient."""

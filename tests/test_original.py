@@ -189,7 +189,7 @@ def test_adapters_after_a_stop():
 def test_an_unknown_kind_is_refused(capfd):
     train("unknown", status=2, ORIGINAL="cache")
     assert (
-        "expected one of parameters, cached, adapters_off, found 'cache'" in capfd.readouterr().err
+        "expected parameters, cached or adapters_off, found 'cache'" in capfd.readouterr().err
     )
 
 
@@ -212,15 +212,15 @@ CONFIG = t5.T5Config(
 
 def trainer_of(original, config=CONFIG, **mesh_shape):
     return original_setup.make_trainer(
-        config=config,
-        mesh=sharding.make_mesh(sharding.MeshShape(**mesh_shape)),
+        model=config,
+        initial_checkpoint_path=None,
         objective=objectives.TntObjective(negative_term="reverse_kl", positive_term="forward_kl"),
         optimizer=optax.adam(1e-3),
-        num_microbatches=1,
+        batch_size=8,
+        mesh_shape=sharding.MeshShape(**mesh_shape),
         original=original,
         adapter_rank=4,
         adapter_alpha=8.0,
-        block_size=None,
     )
 
 

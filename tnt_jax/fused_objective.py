@@ -7,9 +7,12 @@ for a block of tokens at a time:
     loss, metrics and gradient to logits    some passes over [rows, V]
     gradient to hidden states and matrix    2 matrix products, in the forward pass already
 
-so a `custom_vjp`'s backward only scales, nothing is computed twice, and memory is four arrays of
+so a `custom_vjp`'s backward only scales, nothing is computed twice, and memory is a few arrays of
 `[rows, V]`, whatever the number of tokens. Padding is not computed at all: unmasked tokens come
 first in the order of the blocks, and the loop ends with them.
+
+Products are float32 of float32 inputs, at JAX's default precision, as in T5X: a TPU multiplies in
+bfloat16 and adds up in float32 unless `JAX_DEFAULT_MATMUL_PRECISION` asks for more.
 
 On a mesh every device has a part of the vocabulary and a part of the tokens (`_Layout`). Devices
 that share tokens add up per-row vectors in the loop, nothing larger; devices that share the
@@ -73,7 +76,8 @@ def token_values(
       target_tokens: As in `TntObjective.token_losses`, and so are the next two.
       negative_ids: Padded with -1.
       loss_mask: 1 at real tokens; those of 0 are skipped.
-      block_size: Tokens that a device computes at a time; None chooses, 128 where there are many.
+      block_size: Tokens that a device computes at a time; None chooses, where there are many 256 on
+        a CPU and 512 elsewhere.
 
     Raises:
       UsageError: As `TntObjective.token_losses`.
@@ -254,8 +258,11 @@ def _on_device(settings, layout, hidden, matrix, original, tokens, *, with_gradi
         columns = layout.columns(original.matrix, original.vocab_axis)
         original = original.replace(hidden=original_rows, matrix=columns)
     columns = layout.columns(matrix, settings.vocab_axis)
-    values, gradients = _blocks(
-        settings, layout.vocab, hidden_rows, columns, original, token_rows, with_gradients
+    blocks = functools.partial(_blocks, settings, layout.vocab, with_gradients)
+    values, gradients = jax.lax.platform_dependent(
+        *(hidden_rows, columns, original, token_rows),
+        cpu=functools.partial(blocks, _CPU),
+        default=functools.partial(blocks, _ACCELERATOR),
     )
     values = jax.tree.map(lambda x: own_rows(x.reshape(-1, batch_shape[1])), values)
     total = jnp.sum(values.losses)
@@ -272,7 +279,31 @@ def _on_device(settings, layout, hidden, matrix, original, tokens, *, with_gradi
 # -------------------------------------------------------------------------------------- The blocks
 
 
-def _blocks(settings, vocab_axes, hidden, matrix, original, tokens, with_gradients):
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    """Rows that are computed together on a kind of device.
+
+    Attributes:
+      smallest: Of a block, where there are few tokens.
+      largest: Of a block: each reads the matrices, and what the gradient to them adds up to, again.
+      of_pass: Between the products; None is all of a block.
+    """
+
+    smallest: int
+    largest: int
+    of_pass: int | None = None
+
+    def of_block(self, num_tokens: int) -> int:
+        """Small enough that padding is skipped, large enough for the products."""
+        return min(self.largest, max(self.smallest, num_tokens // 8))
+
+
+# Between the products there are ten passes over `[rows, V]` and more: 16 rows stay in a cache.
+_CPU = _Sizes(smallest=32, largest=256, of_pass=16)
+_ACCELERATOR = _Sizes(smallest=128, largest=512)
+
+
+def _blocks(settings, vocab_axes, with_gradients, sizes, hidden, matrix, original, tokens):
     """Values of all tokens and the gradients, block by block; rows of `hidden` are tokens.
 
     Returns:
@@ -280,8 +311,9 @@ def _blocks(settings, vocab_axes, hidden, matrix, original, tokens, with_gradien
     """
     target_tokens, _, loss_mask = tokens
     num_tokens, (_, embed) = len(target_tokens), hidden.shape
-    rows = settings.block_size or min(128, max(32, num_tokens // 8))
-    rows = min(rows, num_tokens)
+    rows = min(settings.block_size or sizes.of_block(num_tokens), num_tokens)
+    # Without an original one pass is as quick; over a mesh each would be an exchange.
+    rows_of_pass = sizes.of_pass if original is not None and not vocab_axes else None
     # Unmasked tokens first; one more block of indices, so that the last one is not cut.
     order = jnp.argsort(loss_mask == 0, stable=True)
     order = jnp.concatenate([order, jnp.full(rows, num_tokens, order.dtype)])
@@ -304,9 +336,11 @@ def _blocks(settings, vocab_axes, hidden, matrix, original, tokens, with_gradien
                 take(original.hidden, index), original.matrix, original.vocab_axis
             )
         target, negative, _ = (take(x, index) for x in tokens)
-        found, gradient = Block(
-            settings.objective, reductions, logits, original_logits, target, negative
-        ).values_and_gradient()
+        found, gradient = _in_passes(
+            lambda *part: Block(settings.objective, reductions, *part).values_and_gradient(),
+            rows_of_pass,
+            (logits, original_logits, target, negative),
+        )
         values = jax.tree.map(lambda x, y: x.at[index].set(y, mode="drop"), values, found)
         if with_gradients:
             gradient = jnp.where((place < num_live)[:, None], gradient, 0.0)
@@ -329,6 +363,16 @@ def _blocks(settings, vocab_axes, hidden, matrix, original, tokens, with_gradien
         lambda carry: carry[0] < num_live, block, (jnp.int32(0), values, gradients)
     )
     return values, gradients
+
+
+def _in_passes(function, rows, arrays):
+    """`function(*arrays)`, so many rows at a time, if they come out even."""
+    num_rows = len(arrays[0])
+    if rows is None or num_rows % rows:
+        return function(*arrays)
+    parts = jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), arrays)
+    found = jax.lax.map(lambda part: function(*part), parts)
+    return jax.tree.map(lambda x: x.reshape(num_rows, *x.shape[2:]), found)
 
 
 def _logits(hidden, matrix, vocab_axis):

@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 
 from tnt_jax import sharding
 from tnt_jax.adapters import is_adapter
@@ -45,14 +44,18 @@ class Original(Protocol):
         ...
 
 
-@dataclasses.dataclass(frozen=True)
-class Parameters:
-    """A second tree of parameters."""
+class _Apart:
+    """An original that shares nothing with the model being trained."""
 
     def current_params(self, params: PyTree, original_params: PyTree | None) -> PyTree:
         """The trained parameters alone."""
         del original_params
         return params
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameters(_Apart):
+    """A second tree of parameters."""
 
     def logits(
         self, forward: Forward, original_params: PyTree, batch: Mapping[str, Array]
@@ -65,7 +68,7 @@ PARAMETERS = Parameters()
 
 
 @dataclasses.dataclass(frozen=True)
-class CachedStates:
+class CachedStates(_Apart):
     """Decoder states that come with the batch, `[B, T, E]` under `STATES`.
 
     Attributes:
@@ -73,11 +76,6 @@ class CachedStates:
     """
 
     vocab_axis: int
-
-    def current_params(self, params: PyTree, original_params: PyTree | None) -> PyTree:
-        """The trained parameters alone."""
-        del original_params
-        return params
 
     def logits(
         self, forward: Forward, original_params: PyTree, batch: Mapping[str, Array]
@@ -120,8 +118,3 @@ def _merged(tree: Any, other: Any) -> Any:
         raise AssertionError("a parameter and an adapter have the same name")
     shared = {key: _merged(tree[key], other[key]) for key in tree.keys() & other.keys()}
     return {**tree, **other, **shared}
-
-
-def dense(logits: Logits) -> Float[Array, "B T V"]:
-    """Logits multiplied out, in float32."""
-    return logits.whole() if isinstance(logits, FactoredLogits) else logits.astype(jnp.float32)

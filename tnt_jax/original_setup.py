@@ -7,33 +7,27 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from jax.sharding import Mesh
 
-from tnt_jax import assembly, checkpoints, feature_converters, objectives, sharding, t5
+from tnt_jax import (
+    assembly,
+    checkpoints,
+    feature_converters,
+    objectives,
+    pretrained,
+    sharding,
+    t5,
+)
 from tnt_jax.array_types import PyTree
 from tnt_jax.errors import UsageError
-from tnt_jax.original import (
-    PARAMETERS,
-    STATES,
-    AdaptersOff,
-    CachedStates,
-    Original,
-    Parameters,
-)
+from tnt_jax.original import PARAMETERS, STATES, AdaptersOff, CachedStates, Original
 from tnt_jax.original_states import OriginalStates
-
-KINDS: dict[str, type[Original]] = {
-    "parameters": Parameters,
-    "cached": CachedStates,
-    "adapters_off": AdaptersOff,
-}
 
 
 def kind_of(name: str, config: t5.T5Config) -> Original:
     """The kind that a setting names.
 
     Raises:
-      UsageError: There is no such kind, or dropout would make its states those of another model.
+      UsageError: There is no such kind.
     """
     match name:
         case "parameters":
@@ -43,22 +37,39 @@ def kind_of(name: str, config: t5.T5Config) -> Original:
             return CachedStates(vocab_axis=t5.output_matrix(config, shapes)[1])
         case "adapters_off":
             return AdaptersOff()
-    raise UsageError(f"ORIGINAL: expected one of {', '.join(KINDS)}, found {name!r}.")
+    raise UsageError(f"ORIGINAL: expected parameters, cached or adapters_off, found {name!r}.")
 
 
 def make_trainer(
     *,
-    config: t5.T5Config,
-    mesh: Mesh,
+    model: t5.T5Config | pretrained.FromCheckpoint,
+    initial_checkpoint_path: str | None,
     objective: objectives.TntObjective,
     optimizer: Callable[[], optax.GradientTransformation] | optax.GradientTransformation,
-    num_microbatches: int,
-    original: str,
-    adapter_rank: int,
-    adapter_alpha: float,
-    block_size: int | None,
+    batch_size: int,
+    num_microbatches: int = 1,
+    mesh_shape: sharding.MeshShape | None = None,
+    original: str = "parameters",
+    adapter_rank: int = 16,
+    adapter_alpha: float = 32.0,
+    block_size: int | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> assembly.Trainer:
-    """The trainer of a run; the arguments are those of `train.train`.
+    """The trainer of a run.
+
+    Args:
+      model: As in `train.train`, and so are all but the last.
+      initial_checkpoint_path: What `model` is read from, if it is `FromCheckpoint`.
+      objective: The loss per token.
+      optimizer: An Optax optimizer, or what makes one.
+      batch_size: Checked against microbatches and mesh.
+      num_microbatches: Parts of a batch.
+      mesh_shape: Devices per mesh axis.
+      original: The kind of original.
+      adapter_rank: Of adapters.
+      adapter_alpha: Of adapters.
+      block_size: Tokens that a device computes the loss of at a time.
+      devices: Of the mesh; None is all that are here.
 
     Raises:
       UsageError: A setting does not fit.
@@ -67,6 +78,9 @@ def make_trainer(
         raise UsageError(f"ADAPTER_RANK: expected at least 1, found {adapter_rank}.")
     if block_size is not None and block_size < 1:
         raise UsageError(f"BLOCK_SIZE: expected None or at least 1, found {block_size}.")
+    config = pretrained.config_of(model, initial_checkpoint_path)
+    mesh = sharding.make_mesh(mesh_shape or sharding.MeshShape(), devices)
+    sharding.check_batch_size(batch_size, num_microbatches, mesh)
     kind = kind_of(original, config)
     if isinstance(kind, AdaptersOff):
         config = dataclasses.replace(config, adapter_scale=adapter_alpha / adapter_rank)

@@ -16,7 +16,7 @@ import dataclasses
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,10 +26,8 @@ from tnt_jax import (
     compiled_step,
     feature_converters,
     original_setup,
-    pretrained,
     program,
     run_log,
-    sharding,
     train,
 )
 from tnt_jax.errors import UsageError
@@ -103,43 +101,30 @@ def devices_of(topology: str) -> Sequence[Any]:
 def compile_step(
     devices: Sequence[Any],
     *,
-    model: Any,
-    objective: Any,
-    task_feature_lengths: Any,
+    task_feature_lengths: Mapping[str, int],
     batch_size: int,
-    optimizer: Any,
-    num_microbatches: int = 1,
-    mesh_shape: sharding.MeshShape | None = None,
     pack: bool = False,
-    original: str = "parameters",
-    adapter_rank: int = 16,
-    adapter_alpha: float = 32.0,
-    block_size: int | None = None,
-    initial_checkpoint_path: str | None = None,
     num_negative_ids: int = 1,
     program_text: str | None = None,
+    **of_trainer: Any,
 ) -> dict[str, Any]:
-    """Compiles a step for devices; the arguments are those of `train.train` and `precompile`.
+    """Compiles a step for devices.
+
+    Args:
+      devices: As from `devices_of`.
+      task_feature_lengths: As in `train.train`.
+      batch_size: As in `train.train`.
+      pack: As in `train.train`.
+      num_negative_ids: As in `precompile`.
+      program_text: As in `precompile`.
+      **of_trainer: The other settings of `original_setup.make_trainer`.
 
     Returns:
       "fits" (None where the devices' memory is not known), "bytes" by kind, "collectives", and what
       else is printed; where the compiler itself finds that it does not fit, "bytes" are its words.
     """
-    if isinstance(model, pretrained.FromCheckpoint):
-        model = pretrained.config_of(model, initial_checkpoint_path)
-    mesh = sharding.make_mesh(mesh_shape or sharding.MeshShape(), devices)
-    sharding.check_batch_size(batch_size, num_microbatches, mesh)
-    trainer = original_setup.make_trainer(
-        config=model,
-        mesh=mesh,
-        objective=objective,
-        optimizer=optimizer,
-        num_microbatches=num_microbatches,
-        original=original,
-        adapter_rank=adapter_rank,
-        adapter_alpha=adapter_alpha,
-        block_size=block_size,
-    )
+    of_trainer.setdefault("initial_checkpoint_path", None)
+    trainer = original_setup.make_trainer(batch_size=batch_size, devices=devices, **of_trainer)
     batch = trainer.abstract_batch(
         feature_converters.feature_shapes(
             task_feature_lengths, batch_size, num_negative_ids, pack=pack
@@ -147,11 +132,11 @@ def compile_step(
     )
     report: dict[str, Any] = {
         "device": devices[0].device_kind,
-        "mesh": dict(mesh.shape),
+        "mesh": dict(trainer.model.mesh.shape),
         "num_params": sum(leaf.size for leaf in jax.tree.leaves(trainer.model.abstract_params)),
         "batch_size": batch_size,
         "lengths": dict(task_feature_lengths),
-        "original": original,
+        "original": of_trainer.get("original", "parameters"),
         "jax": jax.__version__,
     }
     began = time.monotonic()

@@ -16,30 +16,25 @@ Example:
       --gin.TRAIN_STEPS=200
 """
 
-import contextlib
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-import numpy as np
 import optax
 
 from tnt_jax import (
-    assembly,
     checkpoints,
     feature_converters,
     objectives,
     original_setup,
     original_states,
-    prefetch,
     pretrained,
     program,
     run_config,
     run_log,
     sharding,
     t5,
-    train_step,
+    training_loop,
 )
 from tnt_jax.array_types import PyTree
 from tnt_jax.errors import UsageError
@@ -129,18 +124,14 @@ def train(
         if value < 1:
             raise UsageError(f"{name}: expected at least 1, found {value}.")
 
-    config = pretrained.config_of(model, initial_checkpoint_path)
-
-    # ------------------------------------------------------------------------------------- Mesh
-    mesh = sharding.make_mesh(mesh_shape or sharding.MeshShape())
-    sharding.check_batch_size(batch_size, num_microbatches, mesh)
-
     trainer = original_setup.make_trainer(
-        config=config,
-        mesh=mesh,
+        model=model,
+        initial_checkpoint_path=initial_checkpoint_path,
         objective=objective,
         optimizer=optimizer,
+        batch_size=batch_size,
         num_microbatches=num_microbatches,
+        mesh_shape=mesh_shape,
         original=original,
         adapter_rank=adapter_rank,
         adapter_alpha=adapter_alpha,
@@ -148,33 +139,27 @@ def train(
     )
     network, config = trainer.model, trainer.model.config
 
-    # ----------------------------------------------------------------------------- Input pipeline
     def load(of: Dataset) -> list[feature_converters.Example]:
         pretrained.check_vocabulary(of.vocabulary, config, initial_checkpoint_path)
         loaded = of.load(task_feature_lengths)
         feature_converters.check_token_ids(loaded, config.vocab_size)
         return loaded
 
-    examples = load(dataset)
-    eval_examples = load(eval_dataset) if eval_dataset else []
-    _check_marks(examples, objective, task_feature_lengths)
-    # One K for training and evaluation: each K is a program of its own.
-    num_negative_ids = feature_converters.max_negative_ids([*examples, *eval_examples])
-    batches = feature_converters.Batches(
-        examples,
-        batch_size,
-        task_feature_lengths,
-        seed=seed,
-        num_negative_ids=num_negative_ids,
-        pack=pack,
-    )
-    _log_fill(batches)
-
-    # ------------------------------------------------------------------------- Model and original
     def initial_params() -> PyTree:
         if initial_checkpoint_path is None:
             return network.init(seed)
         return network.restore(initial_checkpoint_path)
+
+    data = training_loop.Data.of(
+        load(dataset),
+        load(eval_dataset) if eval_dataset else [],
+        batch_size=batch_size,
+        task_feature_lengths=task_feature_lengths,
+        seed=seed,
+        pack=pack,
+    )
+    _check_marks(data.examples, objective, task_feature_lengths)
+    _log_fill(data.batches)
 
     with (
         checkpoints.Checkpoints(model_dir, keep=keep_checkpoints) as saved,
@@ -188,7 +173,7 @@ def train(
             initial_params,
             initial_checkpoint_path,
             is_new=start is None,
-            examples=[*examples, *eval_examples],
+            examples=[*data.examples, *data.eval_examples],
             states_folder=states_dir
             or original_states.default_folder(getattr(dataset, "files", None), model_dir),
             task_feature_lengths=task_feature_lengths,
@@ -201,10 +186,7 @@ def train(
             "original": brought.identity,
             "objective": run_config.describe(objective),
             "model": run_config.describe(config),
-            "data": {
-                "num_examples": len(examples),
-                "digest": feature_converters.digest(examples),
-            },
+            "data": data.describe(),
             "jax": jax.__version__,
         }
         if original == "adapters_off":
@@ -216,68 +198,24 @@ def train(
             _check_original(saved.run_of(start)["original"], brought.identity, model_dir)
             state = saved.restore(start, trainer.abstract_state)
             run_log.log(f"Going on from checkpoint {start} in {model_dir}.")
-
-        def batch_of(step: int) -> dict[str, jax.Array]:
-            placed = [
-                (examples[p.example], p.row, p.target_offset) for p in batches.layout(step - 1)
-            ]
-            return sharding.put_batch(brought.with_states(batches.batch(step - 1), placed), mesh)
-
-        # ------------------------------------------------------------------------------------ Loop
-        key = jax.random.key(seed)
-        eval_step = assembly.jit_eval_step(network, objective, trainer.original)
-
-        def evaluate(step: int) -> None:
-            batches_of_eval = feature_converters.batch_for_eval(
-                eval_examples, batch_size, task_feature_lengths, num_negative_ids
-            )
-            sums = []
-            for number, batch in enumerate(batches_of_eval):
-                rows = eval_examples[number * batch_size :][:batch_size]
-                batch = brought.with_states(batch, [(e, row, 0) for row, e in enumerate(rows)])
-                batch = sharding.put_batch(batch, mesh)
-                sums.append(jax.device_get(eval_step(state.params, brought.params, batch)))
-            summary = train_step.summarize(_add(sums))
-            metrics.write(step, {f"eval/{name}": value for name, value in summary.items()})
-            run_log.log(f"update {step}, evaluation: {_line(summary)}")
-
         run_log.log(
-            f"Training on {len(examples)} examples from update {start} to {train_steps}, "
+            f"Training on {len(data.examples)} examples from update {start} to {train_steps}, "
             f"{batch_size} rows at a time, on {jax.device_count()} {jax.default_backend()} "
             "device(s)."
         )
-        pending: list[Any] = []  # sums of the updates since the last log, still on the devices
-        since, waited = time.monotonic(), 0.0
-        steps = range(start + 1, train_steps + 1)
-        with contextlib.closing(prefetch.ahead(batch_of, steps)) as upcoming:
-            for step in steps:
-                asked = time.monotonic()
-                batch = next(upcoming)
-                waited += time.monotonic() - asked
-                state, sums = trainer.step(state, brought.params, batch, key)
-                pending.append(sums)
-                if len(pending) > 1:
-                    # The devices have the newest update to go on with. With more of them waiting,
-                    # batches fill the memory, and simulated CPU devices block each other for ever.
-                    jax.block_until_ready(pending[-2])
-                is_last = step == train_steps
-                is_save = is_last or step % checkpoint_every == 0
-                if is_last or is_save or step % log_every == 0:
-                    fetched = jax.device_get(pending)  # waits for the devices
-                    _check_finite(fetched, step - len(fetched) + 1, saved.latest_step(), model_dir)
-                    seconds = time.monotonic() - since
-                    summary = train_step.summarize(_add(fetched))
-                    summary["tokens_per_second"] = summary["num_tokens"] / seconds
-                    summary["input_wait_fraction"] = waited / seconds
-                    metrics.write(step, summary)
-                    run_log.log(f"update {step} of {train_steps}: {_line(summary)}")
-                    pending, since, waited = [], time.monotonic(), 0.0
-                if is_save:
-                    saved.save(state, run)
-                if eval_examples and (is_last or step % eval_every == 0):
-                    began = time.monotonic()
-                    evaluate(step)
-                    since += time.monotonic() - began
+        training_loop.Loop(
+            trainer=trainer,
+            original=brought,
+            data=data,
+            every=training_loop.Every(
+                checkpoint=checkpoint_every, log=log_every, evaluation=eval_every
+            ),
+            saved=saved,
+            run=run,
+            metrics=metrics,
+            model_dir=model_dir,
+            seed=seed,
+        ).go(state, start, train_steps)
         if start >= train_steps:
             run_log.log(f"Nothing to do: {model_dir} is at update {start} of {train_steps}.")
     last = str(pretrained.find(model_dir))
@@ -350,37 +288,6 @@ def _describe_original(original: Mapping[str, Any] | None) -> str:
     if original is None:
         return "none (an objective without divergences)"
     return f"{original['path'] or 'a random initialisation'} (digest {original['digest']})"
-
-
-def _check_finite(
-    sums: Sequence[Mapping[str, Any]], first_step: int, saved_step: int | None, model_dir: str
-) -> None:
-    for step, of_step in enumerate(sums, start=first_step):
-        for name in ("loss", "gradient_norm"):
-            if not np.isfinite(of_step[name]):
-                kept = "no checkpoint yet" if saved_step is None else f"checkpoint {saved_step}"
-                raise UsageError(
-                    f"update {step}: expected finite numbers, found {name} = {of_step[name]}. "
-                    f"Before it, there is {kept} in {model_dir}. Lower LEARNING_RATE or "
-                    "negative_weight, or look at the batch of that update."
-                )
-
-
-def _add(sums: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    # In float64: a count of tokens over many updates passes what float32 holds exactly.
-    return {name: float(sum(float(of_step[name]) for of_step in sums)) for name in sums[0]}
-
-
-def _line(summary: Mapping[str, float]) -> str:
-    shown = (
-        ("loss", "loss {:.4f}"),
-        ("negative_mass", "p(removed) {:.2e}"),
-        ("positive_kl", "KL to the original at ordinary positions {:.2e}"),
-        ("gradient_norm", "gradient norm {:.3g}"),
-        ("tokens_per_second", "{:.0f} target tokens/s"),
-        ("input_wait_fraction", "{:.0%} of the time waiting for input"),
-    )
-    return ", ".join(form.format(summary[name]) for name, form in shown if name in summary)
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def train_step(
     def loss_and_sums(params, original_params, rows, key):
         current = forward(original.current_params(params, original_params), rows, key)
         of_original = None
-        if original_params is not None:
+        if original_params is not None and objective.needs_original:
             of_original = original.logits(forward, original_params, rows)
         loss, sums = token_sums(objective, current, of_original, rows, block_size)
         return loss / num_tokens, sums

@@ -1,0 +1,265 @@
+"""The loop of a training run: batches in, updates, what is written down on the way."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from tnt_jax import (
+    assembly,
+    checkpoints,
+    feature_converters,
+    original_setup,
+    prefetch,
+    run_log,
+    sharding,
+    train_step,
+)
+from tnt_jax.errors import UsageError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """What a run learns from, on the host.
+
+    Attributes:
+      examples: To train on.
+      eval_examples: To evaluate on; may be empty.
+      batches: Of `examples`, by number.
+      num_negative_ids: Of a position, at most: one for both, for each is a program of its own.
+    """
+
+    examples: Sequence[feature_converters.Example]
+    eval_examples: Sequence[feature_converters.Example]
+    batches: feature_converters.Batches
+    num_negative_ids: int
+
+    @classmethod
+    def of(
+        cls,
+        examples: Sequence[feature_converters.Example],
+        eval_examples: Sequence[feature_converters.Example],
+        *,
+        batch_size: int,
+        task_feature_lengths: Mapping[str, int],
+        seed: int,
+        pack: bool,
+    ) -> "Data":
+        """The arguments are those of `feature_converters.Batches`."""
+        num_negative_ids = feature_converters.max_negative_ids([*examples, *eval_examples])
+        batches = feature_converters.Batches(
+            examples,
+            batch_size,
+            task_feature_lengths,
+            seed=seed,
+            num_negative_ids=num_negative_ids,
+            pack=pack,
+        )
+        return cls(
+            examples=examples,
+            eval_examples=eval_examples,
+            batches=batches,
+            num_negative_ids=num_negative_ids,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """For the checkpoint: which data it was."""
+        return {
+            "num_examples": len(self.examples),
+            "digest": feature_converters.digest(self.examples),
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Every:
+    """Of how many updates each is done once.
+
+    Attributes:
+      checkpoint: A checkpoint; the end is always saved.
+      log: A line and an entry of metrics.
+      evaluation: An evaluation.
+    """
+
+    checkpoint: int
+    log: int
+    evaluation: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loop:
+    """Everything that a run holds fixed while it goes round.
+
+    Attributes:
+      trainer: Its step.
+      original: What the step needs of the original.
+      data: What it learns from.
+      every: How often what is done.
+      saved: Where checkpoints go.
+      run: What each of them says of the run.
+      metrics: Where metrics go.
+      model_dir: Of the run, for messages.
+      seed: Of dropout.
+    """
+
+    trainer: assembly.Trainer
+    original: original_setup.Brought
+    data: Data
+    every: Every
+    saved: checkpoints.Checkpoints
+    run: Mapping[str, Any]
+    metrics: run_log.MetricsWriter
+    model_dir: str
+    seed: int
+
+    def go(self, state: train_step.TrainState, start: int, train_steps: int) -> None:
+        """From the state after update `start`, which it takes over (donates), to the last.
+
+        Raises:
+          UsageError: The loss or the gradient is not finite.
+        """
+        key = jax.random.key(self.seed)
+        evaluate = _Evaluation(self)
+        since = _SinceLog()
+        steps = range(start + 1, train_steps + 1)
+        with contextlib.closing(prefetch.ahead(self._batch, steps)) as upcoming:
+            for step in steps:
+                with since.waiting():
+                    batch = next(upcoming)
+                state, sums = self.trainer.step(state, self.original.params, batch, key)
+                since.add(sums)
+                is_last = step == train_steps
+                is_save = is_last or step % self.every.checkpoint == 0
+                if is_save or step % self.every.log == 0:
+                    self._log(step, train_steps, since.fetch())
+                if is_save:
+                    self.saved.save(state, self.run)
+                if self.data.eval_examples and (is_last or step % self.every.evaluation == 0):
+                    with since.paused():
+                        evaluate(state, step)
+
+    def _batch(self, step: int) -> dict[str, jax.Array]:
+        """Of an update, on the mesh."""
+        batches = self.data.batches
+        placed = [
+            (self.data.examples[p.example], p.row, p.target_offset)
+            for p in batches.layout(step - 1)
+        ]
+        batch = self.original.with_states(batches.batch(step - 1), placed)
+        return sharding.put_batch(batch, self.trainer.model.mesh)
+
+    def _log(self, step: int, train_steps: int, found: "_Found") -> None:
+        self._check_finite(found.sums, step - len(found.sums) + 1)
+        summary = train_step.summarize(_add(found.sums))
+        summary["tokens_per_second"] = summary["num_tokens"] / found.seconds
+        summary["input_wait_fraction"] = found.seconds_waited / found.seconds
+        self.metrics.write(step, summary)
+        run_log.log(f"update {step} of {train_steps}: {_line(summary)}")
+
+    def _check_finite(self, sums: Sequence[Mapping[str, Any]], first_step: int) -> None:
+        for step, of_step in enumerate(sums, start=first_step):
+            for name in ("loss", "gradient_norm"):
+                if not np.isfinite(of_step[name]):
+                    saved_step = self.saved.latest_step()
+                    kept = "no checkpoint yet" if saved_step is None else f"checkpoint {saved_step}"
+                    raise UsageError(
+                        f"update {step}: expected finite numbers, found {name} = {of_step[name]}. "
+                        f"Before it, there is {kept} in {self.model_dir}. Lower LEARNING_RATE or "
+                        "negative_weight, or look at the batch of that update."
+                    )
+
+
+class _Evaluation:
+    """The evaluation of a run, compiled once."""
+
+    def __init__(self, loop: Loop):
+        self._loop = loop
+        trainer = loop.trainer
+        self._step = assembly.jit_eval_step(trainer.model, trainer.objective, trainer.original)
+
+    def __call__(self, state: train_step.TrainState, step: int) -> None:
+        loop, data = self._loop, self._loop.data
+        batch_size = data.batches.batch_size
+        batches = feature_converters.batch_for_eval(
+            data.eval_examples,
+            batch_size,
+            data.batches.task_feature_lengths,
+            data.num_negative_ids,
+        )
+        sums = []
+        for number, batch in enumerate(batches):
+            rows = data.eval_examples[number * batch_size :][:batch_size]
+            placed = [(example, row, 0) for row, example in enumerate(rows)]
+            batch = sharding.put_batch(
+                loop.original.with_states(batch, placed), loop.trainer.model.mesh
+            )
+            sums.append(jax.device_get(self._step(state.params, loop.original.params, batch)))
+        summary = train_step.summarize(_add(sums))
+        loop.metrics.write(step, {f"eval/{name}": value for name, value in summary.items()})
+        run_log.log(f"update {step}, evaluation: {_line(summary)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """Of the updates since the last line: their sums, the time they took, that spent waiting."""
+
+    sums: Sequence[Mapping[str, Any]]
+    seconds: float
+    seconds_waited: float
+
+
+class _SinceLog:
+    """What has happened since the last line of the log."""
+
+    def __init__(self):
+        self._pending: list[Any] = []  # still on the devices
+        self._began, self._waited = time.monotonic(), 0.0
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """Around what waits for input."""
+        asked = time.monotonic()
+        yield
+        self._waited += time.monotonic() - asked
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Around what is no training."""
+        began = time.monotonic()
+        yield
+        self._began += time.monotonic() - began
+
+    def add(self, sums: Any) -> None:
+        """Of one more update."""
+        self._pending.append(sums)
+        if len(self._pending) > 1:
+            # The devices have the newest update to go on with. With more of them waiting, batches
+            # fill the memory, and simulated CPU devices block each other for ever.
+            jax.block_until_ready(self._pending[-2])
+
+    def fetch(self) -> _Found:
+        """Waits for the devices, and begins anew."""
+        sums = jax.device_get(self._pending)
+        found = _Found(sums, time.monotonic() - self._began, self._waited)
+        self.__init__()
+        return found
+
+
+def _add(sums: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    # In float64: a count of tokens over many updates passes what float32 holds exactly.
+    return {name: float(sum(float(of_step[name]) for of_step in sums)) for name in sums[0]}
+
+
+def _line(summary: Mapping[str, float]) -> str:
+    shown = (
+        ("loss", "loss {:.4f}"),
+        ("negative_mass", "p(removed) {:.2e}"),
+        ("positive_kl", "KL to the original at ordinary positions {:.2e}"),
+        ("gradient_norm", "gradient norm {:.3g}"),
+        ("tokens_per_second", "{:.0f} target tokens/s"),
+        ("input_wait_fraction", "{:.0%} of the time waiting for input"),
+    )
+    return ", ".join(form.format(summary[name]) for name, form in shown if name in summary)
