@@ -4,7 +4,8 @@ r"""The whole train step with every kind of original, against our own plain fine
     python benchmarks/step.py --rss                          peak memory, a process for each line
     python benchmarks/step.py --dtype=bfloat16 --remat=full --batch=128 --lengths=512,128   on a GPU
 
-Columns: "times fine-tune" is the median of the ratios of neighbouring steps; "floor" the same ratio
+Columns: "times fine-tune" is the median of the ratios of neighbouring steps to ours, which has the
+fused head too; the line below it has the head that others have. "floor" is the same ratio
 of the products that the model is made of, with nothing else on top. "accounted" is arguments and
 temporaries by XLA, with layers scanned and rematerialised. Where the card is known, "MFU" is those
 products over what it can do in the time. Of --rss: the largest resident set from start to the
@@ -43,10 +44,15 @@ CARDS = {"H100": (989e12, 494e12), "H200": (989e12, 494e12), "A100": (312e12, 15
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A step; `original` is None for plain fine-tuning, `live` the part that is no padding."""
+    """A step.
+
+    `original` is None for plain fine-tuning, `live` the part that is no padding; with `has_logits`
+    the head is the usual one, of logits that are held.
+    """
 
     original: str | None
     live: float = 1.0
+    has_logits: bool = False
 
     @property
     def objective(self):
@@ -57,6 +63,7 @@ class Variant:
 FIRST = "fine-tune"
 VARIANTS = {
     FIRST: Variant(None),
+    "fine-tune, logits held": Variant(None, has_logits=True),
     "TNRF, second forward": Variant("parameters"),
     "TNRF, cached": Variant("cached"),
     "TNRF, cached, half padding": Variant("cached", live=0.5),
@@ -105,10 +112,11 @@ def make_batch(config, batch_size, lengths, live=1.0, seed=0):
 def make_step(config, variant):
     """The update, compiled at its first call; the state is given away."""
     kinds = {"cached": CachedStates(vocab_axis=1), "adapters_off": AdaptersOff()}
+    factored = t5.make_factored_forward(config)
     return jax.jit(
         functools.partial(
             train_step.train_step,
-            forward=t5.make_factored_forward(config),
+            forward=(lambda *of: factored(*of).whole()) if variant.has_logits else factored,
             objective=variant.objective,
             optimizer=OPTIMIZER,
             original=kinds.get(variant.original, PARAMETERS),

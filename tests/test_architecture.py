@@ -61,9 +61,11 @@ GROUPS = {
         "compiled_step",
         "quiet_tensorflow",
         "run_config",
+        "stages",
         "program",
     },
-    "programs": {"train", "generate", "annotate", "evaluate", "pipeline", "convert", "precompile"},
+    "programs": {"train", "generate", "annotate", "evaluate", "convert", "precompile"},
+    "experiments": {"experiment", "pipeline"},
     "edge": {"t5x_plugin"},
 }
 MAY_IMPORT = {
@@ -74,10 +76,13 @@ MAY_IMPORT = {
     "files": {"base", "numerics", "text", "data", "files"},
     "assembly": {"base", "numerics", "text", "data", "files", "assembly"},
     "programs": {"base", "numerics", "text", "data", "files", "assembly"},
+    "experiments": {
+        *("base", "numerics", "text", "data", "files", "assembly", "programs", "experiments"),
+    },
     "edge": {"base", "numerics", "data", "files"},
 }
-# Programs exchange files; only these call other programs.
-CALLS_PROGRAMS = {"pipeline", "precompile"}
+# Programs exchange files; of them only these call others.
+CALLS_PROGRAMS = {"precompile"}
 
 # What a machine for numerics need not have.
 NOT_FOR_NUMERICS = (

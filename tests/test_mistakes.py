@@ -439,8 +439,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(mistake):
         ),
         (
             "pipeline",
-            {"ARMS": "[@tnrf/pipeline.Arm(), @tnrf/pipeline.Arm()]"},
-            "pipeline: expected at least one decoder, and arms whose names differ ",
+            {"ARMS": "[@tnrf/experiment.Arm(), @tnrf/experiment.Arm()]"},
+            "expected arms whose names differ from each other and from original, ",
         ),
     ],
 )

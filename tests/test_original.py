@@ -188,9 +188,7 @@ def test_adapters_after_a_stop():
 
 def test_an_unknown_kind_is_refused(capfd):
     train("unknown", status=2, ORIGINAL="cache")
-    assert (
-        "expected parameters, cached or adapters_off, found 'cache'" in capfd.readouterr().err
-    )
+    assert "expected parameters, cached or adapters_off, found 'cache'" in capfd.readouterr().err
 
 
 # -------------------------------------------------------------------------------- The step's parts

@@ -332,7 +332,7 @@ def test_words_removed_at_every_position(original):
 # --- The pipeline ---------------------------------------------------------------------------------
 
 PIPELINE = {
-    "ARMS": "[@tnrf/pipeline.Arm(), @ul_ll/pipeline.Arm()]",
+    "ARMS": "[@tnrf/experiment.Arm(), @ul_ll/experiment.Arm()]",
     "ul_ll/objectives.TntObjective.negative_weight": 0.1,
     "TRAIN_STEPS": 6,
     "CHECKPOINT_EVERY": 2,
@@ -391,7 +391,7 @@ def test_a_pipeline_does_what_is_not_done(original, capsys, monkeypatch):
     # near that the outputs stay the same: no new annotation, but an evaluation of the new model.
     # The other arm is only moved.
     settings |= {
-        "ARMS": "[@ul_ll/pipeline.Arm(), @tnrf/pipeline.Arm()]",
+        "ARMS": "[@ul_ll/experiment.Arm(), @tnrf/experiment.Arm()]",
         "ul_ll/objectives.TntObjective.negative_weight": 0.11,
     }
     assert rooms.run("pipeline", settings) == 0
@@ -408,7 +408,7 @@ def test_a_pipeline_reads_an_edited_word_list(original, capsys):
     settings = {
         **PIPELINE,
         "OUTPUT_DIR": "edited",
-        "ARMS": "[@tnrf/pipeline.Arm()]",
+        "ARMS": "[@tnrf/experiment.Arm()]",
         "annotators.Lexicon.path": words,
         "TRAIN_STEPS": 1,
     }
@@ -426,7 +426,7 @@ def test_a_pipeline_reads_an_edited_word_list(original, capsys):
 def test_a_pipeline_takes_no_model_for_its_own(original, capsys):
     pathlib.Path("foreign/TNRF/model").mkdir(parents=True)
     assert rooms.run("pipeline", {**PIPELINE, "OUTPUT_DIR": "foreign"}) == 2
-    message = "TNRF: train: expected nothing, or what this pipeline made, in foreign/TNRF/model"
+    message = "TNRF: train: expected nothing, or what this run made, in foreign/TNRF/model"
     assert message in capsys.readouterr().err
 
 

@@ -9,62 +9,13 @@ Example, the quickstart:
     python -m tnt_jax.pipeline --gin_file=experiments/quickstart.gin
 """
 
-import contextlib
 import dataclasses
-import hashlib
-import json
-import pathlib
-import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tnt_jax import (
-    convert,
-    decoding,
-    objectives,
-    pretrained,
-    program,
-    records,
-    run_config,
-    run_log,
-    tokenization,
-)
-from tnt_jax.errors import UsageError
-
-_FOLDERS = ("original", "training_outputs", "stages")  # under output_dir, beside those of the arms
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Arm:
-    """One way to update the original.
-
-    Attributes:
-      name: In tables, and of its folder.
-      objective: The loss per token.
-    """
-
-    name: str
-    objective: objectives.TntObjective
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class NewOriginal:
-    """How to make an original where there is none yet.
-
-    Attributes:
-      corpus: Writes the corpus, such as `corpora.venues` with its `output_dir` bound.
-      records: The pairs to train on, a JSONL file that `corpus` writes.
-      vocabulary_path: The sentencepiece model to train on their text.
-      vocab_size: Of that model.
-      train: `train.train` with its settings bound.
-    """
-
-    corpus: Callable[[], Any]
-    records: str
-    vocabulary_path: str
-    vocab_size: int
-    train: Callable[..., Any]
+from tnt_jax import program, records, run_log
+from tnt_jax.experiment import Arm, Experiment, Opened
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,43 +41,16 @@ class Expectations:
 
 def pipeline(
     *,
-    output_dir: str,
-    train_prompts: Any,
-    eval_prompts: Any,
-    vocabulary: Callable[[], Any],
-    annotator: Callable[[], Any],
+    experiment: Experiment,
     arms: Sequence[Arm],
-    decoders: Mapping[str, decoding.Decoding],
-    train: Callable[..., Any],
-    generate: Callable[..., Any],
-    annotate: Callable[..., Any],
-    evaluate: Callable[..., Any],
-    certificate: Callable[..., Any],
-    original_checkpoint_path: str | None = None,
-    new_original: NewOriginal | None = None,
-    clean_per_marked: int | float | None = None,
     expectations: Expectations | None = None,
     num_examples: int = 3,
 ) -> dict[str, Any]:
     """Runs every stage that is not done, prints the table and writes `summary.json`.
 
     Args:
-      output_dir: Of all files of the run.
-      train_prompts: Inputs to generate training outputs from: a file (or glob) of records, or a
-        `tasks.SeqioDataset`.
-      eval_prompts: Other inputs, for the evaluation.
-      vocabulary: Makes the vocabulary; called when its file is there.
-      annotator: Makes the annotator; called when its files are there.
+      experiment: What the arms share.
       arms: What to compare; each is trained from the original on the same annotated outputs.
-      decoders: By name. The first one generates the training outputs, all are evaluated.
-      train: `train.train` with its settings bound; so are the next three.
-      generate: `generate.generate`.
-      annotate: `annotate.annotate`.
-      evaluate: `evaluate.evaluate`.
-      certificate: `evaluate.Certificate`.
-      original_checkpoint_path: The original.
-      new_original: How to make one, in place of `original_checkpoint_path`.
-      clean_per_marked: As in `tasks.RecordFiles`, for the training outputs.
       expectations: To check at the end.
       num_examples: Changed outputs to print.
 
@@ -136,131 +60,22 @@ def pipeline(
     Raises:
       UsageError: Settings contradict each other, or a stage found a mistake.
     """
-    if (original_checkpoint_path is None) == (new_original is None):
-        raise UsageError(
-            "pipeline: expected either original_checkpoint_path or new_original, found "
-            f"{'neither' if new_original is None else 'both'}."
-        )
-    names = [arm.name for arm in arms]
-    if not arms or not decoders or len({*names, *_FOLDERS}) != len(names) + len(_FOLDERS):
-        raise UsageError(
-            "pipeline: expected at least one decoder, and arms whose names differ from each other "
-            f"and from {', '.join(_FOLDERS)}; found decoders {list(decoders)} and arms {names}."
-        )
-    from tnt_jax import tasks  # here, because TensorFlow takes seconds to import
-
     began = time.monotonic()
-    root = pathlib.Path(output_dir)
-    records.check_writable(root / "summary.json", "OUTPUT_DIR")
-    stages = _Stages(root)
-    run_config.write(output_dir)
-
-    # ------------------------------------------------------------------------------- The original
-    if new_original is not None:
-        _make_original(stages, new_original, vocabulary, root)
-        original_checkpoint_path = str(pretrained.find(str(root / "original" / "model")))
-    assert original_checkpoint_path is not None
-    came_as = pretrained.open_checkpoint(original_checkpoint_path)
-
-    # ------------------------------------------------------------------------- Training outputs
-    first_decoder = next(iter(decoders))
-    marker, shared_vocabulary = annotator(), vocabulary()
-
-    def outputs_of(name: str, checkpoint: str, prompts: Any, decoder: str) -> str:
-        """Generates and annotates; returns the annotated file."""
-        is_file = isinstance(prompts, str)
-        generated = str(root / name / f"{decoder}.jsonl")
-        annotated = str(root / name / f"{decoder}.annotated.jsonl")
-        stages.run(
-            f"{name}: generate, {decoder}",
-            generate,
-            output=generated,
-            inputs={"checkpoint_path": checkpoint} | ({"prompts": prompts} if is_file else {}),
-            settings={"vocabulary": shared_vocabulary, "decoder": decoders[decoder]}
-            | ({} if is_file else {"prompts": prompts}),
-        )
-        stages.run(
-            f"{name}: annotate, {decoder}",
-            annotate,
-            output=annotated,
-            inputs={"input": generated},
-            settings={"vocabulary": shared_vocabulary, "annotator": marker},
-            version=marker.description,  # names the contents of a word list, not only its path
-        )
-        return annotated
-
-    training_outputs = outputs_of(
-        "training_outputs", original_checkpoint_path, train_prompts, first_decoder
-    )
-    original_outputs = {
-        decoder: outputs_of("original", original_checkpoint_path, eval_prompts, decoder)
-        for decoder in decoders
-    }
-
-    # -------------------------------------------------------------------------------- Every arm
+    experiment.check_names([arm.name for arm in arms])
+    opened = Opened(experiment)
+    decoders = experiment.decoders
+    training_outputs, original_outputs = opened.training_outputs, opened.original_outputs
     evaluations: dict[str, dict[str, Any]] = {}
     for arm in arms:
-        model_dir = str(root / arm.name / "model")
-        stages.run(
-            f"{arm.name}: train",
-            train,
-            output=model_dir,
-            output_name="model_dir",
-            inputs={"initial_checkpoint_path": original_checkpoint_path},
-            settings={
-                "objective": arm.objective,
-                "dataset": tasks.RecordFiles(
-                    files=training_outputs,
-                    vocabulary=shared_vocabulary,
-                    clean_per_marked=clean_per_marked,
-                ),
-            },
-            also_depends_on=[training_outputs],
-            goes_on=True,
-        )
-        checkpoint = str(pretrained.find(model_dir))
-        evaluations[arm.name] = {}
-        for decoder in decoders:
-            current_outputs = outputs_of(arm.name, checkpoint, eval_prompts, decoder)
-            evaluation = root / arm.name / f"{decoder}.evaluation.json"
-            stages.run(
-                f"{arm.name}: evaluate, {decoder}",
-                evaluate,
-                output=str(evaluation),
-                inputs={
-                    "original_records": original_outputs[decoder],
-                    "current_records": current_outputs,
-                },
-                settings={
-                    "vocabulary": shared_vocabulary,
-                    "print_table": False,
-                    "certificate": certificate(
-                        original_checkpoint_path=original_checkpoint_path,
-                        checkpoint_path=checkpoint,
-                    ),
-                },
-                also_depends_on=[original_checkpoint_path, checkpoint],
-            )
-            evaluations[arm.name][decoder] = json.loads(evaluation.read_text("utf-8"))
-        if came_as.output_format != "orbax":
-            stages.run(
-                f"{arm.name}: convert",
-                _hand_back,
-                output=str(root / arm.name / came_as.output_format),
-                inputs={
-                    "checkpoint": checkpoint,
-                    "evaluation": str(root / arm.name / f"{first_decoder}.evaluation.json"),
-                },
-                settings={
-                    "output_format": came_as.output_format,
-                    "scan_layers": came_as.scan_layers,
-                },
-                goes_on=True,
-            )
+        checkpoint = opened.train(arm.name, arm.objective, training_outputs)
+        evaluations[arm.name] = {
+            decoder: opened.evaluate(arm.name, checkpoint, decoder) for decoder in decoders
+        }
+        opened.hand_back(arm.name, checkpoint)
 
-    # ----------------------------------------------------------------------------------- Summary
     checks = _check(expectations, evaluations) if expectations else []
     summary = {"evaluations": evaluations, "expectations": checks}
+    root, first_decoder = opened.root, opened.first_decoder
     run_log.write_json(str(root / "summary.json"), summary)
     _print_table(evaluations, decoders)
     best = expectations.arm if expectations else arms[0].name
@@ -277,146 +92,6 @@ def pipeline(
         f"{root / 'summary.json'}. {time.monotonic() - began:.0f} seconds."
     )
     return summary
-
-
-def _make_original(
-    stages: "_Stages", new: NewOriginal, vocabulary: Callable[[], Any], root: pathlib.Path
-) -> None:
-    stages.run(
-        "corpus", _write_corpus, output=new.records, inputs={}, settings={"corpus": new.corpus}
-    )
-    stages.run(
-        "vocabulary",
-        _train_vocabulary,
-        output=new.vocabulary_path,
-        inputs={"texts_of": new.records},
-        settings={"vocab_size": new.vocab_size},
-    )
-    from tnt_jax import tasks
-
-    stages.run(
-        "original: train",
-        new.train,
-        output=str(root / "original" / "model"),
-        output_name="model_dir",
-        inputs={},
-        settings={
-            "dataset": tasks.RecordFiles(
-                files=new.records, vocabulary=vocabulary(), annotated=False
-            ),
-            "initial_checkpoint_path": None,
-            "original": "parameters",  # a model from nothing has none, and no adapters
-        },
-        also_depends_on=[new.records],
-        goes_on=True,
-    )
-
-
-def _write_corpus(*, output: str, corpus: Callable[[], Any]) -> None:
-    corpus()
-    if not pathlib.Path(output).exists():
-        raise UsageError(f"new_original: expected its corpus to write {output}; it did not.")
-
-
-def _train_vocabulary(*, output: str, texts_of: str, vocab_size: int) -> None:
-    rows = records.read_records(texts_of)
-    texts = [text for row in rows for text in (row.inputs, row.targets)]
-    tokenization.train_sentencepiece(texts, output, vocab_size=vocab_size)
-
-
-def _hand_back(
-    *, output: str, checkpoint: str, evaluation: str, output_format: str, scan_layers: bool
-) -> None:
-    """Writes a patched model in the format that the original came in."""
-    if pathlib.Path(output).exists():  # of a run that was stopped
-        shutil.rmtree(output)
-    convert.convert(
-        input=checkpoint,
-        output=output,
-        output_format=output_format,
-        scan_layers=scan_layers,
-        evaluation=evaluation if output_format == "huggingface" else None,
-    )
-
-
-class _Stages:
-    """Runs stages, and remembers with what settings and inputs each one was run."""
-
-    def __init__(self, root: pathlib.Path):
-        self._notes = root / "stages"
-        self._number = 0
-
-    def run(
-        self,
-        name: str,
-        function: Callable[..., Any],
-        *,
-        output: str,
-        inputs: Mapping[str, str],
-        settings: Mapping[str, Any],
-        output_name: str = "output",
-        also_depends_on: Sequence[str] = (),
-        version: str = "",
-        goes_on: bool = False,
-    ) -> None:
-        """Calls `function(output_name=output, **inputs, **settings)` unless that has been done.
-
-        Args:
-          name: Of the stage.
-          function: Writes `output`, a file or a directory.
-          output: Its path.
-          inputs: Files and directories that it reads, by argument.
-          settings: Its other arguments.
-          output_name: The argument that takes `output`.
-          also_depends_on: Further files whose change makes it run again.
-          version: A text whose change makes it run again, for what the settings do not show.
-          goes_on: Whether `function` goes on from what it finds in `output`, a directory. So what
-            other settings left there is deleted first.
-
-        Raises:
-          UsageError: There is something to go on from, and it is not known what made it.
-        """
-        self._number += 1
-        note = self._notes / f"{name.replace(': ', '_').replace(', ', '_')}.json"
-        described = {
-            "function": run_config.describe(function),
-            "settings": run_config.describe(dict(settings)),
-            "version": version,
-            "inputs": {path: _fingerprint(path) for path in (*inputs.values(), *also_depends_on)},
-        }
-        before: dict[str, Any] = {}
-        with contextlib.suppress(OSError, ValueError):
-            before = json.loads(note.read_text("utf-8"))
-        is_same = before.get("described") == json.loads(json.dumps(described))
-        if is_same and before.get("done") and pathlib.Path(output).exists():
-            run_log.log(f"[{self._number}] {name}: done before, kept.")
-            return
-        if goes_on and not is_same and pathlib.Path(output).exists():
-            if not before:
-                raise UsageError(
-                    f"{name}: expected nothing, or what this pipeline made, in {output}; found "
-                    f"files, and no {note}. Set another OUTPUT_DIR, or delete the folder."
-                )
-            shutil.rmtree(output)
-        run_log.log(f"[{self._number}] {name}")
-        run_log.write_json(str(note), {"described": described, "done": False})
-        began = time.monotonic()
-        function(**{output_name: output}, **inputs, **settings)
-        seconds = round(time.monotonic() - began, 1)
-        run_log.write_json(str(note), {"described": described, "done": True, "seconds": seconds})
-
-
-def _fingerprint(path: str) -> str:
-    """Changes when the file, or a file in the directory, does."""
-    found = pathlib.Path(path)
-    if found.is_dir():
-        files = sorted(file for file in found.rglob("*") if file.is_file())
-        stats = [(str(file.relative_to(found)), file.stat().st_size) for file in files]
-        newest = max((file.stat().st_mtime_ns for file in files), default=0)
-        return hashlib.sha256(repr((stats, newest)).encode()).hexdigest()[:16]
-    if found.is_file():
-        return hashlib.sha256(found.read_bytes()).hexdigest()[:16]
-    return "not a local file"  # a glob pattern, or in a bucket: named by its path alone
 
 
 def _check(
@@ -456,9 +131,7 @@ def _check(
     return [{"text": text, "reached": bool(reached)} for text, reached in checks]
 
 
-def _print_table(
-    evaluations: Mapping[str, Mapping[str, Any]], decoders: Mapping[str, decoding.Decoding]
-) -> None:
+def _print_table(evaluations: Mapping[str, Mapping[str, Any]], decoders: Iterable[str]) -> None:
     for decoder in decoders:
         any_arm = next(iter(evaluations.values()))[decoder]
         before = any_arm["original"]

@@ -1,0 +1,333 @@
+"""What the arms of an experiment share: an original, prompts, an annotator, programs with settings.
+
+`pipeline` and `sweep` are made of this. Everything is a stage (`stages`): done once, kept.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tnt_jax import (
+    convert,
+    decoding,
+    objectives,
+    pretrained,
+    records,
+    run_config,
+    stages,
+    tokenization,
+)
+from tnt_jax.errors import UsageError
+
+# Folders under output_dir, beside those of the arms.
+FOLDERS = ("original", "training_outputs", "stages")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way to update the original.
+
+    Attributes:
+      name: In tables, and of its folder.
+      objective: The loss per token.
+    """
+
+    name: str
+    objective: objectives.TntObjective
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NewOriginal:
+    """How to make an original where there is none yet.
+
+    Attributes:
+      corpus: Writes the corpus, such as `corpora.venues` with its `output_dir` bound.
+      records: The pairs to train on, a JSONL file that `corpus` writes.
+      vocabulary_path: The sentencepiece model to train on their text.
+      vocab_size: Of that model.
+      train: `train.train` with its settings bound.
+    """
+
+    corpus: Callable[[], Any]
+    records: str
+    vocabulary_path: str
+    vocab_size: int
+    train: Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Settings.
+
+    Attributes:
+      output_dir: Of all files of the run.
+      train_prompts: Inputs to generate training outputs from: a file (or glob) of records, or a
+        `tasks.SeqioDataset`.
+      eval_prompts: Other inputs, for the evaluation.
+      vocabulary: Makes the vocabulary; called when its file is there.
+      annotator: Makes the annotator; called when its files are there.
+      decoders: By name. The first one generates the training outputs, all are evaluated.
+      train: `train.train` with its settings bound; so are the next three.
+      generate: `generate.generate`.
+      annotate: `annotate.annotate`.
+      evaluate: `evaluate.evaluate`.
+      certificate: `evaluate.Certificate`.
+      original_checkpoint_path: The original.
+      new_original: How to make one, in place of `original_checkpoint_path`.
+      clean_per_marked: As in `tasks.RecordFiles`, for the training outputs.
+
+    Raises:
+      UsageError: Settings contradict each other.
+    """
+
+    output_dir: str
+    train_prompts: Any
+    eval_prompts: Any
+    vocabulary: Callable[[], Any]
+    annotator: Callable[[], Any]
+    decoders: Mapping[str, decoding.Decoding]
+    train: Callable[..., Any]
+    generate: Callable[..., Any]
+    annotate: Callable[..., Any]
+    evaluate: Callable[..., Any]
+    certificate: Callable[..., Any]
+    original_checkpoint_path: str | None = None
+    new_original: NewOriginal | None = None
+    clean_per_marked: int | float | None = None
+
+    def __post_init__(self):
+        if (self.original_checkpoint_path is None) == (self.new_original is None):
+            raise UsageError(
+                "Experiment: expected either original_checkpoint_path or new_original, found "
+                f"{'neither' if self.new_original is None else 'both'}."
+            )
+        if not self.decoders:
+            raise UsageError("Experiment.decoders: expected at least one, found none.")
+
+    def check_names(self, names: Sequence[str]) -> None:
+        """Of the arms: they become folders.
+
+        Raises:
+          UsageError: There is none, or two are the same, or one is that of another folder.
+        """
+        if not names or len({*names, *FOLDERS}) != len(names) + len(FOLDERS):
+            raise UsageError(
+                "expected arms whose names differ from each other and from "
+                f"{', '.join(FOLDERS)}; found {list(names)}."
+            )
+
+
+class Opened:
+    """An experiment whose original is there; its methods run stages and return their files.
+
+    Attributes:
+      settings: Of the experiment.
+      root: Its folder.
+      original: Path of the original's checkpoint.
+      vocabulary: Of inputs and outputs.
+      annotator: Decides what is unwanted.
+    """
+
+    def __init__(self, settings: Experiment):
+        self.settings = settings
+        self.root = pathlib.Path(settings.output_dir)
+        records.check_writable(self.root / "summary.json", "OUTPUT_DIR")
+        self._stages = stages.Stages(self.root)
+        run_config.write(settings.output_dir)
+        if settings.new_original is not None:
+            self._make_original(settings.new_original)
+            self.original = str(pretrained.find(str(self.root / "original" / "model")))
+        else:
+            assert settings.original_checkpoint_path is not None
+            self.original = settings.original_checkpoint_path
+        self._came_as = pretrained.open_checkpoint(self.original)
+        self.annotator, self.vocabulary = settings.annotator(), settings.vocabulary()
+
+    @property
+    def first_decoder(self) -> str:
+        """The one that generates training outputs."""
+        return next(iter(self.settings.decoders))
+
+    def _make_original(self, new: NewOriginal) -> None:
+        self._stages.run(
+            "corpus", _write_corpus, output=new.records, inputs={}, settings={"corpus": new.corpus}
+        )
+        self._stages.run(
+            "vocabulary",
+            _train_vocabulary,
+            output=new.vocabulary_path,
+            inputs={"texts_of": new.records},
+            settings={"vocab_size": new.vocab_size},
+        )
+        from tnt_jax import tasks  # here, because TensorFlow takes seconds to import
+
+        dataset = tasks.RecordFiles(
+            files=new.records, vocabulary=self.settings.vocabulary(), annotated=False
+        )
+        self._stages.run(
+            "original: train",
+            new.train,
+            output=str(self.root / "original" / "model"),
+            output_name="model_dir",
+            inputs={},
+            settings={
+                "dataset": dataset,
+                "initial_checkpoint_path": None,
+                "original": "parameters",  # a model from nothing has none, and no adapters
+            },
+            also_depends_on=[new.records],
+            goes_on=True,
+        )
+
+    # ------------------------------------------------------------------------------------ Outputs
+
+    def outputs_of(self, name: str, checkpoint: str, prompts: Any, decoder: str) -> str:
+        """Generates and annotates; returns the annotated file."""
+        is_file = isinstance(prompts, str)
+        generated = str(self.root / name / f"{decoder}.jsonl")
+        self._stages.run(
+            f"{name}: generate, {decoder}",
+            self.settings.generate,
+            output=generated,
+            inputs={"checkpoint_path": checkpoint} | ({"prompts": prompts} if is_file else {}),
+            settings={"vocabulary": self.vocabulary, "decoder": self.settings.decoders[decoder]}
+            | ({} if is_file else {"prompts": prompts}),
+        )
+        return self.annotated(name, generated, decoder)
+
+    def annotated(self, name: str, generated: str, label: str) -> str:
+        """Annotates a file of outputs; returns the annotated file."""
+        output = str(self.root / name / f"{label}.annotated.jsonl")
+        self._stages.run(
+            f"{name}: annotate, {label}",
+            self.settings.annotate,
+            output=output,
+            inputs={"input": generated},
+            settings={"vocabulary": self.vocabulary, "annotator": self.annotator},
+            version=self.annotator.description,  # names what a word list holds, not only its path
+        )
+        return output
+
+    @functools.cached_property
+    def training_outputs(self) -> str:
+        """The original's outputs to learn from, annotated."""
+        return self.outputs_of(
+            "training_outputs", self.original, self.settings.train_prompts, self.first_decoder
+        )
+
+    @functools.cached_property
+    def original_outputs(self) -> dict[str, str]:
+        """The original's outputs to compare with, annotated, by decoder."""
+        return {
+            decoder: self.outputs_of("original", self.original, self.settings.eval_prompts, decoder)
+            for decoder in self.settings.decoders
+        }
+
+    # --------------------------------------------------------------------------------------- Arms
+
+    def train(
+        self,
+        name: str,
+        objective: objectives.TntObjective,
+        files: str,
+        settings: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Trains an arm on annotated outputs; returns its newest checkpoint.
+
+        Args:
+          name: Of the arm.
+          objective: The loss per token.
+          files: Of annotated records.
+          settings: Further arguments of `train.train`.
+        """
+        from tnt_jax import tasks
+
+        model_dir = str(self.root / name / "model")
+        dataset = tasks.RecordFiles(
+            files=files,
+            vocabulary=self.vocabulary,
+            clean_per_marked=self.settings.clean_per_marked,
+        )
+        self._stages.run(
+            f"{name}: train",
+            self.settings.train,
+            output=model_dir,
+            output_name="model_dir",
+            inputs={"initial_checkpoint_path": self.original},
+            settings={"objective": objective, "dataset": dataset, **(settings or {})},
+            also_depends_on=[files],
+            goes_on=True,
+        )
+        return str(pretrained.find(model_dir))
+
+    def evaluate(self, name: str, checkpoint: str, decoder: str) -> dict[str, Any]:
+        """Generates with an arm and compares with the original; returns what `evaluate` writes."""
+        current = self.outputs_of(name, checkpoint, self.settings.eval_prompts, decoder)
+        output = self.root / name / f"{decoder}.evaluation.json"
+        certificate = self.settings.certificate(
+            original_checkpoint_path=self.original, checkpoint_path=checkpoint
+        )
+        self._stages.run(
+            f"{name}: evaluate, {decoder}",
+            self.settings.evaluate,
+            output=str(output),
+            inputs={
+                "original_records": self.original_outputs[decoder],
+                "current_records": current,
+            },
+            settings={
+                "vocabulary": self.vocabulary,
+                "print_table": False,
+                "certificate": certificate,
+            },
+            also_depends_on=[self.original, checkpoint],
+        )
+        return json.loads(output.read_text("utf-8"))
+
+    def hand_back(self, name: str, checkpoint: str) -> None:
+        """Writes an arm's model in the format that the original came in, if that is another."""
+        came_as = self._came_as
+        if came_as.output_format == "orbax":
+            return
+        evaluation = str(self.root / name / f"{self.first_decoder}.evaluation.json")
+        self._stages.run(
+            f"{name}: convert",
+            _hand_back,
+            output=str(self.root / name / came_as.output_format),
+            inputs={"checkpoint": checkpoint, "evaluation": evaluation},
+            settings={
+                "output_format": came_as.output_format,
+                "scan_layers": came_as.scan_layers,
+            },
+            goes_on=True,
+        )
+
+
+def _write_corpus(*, output: str, corpus: Callable[[], Any]) -> None:
+    corpus()
+    if not pathlib.Path(output).exists():
+        raise UsageError(f"new_original: expected its corpus to write {output}; it did not.")
+
+
+def _train_vocabulary(*, output: str, texts_of: str, vocab_size: int) -> None:
+    rows = records.read_records(texts_of)
+    texts = [text for row in rows for text in (row.inputs, row.targets)]
+    tokenization.train_sentencepiece(texts, output, vocab_size=vocab_size)
+
+
+def _hand_back(
+    *, output: str, checkpoint: str, evaluation: str, output_format: str, scan_layers: bool
+) -> None:
+    if pathlib.Path(output).exists():  # of a run that was stopped
+        shutil.rmtree(output)
+    convert.convert(
+        input=checkpoint,
+        output=output,
+        output_format=output_format,
+        scan_layers=scan_layers,
+        evaluation=evaluation if output_format == "huggingface" else None,
+    )

@@ -1,0 +1,97 @@
+"""Stages of a long run: what has been done with the same settings and inputs is not done again.
+
+A stage writes a file or a folder. Beside the outputs lies a note for each, with its settings and
+fingerprints of what it read.
+"""
+
+import contextlib
+import hashlib
+import json
+import pathlib
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tnt_jax import run_config, run_log
+from tnt_jax.errors import UsageError
+
+
+class Stages:
+    """Runs stages, and remembers with what settings and inputs each one was run."""
+
+    def __init__(self, root: pathlib.Path):
+        self._notes = root / "stages"
+        self._number = 0
+
+    def run(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        *,
+        output: str,
+        inputs: Mapping[str, str],
+        settings: Mapping[str, Any],
+        output_name: str = "output",
+        also_depends_on: Sequence[str] = (),
+        version: str = "",
+        goes_on: bool = False,
+    ) -> None:
+        """Calls `function(output_name=output, **inputs, **settings)` unless that has been done.
+
+        Args:
+          name: Of the stage.
+          function: Writes `output`, a file or a directory.
+          output: Its path.
+          inputs: Files and directories that it reads, by argument.
+          settings: Its other arguments.
+          output_name: The argument that takes `output`.
+          also_depends_on: Further files whose change makes it run again.
+          version: A text whose change makes it run again, for what the settings do not show.
+          goes_on: Whether `function` goes on from what it finds in `output`, a directory. So what
+            other settings left there is deleted first.
+
+        Raises:
+          UsageError: There is something to go on from, and it is not known what made it.
+        """
+        self._number += 1
+        note = self._notes / f"{name.replace(': ', '_').replace(', ', '_')}.json"
+        described = {
+            "function": run_config.describe(function),
+            "settings": run_config.describe(dict(settings)),
+            "version": version,
+            "inputs": {path: _fingerprint(path) for path in (*inputs.values(), *also_depends_on)},
+        }
+        before: dict[str, Any] = {}
+        with contextlib.suppress(OSError, ValueError):
+            before = json.loads(note.read_text("utf-8"))
+        is_same = before.get("described") == json.loads(json.dumps(described))
+        if is_same and before.get("done") and pathlib.Path(output).exists():
+            run_log.log(f"[{self._number}] {name}: done before, kept.")
+            return
+        if goes_on and not is_same and pathlib.Path(output).exists():
+            if not before:
+                raise UsageError(
+                    f"{name}: expected nothing, or what this run made, in {output}; found "
+                    f"files, and no {note}. Set another OUTPUT_DIR, or delete the folder."
+                )
+            shutil.rmtree(output)
+        run_log.log(f"[{self._number}] {name}")
+        run_log.write_json(str(note), {"described": described, "done": False})
+        began = time.monotonic()
+        function(**{output_name: output}, **inputs, **settings)
+        seconds = round(time.monotonic() - began, 1)
+        run_log.write_json(str(note), {"described": described, "done": True, "seconds": seconds})
+
+
+def _fingerprint(path: str) -> str:
+    """Changes when the file, or a file in the directory, does."""
+    found = pathlib.Path(path)
+    if found.is_dir():
+        files = sorted(file for file in found.rglob("*") if file.is_file())
+        stats = [(str(file.relative_to(found)), file.stat().st_size) for file in files]
+        newest = max((file.stat().st_mtime_ns for file in files), default=0)
+        return hashlib.sha256(repr((stats, newest)).encode()).hexdigest()[:16]
+    if found.is_file():
+        return hashlib.sha256(found.read_bytes()).hexdigest()[:16]
+    return "not a local file"  # a glob pattern, or in a bucket: named by its path alone
