@@ -43,6 +43,7 @@ GROUPS = {
         "packing",
         "prefetch",
         "tasks",
+        "rounds",
         "paper_tasks",
         "corpora",
     },

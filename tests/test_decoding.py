@@ -40,9 +40,9 @@ def random_params():
     return jax.tree.map(jnp.asarray, params)
 
 
-def decode(sources=SOURCES, keys=None, **settings):
+def decode(sources=SOURCES, keys=None, banned=None, **settings):
     decoded = decoding.decode(
-        random_params(), sources, keys, config=CONFIG, decoding=Decoding(**settings)
+        random_params(), sources, keys, banned, config=CONFIG, decoding=Decoding(**settings)
     )
     return decoding.Decoded(*map(np.asarray, decoded))
 
@@ -95,6 +95,25 @@ def test_a_row_stops_at_its_eos_and_the_loop_with_the_last_row():
     gained = chosen(log_probs(SOURCES, free), free)
     expected = [row[:end].sum() for row, end in zip(gained, ends, strict=True)]
     np.testing.assert_allclose(decoded.log_prob, expected, atol=1e-4)
+
+
+def test_a_banned_sequence_never_comes_up():
+    free = decode(max_length=10, eos_id=NEVER).tokens
+    pair, triple = free[0, 2:4].tolist(), free[1, 4:7].tolist()
+    banned = decoding.pad_banned([[pair], [triple, [7]], []])
+    assert banned.shape == (3, 2, 3)
+    tokens = decode(max_length=10, eos_id=NEVER, banned=jnp.asarray(banned)).tokens
+    expected = log_probs(SOURCES, tokens)
+    for row, of_row in enumerate(([pair], [triple, [7]], [])):
+        for position in range(10):
+            before = tokens[row, :position].tolist()
+            for *prefix, last in of_row:
+                if not prefix or before[-len(prefix) :] == prefix:
+                    expected[row, position, last] = -np.inf
+    np.testing.assert_array_equal(tokens, expected.argmax(-1))
+    # The row that bans nothing says what it said; the others go on where they must part.
+    np.testing.assert_array_equal(tokens[2], free[2])
+    assert (tokens[0, :3] == free[0, :3]).all() and tokens[0, 3] != free[0, 3]
 
 
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 3}], ids=["greedy", "beams"])

@@ -1,6 +1,7 @@
 """The kinds of original: whatever the kind, the same loss; and what each keeps in files."""
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -20,6 +21,7 @@ from tnt_jax import (
     feature_converters,
     objectives,
     original_setup,
+    original_states,
     pretrained,
     sharding,
     t5,
@@ -166,10 +168,37 @@ def one_device():
     return sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
 
 
+def test_adapters_beside_another_original_are_refused():
+    """A run notes the checkpoint that it was trained beside, and what was in it."""
+    shutil.copytree("original", "moving")
+    train("beside", ORIGINAL="adapters_off", INITIAL_CHECKPOINT_PATH="moving")
+    train("moved", TRAIN_STEPS=1, INITIAL_CHECKPOINT_PATH="moving", LEARNING_RATE=0.1)
+    before = restored("beside")
+    shutil.copytree("moved/checkpoint_1", "moving/checkpoint_20")
+    jax.tree.map(np.testing.assert_array_equal, restored("beside"), before)
+    shutil.rmtree("moving/checkpoint_10")
+    shutil.copytree("moved/checkpoint_1", "moving/checkpoint_10")
+    with pytest.raises(UsageError, match="its adapters were trained beside weights with the"):
+        restored("beside")
+    with pytest.raises(UsageError, match="its adapters were trained beside weights with the"):
+        convert.convert(input="beside", output="merged-beside", output_format="orbax")
+
+
+def test_other_adapters_on_a_restart_are_refused(capfd):
+    train("alpha", ORIGINAL="adapters_off", ADAPTER_ALPHA=32.0)
+    train("alpha", status=2, ORIGINAL="adapters_off", ADAPTER_ALPHA=320.0, TRAIN_STEPS=9)
+    assert "ADAPTER_RANK and ADAPTER_ALPHA" in capfd.readouterr().err
+
+
+def test_a_folder_of_states_that_nobody_reads_is_refused(capfd):
+    train("forgotten", status=2, STATES_DIR="somewhere")
+    assert "states are kept with ORIGINAL='cached' alone" in capfd.readouterr().err
+
+
 def test_adapters_without_their_original_are_refused():
     train("to-lose", ORIGINAL="adapters_off", INITIAL_CHECKPOINT_PATH="adapters-base")
     pathlib.Path("adapters-base").rename("elsewhere")
-    with pytest.raises(UsageError, match="adapters for an original that the run noted as adapters"):
+    with pytest.raises(UsageError, match="adapters for an original that the run noted as .*adapters-base"):
         pretrained.open_checkpoint("to-lose")
 
 
@@ -303,7 +332,50 @@ def test_states_are_those_of_the_tokens_that_are_kept(tmp_path):
     assert len(OriginalStates(str(tmp_path), "one", LENGTHS).missing(examples)) == 2
 
 
+def test_states_of_another_network_are_computed_again(tmp_path, capsys):
+    """The same weights with another setting that no shape shows are another original."""
+    cached = [
+        {},
+        {"mlp_activations": ("relu", "linear")},
+        {"layer_norm_epsilon": 1e-2},
+        {"float32_attention_logits": True},
+        # These change how it is computed, and nothing else.
+        {"scan_layers": False},
+        {"remat_policy": "full"},
+        {"dropout_rate": 0.5},
+    ]
+    computed = []
+    for settings in cached:
+        trainer = trainer_of("cached", dataclasses.replace(CONFIG, **settings))
+        original_setup.bring(
+            trainer,
+            lambda trainer=trainer: trainer.model.init(0),
+            None,
+            is_new=False,
+            examples=some_examples(),
+            states_folder=str(tmp_path),
+            task_feature_lengths=LENGTHS,
+            batch_size=8,
+            seed=0,
+        )
+        computed.append("nothing to compute" not in capsys.readouterr().out)
+    assert computed == [True] * 4 + [False] * 3
+
+
+def test_an_input_that_is_cut_is_no_shorter_input(tmp_path):
+    """At four tokens the first becomes 5 6 7 and an EOS, the second stays 5 6 7 8."""
+    states = OriginalStates(str(tmp_path), "one", {"inputs": 4, "targets": 4})
+    pairs, targets = np.zeros((0, 2), np.int32), np.array([9], np.int32)
+    examples = [
+        feature_converters.Example(np.array(ids, np.int32), targets, pairs)
+        for ids in ([5, 6, 7, 8, 9, 1], [5, 6, 7, 8])
+    ]
+    assert len(states.missing(examples)) == 2
+
+
 def test_states_in_a_bucket_are_refused():
+    folder = original_states.default_folder(None, "gs://bucket/run")
+    assert folder == "gs://bucket/run/original_states"
     with pytest.raises(UsageError, match="STATES_DIR: expected a local folder"):
         OriginalStates("gs://bucket/states", "one", LENGTHS)
 

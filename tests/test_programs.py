@@ -430,6 +430,42 @@ def test_a_pipeline_takes_no_model_for_its_own(original, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_pipeline_of_two_rounds(original, capsys):
+    """The second round starts from the first one's model, and has the first original's target."""
+    settings = {
+        **PIPELINE,
+        "ARMS": "[@tnrf/experiment.Arm()]",
+        "NUM_ROUNDS": 2,
+        "OUTPUT_DIR": "twice",
+        "LOG_EVERY": 1,
+    }
+    assert rooms.run("pipeline", settings) == 0
+    done, _ = stages(capsys.readouterr().out)
+    second = ["generate, greedy", "annotate, greedy", "merge", "train"]
+    assert done[done.index("TNRF: train") + 1 :][:4] == [f"TNRF.round2: {what}" for what in second]
+
+    outputs = {
+        (row.inputs, row.targets)
+        for file in ("training_outputs/greedy", "TNRF.round2/greedy")
+        for row in records.read_records(f"twice/{file}.annotated.jsonl")
+    }
+    merged = records.read_records("twice/TNRF.round2/merged.jsonl")
+    assert {(row.inputs, row.targets) for row in merged} == outputs
+    first, last = (
+        checkpoints.Checkpoints(f"twice/{name}/model").run_of(6) for name in ("TNRF", "TNRF.round2")
+    )
+    assert last["original"] == first["original"]
+    assert first["start"] == "original"
+    assert pathlib.Path(last["start"]) == pathlib.Path("twice/TNRF/model/checkpoint_6").absolute()
+
+    def losses(name):
+        lines = pathlib.Path(f"twice/{name}/model/metrics.jsonl").read_text().splitlines()
+        return [json.loads(line)["positive_kl"] for line in lines]
+
+    # Before any update the first round's model is the original, the second round's is not.
+    assert losses("TNRF")[0] < 1e-6 < losses("TNRF.round2")[0]
+
+
 # --- The real thing -------------------------------------------------------------------------------
 
 

@@ -112,6 +112,54 @@ def test_no_device_adds_up_the_whole_gradient_of_a_kernel(compiled):
     assert {each["times"] for each in collectives if each["operation"] == "all-gather"} >= {6}
 
 
+def test_what_does_not_fit_is_said_with_what_would_help(tmp_path):
+    """Whatever words the compiler has for it: activations, then parameters, that are too large."""
+    for settings in (
+        {"BATCH_SIZE": 512, "REMAT_POLICY": "none"},
+        {"VOCAB_SIZE": 4_000_000, "BATCH_SIZE": 1},
+    ):
+        completed = precompile(
+            tmp_path,
+            "--topology=v5e:1x1",
+            "--gin.FSDP_DEVICES=1",
+            "--gin.TASK_FEATURE_LENGTHS={'inputs': 1024, 'targets': 512}",
+            *(f"--gin.{name}={value!r}" for name, value in settings.items()),
+        )
+        assert completed.returncode == 0, completed.stderr
+        assert "It does not fit: " in completed.stdout
+        assert re.search(r"To make it fit, try .*ORIGINAL='cached'", completed.stdout)
+        report = json.loads((tmp_path / "report.json").read_text())
+        assert report["fits"] is False
+
+
+CHIPS = {  # topology: devices, and GiB of each
+    "v4:2x2x1": (4, 32),
+    "v5e:2x4": (8, 16),
+    "v5p:2x2x1": (4, 95),
+    "v6e:2x4": (8, 32),
+    "tpu7x:2x2x1": (8, 96),
+}
+
+
+def test_the_memory_of_every_generation_is_known():
+    code = f"""
+from tnt_jax import precompile
+for topology in {list(CHIPS)}:
+    devices = precompile.devices_of(topology)
+    print(topology, len(devices), precompile._limit(devices[0]) // 2**30)
+"""
+    completed = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert completed.returncode == 0, completed.stderr
+    expected = [f"{name} {number} {gib}" for name, (number, gib) in CHIPS.items()]
+    assert completed.stdout.split("\n")[:-1] == expected
+
+
 def test_a_topology_that_is_not_known_is_refused(tmp_path):
     completed = precompile(tmp_path, "--topology=v9:2x2")
     assert completed.returncode == 2

@@ -6,6 +6,7 @@ starts as the original. The network (`t5_layers`) uses those that it is given, a
 `T5Config.adapter_scale`: given none, it is the original again.
 """
 
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,14 +36,12 @@ def init(abstract_params: PyTree, rank: int, key: Key[Array, ""]) -> PyTree:
     Args:
       abstract_params: Of the model, stacked layers or not.
       rank: Width of the adapters.
-      key: Each A uses a key of its own, whatever the order.
+      key: Each A has one of its own, by its name; stacked layers are one A.
     """
-    paths: list[tuple[str, ...]] = []
 
     def make(path: tuple[str, ...], kernel: Any) -> dict[str, Array]:
-        paths.append(path)
         *layers, inputs, outputs = kernel.shape
-        own_key = jax.random.fold_in(key, len(paths))
+        own_key = jax.random.fold_in(key, zlib.crc32("/".join(path).encode()))
         gaussian = jax.random.normal(own_key, (*layers, inputs, rank)) * inputs**-0.5
         return {ADAPTER_IN: gaussian, ADAPTER_OUT: jnp.zeros((*layers, rank, outputs))}
 

@@ -218,6 +218,7 @@ def jit_eval_step(
     model: Model,
     objective: objectives.TntObjective,
     kind: Original = PARAMETERS,
+    block_size: int | None = None,
 ) -> Callable[..., train_step.Sums]:
     """`(params, original_params or None, batch) -> sums`, compiled for the model's mesh."""
     return jax.jit(
@@ -227,6 +228,7 @@ def jit_eval_step(
             forward=model.forward,
             objective=objective,
             original=kind,
+            block_size=block_size,
         ),
         out_shardings=sharding.replicated(model.mesh),
     )

@@ -88,6 +88,7 @@ def convert(
     if scan_layers and not is_t5x:
         raise UsageError("--scan_layers goes with --output_format=t5x or t5x_orbax.")
     source = pretrained.open_checkpoint(input)
+    source.check_original()
     config = pretrained.config_for(model or pretrained.FromCheckpoint(), source)
     weights = {
         name: source.weights[name].astype(_DTYPES[dtype] if dtype else source.weights[name].dtype)

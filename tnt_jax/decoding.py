@@ -112,6 +112,7 @@ def decode(
     params: PyTree,
     encoder_input_tokens: Int[Array, "B S"],
     row_keys: Key[Array, "B"] | None = None,
+    banned_sequences: Int[Array, "B M W"] | None = None,
     *,
     config: t5.T5Config,
     decoding: Decoding,
@@ -128,6 +129,9 @@ def decode(
         position alone, not on the model, the other rows or their order, so an unchanged model
         repeats its sample (bit for bit at one batch size; between batch sizes XLA may sum in
         another order, which can turn a tie within 1e-6 nats).
+      banned_sequences: of each row, sequences of ids that must not come up in it, as from
+        `pad_banned`: the id that would complete one is removed, the rest renormalised. Not for
+        beams.
       config: of the model.
       decoding: the settings.
 
@@ -145,6 +149,11 @@ def decode(
         )
     if decoding.temperature > 0 and row_keys is None:
         raise UsageError("sampling (Decoding.temperature above 0) needs one key per row: row_keys")
+    if banned_sequences is not None and decoding.num_beams > 1:
+        raise UsageError(
+            f"banned sequences are for one output at a time: expected Decoding.num_beams=1, found "
+            f"{decoding.num_beams}"
+        )
 
     # Cut out of their stacks once, before the loop: steps that scan the layers are 40 % slower.
     config = dataclasses.replace(config, scan_layers=False, remat_policy="none")
@@ -167,7 +176,18 @@ def decode(
         return _search_beams(next_log_probs, cache, is_filler, decoding)
     if decoding.temperature == 0:
         row_keys = None
-    return _decode_rows(next_log_probs, cache, is_filler, row_keys, decoding)
+    return _decode_rows(next_log_probs, cache, is_filler, row_keys, banned_sequences, decoding)
+
+
+def pad_banned(sequences: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
+    """Sequences of ids of each row as `[B, M, W]` int32, filled up with -1 on the left."""
+    most = max((len(of_row) for of_row in sequences), default=0)
+    longest = max((len(ids) for of_row in sequences for ids in of_row), default=0)
+    padded = np.full((len(sequences), max(most, 1), max(longest, 1)), -1, np.int32)
+    for row, of_row in enumerate(sequences):
+        for number, ids in enumerate(of_row):
+            padded[row, number, padded.shape[2] - len(ids) :] = ids
+    return padded
 
 
 # --------------------------------------------------------------------------- Greedy and sampling
@@ -187,6 +207,7 @@ def _decode_rows(
     cache: PyTree,
     is_filler: Bool[Array, "B"],
     row_keys: Key[Array, "B"] | None,
+    banned_sequences: Int[Array, "B M W"] | None,
     decoding: Decoding,
 ) -> Decoded:
     """Greedy without keys, sampling with them."""
@@ -194,6 +215,11 @@ def _decode_rows(
 
     def step(rows: _Rows) -> _Rows:
         log_probs, cache = next_log_probs(rows.last, rows.position, rows.cache)
+        if banned_sequences is not None:
+            is_banned = _completing(
+                banned_sequences, rows.tokens, rows.position, log_probs.shape[-1]
+            )
+            log_probs = jax.nn.log_softmax(jnp.where(is_banned, -jnp.inf, log_probs))
         if row_keys is None:
             chosen = jnp.argmax(log_probs, axis=-1)
         else:
@@ -222,6 +248,23 @@ def _decode_rows(
         ),
     )
     return Decoded(rows.tokens, rows.log_prob, rows.position)
+
+
+def _completing(
+    banned: Int[Array, "B M W"],
+    tokens: Int[Array, "B L"],
+    position: Int[Array, ""],
+    vocab_size: int,
+) -> Bool[Array, "B V"]:
+    """The ids that would complete a banned sequence at a position."""
+    num_rows, _, width = banned.shape
+    before = jnp.pad(tokens, ((0, 0), (width - 1, 0)), constant_values=-2)
+    before = jax.lax.dynamic_slice_in_dim(before, position, width - 1, axis=1)
+    prefix, last = banned[..., :-1], banned[..., -1]
+    is_next = jnp.all((prefix < 0) | (prefix == before[:, None]), axis=2) & (last >= 0)
+    columns = jnp.where(is_next, last, vocab_size)
+    none = jnp.zeros((num_rows, vocab_size), bool)
+    return none.at[jnp.arange(num_rows)[:, None], columns].set(True, mode="drop")
 
 
 def _sample(

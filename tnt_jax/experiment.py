@@ -17,6 +17,7 @@ from tnt_jax import (
     objectives,
     pretrained,
     records,
+    rounds,
     run_config,
     stages,
     tokenization,
@@ -234,7 +235,10 @@ class Opened:
         name: str,
         objective: objectives.TntObjective,
         files: str,
+        *,
         settings: Mapping[str, Any] | None = None,
+        of_dataset: Mapping[str, Any] | None = None,
+        start: str | None = None,
     ) -> str:
         """Trains an arm on annotated outputs; returns its newest checkpoint.
 
@@ -243,26 +247,76 @@ class Opened:
           objective: The loss per token.
           files: Of annotated records.
           settings: Further arguments of `train.train`.
+          of_dataset: Further arguments of `tasks.RecordFiles`.
+          start: A checkpoint to start from instead of the original.
         """
         from tnt_jax import tasks
 
         model_dir = str(self.root / name / "model")
         dataset = tasks.RecordFiles(
-            files=files,
-            vocabulary=self.vocabulary,
-            clean_per_marked=self.settings.clean_per_marked,
+            **{
+                "files": files,
+                "vocabulary": self.vocabulary,
+                "clean_per_marked": self.settings.clean_per_marked,
+                **(of_dataset or {}),
+            }
         )
+        inputs = {"initial_checkpoint_path": self.original}
+        if start is not None:
+            inputs["start_checkpoint_path"] = start
         self._stages.run(
             f"{name}: train",
             self.settings.train,
             output=model_dir,
             output_name="model_dir",
-            inputs={"initial_checkpoint_path": self.original},
+            inputs=inputs,
             settings={"objective": objective, "dataset": dataset, **(settings or {})},
             also_depends_on=[files],
             goes_on=True,
         )
         return str(pretrained.find(model_dir))
+
+    def train_rounds(
+        self,
+        name: str,
+        objective: objectives.TntObjective,
+        files: str,
+        num_rounds: int,
+        **more: Any,
+    ) -> list[str]:
+        """Trains an arm, generates with it, annotates, trains on all outputs so far, and so on.
+
+        Args:
+          name: Of the arm; a later round has its number after it.
+          objective: The loss per token; always against the first original.
+          files: Annotated outputs of the original.
+          num_rounds: At least 1.
+          **more: As in `train`.
+
+        Returns:
+          The checkpoint of every round.
+        """
+        checkpoints = [self.train(name, objective, files, **more)]
+        all_files = [files]
+        for number in range(2, num_rounds + 1):
+            of_round = f"{name}.round{number}"
+            outputs = self.outputs_of(
+                of_round, checkpoints[-1], self.settings.train_prompts, self.first_decoder
+            )
+            all_files.append(outputs)
+            merged = str(self.root / of_round / "merged.jsonl")
+            self._stages.run(
+                f"{of_round}: merge",
+                rounds.merge_files,
+                output=merged,
+                inputs={},
+                settings={"rounds": all_files, "vocabulary": self.vocabulary},
+                also_depends_on=all_files,
+            )
+            checkpoints.append(
+                self.train(of_round, objective, merged, start=checkpoints[-1], **more)
+            )
+        return checkpoints
 
     def evaluate(self, name: str, checkpoint: str, decoder: str) -> dict[str, Any]:
         """Generates with an arm and compares with the original; returns what `evaluate` writes."""

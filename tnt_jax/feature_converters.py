@@ -101,7 +101,7 @@ def convert_features(
     negative_ids = np.full((num_rows, target_length, num_negative_ids), -1, np.int32)
     for example, place in zip(examples, places, strict=True):
         row, offset = place.row, place.target_offset
-        kept_inputs = _cut_input(example.inputs, input_length)
+        kept_inputs = cut_input(example.inputs, input_length)
         here = slice(place.input_offset, place.input_offset + len(kept_inputs))
         inputs[row, here] = kept_inputs
         input_segments[row, here] = place.segment
@@ -183,12 +183,13 @@ def pad_inputs(inputs: Sequence[Sequence[int] | np.ndarray], length: int) -> np.
     """
     padded = np.zeros((len(inputs), length), np.int32)
     for row, ids in zip(padded, inputs, strict=True):
-        kept = _cut_input(np.asarray(ids, np.int32), length)
+        kept = cut_input(np.asarray(ids, np.int32), length)
         row[: len(kept)] = kept
     return padded
 
 
-def _cut_input(ids: np.ndarray, length: int) -> np.ndarray:
+def cut_input(ids: np.ndarray, length: int) -> np.ndarray:
+    """The first ids; of an input that ended, and no longer fits, the last one is its EOS again."""
     if len(ids) > length and ids[-1] == EOS_ID:
         return np.append(ids[: length - 1], np.int32(EOS_ID))
     return ids[:length]

@@ -201,7 +201,8 @@ def _start(
     if decoder.temperature:
         keys = decoding.record_keys(seed, [*ids, *[""] * num_fill])
         keys = jax.device_put(keys, tokens.sharding)
-    return decoding.decode(params, tokens, keys, config=network.config, decoding=decoder)
+    with jax.sharding.use_abstract_mesh(network.mesh.abstract_mesh):
+        return decoding.decode(params, tokens, keys, config=network.config, decoding=decoder)
 
 
 def _one_ahead(

@@ -1,6 +1,8 @@
 """Brings the original of a run: reads it, tells it from others, prepares what its kind needs."""
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -127,6 +129,7 @@ def bring(
     path: str | None,
     *,
     is_new: bool,
+    start_params: Callable[[], PyTree] | None = None,
     examples: Sequence[feature_converters.Example],
     states_folder: str,
     task_feature_lengths: Mapping[str, int],
@@ -140,6 +143,7 @@ def bring(
       initial_params: Reads it, or makes a random one.
       path: Where from, for people and the checkpoint.
       is_new: Whether the run starts here, so that it needs parameters to start from.
+      start_params: Reads these, if they are not the original's.
       examples: All that it will be asked about, for `CachedStates`.
       states_folder: Of those states.
       task_feature_lengths: Tokens of "inputs" and "targets".
@@ -152,16 +156,27 @@ def bring(
     """
     abstract, model = trainer.abstract_original, trainer.model
     if abstract is None:
-        return Brought(None, None), initial_params() if is_new else None
+        return Brought(None, None), (start_params or initial_params)() if is_new else None
     whole = initial_params()
-    identity = {"path": path, "digest": checkpoints.digest(whole)}
+    identity = {
+        # The checkpoint itself: a model directory means another one when it has a newer.
+        "path": path and str(pretrained.find(path)),
+        "digest": checkpoints.digest(whole),
+    }
     if isinstance(trainer.original, AdaptersOff):
+        if start_params is not None:
+            raise UsageError(
+                "START_CHECKPOINT_PATH: adapters start at nothing; expected None with "
+                "ORIGINAL='adapters_off'."
+            )
         params = _converted(whole, abstract)
         start = model.init_adapters(trainer.adapter_rank, seed) if is_new else None
         return Brought(params, identity), start
     if isinstance(trainer.original, CachedStates):
         states = OriginalStates(
-            states_folder, f"{identity['digest']}-{model.config.dtype}", task_feature_lengths
+            states_folder,
+            f"{identity['digest']}-{_function_of(model.config)}",
+            task_feature_lengths,
         )
 
         def states_of(batch: dict[str, np.ndarray]) -> np.ndarray:
@@ -170,11 +185,25 @@ def bring(
         states.compute(examples, states_of, batch_size)
         matrix, _ = t5.output_matrix(model.config, whole)
         params = assembly.copied(matrix, abstract)
+        if is_new and start_params is not None:
+            del whole
+            whole = start_params()
         return Brought(params, identity, states), whole if is_new else None
-    if not is_new:
-        return Brought(_converted(whole, abstract), identity), None
+    if not is_new or start_params is not None:
+        params = _converted(whole, abstract)
+        return Brought(params, identity), start_params() if is_new and start_params else None
     # A copy: the state's buffers are donated to every update, the original's never.
     return Brought(assembly.copied(whole, abstract), identity), whole
+
+
+def _function_of(config: t5.T5Config) -> str:
+    """A name for everything beside the weights that decides what a network computes."""
+    settings = dataclasses.asdict(config)
+    for name in ("dropout_rate", "scan_layers", "remat_policy", "adapter_scale"):
+        del settings[name]
+    precision = jax.config.values["jax_default_matmul_precision"]
+    text = json.dumps([settings, jax.default_backend(), precision], sort_keys=True, default=str)
+    return f"{config.dtype}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def _converted(params: PyTree, abstract: PyTree) -> PyTree:

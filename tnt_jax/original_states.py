@@ -39,16 +39,16 @@ class OriginalStates:
       task_feature_lengths: Where "inputs" and "targets" are cut.
 
     Raises:
-      UsageError: The folder is in a bucket, or cannot be written.
+      UsageError: The folder is in a bucket, or a part of it is damaged.
     """
 
     def __init__(self, folder: str, identity: str, task_feature_lengths: Mapping[str, int]):
         if "://" in folder:
             raise UsageError(
-                f"STATES_DIR: expected a local folder (they are read row by row), found {folder}."
+                f"STATES_DIR: expected a local folder (they are read row by row), found {folder}. "
+                "Where records or MODEL_DIR are in a bucket, set it."
             )
         self._folder = pathlib.Path(folder).expanduser() / re.sub(r"\W+", "-", identity)
-        records.check_writable(self._folder / "part", "STATES_DIR")
         self._lengths = dict(task_feature_lengths)
         self._parts: list[np.ndarray] = []
         self._rows: dict[str, tuple[int, int, int]] = {}  # part, first row, number of rows
@@ -71,7 +71,8 @@ class OriginalStates:
         self._parts.append(array)
 
     def _key(self, example: feature_converters.Example) -> str:
-        inputs = np.ascontiguousarray(example.inputs[: self._lengths["inputs"]], "<i4")
+        kept = feature_converters.cut_input(example.inputs, self._lengths["inputs"])
+        inputs = np.ascontiguousarray(kept, "<i4")
         targets = np.ascontiguousarray(example.targets[: self._lengths["targets"]], "<i4")
         hashed = hashlib.sha256(f"{len(inputs)} ".encode() + inputs.tobytes() + targets.tobytes())
         return hashed.hexdigest()[:32]
@@ -98,12 +99,15 @@ class OriginalStates:
           examples: Any, also those that have states.
           states_of: From a batch of model features to states `[B, T, E]`, on this host.
           batch_size: Rows of a batch.
+
+        Raises:
+          UsageError: The folder cannot be written.
         """
-        # Long ones together: less padding, and the first part says how much memory it takes.
-        todo = sorted(self.missing(examples), key=lambda example: -len(example.targets))
+        todo = self.missing(examples)
         if not todo:
             run_log.log(f"The original's states are in {self._folder}: nothing to compute.")
             return
+        records.check_writable(self._folder / "part", "STATES_DIR")
         batches = feature_converters.batch_for_eval(todo, batch_size, self._lengths)
         kept: dict[str, np.ndarray] = {}
         num_batches = -(-len(todo) // batch_size)
@@ -112,7 +116,7 @@ class OriginalStates:
             states = states_of(batch)
             for row, example in enumerate(todo[number * batch_size :][:batch_size]):
                 num_tokens = min(len(example.targets), self._lengths["targets"])
-                kept[self._key(example)] = states[row, :num_tokens]
+                kept[self._key(example)] = states[row, :num_tokens].copy()  # not the batch
             if sum(map(len, kept.values())) >= _TOKENS_PER_PART:
                 self._write(kept)
                 kept = {}
@@ -122,6 +126,9 @@ class OriginalStates:
     def _write(self, kept: Mapping[str, np.ndarray]) -> None:
         name = hashlib.sha256(" ".join(kept).encode()).hexdigest()[:16]
         index = self._folder / f"part_{name}.json"
+        if index.exists():  # another host was quicker; what it wrote may be in use
+            self._add(index)
+            return
         ends = np.cumsum([len(states) for states in kept.values()]).tolist()
         starts = [0, *ends[:-1]]
         array = np.concatenate(list(kept.values()))
@@ -166,4 +173,4 @@ def default_folder(records_path: str | os.PathLike | None, model_dir: str) -> st
     """Beside a file of records, so that every run on it finds them; otherwise in the model's."""
     if records_path is not None and pathlib.Path(records_path).is_file():
         return f"{records_path}.states"
-    return str(pathlib.Path(model_dir) / "original_states")
+    return f"{model_dir.rstrip('/')}/original_states"

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tnt_jax import program, records, run_log
+from tnt_jax.errors import UsageError
 from tnt_jax.experiment import Arm, Experiment, Opened
 
 
@@ -43,6 +44,7 @@ def pipeline(
     *,
     experiment: Experiment,
     arms: Sequence[Arm],
+    num_rounds: int = 1,
     expectations: Expectations | None = None,
     num_examples: int = 3,
 ) -> dict[str, Any]:
@@ -51,6 +53,8 @@ def pipeline(
     Args:
       experiment: What the arms share.
       arms: What to compare; each is trained from the original on the same annotated outputs.
+      num_rounds: Of every arm: a further one generates with the model so far, and trains it on all
+        outputs so far.
       expectations: To check at the end.
       num_examples: Changed outputs to print.
 
@@ -61,17 +65,22 @@ def pipeline(
       UsageError: Settings contradict each other, or a stage found a mistake.
     """
     began = time.monotonic()
+    if num_rounds < 1:
+        raise UsageError(f"NUM_ROUNDS: expected at least 1, found {num_rounds}.")
     experiment.check_names([arm.name for arm in arms])
     opened = Opened(experiment)
     decoders = experiment.decoders
     training_outputs, original_outputs = opened.training_outputs, opened.original_outputs
     evaluations: dict[str, dict[str, Any]] = {}
+    models: dict[str, str] = {}
     for arm in arms:
-        checkpoint = opened.train(arm.name, arm.objective, training_outputs)
+        *_, models[arm.name] = opened.train_rounds(
+            arm.name, arm.objective, training_outputs, num_rounds
+        )
         evaluations[arm.name] = {
-            decoder: opened.evaluate(arm.name, checkpoint, decoder) for decoder in decoders
+            decoder: opened.evaluate(arm.name, models[arm.name], decoder) for decoder in decoders
         }
-        opened.hand_back(arm.name, checkpoint)
+        opened.hand_back(arm.name, models[arm.name])
 
     checks = _check(expectations, evaluations) if expectations else []
     summary = {"evaluations": evaluations, "expectations": checks}
@@ -88,7 +97,7 @@ def pipeline(
     for check in checks:
         run_log.log(f"{'reached' if check['reached'] else 'MISSED '}  {check['text']}")
     run_log.log(
-        f"Everything is in {root}: the patched model in {root / best / 'model'}, the numbers in "
+        f"Everything is in {root}: the patched model in {models[best]}, the numbers in "
         f"{root / 'summary.json'}. {time.monotonic() - began:.0f} seconds."
     )
     return summary

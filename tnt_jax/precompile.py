@@ -33,8 +33,14 @@ from tnt_jax import (
 from tnt_jax.errors import UsageError
 from tnt_jax.original import AdaptersOff, Parameters
 
-# GiB of each device, as its vendor states it.
-HBM = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 96}
+# GiB of each device, as its vendor states it, by what libtpu calls it: "v5" is v5p.
+HBM = {"v4": 32, "v5e": 16, "v5": 95, "v6e": 32, "tpu7x": 96}
+
+# What the compiler says of a program that does not fit: what it needs, and what there is.
+_DOES_NOT_FIT = (
+    re.compile(r"Used (\S+) of (\S+) hbm"),
+    re.compile(r"\(([\d.]+\S)\) exceeds available HBM \((\S+?)\)"),
+)
 
 _STEP_SETTINGS = (
     *("model", "objective", "task_feature_lengths", "batch_size", "optimizer", "num_microbatches"),
@@ -89,7 +95,10 @@ def devices_of(topology: str) -> Sequence[Any]:
     from jax.experimental import topologies
 
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        # On a v4, JAX has a device for each chip, not for each of its two cores.
+        settings = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **settings)
+        return found.devices
     except Exception as error:  # of whatever type libtpu raises
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise UsageError(
@@ -143,10 +152,7 @@ def compile_step(
     try:
         compiled = trainer.lower(batch).compile()
     except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used (\S+) of (\S+) hbm", str(error))
-        if used is None:
-            raise
-        return {**report, "fits": False, "used": used[1], "of": used[2], **_advice(trainer)}
+        return {**report, "fits": False, **_wanted(error), **_advice(trainer)}
     if program_text is not None:
         run_log.write_text(program_text, compiled.as_text())
     report["compile_seconds"] = round(time.monotonic() - began, 1)
@@ -167,6 +173,18 @@ def compile_step(
     report["of"] = limit
     report["fits"] = None if limit is None else report["bytes"]["total"] <= limit
     return report if report["fits"] is not False else {**report, **_advice(trainer)}
+
+
+def _wanted(error: jax.errors.JaxRuntimeError) -> dict[str, str]:
+    """What a program needs that does not fit, in the compiler's words."""
+    text = str(error)
+    for form in _DOES_NOT_FIT:
+        if found := form.search(text):
+            return {"used": found[1], "of": found[2]}
+    if "RESOURCE_EXHAUSTED" not in text and "Oom" not in text:
+        raise error
+    reason = next(iter(text.splitlines()), "")
+    return {"used": f"more ({reason})", "of": "a device's memory"}
 
 
 def _limit(device: Any) -> int | None:

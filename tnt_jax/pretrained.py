@@ -178,6 +178,25 @@ class Pretrained:
     scan_layers: bool = False
     # What Orbax can read by itself: the item, the part of it, and the names that are stored there.
     _orbax: tuple[epath.Path, tuple[str, ...], frozenset[str]] | None = None
+    # Of a run of adapters: what they were trained beside.
+    _original: "Pretrained | None" = None
+
+    def check_original(self) -> None:
+        """Reads the weights that adapters were trained beside.
+
+        Raises:
+          UsageError: They are no longer the same.
+        """
+        if self._original is None or self.run is None:
+            return
+        original, noted = self._original, self.run["original"]["digest"]
+        names = lazy_arrays.shapes(t5.abstract_params(original.config))
+        found = checkpoints.digest_of_files({name: original.weights[name] for name in names})
+        if found != noted:
+            raise UsageError(
+                f"{self.path}: its adapters were trained beside weights with the digest {noted}, "
+                f"but {original.path} has {found} now. Bring back what was there."
+            )
 
     def check(self, abstract_params: PyTree, setting: str = "the model settings") -> None:
         """Raises a UsageError, naming every difference, unless these are the weights."""
@@ -195,6 +214,7 @@ class Pretrained:
           UsageError: They are of another network: every difference is named.
         """
         self.check(abstract_params)
+        self.check_original()
         if self._orbax is not None:
             item, within, stored = self._orbax
             if stored == lazy_arrays.shapes(abstract_params).keys():
@@ -229,14 +249,15 @@ def open_checkpoint(path: str) -> Pretrained:
             description=folder,
             output_format=_OUTPUT_FORMATS[kind],
         )
-    orbax, run, scan_layers = None, None, False
+    orbax, run, scan_layers, original = None, None, False, None
     if kind == _OURS:
         stored = checkpoints.lazy_item(folder / checkpoints.PARAMS)
         orbax = (folder / checkpoints.PARAMS, (), frozenset(stored))
         weights, run = lazy_arrays.layers_apart(stored), checkpoints.read_run(folder)
         step = _step_of_name(folder)
         if run is not None and "adapters" in run:
-            weights, orbax = _with_adapters(weights, run, folder), None
+            original, orbax = _original_of(run, folder), None
+            weights = _with_adapters(weights, original, run, folder)
     elif kind == _T5X:
         weights, step = t5x_checkpoints.read_legacy(folder)
     else:
@@ -269,13 +290,12 @@ def open_checkpoint(path: str) -> Pretrained:
         output_format=_OUTPUT_FORMATS[kind],
         scan_layers=scan_layers,
         _orbax=orbax,
+        _original=original,
     )
 
 
-def _with_adapters(
-    stored: dict[str, LazyArray], run: dict[str, Any], folder: epath.Path
-) -> dict[str, LazyArray]:
-    """The original's weights, with what a run has trained beside them added when they are read."""
+def _original_of(run: dict[str, Any], folder: epath.Path) -> Pretrained:
+    """What a run of adapters was trained beside."""
     path = run["original"]["path"]
     if path is None:
         raise UsageError(
@@ -283,12 +303,19 @@ def _with_adapters(
             "adapters with an INITIAL_CHECKPOINT_PATH."
         )
     try:
-        merged = dict(open_checkpoint(path).weights)
+        return open_checkpoint(path)
     except UsageError as error:
         raise UsageError(
             f"{folder}: it has adapters for an original that the run noted as {path} (digest "
             f"{run['original']['digest']}): {error}"
         ) from error
+
+
+def _with_adapters(
+    stored: dict[str, LazyArray], original: Pretrained, run: dict[str, Any], folder: epath.Path
+) -> dict[str, LazyArray]:
+    """The original's weights, with what a run has trained beside them added when they are read."""
+    merged = dict(original.weights)
     scale = run["adapters"]["alpha"] / run["adapters"]["rank"]
 
     def added(kernel: LazyArray, a: LazyArray, b: LazyArray) -> LazyArray:
@@ -305,7 +332,9 @@ def _with_adapters(
         if leaf == adapters.ADAPTER_IN:
             kernel = f"{module}/kernel"
             if kernel not in merged:
-                raise UsageError(f"{folder}: it has an adapter for {kernel}, which {path} lacks.")
+                raise UsageError(
+                    f"{folder}: it has an adapter for {kernel}, which {original.path} lacks."
+                )
             merged[kernel] = added(merged[kernel], a, stored[f"{module}/{adapters.ADAPTER_OUT}"])
     return merged
 

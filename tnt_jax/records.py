@@ -19,6 +19,7 @@ import json
 import os
 import pathlib
 import tempfile
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -211,7 +212,8 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    # Not the process id: on two hosts that share a folder it may be the same.
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.unfinished")
     try:
         yield unfinished
         unfinished.replace(path)

@@ -268,7 +268,7 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Moves a global batch to the devices, its rows over `data`.
+    """Moves a global batch to the devices, its rows over `data` and `fsdp`.
 
     Every host gives the whole batch, which is small beside what is computed from it, and its
     devices take their rows. Which ones those are is the mesh's affair: on a TPU slice they need not

@@ -7,7 +7,9 @@ The parameters come from, in this order:
 3. a random initialisation from the seed, if INITIAL_CHECKPOINT_PATH is None.
 
 The original, which the objectives compare with, always comes from 2 or 3, also when a run goes on:
-it is never the half-trained model of MODEL_DIR. Its digest is in every checkpoint, and checked.
+it is never the half-trained model of MODEL_DIR. Its digest is in every checkpoint, and checked. A
+further round, which starts from a model that was patched already, names that one in
+START_CHECKPOINT_PATH.
 
 Example:
     python -m tnt_jax.train --gin_file=models/t5_1_1_base.gin --gin_file=objectives/tnrf.gin \
@@ -64,6 +66,7 @@ def train(
     batch_size: int,
     train_steps: int,
     initial_checkpoint_path: str | None,
+    start_checkpoint_path: str | None = None,
     optimizer: Callable[[], optax.GradientTransformation] | optax.GradientTransformation,
     num_microbatches: int = 1,
     mesh_shape: sharding.MeshShape | None = None,
@@ -91,6 +94,7 @@ def train(
       batch_size: Rows per update, over all devices and microbatches: examples, unless packed.
       train_steps: Updates in all, those before a restart included.
       initial_checkpoint_path: The original, and where training starts from; None is random.
+      start_checkpoint_path: Where training starts from instead, for a further round.
       optimizer: An Optax optimizer, or what makes one, such as `optax.adafactor`.
       num_microbatches: Parts that each batch is computed in, to save memory.
       mesh_shape: Devices per mesh axis; None puts all on `data`.
@@ -124,6 +128,12 @@ def train(
         if value < 1:
             raise UsageError(f"{name}: expected at least 1, found {value}.")
 
+    if states_dir is not None and original != "cached":
+        raise UsageError(
+            f"STATES_DIR is set, to {states_dir}, and ORIGINAL is {original!r}: states are kept "
+            "with ORIGINAL='cached' alone."
+        )
+
     trainer = original_setup.make_trainer(
         model=model,
         initial_checkpoint_path=initial_checkpoint_path,
@@ -150,6 +160,10 @@ def train(
             return network.init(seed)
         return network.restore(initial_checkpoint_path)
 
+    def start_params() -> PyTree:
+        assert start_checkpoint_path is not None
+        return network.restore(start_checkpoint_path)
+
     data = training_loop.Data.of(
         load(dataset),
         load(eval_dataset) if eval_dataset else [],
@@ -173,6 +187,7 @@ def train(
             initial_params,
             initial_checkpoint_path,
             is_new=start is None,
+            start_params=start_params if start_checkpoint_path else None,
             examples=[*data.examples, *data.eval_examples],
             states_folder=states_dir
             or original_states.default_folder(getattr(dataset, "files", None), model_dir),
@@ -187,6 +202,7 @@ def train(
             "objective": run_config.describe(objective),
             "model": run_config.describe(config),
             "data": data.describe(),
+            "start": start_checkpoint_path or initial_checkpoint_path,
             "jax": jax.__version__,
         }
         if original == "adapters_off":
@@ -195,7 +211,9 @@ def train(
             start, state = 0, trainer.init_state(params)
         else:
             assert start is not None
-            _check_original(saved.run_of(start)["original"], brought.identity, model_dir)
+            before = saved.run_of(start)
+            _check_original(before["original"], brought.identity, model_dir)
+            _check_adapters(before.get("adapters"), run.get("adapters"), model_dir)
             state = saved.restore(start, trainer.abstract_state)
             run_log.log(f"Going on from checkpoint {start} in {model_dir}.")
         run_log.log(
@@ -282,6 +300,18 @@ def _check_original(
         f"is {_describe_original(found)}. Pass the same INITIAL_CHECKPOINT_PATH, objective and "
         "seed, or another MODEL_DIR."
     )
+
+
+def _check_adapters(
+    saved: Mapping[str, Any] | None, found: Mapping[str, Any] | None, model_dir: str
+) -> None:
+    """What adapters have learned is multiplied by their settings."""
+    if saved != found:
+        raise UsageError(
+            f"MODEL_DIR {model_dir} holds a run whose adapters were {saved or 'none'}; now they "
+            f"are {found or 'none'}. Pass the same ORIGINAL, ADAPTER_RANK and ADAPTER_ALPHA, or "
+            "another MODEL_DIR."
+        )
 
 
 def _describe_original(original: Mapping[str, Any] | None) -> str:

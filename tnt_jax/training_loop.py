@@ -178,7 +178,9 @@ class _Evaluation:
     def __init__(self, loop: Loop):
         self._loop = loop
         trainer = loop.trainer
-        self._step = assembly.jit_eval_step(trainer.model, trainer.objective, trainer.original)
+        self._step = assembly.jit_eval_step(
+            trainer.model, trainer.objective, trainer.original, trainer.block_size
+        )
 
     def __call__(self, state: train_step.TrainState, step: int) -> None:
         loop, data = self._loop, self._loop.data
