@@ -35,7 +35,7 @@ GROUPS = {
         "train_step",
         "decoding",
     },
-    "text": {"records", "annotators", "run_log", "text_metrics", "model_card"},
+    "text": {"records", "annotators", "run_log", "text_metrics", "results", "model_card"},
     "data": {
         "tokenization",
         "vocabularies",
@@ -66,7 +66,7 @@ GROUPS = {
         "program",
     },
     "programs": {"train", "generate", "annotate", "evaluate", "convert", "precompile"},
-    "experiments": {"experiment", "pipeline"},
+    "experiments": {"experiment", "pipeline", "sweep"},
     "edge": {"t5x_plugin"},
 }
 MAY_IMPORT = {

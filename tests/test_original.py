@@ -198,7 +198,9 @@ def test_a_folder_of_states_that_nobody_reads_is_refused(capfd):
 def test_adapters_without_their_original_are_refused():
     train("to-lose", ORIGINAL="adapters_off", INITIAL_CHECKPOINT_PATH="adapters-base")
     pathlib.Path("adapters-base").rename("elsewhere")
-    with pytest.raises(UsageError, match="adapters for an original that the run noted as .*adapters-base"):
+    with pytest.raises(
+        UsageError, match=r"adapters for an original that the run noted as .*adapters-base"
+    ):
         pretrained.open_checkpoint("to-lose")
 
 

@@ -186,8 +186,18 @@ class Opened:
 
     # ------------------------------------------------------------------------------------ Outputs
 
-    def outputs_of(self, name: str, checkpoint: str, prompts: Any, decoder: str) -> str:
-        """Generates and annotates; returns the annotated file."""
+    def outputs_of(
+        self, name: str, checkpoint: str, prompts: Any, decoder: str, **settings: Any
+    ) -> str:
+        """Generates and annotates; returns the annotated file.
+
+        Args:
+          name: Of the folder.
+          checkpoint: Of the model.
+          prompts: A file (or glob) of records, or a `tasks.SeqioDataset`.
+          decoder: Its name.
+          **settings: Further arguments of `generate.generate`.
+        """
         is_file = isinstance(prompts, str)
         generated = str(self.root / name / f"{decoder}.jsonl")
         self._stages.run(
@@ -195,30 +205,57 @@ class Opened:
             self.settings.generate,
             output=generated,
             inputs={"checkpoint_path": checkpoint} | ({"prompts": prompts} if is_file else {}),
-            settings={"vocabulary": self.vocabulary, "decoder": self.settings.decoders[decoder]}
+            settings={
+                "vocabulary": self.vocabulary,
+                "decoder": self.settings.decoders[decoder],
+                **settings,
+            }
             | ({} if is_file else {"prompts": prompts}),
         )
-        return self.annotated(name, generated, decoder)
+        return self._annotated(name, generated, decoder, self.annotator)
 
-    def annotated(self, name: str, generated: str, label: str) -> str:
-        """Annotates a file of outputs; returns the annotated file."""
+    def _annotated(self, name: str, generated: str, label: str, annotator: Any) -> str:
         output = str(self.root / name / f"{label}.annotated.jsonl")
         self._stages.run(
             f"{name}: annotate, {label}",
             self.settings.annotate,
             output=output,
             inputs={"input": generated},
-            settings={"vocabulary": self.vocabulary, "annotator": self.annotator},
-            version=self.annotator.description,  # names what a word list holds, not only its path
+            settings={"vocabulary": self.vocabulary, "annotator": annotator},
+            version=annotator.description,  # names what a word list holds, not only its path
         )
         return output
+
+    def training_outputs_by(self, decoder: str, annotator: Any | None, label: str) -> str:
+        """The original's outputs to learn from, of another decoder, or annotated by another.
+
+        Args:
+          decoder: Its name.
+          annotator: None is the experiment's.
+          label: Of the annotated file, if the annotator is another.
+        """
+        path = self.outputs_of(
+            "training_outputs", self.original, self.settings.train_prompts, decoder
+        )
+        if annotator is None:
+            return path
+        generated = str(self.root / "training_outputs" / f"{decoder}.jsonl")
+        return self._annotated("training_outputs", generated, f"{decoder}.{label}", annotator)
+
+    def masked_outputs(self, name: str, decoder: str) -> str:
+        """The original's outputs to compare with, while what is unwanted is masked."""
+        return self.outputs_of(
+            name, self.original, self.settings.eval_prompts, decoder, mask=self.annotator
+        )
+
+    def seconds(self, stage: str) -> float | None:
+        """How long a stage took."""
+        return self._stages.seconds(stage)
 
     @functools.cached_property
     def training_outputs(self) -> str:
         """The original's outputs to learn from, annotated."""
-        return self.outputs_of(
-            "training_outputs", self.original, self.settings.train_prompts, self.first_decoder
-        )
+        return self.training_outputs_by(self.first_decoder, None, "")
 
     @functools.cached_property
     def original_outputs(self) -> dict[str, str]:

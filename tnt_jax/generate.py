@@ -56,6 +56,7 @@ def generate(
     batch_size: int,
     mesh_shape: sharding.MeshShape | None = None,
     seed: int = 0,
+    mask: Any | None = None,
 ) -> None:
     """Writes one record for every prompt, in order.
 
@@ -70,6 +71,8 @@ def generate(
       batch_size: Prompts decoded together.
       mesh_shape: Devices per mesh axis; None puts all on `data`.
       seed: Of sampling.
+      mask: An annotator that knows beforehand what it would mark (`Lexicon`, `Gazetteer`): its
+        texts never come up. None masks nothing.
 
     Raises:
       UsageError: A setting, the prompts or the checkpoint does not fit.
@@ -103,12 +106,16 @@ def generate(
         run_log.log(
             f"{num_cut} of {len(rows)} inputs are cut at {longest} tokens (TASK_FEATURE_LENGTHS)."
         )
+    banned = None if mask is None else _banned(rows, mask, vocabulary)
     batches = _plan([len(ids) for ids in inputs], batch_size, longest)
 
     def start(batch: _Batch) -> decoding.Decoded:
         ids = [rows[index].id for index in batch.indices]
         tokens = [inputs[index] for index in batch.indices]
-        return _start(ids, tokens, batch.width, params, network, decoder, batch_size, seed)
+        of_batch = None if banned is None else banned[batch.indices]
+        return _start(
+            ids, tokens, batch.width, params, network, decoder, batch_size, seed, of_batch
+        )
 
     outputs: dict[int, records.Record] = {}
     began = time.monotonic()
@@ -136,6 +143,23 @@ def _read(prompts: Any, vocabulary: Any) -> list[records.Record]:
     from tnt_jax import tasks  # here, because TensorFlow takes seconds to import
 
     return tasks.prompts_from_task(prompts.mixture_or_task_name, prompts.split, vocabulary)
+
+
+def _banned(rows: Sequence[records.Record], mask: Any, vocabulary: Any) -> np.ndarray:
+    """What must not come up in each output, `[N, M, W]`: texts as they are spelt after a space."""
+    if not hasattr(mask, "banned"):
+        raise UsageError(
+            "MASK: expected an annotator that knows beforehand what it would mark (Lexicon, "
+            f"Gazetteer), found {type(mask).__name__}."
+        )
+
+    @functools.cache
+    def spelt(text: str) -> tuple[int, ...]:
+        return tuple(tokenization.encode(vocabulary, text, add_eos=False))
+
+    return decoding.pad_banned(
+        [sorted({spelt(text) for text in mask.banned(row)} - {()}) for row in rows]
+    )
 
 
 class _Batch(NamedTuple):
@@ -192,6 +216,7 @@ def _start(
     decoder: decoding.Decoding,
     batch_size: int,
     seed: int,
+    banned: np.ndarray | None,
 ) -> decoding.Decoded:
     """Has the devices begin with a batch, filled up with empty rows, and does not wait for it."""
     num_fill = batch_size - len(ids)
@@ -201,8 +226,14 @@ def _start(
     if decoder.temperature:
         keys = decoding.record_keys(seed, [*ids, *[""] * num_fill])
         keys = jax.device_put(keys, tokens.sharding)
+    sequences = None
+    if banned is not None:
+        filled = np.pad(banned, ((0, num_fill), (0, 0), (0, 0)), constant_values=-1)
+        sequences = sharding.put_batch({"banned": filled}, network.mesh)["banned"]
     with jax.sharding.use_abstract_mesh(network.mesh.abstract_mesh):
-        return decoding.decode(params, tokens, keys, config=network.config, decoding=decoder)
+        return decoding.decode(
+            params, tokens, keys, sequences, config=network.config, decoding=decoder
+        )
 
 
 def _one_ahead(

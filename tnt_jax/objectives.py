@@ -452,3 +452,33 @@ def _jensen_shannon(log_a, log_b):
     gap = jnp.abs(log_a - log_b)
     log_mean = jnp.maximum(log_a, log_b) + jnp.log1p(jnp.expm1(-gap) / 2)
     return (_kl(log_a, log_mean) + _kl(log_b, log_mean)) / 2
+
+
+# The arms of comparisons: their negative and positive terms.
+TERMS = {
+    "TNFF": ("forward_kl", "forward_kl"),
+    "TNRR": ("reverse_kl", "reverse_kl"),
+    "TNRF": ("reverse_kl", "forward_kl"),
+    "TNFLL": ("forward_kl", "log_likelihood"),
+    "TNRLL": ("reverse_kl", "log_likelihood"),
+    "TNSR": ("reverse_kl_split", "reverse_kl"),
+    "TNSF": ("reverse_kl_split", "forward_kl"),
+    "TNJJ": ("jensen_shannon", "jensen_shannon"),
+    "TNJSJ": ("jensen_shannon_split", "jensen_shannon"),
+    "NL+LL": ("negative_likelihood", "log_likelihood"),
+    "UL+LL": ("unlikelihood", "log_likelihood"),
+    "NL+KL": ("negative_likelihood", "forward_kl"),
+    "UL+KL": ("unlikelihood", "forward_kl"),
+}
+
+
+def named(name: str, **settings: Any) -> TntObjective:
+    """The objective of a name in `TERMS`.
+
+    Raises:
+      UsageError: There is no such name.
+    """
+    if name not in TERMS:
+        raise UsageError(f"objective: expected one of {', '.join(TERMS)}, found {name!r}.")
+    negative_term, positive_term = TERMS[name]
+    return TntObjective(negative_term=negative_term, positive_term=positive_term, **settings)

@@ -55,7 +55,7 @@ class Stages:
           UsageError: There is something to go on from, and it is not known what made it.
         """
         self._number += 1
-        note = self._notes / f"{name.replace(': ', '_').replace(', ', '_')}.json"
+        note = self._note(name)
         described = {
             "function": run_config.describe(function),
             "settings": run_config.describe(dict(settings)),
@@ -82,6 +82,15 @@ class Stages:
         function(**{output_name: output}, **inputs, **settings)
         seconds = round(time.monotonic() - began, 1)
         run_log.write_json(str(note), {"described": described, "done": True, "seconds": seconds})
+
+    def seconds(self, name: str) -> float | None:
+        """How long a stage took, if it is done."""
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            return json.loads(self._note(name).read_text("utf-8"))["seconds"]
+        return None
+
+    def _note(self, name: str) -> pathlib.Path:
+        return self._notes / f"{name.replace(': ', '_').replace(', ', '_')}.json"
 
 
 def _fingerprint(path: str) -> str:

@@ -1,0 +1,366 @@
+r"""Objectives x weights x seeds from one original: who cuts how much, at what change.
+
+Every arm is trained on the same annotated outputs and evaluated on the same prompts, as `pipeline`
+does it. A sweep that was stopped goes on; several processes may share one (NUM_PROCESSES,
+PROCESS_INDEX), each with its own part of the arms.
+
+It writes `results.json`: "rows", one for each arm, weight, seed and decoder, on prompts that no
+weight was chosen on; "choice_rows", the same on those that it was; "chosen", each arm at its chosen
+weight, over seeds, with intervals over prompts. And `results.md`, those as tables.
+
+Example:
+    python -m tnt_jax.sweep --gin_file=models/from_checkpoint.gin --gin_file=runs/sweep.gin \
+      --gin.ORIGINAL_CHECKPOINT_PATH=flan-t5-small --gin.TRAIN_PROMPTS=prompts.jsonl \
+      --gin.EVAL_PROMPTS=other_prompts.jsonl --gin.ANNOTATOR=@annotators.Lexicon \
+      --gin.annotators.Lexicon.path=words.txt --gin.TRAIN_STEPS=200 --gin.OUTPUT_DIR=runs/sweep
+"""
+
+import dataclasses
+import itertools
+import json
+import pathlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tnt_jax import evaluate, objectives, pretrained, program, records, results, run_log
+from tnt_jax.errors import UsageError
+from tnt_jax.experiment import Experiment, Opened
+
+MASK = "decode mask"
+_ARM = ("objective", "variant", "alpha", "seed")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Grid:
+    """Arms: every objective with every weight and every seed, trained alike.
+
+    Attributes:
+      objectives: By the names of `objectives.TERMS`.
+      alphas: Weights of the negative term.
+      seeds: Of the order of examples, and of dropout.
+      variant: What is special, for tables; "" is nothing.
+      objective_settings: Further arguments of `objectives.TntObjective`.
+      train: Further arguments of `train.train`.
+      dataset: Further arguments of `tasks.RecordFiles`.
+      annotator: Makes the annotator of the training outputs, if it is not the experiment's.
+      training_decoder: That makes the training outputs; None is the first.
+      num_rounds: Of generating, annotating and training.
+    """
+
+    objectives: Sequence[str]
+    alphas: Sequence[float]
+    seeds: Sequence[int] = (0,)
+    variant: str = ""
+    objective_settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    train: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    dataset: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    annotator: Callable[[], Any] | None = None
+    training_decoder: str | None = None
+    num_rounds: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cell:
+    """One run."""
+
+    grid: Grid
+    objective: str
+    alpha: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        variant = f", {self.grid.variant}" if self.grid.variant else ""
+        return f"{self.objective}{variant}, alpha {self.alpha:g}, seed {self.seed}"
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """For its rows."""
+        return {
+            "objective": self.objective,
+            "variant": self.grid.variant,
+            "alpha": float(self.alpha),
+            "seed": self.seed,
+        }
+
+
+def sweep(
+    *,
+    experiment: Experiment,
+    task: str,
+    grids: Sequence[Grid],
+    cut: float = 0.75,
+    baseline: str = "UL+LL",
+    choice_share: float = 0.5,
+    mask_decoding: bool = False,
+    num_resamples: int = 1000,
+    process_index: int = 0,
+    num_processes: int = 1,
+) -> dict[str, Any]:
+    """Runs every arm that is not done, and writes `results.json` and `results.md`.
+
+    Args:
+      experiment: What the arms share.
+      task: Its name, for tables.
+      grids: The arms.
+      cut: Share of unwanted outputs that is enough: of the weights that reach it the one with the
+        most BLEU is chosen.
+      baseline: The objective that others are tested against.
+      choice_share: Of the evaluation prompts: weights are chosen on these, and reported on others.
+      mask_decoding: Adds the original itself, with what is unwanted masked while it decodes.
+      num_resamples: For intervals.
+      process_index: Which part of the arms this process runs; 0 also what all of them need.
+      num_processes: How many share the work. They see one `output_dir`.
+
+    Returns:
+      What `results.json` holds.
+
+    Raises:
+      UsageError: Settings contradict each other, or a stage found a mistake.
+    """
+    if not 0 < choice_share < 1:
+        raise UsageError(f"CHOICE_SHARE: expected more than 0, less than 1, found {choice_share}.")
+    if not 0 <= process_index < num_processes:
+        raise UsageError(
+            f"PROCESS_INDEX: expected 0 to {num_processes - 1} of NUM_PROCESSES={num_processes}, "
+            f"found {process_index}."
+        )
+    cells = [
+        _Cell(grid, name, alpha, seed)
+        for grid in grids
+        for name, alpha, seed in itertools.product(grid.objectives, grid.alphas, grid.seeds)
+    ]
+    experiment.check_names([cell.name for cell in cells])
+    for grid in grids:
+        for name in grid.objectives:
+            objectives.named(name)  # a misspelt one is known now
+    root = pathlib.Path(experiment.output_dir)
+    if process_index and not (root / "shared.json").exists():
+        raise UsageError(
+            f"process {process_index} of {num_processes}: expected the original's outputs in "
+            f"{root}, which process 0 makes. Start that one first."
+        )
+    began = time.monotonic()
+    opened = Opened(experiment)
+    _ = opened.original_outputs
+    training = {id(grid): _training_outputs(opened, grid) for grid in grids}
+    if mask_decoding and not process_index:
+        for decoder in experiment.decoders:
+            opened.masked_outputs(MASK, decoder)
+    run_log.write_json(str(root / "shared.json"), {"done": True})
+    own = cells[process_index::num_processes]
+    for number, cell in enumerate(own, start=1):
+        run_log.log(f"Arm {number} of {len(own)}: {cell.name}")
+        _run(opened, cell, training[id(cell.grid)])
+    found: dict[str, Any] = _collect(opened, cells, task, choice_share, mask_decoding)
+    found |= _chosen(opened, found, cut, baseline, choice_share, num_resamples)
+    found["settings"] = {"task": task, "cut": cut, "choice_share": choice_share}
+    run_log.write_json(str(root / "results.json"), found)
+    text = as_markdown(found, experiment.decoders)
+    run_log.write_text(str(root / "results.md"), text)
+    run_log.log(text)
+    num_missing = len(cells) - len({tuple(row[k] for k in _ARM) for row in found["rows"]})
+    missing = f" {num_missing + mask_decoding} arms are not done yet." if num_missing > 0 else ""
+    run_log.log(
+        f"The numbers are in {root / 'results.json'}.{missing} {time.monotonic() - began:.0f} "
+        f"seconds. A report: python -m tnt_jax.report --gin_file=runs/report.gin "
+        f"--gin.RESULTS={root / 'results.json'} --gin.OUTPUT=report.html"
+    )
+    return found
+
+
+def _training_outputs(opened: Opened, grid: Grid) -> str:
+    """The annotated file that a grid's arms learn from."""
+    return opened.training_outputs_by(
+        grid.training_decoder or opened.first_decoder,
+        grid.annotator() if grid.annotator else None,
+        grid.variant,
+    )
+
+
+def _run(opened: Opened, cell: _Cell, files: str) -> None:
+    """Trains and evaluates; a cell that is done costs the time to see that."""
+    grid = cell.grid
+    objective = objectives.named(
+        cell.objective, negative_weight=float(cell.alpha), **grid.objective_settings
+    )
+    *_, checkpoint = opened.train_rounds(
+        cell.name,
+        objective,
+        files,
+        grid.num_rounds,
+        settings={"seed": cell.seed, **grid.train},
+        of_dataset=grid.dataset,
+    )
+    for decoder in opened.settings.decoders:
+        opened.evaluate(cell.name, checkpoint, decoder)
+
+
+def _collect(
+    opened: Opened, cells: Sequence[_Cell], task: str, choice_share: float, mask_decoding: bool
+) -> dict[str, list[results.Row]]:
+    """The rows of all arms that are done, whichever process ran them."""
+    found: dict[str, list[results.Row]] = {"rows": [], "choice_rows": []}
+    arms = [(cell.name, cell.labels) for cell in cells]
+    if mask_decoding:
+        nothing = {"variant": "", "alpha": None, "seed": 0}
+        arms.append((MASK, {"objective": MASK, **nothing}))
+    for name, labels in arms:
+        for decoder in opened.settings.decoders:
+            current = opened.root / name / f"{decoder}.annotated.jsonl"
+            evaluation = opened.root / name / f"{decoder}.evaluation.json"
+            if not current.exists() or (name != MASK and not evaluation.exists()):
+                continue
+            certificate, seconds, steps = {}, None, None
+            if evaluation.exists():
+                parts = json.loads(evaluation.read_text("utf-8"))["certificate"]
+                certificate = {
+                    "residual": parts["negative_residual"],
+                    "collateral": parts["positive_collateral"],
+                    "collateral_at_marks": parts["negative_collateral"],
+                }
+                seconds = opened.seconds(f"{name}: train")
+                steps = pretrained.open_checkpoint(str(opened.root / name / "model")).step
+            pairs = evaluate.paired(opened.original_outputs[decoder], str(current))
+            for key, of_part in zip(
+                ("choice_rows", "rows"), _parts(*pairs, choice_share), strict=True
+            ):
+                found[key].append(
+                    {
+                        **{"task": task, **labels, "steps": steps, "decoder": decoder},
+                        **results.measure(*of_part),
+                        **certificate,
+                        "train_seconds": seconds,
+                    }
+                )
+    return found
+
+
+Pairs = tuple[list[records.Record], list[records.Record]]
+
+
+def _parts(
+    original: Sequence[records.Record], current: Sequence[records.Record], share: float
+) -> tuple[Pairs, Pairs]:
+    """The prompts that weights are chosen on, and the others."""
+    is_choice = [results.is_for_choice(row.id, share) for row in original]
+    choice, report = (
+        tuple(
+            [row for row, chosen in zip(rows, is_choice, strict=True) if chosen == wanted]
+            for rows in (original, current)
+        )
+        for wanted in (True, False)
+    )
+    if not choice[0] or not report[0]:
+        raise UsageError(
+            f"EVAL_PROMPTS: expected enough prompts to choose weights on some and report others, "
+            f"found {len(original)}."
+        )
+    return choice, report  # pyright: ignore[reportReturnType]
+
+
+def _chosen(
+    opened: Opened,
+    found: Mapping[str, Sequence[results.Row]],
+    cut: float,
+    baseline: str,
+    choice_share: float,
+    num_resamples: int,
+) -> dict[str, Any]:
+    """Every arm at the weight that is chosen with the first decoder, on the other prompts."""
+    first = opened.first_decoder
+    weights = results.choose([row for row in found["choice_rows"] if row["decoder"] == first], cut)
+    kept = [
+        row for row in found["rows"] if weights[row["objective"], row["variant"]] == row["alpha"]
+    ]
+    chosen = results.averaged(
+        kept, key=lambda row: (row["decoder"], row["objective"], row["variant"])
+    )
+    for decoder in opened.settings.decoders:
+        rows = [row for row in chosen if row["decoder"] == decoder]
+        for row, is_best in zip(rows, results.pareto(rows), strict=True):
+            row["is_pareto"] = is_best
+        of_seed = {
+            (row["objective"], row["variant"]): row["seed"]
+            for row in reversed(kept)
+            if row["decoder"] == decoder
+        }
+        outputs, original = {}, []
+        for row in rows:
+            arm = row["objective"], row["variant"]
+            name = MASK
+            if row["alpha"] is not None:
+                grid = Grid(objectives=(), alphas=(), variant=row["variant"])
+                name = _Cell(grid, row["objective"], row["alpha"], of_seed[arm]).name
+            current = str(opened.root / name / f"{decoder}.annotated.jsonl")
+            pairs = evaluate.paired(opened.original_outputs[decoder], current)
+            _, (original, outputs[arm]) = _parts(*pairs, choice_share)
+        if (baseline, "") not in outputs:
+            continue
+        labels = {str(arm): of for arm, of in outputs.items()}
+        sure = results.intervals(original, labels, str((baseline, "")), num_resamples=num_resamples)
+        for row in rows:
+            row |= sure[str((row["objective"], row["variant"]))]
+    return {"chosen": chosen}
+
+
+def as_markdown(found: Mapping[str, Any], decoders: Sequence[str] | Mapping[str, Any]) -> str:
+    """The chosen arms as a table for each decoder."""
+    lines = []
+    for decoder in decoders:
+        rows = [row for row in found["chosen"] if row["decoder"] == decoder]
+        if not rows:
+            continue
+        before = rows[0]
+        lines += [
+            f"{decoder}: {before['num_outputs']} prompts, of which the original answers "
+            f"{before['unwanted_rate_before']:.1%} with something unwanted; "
+            f"{before['repeated_word_rate_before']:.1%} repeat a word, "
+            f"{before['distinct_ratio_before']:.1%} are distinct",
+            "",
+            "| arm | alpha | seeds | cut | 95 % | BLEU | 95 % | ROUGE-L | unchanged | repeats | "
+            "unknown | distinct | residual | KL elsewhere | p | frontier |",
+            "|---|---:|---:|---:|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
+        ]
+        for row in sorted(rows, key=lambda row: -row["bleu"]):
+            lines.append(f"| {' | '.join(_cells(row))} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    def interval(name: str, form: str) -> str:
+        low_high = row.get(f"{name}_interval")
+        return " to ".join(format(x, form) for x in low_high) if low_high else "-"
+
+    def number(name: str, form: str) -> str:
+        value, spread = row.get(name), row.get(f"{name}_sd")
+        if value is None:
+            return "-"
+        return format(value, form) + (f" ±{format(spread, form)}" if spread is not None else "")
+
+    variant = f", {row['variant']}" if row["variant"] else ""
+    return [
+        row["objective"] + variant,
+        "-" if row["alpha"] is None else f"{row['alpha']:g}",
+        str(row["num_seeds"]),
+        number("cut", ".1%"),
+        interval("cut", ".1%"),
+        number("bleu", ".1f"),
+        interval("bleu", ".1f"),
+        number("rouge_l", ".1f"),
+        number("exact_match", ".1%"),
+        number("repeated_word_rate", ".1%"),
+        number("unknown_token_rate", ".1%"),
+        number("distinct_ratio", ".1%"),
+        number("residual", ".4f"),
+        number("collateral", ".4f"),
+        "-" if row.get("bleu_p_value") is None else f"{row['bleu_p_value']:.3f}",
+        "yes" if row["is_pareto"] else "",
+    ]
+
+
+if __name__ == "__main__":
+    program.run("tnt_jax.sweep", "sweep")
