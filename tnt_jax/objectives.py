@@ -17,7 +17,7 @@ the entropy of the target, which has no gradient.
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
