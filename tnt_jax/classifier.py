@@ -19,8 +19,8 @@ class Classifier:
 
     Targets that score at or above the threshold lose the word without which they score least, then
     the next, until they score below it: those words are marked. Where several do alike, the one
-    goes first that scores most by itself, then the first. If it takes all words, the whole output is
-    marked. Words are left out of the text as it is, but for white space, which becomes one space.
+    goes first that scores most by itself, then the first. If it takes all words, the whole output
+    is marked. Words are left out of the text as it is, but for white space, which becomes a space.
 
     Attributes:
       threshold: of the score; 0.5 where the scorer gives probabilities.

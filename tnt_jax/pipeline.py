@@ -105,6 +105,8 @@ def pipeline(
     original_checkpoint_path: str | None = None,
     new_original: NewOriginal | None = None,
     clean_per_marked: int | float | None = None,
+    marks: str = "whole",
+    loss_until: str = "end",
     expectations: Expectations | None = None,
     num_examples: int = 3,
 ) -> dict[str, Any]:
@@ -127,6 +129,8 @@ def pipeline(
       original_checkpoint_path: The original.
       new_original: How to make one, in place of `original_checkpoint_path`.
       clean_per_marked: As in `tasks.RecordFiles`, for the training outputs.
+      marks: As in `tasks.RecordFiles`, for the training outputs; so is the next one.
+      loss_until: As there.
       expectations: To check at the end.
       num_examples: Changed outputs to print.
 
@@ -213,6 +217,8 @@ def pipeline(
                     files=training_outputs,
                     vocabulary=shared_vocabulary,
                     clean_per_marked=clean_per_marked,
+                    marks=marks,
+                    loss_until=loss_until,
                 ),
             },
             also_depends_on=[training_outputs],
