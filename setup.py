@@ -81,6 +81,8 @@ setuptools.setup(
             "pymongo>=3.8",
             "python-dateutil>=2.8",
             "pytz>=2018.3",
+            "pyyaml>=6",
+            "requests>=2.32",
             "sortedcontainers>=2.4",
             "zstandard>=0.18",
         ],

@@ -112,6 +112,7 @@ def test_description_tells_versions_of_the_scorer_apart(tmp_path, monkeypatch):
     ("scorer", "message"),
     [
         ("scorer", "Classifier.scorer: expected \"module:function\", found 'scorer'"),
+        ("../mine.py:score", 'expected "module:function"'),
         (":score", 'expected "module:function"'),
         ("no_such_module:score", "Classifier.scorer: no module 'no_such_module'"),
         (f"{HERE}:missing", f"expected a function 'missing' in module '{HERE}'"),

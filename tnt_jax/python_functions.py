@@ -24,7 +24,8 @@ def find(name: str, setting: str) -> Callable:
       UsageError: the name has another form, or there is no such module or function in it.
     """
     module_name, _, function_name = name.partition(":")
-    if not module_name or not function_name:
+    names = [*module_name.split("."), function_name]
+    if not all(part.isidentifier() for part in names):
         raise UsageError(f'{setting}: expected "module:function", found {name!r}.')
     try:
         module = importlib.import_module(module_name)
