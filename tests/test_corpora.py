@@ -264,7 +264,7 @@ def test_gazetteer_marks_what_the_act_does_not_hold(convlab_dir, tmp_path):
     gazetteer = annotators.Gazetteer(path=str(tmp_path / "gazetteer.json"))
     unfaithful = "{name} is at {address} in the west."
     for record in read(tmp_path)["train"] + read(tmp_path)["eval"]:
-        spans = gazetteer.annotate(record.inputs, record.targets).spans
+        spans = gazetteer.annotate(record).spans
         marked = [record.targets[span.start : span.end] for span in spans]
         assert marked == (["west"] if record.extra["sentence"] == unfaithful else []), record
     inputs = "hotel recommend | name: the cambridge belfry | stars: 4"
@@ -272,7 +272,7 @@ def test_gazetteer_marks_what_the_act_does_not_hold(convlab_dir, tmp_path):
         ("the cambridge belfry, a 4-star place with four stars", []),
         ("cambridge belfry has 3 stars, ashley hotel 4", ["3 stars", "ashley hotel"]),
     ):
-        spans = gazetteer.annotate(inputs, targets).spans
+        spans = gazetteer.annotate(records.Record(id="a", inputs=inputs, targets=targets)).spans
         assert [targets[span.start : span.end] for span in spans] == marked
 
 
@@ -293,7 +293,7 @@ def test_real_venues_are_almost_always_supported(real_venues):
     folder, _, splits = real_venues
     gazetteer = annotators.Gazetteer(path=str(folder / "gazetteer.json"))
     sample = splits["train"][:2_000]
-    num_marked = sum(bool(gazetteer.annotate(row.inputs, row.targets).spans) for row in sample)
+    num_marked = sum(bool(gazetteer.annotate(row).spans) for row in sample)
     assert 0.01 < num_marked / len(sample) < 0.05
 
 

@@ -267,3 +267,29 @@ def test_neither_records_nor_batches_import_a_framework():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+# --- Up to the first negative token ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pairs", "expected"),
+    [
+        ([], None),
+        ([(1, 6)], [1, 1, 0, 0, 0]),
+        ([(0, 9), (2, 5), (2, 7), (3, 8)], [1, 1, 1, 0, 0]),  # 9 is beside the 5 of position 0
+        ([(0, 9), (3, 7)], None),  # what the target itself says is nowhere removed
+        ([(0, 5)], [1, 0, 0, 0, 0]),
+        ([(4, 1)], [1, 1, 1, 1, 1]),
+    ],
+)
+def test_loss_until_the_first_negative(pairs, expected):
+    one = example(targets=[5, 6, 7, 8, 1], pairs=pairs)
+    found = feature_converters.loss_until("first_negative", one.targets, one.negative_pairs)
+    assert (found if found is None else found.tolist()) == expected
+    assert feature_converters.loss_until("end", one.targets, one.negative_pairs) is None
+
+
+def test_loss_until_what_is_unknown():
+    with pytest.raises(UsageError, match="loss_until: expected one of end, first_negative, found"):
+        feature_converters.loss_until("first", np.array([1]), np.zeros((0, 2), np.int32))

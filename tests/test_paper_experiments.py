@@ -9,7 +9,8 @@ import tensorflow_datasets as tfds
 
 from tnt_jax import program, records, tokenization
 
-# The experiment as it is, but for the sizes.
+# The experiment as it is, but for the sizes, and for an annotator that finds something in the
+# outputs of a random model.
 TINY = [
     "--gin.t5.T5Config.emb_dim=16",
     "--gin.t5.T5Config.num_heads=2",
@@ -55,15 +56,13 @@ def run():
 
 
 @pytest.mark.parametrize(
-    ("experiment", "task", "annotator_file"),
+    ("experiment", "task", "annotator"),
     [
-        ("xsum_t5_base", "xsum_summaries", "GAZETTEER"),
-        ("civil_comments_t5_base", "civil_comments_replies", "LEXICON"),
+        ("xsum_t5_base", "xsum_summaries", "Gazetteer"),
+        ("civil_comments_t5_base", "civil_comments_replies", "Lexicon"),
     ],
 )
-def test_experiment_runs_end_to_end(
-    experiment, task, annotator_file, vocabulary_path, tmp_path, run
-):
+def test_experiment_runs_end_to_end(experiment, task, annotator, vocabulary_path, tmp_path, run):
     settings = [*TINY, f"--gin.VOCABULARY_PATH={vocabulary_path}", f"--gin.VOCAB_SIZE={VOCAB_SIZE}"]
     original = tmp_path / "original"
     run(
@@ -85,7 +84,8 @@ def test_experiment_runs_end_to_end(
         f"--gin_file=experiments/{experiment}.gin",
         *settings,
         f"--gin.ORIGINAL_CHECKPOINT_PATH={original}",
-        f"--gin.{annotator_file}={unwanted(tmp_path, annotator_file)}",
+        f"--gin.ANNOTATOR=@annotators.{annotator}",
+        f"--gin.annotators.{annotator}.path={unwanted(tmp_path, annotator)}",
         f"--gin.OUTPUT_DIR={tmp_path / 'run'}",
         "--gin.TRAIN_STEPS=2",
         "--gin.MAX_LENGTH=12",
@@ -107,5 +107,5 @@ def test_experiment_runs_end_to_end(
 
 def unwanted(folder, kind):
     path = folder / kind.lower()
-    path.write_text("\n".join(WORDS) if kind == "LEXICON" else json.dumps({"tree": WORDS}), "utf-8")
+    path.write_text("\n".join(WORDS) if kind == "Lexicon" else json.dumps({"tree": WORDS}), "utf-8")
     return path

@@ -471,3 +471,51 @@ def test_comments_that_answer_nothing_are_left_out():
     assert list(dataset.as_numpy_iterator()) == [
         {"id": b"b", "inputs": b"reply: why?", "targets": b"because"}
     ]
+
+
+# --- What of a mark counts ------------------------------------------------------------------------
+
+
+def test_first_tokens_alone_and_loss_until_the_first_negative(tmp_path, vocabulary):
+    """From files and through seqio alike: spans of several tokens, two of them in a record."""
+    files = str(tmp_path / "rows.jsonl")
+    rows = annotated_records(vocabulary)
+    records.write_records(files, rows)
+    whole = tasks.RecordFiles(files=files, vocabulary=vocabulary).load(LENGTHS)
+    first = tasks.RecordFiles(
+        files=files, vocabulary=vocabulary, marks="first_token", loss_until="first_negative"
+    ).load(LENGTHS)
+    task = tasks.record_task(
+        "first", {"train": files}, vocabulary, marks="first_token", loss_until="first_negative"
+    )
+    through_seqio = tasks.load_examples(task, LENGTHS, "train")
+    assert_same_examples(first, through_seqio)
+    for row, all_marks, one, other in zip(rows, whole, first, through_seqio, strict=True):
+        assert all_marks.loss_mask is None
+        if not row.negative_spans:
+            assert one.loss_mask is None
+            assert other.loss_mask.all()
+            continue
+        # The extents of tokens say where a span begins; alternatives stay as they were.
+        _, extents = tokenization.token_extents(vocabulary, one.targets)
+        starts = [
+            next(i for i, (_, end) in enumerate(extents) if start < end)
+            for start, _ in row.negative_spans
+        ]
+        own = {(i, int(one.targets[i])) for i in starts}
+        alternatives = {(p, i) for p, ids in row.negative_token_ids for i in ids}
+        assert set(map(tuple, one.negative_pairs.tolist())) == own | alternatives
+        assert len(all_marks.negative_pairs) > len(one.negative_pairs)
+        for example in (one, other):
+            assert example.loss_mask.tolist() == [
+                int(i <= min(starts)) for i in range(len(example.targets))
+            ]
+
+
+def test_marks_that_there_are_not(tmp_path, vocabulary):
+    files = str(tmp_path / "rows.jsonl")
+    records.write_records(files, annotated_records(vocabulary))
+    for settings in ({"marks": "first"}, {"loss_until": "negative"}):
+        (name,) = settings
+        with pytest.raises(UsageError, match=f"{name}: expected one of .*, found"):
+            tasks.RecordFiles(files=files, vocabulary=vocabulary, **settings).load(LENGTHS)

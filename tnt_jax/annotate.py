@@ -5,25 +5,35 @@ texts that would be just as wrong there, their first tokens are removed too (`ne
 otherwise the probability of the marked token moves to the next wrong one. Alternatives, and texts
 to remove at every position, are turned into token ids, so they need the model's vocabulary.
 
+Large files are marked on Apache Beam, on any of its runners (annotate.beam_options); what comes out
+is the same, byte for byte.
+
 Example:
     python -m tnt_jax.annotate --gin_file=runs/annotate_lexicon.gin --gin.LEXICON=words.txt \
       --gin.VOCABULARY_PATH=spiece.model --gin.RECORDS=outputs.jsonl --gin.OUTPUT=annotated.jsonl
 """
 
+import collections
 import dataclasses
+import functools
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tnt_jax import annotators, program, records, run_config, run_log, tokenization
+from tnt_jax import annotators, beam_jobs, program, records, run_config, run_log, tokenization
 from tnt_jax.errors import UsageError
 
 
 def annotate(
-    *, output: str, input: str, annotator: annotators.Annotator, vocabulary: Any | None = None
+    *,
+    output: str,
+    input: str,
+    annotator: annotators.Annotator,
+    vocabulary: Any | None = None,
+    beam_options: Sequence[str] | None = None,
 ) -> None:
-    """Writes every record of `input` with its marks, in order.
+    """Writes every record of `input` with its marks, in order, but for those it does not know.
 
     Where the annotator has texts to remove at every position, their ids go to
     `<output>.everywhere.json`, which `removed_ids` reads for `TntObjective.removed_everywhere`.
@@ -33,6 +43,8 @@ def annotate(
       input: A JSONL file (or glob) of records with targets.
       annotator: Decides what is unwanted.
       vocabulary: A seqio vocabulary; None marks spans alone, without alternatives.
+      beam_options: None marks in a loop, here. A list, such as `["--runner=DirectRunner"]`, does it
+        on Apache Beam with these options (`beam_jobs`).
 
     Raises:
       UsageError: The records, the annotator's files or the vocabulary do not fit.
@@ -45,28 +57,45 @@ def annotate(
             "the annotator removes texts at every position: expected a vocabulary to turn them "
             "into token ids, found None. Set annotate.vocabulary."
         )
-    rows = records.read_records(input)
-    marked = [
-        mark(row, annotator, vocabulary)
-        for row in run_log.progress(rows, f"annotating {len(rows)} records")
-    ]
-    records.write_records(output, marked)
+    mark_one = functools.partial(mark, annotator=annotator, vocabulary=vocabulary)
+    if beam_options is None:
+        rows = records.read_records(input)
+        results = map(mark_one, run_log.progress(rows, f"annotating {len(rows)} records"))
+    else:
+        results = beam_jobs.map_records(mark_one, input, output, beam_options)
+    counts: collections.Counter[str] = collections.Counter()
+
+    def counted() -> Iterator[records.Record]:
+        for row in results:
+            if row is None:
+                counts["left out"] += 1
+            else:
+                counts["marked" if row.negative_spans else "clean"] += 1
+                yield row
+
+    records.write_records(output, counted())
     if annotator.everywhere():
         _write_everywhere(output, annotator, vocabulary)
     run_config.write(output)
-    num_marked = sum(bool(row.negative_spans) for row in marked)
+    num_marked, num_known = counts["marked"], counts["marked"] + counts["clean"]
     run_log.log(
-        f"{output}: {num_marked} of {len(marked)} outputs have something unwanted "
-        f"({num_marked / max(len(marked), 1):.1%}), by {annotator.description}."
+        f"{output}: {num_marked} of {num_known} outputs have something unwanted "
+        f"({num_marked / max(num_known, 1):.1%}), by {annotator.description}."
     )
+    if counts["left out"]:
+        run_log.log(
+            f"{output}: {counts['left out']} of {counts.total()} records are left out: the "
+            "annotator does not know them."
+        )
 
 
 def mark(
     row: records.Record, annotator: annotators.Annotator, vocabulary: Any | None
-) -> records.Record:
+) -> records.Record | None:
     """The record with the annotator's spans and, given a vocabulary, its alternatives.
 
-    Earlier `negative_token_ids` are replaced, as the spans are.
+    Earlier `negative_token_ids` are replaced, as the spans are. None where the annotator does not
+    know the record.
 
     Raises:
       UsageError: The record is a prompt, or its ids are of another vocabulary.
@@ -76,7 +105,9 @@ def mark(
             f"record {row.id!r} has no targets. Expected outputs of the original model "
             "(tnt_jax.generate writes them), not prompts."
         )
-    annotation = annotator.annotate(row.inputs, row.targets)
+    annotation = annotator.annotate(row)
+    if annotation is None:
+        return None
     removed: dict[int, set[int]] = {}
     has_alternatives = any(span.alternatives for span in annotation.spans)
     if vocabulary is not None and has_alternatives:

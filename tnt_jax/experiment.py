@@ -79,7 +79,9 @@ class Experiment:
       certificate: `evaluate.Certificate`.
       original_checkpoint_path: The original.
       new_original: How to make one, in place of `original_checkpoint_path`.
-      clean_per_marked: As in `tasks.RecordFiles`, for the training outputs.
+      clean_per_marked: As in `tasks.RecordFiles`, for the training outputs; so are the next two.
+      marks: As there.
+      loss_until: As there.
 
     Raises:
       UsageError: Settings contradict each other.
@@ -99,6 +101,8 @@ class Experiment:
     original_checkpoint_path: str | None = None
     new_original: NewOriginal | None = None
     clean_per_marked: int | float | None = None
+    marks: str = "whole"
+    loss_until: str = "end"
 
     def __post_init__(self):
         if (self.original_checkpoint_path is None) == (self.new_original is None):
@@ -295,6 +299,8 @@ class Opened:
                 "files": files,
                 "vocabulary": self.vocabulary,
                 "clean_per_marked": self.settings.clean_per_marked,
+                "marks": self.settings.marks,
+                "loss_until": self.settings.loss_until,
                 **(of_dataset or {}),
             }
         )

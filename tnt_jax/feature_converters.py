@@ -28,6 +28,8 @@ T5PATCHES_MODES = tuple(
     for marks in ("first", "diff", "full")
 )
 
+LOSS_UNTIL = ("end", "first_negative")
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Example:
@@ -47,6 +49,31 @@ class Example:
     negative_pairs: np.ndarray
     loss_mask: np.ndarray | None = None
     id: str = ""
+
+
+def loss_until(end: str, targets: np.ndarray, negative_pairs: np.ndarray) -> np.ndarray | None:
+    """The loss mask of a target that counts up to an end.
+
+    Args:
+        end: one of LOSS_UNTIL. "first_negative" leaves no loss after the first token that is
+            itself removed, for what follows a mistake is the consequence of it. Ids that are
+            removed beside another token are no mistake of the target's.
+        targets: `[T]` token ids.
+        negative_pairs: `[M, 2]` rows (position, id), sorted.
+
+    Returns:
+        `[T]` int32; None where all tokens count.
+
+    Raises:
+        UsageError: no such end.
+    """
+    if end not in LOSS_UNTIL:
+        raise UsageError(f"loss_until: expected one of {', '.join(LOSS_UNTIL)}, found {end!r}.")
+    positions, ids = negative_pairs.T
+    mistakes = positions[ids == targets[positions]]
+    if end == "end" or not len(mistakes):
+        return None
+    return (np.arange(len(targets)) <= mistakes[0]).astype(np.int32)
 
 
 class Lost(NamedTuple):

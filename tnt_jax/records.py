@@ -88,14 +88,7 @@ class Record:
             raise UsageError(f"{where}: expected a JSON object, found {_shown(fields)}.")
         if "inputs" not in fields:
             raise UsageError(f"{where}: the field 'inputs' is missing; found {sorted(fields)}.")
-        known = {}
-        for name, (is_valid, expected) in _FIELDS.items():
-            value = fields.get(name)
-            if value is None:  # null is the same as absent
-                continue
-            if not is_valid(value):
-                raise UsageError(f"{where}: {name}: expected {expected}, found {_shown(value)}.")
-            known[name] = _as_tuples(value)
+        known = known_fields(fields, where)
         path, _, line = where.rpartition(":")
         known.setdefault("id", f"{pathlib.PurePath(path).stem}:{line}")
         extra = {name: value for name, value in fields.items() if name not in _FIELDS}
@@ -119,6 +112,10 @@ class Record:
             fields["annotator"] = self.annotator
         return {**fields, **self.extra}
 
+    def to_line(self) -> str:
+        """The line of JSONL."""
+        return json.dumps(self.to_json(), ensure_ascii=False) + "\n"
+
 
 def read_records(path: str | os.PathLike) -> list[Record]:
     """Reads a JSONL file, or every file that a glob pattern names, in sorted order.
@@ -129,15 +126,26 @@ def read_records(path: str | os.PathLike) -> list[Record]:
         UsageError: no file, no record, a bad line (named as `file:line`), or an id used twice.
     """
 
-    def located():
+    def of_files():
         for file in matching_files(path):
             with file.open("rb") as lines:
-                for number, line in enumerate(lines, start=1):
-                    if line.strip():
-                        where = f"{file}:{number}"
-                        yield where, Record.from_json(_parse(line, where), where)
+                yield from located(lines, str(file))
 
-    return data_set(located(), path)
+    return data_set(of_files(), path)
+
+
+def located(
+    lines: Iterable[bytes], file: str, first_number: int = 1
+) -> Iterator[tuple[str, Record]]:
+    """The records of lines of JSONL, each with its place as `file:line`; empty lines are skipped.
+
+    Raises:
+        UsageError: a bad line.
+    """
+    for number, line in enumerate(lines, start=first_number):
+        if line.strip():
+            where = f"{file}:{number}"
+            yield where, Record.from_json(parse_line(line, where), where)
 
 
 def data_set(located: Iterable[tuple[str, Record]], path: str | os.PathLike) -> list[Record]:
@@ -146,7 +154,11 @@ def data_set(located: Iterable[tuple[str, Record]], path: str | os.PathLike) -> 
     Raises:
         UsageError: there is no record in `path`, or an id is used twice.
     """
-    found = []
+    return list(unique(located, path))
+
+
+def unique(located: Iterable[tuple[str, Record]], path: str | os.PathLike) -> Iterator[Record]:
+    """The records of a data set, one by one, checked as `data_set` does."""
     first_use = {}
     for where, record in located:
         if record.id in first_use:
@@ -155,17 +167,16 @@ def data_set(located: Iterable[tuple[str, Record]], path: str | os.PathLike) -> 
                 "record of a data set needs its own."
             )
         first_use[record.id] = where
-        found.append(record)
-    if not found:
+        yield record
+    if not first_use:
         raise UsageError(f"{path}: expected records, found none.")
-    return found
 
 
 def write_records(path: str | os.PathLike, records: Iterable[Record]) -> None:
     """Writes JSONL; the file appears under its name only when it is complete."""
     with replacing(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
         for record in records:
-            file.write(json.dumps(record.to_json(), ensure_ascii=False) + "\n")
+            file.write(record.to_line())
 
 
 def matching_files(path: str | os.PathLike) -> list[pathlib.Path]:
@@ -221,7 +232,29 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         unfinished.unlink(missing_ok=True)
 
 
-def _parse(line: bytes, where: str) -> Any:
+def known_fields(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The fields of a parsed object that a record has, checked one by one; lists become tuples.
+
+    Raises:
+        UsageError: a field is of the wrong type.
+    """
+    known = {}
+    for name, (is_valid, expected) in _FIELDS.items():
+        value = fields.get(name)
+        if value is None:  # null is the same as absent
+            continue
+        if not is_valid(value):
+            raise UsageError(f"{where}: {name}: expected {expected}, found {_shown(value)}.")
+        known[name] = _as_tuples(value)
+    return known
+
+
+def parse_line(line: bytes, where: str) -> Any:
+    """What a line of JSONL holds.
+
+    Raises:
+        UsageError: it is not UTF-8, or not JSON.
+    """
     try:
         return json.loads(line.decode("utf-8").rstrip())  # or an open end is said to be in line 2
     except UnicodeDecodeError as error:

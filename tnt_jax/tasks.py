@@ -15,6 +15,7 @@ in a module that is named as MIXTURE_OR_TASK_MODULE (`tnt_jax.paper_tasks` is on
 import contextlib
 import dataclasses
 import difflib
+import functools
 import importlib
 import itertools
 import json
@@ -139,19 +140,27 @@ def record_features(vocabulary: seqio.Vocabulary) -> dict[str, seqio.Feature]:
 
 
 def tokenize_and_mark(
-    dataset: tf.data.Dataset, output_features: Mapping[str, seqio.Feature]
+    dataset: tf.data.Dataset,
+    output_features: Mapping[str, seqio.Feature],
+    marks: str = "whole",
+    loss_until: str = "end",
 ) -> tf.data.Dataset:
     """Preprocessor for seqio: from the fields of a record to token ids.
+
+    For other marks than whole spans: `functools.partial(tokenize_and_mark, marks=...)`.
 
     Args:
         dataset: of `inputs` and `targets` (strings) and, where there are any, `id` (string),
             `target_ids` `[T]` (empty means not known), `negative_spans` `[N, 2]` and
             `negative_token_ids` `[N, 2]` rows (position, id). Other fields stay.
         output_features: of the task.
+        marks: as in `RecordFiles`.
+        loss_until: as in `RecordFiles`.
 
     Returns:
-        A data set of `inputs`, `targets` and `negative_ids` (token ids, EOS included), with the
-        texts as `inputs_pretokenized` and `targets_pretokenized`, and `num_spans_without_token`.
+        A data set of `inputs`, `targets` and `negative_ids` (token ids, EOS included) and
+        `loss_mask`, with the texts as `inputs_pretokenized` and `targets_pretokenized`, and
+        `num_spans_without_token`.
         Where a record has a mistake, iteration fails with the message of a UsageError.
     """
     vocabulary = output_features["targets"].vocabulary
@@ -165,11 +174,13 @@ def tokenize_and_mark(
             negative_spans=tuple(map(tuple, spans.tolist())),
             negative_token_ids=tuple((position, (i,)) for position, i in pairs.tolist()),
         )
-        example, num_spans_without_token = _example(record, vocabulary)
+        example, num_spans_without_token = _example(record, vocabulary, marks, loss_until)
+        loss_mask = example.loss_mask
         return (
             example.inputs,
             example.targets,
             example.negative_pairs,
+            np.ones_like(example.targets) if loss_mask is None else loss_mask,
             np.int32(num_spans_without_token),
         )
 
@@ -182,10 +193,10 @@ def tokenize_and_mark(
                 ("negative_token_ids", [0, 2]),
             ]
         }
-        inputs, targets, negative_ids, num_spans_without_token = tf.numpy_function(
+        inputs, targets, negative_ids, loss_mask, num_spans_without_token = tf.numpy_function(
             marked,
             [fields.get("id", ""), fields["inputs"], fields["targets"], *ints.values()],
-            [tf.int32] * 4,
+            [tf.int32] * 5,
         )
         return {
             **{name: value for name, value in fields.items() if name not in ints},
@@ -194,6 +205,7 @@ def tokenize_and_mark(
             "inputs": tf.ensure_shape(inputs, [None]),
             "targets": tf.ensure_shape(targets, [None]),
             "negative_ids": tf.ensure_shape(negative_ids, [None, 2]),
+            "loss_mask": tf.ensure_shape(loss_mask, [None]),
             "num_spans_without_token": tf.ensure_shape(num_spans_without_token, []),
         }
 
@@ -240,6 +252,8 @@ def record_task(
     vocabulary: seqio.Vocabulary,
     *,
     annotated: bool = True,
+    marks: str = "whole",
+    loss_until: str = "end",
 ) -> seqio.Task:
     """Registers files of records as a seqio task.
 
@@ -248,6 +262,8 @@ def record_task(
         files: a JSONL or TFRecord file, or a glob pattern, for each split.
         vocabulary: of inputs and targets.
         annotated: whether a record that nobody annotated is an error.
+        marks: as in `RecordFiles`.
+        loss_until: as in `RecordFiles`.
     """
     shapes = {
         "id": tf.TensorSpec([], tf.string),
@@ -279,7 +295,7 @@ def record_task(
         name,
         # seqio's protocol wants a number of examples that seqio's own sources need not know.
         source=seqio.FunctionDataSource(dataset_fn, splits=tuple(files)),  # pyright: ignore[reportArgumentType]
-        preprocessors=[tokenize_and_mark],
+        preprocessors=[functools.partial(tokenize_and_mark, marks=marks, loss_until=loss_until)],
         output_features=record_features(vocabulary),
     )
 
@@ -399,6 +415,9 @@ class RecordFiles:
             None keeps all.
         seed: of that choice.
         annotated: whether a record that nobody annotated is an error. False for plain fine-tuning.
+        marks: "whole": every token of a span is negative; "first_token": its first one alone.
+        loss_until: "end": all of a target is trained on; "first_negative": nothing after its first
+            negative token.
     """
 
     files: str
@@ -406,6 +425,8 @@ class RecordFiles:
     clean_per_marked: int | float | None = None
     seed: int = 0
     annotated: bool = True
+    marks: str = "whole"
+    loss_until: str = "end"
 
     def load(self, task_feature_lengths: Mapping[str, int]) -> list[feature_converters.Example]:
         """Reads, tokenises and marks all records.
@@ -415,7 +436,9 @@ class RecordFiles:
         """
         tokenization.check_vocabulary(self.vocabulary)
         rows = _check_trainable(read_record_files(self.files), self.files, self.annotated)
-        examples = examples_from_records(rows, self.vocabulary, self.files)
+        examples = examples_from_records(
+            rows, self.vocabulary, self.files, self.marks, self.loss_until
+        )
         if self.clean_per_marked is not None:
             selection = feature_converters.select_clean(examples, self.clean_per_marked, self.seed)
             run_log.log(
@@ -468,7 +491,11 @@ class SeqioDataset:
 
 
 def examples_from_records(
-    rows: Sequence[records.Record], vocabulary: seqio.Vocabulary, where: str
+    rows: Sequence[records.Record],
+    vocabulary: seqio.Vocabulary,
+    where: str,
+    marks: str = "whole",
+    loss_until: str = "end",
 ) -> list[feature_converters.Example]:
     """Tokenises and marks records; warns about spans that touch no token.
 
@@ -476,25 +503,30 @@ def examples_from_records(
         rows: the records.
         vocabulary: of inputs and targets.
         where: they come from, for the warning.
+        marks: as in `RecordFiles`.
+        loss_until: as in `RecordFiles`.
 
     Raises:
         UsageError: a record does not fit the vocabulary (`tokenization.mark_tokens`).
     """
-    marked = [_example(record, vocabulary) for record in rows]
+    marked = [_example(record, vocabulary, marks, loss_until) for record in rows]
     _log_spans_without_token(sum(number for _, number in marked), where)
     return [example for example, _ in marked]
 
 
 def _example(
-    record: records.Record, vocabulary: seqio.Vocabulary
+    record: records.Record, vocabulary: seqio.Vocabulary, marks: str, loss_until: str
 ) -> tuple[feature_converters.Example, int]:
     """The tokenised record, and how many of its spans touch no token."""
-    marked = tokenization.mark_tokens(record, vocabulary)
+    marked = tokenization.mark_tokens(record, vocabulary, marks)
     inputs = tokenization.encode(vocabulary, record.inputs, add_eos=True)
     example = feature_converters.Example(
         inputs=np.array(inputs, np.int32),
         targets=marked.target_ids,
         negative_pairs=marked.negative_pairs,
+        loss_mask=feature_converters.loss_until(
+            loss_until, marked.target_ids, marked.negative_pairs
+        ),
         id=record.id,
     )
     return example, marked.num_spans_without_token

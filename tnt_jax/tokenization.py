@@ -26,6 +26,7 @@ if (
 
 PAD_ID = 0
 EOS_ID = 1
+MARKS = ("whole", "first_token")  # what a span makes negative
 
 Extent = tuple[int, int]
 
@@ -118,24 +119,30 @@ def token_extents(
     return text, extents + [(len(text), len(text))] * (len(ids) - len(spoken))
 
 
-def mark_tokens(record: records.Record, vocabulary: "seqio.Vocabulary") -> MarkedTarget:
+def mark_tokens(
+    record: records.Record, vocabulary: "seqio.Vocabulary", marks: str = "whole"
+) -> MarkedTarget:
     """Turns the marks of a record into token ids to remove per position.
 
     A token is negative when its extent overlaps a negative span: its own id is removed there. The
-    EOS stands for no text, so spans never mark it. `negative_token_ids` come on top.
+    EOS stands for no text, so spans never mark it. `negative_token_ids` come on top. With the marks
+    "first_token" the first token of each span alone is negative: whatever begins otherwise goes on
+    otherwise.
 
     With `target_ids` these exact ids are kept. Without them the text is tokenised, and spans are
     matched in the text as it was given, although the tokeniser may normalise it.
 
     Raises:
-        UsageError: `target_ids` do not decode to `targets` or go on after the EOS, or a removed id
-            or its position does not exist.
+        UsageError: `target_ids` do not decode to `targets` or go on after the EOS, a removed id or
+            its position does not exist, or there are no such marks.
     """
+    if marks not in MARKS:
+        raise UsageError(f"marks: expected one of {', '.join(MARKS)}, found {marks!r}.")
     ids, extents = _tokens(record, vocabulary)
     pairs = set()
     num_spans_without_token = 0
     for span in record.negative_spans or ():
-        touched = _touched(extents, span)
+        touched = _touched(extents, span)[: 1 if marks == "first_token" else None]
         pairs.update((position, ids[position]) for position in touched)
         num_spans_without_token += not touched
     for position, removed_ids in record.negative_token_ids:

@@ -1,0 +1,212 @@
+r"""How well annotators find what is unwanted, against truths that none of them made.
+
+    TNT_JAX_SHARED=/folder python benchmarks/annotators.py     a few minutes on one core
+
+Toxic words: SemEval-2021's posts with the characters that people marked, as data/toxic_spans of
+that folder. The score is the task's own: the mean over posts of the characters' F1, which is 1
+where both sides mark nothing. The word list is learned on the training posts: words that are inside
+marks often enough, both thresholds chosen on every third training post for a list of the others.
+Other rows are `Classifier` on alt-profanity-check at three thresholds. All on the trial posts.
+
+Values that the input does not state: E2E's human references, as data/e2e. People wrote each for a
+list of slots. One slot is taken out of the list, so that what they wrote about it is unsupported,
+in whatever words. Recall is the share of (reference, slot) pairs in which `Gazetteer` marks more
+than it does with the whole list; precision the share of its marks that go when the slot is given
+back. No string is compared for that; both are too low, for people left out slots, and stated what
+no slot says. `familyFriendly` is left out, whose values are yes and no.
+
+The needed package alt-profanity-check is installed by `pip install -e '.[text]'`.
+"""
+
+import argparse
+import collections
+import csv
+import itertools
+import json
+import os
+import pathlib
+import re
+import tempfile
+import time
+
+import report
+
+from tnt_jax import annotators, records, words
+
+PACKAGES = ("numpy", "scikit-learn", "alt-profanity-check")
+SHARES = (0.3, 0.4, 0.5, 0.6, 0.7)
+COUNTS = (1, 2, 3, 5, 10)
+THRESHOLDS = (0.3, 0.5, 0.8)
+SLOTS = ("name", "near", "food", "area", "eatType", "priceRange", "customer rating")
+# How people say a value in other words.
+OTHER_NAMES = {
+    "area": {"city centre": ["centre", "center", "city center"], "riverside": ["river"]},
+    "eatType": {"restaurant": ["restaurants"], "pub": ["pubs"], "coffee shop": ["coffee shops"]},
+    "priceRange": {
+        "cheap": ["inexpensive", "low price", "low priced", "low cost"],
+        "less than £20": ["under £20", "below £20"],
+        "moderate": ["moderately", "average price", "average priced", "mid price", "mid priced"],
+        "£20-25": ["£20 - £25", "£20-£25", "£20 to £25", "between £20 and £25"],
+        "high": ["expensive", "high price", "high priced", "pricey"],
+        "more than £30": ["over £30", "above £30"],
+    },
+    "customer rating": {
+        "low": ["poorly rated", "poor"],
+        "average": ["averagely rated"],
+        "high": ["highly rated", "excellent"],
+        **{
+            f"{digit} out of 5": [
+                *(f"{n} {joint} {five}" for joint in ("out of", "of") for five in ("5", "five")),
+                *(f"{n} star{s}" for s in ("", "s")),
+            ]
+            for digit, word in (("1", "one"), ("3", "three"), ("5", "five"))
+            for n in (digit, word)
+        },
+    },
+}
+
+
+def main():
+    """Prints both tables."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--posts", type=int, help="of the trial posts, the first so many")
+    arguments = parser.parse_args()
+    if not os.environ.get("TNT_JAX_SHARED"):
+        raise SystemExit("set TNT_JAX_SHARED to a folder with data/toxic_spans and data/e2e")
+    data = pathlib.Path(os.environ["TNT_JAX_SHARED"]) / "data"
+    print(report.environment(PACKAGES), end="\n\n")
+    toxic_words(data / "toxic_spans", arguments.posts)
+    print()
+    unsupported_values(data / "e2e" / "devset.csv")
+
+
+# -----------------------------------------------------------------------------
+# Toxic words
+# -----------------------------------------------------------------------------
+
+
+def toxic_words(folder, num_posts):
+    """Prints F1 and time of each annotator on SemEval's trial posts."""
+    train = read_posts(folder / "tsd_train.csv")
+    trial = read_posts(folder / "tsd_trial.csv")[:num_posts]
+    with tempfile.TemporaryDirectory() as scratch:
+        held_out = train[::3]
+        counts = count_words([post for i, post in enumerate(train) if i % 3])
+        scores = {
+            (share, count): score(word_list(scratch, counts, share, count), held_out)
+            for share, count in itertools.product(SHARES, COUNTS)
+        }
+        share, count = max(scores, key=scores.__getitem__)
+        learned = word_list(scratch, count_words(train), share, count)
+        rows = [[f"word list, in marks {share:.0%} of {count} times or more", learned]]
+        rows += [
+            [f"Classifier, threshold {threshold}", annotators.Classifier(threshold=threshold)]
+            for threshold in THRESHOLDS
+        ]
+        table = []
+        for name, annotator in rows:
+            start = time.perf_counter()
+            found = score(annotator, trial)
+            milliseconds = 1e3 * (time.perf_counter() - start) / len(trial)
+            table.append([name, f"{found:.3f}", f"{milliseconds:.1f}"])
+    report.table([f"{len(trial)} posts", "F1 of characters", "ms a post"], table)
+
+
+def read_posts(path):
+    """Pairs of a text and the set of its marked characters."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return [(row["text"], set(json.loads(row["spans"]))) for row in csv.DictReader(file)]
+
+
+def count_words(posts):
+    """For each word: how often it is wholly inside marks, and how often it is there."""
+    counts = collections.defaultdict(lambda: [0, 0])
+    for text, marked in posts:
+        for start, end in words.extents(text):
+            count = counts[words.key(text[start:end])]
+            count[0] += marked.issuperset(range(start, end))
+            count[1] += 1
+    return counts
+
+
+def word_list(folder, counts, share, count):
+    """An annotator of the words that pass both thresholds."""
+    chosen = sorted(
+        word
+        for word, (inside, total) in counts.items()
+        if total >= count and inside >= share * total and not word.startswith("#")
+    )
+    path = pathlib.Path(folder) / "words.txt"
+    path.write_text("\n".join(chosen), encoding="utf-8")
+    return annotators.Lexicon(path=str(path), alternatives=False)
+
+
+def score(annotator, posts):
+    """SemEval's: the mean over posts of the F1 of characters."""
+    total = 0.0
+    for text, marked in posts:
+        spans = annotator.annotate(records.Record(id="", inputs="", targets=text)).spans
+        found = {i for span in spans for i in range(span.start, span.end)}
+        both = len(found) + len(marked)
+        total += 2 * len(found & marked) / both if both else 1.0
+    return total / len(posts)
+
+
+# -----------------------------------------------------------------------------
+# Unsupported values
+# -----------------------------------------------------------------------------
+
+
+def unsupported_values(path):
+    """Prints recall and precision of `Gazetteer` for each slot of E2E."""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = [
+            (re.findall(r"([\w ]+)\[(.+?)\]", row["mr"]), row["ref"])
+            for row in csv.DictReader(file)
+        ]
+    rows = [([(slot.strip(), value) for slot, value in slots], text) for slots, text in rows]
+    with tempfile.TemporaryDirectory() as scratch:
+        gazetteer = gazetteer_of(rows, pathlib.Path(scratch) / "gazetteer.json")
+    counts = {slot: [0, 0, 0, 0] for slot in SLOTS}  # pairs, found, marks, right marks
+    num_marked = 0
+    for slots, text in rows:
+        before = marks(gazetteer, slots, text)
+        num_marked += bool(before)
+        for left_out in slots:
+            if left_out[0] not in SLOTS:
+                continue
+            found = marks(gazetteer, [slot for slot in slots if slot != left_out], text)
+            new = found - before
+            for i, more in enumerate((1, bool(new), len(found), len(new))):
+                counts[left_out[0]][i] += more
+    counts["all"] = [sum(column) for column in zip(*counts.values(), strict=True)]
+    report.table(
+        ["slot taken out", "pairs", "recall", "precision"],
+        [
+            [slot, f"{pairs:,}", f"{found / pairs:.1%}", f"{right / number:.1%}"]
+            for slot, (pairs, found, number, right) in counts.items()
+        ],
+    )
+    print(f"\nMarks with the whole list, in {num_marked:,} of {len(rows):,} references.")
+
+
+def gazetteer_of(rows, path):
+    """An annotator of all values in the data, and of what people call them."""
+    values = {slot: {} for slot in SLOTS}
+    for slots, _ in rows:
+        for slot, value in slots:
+            if slot in values:
+                values[slot][value] = OTHER_NAMES.get(slot, {}).get(value, [])
+    path.write_text(json.dumps(values), encoding="utf-8")
+    return annotators.Gazetteer(path=str(path), alternatives=False)
+
+
+def marks(annotator, slots, text):
+    """The stretches of the text that are marked when the input states these slots."""
+    inputs = ", ".join(f"{slot}[{value}]" for slot, value in slots)
+    record = records.Record(id="", inputs=inputs, targets=text)
+    return {(span.start, span.end) for span in annotator.annotate(record).spans}
+
+
+if __name__ == "__main__":
+    main()

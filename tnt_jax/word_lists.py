@@ -1,0 +1,213 @@
+"""Annotators that know what is unwanted by name: listed words, and values with their names.
+
+Both compare texts word by word; `tnt_jax.words` says what a word is.
+"""
+
+import json
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from tnt_jax import words
+from tnt_jax.annotation import Annotation, Span, TextFile
+from tnt_jax.errors import UsageError
+from tnt_jax.records import Record
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lexicon:
+    """Marks listed words and phrases, whatever the inputs say.
+
+    The list is a UTF-8 text file with one entry a line; blank lines and lines that start with `#`
+    are skipped. Of entries that overlap in the targets the first to start wins, then the longest.
+
+    Attributes:
+      path: the list.
+      case_sensitive: compare letters as they are; else upper and lower case are equal.
+      inflections: the last word of an entry also matches with the regular English endings -s, -ed
+        and -ing, spelt as English does: fool, fools, fooled, fooling; kisses; bully, bullies,
+        bullied; smile, smiled, smiling; slap, slapped (doubled in words of one vowel only).
+      alternatives: give each span all other entries, with their inflections.
+      at_every_position: all entries go at every position, which distils a decoding mask into the
+        weights; see `everywhere`.
+
+    Raises:
+      UsageError: the file is missing, is not UTF-8 text or lists nothing.
+    """
+
+    path: str
+    case_sensitive: bool = False
+    inflections: bool = False
+    alternatives: bool = True
+    at_every_position: bool = False
+
+    def __post_init__(self):
+        _ = self._phrases  # a bad file is reported now, not at the first record
+
+    @cached_property
+    def _file(self) -> TextFile:
+        return TextFile.read(self.path, setting="Lexicon.path")
+
+    @cached_property
+    def _texts(self) -> tuple[str, ...]:
+        lines = (line.strip() for line in self._file.text.splitlines())
+        entries = [line for line in lines if line and not line.startswith("#")]
+        if not entries:
+            raise UsageError(
+                f"Lexicon.path: {self.path} lists nothing; expected one word or phrase a line "
+                "(a line that starts with # is a comment)."
+            )
+        if self.inflections:
+            entries = [form for entry in entries for form in (entry, *words.inflected(entry))]
+        return tuple(dict.fromkeys(entries))
+
+    @cached_property
+    def _phrases(self) -> words.Phrases:
+        return words.Phrases(
+            ((text, text) for text in self._texts), case_sensitive=self.case_sensitive
+        )
+
+    @cached_property
+    def description(self) -> str:
+        """Name, list with digest, and settings."""
+        return (
+            f"Lexicon({self._file.identity}, case_sensitive={self.case_sensitive}, "
+            f"inflections={self.inflections}, alternatives={self.alternatives}, "
+            f"at_every_position={self.at_every_position})"
+        )
+
+    def annotate(self, record: Record) -> Annotation:
+        """Marks every entry in the targets, also where the inputs hold it."""
+        others = self._texts if self.alternatives else ()
+        return Annotation(
+            spans=tuple(
+                _span(record.targets, start, end, others, recase=not self.case_sensitive)
+                for start, end, _ in self._phrases.longest_mentions(record.targets)
+            )
+        )
+
+    def banned(self, record: Record) -> tuple[str, ...]:
+        """What would be marked in any targets of a record: for masks while decoding."""
+        del record  # whatever the inputs hold
+        return self._texts if self.case_sensitive else words.casings(self._texts)
+
+    def everywhere(self) -> tuple[str, ...]:
+        """All entries with their inflections and, unless `case_sensitive`, in every casing."""
+        return self.banned(Record(id="", inputs="")) if self.at_every_position else ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gazetteer:
+    """Marks mentions of known values that the inputs do not state.
+
+    A value is supported when any of its names occurs in the inputs, also within a longer name. Of
+    mentions that overlap in the targets the first to start wins, then the longest, and it is marked
+    unless a value of that name, of whatever type, is supported. Letter case does not count.
+
+    The file is a JSON object of types, each a list of values or an object that gives each value a
+    list of further names: `{"area": ["north", "south"], "food": {"british": ["english"]}}`.
+
+    Attributes:
+      path: the file.
+      alternatives: give each span all other names that are not supported, of every type.
+
+    Raises:
+      UsageError: the file is missing, is not such JSON or names no value.
+    """
+
+    path: str
+    alternatives: bool = True
+
+    def __post_init__(self):
+        _ = self._phrases  # a bad file is reported now, not at the first record
+
+    @cached_property
+    def _file(self) -> TextFile:
+        return TextFile.read(self.path, setting="Gazetteer.path")
+
+    @cached_property
+    def _phrases(self) -> words.Phrases:
+        return words.Phrases(_named_values(self._file))
+
+    @cached_property
+    def _values_by_name(self) -> dict[str, frozenset[Hashable]]:
+        return {name: self._phrases.values_of(name) for name, _ in _named_values(self._file)}
+
+    @cached_property
+    def description(self) -> str:
+        """Name, file with digest, and settings."""
+        return f"Gazetteer({self._file.identity}, alternatives={self.alternatives})"
+
+    def _names(self, supported: set[Hashable]) -> tuple[list[str], list[str]]:
+        """Those of supported values, and the others."""
+        supported_names, other_names = [], []
+        for name, values in self._values_by_name.items():
+            (other_names if supported.isdisjoint(values) else supported_names).append(name)
+        return supported_names, other_names
+
+    def annotate(self, record: Record) -> Annotation:
+        """Marks every mention in the targets that the inputs do not support."""
+        supported = self._phrases.values_in(record.inputs)
+        mentions = [
+            (start, end)
+            for start, end, values in self._phrases.longest_mentions(record.targets)
+            if supported.isdisjoint(values)
+        ]
+        supported_names, other_names = self._names(supported)
+        others = other_names if self.alternatives else ()
+        return Annotation(
+            spans=tuple(
+                _span(record.targets, start, end, others, recase=True) for start, end in mentions
+            ),
+            supported=words.casings(supported_names),
+        )
+
+    def banned(self, record: Record) -> tuple[str, ...]:
+        """What would be marked in any targets of a record: for masks while decoding."""
+        return words.casings(self._names(self._phrases.values_in(record.inputs))[1])
+
+    def everywhere(self) -> tuple[str, ...]:
+        """Nothing: a value that is wrong for one record is right for another."""
+        return ()
+
+
+def _named_values(file: TextFile) -> list[tuple[str, tuple[str, str]]]:
+    """The pairs (name, (type, value)) of a gazetteer file; a value is its own first name."""
+
+    def names_in(texts: object, where: str) -> list[str]:
+        if isinstance(texts, list) and all(isinstance(t, str) and t.strip() for t in texts):
+            return texts
+        raise UsageError(
+            f"{file.setting}: {file.path}: {where} must be a list of non-blank strings, found "
+            f"{json.dumps(texts)[:80]}."
+        )
+
+    try:
+        types = json.loads(file.text)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{file.setting}: {file.path} is not JSON: {error}.") from error
+    if not isinstance(types, dict) or not any(types.values()):
+        raise UsageError(
+            f"{file.setting}: {file.path} names no value; expected "
+            '{"type": ["value", ...]} or {"type": {"value": ["other name", ...]}}.'
+        )
+    pairs = []
+    for type_name, values in types.items():
+        if not isinstance(values, dict):
+            values = {value: [] for value in names_in(values, f"type {type_name!r}")}
+        names_in(list(values), f"type {type_name!r}")
+        for value, others in values.items():
+            names = [value, *names_in(others, f"value {value!r} of type {type_name!r}")]
+            pairs.extend((name, (type_name, value)) for name in names)
+    return pairs
+
+
+def _span(targets: str, start: int, end: int, others: Iterable[str], *, recase: bool) -> Span:
+    """A span whose alternatives are the other texts, capitalised where the marked text is."""
+    marked = targets[start:end]
+    if recase and len(marked) > 1 and marked.isupper():
+        others = (text.upper() for text in others)
+    elif recase and marked[:1].isupper():
+        others = (text[:1].upper() + text[1:] for text in others)
+    alternatives = tuple(text for text in dict.fromkeys(others) if text != marked)
+    return Span(start=start, end=end, alternatives=alternatives)

@@ -1,0 +1,131 @@
+"""What a word is, and finding listed phrases word by word.
+
+A word is a run of letters, digits, marks and underscores; an apostrophe joins ("don't" does not
+hold "don") unless it starts a possessive 's ("idiot's" holds "idiot"), and `.`, `,` and `:` join
+digits ("4.5" does not hold "4"). Every other visible character is a word of its own, except that a
+hyphen between words counts as a space ("half-ass" holds "ass", "4-star" is "4 star"). Runs of white
+space are one space. Canonically equivalent strings and the two apostrophes are equal. A script
+written without spaces is out of reach: its runs of letters are single words.
+"""
+
+import re
+import unicodedata
+from collections.abc import Hashable, Iterable, Iterator
+
+# `\w` leaves out combining marks (accents of decomposed text, vowel signs of Indic scripts);
+# without them "cafe" would be found in "cafe\u0301".
+_MARKS = "".join(c for c in map(chr, range(0x300, 0x1F000)) if unicodedata.category(c)[0] == "M")
+_LETTER = rf"[\w{_MARKS}]"
+_APOSTROPHE = r"['\u2019]"
+_HYPHEN = r"[-\u2010\u2011]"
+_WORD = re.compile(
+    rf"{_LETTER}+(?:{_APOSTROPHE}(?![sS]\b){_LETTER}+|(?<=\d)[.,:](?=\d){_LETTER}+)*"
+    rf"|{_APOSTROPHE}[sS]\b"
+    rf"|(?<!{_LETTER}){_HYPHEN}|{_HYPHEN}(?!{_LETTER})"  # between words it is a space
+    rf"|[^\w\s{_MARKS}\-\u2010\u2011]"
+)
+
+
+def extents(text: str) -> list[tuple[int, int]]:
+    """The (start, end) of each word."""
+    return [match.span() for match in _WORD.finditer(text)]
+
+
+def key(word: str, *, case_sensitive: bool = False) -> str:
+    """What equal words have in common."""
+    composed = unicodedata.normalize("NFC", word).replace("\u2019", "'")
+    return composed if case_sensitive else composed.casefold()
+
+
+class Phrases:
+    """A trie over words: phrases with the values they name.
+
+    A node maps the next word to its child; under the key None it holds the values of the phrase
+    that ends there.
+    """
+
+    def __init__(self, items: Iterable[tuple[str, Hashable]], *, case_sensitive: bool = False):
+        self._case_sensitive = case_sensitive
+        self._root: dict = {}
+        for phrase, value in items:
+            node = self._root
+            for word, _, _ in self._words(phrase):
+                node = node.setdefault(word, {})
+            node.setdefault(None, set()).add(value)
+
+    def _words(self, text: str) -> list[tuple[str, int, int]]:
+        """The (comparison key, start, end) of each word."""
+        return [
+            (key(text[start:end], case_sensitive=self._case_sensitive), start, end)
+            for start, end in extents(text)
+        ]
+
+    def _mentions_from(
+        self, words: list[tuple[str, int, int]], first: int
+    ) -> Iterator[tuple[int, set]]:
+        """Phrases from word `first` on, shortest first: (index after the last word, values)."""
+        node = self._root
+        for index in range(first, len(words)):
+            node = node.get(words[index][0])
+            if node is None:
+                return
+            if None in node:
+                yield index + 1, node[None]
+
+    def longest_mentions(self, text: str) -> Iterator[tuple[int, int, set]]:
+        """Disjoint mentions from left to right, the longest at each place: (start, end, values)."""
+        words = self._words(text)
+        first = 0
+        while first < len(words):
+            mentions = list(self._mentions_from(words, first))
+            if not mentions:
+                first += 1
+                continue
+            last, values = mentions[-1]
+            yield words[first][1], words[last - 1][2], values
+            first = last
+
+    def values_in(self, text: str) -> set:
+        """The values of all phrases in the text, also of those within longer ones."""
+        words = self._words(text)
+        return {
+            value
+            for first in range(len(words))
+            for _, values in self._mentions_from(words, first)
+            for value in values
+        }
+
+    def values_of(self, phrase: str) -> frozenset:
+        """The values that a phrase of the trie names."""
+        node = self._root
+        for word, _, _ in self._words(phrase):
+            node = node[word]
+        return frozenset(node[None])
+
+
+def inflected(entry: str) -> list[str]:
+    """The entry with -s, -ed and -ing on its last word, by the spelling rules of English."""
+    if not entry[-1].isalpha():
+        return []
+    plural, past, participle = entry + "s", entry + "ed", entry + "ing"
+    word = entry.lower()
+    if re.search(r"(s|x|z|ch|sh)$", word):
+        plural = entry + "es"
+    elif re.search(r"[^aeiou]y$", word):
+        plural, past = entry[:-1] + "ies", entry[:-1] + "ied"
+    elif word.endswith("e"):
+        past = entry + "d"
+        if not re.search(r"[eoy]e$", word):  # seeing, hoeing, dyeing keep theirs
+            participle = entry[:-1] + "ing"
+    if re.search(r"(?<![a-z])[^aeiou\W]*[aeiou][bdfgklmnprtvz]$", word):
+        past, participle = entry + entry[-1] + "ed", entry + entry[-1] + "ing"
+    return [plural, past, participle]
+
+
+def casings(texts: Iterable[str]) -> tuple[str, ...]:
+    """Each text as it is, with a capital and in capitals, without repeats."""
+    return tuple(
+        dict.fromkeys(
+            form for text in texts for form in (text, text[:1].upper() + text[1:], text.upper())
+        )
+    )
