@@ -4,8 +4,9 @@ import dataclasses
 import json
 
 import pytest
+import seqio
 
-from tnt_jax import annotate, annotators, beam_jobs, records
+from tnt_jax import annotate, annotators, beam_jobs, records, tokenization
 from tnt_jax.errors import UsageError
 
 pytest.importorskip("apache_beam", reason="needs Apache Beam: README.md says how to install it")
@@ -46,6 +47,24 @@ def test_output_is_that_of_the_loop_byte_for_byte(tmp_path, lexicon):
     assert outputs["beam"] == outputs["loop"]
     assert outputs["loop"].count(b"\n") == 2503
     assert not list(tmp_path.glob("*.parts"))
+
+
+def test_alternatives_are_tokenised_by_the_workers(tmp_path, lexicon):
+    texts = ["the rat and the cat sat here", "a dog sat there"]
+    tokenization.train_sentencepiece(texts, tmp_path / "pieces.model", vocab_size=17)
+    vocabulary = seqio.SentencePieceVocabulary(str(tmp_path / "pieces.model"))
+    rows = [records.Record(id=str(i), inputs="", targets=t) for i, t in enumerate(texts)]
+    records.write_records(tmp_path / "in.jsonl", rows)
+    for name, options in (("loop", None), ("beam", OPTIONS)):
+        annotate.annotate(
+            output=str(tmp_path / name),
+            input=str(tmp_path / "in.jsonl"),
+            annotator=lexicon,
+            vocabulary=vocabulary,
+            beam_options=options,
+        )
+    assert (tmp_path / "beam").read_bytes() == (tmp_path / "loop").read_bytes()
+    assert records.read_records(tmp_path / "loop")[0].negative_token_ids
 
 
 @pytest.mark.parametrize("lines_per_part", [1, 2, 5, 100])
