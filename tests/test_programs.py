@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import re
+import statistics
 import subprocess
 import sys
 
@@ -162,6 +163,49 @@ def test_evaluation_counts_what_the_files_hold(patched):
         ("num_positive", "num_positive"),
     ):
         assert certificate[name] == pytest.approx(of_trainer[f"eval/{of_trainer_name}"], rel=1e-4)
+
+
+def test_tokens_add_up_to_the_certificate(patched):
+    def tokens_of(number):
+        settings = {"TOKENS_OUTPUT": "tokens.jsonl", "evaluate.evaluate.num_token_records": number}
+        result = evaluate("evaluation.json", "patched.annotated.jsonl", "patched", **settings)
+        lines = pathlib.Path("tokens.jsonl").read_text().splitlines()
+        return result["certificate"], [json.loads(line) for line in lines]
+
+    certificate, tokens = tokens_of(100)
+    outputs = {row.id: row for row in records.read_records("original.annotated.jsonl")}
+    assert {row["id"] for row in tokens} == set(outputs)
+    by_kind = {True: collections.defaultdict(list), False: collections.defaultdict(list)}
+    for row in tokens:
+        output = outputs[row["id"]]
+        assert "".join(row["pieces"]) == output.targets
+        assert len(row["pieces"]) == len(output.target_ids) == len(row["is_negative"])
+        said = "".join(p for p, n in zip(row["pieces"], row["is_negative"], strict=True) if n)
+        assert said.strip() == "".join(output.targets[slice(*s)] for s in output.negative_spans)
+        for position, is_negative in enumerate(row["is_negative"]):
+            for name in ("kl", "residual", "collateral", "smallest_cost"):
+                by_kind[is_negative][name].append(row[name][position])
+    for name in ("residual", "collateral", "smallest_cost"):
+        mean = statistics.fmean(by_kind[True][name])
+        assert certificate[f"negative_{name}"] == pytest.approx(mean, rel=1e-3)
+    assert certificate["positive_collateral"] == pytest.approx(
+        statistics.fmean(by_kind[False]["kl"]), rel=1e-3
+    )
+    totals = [sum(row["kl"]) for row in tokens]
+    assert totals == pytest.approx(sorted(totals, reverse=True), abs=1e-3)
+    assert tokens_of(7)[1] == tokens[:7]
+
+
+def test_tokens_come_from_a_certificate(original, capsys):
+    settings = {
+        "OUTPUT": "texts.json",
+        "CURRENT_RECORDS": "original.annotated.jsonl",
+        "CHECKPOINT_PATH": "original",
+        "CERTIFICATE": None,
+        "TOKENS_OUTPUT": "tokens_of_texts.jsonl",
+    }
+    assert rooms.run("evaluate", settings) == 2
+    assert "TOKENS_OUTPUT: expected a certificate" in capsys.readouterr().err
 
 
 def test_the_original_compared_with_itself_has_not_changed(original):

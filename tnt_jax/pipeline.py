@@ -234,6 +234,7 @@ def pipeline(
                 settings={
                     "vocabulary": shared_vocabulary,
                     "print_table": False,
+                    "tokens_output": str(root / arm.name / f"{decoder}.tokens.jsonl"),
                     "certificate": certificate(
                         original_checkpoint_path=original_checkpoint_path,
                         checkpoint_path=checkpoint,
