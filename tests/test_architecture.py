@@ -35,7 +35,17 @@ GROUPS = {
         "train_step",
         "decoding",
     },
-    "text": {"records", "annotators", "run_log", "text_metrics", "model_card"},
+    "text": {
+        "records",
+        "annotators",
+        "run_log",
+        "text_metrics",
+        "model_card",
+        "changes",
+        "diagnosis",
+        "report_rows",
+        "report_page",
+    },
     "data": {
         "tokenization",
         "vocabularies",
@@ -63,7 +73,16 @@ GROUPS = {
         "run_config",
         "program",
     },
-    "programs": {"train", "generate", "annotate", "evaluate", "pipeline", "convert", "precompile"},
+    "programs": {
+        "train",
+        "generate",
+        "annotate",
+        "evaluate",
+        "report",
+        "pipeline",
+        "convert",
+        "precompile",
+    },
     "edge": {"t5x_plugin"},
 }
 MAY_IMPORT = {

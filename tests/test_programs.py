@@ -417,7 +417,7 @@ def test_a_pipeline_does_what_is_not_done(original, capsys, monkeypatch):
 
     assert rooms.run("pipeline", settings) == 0
     printed = capsys.readouterr().out
-    assert stages(printed) == ([*of_tnrf, *of_ul_ll], of_original)
+    assert stages(printed) == ([*of_tnrf, *of_ul_ll, "report"], of_original)
     assert "Going on from checkpoint 4 in pipeline/TNRF/model." in printed
     # As if it had not been interrupted, and as the programs do it one by one.
     train("one_by_one", TRAIN_STEPS=6)
@@ -428,7 +428,8 @@ def test_a_pipeline_does_what_is_not_done(original, capsys, monkeypatch):
 
     summary = pathlib.Path("pipeline/summary.json").read_bytes()
     assert rooms.run("pipeline", settings) == 0
-    assert stages(capsys.readouterr().out) == ([], [*of_original, *of_tnrf, *of_ul_ll])
+    kept = [*of_original, *of_tnrf, *of_ul_ll, "report"]
+    assert stages(capsys.readouterr().out) == ([], kept)
     assert pathlib.Path("pipeline/summary.json").read_bytes() == summary
 
     # Another weight of one arm: that arm alone is done again, from the original. The weight is so
@@ -441,7 +442,8 @@ def test_a_pipeline_does_what_is_not_done(original, capsys, monkeypatch):
     assert rooms.run("pipeline", settings) == 0
     printed = capsys.readouterr().out
     kept = [*of_original, "UL+LL: annotate, greedy", *of_tnrf]
-    assert stages(printed) == ([stage for stage in of_ul_ll if stage not in kept], kept)
+    done = [stage for stage in of_ul_ll if stage not in kept]
+    assert stages(printed) == ([*done, "report"], kept)
     assert "Going on from" not in printed
     assert [line["step"] for line in metrics_of("pipeline/UL+LL/model")] == [2, 4, 6]
 

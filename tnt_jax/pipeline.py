@@ -1,4 +1,4 @@
-"""The whole loop in one command: generate, annotate, train, generate again, evaluate.
+"""The whole loop in one command: generate, annotate, train, generate again, evaluate, report.
 
 Each stage is one of the other programs with the settings of the gin file; stages exchange files
 under OUTPUT_DIR. A stage that has finished with the same settings and the same input files is kept,
@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import tnt_jax
 from tnt_jax import (
     convert,
     decoding,
@@ -26,6 +27,7 @@ from tnt_jax import (
     pretrained,
     program,
     records,
+    report,
     run_config,
     run_log,
     tokenization,
@@ -108,7 +110,7 @@ def pipeline(
     expectations: Expectations | None = None,
     num_examples: int = 3,
 ) -> dict[str, Any]:
-    """Runs every stage that is not done, prints the table and writes `summary.json`.
+    """Runs every stage that is not done, prints the table, writes `summary.json` and `report.html`.
 
     Args:
       output_dir: Of all files of the run.
@@ -199,6 +201,7 @@ def pipeline(
 
     # -------------------------------------------------------------------------------- Every arm
     evaluations: dict[str, dict[str, Any]] = {}
+    shown: list[str] = []  # files of the arms that the report reads
     for arm in arms:
         model_dir = str(root / arm.name / "model")
         stages.run(
@@ -223,6 +226,8 @@ def pipeline(
         for decoder in decoders:
             current_outputs = outputs_of(arm.name, checkpoint, eval_prompts, decoder)
             evaluation = root / arm.name / f"{decoder}.evaluation.json"
+            tokens = str(root / arm.name / f"{decoder}.tokens.jsonl")
+            shown += [current_outputs, tokens]
             stages.run(
                 f"{arm.name}: evaluate, {decoder}",
                 evaluate,
@@ -234,7 +239,7 @@ def pipeline(
                 settings={
                     "vocabulary": shared_vocabulary,
                     "print_table": False,
-                    "tokens_output": str(root / arm.name / f"{decoder}.tokens.jsonl"),
+                    "tokens_output": tokens,
                     "certificate": certificate(
                         original_checkpoint_path=original_checkpoint_path,
                         checkpoint_path=checkpoint,
@@ -263,6 +268,16 @@ def pipeline(
     checks = _check(expectations, evaluations) if expectations else []
     summary = {"evaluations": evaluations, "expectations": checks}
     run_log.write_json(str(root / "summary.json"), summary)
+    page = root / "report.html"
+    stages.run(
+        "report",
+        report.report,
+        output=str(page),
+        inputs={},
+        settings={"pipeline_dir": str(root)},
+        also_depends_on=[str(root / "summary.json"), *original_outputs.values(), *shown],
+        version=tnt_jax.__version__,
+    )
     _print_table(evaluations, decoders)
     best = expectations.arm if expectations else arms[0].name
     _print_examples(
@@ -277,6 +292,7 @@ def pipeline(
         f"Everything is in {root}: the patched model in {root / best / 'model'}, the numbers in "
         f"{root / 'summary.json'}. {time.monotonic() - began:.0f} seconds."
     )
+    run_log.log(f"Open {page.resolve().as_uri()} in a browser: before and after, output by output.")
     return summary
 
 
