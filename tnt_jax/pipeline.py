@@ -19,8 +19,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import tnt_jax
 from tnt_jax import (
+    __version__,
     convert,
     decoding,
     objectives,
@@ -276,7 +276,7 @@ def pipeline(
         inputs={},
         settings={"pipeline_dir": str(root)},
         also_depends_on=[str(root / "summary.json"), *original_outputs.values(), *shown],
-        version=tnt_jax.__version__,
+        version=__version__,
     )
     _print_table(evaluations, decoders)
     best = expectations.arm if expectations else arms[0].name

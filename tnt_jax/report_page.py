@@ -16,8 +16,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import tnt_jax
-from tnt_jax import changes, diagnosis, report_rows
+from tnt_jax import __version__, changes, diagnosis, report_rows
 
 # Of each record in a file of tokens: the pieces of its text, and a value for each.
 TOKEN_FIELDS = ("pieces", "kl", "residual", "collateral", "smallest_cost", "is_negative")
@@ -58,7 +57,7 @@ _COLUMNS = (
     ("unwanted", "unwanted_rate_after", _PERCENT),
     ("cut", "cut", _PERCENT),
     ("BLEU", "bleu", _NUMBER),
-    ("ROUGE-L", "rouge_l", _NUMBER),
+    ("ROUGE\N{NON-BREAKING HYPHEN}L", "rouge_l", _NUMBER),
     ("unchanged", "exact_match", _PERCENT),
     ("repeated word", "repeated_word_rate", _PERCENT),
     ("unknown token", "unknown_token_rate", _PERCENT),
@@ -109,7 +108,7 @@ def write(
         islands.append(_island(f"tokens-{number}", [_tokens(row) for row in comparison.tokens]))
     parts = {
         "title": html.escape(title),
-        "version": html.escape(tnt_jax.__version__),
+        "version": html.escape(__version__),
         "verdicts": "".join(_verdict(c, rows) for c in comparisons),
         "table": _table(groups),
         "signs": "".join(_signs(number, c.signs) for number, c in enumerate(comparisons)),

@@ -100,6 +100,21 @@ async function draw(plot, place) {
   views.push(await Bokeh.Plotting.show(plot, place));
 }
 
+/** Shows what the column `told` of a source says, [[heading, value], ...], at the pointer. */
+function hover() {
+  const tooltips = (source, { index }) => {
+    const lines = source.data.told[index].map(([heading, value]) =>
+      element("tr", {}, element("th", { scope: "row", style: "text-align: left" }, heading), element("td", {}, value)));
+    return element("table", {}, ...lines);
+  };
+  return new Bokeh.HoverTool({ tooltips, point_policy: "snap_to_data" });
+}
+
+function tellRow(row) {
+  const known = data.columns.filter(([, field]) => field in row.shown);
+  return [["objective", row.objective], ...known.map(([heading, field]) => [heading, row.shown[field]])];
+}
+
 function labelOf(select) {
   return select.selectedOptions[0].textContent;
 }
@@ -115,15 +130,13 @@ function tradeOff() {
   for (const [range, name] of [[plot.x_range, x], [plot.y_range, y]]) {
     range.default_span = ["bleu", "rouge_l"].includes(name) ? 10 : 0.1;
   }
-  const tooltips = [["", "@name"], ...data.columns.map(([heading, field]) => [heading, `@${field}`])];
   const names = distinct(data.rows.map((row) => row.objective));
   for (const name of names) {
     const own = rows.filter((row) => row.objective === name);
     if (!own.length) continue;
     const number = names.indexOf(name);
     const palette = series();
-    const columns = { x: own.map((row) => row[x]), y: own.map((row) => row[y]), name: own.map(() => name) };
-    for (const [, field] of data.columns) columns[field] = own.map((row) => row.shown[field] ?? "–");
+    const columns = { x: own.map((row) => row[x]), y: own.map((row) => row[y]), told: own.map(tellRow) };
     plot.scatter({ field: "x" }, { field: "y" }, {
       source: new Bokeh.ColumnDataSource({ data: columns }),
       marker: MARKERS[number % MARKERS.length],
@@ -136,7 +149,7 @@ function tradeOff() {
   }
   if (rows.length) {
     finishLegend(plot);
-    plot.add_tools(new Bokeh.HoverTool({ tooltips, point_policy: "snap_to_data" }));
+    plot.add_tools(hover());
   }
   points(rows);
   return draw(plot, byId("trade-off-chart"));
@@ -168,7 +181,7 @@ function bars(names, stacks, settings) {
   for (const [label, values, fillColor] of stacks) {
     const right = values.map((value, i) => left[i] + value);
     const source = new Bokeh.ColumnDataSource({
-      data: { name: names, left, right, label: names.map(() => label), value: values.map((v) => v.toFixed(4)) },
+      data: { name: names, left, right, told: names.map((name, i) => [["", name], [label, `${values[i].toFixed(4)} nats`]]) },
     });
     plot.hbar({
       y: { field: "name" }, left: { field: "left" }, right: { field: "right" }, height: 0.7, source,
@@ -177,7 +190,7 @@ function bars(names, stacks, settings) {
     left = right;
   }
   finishLegend(plot);
-  plot.add_tools(new Bokeh.HoverTool({ tooltips: [["", "@name"], ["@label", "@value nats"]] }));
+  plot.add_tools(hover());
   return plot;
 }
 
