@@ -262,16 +262,16 @@ def test_without_javascript_the_numbers_are_there(open_page, address):
     assert "need JavaScript" in page.inner_text("noscript")
 
 
-def test_5000_records_open_at_once(open_page, tmp_path):
-    """Read and listed within a second; a loaded machine gets ten, for one run in a few is slow."""
+def test_5000_records_open_within_a_second(open_page, tmp_path):
+    """Until the first outputs are listed; charts follow. A busy machine gets more than one try."""
     address = made(tmp_path, 5000)
     seconds = []
-    for _ in range(3):
-        began = time.monotonic()
-        page = open_page(address, has_charts=False)
-        page.locator("#outputs-list > li").nth(24).wait_for()
-        seconds.append(time.monotonic() - began)
+    while len(seconds) < 10 and min(seconds, default=9) > 1:
+        page = open_page(address)
+        timing = page.evaluate("performance.getEntriesByType('navigation')[0].toJSON()")
+        seconds.append(timing["domContentLoadedEventEnd"] / 1000)  # its script runs before that
     print(f"opened in {', '.join(f'{s:.2f}' for s in seconds)} seconds")
     assert page.locator("#outputs-count").inner_text() == "5000 of 5000 outputs"
+    assert page.locator("#outputs-list > li").count() == 25
     assert page.locator("body *").count() < 3000
-    assert min(seconds) < 10
+    assert min(seconds) < 1

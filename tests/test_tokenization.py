@@ -160,9 +160,6 @@ def test_extents_lie_in_order_in_the_decoded_text(name, request, data):
     )
 
 
-# --- Marking --------------------------------------------------------------------------------------
-
-
 def test_pieces_are_the_targets_cut_up(t5_vocabulary):
     record = records.Record(id="r", inputs="", targets="The house is small.")
     assert tokenization.pieces(record, t5_vocabulary) == ["The", " house", " is", " small", ".", ""]
@@ -171,6 +168,9 @@ def test_pieces_are_the_targets_cut_up(t5_vocabulary):
     assert tokenization.pieces(euro, BYTES) == ["a", " ", "€", "", ""]
     nothing = records.Record(id="r", inputs="", targets="", target_ids=(1,))
     assert tokenization.pieces(nothing, BYTES) == [""]
+
+
+# --- Marking --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from tnt_jax import (
@@ -167,27 +167,28 @@ class _Files:
         for file in records.matching_files(path):
             # A text may hold other line separators, at which `splitlines` would cut it.
             lines = file.read_text("utf-8").rstrip("\n").split("\n")
-            for number, line in enumerate(lines, start=1):
-                where = f"{file}:{number}"
-                try:
-                    row = json.loads(line)
-                    lengths = {len(row[name]) for name in report_page.TOKEN_FIELDS}
-                    is_right = len(lengths) == 1 and isinstance(row["id"], str)
-                except (ValueError, KeyError, TypeError):
-                    is_right = False
-                if not is_right:
-                    raise UsageError(
-                        f"{where}: expected an object that evaluate wrote as TOKENS_OUTPUT, with "
-                        f"an id and, of one length, {', '.join(report_page.TOKEN_FIELDS)}."
-                    )
-                if row["id"] not in known:
-                    raise UsageError(
-                        f"{where}: the id {row['id']!r} is in no record. Expected the tokens of "
-                        "the same outputs."
-                    )
-                found.append(row)
+            found += [_tokens(line, f"{file}:{i}", known) for i, line in enumerate(lines, start=1)]
         self.note(path)
         return found
+
+
+def _tokens(line: str, where: str, known: Collection[str]) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+        lengths = {len(row[name]) for name in report_page.TOKEN_FIELDS}
+        name = row["id"]
+    except (ValueError, KeyError, TypeError):
+        row, lengths, name = {}, set(), None
+    if len(lengths) != 1 or not isinstance(name, str):
+        raise UsageError(
+            f"{where}: expected an object that evaluate wrote as TOKENS_OUTPUT, with an id and, of "
+            f"one length, {', '.join(report_page.TOKEN_FIELDS)}."
+        )
+    if name not in known:
+        raise UsageError(
+            f"{where}: the id {name!r} is in no record. Expected the tokens of the same outputs."
+        )
+    return row
 
 
 # ---------------------------------------------------------------------------------------------

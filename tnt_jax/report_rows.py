@@ -90,7 +90,7 @@ def from_results(value: Any, path: str) -> list[Row]:
             for name in names:
                 if row.get(name) is not None and not isinstance(row[name], types):
                     raise UsageError(f"{where}: {name}: expected {expected}, found {row[name]!r}.")
-        known = {name: row.get(name) for name in _TEXTS}
+        known: dict[str, Any] = {name: row.get(name) for name in _TEXTS}
         known |= {name: finite(row.get(name)) for name in _NUMBERS}
         missing = [name for name in _REQUIRED if known[name] is None]
         if missing:
