@@ -126,7 +126,18 @@ def test_filters_and_orders(open_page, address):
     assert shares == sorted(shares, reverse=True)
 
 
-def test_pages_and_arms_by_keyboard_alone(open_page, address):
+def test_a_page_that_holds_the_worst_says_so(open_page, tmp_path):
+    page = open_page(made(tmp_path, NUMBER, num_records=30))
+    assert page.locator("#outputs-count").inner_text() == (
+        f"30 of 30 outputs (the 30 worst changes of {NUMBER} outputs are in this page)"
+    )
+    assert ids_shown(page)[0] == "room-97"
+    page.get_by_role("button", name="Next").nth(0).click()
+    assert len(ids_shown(page)) == 5
+    assert page.get_by_role("button", name="Next").nth(0).is_disabled()
+
+
+def test_pages_by_keyboard_alone(open_page, address):
     page = open_page(address)
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.textContent") == "Skip to the results"
@@ -163,6 +174,7 @@ def test_tokens_by_keyboard_and_pointer(open_page, address):
     assert second.get_attribute("aria-selected") == "true"
     page.keyboard.press("End")
     assert box.locator(".value").inner_text().startswith("end of text: KL ")
+    assert page.locator("#tokens-list [tabindex='0']").count() == 10  # Tab still leaves the text
     marked = page.locator("#tokens-list > li").nth(9).locator(".negative")
     assert marked.count() == 1
     marked.hover()
@@ -263,15 +275,16 @@ def test_without_javascript_the_numbers_are_there(open_page, address):
 
 
 def test_5000_records_open_within_a_second(open_page, tmp_path):
-    """Until the first outputs are listed; charts follow. A busy machine gets more than one try."""
-    address = made(tmp_path, 5000)
-    seconds = []
-    while len(seconds) < 10 and min(seconds, default=9) > 1:
-        page = open_page(address)
-        timing = page.evaluate("performance.getEntriesByType('navigation')[0].toJSON()")
-        seconds.append(timing["domContentLoadedEventEnd"] / 1000)  # its script runs before that
-    print(f"opened in {', '.join(f'{s:.2f}' for s in seconds)} seconds")
+    """Of processor time, charts included: on a busy machine the clock would measure the others."""
+    page = open_page(made(tmp_path, 5000))
+    session = page.context.new_cdp_session(page)
+    session.send("Performance.enable")
+    metrics = session.send("Performance.getMetrics")["metrics"]
+    (seconds,) = (metric["value"] for metric in metrics if metric["name"] == "ProcessTime")
+    timing = page.evaluate("performance.getEntriesByType('navigation')[0].toJSON()")
+    listed = timing["domContentLoadedEventEnd"] / 1000  # the page's script runs before that
+    print(f"{seconds:.2f} s of processor time with the charts; outputs listed after {listed:.2f} s")
     assert page.locator("#outputs-count").inner_text() == "5000 of 5000 outputs"
     assert page.locator("#outputs-list > li").count() == 25
     assert page.locator("body *").count() < 3000
-    assert min(seconds) < 1
+    assert 0 < seconds < 1

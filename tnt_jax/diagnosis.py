@@ -147,7 +147,7 @@ def _changed_too_much(comparison: Mapping[str, Any]) -> Sign:
     return Sign(
         name="low BLEU or ROUGE-L",
         is_seen=bleu < 50 or rouge_l < 60,
-        evidence=f"to the original's outputs: BLEU {bleu:.1f}, ROUGE-L {rouge_l:.1f}",
+        evidence=f"BLEU {bleu:.1f} and ROUGE-L {rouge_l:.1f} to the original's outputs",
         suggestion=(
             "Over-constrained: alpha too high. Lower negative_weight or the learning rate; replace "
             "log-likelihood at ordinary positions by a KL term. Sampled outputs differ by chance "
