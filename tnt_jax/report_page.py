@@ -217,35 +217,28 @@ def _table(groups: Sequence[report_rows.Group]) -> str:
     ]
     has_seeds = any(group.num_rows > 1 for group in groups)
     headings = ["", *(["seeds"] if has_seeds else []), *(heading for heading, _, _ in columns)]
+
+    def line(belongs: str, name: str, num_rows: str, shown: Mapping[str, str]) -> str:
+        cells = [num_rows] if has_seeds else []
+        cells += [shown.get(field, "") for _, field, _ in columns]
+        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
+        return f'<tr {belongs}><th scope="row">{name}</th>{cells}</tr>'
+
     body, told = [], set()
     for group in groups:
         row = group.mean
         belongs = _belongs(row.task, None, row.decoder)
         if belongs not in told:
             told.add(belongs)
-            cells = [
-                _cell(_PERCENT.format(row.unwanted_rate_before) if name == "unwanted_rate_after"
-                      else _NATS.format(row.smallest_cost)
-                      if name == "residual" and row.smallest_cost is not None
-                      else "")
-                for name in ([""] if has_seeds else []) + [field for _, field, _ in columns]
-            ]  # fmt: skip
-            body.append(f'<tr {belongs}><th scope="row">original</th>{"".join(cells)}</tr>')
-        shown = _shown(row)
-        cells = [_cell(shown.get(field, "")) for _, field, _ in columns]
-        if has_seeds:
-            cells.insert(0, _cell(str(group.num_rows)))
+            before = {"unwanted_rate_after": _PERCENT.format(row.unwanted_rate_before)}
+            if row.smallest_cost is not None:  # what is left where nothing was done
+                before["residual"] = _NATS.format(row.smallest_cost)
+            body.append(line(belongs, "original", "", before))
         best = ' <span class="tag">best trade-off</span>' if group.is_best else ""
-        body.append(
-            f'<tr {belongs}><th scope="row">{html.escape(row.objective)}{best}</th>'
-            f"{''.join(cells)}</tr>"
-        )
+        name = html.escape(row.objective) + best
+        body.append(line(belongs, name, str(group.num_rows), _shown(row)))
     head = "".join(f'<th scope="col">{heading}</th>' for heading in headings)
     return f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
-
-
-def _cell(text: str) -> str:
-    return f"<td>{html.escape(text)}</td>"
 
 
 def _signs(number: int, signs: Iterable[diagnosis.Sign]) -> str:

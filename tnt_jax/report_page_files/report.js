@@ -53,7 +53,7 @@ function choose() {
 
 // --- Charts ---------------------------------------------------------------------------------------
 
-const MARKERS = ["circle", "square", "triangle", "diamond", "inverted_triangle", "star", "plus", "hex", "x"];
+const MARKERS = ["circle", "square", "triangle", "diamond", "inverted_triangle", "star", "hex", "triangle_pin", "square_pin"];
 const PERCENTAGES = ["cut", "unwanted_rate_after", "exact_match", "repeated_word_rate", "unknown_token_rate", "distinct_ratio"];
 const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const series = () => color("--series").split(" ");
@@ -115,9 +115,7 @@ function tellRow(row) {
   return [["objective", row.objective], ...known.map(([heading, field]) => [heading, row.shown[field]])];
 }
 
-function labelOf(select) {
-  return select.selectedOptions[0].textContent;
-}
+const labelOf = (select) => select.selectedOptions[0].textContent;
 
 function tradeOff() {
   const [x, y] = [byId("x").value, byId("y").value];
@@ -172,7 +170,7 @@ function bars(names, stacks, settings) {
   const plot = figure({
     y_range: [...names].reverse(),
     x_range: [0, 1.03 * Math.max(...totals, 1e-9)],
-    height: 110 + 34 * names.length,
+    height: 110 + (names.length > 12 ? 18 : 34) * names.length,
     tools: "",
     toolbar_location: null,
     ...settings,
