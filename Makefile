@@ -1,4 +1,5 @@
-# make quickstart   an original model, its unwanted values, the patched model, the table: minutes on two cores
+# make quickstart   an original model, its unwanted values, the patched model, the table and an HTML report:
+#                   minutes on two cores
 # make test         the unit and end-to-end tests
 # make lint         ruff and basedpyright
 # make parity       logits, outputs and conversion against transformers and torch, at T5-small's size

@@ -19,10 +19,12 @@ setuptools.setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=setuptools.find_packages(include=["tnt_jax", "tnt_jax.*"]),
+    package_data={"tnt_jax": ["report_page_files/*"]},
     python_requires=">=3.11",
     # Python 3.11 resolves to JAX 0.10 and Python 3.12 to JAX 0.12: both must work.
     install_requires=[
         "absl-py>=2.1",
+        "bokeh>=3.9",  # the report has its JavaScript in it
         "etils[epath]>=1.9",
         "flax>=0.12.8",
         "gin-config>=0.5",
@@ -100,6 +102,8 @@ setuptools.setup(
             "jaxtyping>=0.3.7",
             # The compiler for TPUs, which needs none: tests/test_tpu_program.py.
             "libtpu; platform_system == 'Linux' and platform_machine == 'x86_64'",
+            # Drives a Chromium that is there already: tests/test_report_browser.py.
+            "playwright>=1.55",
             "pytest>=9.0",
             "pytest-xdist>=3.8",
             "ruff>=0.12",

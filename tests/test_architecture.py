@@ -50,6 +50,10 @@ GROUPS = {
         "text_metrics",
         "results",
         "model_card",
+        "changes",
+        "diagnosis",
+        "report_rows",
+        "report_page",
     },
     "data": {
         "tokenization",
@@ -81,7 +85,7 @@ GROUPS = {
         "stages",
         "program",
     },
-    "programs": {"train", "generate", "annotate", "evaluate", "convert", "precompile"},
+    "programs": {"train", "generate", "annotate", "evaluate", "report", "convert", "precompile"},
     "experiments": {"experiment", "pipeline", "sweep"},
     "edge": {"t5x_plugin"},
 }

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import re
+import statistics
 import subprocess
 import sys
 
@@ -162,6 +163,49 @@ def test_evaluation_counts_what_the_files_hold(patched):
         ("num_positive", "num_positive"),
     ):
         assert certificate[name] == pytest.approx(of_trainer[f"eval/{of_trainer_name}"], rel=1e-4)
+
+
+def test_tokens_add_up_to_the_certificate(patched):
+    def tokens_of(number):
+        settings = {"TOKENS_OUTPUT": "tokens.jsonl", "evaluate.evaluate.num_token_records": number}
+        result = evaluate("evaluation.json", "patched.annotated.jsonl", "patched", **settings)
+        lines = pathlib.Path("tokens.jsonl").read_text().splitlines()
+        return result["certificate"], [json.loads(line) for line in lines]
+
+    certificate, tokens = tokens_of(100)
+    outputs = {row.id: row for row in records.read_records("original.annotated.jsonl")}
+    assert {row["id"] for row in tokens} == set(outputs)
+    by_kind = {True: collections.defaultdict(list), False: collections.defaultdict(list)}
+    for row in tokens:
+        output = outputs[row["id"]]
+        assert "".join(row["pieces"]) == output.targets
+        assert len(row["pieces"]) == len(output.target_ids) == len(row["is_negative"])
+        said = "".join(p for p, n in zip(row["pieces"], row["is_negative"], strict=True) if n)
+        assert said.strip() == "".join(output.targets[slice(*s)] for s in output.negative_spans)
+        for position, is_negative in enumerate(row["is_negative"]):
+            for name in ("kl", "residual", "collateral", "smallest_cost"):
+                by_kind[is_negative][name].append(row[name][position])
+    for name in ("residual", "collateral", "smallest_cost"):
+        mean = statistics.fmean(by_kind[True][name])
+        assert certificate[f"negative_{name}"] == pytest.approx(mean, rel=1e-3)
+    assert certificate["positive_collateral"] == pytest.approx(
+        statistics.fmean(by_kind[False]["kl"]), rel=1e-3
+    )
+    totals = [sum(row["kl"]) for row in tokens]
+    assert totals == pytest.approx(sorted(totals, reverse=True), abs=1e-3)
+    assert tokens_of(7)[1] == tokens[:7]
+
+
+def test_tokens_come_from_a_certificate(original, capsys):
+    settings = {
+        "OUTPUT": "texts.json",
+        "CURRENT_RECORDS": "original.annotated.jsonl",
+        "CHECKPOINT_PATH": "original",
+        "CERTIFICATE": None,
+        "TOKENS_OUTPUT": "tokens_of_texts.jsonl",
+    }
+    assert rooms.run("evaluate", settings) == 2
+    assert "TOKENS_OUTPUT: expected a certificate" in capsys.readouterr().err
 
 
 def test_the_original_compared_with_itself_has_not_changed(original):
@@ -373,7 +417,7 @@ def test_a_pipeline_does_what_is_not_done(original, capsys, monkeypatch):
 
     assert rooms.run("pipeline", settings) == 0
     printed = capsys.readouterr().out
-    assert stages(printed) == ([*of_tnrf, *of_ul_ll], of_original)
+    assert stages(printed) == ([*of_tnrf, *of_ul_ll, "report"], of_original)
     assert "Going on from checkpoint 4 in pipeline/TNRF/model." in printed
     # As if it had not been interrupted, and as the programs do it one by one.
     train("one_by_one", TRAIN_STEPS=6)
@@ -384,7 +428,8 @@ def test_a_pipeline_does_what_is_not_done(original, capsys, monkeypatch):
 
     summary = pathlib.Path("pipeline/summary.json").read_bytes()
     assert rooms.run("pipeline", settings) == 0
-    assert stages(capsys.readouterr().out) == ([], [*of_original, *of_tnrf, *of_ul_ll])
+    kept = [*of_original, *of_tnrf, *of_ul_ll, "report"]
+    assert stages(capsys.readouterr().out) == ([], kept)
     assert pathlib.Path("pipeline/summary.json").read_bytes() == summary
 
     # Another weight of one arm: that arm alone is done again, from the original. The weight is so
@@ -397,7 +442,8 @@ def test_a_pipeline_does_what_is_not_done(original, capsys, monkeypatch):
     assert rooms.run("pipeline", settings) == 0
     printed = capsys.readouterr().out
     kept = [*of_original, "UL+LL: annotate, greedy", *of_tnrf]
-    assert stages(printed) == ([stage for stage in of_ul_ll if stage not in kept], kept)
+    done = [stage for stage in of_ul_ll if stage not in kept]
+    assert stages(printed) == ([*done, "report"], kept)
     assert "Going on from" not in printed
     assert [line["step"] for line in metrics_of("pipeline/UL+LL/model")] == [2, 4, 6]
 

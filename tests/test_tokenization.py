@@ -160,6 +160,16 @@ def test_extents_lie_in_order_in_the_decoded_text(name, request, data):
     )
 
 
+def test_pieces_are_the_targets_cut_up(t5_vocabulary):
+    record = records.Record(id="r", inputs="", targets="The house is small.")
+    assert tokenization.pieces(record, t5_vocabulary) == ["The", " house", " is", " small", ".", ""]
+    # One character in three bytes is said once, and what was cut before its end has no EOS.
+    euro = records.Record(id="r", inputs="", targets="a €", target_ids=(100, 35, 229, 133, 175))
+    assert tokenization.pieces(euro, BYTES) == ["a", " ", "€", "", ""]
+    nothing = records.Record(id="r", inputs="", targets="", target_ids=(1,))
+    assert tokenization.pieces(nothing, BYTES) == [""]
+
+
 # --- Marking --------------------------------------------------------------------------------------
 
 

@@ -263,6 +263,27 @@ def test_sums_are_those_of_the_formulas():
     assert_trees_close(sums, expected, rtol=2e-6)
 
 
+def test_values_of_tokens_are_what_is_summed():
+    batch = on_device(small_batch())
+    sums, values = train_step.token_step(
+        small_params(0), small_params(1), batch, forward=small_forward, objective=TNFF
+    )
+    mask = np.asarray(batch["decoder_loss_mask"])
+    is_negative = (np.asarray(batch["decoder_negative_ids"]) >= 0).any(axis=-1) & (mask != 0)
+    assert 0 < is_negative.sum() < mask.sum()
+    of_tokens = {name: np.asarray(value) for name, value in values._asdict().items()}
+    assert all(value.shape == mask.shape for value in of_tokens.values())
+    kl = of_tokens["residual"] + of_tokens["collateral"]
+    for name, value, where in (
+        ("loss", of_tokens["losses"], mask != 0),
+        ("negative_residual", of_tokens["residual"], is_negative),
+        ("negative_collateral", of_tokens["collateral"], is_negative),
+        ("negative_smallest_cost", of_tokens["smallest_cost"], is_negative),
+        ("positive_kl", kl, (mask != 0) & ~is_negative),
+    ):
+        np.testing.assert_allclose(sums[name], value[where].sum(), rtol=1e-6)
+
+
 def test_the_update_follows_the_mean_over_tokens():
     batch = on_device(small_batch())
     mask = batch["decoder_loss_mask"]

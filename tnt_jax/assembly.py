@@ -221,10 +221,30 @@ def jit_eval_step(
     block_size: int | None = None,
 ) -> Callable[..., train_step.Sums]:
     """`(params, original_params or None, batch) -> sums`, compiled for the model's mesh."""
+    return _jit_for_eval(train_step.eval_step, model, objective, kind, block_size)
+
+
+def jit_token_step(
+    model: Model,
+    objective: objectives.TntObjective,
+    kind: Original = PARAMETERS,
+    block_size: int | None = None,
+) -> Callable[..., tuple[train_step.Sums, train_step.TokenValues]]:
+    """`jit_eval_step` with the values of each token: `-> (sums, values)`, on every device."""
+    return _jit_for_eval(train_step.token_step, model, objective, kind, block_size)
+
+
+def _jit_for_eval(
+    step: Callable[..., Any],
+    model: Model,
+    objective: objectives.TntObjective,
+    kind: Original,
+    block_size: int | None,
+) -> Callable[..., Any]:
     return jax.jit(
         _traced_on(
             model.mesh,
-            train_step.eval_step,
+            step,
             forward=model.forward,
             objective=objective,
             original=kind,

@@ -12,10 +12,13 @@ Example:
 """
 
 import dataclasses
+import heapq
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from tnt_jax import (
     assembly,
@@ -33,6 +36,10 @@ from tnt_jax import (
     train_step,
 )
 from tnt_jax.errors import UsageError
+
+# Of each token, in nats: the divergence from what is desired there (from the original itself where
+# nothing is removed), its two parts, and the smallest cost that any update had there.
+TOKEN_VALUES = ("kl", "residual", "collateral", "smallest_cost")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,6 +70,8 @@ def evaluate(
     current_records: str,
     vocabulary: Any,
     certificate: Certificate | None = None,
+    tokens_output: str | None = None,
+    num_token_records: int = 200,
     print_table: bool = True,
 ) -> dict[str, Any]:
     """Writes the comparison as JSON, and prints it.
@@ -73,6 +82,10 @@ def evaluate(
       current_records: Annotated outputs of the patched model, for the same ids.
       vocabulary: A seqio vocabulary, for counting tokens.
       certificate: Settings for running the models; None compares texts alone.
+      tokens_output: The JSONL file to write the certificate of every token to: of each record its
+        `id`, the `pieces` of its targets and, of each piece, the values of `TOKEN_VALUES` in nats
+        and whether it `is_negative`. None writes none.
+      num_token_records: How many records it gets: those that changed most come first.
       print_table: Whether to print it.
 
     Returns:
@@ -82,8 +95,15 @@ def evaluate(
       UsageError: The files do not belong together, or a record is not annotated.
     """
     records.check_writable(output, "OUTPUT")
+    if tokens_output is not None:
+        records.check_writable(tokens_output, "TOKENS_OUTPUT")
+        if certificate is None:
+            raise UsageError(
+                "TOKENS_OUTPUT: expected a certificate, which the values of tokens come from, "
+                "found CERTIFICATE=None. Leave one of them out."
+            )
     tokenization.check_vocabulary(vocabulary)
-    original, current = paired(original_records, current_records)
+    original, current = records.read_pairs(original_records, current_records)
     result: dict[str, Any] = {
         "original": _of_outputs(original, vocabulary),
         "current": _of_outputs(current, vocabulary),
@@ -97,45 +117,19 @@ def evaluate(
         result["original"]["unwanted_outputs"]["value"],
     )
     if certificate is not None:
-        result["certificate"] = _certificate(original, vocabulary, certificate)
+        num_records = num_token_records if tokens_output else 0
+        result["certificate"], changed = _certificate(
+            original, vocabulary, certificate, num_records
+        )
+        if tokens_output:
+            lines = [json.dumps(tokens, ensure_ascii=False) + "\n" for tokens in changed]
+            run_log.write_text(tokens_output, "".join(lines))
     run_log.write_json(output, result)
     run_config.write(output)
     if print_table:
         columns = ("", "original", "patched")
         run_log.table(_rows(result), columns=columns, title=f"{output}: {len(original)} outputs")
     return result
-
-
-def paired(
-    original_records: str, current_records: str
-) -> tuple[list[records.Record], list[records.Record]]:
-    """Reads the outputs of both models, in the order of the original's.
-
-    Raises:
-      UsageError: They are not for the same prompts, or not annotated alike.
-    """
-    original = records.read_records(original_records)
-    by_id = {row.id: row for row in records.read_records(current_records)}
-    current = [by_id[row.id] for row in original if row.id in by_id]
-    if not len(original) == len(current) == len(by_id):
-        raise UsageError(
-            f"expected outputs for the same records, found {len(original)} in {original_records}, "
-            f"{len(by_id)} in {current_records} and {len(current)} ids in both. Generate both from "
-            "the same prompts."
-        )
-    for before, after in zip(original, current, strict=True):
-        for row, path in ((before, original_records), (after, current_records)):
-            if row.negative_spans is None:
-                raise UsageError(
-                    f"record {row.id!r} of {path} has no negative_spans: expected annotated "
-                    "records (python -m tnt_jax.annotate)."
-                )
-        if before.inputs != after.inputs or before.annotator != after.annotator:
-            raise UsageError(
-                f"record {before.id!r} has other inputs, or another annotator, in "
-                f"{current_records} than in {original_records}. Generate and annotate both alike."
-            )
-    return original, current
 
 
 def _of_outputs(rows: Sequence[records.Record], vocabulary: Any) -> dict[str, Any]:
@@ -160,8 +154,9 @@ def _spans_alone(row: records.Record, vocabulary: Any) -> tokenization.MarkedTar
 
 
 def _certificate(
-    rows: Sequence[records.Record], vocabulary: Any, settings: Certificate
-) -> dict[str, float]:
+    rows: Sequence[records.Record], vocabulary: Any, settings: Certificate, num_records: int
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """The certificate, and that of every token in the `num_records` that changed most."""
     from tnt_jax import tasks  # here, because TensorFlow takes seconds to import
 
     mesh = sharding.make_mesh(settings.mesh_shape or sharding.MeshShape())
@@ -174,18 +169,28 @@ def _certificate(
     # Of the objective only the loss depends, and the loss is not reported: forward KL splits
     # exactly into residual and collateral.
     objective = objectives.TntObjective(negative_term="forward_kl", positive_term="forward_kl")
-    step = assembly.jit_eval_step(network, objective)
+    step = assembly.jit_token_step(network, objective)
     examples = tasks.examples_from_records(rows, vocabulary, "the original's outputs")
     batches = feature_converters.batch_for_eval(
         examples, settings.batch_size, settings.task_feature_lengths
     )
     num_batches = -(-len(examples) // settings.batch_size)
-    sums = [
-        jax.device_get(step(current, original, sharding.put_batch(batch, mesh)))
-        for batch in run_log.progress(batches, "certificate", num_batches)
-    ]
+    sums: list[dict[str, Any]] = []
+    most: list[tuple[float, int, dict[str, np.ndarray]]] = []  # its KL, minus its place, its tokens
+    for number, batch in enumerate(run_log.progress(batches, "certificate", num_batches)):
+        of_batch, values = jax.device_get(step(current, original, sharding.put_batch(batch, mesh)))
+        sums.append(of_batch)
+        is_negative = (batch["decoder_negative_ids"] >= 0).any(axis=-1)
+        tokens = {"kl": values.residual + values.collateral, "is_negative": is_negative}
+        tokens |= {name: getattr(values, name) for name in TOKEN_VALUES[1:]}
+        first = number * settings.batch_size
+        for row, total in enumerate(tokens["kl"].sum(axis=1)[: len(examples) - first]):
+            kept = int(batch["decoder_loss_mask"][row].sum())
+            of_row = {name: value[row, :kept] for name, value in tokens.items()}
+            most.append((float(total), -(first + row), of_row))
+        most = heapq.nlargest(num_records, most, key=lambda entry: entry[:2])
     means = train_step.summarize({name: sum(float(s[name]) for s in sums) for name in sums[0]})
-    return {
+    certificate = {
         "negative_residual": means.get("negative_residual", 0.0),
         "negative_collateral": means.get("negative_collateral", 0.0),
         "negative_smallest_cost": means.get("negative_smallest_cost", 0.0),
@@ -193,6 +198,17 @@ def _certificate(
         "num_negative": means["num_negative"],
         "num_positive": means["num_positive"],
     }
+    changed = [_tokens(rows[-place], of_row, vocabulary) for _, place, of_row in most]
+    return certificate, changed
+
+
+def _tokens(
+    record: records.Record, values: Mapping[str, np.ndarray], vocabulary: Any
+) -> dict[str, Any]:
+    numbers = {name: [float(f"{x:.4g}") for x in values[name]] for name in TOKEN_VALUES}
+    is_negative = values["is_negative"].tolist()
+    pieces = tokenization.pieces(record, vocabulary)[: len(is_negative)]
+    return {"id": record.id, "pieces": pieces, **numbers, "is_negative": is_negative}
 
 
 def _rows(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:

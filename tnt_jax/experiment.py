@@ -12,11 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tnt_jax import (
+    __version__,
     convert,
     decoding,
     objectives,
     pretrained,
     records,
+    report,
     rounds,
     run_config,
     stages,
@@ -365,6 +367,7 @@ class Opened:
         """Generates with an arm and compares with the original; returns what `evaluate` writes."""
         current = self.outputs_of(name, checkpoint, self.settings.eval_prompts, decoder)
         output = self.root / name / f"{decoder}.evaluation.json"
+        tokens = self.root / name / f"{decoder}.tokens.jsonl"
         certificate = self.settings.certificate(
             original_checkpoint_path=self.original, checkpoint_path=checkpoint
         )
@@ -379,11 +382,36 @@ class Opened:
             settings={
                 "vocabulary": self.vocabulary,
                 "print_table": False,
+                "tokens_output": str(tokens),
                 "certificate": certificate,
             },
             also_depends_on=[self.original, checkpoint],
         )
         return json.loads(output.read_text("utf-8"))
+
+    def report(self, names: Sequence[str]) -> pathlib.Path:
+        """Writes the page that shows every arm, output by output; `summary.json` is there."""
+        page = self.root / "report.html"
+        files = [
+            str(self.root / name / f"{decoder}.{what}.jsonl")
+            for name in names
+            for decoder in self.settings.decoders
+            for what in ("annotated", "tokens")
+        ]
+        self._stages.run(
+            "report",
+            report.report,
+            output=str(page),
+            inputs={},
+            settings={"pipeline_dir": str(self.root)},
+            also_depends_on=[
+                str(self.root / "summary.json"),
+                *self.original_outputs.values(),
+                *files,
+            ],
+            version=__version__,
+        )
+        return page
 
     def hand_back(self, name: str, checkpoint: str) -> None:
         """Writes an arm's model in the format that the original came in, if that is another."""

@@ -1,4 +1,4 @@
-"""The whole loop in one command: generate, annotate, train, generate again, evaluate.
+"""The whole loop in one command: generate, annotate, train, generate again, evaluate, report.
 
 Each stage is one of the other programs with the settings of the gin file; stages exchange files
 under OUTPUT_DIR. A stage that has finished with the same settings and the same input files is kept,
@@ -48,7 +48,7 @@ def pipeline(
     expectations: Expectations | None = None,
     num_examples: int = 3,
 ) -> dict[str, Any]:
-    """Runs every stage that is not done, prints the table and writes `summary.json`.
+    """Runs every stage that is not done, prints the table, writes `summary.json` and `report.html`.
 
     Args:
       experiment: What the arms share.
@@ -86,6 +86,7 @@ def pipeline(
     summary = {"evaluations": evaluations, "expectations": checks}
     root, first_decoder = opened.root, opened.first_decoder
     run_log.write_json(str(root / "summary.json"), summary)
+    page = opened.report([arm.name for arm in arms])
     _print_table(evaluations, decoders)
     best = expectations.arm if expectations else arms[0].name
     _print_examples(
@@ -100,6 +101,7 @@ def pipeline(
         f"Everything is in {root}: the patched model in {models[best]}, the numbers in "
         f"{root / 'summary.json'}. {time.monotonic() - began:.0f} seconds."
     )
+    run_log.log(f"Open {page.resolve().as_uri()} in a browser: before and after, output by output.")
     return summary
 
 

@@ -172,6 +172,38 @@ def unique(located: Iterable[tuple[str, Record]], path: str | os.PathLike) -> It
         raise UsageError(f"{path}: expected records, found none.")
 
 
+def read_pairs(
+    original: str | os.PathLike, current: str | os.PathLike
+) -> tuple[list[Record], list[Record]]:
+    """Reads the annotated outputs of two models, both in the order of the original's.
+
+    Raises:
+        UsageError: they are not for the same prompts, or not annotated alike.
+    """
+    before = read_records(original)
+    by_id = {row.id: row for row in read_records(current)}
+    after = [by_id[row.id] for row in before if row.id in by_id]
+    if not len(before) == len(after) == len(by_id):
+        raise UsageError(
+            f"expected outputs for the same records, found {len(before)} in {original}, "
+            f"{len(by_id)} in {current} and {len(after)} ids in both. Generate both from the same "
+            "prompts."
+        )
+    for one, other in zip(before, after, strict=True):
+        for row, path in ((one, original), (other, current)):
+            if row.negative_spans is None:
+                raise UsageError(
+                    f"record {row.id!r} of {path} has no negative_spans: expected annotated "
+                    "records (python -m tnt_jax.annotate)."
+                )
+        if one.inputs != other.inputs or one.annotator != other.annotator:
+            raise UsageError(
+                f"record {one.id!r} has other inputs, or another annotator, in {current} than in "
+                f"{original}. Generate and annotate both alike."
+            )
+    return before, after
+
+
 def write_records(path: str | os.PathLike, records: Iterable[Record]) -> None:
     """Writes JSONL; the file appears under its name only when it is complete."""
     with replacing(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:

@@ -120,9 +120,7 @@ def _first(arms: Mapping[str, Any], baseline: str) -> list[str]:
     return [baseline, *(name for name in arms if name != baseline)]
 
 
-def choose(
-    rows: Sequence[Row], cut: float, keys: Sequence[str] = ("objective", "variant")
-) -> dict[tuple[Any, ...], float | None]:
+def choose(rows: Sequence[Row], cut: float) -> dict[str, float | None]:
     """The weight of every arm: of those that cut enough the one with the most BLEU to the original.
 
     Where none cuts enough it is the one that cuts most. Seeds are averaged first.
@@ -130,12 +128,13 @@ def choose(
     Args:
       rows: Of the part that is for choosing, of one decoder.
       cut: What is enough.
-      keys: What makes an arm.
+
+    Returns:
+      By objective; None where it has no weight.
     """
-    by_arm: dict[tuple[Any, ...], dict[Any, list[Row]]] = {}
+    by_arm: dict[str, dict[Any, list[Row]]] = {}
     for row in rows:
-        arm = tuple(row[key] for key in keys)
-        by_arm.setdefault(arm, {}).setdefault(row["alpha"], []).append(row)
+        by_arm.setdefault(row["objective"], {}).setdefault(row["alpha"], []).append(row)
 
     def worth(of_weight: Sequence[Row]) -> tuple[bool, float]:
         mean_cut = _mean(of_weight, "cut")

@@ -23,12 +23,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tnt_jax import evaluate, objectives, pretrained, program, records, results, run_log
+from tnt_jax import objectives, pretrained, program, records, results, run_log
 from tnt_jax.errors import UsageError
 from tnt_jax.experiment import Experiment, Opened
 
 MASK = "decode mask"
-_ARM = ("objective", "variant", "alpha", "seed")
+_ARM = ("objective", "alpha", "seed")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,20 +70,25 @@ class _Cell:
     seed: int
 
     @property
-    def name(self) -> str:
-        """Of its folder."""
-        variant = f", {self.grid.variant}" if self.grid.variant else ""
-        return f"{self.objective}{variant}, alpha {self.alpha:g}, seed {self.seed}"
-
-    @property
     def labels(self) -> dict[str, Any]:
         """For its rows."""
+        variant = f", {self.grid.variant}" if self.grid.variant else ""
         return {
-            "objective": self.objective,
-            "variant": self.grid.variant,
+            "objective": self.objective + variant,
             "alpha": float(self.alpha),
             "seed": self.seed,
         }
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return _name_of(self.labels)
+
+
+def _name_of(row: Mapping[str, Any]) -> str:
+    if row["alpha"] is None:
+        return row["objective"]
+    return f"{row['objective']}, alpha {row['alpha']:g}, seed {row['seed']}"
 
 
 def sweep(
@@ -205,8 +210,7 @@ def _collect(
     found: dict[str, list[results.Row]] = {"rows": [], "choice_rows": []}
     arms = [(cell.name, cell.labels) for cell in cells]
     if mask_decoding:
-        nothing = {"variant": "", "alpha": None, "seed": 0}
-        arms.append((MASK, {"objective": MASK, **nothing}))
+        arms.append((MASK, {"objective": MASK, "alpha": None, "seed": 0}))
     for name, labels in arms:
         for decoder in opened.settings.decoders:
             current = opened.root / name / f"{decoder}.annotated.jsonl"
@@ -218,12 +222,13 @@ def _collect(
                 parts = json.loads(evaluation.read_text("utf-8"))["certificate"]
                 certificate = {
                     "residual": parts["negative_residual"],
-                    "collateral": parts["positive_collateral"],
-                    "collateral_at_marks": parts["negative_collateral"],
+                    "collateral": parts["negative_collateral"],
+                    "smallest_cost": parts["negative_smallest_cost"],
+                    "collateral_elsewhere": parts["positive_collateral"],
                 }
                 seconds = opened.seconds(f"{name}: train")
                 steps = pretrained.open_checkpoint(str(opened.root / name / "model")).step
-            pairs = evaluate.paired(opened.original_outputs[decoder], str(current))
+            pairs = records.read_pairs(opened.original_outputs[decoder], str(current))
             for key, of_part in zip(
                 ("choice_rows", "rows"), _parts(*pairs, choice_share), strict=True
             ):
@@ -272,37 +277,26 @@ def _chosen(
     """Every arm at the weight that is chosen with the first decoder, on the other prompts."""
     first = opened.first_decoder
     weights = results.choose([row for row in found["choice_rows"] if row["decoder"] == first], cut)
-    kept = [
-        row for row in found["rows"] if weights[row["objective"], row["variant"]] == row["alpha"]
-    ]
-    chosen = results.averaged(
-        kept, key=lambda row: (row["decoder"], row["objective"], row["variant"])
-    )
+    kept = [row for row in found["rows"] if weights[row["objective"]] == row["alpha"]]
+    chosen = results.averaged(kept, key=lambda row: (row["decoder"], row["objective"]))
     for decoder in opened.settings.decoders:
         rows = [row for row in chosen if row["decoder"] == decoder]
         for row, is_best in zip(rows, results.pareto(rows), strict=True):
             row["is_pareto"] = is_best
-        of_seed = {
-            (row["objective"], row["variant"]): row["seed"]
-            for row in reversed(kept)
-            if row["decoder"] == decoder
+        # Of an arm's first seed.
+        names = {
+            row["objective"]: _name_of(row) for row in reversed(kept) if row["decoder"] == decoder
         }
         outputs, original = {}, []
-        for row in rows:
-            arm = row["objective"], row["variant"]
-            name = MASK
-            if row["alpha"] is not None:
-                grid = Grid(objectives=(), alphas=(), variant=row["variant"])
-                name = _Cell(grid, row["objective"], row["alpha"], of_seed[arm]).name
+        for arm, name in names.items():
             current = str(opened.root / name / f"{decoder}.annotated.jsonl")
-            pairs = evaluate.paired(opened.original_outputs[decoder], current)
+            pairs = records.read_pairs(opened.original_outputs[decoder], current)
             _, (original, outputs[arm]) = _parts(*pairs, choice_share)
-        if (baseline, "") not in outputs:
+        if baseline not in outputs:
             continue
-        labels = {str(arm): of for arm, of in outputs.items()}
-        sure = results.intervals(original, labels, str((baseline, "")), num_resamples=num_resamples)
+        sure = results.intervals(original, outputs, baseline, num_resamples=num_resamples)
         for row in rows:
-            row |= sure[str((row["objective"], row["variant"]))]
+            row |= sure[row["objective"]]
     return {"chosen": chosen}
 
 
@@ -341,9 +335,8 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
             return "-"
         return format(value, form) + (f" ±{format(spread, form)}" if spread is not None else "")
 
-    variant = f", {row['variant']}" if row["variant"] else ""
     return [
-        row["objective"] + variant,
+        row["objective"],
         "-" if row["alpha"] is None else f"{row['alpha']:g}",
         str(row["num_seeds"]),
         number("cut", ".1%"),
@@ -356,7 +349,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         number("unknown_token_rate", ".1%"),
         number("distinct_ratio", ".1%"),
         number("residual", ".4f"),
-        number("collateral", ".4f"),
+        number("collateral_elsewhere", ".4f"),
         "-" if row.get("bleu_p_value") is None else f"{row['bleu_p_value']:.3f}",
         "yes" if row["is_pareto"] else "",
     ]

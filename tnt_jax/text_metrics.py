@@ -116,9 +116,19 @@ def fluency(texts: Sequence[str]) -> Fluency:
         raise UsageError("Expected at least one output, found none. Is the file of outputs empty?")
     return Fluency(
         distinct_outputs=Rate(len(set(texts)), len(texts)),
-        repeated_word=_rate(bool(_REPEATED_WORD.search(text)) for text in texts),
-        unknown_token=_rate(bool(_UNKNOWN_TOKEN.search(text)) for text in texts),
+        repeated_word=_rate(map(has_repeated_word, texts)),
+        unknown_token=_rate(map(has_unknown_token, texts)),
     )
+
+
+def has_repeated_word(text: str) -> bool:
+    """Whether a word stands twice in a row, as `Fluency.repeated_word` counts it."""
+    return bool(_REPEATED_WORD.search(text))
+
+
+def has_unknown_token(text: str) -> bool:
+    """Whether there is an unknown token, as `Fluency.unknown_token` counts it."""
+    return bool(_UNKNOWN_TOKEN.search(text))
 
 
 def unwanted(spans: Sequence[Sequence]) -> Rate:

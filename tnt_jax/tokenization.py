@@ -9,6 +9,7 @@ lone "▁") have an empty extent.
 import codecs
 import dataclasses
 import io
+import itertools
 import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -163,6 +164,22 @@ def mark_tokens(
         negative_pairs=np.array(sorted(pairs), np.int32).reshape(-1, 2),
         num_spans_without_token=num_spans_without_token,
     )
+
+
+def pieces(record: records.Record, vocabulary: "seqio.Vocabulary") -> list[str]:
+    """The targets cut up, one stretch per token, spaces with what follows them.
+
+    Joined they are the targets. What stands for no text, and what shares its character with a token
+    before it, gets an empty one.
+
+    Raises:
+        UsageError: as `mark_tokens`.
+    """
+    _, extents = _tokens(record, vocabulary)
+    ends = list(itertools.accumulate((end for _, end in extents), max))
+    starts = [0, *ends[:-1]]
+    ends[-1:] = [len(record.targets)]
+    return [record.targets[start:end] for start, end in zip(starts, ends, strict=True)]
 
 
 def first_token_ids(

@@ -180,11 +180,34 @@ def eval_step(
     block_size: int | None = None,
 ) -> Sums:
     """The sums of one batch without dropout and without an update."""
+    return token_step(
+        params,
+        original_params,
+        batch,
+        forward=forward,
+        objective=objective,
+        original=original,
+        block_size=block_size,
+    )[0]
+
+
+def token_step(
+    params: PyTree,
+    original_params: PyTree | None,
+    batch: Batch,
+    *,
+    forward: Forward,
+    objective: objectives.TntObjective,
+    original: Original = PARAMETERS,
+    block_size: int | None = None,
+) -> tuple[Sums, TokenValues]:
+    """The sums of `eval_step`, and the values `[B, T]` of each token that they are sums of."""
     of_original = None
     if original_params is not None:
         of_original = original.logits(forward, original_params, batch)
     current = forward(original.current_params(params, original_params), batch, None)
-    return token_sums(objective, current, of_original, batch, block_size)[1]
+    values = token_values(objective, current, of_original, batch, block_size)[1]
+    return _sums(objective, values, batch), values
 
 
 def token_sums(
@@ -196,6 +219,24 @@ def token_sums(
 ) -> tuple[Float[Array, ""], Sums]:
     """The loss, and what a step reports of a batch: sums over its tokens, counts (`MEAN_OVER`).
 
+    The arguments are those of `token_values`.
+
+    Returns:
+      The sum of the losses, which has a gradient; and the sums, which have none.
+    """
+    loss, values = token_values(objective, logits, original_logits, batch, block_size)
+    return loss, _sums(objective, values, batch)
+
+
+def token_values(
+    objective: objectives.TntObjective,
+    logits: Logits,
+    original_logits: Logits | None,
+    batch: Mapping[str, Array],
+    block_size: int | None = None,
+) -> tuple[Float[Array, ""], TokenValues]:
+    """The loss, and the values of each token.
+
     Logits that are whole go through the definition, their factors through `fused_objective`.
 
     Args:
@@ -206,23 +247,29 @@ def token_sums(
       block_size: As in `fused_objective.token_values`.
 
     Returns:
-      The sum of the losses, which has a gradient; and the sums, which have none.
+      The sum of the losses, which has a gradient; and the values, which have none.
     """
-    target_tokens = batch["decoder_target_tokens"]
-    negative_ids = batch["decoder_negative_ids"]
-    mask = batch["decoder_loss_mask"]
     values_of: Any = _whole_values
     if isinstance(logits, FactoredLogits):
         values_of = functools.partial(fused_objective.token_values, block_size=block_size)
-    loss, values = values_of(
+    return values_of(
         objective,
         logits,
         original_logits,
-        target_tokens=target_tokens,
-        negative_ids=negative_ids,
-        loss_mask=mask,
+        target_tokens=batch["decoder_target_tokens"],
+        negative_ids=batch["decoder_negative_ids"],
+        loss_mask=batch["decoder_loss_mask"],
     )
-    is_negative = objective.is_negative(target_tokens, negative_ids) & (mask != 0)
+
+
+def _sums(
+    objective: objectives.TntObjective, values: TokenValues, batch: Mapping[str, Array]
+) -> Sums:
+    mask = batch["decoder_loss_mask"]
+    is_negative = objective.is_negative(
+        batch["decoder_target_tokens"], batch["decoder_negative_ids"]
+    )
+    is_negative &= mask != 0
     is_positive = ~is_negative & (mask != 0)
 
     def total(values, where=None):
@@ -245,7 +292,7 @@ def token_sums(
             "negative_collateral": total(values.collateral, is_negative),
             "negative_smallest_cost": total(values.smallest_cost, is_negative),
         }
-    return loss, sums
+    return sums
 
 
 def _whole_values(objective, logits, original_logits, *, target_tokens, negative_ids, loss_mask):

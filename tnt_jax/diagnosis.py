@@ -1,0 +1,160 @@
+"""Signs that an update went wrong, and what each of them suggests to change.
+
+The thresholds are rules of thumb: they say where to look, not whether a model is good.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+_FEWEST = 5  # outputs: fewer are chance
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sign:
+    """One sign of failure.
+
+    Attributes:
+      name: What is looked for.
+      is_seen: Whether it is there.
+      evidence: The numbers, before and after.
+      suggestion: What to look at or change where it is seen.
+    """
+
+    name: str
+    is_seen: bool
+    evidence: str
+    suggestion: str
+
+
+def signs(evaluation: Mapping[str, Any], num_newly_unwanted: int) -> list[Sign]:
+    """Looks for every sign in what `tnt_jax.evaluate` wrote.
+
+    Args:
+      evaluation: With "original", "current", "comparison" and "cut"; "certificate" where there is
+        one.
+      num_newly_unwanted: Outputs that are unwanted now and were clean before.
+    """
+    before, after = evaluation["original"], evaluation["current"]
+    return [
+        _no_reduction(evaluation),
+        _moved_elsewhere(before, after, num_newly_unwanted),
+        _damage("repeated words", "repeated_word", before, after, 0.01),
+        _damage("unknown tokens", "unknown_token", before, after, 0.005),
+        _length_drift(before, after),
+        _collapse(before, after),
+        _changed_too_much(evaluation["comparison"]),
+    ]
+
+
+def _no_reduction(evaluation: Mapping[str, Any]) -> Sign:
+    before, after = (evaluation[of]["unwanted_outputs"] for of in ("original", "current"))
+    evidence = f"{_share(before)} unwanted before, {_share(after)} now"
+    suggestion = (
+        "Ineffective marks or learning rate. Look at a few marked records: do the spans cover what "
+        "must go, and are the alternatives that would be just as wrong removed too? Then raise the "
+        "learning rate or TRAIN_STEPS."
+    )
+    certificate = evaluation.get("certificate")
+    if certificate:
+        residual, cost = certificate["negative_residual"], certificate["negative_smallest_cost"]
+        evidence += f"; residual at the marks {residual:.3g} nats, {cost:.3g} without an update"
+        if residual > cost / 2:
+            suggestion = (
+                "The marked tokens kept most of their probability: the update hardly moved. Raise "
+                "the learning rate, TRAIN_STEPS or negative_weight (alpha)."
+            )
+        else:
+            suggestion = (
+                "The marked tokens are gone, and others that are just as unwanted took their "
+                "place: ineffective marks. Mark more (alternatives at a mark's first token; more "
+                "training outputs), or generate, mark and train for another round."
+            )
+    is_seen = before["numerator"] >= _FEWEST and evaluation["cut"] < 0.25
+    return Sign(name="no reduction", is_seen=is_seen, evidence=evidence, suggestion=suggestion)
+
+
+def _moved_elsewhere(
+    before: Mapping[str, Any], after: Mapping[str, Any], num_newly_unwanted: int
+) -> Sign:
+    num_before = before["unwanted_outputs"]["numerator"]
+    return Sign(
+        name="unwanted elsewhere",
+        is_seen=num_newly_unwanted >= max(_FEWEST, num_before / 4),
+        evidence=(
+            f"{num_newly_unwanted} outputs that were clean are unwanted now; {num_before} were "
+            "unwanted before"
+        ),
+        suggestion=(
+            "The removed probability went to other unwanted values, or clean outputs were hardly "
+            "held. Give the annotator alternatives, train on more clean outputs "
+            "(clean_per_marked), or use a KL term at ordinary positions (TNFF, TNRF)."
+        ),
+    )
+
+
+def _damage(
+    name: str, field: str, before: Mapping[str, Any], after: Mapping[str, Any], threshold: float
+) -> Sign:
+    one, other = before[field], after[field]
+    rise = other["value"] - one["value"]
+    return Sign(
+        name=name,
+        is_seen=rise >= threshold and other["numerator"] - one["numerator"] >= _FEWEST,
+        evidence=f"{_share(one)} before, {_share(other)} now",
+        suggestion=(
+            "Loss imbalance or poor marks. Lower negative_weight (alpha) or the learning rate, "
+            "train on more clean outputs (clean_per_marked); and see whether spans cut words in "
+            "half or cover what is right."
+        ),
+    )
+
+
+def _length_drift(before: Mapping[str, Any], after: Mapping[str, Any]) -> Sign:
+    one, other = before["mean_length"], after["mean_length"]
+    ratio = other / one if one else 1.0
+    suggestion = (
+        "Outputs end too early: marks near the end teach to stop, and log-likelihood terms sharpen "
+        "what is short. Lower negative_weight (alpha), use a KL term at ordinary positions."
+        if ratio < 1
+        else "Outputs no longer end: the end of a text lost probability. Lower negative_weight "
+        "(alpha) or TRAIN_STEPS, and make sure that training outputs are not cut before their end "
+        "(TASK_FEATURE_LENGTHS)."
+    )
+    return Sign(
+        name="length drift",
+        is_seen=abs(ratio - 1) > 0.1,
+        evidence=f"mean length {one:.1f} before, {other:.1f} now ({ratio - 1:+.0%})",
+        suggestion=suggestion,
+    )
+
+
+def _collapse(before: Mapping[str, Any], after: Mapping[str, Any]) -> Sign:
+    one, other = before["distinct_outputs"], after["distinct_outputs"]
+    return Sign(
+        name="collapse of distinct outputs",
+        is_seen=other["value"] < 0.9 * one["value"] and one["numerator"] >= 2 * _FEWEST,
+        evidence=f"{_share(one)} different texts before, {_share(other)} now",
+        suggestion=(
+            "The model says the same whatever the input. Lower the learning rate or TRAIN_STEPS; "
+            "hold ordinary positions by a KL term (TNFF, TNRF) instead of log-likelihood."
+        ),
+    )
+
+
+def _changed_too_much(comparison: Mapping[str, Any]) -> Sign:
+    bleu, rouge_l = comparison["bleu"], comparison["rouge_l"]
+    return Sign(
+        name="low BLEU or ROUGE-L",
+        is_seen=bleu < 50 or rouge_l < 60,
+        evidence=f"BLEU {bleu:.1f} and ROUGE-L {rouge_l:.1f} to the original's outputs",
+        suggestion=(
+            "Over-constrained: alpha too high. Lower negative_weight or the learning rate; replace "
+            "log-likelihood at ordinary positions by a KL term. Sampled outputs differ by chance "
+            "as well: compare them with another arm rather than with 100."
+        ),
+    )
+
+
+def _share(rate: Mapping[str, Any]) -> str:
+    return f"{rate['value']:.1%} ({rate['numerator']:,} of {rate['denominator']:,})"

@@ -1,0 +1,317 @@
+r"""One HTML file that shows what an update did: numbers, trade-offs, every changed output.
+
+The file needs no network and no server. It takes the folder of a pipeline, or the files that the
+other programs wrote, or the results of a sweep, or several of these.
+
+Example:
+    python -m tnt_jax.report --gin_file=runs/report.gin --gin.PIPELINE_DIR=runs/quickstart \
+      --gin.OUTPUT=report.html
+"""
+
+import collections
+import hashlib
+import json
+import math
+import pathlib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from tnt_jax import (
+    changes,
+    diagnosis,
+    program,
+    records,
+    report_page,
+    report_rows,
+    run_config,
+    run_log,
+    text_metrics,
+)
+from tnt_jax.errors import UsageError
+
+
+def report(
+    *,
+    output: str,
+    pipeline_dir: str | None = None,
+    original_records: str | None = None,
+    current_records: str | None = None,
+    evaluation: str | None = None,
+    tokens: str | None = None,
+    results: str | None = None,
+    title: str = "Before and after the update",
+    num_records: int = 5000,
+) -> None:
+    """Writes the page.
+
+    Args:
+      output: The HTML file to write.
+      pipeline_dir: OUTPUT_DIR of `tnt_jax.pipeline`: every arm and decoder in it is shown.
+      original_records: Annotated outputs of the original.
+      current_records: Annotated outputs of the patched model, for the same ids.
+      evaluation: What `tnt_jax.evaluate` wrote about these two. None counts what texts alone tell.
+      tokens: What it wrote as TOKENS_OUTPUT.
+      results: Of a sweep, a JSON file `{"rows": [...]}`; the fields are those of `report_rows.Row`.
+      title: Of the page.
+      num_records: The most outputs to show of each arm and decoder, the worst changes first.
+
+    Raises:
+      UsageError: There is nothing to show, or files are missing, malformed or of different runs.
+    """
+    records.check_writable(output, "OUTPUT")
+    _check_settings(pipeline_dir, original_records, current_records, evaluation, tokens, results)
+    files = _Files()
+    rows: list[report_rows.Row] = []
+    comparisons: list[report_page.Comparison] = []
+    if pipeline_dir is not None:
+        of_pipeline = _of_pipeline(files, pathlib.Path(pipeline_dir), num_records)
+        rows += [row for row, _ in of_pipeline]
+        comparisons += [comparison for _, comparison in of_pipeline]
+    if original_records is not None and current_records is not None:
+        row, comparison = _compare(
+            files,
+            original_records,
+            current_records,
+            evaluation=None if evaluation is None else files.read_json(evaluation),
+            tokens=tokens,
+            row={"objective": "patched", "decoder": "outputs", "task": "records"},
+            num_records=num_records,
+        )
+        rows.append(row)
+        comparisons.append(comparison)
+    if results is not None:
+        rows += report_rows.from_results(files.read_json(results), results)
+    page = report_page.write(
+        title=title,
+        rows=rows,
+        comparisons=comparisons,
+        files=files.described,
+        settings=files.settings,
+    )
+    run_log.write_text(output, page)
+    run_config.write(output)
+    num_shown = sum(len(comparison.outputs) for comparison in comparisons)
+    run_log.log(
+        f"{output}: {len(rows)} results and {num_shown} outputs. Open it in a browser "
+        f"({pathlib.Path(output).resolve().as_uri()})."
+    )
+
+
+def _check_settings(
+    pipeline_dir: str | None,
+    original_records: str | None,
+    current_records: str | None,
+    evaluation: str | None,
+    tokens: str | None,
+    results: str | None,
+) -> None:
+    if (original_records is None) != (current_records is None):
+        raise UsageError(
+            "report: expected ORIGINAL_RECORDS and CURRENT_RECORDS together, found "
+            f"{'only the second' if original_records is None else 'only the first'}."
+        )
+    if original_records is None:
+        for name, value in (("EVALUATION", evaluation), ("TOKENS", tokens)):
+            if value is not None:
+                raise UsageError(
+                    f"{name}: expected ORIGINAL_RECORDS and CURRENT_RECORDS, which it is about, "
+                    "beside it; found neither."
+                )
+    if pipeline_dir is None and original_records is None and results is None:
+        raise UsageError(
+            "report: expected something to show, found nothing. Set PIPELINE_DIR (the OUTPUT_DIR "
+            "of a pipeline), ORIGINAL_RECORDS and CURRENT_RECORDS, or RESULTS."
+        )
+
+
+# ---------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------
+
+
+class _Files:
+    """Reads files, and notes what each of them was and which settings made it.
+
+    Attributes:
+      described: (path, bytes, SHA-256) of each file that was read.
+      settings: (path, text) of the settings that lie beside them.
+    """
+
+    def __init__(self):
+        self.described: dict[str, tuple[int, str]] = {}
+        self.settings: dict[str, str] = {}
+
+    def note(self, path: str | pathlib.Path) -> None:
+        for file in records.matching_files(path):
+            content = file.read_bytes()
+            self.described[str(file)] = len(content), hashlib.sha256(content).hexdigest()
+            self.note_settings(file.with_name(f"{file.name}.gin"))
+
+    def note_settings(self, path: pathlib.Path) -> None:
+        if path.is_file():
+            self.settings[str(path)] = path.read_text("utf-8")
+
+    def read_json(self, path: str | pathlib.Path) -> Any:
+        try:
+            value = json.loads(pathlib.Path(path).read_text("utf-8"))
+        except OSError as error:
+            raise UsageError(f"expected a JSON file, found {path}: {error.strerror}.") from error
+        except ValueError as error:
+            raise UsageError(f"expected a JSON file, found {path}: {error}.") from error
+        self.note(path)
+        return value
+
+    def read_tokens(self, path: str, ids: Iterable[str]) -> list[dict[str, Any]]:
+        """The lines of TOKENS_OUTPUT, for outputs with these ids."""
+        known, found = set(ids), []
+        for file in records.matching_files(path):
+            # A text may hold other line separators, at which `splitlines` would cut it.
+            lines = file.read_text("utf-8").rstrip("\n").split("\n")
+            found += [_tokens(line, f"{file}:{i}", known) for i, line in enumerate(lines, start=1)]
+        self.note(path)
+        return found
+
+
+def _tokens(line: str, where: str, known: Collection[str]) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+        lengths = {len(row[name]) for name in report_page.TOKEN_FIELDS}
+        name = row["id"]
+    except (ValueError, KeyError, TypeError):
+        row, lengths, name = {}, set(), None
+    if len(lengths) != 1 or not isinstance(name, str):
+        raise UsageError(
+            f"{where}: expected an object that evaluate wrote as TOKENS_OUTPUT, with an id and, of "
+            f"one length, {', '.join(report_page.TOKEN_FIELDS)}."
+        )
+    if name not in known:
+        raise UsageError(
+            f"{where}: the id {name!r} is in no record. Expected the tokens of the same outputs."
+        )
+    return row
+
+
+# ---------------------------------------------------------------------------------------------
+# A pipeline, a pair of files
+# ---------------------------------------------------------------------------------------------
+
+
+def _of_pipeline(
+    files: _Files, root: pathlib.Path, num_records: int
+) -> list[tuple[report_rows.Row, report_page.Comparison]]:
+    summary = root / "summary.json"
+    if not summary.is_file():
+        raise UsageError(
+            f"PIPELINE_DIR: expected the OUTPUT_DIR of a pipeline that has finished, found no "
+            f"{summary}."
+        )
+    evaluations = files.read_json(summary)["evaluations"]
+    files.note_settings(root / "operative_config.gin")
+    found = []
+    for arm, by_decoder in evaluations.items():
+        of_training = _training(files, root / "stages" / f"{arm}_train.json")
+        for decoder, evaluation in by_decoder.items():
+            tokens = root / arm / f"{decoder}.tokens.jsonl"
+            found.append(
+                _compare(
+                    files,
+                    str(root / "original" / f"{decoder}.annotated.jsonl"),
+                    str(root / arm / f"{decoder}.annotated.jsonl"),
+                    evaluation=evaluation,
+                    tokens=str(tokens) if tokens.is_file() else None,
+                    row={"objective": arm, "decoder": decoder, "task": root.name, **of_training},
+                    num_records=num_records,
+                )
+            )
+    for note in sorted((root / "stages").glob("*.json")):
+        if note.stem != "report":  # the one that is running
+            files.settings[str(note)] = note.read_text("utf-8")
+    return found
+
+
+def _training(files: _Files, note: pathlib.Path) -> dict[str, Any]:
+    """Weight, seed and updates of an arm, as far as its stage noted them."""
+    if not note.is_file():
+        return {}
+    described = files.read_json(note)["described"]
+    function, settings = described["function"], described["settings"]
+    found = {
+        "alpha": (settings.get("objective") or {}).get("negative_weight"),
+        "seed": function.get("seed"),
+        "steps": function.get("train_steps"),
+    }
+    return {name: value for name, value in found.items() if isinstance(value, int | float)}
+
+
+def _compare(
+    files: _Files,
+    original_records: str,
+    current_records: str,
+    *,
+    evaluation: Mapping[str, Any] | None,
+    tokens: str | None,
+    row: Mapping[str, Any],
+    num_records: int,
+) -> tuple[report_rows.Row, report_page.Comparison]:
+    original, current = records.read_pairs(original_records, current_records)
+    files.note(original_records)
+    files.note(current_records)
+    if evaluation is None:
+        evaluation = _numbers(original, current)
+    counted = report_rows.num_outputs(evaluation)
+    if counted != len(original):
+        raise UsageError(
+            f"the evaluation is of {counted} outputs, but {original_records} has {len(original)}. "
+            "Expected the evaluation of the same files: run python -m tnt_jax.evaluate again."
+        )
+    found = [
+        changes.change(one, other)
+        for one, other in run_log.progress(
+            list(zip(original, current, strict=True)),
+            f"comparing {row['objective']}, {row['decoder']}",
+        )
+    ]
+    kinds = collections.Counter(change.kind for change in found)
+    shown = changes.worst_first(found)[:num_records]
+    comparison = report_page.Comparison(
+        task=row["task"],
+        arm=row["objective"],
+        decoder=row["decoder"],
+        num_outputs=len(original),
+        annotator=current[0].annotator,
+        kinds={kind: kinds[kind] for kind in changes.KINDS},
+        signs=diagnosis.signs(evaluation, kinds["newly unwanted"]),
+        outputs=[(original[i].id, original[i].inputs, found[i]) for i in shown],
+        tokens=files.read_tokens(tokens, (r.id for r in original)) if tokens else [],
+    )
+    return report_rows.from_evaluation(evaluation, row), comparison
+
+
+def _numbers(
+    original: Sequence[records.Record], current: Sequence[records.Record]
+) -> dict[str, Any]:
+    """What `tnt_jax.evaluate` writes, as far as it takes no vocabulary; lengths are in words."""
+
+    def of_outputs(rows):
+        return {
+            "unwanted_outputs": vars(text_metrics.unwanted([r.negative_spans or () for r in rows])),
+            "mean_length": math.fsum(len(r.targets.split()) for r in rows) / len(rows),
+            **{
+                name: vars(rate)
+                for name, rate in vars(text_metrics.fluency([r.targets for r in rows])).items()
+            },
+        }
+
+    before, after = of_outputs(original), of_outputs(current)
+    comparison = text_metrics.compare(*([r.targets for r in rows] for rows in (original, current)))
+    unwanted = [of["unwanted_outputs"]["value"] for of in (before, after)]
+    return {
+        "original": before,
+        "current": after,
+        "comparison": {**vars(comparison), "exact_match": vars(comparison.exact_match)},
+        "cut": 1 - unwanted[1] / unwanted[0] if unwanted[0] else 0.0,
+    }
+
+
+if __name__ == "__main__":
+    program.run("tnt_jax.report", "report")

@@ -1,0 +1,207 @@
+"""The results that a report compares, one row per update: from evaluations and from sweeps."""
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tnt_jax.errors import UsageError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One update, evaluated with one decoder. What is not known is None.
+
+    Attributes:
+      task: What the model does.
+      objective: Or another name of the arm.
+      decoder: How the outputs were made.
+      unwanted_rate_before: Unwanted outputs of the original, from 0 to 1.
+      unwanted_rate_after: Of the patched model.
+      bleu: To the original's outputs, 0 to 100.
+      alpha: `negative_weight` of the objective.
+      seed: Of the training run.
+      steps: Updates.
+      rouge_l: To the original's outputs, 0 to 100.
+      exact_match: Outputs that did not change, from 0 to 1.
+      repeated_word_rate: Outputs with a word twice in a row, from 0 to 1.
+      unknown_token_rate: Outputs with an unknown token, from 0 to 1.
+      distinct_ratio: Different outputs among all, from 0 to 1.
+      residual: Nats at the marks that are left of what must go.
+      collateral: Nats at the marks of everything else.
+      smallest_cost: Nats at the marks without an update.
+      collateral_elsewhere: KL to the original at ordinary positions, in nats.
+    """
+
+    task: str
+    objective: str
+    decoder: str
+    unwanted_rate_before: int | float
+    unwanted_rate_after: int | float
+    bleu: int | float
+    alpha: int | float | None = None
+    seed: int | float | None = None
+    steps: int | float | None = None
+    rouge_l: int | float | None = None
+    exact_match: int | float | None = None
+    repeated_word_rate: int | float | None = None
+    unknown_token_rate: int | float | None = None
+    distinct_ratio: int | float | None = None
+    residual: int | float | None = None
+    collateral: int | float | None = None
+    smallest_cost: int | float | None = None
+    collateral_elsewhere: int | float | None = None
+
+    @property
+    def cut(self) -> float:
+        """Share of the unwanted outputs that is gone; 0 where there were none."""
+        before = self.unwanted_rate_before
+        return 1 - self.unwanted_rate_after / before if before else 0.0
+
+
+_TEXTS = ("task", "objective", "decoder")
+_NUMBERS = tuple(field.name for field in dataclasses.fields(Row) if field.name not in _TEXTS)
+_REQUIRED = tuple(
+    field.name for field in dataclasses.fields(Row) if field.default is dataclasses.MISSING
+)
+# What one update is, beside its seed.
+_SETTINGS = (*_TEXTS, "alpha", "steps")
+
+
+def from_results(value: Any, path: str) -> list[Row]:
+    """The rows of a sweep's results, `{"rows": [...]}`; fields that `Row` has not are left out.
+
+    Raises:
+      UsageError: It is something else, or a row lacks a field or has one of the wrong type.
+    """
+    rows = value.get("rows") if isinstance(value, Mapping) else None
+    if not isinstance(rows, list) or not rows:
+        raise UsageError(f'RESULTS: expected {{"rows": [...]}} with a row at least, found {path}.')
+    found = []
+    for number, row in enumerate(rows, start=1):
+        where = f"{path}: row {number}"
+        if not isinstance(row, Mapping):
+            raise UsageError(f"{where}: expected an object, found {type(row).__name__}.")
+        for names, types, expected in (
+            (_TEXTS, str, "a text"),
+            (_NUMBERS, int | float, "a number"),
+        ):
+            for name in names:
+                if row.get(name) is not None and not isinstance(row[name], types):
+                    raise UsageError(f"{where}: {name}: expected {expected}, found {row[name]!r}.")
+        known: dict[str, Any] = {name: row.get(name) for name in _TEXTS}
+        known |= {name: finite(row.get(name)) for name in _NUMBERS}
+        missing = [name for name in _REQUIRED if known[name] is None]
+        if missing:
+            raise UsageError(f"{where}: expected {', '.join(missing)}, found {sorted(row)}.")
+        found.append(Row(**known))
+    return found
+
+
+def from_evaluation(evaluation: Mapping[str, Any], known: Mapping[str, Any]) -> Row:
+    """The row of what `tnt_jax.evaluate` wrote.
+
+    Args:
+      evaluation: With "original", "current", "comparison" and, maybe, "certificate".
+      known: Fields that it does not tell: the task, the objective and how it was trained.
+    """
+    before, after = evaluation["original"], evaluation["current"]
+    comparison, certificate = evaluation["comparison"], evaluation.get("certificate") or {}
+    return Row(
+        unwanted_rate_before=before["unwanted_outputs"]["value"],
+        unwanted_rate_after=after["unwanted_outputs"]["value"],
+        bleu=comparison["bleu"],
+        rouge_l=comparison["rouge_l"],
+        exact_match=comparison["exact_match"]["value"],
+        repeated_word_rate=after["repeated_word"]["value"],
+        unknown_token_rate=after["unknown_token"]["value"],
+        distinct_ratio=after["distinct_outputs"]["value"],
+        residual=finite(certificate.get("negative_residual")),
+        collateral=finite(certificate.get("negative_collateral")),
+        smallest_cost=finite(certificate.get("negative_smallest_cost")),
+        collateral_elsewhere=finite(certificate.get("positive_collateral")),
+        **known,
+    )
+
+
+def num_outputs(evaluation: Mapping[str, Any]) -> int:
+    """How many outputs an evaluation is of.
+
+    Raises:
+      UsageError: It is none.
+    """
+    try:
+        counts = [
+            evaluation[of]["unwanted_outputs"]["denominator"] for of in ("original", "current")
+        ]
+        complete = all(name in evaluation for name in ("comparison", "cut"))
+    except (KeyError, TypeError):
+        complete, counts = False, []
+    if not complete:
+        raise UsageError(
+            "expected the JSON file that python -m tnt_jax.evaluate wrote, with original, current, "
+            f"comparison and cut; found {sorted(evaluation) if evaluation else 'nothing'}."
+        )
+    return counts[0]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Group:
+    """Rows that differ in their seeds alone.
+
+    Attributes:
+      mean: Their means; the seed is that of the only one, or None.
+      num_rows: How many they are.
+      is_best: Whether no other group of the same task and decoder both cuts as much and keeps as
+        much BLEU, and is better in one of them: the Pareto front. False where there is no other.
+    """
+
+    mean: Row
+    num_rows: int
+    is_best: bool
+
+
+def groups(rows: Sequence[Row]) -> list[Group]:
+    """Means over seeds, in the order of the rows."""
+    members: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        members.setdefault(tuple(getattr(row, name) for name in _SETTINGS), []).append(row)
+    means = [_mean(of_group) for of_group in members.values()]
+    return [
+        Group(
+            mean=mean,
+            num_rows=len(of_group),
+            is_best=_is_on_front(mean, means),
+        )
+        for mean, of_group in zip(means, members.values(), strict=True)
+    ]
+
+
+def _mean(rows: Sequence[Row]) -> Row:
+    values = {name: getattr(rows[0], name) for name in _SETTINGS}
+    values["seed"] = rows[0].seed if len(rows) == 1 else None
+    for name in _NUMBERS:
+        if name not in values:
+            known = [value for row in rows if (value := getattr(row, name)) is not None]
+            values[name] = statistics.fmean(known) if known else None
+    return Row(**values)
+
+
+def finite(value: int | float | None) -> int | float | None:
+    """The number, or None in place of one that is not finite: JSON has none of those."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _is_on_front(row: Row, rows: Sequence[Row]) -> bool:
+    rivals = [
+        other
+        for other in rows
+        if other is not row and (other.task, other.decoder) == (row.task, row.decoder)
+    ]
+
+    def is_better(other: Row) -> bool:
+        pairs = (other.cut, row.cut), (other.bleu, row.bleu)
+        return all(a >= b for a, b in pairs) and any(a > b for a, b in pairs)
+
+    return bool(rivals) and not any(map(is_better, rivals))
