@@ -90,7 +90,7 @@ def of_heads(devices):
         for variant in ("dense", "fused"):
             compiled = compile_head(mesh, getattr(head, variant))
             temp = compiled.memory_analysis().temp_size_in_bytes
-            found = compiled_step.collectives(compiled)
+            found = compiled_step.collectives(compiled.as_text())
             # How often the loop runs, the data tells: it ends with the tokens that are no padding.
             inside = [
                 f"{each.count} {each.operation} {each.shape}" for each in found if not each.times
@@ -155,9 +155,8 @@ def of_steps(size, lengths, devices):
     config = step.make_config(size, "float32", "full", True)
     for name in ("8 data", "8 fsdp", "4 data x 2 model"):
         mesh = sharding.make_mesh(MESHES[name][0], devices)
-        found = compiled_step.collectives(
-            compile_step(mesh, config, NUM_DEVICES * NUM_MICROBATCHES, lengths)
-        )
+        compiled = compile_step(mesh, config, NUM_DEVICES * NUM_MICROBATCHES, lengths)
+        found = compiled_step.collectives(compiled.as_text())
         groups = {}
         for each in found:
             groups.setdefault((each.times, each.operation), []).append(each)

@@ -666,12 +666,14 @@ def test_no_parameter_is_replicated_over_the_model_axis():
 
 
 def in_loops(compiled):
-    return [each for each in compiled_step.collectives(compiled) if each.times != 1]
+    return [each for each in compiled_step.collectives(compiled.as_text()) if each.times != 1]
 
 
 def test_gradients_of_microbatches_are_exchanged_once_over_data():
     *_, compiled = program_on(4, 1, 1, 2)
-    assert {each.operation for each in compiled_step.collectives(compiled)} == {"all-reduce"}
+    assert {each.operation for each in compiled_step.collectives(compiled.as_text())} == {
+        "all-reduce"
+    }
     assert in_loops(compiled) == []
     # Over `model` activations and rows of the loss are exchanged inside, but no kernel's gradient.
     trainer, _, compiled = program_on(4, 1, 2, 2)

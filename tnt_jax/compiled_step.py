@@ -75,10 +75,10 @@ def memory(compiled: Any, kinds: Mapping[str, PyTree]) -> dict[str, int]:
     return {**parts, "temporaries": total - sum(parts.values()), "total": total}
 
 
-def collectives(compiled: Any) -> list[Collective]:
-    """What devices exchange in a step, the largest first."""
+def collectives(text: str) -> list[Collective]:
+    """What devices exchange in a compiled step, by its text, the largest first."""
     computations, name = {}, ""
-    for line in compiled.as_text().splitlines():
+    for line in text.splitlines():
         if match := _COMPUTATION.match(line):
             name = match[1]
             computations[name] = []

@@ -153,8 +153,6 @@ def compile_step(
         compiled = trainer.lower(batch).compile()
     except jax.errors.JaxRuntimeError as error:
         return {**report, "fits": False, **_wanted(error), **_advice(trainer)}
-    if program_text is not None:
-        run_log.write_text(program_text, compiled.as_text())
     report["compile_seconds"] = round(time.monotonic() - began, 1)
     state = trainer.abstract_state
     report["bytes"] = compiled_step.memory(
@@ -166,13 +164,28 @@ def compile_step(
             "batch": batch,
         },
     )
-    report["collectives"] = [
-        dataclasses.asdict(each) for each in compiled_step.collectives(compiled)
-    ]
+    text = _text_of(compiled)
+    report["collectives"] = None
+    if text is not None:
+        report["collectives"] = [
+            dataclasses.asdict(each) for each in compiled_step.collectives(text)
+        ]
+        if program_text is not None:
+            run_log.write_text(program_text, text)
     limit = _limit(devices[0])
     report["of"] = limit
     report["fits"] = None if limit is None else report["bytes"]["total"] <= limit
     return report if report["fits"] is not False else {**report, **_advice(trainer)}
+
+
+def _text_of(compiled: Any) -> str | None:
+    """The program as text; None where the compiler cannot write down its own (seen for v5p)."""
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        reason = next(iter(str(error).splitlines()), "")
+        run_log.log(f"The compiler gives no text of this program, so no collectives: {reason}")
+        return None
 
 
 def _wanted(error: jax.errors.JaxRuntimeError) -> dict[str, str]:
@@ -232,6 +245,7 @@ def _print(report: dict[str, Any]) -> None:
             (name, f"{number / compiled_step.GIB:.3f}") for name, number in report["bytes"].items()
         ]
         run_log.table(rows, columns=("on each device", "GiB"))
+        collectives = report["collectives"] or []
         rows = [
             (
                 each["operation"],
@@ -240,9 +254,9 @@ def _print(report: dict[str, Any]) -> None:
                 each["count"],
                 "by the data" if each["times"] is None else each["times"],
             )
-            for each in report["collectives"][:12]
+            for each in collectives[:12]
         ]
-        left_out = len(report["collectives"]) - len(rows)
+        left_out = len(collectives) - len(rows)
         run_log.table(rows, columns=("collective", "result", "MiB", "in the program", "each runs"))
         if left_out:
             run_log.log(f"and {left_out} smaller ones.")
