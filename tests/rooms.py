@@ -71,6 +71,20 @@ VOCABULARY = {"VOCABULARY_PATH": "vocabulary.model", "EXTRA_IDS": 0}
 LENGTHS = {"TASK_FEATURE_LENGTHS": {"inputs": 8, "targets": 16}}
 UPDATES = {"BATCH_SIZE": 16, "OPTIMIZER": "@optax.adam", "LEARNING_RATE": 3e-3}
 TRAIN = UPDATES | LENGTHS | {"INITIAL_CHECKPOINT_PATH": "original", "TRAIN_STEPS": 20}
+EXPERIMENT = (
+    VOCABULARY
+    | LENGTHS
+    | UPDATES
+    | {
+        "ORIGINAL_CHECKPOINT_PATH": "original",
+        "TRAIN_PROMPTS": "corpus.jsonl",
+        "EVAL_PROMPTS": "corpus.jsonl",
+        "ANNOTATOR": "@annotators.Lexicon",
+        "annotators.Lexicon.path": "words.txt",
+        "GENERATE_BATCH_SIZE": 32,
+        "MAX_LENGTH": 16,
+    }
+)
 RUNS = {
     "train": (
         ["tiny.gin", "objectives/tnrf.gin", "runs/train.gin"],
@@ -91,21 +105,8 @@ RUNS = {
             "ORIGINAL_CHECKPOINT_PATH": "original",
         },
     ),
-    "pipeline": (
-        ["tiny.gin", "runs/pipeline.gin"],
-        VOCABULARY
-        | LENGTHS
-        | UPDATES
-        | {
-            "ORIGINAL_CHECKPOINT_PATH": "original",
-            "TRAIN_PROMPTS": "corpus.jsonl",
-            "EVAL_PROMPTS": "corpus.jsonl",
-            "ANNOTATOR": "@annotators.Lexicon",
-            "annotators.Lexicon.path": "words.txt",
-            "GENERATE_BATCH_SIZE": 32,
-            "MAX_LENGTH": 16,
-        },
-    ),
+    "pipeline": (["tiny.gin", "runs/pipeline.gin"], EXPERIMENT),
+    "sweep": (["tiny.gin", "runs/sweep.gin"], EXPERIMENT),
 }
 
 

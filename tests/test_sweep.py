@@ -1,0 +1,128 @@
+"""A sweep end to end: every arm as `train` trains it, done once, by one process or by several."""
+
+import contextlib
+import json
+import pathlib
+import re
+
+import pytest
+import rooms
+
+from tnt_jax import records
+
+
+@pytest.fixture(scope="module", autouse=True)
+def working_directory(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    rooms.write_world(folder)
+    with contextlib.chdir(folder), rooms.compiled_cheaply(folder / "compiled"):
+        settings = {
+            "MODEL_DIR": "original",
+            "RECORDS": "corpus.jsonl",
+            "ANNOTATED": False,
+            "INITIAL_CHECKPOINT_PATH": None,
+            "LEARNING_RATE": 1e-2,
+            "TRAIN_STEPS": 60,
+        }
+        assert rooms.run("train", settings, ["objectives/fine_tune.gin"]) == 0
+        yield
+
+
+SWEEP = {
+    "OBJECTIVES": "['TNRF', 'UL+LL']",
+    "ALPHAS": "[0.5, 2.0]",
+    "TRAIN_STEPS": 6,
+    "CUT": 0.1,
+    "sweep.sweep.num_resamples": 50,
+}
+
+
+def sweep(output_dir, status=0, **settings):
+    assert rooms.run("sweep", {**SWEEP, **settings, "OUTPUT_DIR": output_dir}) == status
+
+
+def results(output_dir):
+    return json.loads(pathlib.Path(output_dir, "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def swept(working_directory):
+    sweep("swept", MASK_DECODING=True)
+    return results("swept")
+
+
+def test_every_arm_is_there(swept):
+    arms = [(row["objective"], row["alpha"], row["seed"]) for row in swept["rows"]]
+    expected = [(name, alpha, 0) for name in ("TNRF", "UL+LL") for alpha in (0.5, 2.0)]
+    assert arms == [*expected, ("decode mask", None, 0)]
+    assert [row["objective"] for row in swept["choice_rows"]] == [arm[0] for arm in arms]
+    for row in swept["rows"]:
+        assert row["task"] == "mine"
+        assert row["decoder"] == "greedy"
+    # Prompts of the choice are not those of the report, and together they are all.
+    assert swept["rows"][0]["num_outputs"] + swept["choice_rows"][0]["num_outputs"] == 60
+    assert all(row["steps"] == 6 and row["train_seconds"] > 0 for row in swept["rows"][:4])
+    assert {row["objective"] for row in swept["chosen"]} == {"TNRF", "UL+LL", "decode mask"}
+
+
+def test_an_arm_is_what_train_makes_of_its_settings(swept):
+    settings = {
+        "MODEL_DIR": "by_itself",
+        "RECORDS": "swept/training_outputs/greedy.annotated.jsonl",
+        "NEGATIVE_WEIGHT": 2.0,
+        "TRAIN_STEPS": 6,
+    }
+    assert rooms.run("train", settings) == 0
+    rooms.assert_same_state("swept/TNRF, alpha 2, seed 0/model", "by_itself")
+
+
+def test_a_mask_leaves_nothing_of_what_it_knows(swept):
+    """Both unwanted words are spelt in several tokens: it takes sequences to ban them."""
+    (row,) = (row for row in swept["rows"] if row["objective"] == "decode mask")
+    assert row["unwanted_rate_before"] > 0.2
+    assert row["unwanted_rate_after"] == 0
+    masked = records.read_records("swept/decode mask/greedy.annotated.jsonl")
+    original = records.read_records("swept/original/greedy.annotated.jsonl")
+    for before, after in zip(original, masked, strict=True):
+        if not before.negative_spans:
+            assert after.target_ids == before.target_ids
+
+
+def test_it_is_done_once(swept, capsys):
+    sweep("swept", MASK_DECODING=True)
+    printed = capsys.readouterr().out
+    stages = re.findall(r"^\[\d+\] .*$", printed, re.MULTILINE)
+    assert stages
+    assert all("done before, kept" in line for line in stages)
+    assert results("swept") == swept
+    assert "| TNRF |" in pathlib.Path("swept/results.md").read_text()
+
+
+def test_several_processes_share_it(swept, capsys):
+    sweep("shared", status=2, PROCESS_INDEX=1, NUM_PROCESSES=2)
+    assert "Start that one first" in capsys.readouterr().err
+    sweep("shared", PROCESS_INDEX=0, NUM_PROCESSES=2)
+    assert len(results("shared")["rows"]) == 2
+    assert "2 arms are not done yet" in capsys.readouterr().out
+    sweep("shared", PROCESS_INDEX=1, NUM_PROCESSES=2)
+
+    def numbers(rows):
+        return [{k: v for k, v in row.items() if k != "train_seconds"} for row in rows]
+
+    alone = [row for row in swept["rows"] if row["objective"] != "decode mask"]
+    assert numbers(results("shared")["rows"]) == numbers(alone)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"OBJECTIVES": "['TNXX']"}, "objective: expected one of TNFF, "),
+        ({"ALPHAS": "[1.0, 1.0]"}, "expected arms whose names differ"),
+        ({"CHOICE_SHARE": 1.0}, "CHOICE_SHARE: expected more than 0"),
+        ({"PROCESS_INDEX": 2, "NUM_PROCESSES": 2}, "PROCESS_INDEX: expected 0 to 1"),
+    ],
+    ids=str,
+)
+def test_mistakes(settings, message, capsys):
+    sweep("mistaken", status=2, **settings)
+    assert message in capsys.readouterr().err
