@@ -25,45 +25,17 @@ import itertools
 import json
 import os
 import pathlib
-import re
 import tempfile
 import time
 
 import report
 
-from tnt_jax import annotators, records, words
+from tnt_jax import annotators, corpora, records, words
 
 PACKAGES = ("numpy", "scikit-learn", "alt-profanity-check")
 SHARES = (0.3, 0.4, 0.5, 0.6, 0.7)
 COUNTS = (1, 2, 3, 5, 10)
 THRESHOLDS = (0.3, 0.5, 0.8)
-SLOTS = ("name", "near", "food", "area", "eatType", "priceRange", "customer rating")
-# How people say a value in other words.
-OTHER_NAMES = {
-    "area": {"city centre": ["centre", "center", "city center"], "riverside": ["river"]},
-    "eatType": {"restaurant": ["restaurants"], "pub": ["pubs"], "coffee shop": ["coffee shops"]},
-    "priceRange": {
-        "cheap": ["inexpensive", "low price", "low priced", "low cost"],
-        "less than £20": ["under £20", "below £20"],
-        "moderate": ["moderately", "average price", "average priced", "mid price", "mid priced"],
-        "£20-25": ["£20 - £25", "£20-£25", "£20 to £25", "between £20 and £25"],
-        "high": ["expensive", "high price", "high priced", "pricey"],
-        "more than £30": ["over £30", "above £30"],
-    },
-    "customer rating": {
-        "low": ["poorly rated", "poor"],
-        "average": ["averagely rated"],
-        "high": ["highly rated", "excellent"],
-        **{
-            f"{digit} out of 5": [
-                *(f"{n} {joint} {five}" for joint in ("out of", "of") for five in ("5", "five")),
-                *(f"{n} star{s}" for s in ("", "s")),
-            ]
-            for digit, word in (("1", "one"), ("3", "three"), ("5", "five"))
-            for n in (digit, word)
-        },
-    },
-}
 
 
 def main():
@@ -159,21 +131,18 @@ def score(annotator, posts):
 
 def unsupported_values(path):
     """Prints recall and precision of `Gazetteer` for each slot of E2E."""
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = [
-            (re.findall(r"([\w ]+)\[(.+?)\]", row["mr"]), row["ref"])
-            for row in csv.DictReader(file)
-        ]
-    rows = [([(slot.strip(), value) for slot, value in slots], text) for slots, text in rows]
+    rows = corpora.read_e2e(path)
     with tempfile.TemporaryDirectory() as scratch:
-        gazetteer = gazetteer_of(rows, pathlib.Path(scratch) / "gazetteer.json")
-    counts = {slot: [0, 0, 0, 0] for slot in SLOTS}  # pairs, found, marks, right marks
+        file = pathlib.Path(scratch) / "gazetteer.json"
+        file.write_text(json.dumps(corpora.e2e_gazetteer(rows)), encoding="utf-8")
+        gazetteer = annotators.Gazetteer(path=str(file), alternatives=False)
+    counts = {slot: [0, 0, 0, 0] for slot in corpora.E2E_SLOTS}  # pairs, found, marks, right marks
     num_marked = 0
     for slots, text in rows:
         before = marks(gazetteer, slots, text)
         num_marked += bool(before)
         for left_out in slots:
-            if left_out[0] not in SLOTS:
+            if left_out[0] not in corpora.E2E_SLOTS:
                 continue
             found = marks(gazetteer, [slot for slot in slots if slot != left_out], text)
             new = found - before
@@ -188,17 +157,6 @@ def unsupported_values(path):
         ],
     )
     print(f"\nMarks with the whole list, in {num_marked:,} of {len(rows):,} references.")
-
-
-def gazetteer_of(rows, path):
-    """An annotator of all values in the data, and of what people call them."""
-    values = {slot: {} for slot in SLOTS}
-    for slots, _ in rows:
-        for slot, value in slots:
-            if slot in values:
-                values[slot][value] = OTHER_NAMES.get(slot, {}).get(value, [])
-    path.write_text(json.dumps(values), encoding="utf-8")
-    return annotators.Gazetteer(path=str(path), alternatives=False)
 
 
 def marks(annotator, slots, text):

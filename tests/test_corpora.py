@@ -1,3 +1,4 @@
+import dataclasses
 import importlib.util
 import json
 import re
@@ -374,3 +375,53 @@ def test_wrong_source_dir_names_the_file(corpus, tmp_path):
 def test_a_split_without_records_is_refused(convlab_dir, tmp_path, fraction):
     with pytest.raises(UsageError, match="eval_fraction"):
         corpora.venues(tmp_path, source_dir=convlab_dir, eval_fraction=fraction)
+
+
+# --- E2E ------------------------------------------------------------------------------------------
+
+E2E = """mr,ref
+"name[Blue Spice], area[riverside], food[Italian]","Blue Spice serves Italian food by the river."
+"name[Blue Spice], area[riverside], food[Italian]","An Italian place, Blue Spice."
+"name[Giraffe], priceRange[cheap], near[The Bakers]","Giraffe near The Bakers is inexpensive."
+"name[Aromi], eatType[pub], area[riverside], familyFriendly[no]","Aromi is a pub for adults."
+"name[Zizzi], eatType[pub], food[English]","Zizzi is an English pub."
+"""
+
+
+def e2e(folder, **settings):
+    (folder / "e2e.csv").write_text(E2E)
+    counts = corpora.e2e(folder, source_file=folder / "e2e.csv", eval_fraction=0.25, **settings)
+    rows = {
+        split: records.read_records(folder / f"{split}.jsonl")
+        for split in ("train", "mine", "eval")
+    }
+    assert counts == {split: len(of_split) for split, of_split in rows.items()}
+    return rows
+
+
+def test_e2e_splits_share_no_input(tmp_path):
+    rows = e2e(tmp_path)
+    inputs = {split: {row.inputs for row in of_split} for split, of_split in rows.items()}
+    assert not inputs["train"] & inputs["mine"]
+    assert not inputs["eval"] & (inputs["train"] | inputs["mine"])
+    # One of the four restaurants is held out: with all of its slots, and with fewer.
+    (held_out,) = {row.inputs.split(" | ")[0] for row in rows["eval"]}
+    assert held_out not in {row.inputs.split(" | ")[0] for row in (*rows["train"], *rows["mine"])}
+    assert all(row.inputs.startswith("name: ") and " | " in row.inputs for row in rows["eval"])
+    assert all(row.targets == row.targets.lower() != "" for row in rows["train"])
+
+
+def test_e2e_inputs_state_what_the_gazetteer_supports(tmp_path):
+    rows = e2e(tmp_path)
+    annotator = annotators.Gazetteer(path=str(tmp_path / "gazetteer.json"))
+    for row in rows["train"]:
+        assert annotator.annotate(row).spans == ()
+    invented = dataclasses.replace(rows["train"][0], targets="a high price english place")
+    found = [invented.targets[s.start : s.end] for s in annotator.annotate(invented).spans]
+    assert "english" in found
+
+
+def test_another_file_is_no_e2e(tmp_path):
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(UsageError, match="expected a CSV file of E2E with the columns mr and ref"):
+        corpora.e2e(tmp_path, source_file=tmp_path / "other.csv")
