@@ -487,7 +487,7 @@ def test_a_pipeline_of_two_rounds(original, capsys):
     }
     assert rooms.run("pipeline", settings) == 0
     done, _ = stages(capsys.readouterr().out)
-    second = ["generate, greedy", "annotate, greedy", "merge", "train"]
+    second = ["generate, greedy", "annotate, greedy", "merge, rounds", "train"]
     assert done[done.index("TNRF: train") + 1 :][:4] == [f"TNRF.round2: {what}" for what in second]
 
     outputs = {
@@ -495,7 +495,7 @@ def test_a_pipeline_of_two_rounds(original, capsys):
         for file in ("training_outputs/greedy", "TNRF.round2/greedy")
         for row in records.read_records(f"twice/{file}.annotated.jsonl")
     }
-    merged = records.read_records("twice/TNRF.round2/merged.jsonl")
+    merged = records.read_records("twice/TNRF.round2/rounds.merged.jsonl")
     assert {(row.inputs, row.targets) for row in merged} == outputs
     first, last = (
         checkpoints.Checkpoints(f"twice/{name}/model").run_of(6) for name in ("TNRF", "TNRF.round2")

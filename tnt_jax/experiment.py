@@ -232,21 +232,38 @@ class Opened:
         )
         return output
 
-    def training_outputs_by(self, decoder: str, annotator: Any | None, label: str) -> str:
-        """The original's outputs to learn from, of another decoder, or annotated by another.
+    def training_outputs_by(
+        self, decoders: Sequence[str], annotator: Any | None, label: str
+    ) -> str:
+        """The original's outputs to learn from, of other decoders, or annotated by another.
 
         Args:
-          decoder: Its name.
+          decoders: Their names; outputs of several are brought together as those of rounds are.
           annotator: None is the experiment's.
           label: Of the annotated file, if the annotator is another.
         """
-        path = self.outputs_of(
-            "training_outputs", self.original, self.settings.train_prompts, decoder
+        name, files = "training_outputs", []
+        for decoder in decoders:
+            files.append(self.outputs_of(name, self.original, self.settings.train_prompts, decoder))
+            if annotator is not None:
+                generated = str(self.root / name / f"{decoder}.jsonl")
+                files[-1] = self._annotated(name, generated, f"{decoder}.{label}", annotator)
+        if len(files) == 1:
+            return files[0]
+        together = " and ".join(pathlib.Path(file).name.split(".annotated")[0] for file in files)
+        return self._merged(name, files, together)
+
+    def _merged(self, name: str, files: Sequence[str], label: str) -> str:
+        merged = str(self.root / name / f"{label}.merged.jsonl")
+        self._stages.run(
+            f"{name}: merge, {label}",
+            rounds.merge_files,
+            output=merged,
+            inputs={},
+            settings={"rounds": list(files), "vocabulary": self.vocabulary},
+            also_depends_on=files,
         )
-        if annotator is None:
-            return path
-        generated = str(self.root / "training_outputs" / f"{decoder}.jsonl")
-        return self._annotated("training_outputs", generated, f"{decoder}.{label}", annotator)
+        return merged
 
     def masked_outputs(self, name: str, decoder: str) -> str:
         """The original's outputs to compare with, while what is unwanted is masked."""
@@ -261,7 +278,7 @@ class Opened:
     @functools.cached_property
     def training_outputs(self) -> str:
         """The original's outputs to learn from, annotated."""
-        return self.training_outputs_by(self.first_decoder, None, "")
+        return self.training_outputs_by([self.first_decoder], None, "")
 
     @functools.cached_property
     def original_outputs(self) -> dict[str, str]:
@@ -349,15 +366,7 @@ class Opened:
                 of_round, checkpoints[-1], self.settings.train_prompts, self.first_decoder
             )
             all_files.append(outputs)
-            merged = str(self.root / of_round / "merged.jsonl")
-            self._stages.run(
-                f"{of_round}: merge",
-                rounds.merge_files,
-                output=merged,
-                inputs={},
-                settings={"rounds": all_files, "vocabulary": self.vocabulary},
-                also_depends_on=all_files,
-            )
+            merged = self._merged(of_round, all_files, "rounds")
             checkpoints.append(
                 self.train(of_round, objective, merged, start=checkpoints[-1], **more)
             )

@@ -44,7 +44,8 @@ class Grid:
       train: Further arguments of `train.train`.
       dataset: Further arguments of `tasks.RecordFiles`.
       annotator: Makes the annotator of the training outputs, if it is not the experiment's.
-      training_decoder: That makes the training outputs; None is the first.
+      training_decoders: That make the training outputs; empty is the first. Of several, outputs are
+        brought together as those of rounds are.
       num_rounds: Of generating, annotating and training.
     """
 
@@ -56,7 +57,7 @@ class Grid:
     train: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     dataset: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     annotator: Callable[[], Any] | None = None
-    training_decoder: str | None = None
+    training_decoders: Sequence[str] = ()
     num_rounds: int = 1
 
 
@@ -179,7 +180,7 @@ def sweep(
 def _training_outputs(opened: Opened, grid: Grid) -> str:
     """The annotated file that a grid's arms learn from."""
     return opened.training_outputs_by(
-        grid.training_decoder or opened.first_decoder,
+        grid.training_decoders or [opened.first_decoder],
         grid.annotator() if grid.annotator else None,
         grid.variant,
     )
