@@ -110,8 +110,6 @@ def row(job, found):
         return [*cells, *["-"] * 5, found["used"], found["of"], "no", "-", "-"]
     cells += [f"{found['bytes'][kind] / gib:.3f}" for kind in BYTES]
     cells += [f"{found['of'] / gib:.0f}", "yes" if found["fits"] else "no"]
-    if found["collectives"] is None:
-        return [*cells, f"{found['compile_seconds']:.0f}", "not known"]
     exchanges = [
         f"{each['operation']} {each['shape']} ({each['num_bytes'] / 2**20:.1f}, "
         f"{each['count'] * each['times'] if each['times'] else 'by the data'})"

@@ -14,7 +14,9 @@ Example:
 
 import dataclasses
 import os
+import pathlib
 import re
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -150,7 +152,7 @@ def compile_step(
     }
     began = time.monotonic()
     try:
-        compiled = trainer.lower(batch).compile()
+        compiled, text = _compile(trainer.lower(batch), devices[0].platform)
     except jax.errors.JaxRuntimeError as error:
         return {**report, "fits": False, **_wanted(error), **_advice(trainer)}
     report["compile_seconds"] = round(time.monotonic() - began, 1)
@@ -164,28 +166,26 @@ def compile_step(
             "batch": batch,
         },
     )
-    text = _text_of(compiled)
-    report["collectives"] = None
-    if text is not None:
-        report["collectives"] = [
-            dataclasses.asdict(each) for each in compiled_step.collectives(text)
-        ]
-        if program_text is not None:
-            run_log.write_text(program_text, text)
+    report["collectives"] = [dataclasses.asdict(each) for each in compiled_step.collectives(text)]
+    if program_text is not None:
+        run_log.write_text(program_text, text)
     limit = _limit(devices[0])
     report["of"] = limit
     report["fits"] = None if limit is None else report["bytes"]["total"] <= limit
     return report if report["fits"] is not False else {**report, **_advice(trainer)}
 
 
-def _text_of(compiled: Any) -> str | None:
-    """The program as text; None where the compiler cannot write down its own (seen for v5p)."""
-    try:
-        return compiled.as_text()
-    except jax.errors.JaxRuntimeError as error:
-        reason = next(iter(str(error).splitlines()), "")
-        run_log.log(f"The compiler gives no text of this program, so no collectives: {reason}")
-        return None
+def _compile(lowered: Any, platform: str) -> tuple[Any, str]:
+    """A compiled program and its text."""
+    if platform != "tpu":
+        compiled = lowered.compile()
+        return compiled, compiled.as_text()
+    # JAX cannot read back some programs for v5p and v6e: their text is written while they compile.
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        compiled = lowered.compile(compiler_options=options)
+        (text,) = pathlib.Path(folder).glob("*.after_optimizations.txt")
+        return compiled, text.read_text("utf-8")
 
 
 def _wanted(error: jax.errors.JaxRuntimeError) -> dict[str, str]:
@@ -245,7 +245,6 @@ def _print(report: dict[str, Any]) -> None:
             (name, f"{number / compiled_step.GIB:.3f}") for name, number in report["bytes"].items()
         ]
         run_log.table(rows, columns=("on each device", "GiB"))
-        collectives = report["collectives"] or []
         rows = [
             (
                 each["operation"],
@@ -254,9 +253,9 @@ def _print(report: dict[str, Any]) -> None:
                 each["count"],
                 "by the data" if each["times"] is None else each["times"],
             )
-            for each in collectives[:12]
+            for each in report["collectives"][:12]
         ]
-        left_out = len(collectives) - len(rows)
+        left_out = len(report["collectives"]) - len(rows)
         run_log.table(rows, columns=("collective", "result", "MiB", "in the program", "each runs"))
         if left_out:
             run_log.log(f"and {left_out} smaller ones.")

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tnt_jax import results
 from tnt_jax.errors import UsageError
 
 
@@ -168,13 +169,17 @@ def groups(rows: Sequence[Row]) -> list[Group]:
     for row in rows:
         members.setdefault(tuple(getattr(row, name) for name in _SETTINGS), []).append(row)
     means = [_mean(of_group) for of_group in members.values()]
+    comparable: dict[tuple[str, str], list[int]] = {}
+    for i, mean in enumerate(means):
+        comparable.setdefault((mean.task, mean.decoder), []).append(i)
+    best = set()
+    for indices in comparable.values():
+        points = [{"cut": means[i].cut, "bleu": means[i].bleu} for i in indices]
+        is_best = results.pareto(points) if len(points) > 1 else [False]
+        best |= {i for i, on_front in zip(indices, is_best, strict=True) if on_front}
     return [
-        Group(
-            mean=mean,
-            num_rows=len(of_group),
-            is_best=_is_on_front(mean, means),
-        )
-        for mean, of_group in zip(means, members.values(), strict=True)
+        Group(mean=mean, num_rows=len(of_group), is_best=i in best)
+        for i, (mean, of_group) in enumerate(zip(means, members.values(), strict=True))
     ]
 
 
@@ -191,17 +196,3 @@ def _mean(rows: Sequence[Row]) -> Row:
 def finite(value: int | float | None) -> int | float | None:
     """The number, or None in place of one that is not finite: JSON has none of those."""
     return value if value is not None and math.isfinite(value) else None
-
-
-def _is_on_front(row: Row, rows: Sequence[Row]) -> bool:
-    rivals = [
-        other
-        for other in rows
-        if other is not row and (other.task, other.decoder) == (row.task, row.decoder)
-    ]
-
-    def is_better(other: Row) -> bool:
-        pairs = (other.cut, row.cut), (other.bleu, row.bleu)
-        return all(a >= b for a, b in pairs) and any(a > b for a, b in pairs)
-
-    return bool(rivals) and not any(map(is_better, rivals))

@@ -25,6 +25,7 @@ import jax
 import optax
 
 from tnt_jax import (
+    assembly,
     checkpoints,
     feature_converters,
     objectives,
@@ -36,6 +37,7 @@ from tnt_jax import (
     run_log,
     sharding,
     t5,
+    train_step,
     training_loop,
 )
 from tnt_jax.array_types import PyTree
@@ -119,15 +121,12 @@ def train(
     Raises:
       UsageError: A setting, the data or a checkpoint does not fit; or the loss is not finite.
     """
-    for name, value in (
-        ("TRAIN_STEPS", train_steps),
-        ("checkpoint_every", checkpoint_every),
-        ("log_every", log_every),
-        ("eval_every", eval_every),
-    ):
-        if value < 1:
-            raise UsageError(f"{name}: expected at least 1, found {value}.")
-
+    _check_positive(
+        TRAIN_STEPS=train_steps,
+        checkpoint_every=checkpoint_every,
+        log_every=log_every,
+        eval_every=eval_every,
+    )
     if states_dir is not None and original != "cached":
         raise UsageError(
             f"STATES_DIR is set, to {states_dir}, and ORIGINAL is {original!r}: states are kept "
@@ -181,12 +180,11 @@ def train(
     ):
         run_config.write(model_dir)
         pretrained.describe(model_dir, config, dataset.vocabulary, initial_checkpoint_path)
-        start = saved.latest_step()
         brought, params = original_setup.bring(
             trainer,
             initial_params,
             initial_checkpoint_path,
-            is_new=start is None,
+            is_new=saved.latest_step() is None,
             start_params=start_params if start_checkpoint_path else None,
             examples=[*data.examples, *data.eval_examples],
             states_folder=states_dir
@@ -207,15 +205,7 @@ def train(
         }
         if original == "adapters_off":
             run["adapters"] = {"rank": adapter_rank, "alpha": adapter_alpha}
-        if params is not None:
-            start, state = 0, trainer.init_state(params)
-        else:
-            assert start is not None
-            before = saved.run_of(start)
-            _check_original(before["original"], brought.identity, model_dir)
-            _check_adapters(before.get("adapters"), run.get("adapters"), model_dir)
-            state = saved.restore(start, trainer.abstract_state)
-            run_log.log(f"Going on from checkpoint {start} in {model_dir}.")
+        start, state = _begin(trainer, params, saved, run, model_dir)
         run_log.log(
             f"Training on {len(data.examples)} examples from update {start} to {train_steps}, "
             f"{batch_size} rows at a time, on {jax.device_count()} {jax.default_backend()} "
@@ -239,6 +229,31 @@ def train(
     last = str(pretrained.find(model_dir))
     run_log.log(f"The model is in {last}.")
     return last
+
+
+def _check_positive(**settings: int) -> None:
+    for name, value in settings.items():
+        if value < 1:
+            raise UsageError(f"{name}: expected at least 1, found {value}.")
+
+
+def _begin(
+    trainer: assembly.Trainer,
+    params: PyTree | None,
+    saved: checkpoints.Checkpoints,
+    run: Mapping[str, Any],
+    model_dir: str,
+) -> tuple[int, train_step.TrainState]:
+    """The state to go on from and its step: of new parameters, or of the newest checkpoint."""
+    if params is not None:
+        return 0, trainer.init_state(params)
+    start = saved.latest_step()
+    assert start is not None
+    before = saved.run_of(start)
+    _check_original(before["original"], run["original"], model_dir)
+    _check_adapters(before.get("adapters"), run.get("adapters"), model_dir)
+    run_log.log(f"Going on from checkpoint {start} in {model_dir}.")
+    return start, saved.restore(start, trainer.abstract_state)
 
 
 def _check_marks(
