@@ -154,7 +154,7 @@ def localize(
     )
     marked = [
         _marked(*of_row, vocabulary, name, keeps_spans=label_field is None)
-        for of_row in zip(rows, is_bad, values, found, strict=True)
+        for of_row in zip(rows, is_bad.tolist(), values, found, strict=True)
     ]
     records.write_records(output, marked)
     result = _quality(values, is_bad, found)
@@ -243,14 +243,15 @@ class _Outputs:
         ]
         tokenized = tasks.examples_from_records(unmarked, original.vocabulary, "the records")
         self._examples = [_ended(example) for example in tokenized]
-        lost = feature_converters.count_lost(self._examples, original.lengths)
+        # One more, so that an output cut at the length has a state after its last token too.
+        lengths = {**original.lengths, "targets": original.lengths["targets"] + 1}
+        lost = feature_converters.count_lost(self._examples, lengths)
         if lost.num_inputs or lost.num_targets:
             run_log.log(
                 f"{lost.num_inputs} inputs and {lost.num_targets} targets are cut "
                 "(TASK_FEATURE_LENGTHS): nothing is found beyond."
             )
-        longest = original.lengths["targets"]
-        self.tokens = [example.targets[:longest] for example in self._examples]
+        self.tokens = [example.targets[: lengths["targets"]] for example in self._examples]
         self._length = max(map(len, self.tokens))
         self._states = original_setup.states_of(
             original.network,
@@ -258,7 +259,7 @@ class _Outputs:
             self._examples,
             digest=original.digest,
             states_folder=folder,
-            task_feature_lengths=original.lengths,
+            task_feature_lengths=lengths,
             batch_size=original.batch_size,
         )
         matrix, vocab_axis = t5.output_matrix(original.network.config, original.params)
@@ -475,8 +476,7 @@ def _print(output: str, result: Mapping[str, Any]) -> None:
         for name, value in numbers.items()
         if isinstance(value, int | float)
     ]
-    title = f"{output}: {result['num_marked_tokens']} tokens marked"
-    run_log.table(rows, columns=("values of prefixes", ""), title=title)
+    run_log.table(rows, columns=(output, ""))
 
 
 if __name__ == "__main__":
