@@ -19,7 +19,7 @@ Example:
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -153,8 +153,10 @@ def localize(
         f"num_folds={num_folds}, seed={seed})"
     )
     marked = [
-        _marked(*of_row, vocabulary, name, keeps_spans=label_field is None)
-        for of_row in zip(rows, is_bad.tolist(), values, found, strict=True)
+        dataclasses.replace(mark(row, marks, vocabulary), annotator=name, extra=extra)
+        for row, marks, extra in zip(
+            rows, found, _extra_fields(rows, is_bad, values, label_field is None), strict=True
+        )
     ]
     records.write_records(output, marked)
     result = _quality(values, is_bad, found)
@@ -409,27 +411,23 @@ def _check(
 # ---------------------------------------------------------------------------------- The marks
 
 
-def _marked(
-    row: records.Record,
-    is_bad: bool,
-    values: np.ndarray,
-    found: np.ndarray,
-    vocabulary: Any,
-    name: str,
-    *,
-    keeps_spans: bool,
-) -> records.Record:
-    extra = {**row.extra, "values": [_short(value) for value in values]}
-    if is_bad:
-        extra["blame"] = [_short(share) for share in sequence_values.blame(values)]
-    if keeps_spans:
-        extra["given_spans"] = [list(span) for span in row.negative_spans or ()]
+def mark(row: records.Record, is_negative: np.ndarray, vocabulary: Any) -> records.Record:
+    """The record with these tokens marked, its earlier marks replaced.
+
+    A token that stands for no text, such as the lone space before a word, is removed by its id; the
+    span that people see is of what it begins.
+
+    Args:
+      row: Of an output.
+      is_negative: Whether each of its first tokens is; `Threshold.negative` makes it of `values`.
+      vocabulary: A seqio vocabulary.
+    """
     ids, extents = tokenization.ids_and_extents(row, vocabulary)
     spans: list[tuple[int, int]] = []
     without_text: list[tuple[int, tuple[int, ...]]] = []
-    for position in np.flatnonzero(found).tolist():
+    for position in np.flatnonzero(is_negative).tolist():
         start, end = extents[position]
-        if start == end:  # a lone "\u2581": its id goes, and people see the mark on what it begins
+        if start == end:
             without_text.append((position, (ids[position],)))
             start, end = next((e for e in extents[position:] if e[0] < e[1]), (start, end))
         if start == end:
@@ -439,12 +437,24 @@ def _marked(
         else:
             spans.append((start, end))
     return dataclasses.replace(
-        row,
-        negative_spans=tuple(spans),
-        negative_token_ids=tuple(without_text),
-        annotator=name,
-        extra=extra,
+        row, negative_spans=tuple(spans), negative_token_ids=tuple(without_text)
     )
+
+
+def _extra_fields(
+    rows: Sequence[records.Record],
+    is_bad: np.ndarray,
+    values: Sequence[np.ndarray],
+    keep_spans: bool,
+) -> Iterator[dict[str, Any]]:
+    """What each record gets beside its marks."""
+    for row, bad, of_row in zip(rows, is_bad, values, strict=True):
+        extra = {**row.extra, "values": [_short(value) for value in of_row]}
+        if bad:
+            extra["blame"] = [_short(share) for share in sequence_values.blame(of_row)]
+        if keep_spans:
+            extra["given_spans"] = [list(span) for span in row.negative_spans or ()]
+        yield extra
 
 
 def _agreement(
