@@ -96,6 +96,10 @@ RUNS = {
         VOCABULARY | LENGTHS | {"PROMPTS": "corpus.jsonl", "MAX_LENGTH": 16},
     ),
     "annotate": (["runs/annotate_lexicon.gin"], VOCABULARY | {"LEXICON": "words.txt"}),
+    "localize": (
+        ["tiny.gin", "runs/localize.gin"],
+        VOCABULARY | LENGTHS | {"CHECKPOINT_PATH": "original"},
+    ),
     "evaluate": (
         ["tiny.gin", "runs/evaluate.gin"],
         VOCABULARY

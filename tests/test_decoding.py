@@ -40,9 +40,15 @@ def random_params():
     return jax.tree.map(jnp.asarray, params)
 
 
-def decode(sources=SOURCES, keys=None, banned=None, **settings):
+def decode(sources=SOURCES, keys=None, banned=None, prefixes=None, **settings):
     decoded = decoding.decode(
-        random_params(), sources, keys, banned, config=CONFIG, decoding=Decoding(**settings)
+        random_params(),
+        sources,
+        keys,
+        banned,
+        prefixes,
+        config=CONFIG,
+        decoding=Decoding(**settings),
     )
     return decoding.Decoded(*map(np.asarray, decoded))
 
@@ -114,6 +120,46 @@ def test_a_banned_sequence_never_comes_up():
     # The row that bans nothing says what it said; the others go on where they must part.
     np.testing.assert_array_equal(tokens[2], free[2])
     assert (tokens[0, :3] == free[0, :3]).all() and tokens[0, 3] != free[0, 3]
+
+
+def test_a_prefix_is_said_and_then_gone_on_from():
+    """Greedy after it is the teacher-forced argmax; its own tokens count in the log-probability."""
+    prefixes = jnp.asarray([[3, 9, 3, 7], [5, 0, 0, 0], [0, 0, 0, 0]], jnp.int32)
+    decoded = decode(max_length=10, eos_id=NEVER, prefixes=prefixes)
+    expected = log_probs(SOURCES, decoded.tokens)
+    best = expected.argmax(-1)
+    for row, length in enumerate((4, 1, 0)):
+        np.testing.assert_array_equal(decoded.tokens[row, :length], prefixes[row, :length])
+        np.testing.assert_array_equal(decoded.tokens[row, length:], best[row, length:])
+        assert (best[row, :length] != prefixes[row, :length]).any() or not length
+    total = chosen(expected, decoded.tokens).sum(1)
+    np.testing.assert_allclose(decoded.log_prob, total, atol=1e-4)
+
+
+def test_an_output_goes_on_from_its_own_prefix_as_it_went_on():
+    keys = decoding.record_keys(3, ["a", "b", "c"])
+    free = decode(keys=keys, max_length=10, eos_id=NEVER, temperature=1.0)
+    same = decode(
+        keys=keys, max_length=10, eos_id=NEVER, temperature=1.0, prefixes=free.tokens[:, :6]
+    )
+    np.testing.assert_array_equal(same.tokens, free.tokens)
+    np.testing.assert_allclose(same.log_prob, free.log_prob, atol=1e-5)
+    # One that has ended stays ended.
+    ended = free.tokens[:, :6]
+    ended = decode(max_length=10, eos_id=int(ended[0, 2]), prefixes=ended).tokens
+    assert not ended[0, 3:].any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_length": 3}, "expected prefixes of at most Decoding.max_length=3 tokens, found 4"),
+        ({"max_length": 9, "num_beams": 2}, "prefixes are for one output at a time: expected "),
+    ],
+)
+def test_a_prefix_that_does_not_fit_is_an_error(settings, message):
+    with pytest.raises(UsageError, match=message):
+        decode(prefixes=jnp.ones((3, 4), jnp.int32), **settings)
 
 
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 3}], ids=["greedy", "beams"])

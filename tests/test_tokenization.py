@@ -294,7 +294,7 @@ def test_marked_tokens_cover_the_spans(name, request, text, data):
     end = data.draw(st.integers(start + 1, len(text)))
     record = records.Record(id="r", inputs="", targets=text, negative_spans=((start, end),))
     result = tokenization.mark_tokens(record, vocabulary)
-    ids, extents = tokenization._tokens(record, vocabulary)
+    ids, extents = tokenization.ids_and_extents(record, vocabulary)
     assert result.target_ids.tolist() == tokenization.encode(vocabulary, text, add_eos=True) == ids
     covered = {i for p in result.negative_pairs[:, 0] for i in range(*extents[p])}
     wanted = {i for i in range(start, end) if not text[i].isspace()}

@@ -2,15 +2,25 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from tnt_jax import adapters, objectives, pretrained, sharding, t5, train_step
+from tnt_jax import (
+    adapters,
+    decoding,
+    feature_converters,
+    objectives,
+    pretrained,
+    sharding,
+    t5,
+    train_step,
+)
 from tnt_jax.array_types import PyTree
 from tnt_jax.original import PARAMETERS, STATES, AdaptersOff, CachedStates, Forward, Original
 
@@ -69,6 +79,52 @@ class Model:
             _traced_on(self.mesh, lambda params, batch: self.forward(params, batch, None).hidden),
             out_shardings=sharding.replicated(self.mesh),
         )
+
+    def decode(
+        self,
+        params: PyTree,
+        inputs: Sequence[Sequence[int]],
+        width: int,
+        decoder: decoding.Decoding,
+        batch_size: int,
+        *,
+        row_keys: jax.Array | None = None,
+        banned: np.ndarray | None = None,
+        prefixes: np.ndarray | None = None,
+    ) -> decoding.Decoded:
+        """Has the devices begin with a batch of outputs, and does not wait for it.
+
+        Args:
+          params: Of this model.
+          inputs: Token ids, at most `batch_size` of them; filler rows come after theirs.
+          width: Of the encoder.
+          decoder: How to choose the tokens.
+          batch_size: Rows that are computed.
+          row_keys: One for each of the inputs, for sampling.
+          banned: Of each, what must not come up, as `decoding.decode` takes it.
+          prefixes: Of each, how its output begins, likewise.
+        """
+        num_fill = batch_size - len(inputs)
+        features = {"tokens": feature_converters.pad_inputs([*inputs, *[()] * num_fill], width)}
+        if banned is not None:
+            fill = ((0, num_fill), (0, 0), (0, 0))
+            features["banned"] = np.pad(banned, fill, constant_values=-1)
+        if prefixes is not None:
+            features["prefixes"] = np.pad(prefixes, ((0, num_fill), (0, 0)))
+        placed = sharding.put_batch(features, self.mesh)
+        if row_keys is not None:
+            filled = jnp.concatenate([row_keys, jnp.repeat(row_keys[:1], num_fill)])
+            row_keys = jax.device_put(filled, placed["tokens"].sharding)
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            return decoding.decode(
+                params,
+                placed["tokens"],
+                row_keys,
+                placed.get("banned"),
+                placed.get("prefixes"),
+                config=self.config,
+                decoding=decoder,
+            )
 
     def restore(self, path: str) -> PyTree:
         """Parameters from a checkpoint, each array straight to the devices that hold it.

@@ -113,6 +113,7 @@ def decode(
     encoder_input_tokens: Int[Array, "B S"],
     row_keys: Key[Array, "B"] | None = None,
     banned_sequences: Int[Array, "B M W"] | None = None,
+    prefix_tokens: Int[Array, "B P"] | None = None,
     *,
     config: t5.T5Config,
     decoding: Decoding,
@@ -132,6 +133,9 @@ def decode(
       banned_sequences: of each row, sequences of ids that must not come up in it, as from
         `pad_banned`: the id that would complete one is removed, the rest renormalised. Not for
         beams.
+      prefix_tokens: how each row's output begins, padded with 0 on the right; rows may differ in
+        length, and one of no tokens is free from the start. They count in `tokens`, `log_prob` and
+        `max_length` as if they had been chosen. Not for beams.
       config: of the model.
       decoding: the settings.
 
@@ -139,7 +143,8 @@ def decode(
       Tokens, log-probabilities and the number of steps.
 
     Raises:
-      UsageError: sampling without keys, or an id or `top_k` beyond the vocabulary.
+      UsageError: sampling without keys, an id or `top_k` beyond the vocabulary, or a prefix that is
+        longer than an output may be.
     """
     largest_id = max(decoding.eos_id, *decoding.banned_ids, decoding.top_k - 1)
     if largest_id >= config.vocab_size or min(decoding.banned_ids, default=0) < 0:
@@ -149,10 +154,17 @@ def decode(
         )
     if decoding.temperature > 0 and row_keys is None:
         raise UsageError("sampling (Decoding.temperature above 0) needs one key per row: row_keys")
-    if banned_sequences is not None and decoding.num_beams > 1:
+    if decoding.num_beams > 1:
+        for name, given in (("banned sequences", banned_sequences), ("prefixes", prefix_tokens)):
+            if given is not None:
+                raise UsageError(
+                    f"{name} are for one output at a time: expected Decoding.num_beams=1, found "
+                    f"{decoding.num_beams}"
+                )
+    if prefix_tokens is not None and prefix_tokens.shape[1] > decoding.max_length:
         raise UsageError(
-            f"banned sequences are for one output at a time: expected Decoding.num_beams=1, found "
-            f"{decoding.num_beams}"
+            f"expected prefixes of at most Decoding.max_length={decoding.max_length} tokens, found "
+            f"{prefix_tokens.shape[1]}"
         )
 
     # Cut out of their stacks once, before the loop: steps that scan the layers are 40 % slower.
@@ -176,7 +188,14 @@ def decode(
         return _search_beams(next_log_probs, cache, is_filler, decoding)
     if decoding.temperature == 0:
         row_keys = None
-    return _decode_rows(next_log_probs, cache, is_filler, row_keys, banned_sequences, decoding)
+    if prefix_tokens is None:
+        prefix_tokens = jnp.zeros((num_rows, 0), jnp.int32)
+    # As wide as the output, so that every step reads its own column.
+    num_free = decoding.max_length - prefix_tokens.shape[1]
+    forced = jnp.pad(prefix_tokens, ((0, 0), (0, num_free)), constant_values=_PAD_ID)
+    return _decode_rows(
+        next_log_probs, cache, is_filler, row_keys, banned_sequences, forced, decoding
+    )
 
 
 def pad_banned(sequences: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
@@ -208,9 +227,10 @@ def _decode_rows(
     is_filler: Bool[Array, "B"],
     row_keys: Key[Array, "B"] | None,
     banned_sequences: Int[Array, "B M W"] | None,
+    forced: Int[Array, "B L"],
     decoding: Decoding,
 ) -> Decoded:
-    """Greedy without keys, sampling with them."""
+    """Greedy without keys, sampling with them; a forced token other than 0 is taken as it is."""
     num_rows = is_filler.shape[0]
 
     def step(rows: _Rows) -> _Rows:
@@ -224,6 +244,8 @@ def _decode_rows(
             chosen = jnp.argmax(log_probs, axis=-1)
         else:
             chosen = _sample(log_probs, row_keys, rows.position, decoding)
+        given = forced[:, rows.position]
+        chosen = jnp.where(given == _PAD_ID, chosen, given)
         gained = jnp.take_along_axis(log_probs, chosen[:, None], axis=1)[:, 0]
         token = jnp.where(rows.ended, _PAD_ID, chosen).astype(jnp.int32)
         return _Rows(

@@ -26,7 +26,6 @@ import numpy as np
 from tnt_jax import (
     assembly,
     decoding,
-    feature_converters,
     pretrained,
     program,
     records,
@@ -36,7 +35,6 @@ from tnt_jax import (
     t5,
     tokenization,
 )
-from tnt_jax.array_types import PyTree
 from tnt_jax.errors import UsageError
 
 _WIDTH_MULTIPLE = 16  # so that files of nearly equal lengths share a compiled program
@@ -113,8 +111,9 @@ def generate(
         ids = [rows[index].id for index in batch.indices]
         tokens = [inputs[index] for index in batch.indices]
         of_batch = None if banned is None else banned[batch.indices]
-        return _start(
-            ids, tokens, batch.width, params, network, decoder, batch_size, seed, of_batch
+        keys = decoding.record_keys(seed, ids) if decoder.temperature else None
+        return network.decode(
+            params, tokens, batch.width, decoder, batch_size, row_keys=keys, banned=of_batch
         )
 
     outputs: dict[int, records.Record] = {}
@@ -205,35 +204,6 @@ def _few_widths(needed: Sequence[int], num_widths: int) -> list[int]:
 
     _, widths = best(len(distinct), num_widths)
     return [min(width for width in widths if width >= n) for n in needed]
-
-
-def _start(
-    ids: Sequence[str],
-    inputs: Sequence[Sequence[int]],
-    width: int,
-    params: PyTree,
-    network: assembly.Model,
-    decoder: decoding.Decoding,
-    batch_size: int,
-    seed: int,
-    banned: np.ndarray | None,
-) -> decoding.Decoded:
-    """Has the devices begin with a batch, filled up with empty rows, and does not wait for it."""
-    num_fill = batch_size - len(ids)
-    rows = feature_converters.pad_inputs([*inputs, *[()] * num_fill], width)
-    tokens = sharding.put_batch({"tokens": rows}, network.mesh)["tokens"]
-    keys = None
-    if decoder.temperature:
-        keys = decoding.record_keys(seed, [*ids, *[""] * num_fill])
-        keys = jax.device_put(keys, tokens.sharding)
-    sequences = None
-    if banned is not None:
-        filled = np.pad(banned, ((0, num_fill), (0, 0), (0, 0)), constant_values=-1)
-        sequences = sharding.put_batch({"banned": filled}, network.mesh)["banned"]
-    with jax.sharding.use_abstract_mesh(network.mesh.abstract_mesh):
-        return decoding.decode(
-            params, tokens, keys, sequences, config=network.config, decoding=decoder
-        )
 
 
 def _one_ahead(

@@ -173,16 +173,15 @@ def bring(
         start = model.init_adapters(trainer.adapter_rank, seed) if is_new else None
         return Brought(params, identity), start
     if isinstance(trainer.original, CachedStates):
-        states = OriginalStates(
-            states_folder,
-            f"{identity['digest']}-{_function_of(model.config)}",
-            task_feature_lengths,
+        states = states_of(
+            model,
+            whole,
+            examples,
+            digest=identity["digest"],
+            states_folder=states_folder,
+            task_feature_lengths=task_feature_lengths,
+            batch_size=batch_size,
         )
-
-        def states_of(batch: dict[str, np.ndarray]) -> np.ndarray:
-            return np.asarray(model.hidden_states(whole, sharding.put_batch(batch, model.mesh)))
-
-        states.compute(examples, states_of, batch_size)
         matrix, _ = t5.output_matrix(model.config, whole)
         params = assembly.copied(matrix, abstract)
         if is_new and start_params is not None:
@@ -194,6 +193,41 @@ def bring(
         return Brought(params, identity), start_params() if is_new and start_params else None
     # A copy: the state's buffers are donated to every update, the original's never.
     return Brought(assembly.copied(whole, abstract), identity), whole
+
+
+def states_of(
+    model: assembly.Model,
+    params: PyTree,
+    examples: Sequence[feature_converters.Example],
+    *,
+    digest: str,
+    states_folder: str,
+    task_feature_lengths: Mapping[str, int],
+    batch_size: int,
+) -> OriginalStates:
+    """The decoder states of examples, in a folder that training and others share.
+
+    Args:
+      model: The original's network.
+      params: The original.
+      examples: Any; what the folder has is not computed again.
+      digest: Of the parameters.
+      states_folder: To read and to write.
+      task_feature_lengths: Tokens of "inputs" and "targets".
+      batch_size: Examples that states are computed for at a time.
+
+    Raises:
+      UsageError: The folder cannot be used.
+    """
+    states = OriginalStates(
+        states_folder, f"{digest}-{_function_of(model.config)}", task_feature_lengths
+    )
+
+    def of_batch(batch: dict[str, np.ndarray]) -> np.ndarray:
+        return np.asarray(model.hidden_states(params, sharding.put_batch(batch, model.mesh)))
+
+    states.compute(examples, of_batch, batch_size)
+    return states
 
 
 def _function_of(config: t5.T5Config) -> str:

@@ -139,7 +139,7 @@ def mark_tokens(
     """
     if marks not in MARKS:
         raise UsageError(f"marks: expected one of {', '.join(MARKS)}, found {marks!r}.")
-    ids, extents = _tokens(record, vocabulary)
+    ids, extents = ids_and_extents(record, vocabulary)
     pairs = set()
     num_spans_without_token = 0
     for span in record.negative_spans or ():
@@ -166,6 +166,39 @@ def mark_tokens(
     )
 
 
+def ids_and_extents(
+    record: records.Record, vocabulary: "seqio.Vocabulary"
+) -> tuple[list[int], list[Extent]]:
+    """Ids of the record's targets, EOS included, and their extents in `record.targets`.
+
+    Raises:
+        UsageError: `target_ids` do not decode to `targets`, or go on after the EOS.
+    """
+    if record.target_ids is not None:
+        ids = [int(i) for i in record.target_ids]
+        if EOS_ID in ids[:-1]:
+            raise UsageError(
+                f"record {record.id!r}: target_ids go on after the EOS (id {EOS_ID}) at position "
+                f"{ids.index(EOS_ID)}: expected them to end there, without padding."
+            )
+        text, extents = token_extents(vocabulary, ids)
+        if text != record.targets:
+            raise UsageError(
+                f"record {record.id!r}: target_ids decode to {text[:60]!r}, but targets is "
+                f"{record.targets[:60]!r}. Expected the vocabulary that the ids were generated "
+                "with; leave target_ids out to have targets tokenised."
+            )
+        return ids, extents
+    processor = _processor(vocabulary)
+    if processor is None:
+        ids = encode(vocabulary, record.targets, add_eos=True)
+        return ids, token_extents(vocabulary, ids)[1]
+    encoded = processor.encode(record.targets, return_type=_OFFSETS)
+    extents = _piece_extents(processor, encoded, record.targets)
+    end = len(record.targets)
+    return [*encoded["ids"], EOS_ID], [*extents, (end, end)]
+
+
 def pieces(record: records.Record, vocabulary: "seqio.Vocabulary") -> list[str]:
     """The targets cut up, one stretch per token, spaces with what follows them.
 
@@ -175,7 +208,7 @@ def pieces(record: records.Record, vocabulary: "seqio.Vocabulary") -> list[str]:
     Raises:
         UsageError: as `mark_tokens`.
     """
-    _, extents = _tokens(record, vocabulary)
+    _, extents = ids_and_extents(record, vocabulary)
     ends = list(itertools.accumulate((end for _, end in extents), max))
     starts = [0, *ends[:-1]]
     ends[-1:] = [len(record.targets)]
@@ -311,35 +344,6 @@ _OFFSETS = "offset_mapping"  # pieces with their places in the text, in code poi
 def _processor(vocabulary: "seqio.Vocabulary") -> sentencepiece.SentencePieceProcessor | None:
     """What tokenises; None for a vocabulary of bytes, which needs nothing."""
     return getattr(vocabulary, "tokenizer", None)
-
-
-def _tokens(
-    record: records.Record, vocabulary: "seqio.Vocabulary"
-) -> tuple[list[int], list[Extent]]:
-    """Ids of the record's targets, EOS included, and their extents in `record.targets`."""
-    if record.target_ids is not None:
-        ids = [int(i) for i in record.target_ids]
-        if EOS_ID in ids[:-1]:
-            raise UsageError(
-                f"record {record.id!r}: target_ids go on after the EOS (id {EOS_ID}) at position "
-                f"{ids.index(EOS_ID)}: expected them to end there, without padding."
-            )
-        text, extents = token_extents(vocabulary, ids)
-        if text != record.targets:
-            raise UsageError(
-                f"record {record.id!r}: target_ids decode to {text[:60]!r}, but targets is "
-                f"{record.targets[:60]!r}. Expected the vocabulary that the ids were generated "
-                "with; leave target_ids out to have targets tokenised."
-            )
-        return ids, extents
-    processor = _processor(vocabulary)
-    if processor is None:
-        ids = encode(vocabulary, record.targets, add_eos=True)
-        return ids, token_extents(vocabulary, ids)[1]
-    encoded = processor.encode(record.targets, return_type=_OFFSETS)
-    extents = _piece_extents(processor, encoded, record.targets)
-    end = len(record.targets)
-    return [*encoded["ids"], EOS_ID], [*extents, (end, end)]
 
 
 def _touched(extents: Sequence[Extent], span: Extent) -> list[int]:

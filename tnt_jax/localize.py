@@ -1,0 +1,493 @@
+r"""Finds the tokens that made bad outputs bad, from one label per output: records in, marks out.
+
+A head on the original's decoder states learns, from labelled outputs of the original's own, how
+likely each prefix is to end well (`sequence_values`). In a bad output the tokens at which that
+falls are marked. Each output is valued by a head that saw neither it nor another one for the same
+input in training. Every record gets `values`, one for each prefix of its tokens, the empty one
+first; a bad one also gets `blame`, the share of the fall that is due to each token, and as its last
+entry what no token is blamed for. `OUTPUT.values.json` says how good the values are.
+
+The outputs should be samples (TEMPERATURE=1.0 in `generate`): then a value is what the original's
+continuations come to. Without LABEL_FIELD an output is bad where it has negative_spans; they are
+kept as `given_spans`, and compared with what is found.
+
+Example:
+    python -m tnt_jax.localize --gin_file=models/from_checkpoint.gin --gin_file=runs/localize.gin \
+      --gin.CHECKPOINT_PATH=original --gin.LABEL_FIELD=unwanted --gin.RECORDS=labelled.jsonl \
+      --gin.OUTPUT=localized.jsonl
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tnt_jax import (
+    annotators,
+    assembly,
+    checkpoints,
+    continuations,
+    decoding,
+    feature_converters,
+    original_setup,
+    original_states,
+    pretrained,
+    program,
+    records,
+    run_config,
+    run_log,
+    sequence_values,
+    sharding,
+    t5,
+    tokenization,
+)
+from tnt_jax.array_types import PyTree
+from tnt_jax.errors import UsageError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MonteCarlo:
+    """How to check values against sampled continuations of the same prefixes.
+
+    Attributes:
+      annotator: Says which continuations are bad: those in which it marks anything.
+      num_prefixes: Each of another record, with a number of tokens drawn uniformly.
+      num_samples: Continuations of each.
+      temperature: Of sampling; 1 is the original itself.
+    """
+
+    annotator: annotators.Annotator
+    num_prefixes: int = 50
+    num_samples: int = 32
+    temperature: float = 1.0
+
+    def __post_init__(self):
+        if self.num_prefixes < 2 or self.num_samples < 2 or self.temperature <= 0:
+            raise UsageError(
+                "MonteCarlo: expected num_prefixes and num_samples of at least 2 and a temperature "
+                f"above 0, found {self.num_prefixes}, {self.num_samples} and {self.temperature}."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Original:
+    network: assembly.Model
+    params: PyTree
+    digest: str
+    vocabulary: Any
+    lengths: Mapping[str, int]
+    batch_size: int
+
+
+def localize(
+    *,
+    output: str,
+    input: str,
+    checkpoint_path: str,
+    model: t5.T5Config | pretrained.FromCheckpoint,
+    vocabulary: Any,
+    task_feature_lengths: Mapping[str, int],
+    label_field: str | None = None,
+    training: sequence_values.Training | None = None,
+    threshold: sequence_values.Threshold | None = None,
+    num_folds: int = 4,
+    batch_size: int = 32,
+    mesh_shape: sharding.MeshShape | None = None,
+    states_folder: str | None = None,
+    seed: int = 0,
+    check: MonteCarlo | None = None,
+) -> dict[str, Any]:
+    """Writes every record of `input` with its marks, in order, and how good the values are.
+
+    Args:
+      output: The JSONL file to write; it appears only when it is whole.
+      input: A JSONL file (or glob) of records: outputs of the original.
+      checkpoint_path: Of the original.
+      model: The network's settings, or that they are the checkpoint's.
+      vocabulary: A seqio vocabulary, of inputs and outputs.
+      task_feature_lengths: Tokens of "inputs" and "targets"; no token beyond is marked.
+      label_field: The field of a record that is true (or 1) where its output is bad. None takes
+        those as bad that have negative spans.
+      training: Of a head.
+      threshold: What makes a token negative.
+      num_folds: Parts that the inputs are split in; each is valued by a head of the others.
+      batch_size: Records that the original is run on at a time.
+      mesh_shape: Devices per mesh axis, for the original; None puts all on `data`.
+      states_folder: Where its states are kept; None is beside the records, as for training.
+      seed: Of heads, folds, and the check's prefixes and samples.
+      check: Compares values with sampled continuations; None does not.
+
+    Returns:
+      What was written to `<output>.values.json`.
+
+    Raises:
+      UsageError: A setting, a record, a label or the checkpoint does not fit.
+    """
+    if jax.process_count() > 1:
+        raise UsageError(f"localize runs in one process, found {jax.process_count()}.")
+    if num_folds < 2:
+        raise UsageError(f"NUM_FOLDS: expected at least 2, found {num_folds}.")
+    records.check_writable(output, "OUTPUT")
+    training = training or sequence_values.Training()
+    threshold = threshold or sequence_values.Threshold()
+    rows = records.read_records(input)
+    is_bad = _labels(rows, label_field)
+    folds = _folds(rows, is_bad, num_folds, seed)
+    original = _open(
+        model, checkpoint_path, vocabulary, task_feature_lengths, batch_size, mesh_shape
+    )
+    folder = states_folder or original_states.default_folder(input, f"{output}.states")
+    outputs = _Outputs(rows, original, folder)
+    values = _values(outputs, ~is_bad, folds, training, seed)
+    found = [
+        threshold.negative(v) if bad else np.zeros(len(v) - 1, bool)
+        for v, bad in zip(values, is_bad, strict=True)
+    ]
+    source = label_field or f"negative_spans of {rows[0].annotator or 'unknown'}"
+    name = (
+        f"SequenceValues({source}, original={original.digest}, {threshold}, {training}, "
+        f"num_folds={num_folds}, seed={seed})"
+    )
+    marked = [
+        dataclasses.replace(mark(row, marks, vocabulary), annotator=name, extra=extra)
+        for row, marks, extra in zip(
+            rows, found, _extra_fields(rows, is_bad, values, label_field is None), strict=True
+        )
+    ]
+    records.write_records(output, marked)
+    result = _quality(values, is_bad, found)
+    if label_field is None:
+        result["agreement"] = _agreement(rows, marked, vocabulary)
+    if check is not None:
+        result["monte_carlo"] = _check(check, rows, outputs, values, original, seed)
+    run_log.write_json(f"{output}.values.json", result)
+    run_config.write(output)
+    _print(output, result)
+    return result
+
+
+# ------------------------------------------------------------------------------ What is given
+
+
+def _labels(rows: Sequence[records.Record], field: str | None) -> np.ndarray:
+    """Whether each output is bad."""
+    labels = []
+    for row in rows:
+        if not row.targets and row.target_ids is None:
+            raise UsageError(
+                f"record {row.id!r} has no targets. Expected outputs of the original model "
+                "(tnt_jax.generate writes them), not prompts."
+            )
+        if field is None:
+            if row.negative_spans is None:
+                raise UsageError(
+                    f"record {row.id!r} has no negative_spans: expected annotated records, or "
+                    "LABEL_FIELD, the field that is true where an output is bad."
+                )
+            labels.append(bool(row.negative_spans))
+            continue
+        label = row.extra.get(field)
+        if label not in (0, 1):  # True and False are equal to them
+            raise UsageError(
+                f"record {row.id!r}: LABEL_FIELD={field}: expected true or 1 for a bad output, "
+                f"false or 0 for a good one, found {label!r}; its fields: {sorted(row.to_json())}."
+            )
+        labels.append(bool(label))
+    return np.array(labels)
+
+
+def _folds(
+    rows: Sequence[records.Record], is_bad: np.ndarray, num_folds: int, seed: int
+) -> np.ndarray:
+    """The fold of each record: by its inputs, so that a head never saw the input before."""
+    digests = [hashlib.sha256(f"{seed}/{row.inputs}".encode()).digest() for row in rows]
+    folds = np.array([int.from_bytes(digest[:8], "big") % num_folds for digest in digests])
+    for fold in range(num_folds):
+        labels = is_bad[folds != fold]
+        if labels.all() or not labels.any():
+            raise UsageError(
+                f"expected good and bad outputs in every choice of {num_folds - 1} of {num_folds} "
+                f"folds, found {int(is_bad.sum())} bad of {len(rows)}, and none, or only bad ones, "
+                f"without fold {fold}. More outputs of both kinds, for more inputs, are needed."
+            )
+    return folds
+
+
+def _open(
+    model: t5.T5Config | pretrained.FromCheckpoint,
+    path: str,
+    vocabulary: Any,
+    lengths: Mapping[str, int],
+    batch_size: int,
+    mesh_shape: sharding.MeshShape | None,
+) -> _Original:
+    mesh = sharding.make_mesh(mesh_shape or sharding.MeshShape())
+    sharding.check_batch_size(batch_size, 1, mesh)
+    config = pretrained.config_of(model, path)
+    pretrained.check_vocabulary(vocabulary, config, path)
+    network = assembly.Model(config=config, mesh=mesh)
+    params = network.restore(path)
+    return _Original(network, params, checkpoints.digest(params), vocabulary, lengths, batch_size)
+
+
+class _Outputs:
+    """The outputs as the head reads them."""
+
+    def __init__(self, rows: Sequence[records.Record], original: _Original, folder: str):
+        from tnt_jax import tasks  # here, because TensorFlow takes seconds to import
+
+        unmarked = [
+            dataclasses.replace(row, negative_spans=None, negative_token_ids=()) for row in rows
+        ]
+        tokenized = tasks.examples_from_records(unmarked, original.vocabulary, "the records")
+        self._examples = [_ended(example) for example in tokenized]
+        # One more, so that an output cut at the length has a state after its last token too.
+        lengths = {**original.lengths, "targets": original.lengths["targets"] + 1}
+        lost = feature_converters.count_lost(self._examples, lengths)
+        if lost.num_inputs or lost.num_targets:
+            run_log.log(
+                f"{lost.num_inputs} inputs and {lost.num_targets} targets are cut "
+                "(TASK_FEATURE_LENGTHS): nothing is found beyond."
+            )
+        self.tokens = [example.targets[: lengths["targets"]] for example in self._examples]
+        self._length = max(map(len, self.tokens))
+        self._states = original_setup.states_of(
+            original.network,
+            original.params,
+            self._examples,
+            digest=original.digest,
+            states_folder=folder,
+            task_feature_lengths=lengths,
+            batch_size=original.batch_size,
+        )
+        matrix, vocab_axis = t5.output_matrix(original.network.config, original.params)
+        whole = np.asarray(matrix, np.float32)
+        self.matrix = jnp.asarray(whole if vocab_axis == 0 else whole.T)
+        self._said = np.zeros((len(rows), self._length, 2), np.float32)
+        for start in range(0, len(rows), original.batch_size):
+            indices = np.arange(len(rows))[start : start + original.batch_size]
+            self._said[indices] = sequence_values.log_prob_and_entropy(
+                self._states_of(indices), self.matrix, self._padded(indices)
+            )
+
+    def _states_of(self, indices: np.ndarray) -> np.ndarray:
+        placed = [(self._examples[index], row, 0) for row, index in enumerate(indices)]
+        return self._states.feature(placed, (len(indices), self._length))
+
+    def _padded(self, indices: np.ndarray) -> np.ndarray:
+        tokens = np.zeros((len(indices), self._length), np.int32)
+        for row, index in zip(tokens, indices, strict=True):
+            row[: len(self.tokens[index])] = self.tokens[index]
+        return tokens
+
+    def evidence(self, indices: np.ndarray) -> sequence_values.Evidence:
+        """A batch: what is said of a token stands where its prefix does, one position later."""
+        tokens = self._padded(indices)
+        return sequence_values.Evidence(
+            states=jnp.asarray(self._states_of(indices)),
+            tokens=jnp.asarray(np.pad(tokens, ((0, 0), (1, 0)))[:, :-1]),
+            said=jnp.asarray(np.pad(self._said[indices], ((0, 0), (1, 0), (0, 0)))[:, :-1]),
+            mask=jnp.asarray((tokens > 0).astype(np.int32)),
+        )
+
+
+def _ended(example: feature_converters.Example) -> feature_converters.Example:
+    """With an EOS, also where decoding was cut: the state there is the one after all the text."""
+    if len(example.targets) and example.targets[-1] == tokenization.EOS_ID:
+        return example
+    ended = np.append(example.targets, np.int32(tokenization.EOS_ID))
+    return dataclasses.replace(example, targets=ended)
+
+
+# --------------------------------------------------------------------------------- The values
+
+
+def _values(
+    outputs: _Outputs,
+    is_good: np.ndarray,
+    folds: np.ndarray,
+    training: sequence_values.Training,
+    seed: int,
+) -> list[np.ndarray]:
+    """Of each output the values of its prefixes, by the head that did not learn from it."""
+    values: list[np.ndarray] = [np.zeros(0)] * len(folds)
+    names = np.unique(folds).tolist()
+    for fold in run_log.progress(names, f"heads of {len(names)} folds", len(names)):
+        others = np.flatnonzero(folds != fold)
+        params = sequence_values.fit(
+            lambda chosen, others=others: outputs.evidence(others[chosen]),
+            is_good[others],
+            outputs.matrix,
+            training,
+            seed,
+        )
+        own = np.flatnonzero(folds == fold)
+        for start in range(0, len(own), training.batch_size):
+            indices = own[start : start + training.batch_size]
+            of_batch = sequence_values.values(
+                params, outputs.evidence(indices), outputs.matrix, training=training
+            )
+            for index, of_row in zip(indices, np.asarray(of_batch), strict=True):
+                values[index] = of_row[: len(outputs.tokens[index])]
+    return values
+
+
+def _quality(
+    values: Sequence[np.ndarray], is_bad: np.ndarray, found: Sequence[np.ndarray]
+) -> dict[str, Any]:
+    is_good = ~is_bad
+    result: dict[str, Any] = {
+        "num_records": len(values),
+        "num_bad": int(is_bad.sum()),
+        "num_bad_with_marks": sum(bool(marks.any()) for marks in found),
+        "num_marked_tokens": sum(int(marks.sum()) for marks in found),
+        "brier_of_a_constant": float(is_good.mean() * is_bad.mean()),
+    }
+    for where, index in (("start", 0), ("end", -1)):
+        scores = np.array([of_row[index] for of_row in values], np.float64)
+        result[f"brier_at_{where}"] = float(np.mean((scores - is_good) ** 2))
+        result[f"auc_at_{where}"] = sequence_values.area_under_curve(scores, is_good)
+    return result
+
+
+def _check(
+    check: MonteCarlo,
+    rows: Sequence[records.Record],
+    outputs: _Outputs,
+    values: Sequence[np.ndarray],
+    original: _Original,
+    seed: int,
+) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    chosen = rng.permutation(len(rows))[: check.num_prefixes]
+    lengths = [int(rng.integers(len(values[index]))) for index in chosen]
+    prefixes = [
+        continuations.Prefix(rows[index], tuple(outputs.tokens[index][:length].tolist()))
+        for index, length in zip(chosen, lengths, strict=True)
+    ]
+    config = original.network.config
+    unused = range(original.vocabulary.vocab_size, config.vocab_size)  # they stand for no text
+    sampled = continuations.sample(
+        prefixes,
+        original.network,
+        original.params,
+        original.vocabulary,
+        decoding.Decoding(
+            max_length=original.lengths["targets"],
+            temperature=check.temperature,
+            banned_ids=tuple(unused),
+        ),
+        num_samples=check.num_samples,
+        input_length=original.lengths["inputs"],
+        batch_size=original.batch_size,
+        seed=seed,
+    )
+
+    def is_good(row: records.Record) -> bool:
+        annotation = check.annotator.annotate(row)
+        if annotation is None:
+            raise UsageError(
+                "MonteCarlo.annotator: expected one that can judge any text, found "
+                f"{check.annotator.description}, which does not know continuations."
+            )
+        return not annotation.spans
+
+    shares = continuations.shares_of_good(sampled, is_good)
+    of_head = np.array([values[i][length] for i, length in zip(chosen, lengths, strict=True)])
+    compared = sequence_values.compare_estimates(of_head, shares, check.num_samples)
+    return {
+        **compared._asdict(),
+        "prefixes": [
+            {"id": rows[i].id, "num_tokens": n, "value": _short(value), "share": float(share)}
+            for i, n, value, share in zip(chosen, lengths, of_head, shares, strict=True)
+        ],
+    }
+
+
+# ---------------------------------------------------------------------------------- The marks
+
+
+def mark(row: records.Record, is_negative: np.ndarray, vocabulary: Any) -> records.Record:
+    """The record with these tokens marked, its earlier marks replaced.
+
+    A token that stands for no text, such as the lone space before a word, is removed by its id; the
+    span that people see is of what it begins.
+
+    Args:
+      row: Of an output.
+      is_negative: Whether each of its first tokens is; `Threshold.negative` makes it of `values`.
+      vocabulary: A seqio vocabulary.
+    """
+    ids, extents = tokenization.ids_and_extents(row, vocabulary)
+    spans: list[tuple[int, int]] = []
+    without_text: list[tuple[int, tuple[int, ...]]] = []
+    for position in np.flatnonzero(is_negative).tolist():
+        start, end = extents[position]
+        if start == end:
+            without_text.append((position, (ids[position],)))
+            start, end = next((e for e in extents[position:] if e[0] < e[1]), (start, end))
+        if start == end:
+            continue
+        if spans and start <= spans[-1][1]:  # pieces of one word
+            spans[-1] = (spans[-1][0], max(end, spans[-1][1]))
+        else:
+            spans.append((start, end))
+    return dataclasses.replace(
+        row, negative_spans=tuple(spans), negative_token_ids=tuple(without_text)
+    )
+
+
+def _extra_fields(
+    rows: Sequence[records.Record],
+    is_bad: np.ndarray,
+    values: Sequence[np.ndarray],
+    keep_spans: bool,
+) -> Iterator[dict[str, Any]]:
+    """What each record gets beside its marks."""
+    for row, bad, of_row in zip(rows, is_bad, values, strict=True):
+        extra = {**row.extra, "values": [_short(value) for value in of_row]}
+        if bad:
+            extra["blame"] = [_short(share) for share in sequence_values.blame(of_row)]
+        if keep_spans:
+            extra["given_spans"] = [list(span) for span in row.negative_spans or ()]
+        yield extra
+
+
+def _agreement(
+    given: Sequence[records.Record], marked: Sequence[records.Record], vocabulary: Any
+) -> dict[str, Any]:
+    """What the spans found mark, against what the spans given mark, in bad outputs."""
+
+    def of(row: records.Record) -> np.ndarray:
+        spans_alone = dataclasses.replace(row, negative_token_ids=())
+        marks = tokenization.mark_tokens(spans_alone, vocabulary)
+        return np.isin(np.arange(len(marks.target_ids)), marks.negative_pairs[:, 0])
+
+    bad = [
+        (of(after), of(before))
+        for before, after in zip(given, marked, strict=True)
+        if before.negative_spans
+    ]
+    return sequence_values.agreement(*zip(*bad, strict=True))._asdict()
+
+
+def _short(value: Any) -> float:
+    return float(f"{float(value):.4g}")
+
+
+def _print(output: str, result: Mapping[str, Any]) -> None:
+    numbers = {**result, **result.get("agreement", {}), **result.get("monte_carlo", {})}
+    rows = [
+        (name.replace("_", " "), str(value) if isinstance(value, int) else f"{value:.3f}")
+        for name, value in numbers.items()
+        if isinstance(value, int | float)
+    ]
+    run_log.table(rows, columns=(output, ""))
+
+
+if __name__ == "__main__":
+    program.run("tnt_jax.localize", "localize")
