@@ -158,11 +158,7 @@ def bring(
     if abstract is None:
         return Brought(None, None), (start_params or initial_params)() if is_new else None
     whole = initial_params()
-    identity = {
-        # The checkpoint itself: a model directory means another one when it has a newer.
-        "path": path and str(pretrained.find(path)),
-        "digest": checkpoints.digest(whole),
-    }
+    identity = {"path": path, "digest": checkpoints.digest(whole)}
     if isinstance(trainer.original, AdaptersOff):
         if start_params is not None:
             raise UsageError(

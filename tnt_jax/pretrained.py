@@ -296,7 +296,7 @@ def open_checkpoint(path: str) -> Pretrained:
 
 def _original_of(run: dict[str, Any], folder: epath.Path) -> Pretrained:
     """What a run of adapters was trained beside."""
-    path = run["original"]["path"]
+    path = run["adapters"].get("beside") or run["original"]["path"]
     if path is None:
         raise UsageError(
             f"{folder}: it has adapters beside a random initialisation, which no file holds. Train "

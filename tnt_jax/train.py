@@ -205,6 +205,9 @@ def train(
         }
         if original == "adapters_off":
             run["adapters"] = {"rank": adapter_rank, "alpha": adapter_alpha}
+            if initial_checkpoint_path is not None:
+                # The checkpoint itself: a model directory means another when it has a newer.
+                run["adapters"]["beside"] = str(pretrained.find(initial_checkpoint_path))
         start, state = _begin(trainer, params, saved, run, model_dir)
         run_log.log(
             f"Training on {len(data.examples)} examples from update {start} to {train_steps}, "
@@ -321,6 +324,7 @@ def _check_adapters(
     saved: Mapping[str, Any] | None, found: Mapping[str, Any] | None, model_dir: str
 ) -> None:
     """What adapters have learned is multiplied by their settings."""
+    saved, found = (of and {name: of[name] for name in ("rank", "alpha")} for of in (saved, found))
     if saved != found:
         raise UsageError(
             f"MODEL_DIR {model_dir} holds a run whose adapters were {saved or 'none'}; now they "
