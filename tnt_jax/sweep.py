@@ -28,7 +28,6 @@ from tnt_jax.errors import UsageError
 from tnt_jax.experiment import Experiment, Opened
 
 MASK = "decode mask"
-_ARM = ("objective", "alpha", "seed")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,8 +166,9 @@ def sweep(
     text = as_markdown(found, experiment.decoders)
     run_log.write_text(str(root / "results.md"), text)
     run_log.log(text)
-    num_missing = len(cells) - len({tuple(row[k] for k in _ARM) for row in found["rows"]})
-    missing = f" {num_missing + mask_decoding} arms are not done yet." if num_missing > 0 else ""
+    done = {_name_of(row) for row in found["rows"]}
+    num_missing = sum(cell.name not in done for cell in cells)
+    missing = f" {num_missing} arms are not done yet." if num_missing else ""
     run_log.log(
         f"The numbers are in {root / 'results.json'}.{missing} {time.monotonic() - began:.0f} "
         f"seconds. A report: python -m tnt_jax.report --gin_file=runs/report.gin "
