@@ -317,10 +317,10 @@ def chitchat_dir(tmp_path):
     return tmp_path
 
 
-def read_chitchat(folder):
+def read_chitchat(folder, names=("train", "eval")):
     """The files' objects. (Records would be checked by beartype, a hundred thousand of them.)"""
     splits = {}
-    for name in ("train", "eval"):
+    for name in names:
         with (folder / f"{name}.jsonl").open(encoding="utf-8") as lines:
             splits[name] = [json.loads(line) for line in lines]
     return splits
@@ -345,17 +345,64 @@ def test_chitchat_pairs(chitchat_dir, tmp_path):
     }
 
 
+def score_of_length(texts):
+    return [len(text) / 10 for text in texts]
+
+
+def test_chitchat_files_for_an_update(tmp_path):
+    conversations = {
+        f"c{k}": {
+            "messages": [
+                [{"text": text}] for text in (f"Hello You{k}", f"Fine Thanks{k}", "one two three 4")
+            ]
+        }
+        for k in range(10)
+    }
+    (tmp_path / "dataset.json").write_text(json.dumps(conversations))
+    counts = corpora.chitchat(
+        tmp_path,
+        source_dir=tmp_path,
+        eval_fraction=0.3,
+        max_words=3,
+        lower_case=True,
+        num_mining_prompts=4,
+        num_eval_prompts=2,
+        lexicon_scorer="tests.test_corpora:score_of_length",
+        lexicon_threshold=0.7,
+        lexicon_min_count=1,
+    )
+    assert counts == {"conversations": 10, "train": 7, "mine": 4, "eval": 2}
+    splits = read_chitchat(tmp_path, ("train", "mine", "eval"))
+    # The second pair has a side of four words. Of the words of replies, only the "thanks" are as
+    # long as 7 letters, and evaluation's are not in the list.
+    of_train = {row["targets"].removeprefix("fine ") for row in splits["train"]}
+    assert {row["inputs"] for row in splits["mine"]} < {row["inputs"] for row in splits["train"]}
+    assert set((tmp_path / "lexicon.txt").read_text().split()) == of_train
+    assert len(of_train) == 7 and all(word.startswith("thanks") for word in of_train)
+    with pytest.raises(UsageError, match=r"the most is 0\.7"):
+        corpora.chitchat(
+            tmp_path,
+            source_dir=tmp_path,
+            eval_fraction=0.3,
+            max_words=3,
+            lexicon_scorer="tests.test_corpora:score_of_length",
+            lexicon_min_count=1,
+            lexicon_threshold=0.8,
+        )
+
+
 def test_real_chitchat(tmp_path):
     if importlib.util.find_spec("chitchat_dataset") is None:
         pytest.skip("needs the chitchat corpus: pip install chitchat-dataset==0.9.0")
     counts = corpora.chitchat(tmp_path)
-    splits = read_chitchat(tmp_path)
+    splits = read_chitchat(tmp_path, ("train", "mine", "eval"))
     assert counts == {"conversations": 7_168} | {name: len(rows) for name, rows in splits.items()}
     assert counts["train"] > 100_000
     assert counts["eval"] > 5_000
     assert "chitchat_dataset" not in sys.modules
-    for rows in splits.values():
-        assert all(len(row[field].split()) >= 2 for row in rows for field in ("inputs", "targets"))
+    for name in ("train", "eval"):
+        for field in ("inputs", "targets"):
+            assert all(len(row[field].split()) >= 2 for row in splits[name])
 
 
 @pytest.mark.parametrize("corpus", [corpora.venues, corpora.chitchat])

@@ -339,9 +339,9 @@ def chitchat(
     messages in sequence make a pair where both have two words or more. All pairs of a conversation
     are in one file.
 
-    Files written to `output_dir`: train.jsonl, pairs; mine.jsonl, some messages of those; eval.jsonl,
-    pairs of other conversations; with a scorer lexicon.txt, the words of the replies in train.jsonl
-    that it calls unwanted, each by itself.
+    Files written to `output_dir`: train.jsonl, pairs; mine.jsonl, some messages of those;
+    eval.jsonl, pairs of other conversations; with a scorer lexicon.txt, the words of the replies in
+    train.jsonl that it calls unwanted, each by itself.
 
     Args:
         output_dir: folder, created if need be.
@@ -424,8 +424,8 @@ def _write_lexicon(
     kept = [word for word, score in zip(listed, scores, strict=True) if score >= threshold]
     if not kept:
         raise UsageError(
-            f"lexicon_threshold={threshold}: {scorer} gives no word of the replies so much; the most "
-            f"is {max(scores, default=math.nan):.3g}. Choose a lower one."
+            f"lexicon_threshold={threshold}: {scorer} gives no word of the replies so much; the "
+            f"most is {max(scores, default=math.nan):.3g}. Choose a lower one."
         )
     with records.replacing(path) as unfinished:
         unfinished.write_text("\n".join(kept) + "\n", encoding="utf-8")
