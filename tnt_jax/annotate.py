@@ -3,7 +3,9 @@ r"""Marks what is unwanted in outputs: records in, records with `negative_spans`
 The annotator decides which stretches of each output must go. Where it also names alternatives,
 texts that would be just as wrong there, their first tokens are removed too (`negative_token_ids`):
 otherwise the probability of the marked token moves to the next wrong one. Alternatives, and texts
-to remove at every position, are turned into token ids, so they need the model's vocabulary.
+to remove at every position, are turned into token ids, so they need the model's vocabulary. A token
+that also begins an ordinary word of the outputs, as "▁the" begins "the", is not removed for an
+alternative that begins with it, such as "the gardenia".
 
 Large files are marked on Apache Beam, on any of its runners (annotate.beam_options); what comes out
 is the same, byte for byte.
@@ -16,12 +18,22 @@ Example:
 import collections
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tnt_jax import annotators, beam_jobs, program, records, run_config, run_log, tokenization
+from tnt_jax import (
+    annotators,
+    beam_jobs,
+    program,
+    records,
+    run_config,
+    run_log,
+    tokenization,
+    words,
+)
 from tnt_jax.errors import UsageError
 
 
@@ -57,7 +69,16 @@ def annotate(
             "the annotator removes texts at every position: expected a vocabulary to turn them "
             "into token ids, found None. Set annotate.vocabulary."
         )
-    mark_one = functools.partial(mark, annotator=annotator, vocabulary=vocabulary)
+    mark_one = functools.partial(
+        mark,
+        annotator=annotator,
+        vocabulary=vocabulary,
+        innocent=(
+            None
+            if vocabulary is None
+            else tokenization.Words(vocabulary, innocent_words(input, annotator))
+        ),
+    )
     if beam_options is None:
         rows = records.read_records(input)
         results = map(mark_one, run_log.progress(rows, f"annotating {len(rows)} records"))
@@ -89,13 +110,39 @@ def annotate(
         )
 
 
+def innocent_words(
+    input: str, annotator: annotators.Annotator, num_records: int = 20_000
+) -> tuple[str, ...]:
+    """The ordinary words of outputs: those outside of all that the annotator may call unwanted.
+
+    Args:
+      input: A JSONL file (or glob) of records with targets.
+      annotator: One without `innocent_words` knows none.
+      num_records: The first so many records are read. A word counts that is in a thousandth of
+        them, and in two: a rarer one may be an unwanted one, misspelt.
+    """
+    if not hasattr(annotator, "innocent_words"):
+        return ()
+    counts: collections.Counter[str] = collections.Counter()
+    num_read = 0
+    for row in itertools.islice(records.iterate(input), num_records):
+        num_read += 1
+        counts.update(set(annotator.innocent_words(row.targets)))  # pyright: ignore
+    least = max(2, num_read / 1000)
+    return words.casings(sorted(word for word, count in counts.items() if count >= least))
+
+
 def mark(
-    row: records.Record, annotator: annotators.Annotator, vocabulary: Any | None
+    row: records.Record,
+    annotator: annotators.Annotator,
+    vocabulary: Any | None,
+    innocent: tokenization.Words | None = None,
 ) -> records.Record | None:
     """The record with the annotator's spans and, given a vocabulary, its alternatives.
 
     Earlier `negative_token_ids` are replaced, as the spans are. None where the annotator does not
-    know the record.
+    know the record. A token that begins one of the `innocent` words is not removed on account of an
+    alternative that it does not spell out.
 
     Raises:
       UsageError: The record is a prompt, or its ids are of another vocabulary.
@@ -110,20 +157,23 @@ def mark(
         return None
     removed: dict[int, set[int]] = {}
     has_alternatives = any(span.alternatives for span in annotation.spans)
-    if vocabulary is not None and has_alternatives:
+    if vocabulary is not None and (has_alternatives or annotation.banned):
         unmarked = dataclasses.replace(row, negative_spans=None, negative_token_ids=())
         ids = tokenization.mark_tokens(unmarked, vocabulary).target_ids
         for span in annotation.spans:
-            extent = (span.start, span.end)
-            alternatives, supported = (
-                dict(tokenization.alternative_token_ids(vocabulary, ids, extent, texts))
-                for texts in (span.alternatives, annotation.supported)
-            )
-            for position, of_position in alternatives.items():
-                # A token that begins something right must stay possible.
-                kept = set(of_position) - set(supported.get(position, ()))
-                if kept:
-                    removed.setdefault(position, set()).update(kept)
+            for position, of_position in tokenization.alternative_token_ids(
+                vocabulary,
+                ids,
+                (span.start, span.end),
+                span.alternatives,
+                annotation.supported,
+                innocent,
+            ):
+                removed.setdefault(position, set()).update(of_position)
+        for position, of_position in tokenization.completing_token_ids(
+            vocabulary, ids, annotation.banned, annotation.supported
+        ):
+            removed.setdefault(position, set()).update(of_position)
     return dataclasses.replace(
         row,
         negative_spans=tuple((span.start, span.end) for span in annotation.spans),

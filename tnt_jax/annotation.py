@@ -36,11 +36,14 @@ class Annotation:
     Attributes:
       spans: sorted and disjoint; empty when nothing is unwanted.
       supported: texts that remain right in this record, in every casing. A token that begins one of
-        them must not be removed on account of an alternative.
+        them must not be removed on account of an alternative, or of something banned.
+      banned: texts that must not come up anywhere in the targets. What would complete one is
+        removed at every position, whether or not it was going to come up: a decoding mask as marks.
     """
 
     spans: tuple[Span, ...]
     supported: tuple[str, ...] = ()
+    banned: tuple[str, ...] = ()
 
 
 @runtime_checkable

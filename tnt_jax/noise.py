@@ -1,8 +1,10 @@
 """An annotator that makes the mistakes of another one's: what a study of bad marks compares."""
 
+import dataclasses
 import hashlib
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tnt_jax import words
@@ -58,7 +60,12 @@ class Noisy:
             is_false = falsely.random() < self.false_rate  # drawn for each word, marked or not
             if is_false and not any(start < s.end and s.start < end for s in found.spans):
                 spans.append(Span(start=start, end=end))
-        return Annotation(spans=merged(spans), supported=found.supported)
+        return dataclasses.replace(found, spans=merged(spans))
+
+    def innocent_words(self, text: str) -> Sequence[str]:
+        """What the other annotator says of a text, if it says anything."""
+        of_other = getattr(self.annotator, "innocent_words", None)
+        return of_other(text) if of_other else ()
 
     def everywhere(self) -> tuple[str, ...]:
         """What the other annotator removes everywhere."""

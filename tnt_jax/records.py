@@ -125,13 +125,22 @@ def read_records(path: str | os.PathLike) -> list[Record]:
     Raises:
         UsageError: no file, no record, a bad line (named as `file:line`), or an id used twice.
     """
+    return data_set(_of_files(path), path)
 
-    def of_files():
-        for file in matching_files(path):
-            with file.open("rb") as lines:
-                yield from located(lines, str(file))
 
-    return data_set(of_files(), path)
+def iterate(path: str | os.PathLike) -> Iterator[Record]:
+    """Reads as `read_records`, one by one, without a look at ids.
+
+    Raises:
+        UsageError: no file, or a bad line.
+    """
+    return (record for _, record in _of_files(path))
+
+
+def _of_files(path: str | os.PathLike) -> Iterator[tuple[str, Record]]:
+    for file in matching_files(path):
+        with file.open("rb") as lines:
+            yield from located(lines, str(file))
 
 
 def located(

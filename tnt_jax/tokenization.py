@@ -241,6 +241,8 @@ def alternative_token_ids(
     target_ids: Sequence[int] | np.ndarray,
     span: Extent,
     alternatives: Sequence[str],
+    supported: Sequence[str] = (),
+    innocent: "Words | None" = None,
 ) -> tuple[tuple[int, tuple[int, ...]], ...]:
     """What to remove where a span begins, so that it is not replaced by an alternative.
 
@@ -249,13 +251,16 @@ def alternative_token_ids(
     "▁(river", a span from "river" on has "(" before it). Where a lone "▁" comes before that token,
     an alternative such as "▁city" would take the place of the "▁", one such as "▁", "Zoo" goes on
     after it: each is removed where it would depart. A first token that ends before the
-    alternative's own text begins is not removed: it begins innocent words too.
+    alternative's own text begins is not removed: it begins innocent words too. Nor is one that
+    begins a supported text, or that begins an innocent word and not all of the alternative.
 
     Args:
         vocabulary: of the targets.
         target_ids: the generated ids.
         span: (start, end) in the text of `target_ids`.
         alternatives: texts that would be just as wrong in the place of the span.
+        supported: texts that would be right there.
+        innocent: words that would neither be right nor wrong.
 
     Returns:
         Entries for `Record.negative_token_ids`: positions and, sorted, the ids to remove there.
@@ -281,13 +286,92 @@ def alternative_token_ids(
             start = position - 1
         anchor += " " if start < position or own.startswith(_SPACE) else ""
     anchor += text[extents[position][0] : span[0]]
-    removed = {}
+    # Where a lone "▁" comes before, and a text has it too, its next token comes after it.
+    space = int(target_ids[start]) if start < position else None
+
+    def begins(tokens: Sequence[tuple[int, bool]]) -> tuple[int, int]:
+        num_shared = int(tokens[0][0] == space)
+        return start + num_shared, tokens[num_shared][0]
+
+    kept = {begins(tokens) for tokens in _tokens_after(vocabulary, anchor, supported)}
+    of_words = {begins(tokens) for tokens in innocent.after(anchor)} if innocent else set()
+    removed: dict[int, set[int]] = {}
     for tokens in _tokens_after(vocabulary, anchor, alternatives):
-        num_shared = int(start < position and tokens[0][0] == target_ids[start])
-        first_id, reaches = tokens[num_shared]
-        if reaches:
-            removed.setdefault(start + num_shared, set()).add(first_id)
+        where, first_id = begins(tokens)
+        is_whole = len(tokens) == 1 + where - start
+        if (
+            tokens[where - start][1]
+            and (where, first_id) not in kept
+            and (is_whole or (where, first_id) not in of_words)
+        ):
+            removed.setdefault(where, set()).add(first_id)
     return tuple((where, tuple(sorted(ids))) for where, ids in sorted(removed.items()))
+
+
+class Words:
+    """Words, and how they are spelt after a text; each way is computed once."""
+
+    def __init__(self, vocabulary: "seqio.Vocabulary", texts: Sequence[str]):
+        self._vocabulary = vocabulary
+        self._texts = texts
+        self._after: dict[str, list[list[tuple[int, bool]]]] = {}
+
+    def after(self, anchor: str) -> list[list[tuple[int, bool]]]:
+        """The tokens of each word; without those words that come to nothing."""
+        if anchor not in self._after:
+            spelt = _tokens_after(self._vocabulary, anchor, self._texts)
+            self._after[anchor] = [
+                tokens for tokens in spelt if any(reaches for _, reaches in tokens)
+            ]
+        return self._after[anchor]
+
+
+def completing_token_ids(
+    vocabulary: "seqio.Vocabulary",
+    target_ids: Sequence[int] | np.ndarray,
+    texts: Iterable[str],
+    supported: Iterable[str] = (),
+) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """At every position, what would complete one of the texts: a decoding mask as marks.
+
+    Texts are spelt as they are after a space. An id that goes on with a supported text, or begins
+    one, is kept.
+
+    Args:
+        vocabulary: of the targets.
+        target_ids: the generated ids.
+        texts: that must not come up.
+        supported: texts that may.
+
+    Returns:
+        Entries for `Record.negative_token_ids`: positions and, sorted, the ids to remove there.
+    """
+    completing = _continuations(vocabulary, texts, whole=False)
+    kept = _continuations(vocabulary, supported, whole=True)
+    longest = max(map(len, (*completing, *kept)), default=0)
+    ids = tuple(int(i) for i in target_ids)
+    found = []
+    for position in range(len(ids)):
+        before = [ids[position - length : position] for length in range(min(longest, position) + 1)]
+        removed = set().union(*(completing.get(prefix, ()) for prefix in before))
+        removed -= set().union(*(kept.get(prefix, ()) for prefix in before))
+        if removed:
+            found.append((position, tuple(sorted(removed))))
+    return tuple(found)
+
+
+def _continuations(
+    vocabulary: "seqio.Vocabulary", texts: Iterable[str], *, whole: bool
+) -> dict[tuple[int, ...], set[int]]:
+    """By the tokens before, the ids that complete a text, or with `whole` any of its ids."""
+    processor = _processor(vocabulary)
+    texts = list(texts)
+    spelt = map(vocabulary.encode, texts) if processor is None else processor.encode(texts)
+    found: dict[tuple[int, ...], set[int]] = {}
+    for tokens in map(tuple, spelt):
+        for length in range(0 if whole else max(len(tokens) - 1, 0), len(tokens)):
+            found.setdefault(tokens[:length], set()).add(tokens[length])
+    return found
 
 
 def train_sentencepiece(

@@ -91,6 +91,10 @@ class Lexicon:
         del record  # whatever the inputs hold
         return self._texts if self.case_sensitive else words.casings(self._texts)
 
+    def innocent_words(self, text: str) -> list[str]:
+        """The words of a text that are in no entry."""
+        return self._phrases.outside(text)
+
     def everywhere(self) -> tuple[str, ...]:
         """All entries with their inflections and, unless `case_sensitive`, in every casing."""
         return self.banned(Record(id="", inputs="")) if self.at_every_position else ()
@@ -110,6 +114,8 @@ class Gazetteer:
     Attributes:
       path: the file.
       alternatives: give each span all other names that are not supported, of every type.
+      at_every_position: no name that is not supported may be completed at any position, which
+        distils a decoding mask into the weights.
 
     Raises:
       UsageError: the file is missing, is not such JSON or names no value.
@@ -117,6 +123,7 @@ class Gazetteer:
 
     path: str
     alternatives: bool = True
+    at_every_position: bool = False
 
     def __post_init__(self):
         _ = self._phrases  # a bad file is reported now, not at the first record
@@ -136,7 +143,10 @@ class Gazetteer:
     @cached_property
     def description(self) -> str:
         """Name, file with digest, and settings."""
-        return f"Gazetteer({self._file.identity}, alternatives={self.alternatives})"
+        return (
+            f"Gazetteer({self._file.identity}, alternatives={self.alternatives}, "
+            f"at_every_position={self.at_every_position})"
+        )
 
     def _names(self, supported: set[Hashable]) -> tuple[list[str], list[str]]:
         """Those of supported values, and the others."""
@@ -160,11 +170,16 @@ class Gazetteer:
                 _span(record.targets, start, end, others, recase=True) for start, end in mentions
             ),
             supported=words.casings(supported_names),
+            banned=words.casings(other_names) if self.at_every_position else (),
         )
 
     def banned(self, record: Record) -> tuple[str, ...]:
         """What would be marked in any targets of a record: for masks while decoding."""
         return words.casings(self._names(self._phrases.values_in(record.inputs))[1])
+
+    def innocent_words(self, text: str) -> list[str]:
+        """The words of a text that are in no value's name."""
+        return self._phrases.outside(text)
 
     def everywhere(self) -> tuple[str, ...]:
         """Nothing: a value that is wrong for one record is right for another."""

@@ -85,6 +85,15 @@ class Phrases:
             yield words[first][1], words[last - 1][2], values
             first = last
 
+    def outside(self, text: str) -> list[str]:
+        """The words that belong to no mention, in lower case."""
+        mentions = [(start, end) for start, end, _ in self.longest_mentions(text)]
+        return [
+            text[start:end].lower()
+            for start, end in extents(text)
+            if not any(first <= start < last for first, last in mentions)
+        ]
+
     def values_in(self, text: str) -> set:
         """The values of all phrases in the text, also of those within longer ones."""
         words = self._words(text)
