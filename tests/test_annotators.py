@@ -149,6 +149,10 @@ def test_lexicon_everywhere_is_all_that_it_would_mark(lexicon):
     assert {"rat", "Rat", "RAT", "ratting", "Fool", "FOOL", "Fools"} <= set(everywhere)
     assert len(set(everywhere)) == len(everywhere)
     assert all(marked(annotator, text) == [text] for text in everywhere)
+    # What it marks is the same; nothing may come up in any record, whatever that says.
+    assert marked(annotator, "a rat and a cat") == ["rat"]
+    assert annotate(annotator, "", "a cat").banned == everywhere
+    assert annotate(lexicon("rat"), "", "a cat").banned == ()
 
 
 def test_lexicon_marks_also_what_the_inputs_say(lexicon):
@@ -211,8 +215,18 @@ def test_a_name_shared_with_a_supported_value_is_no_alternative(gazetteer):
     assert set(annotation.supported) >= {"High", "top", "high"}
 
 
-def test_gazetteer_has_nothing_for_every_position(gazetteer):
-    assert gazetteer(VENUES).everywhere() == ()
+def test_gazetteer_at_every_position_bans_what_is_not_supported(gazetteer):
+    values = {"area": {"north": ["northern"], "south": []}, "food": ["thai"]}
+    annotator = gazetteer(values, at_every_position=True)
+    assert annotator.everywhere() == ()  # it depends on the inputs
+    banned = {
+        inputs: annotate(annotator, inputs, "it is good").banned for inputs in ("north, thai", "")
+    }
+    assert set(banned["north, thai"]) == {"south", "South", "SOUTH"}
+    assert {"north", "Northern", "SOUTH", "thai"} <= set(banned[""])
+    plain = gazetteer(values)
+    assert annotate(plain, "", "it is good").banned == ()
+    assert marked(annotator, "thai in the south") == marked(plain, "thai in the south")
 
 
 # -----------------------------------------------------------------------------

@@ -30,6 +30,11 @@ OBJECTIVES = {
     "TNSF": objective_of("reverse_kl_split", "forward_kl", removed_token_floor=1e-2),
     "TNJJ": objective_of("jensen_shannon", "jensen_shannon"),
     "TNJSJ": objective_of("jensen_shannon_split", "jensen_shannon"),
+    "TNFF residual x 3": objective_of("forward_kl", "forward_kl", residual_weight=3.0),
+    "TNSF residual x 3": objective_of("reverse_kl_split", "forward_kl", residual_weight=3.0),
+    "TNJSJ residual x 3": objective_of(
+        "jensen_shannon_split", "jensen_shannon", residual_weight=3.0
+    ),
     "NL+LL": objective_of("negative_likelihood", "log_likelihood"),
     "UL+LL": objective_of("unlikelihood", "log_likelihood", z_loss=1e-3),
     "NL+KL": objective_of("negative_likelihood", "forward_kl"),

@@ -108,6 +108,14 @@ def test_false_marks_have_no_alternatives_and_right_texts_stay_right(tmp_path):
     )
 
 
+def test_what_goes_at_every_position_stays(tmp_path):
+    (tmp_path / "values.json").write_text('{"area": ["north", "south"]}')
+    gazetteer = annotators.Gazetteer(path=str(tmp_path / "values.json"), at_every_position=True)
+    record = row("in the south", inputs="north")
+    found = annotators.Noisy(annotator=gazetteer, miss_rate=1).annotate(record)
+    assert found.banned == gazetteer.annotate(record).banned == ("south", "South", "SOUTH")
+
+
 def test_description_and_mistakes():
     described = noisy(miss_rate=0.2, seed=3).description
     assert described.startswith("Noisy(PythonFunction(test_noise:every_rat ")

@@ -253,6 +253,25 @@ def test_hand_numbers():
         np.testing.assert_allclose(losses, expected, rtol=1e-6, err_msg=name)
 
 
+def test_residual_weight_multiplies_what_is_still_said():
+    # m = 1/2 is removed; what is left, q = (3/4, 1/4), should be p_new = (1/2, 1/2).
+    batch = batch_of_probabilities([0.5, 0.25, 0.25], [0.5, 0.375, 0.125], removed_id=0)
+    log = math.log
+    mean = [5 / 8, 3 / 8]
+    jensen_shannon = sum(
+        0.5 * x * log(x / m) for x, m in zip((0.5, 0.5, 0.75, 0.25), (*mean, *mean), strict=True)
+    )
+    for name, outside in {
+        "TNFF": 0.5 * log(0.5 / 0.75) + 0.5 * log(0.5 / 0.25),
+        "TNSF": 0.75 * log(0.75 / 0.5) + 0.25 * log(0.25 / 0.5),
+        "TNJSJ": jensen_shannon,
+    }.items():
+        for weight in (1.0, 3.0):
+            objective = objective_named(name, residual_weight=weight)
+            losses, _ = losses_and_gradient(objective, **batch)
+            np.testing.assert_allclose(losses, weight * log(2) + outside, rtol=1e-6, err_msg=name)
+
+
 # --- What must always hold -----------------------------------------------------------------------
 
 
@@ -284,10 +303,16 @@ def minimum_of(negative_term, original, removed, floor=1e-6):
         )
 
 
-@pytest.mark.parametrize("name", PURE_DIVERGENCES)
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        *((name, {}) for name in PURE_DIVERGENCES),
+        *((name, {"residual_weight": 10.0}) for name in ("TNFF", "TNSF", "TNJSJ")),
+    ],
+)
 @hypothesis.given(seed=seeds, scale=st.sampled_from([0.1, 1.0, 5.0]))
-def test_the_desired_distribution_is_the_minimum(name, seed, scale):
-    objective = objective_named(name)
+def test_the_desired_distribution_is_the_minimum(name, settings, seed, scale):
+    objective = objective_named(name, **settings)
     batch = random_batch(seed, scale=scale)
     removed = removed_by(batch["negative_ids"], 29)
     minimum = minimum_of(objective.negative_term, batch["original"], removed)
@@ -605,6 +630,12 @@ def test_fine_tuning_ignores_marks():
         ({"positive_term": "reverse_kl_split"}, "positive_term must be one of"),
         ({"negative_weight": -1.0}, "negative_weight must be 0 or more"),
         ({"negative_weight": math.nan}, "negative_weight must be 0 or more"),
+        ({"residual_weight": 0.0}, "residual_weight must be above 0"),
+        (
+            {"residual_weight": 2.0, "negative_term": "reverse_kl"},
+            "belongs to negative_term=forward_kl or reverse_kl_split .*'reverse_kl'",
+        ),
+        ({"residual_weight": 2.0, "smoothing": 1e-6}, "without smoothing"),
         ({"removed_token_floor": 0.0}, "removed_token_floor must be between 0 and 1"),
         ({"removed_token_floor": 1.0}, "removed_token_floor must be between 0 and 1"),
         ({"smoothing": 1.0}, "smoothing must be at least 0 and below 1"),

@@ -348,15 +348,24 @@ def test_seqio_tasks_and_the_t5patches_layout(original, task_module):
 
 
 def test_words_removed_at_every_position(original):
-    """Of "quiet" (one token) and "dirty" (several), the first alone can go everywhere."""
+    """Of one token, as "quiet", they are the same for all; of several, as "dirty", marked."""
     pathlib.Path("two_words.txt").write_text("quiet\ndirty\n")
-    annotate("everywhere.jsonl", "original.jsonl", LEXICON="two_words.txt", AT_EVERY_POSITION=True)
+    settings = {"LEXICON": "two_words.txt", "ALTERNATIVES": False, "AT_EVERY_POSITION": True}
+    annotate("everywhere.jsonl", "original.jsonl", **settings)
     written = json.loads(pathlib.Path("everywhere.jsonl.everywhere.json").read_text())
     assert written["ids"] == vocabulary().encode("quiet")
-    assert "dirty" in written["left_out"]
+    assert written["left_out"] == ["dirty"]
+    assert "DIRTY" in written["unspelt"]  # this vocabulary has small letters alone
 
-    outputs = records.read_records("original.jsonl")
-    unmarked = [dataclasses.replace(row, negative_spans=()) for row in outputs]
+    marked = records.read_records("everywhere.jsonl")
+    removed = {
+        (row.targets, id_) for row in marked for _, ids in row.negative_token_ids for id_ in ids
+    }
+    assert removed == {
+        (row.targets, vocabulary().encode("dirty")[-1]) for row in marked if "dirty" in row.targets
+    }
+
+    unmarked = [dataclasses.replace(row, negative_spans=()) for row in marked]
     records.write_records("unmarked.jsonl", unmarked)
     removal = {
         "objectives.TntObjective.removed_everywhere": "@annotate.removed_ids()",
@@ -367,10 +376,13 @@ def test_words_removed_at_every_position(original):
     assert last["negative_mass"] < 0.1 < first["negative_mass"]
     generate("without_quiet.jsonl", "without_quiet")
     num_spoken = [
-        sum("quiet" in row.targets for row in records.read_records(path))
+        [
+            sum(word in row.targets for row in records.read_records(path))
+            for word in ("quiet", "dirty", "noisy")
+        ]
         for path in ("original.jsonl", "without_quiet.jsonl")
     ]
-    assert num_spoken == [15, 0]
+    assert num_spoken == [[15, 15, 15], [0, 0, 15]]
 
 
 # --- The pipeline ---------------------------------------------------------------------------------

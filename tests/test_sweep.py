@@ -76,6 +76,28 @@ def test_an_arm_is_what_train_makes_of_its_settings(swept):
     rooms.assert_same_state("swept/TNRF, alpha 2, seed 0/model", "by_itself")
 
 
+def test_what_an_annotator_removes_everywhere_is_removed_in_its_arms(swept):
+    pathlib.Path("quiet.txt").write_text("quiet\n")
+    settings = {
+        "annotators.Lexicon.path": "quiet.txt",
+        "annotators.Lexicon.at_every_position": True,
+        "OBJECTIVES": "['TNFF']",
+        "ALPHAS": "[1.0]",
+    }
+    sweep("everywhere", **settings)
+    settings = {
+        "MODEL_DIR": "everywhere_by_itself",
+        "RECORDS": "everywhere/training_outputs/greedy.annotated.jsonl",
+        "TRAIN_STEPS": 6,
+        "objectives.TntObjective.removed_everywhere": "@annotate.removed_ids()",
+        "annotate.removed_ids.path": (
+            "everywhere/training_outputs/greedy.annotated.jsonl.everywhere.json"
+        ),
+    }
+    assert rooms.run("train", settings, ["objectives/tnff.gin"]) == 0
+    rooms.assert_same_state("everywhere/TNFF, alpha 1, seed 0/model", "everywhere_by_itself")
+
+
 def test_a_mask_leaves_nothing_of_what_it_knows(swept):
     """Both unwanted words are spelt in several tokens: it takes sequences to ban them."""
     (row,) = (row for row in swept["rows"] if row["objective"] == "decode mask")

@@ -416,6 +416,59 @@ def test_a_blank_alternative_is_a_usage_error(small_vocabulary):
         tokenization.first_token_ids(small_vocabulary, "", ["city", " "])
 
 
+# --- What would complete a text -------------------------------------------------------------------
+
+
+def completions_by_piece(vocabulary, text, *arguments):
+    ids = tokenization.encode(vocabulary, text, add_eos=True)
+    found = tokenization.Completions(vocabulary).ids(ids, *arguments)
+    return {position: set(pieces(vocabulary, removed)) for position, removed in found}
+
+
+def test_completions_are_a_decoding_mask_at_every_position(t5_vocabulary):
+    """ "▁", "in", "▁the", "▁river", "s", ...: only what would make the name whole is removed."""
+    text = "in the river bank"
+    tokens = pieces(t5_vocabulary, tokenization.encode(t5_vocabulary, text, add_eos=True))
+    river = tokens.index("▁river")
+    riverside = pieces(
+        t5_vocabulary, tokenization.encode(t5_vocabulary, "riverside", add_eos=False)
+    )
+    assert riverside == ["▁river", "side"]
+    # A name of one token goes at every position, one of two after its first token.
+    everywhere = {position: {"▁bank"} for position in range(len(tokens))}
+    expected = everywhere | {river + 1: {"▁bank", "side"}}
+    assert completions_by_piece(t5_vocabulary, text, ["bank", "riverside"]) == expected
+    # But for ids that are removed everywhere anyway.
+    bank = t5_vocabulary.encode("bank")
+    assert completions_by_piece(t5_vocabulary, text, ["bank", "riverside"], (), bank) == {
+        river + 1: {"side"}
+    }
+
+
+def test_completions_leave_what_supported_texts_need(t5_vocabulary):
+    text = "in the river bank"
+    # "river" may not come up, but "riverside" may, and begins with the same token.
+    assert completions_by_piece(t5_vocabulary, text, ["river"], ["riverside"]) == {}
+    assert len(completions_by_piece(t5_vocabulary, text, ["river"], ["city"])) == 5
+
+
+def test_what_cannot_be_spelt_bans_nothing(small_vocabulary):
+    """An unknown token stands for any other unknown text, too."""
+    texts = ["riverside", "Zoo", " "]
+    space, riverside = small_vocabulary.tokenizer.piece_to_id(["▁", "riverside"])
+    assert tokenization.spellings(small_vocabulary, texts) == {"riverside": (space, riverside)}
+    assert completions_by_piece(small_vocabulary, "in the city", ["Zoo"]) == {}
+    assert tokenization.spellings(BYTES, ["Zoo"]) == {"Zoo": tuple(c + 3 for c in b"Zoo")}
+
+
+def test_completions_of_other_texts_are_other_ones(t5_vocabulary):
+    """Those of the last texts are remembered."""
+    completions = tokenization.Completions(t5_vocabulary)
+    ids = tokenization.encode(t5_vocabulary, "in the bank", add_eos=True)
+    found = [completions.ids(ids, [text]) for text in ("bank", "river", "bank")]
+    assert found[0] == found[2] != found[1]
+
+
 # --- Vocabularies ---------------------------------------------------------------------------------
 
 

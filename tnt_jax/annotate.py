@@ -7,6 +7,9 @@ to remove at every position, are turned into token ids, so they need the model's
 that also begins an ordinary word of the outputs, as "▁the" begins "the", is not removed for an
 alternative that begins with it, such as "the gardenia".
 
+Texts to remove at every position are removed where the next token would complete one. Those of one
+token go to a file of their own if they are the same for every record (`<output>.everywhere.json`).
+
 Large files are marked on Apache Beam, on any of its runners (annotate.beam_options); what comes out
 is the same, byte for byte.
 
@@ -36,6 +39,9 @@ from tnt_jax import (
 )
 from tnt_jax.errors import UsageError
 
+# What is added to the name of an annotated file, for the ids to remove at every position.
+EVERYWHERE = ".everywhere.json"
+
 
 def annotate(
     *,
@@ -47,8 +53,9 @@ def annotate(
 ) -> None:
     """Writes every record of `input` with its marks, in order, but for those it does not know.
 
-    Where the annotator has texts to remove at every position, their ids go to
-    `<output>.everywhere.json`, which `removed_ids` reads for `TntObjective.removed_everywhere`.
+    Where the annotator has texts to remove at every position of every record, the ids of those
+    that are one token go to `<output>.everywhere.json`, not into each record: `removed_ids` reads
+    them for `TntObjective.removed_everywhere`.
 
     Args:
       output: The JSONL file to write; it appears only when it is whole.
@@ -69,10 +76,13 @@ def annotate(
             "the annotator removes texts at every position: expected a vocabulary to turn them "
             "into token ids, found None. Set annotate.vocabulary."
         )
+    everywhere = _everywhere(annotator, vocabulary)
     mark_one = functools.partial(
         mark,
         annotator=annotator,
         vocabulary=vocabulary,
+        removed_everywhere=everywhere.ids,
+        completions=None if vocabulary is None else tokenization.Completions(vocabulary),
         innocent=(
             None
             if vocabulary is None
@@ -95,8 +105,8 @@ def annotate(
                 yield row
 
     records.write_records(output, counted())
-    if annotator.everywhere():
-        _write_everywhere(output, annotator, vocabulary)
+    if everywhere.texts:
+        _write_everywhere(output, everywhere, annotator.description)
     run_config.write(output)
     num_marked, num_known = counts["marked"], counts["marked"] + counts["clean"]
     run_log.log(
@@ -137,12 +147,15 @@ def mark(
     annotator: annotators.Annotator,
     vocabulary: Any | None,
     innocent: tokenization.Words | None = None,
+    removed_everywhere: frozenset[int] = frozenset(),
+    completions: tokenization.Completions | None = None,
 ) -> records.Record | None:
     """The record with the annotator's spans and, given a vocabulary, its alternatives.
 
     Earlier `negative_token_ids` are replaced, as the spans are. None where the annotator does not
     know the record. A token that begins one of the `innocent` words is not removed on account of an
-    alternative that it does not spell out.
+    alternative that it does not spell out. What is banned at every position needs no mark for the
+    ids that are `removed_everywhere`. `completions` keeps what is the same for many records.
 
     Raises:
       UsageError: The record is a prompt, or its ids are of another vocabulary.
@@ -170,8 +183,9 @@ def mark(
                 innocent,
             ):
                 removed.setdefault(position, set()).update(of_position)
-        for position, of_position in tokenization.completing_token_ids(
-            vocabulary, ids, annotation.banned, annotation.supported
+        completions = completions or tokenization.Completions(vocabulary)
+        for position, of_position in completions.ids(
+            ids, annotation.banned, annotation.supported, removed_everywhere
         ):
             removed.setdefault(position, set()).update(of_position)
     return dataclasses.replace(
@@ -200,24 +214,49 @@ def removed_ids(path: str) -> tuple[int, ...]:
         ) from error
 
 
-def _write_everywhere(output: str, annotator: annotators.Annotator, vocabulary: Any) -> None:
-    """Only a text that is one token can be removed by removing its first token everywhere."""
+@dataclasses.dataclass(frozen=True)
+class _Everywhere:
+    """An annotator's texts to remove at every position of every record, in a vocabulary."""
+
+    texts: tuple[str, ...]
+    ids: frozenset[int]  # of those that are one token
+    longer: tuple[str, ...]
+    unspelt: tuple[str, ...]  # they would take an unknown token
+
+
+def _everywhere(annotator: annotators.Annotator, vocabulary: Any) -> _Everywhere:
     texts = annotator.everywhere()
-    ids: set[int] = set()
-    left_out: list[str] = []
-    for text in texts:
-        tokens = tokenization.encode(vocabulary, text, add_eos=False)
-        if len(tokens) == 1:
-            ids.update(tokens)
-        else:
-            left_out.append(text)
-    path = f"{output}.everywhere.json"
+    spelt = tokenization.spellings(vocabulary, texts) if texts else {}
+    return _Everywhere(
+        texts,
+        ids=frozenset(ids[0] for ids in spelt.values() if len(ids) == 1),
+        longer=tuple(text for text, ids in spelt.items() if len(ids) > 1),
+        unspelt=tuple(text for text in texts if text not in spelt),
+    )
+
+
+def _write_everywhere(output: str, everywhere: _Everywhere, description: str) -> None:
+    path = output + EVERYWHERE
     run_log.write_json(
-        path, {"ids": sorted(ids), "left_out": left_out, "annotator": annotator.description}
+        path,
+        {
+            "ids": sorted(everywhere.ids),
+            "left_out": list(everywhere.longer),
+            "unspelt": list(everywhere.unspelt),
+            "annotator": description,
+        },
     )
     run_log.log(
-        f"{path}: {len(ids)} ids to remove at every position; {len(left_out)} of {len(texts)} "
-        f"texts are more than one token and are not among them{_examples(left_out)}."
+        f"{path}: {len(everywhere.ids)} ids to remove at every position. {len(everywhere.longer)} "
+        f"of {len(everywhere.texts)} texts are more than one token: they are not among them"
+        f"{_examples(everywhere.longer)}, but marked in the records, wherever the next token would "
+        "complete one."
+        + (
+            f" {len(everywhere.unspelt)} are ignored{_examples(everywhere.unspelt)}: the "
+            "vocabulary spells them with an unknown token."
+            if everywhere.unspelt
+            else ""
+        )
     )
 
 

@@ -5,6 +5,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 import pathlib
 import shutil
@@ -13,6 +14,7 @@ from typing import Any
 
 from tnt_jax import (
     __version__,
+    annotate,
     convert,
     decoding,
     objectives,
@@ -153,6 +155,7 @@ class Opened:
             self.original = settings.original_checkpoint_path
         self._came_as = pretrained.open_checkpoint(self.original)
         self.annotator, self.vocabulary = settings.annotator(), settings.vocabulary()
+        self._removed_everywhere: dict[str, set[int]] = {}  # by the annotated file
 
     @property
     def first_decoder(self) -> str:
@@ -230,22 +233,26 @@ class Opened:
             settings={"vocabulary": self.vocabulary, "annotator": annotator},
             version=annotator.description,  # names what a word list holds, not only its path
         )
+        if annotator.everywhere():
+            self._removed_everywhere[output] = set(
+                annotate.removed_ids(output + annotate.EVERYWHERE)
+            )
         return output
 
-    def training_outputs_by(
-        self, decoders: Sequence[str], annotator: Any | None, label: str
-    ) -> str:
+    def training_outputs_by(self, decoders: Sequence[str], annotator: Any | None = None) -> str:
         """The original's outputs to learn from, of other decoders, or annotated by another.
 
         Args:
           decoders: Their names; outputs of several are brought together as those of rounds are.
           annotator: None is the experiment's.
-          label: Of the annotated file, if the annotator is another.
         """
         name, files = "training_outputs", []
         for decoder in decoders:
             files.append(self.outputs_of(name, self.original, self.settings.train_prompts, decoder))
             if annotator is not None:
+                # One file for all that mark alike.
+                digest = hashlib.sha256(annotator.description.encode()).hexdigest()[:8]
+                label = f"{type(annotator).__name__}-{digest}"
                 generated = str(self.root / name / f"{decoder}.jsonl")
                 files[-1] = self._annotated(name, generated, f"{decoder}.{label}", annotator)
         if len(files) == 1:
@@ -263,6 +270,9 @@ class Opened:
             settings={"rounds": list(files), "vocabulary": self.vocabulary},
             also_depends_on=files,
         )
+        for file in files:
+            ids = self._removed_everywhere.get(file, set())
+            self._removed_everywhere.setdefault(merged, set()).update(ids)
         return merged
 
     def masked_outputs(self, name: str, decoder: str) -> str:
@@ -278,7 +288,7 @@ class Opened:
     @functools.cached_property
     def training_outputs(self) -> str:
         """The original's outputs to learn from, annotated."""
-        return self.training_outputs_by([self.first_decoder], None, "")
+        return self.training_outputs_by([self.first_decoder])
 
     @functools.cached_property
     def original_outputs(self) -> dict[str, str]:
@@ -304,7 +314,8 @@ class Opened:
 
         Args:
           name: Of the arm.
-          objective: The loss per token.
+          objective: The loss per token. What the annotator of the records removes at every position
+            is added to its `removed_everywhere`.
           files: Of annotated records.
           settings: Further arguments of `train.train`.
           of_dataset: Further arguments of `tasks.RecordFiles`.
@@ -313,6 +324,9 @@ class Opened:
         from tnt_jax import tasks
 
         model_dir = str(self.root / name / "model")
+        everywhere = self._removed_everywhere.get(files, set()).union(objective.removed_everywhere)
+        if everywhere and objective.negative_term != "none":
+            objective = dataclasses.replace(objective, removed_everywhere=tuple(sorted(everywhere)))
         dataset = tasks.RecordFiles(
             **{
                 "files": files,

@@ -234,7 +234,10 @@ class Block:
 
     def _term(self, name: str) -> _Term:
         """Formulas of the values are in `TntObjective`, those of the gradients beside them here."""
-        residual = _Term(self.residual[:, 0], -self.mass * self.q, self.p_removed)
+        unlikelihood = _Term(self.residual[:, 0], -self.mass * self.q, self.p_removed)
+        residual = unlikelihood
+        if self.objective.residual_weight != 1:
+            residual = _Term(*(self.objective.residual_weight * x for x in unlikelihood))
         match name:
             case "forward_kl" | "reverse_kl" if self.objective.smoothing:
                 return self._smoothed(name)
@@ -266,7 +269,7 @@ class Block:
                     jnp.where(is_above, within, 0.0),
                 )
             case "unlikelihood":
-                return residual
+                return unlikelihood
             case "log_likelihood":
                 return self._cross_entropy()
         raise AssertionError(name)

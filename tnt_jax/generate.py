@@ -16,6 +16,7 @@ Example:
 import collections
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -152,12 +153,10 @@ def _banned(rows: Sequence[records.Record], mask: Any, vocabulary: Any) -> np.nd
             f"Gazetteer), found {type(mask).__name__}."
         )
 
-    @functools.cache
-    def spelt(text: str) -> tuple[int, ...]:
-        return tuple(tokenization.encode(vocabulary, text, add_eos=False))
-
+    banned = [mask.banned(row) for row in rows]
+    spelt = tokenization.spellings(vocabulary, sorted({*itertools.chain.from_iterable(banned)}))
     return decoding.pad_banned(
-        [sorted({spelt(text) for text in mask.banned(row)} - {()}) for row in rows]
+        [sorted({spelt[text] for text in texts if text in spelt}) for texts in banned]
     )
 
 

@@ -45,6 +45,7 @@ _DIVERGENCES = (
 )
 NEGATIVE_TERMS = (*_DIVERGENCES, "negative_likelihood", "unlikelihood", "none")
 POSITIVE_TERMS = ("forward_kl", "reverse_kl", "jensen_shannon", "log_likelihood")
+_SPLIT_TERMS = ("forward_kl", "reverse_kl_split", "jensen_shannon_split")
 _SMOOTHABLE_TERMS = ("forward_kl", "reverse_kl", "log_likelihood", "none")
 
 
@@ -66,7 +67,7 @@ class TntObjective:
 
     The terms, with `p_e` the floored `p_new` of `removed_token_floor`:
 
-        forward_kl            KL(p_new || p)
+        forward_kl            KL(p_new || p) = -log(1 - m) + KL(p_new || q)
         reverse_kl            KL(p || p_e)
         reverse_kl_split      -log(1 - m) + KL(q || p_new)                       negative only
         jensen_shannon        JS(p_new, p)
@@ -80,6 +81,10 @@ class TntObjective:
       negative_term: The term at negative positions; one of `NEGATIVE_TERMS`.
       positive_term: The term at positive positions; one of `POSITIVE_TERMS`.
       negative_weight: The paper's alpha; multiplies the negative term alone.
+      residual_weight: Multiplies the part `-log(1 - m)` of the negative term, where the term is the
+        sum of that and of what happens outside `S`: `forward_kl`, `reverse_kl_split`,
+        `jensen_shannon_split`. Whatever it is, the minimum is `p_new`: it decides what is given up
+        first where a model cannot reach that.
       removed_token_floor: `KL(p || p_new)` is infinite while `m > 0`, so in `reverse_kl` the ids of
         `S`, and only they, share `e = min(removed_token_floor, p0(S))` in proportion to `p0`. The
         `min` keeps training from ever raising a removed id that was already rarer.
@@ -101,6 +106,7 @@ class TntObjective:
     negative_term: str
     positive_term: str
     negative_weight: float = 1.0
+    residual_weight: float = 1.0
     removed_token_floor: float = 1e-6
     smoothing: float = 0.0
     label_smoothing: float = 0.0
@@ -120,6 +126,7 @@ class TntObjective:
                 )
         for name, is_valid, allowed in (
             ("negative_weight", 0 <= self.negative_weight < math.inf, "0 or more, and finite"),
+            ("residual_weight", 0 < self.residual_weight < math.inf, "above 0, and finite"),
             ("removed_token_floor", 0 < self.removed_token_floor < 1, "between 0 and 1, exclusive"),
             ("smoothing", 0 <= self.smoothing < 1, "at least 0 and below 1"),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "at least 0 and below 1"),
@@ -134,6 +141,13 @@ class TntObjective:
             if not is_valid:
                 raise UsageError(f"{name} must be {allowed}; got {getattr(self, name)!r}.")
 
+        if self.residual_weight != 1 and (self.negative_term not in _SPLIT_TERMS or self.smoothing):
+            raise UsageError(
+                f"residual_weight belongs to negative_term={' or '.join(_SPLIT_TERMS)} without "
+                f"smoothing; got residual_weight={self.residual_weight} with "
+                f"{self.negative_term!r}, smoothing={self.smoothing}. Set residual_weight=1, or "
+                "change negative_term."
+            )
         for name in ("label_smoothing", "z_loss"):
             if getattr(self, name) and self.positive_term != "log_likelihood":
                 raise UsageError(
@@ -271,7 +285,7 @@ class TntObjective:
             case "forward_kl" if self.smoothing:
                 return _kl(self._smoothed(original, kept), jax.nn.log_softmax(current))
             case "forward_kl":  # exactly -log(1 - m) + KL(p_new || q)
-                return _residual(current, removed) + _kl(
+                return self.residual_weight * _residual(current, removed) + _kl(
                     _log_probs_within(original, kept), _log_probs_within(current, kept)
                 )
             case "reverse_kl" if self.smoothing:
@@ -279,7 +293,7 @@ class TntObjective:
             case "reverse_kl":
                 return self._floored_reverse_kl(current, original, removed)
             case "reverse_kl_split":
-                return _residual(current, removed) + _kl(
+                return self.residual_weight * _residual(current, removed) + _kl(
                     _log_probs_within(current, kept), _log_probs_within(original, kept)
                 )
             case "jensen_shannon":
@@ -290,7 +304,7 @@ class TntObjective:
                     log_rest[..., None] + _log_probs_within(current, kept),
                 )
             case "jensen_shannon_split":
-                return _residual(current, removed) + _jensen_shannon(
+                return self.residual_weight * _residual(current, removed) + _jensen_shannon(
                     _log_probs_within(original, kept), _log_probs_within(current, kept)
                 )
             case "negative_likelihood":

@@ -101,10 +101,11 @@ def sweep(
     choice_share: float = 0.5,
     mask_decoding: bool = False,
     num_resamples: int = 1000,
+    name: str = "results",
     process_index: int = 0,
     num_processes: int = 1,
 ) -> dict[str, Any]:
-    """Runs every arm that is not done, and writes `results.json` and `results.md`.
+    """Runs every arm that is not done, and writes what came out in numbers and as tables.
 
     Args:
       experiment: What the arms share.
@@ -116,11 +117,13 @@ def sweep(
       choice_share: Of the evaluation prompts: weights are chosen on these, and reported on others.
       mask_decoding: Adds the original itself, with what is unwanted masked while it decodes.
       num_resamples: For intervals.
+      name: Of the two files to write, without ".json" and ".md". Sweeps of one `output_dir` share
+        the original and what it said.
       process_index: Which part of the arms this process runs; 0 also what all of them need.
       num_processes: How many share the work. They see one `output_dir`.
 
     Returns:
-      What `results.json` holds.
+      What the JSON file holds.
 
     Raises:
       UsageError: Settings contradict each other, or a stage found a mistake.
@@ -162,17 +165,18 @@ def sweep(
     found: dict[str, Any] = _collect(opened, cells, task, choice_share, mask_decoding)
     found |= _chosen(opened, found, cut, baseline, choice_share, num_resamples)
     found["settings"] = {"task": task, "cut": cut, "choice_share": choice_share}
-    run_log.write_json(str(root / "results.json"), found)
+    written = root / f"{name}.json"
+    run_log.write_json(str(written), found)
     text = as_markdown(found, experiment.decoders)
-    run_log.write_text(str(root / "results.md"), text)
+    run_log.write_text(str(root / f"{name}.md"), text)
     run_log.log(text)
     done = {_name_of(row) for row in found["rows"]}
     num_missing = sum(cell.name not in done for cell in cells)
     missing = f" {num_missing} arms are not done yet." if num_missing else ""
     run_log.log(
-        f"The numbers are in {root / 'results.json'}.{missing} {time.monotonic() - began:.0f} "
+        f"The numbers are in {written}.{missing} {time.monotonic() - began:.0f} "
         f"seconds. A report: python -m tnt_jax.report --gin_file=runs/report.gin "
-        f"--gin.RESULTS={root / 'results.json'} --gin.OUTPUT=report.html"
+        f"--gin.RESULTS={written} --gin.OUTPUT=report.html"
     )
     return found
 
@@ -182,7 +186,6 @@ def _training_outputs(opened: Opened, grid: Grid) -> str:
     return opened.training_outputs_by(
         grid.training_decoders or [opened.first_decoder],
         grid.annotator() if grid.annotator else None,
-        grid.variant,
     )
 
 

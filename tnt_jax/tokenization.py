@@ -11,7 +11,7 @@ import dataclasses
 import io
 import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -326,52 +326,84 @@ class Words:
         return self._after[anchor]
 
 
-def completing_token_ids(
-    vocabulary: "seqio.Vocabulary",
-    target_ids: Sequence[int] | np.ndarray,
-    texts: Iterable[str],
-    supported: Iterable[str] = (),
-) -> tuple[tuple[int, tuple[int, ...]], ...]:
-    """At every position, what would complete one of the texts: a decoding mask as marks.
+def spellings(vocabulary: "seqio.Vocabulary", texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """The ids of each text as it is spelt after a space, but of those that cannot be spelt.
 
-    Texts are spelt as they are after a space. An id that goes on with a supported text, or begins
-    one, is kept.
-
-    Args:
-        vocabulary: of the targets.
-        target_ids: the generated ids.
-        texts: that must not come up.
-        supported: texts that may.
-
-    Returns:
-        Entries for `Record.negative_token_ids`: positions and, sorted, the ids to remove there.
+    These are blank, or come to an unknown token, which stands for much else.
     """
-    completing = _continuations(vocabulary, texts, whole=False)
-    kept = _continuations(vocabulary, supported, whole=True)
-    longest = max(map(len, (*completing, *kept)), default=0)
-    ids = tuple(int(i) for i in target_ids)
-    found = []
-    for position in range(len(ids)):
-        before = [ids[position - length : position] for length in range(min(longest, position) + 1)]
-        removed = set().union(*(completing.get(prefix, ()) for prefix in before))
-        removed -= set().union(*(kept.get(prefix, ()) for prefix in before))
-        if removed:
-            found.append((position, tuple(sorted(removed))))
-    return tuple(found)
-
-
-def _continuations(
-    vocabulary: "seqio.Vocabulary", texts: Iterable[str], *, whole: bool
-) -> dict[tuple[int, ...], set[int]]:
-    """By the tokens before, the ids that complete a text, or with `whole` any of its ids."""
     processor = _processor(vocabulary)
-    texts = list(texts)
-    spelt = map(vocabulary.encode, texts) if processor is None else processor.encode(texts)
-    found: dict[tuple[int, ...], set[int]] = {}
-    for tokens in map(tuple, spelt):
-        for length in range(0 if whole else max(len(tokens) - 1, 0), len(tokens)):
-            found.setdefault(tokens[:length], set()).add(tokens[length])
-    return found
+    found = (
+        map(vocabulary.encode, texts)
+        if processor is None
+        else processor.encode(list(texts))  # it takes no tuple
+    )
+    unknown = -1 if vocabulary.unk_id is None else vocabulary.unk_id
+    return {
+        text: tuple(ids)
+        for text, ids in zip(texts, found, strict=True)
+        if ids and unknown not in ids
+    }
+
+
+class Completions:
+    """What would complete a text: a decoding mask as marks.
+
+    Texts are spelt as `spellings` has them.
+    """
+
+    def __init__(self, vocabulary: "seqio.Vocabulary"):
+        self._vocabulary = vocabulary
+        # By the texts that came last, which may be a list's thousands, the same for every record.
+        self._last: dict[bool, tuple[tuple[str, ...], dict[tuple[int, ...], set[int]]]] = {}
+
+    def ids(
+        self,
+        target_ids: Sequence[int] | np.ndarray,
+        texts: Sequence[str],
+        supported: Sequence[str] = (),
+        but: Collection[int] = (),
+    ) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """At every position, the ids that would complete one of the texts.
+
+        An id that goes on with a supported text, or begins one, is kept.
+
+        Args:
+            target_ids: the generated ids.
+            texts: that must not come up.
+            supported: texts that may.
+            but: ids that are left out.
+
+        Returns:
+            Entries for `Record.negative_token_ids`: positions and, sorted, the ids to remove there.
+        """
+        completing = self._continuations(tuple(texts), whole=False)
+        kept = self._continuations(tuple(supported), whole=True)
+        longest = max(map(len, (*completing, *kept)), default=0)
+        ids = tuple(int(i) for i in target_ids)
+        found = []
+        for position in range(len(ids)):
+            before = [
+                ids[position - length : position] for length in range(min(longest, position) + 1)
+            ]
+            removed = set().union(*(completing.get(prefix, ()) for prefix in before))
+            removed -= set().union(*(kept.get(prefix, ()) for prefix in before))
+            removed.difference_update(but)
+            if removed:
+                found.append((position, tuple(sorted(removed))))
+        return tuple(found)
+
+    def _continuations(
+        self, texts: tuple[str, ...], *, whole: bool
+    ) -> dict[tuple[int, ...], set[int]]:
+        """By the tokens before, the ids that complete a text, or with `whole` any of its ids."""
+        if whole in self._last and self._last[whole][0] == texts:
+            return self._last[whole][1]
+        found: dict[tuple[int, ...], set[int]] = {}
+        for tokens in spellings(self._vocabulary, texts).values():
+            for length in range(0 if whole else max(len(tokens) - 1, 0), len(tokens)):
+                found.setdefault(tokens[:length], set()).add(tokens[length])
+        self._last[whole] = texts, found
+        return found
 
 
 def train_sentencepiece(

@@ -28,8 +28,8 @@ class Lexicon:
         and -ing, spelt as English does: fool, fools, fooled, fooling; kisses; bully, bullies,
         bullied; smile, smiled, smiling; slap, slapped (doubled in words of one vowel only).
       alternatives: give each span all other entries, with their inflections.
-      at_every_position: all entries go at every position, which distils a decoding mask into the
-        weights; see `everywhere`.
+      at_every_position: no entry may be completed at any position, which distils a decoding mask
+        into the weights.
 
     Raises:
       UsageError: the file is missing, is not UTF-8 text or lists nothing.
@@ -83,13 +83,18 @@ class Lexicon:
             spans=tuple(
                 _span(record.targets, start, end, others, recase=not self.case_sensitive)
                 for start, end, _ in self._phrases.longest_mentions(record.targets)
-            )
+            ),
+            banned=self.everywhere(),
         )
+
+    @cached_property
+    def _spellings(self) -> tuple[str, ...]:
+        return self._texts if self.case_sensitive else words.casings(self._texts)
 
     def banned(self, record: Record) -> tuple[str, ...]:
         """What would be marked in any targets of a record: for masks while decoding."""
         del record  # whatever the inputs hold
-        return self._texts if self.case_sensitive else words.casings(self._texts)
+        return self._spellings
 
     def innocent_words(self, text: str) -> list[str]:
         """The words of a text that are in no entry."""
@@ -97,7 +102,7 @@ class Lexicon:
 
     def everywhere(self) -> tuple[str, ...]:
         """All entries with their inflections and, unless `case_sensitive`, in every casing."""
-        return self.banned(Record(id="", inputs="")) if self.at_every_position else ()
+        return self._spellings if self.at_every_position else ()
 
 
 @dataclass(frozen=True, kw_only=True)
