@@ -26,7 +26,7 @@ def main():
         rows += found["rows"]
         name = f"{found['settings']['task']}, {path.stem}"
         sweeps.append({"name": name, "settings": found["settings"], "chosen": found["chosen"]})
-        decoders = dict.fromkeys(row["decoder"] for row in found["rows"])
+        decoders = list(dict.fromkeys(row["decoder"] for row in found["chosen"]))
         print(f"## {name}\n\n{sweep.as_markdown(found, decoders)}")
     run_log.write_json(arguments.output, {"rows": rows, "sweeps": sweeps})
 

@@ -142,8 +142,8 @@ def sweep(
     ]
     experiment.check_names([cell.name for cell in cells])
     for grid in grids:
-        for name in grid.objectives:
-            objectives.named(name)  # a misspelt one is known now
+        for objective in grid.objectives:
+            objectives.named(objective)  # a misspelt one is known now
     root = pathlib.Path(experiment.output_dir)
     if process_index and not (root / "shared.json").exists():
         raise UsageError(
