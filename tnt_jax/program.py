@@ -42,7 +42,9 @@ from tnt_jax import quiet_tensorflow
 from tnt_jax.errors import UsageError
 from tnt_jax.run_config import is_gin_code
 
-_ROOT = pathlib.Path(__file__).parent.parent
+# Where gin_configs is: beside the package in a clone, in it when it was installed from a wheel.
+_PACKAGE = pathlib.Path(__file__).parent
+_ROOT = _PACKAGE if (_PACKAGE / "gin_configs").is_dir() else _PACKAGE.parent
 _GIN_CONFIGS = _ROOT / "gin_configs"
 
 # The user's to mend, whoever raised it: a path that does not work.
