@@ -61,6 +61,8 @@ _PATH_ERRORS = (
 # ---------------------------------------------------------------------------------------------
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# It only reads data, and would claim a GPU's whole memory.
+os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
 absl.logging.set_verbosity(absl.logging.WARNING)
 
 quiet_tensorflow.install()

@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# Trains on the GPUs of one or several nodes of a SLURM cluster, one process for each GPU.
+#
+#   launch/gpu_node.sh --install_only --venv=.venv-gpu       once, where there is a network
+#   sbatch --nodes=2 launch/slurm.sh --gin_file=FILE ... [--gin.NAME=VALUE ...]
+#
+# from the project's folder, which all nodes must see, as they must MODEL_DIR. What stands below holds
+# unless sbatch is told otherwise: --gpus-per-node and --ntasks-per-node must be the same number. No
+# --gpus-per-task: each process must see all GPUs of its node, and jax.distributed gives it its own.
+#
+# Environment: VENV (.venv-gpu), PROGRAM (train).
+#
+# Three minutes before the time limit the programs get SIGTERM, save and end with status 75; the job is then
+# queued again, and goes on from there, as it does where SLURM preempts it (--requeue). A failure is tried
+# again twice in the same job; a usage error (status 2) is final.
+#
+#SBATCH --job-name=tnt_jax
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=8
+#SBATCH --ntasks-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=TERM@180
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=tnt_jax-%j.log
+set -euo pipefail
+
+refuse() {
+    echo "slurm: error: $*" >&2
+    exit 2
+}
+
+if [[ ${1:-} == --help || ${1:-} == -h ]]; then
+    sed -n '2,/^#SBATCH/{/^#SBATCH/d;s/^# \{0,1\}//;p;}' "$0"
+    exit
+fi
+[[ -n ${SLURM_JOB_ID:-} ]] || refuse "expected a job of SLURM's: sbatch launch/slurm.sh ...; see --help"
+(($#)) || refuse "--gin_file: expected the files of a run; see launch/slurm.sh --help"
+
+cd "$SLURM_SUBMIT_DIR" # SLURM runs a copy of this file, elsewhere
+[[ -e launch/restart_loop.sh ]] || refuse "$PWD is not the project's folder: submit from there"
+python=${VENV:-.venv-gpu}/bin/python
+[[ -x $python ]] || refuse "VENV: no $python: launch/gpu_node.sh --install_only --venv=${VENV:-.venv-gpu}"
+tasks=${SLURM_NTASKS_PER_NODE:-1}
+[[ ${SLURM_GPUS_ON_NODE:-$tasks} == "$tasks" ]] ||
+    refuse "expected a process for each GPU, found --ntasks-per-node=$tasks and" \
+        "$SLURM_GPUS_ON_NODE GPUs on a node"
+
+if ((${SLURM_NTASKS:-1} > 1)); then
+    export TNT_JAX_DISTRIBUTED=1
+fi
+# A SIGTERM that reaches this shell is scancel, or a preemption after which SLURM itself queues the job
+# again; the one before the time limit goes to the programs alone.
+is_cancelled=
+trap 'is_cancelled=yes' TERM
+status=0
+bash launch/restart_loop.sh --end_when_saved --max_failures=2 -- \
+    srun --kill-on-bad-exit=1 "$python" -m "tnt_jax.${PROGRAM:-train}" "$@" || status=$?
+if ((status == 75)) && [[ -z $is_cancelled ]]; then
+    echo "slurm: queued again; the run goes on from its last checkpoint"
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

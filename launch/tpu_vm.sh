@@ -1,0 +1,619 @@
+#!/usr/bin/env bash
+# Trains on a TPU VM, or on a slice of several hosts, with one command.
+#
+#   launch/tpu_vm.sh up [SETTINGS] [--gin.NAME=VALUE ...]
+#       creates the TPU (a queued resource), installs this commit on every host, starts
+#       `python -m tnt_jax.train` under a restart loop, and prints its log until it is done. A TPU that is
+#       preempted is created again, and the run goes on from its last checkpoint. Given again, it takes
+#       up what is there: interrupt it (Ctrl-C) and the run goes on without it.
+#   launch/tpu_vm.sh logs      prints the log, and what is added to it
+#   launch/tpu_vm.sh status    says what there is, and what each host is doing
+#   launch/tpu_vm.sh down      deletes what `up` created here, and nothing else
+#
+# Settings, as flags or in the environment:
+#   --name=NAME                TPU_NAME           of the TPU and of the run
+#   --project=PROJECT          PROJECT
+#   --zone=ZONE                ZONE
+#   --accelerator_type=TYPE    ACCELERATOR_TYPE   v5litepod-8, v5p-8, v6e-8, ...   (for `up`)
+#   --bucket=BUCKET            BUCKET             MODEL_DIR is gs://BUCKET/NAME    (for `up`)
+#   --gin_file=FILE            GIN_FILE           repeatable: one of this project's, or your own; own
+#                                                 files are copied, what they include is not
+#
+#   --provisioning=on-demand   PROVISIONING       or spot, or reserved
+#   --runtime_version=VERSION  RUNTIME_VERSION    of the TPU's software; known for v2 to v6e
+#   --commit=COMMIT                               of the code; the last one, which must have all changes
+#   --program=train                               another of tnt_jax's programs; set where it writes to
+#   --create_flag=FLAG                            further flags of gcloud, repeatable: of
+#   --ssh_flag=FLAG                               `queued-resources create`, of `tpu-vm ssh` and `scp`
+#   --lines=100, --worker=0                       of `logs`: how far back, and which host's
+#   --poll_seconds=30                             between two looks at what is not ready yet
+#   --down_when_done                              `up` deletes the TPU when the run is done
+#   --dry_run                                     prints every call of gcloud, and makes none
+#
+# First see whether the model fits, which costs nothing (docs/launch.md):
+#   python -m tnt_jax.precompile --topology=v5e:2x4 --gin_file=...
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+here=launch/tpu_vm.sh
+
+say() {
+    echo "tpu_vm: $*"
+}
+
+refuse() {
+    echo "tpu_vm: error: $*" >&2
+    exit 2
+}
+
+give_up() {
+    echo "tpu_vm: error: $*" >&2
+    exit 1
+}
+
+# --------------------------------------------------------------------------------------------------
+# The command line
+# --------------------------------------------------------------------------------------------------
+
+help() {
+    sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "$root/$here"
+}
+
+name=${TPU_NAME:-}
+project=${PROJECT:-}
+zone=${ZONE:-}
+accelerator_type=${ACCELERATOR_TYPE:-}
+bucket=${BUCKET:-}
+gin_files=()
+provisioning=${PROVISIONING:-on-demand}
+runtime_version=${RUNTIME_VERSION:-}
+commit=
+program=train
+create_flags=()
+ssh_flags=()
+lines=100
+worker=0
+poll_seconds=30
+down_when_done=
+dry_run=
+arguments=() # for the program
+
+if ((!$#)); then
+    refuse "expected up, logs, status or down; see $here --help"
+fi
+action=$1
+shift
+case $action in
+    --help | -h | help)
+        help
+        exit
+        ;;
+    up | logs | status | down) ;;
+    *) refuse "expected up, logs, status or down, found $action; see $here --help" ;;
+esac
+while (($#)); do
+    argument=$1
+    shift
+    case $argument in
+        --help | -h)
+            help
+            exit
+            ;;
+        --gin.*=* | --gin_search_paths=*)
+            arguments+=("$argument")
+            continue
+            ;;
+        --dry_run | --dry-run)
+            dry_run=yes
+            continue
+            ;;
+        --down_when_done | --down-when-done)
+            down_when_done=yes
+            continue
+            ;;
+        --*=*)
+            flag=${argument%%=*}
+            value=${argument#*=}
+            ;;
+        --*)
+            (($#)) || refuse "$argument: expected $argument=VALUE"
+            flag=$argument
+            value=$1
+            shift
+            ;;
+        *) refuse "expected --NAME=VALUE, found $argument; see $here --help" ;;
+    esac
+    flag=${flag#--}
+    case ${flag//-/_} in
+        name) name=$value ;;
+        project) project=$value ;;
+        zone) zone=$value ;;
+        accelerator_type) accelerator_type=$value ;;
+        bucket) bucket=$value ;;
+        gin_file) gin_files+=("$value") ;;
+        provisioning) provisioning=$value ;;
+        runtime_version) runtime_version=$value ;;
+        commit) commit=$value ;;
+        program) program=$value ;;
+        create_flag) create_flags+=("$value") ;;
+        ssh_flag) ssh_flags+=("$value") ;;
+        lines) lines=$value ;;
+        worker) worker=$value ;;
+        poll_seconds) poll_seconds=$value ;;
+        *) refuse "no setting --$flag; see $here --help" ;;
+    esac
+done
+if ((!${#gin_files[@]})) && [[ -n ${GIN_FILE:-} ]]; then
+    gin_files=("$GIN_FILE")
+fi
+bucket=${bucket#gs://}
+bucket=${bucket%/}
+
+missing=()
+[[ -n $name ]] || missing+=("--name (or TPU_NAME)")
+[[ -n $project ]] || missing+=("--project (or PROJECT)")
+[[ -n $zone ]] || missing+=("--zone (or ZONE)")
+if [[ $action == up ]]; then
+    [[ -n $accelerator_type ]] || missing+=("--accelerator_type (or ACCELERATOR_TYPE)")
+    [[ -n $bucket ]] || missing+=("--bucket (or BUCKET)")
+    ((${#gin_files[@]})) || missing+=("--gin_file")
+fi
+if ((${#missing[@]})); then
+    list=$(printf '%s, ' "${missing[@]}")
+    refuse "$action needs ${list%, }; see $here --help"
+fi
+[[ $name =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ && ${#name} -le 61 ]] ||
+    refuse "--name: expected small letters, digits and hyphens, a letter first, found $name"
+[[ $poll_seconds =~ ^[0-9]+$ ]] || refuse "--poll_seconds: expected a number, found $poll_seconds"
+[[ $worker =~ ^[0-9]+$ ]] || refuse "--worker: expected a number, found $worker"
+[[ $lines =~ ^\+?[0-9]+$ ]] || refuse "--lines: expected a number, found $lines"
+[[ $program =~ ^[a-z0-9_]+$ ]] || refuse "--program: expected train, say, found $program"
+[[ -n $dry_run ]] || command -v gcloud >/dev/null ||
+    refuse "gcloud is not installed: https://cloud.google.com/sdk/docs/install (--dry_run needs none)"
+
+# --------------------------------------------------------------------------------------------------
+# gcloud
+# --------------------------------------------------------------------------------------------------
+
+exec 3>&1 # the terminal, where a function's output is read by another
+
+in_zone=("--project=$project" "--zone=$zone" --quiet)
+# A host that is gone must not be waited for.
+ssh_options=(--ssh-flag="-o ConnectTimeout=30" --ssh-flag="-o ServerAliveInterval=30")
+
+# Makes a call, or only shows it.
+call() {
+    if [[ -n $dry_run ]]; then
+        printf 'gcloud' >&3
+        printf ' %q' "$@" >&3
+        echo >&3
+    else
+        gcloud "$@"
+    fi
+}
+
+# Makes a call that only looks; a dry run takes its first argument for the answer.
+ask() {
+    local assumed=$1
+    shift
+    call "$@" || return
+    if [[ -n $dry_run ]]; then
+        echo "$assumed"
+    fi
+}
+
+pause() {
+    [[ -n $dry_run ]] || sleep "$poll_seconds"
+}
+
+# Runs a command on worker $1, or on all.
+on_worker() {
+    call compute tpus tpu-vm ssh "$name" "${in_zone[@]}" "--worker=$1" "${ssh_options[@]}" \
+        ${ssh_flags[@]+"${ssh_flags[@]}"} "--command=$2"
+}
+
+# --------------------------------------------------------------------------------------------------
+# What there is, and whose it is
+# --------------------------------------------------------------------------------------------------
+
+# A file here holds the random id that the resource carries as a label: without both, nothing is deleted.
+record=${XDG_STATE_HOME:-$HOME/.local/state}/tnt_jax/tpu_vm/$project.$zone.$name
+own_id=
+if [[ -e $record ]]; then
+    own_id=$(<"$record")
+fi
+label=tnt_jax_launch
+
+# Sets `state` (empty: there is no such queued resource), `id` and `reason`; fails when gcloud does. A list
+# rather than a description: that there is nothing is then no error, which could be any other.
+look() {
+    local found
+    found=$(ask "$1" compute tpus queued-resources list "${in_zone[@]}" "--filter=name~'(^|/)$name\$'" \
+        "--format=value[separator='|'](state.state,tpu.nodeSpec[0].node.labels.$label,state.failedData.error.message)") ||
+        return
+    IFS='|' read -r state id reason <<<"$found" || true
+}
+
+# The same of the TPU VM itself: sets `node` (its state, empty: none), `health` and `hosts`.
+look_at_node() {
+    local found
+    found=$(ask "$1" compute tpus tpu-vm list "${in_zone[@]}" "--filter=name~'(^|/)$name\$'" \
+        "--format=value[separator='|'](state,health,networkEndpoints.len())") || return
+    IFS='|' read -r node health hosts <<<"$found" || true
+}
+
+is_own() {
+    [[ -n $dry_run || (-n $own_id && $id == "$own_id") ]]
+}
+
+refuse_foreign() {
+    refuse "the queued resource $name in $project, $zone, was not created by this script on this machine:" \
+        "it is left alone. Choose another --name, or delete it yourself: gcloud compute tpus" \
+        "queued-resources delete $name --project=$project --zone=$zone --force"
+}
+
+delete_own() {
+    call compute tpus queued-resources delete "$name" "${in_zone[@]}" --force
+}
+
+# --------------------------------------------------------------------------------------------------
+# What runs there
+# --------------------------------------------------------------------------------------------------
+
+# Sets `commit`, `code` (its name on the hosts) and `arguments` (of the program).
+choose_code() {
+    git -C "$root" rev-parse --git-dir >/dev/null 2>&1 ||
+        refuse "$root is no git checkout: up sends the code of a commit"
+    if [[ -z $commit ]]; then
+        [[ -z $(git -C "$root" status --porcelain --untracked-files=no) ]] ||
+            refuse "there are changes that are not committed: commit them, or pass --commit=HEAD to run" \
+                "without them"
+        commit=HEAD
+    fi
+    commit=$(git -C "$root" rev-parse --quiet --verify "$commit^{commit}") ||
+        refuse "--commit: no such commit here"
+    in_commit launch/host.sh || refuse "--commit: $commit is from before launch/host.sh"
+
+    local file argument value given=()
+    own_files=()
+    for file in "${gin_files[@]}"; do
+        if in_commit "$file" || in_commit "gin_configs/$file"; then
+            given+=("--gin_file=$file")
+        elif [[ -f $file ]]; then
+            own_files+=("$file")
+            given+=("--gin_file=own/${#own_files[@]}/$(basename "$file")")
+        else
+            refuse "--gin_file: $file is neither in commit ${commit:0:12} nor here"
+        fi
+    done
+    for argument in ${arguments[@]+"${arguments[@]}"}; do
+        value=${argument#*=}
+        if [[ $value == *[./]* && -e $value ]] && ! in_commit "$value"; then
+            refuse "${argument%%=*}: $value is on this machine, and not on the TPU: gcloud storage cp" \
+                "--recursive $value gs://$bucket/, and name it there"
+        fi
+    done
+    code=${commit:0:12}
+    if ((${#own_files[@]})); then
+        code+=-$(cat "${own_files[@]}" | cksum | cut -d ' ' -f 1)
+    fi
+    model_dir=gs://$bucket/$name
+    if [[ $program == train && " ${arguments[*]-}" != *" --gin.MODEL_DIR="* ]]; then
+        given+=("--gin.MODEL_DIR=$model_dir")
+    fi
+    arguments=("${given[@]}" ${arguments[@]+"${arguments[@]}"})
+}
+
+in_commit() {
+    git -C "$root" cat-file -e "$commit:$1" 2>/dev/null
+}
+
+# Writes what every host gets: the tree of the commit with own gin files, and host.sh.
+pack_code() {
+    local tree=$bundle/tree number=0 file
+    mkdir -p "$tree"
+    git -C "$root" archive "$commit" | tar -x -C "$tree"
+    for file in ${own_files[@]+"${own_files[@]}"}; do
+        number=$((number + 1))
+        mkdir -p "$tree/own/$number"
+        cp "$file" "$tree/own/$number/"
+    done
+    COPYFILE_DISABLE=1 tar -czf "$bundle/tnt_jax-$code.tar.gz" -C "$tree" .
+    cp "$tree/launch/host.sh" "$bundle/tnt_jax_host.sh"
+    rm -rf "$tree"
+}
+
+choose_runtime_version() {
+    if [[ -n $runtime_version ]]; then
+        return
+    fi
+    case $accelerator_type in # https://cloud.google.com/tpu/docs/runtimes
+        v6e-*) runtime_version=v2-alpha-tpuv6e ;;
+        v5p-*) runtime_version=v2-alpha-tpuv5 ;;
+        v5litepod-*) runtime_version=v2-alpha-tpuv5-lite ;;
+        v2-* | v3-* | v4-*) runtime_version=tpu-ubuntu2204-base ;;
+        *)
+            refuse "--runtime_version: none is known for $accelerator_type (known: v2-*, v3-*, v4-*," \
+                "v5litepod-*, v5p-*, v6e-*); TPU7x is for GKE alone (docs/launch.md)"
+            ;;
+    esac
+}
+
+# --------------------------------------------------------------------------------------------------
+# up
+# --------------------------------------------------------------------------------------------------
+
+create() {
+    local tier=()
+    case $provisioning in
+        spot) tier=(--spot) ;;
+        reserved) tier=(--reserved) ;;
+    esac
+    call compute tpus queued-resources create "$name" "${in_zone[@]}" "--node-id=$name" \
+        "--accelerator-type=$accelerator_type" "--runtime-version=$runtime_version" \
+        "--labels=$label=$own_id" ${tier[@]+"${tier[@]}"} ${create_flags[@]+"${create_flags[@]}"}
+}
+
+install_on_hosts() {
+    call compute tpus tpu-vm scp "$bundle/tnt_jax-$code.tar.gz" "$bundle/tnt_jax_host.sh" "$name:" \
+        "${in_zone[@]}" --worker=all ${ssh_flags[@]+"${ssh_flags[@]}"} &&
+        on_worker all "bash tnt_jax_host.sh install $name $code"
+}
+
+start_on_hosts() {
+    on_worker all "bash tnt_jax_host.sh start $name $code $program ${hosts:-1}$(printf ' %q' "${arguments[@]}")"
+}
+
+# Says something once, however often it is the case in a row.
+say_once() {
+    if [[ ${said:-} != "$*" ]]; then
+        said=$*
+        say "$*"
+    fi
+}
+
+costs() {
+    echo "The TPU is left as it is, and costs: the same command tries again, and this ends it:" \
+        "$here down --name=$name --project=$project --zone=$zone"
+}
+
+# Counts one more of what should not go on for ever: `another what 5 || give_up ...`.
+another() {
+    local before=count_$1
+    printf -v "count_$1" %d $((${!before:-0} + 1))
+    before=count_$1
+    ((${!before} < $2))
+}
+
+forget() {
+    printf -v "count_$1" 0
+}
+
+# Deletes what is of no use any more, so that the next look creates it.
+recreate() {
+    say "$*: it is created again."
+    if delete_own; then
+        forget undeleted
+    else
+        another undeleted 20 || give_up "twenty times gcloud could not delete $name, see above."
+    fi
+    may_create=yes
+    is_installed=
+    expect=
+    pause
+}
+
+# One look at a TPU that is there: installs, starts, follows. Sets `is_done` when the run is.
+work() {
+    local status answer
+    if ! look_at_node "READY|HEALTHY|1"; then
+        another unreachable 100 || give_up "gcloud could not be asked a hundred times. $(costs)"
+        pause
+        return
+    fi
+    case $node in
+        READY) ;;
+        PREEMPTED | TERMINATED)
+            recreate "$name was preempted"
+            return
+            ;;
+        *)
+            say_once "$name is ${node:-not there yet}."
+            if [[ -z $node ]] && ! another absent 20; then
+                recreate "the queued resource $name has no TPU any more"
+                forget absent
+            fi
+            pause
+            return
+            ;;
+    esac
+    forget absent
+    if [[ -z $is_installed ]]; then
+        say "$name has ${hosts:-1} host(s). Installing commit ${commit:0:12} on each."
+        if ! install_on_hosts; then
+            another uninstalled 5 ||
+                give_up "five times it could not be installed on every host, see above. $(costs)"
+            say "It could not be installed on every host, see above. Once more."
+            pause
+            return
+        fi
+        is_installed=yes
+        forget uninstalled
+    fi
+    status=0
+    start_on_hosts || status=$?
+    case $status in
+        0) ;;
+        4) give_up "$name has another run, see above; end it with down, or choose another --name." ;;
+        *)
+            another unstarted 5 || give_up "five times it did not start on every host. $(costs)"
+            say "It did not start on every host, see above. Once more."
+            pause
+            return
+            ;;
+    esac
+    status=0
+    on_worker 0 "bash tnt_jax_host.sh follow $name $from" || status=$?
+    from=10
+    if ((status != 0 && status != 3)); then
+        say "The connection ended with status $status; the run goes on if its TPU does."
+        pause
+        return
+    fi
+    forget unstarted
+    status=0
+    answer=$(on_worker all "bash tnt_jax_host.sh result $name") || status=$?
+    if [[ -n $answer ]]; then
+        echo "$answer"
+    fi
+    if ((status == 0)); then
+        is_done=yes
+    elif ((status != 3)) || [[ $answer == *"finished 75"* || $answer == *"without a word"* ]]; then
+        another stopped 20 || give_up "the run was stopped twenty times. $(costs)"
+        say "The run was stopped; it goes on from its last checkpoint."
+        pause
+    else
+        give_up "the run failed, its log is above. $(costs)"
+    fi
+}
+
+up() {
+    case $provisioning in
+        on-demand | spot | reserved) ;;
+        *) refuse "--provisioning: expected on-demand, spot or reserved, found $provisioning" ;;
+    esac
+    choose_runtime_version
+    choose_code
+    bundle=$record.code
+    if [[ -z $dry_run ]]; then
+        take_turn
+        pack_code
+    fi
+
+    call storage ls "gs://$bucket" >/dev/null ||
+        refuse "--bucket: gs://$bucket cannot be listed, see above: expected a bucket that you may read"
+
+    local expect='' may_create=yes is_done='' is_installed='' from=$lines is_first=yes
+    while [[ -z $is_done ]]; do
+        if ! look "$expect"; then
+            [[ -z $is_first ]] || give_up "gcloud could not be asked what there is, see above."
+            another unreachable 100 || give_up "gcloud could not be asked a hundred times. $(costs)"
+            pause
+            continue
+        fi
+        forget unreachable
+        if [[ -n $state ]] && ! is_own; then
+            refuse_foreign
+        fi
+        case $state in
+            "")
+                [[ -n $may_create ]] ||
+                    give_up "$name is gone: somebody deleted it. What it has saved is in $model_dir."
+                look_at_node "" || give_up "gcloud could not be asked what there is, see above."
+                [[ -z $node ]] || refuse "a TPU VM $name is there, without a queued resource of this" \
+                    "script: it is left alone. Choose another --name."
+                [[ -n $own_id ]] || write_record
+                say "Creating $name, $accelerator_type, $provisioning, in $project, $zone."
+                if create; then
+                    may_create=
+                    from=+1
+                    forget refused
+                    expect="ACTIVE||"
+                else
+                    another refused 3 ||
+                        give_up "three times gcloud could not create $name, see above. Nothing runs."
+                    pause
+                fi
+                ;;
+            FAILED)
+                if [[ -z $is_first ]] && ! another failed 3; then
+                    give_up "the request for $name failed three times: $reason. Nothing runs."
+                fi
+                recreate "the request for $name failed${reason:+: $reason}"
+                ;;
+            SUSPENDED) recreate "$name was preempted" ;;
+            ACTIVE) work ;;
+            *)
+                say_once "$name is $state."
+                pause
+                ;;
+        esac
+        is_first=
+    done
+    say "Done: $model_dir."
+    if [[ -n $down_when_done ]]; then
+        down
+    else
+        say "The TPU is there still, and costs: $here down --name=$name --project=$project --zone=$zone"
+    fi
+}
+
+write_record() {
+    own_id=$(od -An -N8 -tx1 /dev/urandom | tr -d ' \n')
+    if [[ -z $dry_run ]]; then
+        mkdir -p "$(dirname "$record")"
+        echo "$own_id" >"$record"
+    fi
+}
+
+# Two at once would delete and create against each other.
+take_turn() {
+    local other
+    mkdir -p "$(dirname "$record")"
+    if ! mkdir "$record.up" 2>/dev/null; then
+        other=$(cat "$record.up/process" 2>/dev/null || true)
+        if [[ -n $other ]] && kill -0 "$other" 2>/dev/null; then
+            refuse "up is at work on $name already, process $other; see $here logs"
+        fi
+    fi
+    echo $$ >"$record.up/process"
+    trap 'rm -rf "$record.up" "$record.code"' EXIT
+    trap 'interrupted' INT TERM
+}
+
+interrupted() {
+    trap '' INT TERM
+    echo >&2
+    say "Interrupted. What there is stays, and costs: the same command takes it up; or" \
+        "$here down --name=$name --project=$project --zone=$zone" >&2
+    exit 130
+}
+
+# --------------------------------------------------------------------------------------------------
+# logs, status, down
+# --------------------------------------------------------------------------------------------------
+
+logs() {
+    on_worker "$worker" "bash tnt_jax_host.sh follow $name $lines"
+}
+
+status() {
+    look "ACTIVE||" || give_up "gcloud could not be asked what there is, see above."
+    if [[ -z $state ]]; then
+        say "There is no queued resource $name in $project, $zone."
+        return
+    fi
+    local whose="not created here"
+    ! is_own || whose="created here"
+    say "queued resource $name: $state, $whose${reason:+; $reason}"
+    look_at_node "READY|HEALTHY|1" || give_up "gcloud could not be asked what there is, see above."
+    say "TPU VM $name: ${node:-none}${health:+, $health}${hosts:+, $hosts host(s)}"
+    if [[ $node == READY ]]; then
+        on_worker all "bash tnt_jax_host.sh state $name"
+    fi
+}
+
+down() {
+    look "ACTIVE||" || give_up "gcloud could not be asked what there is, see above."
+    if [[ -z $state ]]; then
+        say "There is no queued resource $name in $project, $zone: nothing to delete."
+    else
+        is_own || refuse_foreign
+        delete_own || give_up "gcloud could not delete $name, see above: it is there still, and costs."
+        say "$name was deleted. What its run saved stays in its bucket."
+        # Where there is nothing the record stays: a creation that was interrupted may still come.
+        [[ -n $dry_run ]] || rm -f "$record"
+    fi
+}
+
+"$action"
