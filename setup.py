@@ -32,6 +32,7 @@ setuptools.setup(
         "gin-config>=0.5",
         "importlib_resources>=6",  # TFDS prepares no data set without it, and does not declare it
         "jax>=0.10.2",
+        "msgpack>=1.0",
         "numpy>=2.0",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.30",

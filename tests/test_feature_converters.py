@@ -1,3 +1,4 @@
+import dataclasses
 import re
 import subprocess
 import sys
@@ -62,7 +63,38 @@ def test_what_is_too_long_is_cut_and_counted():
     assert features["encoder_input_tokens"].tolist() == [[7, 8, 9, 1], [7, 8, 9, 6]]
     assert features["decoder_target_tokens"].tolist() == [[2, 3, 4, 5, 6], [2, 3, 4, 5, 1]]
     assert features["decoder_negative_ids"][0, :, 0].tolist() == [2, -1, -1, -1, 6]
-    assert feature_converters.count_lost(examples, LENGTHS) == (2, 1, 2)
+    assert feature_converters.count_lost(examples, LENGTHS) == (2, 1, 2, 0)
+
+
+def with_spans(targets, numbers, loss_mask=None):
+    made = example(targets=targets, loss_mask=loss_mask)
+    return dataclasses.replace(made, span_numbers=np.array(numbers, np.int32))
+
+
+def test_spans_are_lost_with_their_last_token():
+    examples = [
+        with_spans([2, 3, 4, 5, 6, 7, 1], [1, 0, 2, 3, 3, 3, -1]),  # two spans end within 5 tokens
+        with_spans([2, 3, 4, 5, 6, 7, 8, 9, 1], [0, 0, 0, 0, -1, 1, 1, 2, -1]),
+        example(targets=[2, 3, 4, 5, 6, 7, 1], pairs=[(5, 7)]),  # not known as spans
+    ]
+    assert feature_converters.count_lost(examples, LENGTHS).num_spans == 2
+
+
+def test_spans_that_cover_everything():
+    covered = with_spans([2, 3, 4, 1], [-1, 1, 2, -1])
+    silent = with_spans([1], [-1])
+
+    def are_covered(*examples):
+        return feature_converters.are_all_covered(examples, LENGTHS)
+
+    assert are_covered(covered, silent)
+    assert not are_covered(silent)  # nothing is marked: another mistake
+    assert not are_covered(covered, with_spans([2, 3, 1], [1, 0, -1]))
+    # What is to be kept lies beyond the length, or has no loss.
+    assert are_covered(covered, with_spans([2, 3, 4, 5, 6, 7, 1], [1, 1, 1, 1, 1, 0, -1]))
+    assert are_covered(covered, with_spans([2, 3, 1], [1, 0, -1], loss_mask=[1, 0, 0]))
+    # Every token removed by its id, as an annotator may do at every position: no mistake.
+    assert not are_covered(covered, example(targets=[2, 3], pairs=[(0, 2), (1, 3)]))
 
 
 def test_a_prompt_has_no_targets():

@@ -4,12 +4,14 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import re
+import resource
 
 import gin
 import pytest
 import rooms
 
-from tnt_jax import program, records
+from tnt_jax import pretrained, program, records
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -83,7 +85,10 @@ def record(**fields):
         ({"LEARNING_RATE": "0,001"}, "--gin.LEARNING_RATE: expected float or "),
         ({"MODEL_DIR": 3}, "--gin.MODEL_DIR: expected str, found 3."),
         ({"t5.T5Config.emb_dim": "wide"}, "--gin.t5.T5Config.emb_dim: expected int, found 'wide'."),
-        ({"TASK_FEATURE_LENGTHS": 8}, "--gin.TASK_FEATURE_LENGTHS: expected Mapping, found 8."),
+        (
+            {"TASK_FEATURE_LENGTHS": 8},
+            "--gin.TASK_FEATURE_LENGTHS: expected Mapping[str, int], found 8.",
+        ),
         (
             {"TASK_FEATURE_LENGTHS": {"inputs": 8}},
             "TASK_FEATURE_LENGTHS: expected positive numbers of tokens for 'inputs' and 'targets', "
@@ -163,8 +168,14 @@ SPAN_RULE = (
         ),
         ("3", "bad.jsonl:2: expected a JSON object, found 3 (int)."),
         (
-            '{"targets": "b"}',
+            '{"inputs": null, "targets": "b"}',
             "bad.jsonl:2: the field 'inputs' is missing; found ['targets'].",
+        ),
+        (
+            '{"inputs": "x", "targets": "né", "negative_spans": [[0, 3]]}',
+            "bad.jsonl:2: record 'bad:2': negative_spans has [0, 3], but targets has 2 characters. "
+            "(It has 3 bytes of UTF-8: were those counted?) A span is [start, end] with 0 <= start "
+            "< end <= length, counted in Unicode code points (not bytes), end exclusive.",
         ),
         (
             record(id="good"),
@@ -218,6 +229,17 @@ def test_records(mistake, line, message):
             "objectives/fine_tune.gin.",
         ),
         (
+            {"RECORDS": "covered.jsonl"},
+            "negative spans cover all text of all 2 examples (within TASK_FEATURE_LENGTHS and "
+            "LOSS_UNTIL), so that nothing holds the model to its original: expected some text that "
+            "may stay. Mark the unwanted words alone, and leave clean outputs in the file.",
+        ),
+        (
+            {"RECORDS": "latin.jsonl"},
+            "latin.jsonl:1: not UTF-8 (invalid continuation byte at byte 23). Save the file as "
+            "UTF-8.",
+        ),
+        (
             {"VOCABULARY_PATH": "nowhere.model"},
             "vocabulary: expected a sentencepiece model at 'nowhere.model': ",
         ),
@@ -236,6 +258,9 @@ def test_records(mistake, line, message):
 def test_files_and_vocabularies(mistake, settings, message):
     pathlib.Path("empty.jsonl").write_text("\n")
     pathlib.Path("clean.jsonl").write_text(record(negative_spans=[]))
+    lines = record(negative_spans=[[0, 34]]), record(id="b", negative_spans=[[9, 34], [0, 10]])
+    pathlib.Path("covered.jsonl").write_text("\n".join(lines))
+    pathlib.Path("latin.jsonl").write_bytes('{"id": "a", "inputs": "é"}'.encode("latin-1"))
     assert mistake("train", {"MODEL_DIR": "model", **settings}).startswith(message)
 
 
@@ -339,6 +364,45 @@ def test_a_model_directory_that_cannot_be_written(mistake, model_dir):
     )
 
 
+def test_a_model_directory_that_is_a_model(mistake):
+    folder = pathlib.Path("flan-t5")
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).touch()
+    assert mistake("train", {"MODEL_DIR": "flan-t5"}) == (
+        f"MODEL_DIR: expected a directory for checkpoints, found a model at {folder}. Choose "
+        "another directory."
+    )
+    assert mistake("train", {"MODEL_DIR": "original/checkpoint_1"}).startswith(
+        "MODEL_DIR: expected a directory for checkpoints, found a model at original/checkpoint_1."
+    )
+
+
+def test_an_output_directory_that_others_have_written_to(mistake):
+    pathlib.Path("of_others/TNRF/model").mkdir(parents=True)
+    pathlib.Path("of_others/TNRF/model/mine").touch()
+    settings = {"OUTPUT_DIR": "of_others", "ARMS": "[@tnrf/experiment.Arm()]", "TRAIN_STEPS": 1}
+    note = "of_others/stages/TNRF_train.json"
+    assert mistake("pipeline", settings) == (
+        "TNRF: train: expected nothing, or what this run made, in of_others/TNRF/model; found "
+        f"files, and no {note}. Set another OUTPUT_DIR, or delete the folder."
+    )
+    # A damaged note is none.
+    for content in ("{", "[1]"):
+        pathlib.Path(note).write_text(content)
+        assert "expected nothing, or what this run made" in mistake("pipeline", settings)
+    assert pathlib.Path("of_others/TNRF/model/mine").exists()
+
+
+@pytest.mark.parametrize("run_name", ["pipeline", "sweep"])
+def test_an_output_directory_that_cannot_be_written(mistake, run_name):
+    settings = {"OUTPUT_DIR": "/proc/here", "TRAIN_STEPS": 1}
+    settings |= {"TASK": "rooms"} if run_name == "sweep" else {}
+    assert mistake(run_name, settings).startswith(
+        "OUTPUT_DIR: expected a directory that can be written, found /proc/here: "
+    )
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(mistake):
     settings = {"MODEL_DIR": "divergent", "LEARNING_RATE": 1e30, "CHECKPOINT_EVERY": 1}
     assert mistake("train", settings) == (
@@ -348,6 +412,76 @@ def test_a_loss_that_is_not_finite_stops_the_run(mistake):
     assert [path.name for path in pathlib.Path("divergent").glob("checkpoint_*")] == [
         "checkpoint_1"
     ]
+
+
+# --- A full disk, too little memory --------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def full_disk(num_bytes):
+    """No file grows beyond this size: what whoever writes sees of a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+FULL = (
+    "cannot write: File too large. Make room (or raise `ulimit -f`), or set another place, and "
+    "give the same command again; what is whole under its name is kept."
+)
+
+
+def test_a_full_disk_while_checkpoints_are_written(mistake):
+    settings = {"MODEL_DIR": "full", "CHECKPOINT_EVERY": 1}
+    assert rooms.run("train", {**settings, "TRAIN_STEPS": 1}) == 0
+    with full_disk(20_000):
+        assert mistake("train", {**settings, "TRAIN_STEPS": 2}) == FULL
+    assert pretrained.find("full").name == "checkpoint_1"
+    assert rooms.run("train", {**settings, "TRAIN_STEPS": 2}) == 0
+    assert pretrained.find("full").name == "checkpoint_2"
+
+
+def test_a_full_disk_while_records_are_written(mistake):
+    pathlib.Path("kept.jsonl").write_text("of before")
+    with full_disk(4000):
+        settings = {"RECORDS": "corpus.jsonl", "OUTPUT": "kept.jsonl"}
+        assert mistake("annotate", settings) == FULL
+    assert pathlib.Path("kept.jsonl").read_text() == "of before"
+    assert not list(pathlib.Path().glob(".kept*"))
+
+
+@pytest.mark.parametrize("output_format", ["huggingface", "t5x"])
+def test_a_full_disk_while_a_model_is_converted(capsys, output_format):
+    with full_disk(6000), pytest.raises(SystemExit) as stopped:
+        arguments = {"input": "original", "output": "converted", "output_format": output_format}
+        settings = [f"--gin.convert.convert.{name}='{value}'" for name, value in arguments.items()]
+        program.run("tnt_jax.convert", "convert", settings)
+    gin.clear_config()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == f"tnt_jax.convert: error: {FULL}\n"
+    assert not list(pathlib.Path().glob(".converted*"))
+    assert not list(pathlib.Path().glob("converted/checkpoint*"))
+
+
+@pytest.mark.parametrize(
+    ("length", "reason"),
+    [
+        (10**14, "Unable to allocate .* for an array"),  # by NumPy, on the host
+        (500_000, "RESOURCE_EXHAUSTED: Out of memory"),  # by JAX, on a device
+    ],
+)
+def test_too_little_memory_for_a_batch(mistake, length, reason):
+    settings = {"MODEL_DIR": "large", "TASK_FEATURE_LENGTHS": {"inputs": 8, "targets": length}}
+    assert re.match(
+        "out of memory with BATCH_SIZE=16, NUM_MICROBATCHES=1, TASK_FEATURE_LENGTHS={'inputs': 8, "
+        rf"'targets': {length}}}: {reason}.*\. To make it fit, try FSDP_DEVICES .*; "
+        r"REMAT_POLICY='full' .*; NUM_MICROBATCHES .*; a smaller BATCH_SIZE or "
+        r"TASK_FEATURE_LENGTHS\.$",
+        mistake("train", settings),
+    )
 
 
 # --- The other programs ---------------------------------------------------------------------------

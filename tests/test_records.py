@@ -118,6 +118,11 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         ('{"targets": "x"}', "'inputs' is missing"),
         ('{"inputs": 3}', "inputs: expected a string of Unicode text, found 3 (int)"),
         ('{"inputs": "\\ud800"}', "inputs: expected a string of Unicode text"),
+        ('{"inputs": "x", "note": ["\\udc00"]}', "note: expected a string of Unicode text"),
+        ('{"inputs": null}', "'inputs' is missing"),
+        ('{"inputs": ' + "[" * 100_000, "JSON that cannot be read: nested too deeply"),
+        ('{"inputs": ' + "1" * 5000 + "}", "JSON that cannot be read: a number is too long"),
+        ('{"inputs": "x", "target_ids": [2147483648]}', "target_ids: expected a list of token ids"),
         ('{"inputs": "x", "id": 3}', "id: expected a string"),
         ('{"inputs": "x", "target_ids": "12"}', "target_ids: expected a list of token ids"),
         ('{"inputs": "x", "target_ids": [1, true]}', "target_ids: expected a list of token ids"),
@@ -126,7 +131,12 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         ('{"inputs": "x", "negative_spans": [[0, 1.0]]}', "negative_spans: expected a list"),
         (
             '{"inputs": "x", "targets": "né", "negative_spans": [[0, 3]]}',
-            "negative_spans has [0, 3], but targets has 2 characters",
+            "negative_spans has [0, 3], but targets has 2 characters. (It has 3 bytes of UTF-8: "
+            "were those counted?)",
+        ),
+        (
+            '{"inputs": "x", "targets": "a😀", "negative_spans": [[0, 3]]}',
+            "targets has 2 characters. (It has 3 UTF-16 units, as in JavaScript: were those",
         ),
         (
             '{"inputs": "x", "targets": "abcd", "negative_spans": [[3, 1]]}',
@@ -153,6 +163,12 @@ def test_a_bad_line_is_named(tmp_path, line, message):
     with pytest.raises(UsageError, match=re.escape(message)) as caught:
         records.read_records(path)
     assert str(caught.value).startswith(f"{path}:2: ")
+
+
+def test_the_mark_that_windows_begins_a_file_with_is_left_out(tmp_path):
+    path = tmp_path / "windows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"inputs": "one"}\r\n{"inputs": "two"}\r\n')
+    assert [record.inputs for record in records.read_records(path)] == ["one", "two"]
 
 
 def test_bytes_that_are_not_utf8_are_named(tmp_path):

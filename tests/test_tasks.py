@@ -7,7 +7,7 @@ import seqio
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from tnt_jax import feature_converters, paper_tasks, records, tasks, tokenization
+from tnt_jax import feature_converters, paper_tasks, records, tasks, tfrecords, tokenization
 from tnt_jax.errors import UsageError
 
 LENGTHS = {"inputs": 32, "targets": 24}
@@ -86,7 +86,7 @@ def test_tfrecord_holds_the_same_fields_as_jsonl(vocabulary, tmp_path):
             id="ids", inputs="", negative_token_ids=((0, (5, 7)), (2, (5,)), (3, (9, 4)))
         ),
     ]
-    tasks.write_tfrecord(tmp_path / "new folder" / "rows.tfrecord", rows)
+    tfrecords.write(tmp_path / "new folder" / "rows.tfrecord", rows)
     records.write_records(tmp_path / "rows.jsonl", rows)
     assert tasks.read_record_files(str(tmp_path / "new folder" / "*.tfrecord*")) == rows
     assert tasks.read_record_files(str(tmp_path / "rows.jsonl")) == rows
@@ -123,6 +123,18 @@ def of_bytes(value):
             "rows.tfrecord:2: the id 'fine' was used before",
         ),
         (b"no example", "no TFRecord file of tf.train.Example"),
+        (
+            tf_example(inputs=of_bytes(b"x"), negative_token_ids=of_bytes(b"ab")),
+            "rows.tfrecord:2: negative_token_ids: expected a list of [position, [token ids]]",
+        ),
+        (
+            tf_example(inputs=of_bytes(b"x"), extra=of_bytes(b"[1]")),
+            "rows.tfrecord:2: extra: expected a JSON object, as text, found '[1]'",
+        ),
+        (
+            tf_example(inputs=of_bytes(b"x"), extra=of_bytes(b"{")),
+            "rows.tfrecord:2: extra: not JSON",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",  # bytes: in no fixed order
 )
@@ -132,14 +144,41 @@ def test_a_bad_tfrecord_is_named(tmp_path, row, message):
         file.write(tf_example(inputs=of_bytes(b"x"), id=of_bytes(b"fine")))
         file.write(row)
     with pytest.raises(UsageError, match=re.escape(message)):
-        tasks.read_tfrecord(path)
+        tfrecords.read(path)
 
 
 def test_jsonl_under_the_wrong_name_is_a_usage_error(tmp_path):
     path = tmp_path / "rows.tfrecord"
     path.write_text('{"inputs": "x"}\n')
     with pytest.raises(UsageError, match=r"rows\.tfrecord: damaged, or no TFRecord file"):
-        tasks.read_tfrecord(path)
+        tfrecords.read(path)
+
+
+def test_other_fields_of_a_tfrecord(tmp_path):
+    path = tmp_path / "rows.tfrecord"
+    texts = tf.train.Feature(bytes_list=tf.train.BytesList(value=[b"one", b"two"]))
+    with tf.io.TFRecordWriter(str(path)) as file:
+        file.write(
+            tf_example(inputs=of_bytes(b"x"), notes=texts, extra=of_bytes(b'{"score": 0.5}'))
+        )
+    (record,) = tfrecords.read(path)
+    assert record.extra == {"notes": ["one", "two"], "score": 0.5}
+
+
+def test_a_record_that_claims_more_than_the_file_has(tmp_path):
+    """With the right checksum: TensorFlow alone would end the process, out of memory."""
+    length = (2**62).to_bytes(8, "little")
+    checksum = 0xFFFFFFFF
+    for byte in length:  # CRC-32C
+        checksum ^= byte
+        for _ in range(8):
+            checksum = (checksum >> 1) ^ (0x82F63B78 if checksum & 1 else 0)
+    checksum ^= 0xFFFFFFFF
+    masked = (((checksum >> 15) | (checksum << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+    path = tmp_path / "rows.tfrecord"
+    path.write_bytes(length + masked.to_bytes(4, "little") + b"rest")
+    with pytest.raises(UsageError, match=rf"the record at byte 0 ends at {2**62 + 16}, the file "):
+        tfrecords.read(path)
 
 
 # --- Records as a data set ------------------------------------------------------------------------
@@ -149,7 +188,7 @@ def test_files_and_tasks_give_the_same_examples(vocabulary, tmp_path):
     rows = annotated_records(vocabulary)
     jsonl, tfrecord = str(tmp_path / "rows.jsonl"), str(tmp_path / "rows.tfrecord")
     records.write_records(jsonl, rows)
-    tasks.write_tfrecord(tfrecord, rows)
+    tfrecords.write(tfrecord, rows)
     expected = [tokenization.mark_tokens(row, vocabulary) for row in rows]
     from_files = tasks.RecordFiles(files=jsonl, vocabulary=vocabulary).load(LENGTHS)
     for example, row, marked in zip(from_files, rows, expected, strict=True):
@@ -213,7 +252,7 @@ def test_plain_fine_tuning_needs_no_annotation(vocabulary, tmp_path):
 
 def test_cut_marks_and_spans_without_token_are_told(vocabulary, tmp_path, caplog):
     path = str(tmp_path / "rows.jsonl")
-    spans = ((3, 4), (4, 8))
+    spans = ((3, 4), (0, 5), (7, 8))  # the second one begins before the cut
     records.write_records(
         path, [records.Record(id="r", inputs="abc", targets="the city", negative_spans=spans)]
     )
@@ -228,7 +267,10 @@ def test_cut_marks_and_spans_without_token_are_told(vocabulary, tmp_path, caplog
         assert num_lost > 0
         told = " ".join(record.getMessage() for record in caplog.records)
         assert "1 negative spans touch no token" in told
-        assert f"1 inputs and 1 targets of 1 examples are cut, and {num_lost} marks lie" in told
+        assert (
+            "1 inputs and 1 targets of 1 examples are cut; 1 negative spans and "
+            f"{num_lost} ids to remove lie beyond the cut and are lost." in told
+        )
 
 
 # --- seqio ----------------------------------------------------------------------------------------

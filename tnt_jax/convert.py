@@ -37,6 +37,7 @@ from tnt_jax import (
     model_card,
     pretrained,
     program,
+    records,
     run_log,
     t5,
     t5x_checkpoints,
@@ -106,6 +107,7 @@ def convert(
         _print_plan(laid_out, source, target)
         return str(target)
 
+    records.check_directory(target.parent, "--output")
     if output_format == "huggingface":
         _write_huggingface(target, weights, source, settings, numbers, vocabulary)
     else:
@@ -157,11 +159,8 @@ def _target(output: str, output_format: str, step: int) -> epath.Path:
     """The directory that will be written; it must not be there yet."""
     folder = epath.Path(output).expanduser()
     folder = folder if "://" in output else folder.absolute()
-    if output_format != "huggingface" and folder.is_dir() and pretrained.is_model(folder):
-        raise UsageError(
-            f"--output: expected a directory for checkpoints, found a model at {folder}. Choose "
-            "another directory."
-        )
+    if output_format != "huggingface":
+        pretrained.check_takes_checkpoints(folder, "--output")
     target = folder if output_format == "huggingface" else folder / f"checkpoint_{step}"
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(

@@ -23,6 +23,7 @@ import numpy as np
 from tnt_jax import (
     assembly,
     feature_converters,
+    memory,
     objectives,
     pretrained,
     program,
@@ -118,9 +119,14 @@ def evaluate(
     )
     if certificate is not None:
         num_records = num_token_records if tokens_output else 0
-        result["certificate"], changed = _certificate(
-            original, vocabulary, certificate, num_records
-        )
+        with memory.explained(
+            memory.of_inference("BATCH_SIZE", "TASK_FEATURE_LENGTHS"),
+            BATCH_SIZE=certificate.batch_size,
+            TASK_FEATURE_LENGTHS=certificate.task_feature_lengths,
+        ):
+            result["certificate"], changed = _certificate(
+                original, vocabulary, certificate, num_records
+            )
         if tokens_output:
             lines = [json.dumps(tokens, ensure_ascii=False) + "\n" for tokens in changed]
             run_log.write_text(tokens_output, "".join(lines))

@@ -144,7 +144,7 @@ class Opened:
     def __init__(self, settings: Experiment):
         self.settings = settings
         self.root = pathlib.Path(settings.output_dir)
-        records.check_writable(self.root / "summary.json", "OUTPUT_DIR")
+        records.check_directory(self.root, "OUTPUT_DIR")
         self._stages = stages.Stages(self.root)
         run_config.write(settings.output_dir)
         if settings.new_original is not None:

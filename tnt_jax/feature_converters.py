@@ -41,6 +41,9 @@ class Example:
         negative_pairs: `[M, 2]` int32 rows (position, id): ids to remove at target positions.
             Sorted, without repeats.
         loss_mask: `[T]` int32, 0 where a target token has no loss; None means 1 everywhere.
+        span_numbers: `[T]` int32: of each target token the number, from 1, of the negative span
+            that marks it; 0 where none does, -1 where the token stands for no text. None where
+            marks are not known as spans. For counting: what is trained on are the pairs.
         id: its name in messages and reports.
     """
 
@@ -48,6 +51,7 @@ class Example:
     targets: np.ndarray
     negative_pairs: np.ndarray
     loss_mask: np.ndarray | None = None
+    span_numbers: np.ndarray | None = None
     id: str = ""
 
 
@@ -82,6 +86,7 @@ class Lost(NamedTuple):
     num_inputs: int  # examples whose input is cut
     num_targets: int  # examples whose target is cut
     num_marks: int  # (position, id) pairs beyond the cut
+    num_spans: int  # negative spans of which no token is left, so far as they are known
 
 
 class Place(NamedTuple):
@@ -229,7 +234,36 @@ def count_lost(examples: Sequence[Example], task_feature_lengths: Mapping[str, i
         num_inputs=sum(len(e.inputs) > input_length for e in examples),
         num_targets=sum(len(e.targets) > target_length for e in examples),
         num_marks=sum(int((e.negative_pairs[:, 0] >= target_length).sum()) for e in examples),
+        num_spans=sum(_num_lost_spans(e.span_numbers, target_length) for e in examples),
     )
+
+
+def _num_lost_spans(span_numbers: np.ndarray | None, target_length: int) -> int:
+    if span_numbers is None:
+        return 0
+    kept, cut = span_numbers[:target_length], span_numbers[target_length:]
+    return int((np.setdiff1d(cut, kept) > 0).sum())
+
+
+def are_all_covered(examples: Sequence[Example], task_feature_lengths: Mapping[str, int]) -> bool:
+    """Whether negative spans cover all text that there is a loss for, so that none is to be kept.
+
+    False where some example's marks are not known as spans: ids that are removed beside a token, or
+    at every position, leave the token itself to be kept.
+    """
+    _, target_length = _lengths(task_feature_lengths)
+    has_spans = False
+    for example in examples:
+        if example.span_numbers is None:
+            return False
+        numbers = example.span_numbers[:target_length]
+        is_kept = numbers == 0
+        if example.loss_mask is not None:
+            is_kept = is_kept & (example.loss_mask[:target_length] > 0)
+        if is_kept.any():
+            return False
+        has_spans |= bool((numbers > 0).any())
+    return has_spans
 
 
 def max_negative_ids(examples: Sequence[Example]) -> int:

@@ -27,6 +27,7 @@ import numpy as np
 from tnt_jax import (
     assembly,
     decoding,
+    memory,
     pretrained,
     program,
     records,
@@ -119,11 +120,18 @@ def generate(
 
     outputs: dict[int, records.Record] = {}
     began = time.monotonic()
-    for batch, tokens in run_log.progress(
-        _one_ahead(batches, start), f"generating {len(rows)} outputs", total=len(batches)
+    with memory.explained(
+        memory.of_inference("BATCH_SIZE", "MAX_LENGTH", "NUM_BEAMS", "TASK_FEATURE_LENGTHS"),
+        BATCH_SIZE=batch_size,
+        MAX_LENGTH=decoder.max_length,
+        NUM_BEAMS=decoder.num_beams,
+        TASK_FEATURE_LENGTHS=task_feature_lengths,
     ):
-        for index, of_row in zip(batch.indices, tokens, strict=False):  # filler rows come last
-            outputs[index] = _output(rows[index], of_row, vocabulary)
+        for batch, tokens in run_log.progress(
+            _one_ahead(batches, start), f"generating {len(rows)} outputs", total=len(batches)
+        ):
+            for index, of_row in zip(batch.indices, tokens, strict=False):  # filler rows come last
+                outputs[index] = _output(rows[index], of_row, vocabulary)
     seconds = time.monotonic() - began
     records.write_records(output, [outputs[index] for index in range(len(rows))])
     run_config.write(output)

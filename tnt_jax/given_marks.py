@@ -205,7 +205,8 @@ def _checked_spans(found: Iterable[Any], record: Record, where: str) -> tuple[Sp
         if not 0 <= start < end <= len(record.targets):
             raise UsageError(
                 f"{where}: [{start}, {end}] for record {record.id!r}, whose targets have "
-                f"{len(record.targets)} characters. {_HOW_SPANS_ARE}."
+                f"{len(record.targets)} characters."
+                f"{records.counted_otherwise(record.targets, start, end)} {_HOW_SPANS_ARE}."
             )
         alternatives = item.alternatives if isinstance(item, Span) else ()
         spans.append(Span(start=start, end=end, alternatives=alternatives))
@@ -237,9 +238,13 @@ def _read_jsonl(file: TextFile) -> Iterator[_Mark]:
 
 def _read_csv(file: TextFile) -> Iterator[_Mark]:
     rows = csv.DictReader(io.StringIO(file.text, newline=""), strict=True)
-    if not {"text", "spans"} <= set(rows.fieldnames or ()):
+    try:
+        columns = rows.fieldnames or ()
+    except csv.Error as error:
+        raise UsageError(f"{file.path}:1: not CSV: {error}.") from error
+    if not {"text", "spans"} <= set(columns):
         raise UsageError(
-            f"Spans.path: {file.path}: expected columns text and spans, found {rows.fieldnames}."
+            f"Spans.path: {file.path}: expected columns text and spans, found {columns}."
         )
     for row in _whole_rows(rows, file):
         where = f"{file.path}:{rows.line_num}"

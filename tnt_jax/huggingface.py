@@ -16,7 +16,7 @@ import numpy as np
 import safetensors.numpy
 from etils import epath
 
-from tnt_jax import lazy_arrays, t5
+from tnt_jax import json_files, lazy_arrays, t5
 from tnt_jax.errors import UsageError
 from tnt_jax.lazy_arrays import LazyArray
 
@@ -57,16 +57,14 @@ def read_config(folder: epath.Path) -> dict[str, Any]:
       UsageError: It is not JSON, or not of an encoder-decoder of the T5 family.
     """
     path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise UsageError(f"{path}: not JSON: {error}.") from error
+    config = json_files.read(path)
     model_type = config.get("model_type") if isinstance(config, dict) else None
     is_encoder_decoder = isinstance(config, dict) and config.get("is_encoder_decoder", True)
-    if model_type not in _MODEL_TYPES or not is_encoder_decoder:
+    if model_type not in (*_MODEL_TYPES,) or not is_encoder_decoder:
         kind = f"model_type {model_type!r}"
-        if isinstance(config, dict) and config.get("architectures"):
-            kind += f" ({', '.join(map(str, config['architectures']))})"
+        architectures = config.get("architectures") if isinstance(config, dict) else None
+        if isinstance(architectures, list):
+            kind += f" ({', '.join(map(str, architectures))})"
         raise UsageError(
             f"{path}: expected an encoder-decoder of the T5 family (model_type "
             f"{', '.join(_MODEL_TYPES)}), found {kind}. tnt_jax trains no other architecture."
@@ -132,7 +130,7 @@ def t5_config(config: Mapping[str, Any], where: str, *, is_tied: bool) -> t5.T5C
         )
     except KeyError as error:
         raise UsageError(f"{where}: expected {error.args[0]!r}, found no such setting.") from error
-    except UsageError as error:
+    except (UsageError, OverflowError) as error:
         raise UsageError(f"{where}: {error}") from error
 
 
@@ -272,6 +270,7 @@ def read(folder: epath.Path) -> Model:
         settings.get("tie_word_embeddings") is not False and _equal(head, embedding)
     )
     config = t5_config(settings, str(folder / CONFIG), is_tied=is_tied)
+    check_depth(config, len(stored), str(folder / CONFIG))
     stored["shared.weight"] = embedding
     for alias in (*_ALIASES, *(["lm_head.weight"] if is_tied else [])):
         stored.pop(alias, None)
@@ -286,6 +285,19 @@ def read(folder: epath.Path) -> Model:
         if not any(pattern.fullmatch(name) for pattern in _IGNORED)
     }
     return Model(config, weights | unexpected)
+
+
+def check_depth(config: t5.T5Config, num_arrays: int, where: str) -> None:
+    """Raises a UsageError for more layers than arrays: a number that is wrong, or meant to harm.
+
+    Everything that follows takes time for each layer.
+    """
+    num_layers = config.num_encoder_layers + config.num_decoder_layers
+    if num_layers > num_arrays:
+        raise UsageError(
+            f"{where}: expected the settings of the weights beside it, which are {num_arrays} "
+            f"arrays; found {num_layers} layers."
+        )
 
 
 def parameter_names(config: t5.T5Config) -> list[str]:
@@ -334,15 +346,17 @@ def _stored(folder: epath.Path) -> dict[str, LazyArray]:
             'installed, this converts it: python -c "from transformers import AutoModelForSeq2SeqLM'
             f" as M; M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
         )
-    try:
-        weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
-        names_by_shard: dict[str, list[str]] = {}
-        for name, shard in weight_map.items():
-            if not isinstance(shard, str) or "/" in shard:
-                raise ValueError(f"{shard!r} is not the name of a file")
-            names_by_shard.setdefault(shard, []).append(name)
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UsageError(f"{folder / INDEX}: expected JSON with a weight_map: {error}.") from error
+    weight_map = json_files.read_object(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise UsageError(f"{folder / INDEX}: expected a weight_map, found {weight_map!r:.60}.")
+    names_by_shard: dict[str, list[str]] = {}
+    for name, shard in weight_map.items():
+        if not lazy_arrays.is_file_name(shard):
+            raise UsageError(
+                f"{folder / INDEX}: expected the names of files in this directory, found "
+                f"{shard!r:.60}."
+            )
+        names_by_shard.setdefault(shard, []).append(name)
     missing = [shard for shard in names_by_shard if not (folder / shard).exists()]
     if missing:
         raise UsageError(
@@ -363,6 +377,8 @@ def _stored(folder: epath.Path) -> dict[str, LazyArray]:
     return stored
 
 
+_MOST_HEADER_BYTES = 100_000_000  # as the safetensors library has it
+
 # The types of parameters that T5 has been trained in.
 _DTYPES = {"F32": np.dtype(np.float32), "BF16": jnp.dtype(jnp.bfloat16)}
 
@@ -382,6 +398,8 @@ def read_safetensors(path: epath.Path) -> dict[str, LazyArray]:
         try:
             if not 2 <= length <= size - 8:
                 raise ValueError("its header is cut short" if size > 8 else "it is empty")
+            if length > _MOST_HEADER_BYTES:
+                raise ValueError(f"a header of {length:,} bytes")
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
             entries: dict[str, tuple[str, tuple[int, ...], int, int]] = {}

@@ -6,6 +6,7 @@ from a file to the devices, or to another file, without the rest of the model in
 """
 
 import dataclasses
+import math
 import mmap
 import os
 import re
@@ -125,18 +126,57 @@ def of_array(array: np.ndarray, source: str) -> LazyArray:
     return LazyArray(array.shape, array.dtype, source, lambda index: np.array(array[index]))
 
 
+# What TensorStore raises, for whatever reason.
+STORE_ERRORS = (ValueError, TypeError, IndexError, NotImplementedError)
+
+
 def of_store(store: ts.TensorStore, source: str) -> LazyArray:
     """A view of an array that TensorStore has opened."""
 
     def read(index: Index) -> np.ndarray:
         try:
             return store[index].read().result()
-        except ValueError as error:  # what TensorStore raises, for whatever reason
+        except STORE_ERRORS as error:
             raise UsageError(
                 f"{source}: {first_line(error)}; the checkpoint is damaged."
             ) from error
 
     return LazyArray(tuple(store.shape), store.dtype.numpy_dtype, source, read)
+
+
+def is_file_name(name: Any) -> bool:
+    """Whether a name that a file states is that of a file beside it, and leads nowhere else."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
+
+
+_MOST_COMPRESSION = 1000  # constants take less, but no model is made of them
+_SMALL_BYTES = 2**26
+
+
+def check_sizes(arrays: Mapping[str, LazyArray], folder: epath.Path) -> None:
+    """Compares what arrays would take in memory with the files that they are in.
+
+    A shape is a few bytes of text, whatever it promises: it is believed as far as files can hold
+    so much, compressed. Local files alone are counted.
+
+    Raises:
+      UsageError: They cannot.
+    """
+    if "://" in os.fspath(folder):
+        return
+    stated = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays.values())
+    if stated <= _SMALL_BYTES:
+        return
+    found = sum(
+        os.path.getsize(os.path.join(place, name))  # noqa: PTH118, PTH202 (many files)
+        for place, _, names in os.walk(folder)
+        for name in names
+    )
+    if stated > found * _MOST_COMPRESSION:
+        raise UsageError(
+            f"{folder}: its arrays should take {stated:,} bytes, and its files have {found:,}: "
+            "they are damaged, or not all of them are there."
+        )
 
 
 def kvstore(folder: epath.Path) -> dict[str, Any] | str:
@@ -173,11 +213,29 @@ def layers_apart(arrays: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
     for name, array in arrays.items():
         if match := _STACKED.fullmatch(name):
             stack_name, rest = match.groups()
-            for i in range(array.shape[0]):
+            for i in range(num_layers_of(array, 0)):
                 apart[f"{stack_name}/layers_{i}/{rest}"] = array.at(i, 0)
         else:
             apart[name] = array
     return apart
+
+
+def num_layers_of(array: LazyArray, axis: int) -> int:
+    """The length of an axis of layers.
+
+    Raises:
+      UsageError: There is no such axis, or no network has as many layers.
+    """
+    num_layers = array.shape[axis] if axis < len(array.shape) else 0
+    if not 1 <= num_layers <= _MOST_LAYERS:
+        raise UsageError(
+            f"{array.source}: expected axis {axis} to be of layers, 1 to {_MOST_LAYERS:,} of them; "
+            f"found the shape {array.shape}."
+        )
+    return num_layers
+
+
+_MOST_LAYERS = 10_000
 
 
 def laid_out(arrays: Mapping[str, LazyArray], abstract: PyTree) -> dict[str, LazyArray]:

@@ -33,6 +33,7 @@ from tnt_jax import (
     continuations,
     decoding,
     feature_converters,
+    memory,
     original_setup,
     original_states,
     pretrained,
@@ -137,12 +138,17 @@ def localize(
     rows = records.read_records(input)
     is_bad = _labels(rows, label_field)
     folds = _folds(rows, is_bad, num_folds, seed)
-    original = _open(
-        model, checkpoint_path, vocabulary, task_feature_lengths, batch_size, mesh_shape
-    )
     folder = states_folder or original_states.default_folder(input, f"{output}.states")
-    outputs = _Outputs(rows, original, folder)
-    values = _values(outputs, ~is_bad, folds, training, seed)
+    with memory.explained(
+        memory.of_inference("BATCH_SIZE", "TASK_FEATURE_LENGTHS"),
+        BATCH_SIZE=batch_size,
+        TASK_FEATURE_LENGTHS=task_feature_lengths,
+    ):
+        original = _open(
+            model, checkpoint_path, vocabulary, task_feature_lengths, batch_size, mesh_shape
+        )
+        outputs = _Outputs(rows, original, folder)
+        values = _values(outputs, ~is_bad, folds, training, seed)
     found = [
         threshold.negative(v) if bad else np.zeros(len(v) - 1, bool)
         for v, bad in zip(values, is_bad, strict=True)

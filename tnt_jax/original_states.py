@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from tnt_jax import feature_converters, records, run_log
+from tnt_jax import feature_converters, json_files, records, run_log
 from tnt_jax.errors import UsageError
 
 _TOKENS_PER_PART = 65_536  # 128 MiB at width 512: what is lost at most when a run is stopped
@@ -57,17 +57,25 @@ class OriginalStates:
 
     def _add(self, index: pathlib.Path) -> None:
         try:
-            keys = json.loads(index.read_text("utf-8"))
-            array = np.load(index.with_suffix(".npy"), mmap_mode="r")
-        except (OSError, ValueError) as error:
+            keys = json_files.read_object(index)
+            # Mapped: a shape that the file is too short for is refused, and no object is made.
+            array = np.load(index.with_suffix(".npy"), mmap_mode="r", allow_pickle=False)
+            if keys["dtype"] == "bfloat16":
+                array = array.view(jnp.bfloat16)
+            rows = {
+                str(key): (len(self._parts), int(first), int(number))
+                for key, (first, number) in keys["keys"].items()
+            }
+            if array.ndim != 2 or not all(
+                0 <= first <= first + number <= len(array) for _, first, number in rows.values()
+            ):
+                raise ValueError(f"rows that an array {array.shape} has not")
+        except (AttributeError, EOFError, KeyError, OSError, TypeError, ValueError) as error:
             raise UsageError(
                 f"{index}: expected states of the original, with a file .npy beside it, found "
                 f"{type(error).__name__}: {error}. Delete both: they will be computed again."
             ) from error
-        if keys["dtype"] == "bfloat16":
-            array = array.view(jnp.bfloat16)
-        for key, (first, number) in keys["keys"].items():
-            self._rows[key] = (len(self._parts), first, number)
+        self._rows |= rows
         self._parts.append(array)
 
     def _key(self, example: feature_converters.Example) -> str:

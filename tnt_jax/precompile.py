@@ -27,13 +27,14 @@ from tnt_jax import (
     assembly,
     compiled_step,
     feature_converters,
+    memory,
     original_setup,
     program,
+    records,
     run_log,
     train,
 )
 from tnt_jax.errors import UsageError
-from tnt_jax.original import AdaptersOff, Parameters
 
 # GiB of each device, as its vendor states it, by what libtpu calls it: "v5" is v5p.
 HBM = {"v4": 32, "v5e": 16, "v5": 95, "v6e": 32, "tpu7x": 96}
@@ -71,6 +72,9 @@ def precompile(
     Raises:
       UsageError: A setting does not fit, or the topology is not known.
     """
+    for name, path in (("output", output), ("program_text", program_text)):
+        if path is not None:
+            records.check_writable(path, f"precompile.{name}")
     settings = program.bound_arguments(train.train, _STEP_SETTINGS, ("initial_checkpoint_path",))
     devices = devices_of(topology)
     report = compile_step(
@@ -212,23 +216,7 @@ def _limit(device: Any) -> int | None:
 
 
 def _advice(trainer: assembly.Trainer) -> dict[str, str]:
-    """What would help, what costs least first."""
-    config, mesh = trainer.model.config, trainer.model.mesh
-    tries = []
-    if mesh.shape["data"] > 1:
-        tries.append("FSDP_DEVICES (parameters, optimizer and original over more devices)")
-    if config.remat_policy != "full":
-        tries.append("REMAT_POLICY='full' (activations are computed again)")
-    if not config.scan_layers:
-        tries.append("SCAN_LAYERS=True (one layer's gradients and weights at a time)")
-    if config.dtype != "bfloat16":
-        tries.append("DTYPE='bfloat16' (activations, and the original's kernels, in half)")
-    tries.append("NUM_MICROBATCHES (activations of a part of the batch)")
-    if isinstance(trainer.original, Parameters) and trainer.objective.needs_original:
-        tries.append("ORIGINAL='cached' (no second tree of parameters)")
-    if not isinstance(trainer.original, AdaptersOff):
-        tries.append("ORIGINAL='adapters_off' (gradients and optimizer of adapters alone)")
-    return {"advice": "try " + "; ".join(tries)}
+    return {"advice": f"try {'; '.join(memory.of_training(trainer))}"}
 
 
 def _print(report: dict[str, Any]) -> None:

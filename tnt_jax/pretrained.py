@@ -75,6 +75,15 @@ def is_model(folder: epath.Path) -> bool:
     return _kind(folder) is not None
 
 
+def check_takes_checkpoints(folder: epath.Path, setting: str) -> None:
+    """Raises a UsageError where checkpoints would come to lie within a model of another kind."""
+    if folder.is_dir() and is_model(folder):
+        raise UsageError(
+            f"{setting}: expected a directory for checkpoints, found a model at {folder}. Choose "
+            "another directory."
+        )
+
+
 def _is_whole(folder: epath.Path) -> bool:
     """Whether a checkpoint of a known kind is not one that is being written."""
     kind = _kind(folder)

@@ -27,7 +27,6 @@ import pathlib
 import re
 import sys
 import tokenize
-import traceback
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -38,23 +37,13 @@ import gin
 from gin import config as gin_config
 from gin import config_parser
 
-from tnt_jax import quiet_tensorflow
+from tnt_jax import failures, quiet_tensorflow
 from tnt_jax.errors import UsageError
-from tnt_jax.run_config import is_gin_code
 
 # Where gin_configs is: beside the package in a clone, in it when it was installed from a wheel.
 _PACKAGE = pathlib.Path(__file__).parent
 _ROOT = _PACKAGE if (_PACKAGE / "gin_configs").is_dir() else _PACKAGE.parent
 _GIN_CONFIGS = _ROOT / "gin_configs"
-
-# The user's to mend, whoever raised it: a path that does not work.
-_PATH_ERRORS = (
-    FileNotFoundError,
-    FileExistsError,
-    IsADirectoryError,
-    NotADirectoryError,
-    PermissionError,
-)
 
 # ---------------------------------------------------------------------------------------------
 # A program's output is its own: libraries speak from warnings on.
@@ -84,8 +73,8 @@ def run(
     """Runs a program with its command line, and exits.
 
     Exit status 0: done. 2, with one line on stderr: something that the user can mend (a
-    `UsageError`, a setting that gin refuses, a path that does not work). 130: interrupted. Any
-    other exception is our own defect and keeps its traceback.
+    `UsageError`, a setting that gin refuses, a path that does not work, a full disk, too little
+    memory). 130: interrupted. Any other exception is our own defect and keeps its traceback.
 
     Args:
         module_name: full name of the program's module, which `python -m` knows only as `__main__`:
@@ -100,15 +89,26 @@ def run(
     try:
         arguments = sys.argv[1:] if arguments is None else arguments
         _run(module_name, function_name, arguments, flags, needs_all)
+        sys.stdout.flush()  # what is wrong with it is said now, not when Python ends
     except KeyboardInterrupt:
         print(f"{module_name}: interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        if not _is_for_the_user(error):
+        message = failures.explain(error)
+        if message is None:
             raise
-        print(f"{module_name}: error: {_one_line(error)}", file=sys.stderr)
+        print(f"{module_name}: error: {message}", file=sys.stderr)
+        _give_up_stdout()
         sys.exit(2)
     sys.exit(0)
+
+
+def _give_up_stdout() -> None:
+    """Where stdout takes nothing more, a closed pipe or a full disk, Python would try again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(
@@ -149,7 +149,7 @@ def _run(
         try:
             gin.parse_config([*imports, f"{name} = {_as_gin(value)}"])
         except Exception as error:
-            if not _is_for_the_user(error):
+            if failures.explain(error) is None:
                 raise
             # The place in the text that we made up tells the user nothing.
             reason = str(error).partition("\n  In bindings string")[0]
@@ -224,8 +224,12 @@ def _check_types() -> None:
         parameters = inspect.signature(gin_config._REGISTRY[selector].wrapped).parameters
         for name, value in bindings.items():
             setting = f"{selector.removeprefix('tnt_jax.')}.{name}"
+            macros: list[str] = []
             while _is_macro(value):
                 setting = value.scopes[-1]
+                if setting in macros:
+                    raise UsageError(f"macros refer to each other: %{', %'.join(macros)}.")
+                macros.append(setting)
                 value = gin.query_parameter(f"{setting}/gin.macro.value")
             if isinstance(value, gin_config.ConfigurableReference) or name not in parameters:
                 continue
@@ -246,6 +250,8 @@ def _is_macro(value: Any) -> bool:
 
 def _has_type(value: Any, annotation: Any) -> bool:
     """Whether a literal of gin is what an annotation says; True where that cannot be told."""
+    if isinstance(value, gin_config.ConfigurableReference):  # within a container
+        return True
     if _is_union(annotation):
         return any(_has_type(value, part) for part in typing.get_args(annotation))
     expected = typing.get_origin(annotation) or annotation
@@ -254,13 +260,33 @@ def _has_type(value: Any, annotation: Any) -> bool:
     if expected in (None, type(None)):
         return value is None
     if expected in (collections.abc.Mapping, collections.abc.Sequence, tuple, list, dict):
-        return isinstance(value, expected) and not isinstance(value, str)
+        return (
+            isinstance(value, expected)
+            and not isinstance(value, str)
+            and _has_elements(value, typing.get_args(annotation))
+        )
     if expected is collections.abc.Callable:
         return False
-    if isinstance(value, str) and isinstance(expected, type):  # no text is an array, say
-        takes_text = (Any, inspect.Parameter.empty, *str.__mro__)
-        return expected in takes_text or issubclass(expected, pathlib.PurePath | enum.Enum)
-    return True
+    if not isinstance(expected, type) or expected in (Any, inspect.Parameter.empty):
+        return True
+    if isinstance(value, str) and issubclass(expected, pathlib.PurePath | enum.Enum):
+        return True
+    try:
+        return isinstance(value, expected)  # no number is a mesh, no text an array
+    except TypeError:  # a protocol that cannot tell
+        return True
+
+
+def _has_elements(value: Any, of: Sequence[Any]) -> bool:
+    """Whether the parts of a container are what its annotation says in brackets."""
+    if isinstance(value, collections.abc.Mapping):
+        keys, values = of if len(of) == 2 else (Any, Any)
+        return all(_has_type(k, keys) and _has_type(v, values) for k, v in value.items())
+    if len(of) == 1 or of[1:] == (...,):
+        return all(_has_type(part, of[0]) for part in value)
+    if not of:
+        return True
+    return len(value) == len(of) and all(map(_has_type, value, of))
 
 
 def _type_name(annotation: Any) -> str:
@@ -268,7 +294,11 @@ def _type_name(annotation: Any) -> str:
         return " or ".join(map(_type_name, typing.get_args(annotation)))
     kind = typing.get_origin(annotation) or annotation
     names = {collections.abc.Callable: "a reference (@module.name)", types.NoneType: "None"}
-    return names.get(kind, getattr(kind, "__name__", str(kind)))
+    name = names.get(kind, getattr(kind, "__name__", str(kind)))
+    parts = [] if name in names.values() else typing.get_args(annotation)
+    if not all(isinstance(part, type) and part is not Any for part in parts):
+        return name
+    return f"{name}[{', '.join(map(_type_name, parts))}]" if parts else name
 
 
 def _is_union(annotation: Any) -> bool:
@@ -636,30 +666,6 @@ def _as_gin(value: str) -> str:
     names = _Names()
     is_text = _parse_value(value, names, value) is value
     return repr(value) if is_text else value.strip()
-
-
-# ---------------------------------------------------------------------------------------------
-# Errors as one line
-# ---------------------------------------------------------------------------------------------
-
-
-def _is_for_the_user(error: Exception) -> bool:
-    if isinstance(error, (UsageError, *_PATH_ERRORS)):
-        return True
-    *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
-    if not is_gin_code(innermost.f_code):
-        return False
-    # gin refused a setting, or found a required argument missing. Any other TypeError at a call
-    # through gin is a call that we wrote wrong.
-    return not isinstance(error, TypeError) or "required" in str(error)
-
-
-def _one_line(error: Exception) -> str:
-    # gin appends the calls that an exception passed through.
-    text = re.split(r"\n\s*(?:In call to configurable|No values supplied by Gin)", str(error))[0]
-    text = re.sub(r"^\[Errno \d+\] ", "", text)
-    text = re.sub(r"<module '([\w.]+)'[^>]*>", r"\1", text)
-    return " ".join(text.split())
 
 
 def _and(names: Iterable[str]) -> str:

@@ -1,6 +1,6 @@
 """The record: an input, what the original model said to it, and what is unwanted there.
 
-Programs exchange records as JSONL, one object a line (`tnt_jax.tasks` holds the same as TFRecord):
+Programs exchange records as JSONL, one object a line (`tnt_jax.tfrecords`: the same as TFRecord):
 
     {"id": "...", "inputs": "text", "targets": "text the original model produced",
      "target_ids": [...],                       exact generated ids, EOS included
@@ -18,7 +18,7 @@ import glob
 import json
 import os
 import pathlib
-import tempfile
+import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -61,8 +61,9 @@ class Record:
             if not 0 <= start < end <= len(self.targets):
                 raise UsageError(
                     f"record {self.id!r}: negative_spans has [{start}, {end}], but targets has "
-                    f"{len(self.targets)} characters. A span is [start, end] with 0 <= start < end "
-                    "<= length, counted in Unicode code points (not bytes), end exclusive."
+                    f"{len(self.targets)} characters.{counted_otherwise(self.targets, start, end)} "
+                    "A span is [start, end] with 0 <= start < end <= length, counted in Unicode "
+                    "code points (not bytes), end exclusive."
                 )
         for position, _ in self.negative_token_ids:
             # Without target_ids the length is known, and checked, only after tokenisation.
@@ -86,8 +87,9 @@ class Record:
         """
         if not isinstance(fields, Mapping):
             raise UsageError(f"{where}: expected a JSON object, found {_shown(fields)}.")
-        if "inputs" not in fields:
-            raise UsageError(f"{where}: the field 'inputs' is missing; found {sorted(fields)}.")
+        if fields.get("inputs") is None:
+            found = [name for name, value in fields.items() if value is not None]
+            raise UsageError(f"{where}: the field 'inputs' is missing; found {sorted(found)[:20]}.")
         known = known_fields(fields, where)
         path, _, line = where.rpartition(":")
         known.setdefault("id", f"{pathlib.PurePath(path).stem}:{line}")
@@ -245,15 +247,35 @@ def check_writable(path: str | os.PathLike, setting: str) -> None:
     if "://" in os.fspath(path):  # an object store, which `tnt_jax.run_log` writes to
         return
     path = pathlib.Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-        reason = "it is a directory" if path.is_dir() else None
-    except OSError as error:
-        reason = error.strerror
+    reason = _unwritable(path) or ("it is a directory" if path.is_dir() else None)
     if reason:
         raise UsageError(f"{setting}: expected a file that can be written, found {path}: {reason}.")
+
+
+def check_directory(path: str | os.PathLike, setting: str) -> None:
+    """Finds out, before the work, whether a directory can be written to; it is created.
+
+    Raises:
+        UsageError: it cannot; the message names `setting`.
+    """
+    if "://" not in os.fspath(path) and (reason := _unwritable(pathlib.Path(path) / "any")):
+        raise UsageError(
+            f"{setting}: expected a directory that can be written, found {path}: {reason}."
+        )
+
+
+def _unwritable(path: pathlib.Path) -> str | None:
+    """Why no file can be written there, as `replacing` writes it; None where one can."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = _beside(path)
+        unfinished.touch()
+        unfinished.unlink()
+    except OSError as error:
+        return error.strerror or str(error)
+    except ValueError as error:  # a null character
+        return str(error)
+    return None
 
 
 @contextlib.contextmanager
@@ -264,13 +286,17 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Not the process id: on two hosts that share a folder it may be the same.
-    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.unfinished")
+    unfinished = _beside(path)
     try:
         yield unfinished
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _beside(path: pathlib.Path) -> pathlib.Path:
+    # Not the process id: on two hosts that share a folder it may be the same.
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.unfinished")
 
 
 def known_fields(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -297,13 +323,44 @@ def parse_line(line: bytes, where: str) -> Any:
         UsageError: it is not UTF-8, or not JSON.
     """
     try:
-        return json.loads(line.decode("utf-8").rstrip())  # or an open end is said to be in line 2
+        # Without the mark that Windows begins a file with, and what follows an object: or an open
+        # end is said to be in line 2.
+        value = json.loads(line.decode("utf-8-sig").rstrip())
     except UnicodeDecodeError as error:
-        raise UsageError(f"{where}: not UTF-8 ({error.reason} at byte {error.start}).") from None
+        raise UsageError(
+            f"{where}: not UTF-8 ({error.reason} at byte {error.start}). Save the file as UTF-8."
+        ) from None
     except json.JSONDecodeError as error:
         raise UsageError(
             f"{where}: not JSON: {error.msg} at column {error.colno}. Expected one object a line."
         ) from None
+    except (ValueError, RecursionError) as error:
+        what = "nested too deeply" if isinstance(error, RecursionError) else "a number is too long"
+        raise UsageError(f"{where}: JSON that cannot be read: {what}.") from None
+    if _SURROGATE.search(line) and not _is_text(json.dumps(value, ensure_ascii=False)):
+        fields = value.items() if isinstance(value, Mapping) else ()
+        bad = (name for name, v in fields if not _is_text(json.dumps(v, ensure_ascii=False)))
+        raise UsageError(
+            f"{where}: {ascii(next(bad, 'the name of a field'))[1:-1]}: expected a string of "
+            "Unicode text, found half a surrogate pair (\\ud800 to \\udfff). Was a text cut within "
+            "a character?"
+        )
+    return value
+
+
+def counted_otherwise(text: str, start: int, end: int) -> str:
+    """A guess, for messages, at what was counted where a span does not lie within a text."""
+    for name, encoding, size in (
+        ("UTF-16 units, as in JavaScript", "utf-16-le", 2),
+        ("bytes of UTF-8", "utf-8", 1),
+    ):
+        number = len(text.encode(encoding, "surrogatepass")) // size
+        if 0 <= start < end <= number:
+            return f" (It has {number} {name}: were those counted?)"
+    return ""
+
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # a half of a pair, as JSON spells it
 
 
 def _is_text(value: Any) -> bool:
@@ -315,7 +372,8 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Whether it is a whole number, and one that an int32 array can hold."""
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**31
 
 
 def _are_ids(value: Any) -> bool:

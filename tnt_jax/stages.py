@@ -64,7 +64,8 @@ class Stages:
         }
         before: dict[str, Any] = {}
         with contextlib.suppress(OSError, ValueError):
-            before = json.loads(note.read_text("utf-8"))
+            found = json.loads(note.read_text("utf-8"))
+            before = found if isinstance(found, dict) else {}
         is_same = before.get("described") == json.loads(json.dumps(described))
         if is_same and before.get("done") and pathlib.Path(output).exists():
             run_log.log(f"[{self._number}] {name}: done before, kept.")
@@ -85,7 +86,7 @@ class Stages:
 
     def seconds(self, name: str) -> float | None:
         """How long a stage took, if it is done."""
-        with contextlib.suppress(OSError, ValueError, KeyError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             return json.loads(self._note(name).read_text("utf-8"))["seconds"]
         return None
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -95,9 +96,10 @@ class T5Config:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type is int and (not isinstance(value, int) or value < 1):
+            if field.type is int and not (isinstance(value, int) and 1 <= value < 2**31):
                 raise UsageError(
-                    f"T5Config.{field.name} must be a whole number of at least 1, not {value!r}"
+                    f"T5Config.{field.name} must be a whole number of at least 1 and below 2**31, "
+                    f"not {value!r:.60}"
                 )
         # Tuples and dtypes, so that a configuration is hashable: a static argument of jax.jit.
         activations = self.mlp_activations
@@ -122,8 +124,10 @@ class T5Config:
             )
         if not 0.0 <= self.dropout_rate < 1.0:
             raise UsageError(f"T5Config.dropout_rate must be in [0, 1), not {self.dropout_rate}")
-        if self.layer_norm_epsilon < 0:
-            raise UsageError(f"layer_norm_epsilon must be >= 0, not {self.layer_norm_epsilon}")
+        if not 0 <= self.layer_norm_epsilon < math.inf:
+            raise UsageError(
+                f"T5Config.layer_norm_epsilon must be 0 or more, not {self.layer_norm_epsilon}"
+            )
         # Half of a direction's buckets hold one distance each, and further ones must follow.
         buckets, distance = self.num_relpos_buckets, self.relpos_max_distance
         if buckets % 4 or distance <= buckets // 2:

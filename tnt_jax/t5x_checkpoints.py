@@ -17,6 +17,7 @@ from typing import Any
 import flax.serialization
 import flax.traverse_util
 import jax.numpy as jnp
+import msgpack
 import numpy as np
 import tensorstore as ts
 from etils import epath
@@ -41,17 +42,19 @@ def read_legacy(folder: epath.Path) -> tuple[dict[str, LazyArray], int]:
     """
     file = folder / CHECKPOINT_FILE
     try:
-        content = flax.serialization.msgpack_restore(file.read_bytes())
+        content = _unpacked(file.read_bytes())
         version, state = content["version"], content["optimizer"]
-        target, step = state["target"], int(state["state"]["step"])
+        step = int(state["state"]["step"])
+        leaves = flax.traverse_util.flatten_dict(
+            state["target"], is_leaf=lambda _, x: _is_spec(x), sep="/"
+        )
     except Exception as error:  # whatever msgpack raises on bytes that are none
         raise UsageError(
             f"{file}: expected a T5X checkpoint (msgpack with `version` and `optimizer`): "
             f"{type(error).__name__}: {error}."
         ) from error
     if version != _VERSION:
-        raise UsageError(f"{file}: expected version {_VERSION}, found {version}.")
-    leaves = flax.traverse_util.flatten_dict(target, is_leaf=lambda _, x: _is_spec(x), sep="/")
+        raise UsageError(f"{file}: expected version {_VERSION}, found {version!r:.60}.")
     opened = {
         name: ts.open(_spec(folder, leaf), open=True, read=True)
         for name, leaf in leaves.items()
@@ -63,7 +66,7 @@ def read_legacy(folder: epath.Path) -> tuple[dict[str, LazyArray], int]:
         if name in opened:
             try:
                 store = opened[name].result()
-            except ValueError as error:  # what TensorStore raises, for whatever reason
+            except lazy_arrays.STORE_ERRORS as error:
                 raise UsageError(
                     f"{source}: {lazy_arrays.first_line(error)} ({folder} is damaged)."
                 ) from error
@@ -73,7 +76,25 @@ def read_legacy(folder: epath.Path) -> tuple[dict[str, LazyArray], int]:
         if array.dtype not in (np.float32, jnp.bfloat16):
             raise UsageError(f"{source}: expected float32 or bfloat16, found {array.dtype}.")
         arrays[name] = array
+    lazy_arrays.check_sizes(arrays, folder)
     return arrays, step
+
+
+def _unpacked(content: bytes) -> Any:
+    """What a msgpack file holds: maps, texts, numbers and NumPy arrays, nothing that runs.
+
+    A list is made room for by the length that it states, before its elements are looked for, and
+    lists may stand within lists. A first reading refuses long ones, which no checkpoint has: what
+    is long in it are maps, which grow, and texts and arrays, which must be in the file.
+    """
+    msgpack.unpackb(
+        content,
+        raw=False,
+        strict_map_key=False,
+        max_array_len=1000,
+        ext_hook=lambda code, data: None,
+    )
+    return flax.serialization.msgpack_restore(content)
 
 
 def _is_spec(leaf: Any) -> bool:
@@ -82,10 +103,17 @@ def _is_spec(leaf: Any) -> bool:
 
 def _spec(folder: epath.Path, leaf: Mapping[str, Any]) -> dict[str, Any]:
     # The bucket and the folder that it was written to are not where it is now.
-    path = leaf.get("path") or leaf["kvstore"].get("path")
+    kvstore = leaf["kvstore"]
+    path = leaf.get("path") or (kvstore.get("path") if isinstance(kvstore, Mapping) else None)
+    name = path.rstrip("/").rpartition("/")[2] if isinstance(path, str) else None
+    if not lazy_arrays.is_file_name(name):
+        raise UsageError(
+            f"{folder / CHECKPOINT_FILE}: expected the names of arrays in this directory, found "
+            f"{path!r:.60}."
+        )
     return {
         "driver": "zarr",
-        "kvstore": lazy_arrays.kvstore(folder / path.rstrip("/").rpartition("/")[2]),
+        "kvstore": lazy_arrays.kvstore(folder / str(name)),
         "fill_missing_data_reads": False,  # a lost file is an error, and no zeros
     }
 
@@ -209,9 +237,7 @@ def _unstacked(arrays: Mapping[str, LazyArray], where: str) -> dict[str, LazyArr
             continue
         stack, rest = match.groups()
         axis = _scan_axis(arrays, stack, where)
-        if axis >= len(array.shape):
-            raise UsageError(f"{where}: {name} of shape {array.shape} has no axis of layers.")
-        for i in range(array.shape[axis]):
+        for i in range(lazy_arrays.num_layers_of(array, axis)):
             found[f"{stack}/layers_{i}/{rest}"] = array.at(i, axis)
     return found
 

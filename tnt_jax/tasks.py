@@ -18,112 +18,26 @@ import difflib
 import functools
 import importlib
 import itertools
-import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import seqio
 import tensorflow as tf
 from absl import logging
-from google.protobuf.message import DecodeError
 
-from tnt_jax import feature_converters, records, run_log, tokenization
+from tnt_jax import feature_converters, records, run_log, tfrecords, tokenization
 from tnt_jax.errors import UsageError
 
-# --- Records as TFRecord --------------------------------------------------------------------------
-
-
-def write_tfrecord(path: str | os.PathLike, rows: Iterable[records.Record]) -> None:
-    """Writes records as a TFRecord file of `tf.train.Example`, one feature per field.
-
-    `negative_spans` are flattened to start, end, start, end, ... and `negative_token_ids` to
-    position, id, position, id, ...; fields that are not ours go into `extra`, as JSON. An absent
-    feature is an absent field: `negative_spans` without values says "nothing unwanted".
-    """
-
-    def of_text(text):
-        return tf.train.Feature(bytes_list=tf.train.BytesList(value=[text.encode()]))
-
-    def of_ints(values):
-        return tf.train.Feature(int64_list=tf.train.Int64List(value=values))
-
-    with records.replacing(path) as unfinished, tf.io.TFRecordWriter(os.fspath(unfinished)) as file:
-        for record in rows:
-            features = {
-                name: of_text(getattr(record, name))
-                for name in ("id", "inputs", "targets", "annotator")
-            }
-            if record.target_ids is not None:
-                features["target_ids"] = of_ints(record.target_ids)
-            if record.negative_spans is not None:
-                features["negative_spans"] = of_ints(itertools.chain(*record.negative_spans))
-            if record.negative_token_ids:
-                features["negative_token_ids"] = of_ints(itertools.chain(*_pairs(record)))
-            if record.extra:
-                features["extra"] = of_text(json.dumps(dict(record.extra)))
-            example = tf.train.Example(features=tf.train.Features(feature=features))
-            file.write(example.SerializeToString())
-
-
-def read_tfrecord(path: str | os.PathLike) -> list[records.Record]:
-    """Reads what `write_tfrecord` wrote: a file, or the files that a glob pattern names.
-
-    Raises:
-        UsageError: no file or no record, a damaged file, a field of the wrong type or out of range
-            (named as `file:record`), or an id used twice.
-    """
-
-    def located():
-        for file in records.matching_files(path):
-            try:
-                for number, row in enumerate(tf.data.TFRecordDataset(str(file)), start=1):
-                    where = f"{file}:{number}"
-                    example = tf.train.Example.FromString(row.numpy())
-                    yield where, records.Record.from_json(_json_fields(example, where), where)
-            except (tf.errors.DataLossError, DecodeError) as error:
-                raise UsageError(
-                    f"{file}: damaged, or no TFRecord file of tf.train.Example: {error}"
-                ) from error
-
-    return records.data_set(located(), path)
+# --- Files of records -----------------------------------------------------------------------------
 
 
 def read_record_files(files: str | os.PathLike) -> list[records.Record]:
     """Reads records from JSONL, or from TFRecord where the name has `.tfrecord` in it."""
     is_tfrecord = ".tfrecord" in os.fspath(files).rpartition("/")[2]
-    return read_tfrecord(files) if is_tfrecord else records.read_records(files)
-
-
-def _pairs(record: records.Record) -> list[tuple[int, int]]:
-    return [(position, i) for position, ids in record.negative_token_ids for i in ids]
-
-
-def _json_fields(example: tf.train.Example, where: str) -> dict[str, Any]:
-    """What the JSON object of the same record would hold."""
-    fields = {}
-    for name, feature in example.features.feature.items():
-        kind = feature.WhichOneof("kind")
-        values = list(getattr(feature, kind).value) if kind else []
-        if kind == "bytes_list" and len(values) == 1:
-            try:
-                fields[name] = values[0].decode()
-            except UnicodeDecodeError as error:
-                raise UsageError(f"{where}: {name}: not UTF-8 ({error.reason}).") from None
-        elif name in ("negative_spans", "negative_token_ids"):
-            if len(values) % 2:
-                raise UsageError(f"{where}: {name}: expected pairs, found {len(values)} values.")
-            fields[name] = [list(pair) for pair in zip(values[::2], values[1::2], strict=True)]
-        else:
-            fields[name] = values
-    if "negative_token_ids" in fields:
-        by_position = itertools.groupby(fields["negative_token_ids"], key=lambda pair: pair[0])
-        fields["negative_token_ids"] = [
-            [position, [i for _, i in pairs]] for position, pairs in by_position
-        ]
-    return {**json.loads(fields.pop("extra", "{}")), **fields}
+    return tfrecords.read(files) if is_tfrecord else records.read_records(files)
 
 
 # --- Preprocessors and tasks ----------------------------------------------------------------------
@@ -159,8 +73,8 @@ def tokenize_and_mark(
 
     Returns:
         A data set of `inputs`, `targets` and `negative_ids` (token ids, EOS included) and
-        `loss_mask`, with the texts as `inputs_pretokenized` and `targets_pretokenized`, and
-        `num_spans_without_token`.
+        `loss_mask`, with the texts as `inputs_pretokenized` and `targets_pretokenized`, and, to
+        count what is lost, `span_numbers` and `num_spans_without_token`.
         Where a record has a mistake, iteration fails with the message of a UsageError.
     """
     vocabulary = output_features["targets"].vocabulary
@@ -181,6 +95,7 @@ def tokenize_and_mark(
             example.targets,
             example.negative_pairs,
             np.ones_like(example.targets) if loss_mask is None else loss_mask,
+            example.span_numbers,
             np.int32(num_spans_without_token),
         )
 
@@ -193,10 +108,10 @@ def tokenize_and_mark(
                 ("negative_token_ids", [0, 2]),
             ]
         }
-        inputs, targets, negative_ids, loss_mask, num_spans_without_token = tf.numpy_function(
+        inputs, targets, negative_ids, loss_mask, span_numbers, num_without = tf.numpy_function(
             marked,
             [fields.get("id", ""), fields["inputs"], fields["targets"], *ints.values()],
-            [tf.int32] * 5,
+            [tf.int32] * 6,
         )
         return {
             **{name: value for name, value in fields.items() if name not in ints},
@@ -206,7 +121,8 @@ def tokenize_and_mark(
             "targets": tf.ensure_shape(targets, [None]),
             "negative_ids": tf.ensure_shape(negative_ids, [None, 2]),
             "loss_mask": tf.ensure_shape(loss_mask, [None]),
-            "num_spans_without_token": tf.ensure_shape(num_spans_without_token, []),
+            "span_numbers": tf.ensure_shape(span_numbers, [None]),
+            "num_spans_without_token": tf.ensure_shape(num_without, []),
         }
 
     return dataset.map(of_fields, num_parallel_calls=tf.data.AUTOTUNE)
@@ -286,7 +202,7 @@ def record_task(
                     "targets": record.targets,
                     "target_ids": record.target_ids or (),
                     "negative_spans": np.reshape(record.negative_spans or (), (-1, 2)),
-                    "negative_token_ids": np.reshape(_pairs(record), (-1, 2)),
+                    "negative_token_ids": np.reshape(tfrecords.pairs(record), (-1, 2)),
                 }
 
         return tf.data.Dataset.from_generator(of_rows, output_signature=shapes)
@@ -527,6 +443,7 @@ def _example(
         loss_mask=feature_converters.loss_until(
             loss_until, marked.target_ids, marked.negative_pairs
         ),
+        span_numbers=marked.span_numbers,
         id=record.id,
     )
     return example, marked.num_spans_without_token
@@ -547,6 +464,9 @@ def _load_task(
         num_targets = len(row["targets"])
         pairs = row.get("negative_ids", np.zeros((0, 2), np.int32))
         loss_mask = row.get("loss_mask", np.ones(num_targets, np.int32))
+        numbers = row.get("span_numbers")
+        if numbers is not None and len(numbers) != num_targets:
+            numbers = None  # a later preprocessor has changed the targets
         name = _row_id(row, task, split, number)
         if not np.isin(pairs[:, 0], range(num_targets)).all():
             raise UsageError(
@@ -564,6 +484,7 @@ def _load_task(
                 targets=row["targets"],
                 negative_pairs=np.unique(pairs, axis=0),
                 loss_mask=loss_mask,
+                span_numbers=numbers,
                 id=name,
             )
         )
@@ -683,12 +604,13 @@ def _log_lost(
     lost = feature_converters.count_lost(examples, task_feature_lengths)
     if any(lost):
         logging.warning(
-            "%s: with TASK_FEATURE_LENGTHS %s, %d inputs and %d targets of %d examples are cut, "
-            "and %d marks lie beyond the cut.",
+            "%s: with TASK_FEATURE_LENGTHS %s, %d inputs and %d targets of %d examples are cut; "
+            "%d negative spans and %d ids to remove lie beyond the cut and are lost.",
             where,
             dict(task_feature_lengths),
             lost.num_inputs,
             lost.num_targets,
             len(examples),
+            lost.num_spans,
             lost.num_marks,
         )

@@ -44,12 +44,15 @@ class MarkedTarget:
     Attributes:
         target_ids: `[T]` int32, EOS included.
         negative_pairs: `[M, 2]` int32 rows (position, id), sorted, without repeats.
+        span_numbers: `[T]` int32: of each token the number, from 1, of the first span that marks
+            it; 0 where none does, -1 where the token stands for no text.
         num_spans_without_token: spans that overlap no token's extent (white space, or characters
             that the tokeniser's normalisation drops), so that nothing was marked for them.
     """
 
     target_ids: np.ndarray
     negative_pairs: np.ndarray
+    span_numbers: np.ndarray
     num_spans_without_token: int
 
 
@@ -141,10 +144,13 @@ def mark_tokens(
         raise UsageError(f"marks: expected one of {', '.join(MARKS)}, found {marks!r}.")
     ids, extents = ids_and_extents(record, vocabulary)
     pairs = set()
+    span_numbers = [0 if start < end else -1 for start, end in extents]
     num_spans_without_token = 0
-    for span in record.negative_spans or ():
+    for number, span in enumerate(record.negative_spans or (), start=1):
         touched = _touched(extents, span)[: 1 if marks == "first_token" else None]
         pairs.update((position, ids[position]) for position in touched)
+        for position in touched:
+            span_numbers[position] = span_numbers[position] or number
         num_spans_without_token += not touched
     for position, removed_ids in record.negative_token_ids:
         if position >= len(ids):
@@ -162,6 +168,7 @@ def mark_tokens(
     return MarkedTarget(
         target_ids=np.array(ids, np.int32),
         negative_pairs=np.array(sorted(pairs), np.int32).reshape(-1, 2),
+        span_numbers=np.array(span_numbers, np.int32),
         num_spans_without_token=num_spans_without_token,
     )
 

@@ -23,11 +23,13 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import optax
+from etils import epath
 
 from tnt_jax import (
     assembly,
     checkpoints,
     feature_converters,
+    memory,
     objectives,
     original_setup,
     original_states,
@@ -127,6 +129,7 @@ def train(
         log_every=log_every,
         eval_every=eval_every,
     )
+    pretrained.check_takes_checkpoints(epath.Path(model_dir).expanduser(), "MODEL_DIR")
     if states_dir is not None and original != "cached":
         raise UsageError(
             f"STATES_DIR is set, to {states_dir}, and ORIGINAL is {original!r}: states are kept "
@@ -175,6 +178,12 @@ def train(
     _log_fill(data.batches)
 
     with (
+        memory.explained(
+            memory.of_training(trainer),
+            BATCH_SIZE=batch_size,
+            NUM_MICROBATCHES=num_microbatches,
+            TASK_FEATURE_LENGTHS=task_feature_lengths,
+        ),
         checkpoints.Checkpoints(model_dir, keep=keep_checkpoints) as saved,
         run_log.MetricsWriter(model_dir) as metrics,
     ):
@@ -275,6 +284,13 @@ def _check_marks(
             f"negative_term={objective.negative_term!r} needs marked tokens, but none of the "
             f"{len(examples)} examples has one within TASK_FEATURE_LENGTHS. Annotate them "
             "(python -m tnt_jax.annotate), or use objectives/fine_tune.gin."
+        )
+    if feature_converters.are_all_covered(examples, task_feature_lengths):
+        raise UsageError(
+            f"negative spans cover all text of all {len(examples)} examples (within "
+            "TASK_FEATURE_LENGTHS and LOSS_UNTIL), so that nothing holds the model to its "
+            "original: expected some text that may stay. Mark the unwanted words alone, and leave "
+            "clean outputs in the file."
         )
     run_log.log(
         f"{num_marked} of {len(examples)} examples have marks: {num_marks} ids to remove, of which "

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from etils import epath
 from sentencepiece import sentencepiece_model_pb2
 
-from tnt_jax import run_log
+from tnt_jax import json_files, run_log, tokenization
 from tnt_jax.errors import UsageError
 
 if TYPE_CHECKING:  # seqio imports TensorFlow, which takes seconds
@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # seqio imports TensorFlow, which takes seconds
 
 T5_EXTRA_IDS = 100
 _BYT5_EXTRA_IDS = 125
+_MOST_EXTRA_IDS = 100_000
 _SENTENCEPIECE = "spiece.model"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _EXTRA_ID = re.compile(r"<extra_id_(\d+)>")
@@ -40,7 +41,18 @@ def of_file(path: str, extra_ids: int | None = None) -> "seqio.SentencePieceVoca
     """The vocabulary of a sentencepiece model, with `extra_ids` (None: T5's 100) after its own."""
     import seqio
 
-    return seqio.SentencePieceVocabulary(path, T5_EXTRA_IDS if extra_ids is None else extra_ids)
+    extra_ids = _checked(T5_EXTRA_IDS if extra_ids is None else extra_ids)
+    return seqio.SentencePieceVocabulary(path, extra_ids)
+
+
+def _checked(extra_ids: int) -> int:
+    """Each of them becomes a piece in memory, however many a file says that there are."""
+    if not 0 <= extra_ids <= _MOST_EXTRA_IDS:
+        raise UsageError(
+            f"EXTRA_IDS: expected 0 to {_MOST_EXTRA_IDS:,} ids after the pieces of the vocabulary, "
+            f"found {extra_ids:,}."
+        )
+    return extra_ids
 
 
 def has_tokenizer(folder: epath.Path) -> bool:
@@ -59,12 +71,24 @@ def of_directory(folder: epath.Path, extra_ids: int | None = None) -> "seqio.Voc
     Raises:
       UsageError: There is no tokenizer, or one that is not sentencepiece's unigram model.
     """
+    try:
+        return _of_directory(folder, extra_ids)
+    except UsageError:
+        raise
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"{folder}: expected a tokenizer as transformers writes T5's, found files of one that "
+            f"cannot be read: {type(error).__name__}: {error}."
+        ) from error
+
+
+def _of_directory(folder: epath.Path, extra_ids: int | None) -> "seqio.Vocabulary":
     import seqio
 
     settings = _settings(folder)
     if _is_bytes(settings):
         return seqio.ByteVocabulary(
-            _byt5_extra_ids(folder, settings) if extra_ids is None else extra_ids
+            _checked(_byt5_extra_ids(folder, settings) if extra_ids is None else extra_ids)
         )
     if not has_tokenizer(folder):
         raise UsageError(
@@ -97,7 +121,7 @@ def of_directory(folder: epath.Path, extra_ids: int | None = None) -> "seqio.Voc
         return of_file(_temporary_file(pieces), 0)
     if extra_ids is None:
         stated = settings.get("extra_ids")
-        extra_ids = len(numbers) or (T5_EXTRA_IDS if stated is None else stated)
+        extra_ids = len(numbers) or (T5_EXTRA_IDS if stated is None else int(stated))
     return of_file(file or _temporary_file(pieces), extra_ids)
 
 
@@ -106,13 +130,7 @@ def _settings(folder: epath.Path) -> Mapping[str, Any]:
 
 
 def _json(path: epath.Path) -> Mapping[str, Any]:
-    try:
-        found = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as error:
-        raise UsageError(f"{path}: not JSON: {error}.") from error
-    if not isinstance(found, dict):
-        raise UsageError(f"{path}: expected a JSON object, found {type(found).__name__}.")
-    return found
+    return json_files.read_object(path) if path.exists() else {}
 
 
 def _is_bytes(settings: Mapping[str, Any]) -> bool:
@@ -234,6 +252,7 @@ def check_same(vocabulary: "seqio.Vocabulary", folder: epath.Path) -> None:
     if not has_tokenizer(folder):
         return
     own = of_directory(folder)
+    tokenization.check_vocabulary(own)
     pieces, own_pieces = _pieces(vocabulary), _pieces(own)
     num_shared = min(len(pieces), len(own_pieces))
     for i in range(num_shared):

@@ -204,7 +204,8 @@ def _named_values(file: TextFile) -> list[tuple[str, tuple[str, str]]]:
 
     try:
         types = json.loads(file.text)
-    except json.JSONDecodeError as error:
+        json.dumps(types, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{file.setting}: {file.path} is not JSON: {error}.") from error
     if not isinstance(types, dict) or not any(types.values()):
         raise UsageError(

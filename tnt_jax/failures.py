@@ -1,0 +1,94 @@
+"""What an exception means to whoever started a program: a mistake to mend, or our own defect."""
+
+import errno
+import os
+import re
+import traceback
+from collections.abc import Iterator
+
+from tnt_jax.errors import UsageError
+from tnt_jax.run_config import is_gin_code
+
+# The user's to mend, whoever raised it: a path that does not work.
+_PATH_ERRORS = (
+    FileNotFoundError,
+    FileExistsError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
+)
+_PATH_NUMBERS = (
+    *(errno.EIO, errno.ELOOP, errno.EMFILE, errno.ENAMETOOLONG, errno.ENOTEMPTY, errno.ESTALE),
+)
+
+# A place that takes no more. TensorStore, safetensors and TensorFlow say so in words alone.
+_FULL = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)))
+
+
+def explain(error: BaseException) -> str | None:
+    """One line for the user; None where the error is our own defect."""
+    if isinstance(error, UsageError):
+        return _one_line(error)
+    chain = list(_chain(error))
+    for one in chain:
+        if full := next((reason for reason in _FULL if reason in str(one)), None):
+            place = f"{one.filename}: " if isinstance(one, OSError) and one.filename else ""
+            return (
+                f"cannot write: {place}{full}. Make room (or raise `ulimit -f`), or set another "
+                "place, and give the same command again; what is whole under its name is kept."
+            )
+    for one in chain:
+        if (reason := out_of_memory(one)) is not None:
+            return (
+                f"out of memory: {reason}. Lower BATCH_SIZE or TASK_FEATURE_LENGTHS where the "
+                "program has them, or run it where there is more."
+            )
+    if isinstance(error, BrokenPipeError):
+        return "whoever reads the output has stopped reading it (a closed pipe)."
+    if isinstance(error, _PATH_ERRORS) or (
+        isinstance(error, OSError) and error.errno in _PATH_NUMBERS
+    ):
+        return _one_line(error)
+    if isinstance(error, ValueError) and str(error) == "embedded null byte":
+        return "a path has a null character in it."
+    *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
+    # gin refused a setting, or found a required argument missing. Any other TypeError at a call
+    # through gin is a call that we wrote wrong.
+    is_gins = is_gin_code(innermost.f_code)
+    if is_gins and (not isinstance(error, TypeError) or "required" in str(error)):
+        return _one_line(error)
+    return None
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """What there was no memory for, of the host or of a device; None where that is not it."""
+    if isinstance(error, MemoryError):
+        return str(error) or "the host has no more"
+    text = str(error)
+    # JAX has one type for whatever its runtime says, and TensorFlow's allocators say the same.
+    if re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory|OOM when allocating", text):
+        return " ".join(text.splitlines()[0].split())[:300].rstrip(".")
+    return None
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error and those that it came from."""
+    seen: set[int] = set()
+    one: BaseException | None = error
+    while one is not None and id(one) not in seen:
+        seen.add(id(one))
+        yield one
+        one = one.__cause__ or one.__context__
+
+
+def _one_line(error: BaseException) -> str:
+    # gin appends the calls that an exception passed through.
+    text = re.split(r"\n\s*(?:In call to configurable|No values supplied by Gin)", str(error))[0]
+    text = re.sub(r"^\[Errno \d+\] ", "", text)
+    text = re.sub(r"<module '([\w.]+)'[^>]*>", r"\1", text)
+    return printable(" ".join(text.split()))
+
+
+def printable(text: str) -> str:
+    """The text with whatever a terminal would obey, or could not show, spelt out."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -1,0 +1,51 @@
+"""JSON files that somebody else wrote: of whatever is in one comes a value or a message."""
+
+import json
+import os
+from typing import Any
+
+from etils import epath
+
+from tnt_jax.errors import UsageError
+
+MOST_BYTES = 2**28  # the largest tokenizers take a tenth of it
+
+
+def read(path: str | os.PathLike, setting: str = "") -> Any:
+    """The value in a file.
+
+    Args:
+        path: local, or anything that `etils.epath` opens.
+        setting: that names it, for messages.
+
+    Raises:
+        UsageError: there is no such file, it is not JSON, or larger than any that is expected.
+    """
+    file = epath.Path(path)
+    try:
+        size = file.stat().length
+        if size > MOST_BYTES:
+            reason = f"it has {size:,} bytes, and {MOST_BYTES:,} are the most"
+        else:
+            return json.loads(file.read_bytes().decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        reason = f"not UTF-8 ({error.reason} at byte {error.start})"
+    except ValueError as error:
+        reason = f"not JSON: {error}"
+    except RecursionError:
+        reason = "nested too deeply"
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+    where = f"{setting}: " if setting else ""
+    raise UsageError(f"{where}expected a JSON file, found {path}: {reason}.")
+
+
+def read_object(path: str | os.PathLike, setting: str = "") -> dict[str, Any]:
+    """The object in a file; raises a UsageError also where it is another kind of value."""
+    found = read(path, setting)
+    if not isinstance(found, dict):
+        raise UsageError(
+            f"{f'{setting}: ' if setting else ''}{path}: expected a JSON object, found "
+            f"{type(found).__name__}."
+        )
+    return found
