@@ -434,6 +434,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(mistake):
         ),
         (
             "pipeline",
+            {"OUTPUT_DIR": "gs://bucket/run"},
+            "OUTPUT_DIR: expected a local folder, ",
+        ),
+        (
+            "pipeline",
             {"annotators.Lexicon.path": "nowhere.txt"},
             "Lexicon.path: expected a UTF-8 text file, ",
         ),
