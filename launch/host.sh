@@ -11,7 +11,7 @@
 #                                              of follow
 #
 # Everything is in ~/tnt_jax_launch/: code/CODE, with its virtual environment, and runs/NAME.
-set -eu
+set -euo pipefail
 
 base=$HOME/tnt_jax_launch
 action=${1:?expected an action; see the head of this file}

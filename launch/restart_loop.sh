@@ -28,7 +28,7 @@ while (($#)); do
         --state_file=*) state_file=${1#*=} ;;
         --end_when_saved) end_when_saved=yes ;;
         --help | -h)
-            sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"
+            sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "$0"
             exit
             ;;
         --)

@@ -568,6 +568,11 @@ def test_too_little_memory_for_a_batch(mistake, length, reason):
         ),
         (
             "pipeline",
+            {"OUTPUT_DIR": "gs://bucket/run"},
+            "OUTPUT_DIR: expected a local folder, ",
+        ),
+        (
+            "pipeline",
             {"annotators.Lexicon.path": "nowhere.txt"},
             "Lexicon.path: expected a UTF-8 text file, ",
         ),

@@ -430,8 +430,14 @@ def foreign(labels):
     }
 
 
-@pytest.mark.parametrize("labels", [{}, {"tnt_jax_launch": "0123456789abcdef"}])
-@pytest.mark.parametrize("state", ["ACTIVE", "FAILED", "SUSPENDED"])
+@pytest.mark.parametrize(
+    ("state", "labels"),
+    [
+        ("ACTIVE", {"tnt_jax_launch": "0123456789abcdef"}),
+        ("FAILED", {}),
+        ("SUSPENDED", {"tnt_jax_launch": ""}),
+    ],
+)
 def test_what_others_created_is_left_alone(cloud, labels, state):
     cloud.set(resource=foreign(labels) | {"state": {"state": state}})
     for action in (["up", *SETTINGS], ["down", *HERE]):

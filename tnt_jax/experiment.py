@@ -116,6 +116,11 @@ class Experiment:
             )
         if not self.decoders:
             raise UsageError("Experiment.decoders: expected at least one, found none.")
+        if records.is_remote(self.output_dir):
+            raise UsageError(
+                "OUTPUT_DIR: expected a local folder, for programs share its many files; found "
+                f"{self.output_dir}. Copy it afterwards; train's MODEL_DIR may be in a bucket."
+            )
 
     def check_names(self, names: Sequence[str]) -> None:
         """Of the arms: they become folders.

@@ -8,8 +8,8 @@ Programs exchange records as JSONL, one object a line (`tnt_jax.tfrecords`: the 
      "negative_token_ids": [[position, [ids]]], further ids removed at a position of target_ids
      "annotator": "name and settings"}
 
-Only `inputs` is required, so a file of prompts is a file of records. Unknown fields are kept. This
-module needs the standard library alone.
+Only `inputs` is required, so a file of prompts is a file of records. Unknown fields are kept. Files
+are local, or in a bucket (`gs://`): whatever `etils.epath` opens.
 """
 
 import contextlib
@@ -22,6 +22,8 @@ import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+
+from etils import epath
 
 from tnt_jax.errors import UsageError
 
@@ -222,17 +224,32 @@ def write_records(path: str | os.PathLike, records: Iterable[Record]) -> None:
             file.write(record.to_line())
 
 
-def matching_files(path: str | os.PathLike) -> list[pathlib.Path]:
-    """The file `path`, or the files that match it as a glob pattern, sorted.
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether a path is in an object store (gs://), which `pathlib` takes for a local folder."""
+    return "://" in os.fspath(path)
+
+
+def path_of(path: str | os.PathLike) -> Any:
+    """The path as `pathlib.Path`, or, in an object store, as `epath.Path`, which can as much."""
+    return epath.Path(path) if is_remote(path) else pathlib.Path(path)
+
+
+def matching_files(path: str | os.PathLike) -> list[Any]:
+    """The file `path`, or the files that match it as a glob pattern, sorted; each by `path_of`.
 
     Raises:
         UsageError: there is none.
     """
-    files = [pathlib.Path(path)]
+    files = [path_of(path)]
     if not files[0].is_file():
         # Path.glob takes no absolute pattern.
-        names = sorted(glob.glob(os.fspath(path), recursive=True))  # noqa: PTH207
-        files = [file for file in map(pathlib.Path, names) if file.is_file()]
+        if is_remote(path):
+            store, _, rest = os.fspath(path).partition("://")
+            bucket, _, pattern = rest.partition("/")
+            names = map(os.fspath, epath.Path(f"{store}://{bucket}").glob(pattern))
+        else:
+            names = glob.glob(os.fspath(path), recursive=True)  # noqa: PTH207
+        files = [file for file in map(path_of, sorted(names)) if file.is_file()]
     if not files:
         raise UsageError(f"{path}: no such file, and no file matches it as a pattern.")
     return files
@@ -244,7 +261,7 @@ def check_writable(path: str | os.PathLike, setting: str) -> None:
     Raises:
         UsageError: it cannot; the message names `setting`.
     """
-    if "://" in os.fspath(path):  # an object store, which `tnt_jax.run_log` writes to
+    if is_remote(path):
         return
     path = pathlib.Path(path)
     reason = _unwritable(path) or ("it is a directory" if path.is_dir() else None)
@@ -283,7 +300,14 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Yields a path beside `path` to write to, and renames it to `path` when all went well.
 
     Parent folders are created. A program that is stopped half-way leaves no file that looks whole.
+    What goes to an object store is written to this machine first.
     """
+    if is_remote(path):
+        with tempfile.TemporaryDirectory(prefix="tnt_jax-") as folder:
+            unfinished = pathlib.Path(folder) / "unfinished"
+            yield unfinished
+            path_of(path).write_bytes(unfinished.read_bytes())
+        return
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = _beside(path)

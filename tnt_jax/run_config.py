@@ -19,7 +19,7 @@ import gin.config as gin_config
 import numpy as np
 from etils import epath
 
-from tnt_jax import run_log
+from tnt_jax import records, run_log
 
 
 def write(path: str | os.PathLike) -> None:
@@ -34,9 +34,10 @@ def write(path: str | os.PathLike) -> None:
     """
     if not gin.config_str():
         return
-    path = pathlib.Path(path)
-    path = path / "operative_config.gin" if path.is_dir() else path.with_name(f"{path.name}.gin")
-    run_log.write_text(path, _config_text())
+    output = records.path_of(path)
+    is_folder = output.is_dir()
+    file = output / "operative_config.gin" if is_folder else output.with_name(f"{output.name}.gin")
+    run_log.write_text(file, _config_text())
 
 
 def _config_text() -> str:

@@ -7,7 +7,6 @@ TensorFlow, so that a program which only handles text starts at once.
 import json
 import math
 import os
-import pathlib
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
@@ -144,10 +143,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes a whole file or none: it appears under its name only when it is complete."""
     if not is_first_process():
         return
-    if "://" in os.fspath(path):  # an object store shows an object only when it is complete
-        epath.Path(path).write_text(text)
-        return
-    with records.replacing(pathlib.Path(path)) as unfinished:
+    with records.replacing(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
 
