@@ -26,6 +26,7 @@ from tnt_jax import (
     annotators,
     assembly,
     convert,
+    failures,
     pretrained,
     program,
     records,
@@ -41,7 +42,7 @@ LENGTHS = {"inputs": 8, "targets": 16}
 
 
 def outcome(function, *args, **kwargs):
-    """ "works", or the message of a mistake; any other exception is a failure of the test."""
+    """Says "works", or the message of a mistake; any other exception is a failure of the test."""
     try:
         function(*args, **kwargs)
     except Exception as error:
