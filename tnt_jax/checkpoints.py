@@ -192,8 +192,9 @@ def _reading(path: epath.Path) -> Iterator[None]:
     except Exception as error:
         reason = lazy_arrays.first_line(error) if str(error) else type(error).__name__
         raise UsageError(
-            f"{path}: expected what Orbax wrote, found something else: it is damaged, or not all "
-            f"of it is there ({type(error).__name__}: {reason})."
+            f"{path}: expected what Orbax wrote, found it damaged, or not all of it there "
+            f"({type(error).__name__}: {reason}). Copy it again; or delete the checkpoint, and a run "
+            "goes on from the one before."
         ) from error
 
 
