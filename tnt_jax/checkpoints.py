@@ -193,8 +193,8 @@ def _reading(path: epath.Path) -> Iterator[None]:
         reason = lazy_arrays.first_line(error) if str(error) else type(error).__name__
         raise UsageError(
             f"{path}: expected what Orbax wrote, found it damaged, or not all of it there "
-            f"({type(error).__name__}: {reason}). Copy it again; or delete the checkpoint, and a run "
-            "goes on from the one before."
+            f"({type(error).__name__}: {reason}). Copy it again; or delete the checkpoint, and a "
+            "run goes on from the one before."
         ) from error
 
 
