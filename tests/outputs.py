@@ -7,6 +7,7 @@ changes words in others. `HOSTILE` is a record whose texts try to break out of a
 """
 
 import json
+import math
 import random
 import re
 
@@ -123,3 +124,26 @@ def results():
                             )
                         )
     return {"rows": rows}
+
+
+def evaluation(number):
+    """Of `number` outputs, as far as the report reads it."""
+    return {
+        of: {
+            "unwanted_outputs": {"numerator": n, "denominator": number, "value": n / number},
+            "repeated_word": {"numerator": 0, "denominator": number, "value": 0.0},
+            "unknown_token": {"numerator": 0, "denominator": number, "value": 0.0},
+            "distinct_outputs": {"numerator": 60, "denominator": number, "value": 1.0},
+            "mean_length": 14.0,
+        }
+        for of, n in (("original", 5), ("current", 1))
+    } | {
+        "comparison": {"bleu": 81.5, "rouge_l": 90.0, "exact_match": {"value": 0.75}},
+        "cut": 0.8,
+        "certificate": {
+            "negative_residual": 0.25,
+            "negative_collateral": math.nan,
+            "negative_smallest_cost": 1.5,
+            "positive_collateral": 0.125,
+        },
+    }

@@ -8,26 +8,47 @@ import json
 import pathlib
 import random
 import re
+import shutil
 
 import gin
 import mutations
+import orbax.checkpoint as ocp
+import outputs
 import pytest
 import rooms
 import seqio
 import tensorflow as tf
+from etils import epath
+from test_huggingface import write_directory
 
-from tnt_jax import annotate, annotators, program, records, tasks, tfrecords
-from tnt_jax.errors import UsageError
+from tnt_jax import (
+    annotate,
+    annotators,
+    assembly,
+    convert,
+    failures,
+    pretrained,
+    program,
+    records,
+    report,
+    sharding,
+    tasks,
+    tfrecords,
+    tokenization,
+    vocabularies,
+)
 
 LENGTHS = {"inputs": 8, "targets": 16}
 
 
 def outcome(function, *args, **kwargs):
-    """ "works", or the message of a mistake; any other exception is a failure of the test."""
+    """Says "works", or the message of a mistake; any other exception is a failure of the test."""
     try:
         function(*args, **kwargs)
-    except UsageError as error:
-        message = str(error)
+    except Exception as error:
+        message = failures.explain(error)
+        if message is None:
+            raise
         assert len(message) > 10
         assert message.isprintable(), message
         return message
@@ -231,3 +252,83 @@ def test_gin_files(capsys):
         pathlib.Path("damaged.gin").write_bytes(mutations.changed_bytes(whole, chance))
         outcomes.add(stderr_of(capsys, "train", arguments))
     assert len(outcomes) > 10
+
+
+# --- Models and results ---------------------------------------------------------------------------
+
+
+def damage_one(folder, chance):
+    """Changes one file of a directory: its JSON, or its bytes."""
+    file = chance.choice(sorted(file for file in folder.rglob("*") if file.is_file()))
+    content = file.read_bytes()
+    if chance.random() < 0.6 and content[:1] in b"{[":
+        with contextlib.suppress(ValueError):
+            value = mutations.changed_value(json.loads(content), chance)
+            file.write_text(json.dumps(value))
+            return
+    file.write_bytes(mutations.changed_bytes(content, chance))
+
+
+@pytest.fixture(scope="module")
+def models():
+    """A model in every format, with its tokenizer; the safetensors in shards."""
+    write_directory(pathlib.Path("huggingface"), max_shard_bytes=3000)
+    texts = ["the house is wonderful"]
+    tokenization.train_sentencepiece(texts, "spiece.model", vocab_size=17)
+    vocabularies.write(epath.Path("huggingface"), seqio.SentencePieceVocabulary("spiece.model", 19))
+    for name in ("t5x", "t5x_orbax", "orbax"):
+        convert.convert(input="huggingface", output=name, output_format=name)
+    checkpoint = epath.Path("orbax/checkpoint_0")
+    run = {"original": {"path": "huggingface", "digest": "0"}, "data": {"num_examples": 1}}
+    reader = ocp.JsonCheckpointHandler()
+    (checkpoint / "run").mkdir()
+    reader.save(checkpoint / "run", args=ocp.args.JsonSave(run))
+
+
+@pytest.mark.parametrize("name", ["huggingface", "t5x", "t5x_orbax", "orbax"])
+def test_model_directories(name, models):
+    chance = random.Random(name)
+    mesh = sharding.make_mesh(sharding.MeshShape())
+
+    def read():
+        opened = pretrained.open_checkpoint("damaged")
+        for array in opened.weights.values():
+            array.load()
+        opened.restore(assembly.Model(config=opened.config, mesh=mesh).abstract_params)
+        vocabulary = pretrained.vocabulary("damaged")
+        pretrained.check_vocabulary(vocabulary, opened.config, "damaged")
+        vocabulary.encode("the house")
+
+    outcomes = []
+    for _ in range(40):
+        shutil.rmtree("damaged", ignore_errors=True)
+        shutil.copytree(name, "damaged")
+        damage_one(pathlib.Path("damaged"), chance)
+        outcomes.append(outcome(read))
+    assert_both(outcomes)
+
+
+def test_files_of_a_report():
+    chance = random.Random(4)
+    folder = pathlib.Path("report")
+    outputs.write_pair(folder, 6, num_tokens=2)
+    (folder / "results.json").write_text(json.dumps({"rows": outputs.results()["rows"][:2]}))
+    (folder / "evaluation.json").write_text(json.dumps(outputs.evaluation(6)))
+
+    def write():
+        report.report(
+            output="report.html",
+            original_records="damaged/original.jsonl",
+            current_records="damaged/patched.jsonl",
+            evaluation="damaged/evaluation.json",
+            tokens="damaged/tokens.jsonl",
+            results="damaged/results.json",
+        )
+
+    outcomes = []
+    for _ in range(80):
+        shutil.rmtree("damaged", ignore_errors=True)
+        shutil.copytree(folder, "damaged")
+        damage_one(pathlib.Path("damaged"), chance)
+        outcomes.append(outcome(write))
+    assert_both(outcomes)

@@ -370,7 +370,7 @@ def test_tensors_that_are_not_one_after_the_other(offsets, message, directory):
 def test_an_index_that_names_no_files(shard, tmp_path):
     write_directory(tmp_path, max_shard_bytes=3000)
     (tmp_path / huggingface.INDEX).write_text(json.dumps({"weight_map": {"a": shard}}))
-    with pytest.raises(UsageError, match=r"is not the name of a file"):
+    with pytest.raises(UsageError, match=r"expected the names of files in this directory, found"):
         read(tmp_path)
 
 

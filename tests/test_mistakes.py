@@ -82,6 +82,16 @@ def record(**fields):
         ),
         ({"TRAIN_STEPS": "1e3"}, "--gin.TRAIN_STEPS: expected int, found 1000.0."),
         ({"TRAIN_STEPS": 0}, "TRAIN_STEPS: expected at least 1, found 0."),
+        ({"SEED": -1}, "SEED: expected a whole number from 0 to 2147483647, found -1."),
+        (
+            {"TASK_FEATURE_LENGTHS": {"inputs": "8", "targets": 16}},
+            "--gin.TASK_FEATURE_LENGTHS: expected Mapping[str, int], found {'inputs': '8', ",
+        ),
+        ({"train.train.mesh_shape": 8}, "--gin.train.train.mesh_shape: expected MeshShape or None"),
+        (
+            {"objectives.TntObjective.removed_everywhere": (5, 9999)},
+            "removed_everywhere has id 9999, but the model has 38 embeddings. Expected ids of its ",
+        ),
         ({"LEARNING_RATE": "0,001"}, "--gin.LEARNING_RATE: expected float or "),
         ({"MODEL_DIR": 3}, "--gin.MODEL_DIR: expected str, found 3."),
         ({"t5.T5Config.emb_dim": "wide"}, "--gin.t5.T5Config.emb_dim: expected int, found 'wide'."),
@@ -466,21 +476,32 @@ def test_a_full_disk_while_a_model_is_converted(capsys, output_format):
     assert not list(pathlib.Path().glob("converted/checkpoint*"))
 
 
-@pytest.mark.parametrize(
-    ("length", "reason"),
-    [
-        (10**14, "Unable to allocate .* for an array"),  # by NumPy, on the host
-        (500_000, "RESOURCE_EXHAUSTED: Out of memory"),  # by JAX, on a device
-    ],
-)
-def test_too_little_memory_for_a_batch(mistake, length, reason):
-    settings = {"MODEL_DIR": "large", "TASK_FEATURE_LENGTHS": {"inputs": 8, "targets": length}}
+def test_too_little_memory_for_a_batch_on_a_device(mistake):
+    lengths = {"inputs": 8, "targets": 500_000}  # attention alone takes 2 TB a row
+    settings = {"MODEL_DIR": "large", "TASK_FEATURE_LENGTHS": lengths}
     assert re.match(
         "out of memory with BATCH_SIZE=16, NUM_MICROBATCHES=1, TASK_FEATURE_LENGTHS={'inputs': 8, "
-        rf"'targets': {length}}}: {reason}.*\. To make it fit, try FSDP_DEVICES .*; "
+        r"'targets': 500000}: RESOURCE_EXHAUSTED: Out of memory .*\. To make it fit, try "
+        r"FSDP_DEVICES .*; "
         r"REMAT_POLICY='full' .*; NUM_MICROBATCHES .*; a smaller BATCH_SIZE or "
         r"TASK_FEATURE_LENGTHS\.$",
         mistake("train", settings),
+    )
+
+
+@pytest.mark.parametrize(
+    ("run_name", "settings"),
+    [
+        ("train", {"MODEL_DIR": "large", "BATCH_SIZE": 8 * 10**9}),
+        ("generate", {"OUTPUT": "output", "CHECKPOINT_PATH": "original", "BATCH_SIZE": 8 * 10**9}),
+    ],
+)
+def test_too_little_memory_for_a_batch_on_the_host(mistake, run_name, settings):
+    assert re.match(
+        r"out of memory with BATCH_SIZE=8000000000 and 24 tokens in a row \(TASK_FEATURE_LENGTHS"
+        r"\): a batch takes about 4351\.1 GiB, and this host has [\d.]+\. Set a smaller BATCH_SIZE "
+        r"or TASK_FEATURE_LENGTHS\.$",
+        mistake(run_name, settings),
     )
 
 

@@ -5,7 +5,6 @@ import contextlib
 import hashlib
 import html.parser
 import json
-import math
 import pathlib
 import re
 
@@ -164,25 +163,7 @@ def test_the_front():
     ]
 
 
-EVALUATION = {
-    of: {
-        "unwanted_outputs": {"numerator": n, "denominator": NUMBER, "value": n / NUMBER},
-        "repeated_word": {"numerator": 0, "denominator": NUMBER, "value": 0.0},
-        "unknown_token": {"numerator": 0, "denominator": NUMBER, "value": 0.0},
-        "distinct_outputs": {"numerator": 60, "denominator": NUMBER, "value": 1.0},
-        "mean_length": 14.0,
-    }
-    for of, n in (("original", 5), ("current", 1))
-} | {
-    "comparison": {"bleu": 81.5, "rouge_l": 90.0, "exact_match": {"value": 0.75}},
-    "cut": 0.8,
-    "certificate": {
-        "negative_residual": 0.25,
-        "negative_collateral": math.nan,
-        "negative_smallest_cost": 1.5,
-        "positive_collateral": 0.125,
-    },
-}
+EVALUATION = outputs.evaluation(NUMBER)
 
 
 def test_an_evaluation():

@@ -129,3 +129,13 @@ def test_table_is_plain_whole_and_literal(capsys):
     assert lines[3].split() == ["TNRF", "77.0", "1", "-"]
     assert "a [bold]name[/bold] " + "x" * 200 in lines[4]
     assert lines[3].index("77.0") + 1 == lines[4].index("5.0")  # aligned at the point
+
+
+def test_what_a_terminal_would_obey_is_spelt_out(capsys):
+    """An output of a model, or a name in a file, may hold the codes that move a cursor."""
+    run_log.log("one\n  input  \x1b[2Ja\x07b\x9b1m\tc é😀")
+    run_log.table([("\x1b]0;title\x07", 1.0)], columns=("a", "b"))
+    printed = capsys.readouterr().out
+    assert printed.startswith("one\n  input  \\x1b[2Ja\\x07b\\x9b1m\tc é😀\n")
+    assert "\\x1b]0;title\\x07" in printed
+    assert "\x1b" not in printed

@@ -469,7 +469,7 @@ def test_initializers_are_those_of_t5x():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"emb_dim": 0}, "T5Config.emb_dim must be a whole number of at least 1, not 0"),
+        ({"emb_dim": 0}, "T5Config.emb_dim must be a whole number of at least 1 and below"),
         ({"mlp_activations": ("gelu", "glu")}, "gelu, linear, .*found .*'glu'"),
         ({"mlp_activations": ()}, "T5Config.mlp_activations must name one or more"),
         ({"dtype": "float16"}, "T5Config.dtype must be float32 or bfloat16, not 'float16'"),

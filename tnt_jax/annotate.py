@@ -22,14 +22,13 @@ import collections
 import dataclasses
 import functools
 import itertools
-import json
-import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tnt_jax import (
     annotators,
     beam_jobs,
+    json_files,
     program,
     records,
     run_config,
@@ -205,13 +204,13 @@ def removed_ids(path: str) -> tuple[int, ...]:
     Raises:
       UsageError: The file is missing or is not one of those.
     """
-    try:
-        return tuple(json.loads(pathlib.Path(path).read_text("utf-8"))["ids"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    ids = json_files.read_object(path, "a file of ids that annotate wrote").get("ids")
+    if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
         raise UsageError(
-            f"expected a file of ids that annotate wrote (<output>.everywhere.json), found {path}: "
-            f"{error}."
-        ) from error
+            f"{path}: expected a file of ids that annotate wrote (<output>.everywhere.json), with "
+            f"a list of them as 'ids'; found {ids!r:.60}."
+        )
+    return tuple(ids)
 
 
 @dataclasses.dataclass(frozen=True)

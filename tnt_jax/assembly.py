@@ -22,6 +22,7 @@ from tnt_jax import (
     train_step,
 )
 from tnt_jax.array_types import PyTree
+from tnt_jax.errors import UsageError
 from tnt_jax.original import PARAMETERS, STATES, AdaptersOff, CachedStates, Forward, Original
 
 
@@ -268,6 +269,12 @@ class Trainer:
         key = jax.eval_shape(lambda: jax.random.key(0))
         step: Any = self.step
         return step.lower(self.abstract_state, self.abstract_original, abstract_batch, key)
+
+
+def check_seed(seed: int) -> None:
+    """Raises a UsageError for a seed that JAX or NumPy does not take."""
+    if not 0 <= seed < 2**31:
+        raise UsageError(f"SEED: expected a whole number from 0 to {2**31 - 1}, found {seed}.")
 
 
 def jit_eval_step(

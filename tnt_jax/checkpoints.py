@@ -6,10 +6,10 @@ and renames, so a half-written checkpoint is never taken for the newest. The ori
 are never in a checkpoint of the run that trains away from them.
 """
 
+import contextlib
 import functools
 import hashlib
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
-from tnt_jax import lazy_arrays, sharding, t5, train_step
+from tnt_jax import json_files, lazy_arrays, sharding, t5, train_step
 from tnt_jax.array_types import PyTree
 from tnt_jax.errors import UsageError
 from tnt_jax.lazy_arrays import LazyArray
@@ -101,13 +101,14 @@ class Checkpoints:
         self._check_layers(step, abstract_state.params)
         _check_tree(self._item(step, "params"), abstract_state.params, "the model settings")
         _check_tree(self._item(step, "optimizer"), abstract_state.opt_state, "OPTIMIZER")
-        restored = self._orbax.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(abstract_state.params),
-                optimizer=ocp.args.StandardRestore(abstract_state.opt_state),
-            ),
-        )
+        with _reading(self._item(step, "params").parent):
+            restored = self._orbax.restore(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardRestore(abstract_state.params),
+                    optimizer=ocp.args.StandardRestore(abstract_state.opt_state),
+                ),
+            )
         return train_step.TrainState(
             step=jax.device_put(jnp.asarray(step, jnp.int32), abstract_state.step.sharding),
             params=restored["params"],
@@ -121,7 +122,8 @@ class Checkpoints:
             return any("/layers/" in name for name in lazy_arrays.shapes(tree))
 
         item = self._item(step, "params")
-        saved = is_scanned(ocp.PyTreeCheckpointHandler().metadata(item).tree)
+        with _reading(item):
+            saved = is_scanned(_tree_of(item))
         if saved != is_scanned(abstract_params):
             raise UsageError(
                 f"scan_layers: expected {saved}, as the run in {item.parent.parent} has it, found "
@@ -140,11 +142,60 @@ class Checkpoints:
 
 
 def read_run(checkpoint: epath.Path) -> dict[str, Any] | None:
-    """What a training run has noted in its checkpoint; None where no run wrote it."""
+    """What a training run has noted in its checkpoint; None where no run wrote it.
+
+    Raises:
+      UsageError: It is damaged.
+    """
     if not (checkpoint / "run").exists():
         return None
-    reader = ocp.JsonCheckpointHandler()
-    return dict(reader.restore(checkpoint / "run", args=ocp.args.JsonRestore()))
+    with _reading(checkpoint / "run"):
+        reader = ocp.JsonCheckpointHandler()
+        run: Any = reader.restore(checkpoint / "run", args=ocp.args.JsonRestore())
+        _check_run(run)
+        return dict(run)
+
+
+def _check_run(run: Any) -> None:
+    """Raises a ValueError unless what others read of a run's notes is of the right type."""
+
+    def check(value: Any, types: Any, name: str) -> None:
+        if not isinstance(value, types):
+            raise ValueError(f"{name}: found {value!r:.60}")
+
+    check(run, Mapping, "the notes")
+    for name in ("original", "objective", "model", "data", "adapters"):
+        check(run.get(name), Mapping | None, name)
+    original, adapters = run["original"], run.get("adapters")
+    if original is not None:
+        check(original.get("digest"), str, "original.digest")
+        check(original.get("path"), str | None, "original.path")
+    if adapters is not None:
+        check(original, Mapping, "original")
+        check(adapters.get("alpha"), int | float, "adapters.alpha")
+        check(adapters.get("beside"), str | None, "adapters.beside")
+        if not isinstance(adapters.get("rank"), int) or adapters["rank"] < 1:
+            raise ValueError(f"adapters.rank: found {adapters.get('rank')!r:.60}")
+
+
+@contextlib.contextmanager
+def _reading(path: epath.Path) -> Iterator[None]:
+    """Says in one line why Orbax cannot read something.
+
+    Raises:
+      UsageError: Whatever Orbax, its parsers and TensorStore raise, but for a lack of memory.
+    """
+    try:
+        yield
+    except (UsageError, MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:
+        reason = lazy_arrays.first_line(error) if str(error) else type(error).__name__
+        raise UsageError(
+            f"{path}: expected what Orbax wrote, found it damaged, or not all of it there "
+            f"({type(error).__name__}: {reason}). Copy it again; or delete the checkpoint, and a "
+            "run goes on from the one before."
+        ) from error
 
 
 def lazy_item(item: epath.Path, within: tuple[str, ...] = ()) -> dict[str, LazyArray]:
@@ -157,19 +208,23 @@ def lazy_item(item: epath.Path, within: tuple[str, ...] = ()) -> dict[str, LazyA
     Raises:
       UsageError: It has no such part, or Orbax does not read it.
     """
-    reader = ocp.PyTreeCheckpointHandler()
-    try:
-        tree = reader.metadata(item).tree
+    with _reading(item.joinpath(*within)):
+        tree = _tree_of(item)
         for key in within:
             tree = tree[key]
-    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"{'/'.join((str(item), *within))}: expected arrays that Orbax wrote: "
-            f"{type(error).__name__}: {str(error).splitlines()[0]}."
-        ) from error
+        arrays = _lazy_arrays(item, tree)
+    lazy_arrays.check_sizes(arrays, item)
+    return arrays
 
+
+def _tree_of(item: epath.Path) -> Any:
+    """What an item holds: shapes and types, in its tree."""
+    return ocp.PyTreeCheckpointHandler().metadata(item).tree
+
+
+def _lazy_arrays(item: epath.Path, tree: Any) -> dict[str, LazyArray]:
     # TensorStore reads a layer of a stack, or what one device holds, where Orbax reads an array.
-    metadata = json.loads((item / "_METADATA").read_text())
+    metadata = json_files.read_object(item / "_METADATA")
     spec = {
         "driver": "zarr3" if metadata.get("use_zarr3") else "zarr",
         # Where zeros are written as well, what is missing is an error.
@@ -178,6 +233,8 @@ def lazy_item(item: epath.Path, within: tuple[str, ...] = ()) -> dict[str, LazyA
     is_database = (item / "manifest.ocdbt").exists()
 
     def array_of(leaf: Any) -> LazyArray:
+        if not is_database and not lazy_arrays.is_file_name(leaf.name):
+            raise ValueError(f"{leaf.name!r:.60} is not the name of an array in this directory")
         source = f"{item.parent.name}/{item.name}: {leaf.name.replace('.', '/')}"
 
         @functools.cache
@@ -192,11 +249,17 @@ def lazy_item(item: epath.Path, within: tuple[str, ...] = ()) -> dict[str, LazyA
                 kvstore = lazy_arrays.kvstore(item / leaf.name)
             try:
                 opened = ts.open(spec | {"kvstore": kvstore}, open=True, read=True).result()
-                return lazy_arrays.of_store(opened, source)
-            except ValueError as error:
+                found = lazy_arrays.of_store(opened, source)
+            except lazy_arrays.STORE_ERRORS as error:
                 raise UsageError(
                     f"{source}: {lazy_arrays.first_line(error)}; the checkpoint is damaged."
                 ) from error
+            if (found.shape, found.dtype) != (tuple(leaf.shape), np.dtype(leaf.dtype)):
+                raise UsageError(
+                    f"{source}: expected {leaf.dtype} {tuple(leaf.shape)}, as the checkpoint's "
+                    f"_METADATA says, found {found.dtype} {found.shape}: it is damaged."
+                )
+            return found
 
         return LazyArray(
             tuple(leaf.shape), np.dtype(leaf.dtype), source, lambda index: store().read(index)
@@ -214,6 +277,9 @@ def restore_item(item: epath.Path, abstract: PyTree, within: tuple[str, ...] = (
       item: Such as `checkpoint_10/params`.
       abstract: Shapes, dtypes and shardings to restore to.
       within: Leads to the part of its tree.
+
+    Raises:
+      UsageError: It is damaged.
     """
     wanted = _nested(within, abstract)
     arguments = ocp.args.PyTreeRestore(
@@ -221,10 +287,11 @@ def restore_item(item: epath.Path, abstract: PyTree, within: tuple[str, ...] = (
         restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
         partial_restore=True,
     )
-    restored = ocp.PyTreeCheckpointHandler().restore(item, args=arguments)
-    for key in within:
-        restored = restored[key]
-    return restored
+    with _reading(item):
+        restored = ocp.PyTreeCheckpointHandler().restore(item, args=arguments)
+        for key in within:
+            restored = restored[key]
+        return restored
 
 
 def _nested(keys: tuple[Any, ...], value: Any) -> Any:
@@ -297,7 +364,8 @@ def _bit_sums(params):
 def _check_tree(path: epath.Path, abstract: PyTree, setting: str) -> None:
     """Compares a saved tree with the expected one and names every difference at once."""
     # The item's own handler: a checkpointer would warn that an item is no whole checkpoint.
-    found = lazy_arrays.shapes(ocp.PyTreeCheckpointHandler().metadata(path).tree)
+    with _reading(path):
+        found = lazy_arrays.shapes(_tree_of(path))
     differences = lazy_arrays.differences_of(found, lazy_arrays.shapes(abstract))
     if differences:
         raise UsageError(lazy_arrays.mismatch(str(path.parent), setting, differences))

@@ -34,6 +34,7 @@ from etils import epath
 from tnt_jax import (
     checkpoints,
     huggingface,
+    json_files,
     model_card,
     pretrained,
     program,
@@ -145,11 +146,11 @@ def _settings(
 def _read_evaluation(path: str | None) -> dict[str, Any] | None:
     if path is None:
         return None
+    found = json_files.read_object(epath.Path(path).expanduser(), "--evaluation")
     try:
-        found = json.loads(epath.Path(path).expanduser().read_text())
         model_card.numbers(found)  # what is missing is missed now, not when the weights are written
         return found
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise UsageError(
             f"--evaluation: expected what tnt_jax.evaluate writes, found {path}: {error}."
         ) from error

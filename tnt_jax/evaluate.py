@@ -167,6 +167,7 @@ def _certificate(
 
     mesh = sharding.make_mesh(settings.mesh_shape or sharding.MeshShape())
     sharding.check_batch_size(settings.batch_size, 1, mesh)
+    memory.check_batch(settings.batch_size, sum(settings.task_feature_lengths.values()))
     config = pretrained.config_of(settings.model, settings.original_checkpoint_path)
     pretrained.check_vocabulary(vocabulary, config, settings.original_checkpoint_path)
     network = assembly.Model(config=config, mesh=mesh)

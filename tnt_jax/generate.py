@@ -87,9 +87,11 @@ def generate(
             "TASK_FEATURE_LENGTHS: expected a positive number of tokens for 'inputs', found "
             f"{dict(task_feature_lengths)}."
         )
+    assembly.check_seed(seed)
     records.check_writable(output, "OUTPUT")
     mesh = sharding.make_mesh(mesh_shape or sharding.MeshShape())
     sharding.check_batch_size(batch_size, 1, mesh)
+    memory.check_batch(batch_size, task_feature_lengths["inputs"] + decoder.max_length)
     config = pretrained.config_of(model, checkpoint_path)
     network = assembly.Model(config=config, mesh=mesh)
     vocab_size = pretrained.check_vocabulary(vocabulary, config, checkpoint_path)

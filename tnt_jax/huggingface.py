@@ -60,7 +60,7 @@ def read_config(folder: epath.Path) -> dict[str, Any]:
     config = json_files.read(path)
     model_type = config.get("model_type") if isinstance(config, dict) else None
     is_encoder_decoder = isinstance(config, dict) and config.get("is_encoder_decoder", True)
-    if model_type not in (*_MODEL_TYPES,) or not is_encoder_decoder:
+    if model_type not in _MODEL_TYPES or not is_encoder_decoder:
         kind = f"model_type {model_type!r}"
         architectures = config.get("architectures") if isinstance(config, dict) else None
         if isinstance(architectures, list):

@@ -6,6 +6,7 @@ from typing import Any
 
 from etils import epath
 
+from tnt_jax import records
 from tnt_jax.errors import UsageError
 
 MOST_BYTES = 2**28  # the largest tokenizers take a tenth of it
@@ -27,7 +28,11 @@ def read(path: str | os.PathLike, setting: str = "") -> Any:
         if size > MOST_BYTES:
             reason = f"it has {size:,} bytes, and {MOST_BYTES:,} are the most"
         else:
-            return json.loads(file.read_bytes().decode("utf-8-sig"))
+            content = file.read_bytes()
+            value = json.loads(content.decode("utf-8-sig"))
+            if not records.has_half_pairs(content, value):
+                return value
+            reason = "half a surrogate pair (\\ud800 to \\udfff), which is no text"
     except UnicodeDecodeError as error:
         reason = f"not UTF-8 ({error.reason} at byte {error.start})"
     except ValueError as error:

@@ -132,6 +132,7 @@ def localize(
         raise UsageError(f"localize runs in one process, found {jax.process_count()}.")
     if num_folds < 2:
         raise UsageError(f"NUM_FOLDS: expected at least 2, found {num_folds}.")
+    assembly.check_seed(seed)
     records.check_writable(output, "OUTPUT")
     training = training or sequence_values.Training()
     threshold = threshold or sequence_values.Threshold()
@@ -233,6 +234,7 @@ def _open(
 ) -> _Original:
     mesh = sharding.make_mesh(mesh_shape or sharding.MeshShape())
     sharding.check_batch_size(batch_size, 1, mesh)
+    memory.check_batch(batch_size, sum(lengths.values()))
     config = pretrained.config_of(model, path)
     pretrained.check_vocabulary(vocabulary, config, path)
     network = assembly.Model(config=config, mesh=mesh)

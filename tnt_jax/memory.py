@@ -1,6 +1,8 @@
 """What to change where memory does not suffice, of the host or of a device."""
 
 import contextlib
+import os
+import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -36,6 +38,36 @@ def of_inference(*settings: str) -> list[str]:
         f"a smaller {' or '.join(settings)}",
         "FSDP_DEVICES or MODEL_DEVICES (parameters over more devices)",
     ]
+
+
+def check_batch(batch_size: int, num_tokens: int) -> None:
+    """Compares a batch with the memory of the host, which makes it before any device sees it.
+
+    Where that is far too small the system ends the process without a word.
+
+    Args:
+      batch_size: Rows.
+      num_tokens: Of a row, inputs and targets.
+
+    Raises:
+      UsageError: It does not fit.
+    """
+    # Of targets there are ids, inputs, masks and marks; a row is a few objects of Python as well.
+    needed, found = batch_size * (200 + 16 * num_tokens), _host_bytes()
+    if needed > found:
+        raise UsageError(
+            f"out of memory with BATCH_SIZE={batch_size} and {num_tokens} tokens in a row "
+            f"(TASK_FEATURE_LENGTHS): a batch takes about {needed / 2**30:.1f} GiB, and this host "
+            f"has {found / 2**30:.1f}. Set a smaller BATCH_SIZE or TASK_FEATURE_LENGTHS."
+        )
+
+
+def _host_bytes() -> int:
+    """Memory of this machine, or of this process's share of it where there is such a limit."""
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+        found = min(found, int(pathlib.Path("/sys/fs/cgroup/memory.max").read_text("utf-8")))
+    return found
 
 
 @contextlib.contextmanager

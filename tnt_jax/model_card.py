@@ -84,7 +84,7 @@ def _trained(run: Mapping[str, Any], original: str | None, step: int) -> list[st
     lines += [f"| {label} | {value} |" for label, value in settings.items() if value is not None]
     lines.append(f"| updates | {step} |")
     if data:
-        count, digest = data["num_examples"], data["digest"]
+        count, digest = data.get("num_examples", "?"), data.get("digest", "?")
         lines.append(f"| data | {count} examples (digest {digest}) |")
     return lines
 

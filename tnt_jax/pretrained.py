@@ -273,7 +273,10 @@ def open_checkpoint(path: str) -> Pretrained:
         item = folder / t5x_checkpoints.ORBAX_ITEM
         weights = checkpoints.lazy_item(item, ("target",))
         orbax = (item, ("target",), frozenset(weights))
-        step = int(checkpoints.lazy_item(item, ("state",))["step"].load())
+        stated = checkpoints.lazy_item(item, ("state",)).get("step")
+        if stated is None or stated.shape not in ((), (1,)):
+            raise UsageError(f"{item}: expected T5X's state, with a step; found none.")
+        step = int(stated.load().item())
     description = _description(folder)
     described = None
     if (description / huggingface.CONFIG).exists():
@@ -288,6 +291,7 @@ def open_checkpoint(path: str) -> Pretrained:
         weights = t5x_checkpoints.from_scalable(weights, str(folder), share_biases=share_biases)
         orbax = None
     config = described or t5x_checkpoints.infer_config(weights, str(folder))
+    huggingface.check_depth(config, len(weights), str(description / huggingface.CONFIG))
     return Pretrained(
         kind=kind,
         path=folder,
@@ -339,12 +343,20 @@ def _with_adapters(
     for name, a in stored.items():
         module, _, leaf = name.rpartition("/")
         if leaf == adapters.ADAPTER_IN:
-            kernel = f"{module}/kernel"
+            kernel, b = f"{module}/kernel", stored.get(f"{module}/{adapters.ADAPTER_OUT}")
             if kernel not in merged:
                 raise UsageError(
                     f"{folder}: it has an adapter for {kernel}, which {original.path} lacks."
                 )
-            merged[kernel] = added(merged[kernel], a, stored[f"{module}/{adapters.ADAPTER_OUT}"])
+            shapes = [a.shape, b.shape if b else ()]
+            rows_and_columns = merged[kernel].shape
+            rank = run["adapters"]["rank"]
+            if b is None or shapes != [(rows_and_columns[0], rank), (rank, *rows_and_columns[1:])]:
+                raise UsageError(
+                    f"{folder}: expected an adapter of rank {rank} for {kernel} of shape "
+                    f"{rows_and_columns}, found arrays of shapes {shapes}: it is damaged."
+                )
+            merged[kernel] = added(merged[kernel], a, b)
     return merged
 
 

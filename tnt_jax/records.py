@@ -361,7 +361,7 @@ def parse_line(line: bytes, where: str) -> Any:
     except (ValueError, RecursionError) as error:
         what = "nested too deeply" if isinstance(error, RecursionError) else "a number is too long"
         raise UsageError(f"{where}: JSON that cannot be read: {what}.") from None
-    if _SURROGATE.search(line) and not _is_text(json.dumps(value, ensure_ascii=False)):
+    if has_half_pairs(line, value):
         fields = value.items() if isinstance(value, Mapping) else ()
         bad = (name for name, v in fields if not _is_text(json.dumps(v, ensure_ascii=False)))
         raise UsageError(
@@ -387,9 +387,16 @@ def counted_otherwise(text: str, start: int, end: int) -> str:
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # a half of a pair, as JSON spells it
 
 
+def has_half_pairs(content: bytes, value: Any) -> bool:
+    """Whether JSON, here as it is written and as a value, spells half a surrogate pair.
+
+    That is no Unicode text: no tokeniser takes it, and no file of UTF-8.
+    """
+    return bool(_SURROGATE.search(content)) and not _is_text(json.dumps(value, ensure_ascii=False))
+
+
 def _is_text(value: Any) -> bool:
     try:
-        # JSON can spell half a surrogate pair: no text, and neither tokenisers nor files take it.
         return isinstance(value, str) and value.encode("utf-8") is not None
     except UnicodeEncodeError:
         return False

@@ -10,7 +10,6 @@ Example:
 
 import collections
 import hashlib
-import json
 import math
 import pathlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 from tnt_jax import (
     changes,
     diagnosis,
+    json_files,
     program,
     records,
     report_page,
@@ -149,15 +149,10 @@ class _Files:
 
     def note_settings(self, path: pathlib.Path) -> None:
         if path.is_file():
-            self.settings[str(path)] = path.read_text("utf-8")
+            self.settings[str(path)] = path.read_text("utf-8", "replace")
 
     def read_json(self, path: str | pathlib.Path) -> Any:
-        try:
-            value = json.loads(pathlib.Path(path).read_text("utf-8"))
-        except OSError as error:
-            raise UsageError(f"expected a JSON file, found {path}: {error.strerror}.") from error
-        except ValueError as error:
-            raise UsageError(f"expected a JSON file, found {path}: {error}.") from error
+        value = json_files.read(path)
         self.note(path)
         return value
 
@@ -166,20 +161,18 @@ class _Files:
         known, found = set(ids), []
         for file in records.matching_files(path):
             # A text may hold other line separators, at which `splitlines` would cut it.
-            lines = file.read_text("utf-8").rstrip("\n").split("\n")
+            lines = file.read_bytes().rstrip(b"\n").split(b"\n")
             found += [_tokens(line, f"{file}:{i}", known) for i, line in enumerate(lines, start=1)]
         self.note(path)
         return found
 
 
-def _tokens(line: str, where: str, known: Collection[str]) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-        lengths = {len(row[name]) for name in report_page.TOKEN_FIELDS}
-        name = row["id"]
-    except (ValueError, KeyError, TypeError):
-        row, lengths, name = {}, set(), None
-    if len(lengths) != 1 or not isinstance(name, str):
+def _tokens(line: bytes, where: str, known: Collection[str]) -> dict[str, Any]:
+    parsed = records.parse_line(line, where)
+    row = parsed if isinstance(parsed, dict) else {}
+    name = row.get("id")
+    lengths = {_length_of(row.get(field), field) for field in report_page.TOKEN_FIELDS}
+    if len(lengths) != 1 or None in lengths or not isinstance(name, str):
         raise UsageError(
             f"{where}: expected an object that evaluate wrote as TOKENS_OUTPUT, with an id and, of "
             f"one length, {', '.join(report_page.TOKEN_FIELDS)}."
@@ -189,6 +182,13 @@ def _tokens(line: str, where: str, known: Collection[str]) -> dict[str, Any]:
             f"{where}: the id {name!r} is in no record. Expected the tokens of the same outputs."
         )
     return row
+
+
+def _length_of(values: Any, field: str) -> int | None:
+    """Of a list of pieces, or of values of pieces; None where it is none."""
+    types = str if field == "pieces" else int | float
+    is_list = isinstance(values, list) and all(isinstance(value, types) for value in values)
+    return len(values) if is_list else None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -205,14 +205,22 @@ def _of_pipeline(
             f"PIPELINE_DIR: expected the OUTPUT_DIR of a pipeline that has finished, found no "
             f"{summary}."
         )
-    evaluations = files.read_json(summary)["evaluations"]
+    found = files.read_json(summary)
+    evaluations = found.get("evaluations") if isinstance(found, Mapping) else None
+    if not isinstance(evaluations, Mapping) or not all(
+        isinstance(by_decoder, Mapping) for by_decoder in evaluations.values()
+    ):
+        raise UsageError(
+            f"{summary}: expected what a pipeline wrote, evaluations by arm and decoder, found "
+            f"{str(found)[:60]!r}."
+        )
     files.note_settings(root / "operative_config.gin")
-    found = []
+    pairs = []
     for arm, by_decoder in evaluations.items():
         of_training = _training(files, root / "stages" / f"{arm}_train.json")
         for decoder, evaluation in by_decoder.items():
             tokens = root / arm / f"{decoder}.tokens.jsonl"
-            found.append(
+            pairs.append(
                 _compare(
                     files,
                     str(root / "original" / f"{decoder}.annotated.jsonl"),
@@ -225,20 +233,26 @@ def _of_pipeline(
             )
     for note in sorted((root / "stages").glob("*.json")):
         if note.stem != "report":  # the one that is running
-            files.settings[str(note)] = note.read_text("utf-8")
-    return found
+            files.settings[str(note)] = note.read_text("utf-8", "replace")
+    return pairs
 
 
 def _training(files: _Files, note: pathlib.Path) -> dict[str, Any]:
     """Weight, seed and updates of an arm, as far as its stage noted them."""
     if not note.is_file():
         return {}
-    described = files.read_json(note)["described"]
-    function, settings = described["function"], described["settings"]
+    noted = files.read_json(note)
+
+    def value_at(*path: str) -> Any:
+        value = noted
+        for name in path:
+            value = value.get(name) if isinstance(value, Mapping) else None
+        return value
+
     found = {
-        "alpha": (settings.get("objective") or {}).get("negative_weight"),
-        "seed": function.get("seed"),
-        "steps": function.get("train_steps"),
+        "alpha": value_at("described", "settings", "objective", "negative_weight"),
+        "seed": value_at("described", "function", "seed"),
+        "steps": value_at("described", "function", "train_steps"),
     }
     return {name: value for name, value in found.items() if isinstance(value, int | float)}
 

@@ -1,6 +1,7 @@
 """The results that a report compares, one row per update: from evaluations and from sweeps."""
 
 import dataclasses
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -84,13 +85,14 @@ def from_results(value: Any, path: str) -> list[Row]:
         where = f"{path}: row {number}"
         if not isinstance(row, Mapping):
             raise UsageError(f"{where}: expected an object, found {type(row).__name__}.")
-        for names, types, expected in (
-            (_TEXTS, str, "a text"),
-            (_NUMBERS, int | float, "a number"),
+        for names, is_one, expected in (
+            (_TEXTS, lambda value: isinstance(value, str), "a text"),
+            (_NUMBERS, _is_number, "a number"),
         ):
             for name in names:
-                if row.get(name) is not None and not isinstance(row[name], types):
-                    raise UsageError(f"{where}: {name}: expected {expected}, found {row[name]!r}.")
+                value = row.get(name)
+                if value is not None and not is_one(value):
+                    raise UsageError(f"{where}: {name}: expected {expected}, found {value!r:.60}.")
         known: dict[str, Any] = {name: row.get(name) for name in _TEXTS}
         known |= {name: finite(row.get(name)) for name in _NUMBERS}
         missing = [name for name in _REQUIRED if known[name] is None]
@@ -106,7 +108,11 @@ def from_evaluation(evaluation: Mapping[str, Any], known: Mapping[str, Any]) -> 
     Args:
       evaluation: With "original", "current", "comparison" and, maybe, "certificate".
       known: Fields that it does not tell: the task, the objective and how it was trained.
+
+    Raises:
+      UsageError: It is none.
     """
+    check_evaluation(evaluation)
     before, after = evaluation["original"], evaluation["current"]
     comparison, certificate = evaluation["comparison"], evaluation.get("certificate") or {}
     return Row(
@@ -126,25 +132,62 @@ def from_evaluation(evaluation: Mapping[str, Any], known: Mapping[str, Any]) -> 
     )
 
 
+_RATES = ("unwanted_outputs", "repeated_word", "unknown_token", "distinct_outputs")
+_OF_RATES = ("numerator", "denominator", "value")
+# Where in an evaluation the numbers are that a report shows.
+_OF_EVALUATION = (
+    *(
+        (of, *name)
+        for of in ("original", "current")
+        for name in (*itertools.product(_RATES, _OF_RATES), ("mean_length",))
+    ),
+    *(("comparison", name) for name in ("bleu", "rouge_l")),
+    ("comparison", "exact_match", "value"),
+    ("cut",),
+)
+_OF_CERTIFICATE = (
+    *("negative_residual", "negative_collateral", "negative_smallest_cost", "positive_collateral"),
+)
+
+
+def check_evaluation(evaluation: Any) -> None:
+    """Raises a UsageError unless it has what a report shows of what `tnt_jax.evaluate` writes."""
+
+    def value_at(path: Sequence[str]) -> Any:
+        value = evaluation
+        for name in path:
+            value = value.get(name) if isinstance(value, Mapping) else None
+        return value
+
+    found = evaluation if isinstance(evaluation, Mapping) else {}
+    absent = [path for path in _OF_EVALUATION if not _is_number(value_at(path), is_finite=True)]
+    if found.get("certificate") is not None:
+        of_certificate = [("certificate", name) for name in _OF_CERTIFICATE]
+        absent += [path for path in of_certificate if not _is_number(value_at(path))]
+    if absent:
+        raise UsageError(
+            "expected the JSON file that python -m tnt_jax.evaluate wrote, with original, current, "
+            f"comparison and cut; found {sorted(found) or 'nothing'}, and no number as "
+            f"{'.'.join(absent[0])}."
+        )
+
+
 def num_outputs(evaluation: Mapping[str, Any]) -> int:
     """How many outputs an evaluation is of.
 
     Raises:
       UsageError: It is none.
     """
-    try:
-        counts = [
-            evaluation[of]["unwanted_outputs"]["denominator"] for of in ("original", "current")
-        ]
-        complete = all(name in evaluation for name in ("comparison", "cut"))
-    except (KeyError, TypeError):
-        complete, counts = False, []
-    if not complete:
-        raise UsageError(
-            "expected the JSON file that python -m tnt_jax.evaluate wrote, with original, current, "
-            f"comparison and cut; found {sorted(evaluation) if evaluation else 'nothing'}."
-        )
-    return counts[0]
+    check_evaluation(evaluation)
+    return evaluation["original"]["unwanted_outputs"]["denominator"]
+
+
+def _is_number(value: Any, *, is_finite: bool = False) -> bool:
+    """Whether it is a number that a page has room for; JSON knows whole numbers of any length."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    is_infinite = isinstance(value, float) and not math.isfinite(value)
+    return abs(value) < 1e15 or (is_infinite and not is_finite)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -35,10 +35,14 @@ def is_first_process() -> bool:
     return jax is None or not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
+# What a terminal would obey rather than show: outputs of models and names in files may hold it.
+_OBEYED = {i: f"\\x{i:02x}" for i in (*range(32), *range(127, 160)) if chr(i) not in "\t\n"}
+
+
 def log(message: str) -> None:
-    """Prints one line on stdout at once."""
+    """Prints one line on stdout at once; what a terminal would obey in it is spelt out."""
     if is_first_process():
-        print(message, flush=True)
+        print(message.translate(_OBEYED), flush=True)
 
 
 def progress(iterable: Iterable[Any], description: str, total: int | None = None) -> Iterator[Any]:
@@ -180,4 +184,4 @@ def table(
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value:.1f}" if isinstance(value, float) else str(value)
+    return f"{value:.1f}" if isinstance(value, float) else str(value).translate(_OBEYED)

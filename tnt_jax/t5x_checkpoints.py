@@ -343,13 +343,16 @@ def infer_config(arrays: Mapping[str, LazyArray], where: str) -> t5.T5Config:
       UsageError: They are not those of a T5.
     """
 
-    def shape(name: str) -> tuple[int, ...]:
+    def shape(name: str) -> tuple[int, int]:
         if name not in arrays:
             raise UsageError(
                 f"{where}: expected the parameters of T5X's T5, found no {name} among "
                 f"{len(arrays)} ({', '.join(sorted(arrays)[:4])} ...)."
             )
-        return arrays[name].shape
+        found = arrays[name].shape
+        if len(found) != 2 or not all(found):
+            raise UsageError(f"{where}: expected {name} to be a matrix, found the shape {found}.")
+        return found
 
     per_layer = "encoder/layers_0/relpos_bias/rel_embedding" in arrays
     first = "encoder/layers_0/"

@@ -129,6 +129,7 @@ def train(
         log_every=log_every,
         eval_every=eval_every,
     )
+    assembly.check_seed(seed)
     pretrained.check_takes_checkpoints(epath.Path(model_dir).expanduser(), "MODEL_DIR")
     if states_dir is not None and original != "cached":
         raise UsageError(
@@ -174,8 +175,9 @@ def train(
         seed=seed,
         pack=pack,
     )
-    _check_marks(data.examples, objective, task_feature_lengths)
+    _check_marks(data.examples, objective, task_feature_lengths, config.vocab_size)
     _log_fill(data.batches)
+    memory.check_batch(batch_size, task_feature_lengths["inputs"] + task_feature_lengths["targets"])
 
     with (
         memory.explained(
@@ -272,6 +274,7 @@ def _check_marks(
     examples: Sequence[feature_converters.Example],
     objective: objectives.TntObjective,
     task_feature_lengths: Mapping[str, int],
+    num_embeddings: int,
 ) -> None:
     """There must be something to remove, and something to keep."""
     if objective.negative_term == "none":
@@ -284,6 +287,11 @@ def _check_marks(
             f"negative_term={objective.negative_term!r} needs marked tokens, but none of the "
             f"{len(examples)} examples has one within TASK_FEATURE_LENGTHS. Annotate them "
             "(python -m tnt_jax.annotate), or use objectives/fine_tune.gin."
+        )
+    if objective.removed_everywhere and max(objective.removed_everywhere) >= num_embeddings:
+        raise UsageError(
+            f"removed_everywhere has id {max(objective.removed_everywhere)}, but the model has "
+            f"{num_embeddings} embeddings. Expected ids of its own vocabulary."
         )
     if feature_converters.are_all_covered(examples, task_feature_lengths):
         raise UsageError(
