@@ -55,6 +55,7 @@ GROUPS = {
         "diagnosis",
         "report_rows",
         "report_page",
+        "run_health",
     },
     "data": {
         "tokenization",
@@ -78,6 +79,7 @@ GROUPS = {
     "assembly": {
         "assembly",
         "original_setup",
+        "resume",
         "training_loop",
         "compiled_step",
         "continuations",

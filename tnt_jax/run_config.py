@@ -32,14 +32,18 @@ def write(path: str | os.PathLike) -> None:
     Args:
         path: a folder (the file is `operative_config.gin` in it) or a file (`<path>.gin`).
     """
-    if not gin.config_str():
+    settings = text()
+    if settings is None:
         return
     path = pathlib.Path(path)
     path = path / "operative_config.gin" if path.is_dir() else path.with_name(f"{path.name}.gin")
-    run_log.write_text(path, _config_text())
+    run_log.write_text(path, settings)
 
 
-def _config_text() -> str:
+def text() -> str | None:
+    """What `write` writes; None where gin was given nothing."""
+    if not gin.config_str():
+        return None
     # gin prints either what was set or what was used; only both together repeat the run, and gin
     # has no public function for that.
     merged = {key: dict(values) for key, values in gin_config._CONFIG.items()}
