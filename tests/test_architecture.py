@@ -56,6 +56,7 @@ GROUPS = {
         "diagnosis",
         "report_rows",
         "report_page",
+        "run_health",
     },
     "data": {
         "tokenization",
@@ -80,6 +81,7 @@ GROUPS = {
     "assembly": {
         "assembly",
         "original_setup",
+        "resume",
         "training_loop",
         "memory",
         "compiled_step",

@@ -70,8 +70,8 @@ def assert_same(found, expected):
         assert np.asarray(leaf).tobytes() == np.asarray(expected_leaf).tobytes()
 
 
-def save(model_dir, *states, keep=2):
-    with checkpoints.Checkpoints(str(model_dir), keep=keep) as saved:
+def save(model_dir, *states, **settings):
+    with checkpoints.Checkpoints(str(model_dir), **settings) as saved:
         for state in states:
             saved.save(state, RUN)
 
@@ -128,6 +128,48 @@ def test_the_last_checkpoints_stay(tmp_path):
         assert saved.latest_step() == 10_000
 
 
+def test_every_so_many_and_the_best_stay_too(tmp_path):
+    state = make_state(mesh_of(model=1), optax.sgd(1e-3))
+    losses = {1: 5.0, 2: 3.0, 3: 4.0, 4: 3.5, 5: 6.0, 6: 3.1, 7: 9.0, 8: 7.0}
+
+    def go_on(steps):
+        # As after a stop: what is best is known of the checkpoints themselves.
+        with checkpoints.Checkpoints(
+            str(tmp_path), keep=1, keep_every=3, keep_best="loss"
+        ) as saved:
+            for step in steps:
+                metrics = {"loss": losses[step], "num_tokens": 7.0}
+                saved.save(state.replace(step=jnp.int32(step)), RUN, metrics)
+            return saved.best_step()
+
+    def kept():
+        return {int(path.name.removeprefix("checkpoint_")) for path in tmp_path.iterdir()}
+
+    assert go_on([1, 2, 3, 4]) == 2
+    assert kept() == {2, 3, 4}
+    assert go_on([5, 6]) == 2
+    assert kept() == {2, 3, 6}
+    losses[7] = 2.0
+    assert go_on([7, 8]) == 7
+    assert kept() == {3, 6, 7, 8}
+    assert pretrained.find(str(tmp_path)).name == "checkpoint_8"
+
+
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_a_state_goes_to_fewer_devices_and_back(num_devices, tmp_path):
+    state = make_state(mesh_of(model=2), adafactor())
+    shape = sharding.MeshShape(model=num_devices)
+    few = make_state(sharding.make_mesh(shape, jax.devices()[:num_devices]), adafactor())
+    save(tmp_path, state)
+    with checkpoints.Checkpoints(str(tmp_path)) as saved:
+        on_few = saved.restore(3, abstract(few))
+        assert_same(on_few, state)
+        assert on_few.params["out"].sharding == few.params["out"].sharding
+        saved.save(on_few.replace(step=on_few.step + 1), RUN)
+    with checkpoints.Checkpoints(str(tmp_path)) as saved:
+        assert_same(saved.restore(4, abstract(state)).params, state.params)
+
+
 def test_a_half_written_checkpoint_is_not_the_newest(tmp_path):
     state = make_state(mesh_of(model=1), optax.sgd(1e-3))
     save(tmp_path, state, state.replace(step=jnp.int32(7)))
@@ -138,6 +180,7 @@ def test_a_half_written_checkpoint_is_not_the_newest(tmp_path):
         assert saved.latest_step() == 3
         saved.save(state.replace(step=jnp.int32(7)), RUN)  # the leftovers are not in the way
     assert pretrained.find(str(tmp_path)).name == "checkpoint_7"
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint_3", "checkpoint_7"}
 
 
 def test_parameters_go_to_another_mesh_and_dtype(tmp_path):

@@ -357,11 +357,11 @@ def test_another_optimizer_than_that_of_the_run(mistake):
 def test_another_original_than_that_of_the_run(mistake):
     message = mistake("train", {"MODEL_DIR": "original"})
     assert message.startswith(
-        "MODEL_DIR original holds a run whose original was none (an objective without "
-        "divergences); now it is original (digest "
+        "MODEL_DIR original holds another run, at update 1: objective (the objective's file): "
+        "negative_term was none, is reverse_kl, positive_term was log_likelihood, is forward_kl; "
     )
     assert message.endswith(
-        "Pass the same INITIAL_CHECKPOINT_PATH, objective and seed, or another MODEL_DIR."
+        "or go on knowingly with --gin.ALLOW_CHANGES=\"['data', 'objective']\"."
     )
 
 
@@ -415,13 +415,63 @@ def test_an_output_directory_that_cannot_be_written(mistake, run_name):
 
 def test_a_loss_that_is_not_finite_stops_the_run(mistake):
     settings = {"MODEL_DIR": "divergent", "LEARNING_RATE": 1e30, "CHECKPOINT_EVERY": 1}
-    assert mistake("train", settings) == (
-        "update 2: expected finite numbers, found loss = nan. Before it, there is checkpoint 1 in "
-        "divergent. Lower LEARNING_RATE or negative_weight, or look at the batch of that update."
+    message = mistake("train", settings)
+    assert message.startswith(
+        "update 2: expected finite numbers, found loss = nan and gradient_norm = nan. Not finite "
+        "is the gradient of decoder/"
     )
+    assert "Before it, there is checkpoint 1 in divergent. Lower LEARNING_RATE or " in message
     assert [path.name for path in pathlib.Path("divergent").glob("checkpoint_*")] == [
         "checkpoint_1"
     ]
+
+
+def test_updates_that_are_not_finite_are_left_out(capsys):
+    settings = {
+        "MODEL_DIR": "skipping",
+        "LEARNING_RATE": 1e30,
+        "CHECKPOINT_EVERY": 1,
+        "KEEP_CHECKPOINTS": 9,
+        "NON_FINITE": "skip",
+        "TRAIN_STEPS": 4,
+        "LOG_EVERY": 1,
+    }
+    assert rooms.run("train", settings) == 0
+    assert "update 4 is left out (3 so far): found loss = nan" in capsys.readouterr().out
+    for step in (2, 4):
+        rooms.assert_same_state("skipping/checkpoint_1", f"skipping/checkpoint_{step}")
+    for name, key, expected in (
+        ("metrics.jsonl", "num_skipped", [0, 1, 1, 1]),
+        ("events.jsonl", "event", ["skipped"] * 3),
+    ):
+        lines = pathlib.Path("skipping", name).read_text().splitlines()
+        assert [json.loads(line)[key] for line in lines] == expected
+
+
+def test_parameters_that_are_not_finite_are_not_saved(mistake):
+    settings = {"MODEL_DIR": "infinite", "LEARNING_RATE": 1e39, "CHECKPOINT_EVERY": 1}
+    message = mistake("train", settings)
+    assert message.startswith("update 1: expected finite parameters, found others in decoder/")
+    assert "Before it, there is no checkpoint yet in infinite." in message
+    assert not list(pathlib.Path("infinite").glob("checkpoint_*"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"NON_FINITE": "ignore"}, "NON_FINITE: expected one of ('stop', 'skip'), found 'ignore'."),
+        ({"MAX_GRADIENT_NORM": 0}, "MAX_GRADIENT_NORM: expected None or more than 0, found 0."),
+        ({"KEEP_EVERY": 0}, "keep_every: expected at least 1, found 0."),
+        ({"KEEP_BEST": "eval/lost"}, "KEEP_BEST: expected one of loss, negative_loss, "),
+        (
+            {"KEEP_BEST": "eval/loss"},
+            "KEEP_BEST='eval/loss' needs an evaluation before each checkpoint: an eval_dataset, "
+            "and a checkpoint_every that is a multiple of eval_every; found no eval_dataset.",
+        ),
+    ],
+)
+def test_settings_of_checkpoints_and_numbers(mistake, settings, message):
+    assert mistake("train", {"MODEL_DIR": "model", **settings}).startswith(message)
 
 
 # --- A full disk, too little memory --------------------------------------------------------------

@@ -43,6 +43,26 @@ def test_reopened_metrics_lose_only_a_half_line(tmp_path, left):
     assert lines_of(tmp_path / "metrics.jsonl") == [*whole, {"step": 2}]
 
 
+def test_metrics_after_the_checkpoint_are_written_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        '{"step": 2}\n{"step": 4, "loss": 1}\n\0\0\n{"step": 6}\n{"step": 4}\n{"step": 8'
+    )
+    with run_log.MetricsWriter(tmp_path, last_step=4) as writer:
+        assert lines_of(path) == [{"step": 2}, {"step": 4, "loss": 1}, {"step": 4}]
+        writer.write(6, {})
+    with run_log.MetricsWriter(tmp_path, last_step=0):  # no checkpoint: the run begins anew
+        assert lines_of(path) == []
+
+
+def test_lines_of_a_step_hold_any_value(tmp_path):
+    with run_log.StepLines(tmp_path / "events.jsonl") as writer:
+        writer.write(3, {"loss": float("inf"), "examples": ["Zoë"], "count": 2})
+    assert lines_of(tmp_path / "events.jsonl") == [
+        {"step": 3, "loss": None, "examples": ["Zoë"], "count": 2}
+    ]
+
+
 def test_a_later_host_is_silent(later_host, tmp_path, capsys):
     run_log.log("hello")
     run_log.table([[1]], columns=["n"])

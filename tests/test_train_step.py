@@ -379,7 +379,7 @@ def test_a_batch_of_padding_alone_changes_nothing():
     batch["decoder_loss_mask"] *= 0
     state, sums = step_of(batch)
     assert_trees_close(state.params, small_params(0), rtol=0, atol=0)
-    assert all(value == 0 for name, value in sums.items() if name != "num_updates")
+    assert all(np.all(value == 0) for name, value in sums.items() if name != "num_updates")
     counts = {"num_tokens": 0, "num_negative": 0, "num_positive": 0, "num_updates": 1}
     assert train_step.summarize(sums) == {"gradient_norm": 0} | counts
 
@@ -404,6 +404,82 @@ def test_marks_that_the_objective_ignores_are_in_no_metric():
     _, unmarked = step_of(small_batch(is_marked=False), objective=distil)
     assert_trees_close(marked, unmarked, rtol=1e-6)
     np.testing.assert_allclose(marked["positive_kl"], marked["loss"], rtol=1e-6)
+
+
+# ----------------------------------------------------------------------------------------- Numerics
+
+
+def with_a_pole(params, batch, dropout_key=None):
+    """The small model; the gradient of each scale that is 0 is not finite, the loss is."""
+    if "norm" not in params:  # the original
+        return without_dropout(params, batch)
+    stack = params["encoder"]["layers"]["scale"]
+    pole = 0 * (jnp.sum(jnp.sqrt(stack)) + jnp.sqrt(params["norm"]))
+    small = {name: params[name] for name in ("embedding", "out")}
+    return without_dropout(small, batch) + pole
+
+
+def params_with_scales(scales, norm):
+    stack = jnp.asarray(scales, jnp.float32)[:, None]
+    return small_params(0) | {"encoder": {"layers": {"scale": stack}}, "norm": jnp.float32(norm)}
+
+
+@pytest.mark.parametrize(
+    ("scales", "norm", "expected"),
+    [
+        ([1, 1, 1], 1, []),
+        ([1, 0, 1], 1, ["encoder/layers_1/scale"]),
+        ([0, 1, 1], 0, ["encoder/layers_0/scale", "norm"]),
+    ],
+)
+def test_the_gradient_that_is_not_finite_is_named(scales, norm, expected):
+    params = params_with_scales(scales, norm)
+    _, sums = step_of(small_batch(), params=params, forward=with_a_pole)
+    names = train_step.gradient_names(params)
+    assert len(names) == 6
+    pairs = zip(names, sums["gradient_not_finite"], strict=True)
+    assert [name for name, is_bad in pairs if is_bad] == expected
+    assert np.isfinite(sums["gradient_norm"]) == (not expected)
+    assert np.isfinite(sums["loss"])
+
+
+def test_an_update_that_is_not_finite_is_left_out():
+    settings = {"optimizer": optax.adam(0.1), "forward": with_a_pole, "step": 4}
+    good, bad = params_with_scales([1, 1, 1], 1), params_with_scales([1, 0, 1], 1)
+    state, _ = step_of(small_batch(), params=bad, skip_non_finite=True, **settings)
+    assert state.step == 5  # its batch is not given again
+    before = train_step.init_state(bad, settings["optimizer"])
+    assert_trees_close(state.replace(step=0), before.replace(step=0), rtol=0, atol=0)
+    # One that is finite is what it would be.
+    skipping, plain = (
+        step_of(small_batch(), params=good, skip_non_finite=skips, **settings)
+        for skips in (True, False)
+    )
+    assert_trees_close(skipping, plain, rtol=0, atol=0)
+
+
+def test_leaving_out_takes_no_memory_for_the_state_twice():
+    optimizer = optax.adam(0.1)
+    shapes = jax.eval_shape(
+        lambda: train_step.init_state(
+            {"embedding": jnp.zeros((VOCAB_SIZE, 512)), "out": jnp.zeros((512, VOCAB_SIZE))},
+            optimizer,
+        )
+    )
+    memory = {}
+    for skips in (True, False):
+        step = functools.partial(
+            train_step.train_step,
+            forward=without_dropout,
+            objective=FINE_TUNE,
+            optimizer=optimizer,
+            skip_non_finite=skips,
+        )
+        lowered = jax.jit(step, donate_argnums=0).lower(shapes, None, small_batch(), KEY)
+        memory[skips] = lowered.compile().memory_analysis()
+    num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    assert memory[True].alias_size_in_bytes >= num_bytes
+    assert memory[True].temp_size_in_bytes <= memory[False].temp_size_in_bytes + 0.1 * num_bytes
 
 
 # --------------------------------------------------------------------------------------- Summaries

@@ -163,6 +163,7 @@ class Trainer:
       original: Where the original's logits come from.
       adapter_rank: Of the adapters that are trained where `original` is `AdaptersOff`.
       block_size: Tokens that the loss is computed for at a time on a device; None chooses.
+      skip_non_finite: As in `train_step.train_step`.
     """
 
     model: Model
@@ -172,6 +173,7 @@ class Trainer:
     original: Original = PARAMETERS
     adapter_rank: int = 0
     block_size: int | None = None
+    skip_non_finite: bool = False
 
     @functools.cached_property
     def abstract_params(self) -> PyTree:
@@ -236,6 +238,7 @@ class Trainer:
                 original=self.original,
                 block_size=self.block_size,
                 place_gradients=lambda tree: jax.lax.with_sharding_constraint(tree, specs),
+                skip_non_finite=self.skip_non_finite,
             ),
             in_shardings=(
                 state,

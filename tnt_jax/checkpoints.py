@@ -1,14 +1,15 @@
 """Checkpoints of a run, and the arrays of anything that Orbax wrote.
 
 A checkpoint is `MODEL_DIR/checkpoint_<step>` with the items `params`, `optimizer` (Orbax trees) and
-`run` (JSON: what the run was, the original's identity among it). Orbax writes to a temporary name
-and renames, so a half-written checkpoint is never taken for the newest. The original's parameters
-are never in a checkpoint of the run that trains away from them.
+`run` (JSON: what the run was, the original's identity among it; `resume` lists it). Orbax writes to
+a temporary name and renames, so a half-written checkpoint is never taken for the newest. The
+original's parameters are never in a checkpoint of the run that trains away from them.
 """
 
 import contextlib
 import functools
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -34,14 +35,30 @@ _STEP_NAMES = ocp.path.step.standard_name_format(step_prefix=_PREFIX)
 class Checkpoints:
     """The checkpoints under one model directory; use it as a context manager."""
 
-    def __init__(self, model_dir: str, *, keep: int = 2):
-        """Opens, and creates if need be, a model directory that keeps its last `keep` checkpoints.
+    def __init__(
+        self,
+        model_dir: str,
+        *,
+        keep: int = 2,
+        keep_every: int | None = None,
+        keep_best: str | None = None,
+    ):
+        """Opens a model directory, and creates it if need be.
+
+        What an earlier process left half-written is deleted.
+
+        Args:
+          model_dir: The directory.
+          keep: The last checkpoints stay, so many.
+          keep_every: Those of every such update stay as well.
+          keep_best: So does the one with the smallest metric of that name.
 
         Raises:
-          UsageError: The directory cannot be made, or `keep` is below 1.
+          UsageError: The directory cannot be made, or a number is below 1.
         """
-        if keep < 1:
-            raise UsageError(f"keep_checkpoints: expected at least 1, found {keep}.")
+        for name, number in (("keep_checkpoints", keep), ("keep_every", keep_every)):
+            if number is not None and number < 1:
+                raise UsageError(f"{name}: expected at least 1, found {number}.")
         self._dir = epath.Path(model_dir).expanduser().absolute()
         try:
             self._dir.mkdir(parents=True, exist_ok=True)
@@ -53,7 +70,7 @@ class Checkpoints:
         self._orbax = ocp.CheckpointManager(
             self._dir,
             item_names=("params", "optimizer", "run"),
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, step_name_format=_STEP_NAMES),
+            options=_retention(keep, keep_every, keep_best),
         )
 
     def __enter__(self) -> "Checkpoints":
@@ -66,8 +83,23 @@ class Checkpoints:
         """The step of the newest whole checkpoint, None if there is none."""
         return self._orbax.latest_step()
 
-    def save(self, state: train_step.TrainState, run: Mapping[str, Any]) -> None:
-        """Writes a checkpoint in the background; `run` is a JSON object."""
+    def best_step(self) -> int | None:
+        """The step of the checkpoint where `keep_best` is smallest, None if there is none."""
+        return self._orbax.best_step()
+
+    def save(
+        self,
+        state: train_step.TrainState,
+        run: Mapping[str, Any],
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Writes a checkpoint in the background.
+
+        Args:
+          state: Of the run.
+          run: A JSON object.
+          metrics: Of this step; `keep_best` among them.
+        """
         is_saved = self._orbax.save(
             int(state.step),
             args=ocp.args.Composite(
@@ -75,6 +107,7 @@ class Checkpoints:
                 optimizer=ocp.args.StandardSave(state.opt_state),
                 run=ocp.args.JsonSave(dict(run)),
             ),
+            metrics=metrics,
         )
         assert is_saved, f"there is a checkpoint of step {state.step} or a later one"
 
@@ -88,19 +121,23 @@ class Checkpoints:
         assert run is not None
         return run
 
+    def check(self, step: int, abstract_state: train_step.TrainState) -> None:
+        """Raises a UsageError unless a checkpoint is of a run, of this model and optimizer."""
+        self._check_layers(step, abstract_state.params)
+        _check_tree(self._item(step, "params"), abstract_state.params, "the model settings")
+        _check_tree(self._item(step, "optimizer"), abstract_state.opt_state, "OPTIMIZER")
+
     def restore(self, step: int, abstract_state: train_step.TrainState) -> train_step.TrainState:
-        """The state of a checkpoint.
+        """The state of a checkpoint, on the mesh of `abstract_state`, not on that it was saved on.
 
         Args:
           step: Of the checkpoint.
           abstract_state: Shapes, dtypes and shardings to restore to.
 
         Raises:
-          UsageError: The checkpoint is of another model or optimizer, or not of a training run.
+          UsageError: As in `check`.
         """
-        self._check_layers(step, abstract_state.params)
-        _check_tree(self._item(step, "params"), abstract_state.params, "the model settings")
-        _check_tree(self._item(step, "optimizer"), abstract_state.opt_state, "OPTIMIZER")
+        self.check(step, abstract_state)
         with _reading(self._item(step, "params").parent):
             restored = self._orbax.restore(
                 step,
@@ -139,6 +176,32 @@ class Checkpoints:
                 f"`{name}`. Give it as INITIAL_CHECKPOINT_PATH, with another MODEL_DIR."
             )
         return checkpoint / name
+
+
+def _retention(
+    keep: int, keep_every: int | None, keep_best: str | None
+) -> ocp.CheckpointManagerOptions:
+    policies = ocp.checkpoint_managers
+    kept: list[policies.PreservationPolicy] = [policies.LatestN(keep)]
+    if keep_every is not None:
+        kept.append(policies.EveryNSteps(keep_every))
+
+    def metric(metrics: Mapping[str, float]) -> float:
+        return metrics.get(keep_best or "", math.inf)
+
+    if keep_best is not None:
+        best = policies.BestN(
+            get_metric_fn=metric, reverse=True, n=1, keep_checkpoints_without_metrics=False
+        )
+        kept.append(best)
+    return ocp.CheckpointManagerOptions(
+        preservation_policy=policies.AnyPreservationPolicy(kept),
+        # Metrics are written only where there is such a function.
+        best_fn=None if keep_best is None else metric,
+        best_mode="min",
+        cleanup_tmp_directories=True,
+        step_name_format=_STEP_NAMES,
+    )
 
 
 def read_run(checkpoint: epath.Path) -> dict[str, Any] | None:

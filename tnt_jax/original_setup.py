@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,9 @@ from tnt_jax.array_types import PyTree
 from tnt_jax.errors import UsageError
 from tnt_jax.original import PARAMETERS, STATES, AdaptersOff, CachedStates, Original
 from tnt_jax.original_states import OriginalStates
+
+# What becomes of an update whose loss or gradient is not finite: it stops the run, or is left out.
+NON_FINITE = ("stop", "skip")
 
 
 def kind_of(name: str, config: t5.T5Config) -> Original:
@@ -55,6 +59,8 @@ def make_trainer(
     adapter_rank: int = 16,
     adapter_alpha: float = 32.0,
     block_size: int | None = None,
+    max_gradient_norm: float | None = None,
+    non_finite: str = "stop",
     devices: Sequence[Any] | None = None,
 ) -> assembly.Trainer:
     """The trainer of a run.
@@ -71,6 +77,8 @@ def make_trainer(
       adapter_rank: Of adapters.
       adapter_alpha: Of adapters.
       block_size: Tokens that a device computes the loss of at a time.
+      max_gradient_norm: Where gradients are clipped.
+      non_finite: "stop" or "skip".
       devices: Of the mesh; None is all that are here.
 
     Raises:
@@ -80,6 +88,8 @@ def make_trainer(
         raise UsageError(f"ADAPTER_RANK: expected at least 1, found {adapter_rank}.")
     if block_size is not None and block_size < 1:
         raise UsageError(f"BLOCK_SIZE: expected None or at least 1, found {block_size}.")
+    if non_finite not in NON_FINITE:
+        raise UsageError(f"NON_FINITE: expected one of {NON_FINITE}, found {non_finite!r}.")
     config = pretrained.config_of(model, initial_checkpoint_path)
     mesh = sharding.make_mesh(mesh_shape or sharding.MeshShape(), devices)
     sharding.check_batch_size(batch_size, num_microbatches, mesh)
@@ -89,12 +99,24 @@ def make_trainer(
     return assembly.Trainer(
         model=assembly.Model(config=config, mesh=mesh),
         objective=objective,
-        optimizer=optimizer() if callable(optimizer) else optimizer,
+        optimizer=_clipped(optimizer() if callable(optimizer) else optimizer, max_gradient_norm),
         num_microbatches=num_microbatches,
         original=kind,
         adapter_rank=adapter_rank,
         block_size=block_size,
+        skip_non_finite=non_finite == "skip",
     )
+
+
+def _clipped(
+    optimizer: optax.GradientTransformation, max_norm: float | None
+) -> optax.GradientTransformation:
+    """Clips by the norm over all parameters, before anything else is done with a gradient."""
+    if max_norm is None:
+        return optimizer
+    if not 0 < max_norm < math.inf:
+        raise UsageError(f"MAX_GRADIENT_NORM: expected None or more than 0, found {max_norm}.")
+    return optax.chain(optax.clip_by_global_norm(max_norm), optimizer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +125,8 @@ class Brought:
 
     Attributes:
       params: For the step: an argument of it, None if the objective needs none.
-      identity: Where it came from and its digest; None with `params`.
+      identity: Where it came from, its digest and its log-probabilities of a probe batch; None
+        with `params`.
       states: The cache, where the kind is `CachedStates`.
     """
 
@@ -158,7 +181,11 @@ def bring(
     if abstract is None:
         return Brought(None, None), (start_params or initial_params)() if is_new else None
     whole = initial_params()
-    identity = {"path": path, "digest": checkpoints.digest(whole)}
+    identity = {
+        "path": path,
+        "digest": checkpoints.digest(whole),
+        "probe": probe(model, whole).tolist(),
+    }
     if isinstance(trainer.original, AdaptersOff):
         if start_params is not None:
             raise UsageError(
@@ -189,6 +216,30 @@ def bring(
         return Brought(params, identity), start_params() if is_new and start_params else None
     # A copy: the state's buffers are donated to every update, the original's never.
     return Brought(assembly.copied(whole, abstract), identity), whole
+
+
+def probe(model: assembly.Model, params: PyTree) -> np.ndarray:
+    """The log-probabilities `[4, 16]`, in nats, that a model gives a batch of random tokens.
+
+    A digest tells parameters apart, this what is computed with them. The batch depends on the size
+    of the vocabulary alone.
+
+    Args:
+      model: The network.
+      params: Of it, layers and kernels as it has them.
+    """
+    num_rows, lengths = 4, {"inputs": 16, "targets": 16}
+    random = np.random.default_rng(0)
+    ids = random.integers(2, model.config.vocab_size, (num_rows, 2, 16), dtype=np.int32)
+    no_marks = np.zeros((0, 2), np.int32)
+    examples = [feature_converters.Example(*row, negative_pairs=no_marks) for row in ids]
+    devices = math.prod(model.mesh.shape[axis] for axis in sharding.AXIS_RULES["batch"])
+    repeated = [examples[row % num_rows] for row in range(-(-num_rows // devices) * devices)]
+    batch = feature_converters.convert_features(repeated, lengths)
+    likelihood = objectives.TntObjective(negative_term="none", positive_term="log_likelihood")
+    tokens = assembly.jit_token_step(model, likelihood)
+    _, values = tokens(params, None, sharding.put_batch(batch, model.mesh))
+    return -np.asarray(values.losses)[:num_rows]
 
 
 def states_of(

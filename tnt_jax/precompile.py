@@ -48,6 +48,7 @@ _DOES_NOT_FIT = (
 _STEP_SETTINGS = (
     *("model", "objective", "task_feature_lengths", "batch_size", "optimizer", "num_microbatches"),
     *("mesh_shape", "pack", "original", "adapter_rank", "adapter_alpha", "block_size"),
+    *("max_gradient_norm", "non_finite"),
 )
 
 

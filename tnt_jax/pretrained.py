@@ -506,10 +506,14 @@ def describe(
       vocabulary: Of its ids.
       original: The checkpoint that it started from, whose files are taken where there are any.
     """
-    folder = epath.Path(model_dir).expanduser() / checkpoints.DESCRIPTION
-    if not run_log.is_first_process() or (folder / huggingface.CONFIG).exists():
+    whole = epath.Path(model_dir).expanduser() / checkpoints.DESCRIPTION
+    if not run_log.is_first_process() or (whole / huggingface.CONFIG).exists():
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    # A run that is killed here leaves no half of a tokenizer under the name of a whole one.
+    folder = whole.with_name(f"{whole.name}.unfinished")
+    if folder.exists():
+        folder.rmtree()
+    folder.mkdir(parents=True)
     source = None if original is None else _description(find(original))
     if source is not None and (source / huggingface.CONFIG).exists():
         settings = huggingface.read_config(source)
@@ -523,7 +527,8 @@ def describe(
             settings = None
     if not vocabularies.has_tokenizer(folder):
         vocabularies.write(folder, vocabulary)
-    if settings is None:
-        return
-    # The last file: with it the description is whole.
-    (folder / huggingface.CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+    if settings is not None:
+        (folder / huggingface.CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+    if whole.exists():
+        whole.rmtree()
+    folder.rename(whole)

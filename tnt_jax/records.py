@@ -19,6 +19,7 @@ import json
 import os
 import pathlib
 import re
+import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any

@@ -32,15 +32,19 @@ def write(path: str | os.PathLike) -> None:
     Args:
         path: a folder (the file is `operative_config.gin` in it) or a file (`<path>.gin`).
     """
-    if not gin.config_str():
+    settings = text()
+    if settings is None:
         return
     output = records.path_of(path)
     is_folder = output.is_dir()
     file = output / "operative_config.gin" if is_folder else output.with_name(f"{output.name}.gin")
-    run_log.write_text(file, _config_text())
+    run_log.write_text(file, settings)
 
 
-def _config_text() -> str:
+def text() -> str | None:
+    """What `write` writes; None where gin was given nothing."""
+    if not gin.config_str():
+        return None
     # gin prints either what was set or what was used; only both together repeat the run, and gin
     # has no public function for that.
     merged = {key: dict(values) for key, values in gin_config._CONFIG.items()}

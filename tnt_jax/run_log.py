@@ -98,36 +98,43 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-class MetricsWriter:
-    """Appends metrics to `metrics.jsonl`, one JSON object a line: `{"step": 10, "loss": 0.5}`.
+class StepLines:
+    """Appends JSON objects to a file, one a line: `{"step": 10, "loss": 0.5}`.
 
-    A run that goes on appends to what is there. A last line that a kill cut short is dropped.
+    A last line that a kill cut short is dropped. A run that goes on from a checkpoint drops what
+    was written after it as well, for it will write that again: so each step is there once.
 
     Args:
-        directory: where the file goes; created if need be. Local, or anything that `etils.epath`
+        path: of the file; its folder is made if need be. Local, or anything that `etils.epath`
             opens, such as gs://.
+        last_step: of the lines to keep; None keeps all.
     """
 
-    def __init__(self, directory: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, last_step: int | None = None):
         self._file = None
         if not is_first_process():
             return
-        path = epath.Path(directory) / "metrics.jsonl"
+        path = epath.Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            written = path.read_text()
+            written = path.read_bytes().decode("utf-8", "replace")  # whatever a crash left
             whole = written[: written.rfind("\n") + 1]
+            if last_step is not None:
+                lines = whole.splitlines(keepends=True)
+                whole = "".join(line for line in lines if _step_of(line) <= last_step)
             if whole != written:
                 write_text(path, whole)
-        self._file = path.open("a")
+        self._file = path.open("a", encoding="utf-8")
 
-    def write(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
-        """Appends one line, flushed. A value that is not finite becomes null: JSON has no NaN."""
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Appends one line, flushed. A number that is not finite becomes null: JSON has no NaN."""
         if self._file is None:
             return
-        values = {name: float(value) for name, value in metrics.items()}
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": int(step), **finite}) + "\n")
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in values.items()
+        }
+        self._file.write(json.dumps({"step": int(step), **finite}, ensure_ascii=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -136,11 +143,34 @@ class MetricsWriter:
             self._file.close()
             self._file = None
 
-    def __enter__(self) -> "MetricsWriter":
+    def __enter__(self):
         return self
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # not a line of ours, or damaged
+
+
+class MetricsWriter(StepLines):
+    """Appends metrics to `metrics.jsonl`.
+
+    Args:
+        directory: where the file goes.
+        last_step: as in `StepLines`.
+    """
+
+    def __init__(self, directory: str | os.PathLike, last_step: int | None = None):
+        super().__init__(epath.Path(directory) / "metrics.jsonl", last_step)
+
+    def write(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
+        """Appends the metrics of a step, as `StepLines.write` does."""
+        super().write(step, {name: float(value) for name, value in values.items()})
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

@@ -35,6 +35,7 @@ from tnt_jax import (
     original_states,
     pretrained,
     program,
+    resume,
     run_config,
     run_log,
     sharding,
@@ -85,7 +86,13 @@ def train(
     checkpoint_every: int = 1000,
     log_every: int = 50,
     keep_checkpoints: int = 2,
+    keep_every: int | None = None,
+    keep_best: str | None = None,
+    max_gradient_norm: float | None = None,
+    non_finite: str = "stop",
+    spike_deviations: float | None = 10.0,
     seed: int = 0,
+    allow_changes: Sequence[str] = (),
 ) -> str:
     """Trains, writing checkpoints, `metrics.jsonl` and the operative config into `model_dir`.
 
@@ -115,13 +122,23 @@ def train(
       checkpoint_every: In updates; the end is always saved.
       log_every: In updates.
       keep_checkpoints: The newest ones that stay on disk.
+      keep_every: In updates: those stay as well.
+      keep_best: A metric, such as "eval/loss": the checkpoint where it is smallest stays as well.
+      max_gradient_norm: A gradient whose norm is larger is scaled down to it.
+      non_finite: What becomes of an update whose loss or gradient is not finite: "stop" ends the
+        run, "skip" leaves the update out and counts it.
+      spike_deviations: How far above the usual a loss is noted in `events.jsonl`, as in
+        `run_health.Health`.
       seed: Of the data order, dropout and a random initialisation.
+      allow_changes: What may differ from the run that `model_dir` holds, by its names in
+        `resume.COMPARED`; otherwise it is refused.
 
     Returns:
       The path of the last checkpoint.
 
     Raises:
-      UsageError: A setting, the data or a checkpoint does not fit; or the loss is not finite.
+      UsageError: A setting, the data or a checkpoint does not fit; `model_dir` holds another run;
+        or the loss is not finite.
     """
     _check_positive(
         TRAIN_STEPS=train_steps,
@@ -131,6 +148,8 @@ def train(
     )
     assembly.check_seed(seed)
     pretrained.check_takes_checkpoints(epath.Path(model_dir).expanduser(), "MODEL_DIR")
+    resume.check_allowed(allow_changes)
+    _check_best(keep_best, checkpoint_every, eval_every if eval_dataset else None)
     if states_dir is not None and original != "cached":
         raise UsageError(
             f"STATES_DIR is set, to {states_dir}, and ORIGINAL is {original!r}: states are kept "
@@ -149,6 +168,8 @@ def train(
         adapter_rank=adapter_rank,
         adapter_alpha=adapter_alpha,
         block_size=block_size,
+        max_gradient_norm=max_gradient_norm,
+        non_finite=non_finite,
     )
     network, config = trainer.model, trainer.model.config
 
@@ -164,7 +185,8 @@ def train(
         return network.restore(initial_checkpoint_path)
 
     def start_params() -> PyTree:
-        assert start_checkpoint_path is not None
+        if start_checkpoint_path is None:
+            return initial_params()
         return network.restore(start_checkpoint_path)
 
     data = training_loop.Data.of(
@@ -179,23 +201,12 @@ def train(
     _log_fill(data.batches)
     memory.check_batch(batch_size, task_feature_lengths["inputs"] + task_feature_lengths["targets"])
 
-    with (
-        memory.explained(
-            memory.of_training(trainer),
-            BATCH_SIZE=batch_size,
-            NUM_MICROBATCHES=num_microbatches,
-            TASK_FEATURE_LENGTHS=task_feature_lengths,
-        ),
-        checkpoints.Checkpoints(model_dir, keep=keep_checkpoints) as saved,
-        run_log.MetricsWriter(model_dir) as metrics,
-    ):
-        run_config.write(model_dir)
-        pretrained.describe(model_dir, config, dataset.vocabulary, initial_checkpoint_path)
-        brought, params = original_setup.bring(
+    def bring(is_new: bool) -> tuple[original_setup.Brought, PyTree | None]:
+        return original_setup.bring(
             trainer,
             initial_params,
             initial_checkpoint_path,
-            is_new=saved.latest_step() is None,
+            is_new=is_new,
             start_params=start_params if start_checkpoint_path else None,
             examples=[*data.examples, *data.eval_examples],
             states_folder=states_dir
@@ -204,42 +215,82 @@ def train(
             batch_size=batch_size,
             seed=seed,
         )
+
+    adapters = None
+    if original == "adapters_off":
+        adapters = {"rank": adapter_rank, "alpha": adapter_alpha}
+        if initial_checkpoint_path is not None:
+            # The checkpoint itself: a model directory means another when it has a newer.
+            adapters["beside"] = str(pretrained.find(initial_checkpoint_path))
+    run = resume.describe(
+        trainer,
+        optimizer={
+            **run_config.describe(optimizer),
+            "max_gradient_norm": max_gradient_norm,
+        },
+        data=data.describe(),
+        vocabulary=dataset.vocabulary,
+        adapters=adapters,
+        batch_size=batch_size,
+        task_feature_lengths=dict(task_feature_lengths),
+        pack=pack,
+        seed=seed,
+    )
+    with (
+        memory.explained(
+            memory.of_training(trainer),
+            BATCH_SIZE=batch_size,
+            NUM_MICROBATCHES=num_microbatches,
+            TASK_FEATURE_LENGTHS=task_feature_lengths,
+        ),
+        checkpoints.Checkpoints(
+            model_dir, keep=keep_checkpoints, keep_every=keep_every, keep_best=keep_best
+        ) as saved,
+    ):
+        start = resume.begin(
+            trainer,
+            saved,
+            run,
+            bring,
+            start_path=start_checkpoint_path or initial_checkpoint_path,
+            read_start=start_params,
+            allow_changes=allow_changes,
+            model_dir=model_dir,
+        )
         if objective.needs_original:
             _warn_about(objective, config, initial_checkpoint_path)
-        run = {
-            "original": brought.identity,
-            "objective": run_config.describe(objective),
-            "model": run_config.describe(config),
-            "data": data.describe(),
-            "start": start_checkpoint_path or initial_checkpoint_path,
-            "jax": jax.__version__,
-        }
-        if original == "adapters_off":
-            run["adapters"] = {"rank": adapter_rank, "alpha": adapter_alpha}
-            if initial_checkpoint_path is not None:
-                # The checkpoint itself: a model directory means another when it has a newer.
-                run["adapters"]["beside"] = str(pretrained.find(initial_checkpoint_path))
-        start, state = _begin(trainer, params, saved, run, model_dir)
+        run_config.write(model_dir)
+        pretrained.describe(model_dir, config, dataset.vocabulary, initial_checkpoint_path)
         run_log.log(
-            f"Training on {len(data.examples)} examples from update {start} to {train_steps}, "
+            f"Training on {len(data.examples)} examples from update {start.step} to {train_steps}, "
             f"{batch_size} rows at a time, on {jax.device_count()} {jax.default_backend()} "
             "device(s)."
         )
-        training_loop.Loop(
-            trainer=trainer,
-            original=brought,
-            data=data,
-            every=training_loop.Every(
-                checkpoint=checkpoint_every, log=log_every, evaluation=eval_every
-            ),
-            saved=saved,
-            run=run,
-            metrics=metrics,
-            model_dir=model_dir,
-            seed=seed,
-        ).go(state, start, train_steps)
-        if start >= train_steps:
-            run_log.log(f"Nothing to do: {model_dir} is at update {start} of {train_steps}.")
+        with (
+            run_log.MetricsWriter(model_dir, last_step=start.step) as metrics,
+            run_log.StepLines(f"{model_dir}/events.jsonl", last_step=start.step) as events,
+        ):
+            training_loop.Loop(
+                trainer=trainer,
+                original=start.original,
+                data=data,
+                every=training_loop.Every(
+                    checkpoint=checkpoint_every, log=log_every, evaluation=eval_every
+                ),
+                saved=saved,
+                run=run,
+                metrics=metrics,
+                events=events,
+                spike_deviations=spike_deviations,
+                before=start.before,
+                model_dir=model_dir,
+                seed=seed,
+            ).go(start.state, start.step, train_steps)
+        if start.step >= train_steps:
+            run_log.log(f"Nothing to do: {model_dir} is at update {start.step} of {train_steps}.")
+        best = saved.best_step() if keep_best is not None else None
+        if best is not None:
+            run_log.log(f"{keep_best} is smallest at {model_dir}/checkpoint_{best}.")
     last = str(pretrained.find(model_dir))
     run_log.log(f"The model is in {last}.")
     return last
@@ -251,23 +302,23 @@ def _check_positive(**settings: int) -> None:
             raise UsageError(f"{name}: expected at least 1, found {value}.")
 
 
-def _begin(
-    trainer: assembly.Trainer,
-    params: PyTree | None,
-    saved: checkpoints.Checkpoints,
-    run: Mapping[str, Any],
-    model_dir: str,
-) -> tuple[int, train_step.TrainState]:
-    """The state to go on from and its step: of new parameters, or of the newest checkpoint."""
-    if params is not None:
-        return 0, trainer.init_state(params)
-    start = saved.latest_step()
-    assert start is not None
-    before = saved.run_of(start)
-    _check_original(before["original"], run["original"], model_dir)
-    _check_adapters(before.get("adapters"), run.get("adapters"), model_dir)
-    run_log.log(f"Going on from checkpoint {start} in {model_dir}.")
-    return start, saved.restore(start, trainer.abstract_state)
+def _check_best(keep_best: str | None, checkpoint_every: int, eval_every: int | None) -> None:
+    """A metric must be there whenever a checkpoint is written."""
+    if keep_best is None:
+        return
+    is_eval = keep_best.startswith("eval/")
+    if keep_best.removeprefix("eval/") not in train_step.MEAN_OVER:
+        names = ", ".join(train_step.MEAN_OVER)
+        raise UsageError(
+            f"KEEP_BEST: expected one of {names}, of the evaluation with eval/ before it; found "
+            f"{keep_best!r}."
+        )
+    if is_eval and (eval_every is None or checkpoint_every % eval_every):
+        found = "no eval_dataset" if eval_every is None else f"{checkpoint_every} and {eval_every}"
+        raise UsageError(
+            f"KEEP_BEST={keep_best!r} needs an evaluation before each checkpoint: an eval_dataset, "
+            f"and a checkpoint_every that is a multiple of eval_every; found {found}."
+        )
 
 
 def _check_marks(
@@ -329,38 +380,6 @@ def _warn_about(
             f"Warning: DROPOUT_RATE is {model.dropout_rate}. The original runs without dropout, so "
             "a model that has not changed already has a loss; 0 is the default for divergences."
         )
-
-
-def _check_original(
-    saved: Mapping[str, Any] | None, found: Mapping[str, Any] | None, model_dir: str
-) -> None:
-    """A run must go on with the original that it began with."""
-    if (saved or {}).get("digest") == (found or {}).get("digest"):
-        return
-    raise UsageError(
-        f"MODEL_DIR {model_dir} holds a run whose original was {_describe_original(saved)}; now it "
-        f"is {_describe_original(found)}. Pass the same INITIAL_CHECKPOINT_PATH, objective and "
-        "seed, or another MODEL_DIR."
-    )
-
-
-def _check_adapters(
-    saved: Mapping[str, Any] | None, found: Mapping[str, Any] | None, model_dir: str
-) -> None:
-    """What adapters have learned is multiplied by their settings."""
-    saved, found = (of and {name: of[name] for name in ("rank", "alpha")} for of in (saved, found))
-    if saved != found:
-        raise UsageError(
-            f"MODEL_DIR {model_dir} holds a run whose adapters were {saved or 'none'}; now they "
-            f"are {found or 'none'}. Pass the same ORIGINAL, ADAPTER_RANK and ADAPTER_ALPHA, or "
-            "another MODEL_DIR."
-        )
-
-
-def _describe_original(original: Mapping[str, Any] | None) -> str:
-    if original is None:
-        return "none (an objective without divergences)"
-    return f"{original['path'] or 'a random initialisation'} (digest {original['digest']})"
 
 
 if __name__ == "__main__":

@@ -15,12 +15,12 @@ import optax
 from jax.sharding import PartitionSpec
 
 from tnt_jax import fused_objective, objectives, sharding
-from tnt_jax.array_types import Array, Float, Int, Key, PyTree
+from tnt_jax.array_types import Array, Bool, Float, Int, Key, PyTree
 from tnt_jax.fused_objective import FactoredLogits, TokenValues
 from tnt_jax.original import PARAMETERS, Forward, Logits, Original
 
 Batch = Mapping[str, Int[Array, "B ..."] | Float[Array, "B ..."]]
-Sums = dict[str, Float[Array, ""]]
+Sums = dict[str, Float[Array, ""] | Bool[Array, "N"]]
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -57,6 +57,7 @@ def train_step(
     original: Original = PARAMETERS,
     block_size: int | None = None,
     place_gradients: Callable[[PyTree], PyTree] = lambda gradients: gradients,
+    skip_non_finite: bool = False,
 ) -> tuple[TrainState, Sums]:
     """One update.
 
@@ -80,9 +81,13 @@ def train_step(
       original: Where the original's logits come from.
       block_size: As in `fused_objective.token_values`.
       place_gradients: Puts a tree of gradients where the parameters are (a sharding constraint).
+      skip_non_finite: Where the loss or the gradient's norm is not finite, parameters and optimizer
+        state stay as they were. The step is counted all the same: it has had its batch.
 
     Returns:
-      The next state, and sums for `summarize`. The gradient's norm is the one before clipping.
+      The next state, and sums for `summarize`; those of an update that was skipped are not finite
+      either. The gradient's norm is the one before clipping. "gradient_not_finite" `[N]` is no
+      sum: it is True for those of the parameters of `gradient_names` whose norm is not finite.
     """
     # The mean is taken before the gradient: dividing gradients would take memory for some of them
     # twice. A batch of padding alone changes nothing.
@@ -118,14 +123,49 @@ def train_step(
             step_key,
         )
 
+    squares = _gradient_squares(gradients)
+    norm = jnp.sqrt(jnp.sum(squares))
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    next_state = TrainState(
-        step=state.step + 1,
-        params=optax.apply_updates(state.params, updates),
-        opt_state=opt_state,
-    )
-    sums |= {"gradient_norm": optax.tree.norm(gradients), "num_updates": jnp.ones(())}
+    params = optax.apply_updates(state.params, updates)
+    if skip_non_finite:
+        is_finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(norm)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(is_finite, new, old),
+            (params, opt_state),
+            (state.params, state.opt_state),
+        )
+    next_state = TrainState(step=state.step + 1, params=params, opt_state=opt_state)
+    sums |= {"gradient_norm": norm, "num_updates": jnp.ones(())}
+    sums["gradient_not_finite"] = ~jnp.isfinite(squares)
     return next_state, sums
+
+
+def _is_stacked(name: str) -> bool:
+    return "/layers/" in name
+
+
+def gradient_names(params: PyTree) -> list[str]:
+    """The parameters of a step's "gradient_not_finite", each layer of a stack by itself."""
+    names = []
+    for path, leaf in jax.tree.leaves_with_path(params):
+        name = sharding.path_name(path)
+        if _is_stacked(name):
+            layers = range(leaf.shape[0])
+            names += [name.replace("/layers/", f"/layers_{layer}/") for layer in layers]
+        else:
+            names.append(name)
+    return names
+
+
+def _gradient_squares(gradients: PyTree) -> Float[Array, "N"]:
+    """Sums of squares, in the order of `gradient_names`."""
+
+    def of_leaf(path, leaf):
+        squares = jnp.square(leaf.astype(jnp.float32))
+        is_stacked = _is_stacked(sharding.path_name(path))
+        return jnp.atleast_1d(jnp.sum(squares, axis=tuple(range(is_stacked, leaf.ndim))))
+
+    return jnp.concatenate(jax.tree.leaves(jax.tree.map_with_path(of_leaf, gradients)))
 
 
 def _add_up_microbatches(

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tnt_jax import (
@@ -15,10 +16,12 @@ from tnt_jax import (
     feature_converters,
     original_setup,
     prefetch,
+    run_health,
     run_log,
     sharding,
     train_step,
 )
+from tnt_jax.array_types import PyTree
 from tnt_jax.errors import UsageError
 
 
@@ -101,6 +104,9 @@ class Loop:
       saved: Where checkpoints go.
       run: What each of them says of the run.
       metrics: Where metrics go.
+      events: Where `run_health` writes.
+      spike_deviations: As in `run_health.Health`.
+      before: What the checkpoint that the run goes on from says; nothing of a new run.
       model_dir: Of the run, for messages.
       seed: Of dropout.
     """
@@ -112,6 +118,9 @@ class Loop:
     saved: checkpoints.Checkpoints
     run: Mapping[str, Any]
     metrics: run_log.MetricsWriter
+    events: run_log.StepLines
+    spike_deviations: float | None
+    before: Mapping[str, Any]
     model_dir: str
     seed: int
 
@@ -119,10 +128,11 @@ class Loop:
         """From the state after update `start`, which it takes over (donates), to the last.
 
         Raises:
-          UsageError: The loss or the gradient is not finite.
+          UsageError: The loss, the gradient or a parameter is not finite.
         """
         key = jax.random.key(self.seed)
         evaluate = _Evaluation(self)
+        health = self._health()
         since = _SinceLog()
         steps = range(start + 1, train_steps + 1)
         with contextlib.closing(prefetch.ahead(self._batch, steps)) as upcoming:
@@ -133,13 +143,18 @@ class Loop:
                 since.add(sums)
                 is_last = step == train_steps
                 is_save = is_last or step % self.every.checkpoint == 0
+                # All that is written of a step is written before its checkpoint: what a run that
+                # goes on from there finds is complete.
+                metrics = {}
                 if is_save or step % self.every.log == 0:
-                    self._log(step, train_steps, since.fetch())
-                if is_save:
-                    self.saved.save(state, self.run)
+                    metrics |= self._summary(step, train_steps, since.fetch(), health)
                 if self.data.eval_examples and (is_last or step % self.every.evaluation == 0):
                     with since.paused():
-                        evaluate(state, step)
+                        metrics |= evaluate(state, step)
+                if metrics:
+                    self.metrics.write(step, metrics)
+                if is_save:
+                    self._save(state, step, metrics, health)
 
     def _batch(self, step: int) -> dict[str, jax.Array]:
         """Of an update, on the mesh."""
@@ -151,25 +166,69 @@ class Loop:
         batch = self.original.with_states(batches.batch(step - 1), placed)
         return sharding.put_batch(batch, self.trainer.model.mesh)
 
-    def _log(self, step: int, train_steps: int, found: "_Found") -> None:
-        self._check_finite(found.sums, step - len(found.sums) + 1)
-        summary = train_step.summarize(_add(found.sums))
-        summary["tokens_per_second"] = summary["num_tokens"] / found.seconds
+    def _summary(
+        self, step: int, train_steps: int, found: "_Found", health: run_health.Health
+    ) -> dict[str, float]:
+        """The metrics of the updates since the last line, those that were left out apart."""
+        first_step = step - len(found.sums) + 1
+        sums = [
+            of_step
+            for number, of_step in enumerate(found.sums, start=first_step)
+            if health.is_sound(number, of_step)
+        ]
+        summary = train_step.summarize(_add(sums)) if sums else {}
+        if self.trainer.skip_non_finite:
+            summary["num_skipped"] = len(found.sums) - len(sums)
+        summary["tokens_per_second"] = summary.get("num_tokens", 0.0) / found.seconds
         summary["input_wait_fraction"] = found.seconds_waited / found.seconds
-        self.metrics.write(step, summary)
         run_log.log(f"update {step} of {train_steps}: {_line(summary)}")
+        return summary
 
-    def _check_finite(self, sums: Sequence[Mapping[str, Any]], first_step: int) -> None:
-        for step, of_step in enumerate(sums, start=first_step):
-            for name in ("loss", "gradient_norm"):
-                if not np.isfinite(of_step[name]):
-                    saved_step = self.saved.latest_step()
-                    kept = "no checkpoint yet" if saved_step is None else f"checkpoint {saved_step}"
-                    raise UsageError(
-                        f"update {step}: expected finite numbers, found {name} = {of_step[name]}. "
-                        f"Before it, there is {kept} in {self.model_dir}. Lower LEARNING_RATE or "
-                        "negative_weight, or look at the batch of that update."
-                    )
+    def _save(
+        self,
+        state: train_step.TrainState,
+        step: int,
+        metrics: Mapping[str, float],
+        health: run_health.Health,
+    ) -> None:
+        # The numbers of an update say nothing of the parameters that it made.
+        names = [sharding.path_name(path) for path, _ in jax.tree.leaves_with_path(state.params)]
+        are_finite = jax.device_get(_are_finite(state.params)).tolist()
+        bad = [name for name, is_finite in zip(names, are_finite, strict=True) if not is_finite]
+        if bad:
+            raise UsageError(
+                f"update {step}: expected finite parameters, found others in {', '.join(bad[:6])} "
+                f"({len(bad)} of {len(names)} parameters). Before it, there is {self._newest()}. "
+                "Lower LEARNING_RATE, or set MAX_GRADIENT_NORM."
+            )
+        run = {**self.run, "position": {"next_batch": step}, "health": health.state()}
+        self.saved.save(state, run, metrics)
+
+    def _newest(self) -> str:
+        step = self.saved.latest_step()
+        kept = "no checkpoint yet" if step is None else f"checkpoint {step}"
+        return f"{kept} in {self.model_dir}"
+
+    def _health(self) -> run_health.Health:
+        def examples_of(step: int) -> list[str]:
+            examples = self.data.examples
+            numbers = [place.example for place in self.data.batches.layout(step - 1)]
+            return [examples[number].id or f"number {number}" for number in numbers]
+
+        return run_health.Health(
+            names=train_step.gradient_names(self.trainer.abstract_params),
+            is_skipping=self.trainer.skip_non_finite,
+            spike_deviations=self.spike_deviations,
+            examples_of=examples_of,
+            events=self.events,
+            where=self._newest,
+            state=self.before.get("health"),
+        )
+
+
+@jax.jit
+def _are_finite(params: PyTree) -> jax.Array:
+    return jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)])
 
 
 class _Evaluation:
@@ -182,7 +241,8 @@ class _Evaluation:
             trainer.model, trainer.objective, trainer.original, trainer.block_size
         )
 
-    def __call__(self, state: train_step.TrainState, step: int) -> None:
+    def __call__(self, state: train_step.TrainState, step: int) -> dict[str, float]:
+        """The metrics of all of the evaluation's examples."""
         loop, data = self._loop, self._loop.data
         batch_size = data.batches.batch_size
         batches = feature_converters.batch_for_eval(
@@ -200,8 +260,8 @@ class _Evaluation:
             )
             sums.append(jax.device_get(self._step(state.params, loop.original.params, batch)))
         summary = train_step.summarize(_add(sums))
-        loop.metrics.write(step, {f"eval/{name}": value for name, value in summary.items()})
         run_log.log(f"update {step}, evaluation: {_line(summary)}")
+        return {f"eval/{name}": value for name, value in summary.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,7 +312,11 @@ class _SinceLog:
 
 def _add(sums: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     # In float64: a count of tokens over many updates passes what float32 holds exactly.
-    return {name: float(sum(float(of_step[name]) for of_step in sums)) for name in sums[0]}
+    return {
+        name: float(sum(float(of_step[name]) for of_step in sums))
+        for name, first in sums[0].items()
+        if not np.ndim(first)
+    }
 
 
 def _line(summary: Mapping[str, float]) -> str:
@@ -261,6 +325,7 @@ def _line(summary: Mapping[str, float]) -> str:
         ("negative_mass", "p(removed) {:.2e}"),
         ("positive_kl", "KL to the original at ordinary positions {:.2e}"),
         ("gradient_norm", "gradient norm {:.3g}"),
+        ("num_skipped", "{:.0f} left out"),
         ("tokens_per_second", "{:.0f} target tokens/s"),
         ("input_wait_fraction", "{:.0%} of the time waiting for input"),
     )
