@@ -63,6 +63,9 @@ def test_every_arm_is_there(swept):
     assert swept["rows"][0]["num_outputs"] + swept["choice_rows"][0]["num_outputs"] == 60
     assert all(row["steps"] == 6 and row["train_seconds"] > 0 for row in swept["rows"][:4])
     assert {row["objective"] for row in swept["chosen"]} == {"TNRF", "UL+LL", "decode mask"}
+    # The frontier is that of trained arms.
+    assert {row["objective"] for row in swept["chosen"] if "is_pareto" in row} == {"TNRF", "UL+LL"}
+    assert any(row.get("is_pareto") for row in swept["chosen"])
 
 
 def test_an_arm_is_what_train_makes_of_its_settings(swept):

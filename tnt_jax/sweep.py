@@ -285,7 +285,9 @@ def _chosen(
     chosen = results.averaged(kept, key=lambda row: (row["decoder"], row["objective"]))
     for decoder in opened.settings.decoders:
         rows = [row for row in chosen if row["decoder"] == decoder]
-        for row, is_best in zip(rows, results.pareto(rows), strict=True):
+        # A mask patches no model: the frontier is that of those that were trained.
+        trained = [row for row in rows if row["objective"] != MASK]
+        for row, is_best in zip(trained, results.pareto(trained), strict=True):
             row["is_pareto"] = is_best
         # Of an arm's first seed.
         names = {
@@ -355,7 +357,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         number("residual", ".4f"),
         number("collateral_elsewhere", ".4f"),
         "-" if row.get("bleu_p_value") is None else f"{row['bleu_p_value']:.3f}",
-        "yes" if row["is_pareto"] else "",
+        "yes" if row.get("is_pareto") else "",
     ]
 
 
