@@ -95,7 +95,12 @@ setuptools.setup(
         # Message and reply pairs for tnt_jax.corpora.chitchat.
         "chitchat": ["chitchat-dataset==0.9.0"],
         # The site of docs/: make docs.
-        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],
+        "docs": [
+            "mkdocs>=1.6,<2",
+            "mkdocs-material>=9.7",
+            "mkdocstrings[python]>=1.0",
+            "ruff>=0.12",  # breaks long signatures into lines
+        ],
         "test": [
             "alt-profanity-check>=1.5",
             "basedpyright>=1.31",
