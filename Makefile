@@ -2,6 +2,7 @@
 #                   minutes on two cores
 # make test         the unit and end-to-end tests
 # make lint         ruff and basedpyright
+# make docs         the site of docs/, in site/: open site/index.html
 # make parity       logits, outputs and conversion against transformers and torch, at T5-small's size
 #
 # Each makes a virtual environment first and installs what it needs, once; nothing outside the
@@ -24,7 +25,7 @@ INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check
 MAKE_VENV = $(PYTHON) -m venv --clear $(VENV)
 endif
 
-.PHONY: quickstart test lint parity
+.PHONY: quickstart test lint docs parity
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.installed-quickstart
@@ -37,6 +38,10 @@ lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/basedpyright --pythonpath $(VENV)/bin/python
+
+# mkdocs-material announces at every build what it thinks of the next mkdocs.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --clean
 
 # Its environment is apart: torch is large, and nothing else here needs it.
 PARITY_VENV = .venv-parity
@@ -58,6 +63,10 @@ $(VENV)/.installed-quickstart: setup.py $(VENV)/bin/python
 $(VENV)/.installed-test: setup.py $(VENV)/bin/python
 	$(INSTALL) --editable '.[test]'
 	$(INSTALL_CORPUS)
+	touch $@
+
+$(VENV)/.installed-docs: setup.py $(VENV)/bin/python
+	$(INSTALL) --editable '.[docs]'
 	touch $@
 
 # PyPI's torch brings gigabytes of CUDA on Linux: the second choice, where the first is out of reach.

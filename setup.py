@@ -94,6 +94,13 @@ setuptools.setup(
         ],
         # Message and reply pairs for tnt_jax.corpora.chitchat.
         "chitchat": ["chitchat-dataset==0.9.0"],
+        # The site of docs/: make docs.
+        "docs": [
+            "mkdocs>=1.6,<2",
+            "mkdocs-material>=9.7",
+            "mkdocstrings[python]>=1.0",
+            "ruff>=0.12",  # breaks long signatures into lines
+        ],
         "test": [
             "alt-profanity-check>=1.5",
             "basedpyright>=1.31",
@@ -106,6 +113,7 @@ setuptools.setup(
             "jaxtyping>=0.3.7",
             # The compiler for TPUs, which needs none: tests/test_tpu_program.py.
             "libtpu; platform_system == 'Linux' and platform_machine == 'x86_64'",
+            "markdown-it-py>=3",  # reads README.md and docs/: tests/test_docs.py
             # Drives a Chromium that is there already: tests/test_report_browser.py.
             "playwright>=1.55",
             "pytest>=9.0",

@@ -301,7 +301,8 @@ def _describe(
         (folder / huggingface.CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def _main(arguments: list[str]) -> None:
+def gin_arguments(arguments: list[str]) -> list[str]:
+    """The command line as `program.run` takes it: each flag a setting of `convert`."""
     parser = argparse.ArgumentParser(
         prog="python -m tnt_jax.convert",
         description=__doc__,
@@ -340,7 +341,11 @@ def _main(arguments: list[str]) -> None:
         if value is not None:
             text = repr(value) if isinstance(value, str) else value
             settings.append(f"--gin.convert.convert.{name}={text}")
-    program.run("tnt_jax.convert", "convert", settings)
+    return settings
+
+
+def _main(arguments: list[str]) -> None:
+    program.run("tnt_jax.convert", "convert", gin_arguments(arguments))
 
 
 if __name__ == "__main__":

@@ -118,6 +118,33 @@ def _run(
     own_flags: Sequence[str],
     needs_all: bool,
 ) -> None:
+    configured = configure(module_name, function_name, arguments, own_flags, needs_all)
+    if configured is not None:
+        configured()
+
+
+def configure(
+    module_name: str,
+    function_name: str,
+    arguments: Sequence[str],
+    own_flags: Sequence[str] = (),
+    needs_all: bool = True,
+) -> Callable[[], Any] | None:
+    """All that `run` does before it calls the function: gin is given every setting, and asked.
+
+    Args:
+        module_name: as in `run`, and so are the others.
+        function_name: of the program.
+        arguments: the command line.
+        own_flags: `flags`.
+        needs_all: whether every setting that is required must be given.
+
+    Returns:
+        The function with its settings; None where help was asked for, which is then printed.
+
+    Raises:
+        UsageError: a flag, a gin file or a setting does not fit. gin raises for others.
+    """
     short_name = f"{module_name.rpartition('.')[2]}.{function_name}"
     own = {f"--{name}=": f"--gin.{short_name}.{name}=" for name in own_flags}
     for flag, setting in own.items():
@@ -129,7 +156,7 @@ def _run(
     folders = _gin_folders(flags.search_folders)
     if flags.help:
         print(_help(module_name, function_name, flags, folders))
-        return
+        return None
 
     settings = _Settings(folders)
     files = [settings.add_file(name, given_by="--gin_file") for name in flags.gin_files]
@@ -174,7 +201,7 @@ def _run(
     _check_types()
     if needs_all:
         gin.finalize()  # refuses whatever is still required
-    configured()
+    return configured
 
 
 def bound_arguments(
