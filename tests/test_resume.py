@@ -34,6 +34,7 @@ RUN = {
     "DROPOUT_RATE": 0.1,
     "NUM_MICROBATCHES": 2,
     "PACK": True,
+    "TASK_FEATURE_LENGTHS": {"inputs": 16, "targets": 48},
     "LOG_EVERY": 1,
     "CHECKPOINT_EVERY": 2,
     "KEEP_CHECKPOINTS": 5,
@@ -140,7 +141,7 @@ def test_the_comparison_sees_every_difference():
 def probe_by_hand(path):
     """Log-probabilities of sixteen tokens, from dense logits, on one device."""
     weights = pretrained.open_checkpoint(path)
-    params = weights.restore(t5.abstract_params(weights.config))
+    params = jax.tree.map(jnp.asarray, weights.restore(t5.abstract_params(weights.config)))
     ids = np.random.default_rng(0).integers(2, rooms.VOCAB_SIZE, (4, 2, 16), dtype=np.int32)
     batch = {
         "encoder_input_tokens": ids[:, 0],

@@ -91,7 +91,7 @@ class Checkpoints:
         self,
         state: train_step.TrainState,
         run: Mapping[str, Any],
-        metrics: Mapping[str, float] | None = None,
+        metrics: Mapping[str, float | int] | None = None,
     ) -> None:
         """Writes a checkpoint in the background.
 
@@ -186,7 +186,7 @@ def _retention(
     if keep_every is not None:
         kept.append(policies.EveryNSteps(keep_every))
 
-    def metric(metrics: Mapping[str, float]) -> float:
+    def metric(metrics: Mapping[str, float | int]) -> float:
         return metrics.get(keep_best or "", math.inf)
 
     if keep_best is not None:

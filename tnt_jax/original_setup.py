@@ -59,7 +59,7 @@ def make_trainer(
     adapter_rank: int = 16,
     adapter_alpha: float = 32.0,
     block_size: int | None = None,
-    max_gradient_norm: float | None = None,
+    max_gradient_norm: float | int | None = None,
     non_finite: str = "stop",
     devices: Sequence[Any] | None = None,
 ) -> assembly.Trainer:
@@ -109,7 +109,7 @@ def make_trainer(
 
 
 def _clipped(
-    optimizer: optax.GradientTransformation, max_norm: float | None
+    optimizer: optax.GradientTransformation, max_norm: float | int | None
 ) -> optax.GradientTransformation:
     """Clips by the norm over all parameters, before anything else is done with a gradient."""
     if max_norm is None:

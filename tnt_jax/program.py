@@ -62,6 +62,12 @@ quiet_tensorflow.install()
 # ---------------------------------------------------------------------------------------------
 
 
+def _is_not_said_twice(record: logging.LogRecord) -> bool:
+    """Orbax logs what its threads raise, with tracebacks of pages; `run` says it in a line."""
+    is_orbaxs = bool(record.exc_info) and "orbax" in record.pathname
+    return not (is_orbaxs or record.name == "asyncio")
+
+
 def run(
     module_name: str,
     function_name: str,
@@ -86,6 +92,8 @@ def run(
     """
     # `force`: some library has set a format of its own when it was imported.
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, force=True)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_is_not_said_twice)
     try:
         arguments = sys.argv[1:] if arguments is None else arguments
         _run(module_name, function_name, arguments, flags, needs_all)

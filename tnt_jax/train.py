@@ -88,7 +88,7 @@ def train(
     keep_checkpoints: int = 2,
     keep_every: int | None = None,
     keep_best: str | None = None,
-    max_gradient_norm: float | None = None,
+    max_gradient_norm: float | int | None = None,
     non_finite: str = "stop",
     spike_deviations: float | None = 10.0,
     seed: int = 0,

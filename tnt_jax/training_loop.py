@@ -168,7 +168,7 @@ class Loop:
 
     def _summary(
         self, step: int, train_steps: int, found: "_Found", health: run_health.Health
-    ) -> dict[str, float]:
+    ) -> dict[str, float | int]:
         """The metrics of the updates since the last line, those that were left out apart."""
         first_step = step - len(found.sums) + 1
         sums = [
@@ -188,7 +188,7 @@ class Loop:
         self,
         state: train_step.TrainState,
         step: int,
-        metrics: Mapping[str, float],
+        metrics: Mapping[str, float | int],
         health: run_health.Health,
     ) -> None:
         # The numbers of an update say nothing of the parameters that it made.
@@ -319,7 +319,7 @@ def _add(sums: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     }
 
 
-def _line(summary: Mapping[str, float]) -> str:
+def _line(summary: Mapping[str, float | int]) -> str:
     shown = (
         ("loss", "loss {:.4f}"),
         ("negative_mass", "p(removed) {:.2e}"),
