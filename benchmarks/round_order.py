@@ -62,7 +62,7 @@ def main():
     rows = []
     for first, second in pairs:
         same, divergence = compare(run, {**models, "original": run.original}, first, second)
-        rows.append([f"{first} | {second}", f"{same:.1%}", f"{divergence:.4f}"])
+        rows.append([f"{first}, {second}", f"{same:.1%}", f"{divergence:.4f}"])
     report.table(["", "same greedy answers", "KL per token, nats"], rows)
 
 
