@@ -4,7 +4,6 @@ import pathlib
 import sys
 from typing import ClassVar
 
-import gin
 import pytest
 from etils.epath import gpath
 from fsspec.implementations.memory import MemoryFileSystem
@@ -76,8 +75,7 @@ def test_what_fails_half_way_leaves_nothing(bucket):
 
 
 def test_settings_are_written_beside_the_output(bucket, monkeypatch):
-    monkeypatch.setattr(run_config, "_config_text", lambda: "SEED = 3\n")
-    monkeypatch.setattr(gin, "config_str", lambda: "SEED = 3\n")
+    monkeypatch.setattr(run_config, "text", lambda: "SEED = 3\n")
     run_log.write_json("gs://b/run/a.json", {"x": 1})
     run_config.write("gs://b/run")
     run_config.write("gs://b/run/a.json")
