@@ -52,6 +52,7 @@ class Cloud:
 
     def __init__(self, folder, checkout):
         self.folder, self.checkout = folder, checkout
+        self.started = None
         (folder / "bin").mkdir()
         (folder / "bin/gcloud").write_text(
             f'#!/bin/sh\nexec {sys.executable} -I -S {FAKES / "fake_gcloud.py"} "$@"\n'
@@ -102,6 +103,19 @@ class Cloud:
             timeout=120,
         )
 
+    def start(self, log, *arguments):
+        """Does not wait; the output goes to a file."""
+        with log.open("w") as output:
+            self.started = subprocess.Popen(
+                self.command(*arguments),
+                env=self.environment,
+                cwd=self.user,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        return self.started
+
     def up(self, *arguments):
         return self.run("up", *SETTINGS, *arguments)
 
@@ -119,6 +133,8 @@ class Cloud:
 def cloud(tmp_path, checkout):
     made = Cloud(tmp_path, checkout)
     yield made
+    if made.started and made.started.poll() is None:
+        os.killpg(made.started.pid, signal.SIGKILL)
     fake_gcloud.end_processes(tmp_path / "hosts")
 
 
@@ -479,15 +495,7 @@ def test_interrupted_the_run_goes_on_and_up_takes_it_up_again(cloud):
     cloud.set(hosts=2)
     (cloud.folder / "program").write_text("hold\n")
     log = cloud.folder / "first.log"
-    with log.open("w") as output:
-        first = subprocess.Popen(
-            cloud.command("up", *SETTINGS),
-            env=cloud.environment,
-            cwd=cloud.user,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    first = cloud.start(log, "up", *SETTINGS)
     wait_until(lambda: "update 1 of host-0" in log.read_text())
 
     second = cloud.up()
