@@ -1,13 +1,15 @@
 """The numbers of a sweep: by hand, by another implementation, by what must not matter."""
 
+import json
 import math
+import pathlib
 import random
 
 import numpy as np
 import pytest
 from sacrebleu.metrics.bleu import BLEU
 
-from tnt_jax import records, results
+from tnt_jax import records, results, sweep
 
 WORDS = ["the", "a", "old", "new", "house", "tree", "lake", "hill", "red", "blue", "is", "was"]
 
@@ -126,3 +128,17 @@ def test_seeds_are_averaged():
     assert (first["alpha"], first["num_seeds"]) == (2.0, 2)
     assert "seed" not in first
     assert (second["bleu"], second["bleu_sd"], second["num_seeds"]) == (50.0, None, 1)
+
+
+def test_the_published_tables_are_those_of_the_published_numbers():
+    docs = pathlib.Path(__file__).parent.parent / "docs"
+    found = json.loads((docs / "results.json").read_text("utf-8"))
+    page = (docs / "results.md").read_text("utf-8")
+    for of_sweep in found["sweeps"]:
+        decoders = list(dict.fromkeys(row["decoder"] for row in of_sweep["chosen"]))
+        assert sweep.as_markdown(of_sweep, decoders).strip() in page, of_sweep["name"]
+    wanted = {"task", "objective", "alpha", "seed", "steps", "unwanted_rate_before"}
+    wanted |= {"unwanted_rate_after", "bleu", "rouge_l", "exact_match", "repeated_word_rate"}
+    wanted |= {"unknown_token_rate", "distinct_ratio", "residual", "collateral"}
+    for of_row in found["rows"]:
+        assert wanted - set(of_row) <= {"residual", "collateral"}  # a mask has no model
