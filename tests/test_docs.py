@@ -23,7 +23,7 @@ import gin
 import markdown_it
 import pytest
 
-from tnt_jax import convert, program
+from tnt_jax import convert, program, sharding
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -319,6 +319,15 @@ def test_messages_in_troubleshooting_are_those_of_the_code():
     for message in messages:
         for part in message.split("..."):
             assert part.strip(" ?[].") in constants, message
+
+
+def test_the_table_of_axes_is_that_of_the_code():
+    page = (ROOT / "docs/sharding.md").read_text("utf-8").partition("## One table")[2]
+    found = {}
+    for names, mesh_axes in re.findall(r"^\| (`.+?) \| (.+?) \|", page, re.MULTILINE):
+        axes = tuple(re.findall(r"`(\w+)`", mesh_axes))
+        found |= dict.fromkeys(re.findall(r"`(\w+)`", names), axes)
+    assert found == dict(sharding.AXIS_RULES)
 
 
 # --- Links ----------------------------------------------------------------------------------------
