@@ -200,6 +200,21 @@ NOWHERE = {
 }
 
 
+VALUES = [
+    *(repr(value) for value in mutations.ODD_VALUES if value != 10**400),
+    *(
+        "%BATCH_SIZE",
+        "%nothing",
+        "@nothing",
+        "@optax.adam()",
+        "@tnt_jax",
+        "@train.train",
+        "(1,",
+    ),
+    *("{'inputs': 8, 'targets': 'x'}", "{'inputs': 1.5}", "[1, 'x']", "-7", "1e400", "'\\x00'"),
+]
+
+
 def stderr_of(capsys, run_name, arguments):
     """The one line with which a program ends."""
     with pytest.raises(SystemExit) as stopped:
@@ -222,22 +237,9 @@ def test_flags(run_name, capsys):
     text = "".join((GIN_CONFIGS / name).read_text() for name in files if "/" in name)
     text += (GIN_CONFIGS / "runs" / "update.gin").read_text() if "train" in run_name else ""
     names = sorted({*re.findall(r"^([A-Z][A-Z0-9_]*) = ", text, re.MULTILINE)})
-    values = [
-        *(repr(value) for value in mutations.ODD_VALUES if value != 10**400),
-        *(
-            "%BATCH_SIZE",
-            "%nothing",
-            "@nothing",
-            "@optax.adam()",
-            "@tnt_jax",
-            "@train.train",
-            "(1,",
-        ),
-        *("{'inputs': 8, 'targets': 'x'}", "{'inputs': 1.5}", "[1, 'x']", "-7", "1e400", "'\\x00'"),
-    ]
     outcomes = set()
     for _ in range(60):
-        changed = f"--gin.{chance.choice(names)}={chance.choice(values)}"
+        changed = f"--gin.{chance.choice(names)}={chance.choice(VALUES)}"
         outcomes.add(stderr_of(capsys, run_name, [*arguments, changed]))
     assert len(outcomes) > 10
 
