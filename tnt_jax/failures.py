@@ -49,8 +49,10 @@ def explain(error: BaseException) -> str | None:
         isinstance(error, OSError) and error.errno in _PATH_NUMBERS
     ):
         return _one_line(error)
-    if isinstance(error, ValueError) and str(error) == "embedded null byte":
-        return "a path has a null character in it."
+    if isinstance(error, ValueError) and "embedded null" in str(error):
+        return "expected a path, found a text with a null character in it."
+    if isinstance(error, UnicodeEncodeError) and "surrogates" in error.reason:
+        return f"expected Unicode text, found half a surrogate pair: {error}."
     *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
     # gin refused a setting, or found a required argument missing. Any other TypeError at a call
     # through gin is a call that we wrote wrong.
