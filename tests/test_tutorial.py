@@ -32,8 +32,8 @@ def readers_folder(tmp_path_factory):
         assert rooms.run("train", learning, ["objectives/fine_tune.gin"]) == 0
         convert.convert(input="original", output="model", output_format="huggingface")
         for name, rows in (
-            ("prompts", rooms.corpus()[::2]),
-            ("other_prompts", rooms.corpus()[1::2]),
+            ("prompts", rooms.corpus()[:32]),
+            ("other_prompts", rooms.corpus()[32:]),
         ):
             lines = [json.dumps({"inputs": row.inputs}) + "\n" for row in rows]
             pathlib.Path(f"{name}.jsonl").write_text("".join(lines))
@@ -57,7 +57,7 @@ def test_the_tutorial_works_as_it_stands():
                 assert words[0] in ("pip", "head"), words
 
     annotated = records.read_records("annotated.jsonl")
-    assert 10 < sum(bool(row.negative_spans) for row in annotated) < len(annotated) == 30
+    assert 10 < sum(bool(row.negative_spans) for row in annotated) < 18 < len(annotated) == 28
     (evaluation,) = json.loads(pathlib.Path("runs/mine/summary.json").read_text())[
         "evaluations"
     ].values()
