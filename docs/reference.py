@@ -117,7 +117,7 @@ def _gin_files(folder: str, what: str) -> str:
         name = f"{folder}/{path.name}"
         parts.append(f"## {name}")
         if folder == "runs" and (settings := _settings(path)):
-            parts.append(_table(settings))
+            parts.append(_table(settings, path.name))
         parts.append(f"```python\n{path.read_text('utf-8').strip()}\n```")
     return "\n\n".join(parts) + "\n"
 
@@ -138,12 +138,13 @@ def _settings(path: pathlib.Path) -> dict[str, tuple[str, str, str]]:
     return found
 
 
-def _table(settings: dict[str, tuple[str, str, str]]) -> str:
+def _table(settings: dict[str, tuple[str, str, str]], own: str) -> str:
     def cell(text: str) -> str:
         return text.replace("|", "\\|")
 
-    lines = ["| setting | default | | of |", "|---|---|---|---|"]
+    lines = ["| setting | default | | from |", "|---|---|---|---|"]
     for name, (value, comment, file) in settings.items():
         shown = "*must be set*" if value == "%gin.REQUIRED" else f"`{cell(value)}`"
-        lines.append(f"| `{name}` | {shown} | {cell(comment)} | {file} |")
+        source = "" if file == own else file
+        lines.append(f"| `{name}` | {shown} | {cell(comment)} | {source} |")
     return "\n".join(lines)

@@ -237,7 +237,7 @@ def test_commands(page):
             for words in commands(block.text, variables):
                 try:
                     check_command(words)
-                except Exception as error:
+                except (Exception, SystemExit) as error:
                     raise AssertionError(f"{block.place}: {shlex.join(words)}") from error
                 finally:
                     gin.clear_config()
