@@ -55,6 +55,17 @@ def test_metrics_after_the_checkpoint_are_written_again(tmp_path):
         assert lines_of(path) == []
 
 
+def test_lines_are_kept_whole_whatever_their_texts_hold(tmp_path):
+    text = "a\u2028b\x85c\x0bd\re"
+    with run_log.StepLines(tmp_path / "samples.jsonl") as writer:
+        writer.write(3, {"text": text})
+        writer.write(4, {"text": text})
+    with run_log.StepLines(tmp_path / "samples.jsonl", last_step=3) as writer:
+        writer.write(5, {})
+    written = (tmp_path / "samples.jsonl").read_bytes().decode().split("\n")[:-1]
+    assert [json.loads(line) for line in written] == [{"step": 3, "text": text}, {"step": 5}]
+
+
 def test_lines_of_a_step_hold_any_value(tmp_path):
     with run_log.StepLines(tmp_path / "events.jsonl") as writer:
         writer.write(3, {"loss": float("inf"), "examples": ["Zoë"], "count": 2})

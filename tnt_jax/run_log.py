@@ -86,13 +86,14 @@ def _plain_progress(iterable: Iterable[Any], description: str, total: int | None
             line = f"{description}: {count}"
             if total:
                 left = (now - start) / count * max(total - count, 0)
-                line += f"/{total} ({100 * count // total} %), {_duration(left)} left"
+                line += f"/{total} ({100 * count // total} %), {duration(left)} left"
             log(line)
             last_time, last_count = now, count
-    log(f"{description}: {count} in {_duration(time.monotonic() - start)}")
+    log(f"{description}: {count} in {duration(time.monotonic() - start)}")
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time for people: 1:05, 12:03:20."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
@@ -120,8 +121,8 @@ class StepLines:
             written = path.read_bytes().decode("utf-8", "replace")  # whatever a crash left
             whole = written[: written.rfind("\n") + 1]
             if last_step is not None:
-                lines = whole.splitlines(keepends=True)
-                whole = "".join(line for line in lines if _step_of(line) <= last_step)
+                lines = whole.split("\n")[:-1]  # a text in it may hold other separators
+                whole = "".join(f"{line}\n" for line in lines if _step_of(line) <= last_step)
             if whole != written:
                 write_text(path, whole)
         self._file = path.open("a", encoding="utf-8")
