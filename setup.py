@@ -44,6 +44,7 @@ setuptools.setup(
         "scipy>=1.14",
         "sentencepiece>=0.2.3",
         "seqio>=0.0.20",
+        "tensorboardX>=2.6.5",  # writes what TensorBoard shows, without TensorFlow
         "tensorflow>=2.21",
         "tensorflow-datasets>=4.9.9",
         "tensorstore>=0.1.74",
@@ -67,6 +68,8 @@ setuptools.setup(
             "grain>=0.2.18",
             "tensorboard>=2.20",
         ],
+        # Weights & Biases, for WANDB_PROJECT.
+        "wandb": ["wandb>=0.31"],
         # Models by their names on the Hugging Face hub.
         "hub": ["huggingface-hub>=0.30"],
         # Annotators and scorers that read text with a trained model.

@@ -85,6 +85,15 @@ class Decoding:
             )
 
 
+def within_vocabulary(decoding: Decoding, vocab_size: int, config: t5.T5Config) -> Decoding:
+    """The same, never with an id that stands for no text.
+
+    T5's embedding has more rows than its vocabulary, of `vocab_size`, has ids.
+    """
+    unused = range(vocab_size, config.vocab_size)
+    return dataclasses.replace(decoding, banned_ids=(*decoding.banned_ids, *unused))
+
+
 class Decoded(NamedTuple):
     """One output per row.
 

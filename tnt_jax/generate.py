@@ -14,7 +14,6 @@ Example:
 """
 
 import collections
-import dataclasses
 import functools
 import itertools
 import time
@@ -95,9 +94,7 @@ def generate(
     config = pretrained.config_of(model, checkpoint_path)
     network = assembly.Model(config=config, mesh=mesh)
     vocab_size = pretrained.check_vocabulary(vocabulary, config, checkpoint_path)
-    # T5's embedding has more rows than its vocabulary has ids: those stand for no text.
-    unused = range(vocab_size, config.vocab_size)
-    decoder = dataclasses.replace(decoder, banned_ids=(*decoder.banned_ids, *unused))
+    decoder = decoding.within_vocabulary(decoder, vocab_size, config)
     rows = _read(prompts, vocabulary)
     params = network.restore(checkpoint_path)
 

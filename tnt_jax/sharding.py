@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tnt_jax.array_types import Array, PyTree
@@ -168,7 +169,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def check_batch_size(batch_size: int, num_microbatches: int, mesh: Mesh) -> None:
     """Raises a UsageError unless every microbatch splits evenly over the devices that share it."""
-    num_devices = math.prod(mesh.shape[axis] for axis in AXIS_RULES["batch"])
+    num_devices = _num_row_devices(mesh)
     num_parts = num_microbatches * num_devices
     if num_microbatches < 1 or batch_size < 1 or batch_size % num_parts:
         axes = " x ".join(AXIS_RULES["batch"])
@@ -176,6 +177,16 @@ def check_batch_size(batch_size: int, num_microbatches: int, mesh: Mesh) -> None
             f"BATCH_SIZE: expected a multiple of num_microbatches x {axes} devices = "
             f"{num_microbatches} x {num_devices}; found {batch_size}."
         )
+
+
+def batch_size_for(num_rows: int, mesh: Mesh) -> int:
+    """The smallest batch that has so many rows and splits evenly over the devices."""
+    num_devices = _num_row_devices(mesh)
+    return math.ceil(num_rows / num_devices) * num_devices
+
+
+def _num_row_devices(mesh: Mesh) -> int:
+    return math.prod(mesh.shape[axis] for axis in AXIS_RULES["batch"])
 
 
 def param_shardings(abstract_params: PyTree, logical_axes: PyTree, mesh: Mesh) -> PyTree:
@@ -279,6 +290,11 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
         name: jax.make_array_from_callback(rows.shape, sharding, rows.__getitem__)
         for name, rows in batch.items()
     }
+
+
+def fetch(array: jax.Array) -> np.ndarray:
+    """The whole of an array, on every host."""
+    return multihost_utils.process_allgather(array, tiled=True)
 
 
 def _dict_keys(path: tuple[Any, ...]) -> tuple[str, ...]:

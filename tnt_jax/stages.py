@@ -5,6 +5,7 @@ fingerprints of what it read.
 """
 
 import contextlib
+import contextvars
 import hashlib
 import json
 import pathlib
@@ -15,6 +16,13 @@ from typing import Any
 
 from tnt_jax import run_config, run_log
 from tnt_jax.errors import UsageError
+
+_running: contextvars.ContextVar[bool] = contextvars.ContextVar("running", default=False)
+
+
+def is_running() -> bool:
+    """Whether what asks is called by a stage: then something else decides what comes next."""
+    return _running.get()
 
 
 class Stages:
@@ -80,7 +88,11 @@ class Stages:
         run_log.log(f"[{self._number}] {name}")
         run_log.write_json(str(note), {"described": described, "done": False})
         began = time.monotonic()
-        function(**{output_name: output}, **inputs, **settings)
+        token = _running.set(True)
+        try:
+            function(**{output_name: output}, **inputs, **settings)
+        finally:
+            _running.reset(token)
         seconds = round(time.monotonic() - began, 1)
         run_log.write_json(str(note), {"described": described, "done": True, "seconds": seconds})
 

@@ -18,6 +18,7 @@ Example:
       --gin.TRAIN_STEPS=200
 """
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -39,9 +40,12 @@ from tnt_jax import (
     run_config,
     run_log,
     sharding,
+    stages,
     t5,
     train_step,
     training_loop,
+    watching,
+    writers,
 )
 from tnt_jax.array_types import PyTree
 from tnt_jax.errors import UsageError
@@ -91,6 +95,7 @@ def train(
     max_gradient_norm: float | int | None = None,
     non_finite: str = "stop",
     spike_deviations: float | None = 10.0,
+    watch: watching.Watch | None = None,
     seed: int = 0,
     allow_changes: Sequence[str] = (),
 ) -> str:
@@ -129,6 +134,7 @@ def train(
         run, "skip" leaves the update out and counts it.
       spike_deviations: How far above the usual a loss is noted in `events.jsonl`, as in
         `run_health.Health`.
+      watch: What else is shown and written; metrics always are.
       seed: Of the data order, dropout and a random initialisation.
       allow_changes: What may differ from the run that `model_dir` holds, by its names in
         `resume.COMPARED`; otherwise it is refused.
@@ -200,6 +206,14 @@ def train(
     _check_marks(data.examples, objective, task_feature_lengths, config.vocab_size)
     _log_fill(data.batches)
     memory.check_batch(batch_size, task_feature_lengths["inputs"] + task_feature_lengths["targets"])
+    watched = (watch or watching.Watch()).prepare(
+        network,
+        vocabulary=dataset.vocabulary,
+        examples=data.eval_examples or data.examples,
+        task_feature_lengths=task_feature_lengths,
+        checkpoint_path=initial_checkpoint_path,
+        model_dir=model_dir,
+    )
 
     def bring(is_new: bool) -> tuple[original_setup.Brought, PyTree | None]:
         return original_setup.bring(
@@ -267,10 +281,15 @@ def train(
             "device(s)."
         )
         with (
-            run_log.MetricsWriter(model_dir, last_step=start.step) as metrics,
+            writers.open_all(
+                model_dir,
+                start=start.step,
+                config=run,
+                wandb_project=watched.settings.wandb_project,
+            ) as metrics,
             run_log.StepLines(f"{model_dir}/events.jsonl", last_step=start.step) as events,
         ):
-            training_loop.Loop(
+            outcome = training_loop.Loop(
                 trainer=trainer,
                 original=start.original,
                 data=data,
@@ -283,6 +302,9 @@ def train(
                 events=events,
                 spike_deviations=spike_deviations,
                 before=start.before,
+                watched=watched,
+                starts_from_original=initial_checkpoint_path is not None
+                and start_checkpoint_path is None,
                 model_dir=model_dir,
                 seed=seed,
             ).go(start.state, start.step, train_steps)
@@ -292,8 +314,19 @@ def train(
         if best is not None:
             run_log.log(f"{keep_best} is smallest at {model_dir}/checkpoint_{best}.")
     last = str(pretrained.find(model_dir))
-    run_log.log(f"The model is in {last}.")
+    run_log.log(f"{outcome}The model is in {last}.{_next(model_dir)}")
     return last
+
+
+def _next(model_dir: str) -> str:
+    """What to run after this, unless it is a stage of something that knows."""
+    if stages.is_running():
+        return ""
+    return (
+        " What does it say now? python -m tnt_jax.generate --gin_file=models/from_checkpoint.gin "
+        f"--gin_file=runs/generate.gin --gin.CHECKPOINT_PATH={shlex.quote(model_dir)} "
+        "--gin.PROMPTS=prompts.jsonl --gin.OUTPUT=outputs.jsonl"
+    )
 
 
 def _check_positive(**settings: int) -> None:

@@ -20,9 +20,12 @@ from tnt_jax import (
     run_log,
     sharding,
     train_step,
+    watching,
+    writers,
 )
 from tnt_jax.array_types import PyTree
 from tnt_jax.errors import UsageError
+from tnt_jax.original import CachedStates
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,6 +110,8 @@ class Loop:
       events: Where `run_health` writes.
       spike_deviations: As in `run_health.Health`.
       before: What the checkpoint that the run goes on from says; nothing of a new run.
+      watched: What the run is watched with.
+      starts_from_original: Whether a new run does.
       model_dir: Of the run, for messages.
       seed: Of dropout.
     """
@@ -117,29 +122,41 @@ class Loop:
     every: Every
     saved: checkpoints.Checkpoints
     run: Mapping[str, Any]
-    metrics: run_log.MetricsWriter
+    metrics: writers.Writers
     events: run_log.StepLines
     spike_deviations: float | None
     before: Mapping[str, Any]
+    watched: watching.Prepared
+    starts_from_original: bool
     model_dir: str
     seed: int
 
-    def go(self, state: train_step.TrainState, start: int, train_steps: int) -> None:
+    def go(self, state: train_step.TrainState, start: int, train_steps: int) -> str:
         """From the state after update `start`, which it takes over (donates), to the last.
+
+        Returns:
+          What came out, in words; nothing if there is nothing to do.
 
         Raises:
           UsageError: The loss, the gradient or a parameter is not finite.
         """
+        if start >= train_steps:
+            return ""
         key = jax.random.key(self.seed)
         evaluate = _Evaluation(self)
         health = self._health()
         since = _SinceLog()
         steps = range(start + 1, train_steps + 1)
-        with contextlib.closing(prefetch.ahead(self._batch, steps)) as upcoming:
+        with (
+            self._watched(state, start, train_steps) as watched,
+            contextlib.closing(prefetch.ahead(self._batch, steps)) as upcoming,
+        ):
             for step in steps:
                 with since.waiting():
                     batch = next(upcoming)
-                state, sums = self.trainer.step(state, self.original.params, batch, key)
+                with watched.update(step, state):
+                    state, sums = self.trainer.step(state, self.original.params, batch, key)
+                watched.dispatched(step, state)
                 since.add(sums)
                 is_last = step == train_steps
                 is_save = is_last or step % self.every.checkpoint == 0
@@ -147,14 +164,38 @@ class Loop:
                 # goes on from there finds is complete.
                 metrics = {}
                 if is_save or step % self.every.log == 0:
-                    metrics |= self._summary(step, train_steps, since.fetch(), health)
-                if self.data.eval_examples and (is_last or step % self.every.evaluation == 0):
-                    with since.paused():
-                        metrics |= evaluate(state, step)
+                    found = self._summary(step, since.fetch(), health)
+                    watched.view.trained(step, found)
+                    metrics |= found
+                with since.paused():
+                    if self.data.eval_examples and (is_last or step % self.every.evaluation == 0):
+                        found = evaluate(state)
+                        watched.view.evaluated(step, found)
+                        metrics |= {f"eval/{name}": value for name, value in found.items()}
+                    metrics |= watched.look(step, self._whole(state.params), is_last)
                 if metrics:
                     self.metrics.write(step, metrics)
                 if is_save:
+                    self.metrics.flush()
                     self._save(state, step, metrics, health)
+            return watched.view.outcome()
+
+    def _watched(
+        self, state: train_step.TrainState, start: int, train_steps: int
+    ) -> contextlib.AbstractContextManager[watching.Watched]:
+        whole = self._whole(state.params)
+        original = None
+        if not isinstance(self.trainer.original, CachedStates):
+            original = self.original.params
+        if original is None and start == 0 and self.starts_from_original:
+            original = whole
+        return self.watched.around(
+            out=self.metrics, params=whole, original=original, start=start, train_steps=train_steps
+        )
+
+    def _whole(self, params: PyTree) -> PyTree:
+        """All that the model is run with."""
+        return self.trainer.original.current_params(params, self.original.params)
 
     def _batch(self, step: int) -> dict[str, jax.Array]:
         """Of an update, on the mesh."""
@@ -167,7 +208,7 @@ class Loop:
         return sharding.put_batch(batch, self.trainer.model.mesh)
 
     def _summary(
-        self, step: int, train_steps: int, found: "_Found", health: run_health.Health
+        self, step: int, found: "_Found", health: run_health.Health
     ) -> dict[str, float | int]:
         """The metrics of the updates since the last line, those that were left out apart."""
         first_step = step - len(found.sums) + 1
@@ -181,7 +222,6 @@ class Loop:
             summary["num_skipped"] = len(found.sums) - len(sums)
         summary["tokens_per_second"] = summary.get("num_tokens", 0.0) / found.seconds
         summary["input_wait_fraction"] = found.seconds_waited / found.seconds
-        run_log.log(f"update {step} of {train_steps}: {_line(summary)}")
         return summary
 
     def _save(
@@ -241,7 +281,7 @@ class _Evaluation:
             trainer.model, trainer.objective, trainer.original, trainer.block_size
         )
 
-    def __call__(self, state: train_step.TrainState, step: int) -> dict[str, float]:
+    def __call__(self, state: train_step.TrainState) -> dict[str, float]:
         """The metrics of all of the evaluation's examples."""
         loop, data = self._loop, self._loop.data
         batch_size = data.batches.batch_size
@@ -260,8 +300,7 @@ class _Evaluation:
             )
             sums.append(jax.device_get(self._step(state.params, loop.original.params, batch)))
         summary = train_step.summarize(_add(sums))
-        run_log.log(f"update {step}, evaluation: {_line(summary)}")
-        return {f"eval/{name}": value for name, value in summary.items()}
+        return summary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,16 +356,3 @@ def _add(sums: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         for name, first in sums[0].items()
         if not np.ndim(first)
     }
-
-
-def _line(summary: Mapping[str, float | int]) -> str:
-    shown = (
-        ("loss", "loss {:.4f}"),
-        ("negative_mass", "p(removed) {:.2e}"),
-        ("positive_kl", "KL to the original at ordinary positions {:.2e}"),
-        ("gradient_norm", "gradient norm {:.3g}"),
-        ("num_skipped", "{:.0f} left out"),
-        ("tokens_per_second", "{:.0f} target tokens/s"),
-        ("input_wait_fraction", "{:.0%} of the time waiting for input"),
-    )
-    return ", ".join(form.format(summary[name]) for name, form in shown if name in summary)
