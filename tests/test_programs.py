@@ -513,8 +513,8 @@ def test_a_pipeline_of_two_rounds(original, capsys):
         checkpoints.Checkpoints(f"twice/{name}/model").run_of(6) for name in ("TNRF", "TNRF.round2")
     )
     assert last["original"] == first["original"]
-    assert first["start"] == "original"
-    assert pathlib.Path(last["start"]) == pathlib.Path("twice/TNRF/model/checkpoint_6").absolute()
+    assert first["start"]["path"] == "original"
+    assert pathlib.Path(last["start"]["path"]) == pathlib.Path("twice/TNRF/model/checkpoint_6").absolute()
 
     def losses(name):
         lines = pathlib.Path(f"twice/{name}/model/metrics.jsonl").read_text().splitlines()
@@ -543,4 +543,4 @@ def test_python_dash_m(original):
     refused = start("--gin.INITIAL_CHECKPOINT_PATH=one_device")
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1
-    assert "MODEL_DIR one_device holds a run whose original was original" in refused.stderr
+    assert "MODEL_DIR one_device holds another run, at update 2: " in refused.stderr
