@@ -97,6 +97,7 @@ GROUPS = {
         "run_config",
         "stages",
         "failures",
+        "gin_types",
         "program",
     },
     "programs": {

@@ -94,6 +94,8 @@ def record(**fields):
         ),
         ({"LEARNING_RATE": "0,001"}, "--gin.LEARNING_RATE: expected float or "),
         ({"MODEL_DIR": 3}, "--gin.MODEL_DIR: expected str, found 3."),
+        ({"TRAIN_STEPS": "@optax.adam"}, "--gin.TRAIN_STEPS: expected int, found @optax.adam."),
+        ({"NEGATIVE_WEIGHT": "@optax.adam()"}, "--gin.NEGATIVE_WEIGHT: expected float, found @"),
         ({"t5.T5Config.emb_dim": "wide"}, "--gin.t5.T5Config.emb_dim: expected int, found 'wide'."),
         (
             {"TASK_FEATURE_LENGTHS": 8},

@@ -514,7 +514,8 @@ def test_a_pipeline_of_two_rounds(original, capsys):
     )
     assert last["original"] == first["original"]
     assert first["start"]["path"] == "original"
-    assert pathlib.Path(last["start"]["path"]) == pathlib.Path("twice/TNRF/model/checkpoint_6").absolute()
+    checkpoint = pathlib.Path("twice/TNRF/model/checkpoint_6").absolute()
+    assert pathlib.Path(last["start"]["path"]) == checkpoint
 
     def losses(name):
         lines = pathlib.Path(f"twice/{name}/model/metrics.jsonl").read_text().splitlines()

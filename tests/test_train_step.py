@@ -479,7 +479,8 @@ def test_leaving_out_takes_no_memory_for_the_state_twice():
         memory[skips] = lowered.compile().memory_analysis()
     num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
     assert memory[True].alias_size_in_bytes >= num_bytes
-    assert memory[True].temp_size_in_bytes <= memory[False].temp_size_in_bytes + 0.1 * num_bytes
+    # What compilers lay out otherwise differs between machines; a second state would be all of it.
+    assert memory[True].temp_size_in_bytes <= memory[False].temp_size_in_bytes + 0.4 * num_bytes
 
 
 # --------------------------------------------------------------------------------------- Summaries

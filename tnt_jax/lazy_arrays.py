@@ -186,8 +186,9 @@ def kvstore(folder: epath.Path) -> dict[str, Any] | str:
 
 
 def first_line(error: Exception) -> str:
-    """What TensorStore says, without where in its source it says so."""
-    return str(error).splitlines()[0].partition(" [source locations")[0].rstrip(".")
+    """What TensorStore says, without where in its source it says so, and its settings."""
+    text = str(error).splitlines()[0]
+    return re.split(r" \[(?:source locations|tensorstore_spec)", text)[0].rstrip(".")
 
 
 def stack(arrays: Sequence[LazyArray], axis: int) -> LazyArray:

@@ -12,11 +12,10 @@ as text (`_Settings`), and only then by gin, which imports what they name.
 
 import argparse
 import ast
-import collections.abc
+import atexit
 import copy
 import dataclasses
 import difflib
-import enum
 import importlib
 import importlib.util
 import inspect
@@ -27,8 +26,7 @@ import pathlib
 import re
 import sys
 import tokenize
-import types
-import typing
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -37,7 +35,7 @@ import gin
 from gin import config as gin_config
 from gin import config_parser
 
-from tnt_jax import failures, quiet_tensorflow
+from tnt_jax import failures, gin_types, quiet_tensorflow
 from tnt_jax.errors import UsageError
 
 # Where gin_configs is: beside the package in a clone, in it when it was installed from a wheel.
@@ -107,8 +105,15 @@ def run(
             raise
         print(f"{module_name}: error: {message}", file=sys.stderr)
         _give_up_stdout()
+        atexit.register(_say_no_more)
         sys.exit(2)
     sys.exit(0)
+
+
+def _say_no_more() -> None:
+    """What libraries find while Python ends, reads that nobody waits for, would bury the message."""
+    sys.unraisablehook = lambda _: None
+    warnings.simplefilter("ignore")
 
 
 def _give_up_stdout() -> None:
@@ -206,7 +211,7 @@ def configure(
             f"no gin file sets {_and(missing)}: pass a run file with --gin_file=..., or set "
             + ", ".join(f"--gin.{short_name}.{name}=..." for name in missing)
         )
-    _check_types()
+    gin_types.check()
     if needs_all:
         gin.finalize()  # refuses whatever is still required
     return configured
@@ -244,100 +249,6 @@ def bound_arguments(
             "--gin_file=models/..., --gin_file=objectives/... and --gin_file=runs/train.gin."
         )
     return found
-
-
-def _check_types() -> None:
-    """Compares literals with the annotations of the parameters that they are bound to.
-
-    gin knows no types, so that `--gin.TRAIN_STEPS=1e3`, a float, would fail somewhere deep within.
-    What a reference (`@...`) gives is left to whoever receives it.
-
-    Raises:
-        UsageError: a literal is of another type.
-    """
-    for (_, selector), bindings in gin_config._CONFIG.items():
-        parameters = inspect.signature(gin_config._REGISTRY[selector].wrapped).parameters
-        for name, value in bindings.items():
-            setting = f"{selector.removeprefix('tnt_jax.')}.{name}"
-            macros: list[str] = []
-            while _is_macro(value):
-                setting = value.scopes[-1]
-                if setting in macros:
-                    raise UsageError(f"macros refer to each other: %{', %'.join(macros)}.")
-                macros.append(setting)
-                value = gin.query_parameter(f"{setting}/gin.macro.value")
-            if isinstance(value, gin_config.ConfigurableReference) or name not in parameters:
-                continue
-            annotation, default = parameters[name].annotation, parameters[name].default
-            if value is not default and not _has_type(value, annotation):
-                raise UsageError(
-                    f"--gin.{setting}: expected {_type_name(annotation)}, found {value!r}."
-                )
-
-
-def _is_macro(value: Any) -> bool:
-    return (
-        isinstance(value, gin_config.ConfigurableReference)
-        and value.evaluate
-        and value.selector == "gin.macro"
-    )
-
-
-def _has_type(value: Any, annotation: Any) -> bool:
-    """Whether a literal of gin is what an annotation says; True where that cannot be told."""
-    if isinstance(value, gin_config.ConfigurableReference):  # within a container
-        return True
-    if _is_union(annotation):
-        return any(_has_type(value, part) for part in typing.get_args(annotation))
-    expected = typing.get_origin(annotation) or annotation
-    if expected in (int, float, str, bool):
-        return type(value) is expected or (expected is float and type(value) is int)
-    if expected in (None, type(None)):
-        return value is None
-    if expected in (collections.abc.Mapping, collections.abc.Sequence, tuple, list, dict):
-        return (
-            isinstance(value, expected)
-            and not isinstance(value, str)
-            and _has_elements(value, typing.get_args(annotation))
-        )
-    if expected is collections.abc.Callable:
-        return False
-    if not isinstance(expected, type) or expected in (Any, inspect.Parameter.empty):
-        return True
-    if isinstance(value, str) and issubclass(expected, pathlib.PurePath | enum.Enum):
-        return True
-    try:
-        return isinstance(value, expected)  # no number is a mesh, no text an array
-    except TypeError:  # a protocol that cannot tell
-        return True
-
-
-def _has_elements(value: Any, of: Sequence[Any]) -> bool:
-    """Whether the parts of a container are what its annotation says in brackets."""
-    if isinstance(value, collections.abc.Mapping):
-        keys, values = of if len(of) == 2 else (Any, Any)
-        return all(_has_type(k, keys) and _has_type(v, values) for k, v in value.items())
-    if len(of) == 1 or of[1:] == (...,):
-        return all(_has_type(part, of[0]) for part in value)
-    if not of:
-        return True
-    return len(value) == len(of) and all(map(_has_type, value, of))
-
-
-def _type_name(annotation: Any) -> str:
-    if _is_union(annotation):
-        return " or ".join(map(_type_name, typing.get_args(annotation)))
-    kind = typing.get_origin(annotation) or annotation
-    names = {collections.abc.Callable: "a reference (@module.name)", types.NoneType: "None"}
-    name = names.get(kind, getattr(kind, "__name__", str(kind)))
-    parts = [] if name in names.values() else typing.get_args(annotation)
-    if not all(isinstance(part, type) and part is not Any for part in parts):
-        return name
-    return f"{name}[{', '.join(map(_type_name, parts))}]" if parts else name
-
-
-def _is_union(annotation: Any) -> bool:
-    return typing.get_origin(annotation) in (types.UnionType, typing.Union)
 
 
 def parse_gin_file(
