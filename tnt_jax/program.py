@@ -111,7 +111,7 @@ def run(
 
 
 def _say_no_more() -> None:
-    """What libraries find while Python ends, reads that nobody waits for, would bury the message."""
+    """What libraries find while Python ends, of reads left alone, would bury the message."""
     sys.unraisablehook = lambda _: None
     warnings.simplefilter("ignore")
 
