@@ -118,6 +118,8 @@ def _fits(reference: gin_config.ConfigurableReference, annotation: Any) -> bool:
     is_open = kind in (collections.abc.Callable, inspect.Parameter.empty)
     if is_open or not inspect.isclass(kind) or getattr(kind, "_is_protocol", False):
         return True
+    if reference.configurable is None:
+        return True
     wrapped = reference.configurable.wrapped
     try:
         if not reference.evaluate:  # the function or the class itself
