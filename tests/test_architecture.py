@@ -98,6 +98,8 @@ GROUPS = {
         "stages",
         "failures",
         "gin_types",
+        "preemption",
+        "processes",
         "program",
     },
     "programs": {

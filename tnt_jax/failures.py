@@ -6,7 +6,8 @@ import re
 import traceback
 from collections.abc import Iterator
 
-from tnt_jax.errors import UsageError
+from tnt_jax import processes
+from tnt_jax.errors import ProcessLost, UsageError
 from tnt_jax.run_config import is_gin_code
 
 # The user's to mend, whoever raised it: a path that does not work.
@@ -27,8 +28,10 @@ _FULL = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.E
 
 def explain(error: BaseException) -> str | None:
     """One line for the user; None where the error is our own defect."""
-    if isinstance(error, UsageError):
+    if isinstance(error, UsageError | ProcessLost):
         return _one_line(error)
+    if (reason := processes.lost(error)) is not None:
+        return printable(reason)
     chain = list(_chain(error))
     for one in chain:
         if full := next((reason for reason in _FULL if reason in str(one)), None):
@@ -60,6 +63,11 @@ def explain(error: BaseException) -> str | None:
     if is_gins and (not isinstance(error, TypeError) or "required" in str(error)):
         return _one_line(error)
     return None
+
+
+def exit_status(error: BaseException) -> int:
+    """Of a program that ends with one that `explain` explains: 1 where trying again helps."""
+    return 1 if isinstance(error, ProcessLost) or processes.lost(error) is not None else 2
 
 
 def out_of_memory(error: BaseException) -> str | None:

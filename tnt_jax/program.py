@@ -26,6 +26,7 @@ import pathlib
 import re
 import sys
 import tokenize
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
@@ -35,7 +36,7 @@ import gin
 from gin import config as gin_config
 from gin import config_parser
 
-from tnt_jax import failures, gin_types, quiet_tensorflow
+from tnt_jax import failures, gin_types, preemption, processes, quiet_tensorflow
 from tnt_jax.errors import UsageError
 
 # Where gin_configs is: beside the package in a clone, in it when it was installed from a wheel.
@@ -73,12 +74,15 @@ def run(
     *,
     flags: Sequence[str] = (),
     needs_all: bool = True,
+    processes_run: processes.Kind = processes.Kind.ALONE,
 ) -> NoReturn:
     """Runs a program with its command line, and exits.
 
     Exit status 0: done. 2, with one line on stderr: something that the user can mend (a
     `UsageError`, a setting that gin refuses, a path that does not work, a full disk, too little
-    memory). 130: interrupted. Any other exception is our own defect and keeps its traceback.
+    memory). 75: stopped by SIGTERM, and the same command goes on (`preemption`). 130: interrupted.
+    1 with one line: another process of the run is gone (`processes`). Any other exception is our
+    own defect and keeps its traceback.
 
     Args:
         module_name: full name of the program's module, which `python -m` knows only as `__main__`:
@@ -87,27 +91,54 @@ def run(
         arguments: the command line; `sys.argv[1:]` by default.
         flags: arguments of the function that are flags of their own: `--NAME=VALUE`.
         needs_all: whether every setting that the gin files require must be given.
+        processes_run: how the program runs where there are several processes.
     """
     # `force`: some library has set a format of its own when it was imported.
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, force=True)
     for handler in logging.getLogger().handlers:
         handler.addFilter(_is_not_said_twice)
+    preemption.install()
     try:
         arguments = sys.argv[1:] if arguments is None else arguments
-        _run(module_name, function_name, arguments, flags, needs_all)
+        configured = configure(module_name, function_name, arguments, flags, needs_all)
+        if configured is not None:
+            processes.start(function_name, processes_run)
+            configured()
         sys.stdout.flush()  # what is wrong with it is said now, not when Python ends
     except KeyboardInterrupt:
-        print(f"{module_name}: interrupted", file=sys.stderr)
+        print(f"{_name(module_name)}: interrupted", file=sys.stderr)
+        processes.end(130)
         sys.exit(130)
+    except preemption.Preempted as stopped:
+        print(
+            f"{_name(module_name)}: stopped by SIGTERM: {stopped}. The same command goes on from "
+            "there.",
+            file=sys.stderr,
+        )
+        processes.end(preemption.EXIT_STATUS)
+        sys.exit(preemption.EXIT_STATUS)
     except Exception as error:
         message = failures.explain(error)
         if message is None:
-            raise
-        print(f"{module_name}: error: {message}", file=sys.stderr)
+            if processes.count() == 1:
+                raise
+            traceback.print_exc()
+            processes.end(1)
+            sys.exit(1)
+        print(f"{_name(module_name)}: error: {message}", file=sys.stderr)
         _give_up_stdout()
+        status = failures.exit_status(error)
+        processes.end(status)
         atexit.register(_say_no_more)
-        sys.exit(2)
+        sys.exit(status)
     sys.exit(0)
+
+
+def _name(module_name: str) -> str:
+    """Of the program, for people; with which of several processes it is."""
+    if processes.count() == 1:
+        return module_name
+    return f"{module_name} (process {processes.index()} of {processes.count()})"
 
 
 def _say_no_more() -> None:
@@ -122,18 +153,6 @@ def _give_up_stdout() -> None:
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _run(
-    module_name: str,
-    function_name: str,
-    arguments: Sequence[str],
-    own_flags: Sequence[str],
-    needs_all: bool,
-) -> None:
-    configured = configure(module_name, function_name, arguments, own_flags, needs_all)
-    if configured is not None:
-        configured()
 
 
 def configure(

@@ -25,6 +25,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import optax
 from etils import epath
+from jax.experimental import multihost_utils
 
 from tnt_jax import (
     assembly,
@@ -34,7 +35,9 @@ from tnt_jax import (
     objectives,
     original_setup,
     original_states,
+    preemption,
     pretrained,
+    processes,
     program,
     resume,
     run_config,
@@ -251,6 +254,7 @@ def train(
         seed=seed,
     )
     with (
+        preemption.deferred(_stop_of_all()) as is_due,
         memory.explained(
             memory.of_training(trainer),
             BATCH_SIZE=batch_size,
@@ -307,7 +311,7 @@ def train(
                 and start_checkpoint_path is None,
                 model_dir=model_dir,
                 seed=seed,
-            ).go(start.state, start.step, train_steps)
+            ).go(start.state, start.step, train_steps, is_due)
         if start.step >= train_steps:
             run_log.log(f"Nothing to do: {model_dir} is at update {start.step} of {train_steps}.")
         best = saved.best_step() if keep_best is not None else None
@@ -316,6 +320,11 @@ def train(
     last = str(pretrained.find(model_dir))
     run_log.log(f"{outcome}The model is in {last}.{_next(model_dir)}")
     return last
+
+
+def _stop_of_all() -> Callable[[int], bool] | None:
+    """What `preemption.deferred` asks; one host may be told to stop, and all have to save."""
+    return multihost_utils.reached_preemption_sync_point if processes.count() > 1 else None
 
 
 def _next(model_dir: str) -> str:
@@ -416,4 +425,4 @@ def _warn_about(
 
 
 if __name__ == "__main__":
-    program.run("tnt_jax.train", "train")
+    program.run("tnt_jax.train", "train", processes_run=processes.Kind.TOGETHER)

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from tnt_jax import (
     checkpoints,
     feature_converters,
     original_setup,
+    preemption,
     prefetch,
     run_health,
     run_log,
@@ -131,21 +132,36 @@ class Loop:
     model_dir: str
     seed: int
 
-    def go(self, state: train_step.TrainState, start: int, train_steps: int) -> str:
+    def go(
+        self,
+        state: train_step.TrainState,
+        start: int,
+        train_steps: int,
+        is_due: Callable[[int], bool],
+    ) -> str:
         """From the state after update `start`, which it takes over (donates), to the last.
+
+        Args:
+          state: After update `start`.
+          start: Number of updates so far.
+          train_steps: Of them in all.
+          is_due: Whether to save after an update, of that number, and stop. Asked of every one.
 
         Returns:
           What came out, in words; nothing if there is nothing to do.
 
         Raises:
           UsageError: The loss, the gradient or a parameter is not finite.
+          Preempted: It was due.
         """
         if start >= train_steps:
             return ""
+        if is_due(start):
+            raise preemption.Preempted(f"{self._newest()}, and no update was begun")
         key = jax.random.key(self.seed)
         evaluate = _Evaluation(self)
         health = self._health()
-        since = _SinceLog()
+        since = _SinceLog(self.before.get("since_log"))
         steps = range(start + 1, train_steps + 1)
         with (
             self._watched(state, start, train_steps) as watched,
@@ -159,6 +175,7 @@ class Loop:
                 watched.dispatched(step, state)
                 since.add(sums)
                 is_last = step == train_steps
+                is_stopping = is_due(step) and not is_last
                 is_save = is_last or step % self.every.checkpoint == 0
                 # All that is written of a step is written before its checkpoint: what a run that
                 # goes on from there finds is complete.
@@ -175,9 +192,11 @@ class Loop:
                     metrics |= watched.look(step, self._whole(state.params), is_last)
                 if metrics:
                     self.metrics.write(step, metrics)
-                if is_save:
+                if is_save or is_stopping:
                     self.metrics.flush()
-                    self._save(state, step, metrics, health)
+                    self._save(state, step, metrics, health, since)
+                if is_stopping:
+                    raise preemption.Preempted(f"update {step} is saved")
             return watched.view.outcome()
 
     def _watched(
@@ -230,6 +249,7 @@ class Loop:
         step: int,
         metrics: Mapping[str, float | int],
         health: run_health.Health,
+        since: "_SinceLog",
     ) -> None:
         # The numbers of an update say nothing of the parameters that it made.
         names = [sharding.path_name(path) for path, _ in jax.tree.leaves_with_path(state.params)]
@@ -241,7 +261,12 @@ class Loop:
                 f"({len(bad)} of {len(names)} parameters). Before it, there is {self._newest()}. "
                 "Lower LEARNING_RATE, or set MAX_GRADIENT_NORM."
             )
-        run = {**self.run, "position": {"next_batch": step}, "health": health.state()}
+        run = {
+            **self.run,
+            "position": {"next_batch": step},
+            "health": health.state(),
+            "since_log": since.state(),
+        }
         self.saved.save(state, run, metrics)
 
     def _newest(self) -> str:
@@ -315,9 +340,23 @@ class _Found:
 class _SinceLog:
     """What has happened since the last line of the log."""
 
-    def __init__(self):
-        self._pending: list[Any] = []  # still on the devices
-        self._began, self._waited = time.monotonic(), 0.0
+    def __init__(self, before: Mapping[str, Any] | None = None):
+        """Begins anew, or, given the `state` of a run that was stopped, where that one was."""
+        before = before or {"sums": (), "seconds": 0.0, "seconds_waited": 0.0}
+        self._pending: list[Any] = [  # the newest ones are still on the devices
+            {name: np.float32(value) for name, value in sums.items()} for sums in before["sums"]
+        ]
+        self._began = time.monotonic() - before["seconds"]
+        self._waited = before["seconds_waited"]
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: float32 is written as float64, which holds it exactly."""
+        sums = jax.device_get(self._pending)
+        return {
+            "sums": [{name: np.asarray(x).tolist() for name, x in of.items()} for of in sums],
+            "seconds": time.monotonic() - self._began,
+            "seconds_waited": self._waited,
+        }
 
     @contextlib.contextmanager
     def waiting(self):

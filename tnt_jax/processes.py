@@ -1,0 +1,161 @@
+"""Several processes that run one program together, such as one on each host of a TPU slice.
+
+`TNT_JAX_DISTRIBUTED=1` says that there are others. Who they are is found out by
+`jax.distributed.initialize`: a TPU slice, SLURM and Open MPI tell it; elsewhere
+JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID do, in each process.
+
+A process that ends takes the others with it: they are of no use alone, and whoever started them
+starts all of them again. How soon, TNT_JAX_HEARTBEAT_SECONDS says; where they compute together,
+mostly at once.
+"""
+
+import enum
+import os
+import re
+import sys
+from collections.abc import Mapping
+
+from tnt_jax.errors import ProcessLost, UsageError
+
+VARIABLE = "TNT_JAX_DISTRIBUTED"
+_ADDRESS, _NUMBER, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+_HEARTBEAT = "TNT_JAX_HEARTBEAT_SECONDS"
+_LONGEST_WORK = 7 * 24 * 3600  # seconds: what a process waits for another that is alive
+
+
+class Kind(enum.Enum):
+    """How a program runs in several processes."""
+
+    ALONE = "it does not"
+    APART = "each has a share of the work, on its own devices"
+    TOGETHER = "each has a share of every computation"
+
+
+def start(name: str, kind: Kind) -> None:
+    """Meets the other processes, if there are any.
+
+    Args:
+      name: Of the program.
+      kind: How it runs in several processes.
+
+    Raises:
+      UsageError: The program runs alone, or nothing tells who the others are.
+      ProcessLost: They are not there.
+    """
+    if not is_asked_for(os.environ):
+        return
+    if kind is Kind.ALONE:
+        raise UsageError(
+            f"{name} runs in one process, and {VARIABLE}=1 says that there are several. Start it "
+            f"on one host, without {VARIABLE}; train, generate and annotate run on all."
+        )
+    import jax
+
+    if kind is not Kind.TOGETHER:
+        # Each can be stopped where it is: its own answer to SIGTERM stays.
+        jax.config.update("jax_enable_preemption_service", False)
+    address = os.environ.get(_ADDRESS)
+    try:
+        jax.distributed.initialize(
+            coordinator_address=address,
+            num_processes=_whole_number(_NUMBER, least=1),
+            process_id=_whole_number(_INDEX, least=0),
+            heartbeat_timeout_seconds=_whole_number(_HEARTBEAT, least=2) or 100,
+        )
+    except UsageError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise UsageError(
+            f"{VARIABLE}=1: expected to be told of the other processes ({_first_line(error)}). On "
+            f"a TPU slice or under SLURM JAX asks for them; elsewhere set {_ADDRESS}=HOST:PORT, "
+            f"{_NUMBER} and {_INDEX} in each. Or unset {VARIABLE}."
+        ) from error
+    except RuntimeError as error:
+        raise ProcessLost(
+            f"{VARIABLE}=1: the other processes are not there ({_first_line(error)}). Start all of "
+            f"them, and let the port of {address or 'the first one'} be open to the others."
+        ) from error
+
+
+def is_asked_for(environ: Mapping[str, str]) -> bool:
+    """Whether an environment says that there are other processes."""
+    value = environ.get(VARIABLE, "")
+    if value not in ("", "0", "1"):
+        raise UsageError(f"{VARIABLE}: expected 1 or nothing, found {value!r}.")
+    return value == "1"
+
+
+def _whole_number(name: str, least: int) -> int | None:
+    text = os.environ.get(name)
+    if not text:
+        return None
+    if not text.isdecimal() or int(text) < least:
+        raise UsageError(f"{name}: expected a whole number from {least} on, found {text!r}.")
+    return int(text)
+
+
+def count() -> int:
+    """How many processes run this program together."""
+    jax = _jax_of_several()
+    return 1 if jax is None else jax.process_count()
+
+
+def index() -> int:
+    """Which one of them this is."""
+    jax = _jax_of_several()
+    return 0 if jax is None else jax.process_index()
+
+
+def wait_for_all(place: str, seconds: float = _LONGEST_WORK) -> None:
+    """Until every process has come here.
+
+    Args:
+      place: A name, the same in each process, used once.
+      seconds: Whoever has not come after these is not waited for longer.
+
+    Raises:
+      ProcessLost: A process has ended, or is not here in time.
+    """
+    if count() == 1:
+        return
+    from orbax.checkpoint import multihost
+
+    try:
+        multihost.get_barrier_sync_fn()(key=f"tnt_jax {place}", timeout_ms=int(seconds * 1000))
+    except RuntimeError as error:
+        raise ProcessLost(f"{place}: waited for in vain. {lost(error)}") from error
+
+
+def lost(error: BaseException) -> str | None:
+    """What an error says if it says that another process has gone; None if it does not."""
+    text = _first_line(error)
+    if count() > 1 and re.search(r"Gloo|[Cc]oordination|Barrier|heartbeat|NCCL.*remote", text):
+        return (
+            f"another process of this run has ended: what it printed says why. Start all "
+            f"{count()} again; they go on from what is saved. ({text[:200]})"
+        )
+    return None
+
+
+def end(status: int) -> None:
+    """Before a program that failed ends: the others are not waited for, unless they fail too.
+
+    `jax.distributed` would otherwise wait for them at the end of Python, and they for this process.
+    """
+    if count() == 1:
+        return
+    try:
+        wait_for_all("end", seconds=10)  # a mistake that all of them find: each has its say
+    except ProcessLost:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _jax_of_several():
+    jax = sys.modules.get("jax")
+    return jax if jax is not None and jax.distributed.is_initialized() else None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
