@@ -3,9 +3,12 @@
 import contextlib
 import dataclasses
 import json
+import os
 import pathlib
 import re
 import shutil
+import signal
+import subprocess
 import sys
 
 import jax
@@ -23,6 +26,7 @@ from tnt_jax import (
     resume,
     sharding,
     t5,
+    training_loop,
 )
 from tnt_jax.errors import UsageError
 
@@ -118,6 +122,51 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew():
         pathlib.Path("early", name).write_text('{"step": 1, "loss": 7.0}\n{"ste')
     train("early", **RUN)
     assert kill_and_resume.difference(pathlib.Path("straight"), pathlib.Path("early")) is None
+
+
+def test_a_run_that_was_told_to_stop_saves_and_goes_on_exactly(monkeypatch, capsys):
+    """SIGTERM between two lines of the log, and a second one while it saves."""
+    run = {**RUN, "LOG_EVERY": 5, "CHECKPOINT_EVERY": 100, "train.train.eval_every": 5}
+    train("calm", **run)
+    batch = training_loop.Loop._batch
+    save = checkpoints.Checkpoints.save
+
+    def batch_and_signal(loop, step):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch(loop, step)
+
+    def save_and_signal(*arguments):
+        save(*arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training_loop.Loop, "_batch", batch_and_signal)
+        patch.setattr(checkpoints.Checkpoints, "save", save_and_signal)
+        train("told", status=75, **run)
+    said = capsys.readouterr().err
+    step = run_of("told")["position"]["next_batch"]
+    assert 0 < step < 5
+    assert f"stopped by SIGTERM: update {step} is saved. The same command goes on" in said
+    assert not kill_and_resume.lines_of(pathlib.Path("told/metrics.jsonl"))
+    train("told", **run)
+    assert kill_and_resume.difference(pathlib.Path("calm"), pathlib.Path("told")) is None
+    lines = kill_and_resume.lines_of(pathlib.Path("told/metrics.jsonl"))
+    assert [line["step"] for line in lines] == [5, 6]
+
+
+def test_a_program_that_is_told_to_stop_stops():
+    """Nothing to save, so it ends where it is; what is to be done again is done again."""
+    settings = {**RUN, "MODEL_DIR": "stopped"}
+    command = [sys.executable, "-m", "tnt_jax.train", *rooms.arguments("train", settings)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    stopped = subprocess.Popen(command, **pipes)
+    assert stopped.stdout.readline().startswith("30 of 60 examples have marks")
+    stopped.terminate()
+    stopped.terminate()
+    _, said = stopped.communicate(timeout=60)
+    assert stopped.returncode == 75
+    assert re.fullmatch(r"tnt_jax.train: stopped by SIGTERM: .*\. The same command .*\n", said)
 
 
 def test_the_comparison_sees_every_difference():

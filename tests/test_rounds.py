@@ -55,6 +55,13 @@ def test_what_was_said_before_is_kept_once_with_all_marks():
     assert row.negative_token_ids == ((0, ids("az")), (1, ids("b")))
 
 
+def test_no_name_is_given_twice_where_a_round_was_merged_before():
+    """Outputs of two decoders are brought together as rounds are, and a second round follows."""
+    decoders = rounds.merge([[record("1", "ab")], [record("1", "ac")]], VOCABULARY)
+    merged = rounds.merge([decoders, [record("1", "ad")], [record("1", "ae")]], VOCABULARY)
+    assert [row.id for row in merged] == ["1", "1 (round 2)", "1 (round 2, 2)", "1 (round 3)"]
+
+
 def test_the_order_of_rounds_makes_no_difference_to_what_is_desired():
     """A then B, B then A, A and B at once: the same distributions, bit for bit."""
     of_a = [record("1", "ab", [(0, 1)]), record("2", "cb", [(1, 2)])]

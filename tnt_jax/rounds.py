@@ -8,6 +8,7 @@ together by these: the order in which they were found makes no difference.
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -54,7 +55,8 @@ def merge(rounds: Sequence[Sequence[records.Record]], vocabulary: Any) -> list[r
     """All outputs of several rounds, each with the marks that any of them has at its prefixes.
 
     An output that came up in several rounds is kept once. A record of a later round has the number
-    of the round after its id, for a prompt has an output in each.
+    of the round after its id, for a prompt has an output in each; where that is taken, because a
+    round was itself brought together from several, a count follows.
 
     Args:
       rounds: Annotated records of every round, the first original's first.
@@ -65,6 +67,7 @@ def merge(rounds: Sequence[Sequence[records.Record]], vocabulary: Any) -> list[r
     """
     ledger = Ledger()
     seen: set[tuple[str, bytes]] = set()
+    names: set[str] = set()
     kept: list[tuple[records.Record, tokenization.MarkedTarget]] = []
     for number, rows in enumerate(rounds, start=1):
         for row in rows:
@@ -73,12 +76,21 @@ def merge(rounds: Sequence[Sequence[records.Record]], vocabulary: Any) -> list[r
             output = row.inputs, marked.target_ids.tobytes()
             if output not in seen:
                 seen.add(output)
-                name = row.id if number == 1 else f"{row.id} (round {number})"
+                name = next(name for name in _names(row.id, number) if name not in names)
+                names.add(name)
                 kept.append((dataclasses.replace(row, id=name), marked))
     return [
         dataclasses.replace(row, negative_token_ids=ledger.removed(row.inputs, marked.target_ids))
         for row, marked in kept
     ]
+
+
+def _names(id: str, number: int) -> Iterator[str]:
+    """Of an output of a round, in the order of preference."""
+    if number == 1:
+        yield id
+    yield f"{id} (round {number})"
+    yield from (f"{id} (round {number}, {count})" for count in itertools.count(2))
 
 
 def merge_files(*, output: str, rounds: Sequence[str], vocabulary: Any) -> None:

@@ -349,8 +349,10 @@ class _SinceLog:
         self._began = time.monotonic() - before["seconds"]
         self._waited = before["seconds_waited"]
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any] | None:
         """For a checkpoint: float32 is written as float64, which holds it exactly."""
+        if not self._pending:
+            return None
         sums = jax.device_get(self._pending)
         return {
             "sums": [{name: np.asarray(x).tolist() for name, x in of.items()} for of in sums],
