@@ -115,7 +115,7 @@ def _fits(reference: gin_config.ConfigurableReference, annotation: Any) -> bool:
     kind = typing.get_origin(annotation) or annotation
     if kind is None or kind is types.NoneType:
         return False
-    is_open = kind in (collections.abc.Callable, inspect.Parameter.empty)
+    is_open = kind in (Any, collections.abc.Callable, inspect.Parameter.empty)
     if is_open or not inspect.isclass(kind) or getattr(kind, "_is_protocol", False):
         return True
     if reference.configurable is None:
