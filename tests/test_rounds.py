@@ -91,3 +91,12 @@ def test_marks_are_those_that_training_reads():
     (row,) = rounds.merge([[record("1", "abc", [(1, 3)])]], VOCABULARY)
     pairs = tokenization.mark_tokens(row, VOCABULARY).negative_pairs.tolist()
     assert pairs == [[1, ord("b") + 3], [2, ord("c") + 3]]
+
+
+def test_a_merge_leaves_it_to_training_whether_first_tokens_alone_count():
+    merged = rounds.merge([[record("1", "abc", [(1, 3)])], [record("2", "abd")]], VOCABULARY)
+    pairs = [
+        tokenization.mark_tokens(row, VOCABULARY, "first_token").negative_pairs.tolist()
+        for row in merged
+    ]
+    assert pairs == [[[1, ord("b") + 3]], [[1, ord("b") + 3], [2, ord("c") + 3]]]

@@ -9,7 +9,7 @@ together by these: the order in which they were found makes no difference.
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,9 +80,30 @@ def merge(rounds: Sequence[Sequence[records.Record]], vocabulary: Any) -> list[r
                 names.add(name)
                 kept.append((dataclasses.replace(row, id=name), marked))
     return [
-        dataclasses.replace(row, negative_token_ids=ledger.removed(row.inputs, marked.target_ids))
+        dataclasses.replace(
+            row,
+            negative_token_ids=_without_rest_of_spans(
+                row, ledger.removed(row.inputs, marked.target_ids), vocabulary
+            ),
+        )
         for row, marked in kept
     ]
+
+
+def _without_rest_of_spans(
+    row: records.Record, removed: Iterable[tuple[int, tuple[int, ...]]], vocabulary: Any
+) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """Without what the spans say anyway and a setting may not want: tokens after a span's first."""
+    spans = dataclasses.replace(row, negative_token_ids=())
+    whole, first = (
+        {*map(tuple, tokenization.mark_tokens(spans, vocabulary, marks).negative_pairs.tolist())}
+        for marks in ("whole", "first_token")
+    )
+    left = (
+        (position, tuple(i for i in ids if (position, i) not in whole - first))
+        for position, ids in removed
+    )
+    return tuple((position, ids) for position, ids in left if ids)
 
 
 def _names(id: str, number: int) -> Iterator[str]:
