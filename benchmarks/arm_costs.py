@@ -1,0 +1,77 @@
+"""What an update of each arm of the study takes: bytes and floating-point operations, by XLA.
+
+    python benchmarks/arm_costs.py --run=runs/venues_sweep
+
+The model is the run's original, a batch is what its arms are trained with (16 packed rows), and the
+ids to remove of a position are as many as the run's training files have. How long the arms took is
+`train_seconds` of the run's results.json; of a shared machine, so seconds are the rougher measure.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+
+import jax
+import optax
+import report
+
+from tnt_jax import feature_converters, objectives, precompile, pretrained, tasks
+
+ARMS = {
+    "marked tokens": (
+        *("fine-tuning", "NL+LL", "UL+LL", "NL+KL", "UL+KL"),
+        *("TNFLL", "TNRLL", "TNFF", "TNRF", "TNRR", "TNSF", "TNJJ"),
+    ),
+    "every position": ("TNFF", "TNRF"),
+}
+FINE_TUNE = objectives.TntObjective(negative_term="none", positive_term="log_likelihood")
+
+
+def most_ids(file, vocabulary, lengths):
+    """The largest number of ids to remove at a position of a training file."""
+    dataset = tasks.RecordFiles(files=str(file), vocabulary=vocabulary)
+    return feature_converters.max_negative_ids(dataset.load(lengths))
+
+
+def main():
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--run", type=pathlib.Path, required=True)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--lengths", default="56,48", help="inputs,targets")
+    arguments = parser.parse_args()
+    inputs, targets = map(int, arguments.lengths.split(","))
+    folder = arguments.run
+    original = str(folder / "original" / "model")
+    vocabulary = pretrained.vocabulary(original)
+    config = dataclasses.replace(
+        pretrained.config_of(pretrained.FromCheckpoint(), original), dropout_rate=0.0
+    )
+    lengths = {"inputs": inputs, "targets": targets}
+    outputs = folder / "training_outputs"
+    (every,) = outputs.glob("greedy.Gazetteer-* and sampled.Gazetteer-*.merged.jsonl")
+    files = {"marked tokens": outputs / "greedy and sampled.merged.jsonl", "every position": every}
+    print(report.environment())
+    table = []
+    for marks, file in files.items():
+        number = most_ids(file, vocabulary, lengths)
+        for name in ARMS[marks]:
+            objective = FINE_TUNE if name == "fine-tuning" else objectives.named(name)
+            found = precompile.compile_step(
+                jax.devices()[:1],
+                model=config,
+                objective=objective,
+                optimizer=optax.adam(3e-4),
+                task_feature_lengths=lengths,
+                batch_size=arguments.batch,
+                pack=True,
+                num_negative_ids=number,
+            )
+            of = found["bytes"]
+            total = of["total"] / 2**20
+            table.append([name, marks, number, total, total / (table[0][3] if table else total)])
+    report.table(["arm", "marks", "ids a position", "MiB", "times fine-tuning"], table)
+
+
+if __name__ == "__main__":
+    main()

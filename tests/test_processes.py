@@ -1,0 +1,217 @@
+"""Training in several processes, which really run here: as one would, and as if none had died."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import jax
+import numpy as np
+import pytest
+import rooms
+import several
+
+from tnt_jax import checkpoints, pretrained, processes, records
+from tnt_jax.errors import UsageError
+
+sys.path.append(str(pathlib.Path(__file__).parent.parent / "benchmarks"))
+import kill_and_resume
+
+RUN = {
+    "DROPOUT_RATE": 0.1,
+    "PACK": True,
+    "TASK_FEATURE_LENGTHS": {"inputs": 16, "targets": 48},
+    "BATCH_SIZE": 8,
+    "LOG_EVERY": 1,
+    "CHECKPOINT_EVERY": 4,
+    "TRAIN_STEPS": 30,
+    "MODEL_DIR": "model",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def working_directory(tmp_path_factory):
+    """The world of `rooms`, an original, and a run of TNRF in one process."""
+    folder = tmp_path_factory.mktemp("world")
+    rooms.write_world(folder)
+    with contextlib.chdir(folder), rooms.compiled_cheaply(folder / "compiled"):
+        marked = [
+            dataclasses.replace(
+                row,
+                negative_spans=tuple(m.span() for m in rooms.UNWANTED.finditer(row.targets)),
+            )
+            for row in rooms.corpus()
+        ]
+        records.write_records("original.annotated.jsonl", marked)
+        original = {
+            "RECORDS": "corpus.jsonl",
+            "ANNOTATED": False,
+            "INITIAL_CHECKPOINT_PATH": None,
+            "TRAIN_STEPS": 3,
+            "MODEL_DIR": "original",
+        }
+        assert rooms.run("train", original, ["objectives/fine_tune.gin"]) == 0
+        assert rooms.run("train", {**RUN, "MODEL_DIR": "alone"}) == 0
+        yield
+
+
+@pytest.fixture(scope="module")
+def two():
+    """The run in two processes, undisturbed: its model directory."""
+    settings = {**RUN, "MODEL_DIR": "two"}
+    with several.running("train", settings, 2, "two") as run:
+        assert run.end() == [0, 0], run.said(1)
+    return pathlib.Path("two")
+
+
+def losses(model_dir):
+    lines = kill_and_resume.lines_of(pathlib.Path(model_dir, "metrics.jsonl"))
+    assert [line["step"] for line in lines] == [*range(1, len(lines) + 1)]  # written by one alone
+    return [line["loss"] for line in lines]
+
+
+def test_two_processes_learn_what_one_learns(two):
+    np.testing.assert_allclose(losses(two), losses("alone"), rtol=2e-3)
+    ours, theirs = rooms.saved(two), rooms.saved("alone")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), ours, theirs)
+
+
+def test_four_processes_with_sharded_parameters_begin_as_one_does():
+    """Parameters over two of four processes, the batch over all; a few updates."""
+    settings = {**RUN, "TRAIN_STEPS": 3, "MODEL_DIR": "four", "FSDP_DEVICES": 2}
+    with several.running("train", settings, 4, "four") as run:
+        assert run.end() == [0] * 4, run.said(3)
+    np.testing.assert_allclose(losses("four"), losses("alone")[:3], rtol=2e-3)
+
+
+def test_a_run_that_is_stopped_and_then_loses_a_process_ends_as_the_undisturbed_one(two):
+    # One of them is told to stop, twice: all save after the same update.
+    with several.running("train", RUN, 2, "told") as run:
+        run.wait_for("update 5 of 30")
+        run.send(signal.SIGTERM, index=1)
+        time.sleep(0.1)
+        run.send(signal.SIGTERM, index=1)
+        assert run.end() == [75, 75], run.said(1)
+        step = checkpoints.read_run(pretrained.find("model"))["position"]["next_batch"]
+        for index in range(2):
+            said = f"(process {index} of 2): stopped by SIGTERM: update {step} is saved. The same"
+            assert said in run.said(index)
+    # One is killed: the other does not wait for ever, and says what has happened.
+    with several.running("train", RUN, 2, "killed") as run:
+        run.wait_for("Going on from checkpoint")
+        run.wait_for(f"update {step + 6} of 30")
+        run.send(signal.SIGKILL, index=1)
+        began = time.monotonic()
+        left, killed = run.end()
+        assert killed == -signal.SIGKILL
+        assert left not in (0, 2, 75)  # what a restart loop starts again
+        assert time.monotonic() - began < 60
+        assert "another process" in run.said(0) or "another task died" in run.said(0)
+    # Started again, the run ends with the same bits.
+    with several.running("train", RUN, 2, "again") as run:
+        assert run.end() == [0, 0], run.said(1)
+    assert kill_and_resume.difference(two, pathlib.Path("model")) is None
+
+
+def test_each_process_holds_its_own_rows_and_all_of_them_are_held_once(two):
+    """Of every batch of an epoch, what lies on the devices of each process."""
+    program = textwrap.dedent(
+        """
+        import json, sys
+        import numpy as np
+        from tnt_jax import feature_converters, processes, sharding
+
+        processes.start("test", processes.Kind.TOGETHER)
+        examples = [
+            feature_converters.Example(np.array([7]), np.array([number + 2]), np.zeros((0, 2), int))
+            for number in range(16)
+        ]
+        batches = feature_converters.Batches(examples, 8, {"inputs": 1, "targets": 1}, seed=3)
+        mesh = sharding.make_mesh(sharding.MeshShape())
+        held = []
+        for number in range(2):
+            batch = sharding.put_batch(batches.batch(number), mesh)
+            held += [int(row.item()) for s in batch["decoder_target_tokens"].addressable_shards
+                     for row in s.data]
+        print(json.dumps({"held": held}))
+        """
+    )
+    with several.Processes(["-c", program], 2, "rows") as run:
+        assert run.end() == [0, 0], run.said(1)
+    held = [
+        json.loads(next(line for line in run.said(index).splitlines() if "held" in line))["held"]
+        for index in range(2)
+    ]
+    assert sorted(map(len, held)) == [8, 8]
+    assert sorted(held[0] + held[1]) == [*range(2, 18)]
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"TNT_JAX_DISTRIBUTED": "yes"}, "TNT_JAX_DISTRIBUTED: expected 1 or nothing, found 'yes'"),
+        (
+            {"TNT_JAX_DISTRIBUTED": "1", "JAX_NUM_PROCESSES": "0"},
+            "JAX_NUM_PROCESSES: expected a whole number from 1 on, found '0'.",
+        ),
+        (
+            {"TNT_JAX_DISTRIBUTED": "1", "JAX_PROCESS_ID": "first"},
+            "JAX_PROCESS_ID: expected a whole number from 0 on, found 'first'.",
+        ),
+    ],
+)
+def test_what_is_said_of_the_others_must_be_whole(variables, message, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=re.escape(message)):
+        processes.start("train", processes.Kind.TOGETHER)
+
+
+def test_a_program_for_one_process_says_so(monkeypatch, capsys):
+    monkeypatch.setenv("TNT_JAX_DISTRIBUTED", "1")
+    settings = {"OUTPUT": "out", "CURRENT_RECORDS": "no.jsonl", "CHECKPOINT_PATH": "original"}
+    assert rooms.run("evaluate", settings) == 2
+    message = "error: evaluate runs in one process, and TNT_JAX_DISTRIBUTED=1 says that there are"
+    assert message in capsys.readouterr().err
+
+
+def test_nobody_says_who_the_others_are():
+    program = "from tnt_jax import processes; processes.start('test', processes.Kind.APART)"
+    environment = {"TNT_JAX_DISTRIBUTED": "1", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "TNT_JAX_DISTRIBUTED=1: expected to be told of the other processes (coor" in done.stderr
+
+
+def test_a_mistake_in_one_process_does_not_keep_the_others_waiting():
+    """Each has another setting: one cannot begin, and the other is not left alone with it."""
+    began = time.monotonic()
+    program = textwrap.dedent(
+        """
+        import os
+        from tnt_jax import processes, program
+        from tnt_jax.errors import UsageError
+
+        processes.start("test", processes.Kind.TOGETHER)
+        if processes.index() == 1:
+            processes.end(2)
+        processes.wait_for_all("work")
+        """
+    )
+    with several.Processes(["-c", program], 2, "mistake") as run:
+        left, mistaken = run.end()
+    assert mistaken == 2
+    assert left not in (0, 2, 75)
+    assert time.monotonic() - began < 90
