@@ -3,8 +3,9 @@
     python benchmarks/collect_results.py runs/venues_sweep/results.json \
       runs/venues_sweep/ablations.json runs/chitchat_sweep/results.json --output=docs/results.json
 
-Writes {"rows": of all, "sweeps": of each its "name", "settings" and "chosen"}, and prints the
-tables of every sweep.
+Writes {"rows": of all, each with the "sweep" that it is of, "sweeps": of each its "name", "settings"
+and "chosen"}, and prints the tables of every sweep. What it wrote before can be among the files: a
+sweep that is given again takes the place of the one before.
 """
 
 import argparse
@@ -20,15 +21,23 @@ def main():
     parser.add_argument("results", type=pathlib.Path, nargs="+", help="what sweeps wrote")
     parser.add_argument("--output", required=True)
     arguments = parser.parse_args()
-    rows, sweeps = [], []
+    rows, sweeps = {}, {}
     for path in arguments.results:
         found = json.loads(path.read_text("utf-8"))
-        rows += found["rows"]
-        name = f"{found['settings']['task']}, {path.stem}"
-        sweeps.append({"name": name, "settings": found["settings"], "chosen": found["chosen"]})
+        if "sweeps" in found:
+            sweeps |= {of["name"]: of for of in found["sweeps"]}
+            rows |= {
+                name: [row for row in found["rows"] if row["sweep"] == name] for name in sweeps
+            }
+            continue
+        name = f"{path.parent.name}, {path.stem}"
+        sweeps[name] = {"name": name, "settings": found["settings"], "chosen": found["chosen"]}
+        rows[name] = [{"sweep": name, **row} for row in found["rows"]]
+    for name, found in sweeps.items():
         decoders = list(dict.fromkeys(row["decoder"] for row in found["chosen"]))
         print(f"## {name}\n\n{sweep.as_markdown(found, decoders)}")
-    run_log.write_json(arguments.output, {"rows": rows, "sweeps": sweeps})
+    of_all = [row for of_sweep in rows.values() for row in of_sweep]
+    run_log.write_json(arguments.output, {"rows": of_all, "sweeps": list(sweeps.values())})
 
 
 if __name__ == "__main__":

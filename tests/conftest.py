@@ -1,5 +1,6 @@
 """Every test runs on eight simulated CPU devices, without network, with strict numerics."""
 
+import gc
 import os
 import pathlib
 
@@ -26,6 +27,15 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # are the same in every run: a red test can be run again.
 hypothesis.settings.register_profile("tnt_jax", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("tnt_jax")
+
+
+@pytest.fixture
+def reads_left_alone():
+    """For tests of damaged checkpoints: Orbax gathers its reads, and leaves the others where one
+    fails. Python finds them whenever it looks; here it looks before the test is over.
+    """
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ The damage is the same in every run. A message is one line, and says something.
 """
 
 import contextlib
-import gc
 import json
 import pathlib
 import random
@@ -290,7 +289,7 @@ def models():
     reader.save(checkpoint / "run", args=ocp.args.JsonSave(run))
 
 
-# Orbax gathers its reads, and leaves the others where one fails.
+@pytest.mark.usefixtures("reads_left_alone")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("name", ["huggingface", "t5x", "t5x_orbax", "orbax"])
 def test_model_directories(name, models):
@@ -312,7 +311,6 @@ def test_model_directories(name, models):
         shutil.copytree(name, "damaged")
         damage_one(pathlib.Path("damaged"), chance)
         outcomes.append(outcome(read))
-    gc.collect()  # what is left is found in this test
     assert_both(outcomes)
 
 

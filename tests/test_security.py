@@ -32,6 +32,10 @@ from tnt_jax import (
 from tnt_jax.errors import UsageError
 
 PACKAGE = pathlib.Path(pretrained.__file__).parent
+pytestmark = [
+    pytest.mark.usefixtures("reads_left_alone"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 # --- Nothing that could run what a file holds is there --------------------------------------------
 

@@ -100,7 +100,7 @@ class Cloud:
             cwd=self.user,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=240,
         )
 
     def start(self, log, *arguments):
@@ -507,7 +507,7 @@ def test_interrupted_the_run_goes_on_and_up_takes_it_up_again(cloud):
     assert "host-0: running" in status and "host-1: running" in status
 
     os.killpg(first.pid, signal.SIGINT)  # Ctrl-C
-    assert first.wait(timeout=60) == 130
+    assert first.wait(timeout=240) == 130
     assert "Interrupted. What there is stays, and costs" in log.read_text()
 
     other = cloud.up("--gin.SEED=1")
