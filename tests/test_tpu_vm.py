@@ -135,15 +135,16 @@ def cloud(tmp_path, checkout):
     yield made
     if made.started and made.started.poll() is None:
         os.killpg(made.started.pid, signal.SIGKILL)
+        made.started.wait()
     fake_gcloud.end_processes(tmp_path / "hosts")
 
 
 def wait_until(condition):
-    for _ in range(600):
+    for _ in range(2400):
         if condition():
             return
         time.sleep(0.1)
-    raise AssertionError("it did not come to that within a minute")
+    raise AssertionError("it did not come to that within four minutes")
 
 
 # What is refused before anything costs ------------------------------------------------------------
