@@ -1,0 +1,92 @@
+"""Programs in several processes on this machine, which meet through `jax.distributed`."""
+
+import contextlib
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import rooms
+
+_PATIENCE = 240  # seconds: what a test waits for at most
+
+
+def _free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+class Processes:
+    """A program in several processes; what each prints is in a file of its own.
+
+    Args:
+        arguments: the command after `python`.
+        count: of processes.
+        name: of the files.
+        environment: further variables.
+    """
+
+    def __init__(self, arguments, count, name, **environment):
+        self.logs = [pathlib.Path(f"{name}.{index}.log") for index in range(count)]
+        address = f"127.0.0.1:{_free_port()}"
+        self.processes = []
+        for index, log in enumerate(self.logs):
+            variables = {
+                "TNT_JAX_DISTRIBUTED": "1",
+                "JAX_COORDINATOR_ADDRESS": address,
+                "JAX_NUM_PROCESSES": str(count),
+                "JAX_PROCESS_ID": str(index),
+                "TNT_JAX_HEARTBEAT_SECONDS": "10",
+                "JAX_NUM_CPU_DEVICES": "1",
+                # Compiling is most of the time of a tiny run.
+                "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
+                **environment,
+            }
+            with log.open("w") as file:
+                self.processes.append(
+                    subprocess.Popen(
+                        [sys.executable, *arguments],
+                        stdout=file,
+                        stderr=subprocess.STDOUT,
+                        env=os.environ | variables,
+                    )
+                )
+
+    def wait_for(self, text, index=0):
+        """Until a process has printed this."""
+        deadline = time.monotonic() + _PATIENCE
+        while text not in self.logs[index].read_text():
+            assert self.processes[index].poll() is None, self.logs[index].read_text()
+            assert time.monotonic() < deadline, self.logs[index].read_text()
+            time.sleep(0.02)
+
+    def send(self, number, index):
+        """A signal to one of them."""
+        self.processes[index].send_signal(number)
+
+    def end(self):
+        """The exit statuses of all, when they have ended."""
+        return [process.wait(timeout=_PATIENCE) for process in self.processes]
+
+    def said(self, index):
+        """What a process has printed."""
+        return self.logs[index].read_text()
+
+
+@contextlib.contextmanager
+def running(run_name, settings, count, name, gin_files=(), **environment):
+    """A program of the world of `rooms` in several processes; none outlives the block."""
+    module = run_name.partition("_")[0]
+    command = ["-m", f"tnt_jax.{module}", *rooms.arguments(run_name, settings, gin_files)]
+    processes = Processes(command, count, name, **environment)
+    try:
+        yield processes
+    finally:
+        for process in processes.processes:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGKILL)
+            process.wait()
