@@ -4,6 +4,7 @@ import contextlib
 import json
 import pathlib
 import re
+import shutil
 import signal
 import time
 
@@ -95,7 +96,7 @@ def two_of_three():
     with pytest.raises(InterruptedError):
         do("three.jsonl", [2, 2, 1], {"seed": 1, "prompts": "x"}, until=2)
     yield pathlib.Path("three.jsonl.parts")
-    do("three.jsonl", [2, 2, 1], {"seed": 1, "prompts": "x"})
+    shutil.rmtree("three.jsonl.parts", ignore_errors=True)
 
 
 def test_parts_of_other_work_are_discarded(two_of_three, capsys):
@@ -135,15 +136,18 @@ def test_a_part_that_is_not_whole_is_done_again(two_of_three, damage, capsys):
     assert "three.jsonl.parts: 1 of 3 parts were done before.\n" in capsys.readouterr().out
 
 
-def test_a_part_that_vanishes_is_named(two_of_three):
+@pytest.mark.parametrize("when", ["before all is done", "before it is read"])
+def test_a_part_that_vanishes_is_named(two_of_three, when):
     pathlib.Path("three.jsonl").write_text("of before")
     with (
         pytest.raises(UsageError, match=r"no other run may write it\. .*expected 00000\.jsonl"),
         parts.opened("three.jsonl", [2, 2, 1], {"seed": 1, "prompts": "x"}) as job,
     ):
         job.add(2, ["line\n"], {})
+        if when == "before it is read":
+            job.wait_for_all()
         (two_of_three / "00000.jsonl").unlink()
-        job.wait_for_all()
+        job.wait_for_all() if when == "before all is done" else job.join()
     assert pathlib.Path("three.jsonl").read_text() == "of before"
     assert part_files("three.jsonl") == ["00001.jsonl", "00002.jsonl"]
 
@@ -154,7 +158,6 @@ def test_a_folder_of_others_is_left_alone(two_of_three):
         do("three.jsonl", [2], {"seed": 2})
     assert (two_of_three / "thesis.txt").read_text() == "mine"
     assert part_files("three.jsonl") == ["00000.jsonl", "00001.jsonl"]
-    (two_of_three / "thesis.txt").unlink()
 
 
 def test_what_a_kill_left_half_written_goes(two_of_three):

@@ -13,6 +13,7 @@ again, keeps the parts that are there; those of other work are discarded.
 import collections
 import contextlib
 import hashlib
+import io
 import itertools
 import json
 import re
@@ -42,7 +43,7 @@ class Parts:
 
     Attributes:
         missing: numbers of the parts that this process has to do.
-        counts: of the parts of all processes, by name, after `wait_for_all`.
+        counts: of the parts of all processes, by name, in the first one after `join`.
         new_counts: those of the parts that were not done before.
     """
 
@@ -69,7 +70,7 @@ class Parts:
         self._check_is_shared()
         own = range(processes.index(), len(sizes), processes.count())
         # The first process has looked before another one could add to it.
-        self._before = self._before if processes.index() == 0 else self._done(own)
+        self._before = self._before if processes.index() == 0 else self._done()
         self.missing = [part for part in own if part not in self._before]
 
     # ------------------------------------------------------------------------------- Opening
@@ -87,7 +88,7 @@ class Parts:
         with contextlib.suppress(UsageError):
             found = json_files.read_object(self._folder / _OF)
         if found == self._of:
-            self._before = self._done(range(len(self._sizes)))
+            self._before = self._done()
             if self._before:
                 run_log.log(
                     f"{self._folder}: {len(self._before)} of {len(self._sizes)} parts were done "
@@ -159,79 +160,77 @@ class Parts:
     def _file(self, part: int) -> epath.Path:
         return self._folder / f"{part:05}.jsonl"
 
-    def _about(self, part: int) -> dict[str, Any] | None:
-        """The first line of a part of this work; None where it is not there, or not whole."""
-        file = self._file(part)
+    def _content(self, part: int) -> tuple[dict[str, int], bytes] | None:
+        """Counts and lines of a part of this work; None where it is not there, or not whole."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            with file.open("rb") as content:
-                line = content.readline()
-            about = json.loads(line)
-            is_whole = file.stat().length == len(line) + about["bytes"]
-            if is_whole and (about["of"], about["part"]) == (self._identity, part):
-                return about
+            about, _, content = self._file(part).read_bytes().partition(b"\n")
+            found = json.loads(about)
+            expected = (part, self._identity, len(content))
+            if (found["part"], found["of"], found["bytes"]) == expected:
+                return found["counts"], content
         return None
 
-    def _done(self, among: Iterable[int]) -> set[int]:
-        return {part for part in among if self._about(part)}
+    def _done(self) -> set[int]:
+        found = [part for part in self._there() if self._content(part) is not None]
+        return {part for part in found if part < len(self._sizes)}
+
+    def _there(self) -> set[int]:
+        """The parts that have a file, whole or not."""
+        if not self._folder.exists():
+            return set()
+        names = [file.name for file in self._folder.iterdir()]
+        return {int(name.partition(".")[0]) for name in names if _PART.fullmatch(name)}
 
     # ------------------------------------------------------------------------------- Joining
 
     def wait_for_all(self) -> None:
-        """Until every part is done; the first process then knows the counts.
+        """Until every part is done.
 
         Raises:
             ProcessLost: a process has ended before.
             UsageError: a part is not there for all that.
         """
-        if processes.count() > 1 and processes.index() == 0:
-            num_left = len(self._sizes) - len(self._done(range(len(self._sizes))))
-            if num_left:
-                run_log.log(f"{self._folder}: {num_left} parts of other processes are to come.")
+        all_parts = set(range(len(self._sizes)))
+        if processes.index() == 0 and (left := all_parts - self._there()):
+            run_log.log(f"{self._folder}: {len(left)} parts of other processes are to come.")
         _meet("parts")
-        if processes.index() > 0:
-            return
-        left = set(range(len(self._sizes)))
+        if processes.index() == 0 and not _until(lambda: all_parts <= self._there()):
+            raise self._missing(min(all_parts - self._there()))
 
-        def are_all_here() -> bool:
-            left.difference_update(self._done(left))
-            return not left
-
-        if not _until(are_all_here):
-            part = min(left)
-            raise UsageError(
-                f"{self._where()}: expected {self._file(part).name}, which process "
-                f"{part % processes.count()} has written there, found none that is whole. The same "
-                "command does it again."
-            )
-        for part in range(len(self._sizes)):
-            counts = (self._about(part) or {})["counts"]
-            self.counts.update(counts)
-            if part not in self._before:
-                self.new_counts.update(counts)
+    def _missing(self, part: int) -> UsageError:
+        return UsageError(
+            f"{self._where()}: expected {self._file(part).name}, which process "
+            f"{part % processes.count()} has written there, found none that is whole. The same "
+            "command does it again."
+        )
 
     def join(self, places: Sequence[Sequence[int]] | None = None) -> None:
         """Writes the output, in the first process: it replaces what was there before.
 
         Args:
             places: of each part, where in the output its lines come; None has them as they are.
+
+        Raises:
+            UsageError: a part is no longer whole.
         """
         if processes.index() > 0:
             return
+        lines = [b""] * sum(map(len, places or ()))
         with records.replacing(self._output) as unfinished, unfinished.open("wb") as file:
-            if places is None:
-                for part in range(len(self._sizes)):
-                    file.writelines(self._lines_of(part))
-                return
-            lines = [b""] * sum(map(len, places))
-            for part, of_part in enumerate(places):
-                for place, line in zip(of_part, self._lines_of(part), strict=True):
+            for part in range(len(self._sizes)):
+                found = self._content(part)
+                if found is None:
+                    raise self._missing(part)
+                counts, content = found
+                self.counts.update(counts)
+                if part not in self._before:
+                    self.new_counts.update(counts)
+                if places is None:
+                    file.write(content)
+                    continue
+                for place, line in zip(places[part], io.BytesIO(content), strict=True):
                     lines[place] = line
             file.writelines(lines)
-
-    def _lines_of(self, part: int) -> Iterator[bytes]:
-        with self._file(part).open("rb") as content:
-            content.readline()
-            yield from content
 
     def close(self, is_whole: bool) -> None:
         """Deletes the folder if the output is whole, or nothing is done.
@@ -242,7 +241,7 @@ class Parts:
         is_alone = processes.count() == 1
         if is_whole and processes.index() == 0:
             self._delete()
-        if not is_whole and is_alone and not self._done(range(len(self._sizes))):
+        if not is_whole and is_alone and not self._done():
             self._delete()
         if is_whole:
             _meet("output")
