@@ -96,11 +96,11 @@ class Parts:
                 )
             return
         if num_others := sum(bool(_PART.fullmatch(name)) for name in names):
-            found = found or {}
-            changed = [name for name in {**self._of, **found} if _differ(found, self._of, name)]
+            reason = "nothing says of what it was"
+            if found is not None:
+                reason = f"it was of other settings or inputs ({self._changes(found)})"
             run_log.log(
-                f"{self._folder}: what was done before ({num_others} parts) is discarded: it was "
-                f"of other settings or inputs ({', '.join(changed)})."
+                f"{self._folder}: what was done before ({num_others} parts) is discarded: {reason}."
             )
         self._delete()
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -118,13 +118,21 @@ class Parts:
                 f"{self._where()}: expected {_OF}, which the first process has written there "
                 f"({error})"
             ) from error
-        changed = [name for name in {**self._of, **found} if _differ(found, self._of, name)]
-        if changed:
+        if found != self._of:
             raise UsageError(
                 f"{self._where()}: expected the settings and inputs of the first process, found "
-                f"others here ({', '.join(changed)}). Start all processes alike, with the same "
+                f"others here ({self._changes(found)}). Start all processes alike, with the same "
                 "files."
             )
+
+    def _changes(self, found: Mapping[str, Any]) -> str:
+        """The names of what is not as `of.json` says."""
+        nothing = object()
+        return ", ".join(
+            name
+            for name in {**self._of, **found}
+            if self._of.get(name, nothing) != found.get(name, nothing)
+        )
 
     def _where(self) -> str:
         return (
@@ -191,10 +199,11 @@ class Parts:
             UsageError: a part is not there for all that.
         """
         all_parts = set(range(len(self._sizes)))
-        if processes.index() == 0 and (left := all_parts - self._there()):
+        is_first = processes.index() == 0
+        if is_first and processes.count() > 1 and (left := all_parts - self._there()):
             run_log.log(f"{self._folder}: {len(left)} parts of other processes are to come.")
         _meet("parts")
-        if processes.index() == 0 and not _until(lambda: all_parts <= self._there()):
+        if is_first and not _until(lambda: all_parts <= self._there()):
             raise self._missing(min(all_parts - self._there()))
 
     def _missing(self, part: int) -> UsageError:
@@ -240,7 +249,8 @@ class Parts:
         """
         is_alone = processes.count() == 1
         if is_whole and processes.index() == 0:
-            self._delete()
+            with contextlib.suppress(OSError):  # of what stays, a later run makes what it can
+                self._delete()
         if not is_whole and is_alone and not self._done():
             self._delete()
         if is_whole:
@@ -288,10 +298,6 @@ def digest(rows: Iterable[records.Record]) -> str:
     for row in rows:
         hashed.update(row.to_line().encode())
     return hashed.hexdigest()[:16]
-
-
-def _differ(one: Mapping[str, Any], other: Mapping[str, Any], name: str) -> bool:
-    return name not in one or name not in other or one[name] != other[name]
 
 
 def _meet(where: str) -> None:
