@@ -339,11 +339,11 @@ def test_what_was_left_out_before_is_counted(monkeypatch, capsys):
 
 
 def test_beam_is_for_one_process(monkeypatch):
+    pathlib.Path("listed.txt").write_text("idiot")
+    words = annotators.Lexicon(path="listed.txt")
     monkeypatch.setattr(annotate.processes, "count", lambda: 2)
     with pytest.raises(UsageError, match=r"beam_options: .* one process, .*found 2\. Unset"):
-        annotate.annotate(
-            output="beam.jsonl", input="few.jsonl", annotator=object(), beam_options=[]
-        )
+        annotate.annotate(output="beam.jsonl", input="few.jsonl", annotator=words, beam_options=[])
 
 
 # --- generate -------------------------------------------------------------------------------------
