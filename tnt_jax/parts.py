@@ -23,8 +23,7 @@ from typing import Any
 
 from etils import epath
 
-import tnt_jax
-from tnt_jax import json_files, processes, records, run_log
+from tnt_jax import __version__, json_files, processes, records, run_log
 from tnt_jax.errors import UsageError
 
 _OF = "of.json"
@@ -53,7 +52,7 @@ class Parts:
         self._of = {
             **json.loads(json.dumps(work)),
             "parts": {"number": len(sizes), "largest": max(sizes, default=0)},
-            "version": tnt_jax.__version__,
+            "version": __version__,
         }
         text = json.dumps(self._of, sort_keys=True)
         self._identity = hashlib.sha256(text.encode()).hexdigest()[:16]
