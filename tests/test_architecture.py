@@ -98,6 +98,7 @@ GROUPS = {
         "stages",
         "failures",
         "gin_types",
+        "parts",
         "preemption",
         "processes",
         "program",

@@ -10,8 +10,10 @@ alternative that begins with it, such as "the gardenia".
 Texts to remove at every position are removed where the next token would complete one. Those of one
 token go to a file of their own if they are the same for every record (`<output>.everywhere.json`).
 
-Large files are marked on Apache Beam, on any of its runners (annotate.beam_options); what comes out
-is the same, byte for byte.
+Until all records are marked, what is done lies in `OUTPUT.parts/` (`parts`): the same command,
+after a stop, does what is missing. Several processes share the work. Or large files are marked on
+Apache Beam, on any of its runners (annotate.beam_options). What comes out is the same, byte for
+byte.
 
 Example:
     python -m tnt_jax.annotate --gin_file=runs/annotate_lexicon.gin --gin.LEXICON=words.txt \
@@ -29,6 +31,8 @@ from tnt_jax import (
     annotators,
     beam_jobs,
     json_files,
+    parts,
+    processes,
     program,
     records,
     run_config,
@@ -40,6 +44,8 @@ from tnt_jax.errors import UsageError
 
 # What is added to the name of an annotated file, for the ids to remove at every position.
 EVERYWHERE = ".everywhere.json"
+
+_RECORDS_PER_PART = 5000  # at most so many are lost with a process that is killed
 
 
 def annotate(
@@ -61,12 +67,17 @@ def annotate(
       input: A JSONL file (or glob) of records with targets.
       annotator: Decides what is unwanted.
       vocabulary: A seqio vocabulary; None marks spans alone, without alternatives.
-      beam_options: None marks in a loop, here. A list, such as `["--runner=DirectRunner"]`, does it
-        on Apache Beam with these options (`beam_jobs`).
+      beam_options: None marks in a loop, here and in the other processes. A list, such as
+        `["--runner=DirectRunner"]`, does it on Apache Beam with these options (`beam_jobs`).
 
     Raises:
       UsageError: The records, the annotator's files or the vocabulary do not fit.
     """
+    if beam_options is not None and processes.count() > 1:
+        raise UsageError(
+            "beam_options: expected one process, which has workers of Apache Beam's; found "
+            f"{processes.count()}. Unset {processes.VARIABLE}, or leave beam_options at None."
+        )
     records.check_writable(output, "OUTPUT")
     if vocabulary is not None:
         tokenization.check_vocabulary(vocabulary)
@@ -90,20 +101,52 @@ def annotate(
     )
     if beam_options is None:
         rows = records.read_records(input)
-        results = map(mark_one, run_log.progress(rows, f"annotating {len(rows)} records"))
+        work = {
+            "program": "annotate",
+            "records": parts.digest(rows),
+            "annotator": annotator.description,
+            "settings": annotator if dataclasses.is_dataclass(annotator) else None,
+            "vocabulary": vocabulary,
+        }
+        sizes = parts.sizes(len(rows), _RECORDS_PER_PART)
+        with parts.opened(output, sizes, run_config.describe(work)) as job:
+            own = [
+                (part, row)
+                for part in job.missing
+                for row in rows[part * _RECORDS_PER_PART :][: sizes[part]]
+            ]
+            for part, row in run_log.progress(own, f"annotating {len(own)} records"):
+                made = mark_one(row)
+                job.add(part, [] if made is None else [made.to_line()], {_kind(made): 1})
+            job.wait_for_all()
+            job.join()
+            _write_rest(output, annotator, everywhere, job.counts)
     else:
-        results = beam_jobs.map_records(mark_one, input, output, beam_options)
-    counts: collections.Counter[str] = collections.Counter()
+        counts: collections.Counter[str] = collections.Counter()
 
-    def counted() -> Iterator[records.Record]:
-        for row in results:
-            if row is None:
-                counts["left out"] += 1
-            else:
-                counts["marked" if row.negative_spans else "clean"] += 1
-                yield row
+        def counted() -> Iterator[records.Record]:
+            for made in beam_jobs.map_records(mark_one, input, output, beam_options):
+                counts[_kind(made)] += 1
+                if made is not None:
+                    yield made
 
-    records.write_records(output, counted())
+        records.write_records(output, counted())
+        _write_rest(output, annotator, everywhere, counts)
+
+
+def _kind(made: records.Record | None) -> str:
+    if made is None:
+        return "left out"
+    return "marked" if made.negative_spans else "clean"
+
+
+def _write_rest(
+    output: str,
+    annotator: annotators.Annotator,
+    everywhere: "_Everywhere",
+    counts: collections.Counter[str],
+) -> None:
+    """What belongs to the output, and says what is in it."""
     if everywhere.texts:
         _write_everywhere(output, everywhere, annotator.description)
     run_config.write(output)
@@ -264,4 +307,4 @@ def _examples(texts: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
-    program.run("tnt_jax.annotate", "annotate")
+    program.run("tnt_jax.annotate", "annotate", processes_run=processes.Kind.APART)

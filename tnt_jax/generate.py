@@ -7,6 +7,10 @@ and the record's id alone, so two models that agree give the same sample.
 Prompts of like lengths are decoded together, the longest first, in a few encoder widths, each of
 which is a program to compile. No output depends on that; they are written in the prompts' order.
 
+Until all are there, what is done lies in `OUTPUT.parts/` (`parts`): the same command, after a stop,
+does what is missing. Several processes share the work, each on its own devices, which is what the
+mesh is of; no output depends on how many they are.
+
 Example:
     python -m tnt_jax.generate --gin_file=models/t5_1_1_base.gin --gin_file=runs/generate.gin \
       --gin.CHECKPOINT_PATH=original/checkpoint_1000 --gin.VOCABULARY_PATH=spiece.model \
@@ -16,6 +20,7 @@ Example:
 import collections
 import functools
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -25,9 +30,12 @@ import numpy as np
 
 from tnt_jax import (
     assembly,
+    checkpoints,
     decoding,
     memory,
+    parts,
     pretrained,
+    processes,
     program,
     records,
     run_config,
@@ -41,6 +49,12 @@ from tnt_jax.errors import UsageError
 _WIDTH_MULTIPLE = 16  # so that files of nearly equal lengths share a compiled program
 _MOST_WIDTHS = 5  # per file: each is a program of its own
 _BATCHES_PER_WIDTH = 4  # a program is worth compiling for so many batches
+_OUTPUTS_PER_PART = 256  # about so many are lost with a process that is killed
+
+
+class _Batch(NamedTuple):
+    indices: list[int]  # of its prompts
+    width: int  # of the encoder
 
 
 def generate(
@@ -68,7 +82,7 @@ def generate(
       decoder: How to choose the tokens.
       task_feature_lengths: Tokens of "inputs"; longer ones are cut, and counted.
       batch_size: Prompts decoded together.
-      mesh_shape: Devices per mesh axis; None puts all on `data`.
+      mesh_shape: Devices of this process per mesh axis; None puts all on `data`.
       seed: Of sampling.
       mask: An annotator that knows beforehand what it would mark (`Lexicon`, `Gazetteer`): its
         texts never come up. None masks nothing.
@@ -76,11 +90,6 @@ def generate(
     Raises:
       UsageError: A setting, the prompts or the checkpoint does not fit.
     """
-    if jax.process_count() > 1:
-        raise UsageError(
-            f"generate runs in one process, found {jax.process_count()}: split the prompts into "
-            "files and run it once per host."
-        )
     if task_feature_lengths.get("inputs", 0) < 1:
         raise UsageError(
             "TASK_FEATURE_LENGTHS: expected a positive number of tokens for 'inputs', found "
@@ -88,7 +97,7 @@ def generate(
         )
     assembly.check_seed(seed)
     records.check_writable(output, "OUTPUT")
-    mesh = sharding.make_mesh(mesh_shape or sharding.MeshShape())
+    mesh = sharding.make_mesh(mesh_shape or sharding.MeshShape(), jax.local_devices())
     sharding.check_batch_size(batch_size, 1, mesh)
     memory.check_batch(batch_size, task_feature_lengths["inputs"] + decoder.max_length)
     config = pretrained.config_of(model, checkpoint_path)
@@ -117,30 +126,78 @@ def generate(
             params, tokens, batch.width, decoder, batch_size, row_keys=keys, banned=of_batch
         )
 
-    outputs: dict[int, records.Record] = {}
-    began = time.monotonic()
-    with memory.explained(
-        memory.of_inference("BATCH_SIZE", "MAX_LENGTH", "NUM_BEAMS", "TASK_FEATURE_LENGTHS"),
-        BATCH_SIZE=batch_size,
-        MAX_LENGTH=decoder.max_length,
-        NUM_BEAMS=decoder.num_beams,
-        TASK_FEATURE_LENGTHS=task_feature_lengths,
-    ):
-        for batch, tokens in run_log.progress(
-            _one_ahead(batches, start), f"generating {len(rows)} outputs", total=len(batches)
+    sizes = parts.sizes(len(batches), math.ceil(_OUTPUTS_PER_PART / batch_size))
+    batches_of = list(_in_turn(batches, sizes))
+    work = {
+        "program": "generate",
+        "model": config,
+        "parameters": checkpoints.digest(params),
+        "prompts": parts.digest(rows),
+        "vocabulary": vocabulary,
+        "decoder": decoder,
+        "banned": banned,
+        "task_feature_lengths": task_feature_lengths,
+        "batch_size": batch_size,
+        "seed": seed,
+    }
+    with parts.opened(output, sizes, run_config.describe(work)) as job:
+        own = [(part, batch) for part in job.missing for batch in batches_of[part]]
+        began = time.monotonic()
+        with memory.explained(
+            memory.of_inference("BATCH_SIZE", "MAX_LENGTH", "NUM_BEAMS", "TASK_FEATURE_LENGTHS"),
+            BATCH_SIZE=batch_size,
+            MAX_LENGTH=decoder.max_length,
+            NUM_BEAMS=decoder.num_beams,
+            TASK_FEATURE_LENGTHS=task_feature_lengths,
         ):
-            for index, of_row in zip(batch.indices, tokens, strict=False):  # filler rows come last
-                outputs[index] = _output(rows[index], of_row, vocabulary)
-    seconds = time.monotonic() - began
-    records.write_records(output, [outputs[index] for index in range(len(rows))])
-    run_config.write(output)
-    generated = [row.target_ids or () for row in outputs.values()]
-    num_unended = sum(decoder.eos_id not in ids for ids in generated)
+            decoded = _one_ahead([batch for _, batch in own], start)
+            num_own = sum(len(batch.indices) for _, batch in own)
+            for (part, _), (batch, tokens) in run_log.progress(
+                zip(own, decoded, strict=True), f"generating {num_own} outputs", total=len(own)
+            ):
+                made = [
+                    _output(rows[index], of_row, vocabulary)
+                    for index, of_row in zip(batch.indices, tokens, strict=False)  # filler is last
+                ]
+                job.add(part, [row.to_line() for row in made], _counts(made, decoder.eos_id))
+        job.wait_for_all()
+        seconds = time.monotonic() - began
+        job.join([[i for batch in of_part for i in batch.indices] for of_part in batches_of])
+        run_config.write(output)
+        _log_end(output, job, batches, decoder, seconds)
+
+
+def _in_turn(batches: Sequence[_Batch], sizes: Sequence[int]) -> Iterator[list[_Batch]]:
+    """The batches of each part: consecutive ones."""
+    left = iter(batches)
+    return (list(itertools.islice(left, size)) for size in sizes)
+
+
+def _counts(made: Sequence[records.Record], eos_id: int) -> dict[str, int]:
+    generated = [row.target_ids or () for row in made]
+    return {
+        "outputs": len(generated),
+        "tokens": sum(map(len, generated)),
+        "unended": sum(eos_id not in ids for ids in generated),
+    }
+
+
+def _log_end(
+    output: str,
+    job: parts.Parts,
+    batches: Sequence[_Batch],
+    decoder: decoding.Decoding,
+    seconds: float,
+) -> None:
+    widths = ", ".join(map(str, sorted({batch.width for batch in batches})))
+    new = job.new_counts
+    speed = (
+        f" With compilation: {new['outputs'] / seconds:.1f} outputs/s, "
+        f"{new['tokens'] / seconds:.0f} tokens/s, in encoder widths of {widths}."
+    )
     run_log.log(
-        f"{output}: {len(outputs)} outputs, of which {num_unended} do not end within "
-        f"{decoder.max_length} tokens. With compilation: {len(outputs) / seconds:.1f} outputs/s, "
-        f"{sum(map(len, generated)) / seconds:.0f} tokens/s, in encoder widths of "
-        f"{', '.join(map(str, sorted({batch.width for batch in batches})))}."
+        f"{output}: {job.counts['outputs']} outputs, of which {job.counts['unended']} do not end "
+        f"within {decoder.max_length} tokens.{speed if new else ''}"
     )
 
 
@@ -165,11 +222,6 @@ def _banned(rows: Sequence[records.Record], mask: Any, vocabulary: Any) -> np.nd
     return decoding.pad_banned(
         [sorted({spelt[text] for text in texts if text in spelt}) for texts in banned]
     )
-
-
-class _Batch(NamedTuple):
-    indices: list[int]  # of its prompts
-    width: int  # of the encoder
 
 
 def _plan(lengths: Sequence[int], batch_size: int, longest: int) -> list[_Batch]:
@@ -244,4 +296,4 @@ def _output(row: records.Record, tokens: np.ndarray, vocabulary: Any) -> records
 
 
 if __name__ == "__main__":
-    program.run("tnt_jax.generate", "generate")
+    program.run("tnt_jax.generate", "generate", processes_run=processes.Kind.APART)

@@ -22,7 +22,6 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -128,8 +127,6 @@ def localize(
     Raises:
       UsageError: A setting, a record, a label or the checkpoint does not fit.
     """
-    if jax.process_count() > 1:
-        raise UsageError(f"localize runs in one process, found {jax.process_count()}.")
     if num_folds < 2:
         raise UsageError(f"NUM_FOLDS: expected at least 2, found {num_folds}.")
     assembly.check_seed(seed)

@@ -13,6 +13,7 @@ import enum
 import os
 import re
 import sys
+import threading
 from collections.abc import Mapping
 
 from tnt_jax.errors import ProcessLost, UsageError
@@ -120,10 +121,21 @@ def wait_for_all(place: str, seconds: float = _LONGEST_WORK) -> None:
         return
     from orbax.checkpoint import multihost
 
-    try:
-        multihost.get_barrier_sync_fn()(key=f"tnt_jax {place}", timeout_ms=int(seconds * 1000))
-    except RuntimeError as error:
-        raise ProcessLost(f"{place}: waited for in vain. {lost(error)}") from error
+    failures: list[RuntimeError] = []
+
+    def wait() -> None:
+        try:
+            multihost.get_barrier_sync_fn()(key=f"tnt_jax {place}", timeout_ms=int(seconds * 1000))
+        except RuntimeError as error:
+            failures.append(error)
+
+    # In a thread, because a signal is answered between two lines of Python: SIGTERM would find no
+    # answer for as long as the others take.
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    waiting.join()
+    if failures:
+        raise ProcessLost(f"{place}: waited for in vain. {lost(failures[0])}") from failures[0]
 
 
 def lost(error: BaseException) -> str | None:
