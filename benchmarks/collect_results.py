@@ -3,7 +3,7 @@
     python benchmarks/collect_results.py runs/venues_sweep/results.json \
       runs/venues_sweep/ablations.json runs/chitchat_sweep/results.json --output=docs/results.json
 
-Writes {"rows": of all, each with the "sweep" that it is of, "sweeps": of each its "name", "settings"
+Writes {"rows": of all, each with its "sweep", "sweeps": of each its "name", "settings"
 and "chosen"}, and prints the tables of every sweep. What it wrote before can be among the files: a
 sweep that is given again takes the place of the one before.
 """
