@@ -4,9 +4,10 @@ r"""Kills training at random moments, starts it again, and compares what comes o
 
 A tiny T5 is trained with TNRF on made-up records, packed, with dropout, in microbatches, with an
 evaluation and a checkpoint every few updates, on 1, 2 and 8 simulated CPU devices: undisturbed at
-first, and then, in each round, killed (`kill -9`) one to three times and started again with the
-same command. Half of the kills come at any time, from start to end; half of them just after a
-checkpoint has begun to be written. Then parameters, optimizer state, what the checkpoint says of
+first, and then, in each round, killed one to three times and started again with the same command.
+Half of the kills come at any time, from start to end; half of them just after a checkpoint has
+begun to be written. Two in three are `kill -9`; the third is SIGTERM, at which a run saves and ends
+with status 75. Then parameters, optimizer state, what the checkpoint says of
 the run (the original's digest and its log-probabilities among it) and every line of `metrics.jsonl`
 and `events.jsonl`, but for times, must be those of the undisturbed run, bit by bit.
 
@@ -182,13 +183,18 @@ def kill_somewhere(
     if not process.is_alive():
         process.join()
         return ""
-    os.kill(process.pid, signal.SIGKILL)
+    number = chance.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM))
+    os.kill(process.pid, number)
     process.join()
+    # 0: too late. -SIGTERM: before the program had begun.
+    if number == signal.SIGTERM and process.exitcode not in (75, 0, -signal.SIGTERM):
+        sys.exit(f"told to stop, a run ended with {process.exitcode}: {model_dir}")
     newest = max((step for step, _ in whole_checkpoints(model_dir)), default=0)
     half = len(list(model_dir.glob("checkpoint_*tmp*")))
     steps = [line["step"] for line in lines_of(model_dir / "metrics.jsonl")]
     written = f", {half} half-written" if half else ""
-    return f"update {max(steps, default=0)} (checkpoint {newest}{written})"
+    how = "told at " if number == signal.SIGTERM else ""
+    return f"{how}update {max(steps, default=0)} (checkpoint {newest}{written})"
 
 
 def whole_checkpoints(model_dir: pathlib.Path) -> list[tuple[int, pathlib.Path]]:
@@ -322,7 +328,7 @@ def main(argv: list[str] | None = None) -> None:
             "PACK": True,
             "TRAIN_STEPS": flags.steps,
             "CHECKPOINT_EVERY": flags.checkpoint_every,
-            "LOG_EVERY": 1,
+            "LOG_EVERY": 2,  # not always where a checkpoint is
             "KEEP_BEST": "loss",
             "train.train.eval_every": flags.checkpoint_every,
             **MESHES[num_devices],
