@@ -7,7 +7,7 @@
 # What the command's exit status means (tnt_jax/program.py):
 #   0          done
 #   2          a setting or a file is wrong: trying again would not help
-#   75         stopped by SIGTERM, and saved: started again
+#   75         stopped by SIGTERM, and saved: started again; 143, before it could answer, is the same
 #   130        interrupted by somebody: final
 #   any other  a failure: started again after a pause, which doubles, --max_failures times in a row; a
 #              run that lived for half an hour ends the row
@@ -89,6 +89,9 @@ while :; do
     began=$SECONDS
     "$@" &
     child=$!
+    if [[ -n $stopping ]]; then # while there was no child to tell
+        kill -TERM "$child" 2>/dev/null
+    fi
     await
     lived=$((SECONDS - began))
     if [[ -n $stopping ]]; then
@@ -101,7 +104,7 @@ while :; do
             say "the command ended with status $code, which is final"
             finish "$code"
             ;;
-        75)
+        75 | 143)
             if [[ -n $end_when_saved ]]; then
                 say "the command was stopped and has saved"
                 finish 75

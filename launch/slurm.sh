@@ -11,7 +11,8 @@
 # Environment: VENV (.venv-gpu), PROGRAM (train).
 #
 # Three minutes before the time limit the programs get SIGTERM, save and end with status 75; the job is then
-# queued again, and goes on from there, as it does where SLURM preempts it (--requeue). A failure is tried
+# queued again, and goes on from there. Where SLURM preempts it (--requeue) or it is cancelled, srun may kill
+# the programs before they have saved: then it goes on from the last periodic checkpoint. A failure is tried
 # again twice in the same job; a usage error (status 2) is final.
 #
 #SBATCH --job-name=tnt_jax

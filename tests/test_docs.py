@@ -126,7 +126,11 @@ def check_program(module, arguments):
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "program.run"
     )
-    settings = {key.arg: ast.literal_eval(key.value) for key in call.keywords}
+    settings = {
+        key.arg: ast.literal_eval(key.value)
+        for key in call.keywords
+        if key.arg in ("flags", "needs_all")
+    }
     if module == "tnt_jax.convert":
         arguments = convert.gin_arguments(arguments)
     program.configure(

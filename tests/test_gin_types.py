@@ -1,10 +1,13 @@
 """What gin would pass is compared with the annotation that takes it, before it is passed."""
 
+import collections
 import dataclasses
+import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol
 
 import gin
+import numpy as np
 import pytest
 
 from tnt_jax import gin_types
@@ -41,6 +44,15 @@ def unknown():
     return 3
 
 
+def some_wheel() -> Wheel:
+    return BigWheel()
+
+
+class Maker:
+    def __new__(cls):
+        return BigWheel()
+
+
 def machine(
     count: int = 0,
     length: float = 0.0,
@@ -51,17 +63,26 @@ def machine(
     rolls: Rolls | None = None,
     anything: Any = None,
     untyped=None,
+    dtype: np.dtype | None = None,
+    path: os.PathLike | None = None,
+    annotated: Annotated[int, "of something"] = 0,
+    pairs: tuple[int, ...] = (),
+    chosen: frozenset[str] = frozenset(),
+    big: BigWheel | None = None,
 ):
     del count, length, wheel, names, settings, make, rolls, anything, untyped
+    del dtype, path, annotated, pairs, chosen, big
 
 
 @pytest.fixture(autouse=True)
 def registered():
     gin.clear_config()
     with gin.unlock_config():
-        for of in (Wheel, BigWheel, pair, number, unknown, machine):
+        for of in (Wheel, BigWheel, Maker, pair, number, unknown, some_wheel, machine):
             if f"toy.{of.__name__}" not in gin.config._REGISTRY:
                 gin.external_configurable(of, module="toy")
+        if "toy.Lines" not in gin.config._REGISTRY:
+            gin.external_configurable(collections.deque, name="Lines", module="toy")
         yield
     gin.clear_config()
 
@@ -83,10 +104,24 @@ def registered():
         "anything = @Wheel",
         "anything = @Wheel()",
         "untyped = @pair()",
+        "dtype = 'bfloat16'",
+        "dtype = @number",
+        "path = 'a/b'",
+        "annotated = 3",
+        "pairs = [1, 2]",
+        "chosen = ('a', 'b')",
+        "big = @some_wheel()",
+        "big = @Maker()",
+        "count = %deep/COUNT",
     ],
 )
 def test_what_fits(binding):
-    gin.parse_config(f"machine.{binding}")
+    gin.parse_config(f"deep/COUNT = 3\nmachine.{binding}")
+    gin_types.check()
+
+
+def test_what_is_written_in_c_has_no_annotations():
+    gin.parse_config("toy.Lines.maxlen = 3")
     gin_types.check()
 
 

@@ -105,7 +105,7 @@ def annotate(
             "program": "annotate",
             "records": parts.digest(rows),
             "annotator": annotator.description,
-            "settings": annotator if dataclasses.is_dataclass(annotator) else None,
+            "settings": annotator,
             "vocabulary": vocabulary,
         }
         sizes = parts.sizes(len(rows), _RECORDS_PER_PART)

@@ -67,7 +67,7 @@ def explain(error: BaseException) -> str | None:
 
 def exit_status(error: BaseException) -> int:
     """Of a program that ends with one that `explain` explains: 1 where trying again helps."""
-    return 1 if isinstance(error, ProcessLost) or processes.lost(error) is not None else 2
+    return 1 if isinstance(error, ProcessLost) or processes.lost(error) else 2
 
 
 def out_of_memory(error: BaseException) -> str | None:

@@ -1,8 +1,10 @@
 """The types of settings: what gin files and flags give, against the annotations that receive it."""
 
+import abc
 import collections.abc
 import enum
 import inspect
+import os
 import pathlib
 import types
 import typing
@@ -10,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import gin
+import numpy as np
 from gin import config as gin_config
 
 from tnt_jax.errors import UsageError
@@ -25,12 +28,15 @@ def check() -> None:
         UsageError: a value is of another type.
     """
     for (_, selector), bindings in gin_config._CONFIG.items():
-        parameters = inspect.signature(gin_config._REGISTRY[selector].wrapped).parameters
+        try:
+            parameters = inspect.signature(gin_config._REGISTRY[selector].wrapped).parameters
+        except (TypeError, ValueError):  # written in C
+            continue
         for name, value in bindings.items():
             setting = f"{selector.removeprefix('tnt_jax.')}.{name}"
             macros: list[str] = []
             while _is_macro(value):
-                setting = value.scopes[-1]
+                setting = "/".join(value.scopes)
                 if setting in macros:
                     raise UsageError(f"macros refer to each other: %{', %'.join(macros)}.")
                 macros.append(setting)
@@ -54,6 +60,7 @@ def _is_macro(value: Any) -> bool:
 
 def _has_type(value: Any, annotation: Any) -> bool:
     """Whether a value of gin is what an annotation says; True where that cannot be told."""
+    annotation = _bare(annotation)
     if isinstance(value, gin_config.ConfigurableReference):
         parts = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
         return any(_fits(value, part) for part in parts)
@@ -65,6 +72,8 @@ def _has_type(value: Any, annotation: Any) -> bool:
     if expected in (None, type(None)):
         return value is None
     if expected in (collections.abc.Mapping, collections.abc.Sequence, tuple, list, dict):
+        if isinstance(value, list | tuple) and expected in (list, tuple):
+            expected = type(value)  # nobody can say which one is meant
         return (
             isinstance(value, expected)
             and not isinstance(value, str)
@@ -74,8 +83,12 @@ def _has_type(value: Any, annotation: Any) -> bool:
         return False
     if not isinstance(expected, type) or expected in (Any, inspect.Parameter.empty):
         return True
-    if isinstance(value, str) and issubclass(expected, pathlib.PurePath | enum.Enum):
-        return True
+    if isinstance(value, str):
+        is_path = expected is os.PathLike or issubclass(expected, pathlib.PurePath)
+        if is_path or issubclass(expected, enum.Enum | np.dtype):
+            return True
+    if isinstance(value, list | tuple) and issubclass(expected, collections.abc.Set | np.ndarray):
+        return True  # gin has no literal for these
     try:
         return isinstance(value, expected)  # no number is a mesh, no text an array
     except TypeError:  # a protocol that cannot tell
@@ -112,9 +125,12 @@ def _is_union(annotation: Any) -> bool:
 
 def _fits(reference: gin_config.ConfigurableReference, annotation: Any) -> bool:
     """Whether what a reference gives could be what one annotation says, which is no union."""
+    annotation = _bare(annotation)
     kind = typing.get_origin(annotation) or annotation
     if kind is None or kind is types.NoneType:
         return False
+    if kind is np.dtype:  # whatever NumPy makes one of
+        return not reference.evaluate
     is_open = kind in (Any, collections.abc.Callable, inspect.Parameter.empty)
     if is_open or not inspect.isclass(kind) or getattr(kind, "_is_protocol", False):
         return True
@@ -124,14 +140,26 @@ def _fits(reference: gin_config.ConfigurableReference, annotation: Any) -> bool:
     try:
         if not reference.evaluate:  # the function or the class itself
             return isinstance(wrapped, kind)
+        if inspect.isclass(wrapped):
+            is_made_as_usual = type(wrapped) in (type, abc.ABCMeta)
+            if not is_made_as_usual or wrapped.__new__ is not object.__new__:
+                return True
         gives = wrapped if inspect.isclass(wrapped) else _return_annotation(wrapped)
         if not inspect.isclass(gives) or gives is inspect.Signature.empty:
+            return True
+        if issubclass(kind, gives):  # what it gives may be the narrower kind
             return True
         if hasattr(gives, "_fields") and kind in (collections.abc.Sequence, tuple):
             return False  # a named tuple is something of its own
         return issubclass(gives, (int, float) if kind is float else kind)
     except TypeError:  # a kind that cannot tell
         return True
+
+
+def _bare(annotation: Any) -> Any:
+    """Without what `Annotated` says of it."""
+    is_annotated = typing.get_origin(annotation) is typing.Annotated
+    return annotation.__origin__ if is_annotated else annotation
 
 
 def _return_annotation(function: Callable[..., Any]) -> Any:

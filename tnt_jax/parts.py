@@ -23,7 +23,7 @@ from typing import Any
 
 from etils import epath
 
-from tnt_jax import __version__, json_files, processes, records, run_log
+from tnt_jax import __version__, json_files, preemption, processes, records, run_log
 from tnt_jax.errors import UsageError
 
 _OF = "of.json"
@@ -283,7 +283,8 @@ def opened(output: str, sizes: Sequence[int], work: Mapping[str, Any]) -> Iterat
         with contextlib.suppress(OSError):
             parts.close(is_whole=False)
         raise
-    parts.close(is_whole=True)
+    with preemption.deferred():  # half of the folder gone, all of the work would be done again
+        parts.close(is_whole=True)
 
 
 def sizes(num_steps: int, largest: int) -> list[int]:

@@ -1,17 +1,20 @@
 """SIGTERM: what a machine is sent before it is taken away, and a job before its time is over.
 
-A program that is told so ends with status 75, "the same command goes on from here". Most stop where
-they are: nothing is under its name before it is whole. Training finishes its update and saves
-(`deferred`). A second signal changes nothing.
+A program that is told so ends with status 75, "the same command goes on". Most stop where they are:
+nothing is under its name before it is whole. Training finishes its update and saves (`deferred`). A
+second signal changes nothing.
 """
 
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h, which launch/restart_loop.sh starts again
+_AGAIN = 0.02  # seconds
 
 
 class Preempted(BaseException):
@@ -29,8 +32,24 @@ def install() -> None:
     """Answers SIGTERM from here on, in a program's main thread; elsewhere nobody can."""
     global _has_come
     _has_come = False
+    if threading.current_thread() is not threading.main_thread():
+        return
+    signal.signal(signal.SIGTERM, _on_signal)
+    signal.signal(signal.SIGALRM, _on_alarm)
+    if not isinstance(sys.unraisablehook, _Unraisable):
+        sys.unraisablehook = _Unraisable(sys.unraisablehook)
+
+
+def ignore() -> None:
+    """No more answers: the program is ending."""
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _on_signal)
+        # No SIG_IGN: programs that are started from here would inherit it.
+        signal.signal(signal.SIGTERM, _no_answer)
+        signal.signal(signal.SIGALRM, _no_answer)
+
+
+def _no_answer(number: int, frame: FrameType | None) -> None:
+    pass
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
@@ -40,17 +59,48 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
         raise Preempted("nothing is half written")
 
 
+def _on_alarm(number: int, frame: FrameType | None) -> None:
+    if not _is_deferred:
+        raise Preempted("nothing is half written")
+
+
+class _Unraisable:
+    """Raises again what went nowhere.
+
+    A signal is answered wherever Python is, also in a callback of the garbage collector, which JAX
+    has, and in `__del__`.
+    """
+
+    def __init__(self, before: Callable[[Any], Any]):
+        self._before = before
+
+    def __call__(self, unraisable: Any) -> None:
+        if isinstance(unraisable.exc_value, Preempted):
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN)
+        else:
+            self._before(unraisable)
+
+
+def check() -> None:
+    """To be called between two things of which each is whole.
+
+    Raises:
+      Preempted: A signal came while `deferred`, and nothing has answered it.
+    """
+    if _has_come and not _is_deferred:
+        raise Preempted("what was begun is done")
+
+
 @contextlib.contextmanager
 def deferred(of_all: Callable[[int], bool] | None = None) -> Iterator[Callable[[int], bool]]:
     """Around what ends by itself where it can save; gives it the question whether to.
+
+    A signal that comes too late to be asked for is left to the next `check`.
 
     Args:
       of_all: Where several processes compute together: whether all of them are to stop after the
         update of this number, which each must ask of every update. Such as
         `jax.experimental.multihost_utils.reached_preemption_sync_point`.
-
-    Raises:
-      Preempted: At the end, where the signal came too late to be asked for.
     """
     global _is_deferred
     before, _is_deferred = _is_deferred, True
@@ -62,5 +112,3 @@ def deferred(of_all: Callable[[int], bool] | None = None) -> Iterator[Callable[[
         yield is_due
     finally:
         _is_deferred = before
-    if _has_come and not before:
-        raise Preempted("what was being done is done")

@@ -72,6 +72,12 @@ def start(name: str, kind: Kind) -> None:
             f"{_NUMBER} and {_INDEX} in each. Or unset {VARIABLE}."
         ) from error
     except RuntimeError as error:
+        if "before any JAX calls" in str(error):
+            raise UsageError(
+                f"{VARIABLE}=1: the processes must meet before anything is computed, but a module "
+                "that a gin file imports computes with JAX when it is imported. Do that in a "
+                "function."
+            ) from error
         raise ProcessLost(
             f"{VARIABLE}=1: the other processes are not there ({_first_line(error)}). Start all of "
             f"them, and let the port of {address or 'the first one'} be open to the others."
@@ -135,13 +141,18 @@ def wait_for_all(place: str, seconds: float = _LONGEST_WORK) -> None:
     waiting.start()
     waiting.join()
     if failures:
-        raise ProcessLost(f"{place}: waited for in vain. {lost(failures[0])}") from failures[0]
+        reason = lost(failures[0]) or _first_line(failures[0])
+        raise ProcessLost(f"waited for the other processes in vain: {reason}") from failures[0]
 
 
 def lost(error: BaseException) -> str | None:
     """What an error says if it says that another process has gone; None if it does not."""
+    if count() == 1 or not isinstance(error, RuntimeError | ValueError | OSError):
+        return None
     text = _first_line(error)
-    if count() > 1 and re.search(r"Gloo|[Cc]oordination|Barrier|heartbeat|NCCL.*remote", text):
+    if not isinstance(error, UsageError) and re.search(
+        r"Gloo|[Cc]oordination|Barrier|heartbeat|NCCL.*remote", text
+    ):
         return (
             f"another process of this run has ended: what it printed says why. Start all "
             f"{count()} again; they go on from what is saved. ({text[:200]})"
@@ -149,15 +160,15 @@ def lost(error: BaseException) -> str | None:
     return None
 
 
-def end(status: int) -> None:
-    """Before a program that failed ends: the others are not waited for, unless they fail too.
+def end(status: int, seconds: float = 10) -> None:
+    """Before a program ends early: the others are waited for only as long as they may end alike.
 
     `jax.distributed` would otherwise wait for them at the end of Python, and they for this process.
     """
     if count() == 1:
         return
     try:
-        wait_for_all("end", seconds=10)  # a mistake that all of them find: each has its say
+        wait_for_all("end", seconds)  # a mistake that all of them find: each has its say
     except ProcessLost:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from tnt_jax import run_log
+from tnt_jax import processes, run_log
 from tnt_jax.errors import UsageError
 
 
@@ -77,7 +77,8 @@ class Traces:
     def _trace(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             local = self._folder
-            if "://" in self._folder:  # the profiler writes to disks alone
+            # The profiler writes to disks alone, and names its file after the host.
+            if "://" in self._folder or processes.count() > 1:
                 local = stack.enter_context(tempfile.TemporaryDirectory())
             jax.profiler.start_trace(local)
             try:
@@ -96,6 +97,7 @@ class Traces:
 def _copy(folder: pathlib.Path, to: epath.Path) -> None:
     for file in folder.rglob("*"):
         if file.is_file():
-            copied = to / os.fspath(file.relative_to(folder))
+            name = file.name if processes.count() == 1 else f"{processes.index()}.{file.name}"
+            copied = to / os.fspath(file.relative_to(folder).with_name(name))
             copied.parent.mkdir(parents=True, exist_ok=True)
             copied.write_bytes(file.read_bytes())

@@ -98,40 +98,48 @@ def run(
     for handler in logging.getLogger().handlers:
         handler.addFilter(_is_not_said_twice)
     preemption.install()
+    given = sys.argv[1:] if arguments is None else arguments
+    seconds = 10.0
     try:
-        arguments = sys.argv[1:] if arguments is None else arguments
-        configured = configure(module_name, function_name, arguments, flags, needs_all)
-        if configured is not None:
-            processes.start(function_name, processes_run)
-            configured()
+        status, message = _outcome(
+            lambda: configure(module_name, function_name, given, flags, needs_all),
+            lambda: processes.start(function_name, processes_run),
+        )
+    except preemption.Preempted as stopped:  # also while an error was being explained
+        status = preemption.EXIT_STATUS
+        message = f"stopped by SIGTERM: {stopped}. The same command goes on."
+        seconds = 60.0  # all are told, and one may be compiling
+    preemption.ignore()
+    if message is not None:
+        print(f"{_name(module_name)}: {message}", file=sys.stderr)
+        _give_up_stdout()
+        atexit.register(_say_no_more)
+    if status:
+        processes.end(status, seconds)
+    sys.exit(status)
+
+
+def _outcome(
+    configured: Callable[[], Callable[[], Any] | None], start: Callable[[], None]
+) -> tuple[int, str | None]:
+    """Exit status of a program and its last words, if there are any."""
+    try:
+        function = configured()
+        if function is not None:
+            start()
+            function()
         sys.stdout.flush()  # what is wrong with it is said now, not when Python ends
     except KeyboardInterrupt:
-        print(f"{_name(module_name)}: interrupted", file=sys.stderr)
-        processes.end(130)
-        sys.exit(130)
-    except preemption.Preempted as stopped:
-        print(
-            f"{_name(module_name)}: stopped by SIGTERM: {stopped}. The same command goes on from "
-            "there.",
-            file=sys.stderr,
-        )
-        processes.end(preemption.EXIT_STATUS)
-        sys.exit(preemption.EXIT_STATUS)
+        return 130, "interrupted"
     except Exception as error:
         message = failures.explain(error)
-        if message is None:
-            if processes.count() == 1:
-                raise
-            traceback.print_exc()
-            processes.end(1)
-            sys.exit(1)
-        print(f"{_name(module_name)}: error: {message}", file=sys.stderr)
-        _give_up_stdout()
-        status = failures.exit_status(error)
-        processes.end(status)
-        atexit.register(_say_no_more)
-        sys.exit(status)
-    sys.exit(0)
+        if message is not None:
+            return failures.exit_status(error), f"error: {message}"
+        if processes.count() == 1:
+            raise
+        traceback.print_exc()
+        return 1, "error: a defect of this program, see above"
+    return 0, None
 
 
 def _name(module_name: str) -> str:

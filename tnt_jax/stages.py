@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tnt_jax import run_config, run_log
+from tnt_jax import preemption, run_config, run_log
 from tnt_jax.errors import UsageError
 
 _running: contextvars.ContextVar[bool] = contextvars.ContextVar("running", default=False)
@@ -62,6 +62,7 @@ class Stages:
         Raises:
           UsageError: There is something to go on from, and it is not known what made it.
         """
+        preemption.check()
         self._number += 1
         note = self._note(name)
         described = {
@@ -95,6 +96,7 @@ class Stages:
             _running.reset(token)
         seconds = round(time.monotonic() - began, 1)
         run_log.write_json(str(note), {"described": described, "done": True, "seconds": seconds})
+        preemption.check()
 
     def seconds(self, name: str) -> float | None:
         """How long a stage took, if it is done."""

@@ -254,7 +254,6 @@ def train(
         seed=seed,
     )
     with (
-        preemption.deferred(_stop_of_all()) as is_due,
         memory.explained(
             memory.of_training(trainer),
             BATCH_SIZE=batch_size,
@@ -292,6 +291,7 @@ def train(
                 wandb_project=watched.settings.wandb_project,
             ) as metrics,
             run_log.StepLines(f"{model_dir}/events.jsonl", last_step=start.step) as events,
+            preemption.deferred(_stop_of_all()) as is_due,
         ):
             outcome = training_loop.Loop(
                 trainer=trainer,

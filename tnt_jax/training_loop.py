@@ -156,8 +156,6 @@ class Loop:
         """
         if start >= train_steps:
             return ""
-        if is_due(start):
-            raise preemption.Preempted(f"{self._newest()}, and no update was begun")
         key = jax.random.key(self.seed)
         evaluate = _Evaluation(self)
         health = self._health()
@@ -167,6 +165,8 @@ class Loop:
             self._watched(state, start, train_steps) as watched,
             contextlib.closing(prefetch.ahead(self._batch, steps)) as upcoming,
         ):
+            if is_due(start):
+                raise preemption.Preempted(f"{self._newest()}, and no update was begun")
             for step in steps:
                 with since.waiting():
                     batch = next(upcoming)
@@ -192,6 +192,8 @@ class Loop:
                     metrics |= watched.look(step, self._whole(state.params), is_last)
                 if metrics:
                     self.metrics.write(step, metrics)
+                if is_stopping and not (self.trainer.skip_non_finite or since.is_finite()):
+                    self._summary(step, since.fetch(), health)  # says what is not, and ends the run
                 if is_save or is_stopping:
                     self.metrics.flush()
                     self._save(state, step, metrics, health, since)
@@ -381,6 +383,15 @@ class _SinceLog:
             # The devices have the newest update to go on with. With more of them waiting, batches
             # fill the memory, and simulated CPU devices block each other for ever.
             jax.block_until_ready(self._pending[-2])
+
+    def is_finite(self) -> bool:
+        """Whether the losses and gradients so far are; waits for the devices."""
+        return all(
+            bool(np.isfinite(value))
+            for sums in self._pending
+            for name, value in jax.device_get(sums).items()
+            if name in ("loss", "gradient_norm")
+        )
 
     def fetch(self) -> _Found:
         """Waits for the devices, and begins anew."""
