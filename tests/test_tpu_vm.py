@@ -113,6 +113,8 @@ class Cloud:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                # A suite in the background of a shell has Ctrl-C ignored, and so would this.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
         return self.started
 
