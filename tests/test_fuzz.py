@@ -174,7 +174,7 @@ def test_files_of_annotators(rows):
         "marks.csv": (annotators.Spans, lambda: of_bytes(MARKS_CSV, chance)),
     }
     outcomes = []
-    for _ in range(150):
+    for _ in range(80):
         for name, (kind, content) in kinds.items():
             path = pathlib.Path(f"damaged.{name}")
             path.write_bytes(content())
@@ -252,7 +252,7 @@ def test_gin_files(capsys):
     whole = (GIN_CONFIGS / "runs" / "train.gin").read_bytes()
     arguments = rooms.arguments("train", NOWHERE["train"], ["damaged.gin"])
     outcomes = set()
-    for _ in range(150):
+    for _ in range(80):
         pathlib.Path("damaged.gin").write_bytes(mutations.changed_bytes(whole, chance))
         outcomes.add(stderr_of(capsys, "train", arguments))
     assert len(outcomes) > 10
@@ -306,7 +306,7 @@ def test_model_directories(name, models):
         vocabulary.encode("the house")
 
     outcomes = []
-    for _ in range(40):
+    for _ in range(20):
         shutil.rmtree("damaged", ignore_errors=True)
         shutil.copytree(name, "damaged")
         damage_one(pathlib.Path("damaged"), chance)

@@ -75,9 +75,12 @@ class _Unraisable:
         self._before = before
 
     def __call__(self, unraisable: Any) -> None:
-        if isinstance(unraisable.exc_value, Preempted):
+        error = unraisable.exc_value
+        if isinstance(error, Preempted):
             signal.setitimer(signal.ITIMER_REAL, _AGAIN)
-        else:
+        elif not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            # That one is Orbax's, of reads that it leaves where another fails: pages of it would
+            # follow the message.
             self._before(unraisable)
 
 
