@@ -47,6 +47,13 @@ def checkout(tmp_path_factory):
     return folder
 
 
+# A suite in the background of a shell has Ctrl-C ignored, and so would what it starts.
+HEARS_CTRL_C = (
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    "os.execvp(sys.argv[1], sys.argv[1:])"
+)
+
+
 class Cloud:
     """The world of fake_gcloud.py, and a user in front of it."""
 
@@ -107,14 +114,12 @@ class Cloud:
         """Does not wait; the output goes to a file."""
         with log.open("w") as output:
             self.started = subprocess.Popen(
-                self.command(*arguments),
+                [sys.executable, "-c", HEARS_CTRL_C, *self.command(*arguments)],
                 env=self.environment,
                 cwd=self.user,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                # A suite in the background of a shell has Ctrl-C ignored, and so would this.
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
         return self.started
 
