@@ -1,4 +1,4 @@
-"""What an update of each arm of the study takes: bytes and floating-point operations, by XLA.
+"""What an update of each arm of the study takes: bytes on the device, by XLA.
 
     python benchmarks/arm_costs.py --run=runs/venues_sweep
 
@@ -67,8 +67,7 @@ def main():
                 pack=True,
                 num_negative_ids=number,
             )
-            of = found["bytes"]
-            total = of["total"] / 2**20
+            total = found["bytes"]["total"] / 2**20
             table.append([name, marks, number, total, total / (table[0][3] if table else total)])
     report.table(["arm", "marks", "ids a position", "MiB", "times fine-tuning"], table)
 

@@ -7,9 +7,9 @@ evaluation and a checkpoint every few updates, on 1, 2 and 8 simulated CPU devic
 first, and then, in each round, killed one to three times and started again with the same command.
 Half of the kills come at any time, from start to end; half of them just after a checkpoint has
 begun to be written. Two in three are `kill -9`; the third is SIGTERM, at which a run saves and ends
-with status 75. Then parameters, optimizer state, what the checkpoint says of
-the run (the original's digest and its log-probabilities among it) and every line of `metrics.jsonl`
-and `events.jsonl`, but for times, must be those of the undisturbed run, bit by bit.
+with status 75. Then parameters, optimizer state, what the checkpoint says of the run (the
+original's digest and its log-probabilities among it) and every line of `metrics.jsonl` and
+`events.jsonl`, but for times, must be those of the undisturbed run, bit by bit.
 
 After that, one run of `--memory_steps` updates, whose resident memory must not grow.
 

@@ -7,6 +7,7 @@ unwanted words; each is spelt in several tokens, every other word is one token.
 """
 
 import contextlib
+import dataclasses
 import itertools
 import re
 
@@ -48,6 +49,16 @@ def corpus():
             extra={"name": name},
         )
         for name, (size, state) in itertools.product(NAMES, STATES.items())
+    ]
+
+
+def marked_corpus():
+    """The rooms, with the unwanted words marked."""
+    return [
+        dataclasses.replace(
+            row, negative_spans=tuple(m.span() for m in UNWANTED.finditer(row.targets))
+        )
+        for row in corpus()
     ]
 
 
@@ -130,6 +141,19 @@ def run(run_name, settings, gin_files=()):
         program.run(f"tnt_jax.{name}", name, arguments(run_name, settings, gin_files))
     gin.clear_config()
     return stopped.value.code
+
+
+def train_original(model_dir, train_steps, **settings):
+    """A model of the rooms, from nothing; `corpus.jsonl` is what it learns from."""
+    settings = {
+        "RECORDS": "corpus.jsonl",
+        "ANNOTATED": False,
+        "INITIAL_CHECKPOINT_PATH": None,
+        "TRAIN_STEPS": train_steps,
+        "MODEL_DIR": model_dir,
+        **settings,
+    }
+    assert run("train", settings, ["objectives/fine_tune.gin"]) == 0
 
 
 def saved(path, item="params"):

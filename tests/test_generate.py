@@ -89,15 +89,7 @@ def working_directory(tmp_path_factory):
             for n in range(45)
         ]
         records.write_records("prompts.jsonl", prompts)
-        settings = {
-            "RECORDS": "corpus.jsonl",
-            "ANNOTATED": False,
-            "INITIAL_CHECKPOINT_PATH": None,
-            "TRAIN_STEPS": 20,
-            "LEARNING_RATE": 1e-2,
-            "MODEL_DIR": "model",
-        }
-        assert rooms.run("train", settings, ["objectives/fine_tune.gin"]) == 0
+        rooms.train_original("model", 20, LEARNING_RATE=1e-2)
         yield
 
 

@@ -40,9 +40,7 @@ def working_directory(tmp_path_factory):
             for number, state in enumerate(rng.choices(["dirty", "clean", "noisy", "quiet"], k=16))
         ]
         records.write_records("corpus.jsonl", corpus)
-        train = {"RECORDS": "corpus.jsonl", "ANNOTATED": False, "MODEL_DIR": "original"}
-        train |= {"INITIAL_CHECKPOINT_PATH": None, "LEARNING_RATE": 1e-2, "TRAIN_STEPS": 80}
-        assert rooms.run("train", train, ["objectives/fine_tune.gin"]) == 0
+        rooms.train_original("original", 80, LEARNING_RATE=1e-2)
         sampled = {"CHECKPOINT_PATH": "original", "OUTPUT": "sampled.jsonl", "TEMPERATURE": 1.0}
         sampled |= {"BATCH_SIZE": 96}
         assert rooms.run("generate", sampled) == 0

@@ -1,7 +1,6 @@
 """A mistake of the user's is one line: what was expected, what was found, what to change."""
 
 import contextlib
-import dataclasses
 import json
 import pathlib
 import re
@@ -20,22 +19,8 @@ def working_directory(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     rooms.write_world(folder)
     with contextlib.chdir(folder), rooms.compiled_cheaply(folder / "compiled"):
-        marked = [
-            dataclasses.replace(
-                row,
-                negative_spans=tuple(m.span() for m in rooms.UNWANTED.finditer(row.targets)),
-            )
-            for row in rooms.corpus()
-        ]
-        records.write_records("original.annotated.jsonl", marked)
-        settings = {
-            "RECORDS": "corpus.jsonl",
-            "ANNOTATED": False,
-            "INITIAL_CHECKPOINT_PATH": None,
-            "TRAIN_STEPS": 1,
-            "MODEL_DIR": "original",
-        }
-        assert rooms.run("train", settings, ["objectives/fine_tune.gin"]) == 0
+        records.write_records("original.annotated.jsonl", rooms.marked_corpus())
+        rooms.train_original("original", 1)
         yield
 
 

@@ -41,14 +41,7 @@ def working_directory(tmp_path_factory):
     with contextlib.chdir(folder), rooms.compiled_cheaply(folder / "compiled"):
         settings = {"OUTPUT": "annotated.jsonl", "RECORDS": "corpus.jsonl"}
         assert rooms.run("annotate", settings) == 0
-        train(
-            "original",
-            ["objectives/fine_tune.gin"],
-            RECORDS="corpus.jsonl",
-            ANNOTATED=False,
-            INITIAL_CHECKPOINT_PATH=None,
-            TRAIN_STEPS=10,
-        )
+        rooms.train_original("original", 10, LOG_EVERY=1)
         yield
 
 

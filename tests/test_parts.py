@@ -368,14 +368,7 @@ def generated():
     )
     records.write_records("prompts.jsonl", prompts)
     with rooms.compiled_cheaply(pathlib.Path("compiled").absolute()):
-        settings = {
-            "RECORDS": "corpus.jsonl",
-            "ANNOTATED": False,
-            "INITIAL_CHECKPOINT_PATH": None,
-            "TRAIN_STEPS": 1,
-            "MODEL_DIR": "model",
-        }
-        assert rooms.run("train", settings, ["objectives/fine_tune.gin"]) == 0
+        rooms.train_original("model", 1)
         assert rooms.run("generate", {**SAMPLED, "OUTPUT": "sampled.jsonl"}) == 0
     found = records.read_records("sampled.jsonl")
     assert [row.id for row in found] == [str(n) for n in range(NUM_PROMPTS)]

@@ -1,7 +1,6 @@
 """Training in several processes, which really run here: as one would, and as if none had died."""
 
 import contextlib
-import dataclasses
 import json
 import os
 import pathlib
@@ -42,22 +41,8 @@ def working_directory(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     rooms.write_world(folder)
     with contextlib.chdir(folder), rooms.compiled_cheaply(folder / "compiled"):
-        marked = [
-            dataclasses.replace(
-                row,
-                negative_spans=tuple(m.span() for m in rooms.UNWANTED.finditer(row.targets)),
-            )
-            for row in rooms.corpus()
-        ]
-        records.write_records("original.annotated.jsonl", marked)
-        original = {
-            "RECORDS": "corpus.jsonl",
-            "ANNOTATED": False,
-            "INITIAL_CHECKPOINT_PATH": None,
-            "TRAIN_STEPS": 3,
-            "MODEL_DIR": "original",
-        }
-        assert rooms.run("train", original, ["objectives/fine_tune.gin"]) == 0
+        records.write_records("original.annotated.jsonl", rooms.marked_corpus())
+        rooms.train_original("original", 3)
         assert rooms.run("train", {**RUN, "MODEL_DIR": "alone"}) == 0
         yield
 

@@ -32,15 +32,7 @@ def working_directory(tmp_path_factory):
 @pytest.fixture(scope="module")
 def original():
     """A model that learned the rooms, and its outputs, annotated."""
-    train(
-        "original",
-        ["objectives/fine_tune.gin"],
-        RECORDS="corpus.jsonl",
-        ANNOTATED=False,
-        INITIAL_CHECKPOINT_PATH=None,
-        LEARNING_RATE=1e-2,
-        TRAIN_STEPS=60,
-    )
+    rooms.train_original("original", 60, LEARNING_RATE=1e-2)
     generate("original.jsonl", "original")
     annotate("original.annotated.jsonl", "original.jsonl")
 

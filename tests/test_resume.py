@@ -1,7 +1,6 @@
 """A run that was killed goes on as if nothing had been, and only as the run that it was."""
 
 import contextlib
-import dataclasses
 import json
 import os
 import pathlib
@@ -55,23 +54,11 @@ def working_directory(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     rooms.write_world(folder)
     with contextlib.chdir(folder), rooms.compiled_cheaply(folder / "compiled"):
-        marked = [
-            dataclasses.replace(
-                row,
-                negative_spans=tuple(m.span() for m in rooms.UNWANTED.finditer(row.targets)),
-            )
-            for row in rooms.corpus()
-        ]
+        marked = rooms.marked_corpus()
         records.write_records("original.annotated.jsonl", marked)
         records.write_records("fewer.jsonl", marked[1:])
-        settings = {
-            "RECORDS": "corpus.jsonl",
-            "ANNOTATED": False,
-            "INITIAL_CHECKPOINT_PATH": None,
-            "TRAIN_STEPS": 3,
-        }
         for seed, model_dir in enumerate(("original", "other")):
-            train(model_dir, ["objectives/fine_tune.gin"], **settings, SEED=seed)
+            rooms.train_original(model_dir, 3, SEED=seed)
         train("straight", **RUN)
         yield
 

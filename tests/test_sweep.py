@@ -16,15 +16,7 @@ def working_directory(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     rooms.write_world(folder)
     with contextlib.chdir(folder), rooms.compiled_cheaply(folder / "compiled"):
-        settings = {
-            "MODEL_DIR": "original",
-            "RECORDS": "corpus.jsonl",
-            "ANNOTATED": False,
-            "INITIAL_CHECKPOINT_PATH": None,
-            "LEARNING_RATE": 1e-2,
-            "TRAIN_STEPS": 60,
-        }
-        assert rooms.run("train", settings, ["objectives/fine_tune.gin"]) == 0
+        rooms.train_original("original", 60, LEARNING_RATE=1e-2)
         yield
 
 

@@ -21,15 +21,7 @@ def readers_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reader")
     rooms.write_world(folder)
     with contextlib.chdir(folder), rooms.compiled_cheaply(folder / "compiled"):
-        learning = {
-            "RECORDS": "corpus.jsonl",
-            "ANNOTATED": False,
-            "INITIAL_CHECKPOINT_PATH": None,
-            "LEARNING_RATE": 1e-2,
-            "TRAIN_STEPS": 60,
-            "MODEL_DIR": "original",
-        }
-        assert rooms.run("train", learning, ["objectives/fine_tune.gin"]) == 0
+        rooms.train_original("original", 60, LEARNING_RATE=1e-2)
         convert.convert(input="original", output="model", output_format="huggingface")
         for name, rows in (
             ("prompts", rooms.corpus()[:32]),

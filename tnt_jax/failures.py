@@ -67,6 +67,8 @@ def explain(error: BaseException) -> str | None:
 
 def exit_status(error: BaseException) -> int:
     """Of a program that ends with one that `explain` explains: 1 where trying again helps."""
+    if isinstance(error, UsageError):
+        return 2
     return 1 if isinstance(error, ProcessLost) or processes.lost(error) else 2
 
 

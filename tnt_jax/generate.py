@@ -235,12 +235,12 @@ def _plan(lengths: Sequence[int], batch_size: int, longest: int) -> list[_Batch]
       longest: No width is above it; longer prompts are cut.
     """
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    together = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     needed = [
-        min(longest, -(-lengths[part[0]] // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE) for part in parts
+        min(longest, -(-lengths[of[0]] // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE) for of in together
     ]
-    num_widths = min(_MOST_WIDTHS, 1 + len(parts) // _BATCHES_PER_WIDTH)
-    return [_Batch(*of) for of in zip(parts, _few_widths(needed, num_widths), strict=True)]
+    num_widths = min(_MOST_WIDTHS, 1 + len(together) // _BATCHES_PER_WIDTH)
+    return [_Batch(*of) for of in zip(together, _few_widths(needed, num_widths), strict=True)]
 
 
 def _few_widths(needed: Sequence[int], num_widths: int) -> list[int]:

@@ -6,6 +6,7 @@ second signal changes nothing.
 """
 
 import contextlib
+import functools
 import signal
 import sys
 import threading
@@ -36,8 +37,7 @@ def install() -> None:
         return
     signal.signal(signal.SIGTERM, _on_signal)
     signal.signal(signal.SIGALRM, _on_alarm)
-    if not isinstance(sys.unraisablehook, _Unraisable):
-        sys.unraisablehook = _Unraisable(sys.unraisablehook)
+    _raise_again()
 
 
 def ignore() -> None:
@@ -64,24 +64,21 @@ def _on_alarm(number: int, frame: FrameType | None) -> None:
         raise Preempted("nothing is half written")
 
 
-class _Unraisable:
-    """Raises again what went nowhere.
+@functools.cache  # once for a process
+def _raise_again() -> None:
+    """What is raised goes nowhere in `__del__` and in callbacks of the garbage collector.
 
-    A signal is answered wherever Python is, also in a callback of the garbage collector, which JAX
-    has, and in `__del__`.
+    A signal is answered wherever Python is, and JAX has such a callback.
     """
+    before = sys.unraisablehook
 
-    def __init__(self, before: Callable[[Any], Any]):
-        self._before = before
-
-    def __call__(self, unraisable: Any) -> None:
-        error = unraisable.exc_value
-        if isinstance(error, Preempted):
+    def hook(unraisable: Any) -> None:
+        if isinstance(unraisable.exc_value, Preempted):
             signal.setitimer(signal.ITIMER_REAL, _AGAIN)
-        elif not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
-            # That one is Orbax's, of reads that it leaves where another fails: pages of it would
-            # follow the message.
-            self._before(unraisable)
+        else:
+            before(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def check() -> None:

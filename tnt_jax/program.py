@@ -12,10 +12,10 @@ as text (`_Settings`), and only then by gin, which imports what they name.
 
 import argparse
 import ast
-import atexit
 import copy
 import dataclasses
 import difflib
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -67,6 +67,22 @@ def _is_not_said_twice(record: logging.LogRecord) -> bool:
     return not (is_orbaxs or record.name == "asyncio")
 
 
+@functools.cache  # once for a process
+def _drop_reads_left_alone() -> None:
+    """Orbax gathers its reads, and leaves the others where one fails.
+
+    Whenever Python comes upon them, to its very end, pages of tracebacks would bury the message.
+    """
+    warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = hook
+
+
 def run(
     module_name: str,
     function_name: str,
@@ -97,13 +113,13 @@ def run(
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, force=True)
     for handler in logging.getLogger().handlers:
         handler.addFilter(_is_not_said_twice)
+    _drop_reads_left_alone()
     preemption.install()
     given = sys.argv[1:] if arguments is None else arguments
     seconds = 10.0
     try:
         status, message = _outcome(
-            lambda: configure(module_name, function_name, given, flags, needs_all),
-            lambda: processes.start(function_name, processes_run),
+            module_name, function_name, given, flags, needs_all, processes_run
         )
     except preemption.Preempted as stopped:  # also while an error was being explained
         status = preemption.EXIT_STATUS
@@ -113,21 +129,25 @@ def run(
     if message is not None:
         print(f"{_name(module_name)}: {message}", file=sys.stderr)
         _give_up_stdout()
-        atexit.register(_say_no_more)
     if status:
         processes.end(status, seconds)
     sys.exit(status)
 
 
 def _outcome(
-    configured: Callable[[], Callable[[], Any] | None], start: Callable[[], None]
+    module_name: str,
+    function_name: str,
+    arguments: Sequence[str],
+    own_flags: Sequence[str],
+    needs_all: bool,
+    processes_run: processes.Kind,
 ) -> tuple[int, str | None]:
-    """Exit status of a program and its last words, if there are any."""
+    """Runs a program: its exit status and last words, if there are any."""
     try:
-        function = configured()
-        if function is not None:
-            start()
-            function()
+        configured = configure(module_name, function_name, arguments, own_flags, needs_all)
+        if configured is not None:
+            processes.start(function_name, processes_run)
+            configured()
         sys.stdout.flush()  # what is wrong with it is said now, not when Python ends
     except KeyboardInterrupt:
         return 130, "interrupted"
@@ -147,12 +167,6 @@ def _name(module_name: str) -> str:
     if processes.count() == 1:
         return module_name
     return f"{module_name} (process {processes.index()} of {processes.count()})"
-
-
-def _say_no_more() -> None:
-    """What libraries find while Python ends, of reads left alone, would bury the message."""
-    sys.unraisablehook = lambda _: None
-    warnings.simplefilter("ignore")
 
 
 def _give_up_stdout() -> None:

@@ -94,6 +94,8 @@ def _without_rest_of_spans(
     row: records.Record, removed: Iterable[tuple[int, tuple[int, ...]]], vocabulary: Any
 ) -> tuple[tuple[int, tuple[int, ...]], ...]:
     """Without what the spans say anyway and a setting may not want: tokens after a span's first."""
+    if not row.negative_spans:
+        return tuple(removed)
     spans = dataclasses.replace(row, negative_token_ids=())
     whole, first = (
         {*map(tuple, tokenization.mark_tokens(spans, vocabulary, marks).negative_pairs.tolist())}

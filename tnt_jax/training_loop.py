@@ -326,8 +326,7 @@ class _Evaluation:
                 loop.original.with_states(batch, placed), loop.trainer.model.mesh
             )
             sums.append(jax.device_get(self._step(state.params, loop.original.params, batch)))
-        summary = train_step.summarize(_add(sums))
-        return summary
+        return train_step.summarize(_add(sums))
 
 
 @dataclasses.dataclass(frozen=True)
