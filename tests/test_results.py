@@ -93,6 +93,15 @@ def test_intervals_against_the_normal_approximation():
         assert low < bleu.score < high
     assert found["baseline"]["bleu_p_value"] is None
     assert found["better"]["bleu_p_value"] < 0.01 < found["alike"]["bleu_p_value"]
+    # Intervals are of an arm alone; only the test needs two.
+    del arms["baseline"]
+    for row in found.values():
+        row["bleu_p_value"] = None
+    for names in (["better", "alike"], ["better"]):
+        alone = results.intervals(
+            original, {name: arms[name] for name in names}, "baseline", num_resamples=500
+        )
+        assert alone == {name: found[name] for name in names}
 
 
 def test_the_choice_of_a_weight():

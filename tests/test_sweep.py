@@ -115,6 +115,33 @@ def test_it_is_done_once(swept, capsys):
     assert "| TNRF |" in pathlib.Path("swept/results.md").read_text()
 
 
+def test_the_frontier_is_run_with_other_seeds(swept):
+    """At the weights that were chosen without them."""
+    settings = {"MASK_DECODING": True, "FRONTIER_SEEDS": "[0, 7]", "sweep.sweep.name": "more"}
+    sweep("swept", **settings)
+    found = json.loads(pathlib.Path("swept/more.json").read_text())
+    chosen = {row["objective"]: row["alpha"] for row in swept["chosen"]}
+    one, other = (
+        next(
+            row
+            for row in swept["choice_rows"]
+            if (row["objective"], row["alpha"]) == (name, chosen[name])
+        )
+        for name in ("TNRF", "UL+LL")
+    )
+    # The baseline always, and TNRF unless the baseline is better in both.
+    beaten = other["cut"] >= one["cut"] and other["bleu"] >= one["bleu"]
+    again = ["UL+LL"] if beaten else ["TNRF", "UL+LL"]
+    arms = [(row["objective"], row["alpha"], row["seed"]) for row in found["rows"]]
+    before = [(row["objective"], row["alpha"], row["seed"]) for row in swept["rows"]]
+    assert arms == [*before[:-1], *((name, chosen[name], 7) for name in again), before[-1]]
+    for row in found["chosen"]:
+        name = row["objective"]
+        assert row["alpha"] == chosen[name]
+        assert row["num_seeds"] == 1 + (name in again)
+        assert len(row["cut_interval"]) == len(row["bleu_interval"]) == 2
+
+
 def test_several_processes_share_it(swept, capsys):
     sweep("shared", status=2, PROCESS_INDEX=1, NUM_PROCESSES=2)
     assert "Start that one first" in capsys.readouterr().err

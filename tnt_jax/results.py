@@ -69,13 +69,14 @@ def intervals(
     Args:
       original: Annotated outputs of the original.
       arms: Annotated outputs of each, for the same prompts in the same order.
-      baseline: The arm that the others are compared with.
+      baseline: The arm that the others are compared with; if it is not among them, none are.
       num_resamples: Of the prompts.
       seed: Of the resamples.
 
     Returns:
       By arm: "cut_interval"; "bleu_interval"; "bleu_p_value", of a difference to the baseline's
-      BLEU at least so large (sacrebleu's paired bootstrap test; None for the baseline).
+      BLEU at least so large (sacrebleu's paired bootstrap test; None for the baseline, and without
+      one).
     """
     # Here, because they take a second to import, which nobody else pays.
     import scipy.stats
@@ -111,13 +112,13 @@ def intervals(
         by_name[name] = {
             "cut_interval": [float(sampled.low), float(sampled.high)],
             "bleu_interval": [result.mean - result.ci, result.mean + result.ci],
-            "bleu_p_value": result.p_value,
+            "bleu_p_value": result.p_value if baseline in arms else None,
         }
     return by_name
 
 
-def _first(arms: Mapping[str, Any], baseline: str) -> list[str]:
-    return [baseline, *(name for name in arms if name != baseline)]
+def _first(arms: Mapping[str, Any], name: str) -> list[str]:
+    return sorted(arms, key=lambda other: other != name)
 
 
 def choose(rows: Sequence[Row], cut: float) -> dict[str, float | None]:

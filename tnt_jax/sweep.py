@@ -8,6 +8,8 @@ It writes `results.json`: "rows", one for each arm, weight, seed and decoder, on
 weight was chosen on; "choice_rows", the same on those that it was; "chosen", each arm at its chosen
 weight, over seeds, with intervals over prompts. And `results.md`, those as tables.
 
+Which arms are on the frontier is known when all are done: those can then be run with other seeds.
+
 Example:
     python -m tnt_jax.sweep --gin_file=models/from_checkpoint.gin --gin_file=runs/sweep.gin \
       --gin.ORIGINAL_CHECKPOINT_PATH=flan-t5-small --gin.TRAIN_PROMPTS=prompts.jsonl \
@@ -98,6 +100,7 @@ def sweep(
     grids: Sequence[Grid],
     cut: float = 0.75,
     baseline: str = "UL+LL",
+    frontier_seeds: Sequence[int] = (),
     choice_share: float = 0.5,
     mask_decoding: bool = False,
     num_resamples: int = 1000,
@@ -113,7 +116,10 @@ def sweep(
       grids: The arms.
       cut: Share of unwanted outputs that is enough: of the weights that reach it the one with the
         most BLEU is chosen.
-      baseline: The objective that others are tested against.
+      baseline: The arm that others are tested against: an objective, and its variant after a comma
+        ("UL+LL, 400 updates"). Where there is no such arm, nothing is tested.
+      frontier_seeds: When all arms are done, those on the frontier of the prompts that weights are
+        chosen on, and the baseline, are run with these seeds too, at their chosen weight.
       choice_share: Of the evaluation prompts: weights are chosen on these, and reported on others.
       mask_decoding: Adds the original itself, with what is unwanted masked while it decodes.
       num_resamples: For intervals.
@@ -163,7 +169,18 @@ def sweep(
         run_log.log(f"Arm {number} of {len(own)}: {cell.name}")
         _run(opened, cell, training[id(cell.grid)])
     found: dict[str, Any] = _collect(opened, cells, task, choice_share, mask_decoding)
-    found |= _chosen(opened, found, cut, baseline, choice_share, num_resamples)
+    # Seeds that are added for the frontier do not choose.
+    rows_of_choice = found["choice_rows"]
+    again = _on_frontier(rows_of_choice, cells, cut, baseline, frontier_seeds)
+    if again and len({_name_of(row) for row in found["rows"]} - {MASK}) == len(cells):
+        cells += again
+        own = again[process_index::num_processes]
+        for number, cell in enumerate(own, start=1):
+            run_log.log(f"Arm {number} of {len(own)}, of the frontier: {cell.name}")
+            _run(opened, cell, training[id(cell.grid)])
+        found = _collect(opened, cells, task, choice_share, mask_decoding)
+    weights = results.choose(_of_decoder(rows_of_choice, opened.first_decoder), cut)
+    found |= _chosen(opened, found["rows"], weights, baseline, choice_share, num_resamples)
     found["settings"] = {"task": task, "cut": cut, "choice_share": choice_share}
     written = root / f"{name}.json"
     run_log.write_json(str(written), found)
@@ -270,38 +287,76 @@ def _parts(
     return choice, report  # pyright: ignore[reportReturnType]
 
 
+def _of_decoder(rows: Sequence[results.Row], decoder: str) -> list[results.Row]:
+    return [row for row in rows if row["decoder"] == decoder]
+
+
+def _on_frontier(
+    choice_rows: Sequence[results.Row],
+    cells: Sequence[_Cell],
+    cut: float,
+    baseline: str,
+    seeds: Sequence[int],
+) -> list[_Cell]:
+    """What is still to be run of the arms on the frontier of any decoder, and of the baseline."""
+    decoders = list(dict.fromkeys(row["decoder"] for row in choice_rows))
+    trained = [row for row in choice_rows if row["objective"] != MASK]
+    if not trained or not seeds:
+        return []
+    weights = results.choose(_of_decoder(trained, decoders[0]), cut)
+    best = {baseline}
+    for decoder in decoders:
+        kept = [
+            row
+            for row in _of_decoder(trained, decoder)
+            if weights.get(row["objective"]) == row["alpha"]
+        ]
+        means = results.averaged(kept, key=lambda row: row["objective"])
+        best |= {
+            row["objective"]
+            for row, is_best in zip(means, results.pareto(means), strict=True)
+            if is_best
+        }
+    done = {cell.name for cell in cells}
+    found = {}
+    for cell in cells:
+        arm = cell.labels["objective"]
+        if arm in best and weights[arm] == cell.alpha:
+            for seed in seeds:
+                again = dataclasses.replace(cell, seed=seed)
+                if again.name not in done:
+                    found[again.name] = again
+    return list(found.values())
+
+
 def _chosen(
     opened: Opened,
-    found: Mapping[str, Sequence[results.Row]],
-    cut: float,
+    rows: Sequence[results.Row],
+    weights: Mapping[str, float | None],
     baseline: str,
     choice_share: float,
     num_resamples: int,
 ) -> dict[str, Any]:
-    """Every arm at the weight that is chosen with the first decoder, on the other prompts."""
-    first = opened.first_decoder
-    weights = results.choose([row for row in found["choice_rows"] if row["decoder"] == first], cut)
-    kept = [row for row in found["rows"] if weights[row["objective"]] == row["alpha"]]
+    """Every arm at its chosen weight, on the prompts that no weight was chosen on."""
+    kept = [row for row in rows if weights.get(row["objective"]) == row["alpha"]]
     chosen = results.averaged(kept, key=lambda row: (row["decoder"], row["objective"]))
     for decoder in opened.settings.decoders:
-        rows = [row for row in chosen if row["decoder"] == decoder]
+        of_decoder = _of_decoder(chosen, decoder)
         # A mask patches no model: the frontier is that of those that were trained.
-        trained = [row for row in rows if row["objective"] != MASK]
+        trained = [row for row in of_decoder if row["objective"] != MASK]
         for row, is_best in zip(trained, results.pareto(trained), strict=True):
             row["is_pareto"] = is_best
         # Of an arm's first seed.
-        names = {
-            row["objective"]: _name_of(row) for row in reversed(kept) if row["decoder"] == decoder
-        }
+        names = {row["objective"]: _name_of(row) for row in reversed(_of_decoder(kept, decoder))}
         outputs, original = {}, []
         for arm, name in names.items():
             current = str(opened.root / name / f"{decoder}.annotated.jsonl")
             pairs = records.read_pairs(opened.original_outputs[decoder], current)
             _, (original, outputs[arm]) = _parts(*pairs, choice_share)
-        if baseline not in outputs:
+        if not outputs:
             continue
         sure = results.intervals(original, outputs, baseline, num_resamples=num_resamples)
-        for row in rows:
+        for row in of_decoder:
             row |= sure[row["objective"]]
     return {"chosen": chosen}
 
@@ -310,7 +365,7 @@ def as_markdown(found: Mapping[str, Any], decoders: Sequence[str] | Mapping[str,
     """The chosen arms as a table for each decoder."""
     lines = []
     for decoder in decoders:
-        rows = [row for row in found["chosen"] if row["decoder"] == decoder]
+        rows = _of_decoder(found["chosen"], decoder)
         if not rows:
             continue
         before = rows[0]
