@@ -8,8 +8,10 @@ unwanted words; each is spelt in several tokens, every other word is one token.
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import re
+import tempfile
 
 import gin
 import jax
@@ -173,12 +175,18 @@ def assert_same_state(one, other):
         jax.tree.map(np.testing.assert_array_equal, left, right)
 
 
+@functools.cache
+def compiled_folder():
+    """Of all tests that this process runs: their worlds train the same tiny model."""
+    return tempfile.TemporaryDirectory(prefix="tnt_jax_compiled_")
+
+
 @contextlib.contextmanager
-def compiled_cheaply(folder):
+def compiled_cheaply():
     """Compiling is most of the time of a tiny run: little is optimised, and nothing twice."""
     settings = {
         "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(folder),
+        "jax_compilation_cache_dir": compiled_folder().name,
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }

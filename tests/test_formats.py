@@ -26,7 +26,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 @pytest.fixture(scope="module", autouse=True)
 def working_directory(tmp_path_factory):
     folder = tmp_path_factory.mktemp("formats")
-    with contextlib.chdir(folder), rooms.compiled_cheaply(folder / "compiled"):
+    with contextlib.chdir(folder), rooms.compiled_cheaply():
         yield folder
 
 

@@ -80,7 +80,7 @@ def working_directory(tmp_path_factory):
     """The world of `rooms`, prompts of one to eleven rooms, and a model that has begun to learn."""
     folder = tmp_path_factory.mktemp("world")
     rooms.write_world(folder)
-    with contextlib.chdir(folder), rooms.compiled_cheaply(folder / "compiled"):
+    with contextlib.chdir(folder), rooms.compiled_cheaply():
         rows = rooms.corpus()
         prompts = [
             records.Record(

@@ -29,7 +29,7 @@ def working_directory(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     rooms.write_world(folder)
     rng = random.Random(0)
-    with contextlib.chdir(folder), rooms.compiled_cheaply(folder / "compiled"):
+    with contextlib.chdir(folder), rooms.compiled_cheaply():
         corpus = [
             records.Record(
                 id=f"{row.id} {number}",

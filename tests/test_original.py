@@ -38,7 +38,7 @@ def working_directory(tmp_path_factory):
     """An original, and sentences that stand for its outputs, annotated."""
     folder = tmp_path_factory.mktemp("world")
     rooms.write_world(folder)
-    with contextlib.chdir(folder), rooms.compiled_cheaply(folder / "compiled"):
+    with contextlib.chdir(folder), rooms.compiled_cheaply():
         settings = {"OUTPUT": "annotated.jsonl", "RECORDS": "corpus.jsonl"}
         assert rooms.run("annotate", settings) == 0
         rooms.train_original("original", 10, LOG_EVERY=1)

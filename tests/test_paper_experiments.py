@@ -29,8 +29,8 @@ VOCAB_SIZE = 35
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_cheaply(tmp_path_factory):
-    with rooms.compiled_cheaply(tmp_path_factory.mktemp("compiled")):
+def compiled_cheaply():
+    with rooms.compiled_cheaply():
         yield
 
 

@@ -53,7 +53,7 @@ def working_directory(tmp_path_factory):
     """The world of `rooms`, an original of three updates, and a run of TNRF, undisturbed."""
     folder = tmp_path_factory.mktemp("world")
     rooms.write_world(folder)
-    with contextlib.chdir(folder), rooms.compiled_cheaply(folder / "compiled"):
+    with contextlib.chdir(folder), rooms.compiled_cheaply():
         marked = rooms.marked_corpus()
         records.write_records("original.annotated.jsonl", marked)
         records.write_records("fewer.jsonl", marked[1:])

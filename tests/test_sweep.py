@@ -15,7 +15,7 @@ from tnt_jax import records
 def working_directory(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     rooms.write_world(folder)
-    with contextlib.chdir(folder), rooms.compiled_cheaply(folder / "compiled"):
+    with contextlib.chdir(folder), rooms.compiled_cheaply():
         rooms.train_original("original", 60, LEARNING_RATE=1e-2)
         yield
 

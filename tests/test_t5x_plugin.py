@@ -51,7 +51,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def as_t5x_runs(tmp_path_factory):
     with (
         jax.numpy_rank_promotion("allow"),
-        rooms.compiled_cheaply(tmp_path_factory.mktemp("compiled")),
+        rooms.compiled_cheaply(),
     ):
         yield
 

@@ -94,7 +94,7 @@ def working_directory(tmp_path_factory):
     records.write_records(folder / "prompts.jsonl", rooms.corpus()[::3])
     with (
         contextlib.chdir(folder),
-        rooms.compiled_cheaply(folder / "compiled"),
+        rooms.compiled_cheaply(),
         pytest.MonkeyPatch.context() as patch,
     ):
         patch.syspath_prepend(str(folder))

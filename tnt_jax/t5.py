@@ -306,16 +306,24 @@ def init(config: T5Config, key: Key[Array, ""]) -> PyTree:
     return stack_layers(params) if config.scan_layers else params
 
 
+@functools.lru_cache(maxsize=16)
+def _boxed_shapes(config: T5Config) -> PyTree:
+    """Once for each network: it traces a forward pass, and every stage of a run asks for it."""
+    return jax.eval_shape(functools.partial(_boxed_params, config), jax.random.key(0))
+
+
 def abstract_params(config: T5Config) -> PyTree:
     """Shapes and dtypes of `init`'s result, without computing it."""
-    return jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+    shapes = nn.unbox(_boxed_shapes(config))
+    return stack_layers(shapes) if config.scan_layers else shapes
 
 
 def param_logical_axes(config: T5Config) -> PyTree:
     """The structure of the parameters, with a tuple of T5X's logical axis names for each."""
-    boxed = jax.eval_shape(functools.partial(_boxed_params, config), jax.random.key(0))
     axes = jax.tree.map(
-        lambda box: box.names, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)
+        lambda box: box.names,
+        _boxed_shapes(config),
+        is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned),
     )
     if not config.scan_layers:
         return axes
