@@ -30,7 +30,7 @@ class Stages:
 
     def __init__(self, root: pathlib.Path):
         self._notes = root / "stages"
-        self._number = 0
+        self._said: set[str] = set()  # each once: arms share stages
 
     def run(
         self,
@@ -63,7 +63,6 @@ class Stages:
           UsageError: There is something to go on from, and it is not known what made it.
         """
         preemption.check()
-        self._number += 1
         note = self._note(name)
         described = {
             "function": run_config.describe(function),
@@ -77,7 +76,8 @@ class Stages:
             before = found if isinstance(found, dict) else {}
         is_same = before.get("described") == json.loads(json.dumps(described))
         if is_same and before.get("done") and pathlib.Path(output).exists():
-            run_log.log(f"[{self._number}] {name}: done before, kept.")
+            if name not in self._said:
+                run_log.log(f"[{self._number_of(name)}] {name}: done before, kept.")
             return
         if goes_on and not is_same and pathlib.Path(output).exists():
             if not before:
@@ -86,7 +86,7 @@ class Stages:
                     f"files, and no {note}. Set another OUTPUT_DIR, or delete the folder."
                 )
             shutil.rmtree(output)
-        run_log.log(f"[{self._number}] {name}")
+        run_log.log(f"[{self._number_of(name)}] {name}")
         run_log.write_json(str(note), {"described": described, "done": False})
         began = time.monotonic()
         token = _running.set(True)
@@ -97,6 +97,10 @@ class Stages:
         seconds = round(time.monotonic() - began, 1)
         run_log.write_json(str(note), {"described": described, "done": True, "seconds": seconds})
         preemption.check()
+
+    def _number_of(self, name: str) -> int:
+        self._said.add(name)
+        return len(self._said)
 
     def seconds(self, name: str) -> float | None:
         """How long a stage took, if it is done."""
