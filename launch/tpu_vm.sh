@@ -688,7 +688,8 @@ down() {
         say "There is no queued resource $name in $project, $zone: nothing to delete.$hint"
     else
         is_own || refuse_foreign
-        delete_own || give_up "gcloud could not delete $name, see above: it is there still, and costs."
+        delete_own || { look "" && [[ -z $state ]]; } || # somebody was faster
+            give_up "gcloud could not delete $name, see above: it is there still, and costs."
         say "$name was deleted. What its run saved stays in its bucket."
         # Where there is nothing the record stays: a creation that was interrupted may still come.
         [[ -n $dry_run ]] || rm -f "$record"

@@ -137,8 +137,8 @@ def play(world, command, text):
     A play is {"at": a command or a part of the remote command, "do": ...}: "refuse" fails with
     "message", on a host "worker" or on all; "preempt" takes the TPU away; "vanish" deletes the
     resource, as somebody else would; "terminate" sends SIGTERM to the restart loops; "fail" lets
-    the request fail; "hide" lists nothing, as a list that is late; "linger" deletes the resource and
-    shows its TPU twice more; "call" runs a "command" of somebody's before this one. "skip" lets so
+    the request fail; "hide" lists nothing, as a list that is late; "linger" deletes the resource
+    and shows its TPU twice more; "call" runs somebody's "command" before this one. "skip" lets so
     many such calls pass first.
     """
     for number, each in enumerate(world["plays"]):

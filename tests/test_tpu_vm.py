@@ -631,6 +631,14 @@ def test_down_ends_the_up_that_follows(cloud):
     assert cloud.up("--dry_run").returncode == 0
 
 
+def test_down_where_somebody_else_is_faster(cloud):
+    assert cloud.up().returncode == 0
+    cloud.set(plays=[{"at": "queued-resources delete", "do": "vanish"}])
+    done = cloud.run("down", *HERE)
+    assert done.returncode == 0
+    assert "NOT_FOUND" in done.stderr and "mine was deleted" in done.stdout
+
+
 @pytest.mark.parametrize("at", ["create", "delete"])
 def test_down_while_up_is_about_to_create(cloud, at):
     """It finds nothing, or what is on its way out; and nothing may be there afterwards."""
