@@ -43,6 +43,8 @@ done
 [[ -n $install_only ]] || ((${#arguments[@]})) ||
     refuse "--gin_file: expected the files of a run; see launch/gpu_node.sh --help"
 
+[[ -n $venv ]] || refuse "--venv: expected a folder, found nothing"
+
 run() {
     if [[ -n $dry_run ]]; then
         printf '%q ' "$@"

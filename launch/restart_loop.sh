@@ -35,6 +35,10 @@ while (($#)); do
             shift
             break
             ;;
+        --*) # a misspelt setting is no command
+            echo "restart_loop.sh: no setting $1; see --help" >&2
+            exit 2
+            ;;
         *) break ;;
     esac
     shift

@@ -51,13 +51,15 @@ tasks=${SLURM_NTASKS_PER_NODE:-1}
 if ((${SLURM_NTASKS:-1} > 1)); then
     export TNT_JAX_DISTRIBUTED=1
 fi
+# srun does not take this over from sbatch any more (SLURM 22.05): one core would be left to each process.
+cpus=${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}
 # A SIGTERM that reaches this shell is scancel, or a preemption after which SLURM itself queues the job
 # again; the one before the time limit goes to the programs alone.
 is_cancelled=
 trap 'is_cancelled=yes' TERM
 status=0
 bash launch/restart_loop.sh --end_when_saved --max_failures=2 -- \
-    srun --kill-on-bad-exit=1 "$python" -m "tnt_jax.${PROGRAM:-train}" "$@" || status=$?
+    srun --kill-on-bad-exit=1 ${cpus:+"$cpus"} "$python" -m "tnt_jax.${PROGRAM:-train}" "$@" || status=$?
 if ((status == 75)) && [[ -z $is_cancelled ]]; then
     echo "slurm: queued again; the run goes on from its last checkpoint"
     scontrol requeue "$SLURM_JOB_ID"

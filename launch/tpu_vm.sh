@@ -180,15 +180,16 @@ exec 3>&1 # the terminal, where a function's output is read by another
 in_zone=("--project=$project" "--zone=$zone" --quiet)
 # A host that is gone must not be waited for.
 ssh_options=(--ssh-flag="-o ConnectTimeout=30" --ssh-flag="-o ServerAliveInterval=30")
+scp_options=(--scp-flag=-oConnectTimeout=30 --scp-flag=-oServerAliveInterval=30)
 
-# Makes a call, or only shows it.
+# Makes a call, or only shows it. ssh would take the input of whoever calls this script.
 call() {
     if [[ -n $dry_run ]]; then
         printf 'gcloud' >&3
         printf ' %q' "$@" >&3
         echo >&3
     else
-        gcloud "$@"
+        gcloud "$@" </dev/null
     fi
 }
 
@@ -225,21 +226,24 @@ fi
 label=tnt_jax_launch
 
 # Sets `state` (empty: there is no such queued resource), `id` and `reason`; fails when gcloud does. A list
-# rather than a description: that there is nothing is then no error, which could be any other.
+# rather than a description: that there is nothing is then no error, which could be any other. What is
+# listed without a state, as the youngest may be, is there.
 look() {
     local found
     found=$(ask "$1" compute tpus queued-resources list "${in_zone[@]}" "--filter=name~'(^|/)$name\$'" \
         "--format=value[separator='|'](state.state,tpu.nodeSpec[0].node.labels.$label,state.failedData.error.message)") ||
         return
     IFS='|' read -r state id reason <<<"$found" || true
+    [[ -z $found ]] || state=${state:-STATE_UNSPECIFIED}
 }
 
-# The same of the TPU VM itself: sets `node` (its state, empty: none), `health` and `hosts`.
+# The same of the TPU VM itself: sets `node` (its state, empty: none), `health`, `hosts` and `node_id`.
 look_at_node() {
     local found
     found=$(ask "$1" compute tpus tpu-vm list "${in_zone[@]}" "--filter=name~'(^|/)$name\$'" \
-        "--format=value[separator='|'](state,health,networkEndpoints.len())") || return
-    IFS='|' read -r node health hosts <<<"$found" || true
+        "--format=value[separator='|'](state,health,networkEndpoints.len(),labels.$label)") || return
+    IFS='|' read -r node health hosts node_id <<<"$found" || true
+    [[ -z $found ]] || node=${node:-STATE_UNSPECIFIED}
 }
 
 is_own() {
@@ -277,13 +281,14 @@ choose_code() {
     local file argument value given=()
     own_files=()
     for file in "${gin_files[@]}"; do
-        if in_commit "$file" || in_commit "gin_configs/$file"; then
+        if in_commit "$file" blob || in_commit "gin_configs/$file" blob; then
             given+=("--gin_file=$file")
         elif [[ -f $file ]]; then
             own_files+=("$file")
             given+=("--gin_file=own/${#own_files[@]}/$(basename "$file")")
         else
-            refuse "--gin_file: $file is neither in commit ${commit:0:12} nor here"
+            refuse "--gin_file: expected a file, found ${file:-nothing}, which is neither in commit" \
+                "${commit:0:12} nor here"
         fi
     done
     for argument in ${arguments[@]+"${arguments[@]}"}; do
@@ -304,13 +309,15 @@ choose_code() {
     arguments=("${given[@]}" ${arguments[@]+"${arguments[@]}"})
 }
 
+# Whether a path is there, as a "blob" (a file) or as anything.
 in_commit() {
-    git -C "$root" cat-file -e "$commit:$1" 2>/dev/null
+    [[ $(git -C "$root" cat-file -t "$commit:$1" 2>/dev/null) =~ ^${2:-.+}$ ]]
 }
 
 # Writes what every host gets: the tree of the commit with own gin files, and host.sh.
 pack_code() {
     local tree=$bundle/tree number=0 file
+    rm -rf "$bundle" # of an `up` that was killed
     mkdir -p "$tree"
     git -C "$root" archive "$commit" | tar -x -C "$tree"
     for file in ${own_files[@]+"${own_files[@]}"}; do
@@ -344,19 +351,22 @@ choose_runtime_version() {
 # --------------------------------------------------------------------------------------------------
 
 create() {
-    local tier=()
+    local tier=() labels=$label=$own_id flag
+    for flag in ${create_flags[@]+"${create_flags[@]}"}; do
+        [[ $flag != --labels=* ]] || labels+=,${flag#*=} # gcloud takes the last --labels, and no other
+    done
     case $provisioning in
         spot) tier=(--spot) ;;
         reserved) tier=(--reserved) ;;
     esac
     call compute tpus queued-resources create "$name" "${in_zone[@]}" "--node-id=$name" \
         "--accelerator-type=$accelerator_type" "--runtime-version=$runtime_version" \
-        "--labels=$label=$own_id" ${tier[@]+"${tier[@]}"} ${create_flags[@]+"${create_flags[@]}"}
+        ${tier[@]+"${tier[@]}"} ${create_flags[@]+"${create_flags[@]}"} "--labels=$labels"
 }
 
 install_on_hosts() {
     call compute tpus tpu-vm scp "$bundle/tnt_jax-$code.tar.gz" "$bundle/tnt_jax_host.sh" "$name:" \
-        "${in_zone[@]}" --worker=all ${ssh_flags[@]+"${ssh_flags[@]}"} &&
+        "${in_zone[@]}" --worker=all "${scp_options[@]}" ${ssh_flags[@]+"${ssh_flags[@]}"} &&
         on_worker all "bash tnt_jax_host.sh install $name $code"
 }
 
@@ -389,14 +399,26 @@ forget() {
     printf -v "count_$1" 0
 }
 
+delete_with_patience() {
+    if delete_own; then
+        forget undeleted
+        return
+    fi
+    another undeleted 20 || give_up "twenty times gcloud could not delete $name, see above."
+    return 1
+}
+
+# After a call that only looks and failed: `not_asked what`, counted by what.
+not_asked() {
+    [[ -z $is_first ]] || give_up "gcloud could not be asked what there is, see above."
+    another "$1" 100 || give_up "gcloud could not be asked a hundred times. $(costs)"
+    pause
+}
+
 # Deletes what is of no use any more, so that the next look creates it.
 recreate() {
     say "$*: it is created again."
-    if delete_own; then
-        forget undeleted
-    else
-        another undeleted 20 || give_up "twenty times gcloud could not delete $name, see above."
-    fi
+    delete_with_patience || true
     may_create=yes
     is_installed=
     expect=
@@ -406,11 +428,11 @@ recreate() {
 # One look at a TPU that is there: installs, starts, follows. Sets `is_done` when the run is.
 work() {
     local status answer
-    if ! look_at_node "READY|HEALTHY|1"; then
-        another unreachable 100 || give_up "gcloud could not be asked a hundred times. $(costs)"
-        pause
+    if ! look_at_node "READY|HEALTHY|1|"; then
+        not_asked unseen
         return
     fi
+    forget unseen
     case $node in
         READY) ;;
         PREEMPTED | TERMINATED)
@@ -428,6 +450,7 @@ work() {
             ;;
     esac
     forget absent
+    forget failed
     if [[ -z $is_installed ]]; then
         say "$name has ${hosts:-1} host(s). Installing commit ${commit:0:12} on each."
         if ! install_on_hosts; then
@@ -468,6 +491,9 @@ work() {
     fi
     if ((status == 0)); then
         is_done=yes
+    elif [[ $answer == *": running"* && $answer != *"finished "[!0]* ]]; then
+        another late 60 || give_up "worker 0 ended an hour ago, and others have not. $(costs)"
+        pause
     elif ((status != 3)) || [[ $answer == *"finished 75"* || $answer == *"without a word"* ]]; then
         another stopped 20 || give_up "the run was stopped twenty times. $(costs)"
         say "The run was stopped; it goes on from its last checkpoint."
@@ -496,22 +522,27 @@ up() {
     local expect='' may_create=yes is_done='' is_installed='' from=$lines is_first=yes
     while [[ -z $is_done ]]; do
         if ! look "$expect"; then
-            [[ -z $is_first ]] || give_up "gcloud could not be asked what there is, see above."
-            another unreachable 100 || give_up "gcloud could not be asked a hundred times. $(costs)"
-            pause
+            not_asked unreachable
             continue
         fi
         forget unreachable
         if [[ -n $state ]] && ! is_own; then
             refuse_foreign
         fi
+        if [[ -z $dry_run && -e $record.down ]]; then
+            heed_down
+            continue
+        fi
+        [[ -z $state ]] || forget gone
         case $state in
             "")
-                [[ -n $may_create ]] ||
-                    give_up "$name is gone: somebody deleted it. What it has saved is in $model_dir."
-                look_at_node "" || give_up "gcloud could not be asked what there is, see above."
-                [[ -z $node ]] || refuse "a TPU VM $name is there, without a queued resource of this" \
-                    "script: it is left alone. Choose another --name."
+                if [[ -z $may_create ]]; then
+                    another gone 3 || # it may not be listed yet
+                        give_up "$name is gone: somebody deleted it. What it has saved is in $model_dir."
+                    pause
+                    continue
+                fi
+                may_follow || continue
                 [[ -n $own_id ]] || write_record
                 say "Creating $name, $accelerator_type, $provisioning, in $project, $zone."
                 if create; then
@@ -527,7 +558,7 @@ up() {
                 ;;
             FAILED)
                 if [[ -z $is_first ]] && ! another failed 3; then
-                    give_up "the request for $name failed three times: $reason. Nothing runs."
+                    give_up "the request for $name failed three times${reason:+: $reason}. Nothing runs."
                 fi
                 recreate "the request for $name failed${reason:+: $reason}"
                 ;;
@@ -548,6 +579,36 @@ up() {
     fi
 }
 
+# Where there is no queued resource: whether one may be created, or what is left of the last one goes first.
+may_follow() {
+    if ! look_at_node ""; then
+        not_asked unseen
+        return 1
+    elif [[ -n $node ]]; then
+        [[ -n $own_id && $node_id == "$own_id" ]] ||
+            refuse "a TPU VM $name is there that was not created here: it is left alone. Choose another" \
+                "--name."
+        another left 40 || give_up "the TPU VM $name of an earlier request does not go, and may cost:" \
+            "gcloud compute tpus tpu-vm delete $name --project=$project --zone=$zone"
+        say_once "The TPU VM $name of an earlier request is $node."
+        pause
+        return 1
+    fi
+    forget unseen
+}
+
+# `down` was given elsewhere; it may have looked before the last creation.
+heed_down() {
+    if [[ -z $state ]]; then
+        if [[ -n $may_create ]] || ! another gone 3; then
+            give_up "down was given meanwhile: this ends. What the run has saved is in $model_dir."
+        fi
+    elif [[ $state != DELETING ]]; then
+        ! delete_with_patience || rm -f "$record"
+    fi
+    pause
+}
+
 write_record() {
     own_id=$(od -An -N8 -tx1 /dev/urandom | tr -d ' \n')
     if [[ -z $dry_run ]]; then
@@ -560,15 +621,22 @@ write_record() {
 take_turn() {
     local other
     mkdir -p "$(dirname "$record")"
-    if ! mkdir "$record.up" 2>/dev/null; then
-        other=$(cat "$record.up/process" 2>/dev/null || true)
-        if [[ -n $other ]] && kill -0 "$other" 2>/dev/null; then
-            refuse "up is at work on $name already, process $other; see $here logs"
-        fi
+    if ! ln -s $$ "$record.lock" 2>/dev/null; then
+        other=$(follower)
+        [[ -z $other ]] || refuse "up is at work on $name already, process $other; see $here logs"
+        ln -sf $$ "$record.lock" # it was killed
     fi
-    echo $$ >"$record.up/process"
-    trap 'rm -rf "$record.up" "$record.code"' EXIT
+    trap 'rm -rf "$record.lock" "$record.down" "$record.code"' EXIT
     trap 'interrupted' INT TERM
+    rm -f "$record.down"
+}
+
+# The process of the `up` at work, if one is. A number may be another program's by now.
+follower() {
+    local other program
+    other=$(readlink "$record.lock") && kill -0 "$other" 2>/dev/null || return 0
+    program=$(ps -o args= -p "$other") || program=$here
+    [[ $program != *tpu_vm.sh* ]] || echo "$other"
 }
 
 interrupted() {
@@ -584,7 +652,11 @@ interrupted() {
 # --------------------------------------------------------------------------------------------------
 
 logs() {
-    on_worker "$worker" "bash tnt_jax_host.sh follow $name $lines"
+    local status=0
+    on_worker "$worker" "bash tnt_jax_host.sh follow $name $lines" || status=$?
+    ((status == 0 || status == 3 || status == 130)) || # 0, 3: of the run, as far as it got
+        give_up "no log of $name from worker $worker, see above; $here status says what there is"
+    exit "$status"
 }
 
 status() {
@@ -596,7 +668,7 @@ status() {
     local whose="not created here"
     ! is_own || whose="created here"
     say "queued resource $name: $state, $whose${reason:+; $reason}"
-    look_at_node "READY|HEALTHY|1" || give_up "gcloud could not be asked what there is, see above."
+    look_at_node "READY|HEALTHY|1|" || give_up "gcloud could not be asked what there is, see above."
     say "TPU VM $name: ${node:-none}${health:+, $health}${hosts:+, $hosts host(s)}"
     if [[ $node == READY ]]; then
         on_worker all "bash tnt_jax_host.sh state $name" ||
@@ -605,12 +677,19 @@ status() {
 }
 
 down() {
+    local other hint=${own_id:+ What was asked for a moment ago may still come: look again.}
+    other=$([[ -n $dry_run ]] || follower)
+    if [[ -n $other && $other != "$$" ]]; then
+        : >"$record.down" # else it would create the TPU again
+        say "up is at work on $name, process $other: it ends when it sees that."
+    fi
     look "ACTIVE||" || give_up "gcloud could not be asked what there is, see above."
     if [[ -z $state ]]; then
-        say "There is no queued resource $name in $project, $zone: nothing to delete."
+        say "There is no queued resource $name in $project, $zone: nothing to delete.$hint"
     else
         is_own || refuse_foreign
-        delete_own || give_up "gcloud could not delete $name, see above: it is there still, and costs."
+        delete_own || { look "" && [[ -z $state ]]; } || # somebody was faster
+            give_up "gcloud could not delete $name, see above: it is there still, and costs."
         say "$name was deleted. What its run saved stays in its bucket."
         # Where there is nothing the record stays: a creation that was interrupted may still come.
         [[ -n $dry_run ]] || rm -f "$record"

@@ -127,6 +127,7 @@ def end_processes(home):
 
 def take_node(world):
     end_processes(homes(world))
+    world["gone"] = world["node"] or world.get("gone")
     world["node"] = None
 
 
@@ -135,7 +136,9 @@ def play(world, command, text):
 
     A play is {"at": a command or a part of the remote command, "do": ...}: "refuse" fails with
     "message", on a host "worker" or on all; "preempt" takes the TPU away; "vanish" deletes the
-    resource, as somebody else would; "terminate" sends SIGTERM to the restart loops. "skip" lets so
+    resource, as somebody else would; "terminate" sends SIGTERM to the restart loops; "fail" lets
+    the request fail; "hide" lists nothing, as a list that is late; "linger" deletes the resource
+    and shows its TPU twice more; "call" runs somebody's "command" before this one. "skip" lets so
     many such calls pass first.
     """
     for number, each in enumerate(world["plays"]):
@@ -165,6 +168,8 @@ def ssh(world, flags, positional):
     if world["node"] is None or world["node"]["state"] != "READY":
         fail(f"TPU {positional[0]} is not READY")
     command = flags["command"]
+    if not sys.stdin.isatty():
+        sys.stdin.read()  # as ssh does
     hosts = range(len(world["node"]["networkEndpoints"]))
     workers = hosts if flags["worker"] == "all" else [int(flags["worker"])]
     planned = play(world, None, command)
@@ -202,6 +207,9 @@ def happen(world, planned):
     elif planned["do"] == "vanish":
         take_node(world)
         world["resource"] = None
+    elif planned["do"] == "fail":
+        take_node(world)
+        world["resource"] |= {"state": {"state": "FAILED"}, "coming": []}
     elif planned["do"] == "terminate":
         for process, command in processes_of(homes(world)).items():
             if command.startswith("bash\0launch/restart_loop.sh"):
@@ -230,17 +238,22 @@ def main(arguments):
     if command == "tpu-vm ssh":
         ssh(world, flags, positional)
     planned = play(world, command, "")
+    save(world)
     if planned and planned["do"] == "refuse":
-        save(world)
         fail(planned["message"])
-    if planned:
+    if planned and planned["do"] == "hide":
+        return
+    if planned and planned["do"] == "call":
+        subprocess.run(planned["command"], stdout=sys.stderr)
+        world = json.loads(WORLD.read_text())
+    elif planned:
         happen(world, planned)
 
     if command == "queued-resources list":
         resource = world["resource"]
         if resource and resource["coming"]:
             resource["state"] = resource["coming"].pop(0)
-            if resource["state"]["state"] == "ACTIVE":
+            if resource["state"].get("state") == "ACTIVE":
                 world["generation"] += 1
                 for worker in range(world["hosts"]):
                     (homes(world) / str(worker)).mkdir(parents=True)
@@ -249,12 +262,17 @@ def main(arguments):
                     "state": "READY",
                     "health": "HEALTHY",
                     "networkEndpoints": [{"port": 8470}] * world["hosts"],
+                    "labels": resource["tpu"]["nodeSpec"][0]["node"]["labels"],
                 }
         save(world)
         print_list([resource], flags)
     elif command == "tpu-vm list":
-        save(world)
         print_list([world["node"]], flags)
+        if world["node"] and "left" in world["node"]:
+            world["node"]["left"] -= 1
+            if not world["node"]["left"]:
+                world["node"] = None
+        save(world)
     elif command == "queued-resources create":
         for needed in ("accelerator-type", "runtime-version", "node-id"):
             if not flags.get(needed):
@@ -275,7 +293,10 @@ def main(arguments):
             fail(f"NOT_FOUND: {positional[0]}")
         if world["node"] and "force" not in flags:
             fail("FAILED_PRECONDITION: the queued resource has a TPU: --force")
+        node = world["node"]
         take_node(world)
+        if planned and planned["do"] == "linger":
+            world["node"] = (node or world["gone"]) | {"state": "DELETING", "left": 2}
         world["resource"] = None
         save(world)
     elif command == "tpu-vm scp":

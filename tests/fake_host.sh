@@ -1,7 +1,7 @@
 #!/bin/sh
 # `uv` on the hosts of tests/fake_gcloud.py: a virtual environment's python is a program that notes how it
-# was started, and ends as $WORLD/program.GENERATION, or $WORLD/program, says: with the next exit status in
-# it, or not ("hold").
+# was started, and ends as $WORLD/program.GENERATION, $WORLD/program.HOSTNAME or $WORLD/program says: with
+# the next exit status in it, or not ("hold").
 set -eu
 case "$1 $2" in
     "venv --quiet")
@@ -12,6 +12,7 @@ case "$1 $2" in
 echo "$PWD|${TNT_JAX_DISTRIBUTED-}|$*" >>"$HOME/ran"
 echo "update $(wc -l <"$HOME/ran") of $HOSTNAME"
 file=$WORLD/program.$GENERATION
+[[ -e $file ]] || file=$WORLD/program.$HOSTNAME
 [[ -e $file ]] || file=$WORLD/program
 mapfile -t statuses <"$file"
 number=$(($(wc -l <"$HOME/ran") - 1))

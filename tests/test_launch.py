@@ -98,6 +98,12 @@ def test_arguments_reach_the_command_as_they_are(tmp_path):
     assert done.stdout.splitlines() == arguments
 
 
+def test_a_setting_of_the_loop_that_is_misspelt_is_no_command(tmp_path):
+    done = bash(LAUNCH / "restart_loop.sh", "--max_failure=3", "--", "true", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "restart_loop.sh: no setting --max_failure=3; see --help\n"
+
+
 @pytest.mark.parametrize("is_at", ["work", "pause"])
 def test_sigterm_waits_for_the_command_and_starts_nothing_again(tmp_path, is_at):
     script = program(
@@ -159,6 +165,12 @@ def test_gpu_node_does_not_train_on_a_processor(tmp_path, gpus, status):
     calls = (tmp_path / "calls").read_text() if (tmp_path / "calls").exists() else ""
     assert ("-m tnt_jax.train --gin_file=runs/train.gin" in calls) == (status == 0)
     assert ("JAX finds no GPU here" in done.stderr) == (status == 2)
+
+
+def test_gpu_node_installs_nothing_where_no_folder_is_named():
+    done = bash(LAUNCH / "gpu_node.sh", "--dry_run", "--venv=", "--gin_file=runs/train.gin")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "gpu_node: error: --venv: expected a folder, found nothing\n"
 
 
 # SLURM --------------------------------------------------------------------------------------------
@@ -225,6 +237,12 @@ SRUN = (
 def test_slurm_queues_a_job_again_that_was_stopped(cluster, status, expected, calls):
     done, made = cluster(status, *ARGUMENTS)
     assert (done.returncode, made) == (expected, calls), done.stdout + done.stderr
+
+
+def test_slurm_gives_each_process_the_cores_that_were_asked_for(cluster):
+    """srun takes --cpus-per-task from sbatch no more, since SLURM 22.05."""
+    _, (call,) = cluster(0, *ARGUMENTS, SLURM_CPUS_PER_TASK="8")
+    assert call == SRUN.replace("=1 .venv", "=1 --cpus-per-task=8 .venv")
 
 
 def test_slurm_of_one_process_is_not_distributed(cluster):

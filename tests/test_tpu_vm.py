@@ -171,7 +171,12 @@ def wait_until(condition):
         (["up", *SETTINGS, "--name=My TPU"], "--name: expected small letters, "),
         (["up", *SETTINGS, "--provisioning=cheap"], "--provisioning: expected on-demand, "),
         (["up", *SETTINGS, "--accelerator_type=h100-8"], "--runtime_version: none is known for "),
-        (["up", *SETTINGS, "--gin_file=runs/trian.gin"], "--gin_file: runs/trian.gin is neither "),
+        (
+            ["up", *SETTINGS, "--gin_file=runs/trian.gin"],
+            "--gin_file: expected a file, found runs/trian.gin, which is neither in commit ",
+        ),
+        (["up", *SETTINGS, "--gin_file=runs"], "--gin_file: expected a file, found runs, "),
+        (["up", *SETTINGS, "--gin_file="], "--gin_file: expected a file, found nothing, "),
         (["up", *SETTINGS, "--commit=fffffff"], "--commit: no such commit here"),
         (["up", *SETTINGS, "--gin.RECORDS=mine.jsonl"], "--gin.RECORDS: mine.jsonl is on this "),
         (["up", *SETTINGS, "--bucket=other"], "--bucket: gs://other cannot be listed, "),
@@ -197,6 +202,16 @@ def test_changes_that_are_not_committed_are_refused_or_left_out(cloud, checkout,
     (tree,) = cloud.hosts()[0].glob("tnt_jax_launch/code/*")
     sent = (tree / "gin_configs/runs/train.gin").read_bytes()
     assert sent == (checkout / "gin_configs/runs/train.gin").read_bytes()
+
+
+def test_nothing_of_a_launch_that_was_killed_is_sent(cloud):
+    tree = cloud.user / ".local/state/tnt_jax/tpu_vm/the-project.us-central1-a.mine.code/tree"
+    (tree / "launch").mkdir(parents=True)
+    (tree / "launch/of_another_commit.sh").touch()
+    assert cloud.up().returncode == 0
+    (sent,) = cloud.hosts()[0].glob("tnt_jax_launch/code/*")
+    assert (sent / "launch/host.sh").exists()
+    assert not (sent / "launch/of_another_commit.sh").exists()
 
 
 # A run without incidents --------------------------------------------------------------------------
@@ -290,6 +305,45 @@ def test_what_is_asked_for(cloud, accelerator_type, provisioning, flags):
     )
 
 
+def test_labels_of_ones_own_go_beside_ours(cloud):
+    """gcloud takes the last --labels alone; without ours nothing would ever be deleted."""
+    flags = ("--create_flag=--labels=team=a", "--create_flag=--labels=cost=b")
+    assert cloud.up(*flags).returncode == 0
+    labels = cloud.world()["resource"]["tpu"]["nodeSpec"][0]["node"]["labels"]
+    assert {"team": "a", "cost": "b"}.items() < labels.items()
+    assert cloud.run("down", *HERE).returncode == 0
+    assert cloud.world()["resource"] is None
+
+
+def test_a_host_that_is_gone_is_not_waited_for(cloud):
+    assert cloud.up().returncode == 0
+    for call in cloud.calls("tpu-vm s"):
+        assert any(re.match("--s(sh|cp)-flag=.*ConnectTimeout=", word) for word in call), call
+
+
+def test_the_input_of_whoever_calls_is_left_alone(cloud):
+    """ssh reads what it gets, and would end a loop over lines after the first."""
+    assert cloud.up().returncode == 0
+    loop = 'while read -r line; do "$@" >/dev/null; echo "$line"; done'
+    done = subprocess.run(
+        ["bash", "-c", loop, "loop", *cloud.command("status", *HERE)],
+        env=cloud.environment,
+        input="first\nsecond\n",
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout == "first\nsecond\n"
+
+
+def test_a_host_without_a_log(cloud):
+    assert cloud.up().returncode == 0
+    (cloud.hosts()[0] / "tnt_jax_host.sh").unlink()
+    done = cloud.run("logs", *HERE)
+    assert done.returncode == 1
+    assert "tpu_vm: error: no log of mine from worker 0, see above; " in done.stderr
+
+
 def test_own_gin_files_are_sent(cloud):
     (cloud.user / "mine.gin").write_text("SEED = 3\n")
     assert cloud.up("--gin_file=mine.gin").returncode == 0
@@ -356,6 +410,69 @@ def test_preempted_half_way_it_is_created_again_and_goes_on(cloud):
         (where.replace("/2/", "/1/"), *rest) for where, *rest in cloud.starts(2)
     ]
     assert len(cloud.starts(2)) == 1
+
+
+def test_requests_that_fail_now_and_then_in_a_long_life(cloud):
+    failure = {"at": "queued-resources list", "do": "fail"}
+    preemption = {"at": "follow", "do": "preempt"}
+    cloud.set(plays=[failure | {"skip": 1}, *[preemption, failure | {"skip": 4}] * 3])
+    (cloud.folder / "program").write_text("hold\n")
+    for generation in (4, 5):
+        (cloud.folder / f"program.{generation}").write_text("0\n")
+    done = cloud.up()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("the request for mine failed: it is created again") == 4
+    assert done.stdout.count("mine was preempted") == 3
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        {"at": "tpu-vm list", "do": "refuse", "message": "503", "skip": 2},
+        {"at": "queued-resources delete", "do": "refuse", "message": "503"},
+        {"at": "queued-resources create", "do": "refuse", "message": "503", "skip": 1},
+        {"at": "queued-resources delete", "do": "linger"},  # the TPU goes later than its request
+    ],
+)
+def test_trouble_while_it_is_created_again(cloud, trouble):
+    cloud.set(plays=[{"at": "follow", "do": "preempt"}, trouble])
+    (cloud.folder / "program.1").write_text("hold\n")
+    done = cloud.up()
+    assert done.returncode == 0, done.stderr
+    assert cloud.world()["plays"] == []
+    assert len(cloud.starts(2)) == 1
+
+
+def test_what_is_listed_late_was_not_deleted(cloud):
+    late = {"at": "queued-resources list", "do": "hide"}
+    cloud.set(plays=[late | {"skip": 1}, late])
+    done = cloud.up()
+    assert done.returncode == 0, done.stderr
+    assert len(cloud.calls("queued-resources create")) == 1
+
+
+def test_what_is_listed_without_a_state_is_there(cloud):
+    cloud.set(states=[{}, ACTIVE])
+    done = cloud.up()
+    assert done.returncode == 0, done.stderr
+    assert len(cloud.calls("queued-resources create")) == 1
+    cloud.set(resource=cloud.world()["resource"] | {"state": {}})
+    assert "mine was deleted" in cloud.run("down", *HERE).stdout
+    assert cloud.world()["resource"] is None
+
+
+def test_hosts_that_end_later_than_the_first(cloud):
+    """`host.sh result` waits a minute for them, which is short here."""
+    (cloud.folder / "bin/sleep").write_text("#!/bin/sh\nexec /bin/sleep 0.01\n")
+    (cloud.folder / "bin/sleep").chmod(0o755)
+    (cloud.folder / "program.host-1").write_text("hold\n")
+    cloud.set(hosts=2)
+    log = cloud.folder / "up.log"
+    up = cloud.start(log, "up", *SETTINGS)
+    wait_until(lambda: "host-1: running" in log.read_text())
+    (cloud.folder / "release").touch()
+    assert up.wait(timeout=240) == 0, log.read_text()
+    assert [len(cloud.starts(worker=worker)) for worker in (0, 1)] == [1, 1]
 
 
 def test_preempted_before_anything_ran(cloud):
@@ -477,7 +594,7 @@ def test_a_tpu_without_a_queued_resource_is_left_alone(cloud):
     cloud.set(node={"name": name, "state": "READY", "networkEndpoints": [{}]})
     done = cloud.up()
     assert done.returncode == 2
-    assert "a TPU VM mine is there, without a queued resource of this script" in done.stderr
+    assert "a TPU VM mine is there that was not created here" in done.stderr
     assert cloud.calls("create") == cloud.calls("delete") == []
 
 
@@ -494,6 +611,55 @@ def test_what_somebody_else_deleted_is_not_created_again(cloud):
     assert done.returncode == 1
     assert "mine is gone: somebody deleted it." in done.stderr
     assert len(cloud.calls("queued-resources create")) == 1
+
+
+# Ended by down ------------------------------------------------------------------------------------
+
+
+def test_down_ends_the_up_that_follows(cloud):
+    (cloud.folder / "program").write_text("hold\n")
+    log = cloud.folder / "up.log"
+    up = cloud.start(log, "up", *SETTINGS)
+    wait_until(lambda: "update 1 of host-0" in log.read_text())
+    done = cloud.run("down", *HERE)
+    assert f"up is at work on mine, process {up.pid}: it ends when it sees that" in done.stdout
+    assert "mine was deleted" in done.stdout
+    assert up.wait(timeout=240) == 1
+    assert "down was given meanwhile: this ends." in log.read_text()
+    assert cloud.world()["resource"] is None
+    assert len(cloud.calls("queued-resources create")) == 1
+    assert cloud.up("--dry_run").returncode == 0
+
+
+def test_down_where_somebody_else_is_faster(cloud):
+    assert cloud.up().returncode == 0
+    cloud.set(plays=[{"at": "queued-resources delete", "do": "vanish"}])
+    done = cloud.run("down", *HERE)
+    assert done.returncode == 0
+    assert "NOT_FOUND" in done.stderr and "mine was deleted" in done.stdout
+
+
+@pytest.mark.parametrize("at", ["create", "delete"])
+def test_down_while_up_is_about_to_create(cloud, at):
+    """It finds nothing, or what is on its way out; and nothing may be there afterwards."""
+    down = {"at": f"queued-resources {at}", "do": "call", "command": cloud.command("down", *HERE)}
+    cloud.set(plays=[down | {"skip": int(at == "create")}, {"at": "follow", "do": "preempt"}])
+    (cloud.folder / "program").write_text("hold\n")
+    done = cloud.up()
+    assert done.returncode == 1
+    assert "down was given meanwhile: this ends." in done.stderr
+    assert cloud.world()["resource"] is None
+    assert len(cloud.calls("queued-resources create")) == (2 if at == "create" else 1)
+
+
+def test_the_number_of_an_up_that_was_killed_may_be_anothers_by_now(cloud):
+    folder = cloud.user / ".local/state/tnt_jax/tpu_vm"
+    folder.mkdir(parents=True)
+    with subprocess.Popen(["sleep", "60"]) as other:
+        (folder / "the-project.us-central1-a.mine.lock").symlink_to(str(other.pid))
+        done = cloud.up()
+        other.kill()
+    assert done.returncode == 0, done.stderr
 
 
 # Interrupted --------------------------------------------------------------------------------------
