@@ -395,7 +395,9 @@ def test_no_config_is_written_for_python_callers(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_tensorflow_is_imported_without_its_lines_but_others_come_through(tmp_path):
+@pytest.mark.parametrize("before", ["", "import importlib.util as u; u.find_spec('tensorflow'); "])
+def test_tensorflow_is_imported_without_its_lines_but_others_come_through(tmp_path, before):
+    """Also where a library, as epath does, has asked before whether it is there."""
     (tmp_path / "tensorflow.py").write_text(
         "import os, sys\n"
         "os.write(2, b'I0000 00:00:1.2   3 cudart_stub.cc:31] Could not find cuda drivers\\n')\n"
@@ -403,7 +405,7 @@ def test_tensorflow_is_imported_without_its_lines_but_others_come_through(tmp_pa
         "print('a real warning', file=sys.stderr)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", "from tnt_jax import program; import tensorflow"],
+        [sys.executable, "-c", f"from tnt_jax import program; {before}import tensorflow"],
         env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
         capture_output=True,
         text=True,
