@@ -366,8 +366,27 @@ def test_help_needs_no_import(run, toy):
         "  Set: NAME (whom to greet), FOLDER.\n"
         "  --gin.NAME=...\n"
         "  --gin.FOLDER=...\n"
+        "and sets, unless you do:\n"
+        "  --gin.PITCH=3\n"
+        "  --gin.LENGTHS=None\n"
     ) in out
     assert "python -m toy --gin_file=run.gin --gin.NAME=... --gin.FOLDER=...\n" in out
+
+
+def test_help_names_the_run_files_of_a_program_alone(capsys):
+    """What a pipeline sets of generate.generate leaves out its output: no run file of its own."""
+    with pytest.raises(SystemExit):
+        program.run("tnt_jax.generate", "generate", ["--help"])
+    out = capsys.readouterr().out
+    assert re.findall("^--gin_file=(.*) needs:$", out, re.MULTILINE) == ["runs/generate.gin"]
+    assert "With a --gin_file, --help also lists every other setting" in out
+
+
+def test_a_program_without_settings_names_its_run_files(capsys):
+    with pytest.raises(SystemExit):
+        program.run("tnt_jax.train", "train", [])
+    message = "pass a run file with --gin_file=runs/train.gin or runs/train_task.gin, or set "
+    assert message in capsys.readouterr().err
 
 
 def test_written_config_repeats_the_run(run, toy):
