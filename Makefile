@@ -2,7 +2,8 @@
 #                   minutes on two cores
 # make test         the unit and end-to-end tests
 # make lint         ruff and basedpyright
-# make docs         the site of docs/, in site/: open site/index.html
+# make docs         the site of docs/, in site/: open site/index.html. Its search needs a server:
+#                   python -m http.server -d site
 # make parity       logits, outputs and conversion against transformers and torch, at T5-small's size
 #
 # Each makes a virtual environment first and installs what it needs, once; nothing outside the

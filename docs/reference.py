@@ -82,10 +82,11 @@ def _index(modules: list[str]) -> str:
 def _programs() -> str:
     parts = [
         "# Programs",
-        "Each is `python -m tnt_jax.NAME`; `--help` prints what is here, with the flags and the"
-        " settings that each run file needs.",
-        "Exit status: 0 is done; 2, with one line on stderr, is something that you can mend; 130"
-        " is interrupted. Any other failure keeps its traceback.",
+        "Each is `python -m tnt_jax.NAME`; `--help` prints what is here, with the flags, the"
+        " settings that each run file needs and, after `--gin_file=...`, all that it sets.",
+        "Exit status: 0 is done; 2, with one line on stderr, is something that you can mend; 75 is"
+        " stopped by SIGTERM, and the same command goes on; 130 is interrupted; 1 with one line:"
+        " another process of the run is gone. Any other failure keeps its traceback.",
     ]
     for name in PROGRAMS:
         parts += [

@@ -97,6 +97,7 @@ GROUPS = {
         "run_config",
         "stages",
         "failures",
+        "gin_text",
         "gin_types",
         "parts",
         "preemption",

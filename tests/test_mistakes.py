@@ -160,8 +160,8 @@ SPAN_RULE = (
         ),
         (
             '{"inputs": "a"',
-            "bad.jsonl:2: not JSON: Expecting ',' delimiter at column 15. Expected one object a "
-            "line.",
+            "bad.jsonl:2: not JSON: Expecting ',' delimiter at column 15. Expected JSONL, one "
+            'object a line, such as {"inputs": "..."}.',
         ),
         ("3", "bad.jsonl:2: expected a JSON object, found 3 (int)."),
         (
@@ -676,3 +676,20 @@ def test_an_output_that_cannot_be_written_is_found_before_the_work(mistake, run_
     assert mistake(run_name, settings).startswith(
         "OUTPUT: expected a file that can be written, found /proc/output: "
     )
+
+
+@pytest.mark.parametrize(
+    ("run_name", "settings", "setting"),
+    [
+        ("generate", {"PROMPTS": "mine*.jsonl", "CHECKPOINT_PATH": "original"}, "PROMPTS"),
+        ("annotate", {"RECORDS": "mine.jsonl"}, "RECORDS"),
+    ],
+)
+def test_what_is_read_is_not_written_over(mistake, run_name, settings, setting):
+    mine = pathlib.Path("mine.jsonl")
+    mine.write_text(record())
+    assert mistake(run_name, {**settings, "OUTPUT": "./mine.jsonl"}) == (
+        f"OUTPUT: expected a file of its own, found mine.jsonl, which {setting} reads: it would be "
+        "written over. Choose another."
+    )
+    assert mine.read_text() == record()

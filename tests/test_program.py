@@ -366,8 +366,27 @@ def test_help_needs_no_import(run, toy):
         "  Set: NAME (whom to greet), FOLDER.\n"
         "  --gin.NAME=...\n"
         "  --gin.FOLDER=...\n"
+        "and sets, unless you do:\n"
+        "  --gin.PITCH=3\n"
+        "  --gin.LENGTHS=None\n"
     ) in out
     assert "python -m toy --gin_file=run.gin --gin.NAME=... --gin.FOLDER=...\n" in out
+
+
+def test_help_names_the_run_files_of_a_program_alone(capsys):
+    """What a pipeline sets of generate.generate leaves out its output: no run file of its own."""
+    with pytest.raises(SystemExit):
+        program.run("tnt_jax.generate", "generate", ["--help"])
+    out = capsys.readouterr().out
+    assert re.findall("^--gin_file=(.*) needs:$", out, re.MULTILINE) == ["runs/generate.gin"]
+    assert "With a --gin_file, --help also lists every other setting" in out
+
+
+def test_a_program_without_settings_names_its_run_files(capsys):
+    with pytest.raises(SystemExit):
+        program.run("tnt_jax.train", "train", [])
+    message = "pass a run file with --gin_file=runs/train.gin or runs/train_task.gin, or set "
+    assert message in capsys.readouterr().err
 
 
 def test_written_config_repeats_the_run(run, toy):
@@ -395,7 +414,9 @@ def test_no_config_is_written_for_python_callers(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_tensorflow_is_imported_without_its_lines_but_others_come_through(tmp_path):
+@pytest.mark.parametrize("before", ["", "import importlib.util as u; u.find_spec('tensorflow'); "])
+def test_tensorflow_is_imported_without_its_lines_but_others_come_through(tmp_path, before):
+    """Also where a library, as epath does, has asked before whether it is there."""
     (tmp_path / "tensorflow.py").write_text(
         "import os, sys\n"
         "os.write(2, b'I0000 00:00:1.2   3 cudart_stub.cc:31] Could not find cuda drivers\\n')\n"
@@ -403,7 +424,7 @@ def test_tensorflow_is_imported_without_its_lines_but_others_come_through(tmp_pa
         "print('a real warning', file=sys.stderr)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", "from tnt_jax import program; import tensorflow"],
+        [sys.executable, "-c", f"from tnt_jax import program; {before}import tensorflow"],
         env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
         capture_output=True,
         text=True,

@@ -423,6 +423,8 @@ def test_a_pipeline_does_what_is_not_done(original, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert stages(printed) == ([*of_tnrf, *of_ul_ll, "report"], of_original)
     assert "Going on from checkpoint 4 in pipeline/TNRF/model." in printed
+    assert "EVAL_PROMPTS: 60 of 60 inputs are also in TRAIN_PROMPTS: " in printed
+    assert "greedy outputs on 60 prompts, 60 of them trained on" in printed
     # As if it had not been interrupted, and as the programs do it one by one.
     train("one_by_one", TRAIN_STEPS=6)
     rooms.assert_same_state("pipeline/TNRF/model", "one_by_one")
@@ -455,16 +457,23 @@ def test_a_pipeline_does_what_is_not_done(original, capsys, monkeypatch):
 def test_a_pipeline_reads_an_edited_word_list(original, capsys):
     words = pathlib.Path("edited_words.txt")
     words.write_text(pathlib.Path("words.txt").read_text())
+    prompts = records.read_records("corpus.jsonl")
+    records.write_records("even.jsonl", prompts[::2])
+    records.write_records("odd.jsonl", prompts[1::2])
     settings = {
         **PIPELINE,
+        "TRAIN_PROMPTS": "even.jsonl",
+        "EVAL_PROMPTS": "odd.jsonl",
         "OUTPUT_DIR": "edited",
         "ARMS": "[@tnrf/experiment.Arm()]",
         "annotators.Lexicon.path": words,
         "TRAIN_STEPS": 1,
     }
     assert rooms.run("pipeline", settings) == 0
+    printed = capsys.readouterr().out
+    assert "greedy outputs on 30 unseen prompts" in printed
+    assert "EVAL_PROMPTS: " not in printed
     words.write_text(words.read_text() + "quiet\n")
-    capsys.readouterr()
     assert rooms.run("pipeline", settings) == 0
     done, kept = stages(capsys.readouterr().out)
     assert "original: annotate, greedy" in done

@@ -58,7 +58,7 @@ def map_records(
     except ModuleNotFoundError as error:
         raise UsageError(
             f"beam_options: Apache Beam cannot be imported ({error}). It asks for an older "
-            "protobuf than ours, and works with ours: pip install -e '.[beam-needs]', then "
+            "protobuf than ours, and works with ours: pip install 'tnt_jax[beam-needs]', then "
             "pip install --no-deps apache-beam==2.77.0"
         ) from error
     parts = _divide(input, lines_per_part)

@@ -95,9 +95,10 @@ def evaluate(
     Raises:
       UsageError: The files do not belong together, or a record is not annotated.
     """
-    records.check_writable(output, "OUTPUT")
+    reads = {"ORIGINAL_RECORDS": original_records, "CURRENT_RECORDS": current_records}
+    records.check_writable(output, "OUTPUT", reads)
     if tokens_output is not None:
-        records.check_writable(tokens_output, "TOKENS_OUTPUT")
+        records.check_writable(tokens_output, "TOKENS_OUTPUT", reads)
         if certificate is None:
             raise UsageError(
                 "TOKENS_OUTPUT: expected a certificate, which the values of tokens come from, "

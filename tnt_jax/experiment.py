@@ -23,6 +23,7 @@ from tnt_jax import (
     report,
     rounds,
     run_config,
+    run_log,
     stages,
     tokenization,
 )
@@ -135,6 +136,15 @@ class Experiment:
             )
 
 
+def _num_seen(train_prompts: Any, eval_prompts: Any) -> tuple[int, int]:
+    """Evaluation prompts whose input is a training prompt's too; and how many there are."""
+    if not isinstance(train_prompts, str) or not isinstance(eval_prompts, str):
+        return 0, 0
+    seen = {row.inputs for row in records.iterate(train_prompts)}
+    inputs = [row.inputs for row in records.iterate(eval_prompts)]
+    return sum(text in seen for text in inputs), len(inputs)
+
+
 class Opened:
     """An experiment whose original is there; its methods run stages and return their files.
 
@@ -144,6 +154,7 @@ class Opened:
       original: Path of the original's checkpoint.
       vocabulary: Of inputs and outputs.
       annotator: Decides what is unwanted.
+      num_seen: Evaluation prompts whose input is also a training prompt's, as far as files tell.
     """
 
     def __init__(self, settings: Experiment):
@@ -161,6 +172,12 @@ class Opened:
         self._came_as = pretrained.open_checkpoint(self.original)
         self.annotator, self.vocabulary = settings.annotator(), settings.vocabulary()
         self._removed_everywhere: dict[str, set[int]] = {}  # by the annotated file
+        self.num_seen, num_prompts = _num_seen(settings.train_prompts, settings.eval_prompts)
+        if self.num_seen:
+            run_log.log(
+                f"EVAL_PROMPTS: {self.num_seen} of {num_prompts} inputs are also in TRAIN_PROMPTS: "
+                "numbers on what was learned from say little about other inputs. Give others."
+            )
 
     @property
     def first_decoder(self) -> str:

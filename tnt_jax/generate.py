@@ -96,7 +96,9 @@ def generate(
             f"{dict(task_feature_lengths)}."
         )
     assembly.check_seed(seed)
-    records.check_writable(output, "OUTPUT")
+    records.check_writable(
+        output, "OUTPUT", {"PROMPTS": prompts if isinstance(prompts, str) else None}
+    )
     mesh = sharding.make_mesh(mesh_shape or sharding.MeshShape(), jax.local_devices())
     sharding.check_batch_size(batch_size, 1, mesh)
     memory.check_batch(batch_size, task_feature_lengths["inputs"] + decoder.max_length)
@@ -197,7 +199,7 @@ def _log_end(
     )
     run_log.log(
         f"{output}: {job.counts['outputs']} outputs, of which {job.counts['unended']} do not end "
-        f"within {decoder.max_length} tokens.{speed if new else ''}"
+        f"within {decoder.max_length} tokens (MAX_LENGTH).{speed if new else ''}"
     )
 
 

@@ -87,7 +87,7 @@ def pipeline(
     root, first_decoder = opened.root, opened.first_decoder
     run_log.write_json(str(root / "summary.json"), summary)
     page = opened.report([arm.name for arm in arms])
-    _print_table(evaluations, decoders)
+    _print_table(evaluations, decoders, opened.num_seen)
     best = expectations.arm if expectations else arms[0].name
     _print_examples(
         original_outputs[first_decoder],
@@ -142,7 +142,9 @@ def _check(
     return [{"text": text, "reached": bool(reached)} for text, reached in checks]
 
 
-def _print_table(evaluations: Mapping[str, Mapping[str, Any]], decoders: Iterable[str]) -> None:
+def _print_table(
+    evaluations: Mapping[str, Mapping[str, Any]], decoders: Iterable[str], num_seen: int
+) -> None:
     for decoder in decoders:
         any_arm = next(iter(evaluations.values()))[decoder]
         before = any_arm["original"]
@@ -165,9 +167,8 @@ def _print_table(evaluations: Mapping[str, Mapping[str, Any]], decoders: Iterabl
                 )
             )
         num_outputs = before["unwanted_outputs"]["denominator"]
-        run_log.table(
-            rows, columns=columns, title=f"{decoder} outputs on {num_outputs} unseen prompts"
-        )
+        which = f"prompts, {num_seen} of them trained on" if num_seen else "unseen prompts"
+        run_log.table(rows, columns=columns, title=f"{decoder} outputs on {num_outputs} {which}")
 
 
 def _print_examples(original_path: str, current_path: str, arm: str, number: int) -> None:

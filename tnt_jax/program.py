@@ -7,14 +7,13 @@ arguments, which gin binds. The module ends with
         program.run("tnt_jax.train", "train")
 
 Settings that cannot work are found before anything heavy is imported: the gin files are read once
-as text (`_Settings`), and only then by gin, which imports what they name.
+as text (`gin_text`), and only then by gin, which imports what they name.
 """
 
 import argparse
 import ast
 import copy
 import dataclasses
-import difflib
 import functools
 import importlib
 import importlib.util
@@ -25,24 +24,17 @@ import os
 import pathlib
 import re
 import sys
-import tokenize
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import absl.logging
 import gin
 from gin import config as gin_config
-from gin import config_parser
 
-from tnt_jax import failures, gin_types, preemption, processes, quiet_tensorflow
+from tnt_jax import failures, gin_text, gin_types, preemption, processes, quiet_tensorflow
 from tnt_jax.errors import UsageError
-
-# Where gin_configs is: beside the package in a clone, in it when it was installed from a wheel.
-_PACKAGE = pathlib.Path(__file__).parent
-_ROOT = _PACKAGE if (_PACKAGE / "gin_configs").is_dir() else _PACKAGE.parent
-_GIN_CONFIGS = _ROOT / "gin_configs"
 
 # ---------------------------------------------------------------------------------------------
 # A program's output is its own: libraries speak from warnings on.
@@ -212,14 +204,14 @@ def configure(
         print(_help(module_name, function_name, flags, folders))
         return None
 
-    settings = _Settings(folders)
+    settings = gin_text.Settings(folders)
     files = [settings.add_file(name, given_by="--gin_file") for name in flags.gin_files]
     for name, value in flags.bindings:
         settings.add_binding(name, value)
     settings.check(needs_all)
     unused = settings.unused_macros()
     if unused:
-        print(f"{module_name}: warning: nothing reads {_and(unused)}", file=sys.stderr)
+        print(f"{module_name}: warning: nothing reads {', '.join(unused)}", file=sys.stderr)
 
     module = importlib.import_module(module_name)
     gin.clear_config()
@@ -228,7 +220,7 @@ def configure(
     imports = settings.imports_for_bindings()
     for name, value in flags.bindings:
         try:
-            gin.parse_config([*imports, f"{name} = {_as_gin(value)}"])
+            gin.parse_config([*imports, f"{name} = {gin_text.as_gin(value)}"])
         except Exception as error:
             if failures.explain(error) is None:
                 raise
@@ -248,8 +240,10 @@ def configure(
         and name not in gin.get_bindings(function, resolve_references=False)
     ]
     if missing:
+        own = [_shown(file) for _, file in _run_files(module_name, function_name, folders)]
         raise UsageError(
-            f"no gin file sets {_and(missing)}: pass a run file with --gin_file=..., or set "
+            f"no gin file sets {', '.join(missing)}: pass a run file with "
+            f"--gin_file={' or '.join(own) or '...'}, or set "
             + ", ".join(f"--gin.{short_name}.{name}=..." for name in missing)
         )
     gin_types.check()
@@ -296,7 +290,7 @@ def parse_gin_file(
     path: str | os.PathLike, search_folders: Sequence[str | os.PathLike] = ()
 ) -> None:
     """Gives gin one file; `path` and what it includes are looked up as `--gin_file` is."""
-    find = _Settings(_gin_folders(search_folders)).find
+    find = gin_text.Settings(_gin_folders(search_folders)).find
     # gin's own search takes a folder for a package and logs every place where it finds nothing.
     readers: Any = gin_config._FILE_READERS
     own = readers[:]
@@ -308,7 +302,7 @@ def parse_gin_file(
 
 
 def _gin_folders(search_folders: Sequence[str | os.PathLike]) -> list[pathlib.Path]:
-    return [pathlib.Path(), *map(pathlib.Path, search_folders), _ROOT, _GIN_CONFIGS]
+    return [pathlib.Path(), *map(pathlib.Path, search_folders), gin_text.ROOT, gin_text.GIN_CONFIGS]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -393,271 +387,74 @@ class _Flags:
 def _help(
     module_name: str, function_name: str, flags: _Flags, folders: Sequence[pathlib.Path]
 ) -> str:
-    """What the program does, its flags, what must be set, and an example if none was given."""
-    spec = importlib.util.find_spec(module_name)
-    assert spec is not None and spec.origin is not None, module_name
-    # Read, not imported: help should not wait for TensorFlow.
-    description = ast.get_docstring(ast.parse(pathlib.Path(spec.origin).read_text("utf-8"))) or ""
+    """What the program does, its flags, what must and may be set, an example if none was given."""
+    description = ast.get_docstring(_source(module_name)) or ""
     parts = [description, flags.options.strip()]
-    argument_prefix = f"{module_name.rpartition('.')[2]}.{function_name}."
     example = None
-    for name in flags.gin_files or sorted(str(p) for p in (_GIN_CONFIGS / "runs").glob("*.gin")):
-        settings = _Settings(folders)
-        file = settings.add_file(name, given_by="--gin_file")
+    if flags.gin_files:
+        given = [
+            (settings := gin_text.Settings(folders), settings.add_file(name, given_by="--gin_file"))
+            for name in flags.gin_files
+        ]
+    else:
+        given = _run_files(module_name, function_name, folders)
+    for settings, file in given:
         required = settings.required()
-        if not required or not (
-            flags.gin_files or any(key.startswith(argument_prefix) for key in settings.values)
-        ):
+        defaults = settings.defaults() if flags.gin_files else []
+        if not required and not defaults:
             continue
-        shown = os.path.relpath(file, _GIN_CONFIGS) if _GIN_CONFIGS in file.parents else file
+        shown = _shown(file)
         comment = itertools.takewhile(
             lambda line: line.startswith("#"), file.read_text("utf-8").splitlines()
         )
         lines = [
+            f"--gin_file={shown} {'needs' if required else 'sets, unless you do'}:",
             *(f"  {line.lstrip('# ')}" for line in comment),
             *(f"  --gin.{key}=..." for key in required),
+            *(["and sets, unless you do:"] if required and defaults else []),
+            *(f"  --gin.{key}={text}" for key, text in defaults),
         ]
-        parts.append("\n".join([f"--gin_file={shown} needs:", *lines]))
-        example = example or " ".join(
-            [
-                f"python -m {module_name} --gin_file={shown}",
-                *(f"--gin.{key}=..." for key in required),
-            ]
-        )
+        parts.append("\n".join(lines))
+        if required and not example:
+            example = f"python -m {module_name} --gin_file={shown} "
+            example += " ".join(f"--gin.{key}=..." for key in required)
     if example and "python -m" not in description:
         parts.append(f"example:\n  {example}")
+    if given and not flags.gin_files:
+        parts.append("With a --gin_file, --help also lists every other setting, with its value.")
     return "\n\n".join(parts)
 
 
-# ---------------------------------------------------------------------------------------------
-# gin files read as text
-# ---------------------------------------------------------------------------------------------
-
-_REQUIRED = object()  # stands for %gin.REQUIRED
-
-
-class _Names(config_parser.ParserDelegate):
-    """Notes which macros and configurables a gin text reads, and imports nothing."""
-
-    def __init__(self):
-        self.macros: list[str] = []
-        self.selectors: list[str] = []
-
-    def macro(self, macro_name) -> Any:
-        if macro_name == "gin.REQUIRED":
-            return _REQUIRED
-        self.macros.append(macro_name)
-        return None
-
-    def configurable_reference(self, scoped_configurable_name, evaluate) -> Any:
-        self.selectors.append(scoped_configurable_name)
-        return None
+def _source(module_name: str) -> ast.Module:
+    """Read, not imported: help should not wait for TensorFlow."""
+    spec = importlib.util.find_spec(module_name)
+    assert spec is not None and spec.origin is not None, module_name
+    return ast.parse(pathlib.Path(spec.origin).read_text("utf-8"))
 
 
-class _Settings:
-    """The settings of some gin files and flags, so far as text tells.
-
-    Attributes:
-        values: by key ("MODEL_DIR", "t5.T5Config.emb_dim"), the last value; references are None.
-    """
-
-    def __init__(self, folders: Sequence[pathlib.Path]):
-        self._folders = folders
-        self.values: dict[str, Any] = {}
-        self._defined: dict[str, pathlib.Path] = {}  # macro -> gin file
-        self._read: dict[str, str] = {}  # macro -> who reads it
-        self._flags: list[str] = []  # macros that the command line sets
-        self._imports: dict[str, str] = {}  # name -> import line
-        self._open_files: list[pathlib.Path] = []
-
-    def add_file(self, name: str, *, given_by: str) -> pathlib.Path:
-        """Reads a gin file and what it includes; returns where it is.
-
-        Raises:
-            UsageError: no such file, or not gin.
-        """
-        path = self.find(name, given_by)
-        if path in self._open_files:
-            raise UsageError(f"{given_by}: {path} includes itself")
-        self._open_files.append(path)
-        try:
-            self._add_text(path.read_text("utf-8"), path)
-        except SyntaxError as error:
-            content = f": {error.text.strip()}" if error.text else ""
-            raise UsageError(f"{path}, line {error.lineno}: {error.msg}{content}") from None
-        except tokenize.TokenError as error:
-            message, (line, _) = error.args
-            raise UsageError(f"{path}, line {line}: {message}") from None
-        except UnicodeDecodeError as error:
-            raise UsageError(f"{path}: expected UTF-8 text: {error}") from None
-        self._open_files.pop()
-        return path
-
-    def find(self, name: str, given_by: str = "include") -> pathlib.Path:
-        """Where the gin file is that `--gin_file` or an include names.
-
-        Raises:
-            UsageError: nowhere.
-        """
-        candidates = [folder / name for folder in self._folders]
-        for path in candidates:
-            if path.is_file():
-                return path
-        known = [path for path, _ in self._known_files()]
-        close = [path for path in known if pathlib.Path(path).name == pathlib.Path(name).name]
-        close = close or difflib.get_close_matches(name, known, n=2, cutoff=0.7)
-        hint = f"; did you mean {_or(close)}?" if close else ""
-        looked = _and(dict.fromkeys(str(pathlib.Path.cwd() / path) for path in candidates))
-        raise UsageError(f"{given_by}: no gin file {name!r}: looked for {looked}{hint}")
-
-    def add_binding(self, name: str, value: str) -> None:
-        """Adds `--gin.NAME=VALUE`.
-
-        Raises:
-            UsageError: the value looks like gin (a container, a quoted text, a reference) but is
-                not.
-        """
-        names = _Names()
-        self.values[name] = _parse_value(value, names, f"--gin.{name}={value}")
-        self._note_macros(names, f"--gin.{name}")
-        if "." not in name:
-            self._flags.append(name)
-        for selector in [name, *names.selectors] if "." in name else names.selectors:
-            symbol = selector.rpartition("/")[2].partition(".")[0]
-            # A module that no gin file imports: one of ours, else one such as optax.
-            if symbol not in self._imports:
-                if importlib.util.find_spec(f"tnt_jax.{symbol}"):
-                    self._imports[symbol] = f"from tnt_jax import {symbol}"
-                elif importlib.util.find_spec(symbol):
-                    self._imports[symbol] = f"import {symbol}"
-
-    def check(self, needs_all: bool = True) -> None:
-        """Finds what gin would find late, or never.
-
-        Args:
-            needs_all: False leaves settings that are required and not given to whoever reads them.
-
-        Raises:
-            UsageError: a flag sets a macro that nothing reads, or one that is read has no value.
-        """
-        for name in self._flags:
-            if name not in self._read:
-                close = difflib.get_close_matches(name, self._read)
-                if close:
-                    hint = f"did you mean {_or(close)}?"
-                elif self._read:
-                    hint = f"what they read: {_and(sorted(self._read))}"
-                else:
-                    hint = "is a --gin_file missing?"
-                raise UsageError(f"--gin.{name}: no gin file reads %{name}; {hint}")
-        problems = []
-        if needs_all and (required := self.required()):
-            problems.append("set " + ", ".join(f"--gin.{key}=..." for key in required))
-        for name in self._read:
-            if name in self.values or "." in name:  # with a dot it is a constant
-                continue
-            problem = f"{self._read[name]} reads %{name}, which nothing sets"
-            if setters := [path for path, text in self._known_files() if _sets(text, name)]:
-                # An experiment is a whole run, rather than a part to add to one.
-                setters.sort(key=lambda path: path.startswith("experiments"))
-                problem += f": add --gin_file={setters[0]}"
-                problem += f" (or one of {len(setters) - 1} others)" if setters[1:] else ""
-            elif close := difflib.get_close_matches(name, self.values, n=1):
-                problem += f" (did you mean %{close[0]}?)"
-            problems.append(f"{problem}, or --gin.{name}=...")
-        if problems:
-            raise UsageError("settings are missing: " + "; ".join(problems))
-
-    def required(self) -> list[str]:
-        """Keys that are still %gin.REQUIRED; a macro only where something reads it."""
-        return [
-            key
-            for key, value in self.values.items()
-            if value is _REQUIRED and (key in self._read or key not in self._defined)
-        ]
-
-    def unused_macros(self) -> list[str]:
-        """Macros that a gin file defines and nothing reads."""
-        return [
-            f"{name} ({path.name})"
-            for name, path in self._defined.items()
-            if name not in self._read
-        ]
-
-    def imports_for_bindings(self) -> list[str]:
-        """Lines of gin after which the command line may use every name that the gin files use."""
-        return ["from __gin__ import dynamic_registration", *self._imports.values()]
-
-    def _known_files(self) -> Iterator[tuple[str, str]]:
-        """Name, as for `--gin_file`, and text of the gin files of the search folders and ours."""
-        for folder in self._folders:
-            if folder not in (pathlib.Path(), _ROOT):
-                for path in sorted(folder.rglob("*.gin")):
-                    yield str(path.relative_to(folder)), path.read_text("utf-8", "replace")
-
-    def _add_text(self, text: str, path: pathlib.Path) -> None:
-        names = _Names()
-        for statement in config_parser.ConfigParser(text, names):
-            self._note_macros(names, path.name)
-            if isinstance(statement, config_parser.IncludeStatement):
-                self.add_file(
-                    statement.filename,
-                    given_by=f"{path}, line {statement.location.line_num}",
-                )
-            elif isinstance(statement, config_parser.ImportStatement):
-                if not statement.module.startswith("__gin__."):
-                    self._imports[statement.bound_name()] = statement.format()
-            elif isinstance(statement, config_parser.BindingStatement):
-                key = f"{statement.scope}/" if statement.scope else ""
-                key += statement.selector
-                if statement.arg_name:
-                    key += f".{statement.arg_name}"
-                else:
-                    self._defined[key] = path
-                self.values[key] = statement.value
-
-    def _note_macros(self, names: _Names, reader: str) -> None:
-        for name in names.macros:
-            self._read.setdefault(name, reader)
-        names.macros.clear()
+def _run_files(
+    module_name: str, function_name: str, folders: Sequence[pathlib.Path]
+) -> list[tuple[gin_text.Settings, pathlib.Path]]:
+    """The run files that set all that a program needs: those of other programs leave some out."""
+    needed = [
+        f"{module_name.rpartition('.')[2]}.{function_name}.{argument.arg}"
+        for function in _source(module_name).body
+        if isinstance(function, ast.FunctionDef) and function.name == function_name
+        for argument, default in zip(
+            function.args.kwonlyargs, function.args.kw_defaults, strict=True
+        )
+        if default is None
+    ]
+    found = []
+    for path in sorted((gin_text.GIN_CONFIGS / "runs").glob("*.gin")):
+        settings = gin_text.Settings(folders)
+        file = settings.add_file(str(path), given_by="--gin_file")
+        if needed and all(key in settings.values for key in needed):
+            found.append((settings, file))
+    return found
 
 
-def _sets(text: str, macro: str) -> bool:
-    return (
-        re.search(rf"^{re.escape(macro)}\s*=(?!\s*%gin\.REQUIRED)", text, re.MULTILINE) is not None
-    )
-
-
-def _parse_value(value: str, names: config_parser.ParserDelegate, flag: str) -> Any:
-    """The value of a flag: a gin literal or reference, else the text itself.
-
-    Raises:
-        UsageError: it starts as gin does and is not gin.
-    """
-    try:
-        parser = config_parser.ConfigParser(value.strip(), names)
-        parsed = parser.parse_value()
-        rest: Any = parser.current_token
-        if rest.type in (tokenize.NEWLINE, tokenize.ENDMARKER):
-            return parsed
-        reason = f"unexpected {rest.string!r}"
-    except (SyntaxError, tokenize.TokenError) as error:
-        reason = error.args[0]
-    if value.strip().startswith(tuple("\"'([{@%")):
-        raise UsageError(f"{flag}: {reason}; a text that starts like this needs quotes within")
-    return value
-
-
-def _as_gin(value: str) -> str:
-    """A flag's value as gin text: quoted, where it is a plain text."""
-    names = _Names()
-    is_text = _parse_value(value, names, value) is value
-    return repr(value) if is_text else value.strip()
-
-
-def _and(names: Iterable[str]) -> str:
-    return ", ".join(names)
-
-
-def _or(names: Iterable[str]) -> str:
-    return " or ".join(names)
+def _shown(file: pathlib.Path) -> str:
+    """As `--gin_file` takes it."""
+    ours = gin_text.GIN_CONFIGS
+    return os.path.relpath(file, ours) if ours in file.parents else str(file)

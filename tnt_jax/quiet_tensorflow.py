@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.abc
-import importlib.util
 import os
 import re
 import sys
@@ -38,8 +37,14 @@ class _QuietTensorFlow(importlib.abc.MetaPathFinder):
     def find_spec(self, fullname, path=None, target=None):
         if fullname != "tensorflow":
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        # It stays: libraries ask for the spec, to see whether TensorFlow is there, and import it
+        # later, with a spec of its own.
+        specs = (
+            finder.find_spec(fullname, path, target)
+            for finder in sys.meta_path
+            if finder is not self
+        )
+        spec = next((spec for spec in specs if spec is not None), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 

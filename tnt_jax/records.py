@@ -256,11 +256,18 @@ def matching_files(path: str | os.PathLike) -> list[Any]:
     return files
 
 
-def check_writable(path: str | os.PathLike, setting: str) -> None:
+def check_writable(
+    path: str | os.PathLike, setting: str, reads: Mapping[str, str | None] | None = None
+) -> None:
     """Finds out, before the work, whether a file can be written; its folder is created.
 
+    Args:
+        path: the file.
+        setting: that names it, for messages.
+        reads: files (or globs) that are read, by their settings: none of them is written over.
+
     Raises:
-        UsageError: it cannot; the message names `setting`.
+        UsageError: it cannot, or would be written over what is read.
     """
     if is_remote(path):
         return
@@ -268,6 +275,14 @@ def check_writable(path: str | os.PathLike, setting: str) -> None:
     reason = _unwritable(path) or ("it is a directory" if path.is_dir() else None)
     if reason:
         raise UsageError(f"{setting}: expected a file that can be written, found {path}: {reason}.")
+    for reader, pattern in (reads or {}).items():
+        if pattern is None or is_remote(pattern) or not path.exists():
+            continue
+        if any(path.samefile(file) for file in matching_files(pattern)):
+            raise UsageError(
+                f"{setting}: expected a file of its own, found {path}, which {reader} reads: it "
+                "would be written over. Choose another."
+            )
 
 
 def check_directory(path: str | os.PathLike, setting: str) -> None:
@@ -357,7 +372,8 @@ def parse_line(line: bytes, where: str) -> Any:
         ) from None
     except json.JSONDecodeError as error:
         raise UsageError(
-            f"{where}: not JSON: {error.msg} at column {error.colno}. Expected one object a line."
+            f"{where}: not JSON: {error.msg} at column {error.colno}. Expected JSONL, one object a "
+            'line, such as {"inputs": "..."}.'
         ) from None
     except (ValueError, RecursionError) as error:
         what = "nested too deeply" if isinstance(error, RecursionError) else "a number is too long"

@@ -58,7 +58,14 @@ def report(
     Raises:
       UsageError: There is nothing to show, or files are missing, malformed or of different runs.
     """
-    records.check_writable(output, "OUTPUT")
+    reads = {
+        "ORIGINAL_RECORDS": original_records,
+        "CURRENT_RECORDS": current_records,
+        "EVALUATION": evaluation,
+        "TOKENS": tokens,
+        "RESULTS": results,
+    }
+    records.check_writable(output, "OUTPUT", reads)
     _check_settings(pipeline_dir, original_records, current_records, evaluation, tokens, results)
     files = _Files()
     rows: list[report_rows.Row] = []
