@@ -104,6 +104,13 @@ def test_intervals_against_the_normal_approximation():
         assert alone == {name: found[name] for name in names}
 
 
+def test_an_interval_of_a_cut_is_of_the_number_beside_it_where_nothing_was_unwanted():
+    original, current = outputs(0, unwanted=0, number=20), outputs(1, unwanted=0.5, number=20)
+    assert results.measure(original, current)["cut"] == 0
+    found = results.intervals(original, {"arm": current}, "baseline", num_resamples=20)
+    assert found["arm"]["cut_interval"] == [0, 0]
+
+
 def test_the_choice_of_a_weight():
     rows = [
         row("A", 1.0, 0.7, 90.0),

@@ -86,7 +86,9 @@ def intervals(
     marked = np.array([bool(row.negative_spans) for row in original], float)
 
     def cut(before: np.ndarray, after: np.ndarray, axis: int = -1) -> np.ndarray:
-        return 1 - after.sum(axis=axis) / np.maximum(before.sum(axis=axis), 1)
+        of_before, of_after = before.sum(axis=axis), after.sum(axis=axis)
+        # As in `measure`: where nothing was unwanted nothing is cut.
+        return np.where(of_before > 0, 1 - of_after / np.maximum(of_before, 1), 0.0)
 
     systems: Any = [(name, [row.targets for row in arms[name]]) for name in _first(arms, baseline)]
     found: Any

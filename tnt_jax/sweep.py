@@ -171,14 +171,15 @@ def sweep(
     found: dict[str, Any] = _collect(opened, cells, task, choice_share, mask_decoding)
     # Seeds that are added for the frontier do not choose.
     rows_of_choice = found["choice_rows"]
-    again = _on_frontier(rows_of_choice, cells, cut, baseline, frontier_seeds)
-    if again and len({_name_of(row) for row in found["rows"]} - {MASK}) == len(cells):
+    if frontier_seeds and not _missing(opened, cells, found["rows"]):
+        again = _on_frontier(rows_of_choice, cells, cut, baseline, frontier_seeds)
         cells += again
         own = again[process_index::num_processes]
         for number, cell in enumerate(own, start=1):
             run_log.log(f"Arm {number} of {len(own)}, of the frontier: {cell.name}")
             _run(opened, cell, training[id(cell.grid)])
-        found = _collect(opened, cells, task, choice_share, mask_decoding)
+        if again:
+            found = _collect(opened, cells, task, choice_share, mask_decoding)
     weights = results.choose(_of_decoder(rows_of_choice, opened.first_decoder), cut)
     found |= _chosen(opened, found["rows"], weights, baseline, choice_share, num_resamples)
     found["settings"] = {"task": task, "cut": cut, "choice_share": choice_share}
@@ -187,9 +188,12 @@ def sweep(
     text = as_markdown(found, experiment.decoders)
     run_log.write_text(str(root / f"{name}.md"), text)
     run_log.log(text)
-    done = {_name_of(row) for row in found["rows"]}
-    num_missing = sum(cell.name not in done for cell in cells)
+    num_missing = len(_missing(opened, cells, found["rows"]))
     missing = f" {num_missing} arms are not done yet." if num_missing else ""
+    if num_missing and frontier_seeds:
+        missing += (
+            " The frontier's are run when all others are done: start each process again then."
+        )
     run_log.log(
         f"The numbers are in {written}.{missing} {time.monotonic() - began:.0f} "
         f"seconds. A report: python -m tnt_jax.report --gin_file=runs/report.gin "
@@ -262,6 +266,16 @@ def _collect(
                     }
                 )
     return found
+
+
+def _missing(opened: Opened, cells: Sequence[_Cell], rows: Sequence[results.Row]) -> list[_Cell]:
+    """The arms that are not done with every decoder."""
+    done = {(_name_of(row), row["decoder"]) for row in rows}
+    return [
+        cell
+        for cell in cells
+        if any((cell.name, decoder) not in done for decoder in opened.settings.decoders)
+    ]
 
 
 Pairs = tuple[list[records.Record], list[records.Record]]
