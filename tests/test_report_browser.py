@@ -11,7 +11,7 @@ import time
 import outputs
 import pytest
 
-from tnt_jax import report
+from tnt_jax import records, report
 
 playwright = pytest.importorskip("playwright.sync_api")
 
@@ -102,6 +102,32 @@ def test_hostile_texts_are_shown_and_do_nothing(open_page, address):
     assert page.title() == "Before and after the update"
     assert page.locator("img, #outputs-list script, #outputs-list b").count() == 0
     assert card.locator("mark").all_inner_texts() == ["</script>", "dirty ", "dirty"]
+
+
+def test_texts_run_as_their_script_does(open_page, tmp_path):
+    """In Hebrew the full stop at the end of a text stands at its left."""
+    texts = {"hebrew": "החדר קטן.", "english": "a small room."}
+    rows = [
+        records.Record(id=name, inputs=text, targets=text, negative_spans=())
+        for name, text in texts.items()
+    ]
+    files = [str(tmp_path / name) for name in ("original.jsonl", "patched.jsonl")]
+    for file in files:
+        records.write_records(file, rows)
+    page_file = tmp_path / "report.html"
+    report.report(output=str(page_file), original_records=files[0], current_records=files[1])
+    page = open_page(page_file.as_uri())
+    # On which side of each text its last character is: of input, original, patched.
+    places = page.evaluate("""() => [...document.querySelectorAll("#outputs-list > li")].map((card) =>
+        [...card.querySelectorAll("p")].map((shown) => {
+            const text = shown.firstChild, all = document.createRange(), stop = document.createRange();
+            all.selectNodeContents(text);
+            stop.setStart(text, text.length - 1);
+            stop.setEnd(text, text.length);
+            const [one, other] = [all, stop].map((range) => range.getBoundingClientRect());
+            return other.left - one.left < 1 ? "left" : "right";
+        }))""")
+    assert places == [["left"] * 3, ["right"] * 3]
 
 
 def test_filters_and_orders(open_page, address):
