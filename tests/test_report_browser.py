@@ -118,15 +118,19 @@ def test_texts_run_as_their_script_does(open_page, tmp_path):
     report.report(output=str(page_file), original_records=files[0], current_records=files[1])
     page = open_page(page_file.as_uri())
     # On which side of each text its last character is: of input, original, patched.
-    places = page.evaluate("""() => [...document.querySelectorAll("#outputs-list > li")].map((card) =>
-        [...card.querySelectorAll("p")].map((shown) => {
-            const text = shown.firstChild, all = document.createRange(), stop = document.createRange();
+    places = page.evaluate("""() => {
+        const sideOfLast = (text) => {
+            const [all, last] = [document.createRange(), document.createRange()];
             all.selectNodeContents(text);
-            stop.setStart(text, text.length - 1);
-            stop.setEnd(text, text.length);
-            const [one, other] = [all, stop].map((range) => range.getBoundingClientRect());
+            last.setStart(text, text.length - 1);
+            last.setEnd(text, text.length);
+            const [one, other] = [all, last].map((range) => range.getBoundingClientRect());
             return other.left - one.left < 1 ? "left" : "right";
-        }))""")
+        };
+        const cards = [...document.querySelectorAll("#outputs-list > li")];
+        return cards.map((card) =>
+            [...card.querySelectorAll("p")].map((shown) => sideOfLast(shown.firstChild)));
+    }""")
     assert places == [["left"] * 3, ["right"] * 3]
 
 

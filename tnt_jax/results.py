@@ -113,7 +113,11 @@ def intervals(
         ).confidence_interval
         by_name[name] = {
             "cut_interval": [float(sampled.low), float(sampled.high)],
-            "bleu_interval": [result.mean - result.ci, result.mean + result.ci],
+            # sacrebleu gives half a width around the mean, which may go beyond the scale.
+            "bleu_interval": [
+                max(result.mean - result.ci, 0.0),
+                min(result.mean + result.ci, 100.0),
+            ],
             "bleu_p_value": result.p_value if baseline in arms else None,
         }
     return by_name

@@ -31,6 +31,8 @@ from tnt_jax.experiment import Experiment, Opened
 
 MASK = "decode mask"
 
+_FEWEST = 5  # unwanted outputs to choose weights by: fewer are chance
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Grid:
@@ -115,7 +117,7 @@ def sweep(
       task: Its name, for tables.
       grids: The arms.
       cut: Share of unwanted outputs that is enough: of the weights that reach it the one with the
-        most BLEU is chosen.
+        most BLEU is chosen, by the outputs of the first decoder.
       baseline: The arm that others are tested against: an objective, and its variant after a comma
         ("UL+LL, 400 updates"). Where there is no such arm, nothing is tested.
       frontier_seeds: When all arms are done, those on the frontier of the prompts that weights are
@@ -376,8 +378,9 @@ def _chosen(
 
 
 def as_markdown(found: Mapping[str, Any], decoders: Sequence[str] | Mapping[str, Any]) -> str:
-    """The chosen arms as a table for each decoder."""
-    lines = []
+    """The chosen arms as a table for each decoder, after a warning where the choice was chance."""
+    warning = _chosen_by_chance(found.get("choice_rows", ()), next(iter(decoders)))
+    lines = [warning, ""] if warning else []
     for decoder in decoders:
         rows = _of_decoder(found["chosen"], decoder)
         if not rows:
@@ -397,6 +400,24 @@ def as_markdown(found: Mapping[str, Any], decoders: Sequence[str] | Mapping[str,
             lines.append(f"| {' | '.join(_cells(row))} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def _chosen_by_chance(choice_rows: Sequence[results.Row], decoder: str) -> str:
+    """A warning where so little was unwanted that weights say nothing; "" where there is enough."""
+    rows = _of_decoder(choice_rows, decoder)
+    num_arms = len({row["objective"] for row in rows})
+    num_weights = len({(row["objective"], row["alpha"]) for row in rows})
+    if num_weights == num_arms:  # nothing was chosen
+        return ""
+    number = rows[0]["num_outputs"]
+    unwanted = round(rows[0]["unwanted_rate_before"] * number)
+    if unwanted >= _FEWEST:
+        return ""
+    return (
+        f"Weights (alpha) were chosen by chance: of the original's {number} {decoder} outputs that "
+        f"they are chosen on {unwanted} are unwanted, expected {_FEWEST} at least. Put a decoder "
+        "with more of them first in DECODERS, or give more EVAL_PROMPTS."
+    )
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
