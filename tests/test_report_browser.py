@@ -290,6 +290,24 @@ def test_contrast_and_width(open_page, address, scheme):
     assert ground == {"light": "#ffffff", "dark": "#14171b"}[scheme]
 
 
+def test_all_numbers_of_a_sweep_are_in_sight_on_a_desktop(open_page, tmp_path):
+    """The last column is one of the three that the tutorial tells to read."""
+    known = ("exact_match", "unknown_token_rate", "distinct_ratio", "smallest_cost")
+    rows = [
+        {**one, **dict.fromkeys(known, 0.998), "residual": 1.5, "collateral": 1.5}
+        | {"collateral_elsewhere": 0.05}
+        for one in outputs.results()["rows"]
+    ]
+    (tmp_path / "results.json").write_text(json.dumps({"rows": rows}))
+    page_file = tmp_path / "report.html"
+    report.report(output=str(page_file), results=str(tmp_path / "results.json"))
+    page = open_page(page_file.as_uri(), viewport={"width": 1300, "height": 800})
+    table = page.locator("#numbers .scroll")
+    assert table.locator("thead th").last.inner_text() == "KL elsewhere"
+    assert table.locator(".tag:visible").count()
+    assert table.evaluate("box => box.scrollWidth - box.clientWidth") == 0
+
+
 def test_a_change_of_scheme_redraws_the_charts(open_page, address):
     page = open_page(address)
     page.emulate_media(color_scheme="dark")

@@ -15,6 +15,9 @@ from tnt_jax import records, text_metrics
 
 Row = dict[str, Any]
 
+# The arm that patches no model. It is on no frontier: that is of those that were trained.
+MASK = "decode mask"
+
 
 def is_for_choice(record_id: str, share: float) -> bool:
     """Whether a prompt is among those that weights are chosen on: the same in every run."""

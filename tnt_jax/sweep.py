@@ -29,8 +29,6 @@ from tnt_jax import objectives, pretrained, program, records, results, run_log
 from tnt_jax.errors import UsageError
 from tnt_jax.experiment import Experiment, Opened
 
-MASK = "decode mask"
-
 _FEWEST = 5  # unwanted outputs to choose weights by: fewer are chance
 
 
@@ -164,7 +162,7 @@ def sweep(
     training = {id(grid): _training_outputs(opened, grid) for grid in grids}
     if mask_decoding and not process_index:
         for decoder in experiment.decoders:
-            opened.masked_outputs(MASK, decoder)
+            opened.masked_outputs(results.MASK, decoder)
     run_log.write_json(str(root / "shared.json"), {"done": True})
     own = cells[process_index::num_processes]
     for number, cell in enumerate(own, start=1):
@@ -237,12 +235,12 @@ def _collect(
     found: dict[str, list[results.Row]] = {"rows": [], "choice_rows": []}
     arms = [(cell.name, cell.labels) for cell in cells]
     if mask_decoding:
-        arms.append((MASK, {"objective": MASK, "alpha": None, "seed": 0}))
+        arms.append((results.MASK, {"objective": results.MASK, "alpha": None, "seed": 0}))
     for name, labels in arms:
         for decoder in opened.settings.decoders:
             current = opened.root / name / f"{decoder}.annotated.jsonl"
             evaluation = opened.root / name / f"{decoder}.evaluation.json"
-            if not current.exists() or (name != MASK and not evaluation.exists()):
+            if not current.exists() or (name != results.MASK and not evaluation.exists()):
                 continue
             certificate, seconds, steps = {}, None, None
             if evaluation.exists():
@@ -316,7 +314,7 @@ def _on_frontier(
 ) -> list[_Cell]:
     """What is still to be run of the arms on the frontier of any decoder, and of the baseline."""
     decoders = list(dict.fromkeys(row["decoder"] for row in choice_rows))
-    trained = [row for row in choice_rows if row["objective"] != MASK]
+    trained = [row for row in choice_rows if row["objective"] != results.MASK]
     if not trained or not seeds:
         return []
     weights = results.choose(_of_decoder(trained, decoders[0]), cut)
@@ -358,8 +356,7 @@ def _chosen(
     chosen = results.averaged(kept, key=lambda row: (row["decoder"], row["objective"]))
     for decoder in opened.settings.decoders:
         of_decoder = _of_decoder(chosen, decoder)
-        # A mask patches no model: the frontier is that of those that were trained.
-        trained = [row for row in of_decoder if row["objective"] != MASK]
+        trained = [row for row in of_decoder if row["objective"] != results.MASK]
         for row, is_best in zip(trained, results.pareto(trained), strict=True):
             row["is_pareto"] = is_best
         # Of an arm's first seed.
