@@ -154,10 +154,13 @@ def test_the_front():
         for i, (cut, bleu) in enumerate([(0.5, 80.0), (0.5, 70.0), (0.9, 60.0), (0.8, 60.0)])
     ]
     rows.append(row(decoder="other", bleu=1.0))
+    # Better than all, but no model: a sweep's own tables leave it out of the frontier, too.
+    rows.append(row(objective="decode mask", unwanted_rate_after=0.0, bleu=99.0))
     assert [group.is_best for group in report_rows.groups(rows)] == [
         True,
         False,
         True,
+        False,
         False,
         False,
     ]

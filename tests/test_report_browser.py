@@ -11,7 +11,7 @@ import time
 import outputs
 import pytest
 
-from tnt_jax import report
+from tnt_jax import records, report
 
 playwright = pytest.importorskip("playwright.sync_api")
 
@@ -102,6 +102,36 @@ def test_hostile_texts_are_shown_and_do_nothing(open_page, address):
     assert page.title() == "Before and after the update"
     assert page.locator("img, #outputs-list script, #outputs-list b").count() == 0
     assert card.locator("mark").all_inner_texts() == ["</script>", "dirty ", "dirty"]
+
+
+def test_texts_run_as_their_script_does(open_page, tmp_path):
+    """In Hebrew the full stop at the end of a text stands at its left."""
+    texts = {"hebrew": "החדר קטן.", "english": "a small room."}
+    rows = [
+        records.Record(id=name, inputs=text, targets=text, negative_spans=())
+        for name, text in texts.items()
+    ]
+    files = [str(tmp_path / name) for name in ("original.jsonl", "patched.jsonl")]
+    for file in files:
+        records.write_records(file, rows)
+    page_file = tmp_path / "report.html"
+    report.report(output=str(page_file), original_records=files[0], current_records=files[1])
+    page = open_page(page_file.as_uri())
+    # On which side of each text its last character is: of input, original, patched.
+    places = page.evaluate("""() => {
+        const sideOfLast = (text) => {
+            const [all, last] = [document.createRange(), document.createRange()];
+            all.selectNodeContents(text);
+            last.setStart(text, text.length - 1);
+            last.setEnd(text, text.length);
+            const [one, other] = [all, last].map((range) => range.getBoundingClientRect());
+            return other.left - one.left < 1 ? "left" : "right";
+        };
+        const cards = [...document.querySelectorAll("#outputs-list > li")];
+        return cards.map((card) =>
+            [...card.querySelectorAll("p")].map((shown) => sideOfLast(shown.firstChild)));
+    }""")
+    assert places == [["left"] * 3, ["right"] * 3]
 
 
 def test_filters_and_orders(open_page, address):
@@ -258,6 +288,24 @@ def test_contrast_and_width(open_page, address, scheme):
     assert page.evaluate("document.documentElement.scrollWidth") == 390
     ground = page.evaluate("views[0].model.background_fill_color")
     assert ground == {"light": "#ffffff", "dark": "#14171b"}[scheme]
+
+
+def test_all_numbers_of_a_sweep_are_in_sight_on_a_desktop(open_page, tmp_path):
+    """The last column is one of the three that the tutorial tells to read."""
+    known = ("exact_match", "unknown_token_rate", "distinct_ratio", "smallest_cost")
+    rows = [
+        {**one, **dict.fromkeys(known, 0.998), "residual": 1.5, "collateral": 1.5}
+        | {"collateral_elsewhere": 0.05}
+        for one in outputs.results()["rows"]
+    ]
+    (tmp_path / "results.json").write_text(json.dumps({"rows": rows}))
+    page_file = tmp_path / "report.html"
+    report.report(output=str(page_file), results=str(tmp_path / "results.json"))
+    page = open_page(page_file.as_uri(), viewport={"width": 1300, "height": 800})
+    table = page.locator("#numbers .scroll")
+    assert table.locator("thead th").last.inner_text() == "KL elsewhere"
+    assert table.locator(".tag:visible").count()
+    assert table.evaluate("box => box.scrollWidth - box.clientWidth") == 0
 
 
 def test_a_change_of_scheme_redraws_the_charts(open_page, address):

@@ -104,6 +104,20 @@ def test_intervals_against_the_normal_approximation():
         assert alone == {name: found[name] for name in names}
 
 
+def test_an_interval_of_a_cut_is_of_the_number_beside_it_where_nothing_was_unwanted():
+    original, current = outputs(0, unwanted=0, number=20), outputs(1, unwanted=0.5, number=20)
+    assert results.measure(original, current)["cut"] == 0
+    found = results.intervals(original, {"arm": current}, "baseline", num_resamples=20)
+    assert found["arm"]["cut_interval"] == [0, 0]
+
+
+def test_no_interval_goes_beyond_its_scale():
+    original = outputs(0, number=60)
+    current = [*original[:-1], outputs(1, number=1)[0]]
+    low, high = results.intervals(original, {"arm": current}, "")["arm"]["bleu_interval"]
+    assert 90 < low < high <= 100
+
+
 def test_the_choice_of_a_weight():
     rows = [
         row("A", 1.0, 0.7, 90.0),
@@ -116,6 +130,28 @@ def test_the_choice_of_a_weight():
     ]
     for order in (rows, rows[::-1]):
         assert results.choose(order, 0.75) == {"A": 2.0, "B": 9.0, "decode mask": None}
+
+
+@pytest.mark.parametrize(
+    ("unwanted", "alphas", "warns"),
+    [(4, (1.0, 2.0), True), (5, (1.0, 2.0), False), (4, (1.0,), False)],
+)
+def test_a_choice_of_weights_by_chance_is_said_to_be_one(unwanted, alphas, warns):
+    """By what the first decoder says; with one weight there is no choice."""
+    rates = {"greedy": unwanted / 70, "sampled": 30 / 70}
+    rows = [
+        row("A", alpha, 0.0, 90.0, decoder=decoder, num_outputs=70, unwanted_rate_before=rate)
+        for alpha in alphas
+        for decoder, rate in rates.items()
+    ]
+    text = sweep.as_markdown({"chosen": [], "choice_rows": rows}, ["greedy", "sampled"])
+    expected = (
+        f"of the original's 70 greedy outputs that they are chosen on {unwanted} are unwanted"
+    )
+    assert (expected in text) == warns
+    assert "by chance" not in sweep.as_markdown(
+        {"chosen": [], "choice_rows": rows}, ["sampled", "greedy"]
+    )
 
 
 def test_the_frontier():

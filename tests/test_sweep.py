@@ -157,6 +157,47 @@ def test_several_processes_share_it(swept, capsys):
     assert numbers(results("shared")["rows"]) == numbers(alone)
 
 
+def test_the_frontier_waits_for_the_arms_of_other_processes(working_directory, capsys):
+    settings = {
+        "ALPHAS": "[2.0]",
+        "FRONTIER_SEEDS": "[7]",
+        "DECODERS": '{"greedy": @decoding.Decoding(), "sampled": @sampled/decoding.Decoding()}',
+    }
+
+    def started(process_index):
+        sweep("parted", PROCESS_INDEX=process_index, NUM_PROCESSES=2, **settings)
+        rows = results("parted")["rows"]
+        arms = {(row["objective"], row["seed"], row["decoder"]) for row in rows}
+        return arms, capsys.readouterr().out
+
+    def further():
+        return sorted(pathlib.Path("parted").glob("*seed 7"))
+
+    hint = "The frontier's are run when all others are done"
+    # The baseline is the arm of process 1, and nothing is known of it yet.
+    arms, printed = started(0)
+    assert {(name, seed) for name, seed, _ in arms} == {("TNRF", 0)}
+    assert "1 arms are not done yet" in printed
+    assert hint in printed
+    _, printed = started(1)
+    of_process_1 = further()
+    # An arm that was stopped before its last decoder is not done.
+    last = pathlib.Path("parted/UL+LL, alpha 2, seed 0/sampled.evaluation.json")
+    kept = last.rename("kept.json")
+    _, printed = started(0)
+    assert "1 arms are not done yet" in printed
+    assert further() == of_process_1
+    kept.rename(last)
+    arms, printed = started(0)
+    assert "not done yet" not in printed
+    assert len(further()) == len(of_process_1) + 1
+    again = {name for name, seed, _ in arms if seed == 7}
+    assert "UL+LL" in again
+    assert {row for row in arms if row[1] == 7} == {
+        (name, 7, decoder) for name in again for decoder in ("greedy", "sampled")
+    }
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -198,7 +198,8 @@ class Group:
       mean: Their means; the seed is that of the only one, or None.
       num_rows: How many they are.
       is_best: Whether no other group of the same task and decoder both cuts as much and keeps as
-        much BLEU, and is better in one of them: the Pareto front. False where there is no other.
+        much BLEU, and is better in one of them: the Pareto front. False where there is no other,
+        and of a mask, which was not trained and is none of the others.
     """
 
     mean: Row
@@ -214,7 +215,8 @@ def groups(rows: Sequence[Row]) -> list[Group]:
     means = [_mean(of_group) for of_group in members.values()]
     comparable: dict[tuple[str, str], list[int]] = {}
     for i, mean in enumerate(means):
-        comparable.setdefault((mean.task, mean.decoder), []).append(i)
+        if mean.objective != results.MASK:
+            comparable.setdefault((mean.task, mean.decoder), []).append(i)
     best = set()
     for indices in comparable.values():
         points = [{"cut": means[i].cut, "bleu": means[i].bleu} for i in indices]

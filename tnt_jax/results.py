@@ -15,6 +15,9 @@ from tnt_jax import records, text_metrics
 
 Row = dict[str, Any]
 
+# The arm that patches no model. It is on no frontier: that is of those that were trained.
+MASK = "decode mask"
+
 
 def is_for_choice(record_id: str, share: float) -> bool:
     """Whether a prompt is among those that weights are chosen on: the same in every run."""
@@ -86,7 +89,9 @@ def intervals(
     marked = np.array([bool(row.negative_spans) for row in original], float)
 
     def cut(before: np.ndarray, after: np.ndarray, axis: int = -1) -> np.ndarray:
-        return 1 - after.sum(axis=axis) / np.maximum(before.sum(axis=axis), 1)
+        of_before, of_after = before.sum(axis=axis), after.sum(axis=axis)
+        # As in `measure`: where nothing was unwanted nothing is cut.
+        return np.where(of_before > 0, 1 - of_after / np.maximum(of_before, 1), 0.0)
 
     systems: Any = [(name, [row.targets for row in arms[name]]) for name in _first(arms, baseline)]
     found: Any
@@ -111,7 +116,11 @@ def intervals(
         ).confidence_interval
         by_name[name] = {
             "cut_interval": [float(sampled.low), float(sampled.high)],
-            "bleu_interval": [result.mean - result.ci, result.mean + result.ci],
+            # sacrebleu gives half a width around the mean, which may go beyond the scale.
+            "bleu_interval": [
+                max(result.mean - result.ci, 0.0),
+                min(result.mean + result.ci, 100.0),
+            ],
             "bleu_p_value": result.p_value if baseline in arms else None,
         }
     return by_name

@@ -29,7 +29,7 @@ from tnt_jax import objectives, pretrained, program, records, results, run_log
 from tnt_jax.errors import UsageError
 from tnt_jax.experiment import Experiment, Opened
 
-MASK = "decode mask"
+_FEWEST = 5  # unwanted outputs to choose weights by: fewer are chance
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,7 @@ def sweep(
       task: Its name, for tables.
       grids: The arms.
       cut: Share of unwanted outputs that is enough: of the weights that reach it the one with the
-        most BLEU is chosen.
+        most BLEU is chosen, by the outputs of the first decoder.
       baseline: The arm that others are tested against: an objective, and its variant after a comma
         ("UL+LL, 400 updates"). Where there is no such arm, nothing is tested.
       frontier_seeds: When all arms are done, those on the frontier of the prompts that weights are
@@ -162,7 +162,7 @@ def sweep(
     training = {id(grid): _training_outputs(opened, grid) for grid in grids}
     if mask_decoding and not process_index:
         for decoder in experiment.decoders:
-            opened.masked_outputs(MASK, decoder)
+            opened.masked_outputs(results.MASK, decoder)
     run_log.write_json(str(root / "shared.json"), {"done": True})
     own = cells[process_index::num_processes]
     for number, cell in enumerate(own, start=1):
@@ -171,14 +171,15 @@ def sweep(
     found: dict[str, Any] = _collect(opened, cells, task, choice_share, mask_decoding)
     # Seeds that are added for the frontier do not choose.
     rows_of_choice = found["choice_rows"]
-    again = _on_frontier(rows_of_choice, cells, cut, baseline, frontier_seeds)
-    if again and len({_name_of(row) for row in found["rows"]} - {MASK}) == len(cells):
+    if frontier_seeds and not _missing(opened, cells, found["rows"]):
+        again = _on_frontier(rows_of_choice, cells, cut, baseline, frontier_seeds)
         cells += again
         own = again[process_index::num_processes]
         for number, cell in enumerate(own, start=1):
             run_log.log(f"Arm {number} of {len(own)}, of the frontier: {cell.name}")
             _run(opened, cell, training[id(cell.grid)])
-        found = _collect(opened, cells, task, choice_share, mask_decoding)
+        if again:
+            found = _collect(opened, cells, task, choice_share, mask_decoding)
     weights = results.choose(_of_decoder(rows_of_choice, opened.first_decoder), cut)
     found |= _chosen(opened, found["rows"], weights, baseline, choice_share, num_resamples)
     found["settings"] = {"task": task, "cut": cut, "choice_share": choice_share}
@@ -187,9 +188,12 @@ def sweep(
     text = as_markdown(found, experiment.decoders)
     run_log.write_text(str(root / f"{name}.md"), text)
     run_log.log(text)
-    done = {_name_of(row) for row in found["rows"]}
-    num_missing = sum(cell.name not in done for cell in cells)
+    num_missing = len(_missing(opened, cells, found["rows"]))
     missing = f" {num_missing} arms are not done yet." if num_missing else ""
+    if num_missing and frontier_seeds:
+        missing += (
+            " The frontier's are run when all others are done: start each process again then."
+        )
     run_log.log(
         f"The numbers are in {written}.{missing} {time.monotonic() - began:.0f} "
         f"seconds. A report: python -m tnt_jax.report --gin_file=runs/report.gin "
@@ -231,12 +235,12 @@ def _collect(
     found: dict[str, list[results.Row]] = {"rows": [], "choice_rows": []}
     arms = [(cell.name, cell.labels) for cell in cells]
     if mask_decoding:
-        arms.append((MASK, {"objective": MASK, "alpha": None, "seed": 0}))
+        arms.append((results.MASK, {"objective": results.MASK, "alpha": None, "seed": 0}))
     for name, labels in arms:
         for decoder in opened.settings.decoders:
             current = opened.root / name / f"{decoder}.annotated.jsonl"
             evaluation = opened.root / name / f"{decoder}.evaluation.json"
-            if not current.exists() or (name != MASK and not evaluation.exists()):
+            if not current.exists() or (name != results.MASK and not evaluation.exists()):
                 continue
             certificate, seconds, steps = {}, None, None
             if evaluation.exists():
@@ -262,6 +266,16 @@ def _collect(
                     }
                 )
     return found
+
+
+def _missing(opened: Opened, cells: Sequence[_Cell], rows: Sequence[results.Row]) -> list[_Cell]:
+    """The arms that are not done with every decoder."""
+    done = {(_name_of(row), row["decoder"]) for row in rows}
+    return [
+        cell
+        for cell in cells
+        if any((cell.name, decoder) not in done for decoder in opened.settings.decoders)
+    ]
 
 
 Pairs = tuple[list[records.Record], list[records.Record]]
@@ -300,7 +314,7 @@ def _on_frontier(
 ) -> list[_Cell]:
     """What is still to be run of the arms on the frontier of any decoder, and of the baseline."""
     decoders = list(dict.fromkeys(row["decoder"] for row in choice_rows))
-    trained = [row for row in choice_rows if row["objective"] != MASK]
+    trained = [row for row in choice_rows if row["objective"] != results.MASK]
     if not trained or not seeds:
         return []
     weights = results.choose(_of_decoder(trained, decoders[0]), cut)
@@ -342,8 +356,7 @@ def _chosen(
     chosen = results.averaged(kept, key=lambda row: (row["decoder"], row["objective"]))
     for decoder in opened.settings.decoders:
         of_decoder = _of_decoder(chosen, decoder)
-        # A mask patches no model: the frontier is that of those that were trained.
-        trained = [row for row in of_decoder if row["objective"] != MASK]
+        trained = [row for row in of_decoder if row["objective"] != results.MASK]
         for row, is_best in zip(trained, results.pareto(trained), strict=True):
             row["is_pareto"] = is_best
         # Of an arm's first seed.
@@ -362,8 +375,9 @@ def _chosen(
 
 
 def as_markdown(found: Mapping[str, Any], decoders: Sequence[str] | Mapping[str, Any]) -> str:
-    """The chosen arms as a table for each decoder."""
-    lines = []
+    """The chosen arms as a table for each decoder, after a warning where the choice was chance."""
+    warning = _chosen_by_chance(found.get("choice_rows", ()), next(iter(decoders)))
+    lines = [warning, ""] if warning else []
     for decoder in decoders:
         rows = _of_decoder(found["chosen"], decoder)
         if not rows:
@@ -383,6 +397,24 @@ def as_markdown(found: Mapping[str, Any], decoders: Sequence[str] | Mapping[str,
             lines.append(f"| {' | '.join(_cells(row))} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def _chosen_by_chance(choice_rows: Sequence[results.Row], decoder: str) -> str:
+    """A warning where so little was unwanted that weights say nothing; "" where there is enough."""
+    rows = _of_decoder(choice_rows, decoder)
+    num_arms = len({row["objective"] for row in rows})
+    num_weights = len({(row["objective"], row["alpha"]) for row in rows})
+    if num_weights == num_arms:  # nothing was chosen
+        return ""
+    number = rows[0]["num_outputs"]
+    unwanted = round(rows[0]["unwanted_rate_before"] * number)
+    if unwanted >= _FEWEST:
+        return ""
+    return (
+        f"Weights (alpha) were chosen by chance: of the original's {number} {decoder} outputs that "
+        f"they are chosen on {unwanted} are unwanted, expected {_FEWEST} at least. Put a decoder "
+        "with more of them first in DECODERS, or give more EVAL_PROMPTS."
+    )
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:

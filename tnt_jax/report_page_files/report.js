@@ -303,19 +303,22 @@ class Pages {
 const [CHANGED, UNWANTED] = [1, 2];
 let outputs = [];
 
+/** A text of a model; an Arabic or Hebrew one runs from right to left. */
+const paragraph = (...nodes) => element("p", { dir: "auto" }, ...nodes);
+
 /** A paragraph of [text, marks] pieces; `name` is the element for what differs. */
 function marked(pieces, name) {
   const nodes = pieces.map(([text, marks]) => {
     const inner = marks & UNWANTED ? element("mark", {}, text) : text;
     return marks & CHANGED ? element(name, {}, inner) : inner;
   });
-  return element("p", {}, ...(nodes.length ? nodes : [element("em", {}, "(nothing)")]));
+  return paragraph(...(nodes.length ? nodes : [element("em", {}, "(nothing)")]));
 }
 
 /** A long input is folded after its first characters. */
 function inputText(input) {
-  if (input.length <= 500) return element("p", {}, input);
-  return element("details", {}, element("summary", {}, `${input.slice(0, 250)}…`), element("p", {}, input));
+  if (input.length <= 500) return paragraph(input);
+  return element("details", {}, element("summary", { dir: "auto" }, `${input.slice(0, 250)}…`), paragraph(input));
 }
 
 function outputCard(output) {
@@ -383,7 +386,7 @@ function tokenText(row, i) {
 
 function tokenCard(row) {
   const value = element("p", { class: "value", "aria-hidden": "true" }, "");
-  const box = element("p", { class: "tokens", role: "listbox", "aria-orientation": "horizontal", "aria-label": `Tokens of ${row.id}` });
+  const box = element("p", { class: "tokens", dir: "auto", role: "listbox", "aria-orientation": "horizontal", "aria-label": `Tokens of ${row.id}` });
   row.pieces.forEach((piece, i) => {
     const shown = piece.trim() ? piece : `${piece}${i === row.pieces.length - 1 ? "⏎" : "·"}`;
     const level = shadeOf(row.kl[i] ?? Infinity);
