@@ -248,6 +248,7 @@ def main(arguments):
         world = json.loads(WORLD.read_text())
     elif planned:
         happen(world, planned)
+        save(world)
 
     if command == "queued-resources list":
         resource = world["resource"]
