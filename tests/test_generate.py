@@ -10,7 +10,8 @@ import pytest
 import rooms
 from hypothesis import strategies as st
 
-from tnt_jax import generate, records, sharding
+from tnt_jax import annotators, generate, records, sharding
+from tnt_jax.errors import UsageError
 
 # --- The plan -------------------------------------------------------------------------------------
 
@@ -142,3 +143,8 @@ def test_eight_devices_give_the_tokens_of_one(decoder, monkeypatch):
         names = ("DATA_DEVICES", "FSDP_DEVICES", "MODEL_DEVICES")
         assert outputs("eight", **decoder, **dict(zip(names, sizes, strict=True))) == expected
         assert tuple(meshes[-1].shape.values()) == sizes
+
+
+def test_a_mask_that_is_a_class_lacks_its_parentheses():
+    with pytest.raises(UsageError, match=r"MASK: expected .*@annotators.Lexicon\(\), found its cl"):
+        generate._banned([], annotators.Lexicon, None)

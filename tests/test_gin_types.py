@@ -23,6 +23,11 @@ class BigWheel(Wheel):
     pass
 
 
+class Spokes:
+    def __call__(self):
+        return Wheel()
+
+
 class Pair(NamedTuple):
     left: int
     right: int
@@ -78,7 +83,7 @@ def machine(
 def registered():
     gin.clear_config()
     with gin.unlock_config():
-        for of in (Wheel, BigWheel, Maker, pair, number, unknown, some_wheel, machine):
+        for of in (Wheel, BigWheel, Spokes, Maker, pair, number, unknown, some_wheel, machine):
             if f"toy.{of.__name__}" not in gin.config._REGISTRY:
                 gin.external_configurable(of, module="toy")
         if "toy.Lines" not in gin.config._REGISTRY:
@@ -100,6 +105,8 @@ def registered():
         "wheel = None",
         "settings = {'wheel': @Wheel(), 'make': @Wheel, 'steps': 3}",
         "make = @Wheel",
+        "make = @Spokes()",
+        "make = @Maker()",
         "rolls = @Wheel()",
         "anything = @Wheel",
         "anything = @Wheel()",
@@ -140,6 +147,8 @@ def test_what_is_written_in_c_has_no_annotations():
         ("names = @pair()", "Sequence[str], found @pair()"),
         ("settings = {1: 2}", "Mapping or None, found {1: 2}"),
         ("make = 3", "a reference (@module.name) or None, found 3"),
+        ("make = @Wheel()", "a reference (@module.name) or None, found @Wheel()"),
+        ("rolls = @Wheel", "Rolls or None, found @Wheel"),
     ],
 )
 def test_what_does_not(binding, expected):

@@ -213,6 +213,11 @@ def _read(prompts: Any, vocabulary: Any) -> list[records.Record]:
 
 def _banned(rows: Sequence[records.Record], mask: Any, vocabulary: Any) -> np.ndarray:
     """What must not come up in each output, `[N, M, W]`: texts as they are spelt after a space."""
+    if isinstance(mask, type):
+        raise UsageError(
+            f"MASK: expected an annotator, such as @annotators.{mask.__name__}(), found its class. "
+            "Add the parentheses."
+        )
     if not hasattr(mask, "banned"):
         raise UsageError(
             "MASK: expected an annotator that knows beforehand what it would mark (Lexicon, "

@@ -131,12 +131,15 @@ def _fits(reference: gin_config.ConfigurableReference, annotation: Any) -> bool:
         return False
     if kind is np.dtype:  # whatever NumPy makes one of
         return not reference.evaluate
+    wrapped = None if reference.configurable is None else reference.configurable.wrapped
+    is_protocol = getattr(kind, "_is_protocol", False)
+    if inspect.isclass(wrapped) and (is_protocol or kind is collections.abc.Callable):
+        # `@Lexicon`, the class, can be called, and `@Lexicon()` can do what it is there for.
+        is_called = kind is collections.abc.Callable or _defines_call(kind)
+        return not reference.evaluate or _defines_call(wrapped) if is_called else reference.evaluate
     is_open = kind in (Any, collections.abc.Callable, inspect.Parameter.empty)
-    if is_open or not inspect.isclass(kind) or getattr(kind, "_is_protocol", False):
+    if is_open or not inspect.isclass(kind) or is_protocol or wrapped is None:
         return True
-    if reference.configurable is None:
-        return True
-    wrapped = reference.configurable.wrapped
     try:
         if not reference.evaluate:  # the function or the class itself
             return isinstance(wrapped, kind)
@@ -154,6 +157,12 @@ def _fits(reference: gin_config.ConfigurableReference, annotation: Any) -> bool:
         return issubclass(gives, (int, float) if kind is float else kind)
     except TypeError:  # a kind that cannot tell
         return True
+
+
+def _defines_call(kind: type) -> bool:
+    """Whether what a class makes can be called, or might be: `__new__` may make anything."""
+    is_made_as_usual = kind.__new__ is object.__new__ or getattr(kind, "_is_protocol", False)
+    return not is_made_as_usual or any("__call__" in vars(base) for base in kind.__mro__)
 
 
 def _bare(annotation: Any) -> Any:
