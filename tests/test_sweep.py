@@ -4,6 +4,7 @@ import contextlib
 import json
 import pathlib
 import re
+from typing import Any
 
 import pytest
 import rooms
@@ -158,7 +159,7 @@ def test_several_processes_share_it(swept, capsys):
 
 
 def test_the_frontier_waits_for_the_arms_of_other_processes(working_directory, capsys):
-    settings = {
+    settings: dict[str, Any] = {
         "ALPHAS": "[2.0]",
         "FRONTIER_SEEDS": "[7]",
         "DECODERS": '{"greedy": @decoding.Decoding(), "sampled": @sampled/decoding.Decoding()}',
