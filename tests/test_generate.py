@@ -10,8 +10,7 @@ import pytest
 import rooms
 from hypothesis import strategies as st
 
-from tnt_jax import annotators, generate, records, sharding
-from tnt_jax.errors import UsageError
+from tnt_jax import generate, records, sharding
 
 # --- The plan -------------------------------------------------------------------------------------
 
@@ -145,6 +144,7 @@ def test_eight_devices_give_the_tokens_of_one(decoder, monkeypatch):
         assert tuple(meshes[-1].shape.values()) == sizes
 
 
-def test_a_mask_that_is_a_class_lacks_its_parentheses():
-    with pytest.raises(UsageError, match=r"MASK: expected .*@annotators.Lexicon\(\), found its cl"):
-        generate._banned([], annotators.Lexicon, None)
+def test_a_mask_that_is_a_class_lacks_its_parentheses(capsys):
+    settings = {"PROMPTS": "prompts.jsonl", "CHECKPOINT_PATH": "model", "OUTPUT": "masked.jsonl"}
+    assert rooms.run("generate", settings | {"MASK": "@annotators.Lexicon"}) == 2
+    assert "expected Annotator or None, found @annotators.Lexicon" in capsys.readouterr().err

@@ -29,6 +29,7 @@ import jax
 import numpy as np
 
 from tnt_jax import (
+    annotation,
     assembly,
     checkpoints,
     decoding,
@@ -69,7 +70,7 @@ def generate(
     batch_size: int,
     mesh_shape: sharding.MeshShape | None = None,
     seed: int = 0,
-    mask: Any | None = None,
+    mask: annotation.Annotator | None = None,
 ) -> None:
     """Writes one record for every prompt, in order.
 
@@ -213,11 +214,6 @@ def _read(prompts: Any, vocabulary: Any) -> list[records.Record]:
 
 def _banned(rows: Sequence[records.Record], mask: Any, vocabulary: Any) -> np.ndarray:
     """What must not come up in each output, `[N, M, W]`: texts as they are spelt after a space."""
-    if isinstance(mask, type):
-        raise UsageError(
-            f"MASK: expected an annotator, such as @annotators.{mask.__name__}(), found its class. "
-            "Add the parentheses."
-        )
     if not hasattr(mask, "banned"):
         raise UsageError(
             "MASK: expected an annotator that knows beforehand what it would mark (Lexicon, "

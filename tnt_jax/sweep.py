@@ -22,7 +22,7 @@ import itertools
 import json
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from tnt_jax import objectives, pretrained, program, records, results, run_log
@@ -170,18 +170,19 @@ def sweep(
         _run(opened, cell, training[id(cell.grid)])
     found: dict[str, Any] = _collect(opened, cells, task, choice_share, mask_decoding)
     # Seeds that are added for the frontier do not choose.
-    rows_of_choice = found["choice_rows"]
+    weights = results.choose(_of_decoder(found["choice_rows"], opened.first_decoder), cut)
     if frontier_seeds and not _missing(opened, cells, found["rows"]):
-        again = _on_frontier(rows_of_choice, cells, cut, baseline, frontier_seeds)
+        best = {
+            row["objective"] for row in _at(weights, found["choice_rows"]) if row.get("is_pareto")
+        }
+        again = _with_seeds(cells, weights, {baseline, *best}, frontier_seeds)
         cells += again
         own = again[process_index::num_processes]
         for number, cell in enumerate(own, start=1):
             run_log.log(f"Arm {number} of {len(own)}, of the frontier: {cell.name}")
             _run(opened, cell, training[id(cell.grid)])
-        if again:
-            found = _collect(opened, cells, task, choice_share, mask_decoding)
-    weights = results.choose(_of_decoder(rows_of_choice, opened.first_decoder), cut)
-    found |= _chosen(opened, found["rows"], weights, baseline, choice_share, num_resamples)
+        found = _collect(opened, cells, task, choice_share, mask_decoding)
+    found["chosen"] = _chosen(opened, found["rows"], weights, baseline, choice_share, num_resamples)
     found["settings"] = {"task": task, "cut": cut, "choice_share": choice_share}
     written = root / f"{name}.json"
     run_log.write_json(str(written), found)
@@ -305,41 +306,31 @@ def _of_decoder(rows: Sequence[results.Row], decoder: str) -> list[results.Row]:
     return [row for row in rows if row["decoder"] == decoder]
 
 
-def _on_frontier(
-    choice_rows: Sequence[results.Row],
+def _at(weights: Mapping[str, float | None], rows: Sequence[results.Row]) -> list[results.Row]:
+    """Every arm at its chosen weight, over seeds; of each decoder, which are on the frontier."""
+    kept = [row for row in rows if weights.get(row["objective"]) == row["alpha"]]
+    found = results.averaged(kept, key=lambda row: (row["decoder"], row["objective"]))
+    for decoder in {row["decoder"] for row in found}:
+        trained = [row for row in _of_decoder(found, decoder) if row["objective"] != results.MASK]
+        for row, is_best in zip(trained, results.pareto(trained), strict=True):
+            row["is_pareto"] = is_best
+    return found
+
+
+def _with_seeds(
     cells: Sequence[_Cell],
-    cut: float,
-    baseline: str,
+    weights: Mapping[str, float | None],
+    arms: Collection[str],
     seeds: Sequence[int],
 ) -> list[_Cell]:
-    """What is still to be run of the arms on the frontier of any decoder, and of the baseline."""
-    decoders = list(dict.fromkeys(row["decoder"] for row in choice_rows))
-    trained = [row for row in choice_rows if row["objective"] != results.MASK]
-    if not trained or not seeds:
-        return []
-    weights = results.choose(_of_decoder(trained, decoders[0]), cut)
-    best = {baseline}
-    for decoder in decoders:
-        kept = [
-            row
-            for row in _of_decoder(trained, decoder)
-            if weights.get(row["objective"]) == row["alpha"]
-        ]
-        means = results.averaged(kept, key=lambda row: row["objective"])
-        best |= {
-            row["objective"]
-            for row, is_best in zip(means, results.pareto(means), strict=True)
-            if is_best
-        }
+    """The runs of some arms, at their chosen weight, with seeds that they have not had."""
     done = {cell.name for cell in cells}
     found = {}
     for cell in cells:
         arm = cell.labels["objective"]
-        if arm in best and weights[arm] == cell.alpha:
-            for seed in seeds:
-                again = dataclasses.replace(cell, seed=seed)
-                if again.name not in done:
-                    found[again.name] = again
+        if arm in arms and weights[arm] == cell.alpha:
+            of_seeds = (dataclasses.replace(cell, seed=seed) for seed in seeds)
+            found |= {again.name: again for again in of_seeds if again.name not in done}
     return list(found.values())
 
 
@@ -350,17 +341,17 @@ def _chosen(
     baseline: str,
     choice_share: float,
     num_resamples: int,
-) -> dict[str, Any]:
+) -> list[results.Row]:
     """Every arm at its chosen weight, on the prompts that no weight was chosen on."""
-    kept = [row for row in rows if weights.get(row["objective"]) == row["alpha"]]
-    chosen = results.averaged(kept, key=lambda row: (row["decoder"], row["objective"]))
+    chosen = _at(weights, rows)
     for decoder in opened.settings.decoders:
         of_decoder = _of_decoder(chosen, decoder)
-        trained = [row for row in of_decoder if row["objective"] != results.MASK]
-        for row, is_best in zip(trained, results.pareto(trained), strict=True):
-            row["is_pareto"] = is_best
         # Of an arm's first seed.
-        names = {row["objective"]: _name_of(row) for row in reversed(_of_decoder(kept, decoder))}
+        names = {
+            row["objective"]: _name_of(row)
+            for row in reversed(_of_decoder(rows, decoder))
+            if weights.get(row["objective"]) == row["alpha"]
+        }
         outputs, original = {}, []
         for arm, name in names.items():
             current = str(opened.root / name / f"{decoder}.annotated.jsonl")
@@ -371,7 +362,7 @@ def _chosen(
         sure = results.intervals(original, outputs, baseline, num_resamples=num_resamples)
         for row in of_decoder:
             row |= sure[row["objective"]]
-    return {"chosen": chosen}
+    return chosen
 
 
 def as_markdown(found: Mapping[str, Any], decoders: Sequence[str] | Mapping[str, Any]) -> str:
