@@ -29,6 +29,14 @@ hypothesis.settings.register_profile("tnt_jax", deadline=None, derandomize=True,
 hypothesis.settings.load_profile("tnt_jax")
 
 
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """Compiles in half the time, to slower code, until the module ends."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def reads_left_alone():
     """For tests of damaged checkpoints: Orbax gathers its reads, and leaves the others where one

@@ -11,6 +11,8 @@ import pytest
 from tnt_jax import fused_objective, objectives, sharding
 from tnt_jax.errors import UsageError
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 BATCH, LENGTH, WIDTH, VOCAB_SIZE = 4, 6, 8, 40
 
 
@@ -161,14 +163,6 @@ def assert_agree(objective, *inputs, rtol=2e-5, atol=2e-6, **settings):
         gap, size = np.linalg.norm(one - other), np.linalg.norm(other)
         assert np.isfinite(gap)
         assert gap <= rtol * size + atol
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiles in half the time, to slower code."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @each_objective

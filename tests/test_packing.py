@@ -203,14 +203,6 @@ CONFIG = t5.T5Config(
 )
 
 
-@pytest.fixture
-def quick_compilation():
-    """Compiles in half the time, to slower code."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.mark.parametrize("make_forward", [t5.make_forward, t5.make_factored_forward])
 def test_loss_and_gradient_are_those_of_rows_of_their_own(make_forward, quick_compilation):
     examples = random_examples(60)

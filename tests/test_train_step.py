@@ -1,13 +1,11 @@
-"""The update: T5X's own steps, invariances, and what the compiled program holds.
+"""The update: T5X's own steps, its formulas and invariances.
 
-Most tests give `train_step` a model of two matrices. T5 comes in where T5X's numbers do, and where
-the program that runs on a mesh is looked at.
+Most tests give `train_step` a model of two matrices. T5 comes in where T5X's numbers do, and in
+test_step_on_meshes.py.
 """
 
 import dataclasses
 import functools
-import math
-import re
 
 import golden_model
 import jax
@@ -16,38 +14,25 @@ import numpy as np
 import optax
 import pytest
 from flax import traverse_util
+from two_matrices import (
+    FINE_TUNE,
+    KEY,
+    TNFF,
+    TNRF,
+    VOCAB_SIZE,
+    assert_trees_close,
+    objective_of,
+    on_device,
+    small_batch,
+    small_forward,
+    small_params,
+    step_of,
+    without_dropout,
+)
 
-from tnt_jax import assembly, compiled_step, objectives, sharding, t5, train_step
+from tnt_jax import objectives, t5, train_step
 
-KEY = jax.random.key(0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiles in half the time, to slower code."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-def objective_of(negative_term, positive_term, **settings):
-    return objectives.TntObjective(
-        negative_term=negative_term, positive_term=positive_term, **settings
-    )
-
-
-FINE_TUNE = objective_of("none", "log_likelihood")
-TNFF = objective_of("forward_kl", "forward_kl", negative_weight=3.0)
-TNRF = objective_of("reverse_kl", "forward_kl")
-
-
-def assert_trees_close(found, expected, **tolerances):
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for (path, leaf), wanted in zip(
-        jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True
-    ):
-        np.testing.assert_allclose(leaf, wanted, err_msg=sharding.path_name(path), **tolerances)
-
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 # ------------------------------------------------------------------------------- T5X's own numbers
 
@@ -162,70 +147,7 @@ def golden_gradients(shared_data):
     return {name: arrays[name] for name in arrays.files if "/int/grad/" in name}
 
 
-# ------------------------------------------------------------------------- A model of two matrices
-
-VOCAB_SIZE = 11
-DROPOUT_RATE = 0.5
-
-
-def small_forward(params, batch, dropout_key=None):
-    hidden = params["embedding"][batch["decoder_input_tokens"]]
-    hidden += params["embedding"][batch["encoder_input_tokens"]].mean(axis=1, keepdims=True)
-    if dropout_key is not None:
-        kept = jax.random.bernoulli(dropout_key, 1 - DROPOUT_RATE, hidden.shape)
-        hidden = jnp.where(kept, hidden / (1 - DROPOUT_RATE), 0.0)
-    return hidden @ params["out"]
-
-
-def without_dropout(params, batch, dropout_key=None):
-    return small_forward(params, batch)
-
-
-def small_params(seed):
-    random = np.random.default_rng(seed)
-    return {
-        "embedding": jnp.asarray(random.normal(size=(VOCAB_SIZE, 8)), jnp.float32),
-        "out": jnp.asarray(random.normal(size=(8, VOCAB_SIZE)), jnp.float32),
-    }
-
-
-def small_batch(num_rows=8, *, is_marked=True, vocab_size=VOCAB_SIZE):
-    """Rows of 2 to 5 targets, with up to two negative ids at a third of the positions."""
-    random = np.random.default_rng(7)
-    tokens = random.integers(1, vocab_size, (num_rows, 11))
-    target_tokens = tokens[:, :5]
-    negative_ids = np.stack([target_tokens, random.integers(0, vocab_size, (num_rows, 5))], axis=-1)
-    negative_ids[random.random((num_rows, 5)) > 1 / 3] = -1
-    negative_ids[..., 1][random.random((num_rows, 5)) > 1 / 2] = -1
-    batch = {
-        "encoder_input_tokens": tokens[:, 5:],
-        "decoder_input_tokens": np.pad(target_tokens[:, :-1], ((0, 0), (1, 0))),
-        "decoder_target_tokens": target_tokens,
-        "decoder_loss_mask": np.arange(5) < random.integers(2, 6, (num_rows, 1)),
-        "decoder_negative_ids": negative_ids if is_marked else np.full_like(negative_ids, -1),
-    }
-    return {name: rows.astype(np.int32) for name, rows in batch.items()}
-
-
-def on_device(batch):
-    return {name: jnp.asarray(rows) for name, rows in batch.items()}
-
-
-def step_of(batch, *, objective=TNRF, optimizer=None, params=None, original="another", **settings):
-    """One update of the model of two matrices: the new state and the sums."""
-    optimizer = optimizer or optax.sgd(0.1)
-    state = train_step.init_state(params or small_params(0), optimizer)
-    state = state.replace(step=jnp.int32(settings.pop("step", 0)))
-    settings = {"forward": without_dropout, "key": KEY} | settings
-    return train_step.train_step(
-        state,
-        small_params(1) if original == "another" else original,
-        on_device(batch),
-        settings.pop("key"),
-        objective=objective,
-        optimizer=optimizer,
-        **settings,
-    )
+# ---------------------------------------------------------------------------------------- Formulas
 
 
 def test_sums_are_those_of_the_formulas():
@@ -548,216 +470,3 @@ def test_microbatches_draw_their_own_dropout():
     swapped = {name: rows[[1, 0, 3, 2, 5, 4, 7, 6]] for name, rows in batch.items()}
     sums_of = jax.jit(lambda batch: step_of(batch, forward=small_forward, num_microbatches=2)[1])
     assert abs(sums_of(batch)["loss"] - sums_of(swapped)["loss"]) > 1e-3
-
-
-# --------------------------------------------------------------------------- The program on a mesh
-
-CONFIG = t5.T5Config(
-    vocab_size=40,
-    emb_dim=16,
-    num_heads=4,
-    num_encoder_layers=1,
-    num_decoder_layers=1,
-    head_dim=8,
-    mlp_dim=64,
-    mlp_activations=("relu",),
-    logits_via_embedding=False,
-)
-# The output matrix is factored, nothing else.
-OPTIMIZER = optax.adafactor(1e-2, min_dim_size_to_factor=16)
-
-
-def abstract_batch(mesh):
-    return {
-        name: jax.ShapeDtypeStruct(rows.shape, rows.dtype, sharding=sharding.batch_sharding(mesh))
-        for name, rows in small_batch(vocab_size=CONFIG.vocab_size).items()
-    }
-
-
-@functools.cache
-def program_on(data, fsdp, model, num_microbatches):
-    """The trainer of a mesh, and its step: traced on shapes alone, and compiled."""
-    shape = sharding.MeshShape(data=data, fsdp=fsdp, model=model)
-    mesh = sharding.make_mesh(shape, jax.devices()[: data * fsdp * model])
-    trainer = assembly.Trainer(
-        model=assembly.Model(config=CONFIG, mesh=mesh),
-        objective=TNRF,
-        optimizer=OPTIMIZER,
-        num_microbatches=num_microbatches,
-    )
-    traced = trainer.step.trace(
-        trainer.abstract_state,
-        trainer.model.abstract_params,
-        abstract_batch(mesh),
-        jax.eval_shape(lambda: KEY),
-    )
-    return trainer, traced, traced.lower().compile()
-
-
-@pytest.fixture(scope="module")
-def expected_update():
-    """On one device, without a mesh: the parameters of two models, the state and the sums."""
-    init = jax.jit(functools.partial(t5.init, CONFIG))
-    params, original_params = init(jax.random.key(0)), init(jax.random.key(1))
-    step = functools.partial(
-        train_step.train_step,
-        forward=t5.make_forward(CONFIG),
-        objective=TNRF,
-        optimizer=OPTIMIZER,
-    )
-    state, sums = jax.jit(step)(
-        train_step.init_state(params, OPTIMIZER),
-        original_params,
-        small_batch(vocab_size=CONFIG.vocab_size),
-        KEY,
-    )
-    # Copies, because `device_put` may keep an array's memory, which the program then gives away.
-    params, original_params = (jax.tree.map(np.array, x) for x in (params, original_params))
-    return params, original_params, state, sums
-
-
-def placed(params, trainer):
-    return jax.tree.map(
-        lambda x, like: jax.device_put(x, like.sharding), params, trainer.model.abstract_params
-    )
-
-
-@pytest.mark.parametrize(
-    "shape", [(8, 1, 1, 1), (4, 1, 2, 2), (2, 2, 2, 1), (2, 2, 2, 2), (1, 4, 2, 2)]
-)
-def test_eight_devices_give_the_numbers_of_one(shape, expected_update):
-    params, original_params, expected_state, expected_sums = expected_update
-    trainer, _, step = program_on(*shape)
-    mesh, wanted = trainer.model.mesh, trainer.abstract_state
-    state = trainer.init_state(placed(params, trainer))
-    original_params = placed(original_params, trainer)
-    batch = sharding.put_batch(small_batch(vocab_size=CONFIG.vocab_size), mesh)
-    key = jax.device_put(KEY, sharding.replicated(mesh))
-
-    before = jax.tree.leaves(state.params)
-    state, sums = step(state, original_params, batch, key)
-    assert_trees_close(state, expected_state, rtol=1e-5, atol=2e-6)
-    assert_trees_close(sums, expected_sums, rtol=1e-5)
-    assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, wanted)
-    # The state's memory is given away; the original's is not, and serves the next update.
-    assert all(leaf.is_deleted() for leaf in before)
-    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((original_params, batch)))
-    state, sums = step(state, original_params, batch, key)
-    assert state.step == 2
-    assert sums["loss"] < expected_sums["loss"]
-
-
-def test_the_original_is_a_fixed_point_of_the_compiled_program(expected_update):
-    params, *_ = expected_update
-    trainer, _, step = program_on(4, 1, 2, 2)
-    mesh = trainer.model.mesh
-    batch = small_batch(is_marked=False, vocab_size=CONFIG.vocab_size)
-    state, sums = step(
-        trainer.init_state(placed(params, trainer)),
-        placed(params, trainer),
-        sharding.put_batch(batch, mesh),
-        jax.device_put(KEY, sharding.replicated(mesh)),
-    )
-    assert sums["loss"] == sums["gradient_norm"] == 0
-    assert_trees_close(state.params, params, rtol=0, atol=0)
-
-
-def test_random_parameters_are_the_same_on_every_mesh(expected_update):
-    trainer, *_ = program_on(4, 1, 2, 2)
-    assert_trees_close(trainer.model.init(0), expected_update[0], rtol=1e-6)
-
-
-def captured_bytes(traced):
-    """The size of the largest array that a program carries inside itself."""
-    sizes = [const.nbytes for const in traced.jaxpr.consts if hasattr(const, "nbytes")]
-    # In the text `dense<1.0>` is one number repeated, `dense<[...]>` and `dense<"0x...">` are data.
-    arrays = re.findall(
-        r"""dense(?:_resource)?<(?:\[|"|__)[^>]*> : tensor<([\dx]+)x[a-z]+(\d+)>""",
-        traced.lower().as_text(),
-    )
-    sizes += [
-        math.prod(int(size) for size in shape.split("x")) * int(bits) // 8 for shape, bits in arrays
-    ]
-    return max(sizes, default=0)
-
-
-def test_the_program_carries_no_parameter():
-    trainer, traced, _ = program_on(4, 1, 2, 2)
-    sizes = [leaf.size * 4 for leaf in jax.tree.leaves(trainer.model.abstract_params)]
-    bucket_table = 4 * (2 * CONFIG.relpos_max_distance + 1)
-    assert captured_bytes(traced) <= bucket_table < min(size for size in sizes if size > 1024)
-
-    # The same step around an original that it has captured: the check above would see it.
-    original_params = jax.jit(functools.partial(t5.init, CONFIG))(jax.random.key(1))
-    capturing = jax.jit(
-        lambda state, batch, key: train_step.train_step(
-            state,
-            original_params,
-            batch,
-            key,
-            forward=trainer.model.forward,
-            objective=TNRF,
-            optimizer=OPTIMIZER,
-        )
-    ).trace(
-        trainer.abstract_state,
-        abstract_batch(trainer.model.mesh),
-        jax.eval_shape(lambda: KEY),
-    )
-    assert captured_bytes(capturing) == max(sizes)
-
-
-def test_the_state_is_donated_and_the_original_is_not():
-    _, traced, _ = program_on(4, 1, 2, 2)
-    state, original_params, batch, key = traced.lower().args_info[0]
-    assert all(leaf.donated for leaf in jax.tree.leaves(state))
-    assert not any(leaf.donated for leaf in jax.tree.leaves((original_params, batch, key)))
-
-
-def test_no_parameter_is_replicated_over_the_model_axis():
-    trainer, _, compiled = program_on(4, 1, 2, 2)
-    config, abstract_params = trainer.model.config, trainer.model.abstract_params
-    state, original_params, batch, _ = compiled.input_shardings[0]
-    new_state, _ = compiled.output_shardings
-
-    def device_bytes(shardings, abstract):
-        return jax.tree.map(
-            lambda where, leaf: math.prod(where.shard_shape(leaf.shape)), shardings, abstract
-        )
-
-    expected = jax.tree.map(
-        lambda leaf, axes: leaf.size // (1 if set(axes) == {"norm"} else 2),
-        abstract_params,
-        t5.param_logical_axes(config),
-    )
-    for shardings in (state.params, original_params, new_state.params):
-        assert device_bytes(shardings, abstract_params) == expected
-    # Adafactor's statistics of each element, where it keeps them: (1,) stands for none.
-    abstract_v = trainer.abstract_state.opt_state[0].v
-    assert device_bytes(new_state.opt_state[0].v, abstract_v) == jax.tree.map(
-        lambda leaf, size: size if leaf.size > 1 else 1, abstract_v, expected
-    )
-    for name, where in batch.items():
-        shape = abstract_batch(trainer.model.mesh)[name].shape
-        assert where.shard_shape(shape) == (shape[0] // 4, *shape[1:])
-
-
-def in_loops(compiled):
-    return [each for each in compiled_step.collectives(compiled.as_text()) if each.times != 1]
-
-
-def test_gradients_of_microbatches_are_exchanged_once_over_data():
-    *_, compiled = program_on(4, 1, 1, 2)
-    assert {each.operation for each in compiled_step.collectives(compiled.as_text())} == {
-        "all-reduce"
-    }
-    assert in_loops(compiled) == []
-    # Over `model` activations and rows of the loss are exchanged inside, but no kernel's gradient.
-    trainer, _, compiled = program_on(4, 1, 2, 2)
-    kernels = {
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * 4
-        for leaf in jax.tree.leaves(trainer.abstract_params)
-        if len(leaf.shape) == 2
-    }
-    assert in_loops(compiled)
-    assert not {each.num_bytes for each in in_loops(compiled)} & kernels

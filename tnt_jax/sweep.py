@@ -164,25 +164,32 @@ def sweep(
         for decoder in experiment.decoders:
             opened.masked_outputs(results.MASK, decoder)
     run_log.write_json(str(root / "shared.json"), {"done": True})
-    own = cells[process_index::num_processes]
-    for number, cell in enumerate(own, start=1):
-        run_log.log(f"Arm {number} of {len(own)}: {cell.name}")
-        _run(opened, cell, training[id(cell.grid)])
+
+    def run_own(of: Sequence[_Cell], what: str = "") -> None:
+        own = of[process_index::num_processes]
+        for number, cell in enumerate(own, start=1):
+            run_log.log(f"Arm {number} of {len(own)}{what}: {cell.name}")
+            _run(opened, cell, training[id(cell.grid)])
+
+    run_own(cells)
     found: dict[str, Any] = _collect(opened, cells, task, choice_share, mask_decoding)
     # Seeds that are added for the frontier do not choose.
     weights = results.choose(_of_decoder(found["choice_rows"], opened.first_decoder), cut)
+
+    def kept(rows: Sequence[results.Row]) -> list[results.Row]:
+        return [row for row in rows if weights.get(row["objective"]) == row["alpha"]]
+
     if frontier_seeds and not _missing(opened, cells, found["rows"]):
         best = {
-            row["objective"] for row in _at(weights, found["choice_rows"]) if row.get("is_pareto")
+            row["objective"]
+            for row in _over_seeds(kept(found["choice_rows"]))
+            if row.get("is_pareto")
         }
         again = _with_seeds(cells, weights, {baseline, *best}, frontier_seeds)
+        run_own(again, ", of the frontier")
         cells += again
-        own = again[process_index::num_processes]
-        for number, cell in enumerate(own, start=1):
-            run_log.log(f"Arm {number} of {len(own)}, of the frontier: {cell.name}")
-            _run(opened, cell, training[id(cell.grid)])
         found = _collect(opened, cells, task, choice_share, mask_decoding)
-    found["chosen"] = _chosen(opened, found["rows"], weights, baseline, choice_share, num_resamples)
+    found["chosen"] = _chosen(opened, kept(found["rows"]), baseline, choice_share, num_resamples)
     found["settings"] = {"task": task, "cut": cut, "choice_share": choice_share}
     written = root / f"{name}.json"
     run_log.write_json(str(written), found)
@@ -306,10 +313,9 @@ def _of_decoder(rows: Sequence[results.Row], decoder: str) -> list[results.Row]:
     return [row for row in rows if row["decoder"] == decoder]
 
 
-def _at(weights: Mapping[str, float | None], rows: Sequence[results.Row]) -> list[results.Row]:
-    """Every arm at its chosen weight, over seeds; of each decoder, which are on the frontier."""
-    kept = [row for row in rows if weights.get(row["objective"]) == row["alpha"]]
-    found = results.averaged(kept, key=lambda row: (row["decoder"], row["objective"]))
+def _over_seeds(rows: Sequence[results.Row]) -> list[results.Row]:
+    """Arms of one weight each, over seeds; of each decoder, which are on the frontier."""
+    found = results.averaged(rows, key=lambda row: (row["decoder"], row["objective"]))
     for decoder in {row["decoder"] for row in found}:
         trained = [row for row in _of_decoder(found, decoder) if row["objective"] != results.MASK]
         for row, is_best in zip(trained, results.pareto(trained), strict=True):
@@ -337,21 +343,16 @@ def _with_seeds(
 def _chosen(
     opened: Opened,
     rows: Sequence[results.Row],
-    weights: Mapping[str, float | None],
     baseline: str,
     choice_share: float,
     num_resamples: int,
 ) -> list[results.Row]:
     """Every arm at its chosen weight, on the prompts that no weight was chosen on."""
-    chosen = _at(weights, rows)
+    chosen = _over_seeds(rows)
     for decoder in opened.settings.decoders:
         of_decoder = _of_decoder(chosen, decoder)
         # Of an arm's first seed.
-        names = {
-            row["objective"]: _name_of(row)
-            for row in reversed(_of_decoder(rows, decoder))
-            if weights.get(row["objective"]) == row["alpha"]
-        }
+        names = {row["objective"]: _name_of(row) for row in reversed(_of_decoder(rows, decoder))}
         outputs, original = {}, []
         for arm, name in names.items():
             current = str(opened.root / name / f"{decoder}.annotated.jsonl")
