@@ -156,6 +156,15 @@ def test_several_processes_share_it(swept, capsys):
 
     alone = [row for row in swept["rows"] if row["objective"] != "decode mask"]
     assert numbers(results("shared")["rows"]) == numbers(alone)
+    # With other settings, what another process made with the old ones is not an arm of this sweep.
+    capsys.readouterr()
+    sweep("shared", PROCESS_INDEX=0, NUM_PROCESSES=2, TRAIN_STEPS=7)
+    assert [row["steps"] for row in results("shared")["rows"]] == [7, 7]
+    assert "2 arms are not done yet" in capsys.readouterr().out
+    pathlib.Path("loud.txt").write_text("loud\n")
+    of_words = {"annotators.Lexicon.path": "loud.txt"}
+    sweep("shared", status=2, PROCESS_INDEX=1, NUM_PROCESSES=2, **of_words)
+    assert "stage 'original: annotate, greedy' is not done" in capsys.readouterr().err
 
 
 def test_the_frontier_waits_for_the_arms_of_other_processes(working_directory, capsys):

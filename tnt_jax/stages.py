@@ -11,13 +11,28 @@ import json
 import pathlib
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tnt_jax import preemption, run_config, run_log
 from tnt_jax.errors import UsageError
 
 _running: contextvars.ContextVar[bool] = contextvars.ContextVar("running", default=False)
+_only_done: contextvars.ContextVar[bool] = contextvars.ContextVar("only_done", default=False)
+
+
+class NotDoneError(Exception):
+    """A stage has to be run, where only what is done was asked for."""
+
+
+@contextlib.contextmanager
+def only_done(is_so: bool = True) -> Iterator[None]:
+    """Within it nothing is run: a stage that is not done raises `NotDoneError`."""
+    token = _only_done.set(is_so)
+    try:
+        yield
+    finally:
+        _only_done.reset(token)
 
 
 def is_running() -> bool:
@@ -61,6 +76,7 @@ class Stages:
 
         Raises:
           UsageError: There is something to go on from, and it is not known what made it.
+          NotDoneError: It has to be run, and `only_done` forbids it.
         """
         preemption.check()
         note = self._note(name)
@@ -76,9 +92,11 @@ class Stages:
             before = found if isinstance(found, dict) else {}
         is_same = before.get("described") == json.loads(json.dumps(described))
         if is_same and before.get("done") and pathlib.Path(output).exists():
-            if name not in self._said:
+            if name not in self._said and not _only_done.get():
                 run_log.log(f"[{self._number_of(name)}] {name}: done before, kept.")
             return
+        if _only_done.get():
+            raise NotDoneError(name)
         if goes_on and not is_same and pathlib.Path(output).exists():
             if not before:
                 raise UsageError(

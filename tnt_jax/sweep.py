@@ -17,15 +17,15 @@ Example:
       --gin.annotators.Lexicon.path=words.txt --gin.TRAIN_STEPS=200 --gin.OUTPUT_DIR=runs/sweep
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
-import pathlib
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from tnt_jax import objectives, pretrained, program, records, results, run_log
+from tnt_jax import objectives, pretrained, program, records, results, run_log, stages
 from tnt_jax.errors import UsageError
 from tnt_jax.experiment import Experiment, Opened
 
@@ -150,20 +150,21 @@ def sweep(
     for grid in grids:
         for objective in grid.objectives:
             objectives.named(objective)  # a misspelt one is known now
-    root = pathlib.Path(experiment.output_dir)
-    if process_index and not (root / "shared.json").exists():
-        raise UsageError(
-            f"process {process_index} of {num_processes}: expected the original's outputs in "
-            f"{root}, which process 0 makes. Start that one first."
-        )
     began = time.monotonic()
-    opened = Opened(experiment)
-    _ = opened.original_outputs
-    training = {id(grid): _training_outputs(opened, grid) for grid in grids}
-    if mask_decoding and not process_index:
-        for decoder in experiment.decoders:
-            opened.masked_outputs(results.MASK, decoder)
-    run_log.write_json(str(root / "shared.json"), {"done": True})
+    try:
+        with stages.only_done(process_index != 0):
+            opened = Opened(experiment)
+            _ = opened.original_outputs
+            training = {id(grid): _training_outputs(opened, grid) for grid in grids}
+            if mask_decoding:
+                for decoder in experiment.decoders:
+                    opened.masked_outputs(results.MASK, decoder)
+    except stages.NotDoneError as error:
+        raise UsageError(
+            f"process {process_index} of {num_processes}: expected in {experiment.output_dir} what "
+            f"process 0 makes, with the same settings; stage '{error}' is not done. Start that one "
+            "first."
+        ) from None
 
     def run_own(of: Sequence[_Cell], what: str = "") -> None:
         own = of[process_index::num_processes]
@@ -171,15 +172,28 @@ def sweep(
             run_log.log(f"Arm {number} of {len(own)}{what}: {cell.name}")
             _run(opened, cell, training[id(cell.grid)])
 
+    def is_done(cell: _Cell) -> bool:
+        with contextlib.suppress(stages.NotDoneError), stages.only_done():
+            _run(opened, cell, training[id(cell.grid)])
+            return True
+        return False
+
+    def collect(of: Sequence[_Cell]) -> tuple[dict[str, Any], int]:
+        arms = {cell.name: cell.labels for cell in of if is_done(cell)}
+        num_missing = len(of) - len(arms)
+        if mask_decoding:
+            arms[results.MASK] = {"objective": results.MASK, "alpha": None, "seed": 0}
+        return _rows(opened, arms, task, choice_share), num_missing
+
     run_own(cells)
-    found: dict[str, Any] = _collect(opened, cells, task, choice_share, mask_decoding)
+    found, num_missing = collect(cells)
     # Seeds that are added for the frontier do not choose.
     weights = results.choose(_of_decoder(found["choice_rows"], opened.first_decoder), cut)
 
     def kept(rows: Sequence[results.Row]) -> list[results.Row]:
         return [row for row in rows if weights.get(row["objective"]) == row["alpha"]]
 
-    if frontier_seeds and not _missing(opened, cells, found["rows"]):
+    if frontier_seeds and not num_missing:
         best = {
             row["objective"]
             for row in _over_seeds(kept(found["choice_rows"]))
@@ -187,16 +201,14 @@ def sweep(
         }
         again = _with_seeds(cells, weights, {baseline, *best}, frontier_seeds)
         run_own(again, ", of the frontier")
-        cells += again
-        found = _collect(opened, cells, task, choice_share, mask_decoding)
+        found, num_missing = collect([*cells, *again])
     found["chosen"] = _chosen(opened, kept(found["rows"]), baseline, choice_share, num_resamples)
     found["settings"] = {"task": task, "cut": cut, "choice_share": choice_share}
-    written = root / f"{name}.json"
+    written = opened.root / f"{name}.json"
     run_log.write_json(str(written), found)
     text = as_markdown(found, experiment.decoders)
-    run_log.write_text(str(root / f"{name}.md"), text)
+    run_log.write_text(str(opened.root / f"{name}.md"), text)
     run_log.log(text)
-    num_missing = len(_missing(opened, cells, found["rows"]))
     missing = f" {num_missing} arms are not done yet." if num_missing else ""
     if num_missing and frontier_seeds:
         missing += (
@@ -236,22 +248,16 @@ def _run(opened: Opened, cell: _Cell, files: str) -> None:
         opened.evaluate(cell.name, checkpoint, decoder)
 
 
-def _collect(
-    opened: Opened, cells: Sequence[_Cell], task: str, choice_share: float, mask_decoding: bool
+def _rows(
+    opened: Opened, arms: Mapping[str, Mapping[str, Any]], task: str, choice_share: float
 ) -> dict[str, list[results.Row]]:
-    """The rows of all arms that are done, whichever process ran them."""
+    """The numbers of arms that are done, whichever process ran them; by the names of folders."""
     found: dict[str, list[results.Row]] = {"rows": [], "choice_rows": []}
-    arms = [(cell.name, cell.labels) for cell in cells]
-    if mask_decoding:
-        arms.append((results.MASK, {"objective": results.MASK, "alpha": None, "seed": 0}))
-    for name, labels in arms:
+    for name, labels in arms.items():
         for decoder in opened.settings.decoders:
-            current = opened.root / name / f"{decoder}.annotated.jsonl"
-            evaluation = opened.root / name / f"{decoder}.evaluation.json"
-            if not current.exists() or (name != results.MASK and not evaluation.exists()):
-                continue
             certificate, seconds, steps = {}, None, None
-            if evaluation.exists():
+            if name != results.MASK:
+                evaluation = opened.root / name / f"{decoder}.evaluation.json"
                 parts = json.loads(evaluation.read_text("utf-8"))["certificate"]
                 certificate = {
                     "residual": parts["negative_residual"],
@@ -261,7 +267,8 @@ def _collect(
                 }
                 seconds = opened.seconds(f"{name}: train")
                 steps = pretrained.open_checkpoint(str(opened.root / name / "model")).step
-            pairs = records.read_pairs(opened.original_outputs[decoder], str(current))
+            current = str(opened.root / name / f"{decoder}.annotated.jsonl")
+            pairs = records.read_pairs(opened.original_outputs[decoder], current)
             for key, of_part in zip(
                 ("choice_rows", "rows"), _parts(*pairs, choice_share), strict=True
             ):
@@ -274,16 +281,6 @@ def _collect(
                     }
                 )
     return found
-
-
-def _missing(opened: Opened, cells: Sequence[_Cell], rows: Sequence[results.Row]) -> list[_Cell]:
-    """The arms that are not done with every decoder."""
-    done = {(_name_of(row), row["decoder"]) for row in rows}
-    return [
-        cell
-        for cell in cells
-        if any((cell.name, decoder) not in done for decoder in opened.settings.decoders)
-    ]
 
 
 Pairs = tuple[list[records.Record], list[records.Record]]
