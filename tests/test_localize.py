@@ -129,9 +129,10 @@ def test_marks_are_what_training_removes(localized):
     assert removed <= {"\u2581"}
 
 
-def test_the_same_again_is_the_same_bytes(localized):
+def test_the_same_again_is_the_same_bytes(localized, capsys):
     first = pathlib.Path("localized.jsonl").read_bytes()
     localize(OUTPUT="again.jsonl")
+    assert "better than chance" not in capsys.readouterr().out
     assert pathlib.Path("again.jsonl").read_bytes() == first
 
 
@@ -159,7 +160,7 @@ def test_marks_that_are_given_are_labels_and_then_the_truth():
         assert prefix["value"] == by_id[prefix["id"]].extra["values"][prefix["num_tokens"]]
 
 
-def test_labels_that_mean_nothing_find_nothing():
+def test_labels_that_mean_nothing_find_nothing(capsys):
     rows = records.read_records("labelled.jsonl")
     labels = [row.extra["unwanted"] for row in rows]
     random.Random(0).shuffle(labels)
@@ -178,6 +179,7 @@ def test_labels_that_mean_nothing_find_nothing():
     records.write_records("shuffled.jsonl", shuffled)
     found, quality = localize(RECORDS="shuffled.jsonl", OUTPUT="nothing.jsonl")
     assert quality["auc_at_end"] == pytest.approx(0.5, abs=0.08)
+    assert "little better than chance" in capsys.readouterr().out
     spans = [(row, span) for row in found for span in row.negative_spans]
     right = sum(any(a < y and x < b for x, y in true[row.id]) for row, (a, b) in spans)
     assert right < 0.2 * quality["num_bad"]

@@ -48,6 +48,8 @@ from tnt_jax import (
 from tnt_jax.array_types import PyTree
 from tnt_jax.errors import UsageError
 
+_WEAK = 0.6  # area under the curve of whole outputs; marks of such heads are mostly wrong
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MonteCarlo:
@@ -171,6 +173,7 @@ def localize(
     run_log.write_json(f"{output}.values.json", result)
     run_config.write(output)
     _print(output, result)
+    _warn_of_chance(result)
     return result
 
 
@@ -492,6 +495,20 @@ def _print(output: str, result: Mapping[str, Any]) -> None:
         if isinstance(value, int | float)
     ]
     run_log.table(rows, columns=(output, ""))
+
+
+def _warn_of_chance(result: Mapping[str, Any]) -> None:
+    """Says so where the heads do not tell bad outputs from good ones: they find nothing then."""
+    bad, good = result["num_bad"], result["num_records"] - result["num_bad"]
+    deviation = ((bad + good + 1) / (12 * bad * good)) ** 0.5  # Mann and Whitney's, of chance alone
+    if result["auc_at_end"] >= max(_WEAK, 0.5 + 2 * deviation):
+        return
+    run_log.log(
+        f"auc_at_end is {result['auc_at_end']:.2f}: the heads tell bad outputs from good ones "
+        f"little better than chance (0.5 ± {deviation:.2f}), so their marks mean little. Give more "
+        f"labelled outputs, of both kinds (there are {bad} bad and {good} good ones), more "
+        "NUM_UPDATES, or labels that depend on what the output says."
+    )
 
 
 if __name__ == "__main__":
