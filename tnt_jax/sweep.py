@@ -151,63 +151,30 @@ def sweep(
         for objective in grid.objectives:
             objectives.named(objective)  # a misspelt one is known now
     began = time.monotonic()
-    try:
-        with stages.only_done(process_index != 0):
-            opened = Opened(experiment)
-            _ = opened.original_outputs
-            training = {id(grid): _training_outputs(opened, grid) for grid in grids}
-            if mask_decoding:
-                for decoder in experiment.decoders:
-                    opened.masked_outputs(results.MASK, decoder)
-    except stages.NotDoneError as error:
-        raise UsageError(
-            f"process {process_index} of {num_processes}: expected in {experiment.output_dir} what "
-            f"process 0 makes, with the same settings; stage '{error}' is not done. Start that one "
-            "first."
-        ) from None
-
-    def run_own(of: Sequence[_Cell], what: str = "") -> None:
-        own = of[process_index::num_processes]
-        for number, cell in enumerate(own, start=1):
-            run_log.log(f"Arm {number} of {len(own)}{what}: {cell.name}")
-            _run(opened, cell, training[id(cell.grid)])
-
-    def is_done(cell: _Cell) -> bool:
-        with contextlib.suppress(stages.NotDoneError), stages.only_done():
-            _run(opened, cell, training[id(cell.grid)])
-            return True
-        return False
-
-    def collect(of: Sequence[_Cell]) -> tuple[dict[str, Any], int]:
-        arms = {cell.name: cell.labels for cell in of if is_done(cell)}
-        num_missing = len(of) - len(arms)
-        if mask_decoding:
-            arms[results.MASK] = {"objective": results.MASK, "alpha": None, "seed": 0}
-        return _rows(opened, arms, task, choice_share), num_missing
-
-    run_own(cells)
-    found, num_missing = collect(cells)
+    shared = _open(experiment, grids, mask_decoding, process_index, num_processes)
+    shared.run_own(cells)
+    rows, num_missing = shared.collect(cells, task, choice_share)
     # Seeds that are added for the frontier do not choose.
-    weights = results.choose(_of_decoder(found["choice_rows"], opened.first_decoder), cut)
-
-    def kept(rows: Sequence[results.Row]) -> list[results.Row]:
-        return [row for row in rows if weights.get(row["objective"]) == row["alpha"]]
-
+    weights = results.choose(_of_decoder(rows["choice_rows"], shared.opened.first_decoder), cut)
     if frontier_seeds and not num_missing:
         best = {
             row["objective"]
-            for row in _over_seeds(kept(found["choice_rows"]))
+            for row in _over_seeds(_of_weights(rows["choice_rows"], weights))
             if row.get("is_pareto")
         }
         again = _with_seeds(cells, weights, {baseline, *best}, frontier_seeds)
-        run_own(again, ", of the frontier")
-        found, num_missing = collect([*cells, *again])
-    found["chosen"] = _chosen(opened, kept(found["rows"]), baseline, choice_share, num_resamples)
-    found["settings"] = {"task": task, "cut": cut, "choice_share": choice_share}
-    written = opened.root / f"{name}.json"
+        shared.run_own(again, ", of the frontier")
+        rows, num_missing = shared.collect([*cells, *again], task, choice_share)
+    of_weights = _of_weights(rows["rows"], weights)
+    found = {
+        **rows,
+        "chosen": _chosen(shared.opened, of_weights, baseline, choice_share, num_resamples),
+        "settings": {"task": task, "cut": cut, "choice_share": choice_share},
+    }
+    written = shared.opened.root / f"{name}.json"
     run_log.write_json(str(written), found)
     text = as_markdown(found, experiment.decoders)
-    run_log.write_text(str(opened.root / f"{name}.md"), text)
+    run_log.write_text(str(written.with_suffix(".md")), text)
     run_log.log(text)
     missing = f" {num_missing} arms are not done yet." if num_missing else ""
     if num_missing and frontier_seeds:
@@ -222,30 +189,90 @@ def sweep(
     return found
 
 
+@dataclasses.dataclass(frozen=True)
+class _Shared:
+    """What all arms have in common, and which of them this process runs."""
+
+    opened: Opened
+    training_outputs: Mapping[int, str]  # by the identity of a grid
+    mask_decoding: bool
+    process_index: int
+    num_processes: int
+
+    def run_own(self, cells: Sequence[_Cell], what: str = "") -> None:
+        """This process's part of them."""
+        own = cells[self.process_index :: self.num_processes]
+        for number, cell in enumerate(own, start=1):
+            run_log.log(f"Arm {number} of {len(own)}{what}: {cell.name}")
+            self._run(cell)
+
+    def _run(self, cell: _Cell) -> None:
+        """Trains and evaluates; a cell that is done costs the time to see that."""
+        grid = cell.grid
+        objective = objectives.named(
+            cell.objective, negative_weight=float(cell.alpha), **grid.objective_settings
+        )
+        *_, checkpoint = self.opened.train_rounds(
+            cell.name,
+            objective,
+            self.training_outputs[id(grid)],
+            grid.num_rounds,
+            settings={"seed": cell.seed, **grid.train},
+            of_dataset=grid.dataset,
+        )
+        for decoder in self.opened.settings.decoders:
+            self.opened.evaluate(cell.name, checkpoint, decoder)
+
+    def _is_done(self, cell: _Cell) -> bool:
+        with contextlib.suppress(stages.NotDoneError), stages.only_done():
+            self._run(cell)
+            return True
+        return False
+
+    def collect(
+        self, cells: Sequence[_Cell], task: str, choice_share: float
+    ) -> tuple[dict[str, list[results.Row]], int]:
+        """The rows of what is done, whichever process ran it; and how many arms are not."""
+        arms: dict[str, Mapping[str, Any]] = {
+            cell.name: cell.labels for cell in cells if self._is_done(cell)
+        }
+        num_missing = len(cells) - len(arms)
+        if self.mask_decoding:
+            arms[results.MASK] = {"objective": results.MASK, "alpha": None, "seed": 0}
+        return _rows(self.opened, arms, task, choice_share), num_missing
+
+
+def _open(
+    experiment: Experiment,
+    grids: Sequence[Grid],
+    mask_decoding: bool,
+    process_index: int,
+    num_processes: int,
+) -> _Shared:
+    """Process 0 makes what the arms share; for the others it has to be there."""
+    try:
+        with stages.only_done(process_index != 0):
+            opened = Opened(experiment)
+            _ = opened.original_outputs
+            training = {id(grid): _training_outputs(opened, grid) for grid in grids}
+            if mask_decoding:
+                for decoder in experiment.decoders:
+                    opened.masked_outputs(results.MASK, decoder)
+    except stages.NotDoneError as error:
+        raise UsageError(
+            f"process {process_index} of {num_processes}: expected in {experiment.output_dir} what "
+            f"process 0 makes, with the same settings; stage '{error}' is not done. Start that one "
+            "first."
+        ) from None
+    return _Shared(opened, training, mask_decoding, process_index, num_processes)
+
+
 def _training_outputs(opened: Opened, grid: Grid) -> str:
     """The annotated file that a grid's arms learn from."""
     return opened.training_outputs_by(
         grid.training_decoders or [opened.first_decoder],
         grid.annotator() if grid.annotator else None,
     )
-
-
-def _run(opened: Opened, cell: _Cell, files: str) -> None:
-    """Trains and evaluates; a cell that is done costs the time to see that."""
-    grid = cell.grid
-    objective = objectives.named(
-        cell.objective, negative_weight=float(cell.alpha), **grid.objective_settings
-    )
-    *_, checkpoint = opened.train_rounds(
-        cell.name,
-        objective,
-        files,
-        grid.num_rounds,
-        settings={"seed": cell.seed, **grid.train},
-        of_dataset=grid.dataset,
-    )
-    for decoder in opened.settings.decoders:
-        opened.evaluate(cell.name, checkpoint, decoder)
 
 
 def _rows(
@@ -308,6 +335,13 @@ def _parts(
 
 def _of_decoder(rows: Sequence[results.Row], decoder: str) -> list[results.Row]:
     return [row for row in rows if row["decoder"] == decoder]
+
+
+def _of_weights(
+    rows: Sequence[results.Row], weights: Mapping[str, float | None]
+) -> list[results.Row]:
+    """Those of arms at their chosen weight."""
+    return [row for row in rows if weights.get(row["objective"]) == row["alpha"]]
 
 
 def _over_seeds(rows: Sequence[results.Row]) -> list[results.Row]:
