@@ -99,6 +99,7 @@ GROUPS = {
         "failures",
         "gin_text",
         "gin_types",
+        "gin_use",
         "parts",
         "preemption",
         "processes",

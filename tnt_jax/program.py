@@ -33,7 +33,7 @@ import absl.logging
 import gin
 from gin import config as gin_config
 
-from tnt_jax import failures, gin_text, gin_types, preemption, processes, quiet_tensorflow
+from tnt_jax import failures, gin_text, gin_types, gin_use, preemption, processes, quiet_tensorflow
 from tnt_jax.errors import UsageError
 
 # ---------------------------------------------------------------------------------------------
@@ -246,6 +246,8 @@ def configure(
             f"--gin_file={' or '.join(own) or '...'}, or set "
             + ", ".join(f"--gin.{short_name}.{name}=..." for name in missing)
         )
+    if needs_all:  # others read what was set for another program
+        gin_use.check(function, [name for name, _ in flags.bindings])
     gin_types.check()
     if needs_all:
         gin.finalize()  # refuses whatever is still required
