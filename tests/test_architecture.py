@@ -38,6 +38,7 @@ GROUPS = {
     },
     "text": {
         "records",
+        "removed_everywhere",
         "json_files",
         "words",
         "annotation",

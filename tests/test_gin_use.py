@@ -50,8 +50,10 @@ def test_a_setting_of_what_the_run_does_not_make(name, flag, what):
         ("pipeline", ["tnff/objectives.TntObjective.residual_weight=3"]),
         (
             "pipeline",
-            ["ARMS=[@mine/experiment.Arm()]", "mine/experiment.Arm.name=mine"]
-            + ["mine/experiment.Arm.objective=@objectives.TntObjective()"],
+            [
+                *("ARMS=[@mine/experiment.Arm()]", "mine/experiment.Arm.name=mine"),
+                "mine/experiment.Arm.objective=@objectives.TntObjective()",
+            ],
         ),
         # As a value in a dictionary.
         ("sweep", ["DECODERS={'a': @b/decoding.Decoding()}", "b/decoding.Decoding.num_beams=2"]),

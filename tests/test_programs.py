@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -359,11 +360,16 @@ def test_words_removed_at_every_position(original):
 
     unmarked = [dataclasses.replace(row, negative_spans=()) for row in marked]
     records.write_records("unmarked.jsonl", unmarked)
+    # The ids go with the records, and a name for them is what other kinds of data need.
+    shutil.copy("everywhere.jsonl.everywhere.json", "unmarked.jsonl.everywhere.json")
+    train("without_quiet", RECORDS="unmarked.jsonl", LOG_EVERY=5)
+    pathlib.Path("unmarked.jsonl.everywhere.json").unlink()
     removal = {
-        "objectives.TntObjective.removed_everywhere": "@annotate.removed_ids()",
-        "annotate.removed_ids.path": "everywhere.jsonl.everywhere.json",
+        "objectives.TntObjective.removed_everywhere": "@removed_everywhere.removed_ids()",
+        "removed_everywhere.removed_ids.path": "everywhere.jsonl.everywhere.json",
     }
-    train("without_quiet", RECORDS="unmarked.jsonl", LOG_EVERY=5, **removal)
+    train("also_without_quiet", RECORDS="unmarked.jsonl", LOG_EVERY=5, **removal)
+    rooms.assert_same_state("without_quiet", "also_without_quiet")
     first, *_, last = metrics_of("without_quiet")
     assert last["negative_mass"] < 0.1 < first["negative_mass"]
     generate("without_quiet.jsonl", "without_quiet")
@@ -375,6 +381,9 @@ def test_words_removed_at_every_position(original):
         for path in ("original.jsonl", "without_quiet.jsonl")
     ]
     assert num_spoken == [[15, 15, 15], [0, 0, 15]]
+    # An annotator that removes nothing everywhere leaves no ids of an earlier one.
+    annotate("everywhere.jsonl", "original.jsonl", **{**settings, "AT_EVERY_POSITION": False})
+    assert not pathlib.Path("everywhere.jsonl.everywhere.json").exists()
 
 
 # --- The pipeline ---------------------------------------------------------------------------------

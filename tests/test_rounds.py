@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import seqio
 
-from tnt_jax import objectives, records, rounds, tokenization
+from tnt_jax import objectives, records, removed_everywhere, rounds, tokenization
 
 VOCABULARY = seqio.ByteVocabulary()  # id = byte + 3
 
@@ -100,3 +100,29 @@ def test_a_merge_leaves_it_to_training_whether_first_tokens_alone_count():
         for row in merged
     ]
     assert pairs == [[[1, ord("b") + 3]], [[1, ord("b") + 3], [2, ord("c") + 3]]]
+
+
+def test_a_merge_keeps_what_is_removed_by_its_id_within_a_span():
+    """What would complete a longer word, say; or is the first token of another output's span."""
+    own = record("1", "abc", [(1, 3)], further=[(2, ids("c"))])
+    other = record("2", "xyz", [(1, 3)]), record("3", "xyzw", [(2, 3)])
+    merged = rounds.merge([[own, *other]], VOCABULARY)
+    pairs = [
+        tokenization.mark_tokens(row, VOCABULARY, "first_token").negative_pairs.tolist()
+        for row in merged
+    ]
+    b, c, y, z = ids("b"), ids("c"), ids("y"), ids("z")
+    assert pairs == [[[1, *b], [2, *c]], [[1, *y], [2, *z]], [[1, *y], [2, *z]]]
+
+
+def test_ids_that_are_removed_everywhere_are_brought_together(tmp_path):
+    paths = [str(tmp_path / f"{name}.jsonl") for name in ("a", "b", "c", "merged")]
+    for path in paths[:3]:
+        records.write_records(path, [record(path, "ab")])
+    removed_everywhere.write(paths[0], [5, 3], {})
+    removed_everywhere.write(paths[2], [4, 3], {})
+    rounds.merge_files(output=paths[3], rounds=paths[:3], vocabulary=VOCABULARY)
+    assert removed_everywhere.of_records(paths[3]) == (3, 4, 5)
+    assert removed_everywhere.of_records(str(tmp_path / "[bc].jsonl")) == (3, 4)
+    rounds.merge_files(output=paths[3], rounds=[paths[1]], vocabulary=VOCABULARY)
+    assert removed_everywhere.of_records(paths[3]) == ()

@@ -85,10 +85,6 @@ def test_what_an_annotator_removes_everywhere_is_removed_in_its_arms(swept):
         "MODEL_DIR": "everywhere_by_itself",
         "RECORDS": "everywhere/training_outputs/greedy.annotated.jsonl",
         "TRAIN_STEPS": 6,
-        "objectives.TntObjective.removed_everywhere": "@annotate.removed_ids()",
-        "annotate.removed_ids.path": (
-            "everywhere/training_outputs/greedy.annotated.jsonl.everywhere.json"
-        ),
     }
     assert rooms.run("train", settings, ["objectives/tnff.gin"]) == 0
     rooms.assert_same_state("everywhere/TNFF, alpha 1, seed 0/model", "everywhere_by_itself")

@@ -8,7 +8,8 @@ that also begins an ordinary word of the outputs, as "▁the" begins "the", is n
 alternative that begins with it, such as "the gardenia".
 
 Texts to remove at every position are removed where the next token would complete one. Those of one
-token go to a file of their own if they are the same for every record (`<output>.everywhere.json`).
+token go to a file of their own if they are the same for every record (`<output>.everywhere.json`),
+which `train` reads with the records.
 
 Until all records are marked, what is done lies in `OUTPUT.parts/` (`parts`): the same command,
 after a stop, does what is missing. Several processes share the work. Or large files are marked on
@@ -30,20 +31,17 @@ from typing import Any
 from tnt_jax import (
     annotators,
     beam_jobs,
-    json_files,
     parts,
     processes,
     program,
     records,
+    removed_everywhere,
     run_config,
     run_log,
     tokenization,
     words,
 )
 from tnt_jax.errors import UsageError
-
-# What is added to the name of an annotated file, for the ids to remove at every position.
-EVERYWHERE = ".everywhere.json"
 
 _RECORDS_PER_PART = 5000  # at most so many are lost with a process that is killed
 
@@ -59,8 +57,8 @@ def annotate(
     """Writes every record of `input` with its marks, in order, but for those it does not know.
 
     Where the annotator has texts to remove at every position of every record, the ids of those
-    that are one token go to `<output>.everywhere.json`, not into each record: `removed_ids` reads
-    them for `TntObjective.removed_everywhere`.
+    that are one token go to `<output>.everywhere.json`, not into each record
+    (`removed_everywhere`).
 
     Args:
       output: The JSONL file to write; it appears only when it is whole.
@@ -149,6 +147,8 @@ def _write_rest(
     """What belongs to the output, and says what is in it."""
     if everywhere.texts:
         _write_everywhere(output, everywhere, annotator.description)
+    else:
+        removed_everywhere.write_none(output)
     run_config.write(output)
     num_marked, num_known = counts["marked"], counts["marked"] + counts["clean"]
     run_log.log(
@@ -241,21 +241,6 @@ def mark(
     )
 
 
-def removed_ids(path: str) -> tuple[int, ...]:
-    """Ids to remove at every position, from the `.everywhere.json` file that `annotate` wrote.
-
-    Raises:
-      UsageError: The file is missing or is not one of those.
-    """
-    ids = json_files.read_object(path, "a file of ids that annotate wrote").get("ids")
-    if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
-        raise UsageError(
-            f"{path}: expected a file of ids that annotate wrote (<output>.everywhere.json), with "
-            f"a list of them as 'ids'; found {ids!r:.60}."
-        )
-    return tuple(ids)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Everywhere:
     """An annotator's texts to remove at every position of every record, in a vocabulary."""
@@ -278,11 +263,10 @@ def _everywhere(annotator: annotators.Annotator, vocabulary: Any) -> _Everywhere
 
 
 def _write_everywhere(output: str, everywhere: _Everywhere, description: str) -> None:
-    path = output + EVERYWHERE
-    run_log.write_json(
-        path,
+    path = removed_everywhere.write(
+        output,
+        everywhere.ids,
         {
-            "ids": sorted(everywhere.ids),
             "left_out": list(everywhere.longer),
             "unspelt": list(everywhere.unspelt),
             "annotator": description,

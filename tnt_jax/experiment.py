@@ -6,6 +6,7 @@
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import pathlib
 import shutil
@@ -14,12 +15,12 @@ from typing import Any
 
 from tnt_jax import (
     __version__,
-    annotate,
     convert,
     decoding,
     objectives,
     pretrained,
     records,
+    removed_everywhere,
     report,
     rounds,
     run_config,
@@ -171,7 +172,6 @@ class Opened:
             self.original = settings.original_checkpoint_path
         self._came_as = pretrained.open_checkpoint(self.original)
         self.annotator, self.vocabulary = settings.annotator(), settings.vocabulary()
-        self._removed_everywhere: dict[str, set[int]] = {}  # by the annotated file
         self.num_seen, num_prompts = _num_seen(settings.train_prompts, settings.eval_prompts)
         if self.num_seen:
             run_log.log(
@@ -255,10 +255,6 @@ class Opened:
             settings={"vocabulary": self.vocabulary, "annotator": annotator},
             version=annotator.description,  # names what a word list holds, not only its path
         )
-        if annotator.everywhere():
-            self._removed_everywhere[output] = set(
-                annotate.removed_ids(output + annotate.EVERYWHERE)
-            )
         return output
 
     def training_outputs_by(self, decoders: Sequence[str], annotator: Any | None = None) -> str:
@@ -290,11 +286,8 @@ class Opened:
             output=merged,
             inputs={},
             settings={"rounds": list(files), "vocabulary": self.vocabulary},
-            also_depends_on=files,
+            also_depends_on=[*files, *itertools.chain(*map(removed_everywhere.files_of, files))],
         )
-        for file in files:
-            ids = self._removed_everywhere.get(file, set())
-            self._removed_everywhere.setdefault(merged, set()).update(ids)
         return merged
 
     def masked_outputs(self, name: str, decoder: str) -> str:
@@ -336,8 +329,7 @@ class Opened:
 
         Args:
           name: Of the arm.
-          objective: The loss per token. What the annotator of the records removes at every position
-            is added to its `removed_everywhere`.
+          objective: The loss per token.
           files: Of annotated records.
           settings: Further arguments of `train.train`.
           of_dataset: Further arguments of `tasks.RecordFiles`.
@@ -346,9 +338,6 @@ class Opened:
         from tnt_jax import tasks
 
         model_dir = str(self.root / name / "model")
-        everywhere = self._removed_everywhere.get(files, set()).union(objective.removed_everywhere)
-        if everywhere and objective.negative_term != "none":
-            objective = dataclasses.replace(objective, removed_everywhere=tuple(sorted(everywhere)))
         dataset = tasks.RecordFiles(
             **{
                 "files": files,
@@ -369,7 +358,7 @@ class Opened:
             output_name="model_dir",
             inputs=inputs,
             settings={"objective": objective, "dataset": dataset, **(settings or {})},
-            also_depends_on=[files],
+            also_depends_on=[files, *removed_everywhere.files_of(files)],
             goes_on=True,
         )
         return str(pretrained.find(model_dir))

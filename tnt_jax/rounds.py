@@ -9,12 +9,12 @@ together by these: the order in which they were found makes no difference.
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from tnt_jax import records, tokenization
+from tnt_jax import records, removed_everywhere, tokenization
 
 
 class Ledger:
@@ -65,7 +65,7 @@ def merge(rounds: Sequence[Sequence[records.Record]], vocabulary: Any) -> list[r
     Raises:
       UsageError: A mark does not fit its targets.
     """
-    ledger = Ledger()
+    ledger, first_tokens = Ledger(), Ledger()
     seen: set[tuple[str, bytes]] = set()
     names: set[str] = set()
     kept: list[tuple[records.Record, tokenization.MarkedTarget]] = []
@@ -73,6 +73,7 @@ def merge(rounds: Sequence[Sequence[records.Record]], vocabulary: Any) -> list[r
         for row in rows:
             marked = tokenization.mark_tokens(row, vocabulary)
             ledger.add(row.inputs, marked)
+            first_tokens.add(row.inputs, tokenization.mark_tokens(row, vocabulary, "first_token"))
             output = row.inputs, marked.target_ids.tobytes()
             if output not in seen:
                 seen.add(output)
@@ -83,7 +84,10 @@ def merge(rounds: Sequence[Sequence[records.Record]], vocabulary: Any) -> list[r
         dataclasses.replace(
             row,
             negative_token_ids=_without_rest_of_spans(
-                row, ledger.removed(row.inputs, marked.target_ids), vocabulary
+                row,
+                ledger.removed(row.inputs, marked.target_ids),
+                dict(first_tokens.removed(row.inputs, marked.target_ids)),
+                vocabulary,
             ),
         )
         for row, marked in kept
@@ -91,18 +95,28 @@ def merge(rounds: Sequence[Sequence[records.Record]], vocabulary: Any) -> list[r
 
 
 def _without_rest_of_spans(
-    row: records.Record, removed: Iterable[tuple[int, tuple[int, ...]]], vocabulary: Any
+    row: records.Record,
+    removed: Iterable[tuple[int, tuple[int, ...]]],
+    first: Mapping[int, tuple[int, ...]],
+    vocabulary: Any,
 ) -> tuple[tuple[int, tuple[int, ...]], ...]:
-    """Without what the spans say anyway and a setting may not want: tokens after a span's first."""
+    """Without what the spans say anyway and a setting may not want: tokens after a span's first.
+
+    Args:
+      row: An output.
+      removed: At its positions, by any output.
+      first: Of these what an output has as the first token of a span, or removes by its id.
+      vocabulary: A seqio vocabulary.
+    """
     if not row.negative_spans:
         return tuple(removed)
     spans = dataclasses.replace(row, negative_token_ids=())
-    whole, first = (
-        {*map(tuple, tokenization.mark_tokens(spans, vocabulary, marks).negative_pairs.tolist())}
-        for marks in ("whole", "first_token")
-    )
+    whole = {*map(tuple, tokenization.mark_tokens(spans, vocabulary).negative_pairs.tolist())}
     left = (
-        (position, tuple(i for i in ids if (position, i) not in whole - first))
+        (
+            position,
+            tuple(i for i in ids if (position, i) not in whole or i in first.get(position, ())),
+        )
         for position, ids in removed
     )
     return tuple((position, ids) for position, ids in left if ids)
@@ -117,6 +131,11 @@ def _names(id: str, number: int) -> Iterator[str]:
 
 
 def merge_files(*, output: str, rounds: Sequence[str], vocabulary: Any) -> None:
-    """`merge` for files of records."""
+    """`merge` for files of records, and for the ids that belong to them (`removed_everywhere`)."""
     merged = merge([records.read_records(path) for path in rounds], vocabulary)
     records.write_records(output, merged)
+    ids = {id_ for path in rounds for id_ in removed_everywhere.of_records(path)}
+    if ids:
+        removed_everywhere.write(output, ids, {"rounds": list(rounds)})
+    else:
+        removed_everywhere.write_none(output)

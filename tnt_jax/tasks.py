@@ -28,7 +28,14 @@ import seqio
 import tensorflow as tf
 from absl import logging
 
-from tnt_jax import feature_converters, records, run_log, tfrecords, tokenization
+from tnt_jax import (
+    feature_converters,
+    records,
+    removed_everywhere,
+    run_log,
+    tfrecords,
+    tokenization,
+)
 from tnt_jax.errors import UsageError
 
 # --- Files of records -----------------------------------------------------------------------------
@@ -344,6 +351,11 @@ class RecordFiles:
     marks: str = "whole"
     loss_until: str = "end"
 
+    @property
+    def removed_everywhere(self) -> tuple[int, ...]:
+        """What the annotator of the records removes at every position of all of them."""
+        return removed_everywhere.of_records(self.files)
+
     def load(self, task_feature_lengths: Mapping[str, int]) -> list[feature_converters.Example]:
         """Reads, tokenises and marks all records.
 
@@ -395,6 +407,11 @@ class SeqioDataset:
         """The vocabulary that `load` uses."""
         task = find_task(self.mixture_or_task_name)
         return self.vocabulary_override or task.output_features["targets"].vocabulary
+
+    @property
+    def removed_everywhere(self) -> tuple[int, ...]:
+        """Nothing: a task has no place for it."""
+        return ()
 
     def load(self, task_feature_lengths: Mapping[str, int]) -> list[feature_converters.Example]:
         """Reads one epoch into memory: see `load_examples`."""

@@ -18,6 +18,7 @@ Example:
       --gin.TRAIN_STEPS=200
 """
 
+import dataclasses
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -61,6 +62,11 @@ class Dataset(Protocol):
     @property
     def vocabulary(self) -> Any:
         """The seqio vocabulary of its ids."""
+        ...
+
+    @property
+    def removed_everywhere(self) -> tuple[int, ...]:
+        """Ids to remove at every position, whatever the marks."""
         ...
 
     def load(self, task_feature_lengths: Mapping[str, int]) -> list[feature_converters.Example]:
@@ -108,7 +114,7 @@ def train(
       model_dir: Where everything goes; a run that was stopped goes on from there.
       model: The network's settings, or that they are the initial checkpoint's.
       objective: The loss per token.
-      dataset: Annotated examples.
+      dataset: Annotated examples. What they remove everywhere is added to the objective's.
       task_feature_lengths: Tokens of "inputs" and "targets"; longer ones are cut, and counted.
       batch_size: Rows per update, over all devices and microbatches: examples, unless packed.
       train_steps: Updates in all, those before a restart included.
@@ -165,6 +171,7 @@ def train(
             "with ORIGINAL='cached' alone."
         )
 
+    objective = _with_removed(objective, dataset.removed_everywhere)
     trainer = original_setup.make_trainer(
         model=model,
         initial_checkpoint_path=initial_checkpoint_path,
@@ -397,6 +404,17 @@ def _check_marks(
         f"{num_marked} of {len(examples)} examples have marks: {num_marks} ids to remove, of which "
         f"{lost.num_marks} lie beyond TASK_FEATURE_LENGTHS and are not learned from."
     )
+
+
+def _with_removed(
+    objective: objectives.TntObjective, ids: Sequence[int]
+) -> objectives.TntObjective:
+    """With what the annotator of the data removes at every position."""
+    if not ids or objective.negative_term == "none":
+        return objective
+    run_log.log(f"{len(ids)} ids are removed at every position, as the records' annotator has it.")
+    both = {*objective.removed_everywhere, *ids}
+    return dataclasses.replace(objective, removed_everywhere=tuple(sorted(both)))
 
 
 def _log_fill(batches: feature_converters.Batches) -> None:
