@@ -454,8 +454,8 @@ def test_parameters_that_are_not_finite_are_not_saved(mistake):
         ({"KEEP_BEST": "eval/lost"}, "KEEP_BEST: expected one of loss, negative_loss, "),
         (
             {"KEEP_BEST": "eval/loss"},
-            "KEEP_BEST='eval/loss' needs an evaluation before each checkpoint: an eval_dataset, "
-            "and a checkpoint_every that is a multiple of eval_every; found no eval_dataset.",
+            "KEEP_BEST='eval/loss' needs an evaluation before each checkpoint: an EVAL_DATASET, "
+            "and a CHECKPOINT_EVERY that is a multiple of EVAL_EVERY; found no EVAL_DATASET.",
         ),
     ],
 )

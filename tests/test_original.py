@@ -92,7 +92,7 @@ def test_cached_states_after_a_stop():
 
 def test_states_with_evaluation():
     evaluation = {
-        "train.train.eval_dataset": "@evaluation/tasks.RecordFiles()",
+        "EVAL_DATASET": "@evaluation/tasks.RecordFiles()",
         "evaluation/tasks.RecordFiles.files": "annotated.jsonl",
         "evaluation/tasks.RecordFiles.vocabulary": "%VOCABULARY",
     }

@@ -42,7 +42,7 @@ def original():
 def patched(original):
     """The original after 20 updates of TNRF, evaluated at the end on what it was trained on."""
     evaluation = {
-        "train.train.eval_dataset": "@evaluation/tasks.RecordFiles()",
+        "EVAL_DATASET": "@evaluation/tasks.RecordFiles()",
         "evaluation/tasks.RecordFiles.files": "original.annotated.jsonl",
     }
     train("patched", LOG_EVERY=1, **evaluation)

@@ -363,10 +363,10 @@ def _check_best(keep_best: str | None, checkpoint_every: int, eval_every: int | 
             f"{keep_best!r}."
         )
     if is_eval and (eval_every is None or checkpoint_every % eval_every):
-        found = "no eval_dataset" if eval_every is None else f"{checkpoint_every} and {eval_every}"
+        found = "no EVAL_DATASET" if eval_every is None else f"{checkpoint_every} and {eval_every}"
         raise UsageError(
-            f"KEEP_BEST={keep_best!r} needs an evaluation before each checkpoint: an eval_dataset, "
-            f"and a checkpoint_every that is a multiple of eval_every; found {found}."
+            f"KEEP_BEST={keep_best!r} needs an evaluation before each checkpoint: an EVAL_DATASET, "
+            f"and a CHECKPOINT_EVERY that is a multiple of EVAL_EVERY; found {found}."
         )
 
 
