@@ -351,7 +351,6 @@ class RecordFiles:
     marks: str = "whole"
     loss_until: str = "end"
 
-    @property
     def removed_everywhere(self) -> tuple[int, ...]:
         """What the annotator of the records removes at every position of all of them."""
         return removed_everywhere.of_records(self.files)
@@ -408,7 +407,6 @@ class SeqioDataset:
         task = find_task(self.mixture_or_task_name)
         return self.vocabulary_override or task.output_features["targets"].vocabulary
 
-    @property
     def removed_everywhere(self) -> tuple[int, ...]:
         """Nothing: a task has no place for it."""
         return ()

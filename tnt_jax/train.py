@@ -64,7 +64,6 @@ class Dataset(Protocol):
         """The seqio vocabulary of its ids."""
         ...
 
-    @property
     def removed_everywhere(self) -> tuple[int, ...]:
         """Ids to remove at every position, whatever the marks."""
         ...
@@ -171,7 +170,7 @@ def train(
             "with ORIGINAL='cached' alone."
         )
 
-    objective = _with_removed(objective, dataset.removed_everywhere)
+    objective = _with_removed(objective, dataset.removed_everywhere())
     trainer = original_setup.make_trainer(
         model=model,
         initial_checkpoint_path=initial_checkpoint_path,
