@@ -14,11 +14,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from tnt_jax import preemption, run_config, run_log
+from tnt_jax import preemption, records, run_config, run_log
 from tnt_jax.errors import UsageError
 
 _running: contextvars.ContextVar[bool] = contextvars.ContextVar("running", default=False)
 _only_done: contextvars.ContextVar[bool] = contextvars.ContextVar("only_done", default=False)
+
+_NOT_LOCAL = "not a local file"  # named by its path alone
 
 
 class NotDoneError(Exception):
@@ -66,7 +68,7 @@ class Stages:
           name: Of the stage.
           function: Writes `output`, a file or a directory.
           output: Its path.
-          inputs: Files and directories that it reads, by argument.
+          inputs: Files (or globs) and directories that it reads, by argument.
           settings: Its other arguments.
           output_name: The argument that takes `output`.
           also_depends_on: Further files whose change makes it run again.
@@ -131,13 +133,24 @@ class Stages:
 
 
 def _fingerprint(path: str) -> str:
-    """Changes when the file, or a file in the directory, does."""
+    """Changes when the file, a file in the folder, or one that the pattern matches, does."""
+    if records.is_remote(path):
+        return _NOT_LOCAL
     found = pathlib.Path(path)
     if found.is_dir():
         files = sorted(file for file in found.rglob("*") if file.is_file())
-        stats = [(str(file.relative_to(found)), file.stat().st_size) for file in files]
-        newest = max((file.stat().st_mtime_ns for file in files), default=0)
-        return hashlib.sha256(repr((stats, newest)).encode()).hexdigest()[:16]
+        stats = [(str(file.relative_to(found)), file.stat()) for file in files]
+        described = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+        return _digest(repr(described).encode())
     if found.is_file():
-        return hashlib.sha256(found.read_bytes()).hexdigest()[:16]
-    return "not a local file"  # a glob pattern, or in a bucket: named by its path alone
+        return _digest(found.read_bytes())
+    try:
+        files = records.matching_files(found)
+    except UsageError:  # the name of a model of Hugging Face's, say
+        return _NOT_LOCAL
+    contents = [(str(file), _digest(file.read_bytes())) for file in files]
+    return _digest(repr(contents).encode())
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

@@ -1,0 +1,62 @@
+"""What a stage takes for done: only what was made whole, with the settings and files of today."""
+
+import os
+import pathlib
+
+import pytest
+
+from tnt_jax import stages
+
+
+@pytest.fixture(autouse=True)
+def working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def note_run(*, output, path):
+    with pathlib.Path(output).open("a") as file:
+        file.write(f"{path}\n")
+
+
+def was_run(path):
+    """Whether a stage that reads `path` had to be run."""
+    output = pathlib.Path("output")
+    before = output.read_text() if output.exists() else ""
+    settings = {"output": "output", "inputs": {"path": path}, "settings": {}}
+    stages.Stages(pathlib.Path("root")).run("stage", note_run, **settings)
+    return output.read_text() != before
+
+
+def test_a_stage_is_run_again_when_a_file_that_its_pattern_matches_changes():
+    folder = pathlib.Path("prompts")
+    folder.mkdir()
+    (folder / "a.jsonl").write_text("one")
+    pattern = "prompts/*.jsonl"
+    assert was_run(pattern)
+    (folder / "other.txt").write_text("not matched")
+    assert not was_run(pattern)
+    (folder / "a.jsonl").write_text("two")
+    assert was_run(pattern)
+    (folder / "b.jsonl").write_text("three")
+    assert was_run(pattern)
+    (folder / "b.jsonl").rename(folder / "c.jsonl")
+    assert was_run(pattern)
+    assert not was_run(pattern)
+    # A bucket, or the name of a model elsewhere, is known by its name alone.
+    for elsewhere in ("gs://bucket/*.jsonl", "google/flan-t5-small"):
+        assert was_run(elsewhere)
+        assert not was_run(elsewhere)
+
+
+def test_a_stage_is_run_again_when_an_older_file_of_its_folder_changes():
+    """As `cp -p` and `rsync -a` leave it: of the same size, with a time of its own."""
+    folder = pathlib.Path("checkpoint")
+    folder.mkdir()
+    for name, time in (("params", 100), ("newest", 300)):
+        (folder / name).write_text(name)
+        os.utime(folder / name, (time, time))
+    assert was_run("checkpoint")
+    assert not was_run("checkpoint")
+    (folder / "params").write_text("PARAMS")
+    os.utime(folder / "params", (200, 200))
+    assert was_run("checkpoint")
