@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 
 import pytest
 
@@ -60,3 +61,32 @@ def test_a_stage_is_run_again_when_an_older_file_of_its_folder_changes():
     (folder / "params").write_text("PARAMS")
     os.utime(folder / "params", (200, 200))
     assert was_run("checkpoint")
+
+
+def count_up(*, output, up_to):
+    """Goes on from what is there."""
+    folder = pathlib.Path(output)
+    folder.mkdir(exist_ok=True)
+    for number in range(len(list(folder.iterdir())), up_to):
+        (folder / str(number)).write_text(f"of {up_to}")
+
+
+def counted(up_to):
+    settings = {"output": "output", "inputs": {}, "settings": {"up_to": up_to}, "goes_on": True}
+    stages.Stages(pathlib.Path("root")).run("count", count_up, **settings)
+    return {file.name: file.read_text() for file in pathlib.Path("output").iterdir()}
+
+
+@pytest.mark.parametrize("then", [2, 3])
+def test_what_was_half_deleted_is_neither_kept_nor_gone_on_from(monkeypatch, then):
+    """Whether the settings are again those that made it, or those that it was deleted for."""
+    assert counted(2) == {"0": "of 2", "1": "of 2"}
+
+    def interrupted(folder):
+        (pathlib.Path(folder) / "0").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", interrupted)
+        counted(3)
+    assert counted(then) == {str(number): f"of {then}" for number in range(then)}

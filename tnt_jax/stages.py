@@ -105,6 +105,8 @@ class Stages:
                     f"{name}: expected nothing, or what this run made, in {output}; found "
                     f"files, and no {note}. Set another OUTPUT_DIR, or delete the folder."
                 )
+            # Fits no settings: what an interruption leaves is never taken for whole, nor gone on from.
+            run_log.write_json(str(note), {"described": None, "done": False})
             shutil.rmtree(output)
         run_log.log(f"[{self._number_of(name)}] {name}")
         run_log.write_json(str(note), {"described": described, "done": False})
