@@ -1,12 +1,14 @@
 """What a stage takes for done: only what was made whole, with the settings and files of today."""
 
+import contextlib
 import os
 import pathlib
 import shutil
+import types
 
 import pytest
 
-from tnt_jax import stages
+from tnt_jax import preemption, stages
 
 
 @pytest.fixture(autouse=True)
@@ -53,9 +55,9 @@ def test_a_stage_is_run_again_when_an_older_file_of_its_folder_changes():
     """As `cp -p` and `rsync -a` leave it: of the same size, with a time of its own."""
     folder = pathlib.Path("checkpoint")
     folder.mkdir()
-    for name, time in (("params", 100), ("newest", 300)):
+    for name, when in (("params", 100), ("newest", 300)):
         (folder / name).write_text(name)
-        os.utime(folder / name, (time, time))
+        os.utime(folder / name, (when, when))
     assert was_run("checkpoint")
     assert not was_run("checkpoint")
     (folder / "params").write_text("PARAMS")
@@ -90,3 +92,39 @@ def test_what_was_half_deleted_is_neither_kept_nor_gone_on_from(monkeypatch, the
         patch.setattr(shutil, "rmtree", interrupted)
         counted(3)
     assert counted(then) == {str(number): f"of {then}" for number in range(then)}
+
+
+NOW = [0.0]  # what a stage closes over would be one of its settings
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    monkeypatch.setattr(stages, "time", types.SimpleNamespace(monotonic=lambda: NOW[0]))
+
+
+def wait(*, output, steps):
+    """Takes 2 seconds, and is stopped in its first run."""
+    folder = pathlib.Path(output)
+    is_first = not folder.exists()
+    folder.mkdir(exist_ok=True)
+    NOW[0] += 2
+    if is_first:
+        raise preemption.Preempted("the machine is taken away")
+
+
+def seconds(steps):
+    """That a stage took, if it is done."""
+    of_run = stages.Stages(pathlib.Path("root"))
+    settings = {"output": "output", "inputs": {}, "settings": {"steps": steps}, "goes_on": True}
+    with contextlib.suppress(preemption.Preempted):
+        of_run.run("wait", wait, **settings)
+    return of_run.seconds("wait")
+
+
+def test_the_time_of_a_stage_that_was_stopped_is_that_of_all_attempts(clock):
+    assert seconds(1) is None
+    assert seconds(1) == 4.0
+    # With other settings, and where its output is gone, it begins anew.
+    assert [seconds(2), seconds(3), seconds(3)] == [None, None, 4.0]
+    shutil.rmtree("output")
+    assert [seconds(3), seconds(3)] == [None, 4.0]

@@ -93,31 +93,26 @@ class Stages:
             found = json.loads(note.read_text("utf-8"))
             before = found if isinstance(found, dict) else {}
         is_same = before.get("described") == json.loads(json.dumps(described))
-        if is_same and before.get("done") and pathlib.Path(output).exists():
+        is_there = pathlib.Path(output).exists()
+        if is_same and before.get("done") and is_there:
             if name not in self._said and not _only_done.get():
                 run_log.log(f"[{self._number_of(name)}] {name}: done before, kept.")
             return
         if _only_done.get():
             raise NotDoneError(name)
-        if goes_on and not is_same and pathlib.Path(output).exists():
+        if goes_on and not is_same and is_there:
             if not before:
                 raise UsageError(
                     f"{name}: expected nothing, or what this run made, in {output}; found "
                     f"files, and no {note}. Set another OUTPUT_DIR, or delete the folder."
                 )
-            # Fits no settings: what an interruption leaves is never taken for whole, nor gone on from.
+            # Fits no settings: what an interruption leaves is not whole, nor to go on from.
             run_log.write_json(str(note), {"described": None, "done": False})
             shutil.rmtree(output)
         run_log.log(f"[{self._number_of(name)}] {name}")
-        run_log.write_json(str(note), {"described": described, "done": False})
-        began = time.monotonic()
-        token = _running.set(True)
-        try:
+        spent = before.get("seconds", 0.0) if goes_on and is_same and is_there else 0.0
+        with _noted(note, described, spent):
             function(**{output_name: output}, **inputs, **settings)
-        finally:
-            _running.reset(token)
-        seconds = round(time.monotonic() - began, 1)
-        run_log.write_json(str(note), {"described": described, "done": True, "seconds": seconds})
         preemption.check()
 
     def _number_of(self, name: str) -> int:
@@ -125,13 +120,36 @@ class Stages:
         return len(self._said)
 
     def seconds(self, name: str) -> float | None:
-        """How long a stage took, if it is done."""
+        """How long a stage took, if it is done; what was stopped and went on, in all."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return json.loads(self._note(name).read_text("utf-8"))["seconds"]
+            note = json.loads(self._note(name).read_text("utf-8"))
+            return note["seconds"] if note["done"] else None
         return None
 
     def _note(self, name: str) -> pathlib.Path:
         return self._notes / f"{name.replace(': ', '_').replace(', ', '_')}.json"
+
+
+@contextlib.contextmanager
+def _noted(note: pathlib.Path, described: Mapping[str, Any], spent: float) -> Iterator[None]:
+    """Around a stage: notes whether it is done, and its seconds together with those `spent`."""
+
+    def write(is_done: bool) -> None:
+        seconds = round(spent + time.monotonic() - began, 1)
+        run_log.write_json(str(note), {"described": described, "done": is_done, "seconds": seconds})
+
+    began = time.monotonic()
+    write(False)
+    token = _running.set(True)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # what stopped it is worth more
+            write(False)
+        raise
+    finally:
+        _running.reset(token)
+    write(True)
 
 
 def _fingerprint(path: str) -> str:
