@@ -42,11 +42,16 @@ def is_running() -> bool:
     return _running.get()
 
 
+def note_path(root: pathlib.Path, name: str) -> pathlib.Path:
+    """The note of a stage of the run whose folder is `root`."""
+    return root / "stages" / f"{name.replace(': ', '_').replace(', ', '_')}.json"
+
+
 class Stages:
     """Runs stages, and remembers with what settings and inputs each one was run."""
 
     def __init__(self, root: pathlib.Path):
-        self._notes = root / "stages"
+        self._root = root
         self._said: set[str] = set()  # each once: arms share stages
 
     def run(
@@ -81,7 +86,7 @@ class Stages:
           NotDoneError: It has to be run, and `only_done` forbids it.
         """
         preemption.check()
-        note = self._note(name)
+        note = note_path(self._root, name)
         described = {
             "function": run_config.describe(function),
             "settings": run_config.describe(dict(settings)),
@@ -122,12 +127,9 @@ class Stages:
     def seconds(self, name: str) -> float | None:
         """How long a stage took, if it is done; what was stopped and went on, in all."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            note = json.loads(self._note(name).read_text("utf-8"))
+            note = json.loads(note_path(self._root, name).read_text("utf-8"))
             return note["seconds"] if note["done"] else None
         return None
-
-    def _note(self, name: str) -> pathlib.Path:
-        return self._notes / f"{name.replace(': ', '_').replace(', ', '_')}.json"
 
 
 @contextlib.contextmanager
