@@ -11,11 +11,20 @@ import statistics
 import subprocess
 import sys
 
+import gin
 import pytest
 import rooms
 import seqio
 
-from tnt_jax import checkpoints, feature_converters, records, tokenization
+from tnt_jax import (
+    checkpoints,
+    experiment,
+    feature_converters,
+    pipeline,
+    program,
+    records,
+    tokenization,
+)
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -480,6 +489,31 @@ def test_a_pipeline_reads_an_edited_word_list(original, capsys):
     assert "original: generate, greedy" in kept
     outputs = records.read_records("edited/original/greedy.annotated.jsonl")
     assert all(row.negative_spans for row in outputs if "quiet" in row.targets)
+
+
+def test_outputs_with_a_mask_are_those_of_an_edited_word_list(original, capsys):
+    words = pathlib.Path("masked_words.txt")
+    words.write_text(pathlib.Path("words.txt").read_text())
+    settings = {
+        **PIPELINE,
+        "OUTPUT_DIR": "masked",
+        "annotators.Lexicon.path": words,
+    }
+
+    def outputs():
+        program.configure("tnt_jax.pipeline", "pipeline", rooms.arguments("pipeline", settings))
+        found = program.bound_arguments(pipeline.pipeline, ["experiment"])["experiment"]
+        file = experiment.Opened(found).masked_outputs("decode mask", "greedy")
+        gin.clear_config()
+        return " ".join(row.targets for row in records.read_records(file))
+
+    assert "quiet" in outputs()
+    words.write_text(words.read_text() + "quiet\n")
+    assert "quiet" not in outputs()
+    capsys.readouterr()
+    outputs()
+    done, _ = stages(capsys.readouterr().out)
+    assert not done
 
 
 def test_a_pipeline_takes_no_model_for_its_own(original, capsys):

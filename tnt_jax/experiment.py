@@ -218,7 +218,7 @@ class Opened:
     # ------------------------------------------------------------------------------------ Outputs
 
     def outputs_of(
-        self, name: str, checkpoint: str, prompts: Any, decoder: str, **settings: Any
+        self, name: str, checkpoint: str, prompts: Any, decoder: str, mask: Any | None = None
     ) -> str:
         """Generates and annotates; returns the annotated file.
 
@@ -227,7 +227,7 @@ class Opened:
           checkpoint: Of the model.
           prompts: A file (or glob) of records, or a `tasks.SeqioDataset`.
           decoder: Its name.
-          **settings: Further arguments of `generate.generate`.
+          mask: An annotator: what it knows is masked.
         """
         is_file = isinstance(prompts, str)
         generated = str(self.root / name / f"{decoder}.jsonl")
@@ -239,9 +239,10 @@ class Opened:
             settings={
                 "vocabulary": self.vocabulary,
                 "decoder": self.settings.decoders[decoder],
-                **settings,
             }
-            | ({} if is_file else {"prompts": prompts}),
+            | ({} if is_file else {"prompts": prompts})
+            | ({} if mask is None else {"mask": mask}),
+            version="" if mask is None else mask.description,  # as of `_annotated`
         )
         return self._annotated(name, generated, decoder, self.annotator)
 
