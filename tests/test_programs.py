@@ -491,6 +491,14 @@ def test_a_pipeline_reads_an_edited_word_list(original, capsys):
     assert all(row.negative_spans for row in outputs if "quiet" in row.targets)
 
 
+@contextlib.contextmanager
+def experiment_of(settings):
+    """What a pipeline with these settings is given, while gin has them."""
+    program.configure("tnt_jax.pipeline", "pipeline", rooms.arguments("pipeline", settings))
+    yield program.bound_arguments(pipeline.pipeline, ["experiment"])["experiment"]
+    gin.clear_config()
+
+
 def test_outputs_with_a_mask_are_those_of_an_edited_word_list(original, capsys):
     words = pathlib.Path("masked_words.txt")
     words.write_text(pathlib.Path("words.txt").read_text())
@@ -501,10 +509,8 @@ def test_outputs_with_a_mask_are_those_of_an_edited_word_list(original, capsys):
     }
 
     def outputs():
-        program.configure("tnt_jax.pipeline", "pipeline", rooms.arguments("pipeline", settings))
-        found = program.bound_arguments(pipeline.pipeline, ["experiment"])["experiment"]
-        file = experiment.Opened(found).masked_outputs("decode mask", "greedy")
-        gin.clear_config()
+        with experiment_of(settings) as found:
+            file = experiment.Opened(found).masked_outputs("decode mask", "greedy")
         return " ".join(row.targets for row in records.read_records(file))
 
     assert "quiet" in outputs()
@@ -514,6 +520,28 @@ def test_outputs_with_a_mask_are_those_of_an_edited_word_list(original, capsys):
     outputs()
     done, _ = stages(capsys.readouterr().out)
     assert not done
+
+
+def test_folders_in_the_home_folder(original, monkeypatch, tmp_path):
+    """Of a command line, `program` has expanded them; this is Python."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    settings = {"MODEL_DIR": "another", "TRAIN_STEPS": 1}
+    train = program.configure("tnt_jax.train", "train", rooms.arguments("train", settings))
+    assert train(model_dir="~/run") == str(tmp_path / "run" / "checkpoint_1")
+    files = {"metrics.jsonl", "events.jsonl", "operative_config.gin", "tensorboard"}
+    assert files <= {file.name for file in (tmp_path / "run").iterdir()}
+
+    (tmp_path / "original").symlink_to(pathlib.Path("original").absolute())
+    with experiment_of({**PIPELINE, "OUTPUT_DIR": "another"}) as found:
+        opened = experiment.Opened(
+            dataclasses.replace(
+                found, output_dir="~/pipeline", original_checkpoint_path="~/original"
+            )
+        )
+    assert opened.root == tmp_path / "pipeline"
+    assert opened.original == str(tmp_path / "original")
+    assert (tmp_path / "pipeline" / "operative_config.gin").exists()
+    assert not pathlib.Path("~").exists()
 
 
 def test_a_pipeline_takes_no_model_for_its_own(original, capsys):

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import pathlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -136,6 +137,11 @@ class Experiment:
             )
 
 
+def _from_home(path: str) -> str:
+    """A path without `~`, once: what opens it expands that, what asks for it by name does not."""
+    return os.path.expanduser(path)  # noqa: PTH111 - Path's raises where there is no such home
+
+
 def _num_seen(train_prompts: Any, eval_prompts: Any) -> tuple[int, int]:
     """Evaluation prompts whose input is a training prompt's too; and how many there are."""
     if not isinstance(train_prompts, str) or not isinstance(eval_prompts, str):
@@ -159,16 +165,16 @@ class Opened:
 
     def __init__(self, settings: Experiment):
         self.settings = settings
-        self.root = pathlib.Path(settings.output_dir)
+        self.root = pathlib.Path(_from_home(settings.output_dir))
         records.check_directory(self.root, "OUTPUT_DIR")
         self._stages = stages.Stages(self.root)
-        run_config.write(settings.output_dir)
+        run_config.write(self.root)
         if settings.new_original is not None:
             self._make_original(settings.new_original)
             self.original = str(pretrained.find(str(self.root / "original" / "model")))
         else:
             assert settings.original_checkpoint_path is not None
-            self.original = settings.original_checkpoint_path
+            self.original = _from_home(settings.original_checkpoint_path)
         self._came_as = pretrained.open_checkpoint(self.original)
         self.annotator, self.vocabulary = settings.annotator(), settings.vocabulary()
         self._removed_everywhere: dict[str, set[int]] = {}  # by the annotated file
