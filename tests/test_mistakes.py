@@ -392,6 +392,27 @@ def test_an_output_directory_that_others_have_written_to(mistake):
     assert pathlib.Path("of_others/TNRF/model/mine").exists()
 
 
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("arm", "TNRR", "TNFF, TNRF, UL+LL; found TNRR"),
+        ("baseline", "UL", "TNFF, TNRF, UL+LL; found UL"),
+        ("bleu_margin", {"greedy": 1, "sampled": 2}, "greedy; found sampled"),
+    ],
+)
+def test_expectations_of_what_is_not_there(mistake, setting, value, message):
+    expected = {"arm": "TNRF", "baseline": "UL+LL", "num_unwanted": 1, "unwanted_rate": 0.1}
+    expected |= {"cut": 0.5, "bleu_margin": {"greedy": 1}, setting: value}
+    settings = {f"pipeline.Expectations.{name}": of_it for name, of_it in expected.items()}
+    settings |= {"pipeline.pipeline.expectations": "@pipeline.Expectations()"}
+    settings |= {"OUTPUT_DIR": "expecting", "TRAIN_STEPS": 1}
+    assert mistake("pipeline", settings) == (
+        f"Expectations.{setting}: expected what this run has, {message}. Change it, or set "
+        "--gin.pipeline.pipeline.expectations=None."
+    )
+    assert not pathlib.Path("expecting").exists()
+
+
 @pytest.mark.parametrize("run_name", ["pipeline", "sweep"])
 def test_an_output_directory_that_cannot_be_written(mistake, run_name):
     settings = {"OUTPUT_DIR": "/proc/here", "TRAIN_STEPS": 1}

@@ -132,6 +132,21 @@ def mistake(run):
 GIVEN = ("--gin_file=run.gin", "--gin.NAME=ann", "--gin.FOLDER=/tmp/x")
 
 
+def test_a_setting_may_begin_with_the_home_folder(run, toy, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+
+    def folder(*arguments):
+        status, out, _ = run("--gin_file=run.gin", "--gin.NAME=ann", *arguments)
+        assert status == 0
+        return out.split()[3]
+
+    assert folder("--gin.FOLDER=~/runs/*.jsonl") == "/home/ann/runs/*.jsonl"
+    for other in ("~", "ann~/runs", "~ann"):
+        assert folder(f"--gin.FOLDER={other}") == other
+    (toy / "run.gin").write_text(RUN.replace("FOLDER = %gin.REQUIRED", "FOLDER = '~/runs'"))
+    assert folder() == "/home/ann/runs"
+
+
 def test_runs_with_its_settings(run):
     status, out, err = run(*GIVEN, "--gin.PITCH=5", "--gin.toy.shout.loudness=2")
     assert (status, err) == (0, "")

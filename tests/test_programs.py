@@ -12,11 +12,20 @@ import statistics
 import subprocess
 import sys
 
+import gin
 import pytest
 import rooms
 import seqio
 
-from tnt_jax import checkpoints, feature_converters, records, tokenization
+from tnt_jax import (
+    checkpoints,
+    experiment,
+    feature_converters,
+    pipeline,
+    program,
+    records,
+    tokenization,
+)
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -489,6 +498,59 @@ def test_a_pipeline_reads_an_edited_word_list(original, capsys):
     assert "original: generate, greedy" in kept
     outputs = records.read_records("edited/original/greedy.annotated.jsonl")
     assert all(row.negative_spans for row in outputs if "quiet" in row.targets)
+
+
+@contextlib.contextmanager
+def experiment_of(settings):
+    """What a pipeline with these settings is given, while gin has them."""
+    program.configure("tnt_jax.pipeline", "pipeline", rooms.arguments("pipeline", settings))
+    yield program.bound_arguments(pipeline.pipeline, ["experiment"])["experiment"]
+    gin.clear_config()
+
+
+def test_outputs_with_a_mask_are_those_of_an_edited_word_list(original, capsys):
+    words = pathlib.Path("masked_words.txt")
+    words.write_text(pathlib.Path("words.txt").read_text())
+    settings = {
+        **PIPELINE,
+        "OUTPUT_DIR": "masked",
+        "annotators.Lexicon.path": words,
+    }
+
+    def outputs():
+        with experiment_of(settings) as found:
+            file = experiment.Opened(found).masked_outputs("decode mask", "greedy")
+        return " ".join(row.targets for row in records.read_records(file))
+
+    assert "quiet" in outputs()
+    words.write_text(words.read_text() + "quiet\n")
+    assert "quiet" not in outputs()
+    capsys.readouterr()
+    outputs()
+    done, _ = stages(capsys.readouterr().out)
+    assert not done
+
+
+def test_folders_in_the_home_folder(original, monkeypatch, tmp_path):
+    """Of a command line, `program` has expanded them; this is Python."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    settings = {"MODEL_DIR": "another", "TRAIN_STEPS": 1}
+    train = program.configure("tnt_jax.train", "train", rooms.arguments("train", settings))
+    assert train(model_dir="~/run") == str(tmp_path / "run" / "checkpoint_1")
+    files = {"metrics.jsonl", "events.jsonl", "operative_config.gin", "tensorboard"}
+    assert files <= {file.name for file in (tmp_path / "run").iterdir()}
+
+    (tmp_path / "original").symlink_to(pathlib.Path("original").absolute())
+    with experiment_of({**PIPELINE, "OUTPUT_DIR": "another"}) as found:
+        opened = experiment.Opened(
+            dataclasses.replace(
+                found, output_dir="~/pipeline", original_checkpoint_path="~/original"
+            )
+        )
+    assert opened.root == tmp_path / "pipeline"
+    assert opened.original == str(tmp_path / "original")
+    assert (tmp_path / "pipeline" / "operative_config.gin").exists()
+    assert not pathlib.Path("~").exists()
 
 
 def test_a_pipeline_takes_no_model_for_its_own(original, capsys):

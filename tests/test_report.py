@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import functools
 import hashlib
 import html.parser
 import json
@@ -12,7 +13,7 @@ import gin
 import outputs
 import pytest
 
-from tnt_jax import changes, program, records, report, report_rows
+from tnt_jax import changes, objectives, program, records, report, report_rows, stages
 from tnt_jax.errors import UsageError
 
 NUMBER = 60
@@ -179,27 +180,33 @@ def test_an_evaluation():
     assert "length drift: not seen. mean length 14.0 before, 14.0 now" in told
 
 
+def train(*, output, objective, train_steps, seed):
+    """In place of the program: how it was called is in the note of its stage."""
+
+
 def test_a_pipeline():
     root = pathlib.Path("run")
     outputs.write_pair(root, NUMBER)
-    for arm in ("TNRF", "UL+LL"):
+    for arm in ("TNRF, twice", "UL+LL"):
         for folder, name in (("original", "original"), (arm, "patched")):
             (root / folder).mkdir(exist_ok=True)
             content = (root / f"{name}.jsonl").read_text()
             (root / folder / "greedy.annotated.jsonl").write_text(content)
-    (root / "tokens.jsonl").rename(root / "TNRF" / "greedy.tokens.jsonl")
-    evaluations = {arm: {"greedy": EVALUATION} for arm in ("TNRF", "UL+LL")}
+    (root / "tokens.jsonl").rename(root / "TNRF, twice" / "greedy.tokens.jsonl")
+    evaluations = {arm: {"greedy": EVALUATION} for arm in ("TNRF, twice", "UL+LL")}
     (root / "summary.json").write_text(json.dumps({"evaluations": evaluations}))
     (root / "operative_config.gin").write_text("OUTPUT_DIR = 'run'\n")
-    (root / "stages").mkdir()
-    function, objective = {"train_steps": 240, "seed": 3}, {"negative_weight": 2.0}
-    described = {"function": function, "settings": {"objective": objective}}
-    note = {"described": described, "done": True}
-    (root / "stages" / "TNRF_train.json").write_text(json.dumps(note))
+    stages.Stages(root).run(
+        "TNRF, twice: train",
+        functools.partial(train, train_steps=240, seed=3),
+        output="model",
+        inputs={},
+        settings={"objective": objectives.named("TNRF", negative_weight=2.0)},
+    )
     page = written(pipeline_dir="run")
     data = page.islands["data"]
     assert [(r["objective"], r["alpha"], r["steps"], r["seed"]) for r in data["rows"]] == [
-        ("TNRF", 2.0, 240, 3),
+        ("TNRF, twice", 2.0, 240, 3),
         ("UL+LL", None, None, None),
     ]
     assert {c["decoder"] for c in data["comparisons"]} == {"greedy"}

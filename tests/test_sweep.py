@@ -10,6 +10,7 @@ import pytest
 import rooms
 
 from tnt_jax import records
+from tnt_jax.results import intervals
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -161,6 +162,23 @@ def test_several_processes_share_it(swept, capsys):
     of_words = {"annotators.Lexicon.path": "loud.txt"}
     sweep("shared", status=2, PROCESS_INDEX=1, NUM_PROCESSES=2, **of_words)
     assert "stage 'original: annotate, greedy' is not done" in capsys.readouterr().err
+
+
+def test_what_another_process_does_meanwhile_is_not_left_out(swept, monkeypatch, capsys):
+    """Results are computed for a minute; whoever writes last may have looked first."""
+    last = pathlib.Path("swept/UL+LL, alpha 2, seed 0/greedy.evaluation.json")
+    kept = last.rename("kept.json")
+
+    def meanwhile(*arguments, **settings):
+        if kept.exists():
+            kept.rename(last)
+        return intervals(*arguments, **settings)
+
+    monkeypatch.setattr("tnt_jax.results.intervals", meanwhile)
+    settings = {"MASK_DECODING": True, "sweep.sweep.name": "meanwhile"}
+    sweep("swept", PROCESS_INDEX=0, NUM_PROCESSES=2, **settings)
+    assert json.loads(pathlib.Path("swept/meanwhile.json").read_text()) == swept
+    assert "not done yet" not in capsys.readouterr().out
 
 
 def test_the_frontier_waits_for_the_arms_of_other_processes(working_directory, capsys):

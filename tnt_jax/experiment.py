@@ -8,6 +8,7 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 import pathlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -137,6 +138,11 @@ class Experiment:
             )
 
 
+def _from_home(path: str) -> str:
+    """A path without `~`, once: what opens it expands that, what asks for it by name does not."""
+    return os.path.expanduser(path)  # noqa: PTH111 - Path's raises where there is no such home
+
+
 def _num_seen(train_prompts: Any, eval_prompts: Any) -> tuple[int, int]:
     """Evaluation prompts whose input is a training prompt's too; and how many there are."""
     if not isinstance(train_prompts, str) or not isinstance(eval_prompts, str):
@@ -160,16 +166,16 @@ class Opened:
 
     def __init__(self, settings: Experiment):
         self.settings = settings
-        self.root = pathlib.Path(settings.output_dir)
+        self.root = pathlib.Path(_from_home(settings.output_dir))
         records.check_directory(self.root, "OUTPUT_DIR")
         self._stages = stages.Stages(self.root)
-        run_config.write(settings.output_dir)
+        run_config.write(self.root)
         if settings.new_original is not None:
             self._make_original(settings.new_original)
             self.original = str(pretrained.find(str(self.root / "original" / "model")))
         else:
             assert settings.original_checkpoint_path is not None
-            self.original = settings.original_checkpoint_path
+            self.original = _from_home(settings.original_checkpoint_path)
         self._came_as = pretrained.open_checkpoint(self.original)
         self.annotator, self.vocabulary = settings.annotator(), settings.vocabulary()
         self.num_seen, num_prompts = _num_seen(settings.train_prompts, settings.eval_prompts)
@@ -218,7 +224,7 @@ class Opened:
     # ------------------------------------------------------------------------------------ Outputs
 
     def outputs_of(
-        self, name: str, checkpoint: str, prompts: Any, decoder: str, **settings: Any
+        self, name: str, checkpoint: str, prompts: Any, decoder: str, mask: Any | None = None
     ) -> str:
         """Generates and annotates; returns the annotated file.
 
@@ -227,7 +233,7 @@ class Opened:
           checkpoint: Of the model.
           prompts: A file (or glob) of records, or a `tasks.SeqioDataset`.
           decoder: Its name.
-          **settings: Further arguments of `generate.generate`.
+          mask: An annotator: what it knows is masked.
         """
         is_file = isinstance(prompts, str)
         generated = str(self.root / name / f"{decoder}.jsonl")
@@ -239,9 +245,10 @@ class Opened:
             settings={
                 "vocabulary": self.vocabulary,
                 "decoder": self.settings.decoders[decoder],
-                **settings,
             }
-            | ({} if is_file else {"prompts": prompts}),
+            | ({} if is_file else {"prompts": prompts})
+            | ({} if mask is None else {"mask": mask}),
+            version="" if mask is None else mask.description,  # as of `_annotated`
         )
         return self._annotated(name, generated, decoder, self.annotator)
 

@@ -39,6 +39,24 @@ class Expectations:
     cut: float
     bleu_margin: Mapping[str, float]
 
+    def check_names(self, arms: Sequence[str], decoders: Sequence[str]) -> None:
+        """Finds out, before the work, whether a run has what is expected of it.
+
+        Raises:
+          UsageError: It has no such arm or decoder.
+        """
+        for setting, names, of_run in (
+            ("arm", [self.arm], arms),
+            ("baseline", [self.baseline], arms),
+            ("bleu_margin", self.bleu_margin, decoders),
+        ):
+            if strange := [name for name in names if name not in of_run]:
+                raise UsageError(
+                    f"Expectations.{setting}: expected what this run has, {', '.join(of_run)}; "
+                    f"found {', '.join(strange)}. Change it, or set "
+                    "--gin.pipeline.pipeline.expectations=None."
+                )
+
 
 def pipeline(
     *,
@@ -68,6 +86,8 @@ def pipeline(
     if num_rounds < 1:
         raise UsageError(f"NUM_ROUNDS: expected at least 1, found {num_rounds}.")
     experiment.check_names([arm.name for arm in arms])
+    if expectations:
+        expectations.check_names([arm.name for arm in arms], list(experiment.decoders))
     opened = Opened(experiment)
     decoders = experiment.decoders
     training_outputs, original_outputs = opened.training_outputs, opened.original_outputs

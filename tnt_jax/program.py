@@ -227,6 +227,7 @@ def configure(
             # The place in the text that we made up tells the user nothing.
             reason = str(error).partition("\n  In bindings string")[0]
             raise UsageError(f"--gin.{name}={value}: {reason}") from None
+    _expand_home()
 
     function = getattr(module, function_name)
     try:
@@ -303,6 +304,18 @@ def parse_gin_file(
         readers[:] = own
 
 
+def _expand_home() -> None:
+    """`~/` at the start of a setting is the home folder.
+
+    A shell leaves it alone in `--gin.MODEL_DIR=~/run`, and of the libraries that open paths some
+    expand it and others make a folder of that name.
+    """
+    for bindings in gin_config._CONFIG.values():
+        for name, value in bindings.items():
+            if isinstance(value, str) and value.startswith("~/"):
+                bindings[name] = os.path.expanduser(value)  # noqa: PTH111 - a text as it is
+
+
 def _gin_folders(search_folders: Sequence[str | os.PathLike]) -> list[pathlib.Path]:
     return [pathlib.Path(), *map(pathlib.Path, search_folders), gin_text.ROOT, gin_text.GIN_CONFIGS]
 
@@ -364,7 +377,8 @@ class _Flags:
             "--gin.NAME",
             metavar="VALUE",
             help="one setting: a macro of a gin file (--gin.BATCH_SIZE=32) or an argument "
-            "(--gin.t5.T5Config.emb_dim=64); repeatable, wins over files. A text needs no quotes",
+            "(--gin.t5.T5Config.emb_dim=64); repeatable, wins over files. A text needs no quotes, "
+            "and ~/ at its start is the home folder",
         )
         bindings, others = [], []
         for argument in arguments:

@@ -25,6 +25,7 @@ from tnt_jax import (
     report_rows,
     run_config,
     run_log,
+    stages,
     text_metrics,
 )
 from tnt_jax.errors import UsageError
@@ -224,7 +225,7 @@ def _of_pipeline(
     files.note_settings(root / "operative_config.gin")
     pairs = []
     for arm, by_decoder in evaluations.items():
-        of_training = _training(files, root / "stages" / f"{arm}_train.json")
+        of_training = _training(files, stages.note_path(root, f"{arm}: train"))
         for decoder, evaluation in by_decoder.items():
             tokens = root / arm / f"{decoder}.tokens.jsonl"
             pairs.append(

@@ -14,11 +14,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from tnt_jax import preemption, run_config, run_log
+from tnt_jax import preemption, records, run_config, run_log
 from tnt_jax.errors import UsageError
 
 _running: contextvars.ContextVar[bool] = contextvars.ContextVar("running", default=False)
 _only_done: contextvars.ContextVar[bool] = contextvars.ContextVar("only_done", default=False)
+
+_NOT_LOCAL = "not a local file"  # named by its path alone
 
 
 class NotDoneError(Exception):
@@ -40,11 +42,16 @@ def is_running() -> bool:
     return _running.get()
 
 
+def note_path(root: pathlib.Path, name: str) -> pathlib.Path:
+    """The note of a stage of the run whose folder is `root`."""
+    return root / "stages" / f"{name.replace(': ', '_').replace(', ', '_')}.json"
+
+
 class Stages:
     """Runs stages, and remembers with what settings and inputs each one was run."""
 
     def __init__(self, root: pathlib.Path):
-        self._notes = root / "stages"
+        self._root = root
         self._said: set[str] = set()  # each once: arms share stages
 
     def run(
@@ -66,7 +73,7 @@ class Stages:
           name: Of the stage.
           function: Writes `output`, a file or a directory.
           output: Its path.
-          inputs: Files and directories that it reads, by argument.
+          inputs: Files (or globs) and directories that it reads, by argument.
           settings: Its other arguments.
           output_name: The argument that takes `output`.
           also_depends_on: Further files whose change makes it run again.
@@ -79,7 +86,7 @@ class Stages:
           NotDoneError: It has to be run, and `only_done` forbids it.
         """
         preemption.check()
-        note = self._note(name)
+        note = note_path(self._root, name)
         described = {
             "function": run_config.describe(function),
             "settings": run_config.describe(dict(settings)),
@@ -91,29 +98,26 @@ class Stages:
             found = json.loads(note.read_text("utf-8"))
             before = found if isinstance(found, dict) else {}
         is_same = before.get("described") == json.loads(json.dumps(described))
-        if is_same and before.get("done") and pathlib.Path(output).exists():
+        is_there = pathlib.Path(output).exists()
+        if is_same and before.get("done") and is_there:
             if name not in self._said and not _only_done.get():
                 run_log.log(f"[{self._number_of(name)}] {name}: done before, kept.")
             return
         if _only_done.get():
             raise NotDoneError(name)
-        if goes_on and not is_same and pathlib.Path(output).exists():
+        if goes_on and not is_same and is_there:
             if not before:
                 raise UsageError(
                     f"{name}: expected nothing, or what this run made, in {output}; found "
                     f"files, and no {note}. Set another OUTPUT_DIR, or delete the folder."
                 )
+            # Fits no settings: what an interruption leaves is not whole, nor to go on from.
+            run_log.write_json(str(note), {"described": None, "done": False})
             shutil.rmtree(output)
         run_log.log(f"[{self._number_of(name)}] {name}")
-        run_log.write_json(str(note), {"described": described, "done": False})
-        began = time.monotonic()
-        token = _running.set(True)
-        try:
+        spent = before.get("seconds", 0.0) if goes_on and is_same and is_there else 0.0
+        with _noted(note, described, spent):
             function(**{output_name: output}, **inputs, **settings)
-        finally:
-            _running.reset(token)
-        seconds = round(time.monotonic() - began, 1)
-        run_log.write_json(str(note), {"described": described, "done": True, "seconds": seconds})
         preemption.check()
 
     def _number_of(self, name: str) -> int:
@@ -121,23 +125,54 @@ class Stages:
         return len(self._said)
 
     def seconds(self, name: str) -> float | None:
-        """How long a stage took, if it is done."""
+        """How long a stage took, if it is done; what was stopped and went on, in all."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return json.loads(self._note(name).read_text("utf-8"))["seconds"]
+            note = json.loads(note_path(self._root, name).read_text("utf-8"))
+            return note["seconds"] if note["done"] else None
         return None
 
-    def _note(self, name: str) -> pathlib.Path:
-        return self._notes / f"{name.replace(': ', '_').replace(', ', '_')}.json"
+
+@contextlib.contextmanager
+def _noted(note: pathlib.Path, described: Mapping[str, Any], spent: float) -> Iterator[None]:
+    """Around a stage: notes whether it is done, and its seconds together with those `spent`."""
+
+    def write(is_done: bool) -> None:
+        seconds = round(spent + time.monotonic() - began, 1)
+        run_log.write_json(str(note), {"described": described, "done": is_done, "seconds": seconds})
+
+    began = time.monotonic()
+    write(False)
+    token = _running.set(True)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # what stopped it is worth more
+            write(False)
+        raise
+    finally:
+        _running.reset(token)
+    write(True)
 
 
 def _fingerprint(path: str) -> str:
-    """Changes when the file, or a file in the directory, does."""
+    """Changes when the file, a file in the folder, or one that the pattern matches, does."""
+    if records.is_remote(path):
+        return _NOT_LOCAL
     found = pathlib.Path(path)
     if found.is_dir():
         files = sorted(file for file in found.rglob("*") if file.is_file())
-        stats = [(str(file.relative_to(found)), file.stat().st_size) for file in files]
-        newest = max((file.stat().st_mtime_ns for file in files), default=0)
-        return hashlib.sha256(repr((stats, newest)).encode()).hexdigest()[:16]
+        stats = [(str(file.relative_to(found)), file.stat()) for file in files]
+        described = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+        return _digest(repr(described).encode())
     if found.is_file():
-        return hashlib.sha256(found.read_bytes()).hexdigest()[:16]
-    return "not a local file"  # a glob pattern, or in a bucket: named by its path alone
+        return _digest(found.read_bytes())
+    try:
+        files = records.matching_files(found)
+    except UsageError:  # the name of a model of Hugging Face's, say
+        return _NOT_LOCAL
+    contents = [(str(file), _digest(file.read_bytes())) for file in files]
+    return _digest(repr(contents).encode())
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

@@ -153,24 +153,30 @@ def sweep(
     began = time.monotonic()
     shared = _open(experiment, grids, mask_decoding, process_index, num_processes)
     shared.run_own(cells)
-    rows, num_missing = shared.collect(cells, task, choice_share)
-    # Seeds that are added for the frontier do not choose.
-    weights = results.choose(_of_decoder(rows["choice_rows"], shared.opened.first_decoder), cut)
-    if frontier_seeds and not num_missing:
-        best = {
-            row["objective"]
-            for row in _over_seeds(_of_weights(rows["choice_rows"], weights))
-            if row.get("is_pareto")
+    while True:
+        rows, num_missing = shared.collect(cells, task, choice_share)
+        # Seeds that are added for the frontier do not choose.
+        weights = results.choose(_of_decoder(rows["choice_rows"], shared.opened.first_decoder), cut)
+        arms = cells
+        if frontier_seeds and not num_missing:
+            best = {
+                row["objective"]
+                for row in _over_seeds(_of_weights(rows["choice_rows"], weights))
+                if row.get("is_pareto")
+            }
+            again = _with_seeds(cells, weights, {baseline, *best}, frontier_seeds)
+            shared.run_own(again, ", of the frontier")
+            arms = [*cells, *again]
+            rows, num_missing = shared.collect(arms, task, choice_share)
+        of_weights = _of_weights(rows["rows"], weights)
+        found = {
+            **rows,
+            "chosen": _chosen(shared.opened, of_weights, baseline, choice_share, num_resamples),
+            "settings": {"task": task, "cut": cut, "choice_share": choice_share},
         }
-        again = _with_seeds(cells, weights, {baseline, *best}, frontier_seeds)
-        shared.run_own(again, ", of the frontier")
-        rows, num_missing = shared.collect([*cells, *again], task, choice_share)
-    of_weights = _of_weights(rows["rows"], weights)
-    found = {
-        **rows,
-        "chosen": _chosen(shared.opened, of_weights, baseline, choice_share, num_resamples),
-        "settings": {"task": task, "cut": cut, "choice_share": choice_share},
-    }
+        # Other processes go on while this one computes: nobody may write less over more.
+        if num_processes == 1 or len(arms) - len(shared.done(arms)) >= num_missing:
+            break
     written = shared.opened.root / f"{name}.json"
     run_log.write_json(str(written), found)
     text = as_markdown(found, experiment.decoders)
@@ -223,6 +229,10 @@ class _Shared:
         for decoder in self.opened.settings.decoders:
             self.opened.evaluate(cell.name, checkpoint, decoder)
 
+    def done(self, cells: Sequence[_Cell]) -> list[_Cell]:
+        """Those that are done, whichever process ran them."""
+        return [cell for cell in cells if self._is_done(cell)]
+
     def _is_done(self, cell: _Cell) -> bool:
         with contextlib.suppress(stages.NotDoneError), stages.only_done():
             self._run(cell)
@@ -233,10 +243,9 @@ class _Shared:
         self, cells: Sequence[_Cell], task: str, choice_share: float
     ) -> tuple[dict[str, list[results.Row]], int]:
         """The rows of what is done, whichever process ran it; and how many arms are not."""
-        arms: dict[str, Mapping[str, Any]] = {
-            cell.name: cell.labels for cell in cells if self._is_done(cell)
-        }
-        num_missing = len(cells) - len(arms)
+        done = self.done(cells)
+        arms: dict[str, Mapping[str, Any]] = {cell.name: cell.labels for cell in done}
+        num_missing = len(cells) - len(done)
         if self.mask_decoding:
             arms[results.MASK] = {"objective": results.MASK, "alpha": None, "seed": 0}
         return _rows(self.opened, arms, task, choice_share), num_missing

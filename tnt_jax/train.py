@@ -19,6 +19,7 @@ Example:
 """
 
 import dataclasses
+import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -161,7 +162,8 @@ def train(
         eval_every=eval_every,
     )
     assembly.check_seed(seed)
-    pretrained.check_takes_checkpoints(epath.Path(model_dir).expanduser(), "MODEL_DIR")
+    model_dir = os.fspath(epath.Path(model_dir).expanduser())  # for all that write to it
+    pretrained.check_takes_checkpoints(epath.Path(model_dir), "MODEL_DIR")
     resume.check_allowed(allow_changes)
     _check_best(keep_best, checkpoint_every, eval_every if eval_dataset else None)
     if states_dir is not None and original != "cached":
