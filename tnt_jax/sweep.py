@@ -151,31 +151,16 @@ def sweep(
         for objective in grid.objectives:
             objectives.named(objective)  # a misspelt one is known now
     began = time.monotonic()
-    shared = _open(experiment, grids, mask_decoding, process_index, num_processes)
+    shared = _open(
+        experiment, grids, task, choice_share, mask_decoding, process_index, num_processes
+    )
     shared.run_own(cells)
     while True:
-        rows, num_missing = shared.collect(cells, task, choice_share)
-        # Seeds that are added for the frontier do not choose.
-        weights = results.choose(_of_decoder(rows["choice_rows"], shared.opened.first_decoder), cut)
-        arms = cells
-        if frontier_seeds and not num_missing:
-            best = {
-                row["objective"]
-                for row in _over_seeds(_of_weights(rows["choice_rows"], weights))
-                if row.get("is_pareto")
-            }
-            again = _with_seeds(cells, weights, {baseline, *best}, frontier_seeds)
-            shared.run_own(again, ", of the frontier")
-            arms = [*cells, *again]
-            rows, num_missing = shared.collect(arms, task, choice_share)
-        of_weights = _of_weights(rows["rows"], weights)
-        found = {
-            **rows,
-            "chosen": _chosen(shared.opened, of_weights, baseline, choice_share, num_resamples),
-            "settings": {"task": task, "cut": cut, "choice_share": choice_share},
-        }
+        found, arms, num_missing = _found(
+            shared, cells, cut, baseline, frontier_seeds, num_resamples
+        )
         # Other processes go on while this one computes: nobody may write less over more.
-        if num_processes == 1 or len(arms) - len(shared.done(arms)) >= num_missing:
+        if num_processes == 1 or shared.num_missing(arms) >= num_missing:
             break
     written = shared.opened.root / f"{name}.json"
     run_log.write_json(str(written), found)
@@ -201,6 +186,8 @@ class _Shared:
 
     opened: Opened
     training_outputs: Mapping[int, str]  # by the identity of a grid
+    task: str
+    choice_share: float
     mask_decoding: bool
     process_index: int
     num_processes: int
@@ -229,31 +216,63 @@ class _Shared:
         for decoder in self.opened.settings.decoders:
             self.opened.evaluate(cell.name, checkpoint, decoder)
 
-    def done(self, cells: Sequence[_Cell]) -> list[_Cell]:
-        """Those that are done, whichever process ran them."""
-        return [cell for cell in cells if self._is_done(cell)]
-
     def _is_done(self, cell: _Cell) -> bool:
         with contextlib.suppress(stages.NotDoneError), stages.only_done():
             self._run(cell)
             return True
         return False
 
-    def collect(
-        self, cells: Sequence[_Cell], task: str, choice_share: float
-    ) -> tuple[dict[str, list[results.Row]], int]:
-        """The rows of what is done, whichever process ran it; and how many arms are not."""
-        done = self.done(cells)
-        arms: dict[str, Mapping[str, Any]] = {cell.name: cell.labels for cell in done}
-        num_missing = len(cells) - len(done)
+    def num_missing(self, cells: Sequence[_Cell]) -> int:
+        """How many are not done, by whichever process."""
+        return sum(not self._is_done(cell) for cell in cells)
+
+    def rows(self, cells: Sequence[_Cell]) -> tuple[dict[str, list[results.Row]], int]:
+        """The rows of what is done, whichever process did it; and how many arms are not."""
+        arms: dict[str, Mapping[str, Any]] = {
+            cell.name: cell.labels for cell in cells if self._is_done(cell)
+        }
+        num_missing = len(cells) - len(arms)
         if self.mask_decoding:
             arms[results.MASK] = {"objective": results.MASK, "alpha": None, "seed": 0}
-        return _rows(self.opened, arms, task, choice_share), num_missing
+        return _rows(self.opened, arms, self.task, self.choice_share), num_missing
+
+
+def _found(
+    shared: _Shared,
+    cells: Sequence[_Cell],
+    cut: float,
+    baseline: str,
+    frontier_seeds: Sequence[int],
+    num_resamples: int,
+) -> tuple[dict[str, Any], Sequence[_Cell], int]:
+    """What a sweep writes, of which arms, and how many of these are not done.
+
+    The arms are those of `cells`, and those of the frontier with their seeds, once it is known.
+    """
+    rows, num_missing = shared.rows(cells)
+    # Seeds that are added for the frontier do not choose.
+    weights = results.choose(_of_decoder(rows["choice_rows"], shared.opened.first_decoder), cut)
+    if frontier_seeds and not num_missing:
+        best = {
+            row["objective"]
+            for row in _over_seeds(_of_weights(rows["choice_rows"], weights))
+            if row.get("is_pareto")
+        }
+        again = _with_seeds(cells, weights, {baseline, *best}, frontier_seeds)
+        shared.run_own(again, ", of the frontier")
+        cells = [*cells, *again]
+        rows, num_missing = shared.rows(cells)
+    of_weights = _of_weights(rows["rows"], weights)
+    chosen = _chosen(shared.opened, of_weights, baseline, shared.choice_share, num_resamples)
+    settings = {"task": shared.task, "cut": cut, "choice_share": shared.choice_share}
+    return {**rows, "chosen": chosen, "settings": settings}, cells, num_missing
 
 
 def _open(
     experiment: Experiment,
     grids: Sequence[Grid],
+    task: str,
+    choice_share: float,
     mask_decoding: bool,
     process_index: int,
     num_processes: int,
@@ -273,7 +292,9 @@ def _open(
             f"process 0 makes, with the same settings; stage '{error}' is not done. Start that one "
             "first."
         ) from None
-    return _Shared(opened, training, mask_decoding, process_index, num_processes)
+    return _Shared(
+        opened, training, task, choice_share, mask_decoding, process_index, num_processes
+    )
 
 
 def _training_outputs(opened: Opened, grid: Grid) -> str:
