@@ -253,6 +253,14 @@ def train(
         pack=pack,
         seed=seed,
     )
+    resume.check_alike(
+        run,
+        eval_dataset=feature_converters.digest(data.eval_examples),
+        train_steps=train_steps,
+        eval_every=eval_every,
+        checkpoint_every=checkpoint_every,
+        log_every=log_every,
+    )
     with (
         memory.explained(
             memory.of_training(trainer),
