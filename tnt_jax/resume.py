@@ -326,7 +326,7 @@ def _difference(name: str, before: Any, now: Any) -> str | None:
 
 
 def _without_path(adapters: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    return adapters and {key: adapters[key] for key in ("rank", "alpha")}
+    return None if adapters is None else {key: adapters[key] for key in ("rank", "alpha")}
 
 
 def _short(value: Any) -> str:
