@@ -33,7 +33,16 @@ import absl.logging
 import gin
 from gin import config as gin_config
 
-from tnt_jax import failures, gin_text, gin_types, gin_use, preemption, processes, quiet_tensorflow
+from tnt_jax import (
+    failures,
+    gin_text,
+    gin_types,
+    gin_use,
+    preemption,
+    processes,
+    quiet_tensorflow,
+    run_config,
+)
 from tnt_jax.errors import UsageError
 
 # ---------------------------------------------------------------------------------------------
@@ -209,6 +218,7 @@ def configure(
     for name, value in flags.bindings:
         settings.add_binding(name, value)
     settings.check(needs_all)
+    run_config.note_given(settings.files)
     unused = settings.unused_macros()
     if unused:
         print(f"{module_name}: warning: nothing reads {', '.join(unused)}", file=sys.stderr)

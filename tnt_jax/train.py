@@ -157,6 +157,7 @@ def train(
     )
     assembly.check_seed(seed)
     pretrained.check_takes_checkpoints(epath.Path(model_dir).expanduser(), "MODEL_DIR")
+    run_config.check_writable(model_dir, "MODEL_DIR", is_folder=True)
     resume.check_allowed(allow_changes)
     _check_best(keep_best, checkpoint_every, eval_every if eval_dataset else None)
     if states_dir is not None and original != "cached":
