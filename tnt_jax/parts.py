@@ -75,12 +75,7 @@ class Parts:
 
     def _take_over(self) -> None:
         """Makes the folder this work's: what is there is kept, or discarded."""
-        names = [file.name for file in self._folder.iterdir()] if self._folder.exists() else []
-        if strange := sorted(name for name in names if not _OURS.fullmatch(name)):
-            raise UsageError(
-                f"OUTPUT: expected nothing in {self._folder}, or the parts of an output that is "
-                f"not whole yet; found {strange[0]}. Move it away, or set another OUTPUT."
-            )
+        names = names_of_ours(self._folder)
         self._before: set[int] = set()
         found = None
         with contextlib.suppress(UsageError):
@@ -284,6 +279,21 @@ def opened(output: str, sizes: Sequence[int], work: Mapping[str, Any]) -> Iterat
         raise
     with preemption.deferred():  # half of the folder gone, all of the work would be done again
         parts.close(is_whole=True)
+
+
+def names_of_ours(folder: epath.Path) -> list[str]:
+    """What lies in a folder of parts, which may be deleted; nothing if it is not there.
+
+    Raises:
+        UsageError: something in it is not ours.
+    """
+    names = [file.name for file in folder.iterdir()] if folder.exists() else []
+    if strange := sorted(name for name in names if not _OURS.fullmatch(name)):
+        raise UsageError(
+            f"OUTPUT: expected nothing in {folder}, or the parts of an output that is not whole "
+            f"yet; found {strange[0]}. Move it away, or set another OUTPUT."
+        )
+    return names
 
 
 def sizes(num_steps: int, largest: int) -> list[int]:
