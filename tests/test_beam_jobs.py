@@ -85,6 +85,21 @@ def test_any_division_keeps_the_order_and_what_is_left_out(tmp_path, lines_per_p
     assert list(results) == [function(row) for row in rows]
 
 
+def test_what_a_job_that_was_stopped_has_left_goes(tmp_path, lexicon):
+    folder = tmp_path / "out.jsonl.parts"
+    folder.mkdir()
+    for name in ("0.jsonl", "7.mistake", ".1.jsonl.0123abcd.unfinished"):
+        (folder / name).write_text("of before")
+    annotate.annotate(
+        output=str(tmp_path / "out.jsonl"),
+        input=write_inputs(tmp_path),
+        annotator=lexicon,
+        beam_options=OPTIONS,
+    )
+    assert len(records.read_records(tmp_path / "out.jsonl")) == 2503
+    assert not folder.exists()
+
+
 def test_mistakes_are_those_of_the_loop(tmp_path, lexicon):
     good = '{"inputs": "x", "targets": "rat"}\n'
     for content, message in (

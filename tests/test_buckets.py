@@ -8,7 +8,7 @@ import pytest
 from etils.epath import gpath
 from fsspec.implementations.memory import MemoryFileSystem
 
-from tnt_jax import records, run_config, run_log
+from tnt_jax import records, run_config, run_log, tasks, tfrecords
 from tnt_jax.errors import UsageError
 
 
@@ -72,6 +72,17 @@ def test_what_fails_half_way_leaves_nothing(bucket):
     with pytest.raises(ZeroDivisionError):
         records.write_records("gs://b/a.jsonl", rows())
     assert bucket() == {}
+
+
+def test_lengths_of_tfrecords_are_checked_there_too(bucket):
+    """TensorFlow has its own way to a bucket, which ends in Google's."""
+    tfrecords.write("gs://b/a.tfrecord", ROWS)
+    tfrecords._check_lengths(records.path_of("gs://b/a.tfrecord"))
+    content = bucket()["/b/a.tfrecord"]
+    records.path_of("gs://b/cut.tfrecord").write_bytes(content[:-1])
+    message = rf"^gs://b/cut\.tfrecord: damaged.* ends at {len(content)}, the file at"
+    with pytest.raises(UsageError, match=message):
+        tasks.read_record_files("gs://b/cut.tfrecord")
 
 
 def test_settings_are_written_beside_the_output(bucket, monkeypatch):

@@ -155,6 +155,17 @@ def test_every_so_many_and_the_best_stay_too(tmp_path):
     assert pretrained.find(str(tmp_path)).name == "checkpoint_8"
 
 
+def test_what_is_no_number_is_never_the_best(tmp_path):
+    state = make_state(mesh_of(model=1), optax.sgd(1e-3))
+    losses = {1: 0.5, 2: 0.9, 3: float("nan"), 4: 0.8, 5: float("-inf"), 6: None, 7: 0.7}
+    with checkpoints.Checkpoints(str(tmp_path), keep=1, keep_best="loss") as saved:
+        for step, loss in losses.items():
+            metrics = {} if loss is None else {"loss": loss}
+            saved.save(state.replace(step=jnp.int32(step)), RUN, metrics)
+            assert saved.best_step() == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint_1", "checkpoint_7"}
+
+
 @pytest.mark.parametrize("num_devices", [1, 2])
 def test_a_state_goes_to_fewer_devices_and_back(num_devices, tmp_path):
     state = make_state(mesh_of(model=2), adafactor())

@@ -714,3 +714,44 @@ def test_what_is_read_is_not_written_over(mistake, run_name, settings, setting):
         "written over. Choose another."
     )
     assert mine.read_text() == record()
+
+
+ANNOTATE = {"RECORDS": "original.annotated.jsonl"}
+TRAIN_IN = {"MODEL_DIR": "new", "RECORDS": "original.annotated.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("run_name", "settings", "setting", "file"),
+    [
+        ("annotate", {"OUTPUT": "kept", **ANNOTATE}, "OUTPUT", "kept.gin"),
+        ("annotate", {"OUTPUT": "kept.gin", **ANNOTATE}, "OUTPUT", "kept.gin"),
+        ("generate", {"OUTPUT": "kept", "CHECKPOINT_PATH": "original"}, "OUTPUT", "kept.gin"),
+        ("train", TRAIN_IN, "MODEL_DIR", "new/operative_config.gin"),
+        (
+            "pipeline",
+            {"OUTPUT_DIR": "new", "TRAIN_STEPS": 1},
+            "OUTPUT_DIR",
+            "new/operative_config.gin",
+        ),
+    ],
+)
+def test_a_gin_file_is_not_written_over(mistake, run_name, settings, setting, file):
+    """Also where another one includes it."""
+    mine = pathlib.Path(file)
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("# Mine.\n")
+    pathlib.Path("outer.gin").write_text(f'include "./{file}"\n')
+    message = f"{setting}: expected a place of its own for the "
+    for gin_file in (file, "outer.gin"):
+        refused = mistake(run_name, settings, [gin_file])
+        assert refused.startswith(message)
+        assert f", found {file}, which is a gin file of this run" in refused
+    assert mine.read_text() == "# Mine.\n"
+
+
+def test_a_gin_file_that_a_run_has_written_may_be_its_own_again():
+    settings = {**ANNOTATE, "OUTPUT": "repeated.jsonl"}
+    assert rooms.run("annotate", settings) == 0
+    written = pathlib.Path("repeated.jsonl.gin").read_text()
+    assert rooms.run("annotate", settings, ["repeated.jsonl.gin"]) == 0
+    assert pathlib.Path("repeated.jsonl.gin").read_text() == written

@@ -13,7 +13,7 @@ import rooms
 import several
 from hypothesis import strategies as st
 
-from tnt_jax import annotate, annotators, parts, records
+from tnt_jax import annotate, annotators, beam_jobs, parts, records
 from tnt_jax.errors import UsageError
 
 ALONE = {"TNT_JAX_DISTRIBUTED": ""}
@@ -153,8 +153,11 @@ def test_a_part_that_vanishes_is_named(two_of_three, when):
 
 def test_a_folder_of_others_is_left_alone(two_of_three):
     (two_of_three / "thesis.txt").write_text("mine")
-    with pytest.raises(UsageError, match=r"expected nothing in three\.jsonl\.parts, or .*thesis"):
+    message = r"expected nothing in .*three\.jsonl\.parts, or .*thesis"
+    with pytest.raises(UsageError, match=message):
         do("three.jsonl", [2], {"seed": 2})
+    with pytest.raises(UsageError, match=message):  # before Beam is looked for
+        list(beam_jobs.map_records(lambda row: row, "few.jsonl", "three.jsonl", []))
     assert (two_of_three / "thesis.txt").read_text() == "mine"
     assert part_files("three.jsonl") == ["00000.jsonl", "00001.jsonl"]
 

@@ -1,6 +1,7 @@
 """Training in several processes, which really run here: as one would, and as if none had died."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -103,6 +104,51 @@ def test_a_run_that_is_stopped_and_then_loses_a_process_ends_as_the_undisturbed_
     with several.running("train", RUN, 2, "again") as run:
         assert run.end() == [0, 0], run.said(1)
     assert kill_and_resume.difference(two, pathlib.Path("model")) is None
+
+
+# Each has the same command line, and further settings of its own.
+TRAIN = """
+import json, os, sys
+from tnt_jax import processes, program
+
+arguments, own = map(json.loads, sys.argv[1:])
+arguments += own[int(os.environ["JAX_PROCESS_ID"])]
+program.run("tnt_jax.train", "train", arguments, processes_run=processes.Kind.TOGETHER)
+"""
+
+
+def train_apart(name, *own):
+    """Trains in as many processes as there are lists of settings; all fail, before an update."""
+    arguments = rooms.arguments("train", {**RUN, "MODEL_DIR": name})
+    command = ["-c", TRAIN, json.dumps(arguments), json.dumps(own)]
+    with several.Processes(command, len(own), name) as run:
+        statuses = run.end()
+    assert not pathlib.Path(name).exists()
+    return statuses, [run.said(index) for index in range(len(own))]
+
+
+def test_processes_that_have_other_files_do_not_train_on_a_mixture():
+    stale = [dataclasses.replace(row, negative_spans=()) for row in rooms.marked_corpus()]
+    records.write_records("stale.jsonl", [*rooms.marked_corpus()[:30], *stale[30:]])
+    statuses, said = train_apart(
+        "mixed", ["--gin.CHECKPOINT_EVERY=5"], ["--gin.RECORDS=stale.jsonl"]
+    )
+    assert statuses == [2, 2], said
+    message = (
+        "expected the same data and settings in all 2 processes, found others in some: data "
+        "(RECORDS), checkpoint_every. Start all of them alike, with the same files"
+    )
+    assert all(message in text for text in said)
+
+
+def test_a_mistake_in_the_file_of_one_process_ends_the_other_in_a_line():
+    clean = [dataclasses.replace(row, negative_spans=()) for row in rooms.marked_corpus()]
+    records.write_records("clean.jsonl", clean)
+    statuses, said = train_apart("unmarked", ["--gin.RECORDS=clean.jsonl"], [])
+    assert statuses == [2, 1], said
+    assert "needs marked tokens, but none of the 60 examples has one" in said[0]
+    assert "another process of this run has ended: what it printed says why." in said[1]
+    assert "stack trace" not in said[1]
 
 
 def test_each_process_holds_its_own_rows_and_all_of_them_are_held_once(two):

@@ -153,6 +153,19 @@ def test_runs_with_its_settings(run):
     assert out == "ANN!! Voice(pitch=5, words=('hello',)) /tmp/x None\n"
 
 
+def test_a_terminal_without_utf_8_ends_no_run(toy):
+    environment = {**os.environ, "PYTHONPATH": f"{toy}{os.pathsep}{ROOT}"}
+    done = subprocess.run(
+        [sys.executable, "-m", "toy", *GIVEN, "--gin.NAME=Zo\u00eb \u00b1"],
+        env={**environment, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(r"ZO\xcb \xb1! ")
+
+
 def test_python_dash_m(toy):
     """The real thing, once: the function that gin files name is the one that runs."""
     environment = {**os.environ, "PYTHONPATH": f"{toy}{os.pathsep}{ROOT}"}

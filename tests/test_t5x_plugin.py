@@ -463,12 +463,12 @@ def test_the_feature_converter_gives_our_model_features(task):
 
 
 def test_the_feature_converter_takes_mixtures_and_plain_tasks(task):
-    """Features that a task lacks: nothing is marked, and there is loss everywhere."""
+    """Features that a task lacks: nothing is marked, and there is loss everywhere; an int as id."""
     seqio.TaskRegistry.add(
         "plain",
         source=seqio.FunctionDataSource(
             lambda split, shuffle_files, seed=None: tf.data.Dataset.from_tensors(
-                {"inputs": "ab", "targets": "c"}
+                {"id": 7, "inputs": "ab", "targets": "c"}
             ),
             splits=("train",),
         ),

@@ -475,6 +475,32 @@ def test_prompts_are_the_texts_or_else_decoded(vocabulary, tmp_path):
     ]
 
 
+@pytest.mark.parametrize("marked", [False, True])
+def test_ids_may_be_numbers_and_repeat(vocabulary, marked, capsys):
+    """As TFDS has them, and as the tasks of a mixture have the same ones."""
+    rows = [{"id": number, "inputs": "the city", "targets": "the city"} for number in (7, 8, 7)]
+    texts = {name: tf.TensorSpec([], tf.string) for name in ("inputs", "targets")}
+    features = ["inputs", "targets"]
+    for name in ("one", "other"):
+        seqio.TaskRegistry.add(
+            name,
+            source=of_rows(rows, id=tf.TensorSpec([], tf.int64), **texts),
+            preprocessors=[tasks.tokenize_and_mark if marked else seqio.preprocessors.tokenize],
+            output_features=tasks.record_features(vocabulary)
+            if marked
+            else {name: seqio.Feature(vocabulary, add_eos=False) for name in features},
+        )
+    seqio.MixtureRegistry.add("both", ["one", "other"], default_rate=1.0)
+    examples = tasks.load_examples("one", LENGTHS, "train")
+    assert [example.id for example in examples] == ["7", "8", "7"]
+    found = tasks.prompts_from_task("both", "train")
+    places = ["one/train:2", "other/train:0", "other/train:1", "other/train:2"]
+    assert [prompt.id for prompt in found] == ["7", "8", *places]
+    assert {prompt.inputs for prompt in found} == {"the city"}
+    said = "both: 4 of 6 prompts have an id that was used before; in place of it they have"
+    assert said in capsys.readouterr().out
+
+
 # --- The tasks of the paper -----------------------------------------------------------------------
 
 

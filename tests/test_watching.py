@@ -214,8 +214,13 @@ def test_adapters_speak_to_the_prompts_of_a_file(original):
 
 
 def test_a_run_that_died_shows_every_update_once(watched):
-    """It died after update 5, with a checkpoint at 2: it computes 3, 4 and 5 again."""
+    """It died after update 5, with a checkpoint at 2: it computes 3, 4 and 5 again.
+
+    A full disk had cut the last line of its samples within a character.
+    """
     shutil.copytree("watched", "died")
+    with pathlib.Path("died/samples.jsonl").open("ab") as file:
+        file.write('{"step": 6, "samples": [{"inputs": "ü'.encode()[:-1])
     for step in (4, 5):
         shutil.rmtree(f"died/checkpoint_{step}")
     settings = {**SAMPLES, **EVALUATION, "LOG_EVERY": 2, "CHECKPOINT_EVERY": 2, "TRAIN_STEPS": 5}

@@ -77,6 +77,7 @@ def annotate(
             f"{processes.count()}. Unset {processes.VARIABLE}, or leave beam_options at None."
         )
     records.check_writable(output, "OUTPUT", {"RECORDS": input})
+    run_config.check_writable(output, "OUTPUT")
     if vocabulary is not None:
         tokenization.check_vocabulary(vocabulary)
     elif annotator.everywhere():

@@ -13,8 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
+from etils import epath
+
 from tnt_jax import records, run_log
 from tnt_jax.errors import UsageError
+from tnt_jax.parts import names_of_ours
 from tnt_jax.records import Record
 
 LINES_PER_PART = 1000  # seconds of work for a slow annotator: little is lost with a worker
@@ -48,8 +51,11 @@ def map_records(
       lines_per_part: Lines that one worker takes at a time.
 
     Raises:
-      UsageError: Beam is not installed, the input has a mistake, or the function found one.
+      UsageError: The folder holds what is not ours, Beam is not installed, the input has a mistake,
+        or the function found one.
     """
+    folder = pathlib.Path(f"{output}.parts").absolute()
+    names_of_ours(epath.Path(folder))
     try:
         import apache_beam  # pyright: ignore[reportMissingImports]
         from apache_beam.options import (  # pyright: ignore[reportMissingImports]
@@ -62,7 +68,6 @@ def map_records(
             "pip install --no-deps apache-beam==2.77.0"
         ) from error
     parts = _divide(input, lines_per_part)
-    folder = pathlib.Path(f"{output}.parts").absolute()
     shutil.rmtree(folder, ignore_errors=True)  # of a job that was stopped
     folder.mkdir(parents=True)
     try:

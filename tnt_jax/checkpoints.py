@@ -187,7 +187,9 @@ def _retention(
         kept.append(policies.EveryNSteps(keep_every))
 
     def metric(metrics: Mapping[str, float | int]) -> float:
-        return metrics.get(keep_best or "", math.inf)
+        value = metrics.get(keep_best or "", math.inf)
+        # NaN is neither below nor above another: sorted, it may stand before what is best.
+        return value if math.isfinite(value) else math.inf
 
     if keep_best is not None:
         best = policies.BestN(

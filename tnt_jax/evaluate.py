@@ -97,6 +97,7 @@ def evaluate(
     """
     reads = {"ORIGINAL_RECORDS": original_records, "CURRENT_RECORDS": current_records}
     records.check_writable(output, "OUTPUT", reads)
+    run_config.check_writable(output, "OUTPUT")
     if tokens_output is not None:
         records.check_writable(tokens_output, "TOKENS_OUTPUT", reads)
         if certificate is None:

@@ -168,6 +168,7 @@ class Opened:
         self.settings = settings
         self.root = pathlib.Path(_from_home(settings.output_dir))
         records.check_directory(self.root, "OUTPUT_DIR")
+        run_config.check_writable(self.root, "OUTPUT_DIR", is_folder=True)
         self._stages = stages.Stages(self.root)
         run_config.write(self.root)
         if settings.new_original is not None:

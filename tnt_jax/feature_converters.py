@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -195,6 +195,11 @@ def feature_shapes(
         [example], 1, task_feature_lengths, seed=0, num_negative_ids=num_negative_ids, pack=pack
     )
     return {name: (batch_size, *rows.shape[1:]) for name, rows in batches.batch(0).items()}
+
+
+def id_of(value: Any) -> str:
+    """The id of an example as a task of seqio has it: a text, or a number."""
+    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def digest(examples: Sequence[Example]) -> str:

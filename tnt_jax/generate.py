@@ -100,6 +100,7 @@ def generate(
     records.check_writable(
         output, "OUTPUT", {"PROMPTS": prompts if isinstance(prompts, str) else None}
     )
+    run_config.check_writable(output, "OUTPUT")
     mesh = sharding.make_mesh(mesh_shape or sharding.MeshShape(), jax.local_devices())
     sharding.check_batch_size(batch_size, 1, mesh)
     memory.check_batch(batch_size, task_feature_lengths["inputs"] + decoder.max_length)

@@ -43,11 +43,13 @@ class Settings:
 
     Attributes:
         values: by key ("MODEL_DIR", "t5.T5Config.emb_dim"), the last value; references are None.
+        files: all that were read.
     """
 
     def __init__(self, folders: Sequence[pathlib.Path]):
         self._folders = folders
         self.values: dict[str, Any] = {}
+        self.files: list[pathlib.Path] = []
         self._texts: dict[str, str] = {}  # macro -> its value, as the gin file has it
         self._defined: dict[str, pathlib.Path] = {}  # macro -> gin file
         self._read: dict[str, str] = {}  # macro -> who reads it
@@ -65,6 +67,7 @@ class Settings:
         if path in self._open_files:
             raise UsageError(f"{given_by}: {path} includes itself")
         self._open_files.append(path)
+        self.files.append(path)
         try:
             self._add_text(path.read_text("utf-8"), path)
         except SyntaxError as error:

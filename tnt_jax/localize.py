@@ -133,6 +133,7 @@ def localize(
         raise UsageError(f"NUM_FOLDS: expected at least 2, found {num_folds}.")
     assembly.check_seed(seed)
     records.check_writable(output, "OUTPUT", {"RECORDS": input})
+    run_config.check_writable(output, "OUTPUT")
     training = training or sequence_values.Training()
     threshold = threshold or sequence_values.Threshold()
     rows = records.read_records(input)

@@ -65,8 +65,7 @@ class Parts:
         self.new_counts: collections.Counter[str] = collections.Counter()
         if processes.index() == 0:
             self._take_over()
-        _meet("open")
-        self._check_is_shared()
+        self._check_is_shared(processes.gather(f"open {next(_barriers)}", self._identity))
         own = range(processes.index(), len(sizes), processes.count())
         # The first process has looked before another one could add to it.
         self._before = self._before if processes.index() == 0 else self._done()
@@ -76,12 +75,7 @@ class Parts:
 
     def _take_over(self) -> None:
         """Makes the folder this work's: what is there is kept, or discarded."""
-        names = [file.name for file in self._folder.iterdir()] if self._folder.exists() else []
-        if strange := sorted(name for name in names if not _OURS.fullmatch(name)):
-            raise UsageError(
-                f"OUTPUT: expected nothing in {self._folder}, or the parts of an output that is "
-                f"not whole yet; found {strange[0]}. Move it away, or set another OUTPUT."
-            )
+        names = names_of_ours(self._folder)
         self._before: set[int] = set()
         found = None
         with contextlib.suppress(UsageError):
@@ -105,9 +99,14 @@ class Parts:
         self._folder.mkdir(parents=True, exist_ok=True)
         run_log.write_json(self._folder / _OF, self._of)
 
-    def _check_is_shared(self) -> None:
-        """Whether what the first process has written is here, and is of this work."""
+    def _check_is_shared(self, identities: Sequence[str]) -> None:
+        """Whether what the first process has written is here, and is of the work of all."""
         if processes.index() == 0:
+            if len({*identities}) > 1:
+                raise UsageError(
+                    "expected the same settings and inputs in all processes, found others in some, "
+                    "which say what they are. Start all processes alike, with the same files."
+                )
             return
         _until(lambda: (self._folder / _OF).exists())
         try:
@@ -126,12 +125,7 @@ class Parts:
 
     def _changes(self, found: Mapping[str, Any]) -> str:
         """The names of what is not as `of.json` says."""
-        nothing = object()
-        return ", ".join(
-            name
-            for name in {**self._of, **found}
-            if self._of.get(name, nothing) != found.get(name, nothing)
-        )
+        return ", ".join(processes.differing(self._of, found))
 
     def _where(self) -> str:
         return (
@@ -285,6 +279,21 @@ def opened(output: str, sizes: Sequence[int], work: Mapping[str, Any]) -> Iterat
         raise
     with preemption.deferred():  # half of the folder gone, all of the work would be done again
         parts.close(is_whole=True)
+
+
+def names_of_ours(folder: epath.Path) -> list[str]:
+    """What lies in a folder of parts, which may be deleted; nothing if it is not there.
+
+    Raises:
+        UsageError: something in it is not ours.
+    """
+    names = [file.name for file in folder.iterdir()] if folder.exists() else []
+    if strange := sorted(name for name in names if not _OURS.fullmatch(name)):
+        raise UsageError(
+            f"OUTPUT: expected nothing in {folder}, or the parts of an output that is not whole "
+            f"yet; found {strange[0]}. Move it away, or set another OUTPUT."
+        )
+    return names
 
 
 def sizes(num_steps: int, largest: int) -> list[int]:

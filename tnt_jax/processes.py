@@ -9,12 +9,15 @@ starts all of them again. How soon, TNT_JAX_HEARTBEAT_SECONDS says; where they c
 mostly at once.
 """
 
+import contextlib
 import enum
 import os
 import re
 import sys
 import threading
+import time
 from collections.abc import Mapping
+from typing import Any
 
 from tnt_jax.errors import ProcessLost, UsageError
 
@@ -22,6 +25,7 @@ VARIABLE = "TNT_JAX_DISTRIBUTED"
 _ADDRESS, _NUMBER, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 _HEARTBEAT = "TNT_JAX_HEARTBEAT_SECONDS"
 _LONGEST_WORK = 7 * 24 * 3600  # seconds: what a process waits for another that is alive
+_MISTAKEN = "tnt_jax/mistaken/"  # where a process notes that it ends with an error
 
 
 class Kind(enum.Enum):
@@ -145,6 +149,40 @@ def wait_for_all(place: str, seconds: float = _LONGEST_WORK) -> None:
         raise ProcessLost(f"waited for the other processes in vain: {reason}") from failures[0]
 
 
+def gather(place: str, said: str) -> list[str]:
+    """What every process says at a place, in their order.
+
+    Args:
+      place: A name, the same in each process, used once.
+      said: By this one.
+
+    Raises:
+      ProcessLost: A process has ended with an error before it came here.
+    """
+    if count() == 1:
+        return [said]
+    from orbax.checkpoint import multihost
+
+    client = multihost.get_jax_distributed_client()
+    folder = f"tnt_jax/{place}/"
+    client.key_value_set(f"{folder}{index()}", said)
+    while True:
+        # Looked for first: whoever has said something here may find its mistake in the answers.
+        mistaken = client.key_value_dir_get(_MISTAKEN)
+        found = dict(client.key_value_dir_get(folder))
+        if len(found) == count():
+            return [found[f"{folder}{number}"] for number in range(count())]
+        if mistaken:
+            raise ProcessLost(_has_ended("it ended with an error"))
+        time.sleep(0.2)
+
+
+def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The names of what two mappings do not have alike."""
+    nothing = object()
+    return [name for name in {**one, **other} if one.get(name, nothing) != other.get(name, nothing)]
+
+
 def lost(error: BaseException) -> str | None:
     """What an error says if it says that another process has gone; None if it does not."""
     # What JAX's runtime raises is one of these. A path that does not work may have any name.
@@ -152,11 +190,15 @@ def lost(error: BaseException) -> str | None:
         return None
     text = _first_line(error)
     if re.search(r"Gloo|[Cc]oordination|Barrier|heartbeat|NCCL.*remote", text):
-        return (
-            f"another process of this run has ended: what it printed says why. Start all "
-            f"{count()} again; they go on from what is saved. ({text[:200]})"
-        )
+        return _has_ended(text[:200])
     return None
+
+
+def _has_ended(reason: str) -> str:
+    return (
+        f"another process of this run has ended: what it printed says why. Start all {count()} "
+        f"again; they go on from what is saved. ({reason})"
+    )
 
 
 def end(status: int, seconds: float = 10) -> None:
@@ -166,12 +208,22 @@ def end(status: int, seconds: float = 10) -> None:
     """
     if count() == 1:
         return
+    if status in (1, 2):  # of a stop, all are told by whoever stops them
+        _note_mistake()
     try:
         wait_for_all("end", seconds)  # a mistake that all of them find: each has its say
     except ProcessLost:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def _note_mistake() -> None:
+    """For those who wait in `gather`."""
+    from orbax.checkpoint import multihost
+
+    with contextlib.suppress(RuntimeError):  # whoever keeps the notes has gone
+        multihost.get_jax_distributed_client().key_value_set(f"{_MISTAKEN}{index()}", "")
 
 
 def _jax_of_several():

@@ -18,6 +18,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import io
 import itertools
 import logging
 import os
@@ -33,7 +34,16 @@ import absl.logging
 import gin
 from gin import config as gin_config
 
-from tnt_jax import failures, gin_text, gin_types, gin_use, preemption, processes, quiet_tensorflow
+from tnt_jax import (
+    failures,
+    gin_text,
+    gin_types,
+    gin_use,
+    preemption,
+    processes,
+    quiet_tensorflow,
+    run_config,
+)
 from tnt_jax.errors import UsageError
 
 # ---------------------------------------------------------------------------------------------
@@ -75,6 +85,13 @@ def _drop_reads_left_alone() -> None:
     sys.unraisablehook = hook
 
 
+def _spell_out_what_cannot_be_printed() -> None:
+    """A locale without UTF-8 has no sign for much of what models say; no run ends for that."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def run(
     module_name: str,
     function_name: str,
@@ -106,6 +123,7 @@ def run(
     for handler in logging.getLogger().handlers:
         handler.addFilter(_is_not_said_twice)
     _drop_reads_left_alone()
+    _spell_out_what_cannot_be_printed()
     preemption.install()
     given = sys.argv[1:] if arguments is None else arguments
     seconds = 10.0
@@ -209,6 +227,7 @@ def configure(
     for name, value in flags.bindings:
         settings.add_binding(name, value)
     settings.check(needs_all)
+    run_config.note_given(settings.files)
     unused = settings.unused_macros()
     if unused:
         print(f"{module_name}: warning: nothing reads {', '.join(unused)}", file=sys.stderr)

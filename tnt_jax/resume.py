@@ -15,6 +15,7 @@ The item `run` of a checkpoint is a JSON object:
     health          the last losses and the updates that were left out (`run_health`)
 """
 
+import hashlib
 import importlib.metadata
 import json
 import platform
@@ -24,7 +25,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from tnt_jax import assembly, checkpoints, original_setup, run_config, run_log, train_step
+from tnt_jax import (
+    assembly,
+    checkpoints,
+    original_setup,
+    processes,
+    run_config,
+    run_log,
+    train_step,
+)
 from tnt_jax.array_types import PyTree
 from tnt_jax.errors import UsageError
 
@@ -107,6 +116,36 @@ def _describe_vocabulary(vocabulary: Any) -> dict[str, Any]:
     # Others are told apart by what they are: what else they hold may be anything.
     kind = type(vocabulary)
     return {"class": f"{kind.__module__}.{kind.__qualname__}", "size": vocabulary.vocab_size}
+
+
+def check_alike(run: Mapping[str, Any], **more: Any) -> None:
+    """Compares what all processes are about to do: each has read its files for itself.
+
+    Args:
+      run: From `describe`.
+      **more: What else all must have alike, JSON values.
+
+    Raises:
+      UsageError: In all processes: something differs.
+    """
+    if processes.count() == 1:
+        return
+    own = {**run, **more}
+    # Paths may differ, where the files are the same.
+    for name in ("config", "versions"):
+        own.pop(name)
+    own["adapters"] = _without_path(own.get("adapters"))
+    texts = {name: json.dumps(value, sort_keys=True) for name, value in own.items()}
+    digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    said = [json.loads(text) for text in processes.gather("alike", json.dumps(digests))]
+    differing = dict.fromkeys(name for of in said for name in processes.differing(said[0], of))
+    if differing:
+        names = [f"{name} ({COMPARED[name]})" if name in COMPARED else name for name in differing]
+        raise UsageError(
+            f"expected the same data and settings in all {len(said)} processes, found others in "
+            f"some: {', '.join(names)}. Start all of them alike, with the same files: in one place "
+            "that all see (gs://, or a folder that their hosts share), or the same on every host."
+        )
 
 
 class Start(NamedTuple):
@@ -269,7 +308,7 @@ def _difference(name: str, before: Any, now: Any) -> str | None:
         was, found = (f"{x['num_examples']} examples (digest {x['digest']})" for x in (before, now))
         return f"{label} was {was}, is {found}"
     if name == "adapters":
-        before, now = (x and {key: x[key] for key in ("rank", "alpha")} for x in (before, now))
+        before, now = _without_path(before), _without_path(now)
     if before == now:
         return None
     if isinstance(before, dict) and isinstance(now, dict):
@@ -284,6 +323,10 @@ def _difference(name: str, before: Any, now: Any) -> str | None:
         return f"{label}: {', '.join(changed)}" if changed else None
     was, found = ("none" if value is None else _short(value) for value in (before, now))
     return f"{label} was {was}, is {found}"
+
+
+def _without_path(adapters: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    return None if adapters is None else {key: adapters[key] for key in ("rank", "alpha")}
 
 
 def _short(value: Any) -> str:

@@ -10,8 +10,9 @@ import json
 import math
 import os
 import pathlib
+import re
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import gin
@@ -20,6 +21,47 @@ import numpy as np
 from etils import epath
 
 from tnt_jax import records, run_log
+from tnt_jax.errors import UsageError
+
+_given: list[pathlib.Path] = []  # gin files of this process
+
+
+def note_given(files: Iterable[pathlib.Path]) -> None:
+    """Notes the gin files that this process was given, with those that they include."""
+    _given[:] = (file.absolute() for file in files)
+
+
+def check_writable(path: str | os.PathLike, setting: str, *, is_folder: bool = False) -> None:
+    """Finds out, before the work, whether an output, or what `write` writes, replaces a gin file.
+
+    One that `write` has written may be replaced: its settings are read, and written again.
+
+    Args:
+        path: of the output.
+        setting: that names it, for messages.
+        is_folder: whether the output is one.
+
+    Raises:
+        UsageError: it would replace a gin file of this process.
+    """
+    if records.is_remote(path):
+        return
+    output = pathlib.Path(path)
+    beside = _file_of(output, is_folder)
+    for file in (output, beside):
+        if not file.is_file() or not any(map(file.samefile, _given)):
+            continue
+        if file == beside and _AS_WRITTEN.search(file.read_text("utf-8")):
+            continue
+        what = "the settings of the run" if file == beside else "the output"
+        raise UsageError(
+            f"{setting}: expected a place of its own for {what}, found {file}, which is a gin file "
+            f"of this run: it would be written over. Set another {setting}, or rename the gin file."
+        )
+
+
+# The headings of `text`.
+_AS_WRITTEN = re.compile(r"^# (Macros|Parameters for \S+):\n# =+$", re.MULTILINE)
 
 
 def write(path: str | os.PathLike) -> None:
@@ -36,9 +78,12 @@ def write(path: str | os.PathLike) -> None:
     if settings is None:
         return
     output = records.path_of(path)
-    is_folder = output.is_dir()
-    file = output / "operative_config.gin" if is_folder else output.with_name(f"{output.name}.gin")
-    run_log.write_text(file, settings)
+    run_log.write_text(_file_of(output, output.is_dir()), settings)
+
+
+def _file_of(output: Any, is_folder: bool) -> Any:
+    """Where the settings go, as a path of the same kind."""
+    return output / "operative_config.gin" if is_folder else output.with_name(f"{output.name}.gin")
 
 
 def text() -> str | None:

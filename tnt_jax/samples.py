@@ -181,8 +181,9 @@ class Samples:
             return None
         prompts = zip(self._speaker.prompts, self._speaker.inputs, strict=True)
         asked = [(prompt.id, inputs) for prompt, inputs in prompts]
-        for line in path.read_text().split("\n"):
-            with contextlib.suppress(ValueError):  # half a line
+        # As `StepLines` reads it: whatever a crash left, half a character too.
+        for line in path.read_bytes().decode("utf-8", "replace").split("\n"):
+            with contextlib.suppress(ValueError, KeyError, TypeError):
                 samples = json.loads(line)["samples"]
                 if [(sample["id"], sample["inputs"]) for sample in samples] == asked:
                     return [sample["original"] for sample in samples]

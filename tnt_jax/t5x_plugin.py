@@ -111,7 +111,7 @@ class FeatureConverter(seqio.FeatureConverter):
                 targets=targets,
                 negative_pairs=np.unique(negative_ids, axis=0),
                 loss_mask=loss_mask[: len(targets)],  # T5X may have cut targets already
-                id=name.decode(),
+                id=feature_converters.id_of(name),
             )
             batch = feature_converters.convert_features(
                 [example], task_feature_lengths, self.num_negative_ids

@@ -88,7 +88,7 @@ def tokenize_and_mark(
 
     def marked(name, inputs, targets, target_ids, spans, pairs):
         record = records.Record(
-            id=name.decode(),
+            id=feature_converters.id_of(name),
             inputs=inputs.decode(),
             targets=targets.decode(),
             target_ids=tuple(target_ids.tolist()) or None,
@@ -300,7 +300,8 @@ def prompts_from_task(
     """Reads texts to generate from: `inputs`, and the reference as `targets`.
 
     Texts are those before tokenisation if the task keeps them (as `inputs_pretokenized`), else they
-    are decoded from its ids.
+    are decoded from its ids. A prompt whose id was used before, as the tasks of a mixture may, has
+    its place as its id.
 
     Args:
         task: the task, or the name of a registered one.
@@ -311,20 +312,49 @@ def prompts_from_task(
         UsageError: as in `load_examples`.
     """
     task = find_task(task) if isinstance(task, str) else task
-    prompts = []
-    for part in seqio.get_subtasks(task):
-        for number, row in enumerate(_rows(part, None, split, vocabulary)):
-            texts = {}
-            for name, feature in part.output_features.items():
-                if name in ("inputs", "targets"):
-                    text = row.get(f"{name}_pretokenized")
-                    texts[name] = (
-                        tokenization.decode(vocabulary or feature.vocabulary, row[name])
-                        if text is None
-                        else text.decode()
-                    )
-            prompts.append(records.Record(id=_row_id(row, part, split, number), **texts))
-    return prompts
+    located = [
+        (_place(part, split, number), _prompt(row, part, split, number, vocabulary))
+        for part in seqio.get_subtasks(task)
+        for number, row in enumerate(_rows(part, None, split, vocabulary))
+    ]
+    return records.data_set(_named_apart(located, task.name), f"task {task.name!r}")
+
+
+def _prompt(
+    row: Mapping[str, Any],
+    task: seqio.Task,
+    split: str,
+    number: int,
+    vocabulary: seqio.Vocabulary | None,
+) -> records.Record:
+    texts = {}
+    for name, feature in task.output_features.items():
+        if name in ("inputs", "targets"):
+            text = row.get(f"{name}_pretokenized")
+            texts[name] = (
+                tokenization.decode(vocabulary or feature.vocabulary, row[name])
+                if text is None
+                else text.decode()
+            )
+    return records.Record(id=_row_id(row, task, split, number), **texts)
+
+
+def _named_apart(
+    located: Sequence[tuple[str, records.Record]], task_name: str
+) -> list[tuple[str, records.Record]]:
+    """The prompts; those whose id was used before have their place as their id."""
+    used: set[str] = set()
+    named = []
+    for place, prompt in located:
+        again = prompt.id in used
+        used.add(prompt.id)
+        named.append((place, dataclasses.replace(prompt, id=place) if again else prompt))
+    if num_renamed := len(named) - len(used):
+        run_log.log(
+            f"{task_name}: {num_renamed} of {len(named)} prompts have an id that was used before; "
+            "in place of it they have the task's name, the split and their number."
+        )
+    return named
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -573,7 +603,13 @@ def _reading(task: seqio.Task) -> Iterator[None]:
 
 
 def _row_id(row: Mapping[str, Any], task: seqio.Task, split: str, number: int) -> str:
-    return row["id"].decode() if "id" in row else f"{task.name}/{split}:{number}"
+    if "id" in row:
+        return feature_converters.id_of(row["id"])
+    return _place(task, split, number)
+
+
+def _place(task: seqio.Task, split: str, number: int) -> str:
+    return f"{task.name}/{split}:{number}"
 
 
 def _feature_error(task: seqio.Task | seqio.Mixture, name: str, found: Sequence[str]) -> UsageError:

@@ -3,11 +3,11 @@
 import itertools
 import json
 import os
-import pathlib
 from collections.abc import Iterable
 from typing import Any
 
 import tensorflow as tf
+from etils import epath
 from google.protobuf.message import DecodeError
 
 from tnt_jax import records
@@ -73,17 +73,17 @@ def pairs(record: records.Record) -> list[tuple[int, int]]:
     return [(position, i) for position, ids in record.negative_token_ids for i in ids]
 
 
-def _damaged(file: pathlib.Path, reason: str) -> str:
+def _damaged(file: Any, reason: str) -> str:
     return f"{file}: damaged, or no TFRecord file of tf.train.Example: {reason}"
 
 
-def _check_lengths(file: pathlib.Path) -> None:
+def _check_lengths(file: Any) -> None:
     """Raises a UsageError unless every record ends within the file.
 
     TensorFlow makes room for as many bytes as a record says it has before it looks for them; of a
     number that is large enough the process dies.
     """
-    size, end = file.stat().st_size, 0
+    size, end = epath.Path(file).stat().length, 0  # pathlib's has another name for it
     with file.open("rb") as content:
         while end < size:
             content.seek(end)

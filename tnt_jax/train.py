@@ -164,6 +164,7 @@ def train(
     assembly.check_seed(seed)
     model_dir = os.fspath(epath.Path(model_dir).expanduser())  # for all that write to it
     pretrained.check_takes_checkpoints(epath.Path(model_dir), "MODEL_DIR")
+    run_config.check_writable(model_dir, "MODEL_DIR", is_folder=True)
     resume.check_allowed(allow_changes)
     _check_best(keep_best, checkpoint_every, eval_every if eval_dataset else None)
     if states_dir is not None and original != "cached":
@@ -260,6 +261,14 @@ def train(
         task_feature_lengths=dict(task_feature_lengths),
         pack=pack,
         seed=seed,
+    )
+    resume.check_alike(
+        run,
+        eval_dataset=feature_converters.digest(data.eval_examples),
+        train_steps=train_steps,
+        eval_every=eval_every,
+        checkpoint_every=checkpoint_every,
+        log_every=log_every,
     )
     with (
         memory.explained(
