@@ -8,9 +8,10 @@ import hypothesis
 import numpy as np
 import pytest
 import rooms
+import seqio
 from hypothesis import strategies as st
 
-from tnt_jax import generate, records, sharding
+from tnt_jax import annotators, decoding, generate, records, sharding
 
 # --- The plan -------------------------------------------------------------------------------------
 
@@ -70,6 +71,46 @@ def test_the_next_batch_is_begun_before_one_is_fetched():
         *("start 1", "fetch 2", "got 2, 2", "fetch 1", "got 1, 1"),
     ]
     assert list(generate._one_ahead([], Decoded)) == []
+
+
+# --- What must not come up ------------------------------------------------------------------------
+
+
+class Mask:
+    """Bans the words of the inputs, and of `also`."""
+
+    def __init__(self, *also):
+        self.also = also
+
+    def banned(self, record):
+        return (*record.inputs.split(), *self.also)
+
+
+@pytest.mark.parametrize("also", [(), ("b", "longest", "")])
+def test_what_is_banned_is_what_one_array_of_all_prompts_would_say(also):
+    vocabulary, mask = seqio.ByteVocabulary(), Mask(*also)
+    inputs = ["b a", "", "a b", "longer a", "a a c", "b \u00fc"]
+    rows = [records.Record(id=str(n), inputs=text) for n, text in enumerate(inputs)]
+    banned = generate._Banned.of(rows, mask, vocabulary)
+    expected = decoding.pad_banned(
+        [
+            sorted({tuple(vocabulary.encode(text)) for text in mask.banned(row) if text})
+            for row in rows
+        ]
+    )
+    for indices in ([0, 1, 2, 3, 4, 5], [4, 1], [1]):
+        np.testing.assert_array_equal(banned.of_batch(indices), expected[indices])
+    assert len(banned.lists) == 5  # "b a" and "a b" ban the same
+    assert banned.describe().keys() == {"spelt", "lists", "lengths", "list_of"}
+
+
+def test_a_list_of_words_is_held_once(tmp_path):
+    (tmp_path / "words.txt").write_text("\n".join(f"word{n}" for n in range(500)))
+    words = annotators.Lexicon(path=str(tmp_path / "words.txt"))
+    rows = [records.Record(id=str(n), inputs="") for n in range(5000)]
+    banned = generate._Banned.of(rows, words, seqio.ByteVocabulary())
+    assert banned.of_batch([3, 4999]).shape == (2, 1500, 7)  # in three casings
+    assert sum(array.nbytes for array in banned.describe().values()) < 100_000
 
 
 # --- The outputs ----------------------------------------------------------------------------------

@@ -118,13 +118,13 @@ def generate(
         run_log.log(
             f"{num_cut} of {len(rows)} inputs are cut at {longest} tokens (TASK_FEATURE_LENGTHS)."
         )
-    banned = None if mask is None else _banned(rows, mask, vocabulary)
+    banned = None if mask is None else _Banned.of(rows, mask, vocabulary)
     batches = _plan([len(ids) for ids in inputs], batch_size, longest)
 
     def start(batch: _Batch) -> decoding.Decoded:
         ids = [rows[index].id for index in batch.indices]
         tokens = [inputs[index] for index in batch.indices]
-        of_batch = None if banned is None else banned[batch.indices]
+        of_batch = None if banned is None else banned.of_batch(batch.indices)
         keys = decoding.record_keys(seed, ids) if decoder.temperature else None
         return network.decode(
             params, tokens, batch.width, decoder, batch_size, row_keys=keys, banned=of_batch
@@ -139,7 +139,7 @@ def generate(
         "prompts": parts.digest(rows),
         "vocabulary": vocabulary,
         "decoder": decoder,
-        "banned": banned,
+        "banned": None if banned is None else banned.describe(),
         "task_feature_lengths": task_feature_lengths,
         "batch_size": batch_size,
         "seed": seed,
@@ -213,19 +213,66 @@ def _read(prompts: Any, vocabulary: Any) -> list[records.Record]:
     return tasks.prompts_from_task(prompts.mixture_or_task_name, prompts.split, vocabulary)
 
 
-def _banned(rows: Sequence[records.Record], mask: Any, vocabulary: Any) -> np.ndarray:
-    """What must not come up in each output, `[N, M, W]`: texts as they are spelt after a space."""
-    if not hasattr(mask, "banned"):
-        raise UsageError(
-            "MASK: expected an annotator that knows beforehand what it would mark (Lexicon, "
-            f"Gazetteer), found {type(mask).__name__}."
+class _Banned(NamedTuple):
+    """What must not come up in each output: texts as they are spelt after a space.
+
+    Prompts with the same texts share a list of them, and a list is of numbers: what decoding takes
+    has every text of every row, which for all prompts at once may be more than a host holds.
+
+    Attributes:
+      spelt: `[T, W]` of all texts, in order, as `decoding.pad_banned` fills them up.
+      lists: Of rows of `spelt`, each in order.
+      list_of: `[N]`, the list of each prompt.
+    """
+
+    spelt: np.ndarray
+    lists: list[np.ndarray]
+    list_of: np.ndarray
+
+    @classmethod
+    def of(cls, rows: Sequence[records.Record], mask: Any, vocabulary: Any) -> "_Banned":
+        """All that a mask says of all prompts."""
+        if not hasattr(mask, "banned"):
+            raise UsageError(
+                "MASK: expected an annotator that knows beforehand what it would mark (Lexicon, "
+                f"Gazetteer), found {type(mask).__name__}."
+            )
+        number_of: dict[str, int] = {}  # of each text
+        list_of: dict[bytes, int] = {}  # of the texts' numbers
+        found, last, current = [], None, 0
+        for row in rows:
+            texts = mask.banned(row)
+            if texts is not last:  # a word list's are the same for every prompt
+                numbers = {number_of.setdefault(text, len(number_of)) for text in texts}
+                key = np.array(sorted(numbers), np.int32).tobytes()
+                last, current = texts, list_of.setdefault(key, len(list_of))
+            found.append(current)
+        ids_of = tokenization.spellings(vocabulary, list(number_of))
+        ordered = sorted({*ids_of.values()})
+        place_of = {ids: place for place, ids in enumerate(ordered)}
+        # A text that cannot be spelt has no place.
+        places = np.array([place_of.get(ids_of.get(text, ()), -1) for text in number_of], np.int32)
+        lists = [np.unique(places[np.frombuffer(key, np.int32)]) for key in list_of]
+        return cls(
+            spelt=decoding.pad_banned([ordered])[0],
+            lists=[of_list[of_list >= 0] for of_list in lists],
+            list_of=np.array(found, np.int32),
         )
 
-    banned = [mask.banned(row) for row in rows]
-    spelt = tokenization.spellings(vocabulary, sorted({*itertools.chain.from_iterable(banned)}))
-    return decoding.pad_banned(
-        [sorted({spelt[text] for text in texts if text in spelt}) for texts in banned]
-    )
+    def of_batch(self, indices: Sequence[int]) -> np.ndarray:
+        """Those of some prompts, `[B, M, W]`; M is the same for all of them."""
+        most = max(1, *map(len, self.lists))
+        padded = np.full((len(indices), most, self.spelt.shape[1]), -1, np.int32)
+        for row, index in zip(padded, indices, strict=True):
+            chosen = self.lists[self.list_of[index]]
+            row[: len(chosen)] = self.spelt[chosen]
+        return padded
+
+    def describe(self) -> dict[str, np.ndarray]:
+        """All of it, in few arrays."""
+        lengths = np.array([len(of_list) for of_list in self.lists])
+        lists = np.concatenate(self.lists)
+        return {"spelt": self.spelt, "lists": lists, "lengths": lengths, "list_of": self.list_of}
 
 
 def _plan(lengths: Sequence[int], batch_size: int, longest: int) -> list[_Batch]:
