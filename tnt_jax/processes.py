@@ -171,7 +171,7 @@ def gather(place: str, said: str) -> list[str]:
         mistaken = client.key_value_dir_get(_MISTAKEN)
         found = dict(client.key_value_dir_get(folder))
         if len(found) == count():
-            # Whoever finds a mistake in the answers, and ends, must not take them from a slower one.
+            # Whoever ends, having found a mistake, must not take the answers from a slower one.
             wait_for_all(f"{place} heard")
             return [found[f"{folder}{number}"] for number in range(count())]
         if mistaken:
