@@ -179,7 +179,7 @@ index = processes.index()
 try:
     {work}
 except UsageError as error:
-    print(error)
+    print(error, flush=True)
     processes.end(2)
     os._exit(2)
 """
