@@ -10,7 +10,7 @@ import gin
 import pytest
 import rooms
 
-from tnt_jax import pretrained, program, records
+from tnt_jax import pretrained, program, records, run_config
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -755,3 +755,12 @@ def test_a_gin_file_that_a_run_has_written_may_be_its_own_again():
     written = pathlib.Path("repeated.jsonl.gin").read_text()
     assert rooms.run("annotate", settings, ["repeated.jsonl.gin"]) == 0
     assert pathlib.Path("repeated.jsonl.gin").read_text() == written
+
+
+def test_a_gin_file_that_has_gone_is_no_mistake():
+    """Somebody has tidied up since the program began, or another program ran in this process."""
+    pathlib.Path("brief.gin").write_text("# Gone soon.\n")
+    settings = {**ANNOTATE, "OUTPUT": "twice.jsonl"}
+    assert rooms.run("annotate", settings, ["brief.gin"]) == 0
+    pathlib.Path("brief.gin").unlink()
+    run_config.check_writable("twice.jsonl", "OUTPUT")

@@ -49,7 +49,9 @@ def check_writable(path: str | os.PathLike, setting: str, *, is_folder: bool = F
     output = pathlib.Path(path)
     beside = _file_of(output, is_folder)
     for file in (output, beside):
-        if not file.is_file() or not any(map(file.samefile, _given)):
+        if not file.is_file() or not any(
+            given.exists() and file.samefile(given) for given in _given
+        ):
             continue
         if file == beside and _AS_WRITTEN.search(file.read_text("utf-8")):
             continue
