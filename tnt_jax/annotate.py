@@ -76,8 +76,7 @@ def annotate(
             "beam_options: expected one process, which has workers of Apache Beam's; found "
             f"{processes.count()}. Unset {processes.VARIABLE}, or leave beam_options at None."
         )
-    records.check_writable(output, "OUTPUT", {"RECORDS": input})
-    run_config.check_writable(output, "OUTPUT")
+    run_config.check_writable(output, "OUTPUT", {"RECORDS": input})
     if vocabulary is not None:
         tokenization.check_vocabulary(vocabulary)
     elif annotator.everywhere():

@@ -96,8 +96,7 @@ def evaluate(
       UsageError: The files do not belong together, or a record is not annotated.
     """
     reads = {"ORIGINAL_RECORDS": original_records, "CURRENT_RECORDS": current_records}
-    records.check_writable(output, "OUTPUT", reads)
-    run_config.check_writable(output, "OUTPUT")
+    run_config.check_writable(output, "OUTPUT", reads)
     if tokens_output is not None:
         records.check_writable(tokens_output, "TOKENS_OUTPUT", reads)
         if certificate is None:

@@ -8,7 +8,6 @@ import functools
 import hashlib
 import itertools
 import json
-import os
 import pathlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -138,11 +137,6 @@ class Experiment:
             )
 
 
-def _from_home(path: str) -> str:
-    """A path without `~`, once: what opens it expands that, what asks for it by name does not."""
-    return os.path.expanduser(path)  # noqa: PTH111 - Path's raises where there is no such home
-
-
 def _num_seen(train_prompts: Any, eval_prompts: Any) -> tuple[int, int]:
     """Evaluation prompts whose input is a training prompt's too; and how many there are."""
     if not isinstance(train_prompts, str) or not isinstance(eval_prompts, str):
@@ -166,9 +160,9 @@ class Opened:
 
     def __init__(self, settings: Experiment):
         self.settings = settings
-        self.root = pathlib.Path(_from_home(settings.output_dir))
+        self.root = pathlib.Path(settings.output_dir)
         records.check_directory(self.root, "OUTPUT_DIR")
-        run_config.check_writable(self.root, "OUTPUT_DIR", is_folder=True)
+        run_config.check_folder(self.root, "OUTPUT_DIR")
         self._stages = stages.Stages(self.root)
         run_config.write(self.root)
         if settings.new_original is not None:
@@ -176,7 +170,7 @@ class Opened:
             self.original = str(pretrained.find(str(self.root / "original" / "model")))
         else:
             assert settings.original_checkpoint_path is not None
-            self.original = _from_home(settings.original_checkpoint_path)
+            self.original = settings.original_checkpoint_path
         self._came_as = pretrained.open_checkpoint(self.original)
         self.annotator, self.vocabulary = settings.annotator(), settings.vocabulary()
         self.num_seen, num_prompts = _num_seen(settings.train_prompts, settings.eval_prompts)

@@ -97,10 +97,9 @@ def generate(
             f"{dict(task_feature_lengths)}."
         )
     assembly.check_seed(seed)
-    records.check_writable(
+    run_config.check_writable(
         output, "OUTPUT", {"PROMPTS": prompts if isinstance(prompts, str) else None}
     )
-    run_config.check_writable(output, "OUTPUT")
     mesh = sharding.make_mesh(mesh_shape or sharding.MeshShape(), jax.local_devices())
     sharding.check_batch_size(batch_size, 1, mesh)
     memory.check_batch(batch_size, task_feature_lengths["inputs"] + decoder.max_length)

@@ -132,8 +132,7 @@ def localize(
     if num_folds < 2:
         raise UsageError(f"NUM_FOLDS: expected at least 2, found {num_folds}.")
     assembly.check_seed(seed)
-    records.check_writable(output, "OUTPUT", {"RECORDS": input})
-    run_config.check_writable(output, "OUTPUT")
+    run_config.check_writable(output, "OUTPUT", {"RECORDS": input})
     training = training or sequence_values.Training()
     threshold = threshold or sequence_values.Threshold()
     rows = records.read_records(input)

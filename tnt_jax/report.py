@@ -66,8 +66,7 @@ def report(
         "TOKENS": tokens,
         "RESULTS": results,
     }
-    records.check_writable(output, "OUTPUT", reads)
-    run_config.check_writable(output, "OUTPUT")
+    run_config.check_writable(output, "OUTPUT", reads)
     _check_settings(pipeline_dir, original_records, current_records, evaluation, tokens, results)
     files = _Files()
     rows: list[report_rows.Row] = []

@@ -9,7 +9,7 @@ together by these: the order in which they were found makes no difference.
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,7 +73,12 @@ def merge(rounds: Sequence[Sequence[records.Record]], vocabulary: Any) -> list[r
         for row in rows:
             marked = tokenization.mark_tokens(row, vocabulary)
             ledger.add(row.inputs, marked)
-            first_tokens.add(row.inputs, tokenization.mark_tokens(row, vocabulary, "first_token"))
+            first_tokens.add(
+                row.inputs,
+                tokenization.mark_tokens(row, vocabulary, "first_token")
+                if row.negative_spans
+                else marked,
+            )
             output = row.inputs, marked.target_ids.tobytes()
             if output not in seen:
                 seen.add(output)
@@ -84,10 +89,7 @@ def merge(rounds: Sequence[Sequence[records.Record]], vocabulary: Any) -> list[r
         dataclasses.replace(
             row,
             negative_token_ids=_without_rest_of_spans(
-                row,
-                ledger.removed(row.inputs, marked.target_ids),
-                dict(first_tokens.removed(row.inputs, marked.target_ids)),
-                vocabulary,
+                row, marked, ledger, first_tokens, vocabulary
             ),
         )
         for row, marked in kept
@@ -96,20 +98,24 @@ def merge(rounds: Sequence[Sequence[records.Record]], vocabulary: Any) -> list[r
 
 def _without_rest_of_spans(
     row: records.Record,
-    removed: Iterable[tuple[int, tuple[int, ...]]],
-    first: Mapping[int, tuple[int, ...]],
+    marked: tokenization.MarkedTarget,
+    ledger: Ledger,
+    first_tokens: Ledger,
     vocabulary: Any,
 ) -> tuple[tuple[int, tuple[int, ...]], ...]:
     """Without what the spans say anyway and a setting may not want: tokens after a span's first.
 
     Args:
       row: An output.
-      removed: At its positions, by any output.
-      first: Of these what an output has as the first token of a span, or removes by its id.
+      marked: It, tokenised.
+      ledger: What any output removes.
+      first_tokens: Of that what one has as the first token of a span, or removes by its id.
       vocabulary: A seqio vocabulary.
     """
+    removed = ledger.removed(row.inputs, marked.target_ids)
     if not row.negative_spans:
-        return tuple(removed)
+        return removed
+    first = dict(first_tokens.removed(row.inputs, marked.target_ids))
     spans = dataclasses.replace(row, negative_token_ids=())
     whole = {*map(tuple, tokenization.mark_tokens(spans, vocabulary).negative_pairs.tolist())}
     left = (

@@ -24,6 +24,8 @@ from tnt_jax import records, run_log
 from tnt_jax.errors import UsageError
 
 _given: list[pathlib.Path] = []  # gin files of this process
+# The headings of `text`.
+_AS_WRITTEN = re.compile(r"^# (Macros|Parameters for \S+):\n# =+$", re.MULTILINE)
 
 
 def note_given(files: Iterable[pathlib.Path]) -> None:
@@ -31,19 +33,34 @@ def note_given(files: Iterable[pathlib.Path]) -> None:
     _given[:] = (file.absolute() for file in files)
 
 
-def check_writable(path: str | os.PathLike, setting: str, *, is_folder: bool = False) -> None:
-    """Finds out, before the work, whether an output, or what `write` writes, replaces a gin file.
-
-    One that `write` has written may be replaced: its settings are read, and written again.
+def check_writable(
+    path: str | os.PathLike, setting: str, reads: Mapping[str, str | None] | None = None
+) -> None:
+    """`records.check_writable`, and that neither the output nor its settings replace a gin file.
 
     Args:
-        path: of the output.
+        path: of an output whose settings `write` puts beside it.
         setting: that names it, for messages.
-        is_folder: whether the output is one.
+        reads: files (or globs) that are read, by their settings: none of them is written over.
 
     Raises:
-        UsageError: it would replace a gin file of this process.
+        UsageError: it cannot be written, or would be written over what this process reads.
     """
+    records.check_writable(path, setting, reads)
+    _check_is_no_gin_file(path, setting, is_folder=False)
+
+
+def check_folder(path: str | os.PathLike, setting: str) -> None:
+    """Finds out, before the work, whether what `write` writes into a folder replaces a gin file.
+
+    Raises:
+        UsageError: it would replace one of this process.
+    """
+    _check_is_no_gin_file(path, setting, is_folder=True)
+
+
+def _check_is_no_gin_file(path: str | os.PathLike, setting: str, *, is_folder: bool) -> None:
+    """One that `write` has written may be replaced: its settings are read, and written again."""
     if records.is_remote(path):
         return
     output = pathlib.Path(path)
@@ -60,10 +77,6 @@ def check_writable(path: str | os.PathLike, setting: str, *, is_folder: bool = F
             f"{setting}: expected a place of its own for {what}, found {file}, which is a gin file "
             f"of this run: it would be written over. Set another {setting}, or rename the gin file."
         )
-
-
-# The headings of `text`.
-_AS_WRITTEN = re.compile(r"^# (Macros|Parameters for \S+):\n# =+$", re.MULTILINE)
 
 
 def write(path: str | os.PathLike) -> None:

@@ -164,7 +164,7 @@ def train(
     assembly.check_seed(seed)
     model_dir = os.fspath(epath.Path(model_dir).expanduser())  # for all that write to it
     pretrained.check_takes_checkpoints(epath.Path(model_dir), "MODEL_DIR")
-    run_config.check_writable(model_dir, "MODEL_DIR", is_folder=True)
+    run_config.check_folder(model_dir, "MODEL_DIR")
     resume.check_allowed(allow_changes)
     _check_best(keep_best, checkpoint_every, eval_every if eval_dataset else None)
     if states_dir is not None and original != "cached":
