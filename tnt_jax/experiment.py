@@ -8,6 +8,7 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 import pathlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -137,6 +138,14 @@ class Experiment:
             )
 
 
+def _from_home(path: str) -> str:
+    """A path without `~`, also for a caller from Python, whose settings no program expanded.
+
+    What opens a path expands that itself; what asks for it by its name does not.
+    """
+    return os.path.expanduser(path)  # noqa: PTH111 - Path's raises where there is no such home
+
+
 def _num_seen(train_prompts: Any, eval_prompts: Any) -> tuple[int, int]:
     """Evaluation prompts whose input is a training prompt's too; and how many there are."""
     if not isinstance(train_prompts, str) or not isinstance(eval_prompts, str):
@@ -160,7 +169,7 @@ class Opened:
 
     def __init__(self, settings: Experiment):
         self.settings = settings
-        self.root = pathlib.Path(settings.output_dir)
+        self.root = pathlib.Path(_from_home(settings.output_dir))
         records.check_directory(self.root, "OUTPUT_DIR")
         run_config.check_folder(self.root, "OUTPUT_DIR")
         self._stages = stages.Stages(self.root)
@@ -170,7 +179,7 @@ class Opened:
             self.original = str(pretrained.find(str(self.root / "original" / "model")))
         else:
             assert settings.original_checkpoint_path is not None
-            self.original = settings.original_checkpoint_path
+            self.original = _from_home(settings.original_checkpoint_path)
         self._came_as = pretrained.open_checkpoint(self.original)
         self.annotator, self.vocabulary = settings.annotator(), settings.vocabulary()
         self.num_seen, num_prompts = _num_seen(settings.train_prompts, settings.eval_prompts)
