@@ -177,7 +177,7 @@ def assert_same_state(one, other):
 
 @functools.cache
 def compiled_folder():
-    """Of all tests that this process runs: their worlds train the same tiny model."""
+    """Of all tests that this process runs, and what they start: all train the same tiny model."""
     return tempfile.TemporaryDirectory(prefix="tnt_jax_compiled_")
 
 

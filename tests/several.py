@@ -42,9 +42,9 @@ class Processes:
                 "JAX_PROCESS_ID": str(index),
                 "TNT_JAX_HEARTBEAT_SECONDS": "10",
                 "JAX_NUM_CPU_DEVICES": "1",
-                # Compiling is most of the time of a tiny run.
+                # As in `rooms.compiled_cheaply`.
                 "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
-                "JAX_COMPILATION_CACHE_DIR": str(pathlib.Path("compiled_several").absolute()),
+                "JAX_COMPILATION_CACHE_DIR": rooms.compiled_folder().name,
                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
                 "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
                 **environment,

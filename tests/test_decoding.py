@@ -13,6 +13,8 @@ from tnt_jax import decoding, t5
 from tnt_jax.decoding import Decoding
 from tnt_jax.errors import UsageError
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CONFIG = t5.T5Config(
     vocab_size=12,
     emb_dim=16,

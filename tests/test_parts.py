@@ -380,11 +380,7 @@ def generated():
 
 
 def running_generate(output, count):
-    environment = {
-        "JAX_COMPILATION_CACHE_DIR": str(pathlib.Path("compiled").absolute()),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        **(ALONE if count == 1 else {}),
-    }
+    environment = ALONE if count == 1 else {}
     settings = {**SAMPLED, "OUTPUT": output}
     return several.running("generate", settings, count, f"{output}{count}", **environment)
 
