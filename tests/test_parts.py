@@ -403,6 +403,6 @@ def test_generate_that_was_killed_goes_on(generated):
     assert f"{output}.parts: {len(done)} of 6 parts were done before." in said
     sizes = [256] * 5 + [NUM_PROMPTS - 5 * 256]
     left = sum(sizes[part] for part in range(0, 6, 3) if part not in done)
-    assert f"generating {left} outputs: " in said
+    assert f"generating {left} outputs, in batches: " in said
     num_unended = sum(1 not in row.target_ids for row in records.read_records(output))
     assert f"{output}: {NUM_PROMPTS} outputs, of which {num_unended} do not end within 16 " in said

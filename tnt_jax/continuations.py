@@ -52,7 +52,7 @@ def sample(
     ]
     found: list[list[records.Record]] = [[] for _ in prefixes]
     starts = range(0, len(jobs), batch_size)
-    for start in run_log.progress(starts, f"{len(jobs)} continuations", len(starts)):
+    for start in run_log.progress(starts, f"{len(jobs)} continuations, in batches", len(starts)):
         batch = jobs[start : start + batch_size]
         given = np.zeros((len(batch), decoder.max_length), np.int32)
         names = []

@@ -185,7 +185,9 @@ def _certificate(
     num_batches = -(-len(examples) // settings.batch_size)
     sums: list[dict[str, Any]] = []
     most: list[tuple[float, int, dict[str, np.ndarray]]] = []  # its KL, minus its place, its tokens
-    for number, batch in enumerate(run_log.progress(batches, "certificate", num_batches)):
+    for number, batch in enumerate(
+        run_log.progress(batches, "certificate, in batches", num_batches)
+    ):
         of_batch, values = jax.device_get(step(current, original, sharding.put_batch(batch, mesh)))
         sums.append(of_batch)
         is_negative = (batch["decoder_negative_ids"] >= 0).any(axis=-1)

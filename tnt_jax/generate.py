@@ -156,7 +156,9 @@ def generate(
             decoded = _one_ahead([batch for _, batch in own], start)
             num_own = sum(len(batch.indices) for _, batch in own)
             for (part, _), (batch, tokens) in run_log.progress(
-                zip(own, decoded, strict=True), f"generating {num_own} outputs", total=len(own)
+                zip(own, decoded, strict=True),
+                f"generating {num_own} outputs, in batches",
+                total=len(own),
             ):
                 made = [
                     _output(rows[index], of_row, vocabulary)

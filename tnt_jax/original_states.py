@@ -119,7 +119,7 @@ class OriginalStates:
         batches = feature_converters.batch_for_eval(todo, batch_size, self._lengths)
         kept: dict[str, np.ndarray] = {}
         num_batches = -(-len(todo) // batch_size)
-        title = f"states of the original, {len(todo)} examples"
+        title = f"states of the original, {len(todo)} examples, in batches"
         for number, batch in enumerate(run_log.progress(batches, title, num_batches)):
             states = states_of(batch)
             for row, example in enumerate(todo[number * batch_size :][:batch_size]):
