@@ -16,8 +16,6 @@ from test_t5 import CONFIG_1_0, SOME_BATCH, random_params
 from tnt_jax import assembly, checkpoints, decoding, objectives, optimizers, sharding, t5
 from tnt_jax.errors import UsageError
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # Two depths, so that the stacks cannot be taken for each other.
 T5_1_0 = dataclasses.replace(CONFIG_1_0, num_encoder_layers=2, num_decoder_layers=3)
 T5_1_1 = dataclasses.replace(T5_1_0, mlp_activations=("gelu", "linear"), logits_via_embedding=False)
