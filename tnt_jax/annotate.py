@@ -91,10 +91,10 @@ def annotate(
         vocabulary=vocabulary,
         removed_everywhere=everywhere.ids,
         completions=None if vocabulary is None else tokenization.Completions(vocabulary),
-        innocent=(
+        continuations=(
             None
             if vocabulary is None
-            else tokenization.Words(vocabulary, innocent_words(input, annotator))
+            else tokenization.Continuations(vocabulary, innocent_words(input, annotator))
         ),
     )
     if beam_options is None:
@@ -181,23 +181,24 @@ def innocent_words(
         num_read += 1
         counts.update(set(annotator.innocent_words(row.targets)))  # pyright: ignore
     least = max(2, num_read / 1000)
-    return words.casings(sorted(word for word, count in counts.items() if count >= least))
+    return words.forms(sorted(word for word, count in counts.items() if count >= least))
 
 
 def mark(
     row: records.Record,
     annotator: annotators.Annotator,
     vocabulary: Any | None,
-    innocent: tokenization.Words | None = None,
+    continuations: tokenization.Continuations | None = None,
     removed_everywhere: frozenset[int] = frozenset(),
     completions: tokenization.Completions | None = None,
 ) -> records.Record | None:
     """The record with the annotator's spans and, given a vocabulary, its alternatives.
 
     Earlier `negative_token_ids` are replaced, as the spans are. None where the annotator does not
-    know the record. A token that begins one of the `innocent` words is not removed on account of an
-    alternative that it does not spell out. What is banned at every position needs no mark for the
-    ids that are `removed_everywhere`. `completions` keeps what is the same for many records.
+    know the record. A token that begins one of the innocent words of `continuations` is not removed
+    on account of an alternative that it does not spell out. What is banned at every position needs
+    no mark for the ids that are `removed_everywhere`. `continuations` and `completions` keep what is
+    the same for many records.
 
     Raises:
       UsageError: The record is a prompt, or its ids are of another vocabulary.
@@ -222,7 +223,7 @@ def mark(
                 (span.start, span.end),
                 span.alternatives,
                 annotation.supported,
-                innocent,
+                continuations,
             ):
                 removed.setdefault(position, set()).update(of_position)
         completions = completions or tokenization.Completions(vocabulary)

@@ -21,7 +21,8 @@ class Span:
     Attributes:
       start: code point offset of its first character.
       end: code point offset after its last character.
-      alternatives: texts that would be just as wrong from `start` on, cased as the marked text is.
+      alternatives: texts that would be just as wrong from `start` on, in every casing that the text
+        may take there (`words.forms`).
     """
 
     start: int

@@ -12,7 +12,7 @@ import io
 import itertools
 import os
 from collections.abc import Collection, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -249,7 +249,7 @@ def alternative_token_ids(
     span: Extent,
     alternatives: Sequence[str],
     supported: Sequence[str] = (),
-    innocent: "Words | None" = None,
+    continuations: "Continuations | None" = None,
 ) -> tuple[tuple[int, tuple[int, ...]], ...]:
     """What to remove where a span begins, so that it is not replaced by an alternative.
 
@@ -259,7 +259,8 @@ def alternative_token_ids(
     an alternative such as "▁city" would take the place of the "▁", one such as "▁", "Zoo" goes on
     after it: each is removed where it would depart. A first token that ends before the
     alternative's own text begins is not removed: it begins innocent words too. Nor is one that
-    begins a supported text, or that begins an innocent word and not all of the alternative.
+    begins a supported text, or that begins an innocent word and not all of the alternative. An
+    unknown token is never removed, for it stands for much else.
 
     Args:
         vocabulary: of the targets.
@@ -267,7 +268,7 @@ def alternative_token_ids(
         span: (start, end) in the text of `target_ids`.
         alternatives: texts that would be just as wrong in the place of the span.
         supported: texts that would be right there.
-        innocent: words that would neither be right nor wrong.
+        continuations: with the words that would neither be right nor wrong; None knows none.
 
     Returns:
         Entries for `Record.negative_token_ids`: positions and, sorted, the ids to remove there.
@@ -296,41 +297,85 @@ def alternative_token_ids(
     # Where a lone "▁" comes before, and a text has it too, its next token comes after it.
     space = int(target_ids[start]) if start < position else None
 
-    def begins(tokens: Sequence[tuple[int, bool]]) -> tuple[int, int]:
-        num_shared = int(tokens[0][0] == space)
-        return start + num_shared, tokens[num_shared][0]
-
-    kept = {begins(tokens) for tokens in _tokens_after(vocabulary, anchor, supported)}
-    of_words = {begins(tokens) for tokens in innocent.after(anchor)} if innocent else set()
+    continuations = continuations or Continuations(vocabulary)
+    kept = {
+        (first.is_after_space, first.id) for first in continuations.firsts(anchor, space, supported)
+    }
+    of_words = continuations.innocent_firsts(anchor, space)
     removed: dict[int, set[int]] = {}
-    for tokens in _tokens_after(vocabulary, anchor, alternatives):
-        where, first_id = begins(tokens)
-        is_whole = len(tokens) == 1 + where - start
+    for first in continuations.firsts(anchor, space, alternatives):
+        place = first.is_after_space, first.id
         if (
-            tokens[where - start][1]
-            and (where, first_id) not in kept
-            and (is_whole or (where, first_id) not in of_words)
+            first.reaches
+            and first.id != vocabulary.unk_id
+            and place not in kept
+            and (first.is_whole or place not in of_words)
         ):
-            removed.setdefault(where, set()).add(first_id)
+            removed.setdefault(start + first.is_after_space, set()).add(first.id)
     return tuple((where, tuple(sorted(ids))) for where, ids in sorted(removed.items()))
 
 
-class Words:
-    """Words, and how they are spelt after a text; each way is computed once."""
+class _First(NamedTuple):
+    """The token with which a text departs from what was generated.
 
-    def __init__(self, vocabulary: "seqio.Vocabulary", texts: Sequence[str]):
+    Attributes:
+        id: of the token.
+        is_after_space: whether it comes after a lone "▁" that was generated, too.
+        reaches: whether it spells some of the text, rather than what stands before it alone.
+        is_whole: whether it spells all of it.
+    """
+
+    id: int
+    is_after_space: bool
+    reaches: bool
+    is_whole: bool
+
+
+class Continuations:
+    """How texts go on after others; what is the same for many spans is computed once."""
+
+    _MOST_PLACES = 64  # of places whose texts are kept: most spans begin after a space
+
+    def __init__(self, vocabulary: "seqio.Vocabulary", innocent: Sequence[str] = ()):
+        """Keeps the words that would be neither right nor wrong in the place of any span."""
         self._vocabulary = vocabulary
-        self._texts = texts
-        self._after: dict[str, list[list[tuple[int, bool]]]] = {}
+        self._innocent = innocent
+        self._known: dict[tuple[str, int | None], dict[str, _First | None]] = {}
+        self._innocent_firsts: dict[tuple[str, int | None], frozenset[tuple[bool, int]]] = {}
 
-    def after(self, anchor: str) -> list[list[tuple[int, bool]]]:
-        """The tokens of each word; without those words that come to nothing."""
-        if anchor not in self._after:
-            spelt = _tokens_after(self._vocabulary, anchor, self._texts)
-            self._after[anchor] = [
-                tokens for tokens in spelt if any(reaches for _, reaches in tokens)
-            ]
-        return self._after[anchor]
+    def firsts(self, anchor: str, space: int | None, texts: Sequence[str]) -> list[_First]:
+        """The first token of each text; without those texts that come to none.
+
+        Args:
+            anchor: what stands before them.
+            space: the id of a lone "▁" that comes before, if there is one.
+            texts: that may come.
+        """
+        place = anchor, space
+        if place not in self._known and len(self._known) >= self._MOST_PLACES:
+            del self._known[next(iter(self._known))]
+        known = self._known.setdefault(place, {})
+        missing = [text for text in dict.fromkeys(texts) if text not in known]
+        for text, tokens in zip(
+            missing, _tokens_after(self._vocabulary, anchor, missing), strict=True
+        ):
+            num_shared = int(bool(tokens) and tokens[0][0] == space)
+            if len(tokens) == num_shared:
+                known[text] = None
+                continue
+            first_id, reaches = tokens[num_shared]
+            known[text] = _First(first_id, bool(num_shared), reaches, len(tokens) == 1 + num_shared)
+        return [first for first in map(known.__getitem__, texts) if first is not None]
+
+    def innocent_firsts(self, anchor: str, space: int | None) -> frozenset[tuple[bool, int]]:
+        """Of the first tokens of all innocent words: whether they come after a space, and ids."""
+        place = anchor, space
+        if place not in self._innocent_firsts:
+            self._innocent_firsts[place] = frozenset(
+                (first.is_after_space, first.id)
+                for first in self.firsts(anchor, space, self._innocent)
+            )
+        return self._innocent_firsts[place]
 
 
 def spellings(vocabulary: "seqio.Vocabulary", texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
@@ -360,6 +405,7 @@ class Completions:
 
     def __init__(self, vocabulary: "seqio.Vocabulary"):
         self._vocabulary = vocabulary
+        self._spelt: dict[str, tuple[int, ...] | None] = {}  # None cannot be spelt
         # By the texts that came last, which may be a list's thousands, the same for every record.
         self._last: dict[bool, tuple[tuple[str, ...], dict[tuple[int, ...], set[int]]]] = {}
 
@@ -406,7 +452,10 @@ class Completions:
         if whole in self._last and self._last[whole][0] == texts:
             return self._last[whole][1]
         found: dict[tuple[int, ...], set[int]] = {}
-        for tokens in spellings(self._vocabulary, texts).values():
+        missing = [text for text in texts if text not in self._spelt]
+        spelt = spellings(self._vocabulary, missing)
+        self._spelt.update((text, spelt.get(text)) for text in missing)
+        for tokens in filter(None, map(self._spelt.__getitem__, texts)):
             for length in range(0 if whole else max(len(tokens) - 1, 0), len(tokens)):
                 found.setdefault(tokens[:length], set()).add(tokens[length])
         self._last[whole] = texts, found

@@ -4,9 +4,10 @@ Both compare texts word by word; `tnt_jax.words` says what a word is.
 """
 
 import json
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from tnt_jax import words
 from tnt_jax.annotation import Annotation, Span, TextFile
@@ -78,10 +79,10 @@ class Lexicon:
 
     def annotate(self, record: Record) -> Annotation:
         """Marks every entry in the targets, also where the inputs hold it."""
-        others = self._texts if self.alternatives else ()
+        others = self._others if self.alternatives else _Others((), ())
         return Annotation(
             spans=tuple(
-                _span(record.targets, start, end, others, recase=not self.case_sensitive)
+                _span(record.targets, start, end, others)
                 for start, end, _ in self._phrases.longest_mentions(record.targets)
             ),
             banned=self.everywhere(),
@@ -89,7 +90,11 @@ class Lexicon:
 
     @cached_property
     def _spellings(self) -> tuple[str, ...]:
-        return self._texts if self.case_sensitive else words.casings(self._texts)
+        return words.forms(self._texts, case_sensitive=self.case_sensitive)
+
+    @cached_property
+    def _others(self) -> "_Others":
+        return _Others.of(self._texts, case_sensitive=self.case_sensitive)
 
     def banned(self, record: Record) -> tuple[str, ...]:
         """What would be marked in any targets of a record: for masks while decoding."""
@@ -101,7 +106,7 @@ class Lexicon:
         return self._phrases.outside(text)
 
     def everywhere(self) -> tuple[str, ...]:
-        """All entries with their inflections and, unless `case_sensitive`, in every casing."""
+        """All entries with their inflections, in every form that would be marked."""
         return self._spellings if self.at_every_position else ()
 
 
@@ -169,18 +174,16 @@ class Gazetteer:
             if supported.isdisjoint(values)
         ]
         supported_names, other_names = self._names(supported)
-        others = other_names if self.alternatives else ()
+        others = _Others.of(other_names if self.alternatives else ())
         return Annotation(
-            spans=tuple(
-                _span(record.targets, start, end, others, recase=True) for start, end in mentions
-            ),
-            supported=words.casings(supported_names),
-            banned=words.casings(other_names) if self.at_every_position else (),
+            spans=tuple(_span(record.targets, start, end, others) for start, end in mentions),
+            supported=words.forms(supported_names),
+            banned=words.forms(other_names) if self.at_every_position else (),
         )
 
     def banned(self, record: Record) -> tuple[str, ...]:
         """What would be marked in any targets of a record: for masks while decoding."""
-        return words.casings(self._names(self._phrases.values_in(record.inputs))[1])
+        return words.forms(self._names(self._phrases.values_in(record.inputs))[1])
 
     def innocent_words(self, text: str) -> list[str]:
         """The words of a text that are in no value's name."""
@@ -223,12 +226,30 @@ def _named_values(file: TextFile) -> list[tuple[str, tuple[str, str]]]:
     return pairs
 
 
-def _span(targets: str, start: int, end: int, others: Iterable[str], *, recase: bool) -> Span:
-    """A span whose alternatives are the other texts, capitalised where the marked text is."""
+class _Others(NamedTuple):
+    """What else would be marked in the place of a marked text.
+
+    Attributes:
+      of_capitals: its forms where the marked text is in capitals.
+      of_letters: its forms elsewhere: all but those in capitals, which the text would not go on in.
+    """
+
+    of_capitals: tuple[str, ...]
+    of_letters: tuple[str, ...]
+
+    @classmethod
+    def of(cls, texts: Sequence[str], *, case_sensitive: bool = False) -> "_Others":
+        """All forms of listed texts."""
+        return cls(
+            words.forms(texts, case_sensitive=case_sensitive),
+            words.forms(texts, case_sensitive=case_sensitive, in_capitals=False),
+        )
+
+
+def _span(targets: str, start: int, end: int, others: _Others) -> Span:
     marked = targets[start:end]
-    if recase and len(marked) > 1 and marked.isupper():
-        others = (text.upper() for text in others)
-    elif recase and marked[:1].isupper():
-        others = (text[:1].upper() + text[1:] for text in others)
-    alternatives = tuple(text for text in dict.fromkeys(others) if text != marked)
-    return Span(start=start, end=end, alternatives=alternatives)
+    is_in_capitals = len(marked) > 1 and marked.isupper()
+    forms = others.of_capitals if is_in_capitals else others.of_letters
+    return Span(
+        start=start, end=end, alternatives=tuple(text for text in forms if text != marked)
+    )

@@ -8,6 +8,7 @@ space are one space. Canonically equivalent strings and the two apostrophes are 
 written without spaces is out of reach: its runs of letters are single words.
 """
 
+import functools
 import re
 import unicodedata
 from collections.abc import Hashable, Iterable, Iterator
@@ -131,10 +132,62 @@ def inflected(entry: str) -> list[str]:
     return [plural, past, participle]
 
 
-def casings(texts: Iterable[str]) -> tuple[str, ...]:
-    """Each text as it is, with a capital and in capitals, without repeats."""
+def forms(
+    texts: Iterable[str], *, case_sensitive: bool = False, in_capitals: bool = True
+) -> tuple[str, ...]:
+    """Writes each text in the ways in which `Phrases` finds it, without repeats.
+
+    These are: the text as listed, in lower case, with a capital, with one on each word, and in
+    capitals; each of them with the hyphens and spaces as listed, with spaces alone and with hyphens
+    alone, and with both apostrophes. What is marked and what is removed is the same text only if
+    both go by this. (Mixtures such as "cRoWNe plaza" are found, and are not written here.)
+
+    Args:
+      texts: Listed words and phrases.
+      case_sensitive: Leave the letters as they are listed.
+      in_capitals: Write them in capitals, too; what is listed in capitals stays in any case.
+    """
     return tuple(
         dict.fromkeys(
-            form for text in texts for form in (text, text[:1].upper() + text[1:], text.upper())
+            form
+            for text in texts
+            for form in _forms(text, case_sensitive)
+            if in_capitals or form == text or len(form) == 1 or not form.isupper()
         )
     )
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _forms(text: str, case_sensitive: bool) -> tuple[str, ...]:
+    joints = (
+        text,
+        re.sub(rf"(?<={_LETTER}){_HYPHEN}(?={_LETTER})", " ", text),
+        re.sub(rf"(?<={_LETTER})\s+(?={_LETTER})", "-", text),
+    )
+    found = []
+    for joined in joints:
+        for spelt in (joined, joined.replace("\u2019", "'"), joined.replace("'", "\u2019")):
+            found.extend((spelt,) if case_sensitive else _casings(spelt))
+    return tuple(dict.fromkeys(found))
+
+
+def _casings(text: str) -> tuple[str, ...]:
+    lower = text.lower()
+    return (
+        text,
+        lower,
+        text.casefold(),
+        text[:1].lower() + text[1:],
+        *(text[:1].upper() + text[1:], _capitalised(text)),
+        *(lower[:1].upper() + lower[1:], _capitalised(lower)),
+        text.upper(),
+    )
+
+
+def _capitalised(text: str) -> str:
+    """With a capital on each word, but for a possessive 's."""
+    letters = list(text)
+    for start, end in extents(text):
+        if key(text[start:end]) != "'s":
+            letters[start] = letters[start].upper()
+    return "".join(letters)
