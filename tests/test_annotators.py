@@ -128,16 +128,27 @@ def test_comments_and_blank_lines_are_skipped(lexicon):
     assert marked(annotator, "not a word, fool too") == ["fool"]
 
 
-def test_lexicon_alternatives_are_the_other_entries_cased_as_the_marked_text(lexicon):
+def test_lexicon_alternatives_are_the_entries_in_every_casing(lexicon):
     annotator = lexicon("idiot", "Fool", "old rat")
+    forms = {"idiot", "Idiot", "Fool", "fool"}
+    forms |= {"old rat", "Old rat", "Old Rat", "old-rat", "Old-rat", "Old-Rat"}
     spans = annotate(annotator, "", "idiot, Fool, OLD RAT").spans
-    assert [s.alternatives for s in spans] == [
-        ("Fool", "old rat"),
-        ("Idiot", "Old rat"),
-        ("IDIOT", "FOOL"),
-    ]
+    assert set(spans[0].alternatives) == forms - {"idiot"}
+    assert set(spans[1].alternatives) == forms - {"Fool"}
+    # What stands in capitals may go on in capitals.
+    assert set(spans[2].alternatives) == forms | {"IDIOT", "FOOL", "OLD-RAT"}
+    assert all(len(set(span.alternatives)) == len(span.alternatives) for span in spans)
     (span,) = annotate(lexicon("idiot", "fool", alternatives=False), "", "idiot").spans
     assert span.alternatives == ()
+
+
+def test_a_capital_does_not_hide_the_listed_form(gazetteer):
+    """A text that begins with a marked value may go on in lower case, as the list has it."""
+    values = {"rating": ["Michelin-starred"], "family": ["family-friendly"]}
+    (span,) = annotate(gazetteer(values), "", "Michelin-starred pub.").spans
+    assert {"family-friendly", "Family-friendly"} <= set(span.alternatives)
+    (span,) = annotate(gazetteer(values), "", "a family friendly pub").spans
+    assert {"Michelin-starred", "michelin-starred"} <= set(span.alternatives)
 
 
 def test_lexicon_everywhere_is_all_that_it_would_mark(lexicon):
@@ -200,8 +211,10 @@ def test_gazetteer_alternatives_and_supported(gazetteer):
     values = {"area": {"north": ["northern"], "south": []}, "food": ["thai", "high tea"]}
     annotation = annotate(gazetteer(values), "food = thai", "South of it. in the south")
     at_start, later = annotation.spans
-    assert at_start.alternatives == ("North", "Northern", "High tea")
-    assert later.alternatives == ("north", "northern", "high tea")
+    forms = {"north", "North", "northern", "Northern", "south", "South"}
+    forms |= {"high tea", "High tea", "High Tea", "high-tea", "High-tea", "High-Tea"}
+    assert set(at_start.alternatives) == forms - {"South"}
+    assert set(later.alternatives) == forms - {"south"}
     assert annotation.supported == ("thai", "Thai", "THAI")
 
     annotation = annotate(gazetteer(values, alternatives=False), "food = thai", "south")
@@ -211,7 +224,7 @@ def test_gazetteer_alternatives_and_supported(gazetteer):
 def test_a_name_shared_with_a_supported_value_is_no_alternative(gazetteer):
     values = {"price": ["High", "low"], "rating": {"top": ["high"]}}
     annotation = annotate(gazetteer(values), "rating = top", "low")
-    assert annotation.spans[0].alternatives == ()
+    assert annotation.spans[0].alternatives == ("Low",)
     assert set(annotation.supported) >= {"High", "top", "high"}
 
 
@@ -232,6 +245,37 @@ def test_gazetteer_at_every_position_bans_what_is_not_supported(gazetteer):
 # -----------------------------------------------------------------------------
 # Both
 # -----------------------------------------------------------------------------
+
+LISTED = ["Crowne Plaza Hotel", "THE PUNTER", "family-friendly", "o'reilly's", "Café Rouge", "4 star"]
+
+
+@pytest.mark.parametrize("list_style", [str, str.lower, str.upper, str.title])
+@pytest.mark.parametrize("text_style", [str.lower, str.upper, str.title, str.capitalize])
+@pytest.mark.parametrize("listed", LISTED)
+def test_what_is_marked_is_what_is_banned(lexicon, gazetteer, listed, list_style, text_style):
+    """In whatever case a list is written, and the text: both rules mean the same text."""
+    listed, text = list_style(listed), text_style(listed)
+    if text_style is str.title:
+        text = text.replace("'S", "'s")
+    spellings = {text, text.replace("-", " "), text.replace(" ", "-"), text.replace("'", "\u2019")}
+    row = records.Record(id="a", inputs="it is good", targets=text)
+    everywhere = {"at_every_position": True}
+    for annotator in (lexicon(listed, **everywhere), gazetteer({"value": [listed]}, **everywhere)):
+        assert all(marked(annotator, spelt) == [spelt] for spelt in spellings)
+        assert spellings <= set(annotator.banned(row))
+        assert spellings <= set(annotator.annotate(row).banned)
+        assert all(marked(annotator, spelt) == [spelt] for spelt in annotator.banned(row))
+    supporting = gazetteer({"value": [listed, "other"]})
+    assert spellings <= set(annotate(supporting, listed, "other").supported)
+
+
+@pytest.mark.parametrize("listed", LISTED)
+def test_a_case_sensitive_list_bans_what_it_marks(lexicon, listed):
+    annotator = lexicon(listed, case_sensitive=True)
+    banned = annotator.banned(records.Record(id="a", inputs="", targets=""))
+    assert {listed, listed.replace("-", " "), listed.replace("'", "\u2019")} <= set(banned)
+    assert all(marked(annotator, spelt) == [spelt] for spelt in banned)
+    assert listed.swapcase() not in banned
 
 
 def test_description_names_settings_and_content_but_not_the_folder(lexicon, gazetteer, tmp_path):

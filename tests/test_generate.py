@@ -2,6 +2,8 @@
 
 import contextlib
 import itertools
+import json
+import pathlib
 import re
 
 import hypothesis
@@ -109,7 +111,7 @@ def test_a_list_of_words_is_held_once(tmp_path):
     words = annotators.Lexicon(path=str(tmp_path / "words.txt"))
     rows = [records.Record(id=str(n), inputs="") for n in range(5000)]
     banned = generate._Banned.of(rows, words, seqio.ByteVocabulary())
-    assert banned.of_batch([3, 4999]).shape == (2, 1500, 7)  # in three casings
+    assert banned.of_batch([3, 4999]).shape == (2, 1500, 7)  # in three forms
     assert sum(array.nbytes for array in banned.describe().values()) < 100_000
 
 
@@ -132,6 +134,13 @@ def working_directory(tmp_path_factory):
         records.write_records("prompts.jsonl", prompts)
         rooms.train_original("model", 20, LEARNING_RATE=1e-2)
         yield
+
+
+@pytest.fixture(scope="module")
+def fluent():
+    """A model that says a state of every room."""
+    rooms.train_original("fluent", 150, LEARNING_RATE=1e-2)
+    return "fluent"
 
 
 def outputs(name, **settings):
@@ -183,6 +192,40 @@ def test_eight_devices_give_the_tokens_of_one(decoder, monkeypatch):
         names = ("DATA_DEVICES", "FSDP_DEVICES", "MODEL_DEVICES")
         assert outputs("eight", **decoder, **dict(zip(names, sizes, strict=True))) == expected
         assert tuple(meshes[-1].shape.values()) == sizes
+
+
+@pytest.mark.parametrize("list_style", [str.upper, str.title])
+@pytest.mark.parametrize("name", ["Lexicon", "Gazetteer"])
+@pytest.mark.parametrize("decoder", [{}, {"TEMPERATURE": 1.0}], ids=["greedy", "sampling"])
+def test_nothing_is_left_that_the_mask_could_spell(name, list_style, decoder, fluent):
+    """A list in another case than the outputs, which say one of its words in every sentence."""
+    listed = [list_style(word) for word in rooms.STATES.values()]
+    vocabulary = seqio.SentencePieceVocabulary("vocabulary.model", extra_ids=0)
+    if name == "Lexicon":
+        pathlib.Path("listed").write_text("\n".join(listed))
+    else:
+        pathlib.Path("listed").write_text(json.dumps({"state": listed}))
+    annotator = getattr(annotators, name)(path="listed")
+    settings = {
+        "PROMPTS": "corpus.jsonl",
+        "CHECKPOINT_PATH": fluent,
+        "OUTPUT": "masked.jsonl",
+    }
+    mask = {"MASK": f"@annotators.{name}()", f"annotators.{name}.path": "listed"}
+
+    def marked_texts(more):
+        assert rooms.run("generate", settings | decoder | more) == 0
+        for row in records.read_records("masked.jsonl"):
+            for span in annotator.annotate(row).spans:
+                yield row, row.targets[span.start : span.end]
+
+    assert len([*marked_texts({})]) >= 30  # of 60 outputs
+    for row, text in marked_texts(mask):
+        # Other tokens than those that spell a text after a space may come together to one.
+        assert decoder
+        spelt = vocabulary.encode(text)
+        ids = list(row.target_ids)
+        assert all(ids[n : n + len(spelt)] != spelt for n in range(len(ids)))
 
 
 def test_a_mask_that_is_a_class_lacks_its_parentheses(capsys):

@@ -180,6 +180,7 @@ def _casings(text: str) -> tuple[str, ...]:
         text[:1].lower() + text[1:],
         *(text[:1].upper() + text[1:], _capitalised(text)),
         *(lower[:1].upper() + lower[1:], _capitalised(lower)),
+        re.sub(r"(?<=['\u2019])S\b", "s", text.title()),  # "O'Reilly's"
         text.upper(),
     )
 
