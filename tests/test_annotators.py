@@ -246,7 +246,14 @@ def test_gazetteer_at_every_position_bans_what_is_not_supported(gazetteer):
 # Both
 # -----------------------------------------------------------------------------
 
-LISTED = ["Crowne Plaza Hotel", "THE PUNTER", "family-friendly", "o'reilly's", "Café Rouge", "4 star"]
+LISTED = [
+    "Crowne Plaza Hotel",
+    "THE PUNTER",
+    "family-friendly",
+    "o'reilly's",
+    "Café Rouge",
+    "4 star",
+]
 
 
 @pytest.mark.parametrize("list_style", [str, str.lower, str.upper, str.title])

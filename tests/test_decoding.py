@@ -1,7 +1,9 @@
 """Decoding against teacher-forced probabilities, brute force and counted frequencies."""
 
+import dataclasses
 import functools
 import itertools
+import json
 
 import jax
 import jax.extend
@@ -9,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tnt_jax import decoding, t5
+from tnt_jax import annotators, decoding, records, t5
 from tnt_jax.decoding import Decoding
 from tnt_jax.errors import UsageError
 
@@ -42,12 +44,12 @@ def random_params():
     return jax.tree.map(jnp.asarray, params)
 
 
-def decode(sources=SOURCES, keys=None, banned=None, prefixes=None, **settings):
+def decode(sources=SOURCES, keys=None, mask=None, prefixes=None, **settings):
     decoded = decoding.decode(
         random_params(),
         sources,
         keys,
-        banned,
+        mask,
         prefixes,
         config=CONFIG,
         decoding=Decoding(**settings),
@@ -108,9 +110,9 @@ def test_a_row_stops_at_its_eos_and_the_loop_with_the_last_row():
 def test_a_banned_sequence_never_comes_up():
     free = decode(max_length=10, eos_id=NEVER).tokens
     pair, triple = free[0, 2:4].tolist(), free[1, 4:7].tolist()
-    banned = decoding.pad_banned([[pair], [triple, [7]], []])
+    banned = decoding.pad_sequences([[pair], [triple, [7]], []])
     assert banned.shape == (3, 2, 3)
-    tokens = decode(max_length=10, eos_id=NEVER, banned=jnp.asarray(banned)).tokens
+    tokens = decode(max_length=10, eos_id=NEVER, mask=decoding.Mask(banned)).tokens
     expected = log_probs(SOURCES, tokens)
     for row, of_row in enumerate(([pair], [triple, [7]], [])):
         for position in range(10):
@@ -122,6 +124,84 @@ def test_a_banned_sequence_never_comes_up():
     # The row that bans nothing says what it said; the others go on where they must part.
     np.testing.assert_array_equal(tokens[2], free[2])
     assert (tokens[0, :3] == free[0, :3]).all() and tokens[0, 3] != free[0, 3]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_nothing_that_a_gazetteer_marks_comes_up(seed, tmp_path):
+    """Ids are words. Names begin, end and hold one another; some of each row are supported."""
+    rng = np.random.default_rng(seed)
+    num_rows, length = 200, 16
+
+    def text_of(ids):
+        return " ".join(f"w{token}" for token in ids if token not in (0, NEVER))
+
+    rows, listed, asked = [], [], []
+    for number in range(num_rows):
+        names = {tuple(rng.integers(2, 6, rng.integers(1, 4)).tolist()) for _ in range(6)}
+        names = rng.permutation(sorted(map(text_of, names))).tolist()
+        values = {first: [other] for first, other in zip(names[::2], names[1::2], strict=False)}
+        path = tmp_path / f"{number}.json"
+        path.write_text(json.dumps({"name": values}))
+        rows.append(annotators.Gazetteer(path=str(path)))
+        listed.append([tuple(int(word[1:]) for word in name.split()) for name in names])
+        # Of a value that is stated by its first name the other one is supported, too.
+        inputs = " ; ".join([*values][: int(rng.integers(0, 3))])
+        asked.append(records.Record(id=str(number), inputs=inputs))
+
+    def ids_of(method):
+        return decoding.pad_sequences(
+            [
+                [name for name in names if text_of(name) in getattr(annotator, method)(record)]
+                for annotator, names, record in zip(rows, listed, asked, strict=True)
+            ]
+        )
+
+    mask = decoding.Mask(banned=ids_of("banned"), supported=ids_of("supported"))
+    settings = {"max_length": length, "eos_id": NEVER, "temperature": 9.0}
+    settings["banned_ids"] = (1, 6, 7, 8)  # rather words of names
+    sources = jnp.asarray(rng.integers(2, 11, (num_rows, 3)))
+    keys = decoding.record_keys(seed, [record.id for record in asked])
+
+    def marked(tokens):
+        """How many names are marked, but for what more tokens could have made another one."""
+        number = 0
+        for annotator, record, ids in zip(rows, asked, tokens, strict=True):
+            targets = text_of(ids)
+            spans = annotator.annotate(dataclasses.replace(record, targets=targets)).spans
+            is_cut = NEVER not in ids
+            number += sum(not is_cut or targets[s.end :].count(" ") >= 2 for s in spans)
+        return number
+
+    assert marked(decode(sources, keys, **settings).tokens) > 30
+    with_all = decode(sources, keys, mask=mask, **settings).tokens
+    assert marked(with_all) == 0
+    # Without what is supported, the same texts are banned; what holds one of them is out of reach.
+    with_banned = decode(sources, keys, mask=decoding.Mask(mask.banned), **settings).tokens
+    assert marked(with_banned) == 0
+
+    def num_said(tokens):
+        """How many supported names are said that hold an unsupported one."""
+        return sum(
+            any(part in row_banned for part in parts_of(name)) and name in parts_of(row)
+            for row, row_banned, row_supported in zip(
+                tokens.tolist(), unpadded(mask.banned), unpadded(mask.supported), strict=True
+            )
+            for name in row_supported
+        )
+
+    assert num_said(with_all) >= 3
+    assert num_said(with_banned) == 0
+
+
+def parts_of(ids):
+    """All stretches of a sequence."""
+    return {
+        tuple(ids[start:end]) for start in range(len(ids)) for end in range(start + 1, len(ids) + 1)
+    }
+
+
+def unpadded(sequences):
+    return [[tuple(i for i in ids if i >= 0) for ids in row] for row in sequences.tolist()]
 
 
 def test_a_prefix_is_said_and_then_gone_on_from():

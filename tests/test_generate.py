@@ -79,7 +79,7 @@ def test_the_next_batch_is_begun_before_one_is_fetched():
 
 
 class Mask:
-    """Bans the words of the inputs, and of `also`."""
+    """Bans the words of the inputs, and of `also`; supports the inputs."""
 
     def __init__(self, *also):
         self.also = also
@@ -87,32 +87,43 @@ class Mask:
     def banned(self, record):
         return (*record.inputs.split(), *self.also)
 
+    def supported(self, record):
+        return (record.inputs,)
+
 
 @pytest.mark.parametrize("also", [(), ("b", "longest", "")])
 def test_what_is_banned_is_what_one_array_of_all_prompts_would_say(also):
     vocabulary, mask = seqio.ByteVocabulary(), Mask(*also)
     inputs = ["b a", "", "a b", "longer a", "a a c", "b \u00fc"]
     rows = [records.Record(id=str(n), inputs=text) for n, text in enumerate(inputs)]
-    banned = generate._Banned.of(rows, mask, vocabulary)
-    expected = decoding.pad_banned(
-        [
-            sorted({tuple(vocabulary.encode(text)) for text in mask.banned(row) if text})
-            for row in rows
-        ]
-    )
+    masks = generate._Masks.of(rows, mask, vocabulary)
+    expected = {
+        name: decoding.pad_sequences(
+            [
+                sorted({tuple(vocabulary.encode(text)) for text in texts(row) if text})
+                for row in rows
+            ]
+        )
+        for name, texts in (("banned", mask.banned), ("supported", mask.supported))
+    }
     for indices in ([0, 1, 2, 3, 4, 5], [4, 1], [1]):
-        np.testing.assert_array_equal(banned.of_batch(indices), expected[indices])
-    assert len(banned.lists) == 5  # "b a" and "a b" ban the same
-    assert banned.describe().keys() == {"spelt", "lists", "lengths", "list_of"}
+        of_batch = masks.of_batch(indices)
+        for name in expected:
+            np.testing.assert_array_equal(getattr(of_batch, name), expected[name][indices])
+    assert len(masks.banned.lists) == 5  # "b a" and "a b" ban the same
+    assert len(masks.supported.lists) == 6
+    assert masks.describe()["banned"].keys() == {"spelt", "lists", "lengths", "list_of"}
 
 
 def test_a_list_of_words_is_held_once(tmp_path):
     (tmp_path / "words.txt").write_text("\n".join(f"word{n}" for n in range(500)))
     words = annotators.Lexicon(path=str(tmp_path / "words.txt"))
     rows = [records.Record(id=str(n), inputs="") for n in range(5000)]
-    banned = generate._Banned.of(rows, words, seqio.ByteVocabulary())
-    assert banned.of_batch([3, 4999]).shape == (2, 1500, 7)  # in three forms
-    assert sum(array.nbytes for array in banned.describe().values()) < 100_000
+    masks = generate._Masks.of(rows, words, seqio.ByteVocabulary())
+    assert masks.of_batch([3, 4999]).banned.shape == (2, 1500, 7)  # in three forms
+    assert masks.of_batch([3, 4999]).supported is None
+    described = [array for texts in masks.describe().values() for array in texts.values()]
+    assert sum(array.nbytes for array in described) < 100_000
 
 
 # --- The outputs ----------------------------------------------------------------------------------

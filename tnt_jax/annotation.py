@@ -37,7 +37,7 @@ class Annotation:
     Attributes:
       spans: sorted and disjoint; empty when nothing is unwanted.
       supported: texts that remain right in this record, in every casing. A token that begins one of
-        them must not be removed on account of an alternative, or of something banned.
+        them must not be removed on account of an alternative, or of a banned text within it.
       banned: texts that must not come up anywhere in the targets. What would complete one is
         removed at every position, whether or not it was going to come up: a decoding mask as marks.
     """
@@ -66,6 +66,19 @@ class Annotator(Protocol):
 
     def everywhere(self) -> tuple[str, ...]:
         """Texts to remove at every position of every record; usually none."""
+        ...
+
+
+@runtime_checkable
+class Mask(Protocol):
+    """An annotator that knows beforehand what it would mark: it can mask while decoding."""
+
+    def banned(self, record: Record) -> tuple[str, ...]:
+        """The texts that would be marked in any targets of a record, in all their forms."""
+        ...
+
+    def supported(self, record: Record) -> tuple[str, ...]:
+        """The texts that would not be marked although they may hold a banned one."""
         ...
 
 

@@ -90,7 +90,7 @@ class Model:
         batch_size: int,
         *,
         row_keys: jax.Array | None = None,
-        banned: np.ndarray | None = None,
+        mask: decoding.Mask | None = None,
         prefixes: np.ndarray | None = None,
     ) -> decoding.Decoded:
         """Has the devices begin with a batch of outputs, and does not wait for it.
@@ -102,14 +102,16 @@ class Model:
           decoder: How to choose the tokens.
           batch_size: Rows that are computed.
           row_keys: One for each of the inputs, for sampling.
-          banned: Of each, what must not come up, as `decoding.decode` takes it.
-          prefixes: Of each, how its output begins, likewise.
+          mask: What must not come up in each.
+          prefixes: Of each, how its output begins, as `decoding.decode` takes it.
         """
         num_fill = batch_size - len(inputs)
         features = {"tokens": feature_converters.pad_inputs([*inputs, *[()] * num_fill], width)}
-        if banned is not None:
+        if mask is not None:
             fill = ((0, num_fill), (0, 0), (0, 0))
-            features["banned"] = np.pad(banned, fill, constant_values=-1)
+            features["mask"] = jax.tree.map(
+                lambda sequences: np.pad(sequences, fill, constant_values=-1), mask
+            )
         if prefixes is not None:
             features["prefixes"] = np.pad(prefixes, ((0, num_fill), (0, 0)))
         placed = sharding.put_batch(features, self.mesh)
@@ -121,7 +123,7 @@ class Model:
                 params,
                 placed["tokens"],
                 row_keys,
-                placed.get("banned"),
+                placed.get("mask"),
                 placed.get("prefixes"),
                 config=self.config,
                 decoding=decoder,

@@ -116,12 +116,29 @@ def record_keys(seed: int, record_ids: Sequence[str]) -> Key[Array, "B"]:
     return jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
 
 
+class Mask(NamedTuple):
+    """What must not come up in each output, and what may although it holds some of that.
+
+    Both are sequences of ids, as `pad_sequences` fills them up. The id that would complete a banned
+    sequence is removed, unless a supported one has come at least as far from the same place or an
+    earlier one: then what goes on with that is all that may follow, until it is whole. So "rice
+    boat" can be said where "rice" cannot. `tokenization.Completions` removes by the same rule.
+
+    Attributes:
+      banned: of each row, sequences that must not come up.
+      supported: of each row, sequences that may; None where there are none.
+    """
+
+    banned: Int[Array, "B M W"]
+    supported: Int[Array, "B Q X"] | None = None
+
+
 @functools.partial(jax.jit, static_argnames=("config", "decoding"))
 def decode(
     params: PyTree,
     encoder_input_tokens: Int[Array, "B S"],
     row_keys: Key[Array, "B"] | None = None,
-    banned_sequences: Int[Array, "B M W"] | None = None,
+    mask: Mask | None = None,
     prefix_tokens: Int[Array, "B P"] | None = None,
     *,
     config: t5.T5Config,
@@ -139,9 +156,7 @@ def decode(
         position alone, not on the model, the other rows or their order, so an unchanged model
         repeats its sample (bit for bit at one batch size; between batch sizes XLA may sum in
         another order, which can turn a tie within 1e-6 nats).
-      banned_sequences: of each row, sequences of ids that must not come up in it, as from
-        `pad_banned`: the id that would complete one is removed, the rest renormalised. Not for
-        beams.
+      mask: what must not come up: it is removed, the rest renormalised. Not for beams.
       prefix_tokens: how each row's output begins, padded with 0 on the right; rows may differ in
         length, and one of no tokens is free from the start. They count in `tokens`, `log_prob` and
         `max_length` as if they had been chosen. Not for beams.
@@ -164,7 +179,7 @@ def decode(
     if decoding.temperature > 0 and row_keys is None:
         raise UsageError("sampling (Decoding.temperature above 0) needs one key per row: row_keys")
     if decoding.num_beams > 1:
-        for name, given in (("banned sequences", banned_sequences), ("prefixes", prefix_tokens)):
+        for name, given in (("masks", mask), ("prefixes", prefix_tokens)):
             if given is not None:
                 raise UsageError(
                     f"{name} are for one output at a time: expected Decoding.num_beams=1, found "
@@ -202,12 +217,10 @@ def decode(
     # As wide as the output, so that every step reads its own column.
     num_free = decoding.max_length - prefix_tokens.shape[1]
     forced = jnp.pad(prefix_tokens, ((0, 0), (0, num_free)), constant_values=_PAD_ID)
-    return _decode_rows(
-        next_log_probs, cache, is_filler, row_keys, banned_sequences, forced, decoding
-    )
+    return _decode_rows(next_log_probs, cache, is_filler, row_keys, mask, forced, decoding)
 
 
-def pad_banned(sequences: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
+def pad_sequences(sequences: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
     """Sequences of ids of each row as `[B, M, W]` int32, filled up with -1 on the left."""
     most = max((len(of_row) for of_row in sequences), default=0)
     longest = max((len(ids) for of_row in sequences for ids in of_row), default=0)
@@ -227,6 +240,7 @@ class _Rows(NamedTuple):
     last: Int[Array, "B"]
     log_prob: Float[Array, "B"]
     ended: Bool[Array, "B"]
+    owed: Int[Array, "B"]
     cache: PyTree
 
 
@@ -235,7 +249,7 @@ def _decode_rows(
     cache: PyTree,
     is_filler: Bool[Array, "B"],
     row_keys: Key[Array, "B"] | None,
-    banned_sequences: Int[Array, "B M W"] | None,
+    mask: Mask | None,
     forced: Int[Array, "B L"],
     decoding: Decoding,
 ) -> Decoded:
@@ -244,11 +258,10 @@ def _decode_rows(
 
     def step(rows: _Rows) -> _Rows:
         log_probs, cache = next_log_probs(rows.last, rows.position, rows.cache)
-        if banned_sequences is not None:
-            is_banned = _completing(
-                banned_sequences, rows.tokens, rows.position, log_probs.shape[-1]
-            )
-            log_probs = jax.nn.log_softmax(jnp.where(is_banned, -jnp.inf, log_probs))
+        masked = None
+        if mask is not None:
+            masked = _masked(mask, rows.tokens, rows.position, rows.owed, log_probs.shape[-1])
+            log_probs = jax.nn.log_softmax(jnp.where(masked.removed, -jnp.inf, log_probs))
         if row_keys is None:
             chosen = jnp.argmax(log_probs, axis=-1)
         else:
@@ -263,6 +276,7 @@ def _decode_rows(
             last=token,
             log_prob=rows.log_prob + jnp.where(rows.ended, 0.0, gained),
             ended=rows.ended | (token == decoding.eos_id),
+            owed=rows.owed if masked is None else masked.owed_after(chosen),
             cache=cache,
         )
 
@@ -275,27 +289,74 @@ def _decode_rows(
             last=jnp.full(num_rows, _PAD_ID, jnp.int32),
             log_prob=jnp.zeros(num_rows),
             ended=is_filler,
+            owed=jnp.zeros(num_rows, jnp.int32),
             cache=cache,
         ),
     )
     return Decoded(rows.tokens, rows.log_prob, rows.position)
 
 
-def _completing(
-    banned: Int[Array, "B M W"],
+class _Masked(NamedTuple):
+    """What a mask says of the next id of each row.
+
+    Attributes:
+      removed: the ids that may not come.
+      owed: how long the sequence is, with each id as its last, that must become whole: one that is
+        supported, and has a banned one in it so far; 0 for none.
+    """
+
+    removed: Bool[Array, "B V"]
+    owed: Int[Array, "B V"]
+
+    def owed_after(self, chosen: Int[Array, "B"]) -> Int[Array, "B"]:
+        """What is owed once an id of each row is chosen."""
+        return jnp.take_along_axis(self.owed, chosen[:, None], axis=1)[:, 0]
+
+
+def _masked(
+    mask: Mask,
+    tokens: Int[Array, "B L"],
+    position: Int[Array, ""],
+    owed: Int[Array, "B"],
+    vocab_size: int,
+) -> _Masked:
+    banned = _longest_completed(mask.banned, tokens, position, vocab_size)
+    if mask.supported is None:
+        return _Masked(banned > 0, jnp.zeros_like(banned))
+    whole = _longest_completed(mask.supported, tokens, position, vocab_size)
+    width = mask.supported.shape[2]
+    begun = jnp.concatenate(
+        [  # without the last n ids, filled up on the left
+            jnp.pad(mask.supported, ((0, 0), (0, 0), (n, 0)), constant_values=-1)[..., :width]
+            for n in range(width)
+        ],
+        axis=1,
+    )
+    supported = _longest_completed(begun, tokens, position, vocab_size)
+    goes_on = (owed[:, None] == 0) | (supported > owed[:, None])
+    removed = (banned > supported) | ~goes_on
+    # Where nothing else is left, a longer banned sequence holds the supported one.
+    removed = jnp.where(jnp.all(removed, axis=1, keepdims=True), ~goes_on, removed)
+    length = jnp.maximum(banned, jnp.where(owed > 0, owed + 1, 0)[:, None])
+    return _Masked(removed, jnp.where(whole < length, length, 0))
+
+
+def _longest_completed(
+    sequences: Int[Array, "B M W"],
     tokens: Int[Array, "B L"],
     position: Int[Array, ""],
     vocab_size: int,
-) -> Bool[Array, "B V"]:
-    """The ids that would complete a banned sequence at a position."""
-    num_rows, _, width = banned.shape
+) -> Int[Array, "B V"]:
+    """Of each id at a position: how long the longest sequence is that it completes, or 0."""
+    num_rows, _, width = sequences.shape
     before = jnp.pad(tokens, ((0, 0), (width - 1, 0)), constant_values=-2)
     before = jax.lax.dynamic_slice_in_dim(before, position, width - 1, axis=1)
-    prefix, last = banned[..., :-1], banned[..., -1]
+    prefix, last = sequences[..., :-1], sequences[..., -1]
     is_next = jnp.all((prefix < 0) | (prefix == before[:, None]), axis=2) & (last >= 0)
     columns = jnp.where(is_next, last, vocab_size)
-    none = jnp.zeros((num_rows, vocab_size), bool)
-    return none.at[jnp.arange(num_rows)[:, None], columns].set(True, mode="drop")
+    lengths = jnp.sum(sequences >= 0, axis=2, dtype=jnp.int32)
+    none = jnp.zeros((num_rows, vocab_size), jnp.int32)
+    return none.at[jnp.arange(num_rows)[:, None], columns].max(lengths, mode="drop")
 
 
 def _sample(

@@ -22,7 +22,7 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -85,8 +85,8 @@ def generate(
       batch_size: Prompts decoded together.
       mesh_shape: Devices of this process per mesh axis; None puts all on `data`.
       seed: Of sampling.
-      mask: An annotator that knows beforehand what it would mark (`Lexicon`, `Gazetteer`): its
-        texts never come up. None masks nothing.
+      mask: An annotator that knows beforehand what it would mark (`annotation.Mask`: `Lexicon`,
+        `Gazetteer`): its texts never come up as the vocabulary spells them. None masks nothing.
 
     Raises:
       UsageError: A setting, the prompts or the checkpoint does not fit.
@@ -117,16 +117,16 @@ def generate(
         run_log.log(
             f"{num_cut} of {len(rows)} inputs are cut at {longest} tokens (TASK_FEATURE_LENGTHS)."
         )
-    banned = None if mask is None else _Banned.of(rows, mask, vocabulary)
+    masks = None if mask is None else _Masks.of(rows, mask, vocabulary)
     batches = _plan([len(ids) for ids in inputs], batch_size, longest)
 
     def start(batch: _Batch) -> decoding.Decoded:
         ids = [rows[index].id for index in batch.indices]
         tokens = [inputs[index] for index in batch.indices]
-        of_batch = None if banned is None else banned.of_batch(batch.indices)
+        of_batch = None if masks is None else masks.of_batch(batch.indices)
         keys = decoding.record_keys(seed, ids) if decoder.temperature else None
         return network.decode(
-            params, tokens, batch.width, decoder, batch_size, row_keys=keys, banned=of_batch
+            params, tokens, batch.width, decoder, batch_size, row_keys=keys, mask=of_batch
         )
 
     sizes = parts.sizes(len(batches), math.ceil(_OUTPUTS_PER_PART / batch_size))
@@ -138,7 +138,7 @@ def generate(
         "prompts": parts.digest(rows),
         "vocabulary": vocabulary,
         "decoder": decoder,
-        "banned": None if banned is None else banned.describe(),
+        "mask": None if masks is None else masks.describe(),
         "task_feature_lengths": task_feature_lengths,
         "batch_size": batch_size,
         "seed": seed,
@@ -214,14 +214,45 @@ def _read(prompts: Any, vocabulary: Any) -> list[records.Record]:
     return tasks.prompts_from_task(prompts.mixture_or_task_name, prompts.split, vocabulary)
 
 
-class _Banned(NamedTuple):
-    """What must not come up in each output: texts as they are spelt after a space.
+class _Masks(NamedTuple):
+    """What must not come up in each output, and what may although it holds some of that."""
+
+    banned: "_Texts"
+    supported: "_Texts"
+
+    @classmethod
+    def of(cls, rows: Sequence[records.Record], mask: Any, vocabulary: Any) -> "_Masks":
+        """All that a mask says of all prompts."""
+        if not isinstance(mask, annotation.Mask):
+            raise UsageError(
+                "MASK: expected an annotator that knows beforehand what it would mark (Lexicon, "
+                f"Gazetteer), found {type(mask).__name__}."
+            )
+        return cls(
+            banned=_Texts.of(map(mask.banned, rows), vocabulary),
+            supported=_Texts.of(map(mask.supported, rows), vocabulary),
+        )
+
+    def of_batch(self, indices: Sequence[int]) -> decoding.Mask:
+        """Those of some prompts, with the same shapes for all of them."""
+        return decoding.Mask(
+            banned=self.banned.of_batch(indices),
+            supported=self.supported.of_batch(indices) if self.supported.most else None,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """All of it, in few arrays."""
+        return {"banned": self.banned.describe(), "supported": self.supported.describe()}
+
+
+class _Texts(NamedTuple):
+    """Texts of each prompt, as they are spelt after a space.
 
     Prompts with the same texts share a list of them, and a list is of numbers: what decoding takes
     has every text of every row, which for all prompts at once may be more than a host holds.
 
     Attributes:
-      spelt: `[T, W]` of all texts, in order, as `decoding.pad_banned` fills them up.
+      spelt: `[T, W]` of all texts, in order, as `decoding.pad_sequences` fills them up.
       lists: Of rows of `spelt`, each in order.
       list_of: `[N]`, the list of each prompt.
     """
@@ -231,18 +262,12 @@ class _Banned(NamedTuple):
     list_of: np.ndarray
 
     @classmethod
-    def of(cls, rows: Sequence[records.Record], mask: Any, vocabulary: Any) -> "_Banned":
-        """All that a mask says of all prompts."""
-        if not hasattr(mask, "banned"):
-            raise UsageError(
-                "MASK: expected an annotator that knows beforehand what it would mark (Lexicon, "
-                f"Gazetteer), found {type(mask).__name__}."
-            )
+    def of(cls, texts_of_rows: Iterable[Sequence[str]], vocabulary: Any) -> "_Texts":
+        """Those of all prompts."""
         number_of: dict[str, int] = {}  # of each text
         list_of: dict[bytes, int] = {}  # of the texts' numbers
         found, last, current = [], None, 0
-        for row in rows:
-            texts = mask.banned(row)
+        for texts in texts_of_rows:
             if texts is not last:  # a word list's are the same for every prompt
                 numbers = {number_of.setdefault(text, len(number_of)) for text in texts}
                 key = np.array(sorted(numbers), np.int32).tobytes()
@@ -255,15 +280,19 @@ class _Banned(NamedTuple):
         places = np.array([place_of.get(ids_of.get(text, ()), -1) for text in number_of], np.int32)
         lists = [np.unique(places[np.frombuffer(key, np.int32)]) for key in list_of]
         return cls(
-            spelt=decoding.pad_banned([ordered])[0],
+            spelt=decoding.pad_sequences([ordered])[0],
             lists=[of_list[of_list >= 0] for of_list in lists],
             list_of=np.array(found, np.int32),
         )
 
+    @property
+    def most(self) -> int:
+        """How many texts a prompt has at most."""
+        return max(map(len, self.lists), default=0)
+
     def of_batch(self, indices: Sequence[int]) -> np.ndarray:
-        """Those of some prompts, `[B, M, W]`; M is the same for all of them."""
-        most = max(1, *map(len, self.lists))
-        padded = np.full((len(indices), most, self.spelt.shape[1]), -1, np.int32)
+        """Those of some prompts, `[B, M, W]`; M is the same for all of them, and at least 1."""
+        padded = np.full((len(indices), max(1, self.most), self.spelt.shape[1]), -1, np.int32)
         for row, index in zip(padded, indices, strict=True):
             chosen = self.lists[self.list_of[index]]
             row[: len(chosen)] = self.spelt[chosen]
@@ -272,7 +301,7 @@ class _Banned(NamedTuple):
     def describe(self) -> dict[str, np.ndarray]:
         """All of it, in few arrays."""
         lengths = np.array([len(of_list) for of_list in self.lists])
-        lists = np.concatenate(self.lists)
+        lists = np.concatenate([*self.lists, np.zeros(0, np.int32)])
         return {"spelt": self.spelt, "lists": lists, "lengths": lengths, "list_of": self.list_of}
 
 

@@ -418,7 +418,8 @@ class Completions:
     ) -> tuple[tuple[int, tuple[int, ...]], ...]:
         """At every position, the ids that would complete one of the texts.
 
-        An id that goes on with a supported text, or begins one, is kept.
+        An id is kept where a supported text has come at least as far with it, from the same place
+        or an earlier one, as in `decoding.Mask`.
 
         Args:
             target_ids: the generated ids.
@@ -435,11 +436,11 @@ class Completions:
         ids = tuple(int(i) for i in target_ids)
         found = []
         for position in range(len(ids)):
-            before = [
-                ids[position - length : position] for length in range(min(longest, position) + 1)
-            ]
-            removed = set().union(*(completing.get(prefix, ()) for prefix in before))
-            removed -= set().union(*(kept.get(prefix, ()) for prefix in before))
+            removed: set[int] = set()
+            for length in range(min(longest, position) + 1):  # what came later counts less
+                prefix = ids[position - length : position]
+                removed |= completing.get(prefix, frozenset())
+                removed -= kept.get(prefix, frozenset())
             removed.difference_update(but)
             if removed:
                 found.append((position, tuple(sorted(removed))))

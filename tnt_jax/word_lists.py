@@ -101,6 +101,11 @@ class Lexicon:
         del record  # whatever the inputs hold
         return self._spellings
 
+    def supported(self, record: Record) -> tuple[str, ...]:
+        """Nothing: all entries are marked, those within longer ones too."""
+        del record
+        return ()
+
     def innocent_words(self, text: str) -> list[str]:
         """The words of a text that are in no entry."""
         return self._phrases.outside(text)
@@ -185,6 +190,10 @@ class Gazetteer:
         """What would be marked in any targets of a record: for masks while decoding."""
         return words.forms(self._names(self._phrases.values_in(record.inputs))[1])
 
+    def supported(self, record: Record) -> tuple[str, ...]:
+        """The names that the inputs support, which may hold others: for masks while decoding."""
+        return words.forms(self._names(self._phrases.values_in(record.inputs))[0])
+
     def innocent_words(self, text: str) -> list[str]:
         """The words of a text that are in no value's name."""
         return self._phrases.outside(text)
@@ -250,6 +259,4 @@ def _span(targets: str, start: int, end: int, others: _Others) -> Span:
     marked = targets[start:end]
     is_in_capitals = len(marked) > 1 and marked.isupper()
     forms = others.of_capitals if is_in_capitals else others.of_letters
-    return Span(
-        start=start, end=end, alternatives=tuple(text for text in forms if text != marked)
-    )
+    return Span(start=start, end=end, alternatives=tuple(text for text in forms if text != marked))
