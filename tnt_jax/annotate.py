@@ -197,8 +197,8 @@ def mark(
     Earlier `negative_token_ids` are replaced, as the spans are. None where the annotator does not
     know the record. A token that begins one of the innocent words of `continuations` is not removed
     on account of an alternative that it does not spell out. What is banned at every position needs
-    no mark for the ids that are `removed_everywhere`. `continuations` and `completions` keep what is
-    the same for many records.
+    no mark for the ids that are `removed_everywhere`. `continuations` and `completions` keep what
+    is the same for many records.
 
     Raises:
       UsageError: The record is a prompt, or its ids are of another vocabulary.
