@@ -451,13 +451,67 @@ def test_completions_leave_what_supported_texts_need(t5_vocabulary):
     assert len(completions_by_piece(t5_vocabulary, text, ["river"], ["city"])) == 5
 
 
+def test_a_supported_text_keeps_no_longer_one_that_ends_with_it(t5_vocabulary):
+    """ "bank" may be said, "river bank" may not: it begins earlier, and is what would be marked."""
+    found = completions_by_piece(t5_vocabulary, "in the river bank", ["river bank", "in"], ["bank"])
+    places = {position for position, removed in found.items() if "▁bank" in removed}
+    tokens = pieces(t5_vocabulary, t5_vocabulary.encode("in the river bank"))
+    assert places == {tokens.index("▁river") + 1}
+
+
+def test_alternatives_are_tokenised_once_for_each_place(t5_vocabulary, monkeypatch):
+    tokenised = []
+
+    def tokens_after(vocabulary, anchor, texts):
+        tokenised.extend(texts)
+        return real_tokens_after(vocabulary, anchor, texts)
+
+    real_tokens_after = tokenization._tokens_after
+    monkeypatch.setattr(tokenization, "_tokens_after", tokens_after)
+    continuations = tokenization.Continuations(t5_vocabulary, ["the", "city"])
+    ids = tokenization.encode(t5_vocabulary, "in the bank and the bank", add_eos=True)
+    for span in [(7, 11), (20, 24), (7, 11)]:
+        arguments = (t5_vocabulary, ids, span, ["river", "city hall"], ["lake"])
+        found = tokenization.alternative_token_ids(*arguments, continuations)
+        assert found == tokenization.alternative_token_ids(
+            *arguments, tokenization.Continuations(t5_vocabulary, ["the", "city"])
+        )
+        assert [pieces(t5_vocabulary, removed) for _, removed in found] == [["▁river"]]
+    # By the one that all spans share, and by the other three, once each.
+    assert sorted(tokenised) == sorted(["river", "city hall", "lake", "the", "city"] * 4)
+
+
 def test_what_cannot_be_spelt_bans_nothing(small_vocabulary):
     """An unknown token stands for any other unknown text, too."""
     texts = ["riverside", "Zoo", " "]
     space, riverside = small_vocabulary.tokenizer.piece_to_id(["▁", "riverside"])
-    assert tokenization.spellings(small_vocabulary, texts) == {"riverside": (space, riverside)}
+    assert tokenization.spellings(small_vocabulary, texts) == {"riverside": ((space, riverside),)}
     assert completions_by_piece(small_vocabulary, "in the city", ["Zoo"]) == {}
-    assert tokenization.spellings(BYTES, ["Zoo"]) == {"Zoo": tuple(c + 3 for c in b"Zoo")}
+    assert tokenization.spellings(BYTES, ["Zoo"]) == {"Zoo": (tuple(c + 3 for c in b"Zoo"),)}
+
+
+def test_a_piece_that_joins_a_punctuation_mark_is_a_spelling(tmp_path):
+    """Vocabularies of few texts have pieces such as "5."; what they spell may not come up."""
+    path = tmp_path / "joined.model"
+    tokenization.train_sentencepiece(
+        ["give it 5.", "5 of 5.", "it, and 4"],
+        path,
+        vocab_size=18,
+        user_defined_symbols=["\u25815.", "\u2581of"],
+    )
+    vocabulary = seqio.SentencePieceVocabulary(str(path), extra_ids=0)
+    spelt = {
+        text: [pieces(vocabulary, ids) for ids in of_text]
+        for text, of_text in tokenization.spellings(vocabulary, ["of 5", "of", "4"]).items()
+    }
+    assert spelt["of 5"] == [["▁of", "▁", "5"], ["▁of", "▁5."]]
+    assert spelt["of"] == [["▁of"]]
+    assert all("." not in piece for ids in spelt["4"] for piece in ids)
+    assert completions_by_piece(vocabulary, "it of 5.", ["of 5"]) == {
+        position: {"▁5."}
+        for position, piece in enumerate(pieces(vocabulary, vocabulary.encode("it of 5.")))
+        if piece == "▁5."
+    }
 
 
 def test_completions_of_other_texts_are_other_ones(t5_vocabulary):

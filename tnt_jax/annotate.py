@@ -247,7 +247,7 @@ class _Everywhere:
     """An annotator's texts to remove at every position of every record, in a vocabulary."""
 
     texts: tuple[str, ...]
-    ids: frozenset[int]  # of those that are one token
+    ids: frozenset[int]  # of the spellings that are one token
     longer: tuple[str, ...]
     unspelt: tuple[str, ...]  # they would take an unknown token
 
@@ -257,8 +257,8 @@ def _everywhere(annotator: annotators.Annotator, vocabulary: Any) -> _Everywhere
     spelt = tokenization.spellings(vocabulary, texts) if texts else {}
     return _Everywhere(
         texts,
-        ids=frozenset(ids[0] for ids in spelt.values() if len(ids) == 1),
-        longer=tuple(text for text, ids in spelt.items() if len(ids) > 1),
+        ids=frozenset(ids[0] for of_text in spelt.values() for ids in of_text if len(ids) == 1),
+        longer=tuple(text for text, of_text in spelt.items() if len(of_text[0]) > 1),
         unspelt=tuple(text for text in texts if text not in spelt),
     )
 

@@ -107,11 +107,10 @@ class Model:
         """
         num_fill = batch_size - len(inputs)
         features = {"tokens": feature_converters.pad_inputs([*inputs, *[()] * num_fill], width)}
-        if mask is not None:
-            fill = ((0, num_fill), (0, 0), (0, 0))
-            features["mask"] = jax.tree.map(
-                lambda sequences: np.pad(sequences, fill, constant_values=-1), mask
-            )
+        for name, sequences in ({} if mask is None else mask._asdict()).items():
+            if sequences is not None:
+                fill = ((0, num_fill), (0, 0), (0, 0))
+                features[name] = np.pad(sequences, fill, constant_values=-1)
         if prefixes is not None:
             features["prefixes"] = np.pad(prefixes, ((0, num_fill), (0, 0)))
         placed = sharding.put_batch(features, self.mesh)
@@ -123,7 +122,7 @@ class Model:
                 params,
                 placed["tokens"],
                 row_keys,
-                placed.get("mask"),
+                None if mask is None else decoding.Mask(*map(placed.get, mask._fields)),
                 placed.get("prefixes"),
                 config=self.config,
                 decoding=decoder,

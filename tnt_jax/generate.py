@@ -274,14 +274,19 @@ class _Texts(NamedTuple):
                 last, current = texts, list_of.setdefault(key, len(list_of))
             found.append(current)
         ids_of = tokenization.spellings(vocabulary, list(number_of))
-        ordered = sorted({*ids_of.values()})
+        ordered = sorted(set(itertools.chain.from_iterable(ids_of.values())))
         place_of = {ids: place for place, ids in enumerate(ordered)}
         # A text that cannot be spelt has no place.
-        places = np.array([place_of.get(ids_of.get(text, ()), -1) for text in number_of], np.int32)
-        lists = [np.unique(places[np.frombuffer(key, np.int32)]) for key in list_of]
+        places = [[place_of[ids] for ids in ids_of.get(text, ())] for text in number_of]
+        lists = [
+            np.unique(
+                [place for number in np.frombuffer(key, np.int32) for place in places[number]]
+            )
+            for key in list_of
+        ]
         return cls(
             spelt=decoding.pad_sequences([ordered])[0],
-            lists=[of_list[of_list >= 0] for of_list in lists],
+            lists=[of_list.astype(np.int32) for of_list in lists],
             list_of=np.array(found, np.int32),
         )
 

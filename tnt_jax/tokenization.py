@@ -378,23 +378,36 @@ class Continuations:
         return self._innocent_firsts[place]
 
 
-def spellings(vocabulary: "seqio.Vocabulary", texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
+_MARKS_AFTER = tuple(".,;:!?)\"'")  # that a piece may join to the word before
+
+
+def spellings(
+    vocabulary: "seqio.Vocabulary", texts: Sequence[str]
+) -> dict[str, tuple[tuple[int, ...], ...]]:
     """The ids of each text as it is spelt after a space, but of those that cannot be spelt.
 
-    These are blank, or come to an unknown token, which stands for much else.
+    These are blank, or come to an unknown token, which stands for much else. A text has several
+    spellings where its last piece changes before a punctuation mark ("5" and "5.").
     """
     processor = _processor(vocabulary)
-    found = (
-        map(vocabulary.encode, texts)
-        if processor is None
-        else processor.encode(list(texts))  # it takes no tuple
-    )
     unknown = -1 if vocabulary.unk_id is None else vocabulary.unk_id
-    return {
-        text: tuple(ids)
-        for text, ids in zip(texts, found, strict=True)
-        if ids and unknown not in ids
+    if processor is None:
+        found = [{tuple(vocabulary.encode(text)): None} for text in texts]
+    else:
+        found = [{tuple(ids): None} for ids in processor.encode(list(texts))]  # it takes no tuple
+        for mark in _MARKS_AFTER:
+            of_mark = processor.encode(mark, out_type=str)[-1]
+            spelt = processor.encode([text + mark for text in texts])
+            for ids_of_text, ids in zip(found, spelt, strict=True):
+                if ids and processor.id_to_piece(ids[-1]).lstrip(_SPACE) == of_mark.lstrip(_SPACE):
+                    ids = ids[:-1]  # the mark is a token of its own
+                ids_of_text[tuple(ids)] = None
+    spelt_of = {
+        text: tuple(ids for ids in ids_of_text if ids and unknown not in ids)
+        for text, ids_of_text in zip(texts, found, strict=True)
+        if text.strip()
     }
+    return {text: ids_of_text for text, ids_of_text in spelt_of.items() if ids_of_text}
 
 
 class Completions:
@@ -405,7 +418,7 @@ class Completions:
 
     def __init__(self, vocabulary: "seqio.Vocabulary"):
         self._vocabulary = vocabulary
-        self._spelt: dict[str, tuple[int, ...] | None] = {}  # None cannot be spelt
+        self._spelt: dict[str, tuple[tuple[int, ...], ...]] = {}
         # By the texts that came last, which may be a list's thousands, the same for every record.
         self._last: dict[bool, tuple[tuple[str, ...], dict[tuple[int, ...], set[int]]]] = {}
 
@@ -455,8 +468,8 @@ class Completions:
         found: dict[tuple[int, ...], set[int]] = {}
         missing = [text for text in texts if text not in self._spelt]
         spelt = spellings(self._vocabulary, missing)
-        self._spelt.update((text, spelt.get(text)) for text in missing)
-        for tokens in filter(None, map(self._spelt.__getitem__, texts)):
+        self._spelt.update((text, spelt.get(text, ())) for text in missing)
+        for tokens in itertools.chain.from_iterable(map(self._spelt.__getitem__, texts)):
             for length in range(0 if whole else max(len(tokens) - 1, 0), len(tokens)):
                 found.setdefault(tokens[:length], set()).add(tokens[length])
         self._last[whole] = texts, found
