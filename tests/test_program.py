@@ -74,7 +74,7 @@ import toy
 
 NAME = %gin.REQUIRED
 FOLDER = %gin.REQUIRED
-PITCH = 3
+PITCH = 3  # more is higher
 LENGTHS = None
 
 toy.greet.name = %NAME
@@ -395,7 +395,7 @@ def test_help_needs_no_import(run, toy):
         "  --gin.NAME=...\n"
         "  --gin.FOLDER=...\n"
         "and sets, unless you do:\n"
-        "  --gin.PITCH=3\n"
+        "  --gin.PITCH=3  # more is higher\n"
         "  --gin.LENGTHS=None\n"
     ) in out
     assert "python -m toy --gin_file=run.gin --gin.NAME=... --gin.FOLDER=...\n" in out

@@ -35,6 +35,18 @@ from tnt_jax.errors import UsageError
 FOLDERS = ("original", "training_outputs", "stages")
 
 
+def path_in(*, folder: str, name: str) -> str:
+    """The path of a file, or of a folder, within a folder: gin itself joins no texts.
+
+    So a gin file names a folder once, and a flag that sets another moves all that is in it.
+
+    Args:
+      folder: A local folder, or one in a bucket.
+      name: Of what is in it.
+    """
+    return os.path.join(folder, name)  # noqa: PTH118 - pathlib makes gs:/ of gs://
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arm:
     """One way to update the original.

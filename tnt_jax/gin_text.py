@@ -50,7 +50,7 @@ class Settings:
         self._folders = folders
         self.values: dict[str, Any] = {}
         self.files: list[pathlib.Path] = []
-        self._texts: dict[str, str] = {}  # macro -> its value, as the gin file has it
+        self._texts: dict[str, str] = {}  # macro -> its value and comment, as gin has it
         self._defined: dict[str, pathlib.Path] = {}  # macro -> gin file
         self._read: dict[str, str] = {}  # macro -> who reads it
         self._flags: list[str] = []  # macros that the command line sets
@@ -165,7 +165,7 @@ class Settings:
         ]
 
     def defaults(self) -> list[tuple[str, str]]:
-        """The macros that something reads and that have a value, and what it is."""
+        """The macros that something reads and that have a value; it, and the comment beside it."""
         required = self.required()
         return [
             (key, text)
@@ -212,7 +212,7 @@ class Settings:
                 else:
                     self._defined[key] = path
                     line = text.splitlines()[statement.location.line_num - 1]
-                    self._texts[key] = line.partition("=")[2].partition("  #")[0].strip()
+                    self._texts[key] = line.partition("=")[2].strip()
                 self.values[key] = statement.value
 
     def _note_macros(self, names: _Names, reader: str) -> None:

@@ -3,11 +3,13 @@
 Works for seqio's `SentencePieceVocabulary` and `ByteVocabulary`. Offsets are Unicode code points.
 The *extent* of a token is the stretch of text that it stands for, without the spaces at its ends:
 the piece "▁house" does not own the space before it. Tokens that stand for no text (EOS, padding, a
-lone "▁") have an empty extent.
+lone "▁") have an empty extent. No extent begins or ends with what normalisation drops, such as a
+character of no width.
 """
 
 import codecs
 import dataclasses
+import functools
 import io
 import itertools
 import os
@@ -142,12 +144,13 @@ def mark_tokens(
     """
     if marks not in MARKS:
         raise UsageError(f"marks: expected one of {', '.join(MARKS)}, found {marks!r}.")
-    ids, extents = ids_and_extents(record, vocabulary)
+    ids, extents, dropped = _measured(record, vocabulary)
     pairs = set()
     span_numbers = [0 if start < end else -1 for start, end in extents]
     num_spans_without_token = 0
     for number, span in enumerate(record.negative_spans or (), start=1):
-        touched = _touched(extents, span)[: 1 if marks == "first_token" else None]
+        touched = [] if dropped.issuperset(range(*span)) else _touched(extents, span)
+        touched = touched[: 1 if marks == "first_token" else None]
         pairs.update((position, ids[position]) for position in touched)
         for position in touched:
             span_numbers[position] = span_numbers[position] or number
@@ -181,6 +184,13 @@ def ids_and_extents(
     Raises:
         UsageError: `target_ids` do not decode to `targets`, or go on after the EOS.
     """
+    return _measured(record, vocabulary)[:2]
+
+
+def _measured(
+    record: records.Record, vocabulary: "seqio.Vocabulary"
+) -> tuple[list[int], list[Extent], frozenset[int]]:
+    """`ids_and_extents`, and which places within the extents hold what no token says."""
     if record.target_ids is not None:
         ids = [int(i) for i in record.target_ids]
         if EOS_ID in ids[:-1]:
@@ -195,15 +205,26 @@ def ids_and_extents(
                 f"{record.targets[:60]!r}. Expected the vocabulary that the ids were generated "
                 "with; leave target_ids out to have targets tokenised."
             )
-        return ids, extents
+        return ids, extents, frozenset()
+    text = record.targets
     processor = _processor(vocabulary)
     if processor is None:
-        ids = encode(vocabulary, record.targets, add_eos=True)
-        return ids, token_extents(vocabulary, ids)[1]
-    encoded = processor.encode(record.targets, return_type=_OFFSETS)
-    extents = _piece_extents(processor, encoded, record.targets)
-    end = len(record.targets)
-    return [*encoded["ids"], EOS_ID], [*extents, (end, end)]
+        ids = encode(vocabulary, text, add_eos=True)
+        return ids, token_extents(vocabulary, ids)[1], frozenset()
+    encoded = processor.encode(text, return_type=_OFFSETS)
+    silent = _silent(processor, text)
+    extents = _piece_extents(processor, encoded, text, silent)
+    dropped = frozenset()
+    if not silent <= {" "}:
+        dropped = frozenset(
+            place
+            for piece, extent in zip(encoded["pieces"], extents, strict=True)
+            if _SPACE not in piece.strip(_SPACE)  # a piece of several words says the spaces
+            for place in range(*extent)
+            if text[place] in silent
+        )
+    end = len(text)
+    return [*encoded["ids"], EOS_ID], [*extents, (end, end)], dropped
 
 
 def pieces(record: records.Record, vocabulary: "seqio.Vocabulary") -> list[str]:
@@ -559,11 +580,25 @@ def _byte_extents(ids: Sequence[int] | np.ndarray) -> tuple[str, list[Extent]]:
     return text, extents
 
 
+def _silent(processor: sentencepiece.SentencePieceProcessor, text: str) -> frozenset[str]:
+    """The characters of a text that come to nothing, or to a space, when it is tokenised."""
+    return frozenset(character for character in set(text) if _is_silent(processor, character))
+
+
+@functools.lru_cache(maxsize=10_000)
+def _is_silent(processor: sentencepiece.SentencePieceProcessor, character: str) -> bool:
+    return not "".join(processor.encode(character, out_type=str)).strip(_SPACE)
+
+
 def _piece_extents(
-    processor: sentencepiece.SentencePieceProcessor, mapping: dict, text: str
+    processor: sentencepiece.SentencePieceProcessor,
+    mapping: dict,
+    text: str,
+    silent: Collection[str] = (),
 ) -> list[Extent]:
     """Trims the spaces from sentencepiece's offsets, and fills in what it leaves empty.
 
+    What is `silent` is trimmed too: sentencepiece gives it to the space or the letter before it.
     When several pieces spell one character (byte fallback; "½", normalised to "1⁄2") sentencepiece
     gives the character to the last of them and nothing to the others. All of them spell it.
     """
@@ -575,11 +610,13 @@ def _piece_extents(
         reversed(mapping["offsets"]),
         strict=True,
     ):
-        surface = text[start:end]
         # Beside a "▁" the text as given may have any white space, such as a tab or two spaces.
-        blank = None if _SPACE in (piece[:1], piece[-1:]) else " "
-        first = start + len(surface) - len(surface.lstrip(blank))
-        last = end - (len(surface) - len(surface.rstrip(blank)))
+        beside_space = _SPACE in (piece[:1], piece[-1:])
+        first, last = start, end
+        while first < last and _is_blank(text[first], beside_space, silent):
+            first += 1
+        while first < last and _is_blank(text[last - 1], beside_space, silent):
+            last -= 1
         if processor.is_control(token_id) or not piece.strip(_SPACE):
             extents.append((end, end))
         elif first < last:
@@ -588,6 +625,12 @@ def _piece_extents(
         else:
             extents.append(following)
     return extents[::-1]
+
+
+def _is_blank(character: str, beside_space: bool, silent: Collection[str]) -> bool:
+    """Whether a piece does not say a character at its end."""
+    is_space = character.isspace() if beside_space else character == " "
+    return is_space or character in silent
 
 
 def _tokens_after(
@@ -610,7 +653,7 @@ def _tokens_after(
     for string, encoded in zip(
         strings, processor.encode(strings, return_type=_OFFSETS), strict=True
     ):
-        extents = _piece_extents(processor, encoded, string)
+        extents = _piece_extents(processor, encoded, string, _silent(processor, string))
         tokens_by_string.append(
             [
                 (token_id, end > len(anchor))
