@@ -134,6 +134,9 @@ while :; do
     esac
     sleep "$wait_for" &
     child=$!
+    if [[ -n $stopping ]]; then # as above
+        kill -TERM "$child" 2>/dev/null
+    fi
     await
     if [[ -n $stopping ]]; then
         say "stopped on request, between two starts"

@@ -193,7 +193,7 @@ def ssh(world, flags, positional):
 
 
 def wait_for_start(world):
-    for _ in range(200):
+    for _ in range(4800):
         if all((home / "ran").exists() for home in homes(world).iterdir()):
             return
         subprocess.run(["sleep", "0.05"])

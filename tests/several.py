@@ -1,6 +1,7 @@
 """Programs in several processes on this machine, which meet through `jax.distributed`."""
 
 import contextlib
+import json
 import os
 import pathlib
 import signal
@@ -14,10 +15,16 @@ import rooms
 _PATIENCE = 240  # seconds: what a test waits for at most
 
 
-def _free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+def _port():
+    """A socket whose port nobody else is given until it is closed.
+
+    It does not listen, and shares its port with whoever asks for that, as JAX's server does. A port
+    that was only looked up would be free for others until the server has started, seconds later.
+    """
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    held.bind(("127.0.0.1", 0))
+    return held
 
 
 class Processes:
@@ -32,7 +39,8 @@ class Processes:
 
     def __init__(self, arguments, count, name, **environment):
         self.logs = [pathlib.Path(f"{name}.{index}.log") for index in range(count)]
-        address = f"127.0.0.1:{_free_port()}"
+        self._port = _port()
+        address = f"127.0.0.1:{self._port.getsockname()[1]}"
         self.processes = []
         for index, log in enumerate(self.logs):
             variables = {
@@ -88,6 +96,7 @@ class Processes:
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(signal.SIGKILL)
             process.wait()
+        self._port.close()
 
 
 def running(run_name, settings, count, name, gin_files=(), **environment):
@@ -95,3 +104,59 @@ def running(run_name, settings, count, name, gin_files=(), **environment):
     module = run_name.partition("_")[0]
     command = ["-m", f"tnt_jax.{module}", *rooms.arguments(run_name, settings, gin_files)]
     return Processes(command, count, name, **environment)
+
+
+# Of each program: where it waits, a method whose first argument is a number; its processes' kind.
+_PLACES = {
+    "train": ("training_loop", "Loop._batch", "TOGETHER"),
+    "generate": ("parts", "Parts.add", "APART"),
+}
+_HELD = """
+import json, pathlib, sys, time
+from tnt_jax import {owner}, processes, program
+
+real = {owner}.{method}
+
+
+def is_held(number):
+    try:
+        return number >= int(pathlib.Path("hold").read_text())
+    except (OSError, ValueError):  # it has just gone, or is being written
+        return False
+
+
+def held(self, number, *arguments):
+    while is_held(number):
+        time.sleep(0.01)
+    return real(self, number, *arguments)
+
+
+{owner}.{method} = held
+kind = processes.Kind.{kind}
+program.run("tnt_jax.{name}", "{name}", json.loads(sys.argv[1]), processes_run=kind)
+"""
+
+
+@contextlib.contextmanager
+def held(run_name, settings, count, name, *, at):
+    """As `running`, but each process waits at some place for as long as there is a file `hold`.
+
+    So whoever tells or kills a process need not be quicker than its work.
+
+    Args:
+        run_name: a program, "train" or "generate".
+        settings: of the run.
+        count: of processes.
+        name: of their logs.
+        at: the first update that is not begun, or the first part that is not written.
+    """
+    owner, method, kind = _PLACES[run_name]
+    script = _HELD.format(name=run_name, owner=owner, method=method, kind=kind)
+    command = ["-c", script, json.dumps(rooms.arguments(run_name, settings))]
+    hold = pathlib.Path("hold")
+    hold.write_text(str(at))
+    try:
+        with Processes(command, count, name) as run:
+            yield run
+    finally:
+        hold.unlink(missing_ok=True)

@@ -168,7 +168,7 @@ def imported_names(module):
 
 def run_python(code):
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=240
     )
 
 

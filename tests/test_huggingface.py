@@ -196,11 +196,11 @@ TINY = t5.T5Config(
 )
 
 
-def write_directory(folder, config=TINY, dtype=np.float32, same_biases=False, **kwargs):
+def write_directory(folder, config=TINY, dtype=np.float32, same_biases=False, scale=1.0, **kwargs):
     """Writes random weights; returns them by T5X's names."""
     random = np.random.default_rng(0)
     arrays = {
-        name: random.normal(size=shape).astype(dtype)
+        name: random.normal(0, scale, shape).astype(dtype)
         for name, shape in lazy_arrays.shapes(t5.abstract_params(config)).items()
     }
     if same_biases:

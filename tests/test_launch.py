@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import subprocess
-import time
 
 import pytest
 
@@ -24,7 +23,7 @@ def bash(*arguments, cwd=ROOT, **environment):
         env={"PATH": os.environ["PATH"], "HOME": str(cwd)} | environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
 
 
@@ -45,7 +44,7 @@ def program(folder, text, name="program"):
 def test_linters_find_nothing(linter, files):
     if shutil.which(linter) is None:
         pytest.skip(f"needs {linter}: pip install {linter}-py, or the system's package")
-    done = subprocess.run([linter, *files], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([linter, *files], capture_output=True, text=True, timeout=240)
     assert (done.returncode, done.stdout) == (0, "")
 
 
@@ -108,25 +107,33 @@ def test_a_setting_of_the_loop_that_is_misspelt_is_no_command(tmp_path):
 def test_sigterm_waits_for_the_command_and_starts_nothing_again(tmp_path, is_at):
     script = program(
         tmp_path,
+        "trap 'sleep 0.3; echo saved >saved; exit 75' TERM\n"
         "echo start >>starts\n"
-        + ("trap 'sleep 0.3; echo saved >saved; exit 75' TERM\n" if is_at == "work" else "exit 1\n")
-        + "while :; do sleep 0.05; done",
+        + ("exit 1" if is_at == "pause" else "echo working\nwhile :; do sleep 0.05; done"),
     )
     loop = subprocess.Popen(
-        ["bash", LAUNCH / "restart_loop.sh", "--pause=30", "--", script],
+        ["bash", LAUNCH / "restart_loop.sh", "--pause=300", "--", script],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         text=True,
     )
-    while not (tmp_path / "starts").exists():
-        time.sleep(0.05)
-    time.sleep(0.3)
+    assert ("again in 300 s" if is_at == "pause" else "working") in loop.stdout.readline()
     loop.send_signal(signal.SIGTERM)
-    output, _ = loop.communicate(timeout=20)
+    output, _ = loop.communicate(timeout=240)
     assert loop.returncode == 75, output
     assert "stopped on request" in output
     assert (tmp_path / "saved").exists() == (is_at == "work")
     assert len((tmp_path / "starts").read_text().splitlines()) == 1
+
+
+def test_sigterm_between_the_command_and_the_pause_is_not_slept_through(tmp_path):
+    """Here `date`, which the loop runs there, tells it to stop."""
+    script = program(tmp_path, "echo $PPID >loop\nexit 1")
+    program(tmp_path, 'kill -TERM "$(cat loop)"\necho now', "date")
+    loop = [LAUNCH / "restart_loop.sh", "--pause=300", "--", script]
+    done = bash(*loop, cwd=tmp_path, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert done.returncode == 75, done.stdout
+    assert "stopped on request, between two starts" in done.stdout
 
 
 # One node with GPUs -------------------------------------------------------------------------------

@@ -379,30 +379,23 @@ def generated():
     return pathlib.Path("sampled.jsonl").read_bytes()
 
 
-def running_generate(output, count):
-    environment = ALONE if count == 1 else {}
-    settings = {**SAMPLED, "OUTPUT": output}
-    return several.running("generate", settings, count, f"{output}{count}", **environment)
-
-
 def test_generate_that_was_killed_goes_on(generated):
-    """In two processes; then in three."""
+    """In two processes, when two of six parts are done; then in three."""
     output = "killed.generated.jsonl"
-    with running_generate(output, 2) as run:
-        wait_until(lambda: len(part_files(output)) >= 2, run)
+    with several.held("generate", {**SAMPLED, "OUTPUT": output}, 2, output, at=2) as run:
+        wait_until(lambda: len(part_files(output)) == 2, run)
         for index in range(2):
             run.send(signal.SIGKILL, index)
         assert run.end() == [-signal.SIGKILL] * 2
-    done = [int(name.removesuffix(".jsonl")) for name in part_files(output)]
-    assert len(done) < 6, "it was too fast: the whole work has six parts"
-    with running_generate(output, 3) as run:
+    assert part_files(output) == ["00000.jsonl", "00001.jsonl"]
+    settings = {**SAMPLED, "OUTPUT": output}
+    with several.running("generate", settings, 3, f"{output}3") as run:
         assert run.end() == [0] * 3, run.said(0)
     assert pathlib.Path(output).read_bytes() == generated
     assert_nothing_is_left(output)
     said = run.said(0)
-    assert f"{output}.parts: {len(done)} of 6 parts were done before." in said
-    sizes = [256] * 5 + [NUM_PROMPTS - 5 * 256]
-    left = sum(sizes[part] for part in range(0, 6, 3) if part not in done)
-    assert f"generating {left} outputs, in batches: " in said
+    assert f"{output}.parts: 2 of 6 parts were done before." in said
+    # Of the parts 0 and 3, which are the first process's, one is left.
+    assert "generating 256 outputs, in batches: " in said
     num_unended = sum(1 not in row.target_ids for row in records.read_records(output))
     assert f"{output}: {NUM_PROMPTS} outputs, of which {num_unended} do not end within 16 " in said

@@ -30,7 +30,7 @@ def run(tmp_path, work, **settings):
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=240,
         **settings,
     )
 
@@ -42,7 +42,7 @@ TELL = "import os, signal, time; os.kill(os.getpid(), signal.SIGTERM)"
 @pytest.mark.parametrize(
     "work",
     [
-        f"{TELL}; time.sleep(30)",
+        f"{TELL}; time.sleep(300)",
         # Where what is raised goes nowhere: as JAX has one, and in the end of an object.
         f"""
         import gc
@@ -52,7 +52,7 @@ TELL = "import os, signal, time; os.kill(os.getpid(), signal.SIGTERM)"
             for _ in range(100): pass
         gc.callbacks.append(collected)
         gc.collect()
-        time = __import__("time"); time.sleep(30)
+        time = __import__("time"); time.sleep(300)
         """,
         f"""
         class Object:
@@ -60,14 +60,14 @@ TELL = "import os, signal, time; os.kill(os.getpid(), signal.SIGTERM)"
                 {TELL}
                 for _ in range(100): pass
         of = Object(); del of
-        import time; time.sleep(30)
+        import time; time.sleep(300)
         """,
         # While an error is being explained.
         f"""
         from tnt_jax import failures
         def explain(error):
             {TELL}
-            time.sleep(30)
+            time.sleep(300)
         failures.explain = explain
         raise ValueError
         """,

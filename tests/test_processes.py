@@ -34,6 +34,8 @@ RUN = {
     "TRAIN_STEPS": 30,
     "MODEL_DIR": "model",
 }
+# Seconds after which JAX by itself takes a process for lost. Here it is told to after ten.
+JAX_WAITS = 100
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -79,18 +81,19 @@ def test_four_processes_with_sharded_parameters_begin_as_one_does():
 
 def test_a_run_that_is_stopped_and_then_loses_a_process_ends_as_the_undisturbed_one(two):
     # One of them is told to stop, twice: all save after the same update.
-    with several.running("train", RUN, 2, "told") as run:
+    with several.held("train", RUN, 2, "told", at=10) as run:
         run.wait_for("update 5 of 30")
         run.send(signal.SIGTERM, index=1)
         time.sleep(0.1)
         run.send(signal.SIGTERM, index=1)
+        pathlib.Path("hold").unlink()
         assert run.end() == [75, 75], run.said(1)
         step = checkpoints.read_run(pretrained.find("model"))["position"]["next_batch"]
         for index in range(2):
             said = f"(process {index} of 2): stopped by SIGTERM: update {step} is saved. The same"
             assert said in run.said(index)
     # One is killed: the other does not wait for ever, and says what has happened.
-    with several.running("train", RUN, 2, "killed") as run:
+    with several.held("train", RUN, 2, "killed", at=step + 10) as run:
         run.wait_for("Going on from checkpoint")
         run.wait_for(f"update {step + 6} of 30")
         run.send(signal.SIGKILL, index=1)
@@ -98,7 +101,7 @@ def test_a_run_that_is_stopped_and_then_loses_a_process_ends_as_the_undisturbed_
         left, killed = run.end()
         assert killed == -signal.SIGKILL
         assert left not in (0, 2, 75)  # what a restart loop starts again
-        assert time.monotonic() - began < 60
+        assert time.monotonic() - began < JAX_WAITS
         assert "another process" in run.said(0) or "another task died" in run.said(0)
     # Started again, the run ends with the same bits.
     with several.running("train", RUN, 2, "again") as run:
@@ -228,7 +231,6 @@ def test_nobody_says_who_the_others_are():
 
 def test_a_mistake_in_one_process_does_not_keep_the_others_waiting():
     """Each has another setting: one cannot begin, and the other is not left alone with it."""
-    began = time.monotonic()
     program = textwrap.dedent(
         """
         import os
@@ -242,7 +244,9 @@ def test_a_mistake_in_one_process_does_not_keep_the_others_waiting():
         """
     )
     with several.Processes(["-c", program], 2, "mistake") as run:
+        run.processes[1].wait()
+        began = time.monotonic()
         left, mistaken = run.end()
+        assert time.monotonic() - began < JAX_WAITS
     assert mistaken == 2
     assert left not in (0, 2, 75)
-    assert time.monotonic() - began < 90

@@ -160,7 +160,7 @@ def test_a_terminal_without_utf_8_ends_no_run(toy):
         env={**environment, "PYTHONIOENCODING": "ascii"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(r"ZO\xcb \xb1! ")
@@ -171,7 +171,7 @@ def test_python_dash_m(toy):
     environment = {**os.environ, "PYTHONPATH": f"{toy}{os.pathsep}{ROOT}"}
     command = [sys.executable, "-m", "toy"]
     done = subprocess.run(
-        [*command, *GIVEN], env=environment, capture_output=True, text=True, timeout=60
+        [*command, *GIVEN], env=environment, capture_output=True, text=True, timeout=240
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "ANN! Voice(pitch=3, words=('hello',)) /tmp/x None\n"
@@ -180,7 +180,7 @@ def test_python_dash_m(toy):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
     assert (failed.returncode, failed.stdout) == (2, "")
     assert failed.stderr == "toy: error: pitch: expected at least 0, found -1\n"
@@ -456,7 +456,7 @@ def test_tensorflow_is_imported_without_its_lines_but_others_come_through(tmp_pa
         env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "a real warning\n")
 

@@ -151,7 +151,7 @@ def test_a_program_that_is_told_to_stop_stops():
     assert stopped.stdout.readline().startswith("30 of 60 examples have marks")
     stopped.terminate()
     stopped.terminate()
-    _, said = stopped.communicate(timeout=60)
+    _, said = stopped.communicate(timeout=240)
     assert stopped.returncode == 75
     assert re.fullmatch(r"tnt_jax.train: stopped by SIGTERM: .*\. The same command .*\n", said)
 

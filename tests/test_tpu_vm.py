@@ -331,7 +331,7 @@ def test_the_input_of_whoever_calls_is_left_alone(cloud):
         input="first\nsecond\n",
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
     assert done.stdout == "first\nsecond\n"
 
@@ -655,7 +655,7 @@ def test_down_while_up_is_about_to_create(cloud, at):
 def test_the_number_of_an_up_that_was_killed_may_be_anothers_by_now(cloud):
     folder = cloud.user / ".local/state/tnt_jax/tpu_vm"
     folder.mkdir(parents=True)
-    with subprocess.Popen(["sleep", "60"]) as other:
+    with subprocess.Popen(["sleep", "600"]) as other:
         (folder / "the-project.us-central1-a.mine.lock").symlink_to(str(other.pid))
         done = cloud.up()
         other.kill()
