@@ -122,7 +122,7 @@ class Model:
                 params,
                 placed["tokens"],
                 row_keys,
-                None if mask is None else decoding.Mask(*map(placed.get, mask._fields)),
+                mask and decoding.Mask(placed["banned"], placed.get("supported")),
                 placed.get("prefixes"),
                 config=self.config,
                 decoding=decoder,

@@ -129,8 +129,8 @@ class Mask(NamedTuple):
       supported: of each row, sequences that may; None where there are none.
     """
 
-    banned: Int[Array, "B M W"]
-    supported: Int[Array, "B Q X"] | None = None
+    banned: Int[Array | np.ndarray, "B M W"]
+    supported: Int[Array | np.ndarray, "B Q X"] | None = None
 
 
 @functools.partial(jax.jit, static_argnames=("config", "decoding"))
@@ -342,7 +342,7 @@ def _masked(
 
 
 def _longest_completed(
-    sequences: Int[Array, "B M W"],
+    sequences: Int[Array | np.ndarray, "B M W"],
     tokens: Int[Array, "B L"],
     position: Int[Array, ""],
     vocab_size: int,
