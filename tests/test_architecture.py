@@ -98,6 +98,7 @@ GROUPS = {
         "run_config",
         "stages",
         "failures",
+        "holding",
         "gin_text",
         "gin_types",
         "gin_use",

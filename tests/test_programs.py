@@ -7,7 +7,6 @@ import json
 import os
 import pathlib
 import re
-import shutil
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from tnt_jax import (
     pipeline,
     program,
     records,
+    removed_everywhere,
     tokenization,
 )
 
@@ -368,9 +368,9 @@ def test_words_removed_at_every_position(original):
     }
 
     unmarked = [dataclasses.replace(row, negative_spans=()) for row in marked]
-    records.write_records("unmarked.jsonl", unmarked)
     # The ids go with the records, and a name for them is what other kinds of data need.
-    shutil.copy("everywhere.jsonl.everywhere.json", "unmarked.jsonl.everywhere.json")
+    ids = removed_everywhere.removed_ids("everywhere.jsonl.everywhere.json")
+    removed_everywhere.write_records("unmarked.jsonl", unmarked, removed_everywhere.Ids(ids, {}))
     train("without_quiet", RECORDS="unmarked.jsonl", LOG_EVERY=5)
     pathlib.Path("unmarked.jsonl.everywhere.json").unlink()
     removal = {

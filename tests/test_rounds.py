@@ -4,9 +4,11 @@ import itertools
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import seqio
 
 from tnt_jax import objectives, records, removed_everywhere, rounds, tokenization
+from tnt_jax.errors import UsageError
 
 VOCABULARY = seqio.ByteVocabulary()  # id = byte + 3
 
@@ -117,12 +119,16 @@ def test_a_merge_keeps_what_is_removed_by_its_id_within_a_span():
 
 def test_ids_that_are_removed_everywhere_are_brought_together(tmp_path):
     paths = [str(tmp_path / f"{name}.jsonl") for name in ("a", "b", "c", "merged")]
-    for path in paths[:3]:
-        records.write_records(path, [record(path, "ab")])
-    removed_everywhere.write(paths[0], [5, 3], {})
-    removed_everywhere.write(paths[2], [4, 3], {})
+    for path, ids in zip(paths, ([5, 3], None, [4, 3]), strict=False):
+        everywhere = removed_everywhere.Ids(ids, {}) if ids else None
+        removed_everywhere.write_records(path, [record(path, "ab")], everywhere)
     rounds.merge_files(output=paths[3], rounds=paths[:3], vocabulary=VOCABULARY)
     assert removed_everywhere.of_records(paths[3]) == (3, 4, 5)
     assert removed_everywhere.of_records(str(tmp_path / "[bc].jsonl")) == (3, 4)
     rounds.merge_files(output=paths[3], rounds=[paths[1]], vocabulary=VOCABULARY)
+    assert removed_everywhere.of_records(paths[3]) == ()
+    # What belongs to other records goes into no merge.
+    records.write_records(paths[0], [record("x", "ab")])
+    with pytest.raises(UsageError, match=r"a\.jsonl\.everywhere\.json: expected ids that "):
+        rounds.merge_files(output=paths[3], rounds=paths[:3], vocabulary=VOCABULARY)
     assert removed_everywhere.of_records(paths[3]) == ()

@@ -31,6 +31,7 @@ from typing import Any
 from tnt_jax import (
     annotators,
     beam_jobs,
+    holding,
     parts,
     processes,
     program,
@@ -117,7 +118,7 @@ def annotate(
                 made = mark_one(row)
                 job.add(part, [] if made is None else [made.to_line()], {_kind(made): 1})
             job.wait_for_all()
-            job.join()
+            job.join(everywhere=everywhere.to_write(annotator))
             _write_rest(output, annotator, everywhere, job.counts)
     else:
         counts: collections.Counter[str] = collections.Counter()
@@ -128,8 +129,9 @@ def annotate(
                 if made is not None:
                     yield made
 
-        records.write_records(output, counted())
-        _write_rest(output, annotator, everywhere, counts)
+        with holding.output(output, "OUTPUT"):
+            removed_everywhere.write_records(output, counted(), everywhere.to_write(annotator))
+            _write_rest(output, annotator, everywhere, counts)
 
 
 def _kind(made: records.Record | None) -> str:
@@ -146,9 +148,7 @@ def _write_rest(
 ) -> None:
     """What belongs to the output, and says what is in it."""
     if everywhere.texts:
-        _write_everywhere(output, everywhere, annotator.description)
-    else:
-        removed_everywhere.write_none(output)
+        _log_everywhere(output, everywhere)
     run_config.write(output)
     num_marked, num_known = counts["marked"], counts["marked"] + counts["clean"]
     run_log.log(
@@ -251,6 +251,17 @@ class _Everywhere:
     longer: tuple[str, ...]
     unspelt: tuple[str, ...]  # they would take an unknown token
 
+    def to_write(self, annotator: annotators.Annotator) -> removed_everywhere.Ids | None:
+        """What goes beside the records; None where there are no such texts."""
+        if not self.texts:
+            return None
+        more = {
+            "left_out": list(self.longer),
+            "unspelt": list(self.unspelt),
+            "annotator": annotator.description,
+        }
+        return removed_everywhere.Ids(self.ids, more)
+
 
 def _everywhere(annotator: annotators.Annotator, vocabulary: Any) -> _Everywhere:
     texts = annotator.everywhere()
@@ -263,21 +274,12 @@ def _everywhere(annotator: annotators.Annotator, vocabulary: Any) -> _Everywhere
     )
 
 
-def _write_everywhere(output: str, everywhere: _Everywhere, description: str) -> None:
-    path = removed_everywhere.write(
-        output,
-        everywhere.ids,
-        {
-            "left_out": list(everywhere.longer),
-            "unspelt": list(everywhere.unspelt),
-            "annotator": description,
-        },
-    )
+def _log_everywhere(output: str, everywhere: _Everywhere) -> None:
     run_log.log(
-        f"{path}: {len(everywhere.ids)} ids to remove at every position. {len(everywhere.longer)} "
-        f"of {len(everywhere.texts)} texts are more than one token: they are not among them"
-        f"{_examples(everywhere.longer)}, but marked in the records, wherever the next token would "
-        "complete one."
+        f"{removed_everywhere.file_of(output)}: {len(everywhere.ids)} ids to remove at every "
+        f"position. {len(everywhere.longer)} of {len(everywhere.texts)} texts are more than one "
+        f"token: they are not among them{_examples(everywhere.longer)}, but marked in the records, "
+        "wherever the next token would complete one."
         + (
             f" {len(everywhere.unspelt)} are ignored{_examples(everywhere.unspelt)}: the "
             "vocabulary spells them with an unknown token."

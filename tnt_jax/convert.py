@@ -33,6 +33,7 @@ from etils import epath
 
 from tnt_jax import (
     checkpoints,
+    holding,
     huggingface,
     json_files,
     model_card,
@@ -80,7 +81,8 @@ def convert(
       What was written, or would be.
 
     Raises:
-      UsageError: The input is none, or does not fit; the output exists; or it has no such network.
+      UsageError: The input is none, or does not fit; the output exists, has no such network, or is
+        written by another run.
     """
     if output_format not in _FORMATS:
         raise UsageError(f"--output_format: expected {', '.join(_FORMATS)}, found {output_format}.")
@@ -110,13 +112,19 @@ def convert(
 
     records.check_directory(target.parent, "--output")
     if output_format == "huggingface":
-        _write_huggingface(target, weights, source, settings, numbers, vocabulary)
+        held = holding.output(target, "--output")
     else:
-        _describe(target.parent, source, settings, vocabulary)
-        if output_format == "t5x":
-            t5x_checkpoints.write_legacy(target, laid_out, source.step, _progress)
+        held = holding.folder(target.parent, "--output")
+    with held:
+        _target(output, output_format, source.step)  # another run may have ended meanwhile
+        if output_format == "huggingface":
+            _write_huggingface(target, weights, source, settings, numbers, vocabulary)
         else:
-            _write_orbax(target, laid_out, source.step, output_format)
+            _describe(target.parent, source, settings, vocabulary)
+            if output_format == "t5x":
+                t5x_checkpoints.write_legacy(target, laid_out, source.step, _progress)
+            else:
+                _write_orbax(target, laid_out, source.step, output_format)
     if is_t5x:
         run_log.log("Parameters and step are carried over; optimizer state is not.")
         if not t5x_checkpoints.is_inferred(config):

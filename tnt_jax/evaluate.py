@@ -23,6 +23,7 @@ import numpy as np
 from tnt_jax import (
     assembly,
     feature_converters,
+    holding,
     memory,
     objectives,
     pretrained,
@@ -93,7 +94,8 @@ def evaluate(
       What was written.
 
     Raises:
-      UsageError: The files do not belong together, or a record is not annotated.
+      UsageError: The files do not belong together, a record is not annotated, or another run writes
+        this output.
     """
     reads = {"ORIGINAL_RECORDS": original_records, "CURRENT_RECORDS": current_records}
     run_config.check_writable(output, "OUTPUT", reads)
@@ -105,38 +107,42 @@ def evaluate(
                 "found CERTIFICATE=None. Leave one of them out."
             )
     tokenization.check_vocabulary(vocabulary)
-    original, current = records.read_pairs(original_records, current_records)
-    result: dict[str, Any] = {
-        "original": _of_outputs(original, vocabulary),
-        "current": _of_outputs(current, vocabulary),
-        "comparison": dataclasses.asdict(
-            text_metrics.compare([r.targets for r in original], [r.targets for r in current])
-        ),
-        "annotator": current[0].annotator,
-    }
-    result["cut"] = 1 - _ratio(
-        result["current"]["unwanted_outputs"]["value"],
-        result["original"]["unwanted_outputs"]["value"],
-    )
-    if certificate is not None:
-        num_records = num_token_records if tokens_output else 0
-        with memory.explained(
-            memory.of_inference("BATCH_SIZE", "TASK_FEATURE_LENGTHS"),
-            BATCH_SIZE=certificate.batch_size,
-            TASK_FEATURE_LENGTHS=certificate.task_feature_lengths,
-        ):
-            result["certificate"], changed = _certificate(
-                original, vocabulary, certificate, num_records
+    with holding.output(output, "OUTPUT"):
+        original, current = records.read_pairs(original_records, current_records)
+        result: dict[str, Any] = {
+            "original": _of_outputs(original, vocabulary),
+            "current": _of_outputs(current, vocabulary),
+            "comparison": dataclasses.asdict(
+                text_metrics.compare([r.targets for r in original], [r.targets for r in current])
+            ),
+            "annotator": current[0].annotator,
+        }
+        result["cut"] = 1 - _ratio(
+            result["current"]["unwanted_outputs"]["value"],
+            result["original"]["unwanted_outputs"]["value"],
+        )
+        if certificate is not None:
+            num_records = num_token_records if tokens_output else 0
+            with memory.explained(
+                memory.of_inference("BATCH_SIZE", "TASK_FEATURE_LENGTHS"),
+                BATCH_SIZE=certificate.batch_size,
+                TASK_FEATURE_LENGTHS=certificate.task_feature_lengths,
+            ):
+                result["certificate"], changed = _certificate(
+                    original, vocabulary, certificate, num_records
+                )
+            holding.check()
+            if tokens_output:
+                lines = [json.dumps(tokens, ensure_ascii=False) + "\n" for tokens in changed]
+                run_log.write_text(tokens_output, "".join(lines))
+        run_log.write_json(output, result)
+        run_config.write(output)
+        if print_table:
+            columns = ("", "original", "patched")
+            run_log.table(
+                _rows(result), columns=columns, title=f"{output}: {len(original)} outputs"
             )
-        if tokens_output:
-            lines = [json.dumps(tokens, ensure_ascii=False) + "\n" for tokens in changed]
-            run_log.write_text(tokens_output, "".join(lines))
-    run_log.write_json(output, result)
-    run_config.write(output)
-    if print_table:
-        columns = ("", "original", "patched")
-        run_log.table(_rows(result), columns=columns, title=f"{output}: {len(original)} outputs")
-    return result
+        return result
 
 
 def _of_outputs(rows: Sequence[records.Record], vocabulary: Any) -> dict[str, Any]:

@@ -137,6 +137,11 @@ class Experiment:
                 f"{self.output_dir}. Copy it afterwards; train's MODEL_DIR may be in a bucket."
             )
 
+    @property
+    def folder(self) -> str:
+        """`output_dir`, without `~` at its start."""
+        return _from_home(self.output_dir)
+
     def check_names(self, names: Sequence[str]) -> None:
         """Of the arms: they become folders.
 
@@ -181,7 +186,7 @@ class Opened:
 
     def __init__(self, settings: Experiment):
         self.settings = settings
-        self.root = pathlib.Path(_from_home(settings.output_dir))
+        self.root = pathlib.Path(settings.folder)
         records.check_directory(self.root, "OUTPUT_DIR")
         run_config.check_folder(self.root, "OUTPUT_DIR")
         self._stages = stages.Stages(self.root)

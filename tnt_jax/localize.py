@@ -32,12 +32,14 @@ from tnt_jax import (
     continuations,
     decoding,
     feature_converters,
+    holding,
     memory,
     original_setup,
     original_states,
     pretrained,
     program,
     records,
+    removed_everywhere,
     run_config,
     run_log,
     sequence_values,
@@ -127,7 +129,8 @@ def localize(
       What was written to `<output>.values.json`.
 
     Raises:
-      UsageError: A setting, a record, a label or the checkpoint does not fit.
+      UsageError: A setting, a record, a label or the checkpoint does not fit; or another run writes
+        this output.
     """
     if num_folds < 2:
         raise UsageError(f"NUM_FOLDS: expected at least 2, found {num_folds}.")
@@ -135,46 +138,48 @@ def localize(
     run_config.check_writable(output, "OUTPUT", {"RECORDS": input})
     training = training or sequence_values.Training()
     threshold = threshold or sequence_values.Threshold()
-    rows = records.read_records(input)
-    is_bad = _labels(rows, label_field)
-    folds = _folds(rows, is_bad, num_folds, seed)
-    folder = states_folder or original_states.default_folder(input, f"{output}.states")
-    with memory.explained(
-        memory.of_inference("BATCH_SIZE", "TASK_FEATURE_LENGTHS"),
-        BATCH_SIZE=batch_size,
-        TASK_FEATURE_LENGTHS=task_feature_lengths,
-    ):
-        original = _open(
-            model, checkpoint_path, vocabulary, task_feature_lengths, batch_size, mesh_shape
+    with holding.output(output, "OUTPUT"):
+        rows = records.read_records(input)
+        is_bad = _labels(rows, label_field)
+        folds = _folds(rows, is_bad, num_folds, seed)
+        folder = states_folder or original_states.default_folder(input, f"{output}.states")
+        with memory.explained(
+            memory.of_inference("BATCH_SIZE", "TASK_FEATURE_LENGTHS"),
+            BATCH_SIZE=batch_size,
+            TASK_FEATURE_LENGTHS=task_feature_lengths,
+        ):
+            original = _open(
+                model, checkpoint_path, vocabulary, task_feature_lengths, batch_size, mesh_shape
+            )
+            outputs = _Outputs(rows, original, folder)
+            values = _values(outputs, ~is_bad, folds, training, seed)
+        found = [
+            threshold.negative(v) if bad else np.zeros(len(v) - 1, bool)
+            for v, bad in zip(values, is_bad, strict=True)
+        ]
+        source = label_field or f"negative_spans of {rows[0].annotator or 'unknown'}"
+        name = (
+            f"SequenceValues({source}, original={original.digest}, {threshold}, {training}, "
+            f"num_folds={num_folds}, seed={seed})"
         )
-        outputs = _Outputs(rows, original, folder)
-        values = _values(outputs, ~is_bad, folds, training, seed)
-    found = [
-        threshold.negative(v) if bad else np.zeros(len(v) - 1, bool)
-        for v, bad in zip(values, is_bad, strict=True)
-    ]
-    source = label_field or f"negative_spans of {rows[0].annotator or 'unknown'}"
-    name = (
-        f"SequenceValues({source}, original={original.digest}, {threshold}, {training}, "
-        f"num_folds={num_folds}, seed={seed})"
-    )
-    marked = [
-        dataclasses.replace(mark(row, marks, vocabulary), annotator=name, extra=extra)
-        for row, marks, extra in zip(
-            rows, found, _extra_fields(rows, is_bad, values, label_field is None), strict=True
-        )
-    ]
-    records.write_records(output, marked)
-    result = _quality(values, is_bad, found)
-    if label_field is None:
-        result["agreement"] = _agreement(rows, marked, vocabulary)
-    if check is not None:
-        result["monte_carlo"] = _check(check, rows, outputs, values, original, seed)
-    run_log.write_json(f"{output}.values.json", result)
-    run_config.write(output)
-    _print(output, result)
-    _warn_of_chance(result)
-    return result
+        marked = [
+            dataclasses.replace(mark(row, marks, vocabulary), annotator=name, extra=extra)
+            for row, marks, extra in zip(
+                rows, found, _extra_fields(rows, is_bad, values, label_field is None), strict=True
+            )
+        ]
+        holding.check()
+        removed_everywhere.write_records(output, marked, None)
+        result = _quality(values, is_bad, found)
+        if label_field is None:
+            result["agreement"] = _agreement(rows, marked, vocabulary)
+        if check is not None:
+            result["monte_carlo"] = _check(check, rows, outputs, values, original, seed)
+        run_log.write_json(f"{output}.values.json", result)
+        run_config.write(output)
+        _print(output, result)
+        _warn_of_chance(result)
+        return result
 
 
 # ------------------------------------------------------------------------------ What is given

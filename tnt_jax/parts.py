@@ -23,7 +23,16 @@ from typing import Any
 
 from etils import epath
 
-from tnt_jax import __version__, json_files, preemption, processes, records, run_log
+from tnt_jax import (
+    __version__,
+    holding,
+    json_files,
+    preemption,
+    processes,
+    records,
+    removed_everywhere,
+    run_log,
+)
 from tnt_jax.errors import UsageError
 
 _OF = "of.json"
@@ -143,6 +152,7 @@ class Parts:
             lines: of the output, each with its end.
             counts: numbers to add up over the steps.
         """
+        holding.check()
         self._lines[part].extend(lines)
         self._counts[part].update(counts)
         self._steps[part] += 1
@@ -206,19 +216,25 @@ class Parts:
             "command does it again."
         )
 
-    def join(self, places: Sequence[Sequence[int]] | None = None) -> None:
+    def join(
+        self,
+        places: Sequence[Sequence[int]] | None = None,
+        everywhere: removed_everywhere.Ids | None = None,
+    ) -> None:
         """Writes the output, in the first process: it replaces what was there before.
 
         Args:
             places: of each part, where in the output its lines come; None has them as they are.
+            everywhere: the ids that belong to the output; None takes away those of an earlier one.
 
         Raises:
             UsageError: a part is no longer whole.
         """
         if processes.index() > 0:
             return
+        holding.check()
         lines = [b""] * sum(map(len, places or ()))
-        with records.replacing(self._output) as unfinished, unfinished.open("wb") as file:
+        with removed_everywhere.replacing(self._output, everywhere) as write:
             for part in range(len(self._sizes)):
                 found = self._content(part)
                 if found is None:
@@ -228,11 +244,12 @@ class Parts:
                 if part not in self._before:
                     self.new_counts.update(counts)
                 if places is None:
-                    file.write(content)
+                    write(content)
                     continue
                 for place, line in zip(places[part], io.BytesIO(content), strict=True):
                     lines[place] = line
-            file.writelines(lines)
+            for line in lines:
+                write(line)
 
     def close(self, is_whole: bool) -> None:
         """Deletes the folder if the output is whole, or nothing is done.
@@ -259,7 +276,7 @@ def opened(output: str, sizes: Sequence[int], work: Mapping[str, Any]) -> Iterat
     """The work, with what is done of it already; all processes open it, and leave it together.
 
     Within, `add` what comes of each step, `wait_for_all`, `join`, and write what else belongs to
-    the output. After a failure the parts that are done stay.
+    the output, which is held meanwhile (`holding`). After a failure the parts that are done stay.
 
     Args:
         output: the file to write. The folder beside it with the same name and `.parts` is ours.
@@ -267,18 +284,19 @@ def opened(output: str, sizes: Sequence[int], work: Mapping[str, Any]) -> Iterat
         work: a JSON value that decides every line of the output, and how it is cut.
 
     Raises:
-        UsageError: the folder holds what is not ours, or the processes do not see the same one, or
-            are not started alike.
+        UsageError: another run writes this output, the folder holds what is not ours, or the
+            processes do not see the same one, or are not started alike.
     """
-    parts = Parts(output, sizes, work)
-    try:
-        yield parts
-    except BaseException:
-        with contextlib.suppress(OSError):
-            parts.close(is_whole=False)
-        raise
-    with preemption.deferred():  # half of the folder gone, all of the work would be done again
-        parts.close(is_whole=True)
+    with holding.output(output, "OUTPUT"):
+        parts = Parts(output, sizes, work)
+        try:
+            yield parts
+        except BaseException:
+            with contextlib.suppress(OSError):
+                parts.close(is_whole=False)
+            raise
+        with preemption.deferred():  # half of the folder gone, all of the work would be done again
+            parts.close(is_whole=True)
 
 
 def names_of_ours(folder: epath.Path) -> list[str]:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tnt_jax import program, records, run_log
+from tnt_jax import holding, program, records, run_log
 from tnt_jax.errors import UsageError
 from tnt_jax.experiment import Arm, Experiment, Opened
 
@@ -80,14 +80,26 @@ def pipeline(
       What `summary.json` holds.
 
     Raises:
-      UsageError: Settings contradict each other, or a stage found a mistake.
+      UsageError: Settings contradict each other, another run writes into OUTPUT_DIR, or a stage
+        found a mistake.
     """
-    began = time.monotonic()
     if num_rounds < 1:
         raise UsageError(f"NUM_ROUNDS: expected at least 1, found {num_rounds}.")
     experiment.check_names([arm.name for arm in arms])
     if expectations:
         expectations.check_names([arm.name for arm in arms], list(experiment.decoders))
+    with holding.folder(experiment.folder, "OUTPUT_DIR"):
+        return _run(experiment, arms, num_rounds, expectations, num_examples)
+
+
+def _run(
+    experiment: Experiment,
+    arms: Sequence[Arm],
+    num_rounds: int,
+    expectations: Expectations | None,
+    num_examples: int,
+) -> dict[str, Any]:
+    began = time.monotonic()
     opened = Opened(experiment)
     decoders = experiment.decoders
     training_outputs, original_outputs = opened.training_outputs, opened.original_outputs

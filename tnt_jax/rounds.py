@@ -138,10 +138,7 @@ def _names(id: str, number: int) -> Iterator[str]:
 
 def merge_files(*, output: str, rounds: Sequence[str], vocabulary: Any) -> None:
     """`merge` for files of records, and for the ids that belong to them (`removed_everywhere`)."""
-    merged = merge([records.read_records(path) for path in rounds], vocabulary)
-    records.write_records(output, merged)
     ids = {id_ for path in rounds for id_ in removed_everywhere.of_records(path)}
-    if ids:
-        removed_everywhere.write(output, ids, {"rounds": list(rounds)})
-    else:
-        removed_everywhere.write_none(output)
+    everywhere = removed_everywhere.Ids(ids, {"rounds": list(rounds)}) if ids else None
+    merged = merge([records.read_records(path) for path in rounds], vocabulary)
+    removed_everywhere.write_records(output, merged, everywhere)

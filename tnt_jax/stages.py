@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from tnt_jax import preemption, records, run_config, run_log
+from tnt_jax import holding, preemption, records, run_config, run_log
 from tnt_jax.errors import UsageError
 
 _running: contextvars.ContextVar[bool] = contextvars.ContextVar("running", default=False)
@@ -82,10 +82,12 @@ class Stages:
             other settings left there is deleted first.
 
         Raises:
-          UsageError: There is something to go on from, and it is not known what made it.
+          UsageError: There is something to go on from, and it is not known what made it; or another
+            process has taken over what this one holds.
           NotDoneError: It has to be run, and `only_done` forbids it.
         """
         preemption.check()
+        holding.check()
         note = note_path(self._root, name)
         described = {
             "function": run_config.describe(function),

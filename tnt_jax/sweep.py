@@ -25,7 +25,16 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from tnt_jax import objectives, pretrained, program, records, results, run_log, stages
+from tnt_jax import (
+    holding,
+    objectives,
+    pretrained,
+    program,
+    records,
+    results,
+    run_log,
+    stages,
+)
 from tnt_jax.errors import UsageError
 from tnt_jax.experiment import Experiment, Opened
 
@@ -132,7 +141,8 @@ def sweep(
       What the JSON file holds.
 
     Raises:
-      UsageError: Settings contradict each other, or a stage found a mistake.
+      UsageError: Settings contradict each other, another run writes into OUTPUT_DIR, or a stage
+        found a mistake.
     """
     if not 0 < choice_share < 1:
         raise UsageError(f"CHOICE_SHARE: expected more than 0, less than 1, found {choice_share}.")
@@ -151,21 +161,21 @@ def sweep(
         for objective in grid.objectives:
             objectives.named(objective)  # a misspelt one is known now
     began = time.monotonic()
-    shared = _open(
-        experiment, grids, task, choice_share, mask_decoding, process_index, num_processes
-    )
-    shared.run_own(cells)
-    while True:
-        found, arms, num_missing = _found(
-            shared, cells, cut, baseline, frontier_seeds, num_resamples
-        )
-        # Other processes go on while this one computes: nobody may write less over more.
-        if num_processes == 1 or shared.num_missing(arms) >= num_missing:
-            break
-    written = shared.opened.root / f"{name}.json"
-    run_log.write_json(str(written), found)
-    text = as_markdown(found, experiment.decoders)
-    run_log.write_text(str(written.with_suffix(".md")), text)
+    share = (process_index, num_processes)
+    with holding.folder(experiment.folder, "OUTPUT_DIR", None if num_processes == 1 else share):
+        shared = _open(experiment, grids, task, choice_share, mask_decoding, *share)
+        shared.run_own(cells)
+        while True:
+            found, arms, num_missing = _found(
+                shared, cells, cut, baseline, frontier_seeds, num_resamples
+            )
+            # Other processes go on while this one computes: nobody may write less over more.
+            if num_processes == 1 or shared.num_missing(arms) >= num_missing:
+                break
+        written = shared.opened.root / f"{name}.json"
+        run_log.write_json(str(written), found)
+        text = as_markdown(found, experiment.decoders)
+        run_log.write_text(str(written.with_suffix(".md")), text)
     run_log.log(text)
     missing = f" {num_missing} arms are not done yet." if num_missing else ""
     if num_missing and frontier_seeds:

@@ -33,6 +33,7 @@ from tnt_jax import (
     assembly,
     checkpoints,
     feature_converters,
+    holding,
     memory,
     objectives,
     original_setup,
@@ -152,8 +153,8 @@ def train(
       The path of the last checkpoint.
 
     Raises:
-      UsageError: A setting, the data or a checkpoint does not fit; `model_dir` holds another run;
-        or the loss is not finite.
+      UsageError: A setting, the data or a checkpoint does not fit; `model_dir` holds another run,
+        or another process is at work in it; or the loss is not finite.
     """
     _check_positive(
         TRAIN_STEPS=train_steps,
@@ -271,6 +272,7 @@ def train(
         log_every=log_every,
     )
     with (
+        holding.folder(model_dir, "MODEL_DIR"),
         memory.explained(
             memory.of_training(trainer),
             BATCH_SIZE=batch_size,
@@ -294,6 +296,7 @@ def train(
         if objective.needs_original:
             _warn_about(objective, config, initial_checkpoint_path)
         run_config.write(model_dir)
+        run_log.write_json(f"{model_dir}/run.json", run)
         pretrained.describe(model_dir, config, dataset.vocabulary, initial_checkpoint_path)
         run_log.log(
             f"Training on {len(data.examples)} examples from update {start.step} to {train_steps}, "

@@ -14,6 +14,7 @@ from tnt_jax import (
     assembly,
     checkpoints,
     feature_converters,
+    holding,
     original_setup,
     preemption,
     prefetch,
@@ -151,7 +152,8 @@ class Loop:
           What came out, in words; nothing if there is nothing to do.
 
         Raises:
-          UsageError: The loss, the gradient or a parameter is not finite.
+          UsageError: The loss, the gradient or a parameter is not finite; or another process has
+            taken over what this one holds.
           Preempted: It was due.
         """
         if start >= train_steps:
@@ -174,6 +176,7 @@ class Loop:
                     state, sums = self.trainer.step(state, self.original.params, batch, key)
                 watched.dispatched(step, state)
                 since.add(sums)
+                holding.check()  # what is written from here on would be written into another's
                 is_last = step == train_steps
                 is_stopping = is_due(step) and not is_last
                 is_save = is_last or step % self.every.checkpoint == 0
