@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import math
 import pathlib
+import time
+import tracemalloc
 
 import gin
 import golden_model
@@ -227,8 +229,28 @@ def test_logits_equal_the_numpy_reference(changes):
 )
 def test_relative_position_buckets(offset, encoder_bucket, decoder_bucket):
     index = np.clip(offset, -128, 128) + 128
-    assert t5_layers._bucket_of_offset(True, 32, 128)[index] == encoder_bucket
-    assert t5_layers._bucket_of_offset(False, 32, 128)[index] == decoder_bucket
+    assert t5_layers._bucket_of_offset(True, 32, 128, 128)[index] == encoder_bucket
+    assert t5_layers._bucket_of_offset(False, 32, 128, 128)[index] == decoder_bucket
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize("furthest", [1, 7, 40, 127])
+def test_buckets_do_not_depend_on_the_length(bidirectional, furthest):
+    found = t5_layers._bucket_of_offset(bidirectional, 32, 128, furthest)
+    assert found.tolist() == [bucket(i, bidirectional) for i in range(-furthest, furthest + 1)]
+
+
+def test_a_distance_that_no_sequence_has_takes_no_memory():
+    """Buckets are looked up in a table; one up to the distance had 64 MB here."""
+    config = dataclasses.replace(CONFIG_1_0, relpos_max_distance=2**20)
+    params = t5.abstract_params(config)
+    tracemalloc.start()
+    try:
+        jax.eval_shape(t5.make_forward(config), params, SOME_BATCH)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 16 * 2**20
 
 
 def test_packed_rows_equal_rows_of_their_own():
@@ -469,7 +491,13 @@ def test_initializers_are_those_of_t5x():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"emb_dim": 0}, "T5Config.emb_dim must be a whole number of at least 1 and below"),
+        ({"emb_dim": 0}, "T5Config.emb_dim must be a whole number from 1 to 65,536, not 0"),
+        ({"emb_dim": True}, "T5Config.emb_dim must be a whole number from 1 to 65,536, not True"),
+        ({"num_heads": 10**30}, r"T5Config.num_heads must be a whole .* 4,096, not 1000\d*"),
+        ({"num_decoder_layers": 1001}, "num_decoder_layers must be .* from 1 to 1,000, not 1001"),
+        ({"relpos_max_distance": 10**9}, "relpos_max_distance must be .* to 1,048,576, not 1000"),
+        ({"layer_norm_epsilon": 1e9}, r"layer_norm_epsilon must be from 0 to 1, not 1000000000.0"),
+        ({"layer_norm_epsilon": math.nan}, r"layer_norm_epsilon must be from 0 to 1, not nan"),
         ({"mlp_activations": ("gelu", "glu")}, "gelu, linear, .*found .*'glu'"),
         ({"mlp_activations": ()}, "T5Config.mlp_activations must name one or more"),
         ({"dtype": "float16"}, "T5Config.dtype must be float32 or bfloat16, not 'float16'"),
@@ -547,14 +575,19 @@ def test_model_files(name):
         remat_policy="minimal",
     )
     if NUM_PARAMS[name]:
-        # One layer of each kind is traced, the others are its copies: 48 take a second to trace.
-        one = t5.abstract_params(
-            dataclasses.replace(
-                config, num_encoder_layers=1, num_decoder_layers=1, scan_layers=False
-            )
+        assert NUM_PARAMS[name] == num_params(t5.abstract_params(config))
+
+
+def test_a_network_of_many_layers_is_described_in_a_moment():
+    """One layer of each stack is traced, which says all: what `init` makes is the same."""
+    for of_layers in ({}, {"relpos_bias_per_layer": True}):
+        config = dataclasses.replace(
+            CONFIG_1_0, num_encoder_layers=3, num_decoder_layers=2, **of_layers
         )
-        assert NUM_PARAMS[name] == (
-            num_params(one)
-            + (config.num_encoder_layers - 1) * num_params(one["encoder"]["layers_0"])
-            + (config.num_decoder_layers - 1) * num_params(one["decoder"]["layers_0"])
-        )
+        made = jax.eval_shape(functools.partial(t5.init, config), jax.random.key(0))
+        assert jax.tree.structure(made) == jax.tree.structure(t5.abstract_params(config))
+        assert jax.tree.leaves(made) == jax.tree.leaves(t5.abstract_params(config))
+    deep = dataclasses.replace(config, num_encoder_layers=1000, num_decoder_layers=1000)
+    began = time.process_time()  # of this process alone, whatever else the machine does
+    assert len(t5.abstract_params(deep)["decoder"]) == 1000 + 1
+    assert time.process_time() - began < 20  # traced, they take five minutes

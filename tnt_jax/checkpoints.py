@@ -22,7 +22,7 @@ from etils import epath
 
 from tnt_jax import json_files, lazy_arrays, sharding, t5, train_step
 from tnt_jax.array_types import PyTree
-from tnt_jax.errors import UsageError
+from tnt_jax.errors import UsageError, naming_file, system_error
 from tnt_jax.lazy_arrays import LazyArray
 
 PARAMS = "params"
@@ -221,6 +221,9 @@ def read_run(checkpoint: epath.Path) -> dict[str, Any] | None:
         return dict(run)
 
 
+_LARGEST_ALPHA, _LARGEST_RANK = 1e6, 2**16  # of adapters: 32 and 16, and no matrix is wider
+
+
 def _check_run(run: Any) -> None:
     """Raises a ValueError unless what others read of a run's notes is of the right type."""
 
@@ -237,10 +240,12 @@ def _check_run(run: Any) -> None:
         check(original.get("path"), str | None, "original.path")
     if adapters is not None:
         check(original, Mapping, "original")
-        check(adapters.get("alpha"), int | float, "adapters.alpha")
+        alpha, rank = adapters.get("alpha"), adapters.get("rank")
+        if type(alpha) not in (int, float) or not abs(alpha) <= _LARGEST_ALPHA:
+            raise ValueError(f"adapters.alpha: found {alpha!r:.60}")
         check(adapters.get("beside"), str | None, "adapters.beside")
-        if not isinstance(adapters.get("rank"), int) or adapters["rank"] < 1:
-            raise ValueError(f"adapters.rank: found {adapters.get('rank')!r:.60}")
+        if type(rank) is not int or not 1 <= rank <= _LARGEST_RANK:
+            raise ValueError(f"adapters.rank: found {rank!r:.60}")
 
 
 @contextlib.contextmanager
@@ -249,12 +254,16 @@ def _reading(path: epath.Path) -> Iterator[None]:
 
     Raises:
       UsageError: Whatever Orbax, its parsers and TensorStore raise, but for a lack of memory.
+      OSError: The system does not let it be read.
     """
     try:
         yield
     except (UsageError, MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:
+        if (said := system_error(error)) is not None:
+            with naming_file(path):
+                raise said from error
         reason = lazy_arrays.first_line(error) if str(error) else type(error).__name__
         raise UsageError(
             f"{path}: expected what Orbax wrote, found it damaged, or not all of it there "
@@ -316,9 +325,7 @@ def _lazy_arrays(item: epath.Path, tree: Any) -> dict[str, LazyArray]:
                 opened = ts.open(spec | {"kvstore": kvstore}, open=True, read=True).result()
                 found = lazy_arrays.of_store(opened, source)
             except lazy_arrays.STORE_ERRORS as error:
-                raise UsageError(
-                    f"{source}: {lazy_arrays.first_line(error)}; the checkpoint is damaged."
-                ) from error
+                raise lazy_arrays.damaged(source, error) from error
             if (found.shape, found.dtype) != (tuple(leaf.shape), np.dtype(leaf.dtype)):
                 raise UsageError(
                     f"{source}: expected {leaf.dtype} {tuple(leaf.shape)}, as the checkpoint's "

@@ -477,7 +477,7 @@ def read_e2e(path: str | os.PathLike) -> list[E2eRow]:
     try:
         with pathlib.Path(path).open(encoding="utf-8", newline="") as file:
             rows = [(row["mr"], row["ref"]) for row in csv.DictReader(file)]
-    except (OSError, UnicodeDecodeError, KeyError, csv.Error) as error:
+    except (FileNotFoundError, UnicodeDecodeError, KeyError, csv.Error) as error:
         raise UsageError(
             f"{path}: expected a CSV file of E2E with the columns mr and ref: "
             f"{type(error).__name__}: {error}."

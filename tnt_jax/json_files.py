@@ -7,7 +7,7 @@ from typing import Any
 from etils import epath
 
 from tnt_jax import records
-from tnt_jax.errors import UsageError
+from tnt_jax.errors import UsageError, naming_file, system_error
 
 MOST_BYTES = 2**28  # the largest tokenizers take a tenth of it
 
@@ -21,15 +21,18 @@ def read(path: str | os.PathLike, setting: str = "") -> Any:
 
     Raises:
         UsageError: there is no such file, it is not JSON, or larger than any that is expected.
+        OSError: the system does not let it be read.
     """
     file = epath.Path(path)
     try:
-        size = file.stat().length
+        size = records.size_of(file)
         if size > MOST_BYTES:
             reason = f"it has {size:,} bytes, and {MOST_BYTES:,} are the most"
         else:
-            content = file.read_bytes()
+            with naming_file(file):
+                content = file.read_bytes()
             value = json.loads(content.decode("utf-8-sig"))
+            records.check_depth(content, value)
             if not records.has_half_pairs(content, value):
                 return value
             reason = "half a surrogate pair (\\ud800 to \\udfff), which is no text"
@@ -40,6 +43,8 @@ def read(path: str | os.PathLike, setting: str = "") -> Any:
     except RecursionError:
         reason = "nested too deeply"
     except OSError as error:
+        if system_error(error) is not None:
+            raise
         reason = error.strerror or type(error).__name__
     where = f"{setting}: " if setting else ""
     raise UsageError(f"{where}expected a JSON file, found {path}: {reason}.")

@@ -14,13 +14,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
 from etils import epath
 
 from tnt_jax import sharding
 from tnt_jax.array_types import PyTree
-from tnt_jax.errors import UsageError
+from tnt_jax.errors import UsageError, system_error
+from tnt_jax.t5_config import MOST_LAYERS
 
 ITS_OWN_SETTINGS = "its own settings"  # what a checkpoint says, or shows, of its network
 
@@ -131,22 +133,46 @@ STORE_ERRORS = (ValueError, TypeError, IndexError, NotImplementedError)
 
 
 def of_store(store: ts.TensorStore, source: str) -> LazyArray:
-    """A view of an array that TensorStore has opened."""
+    """A view of an array that TensorStore has opened.
+
+    Raises:
+      UsageError: It is read in pieces that are larger than the array.
+    """
+    dtype = store.dtype.numpy_dtype
+    of_chunk, of_array = (
+        math.prod(shape) * dtype.itemsize
+        for shape in (store.chunk_layout.read_chunk.shape or (), store.shape)
+    )
+    if of_chunk > max(of_array, _SMALL_BYTES):
+        raise UsageError(
+            f"{source}: expected chunks of at most {of_array:,} bytes, as the array has, found "
+            f"{of_chunk:,}; the checkpoint is damaged."
+        )
 
     def read(index: Index) -> np.ndarray:
         try:
             return store[index].read().result()
         except STORE_ERRORS as error:
-            raise UsageError(
-                f"{source}: {first_line(error)}; the checkpoint is damaged."
-            ) from error
+            raise damaged(source, error) from error
 
-    return LazyArray(tuple(store.shape), store.dtype.numpy_dtype, source, read)
+    return LazyArray(tuple(store.shape), dtype, source, read)
+
+
+def damaged(source: str, error: Exception) -> Exception:
+    """What to raise where TensorStore cannot open or read an array."""
+    return system_error(error) or UsageError(
+        f"{source}: {first_line(error)}; the checkpoint is damaged."
+    )
 
 
 def is_file_name(name: Any) -> bool:
     """Whether a name that a file states is that of a file beside it, and leads nowhere else."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
+    return (
+        isinstance(name, str)
+        and name not in ("", ".", "..")
+        and len(name) <= 255
+        and not set(name) & set("/\\\0")
+    )
 
 
 _MOST_COMPRESSION = 1000  # constants take less, but no model is made of them
@@ -177,6 +203,15 @@ def check_sizes(arrays: Mapping[str, LazyArray], folder: epath.Path) -> None:
             f"{folder}: its arrays should take {stated:,} bytes, and its files have {found:,}: "
             "they are damaged, or not all of them are there."
         )
+
+
+def check_types(arrays: Mapping[str, LazyArray]) -> None:
+    """Raises a UsageError unless these are numbers as parameters of a T5 are stored."""
+    for array in arrays.values():
+        if array.dtype not in (np.float32, jnp.bfloat16):
+            raise UsageError(
+                f"{array.source:.200}: expected float32 or bfloat16, found {array.dtype!s:.60}."
+            )
 
 
 def kvstore(folder: epath.Path) -> dict[str, Any] | str:
@@ -221,6 +256,24 @@ def layers_apart(arrays: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
     return apart
 
 
+def checked_step(step: Any, where: str) -> int:
+    """The step that a checkpoint states, as a number or an array of one.
+
+    Raises:
+      UsageError: It is none that a run can have come to.
+    """
+    array = np.asarray(step) if isinstance(step, int | np.ndarray | np.generic) else np.zeros(0)
+    if array.size != 1 or array.dtype.kind not in "iu" or not 0 <= array.item() <= _LAST_STEP:
+        raise UsageError(
+            f"{where}: expected a step, a whole number from 0 to {_LAST_STEP:,}, found "
+            f"{step!r:.60}."
+        )
+    return int(array.item())
+
+
+_LAST_STEP = 2**31 - 1  # it is counted in 32 bits
+
+
 def num_layers_of(array: LazyArray, axis: int) -> int:
     """The length of an axis of layers.
 
@@ -228,15 +281,12 @@ def num_layers_of(array: LazyArray, axis: int) -> int:
       UsageError: There is no such axis, or no network has as many layers.
     """
     num_layers = array.shape[axis] if axis < len(array.shape) else 0
-    if not 1 <= num_layers <= _MOST_LAYERS:
+    if not 1 <= num_layers <= MOST_LAYERS:
         raise UsageError(
-            f"{array.source}: expected axis {axis} to be of layers, 1 to {_MOST_LAYERS:,} of them; "
+            f"{array.source}: expected axis {axis} to be of layers, 1 to {MOST_LAYERS:,} of them; "
             f"found the shape {array.shape}."
         )
     return num_layers
-
-
-_MOST_LAYERS = 10_000
 
 
 def laid_out(arrays: Mapping[str, LazyArray], abstract: PyTree) -> dict[str, LazyArray]:
@@ -257,7 +307,7 @@ def laid_out(arrays: Mapping[str, LazyArray], abstract: PyTree) -> dict[str, Laz
 
 
 def check(arrays: Mapping[str, LazyArray], abstract: PyTree, where: str, setting: str) -> None:
-    """Compares stored arrays with the parameters of a model and names every difference at once.
+    """Compares stored arrays with the parameters of a model and names all differences at once.
 
     Args:
       arrays: By name, as "encoder/encoder_norm/scale".
@@ -304,10 +354,16 @@ def mismatch(where: str, setting: str, differences: Sequence[str]) -> str:
     advice = f"change {setting}, or the path"
     if setting == ITS_OWN_SETTINGS:
         advice = "it is damaged, or of an architecture that is not T5's"
+    shown = [f"{difference:.200}" for difference in differences[:_MOST_SHOWN]]
+    if more := len(differences) - len(shown):
+        shown.append(f"and {more} more")
     return (
-        f"the checkpoint {where} does not fit {setting}: {'; '.join(differences)}. Expected a "
+        f"the checkpoint {where} does not fit {setting}: {'; '.join(shown)}. Expected a "
         f"checkpoint of the same sizes: {advice}."
     )
+
+
+_MOST_SHOWN = 20  # of what differs between a checkpoint and a model: the rest is more of the same
 
 
 def restore(arrays: Mapping[str, LazyArray], abstract: PyTree) -> PyTree:

@@ -10,14 +10,21 @@ what a stopped run has computed is there for the next one.
 A part is there when its JSON is: both files are written beside their place and renamed, that last.
 It is named after what is in it, so that two runs at once may write the same folder. States keep the
 dtype that they were computed in; bfloat16 is stored as its bits.
+
+A billion tokens are 15,000 parts, and a process may have 1,024 files open. So a part is opened when
+rows of it are read, and closed again: once for all its rows in a batch.
 """
 
+import dataclasses
 import hashlib
+import itertools
 import json
+import operator
 import os
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from io import BufferedReader
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +32,71 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from tnt_jax import feature_converters, json_files, records, run_log
-from tnt_jax.errors import UsageError
+from tnt_jax.errors import UsageError, naming_file, system_error
 
 _TOKENS_PER_PART = 65_536  # 128 MiB at width 512: what is lost at most when a run is stopped
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Part:
+    """A file of states.
+
+    Attributes:
+      index: The JSON file beside it.
+      offset: Bytes before the first row.
+      num_rows: Tokens.
+      width: Of a state.
+      dtype: Of a state.
+    """
+
+    index: pathlib.Path
+    offset: int
+    num_rows: int
+    width: int
+    dtype: np.dtype
+
+    @classmethod
+    def opened(cls, index: pathlib.Path, dtype: str) -> "_Part":
+        """Reads what the file says of itself.
+
+        Raises:
+          ValueError: It is no array of that dtype, or its shape is not that of the file.
+        """
+        # Maps the file: a shape that it is too short for is refused, and no object is made.
+        array = np.lib.format.open_memmap(index.with_suffix(".npy"), mode="r")
+        stored = {"bfloat16": "uint16"}.get(dtype, dtype)
+        is_stored_so = array.dtype == stored and array.ndim == 2 and array.flags.c_contiguous
+        if dtype not in ("float32", "bfloat16") or not is_stored_so or array.shape[1] == 0:
+            raise ValueError(f"{dtype!r:.60} as {array.dtype} of shape {array.shape}")
+        return cls(
+            index=index,
+            offset=array.offset,
+            num_rows=array.shape[0],
+            width=array.shape[1],
+            dtype=jnp.dtype(dtype),
+        )
+
+    def read(self, file: BufferedReader, first: int, rows: np.ndarray) -> None:
+        """Fills rows, one after the other in memory, from those that begin with `first`."""
+        row_bytes = self.width * self.dtype.itemsize
+        with naming_file(file.name):
+            file.seek(self.offset + first * row_bytes)
+            num_read = file.readinto(rows.view(np.uint8).data)
+        if num_read != rows.nbytes:
+            raise _damaged(self.index, f"{num_read} of {rows.nbytes} bytes from row {first} on")
+
+    @property
+    def kind(self) -> tuple[int, np.dtype]:
+        """What all parts have in common."""
+        return self.width, self.dtype
+
+
+def _damaged(index: pathlib.Path, found: object) -> UsageError:
+    """The message about a part that has to be computed again."""
+    return UsageError(
+        f"{index}: expected states of the original, with a file .npy beside it, found {found}. "
+        "Delete both: they will be computed again."
+    )
 
 
 class OriginalStates:
@@ -40,6 +109,7 @@ class OriginalStates:
 
     Raises:
       UsageError: The folder is in a bucket, or a part of it is damaged.
+      OSError: The system does not let a part be read.
     """
 
     def __init__(self, folder: str, identity: str, task_feature_lengths: Mapping[str, int]):
@@ -50,33 +120,38 @@ class OriginalStates:
             )
         self._folder = pathlib.Path(folder).expanduser() / re.sub(r"\W+", "-", identity)
         self._lengths = dict(task_feature_lengths)
-        self._parts: list[np.ndarray] = []
+        self._parts: list[_Part] = []
         self._rows: dict[str, tuple[int, int, int]] = {}  # part, first row, number of rows
         for index in sorted(self._folder.glob("part_*.json")):
             self._add(index)
 
     def _add(self, index: pathlib.Path) -> None:
         try:
-            keys = json_files.read_object(index)
-            # Mapped: a shape that the file is too short for is refused, and no object is made.
-            array = np.load(index.with_suffix(".npy"), mmap_mode="r", allow_pickle=False)
-            if keys["dtype"] == "bfloat16":
-                array = array.view(jnp.bfloat16)
+            about = json_files.read_object(index)
+            with naming_file(index.with_suffix(".npy")):
+                part = _Part.opened(index, about["dtype"])
             rows = {
-                str(key): (len(self._parts), int(first), int(number))
-                for key, (first, number) in keys["keys"].items()
+                key: (len(self._parts), first, number)
+                for key, (first, number) in about["keys"].items()
             }
-            if array.ndim != 2 or not all(
-                0 <= first <= first + number <= len(array) for _, first, number in rows.values()
+            if not all(
+                type(first) is type(number) is int and 0 <= first <= first + number <= part.num_rows
+                for _, first, number in rows.values()
             ):
-                raise ValueError(f"rows that an array {array.shape} has not")
-        except (AttributeError, EOFError, KeyError, OSError, TypeError, ValueError) as error:
-            raise UsageError(
-                f"{index}: expected states of the original, with a file .npy beside it, found "
-                f"{type(error).__name__}: {error}. Delete both: they will be computed again."
-            ) from error
+                raise ValueError(f"rows that an array of {part.num_rows} has not")
+            if self._parts and part.kind != self._parts[0].kind:
+                raise ValueError(
+                    f"{part.dtype}s of width {part.width}, where {self._parts[0].index} has "
+                    f"{self._parts[0].dtype}s of width {self._parts[0].width}"
+                )
+        except MemoryError:
+            raise
+        except Exception as error:  # of whatever kind: Python parses the head of an array
+            if (said := system_error(error)) is not None:  # and nothing about what is in the files
+                raise said from error
+            raise _damaged(index, f"{type(error).__name__}: {error!s:.300}") from error
         self._rows |= rows
-        self._parts.append(array)
+        self._parts.append(part)
 
     def _key(self, example: feature_converters.Example) -> str:
         kept = feature_converters.cut_input(example.inputs, self._lengths["inputs"])
@@ -155,8 +230,17 @@ class OriginalStates:
 
     def of(self, example: feature_converters.Example) -> np.ndarray:
         """States `[number of target tokens, E]` of an example, read from the file."""
-        part, first, number = self._rows[self._key(example)]
-        return self._parts[part][first : first + number]
+        _, _, number = self._place(example)
+        return self.feature([(example, 0, 0)], (1, number))[0]
+
+    def _place(self, example: feature_converters.Example) -> tuple[int, int, int]:
+        """The part where an example is, its first row, and the number of rows."""
+        place = self._rows[self._key(example)]
+        number = min(len(example.targets), self._lengths["targets"])
+        if place[2] != number:
+            index = self._parts[place[0]].index
+            raise _damaged(index, f"{place[2]} states of an example with {number} tokens")
+        return place
 
     def feature(
         self,
@@ -168,12 +252,20 @@ class OriginalStates:
         Args:
           placed: Each example with its row and the position where its targets begin.
           shape: `B` and `T`.
+
+        Raises:
+          UsageError: A part has become shorter since it was looked at.
+          OSError: The system does not let it be read.
         """
-        like = self._parts[0]
-        states = np.zeros((*shape, like.shape[1]), like.dtype)
-        for example, row, start in placed:
-            found = self.of(example)
-            states[row, start : start + len(found)] = found
+        width, dtype = self._parts[0].kind
+        states = np.zeros((*shape, width), dtype)
+        wanted = sorted((*self._place(example), row, start) for example, row, start in placed)
+        for number, of_part in itertools.groupby(wanted, key=operator.itemgetter(0)):
+            part = self._parts[number]
+            with part.index.with_suffix(".npy").open("rb") as file:
+                for _, first, count, row, start in of_part:
+                    assert start + count <= shape[1], "targets are placed within a batch"
+                    part.read(file, first, states[row, start : start + count])
         return states
 
 

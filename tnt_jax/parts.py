@@ -33,7 +33,7 @@ from tnt_jax import (
     removed_everywhere,
     run_log,
 )
-from tnt_jax.errors import UsageError
+from tnt_jax.errors import UsageError, naming_file
 
 _OF = "of.json"
 _PART = re.compile(r"\d+\.jsonl")
@@ -172,9 +172,14 @@ class Parts:
         return self._folder / f"{part:05}.jsonl"
 
     def _content(self, part: int) -> tuple[dict[str, int], bytes] | None:
-        """Counts and lines of a part of this work; None where it is not there, or not whole."""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            about, _, content = self._file(part).read_bytes().partition(b"\n")
+        """Counts and lines of a part of this work; None where it is not there, or not whole.
+
+        Raises:
+            OSError: it is there and may not be read: nothing says that it has to be done again.
+        """
+        with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+            with naming_file(self._file(part)):
+                about, _, content = self._file(part).read_bytes().partition(b"\n")
             found = json.loads(about)
             expected = (part, self._identity, len(content))
             if (found["part"], found["of"], found["bytes"]) == expected:

@@ -5,6 +5,7 @@ Kinds are found by what a directory holds (`_KINDS`); the user names a path and 
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from tnt_jax import (
     vocabularies,
 )
 from tnt_jax.array_types import PyTree
-from tnt_jax.errors import UsageError
+from tnt_jax.errors import UsageError, system_error
 from tnt_jax.lazy_arrays import LazyArray
 
 if TYPE_CHECKING:  # seqio imports TensorFlow, which takes seconds
@@ -113,11 +114,13 @@ def find(path: str) -> epath.Path:
             f"expected a path that can be read, found {path}: {type(error).__name__}: {reason}."
         ) from error
     if not is_there:
+        _check_may_look(os.fspath(given))
         return _from_hub(path)
     if given.is_file() and given.name == t5x_checkpoints.CHECKPOINT_FILE:
         given = given.parent  # T5X takes the path of the file as well
     if not given.is_dir():
         raise UsageError(f"expected a directory with a model, found a file at {path}.")
+    _check_may_look(f"{given}/.")
     if _kind(given):
         return given
     steps = {
@@ -135,6 +138,17 @@ def find(path: str) -> epath.Path:
             f"{shown or 'nothing in it'}."
         )
     return steps[max(steps)]
+
+
+def _check_may_look(path: str) -> None:
+    """Raises an OSError where nothing seems to be at a local path that may not be looked at."""
+    if "://" in path:
+        return
+    try:
+        os.stat(path)  # noqa: PTH116 (pathlib drops the dot of "folder/.")
+    except OSError as error:
+        if (said := system_error(error)) is not None:
+            raise said from error
 
 
 def _from_hub(path: str) -> epath.Path:
@@ -242,8 +256,13 @@ def open_checkpoint(path: str) -> Pretrained:
 
     Raises:
       UsageError: There is none, or it is damaged or of another architecture.
+      OSError: The system does not let it be read.
     """
-    folder = find(path)
+    return _opened(find(path), ())
+
+
+def _opened(folder: epath.Path, within: tuple[epath.Path, ...]) -> Pretrained:
+    """Opens a checkpoint, for adapters in those `within`, each beside the next."""
     kind = _kind(folder)
     assert kind is not None
     if kind == _HUGGING_FACE:
@@ -265,7 +284,7 @@ def open_checkpoint(path: str) -> Pretrained:
         weights, run = lazy_arrays.layers_apart(stored), checkpoints.read_run(folder)
         step = _step_of_name(folder)
         if run is not None and "adapters" in run:
-            original, orbax = _original_of(run, folder), None
+            original, orbax = _original_of(run, folder, (*within, folder)), None
             weights = _with_adapters(weights, original, run, folder)
     elif kind == _T5X:
         weights, step = t5x_checkpoints.read_legacy(folder)
@@ -276,7 +295,8 @@ def open_checkpoint(path: str) -> Pretrained:
         stated = checkpoints.lazy_item(item, ("state",)).get("step")
         if stated is None or stated.shape not in ((), (1,)):
             raise UsageError(f"{item}: expected T5X's state, with a step; found none.")
-        step = int(stated.load().item())
+        step = lazy_arrays.checked_step(stated.load(), str(item))
+    lazy_arrays.check_types(weights)
     description = _description(folder)
     described = None
     if (description / huggingface.CONFIG).exists():
@@ -307,7 +327,9 @@ def open_checkpoint(path: str) -> Pretrained:
     )
 
 
-def _original_of(run: dict[str, Any], folder: epath.Path) -> Pretrained:
+def _original_of(
+    run: dict[str, Any], folder: epath.Path, within: tuple[epath.Path, ...]
+) -> Pretrained:
     """What a run of adapters was trained beside."""
     path = run["adapters"].get("beside") or run["original"]["path"]
     if path is None:
@@ -316,7 +338,10 @@ def _original_of(run: dict[str, Any], folder: epath.Path) -> Pretrained:
             "adapters with an INITIAL_CHECKPOINT_PATH."
         )
     try:
-        return open_checkpoint(path)
+        found = find(path)
+        if found in within:
+            raise UsageError(f"{found} is trained beside itself: its notes are damaged.")
+        return _opened(found, within)
     except UsageError as error:
         raise UsageError(
             f"{folder}: it has adapters for an original that the run noted as {path} (digest "
@@ -362,7 +387,7 @@ def _with_adapters(
 
 def _step_of_name(folder: epath.Path) -> int:
     match = re.fullmatch(r"checkpoint_(\d+)", folder.name)
-    return int(match[1]) if match else 0
+    return lazy_arrays.checked_step(int(match[1]), str(folder)) if match else 0
 
 
 # ------------------------------------------------------------------------------- The network

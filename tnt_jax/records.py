@@ -26,7 +26,7 @@ from typing import Any
 
 from etils import epath
 
-from tnt_jax.errors import UsageError
+from tnt_jax.errors import UsageError, naming_file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,7 +144,7 @@ def iterate(path: str | os.PathLike) -> Iterator[Record]:
 
 def _of_files(path: str | os.PathLike) -> Iterator[tuple[str, Record]]:
     for file in matching_files(path):
-        with file.open("rb") as lines:
+        with file.open("rb") as lines, naming_file(file):
             yield from located(lines, str(file))
 
 
@@ -233,6 +233,15 @@ def is_remote(path: str | os.PathLike) -> bool:
 def path_of(path: str | os.PathLike) -> Any:
     """The path as `pathlib.Path`, or, in an object store, as `epath.Path`, which can as much."""
     return epath.Path(path) if is_remote(path) else pathlib.Path(path)
+
+
+def size_of(path: str | os.PathLike) -> int:
+    """Bytes of a file.
+
+    `epath` would look up the name of its owner as well, and fails where the owner has none: in a
+    container, on a shared disk.
+    """
+    return epath.Path(path).stat().length if is_remote(path) else pathlib.Path(path).stat().st_size
 
 
 def matching_files(path: str | os.PathLike) -> list[Any]:
@@ -366,6 +375,7 @@ def parse_line(line: bytes, where: str) -> Any:
         # Without the mark that Windows begins a file with, and what follows an object: or an open
         # end is said to be in line 2.
         value = json.loads(line.decode("utf-8-sig").rstrip())
+        check_depth(line, value)
     except UnicodeDecodeError as error:
         raise UsageError(
             f"{where}: not UTF-8 ({error.reason} at byte {error.start}). Save the file as UTF-8."
@@ -399,6 +409,25 @@ def counted_otherwise(text: str, start: int, end: int) -> str:
         if 0 <= start < end <= number:
             return f" (It has {number} {name}: were those counted?)"
     return ""
+
+
+_DEEPEST = 100  # of lists and objects within each other; no format of ours has ten
+
+
+def check_depth(content: bytes, value: Any) -> None:
+    """Raises a RecursionError for JSON, as it is written and as a value, that is nested deeper.
+
+    Python reads more than it can write or print again: how much depends on who asks.
+    """
+    if content.count(b"[") + content.count(b"{") <= _DEEPEST:
+        return
+    level = [value]
+    for _ in range(_DEEPEST):
+        parts = (part.values() if isinstance(part, dict) else part for part in level)
+        level = [child for part in parts for child in part if isinstance(child, dict | list)]
+        if not level:
+            return
+    raise RecursionError("nested too deeply")
 
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # a half of a pair, as JSON spells it

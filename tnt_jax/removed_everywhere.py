@@ -43,7 +43,7 @@ def removed_ids(path: str) -> tuple[int, ...]:
     """
     found = json_files.read_object(path, "a file of ids that annotate wrote")
     ids = found.get("ids")
-    if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
+    if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
         raise UsageError(
             f"{path}: expected a file of ids that annotate wrote (<output>{_ENDING}), with a list "
             f"of them as 'ids'; found {ids!r:.60}."

@@ -178,7 +178,7 @@ def _describe(value: Any, outer: tuple[int, ...]) -> Any:
         file = value.sentencepiece_model_file
         try:
             model = _digest(epath.Path(file).read_bytes())
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             model = os.fspath(file)
         name = _qualified_name(type(value))
         return {"class": name, "model": model, "extra_ids": value.extra_ids}

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tnt_jax import holding, preemption, records, run_config, run_log
-from tnt_jax.errors import UsageError
+from tnt_jax.errors import UsageError, naming_file
 
 _running: contextvars.ContextVar[bool] = contextvars.ContextVar("running", default=False)
 _only_done: contextvars.ContextVar[bool] = contextvars.ContextVar("only_done", default=False)
@@ -96,7 +96,8 @@ class Stages:
             "inputs": {path: _fingerprint(path) for path in (*inputs.values(), *also_depends_on)},
         }
         before: dict[str, Any] = {}
-        with contextlib.suppress(OSError, ValueError):
+        # A note that is there and may not be read is none that is missing: that ends the run.
+        with contextlib.suppress(FileNotFoundError, ValueError), naming_file(note):
             found = json.loads(note.read_text("utf-8"))
             before = found if isinstance(found, dict) else {}
         is_same = before.get("described") == json.loads(json.dumps(described))
@@ -117,7 +118,8 @@ class Stages:
             run_log.write_json(str(note), {"described": None, "done": False})
             shutil.rmtree(output)
         run_log.log(f"[{self._number_of(name)}] {name}")
-        spent = before.get("seconds", 0.0) if goes_on and is_same and is_there else 0.0
+        spent = before.get("seconds") if goes_on and is_same and is_there else None
+        spent = spent if isinstance(spent, int | float) else 0.0
         with _noted(note, described, spent):
             function(**{output_name: output}, **inputs, **settings)
         preemption.check()
@@ -128,7 +130,7 @@ class Stages:
 
     def seconds(self, name: str) -> float | None:
         """How long a stage took, if it is done; what was stopped and went on, in all."""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
             note = json.loads(note_path(self._root, name).read_text("utf-8"))
             return note["seconds"] if note["done"] else None
         return None

@@ -307,9 +307,25 @@ def init(config: T5Config, key: Key[Array, ""]) -> PyTree:
 
 
 @functools.lru_cache(maxsize=16)
-def _boxed_shapes(config: T5Config) -> PyTree:
+def _traced_shapes(config: T5Config) -> PyTree:
     """Once for each network: it traces a forward pass, and every stage of a run asks for it."""
     return jax.eval_shape(functools.partial(_boxed_params, config), jax.random.key(0))
+
+
+def _boxed_shapes(config: T5Config) -> PyTree:
+    """Shapes of the parameters, with their axes; layers apart.
+
+    All layers of a stack have the same, so one of each stack is traced: a trace takes a third of a
+    second for every layer in it, and a file may say that there are many.
+    """
+    shapes = _traced_shapes(dataclasses.replace(config, num_encoder_layers=1, num_decoder_layers=1))
+    numbers = {"encoder": config.num_encoder_layers, "decoder": config.num_decoder_layers}
+
+    def of_stack(stack: str) -> PyTree:
+        layer = shapes[stack]["layers_0"]
+        return shapes[stack] | {f"layers_{i}": layer for i in range(numbers[stack])}
+
+    return {**shapes, **{stack: of_stack(stack) for stack in numbers}}
 
 
 def abstract_params(config: T5Config) -> PyTree:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 
 import jax
@@ -30,6 +29,23 @@ REMAT_POLICIES = {
     "minimal": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+MOST_LAYERS = 1000  # of a stack; T5 has 24, and the deepest transformer that was published 1,000
+
+# The largest size of each kind: far above what networks have, which is in the comments, and small
+# enough that no product of them overflows. A larger one is a mistake, or is meant to take memory.
+_LARGEST = {
+    "vocab_size": 2**24,  # 256 thousand
+    "emb_dim": 2**16,  # 4,096
+    "num_heads": 2**12,  # 128
+    "num_encoder_layers": MOST_LAYERS,
+    "num_decoder_layers": MOST_LAYERS,
+    "head_dim": 2**12,  # 128
+    "mlp_dim": 2**20,  # 65,536
+    "num_relpos_buckets": 2**10,  # 32
+    "relpos_max_distance": 2**20,  # 128; no sequence is longer
+}
+_LARGEST_EPSILON = 1.0  # 1e-6; with more, a norm passes on little but its scale
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,8 +84,8 @@ class T5Config:
       adapter_scale: what multiplies the adapters among the parameters, if any: alpha / rank.
 
     Raises:
-      UsageError: a size below 1, buckets that the distance does not fill, a rate outside [0, 1), an
-        epsilon below 0, or an unknown activation, dtype or policy.
+      UsageError: a size below 1 or beyond any network's, buckets that the distance does not fill, a
+        rate outside [0, 1), an epsilon outside [0, 1], or an unknown activation, dtype or policy.
     """
 
     vocab_size: int
@@ -94,11 +110,11 @@ class T5Config:
     adapter_scale: float = 1.0
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and not (isinstance(value, int) and 1 <= value < 2**31):
+        for name, largest in _LARGEST.items():
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= largest:  # True is an int as well
                 raise UsageError(
-                    f"T5Config.{field.name} must be a whole number of at least 1 and below 2**31, "
+                    f"T5Config.{name} must be a whole number from 1 to {largest:,}, "
                     f"not {value!r:.60}"
                 )
         # Tuples and dtypes, so that a configuration is hashable: a static argument of jax.jit.
@@ -109,7 +125,7 @@ class T5Config:
         if unknown or not activations:
             raise UsageError(
                 f"T5Config.mlp_activations must name one or more of {', '.join(ACTIVATIONS)}; "
-                f"found {activations}"
+                f"found {activations!s:.80}"
             )
         dtype = np.dtype(None)
         with contextlib.suppress(TypeError):  # not the name of any dtype
@@ -124,10 +140,12 @@ class T5Config:
             )
         if not 0.0 <= self.dropout_rate < 1.0:
             raise UsageError(f"T5Config.dropout_rate must be in [0, 1), not {self.dropout_rate}")
-        if not 0 <= self.layer_norm_epsilon < math.inf:
+        if not 0 <= self.layer_norm_epsilon <= _LARGEST_EPSILON:
             raise UsageError(
-                f"T5Config.layer_norm_epsilon must be 0 or more, not {self.layer_norm_epsilon}"
+                f"T5Config.layer_norm_epsilon must be from 0 to {_LARGEST_EPSILON:g}, not "
+                f"{self.layer_norm_epsilon!r:.60}"
             )
+        object.__setattr__(self, "layer_norm_epsilon", float(self.layer_norm_epsilon))
         # Half of a direction's buckets hold one distance each, and further ones must follow.
         buckets, distance = self.num_relpos_buckets, self.relpos_max_distance
         if buckets % 4 or distance <= buckets // 2:

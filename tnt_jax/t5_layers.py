@@ -133,15 +133,17 @@ def _dropout(config: T5Config) -> nn.Dropout:
     return nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
 
 
-@functools.cache
-def _bucket_of_offset(bidirectional: bool, num_buckets: int, max_distance: int) -> np.ndarray:
-    """Buckets of the offsets -max_distance to max_distance (key minus query position).
+@functools.lru_cache(maxsize=64)
+def _bucket_of_offset(
+    bidirectional: bool, num_buckets: int, max_distance: int, furthest: int
+) -> np.ndarray:
+    """Buckets of the offsets -furthest to furthest (key minus query position).
 
     Half of the buckets hold one distance each, the other half grow logarithmically up to
     `max_distance`. A table, so that training and decoding cannot disagree by a rounding of the
-    logarithm.
+    logarithm; as long as the sequences are, whatever the settings of a model say.
     """
-    offsets = np.arange(-max_distance, max_distance + 1)
+    offsets = np.arange(-furthest, furthest + 1)
     if bidirectional:
         num_buckets //= 2
         first_bucket = np.where(offsets > 0, num_buckets, 0)
@@ -186,12 +188,16 @@ class _RelativePositionBias(nn.Module):
         """The same, computed when and where it is called, for each group of rows by itself."""
         c = self.config
         embedding: Any = self.rel_embedding
-        table = _bucket_of_offset(self.bidirectional, c.num_relpos_buckets, c.relpos_max_distance)
+        # A query stands at one of the keys, so no offset is as large as their number.
+        furthest = min(c.relpos_max_distance, len(key_positions))
+        table = _bucket_of_offset(
+            self.bidirectional, c.num_relpos_buckets, c.relpos_max_distance, furthest
+        )
 
         def bias() -> Float[Array, "G H Q K"]:
             offsets = key_positions[None, :] - query_positions[:, None]
-            offsets = jnp.clip(offsets, -c.relpos_max_distance, c.relpos_max_distance)
-            buckets = jnp.asarray(table)[offsets + c.relpos_max_distance]
+            offsets = jnp.clip(offsets, -furthest, furthest)
+            buckets = jnp.asarray(table)[offsets + furthest]
             # A contraction with a one-hot, as in T5X: the gradient of a gather is a slow scatter.
             one_hot = jax.nn.one_hot(buckets, c.num_relpos_buckets, dtype=jnp.float32)
             of_groups = jnp.broadcast_to(embedding, (num_groups, *embedding.shape))

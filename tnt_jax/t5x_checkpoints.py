@@ -16,14 +16,13 @@ from typing import Any
 
 import flax.serialization
 import flax.traverse_util
-import jax.numpy as jnp
 import msgpack
 import numpy as np
 import tensorstore as ts
 from etils import epath
 
 from tnt_jax import lazy_arrays, t5
-from tnt_jax.errors import UsageError
+from tnt_jax.errors import UsageError, naming_file
 from tnt_jax.lazy_arrays import LazyArray
 
 CHECKPOINT_FILE = "checkpoint"
@@ -39,22 +38,28 @@ def read_legacy(folder: epath.Path) -> tuple[dict[str, LazyArray], int]:
 
     Raises:
       UsageError: It is of another version or damaged.
+      OSError: The system does not let it be read.
     """
     file = folder / CHECKPOINT_FILE
+    with naming_file(file):
+        packed = file.read_bytes()
     try:
-        content = _unpacked(file.read_bytes())
+        content = _unpacked(packed)
         version, state = content["version"], content["optimizer"]
-        step = int(state["state"]["step"])
+        step = state["state"]["step"]
         leaves = flax.traverse_util.flatten_dict(
             state["target"], is_leaf=lambda _, x: _is_spec(x), sep="/"
         )
+    except MemoryError:
+        raise
     except Exception as error:  # whatever msgpack raises on bytes that are none
         raise UsageError(
             f"{file}: expected a T5X checkpoint (msgpack with `version` and `optimizer`): "
-            f"{type(error).__name__}: {error}."
+            f"{type(error).__name__}: {error!s:.200}."
         ) from error
     if version != _VERSION:
         raise UsageError(f"{file}: expected version {_VERSION}, found {version!r:.60}.")
+    step = lazy_arrays.checked_step(step, str(file))
     opened = {
         name: ts.open(_spec(folder, leaf), open=True, read=True)
         for name, leaf in leaves.items()
@@ -67,14 +72,12 @@ def read_legacy(folder: epath.Path) -> tuple[dict[str, LazyArray], int]:
             try:
                 store = opened[name].result()
             except lazy_arrays.STORE_ERRORS as error:
-                raise UsageError(
-                    f"{source}: {lazy_arrays.first_line(error)} ({folder} is damaged)."
-                ) from error
+                raise lazy_arrays.damaged(source, error) from error
             array = lazy_arrays.of_store(store, source)
-        else:
+        elif isinstance(leaf, np.ndarray | np.generic):
             array = lazy_arrays.of_array(np.asarray(leaf), f"{file.name}: {name}")
-        if array.dtype not in (np.float32, jnp.bfloat16):
-            raise UsageError(f"{source}: expected float32 or bfloat16, found {array.dtype}.")
+        else:
+            raise UsageError(f"{source}: expected an array, or where it is, found {leaf!r:.60}.")
         arrays[name] = array
     lazy_arrays.check_sizes(arrays, folder)
     return arrays, step
@@ -85,15 +88,14 @@ def _unpacked(content: bytes) -> Any:
 
     A list is made room for by the length that it states, before its elements are looked for, and
     lists may stand within lists. A first reading refuses long ones, which no checkpoint has: what
-    is long in it are maps, which grow, and texts and arrays, which must be in the file.
+    is long in it are maps, which grow, and texts and arrays, which must be in the file. An array is
+    a file of its own within it: a list of shape, type and bytes.
     """
-    msgpack.unpackb(
-        content,
-        raw=False,
-        strict_map_key=False,
-        max_array_len=1000,
-        ext_hook=lambda code, data: None,
-    )
+
+    def look(content: bytes, **options: Any) -> None:
+        msgpack.unpackb(content, strict_map_key=False, max_array_len=1000, **options)
+
+    look(content, raw=False, ext_hook=lambda code, data: look(data, raw=True))
     return flax.serialization.msgpack_restore(content)
 
 
@@ -253,6 +255,7 @@ def _with_joined_heads(arrays: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
 def _is_split(name: str, array: LazyArray) -> bool:
     return (
         len(array.shape) == 3
+        and min(array.shape) > 0
         and re.search(r"attention/(query|key|value|out)/kernel", name) is not None
     )
 
@@ -267,7 +270,8 @@ def _scan_axis(arrays: Mapping[str, LazyArray], stack: str, where: str) -> int:
         arrays.get(name)
         for name in (f"{stack}/{stack}_norm/scale", f"{stack}/{stack}/pre_mlp_layer_norm/scale")
     )
-    if norm is None or of_layers is None or len(of_layers.shape) != 2:
+    shapes = [array.shape for array in (norm, of_layers) if array is not None]
+    if norm is None or of_layers is None or list(map(len, shapes)) != [1, 2]:
         raise UsageError(f"{where}: expected T5X's scanned layers, found no norms of the {stack}.")
     return _SCAN_AXIS if of_layers.shape[0] == norm.shape[0] else 0
 

@@ -36,7 +36,7 @@ from tnt_jax import (
     tfrecords,
     tokenization,
 )
-from tnt_jax.errors import UsageError
+from tnt_jax.errors import UsageError, system_error
 
 # --- Files of records -----------------------------------------------------------------------------
 
@@ -592,6 +592,8 @@ def _reading(task: seqio.Task) -> Iterator[None]:
         tfds_name = getattr(getattr(task.source, "tfds_dataset", None), "name", None)
         if isinstance(error, UsageError) or not (tfds_name or isinstance(error, ValueError)):
             raise
+        if (said := system_error(error)) is not None:
+            raise said from error
         reason = str(error).partition("\n")[0]
         message = f"task {task.name!r} cannot be read: {reason}"
         if tfds_name:

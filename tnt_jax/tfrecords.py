@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import tensorflow as tf
-from etils import epath
 from google.protobuf.message import DecodeError
 
 from tnt_jax import records
@@ -83,7 +82,7 @@ def _check_lengths(file: Any) -> None:
     TensorFlow makes room for as many bytes as a record says it has before it looks for them; of a
     number that is large enough the process dies.
     """
-    size, end = epath.Path(file).stat().length, 0  # pathlib's has another name for it
+    size, end = records.size_of(file), 0
     with file.open("rb") as content:
         while end < size:
             content.seek(end)

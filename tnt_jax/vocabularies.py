@@ -19,7 +19,7 @@ from etils import epath
 from sentencepiece import sentencepiece_model_pb2
 
 from tnt_jax import json_files, run_log, tokenization
-from tnt_jax.errors import UsageError
+from tnt_jax.errors import UsageError, naming_file
 
 if TYPE_CHECKING:  # seqio imports TensorFlow, which takes seconds
     import seqio
@@ -99,7 +99,9 @@ def _of_directory(folder: epath.Path, extra_ids: int | None) -> "seqio.Vocabular
     tokenizer = _json(folder / "tokenizer.json")
     if (folder / _SENTENCEPIECE).exists():
         file = str(folder / _SENTENCEPIECE)
-        pieces = _parse((folder / _SENTENCEPIECE).read_bytes(), file)
+        with naming_file(file):
+            content = (folder / _SENTENCEPIECE).read_bytes()
+        pieces = _parse(content, file)
     else:
         file = None
         pieces = _from_tokenizer_json(tokenizer, str(folder / "tokenizer.json"))

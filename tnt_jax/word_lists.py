@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from tnt_jax import words
+from tnt_jax import records, words
 from tnt_jax.annotation import Annotation, Span, TextFile
 from tnt_jax.errors import UsageError
 from tnt_jax.records import Record
@@ -216,6 +216,7 @@ def _named_values(file: TextFile) -> list[tuple[str, tuple[str, str]]]:
 
     try:
         types = json.loads(file.text)
+        records.check_depth(file.text.encode(), types)
         json.dumps(types, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{file.setting}: {file.path} is not JSON: {error}.") from error
