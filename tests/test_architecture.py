@@ -187,6 +187,19 @@ def test_import_direction(module):
         assert group_of(imported) in allowed, f"{module} ({group}) must not import {imported}"
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_no_list_is_copied_to_its_end_for_its_next_elements(module):
+    """`rows[start:][:size]`, for one part after another, is quadratic in the number of rows."""
+    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text("utf-8"))):
+        if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Subscript):
+            inner, outer = node.value.slice, node.slice
+            is_rest = isinstance(inner, ast.Slice) and inner.upper is None
+            takes_first = isinstance(outer, ast.Slice) and outer.lower is None
+            assert not (is_rest and takes_first), (
+                f"{module}.py line {node.lineno}: write [start : start + size]"
+            )
+
+
 @pytest.mark.parametrize("module", sorted(set(MODULES) & GROUPS["text"]))
 def test_text_modules_need_no_jax(module):
     top_level = {name.partition(".")[0] for name in imported_names(module)}

@@ -271,6 +271,32 @@ def test_three_processes_annotate_as_one(annotated):
     ]
 
 
+class Counting(list):
+    """Counts the elements that slices of it copy."""
+
+    num_copied = 0
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            Counting.num_copied += len(range(*index.indices(len(self))))
+        return super().__getitem__(index)
+
+
+def test_every_record_is_looked_up_once(monkeypatch):
+    """Not the rest of them for every part: of ten million records that took minutes."""
+    rows = [records.Record(id=str(n), inputs="x", targets=f"idiot {n}") for n in range(400)]
+    monkeypatch.setattr(records, "read_records", lambda path: Counting(rows))
+    monkeypatch.setattr(annotate, "_RECORDS_PER_PART", 8)
+    records.write_records("many.jsonl", rows)
+    pathlib.Path("idiots.txt").write_text("idiot\n")
+    annotator = annotators.Lexicon(path="idiots.txt", alternatives=False)
+    annotate.annotate(output="many.marked.jsonl", input="many.jsonl", annotator=annotator)
+    assert Counting.num_copied <= len(rows)
+    marked = list(records.iterate("many.marked.jsonl"))
+    assert [row.id for row in marked] == [row.id for row in rows]
+    assert all(row.negative_spans == ((0, 5),) for row in marked)
+
+
 @pytest.mark.parametrize(("count", "done"), [(1, ["00000"]), (2, ["00000", "00002"])])
 def test_annotate_that_was_killed_goes_on(annotated, count, done):
     pathlib.Path("killed.jsonl").write_text("of before")

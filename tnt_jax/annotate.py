@@ -109,10 +109,11 @@ def annotate(
         }
         sizes = parts.sizes(len(rows), _RECORDS_PER_PART)
         with parts.opened(output, sizes, run_config.describe(work)) as job:
+            firsts = {part: part * _RECORDS_PER_PART for part in job.missing}
             own = [
                 (part, row)
-                for part in job.missing
-                for row in rows[part * _RECORDS_PER_PART :][: sizes[part]]
+                for part, first in firsts.items()
+                for row in rows[first : first + sizes[part]]
             ]
             for part, row in run_log.progress(own, f"annotating {len(own)} records"):
                 made = mark_one(row)

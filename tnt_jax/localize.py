@@ -282,7 +282,7 @@ class _Outputs:
         self.matrix = jnp.asarray(whole if vocab_axis == 0 else whole.T)
         self._said = np.zeros((len(rows), self._length, 2), np.float32)
         for start in range(0, len(rows), original.batch_size):
-            indices = np.arange(len(rows))[start : start + original.batch_size]
+            indices = np.arange(start, min(start + original.batch_size, len(rows)))
             self._said[indices] = sequence_values.log_prob_and_entropy(
                 self._states_of(indices), self.matrix, self._padded(indices)
             )

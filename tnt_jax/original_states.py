@@ -197,7 +197,8 @@ class OriginalStates:
         title = f"states of the original, {len(todo)} examples, in batches"
         for number, batch in enumerate(run_log.progress(batches, title, num_batches)):
             states = states_of(batch)
-            for row, example in enumerate(todo[number * batch_size :][:batch_size]):
+            first = number * batch_size
+            for row, example in enumerate(todo[first : first + batch_size]):
                 num_tokens = min(len(example.targets), self._lengths["targets"])
                 kept[self._key(example)] = states[row, :num_tokens].copy()  # not the batch
             if sum(map(len, kept.values())) >= _TOKENS_PER_PART:

@@ -323,7 +323,8 @@ class _Evaluation:
         )
         sums = []
         for number, batch in enumerate(batches):
-            rows = data.eval_examples[number * batch_size :][:batch_size]
+            first = number * batch_size
+            rows = data.eval_examples[first : first + batch_size]
             placed = [(example, row, 0) for row, example in enumerate(rows)]
             batch = sharding.put_batch(
                 loop.original.with_states(batch, placed), loop.trainer.model.mesh
