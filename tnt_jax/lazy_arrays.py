@@ -139,10 +139,9 @@ def of_store(store: ts.TensorStore, source: str) -> LazyArray:
       UsageError: It is read in pieces that are larger than the array.
     """
     dtype = store.dtype.numpy_dtype
-    of_chunk, of_array = (
-        math.prod(shape) * dtype.itemsize
-        for shape in (store.chunk_layout.read_chunk.shape or (), store.shape)
-    )
+    chunk = store.chunk_layout.read_chunk.shape or ()
+    of_chunk = math.prod(size or 1 for size in chunk) * dtype.itemsize
+    of_array = math.prod(store.shape) * dtype.itemsize
     if of_chunk > max(of_array, _SMALL_BYTES):
         raise UsageError(
             f"{source}: expected chunks of at most {of_array:,} bytes, as the array has, found "
