@@ -114,8 +114,9 @@ setuptools.setup(
             "huggingface-hub>=0.30",
             "hypothesis>=6.150",
             "jaxtyping>=0.3.7",
-            # The compiler for TPUs, which needs none: tests/test_tpu_program.py.
-            "libtpu; platform_system == 'Linux' and platform_machine == 'x86_64'",
+            # The compiler for TPUs, which needs none: tests/test_tpu_program.py. JAX pins the one
+            # that users get; by its own name pip would bring the newest.
+            "jax[tpu]>=0.10.2; platform_system == 'Linux' and platform_machine == 'x86_64'",
             "markdown-it-py>=3",  # reads README.md and docs/: tests/test_docs.py
             # Drives a Chromium that is there already: tests/test_report_browser.py.
             "playwright>=1.55",

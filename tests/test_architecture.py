@@ -1,6 +1,7 @@
 """The package keeps its layers: what imports what, what stays optional, what is declared."""
 
 import ast
+import contextlib
 import importlib.metadata
 import pathlib
 import re
@@ -206,6 +207,49 @@ def test_third_party_imports_are_declared(module):
         # One that is not installed (wandb, in tests) has the name of its package.
         names = {name.replace("_", "-") for name in distributions.get(package, [package])}
         assert declared & names, f"{module} imports {package}: declare it in setup.py"
+
+
+def extras():
+    """Of setup.py, as it has them: their requirements without markers."""
+    tree = ast.parse((ROOT / "setup.py").read_text("utf-8"))
+    (found,) = (
+        ast.literal_eval(keyword.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        for keyword in node.keywords
+        if keyword.arg == "extras_require"
+    )
+    return {
+        extra: [requirement.partition(";")[0].strip() for requirement in requirements]
+        for extra, requirements in found.items()
+    }
+
+
+def test_tests_have_the_libraries_that_users_get():
+    """What an extra of theirs brings, "test" asks for in the same words."""
+
+    def name(requirement):
+        return re.match(r"[\w.-]+", requirement)[0].lower().replace("_", "-")
+
+    def names(requirement):  # it, and what it brings by an extra of its own: `jax[tpu]`, libtpu
+        yield name(requirement)
+        if wanted := re.match(r"[\w.-]+\[(\w+)\]", requirement):
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                for line in importlib.metadata.requires(name(requirement)) or []:
+                    if re.search(rf"extra\s*==\s*['\"]{wanted[1]}['\"]", line):
+                        yield name(line)
+
+    found = extras()
+    for_tests = found.pop("test")
+    of_users = [
+        requirement
+        for extra, requirements in found.items()
+        if extra != "docs"  # tools of ours
+        for requirement in requirements
+    ]
+    for requirement in for_tests:
+        same = [other for other in of_users if name(requirement) in names(other)]
+        assert not same or requirement in same, f"test: {requirement}; users: {same}"
 
 
 def test_numerics_need_only_jax_flax_and_optax():
