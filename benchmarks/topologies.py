@@ -1,11 +1,12 @@
 r"""What the TNT step takes of a TPU chip, for every size of T5 1.1: docs/tpu_memory.md.
 
     python benchmarks/topologies.py                    hours on two cores; no TPU is needed
-    python benchmarks/topologies.py --sizes=small,base
+    python benchmarks/topologies.py --sizes=xxl --topologies=v5e:2x4
 
-Each program is compiled by libtpu (`pip install 'tnt_jax[tpu]'`) in a process of its own. What has
-been compiled is kept in --results, by version of JAX: a run that was stopped goes on, and a run
-after a change of the step begins with `--again`.
+Each program is compiled by libtpu (`pip install -e '.[tpu]'`, nothing newer) in a process of its
+own. What has been compiled is kept in --results, by the versions of JAX and libtpu: a run that was
+stopped goes on, and a run after a change of the step begins with `--again`. Each versions have a
+table of their own, those with the most rows first.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
 ROOT = pathlib.Path(__file__).parent.parent
 LENGTHS = {"inputs": 512, "targets": 128}
@@ -41,7 +43,7 @@ JOBS = {
 ROWS = dict.fromkeys(JOBS, 8) | {"xxl": 1}  # of the batch, on each chip
 BYTES = ("parameters", "original", "optimizer", "batch", "temporaries", "total")
 COLUMNS = (
-    *("T5 1.1", "TPU", "rows", "`ORIGINAL`", *BYTES, "of", "fits", "compiled in s"),
+    *("T5 1.1", "TPU", "rows", "`ORIGINAL`", *BYTES, "of", "fits", "processor s"),
     "largest exchanges of a step (MiB on a chip, times)",
 )
 
@@ -59,10 +61,14 @@ class Job:
         """Rows on all chips."""
         return ROWS[self.size] * CHIPS[self.topology]
 
-    def key(self):
+    def key(self, versions):
         """Its name in the results."""
-        versions = [importlib.metadata.version(name) for name in ("jax", "libtpu")]
         return " ".join([self.size, self.topology, self.original, str(self.batch_size), *versions])
+
+
+def versions_here():
+    """Of JAX and libtpu."""
+    return tuple(importlib.metadata.version(name) for name in ("jax", "libtpu"))
 
 
 def compile_here(job):
@@ -73,6 +79,7 @@ def compile_here(job):
 
     gin.parse_config_file(str(ROOT / "gin_configs" / "models" / f"t5_1_1_{job.size}.gin"))
     config = gin.query_parameter("MODEL/macro.value").scoped_configurable_fn()
+    began = time.process_time()
     found = precompile.compile_step(
         precompile.devices_of(job.topology),
         model=dataclasses.replace(config, dtype="bfloat16", scan_layers=True, remat_policy="full"),
@@ -83,7 +90,7 @@ def compile_here(job):
         mesh_shape=sharding.MeshShape(fsdp=CHIPS[job.topology]),
         original=job.original,
     )
-    print(json.dumps(found))
+    print(json.dumps({**found, "processor_seconds": time.process_time() - began}))
 
 
 def compile_apart(job):
@@ -107,7 +114,8 @@ def row(job, found):
     name = f"{job.size}, {found['num_params'] / 1e9:.2f} billion" if "bytes" in found else job.size
     cells = [name, job.topology, str(job.batch_size), job.original]
     if "bytes" not in found:  # the compiler gave up, and says only how much it wanted
-        return [*cells, *["-"] * 5, found["used"], found["of"], "no", "-", "-"]
+        seconds = f"{found['processor_seconds']:.0f}"
+        return [*cells, *["-"] * 5, found["used"], found["of"], "no", seconds, "-"]
     cells += [f"{found['bytes'][kind] / gib:.3f}" for kind in BYTES]
     cells += [f"{found['of'] / gib:.0f}", "yes" if found["fits"] else "no"]
     exchanges = [
@@ -115,13 +123,23 @@ def row(job, found):
         f"{each['count'] * each['times'] if each['times'] else 'by the data'})"
         for each in found["collectives"][:2]
     ]
-    return [*cells, f"{found['compile_seconds']:.0f}", "; ".join(exchanges) or "none"]
+    return [*cells, f"{found['processor_seconds']:.0f}", "; ".join(exchanges) or "none"]
 
 
-def write_table(path, results):
+def read(path):
+    """What has been compiled, here and elsewhere."""
+    with contextlib.suppress(FileNotFoundError):
+        return json.loads(path.read_text())
+    return {}
+
+
+def write_tables(path, results):
     """All that is known so far."""
     jobs = [Job(size, *rest) for size, pairs in JOBS.items() for rest in pairs]
-    rows = [row(job, results[job.key()]) for job in jobs if job.key() in results]
+    tables = {}
+    for versions in {tuple(key.split()[-2:]) for key in results}:
+        found = [(job, results.get(job.key(versions))) for job in jobs]
+        tables[versions] = [row(job, report) for job, report in found if report is not None]
     numeric = {2, *range(4, 11), 12}
     lines = [
         "# Memory of the TNT step on TPUs",
@@ -129,20 +147,31 @@ def write_table(path, results):
         "Made by `python benchmarks/topologies.py`, which compiles the real programs without any",
         "TPU. GiB of each chip. TNRF, bfloat16, layers stacked and computed again for the gradient",
         '(`REMAT_POLICY = "full"`), Adafactor, everything split over all chips by `fsdp`, rows of',
-        f"{LENGTHS['inputs']} and {LENGTHS['targets']} tokens. README.md has `ORIGINAL`.",
-        f"JAX {importlib.metadata.version('jax')}, libtpu {importlib.metadata.version('libtpu')}.",
+        f"{LENGTHS['inputs']} and {LENGTHS['targets']} tokens.",
+        "[The original](originals.md) explains `ORIGINAL`.",
         "",
-        f"| {' | '.join(COLUMNS)} |",
-        f"|{'|'.join('---:' if i in numeric else '---' for i in range(len(COLUMNS)))}|",
-        *(f"| {' | '.join(cells)} |" for cells in rows),
+        "The memory is what the compiler assigns, and refuses a program by. (JAX's own",
+        "`memory_analysis` has more temporaries with libtpu 0.0.42.1 and 0.0.50.1: 2.7 GiB for the",
+        "XXL on v5e:2x4.) `pip install -e '.[tpu]'` brings JAX and the libtpu that it pins:",
+        "JAX 0.10 on Python 3.11, JAX 0.12 on Python 3.12.",
     ]
+    for versions, rows in sorted(tables.items(), key=lambda table: (-len(table[1]), table[0])):
+        lines += [
+            "",
+            "## JAX {}, libtpu {}".format(*versions),
+            "",
+            f"| {' | '.join(COLUMNS)} |",
+            f"|{'|'.join('---:' if i in numeric else '---' for i in range(len(COLUMNS)))}|",
+            *(f"| {' | '.join(cells)} |" for cells in rows),
+        ]
     path.write_text("\n".join(lines) + "\n")
 
 
 def main():
-    """Compiles what is missing and writes the table."""
+    """Compiles what is missing and writes the tables."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--sizes", default=",".join(JOBS))
+    parser.add_argument("--topologies", default=",".join(CHIPS))
     parser.add_argument("--results", type=pathlib.Path, default=pathlib.Path("topologies.json"))
     parser.add_argument("--output", type=pathlib.Path, default=ROOT / "docs" / "tpu_memory.md")
     parser.add_argument("--again", action="store_true", help="forgets what --results has")
@@ -150,20 +179,22 @@ def main():
     flags = parser.parse_args()
     if flags.job:
         return compile_here(Job(*flags.job.split()))
-    results = {}
-    with contextlib.suppress(FileNotFoundError):
-        results = {} if flags.again else json.loads(flags.results.read_text())
+    if flags.again:
+        flags.results.unlink(missing_ok=True)
     failed = []
-    for job in [Job(size, *rest) for size in flags.sizes.split(",") for rest in JOBS[size]]:
-        if job.key() not in results:
-            print(job.key(), flush=True)
+    jobs = [Job(size, *rest) for size in flags.sizes.split(",") for rest in JOBS[size]]
+    for job in [job for job in jobs if job.topology in flags.topologies.split(",")]:
+        key = job.key(versions_here())
+        if key not in read(flags.results):
+            print(key, flush=True)
             found = compile_apart(job)
             if found is None:
-                failed.append(job.key())
+                failed.append(key)
                 continue
-            results[job.key()] = found
-            flags.results.write_text(json.dumps(results, indent=1))
-        write_table(flags.output, results)
+            print("\t".join(row(job, found)[4:-1]), flush=True)
+            # Read again: another installation may have been at work meanwhile.
+            flags.results.write_text(json.dumps({**read(flags.results), key: found}, indent=1))
+        write_tables(flags.output, read(flags.results))
     return f"Failed: {', '.join(failed)}" if failed else None
 
 

@@ -344,7 +344,8 @@ def test_the_pages_table_is_that_of_the_compiled_programs():
         found = cells(line)
         if len(found) > 10 and "billion" in found[0]:
             size, topology, kind, total = found[0].split(",")[0], found[1], found[3], found[9]
-            compiled[size, topology, kind.replace("adapters_off", "adapters")] = float(total)
+            kind = kind.replace("adapters_off", "adapters")
+            compiled.setdefault((size, topology, kind), float(total))  # the first table's
     rows = [cells(line) for line in PAGE.splitlines() if line.startswith("| ")]
     (topologies,) = [row[1:] for row in rows if row[0] == "`--topology`"]
     num_numbers = 0

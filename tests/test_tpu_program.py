@@ -1,17 +1,28 @@
 """What the compiler for TPUs makes of a train step: it runs without a TPU, where libtpu is."""
 
+import contextlib
+import fnmatch
+import importlib.metadata
 import importlib.util
 import json
 import os
+import pathlib
 import re
 import subprocess
 import sys
 
 import pytest
+import rooms
+
+from tnt_jax import compiled_step, program
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install libtpu"
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'jax[tpu]'"
 )
+ROOT = pathlib.Path(__file__).parent.parent
+GIB = 2**30
+# As a user has it, who was told nothing but to install libtpu.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
 
 # Large enough for the compiler to care, and stacked, so that it compiles in a minute.
 MODEL = """
@@ -48,7 +59,7 @@ def precompile(folder, *arguments):
             *(sys.executable, "-m", "tnt_jax.precompile"),
             *("--gin_file=run.gin", "--gin.precompile.precompile.output=report.json", *arguments),
         ],
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"},
+        env=ENVIRONMENT,
         cwd=folder,
         capture_output=True,
         text=True,
@@ -75,6 +86,9 @@ def test_it_says_what_a_chip_holds(compiled):
     printed, report, _ = compiled
     assert report["fits"] is True
     assert "of 16 GiB" in printed
+    versions = [importlib.metadata.version(name) for name in ("jax", "libtpu")]
+    assert [report["jax"], report["libtpu"]] == versions
+    assert "JAX {}, libtpu {}.".format(*versions) in printed
     assert report["device"] == "TPU v5 lite"
     parts = report["bytes"]
     # Kernels, embedding and output matrix in eighths; norms and the position biases whole.
@@ -125,7 +139,7 @@ def test_what_does_not_fit_is_said_with_what_would_help(tmp_path):
             "--gin.TASK_FEATURE_LENGTHS={'inputs': 1024, 'targets': 512}",
             *(f"--gin.{name}={value!r}" for name, value in settings.items()),
         )
-        assert completed.returncode == 0, completed.stderr
+        assert completed.returncode == 3, completed.stderr
         assert "It does not fit: " in completed.stdout
         assert re.search(r"To make it fit, try .*ORIGINAL='cached'", completed.stdout)
         report = json.loads((tmp_path / "report.json").read_text())
@@ -141,23 +155,206 @@ CHIPS = {  # topology: devices, and GiB of each
 }
 
 
+def run_python(code):
+    completed = subprocess.run(
+        [sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
+    assert completed.returncode == 0, completed.stderr
+    return completed.stdout
+
+
 def test_the_memory_of_every_generation_is_known():
-    code = f"""
+    printed = run_python(f"""
 from tnt_jax import precompile
 for topology in {list(CHIPS)}:
     devices = precompile.devices_of(topology)
     print(topology, len(devices), precompile._limit(devices[0]) // 2**30)
+""")
+    expected = [f"{name} {number} {gib}" for name, (number, gib) in CHIPS.items()]
+    assert printed.split("\n")[:-1] == expected
+
+
+# Loads libtpu as any program with a TPU does; if another one has it already, all the better.
+HOLD_LIBTPU = """
+import sys
+from jax.experimental import topologies
+try:
+    topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
+finally:
+    print("libtpu is taken", flush=True)
+    sys.stdin.read()
 """
+
+
+@contextlib.contextmanager
+def another_program_with_libtpu():
+    names = ("ALLOW_MULTIPLE_LIBTPU_LOAD", "JAX_PLATFORMS")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    told = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "JAX_PLATFORMS": "cpu"}
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD_LIBTPU],
+        env=environment | told,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as holder:
+        assert holder.stdout is not None and holder.stdin is not None
+        assert holder.stdout.readline() == "libtpu is taken\n"
+        try:
+            yield
+        finally:
+            holder.stdin.close()
+
+
+def test_another_program_may_have_libtpu():
+    with another_program_with_libtpu():
+        printed = run_python(
+            "from tnt_jax import precompile; print(len(precompile.devices_of('v5e:2x4')))"
+        )
+    assert printed == "8\n"
+
+
+def test_what_the_compiler_accepts_fits():
+    """15 GiB in all: weights and gradient of 5 each, and of 640 layers what they are cast to and
+    what they put out, 2.5 each. The compiler would refuse what needs more than a chip has.
+    """
+    printed = run_python("""
+import jax, json
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from tnt_jax import compiled_step, precompile
+
+devices = precompile.devices_of("v5e:2x4")
+mesh = Mesh(np.array(devices), ("x",))
+by_rows = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
+weights = jax.ShapeDtypeStruct((640, 4096, 4096), jnp.float32, sharding=by_rows(None, "x"))
+inputs = jax.ShapeDtypeStruct((4096, 4096), jnp.float32, sharding=by_rows("x"))
+
+def step(weights, inputs):
+    def loss(weights):
+        layer = jax.checkpoint(lambda x, kernel: (jnp.tanh(x @ kernel), None))
+        return jnp.sum(jax.lax.scan(layer, inputs, weights)[0] ** 2)
+
+    gradient = jax.grad(loss)(weights)
+    update = lambda i, w: w.at[i].add(-gradient[i] / jnp.sqrt(jnp.sum(gradient[i] ** 2)))
+    return jax.lax.fori_loop(0, len(weights), update, weights)
+
+lowered = jax.jit(step, donate_argnums=0, out_shardings=weights.sharding).lower(weights, inputs)
+compiled, _, assigned = precompile._compile(lowered, "tpu")
+kinds = {"weights": weights, "inputs": inputs}
+print(json.dumps(compiled_step.memory(compiled, kinds, assigned)))
+""")
+    found = json.loads(printed)
+    assert found["weights"] == 5 * GIB
+    assert 15 * GIB < found["total"] < 15.75 * GIB
+
+
+def test_a_report_that_is_not_understood_says_nothing():
+    report = "Memory Space: default (color=0)\nTotal bytes: 411284480 (392.23MiB)\n"
+    vmem = "Memory Space: vmem (color=1)\nTotal bytes: 1024 (1.0KiB)\n"
+    assert compiled_step.assigned_bytes(vmem + report + vmem) == 411284480
+    assert compiled_step.assigned_bytes(vmem) is None
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, False),
+        ({"dev/accel0": ""}, True),
+        ({"dev/vfio/0": ""}, True),
+        ({"dev/vfio/vfio": ""}, False),  # every machine that can hand a device on has it
+        ({"pci/vendor": "0x1ae0\n", "pci/device": "0x0063\n"}, True),
+        ({"pci/vendor": "0x1ae0\n", "pci/device": "0x9999\n"}, True),  # one to come
+        ({"pci/vendor": "0x1ae0\n", "pci/device": "0x0042\n"}, False),  # a network card
+        ({"pci/vendor": "0x8086\n", "pci/device": "0x0063\n"}, False),
+    ],
+)
+def test_what_says_that_a_tpu_is_here(tmp_path, files, expected):
+    for name, text in files.items():
+        path = tmp_path / name.replace("pci/", "sys/bus/pci/devices/0000:00:04.0/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert program._has_tpu(tmp_path) is expected
+
+
+needs_no_tpu = pytest.mark.skipif(program._has_tpu(), reason="a TPU is here")
+
+
+@needs_no_tpu
+def test_a_program_without_a_tpu_does_not_ask_libtpu_for_one(tmp_path):
+    rooms.write_world(tmp_path)
+    settings = {
+        "RECORDS": "corpus.jsonl",
+        "ANNOTATED": False,
+        "INITIAL_CHECKPOINT_PATH": None,
+        "TRAIN_STEPS": 1,
+        "MODEL_DIR": "model",
+    }
+    arguments = rooms.arguments("train", settings, ["objectives/fine_tune.gin"])
     completed = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"},
+        [sys.executable, "-m", "tnt_jax.train", *arguments],
+        env=ENVIRONMENT | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert completed.returncode == 0, completed.stderr
-    expected = [f"{name} {number} {gib}" for name, (number, gib) in CHIPS.items()]
-    assert completed.stdout.split("\n")[:-1] == expected
+    assert completed.stderr == ""
+    lines = completed.stdout.splitlines()
+    assert lines[0].startswith("Not packed: padding is ")
+    assert "on 1 cpu device(s)" in lines[1]
+
+
+CHOOSE = """
+import os
+from tnt_jax import program
+program._keep_libtpu_quiet()
+print(os.environ.get("JAX_PLATFORMS"))
+"""
+CHOSEN = """
+import jax
+print(jax.config.jax_platforms)
+"""
+
+
+@needs_no_tpu
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, "cpu cpu"),
+        ({"JAX_PLATFORMS": "tpu,cpu"}, "tpu,cpu tpu,cpu"),
+        ({"TPU_LIBRARY_PATH": "/mine/libtpu.so"}, "None None"),
+        ({"TPU_ACCELERATOR_TYPE": "v5litepod-8"}, "None None"),
+    ],
+)
+@pytest.mark.parametrize("is_imported", [True, False])
+def test_who_has_chosen_where_to_compute_is_left_alone(settings, expected, is_imported):
+    completed = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", "import jax\n" * is_imported + CHOOSE + CHOSEN],
+        env=ENVIRONMENT | settings,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (completed.returncode, completed.stderr) == (0, "")
+    assert completed.stdout.split() == expected.split()
+
+
+@needs_no_tpu
+def test_another_accelerator_is_left_alone(tmp_path):
+    (tmp_path / "jax_plugins" / "mine").mkdir(parents=True)
+    completed = subprocess.run(
+        [sys.executable, "-c", CHOOSE],
+        env=ENVIRONMENT | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert completed.stdout == "None\n", completed.stderr
 
 
 def test_a_topology_that_is_not_known_is_refused(tmp_path):
@@ -170,6 +367,7 @@ def test_a_topology_that_is_not_known_is_refused(tmp_path):
 def test_a_run_s_own_gin_files_are_needed(tmp_path):
     completed = subprocess.run(
         [sys.executable, "-m", "tnt_jax.precompile", "--topology=local"],
+        env=ENVIRONMENT,
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -177,3 +375,28 @@ def test_a_run_s_own_gin_files_are_needed(tmp_path):
     )
     assert completed.returncode == 2
     assert "expected the gin files of a train run" in completed.stderr
+
+
+def test_help_has_the_exit_statuses(tmp_path):
+    completed = subprocess.run(
+        [sys.executable, "-m", "tnt_jax.precompile", "--help"],
+        env=ENVIRONMENT,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert completed.returncode == 0
+    assert "Exit status: 0, it fits" in completed.stdout
+    assert "3, it does not fit" in completed.stdout
+
+
+def test_the_tests_have_the_libtpu_that_users_get():
+    """JAX pins it in its extra `tpu`, which README says to install."""
+    (pin,) = (
+        line.partition(";")[0].strip().removeprefix("libtpu==")
+        for line in importlib.metadata.requires("jax") or []
+        if line.startswith("libtpu") and "tpu" in line.partition(";")[2]
+    )
+    installed = importlib.metadata.version("libtpu")
+    assert fnmatch.fnmatchcase(installed, pin), "`make test` installs the one that JAX pins"

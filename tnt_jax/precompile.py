@@ -5,14 +5,20 @@ machine with nothing but a CPU. Give it the gin files and settings of the run it
 does not depend on (RECORDS, MODEL_DIR, ...) may be left out.
 
 --topology says for which devices: "v5e:2x4", "v5p:4x4x4", "v6e:4x4", "v4:2x2x1", or "local" for
-those of this machine.
+those of this machine. A TPU that has a name is not looked for: this may run beside a program that
+computes on the one that is here.
+
+Exit status: 0, it fits, or how much memory a device has is not known; 3, it does not fit; 2, with
+one line on stderr, a setting does not work.
 
 Example:
     python -m tnt_jax.precompile --topology=v5e:2x4 --gin_file=models/t5_1_1_xl.gin \
       --gin_file=objectives/tnrf.gin --gin_file=runs/train.gin --gin.FSDP_DEVICES=8
 """
 
+import contextlib
 import dataclasses
+import importlib.metadata
 import os
 import pathlib
 import re
@@ -35,6 +41,8 @@ from tnt_jax import (
     train,
 )
 from tnt_jax.errors import UsageError
+
+EXIT_STATUS = 3  # where a step does not fit
 
 # GiB of each device, as its vendor states it, by what libtpu calls it: "v5" is v5p.
 HBM = {"v4": 32, "v5e": 16, "v5": 95, "v6e": 32, "tpu7x": 96}
@@ -91,6 +99,8 @@ def precompile(
 def devices_of(topology: str) -> Sequence[Any]:
     """The devices of a topology; none of them need be here.
 
+    Those of a TPU can only be compiled for. JAX, if it has not begun, then computes on the CPU.
+
     Raises:
       UsageError: It is not known, or libtpu is missing.
     """
@@ -99,6 +109,10 @@ def devices_of(topology: str) -> Sequence[Any]:
     # libtpu would ask the metadata server of a cloud machine where it is.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    # It would refuse to be loaded while another process has it, whose chips are not needed here.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    if not os.environ.get("JAX_PLATFORMS"):
+        jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
 
     try:
@@ -154,10 +168,11 @@ def compile_step(
         "lengths": dict(task_feature_lengths),
         "original": of_trainer.get("original", "parameters"),
         "jax": jax.__version__,
+        "libtpu": _libtpu_version() if devices[0].platform == "tpu" else None,
     }
     began = time.monotonic()
     try:
-        compiled, text = _compile(trainer.lower(batch), devices[0].platform)
+        compiled, text, assigned = _compile(trainer.lower(batch), devices[0].platform)
     except jax.errors.JaxRuntimeError as error:
         return {**report, "fits": False, **_wanted(error), **_advice(trainer)}
     report["compile_seconds"] = round(time.monotonic() - began, 1)
@@ -170,6 +185,7 @@ def compile_step(
             "optimizer": state.opt_state,
             "batch": batch,
         },
+        assigned,
     )
     report["collectives"] = [dataclasses.asdict(each) for each in compiled_step.collectives(text)]
     if program_text is not None:
@@ -180,17 +196,28 @@ def compile_step(
     return report if report["fits"] is not False else {**report, **_advice(trainer)}
 
 
-def _compile(lowered: Any, platform: str) -> tuple[Any, str]:
-    """A compiled program and its text."""
+def _compile(lowered: Any, platform: str) -> tuple[Any, str, int | None]:
+    """A compiled program, its text, and the memory that the compiler gave it if it says so."""
     if platform != "tpu":
         compiled = lowered.compile()
-        return compiled, compiled.as_text()
+        return compiled, compiled.as_text(), None
     # JAX cannot read back some programs for v5p and v6e: their text is written while they compile.
     with tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         compiled = lowered.compile(compiler_options=options)
         (text,) = pathlib.Path(folder).glob("*.after_optimizations.txt")
-        return compiled, text.read_text("utf-8")
+        assigned = None
+        for report in pathlib.Path(folder).glob("*-memory-usage-report.txt"):
+            assigned = compiled_step.assigned_bytes(report.read_text("utf-8"))
+        return compiled, text.read_text("utf-8"), assigned
+
+
+def _libtpu_version() -> str | None:
+    """Of what is installed; None where it came another way."""
+    for name in ("libtpu", "libtpu-nightly"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return None
 
 
 def _wanted(error: jax.errors.JaxRuntimeError) -> dict[str, str]:
@@ -229,6 +256,8 @@ def _print(report: dict[str, Any]) -> None:
         f"{report['original']}"
     )
     run_log.log(title)
+    libtpu = f", libtpu {report['libtpu']}" if report["libtpu"] else ""
+    run_log.log(f"Compiler: that of JAX {report['jax']}{libtpu}.")
     if "bytes" in report:
         rows = [
             (name, f"{number / compiled_step.GIB:.3f}") for name, number in report["bytes"].items()
@@ -248,7 +277,7 @@ def _print(report: dict[str, Any]) -> None:
         run_log.table(rows, columns=("collective", "result", "MiB", "in the program", "each runs"))
         if left_out:
             run_log.log(f"and {left_out} smaller ones.")
-        run_log.log(f"Compiled in {report['compile_seconds']} s by JAX {report['jax']}.")
+        run_log.log(f"Compiled in {report['compile_seconds']} s.")
     if report["fits"] is None:
         run_log.log("How much memory such a device has is not known here.")
         return
@@ -262,4 +291,10 @@ def _print(report: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    program.run("tnt_jax.precompile", "precompile", flags=("topology",), needs_all=False)
+    program.run(
+        "tnt_jax.precompile",
+        "precompile",
+        flags=("topology",),
+        needs_all=False,
+        status_of=lambda report: EXIT_STATUS if report["fits"] is False else 0,
+    )

@@ -16,6 +16,7 @@ import copy
 import dataclasses
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import inspect
 import io
@@ -92,6 +93,52 @@ def _spell_out_what_cannot_be_printed() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+# Whoever sets one of these has decided where JAX computes, or says that a TPU is here.
+_CHOICES = (
+    *("JAX_PLATFORMS", "JAX_PLATFORM_NAME", "PJRT_NAMES_AND_LIBRARY_PATHS"),
+    *("JAX_FORCE_TPU_INIT", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_ID"),
+)
+_GOOGLE = "0x1ae0"  # on the PCI bus
+_OTHER_DEVICES = {"0x001f", "0x0042"}  # of Google that are no TPU: a disk, a network card
+
+
+def _keep_libtpu_quiet() -> None:
+    """Without a TPU, JAX computes on the CPU and does not ask libtpu for one.
+
+    libtpu is installed on such a machine for `precompile`. Asked for a TPU that is not there, it
+    prints pages. In doubt nothing is changed: JAX then looks for what there is.
+    """
+    libtpu = importlib.util.find_spec("libtpu")
+    if libtpu is None or _has_tpu() or any(os.environ.get(name) for name in _CHOICES):
+        return
+    # libtpu names itself here when JAX is imported.
+    library = os.environ.get("TPU_LIBRARY_PATH")
+    if library and str(pathlib.Path(library).parent) not in (
+        libtpu.submodule_search_locations or ()
+    ):
+        return
+    others = importlib.metadata.entry_points(group="jax_plugins")
+    if others or importlib.util.find_spec("jax_plugins") is not None:  # a GPU's, say
+        return
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if jax := sys.modules.get("jax"):  # has read its environment already
+        jax.config.update("jax_platforms", "cpu")
+
+
+def _has_tpu(root: pathlib.Path = pathlib.Path("/")) -> bool:
+    """Whether a TPU may be here, by what is in /dev and on the PCI bus."""
+    if any(root.glob("dev/accel*")) or any(root.glob("dev/vfio/[0-9]*")):
+        return True
+    try:
+        return any(
+            vendor.read_text("utf-8").strip() == _GOOGLE
+            and (vendor.parent / "device").read_text("utf-8").strip() not in _OTHER_DEVICES
+            for vendor in root.glob("sys/bus/pci/devices/*/vendor")
+        )
+    except OSError:
+        return True
+
+
 def run(
     module_name: str,
     function_name: str,
@@ -100,14 +147,15 @@ def run(
     flags: Sequence[str] = (),
     needs_all: bool = True,
     processes_run: processes.Kind = processes.Kind.ALONE,
+    status_of: Callable[[Any], int] = lambda result: 0,
 ) -> NoReturn:
     """Runs a program with its command line, and exits.
 
-    Exit status 0: done. 2, with one line on stderr: something that the user can mend (a
-    `UsageError`, a setting that gin refuses, a path that does not work, a full disk, too little
-    memory). 75: stopped by SIGTERM, and the same command goes on (`preemption`). 130: interrupted.
-    1 with one line: another process of the run is gone (`processes`). Any other exception is our
-    own defect and keeps its traceback.
+    Exit status 0: done, or what `status_of` says. 2, with one line on stderr: something that the
+    user can mend (a `UsageError`, a setting that gin refuses, a path that does not work, a full
+    disk, too little memory). 75: stopped by SIGTERM, and the same command goes on (`preemption`).
+    130: interrupted. 1 with one line: another process of the run is gone (`processes`). Any other
+    exception is our own defect and keeps its traceback.
 
     Args:
         module_name: full name of the program's module, which `python -m` knows only as `__main__`:
@@ -117,6 +165,7 @@ def run(
         flags: arguments of the function that are flags of their own: `--NAME=VALUE`.
         needs_all: whether every setting that the gin files require must be given.
         processes_run: how the program runs where there are several processes.
+        status_of: the exit status of a program that is done, by what its function returned.
     """
     # `force`: some library has set a format of its own when it was imported.
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, force=True)
@@ -124,12 +173,13 @@ def run(
         handler.addFilter(_is_not_said_twice)
     _drop_reads_left_alone()
     _spell_out_what_cannot_be_printed()
+    _keep_libtpu_quiet()
     preemption.install()
     given = sys.argv[1:] if arguments is None else arguments
     seconds = 10.0
     try:
         status, message = _outcome(
-            module_name, function_name, given, flags, needs_all, processes_run
+            module_name, function_name, given, flags, needs_all, processes_run, status_of
         )
     except preemption.Preempted as stopped:  # also while an error was being explained
         status = preemption.EXIT_STATUS
@@ -151,13 +201,15 @@ def _outcome(
     own_flags: Sequence[str],
     needs_all: bool,
     processes_run: processes.Kind,
+    status_of: Callable[[Any], int],
 ) -> tuple[int, str | None]:
     """Runs a program: its exit status and last words, if there are any."""
+    status = 0
     try:
         configured = configure(module_name, function_name, arguments, own_flags, needs_all)
         if configured is not None:
             processes.start(function_name, processes_run)
-            configured()
+            status = status_of(configured())
         sys.stdout.flush()  # what is wrong with it is said now, not when Python ends
     except KeyboardInterrupt:
         return 130, "interrupted"
@@ -169,7 +221,7 @@ def _outcome(
             raise
         traceback.print_exc()
         return 1, "error: a defect of this program, see above"
-    return 0, None
+    return status, None
 
 
 def _name(module_name: str) -> str:
