@@ -13,6 +13,7 @@ import subprocess
 import sys
 
 import gin
+import outputs
 import pytest
 import rooms
 import seqio
@@ -560,6 +561,18 @@ def test_a_pipeline_takes_no_model_for_its_own(original, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_number_that_was_not_finite_is_a_dash_in_the_table(capsys):
+    evaluation = outputs.evaluation(60)
+    certificate = dict.fromkeys(evaluation["certificate"])
+    counts = {"exact_match": {"numerator": 45, "value": 0.75}}
+    evaluation |= {
+        "certificate": certificate,
+        "comparison": {**evaluation["comparison"], **counts},
+    }
+    pipeline._print_table({"TNRF": {"greedy": evaluation}}, ["greedy"], 0)
+    assert re.search(r"TNRF .* 75\.0% \(45\) .* - *$", capsys.readouterr().out, re.MULTILINE)
+
+
 def test_a_pipeline_of_two_rounds(original, capsys):
     """The second round starts from the first one's model, and has the first original's target."""
     settings = {
@@ -581,6 +594,7 @@ def test_a_pipeline_of_two_rounds(original, capsys):
     }
     merged = records.read_records("twice/TNRF.round2/rounds.merged.jsonl")
     assert {(row.inputs, row.targets) for row in merged} == outputs
+    assert json.loads(pathlib.Path("twice/summary.json").read_text())["num_rounds"] == 2
     first, last = (
         checkpoints.Checkpoints(f"twice/{name}/model").run_of(6) for name in ("TNRF", "TNRF.round2")
     )

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import rooms
 
-from tnt_jax import records
+from tnt_jax import records, stages
 from tnt_jax.results import intervals
 
 
@@ -106,9 +106,9 @@ def test_a_mask_leaves_nothing_of_what_it_knows(swept):
 def test_it_is_done_once(swept, capsys):
     sweep("swept", MASK_DECODING=True)
     printed = capsys.readouterr().out
-    stages = re.findall(r"^\[\d+\] .*$", printed, re.MULTILINE)
-    assert stages
-    assert all("done before, kept" in line for line in stages)
+    done = re.findall(r"^\[\d+\] .*$", printed, re.MULTILINE)
+    assert done
+    assert all("done before, kept" in line for line in done)
     assert results("swept") == swept
     assert "| TNRF |" in pathlib.Path("swept/results.md").read_text()
 
@@ -138,6 +138,20 @@ def test_the_frontier_is_run_with_other_seeds(swept):
         assert row["alpha"] == chosen[name]
         assert row["num_seeds"] == 1 + (name in again)
         assert len(row["cut_interval"]) == len(row["bleu_interval"]) == 2
+
+
+def test_updates_and_seconds_are_of_all_rounds(working_directory):
+    sweep("rounds", OBJECTIVES="['TNRF']", ALPHAS="[2.0]", **{"sweep.Grid.num_rounds": 2})
+    found = results("rounds")
+    notes = [
+        stages.note_path(pathlib.Path("rounds"), f"TNRF, alpha 2, seed 0{of_round}: train")
+        for of_round in ("", ".round2")
+    ]
+    seconds = [json.loads(note.read_text())["seconds"] for note in notes]
+    assert all(seconds)
+    for row in (*found["rows"], *found["choice_rows"], *found["chosen"]):
+        assert row["steps"] == 2 * 6
+        assert row["train_seconds"] == pytest.approx(sum(seconds))
 
 
 def test_several_processes_share_it(swept, capsys):
@@ -228,6 +242,7 @@ def test_the_frontier_waits_for_the_arms_of_other_processes(working_directory, c
         ({"OBJECTIVES": "['TNXX']"}, "objective: expected one of TNFF, "),
         ({"ALPHAS": "[1.0, 1.0]"}, "expected arms whose names differ"),
         ({"CHOICE_SHARE": 1.0}, "CHOICE_SHARE: expected more than 0"),
+        ({"sweep.Grid.num_rounds": 0}, "Grid.num_rounds: expected at least 1, found 0."),
         ({"PROCESS_INDEX": 2, "NUM_PROCESSES": 2}, "PROCESS_INDEX: expected 0 to 1"),
     ],
     ids=str,

@@ -150,6 +150,11 @@ class Experiment:
             )
 
 
+def name_of_round(name: str, number: int) -> str:
+    """Of the folder and the stages of an arm's round, counted from 1; the first has the arm's."""
+    return name if number == 1 else f"{name}.round{number}"
+
+
 def _from_home(path: str) -> str:
     """A path without `~`, also for a caller from Python, whose settings no program expanded.
 
@@ -319,9 +324,15 @@ class Opened:
             name, self.original, self.settings.eval_prompts, decoder, mask=self.annotator
         )
 
-    def seconds(self, stage: str) -> float | None:
-        """How long a stage took."""
-        return self._stages.seconds(stage)
+    def training_of(self, name: str, num_rounds: int) -> tuple[int, float | None]:
+        """Updates of an arm that is trained, and their seconds, of all its rounds together."""
+        names = [name_of_round(name, number) for number in range(1, num_rounds + 1)]
+        steps = sum(
+            pretrained.open_checkpoint(str(self.root / name / "model")).step for name in names
+        )
+        seconds = [self._stages.seconds(f"{name}: train") for name in names]
+        known = [of_round for of_round in seconds if of_round is not None]
+        return steps, round(sum(known), 1) if len(known) == len(seconds) else None
 
     @functools.cached_property
     def training_outputs(self) -> str:
@@ -409,7 +420,7 @@ class Opened:
         checkpoints = [self.train(name, objective, files, **more)]
         all_files = [files]
         for number in range(2, num_rounds + 1):
-            of_round = f"{name}.round{number}"
+            of_round = name_of_round(name, number)
             outputs = self.outputs_of(
                 of_round, checkpoints[-1], self.settings.train_prompts, self.first_decoder
             )

@@ -6,7 +6,8 @@ PROCESS_INDEX), each with its own part of the arms.
 
 It writes `results.json`: "rows", one for each arm, weight, seed and decoder, on prompts that no
 weight was chosen on; "choice_rows", the same on those that it was; "chosen", each arm at its chosen
-weight, over seeds, with intervals over prompts. And `results.md`, those as tables.
+weight, over seeds, with intervals over prompts. Of an arm with several rounds, "steps" and
+"train_seconds" are those of all its rounds together. And `results.md`, those as tables.
 
 Which arms are on the frontier is known when all are done: those can then be run with other seeds.
 
@@ -25,7 +26,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from tnt_jax import objectives, pretrained, program, records, results, run_log, stages
+from tnt_jax import objectives, program, records, results, run_log, stages
 from tnt_jax.errors import UsageError
 from tnt_jax.experiment import Experiment, Opened
 
@@ -148,6 +149,8 @@ def sweep(
     ]
     experiment.check_names([cell.name for cell in cells])
     for grid in grids:
+        if grid.num_rounds < 1:
+            raise UsageError(f"Grid.num_rounds: expected at least 1, found {grid.num_rounds}.")
         for objective in grid.objectives:
             objectives.named(objective)  # a misspelt one is known now
     began = time.monotonic()
@@ -228,12 +231,12 @@ class _Shared:
 
     def rows(self, cells: Sequence[_Cell]) -> tuple[dict[str, list[results.Row]], int]:
         """The rows of what is done, whichever process did it; and how many arms are not."""
-        arms: dict[str, Mapping[str, Any]] = {
-            cell.name: cell.labels for cell in cells if self._is_done(cell)
+        arms = {
+            cell.name: (cell.labels, cell.grid.num_rounds) for cell in cells if self._is_done(cell)
         }
         num_missing = len(cells) - len(arms)
         if self.mask_decoding:
-            arms[results.MASK] = {"objective": results.MASK, "alpha": None, "seed": 0}
+            arms[results.MASK] = ({"objective": results.MASK, "alpha": None, "seed": 0}, 0)
         return _rows(self.opened, arms, self.task, self.choice_share), num_missing
 
 
@@ -306,11 +309,21 @@ def _training_outputs(opened: Opened, grid: Grid) -> str:
 
 
 def _rows(
-    opened: Opened, arms: Mapping[str, Mapping[str, Any]], task: str, choice_share: float
+    opened: Opened,
+    arms: Mapping[str, tuple[Mapping[str, Any], int]],
+    task: str,
+    choice_share: float,
 ) -> dict[str, list[results.Row]]:
-    """The numbers of arms that are done, whichever process ran them; by the names of folders."""
+    """The numbers of arms that are done, whichever process ran them.
+
+    Args:
+      opened: The experiment.
+      arms: By the names of folders: labels, and how many rounds.
+      task: Its name.
+      choice_share: Of the evaluation prompts.
+    """
     found: dict[str, list[results.Row]] = {"rows": [], "choice_rows": []}
-    for name, labels in arms.items():
+    for name, (labels, num_rounds) in arms.items():
         for decoder in opened.settings.decoders:
             certificate, seconds, steps = {}, None, None
             if name != results.MASK:
@@ -322,8 +335,7 @@ def _rows(
                     "smallest_cost": parts["negative_smallest_cost"],
                     "collateral_elsewhere": parts["positive_collateral"],
                 }
-                seconds = opened.seconds(f"{name}: train")
-                steps = pretrained.open_checkpoint(str(opened.root / name / "model")).step
+                steps, seconds = opened.training_of(name, num_rounds)
             current = str(opened.root / name / f"{decoder}.annotated.jsonl")
             pairs = records.read_pairs(opened.original_outputs[decoder], current)
             for key, of_part in zip(
