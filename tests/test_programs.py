@@ -561,6 +561,33 @@ def test_a_pipeline_takes_no_model_for_its_own(original, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("setting", ["TRAIN_PROMPTS", "EVAL_PROMPTS"])
+def test_a_pipeline_without_prompts_ends_before_the_first_stage(original, setting, capsys):
+    pathlib.Path("empty.jsonl").touch()
+    assert rooms.run("pipeline", {**PIPELINE, "OUTPUT_DIR": "none", setting: "empty.jsonl"}) == 2
+    assert "empty.jsonl: expected records, found none." in capsys.readouterr().err
+    assert not pathlib.Path("none/stages").exists()
+
+
+def test_a_pipeline_whose_annotator_knows_no_output_trains_nothing(original, capsys):
+    pathlib.Path("others.jsonl").write_text('{"id": "another", "negative_spans": []}\n')
+    settings = {**PIPELINE, "OUTPUT_DIR": "unknown"}
+    assert rooms.run_with_marks("pipeline", settings, "others.jsonl") == 2
+    message = "EVAL_PROMPTS: expected outputs that the annotator knows, found none in unknown/"
+    assert message in capsys.readouterr().err
+    assert not list(pathlib.Path("unknown").glob("*/model"))
+
+
+def test_one_prompt_is_enough_for_a_pipeline(original):
+    records.write_records("one.jsonl", rooms.corpus()[:1])
+    settings = {"EVAL_PROMPTS": "one.jsonl", "ARMS": "[@tnrf/experiment.Arm()]"}
+    assert rooms.run("pipeline", {**PIPELINE, **settings, "OUTPUT_DIR": "one"}) == 0
+    summary = json.loads(pathlib.Path("one/summary.json").read_text())
+    evaluation = summary["evaluations"]["TNRF"]["greedy"]
+    assert evaluation["current"]["unwanted_outputs"]["denominator"] == 1
+    assert pathlib.Path("one/report.html").exists()
+
+
 def test_a_number_that_was_not_finite_is_a_dash_in_the_table(capsys):
     evaluation = outputs.evaluation(60)
     certificate = dict.fromkeys(evaluation["certificate"])

@@ -10,7 +10,7 @@ import pytest
 import rooms
 
 from tnt_jax import records, stages
-from tnt_jax.results import intervals
+from tnt_jax.results import intervals, is_for_choice
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -234,6 +234,52 @@ def test_the_frontier_waits_for_the_arms_of_other_processes(working_directory, c
     assert {row for row in arms if row[1] == 7} == {
         (name, 7, decoder) for name in again for decoder in ("greedy", "sampled")
     }
+
+
+# --- Few prompts ----------------------------------------------------------------------------------
+
+
+def some_rooms(num_choice, num_report):
+    """So many rooms that weights are chosen on, and others that are reported on."""
+    of_choice = [row for row in rooms.corpus() if is_for_choice(row.id, 0.5)]
+    others = [row for row in rooms.corpus() if not is_for_choice(row.id, 0.5)]
+    return [*of_choice[:num_choice], *others[:num_report]]
+
+
+@pytest.mark.parametrize(
+    ("num_choice", "num_report", "change"),
+    [(3, 1, "smaller"), (1, 1, "smaller"), (2, 0, "smaller"), (0, 3, "larger")],
+)
+def test_too_few_prompts_are_refused_before_the_first_stage(
+    working_directory, num_choice, num_report, change, capsys
+):
+    records.write_records("few.jsonl", some_rooms(num_choice, num_report))
+    sweep("few", status=2, EVAL_PROMPTS="few.jsonl")
+    assert capsys.readouterr().err == (
+        "tnt_jax.sweep: error: EVAL_PROMPTS: expected at least 1 to choose weights on and 2 others "
+        f"to report on, found {num_choice} and {num_report} of {num_choice + num_report} with "
+        f"CHOICE_SHARE=0.5. Give more EVAL_PROMPTS, or a {change} CHOICE_SHARE.\n"
+    )
+    assert not pathlib.Path("few/stages").exists()
+
+
+def test_the_fewest_prompts_are_enough(working_directory):
+    records.write_records("few.jsonl", some_rooms(1, 2))
+    sweep("fewest", EVAL_PROMPTS="few.jsonl", OBJECTIVES="['UL+LL']", ALPHAS="[2.0]")
+    (row,) = results("fewest")["chosen"]
+    assert row["num_outputs"] == 2
+    assert len(row["cut_interval"]) == len(row["bleu_interval"]) == 2
+
+
+def test_prompts_whose_outputs_the_annotator_does_not_know_do_not_count(working_directory, capsys):
+    """Nothing is trained for a report that has none left."""
+    known = [{"id": row.id, "negative_spans": []} for row in some_rooms(3, 1)]
+    pathlib.Path("known.jsonl").write_text("".join(json.dumps(mark) + "\n" for mark in known))
+    assert rooms.run_with_marks("sweep", {**SWEEP, "OUTPUT_DIR": "unknown"}, "known.jsonl") == 2
+    message = "EVAL_PROMPTS, greedy outputs: expected at least 1 to choose weights on and 2 others "
+    assert message + "to report on, found 3 and 1 of 4" in capsys.readouterr().err
+    stages_done = {path.name for path in pathlib.Path("unknown/stages").iterdir()}
+    assert stages_done == {"original_generate_greedy.json", "original_annotate_greedy.json"}
 
 
 @pytest.mark.parametrize(

@@ -163,15 +163,6 @@ def _from_home(path: str) -> str:
     return os.path.expanduser(path)  # noqa: PTH111 - Path's raises where there is no such home
 
 
-def _num_seen(train_prompts: Any, eval_prompts: Any) -> tuple[int, int]:
-    """Evaluation prompts whose input is a training prompt's too; and how many there are."""
-    if not isinstance(train_prompts, str) or not isinstance(eval_prompts, str):
-        return 0, 0
-    seen = {row.inputs for row in records.iterate(train_prompts)}
-    inputs = [row.inputs for row in records.iterate(eval_prompts)]
-    return sum(text in seen for text in inputs), len(inputs)
-
-
 class Opened:
     """An experiment whose original is there; its methods run stages and return their files.
 
@@ -184,13 +175,28 @@ class Opened:
       num_seen: Evaluation prompts whose input is also a training prompt's, as far as files tell.
     """
 
-    def __init__(self, settings: Experiment):
+    def __init__(
+        self, settings: Experiment, check_prompts: Callable[[Sequence[str]], None] | None = None
+    ):
+        """Opens it, and makes an original where there is none yet.
+
+        Args:
+          settings: Of the experiment.
+          check_prompts: Is called with the ids of evaluation prompts that are in a file, before
+            anything is trained; raises what is wrong with them.
+
+        Raises:
+          UsageError: Settings, files or the original do not fit.
+        """
         self.settings = settings
         self.root = pathlib.Path(_from_home(settings.output_dir))
         records.check_directory(self.root, "OUTPUT_DIR")
         run_config.check_folder(self.root, "OUTPUT_DIR")
         self._stages = stages.Stages(self.root)
         run_config.write(self.root)
+        if settings.new_original is not None:
+            self._make_corpus(settings.new_original)
+        self.num_seen = self._look_at_prompts(check_prompts)
         if settings.new_original is not None:
             self._make_original(settings.new_original)
             self.original = str(pretrained.find(str(self.root / "original" / "model")))
@@ -199,22 +205,37 @@ class Opened:
             self.original = _from_home(settings.original_checkpoint_path)
         self._came_as = pretrained.open_checkpoint(self.original)
         self.annotator, self.vocabulary = settings.annotator(), settings.vocabulary()
-        self.num_seen, num_prompts = _num_seen(settings.train_prompts, settings.eval_prompts)
-        if self.num_seen:
-            run_log.log(
-                f"EVAL_PROMPTS: {self.num_seen} of {num_prompts} inputs are also in TRAIN_PROMPTS: "
-                "numbers on what was learned from say little about other inputs. Give others."
-            )
 
     @property
     def first_decoder(self) -> str:
         """The one that generates training outputs."""
         return next(iter(self.settings.decoders))
 
-    def _make_original(self, new: NewOriginal) -> None:
+    def _look_at_prompts(self, check: Callable[[Sequence[str]], None] | None) -> int:
+        """`num_seen`, and what is wrong with prompts in files, before the work."""
+        train, evaluation = (
+            records.read_records(prompts) if isinstance(prompts, str) else None
+            for prompts in (self.settings.train_prompts, self.settings.eval_prompts)
+        )
+        if evaluation is not None and check is not None:
+            check([row.id for row in evaluation])
+        if train is None or evaluation is None:
+            return 0
+        inputs = {row.inputs for row in train}
+        num_seen = sum(row.inputs in inputs for row in evaluation)
+        if num_seen:
+            run_log.log(
+                f"EVAL_PROMPTS: {num_seen} of {len(evaluation)} inputs are also in TRAIN_PROMPTS: "
+                "numbers on what was learned from say little about other inputs. Give others."
+            )
+        return num_seen
+
+    def _make_corpus(self, new: NewOriginal) -> None:
         self._stages.run(
             "corpus", _write_corpus, output=new.records, inputs={}, settings={"corpus": new.corpus}
         )
+
+    def _make_original(self, new: NewOriginal) -> None:
         self._stages.run(
             "vocabulary",
             _train_vocabulary,
@@ -341,11 +362,22 @@ class Opened:
 
     @functools.cached_property
     def original_outputs(self) -> dict[str, str]:
-        """The original's outputs to compare with, annotated, by decoder."""
-        return {
+        """The original's outputs to compare with, annotated, by decoder.
+
+        Raises:
+          UsageError: The annotator knows none of some.
+        """
+        found = {
             decoder: self.outputs_of("original", self.original, self.settings.eval_prompts, decoder)
             for decoder in self.settings.decoders
         }
+        for file in found.values():
+            if next(records.iterate(file), None) is None:
+                raise UsageError(
+                    f"EVAL_PROMPTS: expected outputs that the annotator knows, found none in {file}"
+                    ". Give other EVAL_PROMPTS, or another ANNOTATOR."
+                )
+        return found
 
     # --------------------------------------------------------------------------------------- Arms
 

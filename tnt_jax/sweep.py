@@ -31,6 +31,7 @@ from tnt_jax.errors import UsageError
 from tnt_jax.experiment import Experiment, Opened
 
 _FEWEST = 5  # unwanted outputs to choose weights by: fewer are chance
+_FEWEST_TO_REPORT = 2  # prompts: what one says has no interval
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -283,8 +284,12 @@ def _open(
     """Process 0 makes what the arms share; for the others it has to be there."""
     try:
         with stages.only_done(process_index != 0):
-            opened = Opened(experiment)
-            _ = opened.original_outputs
+            opened = Opened(
+                experiment, lambda ids: _check_halves(ids, choice_share, "EVAL_PROMPTS")
+            )
+            for decoder, file in opened.original_outputs.items():
+                ids = [row.id for row in records.iterate(file)]
+                _check_halves(ids, choice_share, f"EVAL_PROMPTS, {decoder} outputs")
             training = {id(grid): _training_outputs(opened, grid) for grid in grids}
             if mask_decoding:
                 for decoder in experiment.decoders:
@@ -355,6 +360,23 @@ def _rows(
 Pairs = tuple[list[records.Record], list[records.Record]]
 
 
+def _check_halves(ids: Sequence[str], share: float, what: str) -> None:
+    """Finds out, before the work, whether there are prompts for the choice and for the report.
+
+    Raises:
+      UsageError: There are too few; the message begins with `what`.
+    """
+    num_choice = sum(results.is_for_choice(name, share) for name in ids)
+    num_report = len(ids) - num_choice
+    if num_choice < 1 or num_report < _FEWEST_TO_REPORT:
+        change = "larger" if num_choice < 1 else "smaller"
+        raise UsageError(
+            f"{what}: expected at least 1 to choose weights on and {_FEWEST_TO_REPORT} others to "
+            f"report on, found {num_choice} and {num_report} of {len(ids)} with CHOICE_SHARE="
+            f"{share:g}. Give more EVAL_PROMPTS, or a {change} CHOICE_SHARE."
+        )
+
+
 def _parts(
     original: Sequence[records.Record], current: Sequence[records.Record], share: float
 ) -> tuple[Pairs, Pairs]:
@@ -367,11 +389,6 @@ def _parts(
         )
         for wanted in (True, False)
     )
-    if not choice[0] or not report[0]:
-        raise UsageError(
-            f"EVAL_PROMPTS: expected enough prompts to choose weights on some and report others, "
-            f"found {len(original)}."
-        )
     return choice, report  # pyright: ignore[reportReturnType]
 
 
