@@ -7,7 +7,6 @@ changes words in others. `HOSTILE` is a record whose texts try to break out of a
 """
 
 import json
-import math
 import random
 import re
 
@@ -142,7 +141,7 @@ def evaluation(number):
         "cut": 0.8,
         "certificate": {
             "negative_residual": 0.25,
-            "negative_collateral": math.nan,
+            "negative_collateral": None,  # as what is not finite is written
             "negative_smallest_cost": 1.5,
             "positive_collateral": 0.125,
         },

@@ -138,9 +138,21 @@ def arguments(run_name, settings, gin_files=()):
 
 def run(run_name, settings, gin_files=()):
     """Runs a program in this process, as `python -m` does; returns its exit status."""
+    return _run(run_name, arguments(run_name, settings, gin_files))
+
+
+def run_with_marks(run_name, settings, path):
+    """A pipeline or sweep whose annotator is a file of marks, and leaves out all other records."""
+    settings |= {"ANNOTATOR": "@annotators.Spans", "annotators.Spans.path": path}
+    settings |= {"annotators.Spans.unmatched": "leave_out"}
+    given = arguments(run_name, settings)
+    return _run(run_name, [argument for argument in given if "Lexicon" not in argument])
+
+
+def _run(run_name, given):
     name = run_name.partition("_")[0]
     with pytest.raises(SystemExit) as stopped:
-        program.run(f"tnt_jax.{name}", name, arguments(run_name, settings, gin_files))
+        program.run(f"tnt_jax.{name}", name, given)
     gin.clear_config()
     return stopped.value.code
 

@@ -205,6 +205,15 @@ def test_records(mistake, line, message):
     assert mistake("train", {"MODEL_DIR": "model", "RECORDS": "bad.jsonl"}) == message
 
 
+def test_a_number_that_json_does_not_have_is_not_handed_on(mistake):
+    pathlib.Path("bad.jsonl").write_text(f"{record()}\n{record(id='b', score=[float('nan')])}\n")
+    assert mistake("annotate", {"OUTPUT": "marked.jsonl", "RECORDS": "bad.jsonl"}) == (
+        "bad.jsonl:2: score: expected finite numbers, found NaN, which JSON does not have. Write "
+        "null, or leave the field out."
+    )
+    assert not pathlib.Path("marked.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

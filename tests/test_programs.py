@@ -12,6 +12,7 @@ import subprocess
 import sys
 
 import gin
+import outputs
 import pytest
 import rooms
 import seqio
@@ -560,6 +561,45 @@ def test_a_pipeline_takes_no_model_for_its_own(original, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("setting", ["TRAIN_PROMPTS", "EVAL_PROMPTS"])
+def test_a_pipeline_without_prompts_ends_before_the_first_stage(original, setting, capsys):
+    pathlib.Path("empty.jsonl").touch()
+    assert rooms.run("pipeline", {**PIPELINE, "OUTPUT_DIR": "none", setting: "empty.jsonl"}) == 2
+    assert "empty.jsonl: expected records, found none." in capsys.readouterr().err
+    assert not pathlib.Path("none/stages").exists()
+
+
+def test_a_pipeline_whose_annotator_knows_no_output_trains_nothing(original, capsys):
+    pathlib.Path("others.jsonl").write_text('{"id": "another", "negative_spans": []}\n')
+    settings = {**PIPELINE, "OUTPUT_DIR": "unknown"}
+    assert rooms.run_with_marks("pipeline", settings, "others.jsonl") == 2
+    message = "EVAL_PROMPTS: expected outputs that the annotator knows, found none in unknown/"
+    assert message in capsys.readouterr().err
+    assert not list(pathlib.Path("unknown").glob("*/model"))
+
+
+def test_one_prompt_is_enough_for_a_pipeline(original):
+    records.write_records("one.jsonl", rooms.corpus()[:1])
+    settings = {"EVAL_PROMPTS": "one.jsonl", "ARMS": "[@tnrf/experiment.Arm()]"}
+    assert rooms.run("pipeline", {**PIPELINE, **settings, "OUTPUT_DIR": "one"}) == 0
+    summary = json.loads(pathlib.Path("one/summary.json").read_text())
+    evaluation = summary["evaluations"]["TNRF"]["greedy"]
+    assert evaluation["current"]["unwanted_outputs"]["denominator"] == 1
+    assert pathlib.Path("one/report.html").exists()
+
+
+def test_a_number_that_was_not_finite_is_a_dash_in_the_table(capsys):
+    evaluation = outputs.evaluation(60)
+    certificate = dict.fromkeys(evaluation["certificate"])
+    counts = {"exact_match": {"numerator": 45, "value": 0.75}}
+    evaluation |= {
+        "certificate": certificate,
+        "comparison": {**evaluation["comparison"], **counts},
+    }
+    pipeline._print_table({"TNRF": {"greedy": evaluation}}, ["greedy"], 0)
+    assert re.search(r"TNRF .* 75\.0% \(45\) .* - *$", capsys.readouterr().out, re.MULTILINE)
+
+
 def test_a_pipeline_of_two_rounds(original, capsys):
     """The second round starts from the first one's model, and has the first original's target."""
     settings = {
@@ -581,6 +621,7 @@ def test_a_pipeline_of_two_rounds(original, capsys):
     }
     merged = records.read_records("twice/TNRF.round2/rounds.merged.jsonl")
     assert {(row.inputs, row.targets) for row in merged} == outputs
+    assert json.loads(pathlib.Path("twice/summary.json").read_text())["num_rounds"] == 2
     first, last = (
         checkpoints.Checkpoints(f"twice/{name}/model").run_of(6) for name in ("TNRF", "TNRF.round2")
     )

@@ -122,6 +122,16 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         ('{"inputs": null}', "'inputs' is missing"),
         ('{"inputs": ' + "[" * 100_000, "JSON that cannot be read: nested too deeply"),
         ('{"inputs": ' + "1" * 5000 + "}", "JSON that cannot be read: a number is too long"),
+        (
+            '{"inputs": "x", "score": NaN}',
+            "score: expected finite numbers, found NaN, which JSON does not have. Write null, or "
+            "leave the field out.",
+        ),
+        ('{"inputs": "x", "a": 0.5, "b": {"c": [1, -Infinity]}}', "b: expected finite numbers"),
+        ('{"inputs": "x", "b": 1e999}', "b: expected finite numbers, found 1e999, which is more"),
+        ('{"inputs": "x", "target_ids": [Infinity]}', "target_ids: expected finite numbers"),
+        ('{"inputs": NaN, "score": }', "expected finite numbers, found NaN"),
+        ("NaN", "expected finite numbers, found NaN"),
         ('{"inputs": "x", "target_ids": [2147483648]}', "target_ids: expected a list of token ids"),
         ('{"inputs": "x", "id": 3}', "id: expected a string"),
         ('{"inputs": "x", "target_ids": "12"}', "target_ids: expected a list of token ids"),
@@ -163,6 +173,43 @@ def test_a_bad_line_is_named(tmp_path, line, message):
     with pytest.raises(UsageError, match=re.escape(message)) as caught:
         records.read_records(path)
     assert str(caught.value).startswith(f"{path}:2: ")
+
+
+def no_json(literal):
+    raise AssertionError(f"{literal} is not JSON")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_a_number_that_json_does_not_have_is_not_written(tmp_path, number):
+    path = write_lines(tmp_path / "a.jsonl", '{"inputs": "old"}')
+    row = records.Record(id="r", inputs="x", extra={"fine": 1.5, "values": ({"of": [0, number]},)})
+    message = f"record 'r': values: expected finite numbers, found {number}"
+    with pytest.raises(UsageError, match=re.escape(message)):
+        records.write_records(path, [row])
+    assert path.read_text() == '{"inputs": "old"}\n'
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | texts,
+    lambda parts: st.lists(parts, max_size=3) | st.dictionaries(texts, parts, max_size=3),
+    max_leaves=8,
+)
+
+
+@hypothesis.given(st.dictionaries(texts.map("my {}".format), values, max_size=4))
+def test_what_is_read_is_json_for_others_too(extra):
+    """Either as it is written, or not at all; `json` writes NaN and Infinity unasked."""
+    line = json.dumps({"inputs": "x", **extra})
+    try:
+        json.loads(line, parse_constant=no_json)
+    except AssertionError:
+        with pytest.raises(UsageError, match=r"^rows:3: my .*: expected finite numbers, found "):
+            records.parse_line(line.encode(), "rows:3")
+        return
+    row = records.Record.from_json(records.parse_line(line.encode(), "rows:3"), "rows:3")
+    assert row.extra == extra
+    written = json.loads(row.to_line(), parse_constant=no_json)
+    assert {name: written[name] for name in extra} == extra
 
 
 def test_the_mark_that_windows_begins_a_file_with_is_left_out(tmp_path):

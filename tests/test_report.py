@@ -13,7 +13,7 @@ import gin
 import outputs
 import pytest
 
-from tnt_jax import changes, objectives, program, records, report, report_rows, stages
+from tnt_jax import changes, model_card, objectives, program, records, report, report_rows, stages
 from tnt_jax.errors import UsageError
 
 NUMBER = 60
@@ -194,7 +194,8 @@ def test_a_pipeline():
             (root / folder / "greedy.annotated.jsonl").write_text(content)
     (root / "tokens.jsonl").rename(root / "TNRF, twice" / "greedy.tokens.jsonl")
     evaluations = {arm: {"greedy": EVALUATION} for arm in ("TNRF, twice", "UL+LL")}
-    (root / "summary.json").write_text(json.dumps({"evaluations": evaluations}))
+    summary = {"evaluations": evaluations, "num_rounds": 3}
+    (root / "summary.json").write_text(json.dumps(summary))
     (root / "operative_config.gin").write_text("OUTPUT_DIR = 'run'\n")
     stages.Stages(root).run(
         "TNRF, twice: train",
@@ -206,7 +207,7 @@ def test_a_pipeline():
     page = written(pipeline_dir="run")
     data = page.islands["data"]
     assert [(r["objective"], r["alpha"], r["steps"], r["seed"]) for r in data["rows"]] == [
-        ("TNRF, twice", 2.0, 240, 3),
+        ("TNRF, twice", 2.0, 3 * 240, 3),
         ("UL+LL", None, None, None),
     ]
     assert {c["decoder"] for c in data["comparisons"]} == {"greedy"}
@@ -227,6 +228,22 @@ def test_the_program(capsys):
     assert pathlib.Path("report.html").resolve().as_uri() in printed
 
 
+def test_numbers_of_a_certificate_that_were_not_finite_are_left_out():
+    """They are null in the file."""
+    certificate = dict.fromkeys(EVALUATION["certificate"])
+    evaluation = {**EVALUATION, "annotator": "a list", "certificate": certificate}
+    pathlib.Path("null.json").write_text(json.dumps(evaluation))
+    page = written(**PAIR, evaluation="null.json")
+    (row,) = page.islands["data"]["rows"]
+    assert (row["bleu"], row["residual"], row["collateral_elsewhere"]) == (81.5, None, None)
+    told = model_card.numbers(evaluation)
+    assert told == model_card.numbers({**evaluation, "certificate": None})
+    known = model_card.numbers({**evaluation, "certificate": EVALUATION["certificate"]})
+    assert [line for line in known if line not in told] == [
+        "| KL to the original at unmarked tokens, nats | | 0.1250 |"
+    ]
+
+
 def test_mistakes():
     pathlib.Path("evaluation.json").write_text(json.dumps(EVALUATION))
     lines = pathlib.Path("patched.jsonl").read_text().split("\n")[:-1]
@@ -236,6 +253,7 @@ def test_mistakes():
         ("bad_row.json", '{"rows": [{"task": "t"}]}'),
         ("bad_type.json", json.dumps({"rows": [{**outputs.results()["rows"][0], "bleu": "80"}]})),
         ("broken.json", "{"),
+        ("not_finite.json", '{"rows": [NaN]}'),
         ("other.json", json.dumps({**EVALUATION, "original": {}})),
         ("tokens_without_kl.jsonl", '{"id": "room-1", "pieces": ["a"]}\n'),
         ("tokens_of_others.jsonl", json.dumps(outputs.tokens_of(outputs.pair(999)[0]))),
@@ -249,6 +267,7 @@ def test_mistakes():
         ({"pipeline_dir": "nowhere"}, "found no nowhere/summary.json"),
         ({"results": "nowhere.json"}, "nowhere.json: No such file"),
         ({"results": "broken.json"}, "expected a JSON file, found broken.json"),
+        ({"results": "not_finite.json"}, "found not_finite.json: it holds NaN, which JSON does"),
         ({"results": "no_rows.json"}, 'expected {"rows": [...]}'),
         ({"results": "bad_row.json"}, "row 1: expected objective, decoder, unwanted_rate_before"),
         ({"results": "bad_type.json"}, "row 1: bleu: expected a number, found '80'"),

@@ -74,6 +74,22 @@ def test_lines_of_a_step_hold_any_value(tmp_path):
     ]
 
 
+def test_numbers_that_are_not_finite_become_null_wherever_they_are(tmp_path):
+    nan, infinity = float("nan"), float("inf")
+    value = {"a": [nan, (1, -infinity)], "b": {"c": {"d": infinity}}, "e": [0.5, True, None, "NaN"]}
+    told = {"a": [None, [1, None]], "b": {"c": {"d": None}}, "e": [0.5, True, None, "NaN"]}
+
+    def no_json(literal):
+        raise AssertionError(f"{literal} is not JSON")
+
+    run_log.write_json(tmp_path / "value.json", value)
+    assert json.loads((tmp_path / "value.json").read_text(), parse_constant=no_json) == told
+    with run_log.StepLines(tmp_path / "lines.jsonl") as lines:
+        lines.write(2, value)
+    line = (tmp_path / "lines.jsonl").read_text()
+    assert json.loads(line, parse_constant=no_json) == {"step": 2, **told}
+
+
 def test_a_later_host_is_silent(later_host, tmp_path, capsys):
     run_log.log("hello")
     run_log.table([[1]], columns=["n"])

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import rooms
 
-from tnt_jax import records
-from tnt_jax.results import intervals
+from tnt_jax import records, stages
+from tnt_jax.results import intervals, is_for_choice
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -106,9 +106,9 @@ def test_a_mask_leaves_nothing_of_what_it_knows(swept):
 def test_it_is_done_once(swept, capsys):
     sweep("swept", MASK_DECODING=True)
     printed = capsys.readouterr().out
-    stages = re.findall(r"^\[\d+\] .*$", printed, re.MULTILINE)
-    assert stages
-    assert all("done before, kept" in line for line in stages)
+    done = re.findall(r"^\[\d+\] .*$", printed, re.MULTILINE)
+    assert done
+    assert all("done before, kept" in line for line in done)
     assert results("swept") == swept
     assert "| TNRF |" in pathlib.Path("swept/results.md").read_text()
 
@@ -138,6 +138,20 @@ def test_the_frontier_is_run_with_other_seeds(swept):
         assert row["alpha"] == chosen[name]
         assert row["num_seeds"] == 1 + (name in again)
         assert len(row["cut_interval"]) == len(row["bleu_interval"]) == 2
+
+
+def test_updates_and_seconds_are_of_all_rounds(working_directory):
+    sweep("rounds", OBJECTIVES="['TNRF']", ALPHAS="[2.0]", **{"sweep.Grid.num_rounds": 2})
+    found = results("rounds")
+    notes = [
+        stages.note_path(pathlib.Path("rounds"), f"TNRF, alpha 2, seed 0{of_round}: train")
+        for of_round in ("", ".round2")
+    ]
+    seconds = [json.loads(note.read_text())["seconds"] for note in notes]
+    assert all(seconds)
+    for row in (*found["rows"], *found["choice_rows"], *found["chosen"]):
+        assert row["steps"] == 2 * 6
+        assert row["train_seconds"] == pytest.approx(sum(seconds))
 
 
 def test_several_processes_share_it(swept, capsys):
@@ -222,12 +236,59 @@ def test_the_frontier_waits_for_the_arms_of_other_processes(working_directory, c
     }
 
 
+# --- Few prompts ----------------------------------------------------------------------------------
+
+
+def some_rooms(num_choice, num_report):
+    """So many rooms that weights are chosen on, and others that are reported on."""
+    of_choice = [row for row in rooms.corpus() if is_for_choice(row.id, 0.5)]
+    others = [row for row in rooms.corpus() if not is_for_choice(row.id, 0.5)]
+    return [*of_choice[:num_choice], *others[:num_report]]
+
+
+@pytest.mark.parametrize(
+    ("num_choice", "num_report", "change"),
+    [(3, 1, "smaller"), (1, 1, "smaller"), (2, 0, "smaller"), (0, 3, "larger")],
+)
+def test_too_few_prompts_are_refused_before_the_first_stage(
+    working_directory, num_choice, num_report, change, capsys
+):
+    records.write_records("few.jsonl", some_rooms(num_choice, num_report))
+    sweep("few", status=2, EVAL_PROMPTS="few.jsonl")
+    assert capsys.readouterr().err == (
+        "tnt_jax.sweep: error: EVAL_PROMPTS: expected at least 1 to choose weights on and 2 others "
+        f"to report on, found {num_choice} and {num_report} of {num_choice + num_report} with "
+        f"CHOICE_SHARE=0.5. Give more EVAL_PROMPTS, or a {change} CHOICE_SHARE.\n"
+    )
+    assert not pathlib.Path("few/stages").exists()
+
+
+def test_the_fewest_prompts_are_enough(working_directory):
+    records.write_records("few.jsonl", some_rooms(1, 2))
+    sweep("fewest", EVAL_PROMPTS="few.jsonl", OBJECTIVES="['UL+LL']", ALPHAS="[2.0]")
+    (row,) = results("fewest")["chosen"]
+    assert row["num_outputs"] == 2
+    assert len(row["cut_interval"]) == len(row["bleu_interval"]) == 2
+
+
+def test_prompts_whose_outputs_the_annotator_does_not_know_do_not_count(working_directory, capsys):
+    """Nothing is trained for a report that has none left."""
+    known = [{"id": row.id, "negative_spans": []} for row in some_rooms(3, 1)]
+    pathlib.Path("known.jsonl").write_text("".join(json.dumps(mark) + "\n" for mark in known))
+    assert rooms.run_with_marks("sweep", {**SWEEP, "OUTPUT_DIR": "unknown"}, "known.jsonl") == 2
+    message = "EVAL_PROMPTS, greedy outputs: expected at least 1 to choose weights on and 2 others "
+    assert message + "to report on, found 3 and 1 of 4" in capsys.readouterr().err
+    stages_done = {path.name for path in pathlib.Path("unknown/stages").iterdir()}
+    assert stages_done == {"original_generate_greedy.json", "original_annotate_greedy.json"}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"OBJECTIVES": "['TNXX']"}, "objective: expected one of TNFF, "),
         ({"ALPHAS": "[1.0, 1.0]"}, "expected arms whose names differ"),
         ({"CHOICE_SHARE": 1.0}, "CHOICE_SHARE: expected more than 0"),
+        ({"sweep.Grid.num_rounds": 0}, "Grid.num_rounds: expected at least 1, found 0."),
         ({"PROCESS_INDEX": 2, "NUM_PROCESSES": 2}, "PROCESS_INDEX: expected 0 to 1"),
     ],
     ids=str,

@@ -100,6 +100,10 @@ def of_ints(*values):
     return tf.train.Feature(int64_list=tf.train.Int64List(value=values))
 
 
+def of_floats(*values):
+    return tf.train.Feature(float_list=tf.train.FloatList(value=values))
+
+
 def of_bytes(value):
     return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
 
@@ -135,6 +139,14 @@ def of_bytes(value):
             tf_example(inputs=of_bytes(b"x"), extra=of_bytes(b"{")),
             "rows.tfrecord:2: extra: not JSON",
         ),
+        (
+            tf_example(inputs=of_bytes(b"x"), extra=of_bytes(b'{"score": [NaN]}')),
+            "rows.tfrecord:2: extra: score: expected finite numbers, found NaN",
+        ),
+        (
+            tf_example(inputs=of_bytes(b"x"), score=of_floats(0.5, float("inf"))),
+            "rows.tfrecord:2: score: expected finite numbers, found [0.5, inf]",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",  # bytes: in no fixed order
 )
@@ -145,6 +157,13 @@ def test_a_bad_tfrecord_is_named(tmp_path, row, message):
         file.write(row)
     with pytest.raises(UsageError, match=re.escape(message)):
         tfrecords.read(path)
+
+
+def test_a_number_that_json_does_not_have_goes_into_no_tfrecord(tmp_path):
+    row = records.Record(id="r", inputs="x", extra={"score": float("nan")})
+    with pytest.raises(UsageError, match="record 'r': score: expected finite numbers, found nan"):
+        tfrecords.write(tmp_path / "rows.tfrecord", [row])
+    assert not list(tmp_path.iterdir())
 
 
 def test_jsonl_under_the_wrong_name_is_a_usage_error(tmp_path):

@@ -168,6 +168,22 @@ def test_pieces_are_the_targets_cut_up(t5_vocabulary):
     assert tokenization.pieces(euro, BYTES) == ["a", " ", "€", "", ""]
     nothing = records.Record(id="r", inputs="", targets="", target_ids=(1,))
     assert tokenization.pieces(nothing, BYTES) == [""]
+    no_token = records.Record(id="r", inputs="", targets="", target_ids=())
+    assert tokenization.pieces(no_token, t5_vocabulary) == []
+
+
+@vocabulary_names
+@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.given(data=st.data())
+def test_there_are_as_many_pieces_as_tokens(name, request, data):
+    vocabulary = vocabulary_called(name, request)
+    ids = data.draw(st.lists(st.integers(3, vocabulary.vocab_size - 1), max_size=6))
+    ids += data.draw(st.sampled_from([[], [1]]))
+    text = tokenization.decode(vocabulary, ids)
+    row = records.Record(id="r", inputs="", targets=text, target_ids=tuple(ids))
+    pieces = tokenization.pieces(row, vocabulary)
+    assert len(pieces) == len(ids)
+    assert "".join(pieces) == text
 
 
 # --- Marking --------------------------------------------------------------------------------------

@@ -240,7 +240,8 @@ def _write_huggingface(
             has_tokenizer=has_tokenizer,
         )
         (unfinished / "README.md").write_text(card)
-        (unfinished / huggingface.CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+        text = json.dumps(settings, indent=2, allow_nan=False)
+        (unfinished / huggingface.CONFIG).write_text(text + "\n")
         if is_remote:
             target.mkdir(parents=True, exist_ok=True)
             # config.json last: with it the directory is a model.
@@ -306,7 +307,8 @@ def _describe(
     folder.mkdir(parents=True, exist_ok=True)
     _copy_description(source, folder, vocabulary)
     if settings:
-        (folder / huggingface.CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+        text = json.dumps(settings, indent=2, allow_nan=False)
+        (folder / huggingface.CONFIG).write_text(text + "\n")
 
 
 def gin_arguments(arguments: list[str]) -> list[str]:

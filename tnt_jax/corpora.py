@@ -205,8 +205,9 @@ def venues(
     )
     records.write_records(output_dir / "mine.jsonl", prompts)
     with records.replacing(output_dir / "gazetteer.json") as unfinished:
-        gazetteer = _gazetteer(itertools.chain.from_iterable(venues_of.values()))
-        unfinished.write_text(json.dumps(gazetteer, indent=2) + "\n", encoding="utf-8")
+        names = _gazetteer(itertools.chain.from_iterable(venues_of.values()))
+        gazetteer = json.dumps(names, indent=2, allow_nan=False)
+        unfinished.write_text(gazetteer + "\n", encoding="utf-8")
     return {
         "sentences": len(texts),
         "train": len(train),
@@ -565,7 +566,8 @@ def e2e(
         )
         records.write_records(output_dir / f"{split}.jsonl", written)
     with records.replacing(output_dir / "gazetteer.json") as unfinished:
-        unfinished.write_text(json.dumps(e2e_gazetteer(rows), indent=2) + "\n", encoding="utf-8")
+        gazetteer = json.dumps(e2e_gazetteer(rows), indent=2, allow_nan=False)
+        unfinished.write_text(gazetteer + "\n", encoding="utf-8")
     return {split: len(of_split) for split, of_split in pairs.items()}
 
 

@@ -55,9 +55,9 @@ def _no_reduction(evaluation: Mapping[str, Any]) -> Sign:
         "must go, and are the alternatives that would be just as wrong removed too? Then raise the "
         "learning rate or TRAIN_STEPS."
     )
-    certificate = evaluation.get("certificate")
-    if certificate:
-        residual, cost = certificate["negative_residual"], certificate["negative_smallest_cost"]
+    certificate = evaluation.get("certificate") or {}
+    residual, cost = (certificate.get(f"negative_{name}") for name in ("residual", "smallest_cost"))
+    if residual is not None and cost is not None:
         evidence += f"; residual at the marks {residual:.3g} nats, {cost:.3g} without an update"
         if residual > cost / 2:
             suggestion = (

@@ -13,7 +13,6 @@ Example:
 
 import dataclasses
 import heapq
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -133,7 +132,7 @@ def evaluate(
                 )
             holding.check()
             if tokens_output:
-                lines = [json.dumps(tokens, ensure_ascii=False) + "\n" for tokens in changed]
+                lines = [run_log.as_json(tokens) + "\n" for tokens in changed]
                 run_log.write_text(tokens_output, "".join(lines))
         run_log.write_json(output, result)
         run_config.write(output)

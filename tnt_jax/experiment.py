@@ -155,21 +155,17 @@ class Experiment:
             )
 
 
+def name_of_round(name: str, number: int) -> str:
+    """Of the folder and the stages of an arm's round, counted from 1; the first has the arm's."""
+    return name if number == 1 else f"{name}.round{number}"
+
+
 def _from_home(path: str) -> str:
     """A path without `~`, also for a caller from Python, whose settings no program expanded.
 
     What opens a path expands that itself; what asks for it by its name does not.
     """
     return os.path.expanduser(path)  # noqa: PTH111 - Path's raises where there is no such home
-
-
-def _num_seen(train_prompts: Any, eval_prompts: Any) -> tuple[int, int]:
-    """Evaluation prompts whose input is a training prompt's too; and how many there are."""
-    if not isinstance(train_prompts, str) or not isinstance(eval_prompts, str):
-        return 0, 0
-    seen = {row.inputs for row in records.iterate(train_prompts)}
-    inputs = [row.inputs for row in records.iterate(eval_prompts)]
-    return sum(text in seen for text in inputs), len(inputs)
 
 
 class Opened:
@@ -184,13 +180,28 @@ class Opened:
       num_seen: Evaluation prompts whose input is also a training prompt's, as far as files tell.
     """
 
-    def __init__(self, settings: Experiment):
+    def __init__(
+        self, settings: Experiment, check_prompts: Callable[[Sequence[str]], None] | None = None
+    ):
+        """Opens it, and makes an original where there is none yet.
+
+        Args:
+          settings: Of the experiment.
+          check_prompts: Is called with the ids of evaluation prompts that are in a file, before
+            anything is trained; raises what is wrong with them.
+
+        Raises:
+          UsageError: Settings, files or the original do not fit.
+        """
         self.settings = settings
         self.root = pathlib.Path(settings.folder)
         records.check_directory(self.root, "OUTPUT_DIR")
         run_config.check_folder(self.root, "OUTPUT_DIR")
         self._stages = stages.Stages(self.root)
         run_config.write(self.root)
+        if settings.new_original is not None:
+            self._make_corpus(settings.new_original)
+        self.num_seen = self._look_at_prompts(check_prompts)
         if settings.new_original is not None:
             self._make_original(settings.new_original)
             self.original = str(pretrained.find(str(self.root / "original" / "model")))
@@ -199,22 +210,37 @@ class Opened:
             self.original = _from_home(settings.original_checkpoint_path)
         self._came_as = pretrained.open_checkpoint(self.original)
         self.annotator, self.vocabulary = settings.annotator(), settings.vocabulary()
-        self.num_seen, num_prompts = _num_seen(settings.train_prompts, settings.eval_prompts)
-        if self.num_seen:
-            run_log.log(
-                f"EVAL_PROMPTS: {self.num_seen} of {num_prompts} inputs are also in TRAIN_PROMPTS: "
-                "numbers on what was learned from say little about other inputs. Give others."
-            )
 
     @property
     def first_decoder(self) -> str:
         """The one that generates training outputs."""
         return next(iter(self.settings.decoders))
 
-    def _make_original(self, new: NewOriginal) -> None:
+    def _look_at_prompts(self, check: Callable[[Sequence[str]], None] | None) -> int:
+        """`num_seen`, and what is wrong with prompts in files, before the work."""
+        train, evaluation = (
+            records.read_records(prompts) if isinstance(prompts, str) else None
+            for prompts in (self.settings.train_prompts, self.settings.eval_prompts)
+        )
+        if evaluation is not None and check is not None:
+            check([row.id for row in evaluation])
+        if train is None or evaluation is None:
+            return 0
+        inputs = {row.inputs for row in train}
+        num_seen = sum(row.inputs in inputs for row in evaluation)
+        if num_seen:
+            run_log.log(
+                f"EVAL_PROMPTS: {num_seen} of {len(evaluation)} inputs are also in TRAIN_PROMPTS: "
+                "numbers on what was learned from say little about other inputs. Give others."
+            )
+        return num_seen
+
+    def _make_corpus(self, new: NewOriginal) -> None:
         self._stages.run(
             "corpus", _write_corpus, output=new.records, inputs={}, settings={"corpus": new.corpus}
         )
+
+    def _make_original(self, new: NewOriginal) -> None:
         self._stages.run(
             "vocabulary",
             _train_vocabulary,
@@ -324,9 +350,15 @@ class Opened:
             name, self.original, self.settings.eval_prompts, decoder, mask=self.annotator
         )
 
-    def seconds(self, stage: str) -> float | None:
-        """How long a stage took."""
-        return self._stages.seconds(stage)
+    def training_of(self, name: str, num_rounds: int) -> tuple[int, float | None]:
+        """Updates of an arm that is trained, and their seconds, of all its rounds together."""
+        names = [name_of_round(name, number) for number in range(1, num_rounds + 1)]
+        steps = sum(
+            pretrained.open_checkpoint(str(self.root / name / "model")).step for name in names
+        )
+        seconds = [self._stages.seconds(f"{name}: train") for name in names]
+        known = [of_round for of_round in seconds if of_round is not None]
+        return steps, round(sum(known), 1) if len(known) == len(seconds) else None
 
     @functools.cached_property
     def training_outputs(self) -> str:
@@ -335,11 +367,22 @@ class Opened:
 
     @functools.cached_property
     def original_outputs(self) -> dict[str, str]:
-        """The original's outputs to compare with, annotated, by decoder."""
-        return {
+        """The original's outputs to compare with, annotated, by decoder.
+
+        Raises:
+          UsageError: The annotator knows none of some.
+        """
+        found = {
             decoder: self.outputs_of("original", self.original, self.settings.eval_prompts, decoder)
             for decoder in self.settings.decoders
         }
+        for file in found.values():
+            if next(records.iterate(file), None) is None:
+                raise UsageError(
+                    f"EVAL_PROMPTS: expected outputs that the annotator knows, found none in {file}"
+                    ". Give other EVAL_PROMPTS, or another ANNOTATOR."
+                )
+        return found
 
     # --------------------------------------------------------------------------------------- Arms
 
@@ -414,7 +457,7 @@ class Opened:
         checkpoints = [self.train(name, objective, files, **more)]
         all_files = [files]
         for number in range(2, num_rounds + 1):
-            of_round = f"{name}.round{number}"
+            of_round = name_of_round(name, number)
             outputs = self.outputs_of(
                 of_round, checkpoints[-1], self.settings.train_prompts, self.first_decoder
             )

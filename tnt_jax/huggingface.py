@@ -537,7 +537,7 @@ def write_weights(
     if len(shards) > 1:
         total = sum(_num_bytes(array) for array in stored.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (folder / INDEX).write_text(json.dumps(index, indent=2, allow_nan=False) + "\n")
 
 
 def _num_bytes(array: LazyArray) -> int:

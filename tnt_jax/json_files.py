@@ -1,6 +1,5 @@
 """JSON files that somebody else wrote: of whatever is in one comes a value or a message."""
 
-import json
 import os
 from typing import Any
 
@@ -31,13 +30,15 @@ def read(path: str | os.PathLike, setting: str = "") -> Any:
         else:
             with naming_file(file):
                 content = file.read_bytes()
-            value = json.loads(content.decode("utf-8-sig"))
+            value = records.parse(content.decode("utf-8-sig"))
             records.check_depth(content, value)
             if not records.has_half_pairs(content, value):
                 return value
             reason = "half a surrogate pair (\\ud800 to \\udfff), which is no text"
     except UnicodeDecodeError as error:
         reason = f"not UTF-8 ({error.reason} at byte {error.start})"
+    except records.NotFiniteError as error:
+        reason = f"it holds {error}"
     except ValueError as error:
         reason = f"not JSON: {error}"
     except RecursionError:

@@ -108,7 +108,7 @@ def numbers(evaluation: Mapping[str, Any]) -> list[str]:
         f"| cut | | {evaluation['cut']:.1%} |",
         f"| BLEU to the original's outputs | | {comparison['bleu']:.1f} |",
     ]
-    if certificate:
-        kl = certificate["positive_collateral"]
+    kl = certificate["positive_collateral"] if certificate else None
+    if kl is not None:
         lines.append(f"| KL to the original at unmarked tokens, nats | | {kl:.4f} |")
     return lines

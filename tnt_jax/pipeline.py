@@ -115,7 +115,7 @@ def _run(
         opened.hand_back(arm.name, models[arm.name])
 
     checks = _check(expectations, evaluations) if expectations else []
-    summary = {"evaluations": evaluations, "expectations": checks}
+    summary = {"evaluations": evaluations, "expectations": checks, "num_rounds": num_rounds}
     root, first_decoder = opened.root, opened.first_decoder
     run_log.write_json(str(root / "summary.json"), summary)
     page = opened.report([arm.name for arm in arms])
@@ -186,6 +186,7 @@ def _print_table(
         for arm, of_arm in evaluations.items():
             result = of_arm[decoder]
             comparison, after = result["comparison"], result["current"]
+            elsewhere = result["certificate"]["positive_collateral"]  # None: it was not finite
             rows.append(
                 (
                     arm,
@@ -195,7 +196,7 @@ def _print_table(
                     f"{comparison['rouge_l']:.1f}",
                     _percent(comparison["exact_match"]),
                     _percent(after["repeated_word"]),
-                    f"{result['certificate']['positive_collateral']:.3f}",
+                    "-" if elsewhere is None else f"{elsewhere:.3f}",
                 )
             )
         num_outputs = before["unwanted_outputs"]["denominator"]

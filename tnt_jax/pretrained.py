@@ -553,7 +553,8 @@ def describe(
     if not vocabularies.has_tokenizer(folder):
         vocabularies.write(folder, vocabulary)
     if settings is not None:
-        (folder / huggingface.CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+        text = json.dumps(settings, indent=2, allow_nan=False)
+        (folder / huggingface.CONFIG).write_text(text + "\n")
     if whole.exists():
         whole.rmtree()
     folder.rename(whole)

@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import glob
 import json
+import math
 import os
 import pathlib
 import re
@@ -118,8 +119,25 @@ class Record:
         return {**fields, **self.extra}
 
     def to_line(self) -> str:
-        """The line of JSONL."""
-        return json.dumps(self.to_json(), ensure_ascii=False) + "\n"
+        """The line of JSONL.
+
+        Raises:
+            UsageError: a field that is not ours holds a number that is not finite.
+        """
+        return self.as_text(self.to_json()) + "\n"
+
+    def as_text(self, fields: Mapping[str, Any]) -> str:
+        """Some of its fields as JSON; raises as `to_line`."""
+        try:
+            return json.dumps(fields, ensure_ascii=False, allow_nan=False)
+        except ValueError:
+            name, number = _not_finite(fields)
+            if number is None:
+                raise
+            raise UsageError(
+                f"record {self.id!r}: {name}: expected finite numbers, found {number}, which JSON "
+                "does not have. Give None, or leave the field out."
+            ) from None
 
 
 def read_records(path: str | os.PathLike) -> list[Record]:
@@ -374,8 +392,17 @@ def parse_line(line: bytes, where: str) -> Any:
     try:
         # Without the mark that Windows begins a file with, and what follows an object: or an open
         # end is said to be in line 2.
-        value = json.loads(line.decode("utf-8-sig").rstrip())
+        value = parse(line.decode("utf-8-sig").rstrip())
         check_depth(line, value)
+    except NotFiniteError as error:
+        name = ""
+        with contextlib.suppress(ValueError, RecursionError):  # what comes after may be no JSON
+            name, _ = _not_finite(json.loads(line.decode("utf-8-sig")))
+        field = f"{name}: " if name else ""
+        raise UsageError(
+            f"{where}: {field}expected finite numbers, found {error}. Write null, or leave the "
+            "field out."
+        ) from None
     except UnicodeDecodeError as error:
         raise UsageError(
             f"{where}: not UTF-8 ({error.reason} at byte {error.start}). Save the file as UTF-8."
@@ -397,6 +424,52 @@ def parse_line(line: bytes, where: str) -> Any:
             "a character?"
         )
     return value
+
+
+class NotFiniteError(ValueError):
+    """JSON text has a number that JSON, or a float, does not."""
+
+
+def _refuse(literal: str) -> None:
+    raise NotFiniteError(f"{literal}, which JSON does not have")
+
+
+def _finite(literal: str) -> float:
+    number = float(literal)
+    if not math.isfinite(number):
+        raise NotFiniteError(f"{literal:.20}, which is more than a number can be")
+    return number
+
+
+_STRICT = json.JSONDecoder(parse_constant=_refuse, parse_float=_finite)
+
+
+def parse(text: str) -> Any:
+    """What JSON text holds.
+
+    `json.loads` takes NaN and Infinity, too, and makes 1e999 one. What is read is written again,
+    and nobody else reads those.
+
+    Raises:
+        NotFiniteError: a number is none, or not finite.
+        ValueError: it is not JSON.
+    """
+    return _STRICT.decode(text)
+
+
+def _not_finite(value: Any) -> tuple[str, float | None]:
+    """The first field of an object with a number that is not finite in it, and the number."""
+    for name, part in value.items() if isinstance(value, Mapping) else [("", value)]:
+        waiting = [part]
+        while waiting:
+            part = waiting.pop()
+            if isinstance(part, float) and not math.isfinite(part):
+                return str(name), part
+            if isinstance(part, Mapping):
+                waiting += part.values()
+            elif isinstance(part, list | tuple):
+                waiting += part
+    return "", None
 
 
 def counted_otherwise(text: str, start: int, end: int) -> str:

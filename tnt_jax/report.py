@@ -193,8 +193,8 @@ def _tokens(line: bytes, where: str, known: Collection[str]) -> dict[str, Any]:
 
 
 def _length_of(values: Any, field: str) -> int | None:
-    """Of a list of pieces, or of values of pieces; None where it is none."""
-    types = str if field == "pieces" else int | float
+    """Of a list of pieces, or of values of pieces, null if not finite; None where it is none."""
+    types = str if field == "pieces" else int | float | None
     is_list = isinstance(values, list) and all(isinstance(value, types) for value in values)
     return len(values) if is_list else None
 
@@ -222,10 +222,13 @@ def _of_pipeline(
             f"{summary}: expected what a pipeline wrote, evaluations by arm and decoder, found "
             f"{str(found)[:60]!r}."
         )
+    num_rounds = found.get("num_rounds", 1)
+    if not isinstance(num_rounds, int):
+        raise UsageError(f"{summary}: num_rounds: expected a number, found {num_rounds!r:.60}.")
     files.note_settings(root / "operative_config.gin")
     pairs = []
     for arm, by_decoder in evaluations.items():
-        of_training = _training(files, stages.note_path(root, f"{arm}: train"))
+        of_training = _training(files, stages.note_path(root, f"{arm}: train"), num_rounds)
         for decoder, evaluation in by_decoder.items():
             tokens = root / arm / f"{decoder}.tokens.jsonl"
             pairs.append(
@@ -245,8 +248,8 @@ def _of_pipeline(
     return pairs
 
 
-def _training(files: _Files, note: pathlib.Path) -> dict[str, Any]:
-    """Weight, seed and updates of an arm, as far as its stage noted them."""
+def _training(files: _Files, note: pathlib.Path, num_rounds: int) -> dict[str, Any]:
+    """Weight, seed and updates of an arm, as far as the stage of its first round noted them."""
     if not note.is_file():
         return {}
     noted = files.read_json(note)
@@ -262,7 +265,10 @@ def _training(files: _Files, note: pathlib.Path) -> dict[str, Any]:
         "seed": value_at("described", "function", "seed"),
         "steps": value_at("described", "function", "train_steps"),
     }
-    return {name: value for name, value in found.items() if isinstance(value, int | float)}
+    known = {name: value for name, value in found.items() if isinstance(value, int | float)}
+    if "steps" in known:  # every round has as many
+        known["steps"] *= num_rounds
+    return known
 
 
 def _compare(

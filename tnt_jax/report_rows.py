@@ -24,7 +24,7 @@ class Row:
       bleu: To the original's outputs, 0 to 100.
       alpha: `negative_weight` of the objective.
       seed: Of the training run.
-      steps: Updates.
+      steps: Updates of training, of all rounds together.
       rouge_l: To the original's outputs, 0 to 100.
       exact_match: Outputs that did not change, from 0 to 1.
       repeated_word_rate: Outputs with a word twice in a row, from 0 to 1.
@@ -161,9 +161,14 @@ def check_evaluation(evaluation: Any) -> None:
 
     found = evaluation if isinstance(evaluation, Mapping) else {}
     absent = [path for path in _OF_EVALUATION if not _is_number(value_at(path), is_finite=True)]
-    if found.get("certificate") is not None:
-        of_certificate = [("certificate", name) for name in _OF_CERTIFICATE]
-        absent += [path for path in of_certificate if not _is_number(value_at(path))]
+    if (certificate := found.get("certificate")) is not None:
+        known = certificate if isinstance(certificate, Mapping) else {}
+        absent += [
+            ("certificate", name)
+            for name in _OF_CERTIFICATE
+            # Null is a number that was not finite.
+            if name not in known or not (known[name] is None or _is_number(known[name]))
+        ]
     if absent:
         raise UsageError(
             "expected the JSON file that python -m tnt_jax.evaluate wrote, with original, current, "

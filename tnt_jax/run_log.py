@@ -128,14 +128,10 @@ class StepLines:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Appends one line, flushed. A number that is not finite becomes null: JSON has no NaN."""
+        """Appends one line, as `as_json` writes it, flushed."""
         if self._file is None:
             return
-        finite = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in values.items()
-        }
-        self._file.write(json.dumps({"step": int(step), **finite}, ensure_ascii=False) + "\n")
+        self._file.write(as_json({"step": int(step), **values}) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -183,8 +179,23 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Writes `value` as indented JSON, as `write_text` does."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Writes `value` as indented JSON, as `as_json` makes it, and as `write_text` does."""
+    write_text(path, as_json(value, indent=2) + "\n")
+
+
+def as_json(value: Any, *, indent: int | None = None) -> str:
+    """JSON text. A number that is not finite becomes null: JSON has no NaN, and no infinity."""
+    return json.dumps(_with_null(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _with_null(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _with_null(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_null(part) for part in value]
+    return value
 
 
 def table(

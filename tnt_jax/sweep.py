@@ -6,7 +6,8 @@ PROCESS_INDEX), each with its own part of the arms.
 
 It writes `results.json`: "rows", one for each arm, weight, seed and decoder, on prompts that no
 weight was chosen on; "choice_rows", the same on those that it was; "chosen", each arm at its chosen
-weight, over seeds, with intervals over prompts. And `results.md`, those as tables.
+weight, over seeds, with intervals over prompts. Of an arm with several rounds, "steps" and
+"train_seconds" are those of all its rounds together. And `results.md`, those as tables.
 
 Which arms are on the frontier is known when all are done: those can then be run with other seeds.
 
@@ -25,20 +26,12 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from tnt_jax import (
-    holding,
-    objectives,
-    pretrained,
-    program,
-    records,
-    results,
-    run_log,
-    stages,
-)
+from tnt_jax import holding, objectives, program, records, results, run_log, stages
 from tnt_jax.errors import UsageError
 from tnt_jax.experiment import Experiment, Opened
 
 _FEWEST = 5  # unwanted outputs to choose weights by: fewer are chance
+_FEWEST_TO_REPORT = 2  # prompts: what one says has no interval
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,6 +151,8 @@ def sweep(
     ]
     experiment.check_names([cell.name for cell in cells])
     for grid in grids:
+        if grid.num_rounds < 1:
+            raise UsageError(f"Grid.num_rounds: expected at least 1, found {grid.num_rounds}.")
         for objective in grid.objectives:
             objectives.named(objective)  # a misspelt one is known now
     began = time.monotonic()
@@ -238,12 +233,12 @@ class _Shared:
 
     def rows(self, cells: Sequence[_Cell]) -> tuple[dict[str, list[results.Row]], int]:
         """The rows of what is done, whichever process did it; and how many arms are not."""
-        arms: dict[str, Mapping[str, Any]] = {
-            cell.name: cell.labels for cell in cells if self._is_done(cell)
+        arms = {
+            cell.name: (cell.labels, cell.grid.num_rounds) for cell in cells if self._is_done(cell)
         }
         num_missing = len(cells) - len(arms)
         if self.mask_decoding:
-            arms[results.MASK] = {"objective": results.MASK, "alpha": None, "seed": 0}
+            arms[results.MASK] = ({"objective": results.MASK, "alpha": None, "seed": 0}, 0)
         return _rows(self.opened, arms, self.task, self.choice_share), num_missing
 
 
@@ -290,8 +285,12 @@ def _open(
     """Process 0 makes what the arms share; for the others it has to be there."""
     try:
         with stages.only_done(process_index != 0):
-            opened = Opened(experiment)
-            _ = opened.original_outputs
+            opened = Opened(
+                experiment, lambda ids: _check_halves(ids, choice_share, "EVAL_PROMPTS")
+            )
+            for decoder, file in opened.original_outputs.items():
+                ids = [row.id for row in records.iterate(file)]
+                _check_halves(ids, choice_share, f"EVAL_PROMPTS, {decoder} outputs")
             training = {id(grid): _training_outputs(opened, grid) for grid in grids}
             if mask_decoding:
                 for decoder in experiment.decoders:
@@ -316,11 +315,21 @@ def _training_outputs(opened: Opened, grid: Grid) -> str:
 
 
 def _rows(
-    opened: Opened, arms: Mapping[str, Mapping[str, Any]], task: str, choice_share: float
+    opened: Opened,
+    arms: Mapping[str, tuple[Mapping[str, Any], int]],
+    task: str,
+    choice_share: float,
 ) -> dict[str, list[results.Row]]:
-    """The numbers of arms that are done, whichever process ran them; by the names of folders."""
+    """The numbers of arms that are done, whichever process ran them.
+
+    Args:
+      opened: The experiment.
+      arms: By the names of folders: labels, and how many rounds.
+      task: Its name.
+      choice_share: Of the evaluation prompts.
+    """
     found: dict[str, list[results.Row]] = {"rows": [], "choice_rows": []}
-    for name, labels in arms.items():
+    for name, (labels, num_rounds) in arms.items():
         for decoder in opened.settings.decoders:
             certificate, seconds, steps = {}, None, None
             if name != results.MASK:
@@ -332,8 +341,7 @@ def _rows(
                     "smallest_cost": parts["negative_smallest_cost"],
                     "collateral_elsewhere": parts["positive_collateral"],
                 }
-                seconds = opened.seconds(f"{name}: train")
-                steps = pretrained.open_checkpoint(str(opened.root / name / "model")).step
+                steps, seconds = opened.training_of(name, num_rounds)
             current = str(opened.root / name / f"{decoder}.annotated.jsonl")
             pairs = records.read_pairs(opened.original_outputs[decoder], current)
             for key, of_part in zip(
@@ -353,6 +361,23 @@ def _rows(
 Pairs = tuple[list[records.Record], list[records.Record]]
 
 
+def _check_halves(ids: Sequence[str], share: float, what: str) -> None:
+    """Finds out, before the work, whether there are prompts for the choice and for the report.
+
+    Raises:
+      UsageError: There are too few; the message begins with `what`.
+    """
+    num_choice = sum(results.is_for_choice(name, share) for name in ids)
+    num_report = len(ids) - num_choice
+    if num_choice < 1 or num_report < _FEWEST_TO_REPORT:
+        change = "larger" if num_choice < 1 else "smaller"
+        raise UsageError(
+            f"{what}: expected at least 1 to choose weights on and {_FEWEST_TO_REPORT} others to "
+            f"report on, found {num_choice} and {num_report} of {len(ids)} with CHOICE_SHARE="
+            f"{share:g}. Give more EVAL_PROMPTS, or a {change} CHOICE_SHARE."
+        )
+
+
 def _parts(
     original: Sequence[records.Record], current: Sequence[records.Record], share: float
 ) -> tuple[Pairs, Pairs]:
@@ -365,11 +390,6 @@ def _parts(
         )
         for wanted in (True, False)
     )
-    if not choice[0] or not report[0]:
-        raise UsageError(
-            f"EVAL_PROMPTS: expected enough prompts to choose weights on some and report others, "
-            f"found {len(original)}."
-        )
     return choice, report  # pyright: ignore[reportReturnType]
 
 

@@ -539,7 +539,9 @@ def _check_run(model_dir: epath.Path, original: dict[str, str] | None, step: int
         if jax.process_index() == 0:
             model_dir.mkdir(parents=True, exist_ok=True)
             half_written = model_dir / f"{_RUN_FILE}.tmp"
-            half_written.write_text(json.dumps({"original": original, "first_step": step}))
+            half_written.write_text(
+                json.dumps({"original": original, "first_step": step}, allow_nan=False)
+            )
             half_written.replace(model_dir / _RUN_FILE)
         return
 

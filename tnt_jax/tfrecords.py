@@ -1,7 +1,7 @@
 """Records as TFRecord files of `tf.train.Example`: the same fields as in JSONL."""
 
 import itertools
-import json
+import math
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -40,7 +40,7 @@ def write(path: str | os.PathLike, rows: Iterable[records.Record]) -> None:
             if record.negative_token_ids:
                 features["negative_token_ids"] = of_ints(itertools.chain(*pairs(record)))
             if record.extra:
-                features["extra"] = of_text(json.dumps(dict(record.extra)))
+                features["extra"] = of_text(record.as_text(record.extra))
             example = tf.train.Example(features=tf.train.Features(feature=features))
             file.write(example.SerializeToString())
 
@@ -114,6 +114,11 @@ def _json_fields(example: tf.train.Example, where: str) -> dict[str, Any]:
                 by_position = itertools.groupby(fields[name], key=lambda pair: pair[0])
                 fields[name] = [[position, [i for _, i in of]] for position, of in by_position]
         else:
+            if kind == "float_list" and not all(map(math.isfinite, values)):
+                raise UsageError(
+                    f"{where}: {name}: expected finite numbers, found {values!r:.60}. Leave the "
+                    "feature out."
+                )
             fields[name] = values
     if "extra" not in fields:
         return fields

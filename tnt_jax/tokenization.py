@@ -230,16 +230,16 @@ def _measured(
 def pieces(record: records.Record, vocabulary: "seqio.Vocabulary") -> list[str]:
     """The targets cut up, one stretch per token, spaces with what follows them.
 
-    Joined they are the targets. What stands for no text, and what shares its character with a token
-    before it, gets an empty one.
+    Joined they are the targets; without a token there is none. What stands for no text, and what
+    shares its character with a token before it, gets an empty one.
 
     Raises:
         UsageError: as `mark_tokens`.
     """
     _, extents = ids_and_extents(record, vocabulary)
     ends = list(itertools.accumulate((end for _, end in extents), max))
-    starts = [0, *ends[:-1]]
-    ends[-1:] = [len(record.targets)]
+    starts = [0, *ends][: len(ends)]
+    ends = [*ends[:-1], len(record.targets)][: len(ends)]
     return [record.targets[start:end] for start, end in zip(starts, ends, strict=True)]
 
 

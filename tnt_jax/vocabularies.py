@@ -233,7 +233,8 @@ def write(folder: epath.Path, vocabulary: "seqio.Vocabulary") -> None:
         (folder / _SENTENCEPIECE).write_bytes(content)
     else:
         settings |= {"tokenizer_class": "ByT5Tokenizer", "extra_ids": vocabulary.extra_ids}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    text = json.dumps(settings, indent=2, allow_nan=False)
+    (folder / "tokenizer_config.json").write_text(text + "\n")
 
 
 # ------------------------------------------------------------------------------------- Checking
