@@ -46,7 +46,7 @@ def main():
     if not os.environ.get("TNT_JAX_SHARED"):
         raise SystemExit("set TNT_JAX_SHARED to a folder with data/toxic_spans and data/e2e")
     data = pathlib.Path(os.environ["TNT_JAX_SHARED"]) / "data"
-    print(report.environment(PACKAGES), end="\n\n")
+    report.heading(PACKAGES)
     toxic_words(data / "toxic_spans", arguments.posts)
     print()
     unsupported_values(data / "e2e" / "devset.csv")
@@ -75,13 +75,17 @@ def toxic_words(folder, num_posts):
             [f"Classifier, threshold {threshold}", annotators.Classifier(threshold=threshold)]
             for threshold in THRESHOLDS
         ]
-        table = []
-        for name, annotator in rows:
-            start = time.perf_counter()
-            found = score(annotator, trial)
-            milliseconds = 1e3 * (time.perf_counter() - start) / len(trial)
-            table.append([name, f"{found:.3f}", f"{milliseconds:.1f}"])
-    report.table([f"{len(trial)} posts", "F1 of characters", "ms a post"], table)
+        columns = [f"{len(trial)} posts", "F1 of characters", "ms a post"]
+        report.table(columns, scores_of(rows, trial))
+
+
+def scores_of(rows, posts):
+    """F1 of each named annotator, and its time."""
+    for name, annotator in rows:
+        start = time.perf_counter()
+        found = score(annotator, posts)
+        milliseconds = 1e3 * (time.perf_counter() - start) / len(posts)
+        yield name, f"{found:.3f}", f"{milliseconds:.1f}"
 
 
 def read_posts(path):

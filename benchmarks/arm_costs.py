@@ -63,29 +63,31 @@ def main():
     (every,) = outputs.glob("greedy.Gazetteer-* and sampled.Gazetteer-*.merged.jsonl")
     files = {"marked tokens": outputs / "greedy and sampled.merged.jsonl", "every position": every}
     seconds = least_seconds(folder / "results.json")
-    print(report.environment())
-    table = []
-    for marks, file in files.items():
-        number = most_ids(file, vocabulary, lengths)
-        for name in ARMS[marks]:
-            objective = FINE_TUNE if name == "fine-tuning" else objectives.named(name)
-            found = precompile.compile_step(
-                jax.devices()[:1],
-                model=config,
-                objective=objective,
-                optimizer=optax.adam(3e-4),
-                task_feature_lengths=lengths,
-                batch_size=arguments.batch,
-                pack=True,
-                num_negative_ids=number,
-            )
-            total = found["bytes"]["total"] / 2**20
-            arm = name if marks == "marked tokens" else f"{name}, {marks}"
-            took = round(seconds[arm]) if arm in seconds else "-"
-            table.append(
-                [name, marks, number, total, total / (table[0][3] if table else total), took]
-            )
-    report.table(["arm", "marks", "ids a position", "MiB", "times fine-tuning", "seconds"], table)
+    report.heading()
+
+    def rows():
+        first = None  # MiB of fine-tuning
+        for marks, file in files.items():
+            number = most_ids(file, vocabulary, lengths)
+            for name in ARMS[marks]:
+                objective = FINE_TUNE if name == "fine-tuning" else objectives.named(name)
+                found = precompile.compile_step(
+                    jax.devices()[:1],
+                    model=config,
+                    objective=objective,
+                    optimizer=optax.adam(3e-4),
+                    task_feature_lengths=lengths,
+                    batch_size=arguments.batch,
+                    pack=True,
+                    num_negative_ids=number,
+                )
+                total = found["bytes"]["total"] / 2**20
+                first = first or total
+                arm = name if marks == "marked tokens" else f"{name}, {marks}"
+                took = round(seconds[arm]) if arm in seconds else "-"
+                yield arm, marks, number, total, total / first, took
+
+    report.table(["arm", "marks", "ids a position", "MiB", "times fine-tuning", "seconds"], rows())
 
 
 if __name__ == "__main__":

@@ -179,7 +179,7 @@ def main():
     parser.add_argument("--batch_size", type=int, default=64, help="of the second table")
     flags = parser.parse_args()
     packages = (*report.PACKAGES, "torch", "transformers")
-    print(report.environment(packages), end="\n\n")
+    report.heading(packages)
     rows, are_same = compare(flags.rounds)
     report.table(("greedy, 8 x 64 tokens", "tokens/s", "times transformers"), rows)
     if are_same is None:

@@ -17,6 +17,8 @@ Needs jax, flax, optax and numpy, and nothing else of what tnt_jax needs.
 
 import argparse
 import functools
+import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -91,6 +93,7 @@ def gradients_of(variant):
     return jax.jit(jax.value_and_grad(variant, has_aux=True))
 
 
+PADDED = f"TNRF, fused, {1 - LIVE:.0%} padding"
 VARIANTS = {
     "plain cross-entropy, dense": cross_entropy,
     "plain cross-entropy, fused": functools.partial(fused, objective=FINE_TUNE),
@@ -98,38 +101,35 @@ VARIANTS = {
     "TNRF, fused, blocks of 64": functools.partial(fused, block_size=64),
     "TNRF, fused, blocks of 128": functools.partial(fused, block_size=128),
     "TNRF, fused, blocks of 1024": functools.partial(fused, block_size=1024),
+    PADDED: fused,
+    "TNRF, dense": dense,
 }
-# After the others in every round: what comes next waits for the memory that it gives back.
-LAST = {"TNRF, dense": dense}
-PADDED = f"TNRF, fused, {1 - LIVE:.0%} padding"
+FIRST, *_ = VARIANTS
 
 
-def cost(num_tokens, num_tokens_of_memory, rounds):
-    """Rows of the first table."""
-    arguments = make_arguments(num_tokens)
-    of_padded = make_arguments(num_tokens, live=LIVE)
-    larger = jax.eval_shape(functools.partial(make_arguments, num_tokens_of_memory))
-    variants = {**VARIANTS, PADDED: fused, **LAST}
-    steps = {name: gradients_of(variant) for name, variant in variants.items()}
-    runs = {
-        name: functools.partial(step, *(of_padded if name == PADDED else arguments))
-        for name, step in steps.items()
-    }
+def cost_of(name, flags):
+    """A variant in turn with a product and the first variant, in this process; and its memory."""
+    step = gradients_of(VARIANTS[name])
+    arguments = make_arguments(flags.tokens)
+    live = LIVE if name == PADDED else 1.0
+    own = arguments if live == 1 else make_arguments(flags.tokens, live=live)
     product = jax.jit(jnp.matmul)
-    # The first product waits for the memory that the last run gave back, the second is measured.
-    products = dict.fromkeys(["before matmul", "matmul"], lambda: product(*arguments[0]))
-    times = report.interleave(products | runs, rounds, warm_up=2)
-    first, *_ = VARIANTS
-    for name, step in steps.items():
-        memory = step.lower(*larger).compile().memory_analysis()
-        yield (
-            name,
-            memory.temp_size_in_bytes / 2**20,
-            memory.temp_size_in_bytes / (4 * num_tokens_of_memory * VOCAB),
-            1e3 * report.median(times[name]),
-            report.ratio(times[name], times["matmul"]),
-            report.ratio(times[name], times[first]),
-        )
+    runs = {
+        # The first product waits for the memory that the last run gave back: the second counts.
+        **dict.fromkeys(["before matmul", "matmul"], lambda: product(*arguments[0])),
+        FIRST: functools.partial(gradients_of(VARIANTS[FIRST]), *arguments),
+        name: functools.partial(step, *own),
+    }
+    times = report.interleave(runs, flags.rounds, warm_up=2)
+    larger = jax.eval_shape(functools.partial(make_arguments, flags.memory_tokens))
+    temp = step.lower(*larger).compile().memory_analysis().temp_size_in_bytes
+    return (
+        temp / 2**20,
+        temp / (4 * flags.memory_tokens * VOCAB),
+        1e3 * report.median(times[name]),
+        report.ratio(times[name], times["matmul"]),
+        report.ratio(times[name], times[FIRST]),
+    )
 
 
 # ------------------------------------------------------------------------------------ The reference
@@ -224,12 +224,24 @@ def accuracy(num_tokens):
 def main():
     """Prints both tables."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=2048, help="that times are of")
     parser.add_argument("--memory_tokens", type=int, default=8192, help="that bytes are of")
     parser.add_argument("--accuracy_tokens", type=int, default=256)
+    parser.add_argument("--variant", help="one alone, in this process; prints a JSON line")
     flags = parser.parse_args()
-    print(report.environment(), end="\n\n")
+    if flags.variant:
+        print(json.dumps(cost_of(flags.variant, flags)))
+        return None
+    report.heading(is_apart=True)
+    failed = []
+
+    def costs():
+        for name in VARIANTS:
+            found = report.apart(__file__, [*sys.argv[1:], f"--variant={name}"])
+            failed.extend([] if found else [name])
+            yield name, *(found or [None] * 5)
+
     report.table(
         (
             f"{EMBED} x {VOCAB:,}, float32",
@@ -239,7 +251,7 @@ def main():
             "matmuls",
             "times the first",
         ),
-        list(cost(flags.tokens, flags.memory_tokens, flags.rounds)),
+        costs(),
     )
     print()
     report.table(
@@ -247,9 +259,10 @@ def main():
             *("drift", "marked", "TNRF"),
             *("objective: loss", "gradient", "head: loss", "gradients"),
         ),
-        list(accuracy(flags.accuracy_tokens)),
+        accuracy(flags.accuracy_tokens),
     )
+    return f"Failed: {'; '.join(failed)}" if failed else None
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -110,7 +110,7 @@ def main():
     print(
         f"| {flags.model}, {flags.dtype} | files | parameters | largest | peak | beyond | seconds |"
     )
-    print("|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         make_directory(folder, flags.model, flags.dtype)
         for method in METHODS:

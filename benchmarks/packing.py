@@ -146,6 +146,20 @@ def wait_for_input(run, num_updates, is_ahead):
     return seconds, waited / seconds
 
 
+def waits(examples, num_updates):
+    """Rows of the second table."""
+    for pack in (False, True):
+        run = Run(examples, LENGTHS[0], pack)
+        for is_ahead in (False, True):
+            seconds, fraction = wait_for_input(run, num_updates, is_ahead)
+            yield (
+                "packed" if pack else "unpacked",
+                "in a thread, ahead" if is_ahead else "in turn",
+                1e3 * seconds / num_updates,
+                f"{fraction:.1%}",
+            )
+
+
 def main():
     """Prints both tables."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -153,27 +167,20 @@ def main():
     parser.add_argument("--updates", type=int, default=100, help="of a run in the second table")
     parser.add_argument("--examples", type=int, default=8000)
     flags = parser.parse_args()
-    print(report.environment(), end="\n\n")
+    report.heading()
     examples = make_examples(flags.examples)
     report.table(
         (
             *("inputs + targets", "", "examples a row", "padding: inputs, targets", "ms a batch"),
             *("examples/s", "times as many", "loss"),
         ),
-        [row for lengths in LENGTHS for row in compare(examples, lengths, flags.rounds)],
+        (row for lengths in LENGTHS for row in compare(examples, lengths, flags.rounds)),
     )
     print()
-    rows = []
-    for pack in (False, True):
-        run = Run(examples, LENGTHS[0], pack)
-        for is_ahead in (False, True):
-            seconds, fraction = wait_for_input(run, flags.updates, is_ahead)
-            how = (
-                "packed" if pack else "unpacked",
-                "in a thread, ahead" if is_ahead else "in turn",
-            )
-            rows.append((*how, 1e3 * seconds / flags.updates, f"{fraction:.1%}"))
-    report.table(("", "batches are made", "ms an update", "input_wait_fraction"), rows)
+    report.table(
+        ("", "batches are made", "ms an update", "input_wait_fraction"),
+        waits(examples, flags.updates),
+    )
 
 
 if __name__ == "__main__":

@@ -2,25 +2,42 @@
 
     import report  # a benchmark is run as `python benchmarks/NAME.py`, so this folder is importable
 
+    report.heading()
     times = report.interleave({"ours": ours, "theirs": theirs}, rounds=15)
-    print(report.environment())
     report.table(["", "ms"], [[name, 1e3 * report.median(of)] for name, of in times.items()])
     report.ratio(times["ours"], times["theirs"])
+
+A benchmark whose variants need much memory measures each in a process of its own (`apart`): what
+one took is given back before the next begins.
 
 JAX alone is needed, and of other packages only the versions.
 """
 
 import datetime
 import importlib.metadata
+import json
 import os
 import pathlib
 import platform
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+
+
+def heading(packages: Sequence[str] = PACKAGES, *, is_apart: bool = False) -> None:
+    """Prints `environment` and an empty line, before anything is measured.
+
+    Args:
+        packages: whose versions are printed.
+        is_apart: asks another process for it, so that this one holds no device; see `apart`.
+    """
+    text = apart(__file__, packages) if is_apart else environment(packages)
+    print(text, end="\n\n", flush=True)
 
 
 def environment(packages: Sequence[str] = PACKAGES) -> str:
@@ -67,12 +84,43 @@ def peak() -> int:
     return int(line.split()[1]) * 1024
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Prints Markdown: numbers right-aligned, floats with three significant digits, None a dash."""
-    numeric = [any(isinstance(row[i], int | float) for row in rows) for i in range(len(columns))]
-    print(f"| {' | '.join(columns)} |")
-    print(f"|{'|'.join('---:' if is_number else '---' for is_number in numeric)}|")
-    for row in rows:
+def apart(file: str, arguments: Sequence[str], **environment: str) -> Any:
+    """Runs a benchmark's file in a process of its own, whose memory is given back when it ends.
+
+    Nothing of JAX may have been computed here before: on a GPU this process would hold its memory.
+
+    Args:
+        file: the benchmark's own `__file__`.
+        arguments: its flags.
+        environment: further variables.
+
+    Returns:
+        What the process printed as JSON in its last line. None if it failed, which is said on
+        standard error: so that one variant too many for the memory is not the end of all others.
+    """
+    command = [sys.executable, file, *arguments]
+    variables = os.environ | environment
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=variables, check=False)
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    reason = f"status {done.returncode}"
+    if done.returncode < 0:
+        reason = f"signal {-done.returncode} (9: the system may have had no memory left)"
+    print(f"{' '.join(arguments)}: ended with {reason}.", file=sys.stderr, flush=True)
+    return None
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Prints Markdown: numbers right-aligned, floats with three significant digits, None a dash.
+
+    Each row is printed when it is there, the names of the columns before that. A column is aligned
+    as its cell in the first row is.
+    """
+    print(f"| {' | '.join(columns)} |", flush=True)
+    for number, row in enumerate(rows):
+        if number == 0:
+            numeric = [isinstance(cell, int | float) for cell in row]
+            print(f"|{'|'.join('---:' if is_number else '---' for is_number in numeric)}|")
         print(f"| {' | '.join(map(_cell, row))} |", flush=True)
 
 
@@ -109,3 +157,7 @@ def interleave(
 def ratio(times: Sequence[float], baseline: Sequence[float]) -> float:
     """The median over rounds of time / baseline, both from `interleave`: steadier than a time."""
     return median(one / other for one, other in zip(times, baseline, strict=True))
+
+
+if __name__ == "__main__":  # in a process of its own
+    print(json.dumps(environment(sys.argv[1:])))

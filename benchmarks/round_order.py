@@ -47,7 +47,7 @@ def main():
         "at once": said(run, run.original, "at_once", annotators["both"]),
     }
     models["at once"] = run.train("at_once_model", models["at once"])
-    print(report.environment(), end="\n\n")
+    report.heading()
     rows = []
     for name, model in models.items():
         measured = run.measure(model, "greedy", annotators["both"])

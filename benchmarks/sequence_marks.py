@@ -49,7 +49,7 @@ def main():
             batch_size=128,
             check=localize.MonteCarlo(annotator=annotator, num_samples=NUM_SAMPLES),
         )
-    print(report.environment(), end="\n\n")
+    report.heading()
     numbers = json.loads(quality.read_text())
     numbers = {**numbers, **numbers["agreement"], **numbers["monte_carlo"]}
     report.table(

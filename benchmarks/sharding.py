@@ -191,16 +191,16 @@ def main():
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
     devices = jax.devices()
-    print(report.environment(), end="\n\n")
+    report.heading()
     if flags.topology:
         devices = described(flags.topology)
-        print(f"Compiled for {len(devices)} x {devices[0].device_kind}.\n")
+        print(f"Compiled for {len(devices)} x {devices[0].device_kind}.\n", flush=True)
     report.table(
         (
             *("mesh", "TNRF", "temp MiB", "of [N, V] / 8", "matrix MiB", "FLOPs over an eighth"),
             "exchanged in the loop",
         ),
-        list(of_heads(devices)),
+        of_heads(devices),
     )
     print()
     report.table(
@@ -208,7 +208,7 @@ def main():
             *(f"{flags.size}, {NUM_MICROBATCHES} microbatches", "collective", "how often"),
             *("in the program", "MiB an update", "the largest"),
         ),
-        list(of_steps(flags.size, (128, 64), devices)),
+        of_steps(flags.size, (128, 64), devices),
     )
 
 

@@ -22,8 +22,8 @@ import dataclasses
 import functools
 import importlib.util
 import json
-import subprocess
 import sys
+import tempfile
 
 import jax
 import numpy as np
@@ -33,7 +33,12 @@ from tnt_jax import adapters, compiled_step, objectives, optimizers, t5, train_s
 from tnt_jax.original import PARAMETERS, STATES, AdaptersOff, CachedStates
 
 # emb_dim, num_heads, layers of each stack, mlp_dim
-SIZES = {"small": (512, 6, 8, 1024), "base": (768, 12, 12, 2048), "large": (1024, 16, 24, 2816)}
+SIZES = {
+    "tiny": (32, 2, 1, 64),  # for a look at whether it runs
+    "small": (512, 6, 8, 1024),
+    "base": (768, 12, 12, 2048),
+    "large": (1024, 16, 24, 2816),
+}
 FINE_TUNE = objectives.TntObjective(negative_term="none", positive_term="log_likelihood")
 TNRF = objectives.TntObjective(negative_term="reverse_kl", positive_term="forward_kl")
 OPTIMIZER = optimizers.adafactor(1e-3)
@@ -208,79 +213,87 @@ def has_published():
     return all(importlib.util.find_spec(name) for name in ("t5x", "t5patches"))
 
 
-def compare(size, flags):
-    """Rows of times and accounted memory for one size."""
-    config = make_config(size, flags.dtype, flags.remat, flags.scan)
-    shape = flags.batch, flags.lengths
-    work = Work(config, VARIANTS.values(), *shape)
-    runs = {
-        name: functools.partial(work.update, variant, make_step(config, variant))
-        for name, variant in VARIANTS.items()
-    }
-    if has_published() and not flags.ours:
-        import published
-
-        batch = make_batch(config, *shape)
-        runs |= {name: published.make(config, of, batch) for name, of in PUBLISHED.items()}
-    times = report.interleave(runs, flags.rounds, warm_up=2)
-    # Scanned: in a program of layers that are apart XLA may undo it.
-    remat = dataclasses.replace(config, remat_policy="full", scan_layers=True)
-    bytes_of, floors = {}, {}
-    for name, variant in VARIANTS.items():
-        bytes_of[name] = accounted(remat, variant, flags.memory_batch, flags.memory_lengths)
-        floors[name] = products(config, variant, *shape)
-    for name in runs:
-        seconds = report.median(times[name])
-        is_ours = name in VARIANTS
-        yield (
-            size,
-            name,
-            1e3 * seconds,
-            report.ratio(times[name], times[FIRST]),
-            floors[name] / floors[FIRST] if is_ours else None,
-            bytes_of[name] / 2**20 if is_ours else None,
-            bytes_of[name] / bytes_of[FIRST] if is_ours else None,
-            of_card(floors[name], seconds, flags.dtype) if is_ours else None,
-        )
-
-
 # ----------------------------------------------------------------------- A process for each variant
 
 
-def measure(size, name, flags):
-    """Two updates of one variant in this process; prints its peaks as a JSON line."""
+def published_update(config, name, flags):
+    """An update of the published library."""
+    import published
+
+    return published.make(config, PUBLISHED[name], make_batch(config, flags.batch, flags.lengths))
+
+
+def times_of(size, name, flags):
+    """One variant and plain fine-tuning in turn, in this process; and memory as XLA accounts it."""
     config = make_config(size, flags.dtype, flags.remat, flags.scan)
-    if name in VARIANTS:
+    shape = flags.batch, flags.lengths
+    ours = {one: VARIANTS[one] for one in (FIRST, name) if one in VARIANTS}
+    work = Work(config, ours.values(), *shape)
+    runs = {
+        one: functools.partial(work.update, variant, make_step(config, variant))
+        for one, variant in ours.items()
+    }
+    if name in PUBLISHED:
+        runs[name] = published_update(config, name, flags)
+    times = report.interleave(runs, flags.rounds, warm_up=2)
+    seconds = report.median(times[name])
+    found = {"ms": 1e3 * seconds, "ratio": report.ratio(times[name], times[FIRST])}
+    if name in PUBLISHED:
+        return found
+    runs.clear()
+    del work
+    variant = VARIANTS[name]
+    # Scanned: in a program of layers that are apart XLA may undo it.
+    remat = dataclasses.replace(config, remat_policy="full", scan_layers=True)
+    floor = products(config, variant, *shape)
+    return {
+        **found,
+        "floor": floor / products(config, VARIANTS[FIRST], *shape),
+        "accounted": accounted(remat, variant, flags.memory_batch, flags.memory_lengths) / 2**20,
+        "of_card": of_card(floor, seconds, flags.dtype),
+    }
+
+
+def peaks_of(size, name, flags):
+    """The peaks of two updates of one variant in this process, which does nothing else."""
+    config = make_config(size, flags.dtype, flags.remat, flags.scan)
+    if name in PUBLISHED:
+        update = published_update(config, name, flags)
+    else:
         variant = VARIANTS[name]
         work = Work(config, [variant], flags.batch, flags.lengths)
         update = functools.partial(work.update, variant, make_step(config, variant))
-    else:
-        import published
-
-        batch = make_batch(config, flags.batch, flags.lengths)
-        update = published.make(config, PUBLISHED[name], batch)
     for _ in range(2):
         jax.block_until_ready(update())
-    stats = jax.devices()[0].memory_stats() or {}
-    print(json.dumps([report.peak(), stats.get("peak_bytes_in_use")]))
+    stats = jax.devices()[0].memory_stats()
+    on_device = stats["peak_bytes_in_use"] / 2**20 if stats else None
+    return {"resident": report.peak() / 2**20, "device": on_device}
 
 
-def peaks(size, arguments, names):
-    """Rows of the peaks for one size."""
-    first = None
-    for name in names:
-        command = [sys.executable, __file__, *arguments, f"--size={size}", f"--measure={name}"]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        resident, on_device = json.loads(done.stdout.splitlines()[-1])
-        first = first or (resident, on_device)
-        yield (
-            size,
-            name,
-            resident / 2**20,
-            resident / first[0],
-            None if on_device is None else on_device / 2**20,
-            None if on_device is None else on_device / first[1],
-        )
+def rows_of(sizes, names, measure, keys, relative):
+    """The rows of a table, each when it is there.
+
+    Args:
+        sizes: one after the other.
+        names: of variants.
+        measure: gives what a variant's process has found, None if that failed.
+        keys: what of it goes into the row, in order.
+        relative: the keys after whose value comes its ratio to the first variant's.
+    """
+    for size in sizes:
+        first = {}
+        for name in names:
+            found = measure(size, name) or {}
+            if name == names[0]:
+                first = found
+            row = [size, name]
+            for key in keys:
+                value = found.get(key)
+                row.append(value)
+                if key in relative:
+                    is_known = value is not None and first.get(key) is not None
+                    row.append(value / first[key] if is_known else None)
+            yield row
 
 
 def main():
@@ -301,26 +314,40 @@ def main():
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--ours", action="store_true", help="leaves out the published library")
     parser.add_argument("--rss", action="store_true", help="peak memory instead of times")
-    parser.add_argument("--measure", help="a variant, for --rss")
+    parser.add_argument("--variant", help="one alone, in this process; prints a JSON line")
     flags = parser.parse_args()
-    if flags.measure:
-        return measure(flags.size, flags.measure, flags)
-    print(report.environment(), end="\n\n")
+    measure_here = peaks_of if flags.rss else times_of
+    if flags.variant:
+        print(json.dumps(measure_here(flags.size, flags.variant, flags)))
+        return None
+    report.heading(is_apart=True)
     what = f"batch {flags.batch} x {'/'.join(map(str, flags.lengths))}, {flags.dtype}"
-    sizes = flags.size.split(",")
-    if flags.rss:
+    failed = []
+    with tempfile.TemporaryDirectory() as cache:
+        # So that fine-tuning is compiled once. With --rss the compiler's memory is looked at, too.
+        environment = {} if flags.rss else {"JAX_COMPILATION_CACHE_DIR": cache}
+
+        def measure(size, name):
+            arguments = [*sys.argv[1:], f"--size={size}", f"--variant={name}"]
+            found = report.apart(__file__, arguments, **environment)
+            failed.extend([] if found else [f"{size}, {name}"])
+            return found
+
+        if flags.rss:
+            columns = ("peak resident MiB", "times fine-tune", "device MiB", "times fine-tune")
+            keys = relative = ("resident", "device")
+        else:
+            of = f"{flags.memory_batch} x {'/'.join(map(str, flags.memory_lengths))}"
+            columns = (
+                *("ms", "times fine-tune", "floor"),
+                *(f"accounted MiB, {of}", "times fine-tune", "MFU"),
+            )
+            keys, relative = ("ms", "ratio", "floor", "accounted", "of_card"), ("accounted",)
         names = [*VARIANTS, *(PUBLISHED if has_published() and not flags.ours else ())]
-        rows = [row for size in sizes for row in peaks(size, sys.argv[1:], names)]
-        columns = ("peak resident MiB", "times fine-tune", "device MiB", "times fine-tune")
-    else:
-        rows = [row for size in sizes for row in compare(size, flags)]
-        of = f"{flags.memory_batch} x {'/'.join(map(str, flags.memory_lengths))}"
-        columns = (
-            *("ms", "times fine-tune", "floor"),
-            *(f"accounted MiB, {of}", "times fine-tune", "MFU"),
-        )
-    report.table(("", what, *columns), rows)
+        rows = rows_of(flags.size.split(","), names, measure, keys, relative)
+        report.table(("", what, *columns), rows)
+    return f"Failed: {'; '.join(failed)}" if failed else None
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,7 +1,10 @@
-"""Random damage to what is valid, the same in every run."""
+"""Random damage to what is valid, the same in every run, and what comes of it."""
 
 import copy
 import random
+import time
+
+from tnt_jax import failures
 
 # Values that somebody's file has instead of the right one.
 ODD_VALUES = (
@@ -22,6 +25,24 @@ ODD_VALUES = (
     *([], [[]], [0], [1, 2], [[0, 1]], [[2, 1]], [[0, 3.0]], [[0, [1]]], [[0, [-1]]], [None]),
     *({}, {"a": 1}, {"": {}}, [[[[]]]]),
 )
+
+
+def outcome(function, *args, **kwargs):
+    """Says "works", or the message of a mistake; any other exception is a failure of the test."""
+    began = time.process_time()
+    message = "works"
+    try:
+        function(*args, **kwargs)
+    except Exception as error:
+        explained = failures.explain(error)
+        if explained is None:
+            raise
+        message = explained
+        assert 10 < len(message) < 2200
+        assert message.isprintable(), message
+    # A hundred times what it takes, of this process alone: what a file says is not believed.
+    assert time.process_time() - began < 30, message
+    return message
 
 
 def changed_value(value, chance: random.Random):

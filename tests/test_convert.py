@@ -266,7 +266,7 @@ def test_a_gin_file_says_what_the_parameters_must_fit(directory, tmp_path, capsy
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert "does not fit the model settings" in error
-    assert "token_embedder/embedding is (40, 12) instead of (32128, 32)" in error
+    assert "decoder/decoder_norm/scale is (12,) instead of (32,)" in error
     (tmp_path / "fits.gin").write_text(
         """
         include "models/t5_1_1_tiny.gin"

@@ -21,6 +21,7 @@ import rooms
 import seqio
 import tensorflow as tf
 from etils import epath
+from mutations import outcome
 from test_huggingface import write_directory
 
 from tnt_jax import (
@@ -28,7 +29,6 @@ from tnt_jax import (
     annotators,
     assembly,
     convert,
-    failures,
     pretrained,
     program,
     records,
@@ -41,20 +41,6 @@ from tnt_jax import (
 )
 
 LENGTHS = {"inputs": 8, "targets": 16}
-
-
-def outcome(function, *args, **kwargs):
-    """Says "works", or the message of a mistake; any other exception is a failure of the test."""
-    try:
-        function(*args, **kwargs)
-    except Exception as error:
-        message = failures.explain(error)
-        if message is None:
-            raise
-        assert len(message) > 10
-        assert message.isprintable(), message
-        return message
-    return "works"
 
 
 def assert_both(outcomes):

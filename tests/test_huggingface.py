@@ -423,7 +423,8 @@ def test_weights_of_torch(directory):
     [
         ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM"),
         ({"model_type": "bart", "is_encoder_decoder": True}, "model_type 'bart'"),
-        ([], "model_type None"),
+        ({}, "model_type None"),
+        ({"model_type": "t5", "is_encoder_decoder": False}, "is_encoder_decoder False"),
     ],
 )
 def test_another_architecture(settings, found, directory):

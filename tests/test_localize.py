@@ -81,7 +81,9 @@ def test_labels_alone_lead_to_the_unwanted_words(localized):
     true = records.read_records("marked.jsonl")
     assert [row.id for row in found] == [row.id for row in true]
     bad = [pair for pair in zip(found, true, strict=True) if pair[1].negative_spans]
-    assert 300 < len(bad) < 660 and quality["num_bad"] == len(bad)
+    assert quality["num_bad"] == len(bad)
+    # How many it says, the original's training decides: enough of both kinds to learn from.
+    assert 100 < len(bad) < len(true) - 100
     right = sum(
         any(a < y and x < b for a, b in after.negative_spans for x, y in before.negative_spans)
         for after, before in bad

@@ -257,7 +257,7 @@ def test_an_array_that_its_files_cannot_hold(copy):
 @pytest.mark.parametrize("shape", [(), (0, 4), (10**9, 4)])
 def test_layers_that_no_network_has(shape):
     array = lazy_arrays.LazyArray(shape, np.dtype(np.float32), "here", lambda index: np.zeros(0))
-    with pytest.raises(UsageError, match=r"here: expected axis 0 to be of layers, 1 to 10,000"):
+    with pytest.raises(UsageError, match=r"here: expected axis 0 to be of layers, 1 to 1,000 of"):
         lazy_arrays.layers_apart({"encoder/layers/mlp/wo/kernel": array})
 
 
@@ -266,8 +266,8 @@ def test_settings_of_more_layers_than_there_are_arrays(copy, name):
     path = copy(name)
     config = path / "config.json" if name == "huggingface" else path / "huggingface/config.json"
     settings = json.loads(config.read_text())
-    config.write_text(json.dumps({**settings, "num_layers": 10**9, "num_decoder_layers": 1}))
-    with pytest.raises(UsageError, match=r"config\.json: expected .* found 1000000001 layers"):
+    config.write_text(json.dumps({**settings, "num_layers": 900, "num_decoder_layers": 1}))
+    with pytest.raises(UsageError, match=r"config\.json: expected .* found 901 layers"):
         pretrained.open_checkpoint(str(path))
 
 

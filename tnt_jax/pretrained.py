@@ -376,7 +376,8 @@ def _with_adapters(
             shapes = [a.shape, b.shape if b else ()]
             rows_and_columns = merged[kernel].shape
             rank = run["adapters"]["rank"]
-            if b is None or shapes != [(rows_and_columns[0], rank), (rank, *rows_and_columns[1:])]:
+            expected = [(*rows_and_columns[:1], rank), (rank, *rows_and_columns[1:])]
+            if b is None or len(rows_and_columns) != 2 or shapes != expected:
                 raise UsageError(
                     f"{folder}: expected an adapter of rank {rank} for {kernel} of shape "
                     f"{rows_and_columns}, found arrays of shapes {shapes}: it is damaged."
