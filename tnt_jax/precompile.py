@@ -109,6 +109,8 @@ def devices_of(topology: str) -> Sequence[Any]:
     # libtpu would ask the metadata server of a cloud machine where it is.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    # Without one it asks as well, and complains. Here it is of no account: the topology counts.
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
     # It would refuse to be loaded while another process has it, whose chips are not needed here.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     if not os.environ.get("JAX_PLATFORMS"):
@@ -117,7 +119,13 @@ def devices_of(topology: str) -> Sequence[Any]:
 
     try:
         # On a v4, JAX has a device for each chip, not for each of its two cores.
-        settings = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
+        settings: dict[str, Any] = {}
+        if topology.startswith("v4:"):
+            settings["chip_config_name"] = "megacore"
+        # A host has 2 x 2 chips or, says libtpu 0.0.42.1 only when told so, fewer.
+        sides = [int(side) for side in re.findall(r"\d+", topology.partition(":")[2])]
+        if 1 in sides[:2]:
+            settings["chips_per_host_bounds"] = [*(min(2, side) for side in sides[:2]), 1]
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **settings)
         return found.devices
     except Exception as error:  # of whatever type libtpu raises
