@@ -3,6 +3,7 @@
 import contextlib
 import json
 import pathlib
+import re
 import shutil
 import signal
 import time
@@ -11,6 +12,7 @@ import hypothesis
 import pytest
 import rooms
 import several
+from holders import refusal
 from hypothesis import strategies as st
 
 from tnt_jax import annotate, annotators, beam_jobs, parts, records
@@ -218,6 +220,9 @@ def idiots(inputs, targets):
         time.sleep(0.01)
     start = targets.find("7")
     return [] if start < 0 else [(start, start + 1)]
+
+def everything(inputs, targets):
+    return [(0, len(targets))]
 """
 
 
@@ -337,6 +342,21 @@ def test_annotate_that_is_told_to_stop_goes_on_where_it_was(annotated):
         assert run.end() == [0], run.said(0)
     assert "told.jsonl.parts: 2 of 3 parts were done before." in run.said(0)
     assert pathlib.Path("told.jsonl").read_bytes() == annotated
+
+
+def test_two_that_annotate_otherwise_do_not_write_one_output(annotated):
+    """The second would take the parts of the first for those of an earlier run."""
+    pathlib.Path("hold").touch()
+    with running_annotate("one.jsonl", 1, "first") as first:
+        wait_until(lambda: len(part_files("one.jsonl")) == 1, first)
+        with running_annotate("one.jsonl", 1, "second", FUNCTION="marking:everything") as second:
+            assert second.end() == [2], second.said(0)
+        line = second.said(0).splitlines()[-1]
+        assert re.match(r"tnt_jax\.annotate: error: OUTPUT: " + refusal(first.processes[0]), line)
+        pathlib.Path("hold").unlink()
+        assert first.end() == [0], first.said(0)
+    assert pathlib.Path("one.jsonl").read_bytes() == annotated
+    assert_nothing_is_left("one.jsonl")
 
 
 def test_what_was_left_out_before_is_counted(monkeypatch, capsys):
