@@ -10,7 +10,7 @@ import contextlib
 import functools
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -305,41 +305,42 @@ def _lazy_arrays(item: epath.Path, tree: Any) -> dict[str, LazyArray]:
         "fill_missing_data_reads": not metadata.get("store_array_data_equal_to_fill_value"),
     }
     is_database = (item / "manifest.ocdbt").exists()
-
-    def array_of(leaf: Any) -> LazyArray:
+    arrays = {}
+    for path, leaf in jax.tree.leaves_with_path(tree):
         if not is_database and not lazy_arrays.is_file_name(leaf.name):
             raise ValueError(f"{leaf.name!r:.60} is not the name of an array in this directory")
+        kvstore = lazy_arrays.kvstore(item if is_database else item / leaf.name)
+        if is_database:
+            kvstore = {"driver": "ocdbt", "base": kvstore, "path": f"{leaf.name}/"}
+        shape, dtype = tuple(leaf.shape), np.dtype(leaf.dtype)
         source = f"{item.parent.name}/{item.name}: {leaf.name.replace('.', '/')}"
-
-        @functools.cache
-        def store() -> LazyArray:
-            if is_database:
-                kvstore = {
-                    "driver": "ocdbt",
-                    "base": lazy_arrays.kvstore(item),
-                    "path": f"{leaf.name}/",
-                }
-            else:
-                kvstore = lazy_arrays.kvstore(item / leaf.name)
-            try:
-                opened = ts.open(spec | {"kvstore": kvstore}, open=True, read=True).result()
-                found = lazy_arrays.of_store(opened, source)
-            except lazy_arrays.STORE_ERRORS as error:
-                raise lazy_arrays.damaged(source, error) from error
-            if (found.shape, found.dtype) != (tuple(leaf.shape), np.dtype(leaf.dtype)):
-                raise UsageError(
-                    f"{source}: expected {leaf.dtype} {tuple(leaf.shape)}, as the checkpoint's "
-                    f"_METADATA says, found {found.dtype} {found.shape}: it is damaged."
-                )
-            return found
-
-        return LazyArray(
-            tuple(leaf.shape), np.dtype(leaf.dtype), source, lambda index: store().read(index)
+        opened = functools.cache(
+            functools.partial(_open, spec | {"kvstore": kvstore}, shape, dtype, source)
         )
+        read = functools.partial(_read, opened)
+        arrays[sharding.path_name(path)] = LazyArray(shape, dtype, source, read)
+    return arrays
 
-    return {
-        sharding.path_name(path): array_of(leaf) for path, leaf in jax.tree.leaves_with_path(tree)
-    }
+
+def _open(
+    spec: Mapping[str, Any], shape: tuple[int, ...], dtype: np.dtype, source: str
+) -> LazyArray:
+    """Opens an array of a checkpoint, of which its _METADATA says shape and dtype."""
+    try:
+        store = ts.open(dict(spec), open=True, read=True).result()
+    except lazy_arrays.STORE_ERRORS as error:
+        raise lazy_arrays.damaged(source, error) from error
+    found = lazy_arrays.of_store(store, source)
+    if (found.shape, found.dtype) != (shape, dtype):
+        raise UsageError(
+            f"{source}: expected {dtype} {shape}, as the checkpoint's _METADATA says, found "
+            f"{found.dtype} {found.shape}: it is damaged."
+        )
+    return found
+
+
+def _read(opened: Callable[[], LazyArray], index: lazy_arrays.Index) -> np.ndarray:
+    return opened().read(index)
 
 
 def restore_item(item: epath.Path, abstract: PyTree, within: tuple[str, ...] = ()) -> PyTree:

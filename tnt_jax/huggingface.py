@@ -5,6 +5,7 @@ needed.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -39,14 +40,15 @@ _MAX_SHARD_BYTES = 5 * 10**9
 
 # ---------------------------------------------------------------------------------- The settings
 
-# Of what could be mistaken for something else; sizes are checked by `t5.T5Config`. null is absent.
+# What is read; how large it may be is checked by `t5.T5Config`. null is absent.
+_SIZES = ("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "num_layers", "num_decoder_layers")
 _SETTING_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(_SIZES, (int,)),
     "feed_forward_proj": (str,),
     "dense_act_fn": (str,),
     "layer_norm_epsilon": (float, int),
     "relative_attention_num_buckets": (int,),
     "relative_attention_max_distance": (int,),
-    "num_decoder_layers": (int,),
     "tie_word_embeddings": (bool,),
     "scale_decoder_outputs": (bool,),
 }
@@ -112,13 +114,13 @@ def t5_config(config: Mapping[str, Any], where: str, *, is_tied: bool) -> t5.T5C
     scale = scale and kind != "mt5"
     try:
         return t5.T5Config(
-            vocab_size=config["vocab_size"],
-            emb_dim=config["d_model"],
-            num_heads=config["num_heads"],
-            num_encoder_layers=config["num_layers"],
-            num_decoder_layers=given.get("num_decoder_layers", config["num_layers"]),
-            head_dim=config["d_kv"],
-            mlp_dim=config["d_ff"],
+            vocab_size=given["vocab_size"],
+            emb_dim=given["d_model"],
+            num_heads=given["num_heads"],
+            num_encoder_layers=given["num_layers"],
+            num_decoder_layers=given.get("num_decoder_layers", given["num_layers"]),
+            head_dim=given["d_kv"],
+            mlp_dim=given["d_ff"],
             mlp_activations=(activation, "linear") if is_gated else (activation,),
             logits_via_embedding=is_tied,
             scale_decoder_outputs=None if scale == is_tied else scale,
@@ -445,7 +447,7 @@ def read_safetensors(path: epath.Path) -> dict[str, LazyArray]:
                 f"{path}: {name} of shape {shape} and type {kind} cannot fill {end - start} bytes: "
                 "the file is damaged. Copy it again."
             )
-        reader = _reader(path, first + start, shape, dtype)
+        reader = functools.partial(_read, path, first + start, shape, dtype)
         arrays[name] = LazyArray(shape, dtype, f"{path.name}: {name}", reader)
     return arrays
 
@@ -462,31 +464,27 @@ def _check_offsets(entries: Mapping[str, tuple[str, tuple[int, ...], int, int]])
         position = end
 
 
-def _reader(
-    path: epath.Path, offset: int, shape: tuple[int, ...], dtype: np.dtype
-) -> Callable[[lazy_arrays.Index], np.ndarray]:
-    if not shape:  # one number, which no index has a place in
-        whole = _reader(path, offset, (1,), dtype)
-        return lambda _: whole((slice(0, 1),)).reshape(())
-    row_shape = shape[1:]
-    row_bytes = math.prod(row_shape) * dtype.itemsize
-
-    def read_rows(rows: slice) -> np.ndarray:
-        num_bytes = (rows.stop - rows.start) * row_bytes
-        with path.open("rb") as file, naming_file(path):
-            file.seek(offset + rows.start * row_bytes)
-            content = file.read(num_bytes)
-        if len(content) != num_bytes:
-            raise UsageError(f"{path}: it has become shorter since it was opened. Copy it again.")
-        return np.frombuffer(content, dtype).reshape(rows.stop - rows.start, *row_shape)
-
-    def read_part(index: lazy_arrays.Index) -> np.ndarray:
-        rows, *rest = index
-        part = read_rows(rows)
-        within = (slice(None), *rest)
-        return part if part[within].shape == part.shape else part[within].copy()
-
-    return read_part
+def _read(
+    path: epath.Path,
+    offset: int,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    index: lazy_arrays.Index,
+) -> np.ndarray:
+    """A part of the tensor that begins at an offset: its rows are read, and the part is of them."""
+    if not shape:  # one number, which has no rows
+        return _read(path, offset, (1,), dtype, (slice(0, 1),)).reshape(())
+    rows, *rest = index
+    row_bytes = math.prod(shape[1:]) * dtype.itemsize
+    num_bytes = (rows.stop - rows.start) * row_bytes
+    with path.open("rb") as file, naming_file(path):
+        file.seek(offset + rows.start * row_bytes)
+        content = file.read(num_bytes)
+    if len(content) != num_bytes:
+        raise UsageError(f"{path}: it has become shorter since it was opened. Copy it again.")
+    part = np.frombuffer(content, dtype).reshape(rows.stop - rows.start, *shape[1:])
+    within = (slice(None), *rest)
+    return part if part[within].shape == part.shape else part[within].copy()
 
 
 # --------------------------------------------------------------------------------- Writing

@@ -6,6 +6,7 @@ from a file to the devices, or to another file, without the rest of the model in
 """
 
 import dataclasses
+import functools
 import math
 import mmap
 import os
@@ -65,13 +66,13 @@ class LazyArray:
 
     def at(self, position: int, axis: int) -> "LazyArray":
         """One layer of a stack: the axis is dropped."""
-
-        def read(index: Index) -> np.ndarray:
-            part = self.read((*index[:axis], slice(position, position + 1), *index[axis:]))
-            return np.ascontiguousarray(part.squeeze(axis))
-
         shape = (*self.shape[:axis], *self.shape[axis + 1 :])
+        read = functools.partial(self._read_at, position, axis)
         return LazyArray(shape, self.dtype, f"{self.source}, layer {position}", read)
+
+    def _read_at(self, position: int, axis: int, index: Index) -> np.ndarray:
+        part = self.read((*index[:axis], slice(position, position + 1), *index[axis:]))
+        return np.ascontiguousarray(part.squeeze(axis))
 
     def merged(self, axis: int) -> "LazyArray":
         """Two axes as one, the elements of the second next to each other."""
@@ -147,14 +148,15 @@ def of_store(store: ts.TensorStore, source: str) -> LazyArray:
             f"{source}: expected chunks of at most {of_array:,} bytes, as the array has, found "
             f"{of_chunk:,}; the checkpoint is damaged."
         )
-
-    def read(index: Index) -> np.ndarray:
-        try:
-            return store[index].read().result()
-        except STORE_ERRORS as error:
-            raise damaged(source, error) from error
-
+    read = functools.partial(_read_store, store, source)
     return LazyArray(tuple(store.shape), dtype, source, read)
+
+
+def _read_store(store: ts.TensorStore, source: str, index: Index) -> np.ndarray:
+    try:
+        return store[index].read().result()
+    except STORE_ERRORS as error:
+        raise damaged(source, error) from error
 
 
 def damaged(source: str, error: Exception) -> Exception:
