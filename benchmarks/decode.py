@@ -25,17 +25,10 @@ import numpy as np
 import report
 from etils import epath
 
-from tnt_jax import (
-    decoding,
-    generate,
-    huggingface,
-    lazy_arrays,
-    pretrained,
-    records,
-    sharding,
-    t5,
-    tokenization,
-)
+from tnt_jax import generate
+from tnt_jax.checkpoints import huggingface, lazy_arrays, pretrained
+from tnt_jax.data import records, tokenization
+from tnt_jax.models import decoding, sharding, t5
 
 VOCAB_SIZE = 32128
 LAST_ID = VOCAB_SIZE - 1  # stands for the end, so that no row ends early
@@ -91,7 +84,7 @@ def transformers_generate(folder, tokens):
         do_sample=False,
         num_beams=1,
         max_new_tokens=NUM_TOKENS,
-        suppress_tokens=[0],  # as tnt_jax.decoding
+        suppress_tokens=[0],  # as tnt_jax.models.decoding
     )
 
     @torch.inference_mode()

@@ -10,18 +10,11 @@ from typing import Any
 
 import optax
 
-from tnt_jax import (
-    annotate,
-    annotators,
-    decoding,
-    generate,
-    objectives,
-    pretrained,
-    records,
-    results,
-    tasks,
-    train,
-)
+from tnt_jax import annotate, annotators, generate, objectives, train
+from tnt_jax.checkpoints import pretrained
+from tnt_jax.data import records, tasks
+from tnt_jax.evaluation import results
+from tnt_jax.models import decoding
 
 LENGTHS = {"inputs": 56, "targets": 64}
 DECODERS = {  # those of the run

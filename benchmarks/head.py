@@ -25,9 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 import report
 
-from tnt_jax import fused_objective, objectives
-from tnt_jax.fused_block import Block, Reductions
-from tnt_jax.fused_objective import FactoredLogits
+from tnt_jax import objectives
+from tnt_jax.objectives import fused
+from tnt_jax.objectives.fused import FactoredLogits
+from tnt_jax.objectives.fused_block import Block, Reductions
 
 EMBED, VOCAB = 512, 32128
 LIVE = 0.44  # of the positions, in the line with padding
@@ -77,9 +78,9 @@ def dense(current, original, tokens):
     return losses.sum(), None
 
 
-def fused(current, original, tokens, objective=TNRF, block_size=None):
+def fused_head(current, original, tokens, objective=TNRF, block_size=None):
     """What the train step has."""
-    return fused_objective.token_values(
+    return fused.token_values(
         objective,
         FactoredLogits(*current, vocab_axis=1),
         FactoredLogits(*original, vocab_axis=1) if objective.needs_original else None,
@@ -96,12 +97,12 @@ def gradients_of(variant):
 PADDED = f"TNRF, fused, {1 - LIVE:.0%} padding"
 VARIANTS = {
     "plain cross-entropy, dense": cross_entropy,
-    "plain cross-entropy, fused": functools.partial(fused, objective=FINE_TUNE),
-    "TNRF, fused": fused,
-    "TNRF, fused, blocks of 64": functools.partial(fused, block_size=64),
-    "TNRF, fused, blocks of 128": functools.partial(fused, block_size=128),
-    "TNRF, fused, blocks of 1024": functools.partial(fused, block_size=1024),
-    PADDED: fused,
+    "plain cross-entropy, fused": functools.partial(fused_head, objective=FINE_TUNE),
+    "TNRF, fused": fused_head,
+    "TNRF, fused, blocks of 64": functools.partial(fused_head, block_size=64),
+    "TNRF, fused, blocks of 128": functools.partial(fused_head, block_size=128),
+    "TNRF, fused, blocks of 1024": functools.partial(fused_head, block_size=1024),
+    PADDED: fused_head,
     "TNRF, dense": dense,
 }
 FIRST, *_ = VARIANTS
@@ -195,7 +196,7 @@ def accuracy(num_tokens):
     """Rows of the second table."""
     ways = {
         "dense": (dense_on_logits, gradients_of(dense)),
-        "fused": (fused_on_logits, gradients_of(fused)),
+        "fused": (fused_on_logits, gradients_of(fused_head)),
     }
     for drift, marked in [(None, 1 / 3), (1e-3, 1 / 3), (1e-4, 1 / 3), (1e-3, 0), (1e-4, 0)]:
         arguments = make_arguments(num_tokens, seed=1, drift=drift, marked=marked)

@@ -33,7 +33,8 @@ def make_directory(folder, model, dtype):
     import jax.numpy as jnp
     import numpy as np
 
-    from tnt_jax import huggingface, lazy_arrays, t5
+    from tnt_jax.checkpoints import huggingface, lazy_arrays
+    from tnt_jax.models import t5
 
     gin.parse_config_file(str(ROOT / "gin_configs" / "models" / f"{model}.gin"))
     config = gin.query_parameter("MODEL/macro.value").scoped_configurable_fn()
@@ -60,7 +61,9 @@ def measure(folder, method):
     import numpy as np
     import safetensors.numpy
 
-    from tnt_jax import assembly, lazy_arrays, pretrained, sharding
+    from tnt_jax.checkpoints import lazy_arrays, pretrained
+    from tnt_jax.models import sharding
+    from tnt_jax.training import assembly
 
     found = pretrained.open_checkpoint(folder)
     mesh = sharding.make_mesh(sharding.MeshShape(data=1, model=METHODS[method]))

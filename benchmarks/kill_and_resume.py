@@ -34,7 +34,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
 
-from tnt_jax import checkpoints, pretrained, program, records, run_log, tokenization
+from tnt_jax.checkpoints import orbax, pretrained
+from tnt_jax.data import records, tokenization
+from tnt_jax.runtime import console, program
 
 NAMES = (
     *("acorn", "birch", "cedar", "daisy", "elder", "fern", "grape", "hazel"),
@@ -46,7 +48,7 @@ VOCAB_SIZE = 38
 MODEL = f"""
 include "models/t5_1_1_tiny.gin"
 
-from tnt_jax import t5
+from tnt_jax.models import t5
 
 VOCAB_SIZE = {VOCAB_SIZE}
 t5.T5Config.num_encoder_layers = 1
@@ -55,7 +57,7 @@ t5.T5Config.num_decoder_layers = 1
 EVALUATION = """
 from __gin__ import dynamic_registration
 
-from tnt_jax import tasks
+from tnt_jax.data import tasks
 from tnt_jax import train
 
 train.train.eval_dataset = @evaluation/tasks.RecordFiles()
@@ -142,7 +144,9 @@ class Runs:
         self._folder = folder
         # A server that has imported the packages forks: a run starts at once.
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["tnt_jax.train", "tnt_jax.tasks", "orbax.checkpoint"])
+        self._context.set_forkserver_preload(
+            ["tnt_jax.train", "tnt_jax.data.tasks", "orbax.checkpoint"]
+        )
 
     def start(self, command: list[str], num_devices: int, name: str) -> multiprocessing.Process:
         """Starts a run, whose output goes to `<name>.log`."""
@@ -232,7 +236,7 @@ def difference(expected: pathlib.Path, found: pathlib.Path) -> str | None:
     if newest[0].name != newest[1].name:
         return f"the newest checkpoint: expected {newest[0].name}, found {newest[1].name}"
     for item in ("params", "optimizer"):
-        arrays, others = (checkpoints.lazy_item(folder / item) for folder in newest)
+        arrays, others = (orbax.lazy_item(folder / item) for folder in newest)
         if arrays.keys() != others.keys():
             return f"{item}: expected other names than {sorted(arrays.keys() ^ others.keys())}"
         for name, array in arrays.items():
@@ -243,7 +247,7 @@ def difference(expected: pathlib.Path, found: pathlib.Path) -> str | None:
                 gap = np.abs(np.float64(one) - np.float64(other))
                 count = np.count_nonzero(gap)
                 return f"{item}/{name}: {count} of {one.size} differ, by {gap.max():.3g} at most"
-    runs = [checkpoints.read_run(folder) or {} for folder in newest]
+    runs = [orbax.read_run(folder) or {} for folder in newest]
     for key in runs[0].keys() | runs[1].keys():
         if key != "config" and runs[0].get(key) != runs[1].get(key):  # which names the model_dir
             return f"run/{key}: expected {runs[0].get(key)}, found {runs[1].get(key)}"
@@ -361,16 +365,16 @@ def main(argv: list[str] | None = None) -> None:
             found = difference(straight, model_dir)
             shown = "; ".join(filter(None, moments)) or "not: it was over"
             rows.append((num_devices, number, shown, found or "the same, bit by bit"))
-            run_log.log(" | ".join(map(str, rows[-1])))
+            console.log(" | ".join(map(str, rows[-1])))
             if found:
-                run_log.table(rows, columns=columns)
+                console.table(rows, columns=columns)
                 sys.exit(f"diverged: {found}\nThe runs are {straight} and {model_dir}.")
             shutil.rmtree(model_dir)
     title = (
         f"{len(rows)} rounds of {flags.steps} updates, ORIGINAL={flags.original}, without a "
         f"difference, in {time.monotonic() - began:.0f} s"
     )
-    run_log.table(rows, columns=columns, title=title)
+    console.table(rows, columns=columns, title=title)
     if flags.memory_steps:
         check_memory(runs, command, folder, flags.memory_steps)
     if flags.folder is None:
@@ -380,7 +384,7 @@ def main(argv: list[str] | None = None) -> None:
 def check_memory(runs: Runs, command, folder: pathlib.Path, num_steps: int) -> None:
     """Exits with 1 where a long run's memory grows."""
     if not pathlib.Path("/proc/self/statm").exists():
-        run_log.log("Memory is not looked at: this system has no /proc.")
+        console.log("Memory is not looked at: this system has no /proc.")
         return
     model_dir = folder / "memory"
     settings = {
@@ -396,10 +400,10 @@ def check_memory(runs: Runs, command, folder: pathlib.Path, num_steps: int) -> N
     early, late = growth(samples, num_steps)
     rows = [(f"{num_steps // 5} to {2 * num_steps // 5}", early)]
     rows.append((f"{4 * num_steps // 5} to {num_steps}", late))
-    run_log.table(rows, columns=("updates", "resident MiB, mean"))
+    console.table(rows, columns=("updates", "resident MiB, mean"))
     if not late <= early * 1.02 + 8:
         sys.exit(f"memory grows: from {early:.1f} to {late:.1f} MiB ({folder})")
-    run_log.log(f"Resident memory is flat over {num_steps} updates.")
+    console.log(f"Resident memory is flat over {num_steps} updates.")
 
 
 if __name__ == "__main__":

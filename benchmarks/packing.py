@@ -2,10 +2,10 @@ r"""Examples per second, packed against unpacked, at equal tokens per batch; and
 
     python benchmarks/packing.py        minutes on one core; --rounds=N and --updates=N change that
 
-Lengths are those of message and reply pairs (`tnt_jax.corpora.chitchat` under T5's vocabulary: the
-logarithms are normal, the median is 18 tokens, 95 % are below 64). Ids are random, and every third
-example has marks. A batch has as many rows, and so as many positions, packed or not. "loss" is the
-mean over the tokens of the same examples both ways, before any update.
+Lengths are those of message and reply pairs (`tnt_jax.experiments.corpora.chitchat` under T5's
+vocabulary: the logarithms are normal, the median is 18 tokens, 95 % are below 64). Ids are random,
+and every third example has marks. A batch has as many rows, and so as many positions, packed or
+not. "loss" is the mean over the tokens of the same examples both ways, before any update.
 
 The second table is of runs as `tnt_jax.train` loops, with the thread that makes batches ahead and
 without it: which part of the time the loop waits for its input.
@@ -23,7 +23,11 @@ import numpy as np
 import optax
 import report
 
-from tnt_jax import feature_converters, objectives, prefetch, sharding, t5, train_step
+from tnt_jax import objectives
+from tnt_jax.data import feature_converters
+from tnt_jax.models import sharding, t5
+from tnt_jax.runtime import prefetch
+from tnt_jax.training import train_step
 
 VOCAB_SIZE = 2048
 CONFIG = t5.T5Config(

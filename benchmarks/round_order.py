@@ -6,8 +6,8 @@ Takes the original, the prompts and the gazetteer of a finished quickstart (or s
 the names of venues, B all other values. "A then B" trains on marks of A in the original's outputs,
 then generates with that model, marks B, and trains on both files; "at once" marks both in the
 original's outputs. The desired distributions of the three are the same wherever all three have the
-same marks (tests/test_rounds.py); the trained models need not be. Printed: what each cut and kept,
-and for each pair how many greedy answers are the same, and their divergence per token.
+same marks (tests/data/test_rounds.py); the trained models need not be. Printed: what each cut and
+kept, and for each pair how many greedy answers are the same, and their divergence per token.
 """
 
 import argparse
@@ -19,7 +19,9 @@ import tempfile
 import finished_run
 import report
 
-from tnt_jax import evaluate, pretrained, records, rounds
+from tnt_jax import evaluate
+from tnt_jax.checkpoints import pretrained
+from tnt_jax.data import records, rounds
 
 
 def main():

@@ -18,7 +18,11 @@ import finished_run
 import numpy as np
 import report
 
-from tnt_jax import decoding, localize, pretrained, records, sequence_values
+from tnt_jax import localize
+from tnt_jax.annotators import prefix_values
+from tnt_jax.checkpoints import pretrained
+from tnt_jax.data import records
+from tnt_jax.models import decoding
 
 # Longer than the run's own outputs, of which one in twenty is cut.
 SAMPLED = decoding.Decoding(max_length=64, temperature=1.0)
@@ -73,7 +77,7 @@ def with_a_mark(row, vocabulary):
     """A bad output without a mark gets one where its value falls most."""
     if "blame" not in row.extra:
         return row
-    threshold = sequence_values.Threshold(at_least_one=True)
+    threshold = prefix_values.Threshold(at_least_one=True)
     is_negative = threshold.negative(np.array(row.extra["values"]))
     return localize.mark(row, is_negative, vocabulary)
 

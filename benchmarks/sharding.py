@@ -26,7 +26,8 @@ import report
 import step
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tnt_jax import compiled_step, sharding, t5, train_step
+from tnt_jax.models import sharding, t5
+from tnt_jax.training import compiled_step, train_step
 
 NUM_DEVICES = 8
 BATCH, LENGTH = 8, 128  # of the head
@@ -120,7 +121,7 @@ def placed(mesh, abstract, shardings):
 
 
 def compile_step(mesh, config, batch_size, lengths):
-    """The program of an update, as `tnt_jax.assembly` makes it."""
+    """The program of an update, as `tnt_jax.training.assembly` makes it."""
     variant = step.VARIANTS["TNRF, second forward"]
     state, original, batch, key = step.abstract_arguments(config, variant, batch_size, lengths)
     where = sharding.param_shardings(state.params, t5.param_logical_axes(config), mesh)

@@ -29,8 +29,10 @@ import jax
 import numpy as np
 import report
 
-from tnt_jax import adapters, compiled_step, objectives, optimizers, t5, train_step
-from tnt_jax.original import PARAMETERS, STATES, AdaptersOff, CachedStates
+from tnt_jax import objectives
+from tnt_jax.models import adapters, t5
+from tnt_jax.training import compiled_step, optimizers, train_step
+from tnt_jax.training.originals import PARAMETERS, STATES, AdaptersOff, CachedStates
 
 # emb_dim, num_heads, layers of each stack, mlp_dim
 SIZES = {

@@ -75,7 +75,9 @@ def compile_here(job):
     """Compiles one in this process; prints its report as a JSON line."""
     import gin
 
-    from tnt_jax import objectives, optimizers, precompile, sharding
+    from tnt_jax import objectives, precompile
+    from tnt_jax.models import sharding
+    from tnt_jax.training import optimizers
 
     gin.parse_config_file(str(ROOT / "gin_configs" / "models" / f"t5_1_1_{job.size}.gin"))
     config = gin.query_parameter("MODEL/macro.value").scoped_configurable_fn()

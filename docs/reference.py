@@ -43,7 +43,11 @@ def pages() -> dict[str, str]:
     found = {"reference/programs.md": _programs()}
     for folder, what in GIN_FOLDERS.items():
         found[f"reference/gin_{folder}.md"] = _gin_files(folder, what)
-    modules = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+    modules = sorted(
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        for path in PACKAGE.rglob("*.py")
+        if path.stem != "__init__"
+    )
     for module in modules:
         found[f"reference/modules/{module}.md"] = _module(module)
     found["reference/index.md"] = _index(modules)
@@ -51,7 +55,7 @@ def pages() -> dict[str, str]:
 
 
 def _parsed(module: str) -> ast.Module:
-    return ast.parse((PACKAGE / f"{module}.py").read_text("utf-8"))
+    return ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text("utf-8"))
 
 
 def _summary(module: str) -> str:

@@ -4,7 +4,7 @@
 #   launch/restart_loop.sh [--max_failures=5] [--pause=10] [--state_file=FILE] [--end_when_saved] \
 #     -- COMMAND ...
 #
-# What the command's exit status means (tnt_jax/program.py):
+# What the command's exit status means (tnt_jax/runtime/program.py):
 #   0          done
 #   2          a setting or a file is wrong: trying again would not help
 #   75         stopped by SIGTERM, and saved: started again; 143, before it could answer, is the same

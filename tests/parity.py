@@ -37,7 +37,11 @@ import torch
 import transformers
 from etils import epath
 
-from tnt_jax import assembly, checkpoints, convert, decoding, pretrained, run_log, sharding
+from tnt_jax import convert
+from tnt_jax.checkpoints import orbax, pretrained
+from tnt_jax.models import decoding, sharding
+from tnt_jax.runtime import console
+from tnt_jax.training import assembly
 
 SPIECE = reference.FOLDER / "spiece" / "spiece.model"
 TOLERANCE = 1e-4  # of the largest logit
@@ -81,7 +85,7 @@ def main(names: list[str]) -> int:
                 print(f"{name}: {what}: {result}{'' if is_right else '   DIFFERS'}", flush=True)
                 rows.append((name, what, result, is_right))
     print()
-    run_log.table(
+    console.table(
         [
             (name, what, result, "" if is_right else "DIFFERS")
             for name, what, result, is_right in rows
@@ -214,8 +218,8 @@ def changed(params):
 
 def save_as_trained(folder: pathlib.Path, params, original: pathlib.Path | None) -> None:
     """A model directory of ours, with the description that `train` takes from its original."""
-    items = {checkpoints.PARAMS: ocp.args.StandardSave(params)}
-    checkpoints.save_items(epath.Path(folder), 7, items)
+    items = {orbax.PARAMS: ocp.args.StandardSave(params)}
+    orbax.save_items(epath.Path(folder), 7, items)
     if original is not None:
         config = pretrained.open_checkpoint(str(original)).config
         vocabulary = pretrained.vocabulary(str(original))

@@ -11,13 +11,13 @@ Texts to remove at every position are removed where the next token would complet
 token go to a file of their own if they are the same for every record (`<output>.everywhere.json`),
 which `train` reads with the records.
 
-Until all records are marked, what is done lies in `OUTPUT.parts/` (`parts`): the same command,
-after a stop, does what is missing. Several processes share the work. Or large files are marked on
-Apache Beam, on any of its runners (annotate.beam_options). What comes out is the same, byte for
-byte.
+Until all records are marked, what is done lies in `OUTPUT.parts/` (`output_parts`): the same
+command, after a stop, does what is missing. Several processes share the work. Or large files are
+marked on Apache Beam, on any of its runners (annotate.beam_options). What comes out is the same,
+byte for byte.
 
 Example:
-    python -m tnt_jax.annotate --gin_file=runs/annotate_lexicon.gin --gin.LEXICON=words.txt \
+    python -m tnt_jax.annotate --gin_file=runs/annotate_lexicon.gin --gin.LEXICON=phrases.txt \
       --gin.VOCABULARY_PATH=spiece.model --gin.RECORDS=outputs.jsonl --gin.OUTPUT=annotated.jsonl
 """
 
@@ -28,21 +28,11 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tnt_jax import (
-    annotators,
-    beam_jobs,
-    holding,
-    parts,
-    processes,
-    program,
-    records,
-    removed_everywhere,
-    run_config,
-    run_log,
-    tokenization,
-    words,
-)
-from tnt_jax.errors import UsageError
+from tnt_jax import annotators
+from tnt_jax.annotators import beam_jobs, phrases
+from tnt_jax.data import records, removed_everywhere, tokenization
+from tnt_jax.runtime import console, holding, operative_config, output_parts, processes, program
+from tnt_jax.runtime.errors import UsageError
 
 _RECORDS_PER_PART = 5000  # at most so many are lost with a process that is killed
 
@@ -77,7 +67,7 @@ def annotate(
             "beam_options: expected one process, which has workers of Apache Beam's; found "
             f"{processes.count()}. Unset {processes.VARIABLE}, or leave beam_options at None."
         )
-    run_config.check_writable(output, "OUTPUT", {"RECORDS": input})
+    operative_config.check_writable(output, "OUTPUT", {"RECORDS": input})
     if vocabulary is not None:
         tokenization.check_vocabulary(vocabulary)
     elif annotator.everywhere():
@@ -102,20 +92,20 @@ def annotate(
         rows = records.read_records(input)
         work = {
             "program": "annotate",
-            "records": parts.digest(rows),
+            "records": output_parts.digest(rows),
             "annotator": annotator.description,
             "settings": annotator,
             "vocabulary": vocabulary,
         }
-        sizes = parts.sizes(len(rows), _RECORDS_PER_PART)
-        with parts.opened(output, sizes, run_config.describe(work)) as job:
+        sizes = output_parts.sizes(len(rows), _RECORDS_PER_PART)
+        with output_parts.opened(output, sizes, operative_config.describe(work)) as job:
             firsts = {part: part * _RECORDS_PER_PART for part in job.missing}
             own = [
                 (part, row)
                 for part, first in firsts.items()
                 for row in rows[first : first + sizes[part]]
             ]
-            for part, row in run_log.progress(own, f"annotating {len(own)} records"):
+            for part, row in console.progress(own, f"annotating {len(own)} records"):
                 made = mark_one(row)
                 job.add(part, [] if made is None else [made.to_line()], {_kind(made): 1})
             job.wait_for_all()
@@ -150,14 +140,14 @@ def _write_rest(
     """What belongs to the output, and says what is in it."""
     if everywhere.texts:
         _log_everywhere(output, everywhere)
-    run_config.write(output)
+    operative_config.write(output)
     num_marked, num_known = counts["marked"], counts["marked"] + counts["clean"]
-    run_log.log(
+    console.log(
         f"{output}: {num_marked} of {num_known} outputs have something unwanted "
         f"({num_marked / max(num_known, 1):.1%}), by {annotator.description}."
     )
     if counts["left out"]:
-        run_log.log(
+        console.log(
             f"{output}: {counts['left out']} of {counts.total()} records are left out: the "
             "annotator does not know them."
         )
@@ -182,7 +172,7 @@ def innocent_words(
         num_read += 1
         counts.update(set(annotator.innocent_words(row.targets)))  # pyright: ignore
     least = max(2, num_read / 1000)
-    return words.forms(sorted(word for word, count in counts.items() if count >= least))
+    return phrases.forms(sorted(word for word, count in counts.items() if count >= least))
 
 
 def mark(
@@ -276,7 +266,7 @@ def _everywhere(annotator: annotators.Annotator, vocabulary: Any) -> _Everywhere
 
 
 def _log_everywhere(output: str, everywhere: _Everywhere) -> None:
-    run_log.log(
+    console.log(
         f"{removed_everywhere.file_of(output)}: {len(everywhere.ids)} ids to remove at every "
         f"position. {len(everywhere.longer)} of {len(everywhere.texts)} texts are more than one "
         f"token: they are not among them{_examples(everywhere.longer)}, but marked in the records, "

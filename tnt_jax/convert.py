@@ -31,22 +31,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from tnt_jax import (
-    checkpoints,
-    holding,
-    huggingface,
-    json_files,
-    model_card,
-    pretrained,
-    program,
-    records,
-    run_log,
-    t5,
-    t5x_checkpoints,
-    vocabularies,
-)
-from tnt_jax.errors import UsageError
-from tnt_jax.lazy_arrays import LazyArray
+from tnt_jax.checkpoints import huggingface, model_card, orbax, pretrained, t5x
+from tnt_jax.checkpoints.lazy_arrays import LazyArray
+from tnt_jax.data import records, vocabularies
+from tnt_jax.models import t5
+from tnt_jax.runtime import console, files, holding, program
+from tnt_jax.runtime.errors import UsageError
 
 _FORMATS = ("huggingface", "t5x", "t5x_orbax", "orbax")
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": jnp.dtype(jnp.bfloat16)}
@@ -100,7 +90,7 @@ def convert(
     }
     settings = _settings(source, config, is_needed=not is_t5x)
     if is_t5x:
-        config, weights = t5x_checkpoints.as_t5x_has_it(config, weights)
+        config, weights = t5x.as_t5x_has_it(config, weights)
     numbers = _read_evaluation(evaluation)
     if vocabulary is not None:
         pretrained.check_vocabulary(pretrained.vocabulary(vocabulary), config, None)
@@ -122,23 +112,23 @@ def convert(
         else:
             _describe(target.parent, source, settings, vocabulary)
             if output_format == "t5x":
-                t5x_checkpoints.write_legacy(target, laid_out, source.step, _progress)
+                t5x.write_legacy(target, laid_out, source.step, _progress)
             else:
                 _write_orbax(target, laid_out, source.step, output_format)
     if is_t5x:
-        run_log.log("Parameters and step are carried over; optimizer state is not.")
-        if not t5x_checkpoints.is_inferred(config):
-            run_log.log(
+        console.log("Parameters and step are carried over; optimizer state is not.")
+        if not t5x.is_inferred(config):
+            console.log(
                 f"Warning: T5X's files do not show mlp_activations = {config.mlp_activations}: set "
                 "them in T5X's gin file."
             )
     is_described = (source.description / huggingface.CONFIG).exists()
     if source.output_format in ("t5x", "t5x_orbax") and not is_described:
-        run_log.log(
+        console.log(
             f"T5X's files do not state the activation: {config.mlp_activations} is taken from the "
             "names of the parameters."
         )
-    run_log.log(f"{target}: {len(weights)} parameters from {source.path} ({source.kind}).")
+    console.log(f"{target}: {len(weights)} parameters from {source.path} ({source.kind}).")
     return str(target)
 
 
@@ -154,7 +144,7 @@ def _settings(
 def _read_evaluation(path: str | None) -> dict[str, Any] | None:
     if path is None:
         return None
-    found = json_files.read_object(epath.Path(path).expanduser(), "--evaluation")
+    found = files.read_object(epath.Path(path).expanduser(), "--evaluation")
     try:
         model_card.numbers(found)  # what is missing is missed now, not when the weights are written
         return found
@@ -184,7 +174,7 @@ def _laid_out(
 ) -> dict[str, LazyArray]:
     if output_format == "huggingface":
         return huggingface.to_stored(weights)
-    return t5x_checkpoints.stacked(weights) if scan_layers else dict(weights)
+    return t5x.stacked(weights) if scan_layers else dict(weights)
 
 
 def _print_plan(
@@ -193,17 +183,17 @@ def _print_plan(
     rows = [
         (name, str(array.shape), array.dtype.name, array.source) for name, array in laid_out.items()
     ]
-    run_log.table(rows, columns=("parameter", "shape", "type", "from"), title=f"{target}")
+    console.table(rows, columns=("parameter", "shape", "type", "from"), title=f"{target}")
     count = sum(math.prod(array.shape) for array in laid_out.values())
     size = sum(math.prod(array.shape) * array.dtype.itemsize for array in laid_out.values())
-    run_log.log(
+    console.log(
         f"{len(rows)} arrays, {count:,} numbers, {size / 1e9:.3g} GB, from {source.path} "
         f"({source.kind}). Everything fits; nothing was written (--dry_run)."
     )
 
 
 def _progress(items):
-    return run_log.progress(items, "writing", len(items))
+    return console.progress(items, "writing", len(items))
 
 
 def _write_huggingface(
@@ -268,7 +258,7 @@ def _copy_description(
             (folder / name).write_bytes((source.description / name).read_bytes())
     if vocabularies.has_tokenizer(folder):
         return True
-    run_log.log(
+    console.log(
         f"Warning: {source.path} comes without a tokenizer, so there is none in the output. Pass "
         "--vocabulary=spiece.model to add it."
     )
@@ -283,10 +273,10 @@ def _write_orbax(
     params = flax.traverse_util.unflatten_dict(arrays, sep="/")
     if output_format == "t5x_orbax":
         state = {"target": params, "state": {"step": np.int32(step), "param_states": {}}}
-        items = {t5x_checkpoints.ORBAX_ITEM: ocp.args.PyTreeSave(state)}
+        items = {t5x.ORBAX_ITEM: ocp.args.PyTreeSave(state)}
     else:
-        items = {checkpoints.PARAMS: ocp.args.StandardSave(params)}
-    checkpoints.save_items(target.parent, step, items)
+        items = {orbax.PARAMS: ocp.args.StandardSave(params)}
+    orbax.save_items(target.parent, step, items)
 
 
 def _describe(
@@ -298,7 +288,7 @@ def _describe(
     """Writes what the formats of checkpoints have no place for beside them."""
     if not settings and vocabulary is None:
         return
-    folder = model_dir / checkpoints.DESCRIPTION
+    folder = model_dir / orbax.DESCRIPTION
     if (folder / huggingface.CONFIG).exists() and huggingface.read_config(folder) != settings:
         raise UsageError(
             f"--output: {model_dir} has checkpoints of another model, as {folder} says. Choose "

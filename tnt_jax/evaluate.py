@@ -19,24 +19,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from tnt_jax import (
-    assembly,
-    feature_converters,
-    holding,
-    memory,
-    objectives,
-    pretrained,
-    program,
-    records,
-    run_config,
-    run_log,
-    sharding,
-    t5,
-    text_metrics,
-    tokenization,
-    train_step,
-)
-from tnt_jax.errors import UsageError
+from tnt_jax import objectives
+from tnt_jax.checkpoints import pretrained
+from tnt_jax.data import feature_converters, records, tokenization
+from tnt_jax.evaluation import text_metrics
+from tnt_jax.models import sharding, t5
+from tnt_jax.runtime import console, holding, memory, operative_config, program
+from tnt_jax.runtime.errors import UsageError
+from tnt_jax.training import assembly, train_step
 
 # Of each token, in nats: the divergence from what is desired there (from the original itself where
 # nothing is removed), its two parts, and the smallest cost that any update had there.
@@ -97,7 +87,7 @@ def evaluate(
         this output.
     """
     reads = {"ORIGINAL_RECORDS": original_records, "CURRENT_RECORDS": current_records}
-    run_config.check_writable(output, "OUTPUT", reads)
+    operative_config.check_writable(output, "OUTPUT", reads)
     if tokens_output is not None:
         records.check_writable(tokens_output, "TOKENS_OUTPUT", reads)
         if certificate is None:
@@ -132,13 +122,13 @@ def evaluate(
                 )
             holding.check()
             if tokens_output:
-                lines = [run_log.as_json(tokens) + "\n" for tokens in changed]
-                run_log.write_text(tokens_output, "".join(lines))
-        run_log.write_json(output, result)
-        run_config.write(output)
+                lines = [console.as_json(tokens) + "\n" for tokens in changed]
+                console.write_text(tokens_output, "".join(lines))
+        console.write_json(output, result)
+        operative_config.write(output)
         if print_table:
             columns = ("", "original", "patched")
-            run_log.table(
+            console.table(
                 _rows(result), columns=columns, title=f"{output}: {len(original)} outputs"
             )
         return result
@@ -169,7 +159,7 @@ def _certificate(
     rows: Sequence[records.Record], vocabulary: Any, settings: Certificate, num_records: int
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """The certificate, and that of every token in the `num_records` that changed most."""
-    from tnt_jax import tasks  # here, because TensorFlow takes seconds to import
+    from tnt_jax.data import tasks  # here, because TensorFlow takes seconds to import
 
     mesh = sharding.make_mesh(settings.mesh_shape or sharding.MeshShape())
     sharding.check_batch_size(settings.batch_size, 1, mesh)
@@ -191,7 +181,7 @@ def _certificate(
     sums: list[dict[str, Any]] = []
     most: list[tuple[float, int, dict[str, np.ndarray]]] = []  # its KL, minus its place, its tokens
     for number, batch in enumerate(
-        run_log.progress(batches, "certificate, in batches", num_batches)
+        console.progress(batches, "certificate, in batches", num_batches)
     ):
         of_batch, values = jax.device_get(step(current, original, sharding.put_batch(batch, mesh)))
         sums.append(of_batch)

@@ -7,9 +7,9 @@ and the record's id alone, so two models that agree give the same sample.
 Prompts of like lengths are decoded together, the longest first, in a few encoder widths, each of
 which is a program to compile. No output depends on that; they are written in the prompts' order.
 
-Until all are there, what is done lies in `OUTPUT.parts/` (`parts`): the same command, after a stop,
-does what is missing. Several processes share the work, each on its own devices, which is what the
-mesh is of; no output depends on how many they are.
+Until all are there, what is done lies in `OUTPUT.parts/`: the same command, after a stop, does what
+is missing. Several processes share the work, each on its own devices, which is what the mesh is of;
+no output depends on how many they are.
 
 Example:
     python -m tnt_jax.generate --gin_file=models/t5_1_1_base.gin --gin_file=runs/generate.gin \
@@ -28,24 +28,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from tnt_jax import (
-    annotation,
-    assembly,
-    checkpoints,
-    decoding,
-    memory,
-    parts,
-    pretrained,
-    processes,
-    program,
-    records,
-    run_config,
-    run_log,
-    sharding,
-    t5,
-    tokenization,
-)
-from tnt_jax.errors import UsageError
+from tnt_jax.annotators import interface
+from tnt_jax.checkpoints import orbax, pretrained
+from tnt_jax.data import records, tokenization
+from tnt_jax.models import decoding, sharding, t5
+from tnt_jax.runtime import console, memory, operative_config, output_parts, processes, program
+from tnt_jax.runtime.errors import UsageError
+from tnt_jax.training import assembly
 
 _WIDTH_MULTIPLE = 16  # so that files of nearly equal lengths share a compiled program
 _MOST_WIDTHS = 5  # per file: each is a program of its own
@@ -70,7 +59,7 @@ def generate(
     batch_size: int,
     mesh_shape: sharding.MeshShape | None = None,
     seed: int = 0,
-    mask: annotation.Annotator | None = None,
+    mask: interface.Annotator | None = None,
 ) -> None:
     """Writes one record for every prompt, in order.
 
@@ -85,7 +74,7 @@ def generate(
       batch_size: Prompts decoded together.
       mesh_shape: Devices of this process per mesh axis; None puts all on `data`.
       seed: Of sampling.
-      mask: An annotator that knows beforehand what it would mark (`annotation.Mask`: `Lexicon`,
+      mask: An annotator that knows beforehand what it would mark (`interface.Mask`: `Lexicon`,
         `Gazetteer`): its texts never come up as the vocabulary spells them. None masks nothing.
 
     Raises:
@@ -97,7 +86,7 @@ def generate(
             f"{dict(task_feature_lengths)}."
         )
     assembly.check_seed(seed)
-    run_config.check_writable(
+    operative_config.check_writable(
         output, "OUTPUT", {"PROMPTS": prompts if isinstance(prompts, str) else None}
     )
     mesh = sharding.make_mesh(mesh_shape or sharding.MeshShape(), jax.local_devices())
@@ -114,7 +103,7 @@ def generate(
     inputs = [tokenization.encode(vocabulary, row.inputs, add_eos=True) for row in rows]
     num_cut = sum(len(ids) > longest for ids in inputs)
     if num_cut:
-        run_log.log(
+        console.log(
             f"{num_cut} of {len(rows)} inputs are cut at {longest} tokens (TASK_FEATURE_LENGTHS)."
         )
     masks = None if mask is None else _Masks.of(rows, mask, vocabulary)
@@ -129,13 +118,13 @@ def generate(
             params, tokens, batch.width, decoder, batch_size, row_keys=keys, mask=of_batch
         )
 
-    sizes = parts.sizes(len(batches), math.ceil(_OUTPUTS_PER_PART / batch_size))
+    sizes = output_parts.sizes(len(batches), math.ceil(_OUTPUTS_PER_PART / batch_size))
     batches_of = list(_in_turn(batches, sizes))
     work = {
         "program": "generate",
         "model": config,
-        "parameters": checkpoints.digest(params),
-        "prompts": parts.digest(rows),
+        "parameters": orbax.digest(params),
+        "prompts": output_parts.digest(rows),
         "vocabulary": vocabulary,
         "decoder": decoder,
         "mask": None if masks is None else masks.describe(),
@@ -143,7 +132,7 @@ def generate(
         "batch_size": batch_size,
         "seed": seed,
     }
-    with parts.opened(output, sizes, run_config.describe(work)) as job:
+    with output_parts.opened(output, sizes, operative_config.describe(work)) as job:
         own = [(part, batch) for part in job.missing for batch in batches_of[part]]
         began = time.monotonic()
         with memory.explained(
@@ -155,7 +144,7 @@ def generate(
         ):
             decoded = _one_ahead([batch for _, batch in own], start)
             num_own = sum(len(batch.indices) for _, batch in own)
-            for (part, _), (batch, tokens) in run_log.progress(
+            for (part, _), (batch, tokens) in console.progress(
                 zip(own, decoded, strict=True),
                 f"generating {num_own} outputs, in batches",
                 total=len(own),
@@ -168,7 +157,7 @@ def generate(
         job.wait_for_all()
         seconds = time.monotonic() - began
         job.join([[i for batch in of_part for i in batch.indices] for of_part in batches_of])
-        run_config.write(output)
+        operative_config.write(output)
         _log_end(output, job, batches, decoder, seconds)
 
 
@@ -189,7 +178,7 @@ def _counts(made: Sequence[records.Record], eos_id: int) -> dict[str, int]:
 
 def _log_end(
     output: str,
-    job: parts.Parts,
+    job: output_parts.Parts,
     batches: Sequence[_Batch],
     decoder: decoding.Decoding,
     seconds: float,
@@ -200,7 +189,7 @@ def _log_end(
         f" With compilation: {new['outputs'] / seconds:.1f} outputs/s, "
         f"{new['tokens'] / seconds:.0f} tokens/s, in encoder widths of {widths}."
     )
-    run_log.log(
+    console.log(
         f"{output}: {job.counts['outputs']} outputs, of which {job.counts['unended']} do not end "
         f"within {decoder.max_length} tokens (MAX_LENGTH).{speed if new else ''}"
     )
@@ -209,7 +198,7 @@ def _log_end(
 def _read(prompts: Any, vocabulary: Any) -> list[records.Record]:
     if isinstance(prompts, str):
         return records.read_records(prompts)
-    from tnt_jax import tasks  # here, because TensorFlow takes seconds to import
+    from tnt_jax.data import tasks  # here, because TensorFlow takes seconds to import
 
     return tasks.prompts_from_task(prompts.mixture_or_task_name, prompts.split, vocabulary)
 
@@ -223,7 +212,7 @@ class _Masks(NamedTuple):
     @classmethod
     def of(cls, rows: Sequence[records.Record], mask: Any, vocabulary: Any) -> "_Masks":
         """All that a mask says of all prompts."""
-        if not isinstance(mask, annotation.Mask):
+        if not isinstance(mask, interface.Mask):
             raise UsageError(
                 "MASK: expected an annotator that knows beforehand what it would mark (Lexicon, "
                 f"Gazetteer), found {type(mask).__name__}."

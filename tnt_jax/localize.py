@@ -1,7 +1,7 @@
 r"""Finds the tokens that made bad outputs bad, from one label per output: records in, marks out.
 
 A head on the original's decoder states learns, from labelled outputs of the original's own, how
-likely each prefix is to end well (`sequence_values`). In a bad output the tokens at which that
+likely each prefix is to end well (`prefix_values`). In a bad output the tokens at which that
 falls are marked. Each output is valued by a head that saw neither it nor another one for the same
 input in training. Every record gets `values`, one for each prefix of its tokens, the empty one
 first; a bad one also gets `blame`, the share of the fall that is due to each token, and as its last
@@ -25,30 +25,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from tnt_jax import (
-    annotators,
-    assembly,
-    checkpoints,
-    continuations,
-    decoding,
-    feature_converters,
-    holding,
-    memory,
-    original_setup,
-    original_states,
-    pretrained,
-    program,
-    records,
-    removed_everywhere,
-    run_config,
-    run_log,
-    sequence_values,
-    sharding,
-    t5,
-    tokenization,
-)
-from tnt_jax.array_types import PyTree
-from tnt_jax.errors import UsageError
+from tnt_jax import annotators
+from tnt_jax.annotators import continuations, prefix_values
+from tnt_jax.checkpoints import orbax, pretrained
+from tnt_jax.data import feature_converters, records, removed_everywhere, tokenization
+from tnt_jax.models import decoding, sharding, t5
+from tnt_jax.runtime import console, holding, memory, operative_config, program
+from tnt_jax.runtime.array_types import PyTree
+from tnt_jax.runtime.errors import UsageError
+from tnt_jax.training import assembly, load_original, original_cache
 
 _WEAK = 0.6  # area under the curve of whole outputs; marks of such heads are mostly wrong
 
@@ -96,8 +81,8 @@ def localize(
     vocabulary: Any,
     task_feature_lengths: Mapping[str, int],
     label_field: str | None = None,
-    training: sequence_values.Training | None = None,
-    threshold: sequence_values.Threshold | None = None,
+    training: prefix_values.Training | None = None,
+    threshold: prefix_values.Threshold | None = None,
     num_folds: int = 4,
     batch_size: int = 32,
     mesh_shape: sharding.MeshShape | None = None,
@@ -135,14 +120,14 @@ def localize(
     if num_folds < 2:
         raise UsageError(f"NUM_FOLDS: expected at least 2, found {num_folds}.")
     assembly.check_seed(seed)
-    run_config.check_writable(output, "OUTPUT", {"RECORDS": input})
-    training = training or sequence_values.Training()
-    threshold = threshold or sequence_values.Threshold()
+    operative_config.check_writable(output, "OUTPUT", {"RECORDS": input})
+    training = training or prefix_values.Training()
+    threshold = threshold or prefix_values.Threshold()
     with holding.output(output, "OUTPUT"):
         rows = records.read_records(input)
         is_bad = _labels(rows, label_field)
         folds = _folds(rows, is_bad, num_folds, seed)
-        folder = states_folder or original_states.default_folder(input, f"{output}.states")
+        folder = states_folder or original_cache.default_folder(input, f"{output}.states")
         with memory.explained(
             memory.of_inference("BATCH_SIZE", "TASK_FEATURE_LENGTHS"),
             BATCH_SIZE=batch_size,
@@ -175,8 +160,8 @@ def localize(
             result["agreement"] = _agreement(rows, marked, vocabulary)
         if check is not None:
             result["monte_carlo"] = _check(check, rows, outputs, values, original, seed)
-        run_log.write_json(f"{output}.values.json", result)
-        run_config.write(output)
+        console.write_json(f"{output}.values.json", result)
+        operative_config.write(output)
         _print(output, result)
         _warn_of_chance(result)
         return result
@@ -244,14 +229,14 @@ def _open(
     pretrained.check_vocabulary(vocabulary, config, path)
     network = assembly.Model(config=config, mesh=mesh)
     params = network.restore(path)
-    return _Original(network, params, checkpoints.digest(params), vocabulary, lengths, batch_size)
+    return _Original(network, params, orbax.digest(params), vocabulary, lengths, batch_size)
 
 
 class _Outputs:
     """The outputs as the head reads them."""
 
     def __init__(self, rows: Sequence[records.Record], original: _Original, folder: str):
-        from tnt_jax import tasks  # here, because TensorFlow takes seconds to import
+        from tnt_jax.data import tasks  # here, because TensorFlow takes seconds to import
 
         unmarked = [
             dataclasses.replace(row, negative_spans=None, negative_token_ids=()) for row in rows
@@ -262,13 +247,13 @@ class _Outputs:
         lengths = {**original.lengths, "targets": original.lengths["targets"] + 1}
         lost = feature_converters.count_lost(self._examples, lengths)
         if lost.num_inputs or lost.num_targets:
-            run_log.log(
+            console.log(
                 f"{lost.num_inputs} inputs and {lost.num_targets} targets are cut "
                 "(TASK_FEATURE_LENGTHS): nothing is found beyond."
             )
         self.tokens = [example.targets[: lengths["targets"]] for example in self._examples]
         self._length = max(map(len, self.tokens))
-        self._states = original_setup.states_of(
+        self._states = load_original.states_of(
             original.network,
             original.params,
             self._examples,
@@ -283,7 +268,7 @@ class _Outputs:
         self._said = np.zeros((len(rows), self._length, 2), np.float32)
         for start in range(0, len(rows), original.batch_size):
             indices = np.arange(start, min(start + original.batch_size, len(rows)))
-            self._said[indices] = sequence_values.log_prob_and_entropy(
+            self._said[indices] = prefix_values.log_prob_and_entropy(
                 self._states_of(indices), self.matrix, self._padded(indices)
             )
 
@@ -297,10 +282,10 @@ class _Outputs:
             row[: len(self.tokens[index])] = self.tokens[index]
         return tokens
 
-    def evidence(self, indices: np.ndarray) -> sequence_values.Evidence:
+    def evidence(self, indices: np.ndarray) -> prefix_values.Evidence:
         """A batch: what is said of a token stands where its prefix does, one position later."""
         tokens = self._padded(indices)
-        return sequence_values.Evidence(
+        return prefix_values.Evidence(
             states=jnp.asarray(self._states_of(indices)),
             tokens=jnp.asarray(np.pad(tokens, ((0, 0), (1, 0)))[:, :-1]),
             said=jnp.asarray(np.pad(self._said[indices], ((0, 0), (1, 0), (0, 0)))[:, :-1]),
@@ -323,15 +308,15 @@ def _values(
     outputs: _Outputs,
     is_good: np.ndarray,
     folds: np.ndarray,
-    training: sequence_values.Training,
+    training: prefix_values.Training,
     seed: int,
 ) -> list[np.ndarray]:
     """Of each output the values of its prefixes, by the head that did not learn from it."""
     values: list[np.ndarray] = [np.zeros(0)] * len(folds)
     names = np.unique(folds).tolist()
-    for fold in run_log.progress(names, f"heads of {len(names)} folds", len(names)):
+    for fold in console.progress(names, f"heads of {len(names)} folds", len(names)):
         others = np.flatnonzero(folds != fold)
-        params = sequence_values.fit(
+        params = prefix_values.fit(
             lambda chosen, others=others: outputs.evidence(others[chosen]),
             is_good[others],
             outputs.matrix,
@@ -341,7 +326,7 @@ def _values(
         own = np.flatnonzero(folds == fold)
         for start in range(0, len(own), training.batch_size):
             indices = own[start : start + training.batch_size]
-            of_batch = sequence_values.values(
+            of_batch = prefix_values.values(
                 params, outputs.evidence(indices), outputs.matrix, training=training
             )
             for index, of_row in zip(indices, np.asarray(of_batch), strict=True):
@@ -363,7 +348,7 @@ def _quality(
     for where, index in (("start", 0), ("end", -1)):
         scores = np.array([of_row[index] for of_row in values], np.float64)
         result[f"brier_at_{where}"] = float(np.mean((scores - is_good) ** 2))
-        result[f"auc_at_{where}"] = sequence_values.area_under_curve(scores, is_good)
+        result[f"auc_at_{where}"] = prefix_values.area_under_curve(scores, is_good)
     return result
 
 
@@ -411,7 +396,7 @@ def _check(
 
     shares = continuations.shares_of_good(sampled, is_good)
     of_head = np.array([values[i][length] for i, length in zip(chosen, lengths, strict=True)])
-    compared = sequence_values.compare_estimates(of_head, shares, check.num_samples)
+    compared = prefix_values.compare_estimates(of_head, shares, check.num_samples)
     return {
         **compared._asdict(),
         "prefixes": [
@@ -464,7 +449,7 @@ def _extra_fields(
     for row, bad, of_row in zip(rows, is_bad, values, strict=True):
         extra = {**row.extra, "values": [_short(value) for value in of_row]}
         if bad:
-            extra["blame"] = [_short(share) for share in sequence_values.blame(of_row)]
+            extra["blame"] = [_short(share) for share in prefix_values.blame(of_row)]
         if keep_spans:
             extra["given_spans"] = [list(span) for span in row.negative_spans or ()]
         yield extra
@@ -485,7 +470,7 @@ def _agreement(
         for before, after in zip(given, marked, strict=True)
         if before.negative_spans
     ]
-    return sequence_values.agreement(*zip(*bad, strict=True))._asdict()
+    return prefix_values.agreement(*zip(*bad, strict=True))._asdict()
 
 
 def _short(value: Any) -> float:
@@ -499,7 +484,7 @@ def _print(output: str, result: Mapping[str, Any]) -> None:
         for name, value in numbers.items()
         if isinstance(value, int | float)
     ]
-    run_log.table(rows, columns=(output, ""))
+    console.table(rows, columns=(output, ""))
 
 
 def _warn_of_chance(result: Mapping[str, Any]) -> None:
@@ -508,7 +493,7 @@ def _warn_of_chance(result: Mapping[str, Any]) -> None:
     deviation = ((bad + good + 1) / (12 * bad * good)) ** 0.5  # Mann and Whitney's, of chance alone
     if result["auc_at_end"] >= max(_WEAK, 0.5 + 2 * deviation):
         return
-    run_log.log(
+    console.log(
         f"auc_at_end is {result['auc_at_end']:.2f}: the heads tell bad outputs from good ones "
         f"little better than chance (0.5 ± {deviation:.2f}), so their marks mean little. Give more "
         f"labelled outputs, of both kinds (there are {bad} bad and {good} good ones), more "

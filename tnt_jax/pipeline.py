@@ -14,9 +14,10 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tnt_jax import holding, program, records, run_log
-from tnt_jax.errors import UsageError
-from tnt_jax.experiment import Arm, Experiment, Opened
+from tnt_jax.data import records
+from tnt_jax.experiments.experiment import Arm, Experiment, Opened
+from tnt_jax.runtime import console, holding, program
+from tnt_jax.runtime.errors import UsageError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,7 +118,7 @@ def _run(
     checks = _check(expectations, evaluations) if expectations else []
     summary = {"evaluations": evaluations, "expectations": checks, "num_rounds": num_rounds}
     root, first_decoder = opened.root, opened.first_decoder
-    run_log.write_json(str(root / "summary.json"), summary)
+    console.write_json(str(root / "summary.json"), summary)
     page = opened.report([arm.name for arm in arms])
     _print_table(evaluations, decoders, opened.num_seen)
     best = expectations.arm if expectations else arms[0].name
@@ -128,12 +129,12 @@ def _run(
         num_examples,
     )
     for check in checks:
-        run_log.log(f"{'reached' if check['reached'] else 'MISSED '}  {check['text']}")
-    run_log.log(
+        console.log(f"{'reached' if check['reached'] else 'MISSED '}  {check['text']}")
+    console.log(
         f"Everything is in {root}: the patched model in {models[best]}, the numbers in "
         f"{root / 'summary.json'}. {time.monotonic() - began:.0f} seconds."
     )
-    run_log.log(f"Open {page.resolve().as_uri()} in a browser: before and after, output by output.")
+    console.log(f"Open {page.resolve().as_uri()} in a browser: before and after, output by output.")
     return summary
 
 
@@ -201,7 +202,7 @@ def _print_table(
             )
         num_outputs = before["unwanted_outputs"]["denominator"]
         which = f"prompts, {num_seen} of them trained on" if num_seen else "unseen prompts"
-        run_log.table(rows, columns=columns, title=f"{decoder} outputs on {num_outputs} {which}")
+        console.table(rows, columns=columns, title=f"{decoder} outputs on {num_outputs} {which}")
 
 
 def _print_examples(original_path: str, current_path: str, arm: str, number: int) -> None:
@@ -216,7 +217,7 @@ def _print_examples(original_path: str, current_path: str, arm: str, number: int
         spans = ", ".join(
             repr(before.targets[slice(*span)]) for span in before.negative_spans or ()
         )
-        run_log.log(
+        console.log(
             f"\n  input     {before.inputs}\n  original  {before.targets}\n"
             f"  {arm:<8}  {after.targets}\n  unwanted  {spans}"
         )

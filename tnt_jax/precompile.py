@@ -29,18 +29,11 @@ from typing import Any
 
 import jax
 
-from tnt_jax import (
-    assembly,
-    compiled_step,
-    feature_converters,
-    memory,
-    original_setup,
-    program,
-    records,
-    run_log,
-    train,
-)
-from tnt_jax.errors import UsageError
+from tnt_jax import train
+from tnt_jax.data import feature_converters, records
+from tnt_jax.runtime import console, memory, program
+from tnt_jax.runtime.errors import UsageError
+from tnt_jax.training import assembly, compiled_step, load_original
 
 EXIT_STATUS = 3  # where a step does not fit
 
@@ -91,7 +84,7 @@ def precompile(
     )
     report = {"topology": topology, **report}
     if output is not None:
-        run_log.write_json(output, report)
+        console.write_json(output, report)
     _print(report)
     return report
 
@@ -155,14 +148,14 @@ def compile_step(
       pack: As in `train.train`.
       num_negative_ids: As in `precompile`.
       program_text: As in `precompile`.
-      **of_trainer: The other settings of `original_setup.make_trainer`.
+      **of_trainer: The other settings of `load_original.make_trainer`.
 
     Returns:
       "fits" (None where the devices' memory is not known), "bytes" by kind, "collectives", and what
       else is printed; where the compiler itself finds that it does not fit, "bytes" are its words.
     """
     of_trainer.setdefault("initial_checkpoint_path", None)
-    trainer = original_setup.make_trainer(batch_size=batch_size, devices=devices, **of_trainer)
+    trainer = load_original.make_trainer(batch_size=batch_size, devices=devices, **of_trainer)
     batch = trainer.abstract_batch(
         feature_converters.feature_shapes(
             task_feature_lengths, batch_size, num_negative_ids, pack=pack
@@ -197,7 +190,7 @@ def compile_step(
     )
     report["collectives"] = [dataclasses.asdict(each) for each in compiled_step.collectives(text)]
     if program_text is not None:
-        run_log.write_text(program_text, text)
+        console.write_text(program_text, text)
     limit = _limit(devices[0])
     report["of"] = limit
     report["fits"] = None if limit is None else report["bytes"]["total"] <= limit
@@ -263,14 +256,14 @@ def _print(report: dict[str, Any]) -> None:
         f"{report['lengths']['inputs']} and {report['lengths']['targets']} tokens; original: "
         f"{report['original']}"
     )
-    run_log.log(title)
+    console.log(title)
     libtpu = f", libtpu {report['libtpu']}" if report["libtpu"] else ""
-    run_log.log(f"Compiler: that of JAX {report['jax']}{libtpu}.")
+    console.log(f"Compiler: that of JAX {report['jax']}{libtpu}.")
     if "bytes" in report:
         rows = [
             (name, f"{number / compiled_step.GIB:.3f}") for name, number in report["bytes"].items()
         ]
-        run_log.table(rows, columns=("on each device", "GiB"))
+        console.table(rows, columns=("on each device", "GiB"))
         rows = [
             (
                 each["operation"],
@@ -282,20 +275,20 @@ def _print(report: dict[str, Any]) -> None:
             for each in report["collectives"][:12]
         ]
         left_out = len(report["collectives"]) - len(rows)
-        run_log.table(rows, columns=("collective", "result", "MiB", "in the program", "each runs"))
+        console.table(rows, columns=("collective", "result", "MiB", "in the program", "each runs"))
         if left_out:
-            run_log.log(f"and {left_out} smaller ones.")
-        run_log.log(f"Compiled in {report['compile_seconds']} s.")
+            console.log(f"and {left_out} smaller ones.")
+        console.log(f"Compiled in {report['compile_seconds']} s.")
     if report["fits"] is None:
-        run_log.log("How much memory such a device has is not known here.")
+        console.log("How much memory such a device has is not known here.")
         return
     total = report["bytes"]["total"] / compiled_step.GIB if "bytes" in report else None
     of = report["of"] / compiled_step.GIB if total is not None else report["of"]
     if report["fits"]:
-        run_log.log(f"It fits: {total:.2f} of {of:.0f} GiB.")
+        console.log(f"It fits: {total:.2f} of {of:.0f} GiB.")
     else:
         used = f"{total:.2f} of {of:.0f} GiB" if total is not None else f"{report['used']} of {of}"
-        run_log.log(f"It does not fit: {used}. To make it fit, {report['advice']}.")
+        console.log(f"It does not fit: {used}. To make it fit, {report['advice']}.")
 
 
 if __name__ == "__main__":

@@ -15,20 +15,10 @@ import pathlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from tnt_jax import (
-    changes,
-    diagnosis,
-    json_files,
-    program,
-    records,
-    report_page,
-    report_rows,
-    run_config,
-    run_log,
-    stages,
-    text_metrics,
-)
-from tnt_jax.errors import UsageError
+from tnt_jax.data import records
+from tnt_jax.evaluation import changes, diagnosis, report_page, report_rows, text_metrics
+from tnt_jax.runtime import console, files, operative_config, program, stages
+from tnt_jax.runtime.errors import UsageError
 
 
 def report(
@@ -66,7 +56,7 @@ def report(
         "TOKENS": tokens,
         "RESULTS": results,
     }
-    run_config.check_writable(output, "OUTPUT", reads)
+    operative_config.check_writable(output, "OUTPUT", reads)
     _check_settings(pipeline_dir, original_records, current_records, evaluation, tokens, results)
     files = _Files()
     rows: list[report_rows.Row] = []
@@ -96,10 +86,10 @@ def report(
         files=files.described,
         settings=files.settings,
     )
-    run_log.write_text(output, page)
-    run_config.write(output)
+    console.write_text(output, page)
+    operative_config.write(output)
     num_shown = sum(len(comparison.outputs) for comparison in comparisons)
-    run_log.log(
+    console.log(
         f"{output}: {len(rows)} results and {num_shown} outputs. Open it in a browser "
         f"({pathlib.Path(output).resolve().as_uri()})."
     )
@@ -160,7 +150,7 @@ class _Files:
             self.settings[str(path)] = path.read_text("utf-8", "replace")
 
     def read_json(self, path: str | pathlib.Path) -> Any:
-        value = json_files.read(path)
+        value = files.read(path)
         self.note(path)
         return value
 
@@ -294,7 +284,7 @@ def _compare(
         )
     found = [
         changes.change(one, other)
-        for one, other in run_log.progress(
+        for one, other in console.progress(
             list(zip(original, current, strict=True)),
             f"comparing {row['objective']}, {row['decoder']}",
         )

@@ -26,9 +26,12 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from tnt_jax import holding, objectives, program, records, results, run_log, stages
-from tnt_jax.errors import UsageError
-from tnt_jax.experiment import Experiment, Opened
+from tnt_jax import objectives
+from tnt_jax.data import records
+from tnt_jax.evaluation import results
+from tnt_jax.experiments.experiment import Experiment, Opened
+from tnt_jax.runtime import console, holding, program, stages
+from tnt_jax.runtime.errors import UsageError
 
 _FEWEST = 5  # unwanted outputs to choose weights by: fewer are chance
 _FEWEST_TO_REPORT = 2  # prompts: what one says has no interval
@@ -168,16 +171,16 @@ def sweep(
             if num_processes == 1 or shared.num_missing(arms) >= num_missing:
                 break
         written = shared.opened.root / f"{name}.json"
-        run_log.write_json(str(written), found)
+        console.write_json(str(written), found)
         text = as_markdown(found, experiment.decoders)
-        run_log.write_text(str(written.with_suffix(".md")), text)
-    run_log.log(text)
+        console.write_text(str(written.with_suffix(".md")), text)
+    console.log(text)
     missing = f" {num_missing} arms are not done yet." if num_missing else ""
     if num_missing and frontier_seeds:
         missing += (
             " The frontier's are run when all others are done: start each process again then."
         )
-    run_log.log(
+    console.log(
         f"The numbers are in {written}.{missing} {time.monotonic() - began:.0f} "
         f"seconds. A report: python -m tnt_jax.report --gin_file=runs/report.gin "
         f"--gin.RESULTS={written} --gin.OUTPUT=report.html"
@@ -201,7 +204,7 @@ class _Shared:
         """This process's part of them."""
         own = cells[self.process_index :: self.num_processes]
         for number, cell in enumerate(own, start=1):
-            run_log.log(f"Arm {number} of {len(own)}{what}: {cell.name}")
+            console.log(f"Arm {number} of {len(own)}{what}: {cell.name}")
             self._run(cell)
 
     def _run(self, cell: _Cell) -> None:

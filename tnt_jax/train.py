@@ -29,32 +29,24 @@ import optax
 from etils import epath
 from jax.experimental import multihost_utils
 
-from tnt_jax import (
-    assembly,
-    checkpoints,
-    feature_converters,
+from tnt_jax import objectives
+from tnt_jax.checkpoints import orbax, pretrained
+from tnt_jax.data import feature_converters
+from tnt_jax.models import sharding, t5
+from tnt_jax.runtime import (
+    console,
     holding,
     memory,
-    objectives,
-    original_setup,
-    original_states,
+    operative_config,
     preemption,
-    pretrained,
     processes,
     program,
-    resume,
-    run_config,
-    run_log,
-    sharding,
     stages,
-    t5,
-    train_step,
-    training_loop,
-    watching,
-    writers,
 )
-from tnt_jax.array_types import PyTree
-from tnt_jax.errors import UsageError
+from tnt_jax.runtime.array_types import PyTree
+from tnt_jax.runtime.errors import UsageError
+from tnt_jax.training import assembly, load_original, loop, original_cache, resume, train_step
+from tnt_jax.watching import metric_writers, watching
 
 
 @runtime_checkable
@@ -165,7 +157,7 @@ def train(
     assembly.check_seed(seed)
     model_dir = os.fspath(epath.Path(model_dir).expanduser())  # for all that write to it
     pretrained.check_takes_checkpoints(epath.Path(model_dir), "MODEL_DIR")
-    run_config.check_folder(model_dir, "MODEL_DIR")
+    operative_config.check_folder(model_dir, "MODEL_DIR")
     resume.check_allowed(allow_changes)
     _check_best(keep_best, checkpoint_every, eval_every if eval_dataset else None)
     if states_dir is not None and original != "cached":
@@ -175,7 +167,7 @@ def train(
         )
 
     objective = _with_removed(objective, dataset.removed_everywhere())
-    trainer = original_setup.make_trainer(
+    trainer = load_original.make_trainer(
         model=model,
         initial_checkpoint_path=initial_checkpoint_path,
         objective=objective,
@@ -208,7 +200,7 @@ def train(
             return initial_params()
         return network.restore(start_checkpoint_path)
 
-    data = training_loop.Data.of(
+    data = loop.Data.of(
         load(dataset),
         load(eval_dataset) if eval_dataset else [],
         batch_size=batch_size,
@@ -228,8 +220,8 @@ def train(
         model_dir=model_dir,
     )
 
-    def bring(is_new: bool) -> tuple[original_setup.Brought, PyTree | None]:
-        return original_setup.bring(
+    def bring(is_new: bool) -> tuple[load_original.Brought, PyTree | None]:
+        return load_original.bring(
             trainer,
             initial_params,
             initial_checkpoint_path,
@@ -237,7 +229,7 @@ def train(
             start_params=start_params if start_checkpoint_path else None,
             examples=[*data.examples, *data.eval_examples],
             states_folder=states_dir
-            or original_states.default_folder(getattr(dataset, "files", None), model_dir),
+            or original_cache.default_folder(getattr(dataset, "files", None), model_dir),
             task_feature_lengths=task_feature_lengths,
             batch_size=batch_size,
             seed=seed,
@@ -252,7 +244,7 @@ def train(
     run = resume.describe(
         trainer,
         optimizer={
-            **run_config.describe(optimizer),
+            **operative_config.describe(optimizer),
             "max_gradient_norm": max_gradient_norm,
         },
         data=data.describe(),
@@ -279,7 +271,7 @@ def train(
             NUM_MICROBATCHES=num_microbatches,
             TASK_FEATURE_LENGTHS=task_feature_lengths,
         ),
-        checkpoints.Checkpoints(
+        orbax.Checkpoints(
             model_dir, keep=keep_checkpoints, keep_every=keep_every, keep_best=keep_best
         ) as saved,
     ):
@@ -295,31 +287,29 @@ def train(
         )
         if objective.needs_original:
             _warn_about(objective, config, initial_checkpoint_path)
-        run_config.write(model_dir)
-        run_log.write_json(f"{model_dir}/run.json", run)
+        operative_config.write(model_dir)
+        console.write_json(f"{model_dir}/run.json", run)
         pretrained.describe(model_dir, config, dataset.vocabulary, initial_checkpoint_path)
-        run_log.log(
+        console.log(
             f"Training on {len(data.examples)} examples from update {start.step} to {train_steps}, "
             f"{batch_size} rows at a time, on {jax.device_count()} {jax.default_backend()} "
             "device(s)."
         )
         with (
-            writers.open_all(
+            metric_writers.open_all(
                 model_dir,
                 start=start.step,
                 config=run,
                 wandb_project=watched.settings.wandb_project,
             ) as metrics,
-            run_log.StepLines(f"{model_dir}/events.jsonl", last_step=start.step) as events,
+            console.StepLines(f"{model_dir}/events.jsonl", last_step=start.step) as events,
             preemption.deferred(_stop_of_all()) as is_due,
         ):
-            outcome = training_loop.Loop(
+            outcome = loop.Loop(
                 trainer=trainer,
                 original=start.original,
                 data=data,
-                every=training_loop.Every(
-                    checkpoint=checkpoint_every, log=log_every, evaluation=eval_every
-                ),
+                every=loop.Every(checkpoint=checkpoint_every, log=log_every, evaluation=eval_every),
                 saved=saved,
                 run=run,
                 metrics=metrics,
@@ -333,12 +323,12 @@ def train(
                 seed=seed,
             ).go(start.state, start.step, train_steps, is_due)
         if start.step >= train_steps:
-            run_log.log(f"Nothing to do: {model_dir} is at update {start.step} of {train_steps}.")
+            console.log(f"Nothing to do: {model_dir} is at update {start.step} of {train_steps}.")
         best = saved.best_step() if keep_best is not None else None
         if best is not None:
-            run_log.log(f"{keep_best} is smallest at {model_dir}/checkpoint_{best}.")
+            console.log(f"{keep_best} is smallest at {model_dir}/checkpoint_{best}.")
     last = str(pretrained.find(model_dir))
-    run_log.log(f"{outcome}The model is in {last}.{_next(model_dir)}")
+    console.log(f"{outcome}The model is in {last}.{_next(model_dir)}")
     return last
 
 
@@ -413,7 +403,7 @@ def _check_marks(
             "original: expected some text that may stay. Mark the unwanted words alone, and leave "
             "clean outputs in the file."
         )
-    run_log.log(
+    console.log(
         f"{num_marked} of {len(examples)} examples have marks: {num_marks} ids to remove, of which "
         f"{lost.num_marks} lie beyond TASK_FEATURE_LENGTHS and are not learned from."
     )
@@ -425,7 +415,7 @@ def _with_removed(
     """With what the annotator of the data removes at every position."""
     if not ids or objective.negative_term == "none":
         return objective
-    run_log.log(f"{len(ids)} ids are removed at every position, as the records' annotator has it.")
+    console.log(f"{len(ids)} ids are removed at every position, as the records' annotator has it.")
     both = {*objective.removed_everywhere, *ids}
     return dataclasses.replace(objective, removed_everywhere=tuple(sorted(both)))
 
@@ -433,7 +423,7 @@ def _with_removed(
 def _log_fill(batches: feature_converters.Batches) -> None:
     fill = batches.fill()
     how = f"Packed, {fill.examples_per_row:.1f} examples a row" if batches.pack else "Not packed"
-    run_log.log(
+    console.log(
         f"{how}: padding is {fill.input_padding:.0%} of the inputs' and {fill.target_padding:.0%} "
         f"of the targets' positions. An epoch takes {fill.num_rows / batches.batch_size:.1f} "
         "updates."
@@ -444,12 +434,12 @@ def _warn_about(
     objective: objectives.TntObjective, model: t5.T5Config, initial_checkpoint_path: str | None
 ) -> None:
     if initial_checkpoint_path is None:
-        run_log.log(
+        console.log(
             "Warning: INITIAL_CHECKPOINT_PATH is None, so the original is a random model: there is "
             f"no behaviour to keep, although {objective.positive_term!r} compares with it."
         )
     if model.dropout_rate:
-        run_log.log(
+        console.log(
             f"Warning: DROPOUT_RATE is {model.dropout_rate}. The original runs without dropout, so "
             "a model that has not changed already has a loss; 0 is the default for divergences."
         )

@@ -353,7 +353,7 @@ def greedy_tokens(
             do_sample=False,
             num_beams=1,
             max_new_tokens=MAX_LENGTH,
-            suppress_tokens=[0],  # as tnt_jax.decoding
+            suppress_tokens=[0],  # as tnt_jax.models.decoding
             use_cache=False,  # transformers 5.24 has none for a decoder deeper than its encoder
             output_scores=True,
             return_dict_in_generate=True,

@@ -1,0 +1,387 @@
+import json
+import pathlib
+import pickle
+import tempfile
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tnt_jax import annotators
+from tnt_jax.data import records
+from tnt_jax.runtime.errors import UsageError
+
+
+@pytest.fixture
+def lexicon(tmp_path):
+    def make(*entries, **settings):
+        path = tmp_path / "words.txt"
+        path.write_text("\n".join(entries), encoding="utf-8")
+        return annotators.Lexicon(path=str(path), **settings)
+
+    return make
+
+
+@pytest.fixture
+def gazetteer(tmp_path):
+    def make(values_by_type, **settings):
+        path = tmp_path / "values.json"
+        path.write_text(json.dumps(values_by_type), encoding="utf-8")
+        return annotators.Gazetteer(path=str(path), **settings)
+
+    return make
+
+
+def annotate(annotator, inputs, targets):
+    return annotator.annotate(records.Record(id="a", inputs=inputs, targets=targets))
+
+
+def marked(annotator, targets, inputs=""):
+    return [targets[s.start : s.end] for s in annotate(annotator, inputs, targets).spans]
+
+
+# -----------------------------------------------------------------------------
+# Lexicon
+# -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("entry", "targets", "expected"),
+    [
+        ("ass", "class assess bass assassin", []),
+        ("cunt", "Scunthorpe United", []),
+        ("ass", "An ass. ASS! (ass)", ["ass", "ASS", "ass"]),
+        ("ass", "half-ass, non\u2011ass and ass-like", ["ass", "ass", "ass"]),
+        ("ass", "ass_hole ass2 2ass", []),
+        ("don", "don't don\u2019t", []),
+        ("don't", "don\u2019t", ["don\u2019t"]),
+        ("idiot", "the idiot's and the idiot\u2019s", ["idiot", "idiot"]),
+        ("rosa's bar", "Rosa's Bar or Rosa 's bar", ["Rosa's Bar", "Rosa 's bar"]),
+        ("4", "4.5 1,4 14 4:30 4", ["4"]),
+        ("4", "I give it 4.", ["4"]),
+        (
+            "4 star",
+            "a 4-star, 4  star, 4\nstar, 4. star, 4 - star",
+            ["4-star", "4  star", "4\nstar"],
+        ),
+        ("£20-25", "for £20-25, not £20-250", ["£20-25"]),
+        ("f*ck", "f*ck f*cking fck", ["f*ck"]),
+        ("a$$", "a$$", ["a$$"]),
+        ("cafe", "caf\u00e9 cafe\u0301", []),
+        ("caf\u00e9", "CAFE\u0301 Caf\u00e9", ["CAFE\u0301", "Caf\u00e9"]),
+        ("straße", "STRASSE", ["STRASSE"]),
+        ("дурак", "Дурак дураки", ["Дурак"]),
+        ("कि", "किताब कि", ["कि"]),
+    ],
+)
+def test_lexicon_finds_whole_words_only(lexicon, entry, targets, expected):
+    assert marked(lexicon(entry), targets) == expected
+
+
+def test_offsets_are_code_points(lexicon):
+    (span,) = annotate(lexicon("bad"), "", "\U0001f600\u00e9 bad").spans
+    assert (span.start, span.end) == (3, 6)
+
+
+def test_first_then_longest_entry_wins(lexicon):
+    annotator = lexicon("son", "son of a", "son of a gun", "gun show")
+    assert marked(annotator, "son of a gun show, son of an") == ["son of a gun", "son"]
+
+
+def test_case_sensitive_compares_letters_as_they_are(lexicon):
+    annotator = lexicon("Dick", "rat", case_sensitive=True)
+    assert marked(annotator, "Dick's dick, RAT, rat") == ["Dick", "rat"]
+    (span,) = annotate(annotator, "", "Dick").spans
+    assert span.alternatives == ("rat",)  # "Rat" would not have been marked
+
+
+@pytest.mark.parametrize(
+    ("entry", "forms"),
+    [
+        ("fool", "fools fooled fooling"),
+        ("kiss", "kisses kissed kissing"),
+        ("bitch", "bitches bitched bitching"),
+        ("bully", "bullies bullied bullying"),
+        ("slay", "slays slayed slaying"),
+        ("smile", "smiles smiled smiling"),
+        ("see", "sees seed seeing"),
+        ("slap", "slaps slapped slapping"),
+        ("idiot", "idiots idioted idioting"),
+        ("fix", "fixes fixed fixing"),
+        ("big fool", "big fools big fooled big fooling"),
+    ],
+)
+def test_inflections(lexicon, entry, forms):
+    annotator = lexicon(entry, inflections=True)
+    others = (" ".join(f) for f in zip(*[iter(forms.split())] * len(entry.split()), strict=True))
+    assert marked(annotator, f"{entry}; {forms}") == [entry, *others]
+    assert marked(lexicon(entry), forms) == []
+
+
+def test_inflections_follow_the_spelling_rules(lexicon):
+    annotator = lexicon("slap", "smile", "bully", "fix", inflections=True)
+    wrong = "slaping smileing bullyed fixxed smil slappings"
+    assert marked(annotator, wrong) == []
+
+
+def test_comments_and_blank_lines_are_skipped(lexicon):
+    annotator = lexicon("\ufeff# not a word", "", "  fool  ", "   ", "#fool too")
+    assert marked(annotator, "not a word, fool too") == ["fool"]
+
+
+def test_lexicon_alternatives_are_the_entries_in_every_casing(lexicon):
+    annotator = lexicon("idiot", "Fool", "old rat")
+    forms = {"idiot", "Idiot", "Fool", "fool"}
+    forms |= {"old rat", "Old rat", "Old Rat", "old-rat", "Old-rat", "Old-Rat"}
+    spans = annotate(annotator, "", "idiot, Fool, OLD RAT").spans
+    assert set(spans[0].alternatives) == forms - {"idiot"}
+    assert set(spans[1].alternatives) == forms - {"Fool"}
+    # What stands in capitals may go on in capitals.
+    assert set(spans[2].alternatives) == forms | {"IDIOT", "FOOL", "OLD-RAT"}
+    assert all(len(set(span.alternatives)) == len(span.alternatives) for span in spans)
+    (span,) = annotate(lexicon("idiot", "fool", alternatives=False), "", "idiot").spans
+    assert span.alternatives == ()
+
+
+def test_a_capital_does_not_hide_the_listed_form(gazetteer):
+    """A text that begins with a marked value may go on in lower case, as the list has it."""
+    values = {"rating": ["Michelin-starred"], "family": ["family-friendly"]}
+    (span,) = annotate(gazetteer(values), "", "Michelin-starred pub.").spans
+    assert {"family-friendly", "Family-friendly"} <= set(span.alternatives)
+    (span,) = annotate(gazetteer(values), "", "a family friendly pub").spans
+    assert {"Michelin-starred", "michelin-starred"} <= set(span.alternatives)
+
+
+def test_lexicon_everywhere_is_all_that_it_would_mark(lexicon):
+    settings = {"at_every_position": True}
+    assert lexicon("rat", "Fool").everywhere() == ()
+    assert lexicon("rat", "Fool", case_sensitive=True, **settings).everywhere() == ("rat", "Fool")
+    annotator = lexicon("rat", "Fool", inflections=True, **settings)
+    everywhere = annotator.everywhere()
+    assert {"rat", "Rat", "RAT", "ratting", "Fool", "FOOL", "Fools"} <= set(everywhere)
+    assert len(set(everywhere)) == len(everywhere)
+    assert all(marked(annotator, text) == [text] for text in everywhere)
+    # What it marks is the same; nothing may come up in any record, whatever that says.
+    assert marked(annotator, "a rat and a cat") == ["rat"]
+    assert annotate(annotator, "", "a cat").banned == everywhere
+    assert annotate(lexicon("rat"), "", "a cat").banned == ()
+
+
+def test_lexicon_marks_also_what_the_inputs_say(lexicon):
+    assert marked(lexicon("rat"), "a rat", inputs="rat") == ["rat"]
+
+
+# -----------------------------------------------------------------------------
+# Gazetteer
+# -----------------------------------------------------------------------------
+
+VENUES = {
+    "name": ["the cambridge blue", "cambridge", "pizza hut", "Café Brazil"],
+    "area": {"city centre": ["centre", "city center"], "north": [], "riverside": []},
+    "food": {"british": ["english"], "indian": [], "north indian": []},
+    "price": ["high", "cheap"],
+    "rating": ["high", "low"],
+}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "targets", "expected"),
+    [
+        ("area = north", "It is in the north.", []),
+        ("area = north", "It is by the Riverside.", ["Riverside"]),
+        ("AREA[RIVERSIDE]", "by the riverside", []),
+        ("area = centre", "in the city center", []),  # another name of the same value
+        ("food = british", "English and Indian food", ["Indian"]),
+        ("food = north indian", "north indian food in the north", []),  # within a longer name
+        ("food = indian", "north indian food", ["north indian"]),
+        ("area = north ; food = indian", "north indian food", ["north indian"]),
+        ("name = the cambridge blue", "The Cambridge Blue, Cambridge", []),
+        ("name = cambridge", "the cambridge blue in cambridge", ["the cambridge blue"]),
+        ("rating = high", "a high price", []),  # some type's value of that name is supported
+        ("northern", "the north", ["north"]),
+        ("", "northern indians", []),
+        ("name = Cafe\u0301 Brazil", "CAFÉ  Brazil", []),
+        ("", "", []),
+    ],
+)
+def test_gazetteer_marks_what_the_inputs_do_not_state(gazetteer, inputs, targets, expected):
+    assert marked(gazetteer(VENUES), targets, inputs=inputs) == expected
+
+
+def test_gazetteer_alternatives_and_supported(gazetteer):
+    values = {"area": {"north": ["northern"], "south": []}, "food": ["thai", "high tea"]}
+    annotation = annotate(gazetteer(values), "food = thai", "South of it. in the south")
+    at_start, later = annotation.spans
+    forms = {"north", "North", "northern", "Northern", "south", "South"}
+    forms |= {"high tea", "High tea", "High Tea", "high-tea", "High-tea", "High-Tea"}
+    assert set(at_start.alternatives) == forms - {"South"}
+    assert set(later.alternatives) == forms - {"south"}
+    assert annotation.supported == ("thai", "Thai", "THAI")
+
+    annotation = annotate(gazetteer(values, alternatives=False), "food = thai", "south")
+    assert annotation.spans == (annotators.Span(start=0, end=5),)
+
+
+def test_a_name_shared_with_a_supported_value_is_no_alternative(gazetteer):
+    values = {"price": ["High", "low"], "rating": {"top": ["high"]}}
+    annotation = annotate(gazetteer(values), "rating = top", "low")
+    assert annotation.spans[0].alternatives == ("Low",)
+    assert set(annotation.supported) >= {"High", "top", "high"}
+
+
+def test_gazetteer_at_every_position_bans_what_is_not_supported(gazetteer):
+    values = {"area": {"north": ["northern"], "south": []}, "food": ["thai"]}
+    annotator = gazetteer(values, at_every_position=True)
+    assert annotator.everywhere() == ()  # it depends on the inputs
+    banned = {
+        inputs: annotate(annotator, inputs, "it is good").banned for inputs in ("north, thai", "")
+    }
+    assert set(banned["north, thai"]) == {"south", "South", "SOUTH"}
+    assert {"north", "Northern", "SOUTH", "thai"} <= set(banned[""])
+    plain = gazetteer(values)
+    assert annotate(plain, "", "it is good").banned == ()
+    assert marked(annotator, "thai in the south") == marked(plain, "thai in the south")
+
+
+# -----------------------------------------------------------------------------
+# Both
+# -----------------------------------------------------------------------------
+
+LISTED = [
+    "Crowne Plaza Hotel",
+    "THE PUNTER",
+    "family-friendly",
+    "o'reilly's",
+    "Café Rouge",
+    "4 star",
+]
+
+
+@pytest.mark.parametrize("list_style", [str, str.lower, str.upper, str.title])
+@pytest.mark.parametrize("text_style", [str.lower, str.upper, str.title, str.capitalize])
+@pytest.mark.parametrize("listed", LISTED)
+def test_what_is_marked_is_what_is_banned(lexicon, gazetteer, listed, list_style, text_style):
+    """In whatever case a list is written, and the text: both rules mean the same text."""
+    listed, text = list_style(listed), text_style(listed)
+    if text_style is str.title:
+        text = text.replace("'S", "'s")
+    spellings = {text, text.replace("-", " "), text.replace(" ", "-"), text.replace("'", "\u2019")}
+    row = records.Record(id="a", inputs="it is good", targets=text)
+    everywhere = {"at_every_position": True}
+    for annotator in (lexicon(listed, **everywhere), gazetteer({"value": [listed]}, **everywhere)):
+        assert all(marked(annotator, spelt) == [spelt] for spelt in spellings)
+        assert spellings <= set(annotator.banned(row))
+        assert spellings <= set(annotator.annotate(row).banned)
+        assert all(marked(annotator, spelt) == [spelt] for spelt in annotator.banned(row))
+    supporting = gazetteer({"value": [listed, "other"]})
+    assert spellings <= set(annotate(supporting, listed, "other").supported)
+
+
+@pytest.mark.parametrize("listed", LISTED)
+def test_a_case_sensitive_list_bans_what_it_marks(lexicon, listed):
+    annotator = lexicon(listed, case_sensitive=True)
+    banned = annotator.banned(records.Record(id="a", inputs="", targets=""))
+    assert {listed, listed.replace("-", " "), listed.replace("'", "\u2019")} <= set(banned)
+    assert all(marked(annotator, spelt) == [spelt] for spelt in banned)
+    assert listed.swapcase() not in banned
+
+
+def test_description_names_settings_and_content_but_not_the_folder(lexicon, gazetteer, tmp_path):
+    first = lexicon("rat")
+    again = tmp_path / "elsewhere"
+    again.mkdir()
+    (again / "words.txt").write_text("rat", encoding="utf-8")
+    assert annotators.Lexicon(path=str(again / "words.txt")).description == first.description
+    assert lexicon("cat").description != first.description
+    assert lexicon("rat", inflections=True).description != first.description
+    assert first.description.startswith("Lexicon(words.txt:")
+    assert gazetteer(VENUES).description.startswith("Gazetteer(values.json:")
+
+
+def test_annotators_travel_to_other_processes(lexicon, gazetteer):
+    for annotator in (lexicon("rat"), gazetteer({"animal": ["rat"]})):
+        copy = pickle.loads(pickle.dumps(annotator))
+        assert annotate(copy, "", "a rat") == annotate(annotator, "", "a rat")
+        assert len(annotate(copy, "", "a rat").spans) == 1
+
+
+@pytest.mark.parametrize("make", [annotators.Lexicon, annotators.Gazetteer])
+def test_unreadable_files_name_the_setting(make, tmp_path):
+    with pytest.raises(UsageError, match=rf"{make.__name__}\.path.*absent\.txt"):
+        make(path=str(tmp_path / "absent.txt"))
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes("café".encode("latin-1"))
+    with pytest.raises(UsageError, match=r"UTF-8.*latin\.txt"):
+        make(path=str(latin))
+
+
+def test_a_list_of_nothing_is_a_mistake(lexicon):
+    with pytest.raises(UsageError, match="lists nothing"):
+        lexicon("", "# only a comment")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "names no value"),
+        ("{}", "names no value"),
+        ('{"area": []}', "names no value"),
+        ('{"area": "north"}', "type 'area' must be a list"),
+        ('{"area": ["north", 4]}', "type 'area' must be a list of non-blank strings"),
+        ('{"area": [" "]}', "non-blank"),
+        ('{"area": {"north": "up"}}', "value 'north' of type 'area'"),
+        ('{"area": {"": []}}', "non-blank"),
+    ],
+)
+def test_a_malformed_gazetteer_is_a_mistake(tmp_path, content, message):
+    path = tmp_path / "values.json"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(UsageError, match=message):
+        annotators.Gazetteer(path=str(path))
+
+
+# Few characters, so that entries, words and their joints collide often.
+texts = st.text(alphabet="abS'\u2019 -.,1\u0301é\U0001f600\n", max_size=30)
+
+
+@given(entries=st.lists(texts, max_size=5), targets=texts, inflections=st.booleans())
+def test_spans_are_sorted_disjoint_within_the_text_and_repeatable(entries, targets, inflections):
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "words.txt"
+        path.write_text("\n".join([*entries, "a"]), encoding="utf-8")
+        annotator = annotators.Lexicon(path=str(path), inflections=inflections)
+    annotation = annotate(annotator, "", targets)
+    edges = [edge for span in annotation.spans for edge in (span.start, span.end)]
+    assert all(span.start < span.end for span in annotation.spans)
+    assert edges == sorted(edges)
+    assert all(0 <= edge <= len(targets) for edge in edges)
+    assert annotate(annotator, "", targets) == annotation
+
+
+phrases = st.lists(st.sampled_from(["red", "sea", "bass", "bar"]), min_size=1, max_size=3).map(
+    " ".join
+)
+
+
+@given(
+    values=st.lists(phrases, min_size=1, max_size=8, unique=True),
+    num_supported=st.integers(0, 8),
+    value_index=st.integers(0, 7),
+    style=st.sampled_from([str, str.upper, str.title]),
+)
+def test_a_value_is_marked_exactly_when_the_inputs_do_not_hold_it(
+    values, num_supported, value_index, style
+):
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "values.json"
+        path.write_text(json.dumps({"thing": values}), encoding="utf-8")
+        annotator = annotators.Gazetteer(path=str(path))
+    stated = values[:num_supported]
+    value = values[value_index % len(values)]
+    supported = any(f" {value} " in f" {phrase} " for phrase in stated)
+
+    inputs = "things: " + " ; ".join(stated)
+    targets = f"They have {style(value)}, as you see."
+    expected = [] if supported else [style(value)]
+    assert marked(annotator, targets, inputs=inputs) == expected

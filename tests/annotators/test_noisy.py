@@ -1,0 +1,134 @@
+"""Mistakes of a chosen rate, the same on every machine."""
+
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tnt_jax import annotators
+from tnt_jax.annotators import interface
+from tnt_jax.data import records
+from tnt_jax.runtime.errors import UsageError
+
+HERE = __name__
+rates = st.floats(0, 1)
+
+
+def every_rat(inputs, targets):
+    return [(i, i + 3) for i in range(len(targets)) if targets.startswith("rat", i)]
+
+
+def noisy(**settings):
+    annotator = annotators.PythonFunction(function=f"{HERE}:every_rat")
+    return annotators.Noisy(annotator=annotator, **settings)
+
+
+def row(targets, inputs=""):
+    return records.Record(id="a", inputs=inputs, targets=targets)
+
+
+def spans(annotator, record):
+    return {(s.start, s.end) for s in annotator.annotate(record).spans}
+
+
+def test_rates_of_a_large_sample():
+    """Of 20,000 draws at 0.3 the share is within 0.3 +- 0.013 (four standard deviations)."""
+    text = " ".join(["rat", "mouse"] * 200)
+    annotator = noisy(miss_rate=0.3, false_rate=0.1)
+    num_true = num_false = 0
+    for number in range(100):
+        for start, end in spans(annotator, row(text, inputs=str(number))):
+            num_true += text[start:end] == "rat"
+            num_false += text[start:end] == "mouse"
+    assert num_true / 20_000 == pytest.approx(0.7, abs=0.013)
+    assert num_false / 20_000 == pytest.approx(0.1, abs=0.0085)
+
+
+def test_the_ends_of_the_rates():
+    text = row("a rat, a cat")
+    assert noisy().annotate(text) == noisy().annotator.annotate(text)
+    assert spans(noisy(miss_rate=1), text) == set()
+    words = {(0, 1), (2, 5), (5, 6), (7, 8), (9, 12)}
+    assert spans(noisy(false_rate=1), text) == words
+    assert spans(noisy(false_rate=1, miss_rate=1), text) == words - {(2, 5)}
+
+
+@given(st.tuples(rates, rates), st.integers(0, 5))
+def test_a_higher_rate_makes_the_same_mistakes_and_more(two_rates, seed):
+    low, high = sorted(two_rates)
+    text = row("rat mouse rat mouse rat cow rat")
+    true = spans(noisy(), text)
+    few, many = (spans(noisy(miss_rate=r, false_rate=r, seed=seed), text) for r in (low, high))
+    assert true - few <= true - many
+    assert few - true <= many - true
+
+
+def test_mistakes_depend_on_seed_inputs_and_targets_alone():
+    text = " ".join(["rat", "mouse"] * 20)
+    settings = {"miss_rate": 0.5, "false_rate": 0.5}
+    first = spans(noisy(**settings), row(text))
+    other_id = records.Record(id="b", inputs="", targets=text, negative_spans=())
+    assert spans(noisy(**settings), other_id) == first
+    assert spans(noisy(**settings), row(text, inputs="x")) != first
+    assert spans(noisy(**settings, seed=1), row(text)) != first
+
+
+def test_mistakes_are_the_same_in_every_process():
+    code = (
+        "from tnt_jax import annotators, records\n"
+        f"inner = annotators.PythonFunction(function='{HERE}:every_rat')\n"
+        "noisy = annotators.Noisy(annotator=inner, miss_rate=0.5, false_rate=0.5)\n"
+        "row = records.Record(id='a', inputs='', targets='rat mouse rat cow \u00e9 rat')\n"
+        "print([(s.start, s.end) for s in noisy.annotate(row).spans])\n"
+    )
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=__file__.rpartition("/")[0],
+            env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)},
+            capture_output=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    here = noisy(miss_rate=0.5, false_rate=0.5).annotate(row("rat mouse rat cow \u00e9 rat"))
+    assert said == {f"{[(s.start, s.end) for s in here.spans]}\n".encode()}
+
+
+def test_false_marks_have_no_alternatives_and_right_texts_stay_right(tmp_path):
+    (tmp_path / "values.json").write_text('{"area": ["north", "south"]}')
+    gazetteer = annotators.Gazetteer(path=str(tmp_path / "values.json"))
+    record = row("in the south", inputs="north")
+    found = annotators.Noisy(annotator=gazetteer, false_rate=1).annotate(record)
+    assert found.supported == gazetteer.annotate(record).supported
+    assert found.spans == (
+        interface.Span(start=0, end=2),
+        interface.Span(start=3, end=6),
+        *gazetteer.annotate(record).spans,
+    )
+
+
+def test_what_goes_at_every_position_stays(tmp_path):
+    (tmp_path / "values.json").write_text('{"area": ["north", "south"]}')
+    gazetteer = annotators.Gazetteer(path=str(tmp_path / "values.json"), at_every_position=True)
+    record = row("in the south", inputs="north")
+    found = annotators.Noisy(annotator=gazetteer, miss_rate=1).annotate(record)
+    assert found.banned == gazetteer.annotate(record).banned == ("south", "South", "SOUTH")
+
+
+def test_description_and_mistakes():
+    described = noisy(miss_rate=0.2, seed=3).description
+    assert described.startswith("Noisy(PythonFunction(test_noise:every_rat ")
+    assert described.endswith("), miss_rate=0.2, false_rate=0.0, seed=3)")
+    with pytest.raises(UsageError, match=r"Noisy\.miss_rate: expected a rate from 0 to 1, found 2"):
+        noisy(miss_rate=2)
+    with pytest.raises(UsageError, match=r"Noisy\.false_rate"):
+        noisy(false_rate=-0.1)
+
+
+def test_a_record_that_is_not_known_stays_so(tmp_path):
+    (tmp_path / "marks.jsonl").write_text('{"id": "z", "negative_spans": []}\n')
+    people = annotators.Spans(path=str(tmp_path / "marks.jsonl"), unmatched="leave_out")
+    assert annotators.Noisy(annotator=people, false_rate=1).annotate(row("rat")) is None

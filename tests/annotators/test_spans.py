@@ -1,0 +1,278 @@
+"""Marks that people or a function of the user's give."""
+
+import csv
+import json
+import pickle
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tnt_jax import annotate, annotators
+from tnt_jax.annotators import Span, interface, spans
+from tnt_jax.data import records
+from tnt_jax.runtime.errors import UsageError
+
+
+def record(targets, name="a", inputs=""):
+    return records.Record(id=name, inputs=inputs, targets=targets)
+
+
+def marked(annotator, row):
+    return [row.targets[s.start : s.end] for s in annotator.annotate(row).spans]
+
+
+# -----------------------------------------------------------------------------
+# Spans
+# -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def marks_of(tmp_path):
+    """An annotator of marks in JSONL (objects) or CSV (pairs of a cell of spans and a text)."""
+
+    def make(*rows, **settings):
+        if isinstance(rows[0], dict):
+            path = tmp_path / "marks.jsonl"
+            path.write_text("\n".join(map(json.dumps, rows)))
+        else:
+            path = tmp_path / "marks.csv"
+            with path.open("w", encoding="utf-8", newline="") as file:
+                csv.writer(file).writerows([("spans", "text"), *rows])
+        return annotators.Spans(path=str(path), **settings)
+
+    return make
+
+
+def test_marks_by_id(marks_of):
+    annotator = marks_of({"id": "a", "negative_spans": [[4, 7]]}, {"id": "b", "negative_spans": []})
+    assert marked(annotator, record("the rat")) == ["rat"]
+    assert marked(annotator, record("the rat", name="b")) == []
+
+
+def test_marks_by_text_and_inputs_where_given(marks_of):
+    annotator = marks_of(
+        {"targets": "in Rome", "inputs": "area: Rome", "negative_spans": []},
+        {"targets": "in Rome", "inputs": "area: Oslo", "negative_spans": [[3, 7]]},
+        {"targets": "a rat", "negative_spans": [[2, 5]]},
+    )
+    assert marked(annotator, record("in Rome", inputs="area: Rome")) == []
+    assert marked(annotator, record("in Rome", inputs="area: Oslo")) == ["Rome"]
+    assert marked(annotator, record("a rat", inputs="anything")) == ["rat"]
+    with pytest.raises(UsageError, match="expected its text among the 3"):
+        annotator.annotate(record("in Rome", inputs="area: Riga"))
+
+
+def test_toxic_spans_csv(marks_of):
+    text = '\U0001f600 bad,\r\n\u00e9 "bad" word'
+    annotator = marks_of(("[2, 3, 4, 11, 10, 9, 13]", text), ("[]", "good"))
+    assert marked(annotator, record(text)) == ["bad", text[9:12], text[13]]
+    assert marked(annotator, record("good", name="other")) == []
+    assert [(s.start, s.end) for s in annotator.annotate(record(text)).spans] == [
+        (2, 5),
+        (9, 12),
+        (13, 14),
+    ]
+
+
+@given(st.sets(st.integers(0, 40)))
+def test_runs_are_the_offsets(offsets):
+    text = "x" * 41
+    runs = spans.runs(str(sorted(offsets, reverse=True)), len(text), "here")
+    assert {i for start, end in runs for i in range(start, end)} == offsets
+    # Not one run more than there are offsets without a left neighbour.
+    assert len(runs) == sum(i - 1 not in offsets for i in offsets)
+
+
+def test_a_cell_is_read_not_run(marks_of, tmp_path):
+    trap = tmp_path / "trap"
+    cell = f"[__import__('pathlib').Path({str(trap)!r}).touch() or 0]"
+    with pytest.raises(UsageError, match=r"marks\.csv:2: spans: expected a list of character off"):
+        marks_of((cell, "text"))
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize(
+    "cell", ["", "[4]", "[-1]", "[0.5]", "[True]", "0, 1", "(0, 1)", "[" * 999]
+)
+def test_cells_that_are_no_offsets(marks_of, cell):
+    with pytest.raises(UsageError, match=r"offsets from 0 to 3 such as \[8, 9, 10\]"):
+        marks_of((cell, "text"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"id": "a"}], "expected an object with negative_spans"),
+        ([["a"]], "marks.jsonl:1: expected an object with negative_spans"),
+        ([{"negative_spans": []}], "expected id or targets, to say whose marks these are"),
+        ([{"id": "a", "negative_spans": [[0]]}], "negative_spans: expected a list of [start, end]"),
+        ([{"id": 3, "negative_spans": []}], "id: expected a string"),
+        (
+            [{"id": "a", "negative_spans": []}, {"id": "a", "negative_spans": [[0, 1]]}],
+            "marks.jsonl:2: marks [[0, 1]], but",
+        ),
+        (
+            [{"id": "a", "negative_spans": []}, {"targets": "b", "negative_spans": []}],
+            "marks.jsonl:1: expected a field 'targets' to match records by text",
+        ),
+    ],
+)
+def test_malformed_jsonl(tmp_path, rows, message):
+    path = tmp_path / "marks.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UsageError, match=re.escape(message)):
+        annotators.Spans(path=str(path))
+
+
+def test_other_mistakes(marks_of, tmp_path):
+    with pytest.raises(UsageError, match=r"Spans\.path.*absent"):
+        annotators.Spans(path=str(tmp_path / "absent.jsonl"))
+    with pytest.raises(UsageError, match=r"Spans\.match: expected one of"):
+        marks_of({"id": "a", "negative_spans": []}, match="ids")
+    with pytest.raises(UsageError, match="columns text and spans, found"):
+        (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+        annotators.Spans(path=str(tmp_path / "other.csv"))
+    with pytest.raises(UsageError, match="has no marks"):
+        (tmp_path / "empty.jsonl").write_text("\n")
+        annotators.Spans(path=str(tmp_path / "empty.jsonl"))
+    annotator = marks_of({"id": "a", "targets": "a rat", "negative_spans": [[2, 5]]}, match="id")
+    with pytest.raises(UsageError, match="marks another text under this id: its targets are"):
+        annotator.annotate(record("a cat"))
+    annotator = marks_of({"id": "a", "negative_spans": [[2, 6]]})
+    with pytest.raises(UsageError, match=r"\[2, 6\] for record 'a', whose targets have 5 char"):
+        annotator.annotate(record("a rat"))
+
+
+def test_records_that_nobody_marked(marks_of, tmp_path, capsys):
+    rows = [record("a rat", name=name) for name in "abc"]
+    records.write_records(tmp_path / "in.jsonl", rows)
+    mark = {"id": "b", "negative_spans": [[2, 5]]}
+
+    def run(annotator):
+        output = str(tmp_path / "out.jsonl")
+        annotate.annotate(output=output, input=str(tmp_path / "in.jsonl"), annotator=annotator)
+        return records.read_records(output)
+
+    with pytest.raises(UsageError, match="record 'a': expected its id among the 1 that"):
+        run(marks_of(mark))
+    assert [row.id for row in run(marks_of(mark, unmatched="leave_out"))] == ["b"]
+    assert "2 of 3 records are left out" in capsys.readouterr().out
+
+
+def test_records_marked_by_hand_are_such_a_file(tmp_path):
+    row = records.Record(id="x", inputs="i", targets="a rat", negative_spans=((2, 5),))
+    records.write_records(tmp_path / "by_hand.jsonl", [row])
+    annotator = annotators.Spans(path=str(tmp_path / "by_hand.jsonl"))
+    assert marked(annotator, record("a rat", name="x", inputs="i")) == ["rat"]
+    assert re.fullmatch(
+        r"Spans\(by_hand\.jsonl:\w{12}, match=id, unmatched=error\)", annotator.description
+    )
+    copy = pickle.loads(pickle.dumps(annotator))
+    assert marked(copy, record("a rat", name="x", inputs="i")) == ["rat"]
+
+
+def test_toxic_spans_data(shared_data):
+    """Every offset of SemEval's file comes back, on the texts as a CSV reader gives them."""
+    path = shared_data / "data" / "toxic_spans" / "tsd_trial.csv"
+    annotator = annotators.Spans(path=str(path))
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            found = annotator.annotate(record(row["text"])).spans
+            assert [i for s in found for i in range(s.start, s.end)] == json.loads(row["spans"])
+
+
+# -----------------------------------------------------------------------------
+# PythonFunction
+# -----------------------------------------------------------------------------
+
+HERE = __name__
+
+
+def capitals(inputs, targets):
+    return (m.span() for m in re.finditer("[A-Z]+", targets) if m.group() not in inputs)
+
+
+def overlapping(inputs, targets):
+    return [Span(start=4, end=6, alternatives=("x",)), (0, 2), [np.int64(1), np.int64(3)], (6, 7)]
+
+
+def test_a_function_marks():
+    annotator = annotators.PythonFunction(function=f"{HERE}:capitals")
+    assert marked(annotator, record("ABC and DEF", inputs="ABC")) == ["DEF"]
+    assert re.fullmatch(rf"PythonFunction\({HERE}:capitals \w{{12}}\)", annotator.description)
+    copy = pickle.loads(pickle.dumps(annotator))
+    assert marked(copy, record("ABC and DEF", inputs="ABC")) == ["DEF"]
+
+
+def test_its_spans_are_sorted_and_those_that_overlap_merged():
+    found = annotators.PythonFunction(function=f"{HERE}:overlapping").annotate(record("1234567"))
+    assert found.spans == (
+        Span(start=0, end=3),
+        Span(start=4, end=6, alternatives=("x",)),
+        Span(start=6, end=7),  # touches, and stays a span
+    )
+
+
+def test_merged_spans_keep_the_alternatives_of_their_start():
+    spans = [
+        Span(start=0, end=2, alternatives=("a", "b")),
+        Span(start=0, end=3, alternatives=("b", "c")),
+        Span(start=1, end=5, alternatives=("d",)),
+    ]
+    assert interface.merged(spans) == (Span(start=0, end=5, alternatives=("a", "b", "c")),)
+
+
+BAD = {
+    "none": None,
+    "floats": [(0.0, 1.0)],
+    "booleans": [(False, True)],
+    "triples": [(0, 1, 2)],
+    "numbers": [3],
+    "beyond": [(0, 6)],
+    "negative": [(-1, 2)],
+    "empty": [(2, 2)],
+    "span_beyond": [Span(start=0, end=9)],
+}
+
+
+def bad(inputs, targets):
+    return BAD[inputs]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("none", "to give (start, end) pairs or Span objects for record 'a', found None"),
+        ("floats", "pairs of integers or Span objects for record 'a', found (0.0, 1.0)"),
+        ("booleans", "found (False, True)"),
+        ("triples", "found (0, 1, 2)"),
+        ("numbers", "found 3"),
+        (
+            "beyond",
+            "[0, 6] for record 'a', whose targets have 5 characters. A span is [start, end]",
+        ),
+        ("negative", "[-1, 2] for record 'a'"),
+        ("empty", "[2, 2] for record 'a'"),
+        ("span_beyond", "[0, 9] for record 'a'"),
+    ],
+)
+def test_what_a_function_must_not_give(kind, message):
+    annotator = annotators.PythonFunction(function=f"{HERE}:bad")
+    with pytest.raises(UsageError, match=re.escape(message)) as raised:
+        annotator.annotate(record("a rat", inputs=kind))
+    assert str(raised.value).startswith("PythonFunction.function: ")
+
+
+def test_a_function_that_is_not_there():
+    with pytest.raises(UsageError, match="no module 'nowhere'"):
+        annotators.PythonFunction(function="nowhere:marks")
+
+
+def test_a_module_that_misses_another_keeps_its_own_error(tmp_path, monkeypatch):
+    (tmp_path / "needs_more.py").write_text("import not_installed_at_all\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ModuleNotFoundError, match="not_installed_at_all"):
+        annotators.PythonFunction(function="needs_more:marks")

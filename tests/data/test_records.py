@@ -1,0 +1,244 @@
+import json
+import re
+
+import hypothesis
+import pytest
+from hypothesis import strategies as st
+
+from tnt_jax.data import records
+from tnt_jax.runtime.errors import UsageError
+
+FULL_LINE = {
+    "id": "venue-7",
+    "inputs": "name[Ask] area[riverside]",
+    "targets": "Ask is 😀 by the café.",
+    "target_ids": [31, 5, 9, 1],
+    "negative_spans": [[7, 8], [16, 20]],
+    "negative_token_ids": [[1, [7, 8]], [3, [2]]],
+    "annotator": "gazetteer v1",
+    "score": {"bleu": [1, None]},
+}
+
+
+def write_lines(path, *lines):
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def test_a_full_record_is_read_as_written(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", json.dumps(FULL_LINE), "")
+    (record,) = records.read_records(path)
+    assert record == records.Record(
+        id="venue-7",
+        inputs="name[Ask] area[riverside]",
+        targets="Ask is 😀 by the café.",
+        target_ids=(31, 5, 9, 1),
+        negative_spans=((7, 8), (16, 20)),
+        negative_token_ids=((1, (7, 8)), (3, (2,))),
+        annotator="gazetteer v1",
+        extra={"score": {"bleu": [1, None]}},
+    )
+    # Offsets are code points: the emoji is one, "é" is one.
+    assert [record.targets[s:e] for s, e in record.negative_spans] == ["😀", "café"]
+    assert record.to_json() == FULL_LINE
+
+
+def test_not_annotated_and_nothing_unwanted_stay_apart(tmp_path):
+    path = tmp_path / "a.jsonl"
+    annotated = records.Record(id="a", inputs="x", targets="y", negative_spans=())
+    unknown = records.Record(id="b", inputs="x", targets="y", negative_spans=None)
+    records.write_records(path, [annotated, unknown])
+    assert [r.negative_spans for r in records.read_records(path)] == [(), None]
+
+
+def test_prompts_need_only_inputs_and_get_an_id(tmp_path):
+    path = write_lines(tmp_path / "prompts.jsonl", '{"inputs": "one"}', "", '{"inputs": "two"}')
+    assert records.read_records(path) == [
+        records.Record(id="prompts:1", inputs="one"),
+        records.Record(id="prompts:3", inputs="two"),
+    ]
+
+
+def test_a_glob_reads_all_files_in_order(tmp_path):
+    for name in ("part-1.jsonl", "part-0.jsonl", "other.jsonl"):
+        write_lines(tmp_path / name, json.dumps({"inputs": name}))
+    found = records.read_records(tmp_path / "part-*.jsonl")
+    assert [r.inputs for r in found] == ["part-0.jsonl", "part-1.jsonl"]
+
+
+texts = st.text(st.characters(codec="utf-8"), max_size=12)
+
+
+@st.composite
+def record_fields(draw):  # not records: run-time type checks draw random numbers of their own
+    targets = draw(texts)
+    bounds = st.tuples(*[st.integers(0, len(targets))] * 2).filter(lambda b: b[0] < b[1])
+    spans = st.lists(bounds, max_size=3) if targets else st.just([])
+    ids = draw(st.none() | st.lists(st.integers(0, 99), max_size=5).map(tuple))
+    positions = st.integers(0, len(ids) - 1 if ids else 0)
+    entry = st.tuples(positions, st.lists(st.integers(0, 99), min_size=1, max_size=2).map(tuple))
+    return {
+        "id": draw(texts),
+        "inputs": draw(texts),
+        "targets": targets,
+        "target_ids": ids,
+        "negative_spans": draw(st.none() | spans.map(tuple)),
+        "negative_token_ids": () if ids == () else draw(st.lists(entry, max_size=2).map(tuple)),
+        "annotator": draw(texts),
+        "extra": draw(st.dictionaries(st.sampled_from(["mine", "extra"]), st.integers())),
+    }
+
+
+@hypothesis.given(st.lists(record_fields(), min_size=1, max_size=4, unique_by=lambda f: f["id"]))
+def test_writing_then_reading_changes_nothing(tmp_path_factory, fields):
+    written = [records.Record(**f) for f in fields]
+    path = tmp_path_factory.mktemp("round_trip") / "deep" / "er" / "a.jsonl"
+    records.write_records(path, written)
+    assert records.read_records(path) == written
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", '{"inputs": "old"}')
+
+    def broken():
+        yield records.Record(id="new", inputs="new")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        records.write_records(path, broken())
+    assert [r.inputs for r in records.read_records(path)] == ["old"]
+    assert [file.name for file in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"inputs": "x"', "not JSON"),
+        ("[1, 2]", "expected a JSON object, found"),
+        ('{"targets": "x"}', "'inputs' is missing"),
+        ('{"inputs": 3}', "inputs: expected a string of Unicode text, found 3 (int)"),
+        ('{"inputs": "\\ud800"}', "inputs: expected a string of Unicode text"),
+        ('{"inputs": "x", "note": ["\\udc00"]}', "note: expected a string of Unicode text"),
+        ('{"inputs": null}', "'inputs' is missing"),
+        ('{"inputs": ' + "[" * 100_000, "JSON that cannot be read: nested too deeply"),
+        ('{"inputs": ' + "1" * 5000 + "}", "JSON that cannot be read: a number is too long"),
+        (
+            '{"inputs": "x", "score": NaN}',
+            "score: expected finite numbers, found NaN, which JSON does not have. Write null, or "
+            "leave the field out.",
+        ),
+        ('{"inputs": "x", "a": 0.5, "b": {"c": [1, -Infinity]}}', "b: expected finite numbers"),
+        ('{"inputs": "x", "b": 1e999}', "b: expected finite numbers, found 1e999, which is more"),
+        ('{"inputs": "x", "target_ids": [Infinity]}', "target_ids: expected finite numbers"),
+        ('{"inputs": NaN, "score": }', "expected finite numbers, found NaN"),
+        ("NaN", "expected finite numbers, found NaN"),
+        ('{"inputs": "x", "target_ids": [2147483648]}', "target_ids: expected a list of token ids"),
+        ('{"inputs": "x", "id": 3}', "id: expected a string"),
+        ('{"inputs": "x", "target_ids": "12"}', "target_ids: expected a list of token ids"),
+        ('{"inputs": "x", "target_ids": [1, true]}', "target_ids: expected a list of token ids"),
+        ('{"inputs": "x", "target_ids": [1, -2]}', "target_ids: expected a list of token ids"),
+        ('{"inputs": "x", "negative_spans": [3, 4]}', "negative_spans: expected a list of [start"),
+        ('{"inputs": "x", "negative_spans": [[0, 1.0]]}', "negative_spans: expected a list"),
+        (
+            '{"inputs": "x", "targets": "né", "negative_spans": [[0, 3]]}',
+            "negative_spans has [0, 3], but targets has 2 characters. (It has 3 bytes of UTF-8: "
+            "were those counted?)",
+        ),
+        (
+            '{"inputs": "x", "targets": "a😀", "negative_spans": [[0, 3]]}',
+            "targets has 2 characters. (It has 3 UTF-16 units, as in JavaScript: were those",
+        ),
+        (
+            '{"inputs": "x", "targets": "abcd", "negative_spans": [[3, 1]]}',
+            "counted in Unicode code points (not bytes), end exclusive",
+        ),
+        (
+            '{"inputs": "x", "targets": "ab", "negative_spans": [[1, 1]]}',
+            "negative_spans has [1, 1]",
+        ),
+        ('{"inputs": "x", "negative_token_ids": [[0, 5]]}', "negative_token_ids: expected a list"),
+        (
+            '{"inputs": "x", "target_ids": [5, 1], "negative_token_ids": [[2, [5]]]}',
+            "negative_token_ids has position 2",
+        ),
+        (
+            '{"inputs": "x", "negative_token_ids": [[-1, [5]]]}',
+            "negative_token_ids has position -1",
+        ),
+        ('{"inputs": "x", "id": "first:1"}', "the id 'first:1' was used before, at"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line, message):
+    path = write_lines(tmp_path / "first.jsonl", '{"inputs": "fine"}', line)
+    with pytest.raises(UsageError, match=re.escape(message)) as caught:
+        records.read_records(path)
+    assert str(caught.value).startswith(f"{path}:2: ")
+
+
+def no_json(literal):
+    raise AssertionError(f"{literal} is not JSON")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_a_number_that_json_does_not_have_is_not_written(tmp_path, number):
+    path = write_lines(tmp_path / "a.jsonl", '{"inputs": "old"}')
+    row = records.Record(id="r", inputs="x", extra={"fine": 1.5, "values": ({"of": [0, number]},)})
+    message = f"record 'r': values: expected finite numbers, found {number}"
+    with pytest.raises(UsageError, match=re.escape(message)):
+        records.write_records(path, [row])
+    assert path.read_text() == '{"inputs": "old"}\n'
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | texts,
+    lambda parts: st.lists(parts, max_size=3) | st.dictionaries(texts, parts, max_size=3),
+    max_leaves=8,
+)
+
+
+@hypothesis.given(st.dictionaries(texts.map("my {}".format), values, max_size=4))
+def test_what_is_read_is_json_for_others_too(extra):
+    """Either as it is written, or not at all; `json` writes NaN and Infinity unasked."""
+    line = json.dumps({"inputs": "x", **extra})
+    try:
+        json.loads(line, parse_constant=no_json)
+    except AssertionError:
+        with pytest.raises(UsageError, match=r"^rows:3: my .*: expected finite numbers, found "):
+            records.parse_line(line.encode(), "rows:3")
+        return
+    row = records.Record.from_json(records.parse_line(line.encode(), "rows:3"), "rows:3")
+    assert row.extra == extra
+    written = json.loads(row.to_line(), parse_constant=no_json)
+    assert {name: written[name] for name in extra} == extra
+
+
+def test_the_mark_that_windows_begins_a_file_with_is_left_out(tmp_path):
+    path = tmp_path / "windows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"inputs": "one"}\r\n{"inputs": "two"}\r\n')
+    assert [record.inputs for record in records.read_records(path)] == ["one", "two"]
+
+
+def test_bytes_that_are_not_utf8_are_named(tmp_path):
+    path = tmp_path / "latin.jsonl"
+    path.write_bytes(b'{"inputs": "fine"}\n{"inputs": "caf\xe9"}\n')
+    with pytest.raises(UsageError, match=r"latin\.jsonl:2: not UTF-8"):
+        records.read_records(path)
+
+
+def test_an_id_used_in_two_files_is_named(tmp_path):
+    for name in ("a.jsonl", "b.jsonl"):
+        write_lines(tmp_path / name, '{"id": "same", "inputs": "x"}')
+    with pytest.raises(
+        UsageError, match=r"b\.jsonl:1: the id 'same' was used before, at .*a\.jsonl:1"
+    ):
+        records.read_records(tmp_path / "*.jsonl")
+
+
+def test_missing_and_empty_files_are_usage_errors(tmp_path):
+    with pytest.raises(UsageError, match="no such file"):
+        records.read_records(tmp_path / "nowhere.jsonl")
+    with pytest.raises(UsageError, match="no such file"):
+        records.read_records(tmp_path)
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(UsageError, match="expected records, found none"):
+        records.read_records(tmp_path / "empty.jsonl")

@@ -1,0 +1,135 @@
+"""Rounds: marks brought together by input and prefix, in whatever order they were found."""
+
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import seqio
+
+from tnt_jax import objectives
+from tnt_jax.data import records, removed_everywhere, rounds, tokenization
+from tnt_jax.runtime.errors import UsageError
+
+VOCABULARY = seqio.ByteVocabulary()  # id = byte + 3
+
+
+def record(name, targets, spans=(), inputs="in", further=()):
+    return records.Record(
+        id=name,
+        inputs=inputs,
+        targets=targets,
+        target_ids=(*(byte + 3 for byte in targets.encode()), 1),
+        negative_spans=tuple(spans),
+        negative_token_ids=tuple(further),
+    )
+
+
+def ids(letters):
+    return tuple(sorted(ord(letter) + 3 for letter in letters))
+
+
+def removed(rows):
+    """By (input, prefix), what must go there."""
+    found = {}
+    for row in rows:
+        for position, of_position in row.negative_token_ids:
+            key = row.inputs, row.target_ids[:position]
+            assert found.setdefault(key, set(of_position)) == set(of_position)
+    return found
+
+
+def test_outputs_share_marks_where_their_prefixes_agree():
+    first = [record("1", "ab", [(1, 2)]), record("2", "xb", [(1, 2)], inputs="other")]
+    second = [record("1", "ac", [(1, 2)]), record("2", "ad")]
+    merged = rounds.merge([first, second], VOCABULARY)
+    assert [row.id for row in merged] == ["1", "2", "1 (round 2)", "2 (round 2)"]
+    both = ((1, ids("bc")),)
+    # "ad" is clean, but after "a" two things are unwanted. The other input knows of one alone.
+    assert [row.negative_token_ids for row in merged] == [both, ((1, ids("b")),), both, both]
+    assert merged[3].negative_spans == ()
+
+
+def test_what_was_said_before_is_kept_once_with_all_marks():
+    first = [record("1", "ab", [(0, 1)])]
+    second = [record("1", "ab", [(1, 2)], further=[(0, ids("z"))])]
+    (row,) = rounds.merge([first, second], VOCABULARY)
+    assert row.id == "1"
+    assert row.negative_token_ids == ((0, ids("az")), (1, ids("b")))
+
+
+def test_no_name_is_given_twice_where_a_round_was_merged_before():
+    """Outputs of two decoders are brought together as rounds are, and a second round follows."""
+    decoders = rounds.merge([[record("1", "ab")], [record("1", "ac")]], VOCABULARY)
+    merged = rounds.merge([decoders, [record("1", "ad")], [record("1", "ae")]], VOCABULARY)
+    assert [row.id for row in merged] == ["1", "1 (round 2)", "1 (round 2, 2)", "1 (round 3)"]
+
+
+def test_the_order_of_rounds_makes_no_difference_to_what_is_desired():
+    """A then B, B then A, A and B at once: the same distributions, bit for bit."""
+    of_a = [record("1", "ab", [(0, 1)]), record("2", "cb", [(1, 2)])]
+    of_b = [record("1", "cd", [(1, 2)]), record("2", "zb", [(0, 1)])]
+    orders = [*itertools.permutations([of_a, of_b]), [[*of_a, *of_b]]]
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(1, 1, 384)), jnp.float32)
+    found = []
+    for order in orders:
+        by_prefix = removed(rounds.merge(order, VOCABULARY))
+        found.append(
+            {
+                key: np.asarray(
+                    objectives.desired_log_probs(logits, jnp.asarray([[sorted(of_key)]]))
+                )
+                for key, of_key in by_prefix.items()
+            }
+        )
+    assert len(found[0]) == 2  # after nothing, and after "c"
+    for other in found[1:]:
+        assert other.keys() == found[0].keys()
+        for key, values in other.items():
+            np.testing.assert_array_equal(values, found[0][key])
+
+
+def test_marks_are_those_that_training_reads():
+    """The ids that a record's spans imply are in the ledger's entries too."""
+    (row,) = rounds.merge([[record("1", "abc", [(1, 3)])]], VOCABULARY)
+    pairs = tokenization.mark_tokens(row, VOCABULARY).negative_pairs.tolist()
+    assert pairs == [[1, ord("b") + 3], [2, ord("c") + 3]]
+
+
+def test_a_merge_leaves_it_to_training_whether_first_tokens_alone_count():
+    merged = rounds.merge([[record("1", "abc", [(1, 3)])], [record("2", "abd")]], VOCABULARY)
+    pairs = [
+        tokenization.mark_tokens(row, VOCABULARY, "first_token").negative_pairs.tolist()
+        for row in merged
+    ]
+    assert pairs == [[[1, ord("b") + 3]], [[1, ord("b") + 3], [2, ord("c") + 3]]]
+
+
+def test_a_merge_keeps_what_is_removed_by_its_id_within_a_span():
+    """What would complete a longer word, say; or is the first token of another output's span."""
+    own = record("1", "abc", [(1, 3)], further=[(2, ids("c"))])
+    other = record("2", "xyz", [(1, 3)]), record("3", "xyzw", [(2, 3)])
+    merged = rounds.merge([[own, *other]], VOCABULARY)
+    pairs = [
+        tokenization.mark_tokens(row, VOCABULARY, "first_token").negative_pairs.tolist()
+        for row in merged
+    ]
+    b, c, y, z = ids("b"), ids("c"), ids("y"), ids("z")
+    assert pairs == [[[1, *b], [2, *c]], [[1, *y], [2, *z]], [[1, *y], [2, *z]]]
+
+
+def test_ids_that_are_removed_everywhere_are_brought_together(tmp_path):
+    paths = [str(tmp_path / f"{name}.jsonl") for name in ("a", "b", "c", "merged")]
+    for path, ids in zip(paths, ([5, 3], None, [4, 3]), strict=False):
+        everywhere = removed_everywhere.Ids(ids, {}) if ids else None
+        removed_everywhere.write_records(path, [record(path, "ab")], everywhere)
+    rounds.merge_files(output=paths[3], rounds=paths[:3], vocabulary=VOCABULARY)
+    assert removed_everywhere.of_records(paths[3]) == (3, 4, 5)
+    assert removed_everywhere.of_records(str(tmp_path / "[bc].jsonl")) == (3, 4)
+    rounds.merge_files(output=paths[3], rounds=[paths[1]], vocabulary=VOCABULARY)
+    assert removed_everywhere.of_records(paths[3]) == ()
+    # What belongs to other records goes into no merge.
+    records.write_records(paths[0], [record("x", "ab")])
+    with pytest.raises(UsageError, match=r"a\.jsonl\.everywhere\.json: expected ids that "):
+        rounds.merge_files(output=paths[3], rounds=paths[:3], vocabulary=VOCABULARY)
+    assert removed_everywhere.of_records(paths[3]) == ()

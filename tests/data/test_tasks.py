@@ -1,0 +1,608 @@
+import itertools
+import re
+
+import numpy as np
+import pytest
+import seqio
+import tensorflow as tf
+import tensorflow_datasets as tfds
+
+from tnt_jax.data import feature_converters, paper_tasks, records, tasks, tfrecords, tokenization
+from tnt_jax.runtime.errors import UsageError
+
+LENGTHS = {"inputs": 32, "targets": 24}
+
+TEXTS = [
+    f"{name} is a wonderful {food} place in the {area}."
+    for name, food, area in itertools.product(
+        ["Wagamama", "The Eagle", "Clowns", "Cocum"],
+        ["Japanese", "English", "Indian", "Italian"],
+        ["city centre", "riverside", "countryside"],
+    )
+]
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory):
+    path = tmp_path_factory.mktemp("vocabulary") / "small.model"
+    tokenization.train_sentencepiece([*TEXTS, "abcdefghij"], path, vocab_size=50)
+    return seqio.SentencePieceVocabulary(str(path))
+
+
+@pytest.fixture(autouse=True)
+def registries():
+    """Every test registers what it likes; the tasks of the paper stay."""
+    kept = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
+    yield
+    for registry in (seqio.TaskRegistry, seqio.MixtureRegistry):
+        for name in set(registry.names()) - kept:
+            registry.remove(name)
+
+
+def annotated_records(vocabulary):
+    """Sixty records with exact ids, marks and alternatives; every third one is clean."""
+    rows = []
+    for number, text in enumerate(TEXTS):
+        ids = tokenization.encode(vocabulary, text, add_eos=True)
+        start = text.index("the ") + 4
+        span = (start, len(text) - 1)
+        is_clean = number % 3 == 0
+        rows.append(
+            records.Record(
+                id=f"row {number}",
+                inputs=f"venue {number}, café",
+                targets=text,
+                target_ids=tuple(ids) if number % 2 else None,
+                negative_spans=() if is_clean else (span, (0, 2)),
+                negative_token_ids=()
+                if is_clean
+                else tokenization.alternative_token_ids(
+                    vocabulary, ids, span, ["city", "riverside"]
+                ),
+                annotator="test",
+                extra={"number": number},
+            )
+        )
+    return rows
+
+
+def assert_same_examples(left, right):
+    assert [e.id for e in left] == [e.id for e in right]
+    for one, other in zip(left, right, strict=True):
+        for name in ("inputs", "targets", "negative_pairs"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+            assert getattr(one, name).dtype == np.int32
+
+
+# --- TFRecord -------------------------------------------------------------------------------------
+
+
+def test_tfrecord_holds_the_same_fields_as_jsonl(vocabulary, tmp_path):
+    rows = [
+        *annotated_records(vocabulary),
+        records.Record(id="unknown", inputs="x", targets="y", negative_spans=None),
+        records.Record(id="prompt", inputs="é😀"),
+        records.Record(
+            id="ids", inputs="", negative_token_ids=((0, (5, 7)), (2, (5,)), (3, (9, 4)))
+        ),
+    ]
+    tfrecords.write(tmp_path / "new folder" / "rows.tfrecord", rows)
+    records.write_records(tmp_path / "rows.jsonl", rows)
+    assert tasks.read_record_files(str(tmp_path / "new folder" / "*.tfrecord*")) == rows
+    assert tasks.read_record_files(str(tmp_path / "rows.jsonl")) == rows
+
+
+def tf_example(**features):
+    return tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString()
+
+
+def of_ints(*values):
+    return tf.train.Feature(int64_list=tf.train.Int64List(value=values))
+
+
+def of_floats(*values):
+    return tf.train.Feature(float_list=tf.train.FloatList(value=values))
+
+
+def of_bytes(value):
+    return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (tf_example(id=of_bytes(b"a")), "rows.tfrecord:2: the field 'inputs' is missing"),
+        (tf_example(inputs=of_ints(3)), "rows.tfrecord:2: inputs: expected a string"),
+        (tf_example(inputs=of_bytes(b"\xe9")), "rows.tfrecord:2: inputs: not UTF-8"),
+        (
+            tf_example(inputs=of_bytes(b"x"), negative_spans=of_ints(0, 1, 2)),
+            "rows.tfrecord:2: negative_spans: expected pairs, found 3 values",
+        ),
+        (
+            tf_example(inputs=of_bytes(b"x"), negative_spans=of_ints(0, 1)),
+            "negative_spans has [0, 1], but targets has 0 characters",
+        ),
+        (
+            tf_example(inputs=of_bytes(b"x"), id=of_bytes(b"fine")),
+            "rows.tfrecord:2: the id 'fine' was used before",
+        ),
+        (b"no example", "no TFRecord file of tf.train.Example"),
+        (
+            tf_example(inputs=of_bytes(b"x"), negative_token_ids=of_bytes(b"ab")),
+            "rows.tfrecord:2: negative_token_ids: expected a list of [position, [token ids]]",
+        ),
+        (
+            tf_example(inputs=of_bytes(b"x"), extra=of_bytes(b"[1]")),
+            "rows.tfrecord:2: extra: expected a JSON object, as text, found '[1]'",
+        ),
+        (
+            tf_example(inputs=of_bytes(b"x"), extra=of_bytes(b"{")),
+            "rows.tfrecord:2: extra: not JSON",
+        ),
+        (
+            tf_example(inputs=of_bytes(b"x"), extra=of_bytes(b'{"score": [NaN]}')),
+            "rows.tfrecord:2: extra: score: expected finite numbers, found NaN",
+        ),
+        (
+            tf_example(inputs=of_bytes(b"x"), score=of_floats(0.5, float("inf"))),
+            "rows.tfrecord:2: score: expected finite numbers, found [0.5, inf]",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",  # bytes: in no fixed order
+)
+def test_a_bad_tfrecord_is_named(tmp_path, row, message):
+    path = tmp_path / "rows.tfrecord"
+    with tf.io.TFRecordWriter(str(path)) as file:
+        file.write(tf_example(inputs=of_bytes(b"x"), id=of_bytes(b"fine")))
+        file.write(row)
+    with pytest.raises(UsageError, match=re.escape(message)):
+        tfrecords.read(path)
+
+
+def test_a_number_that_json_does_not_have_goes_into_no_tfrecord(tmp_path):
+    row = records.Record(id="r", inputs="x", extra={"score": float("nan")})
+    with pytest.raises(UsageError, match="record 'r': score: expected finite numbers, found nan"):
+        tfrecords.write(tmp_path / "rows.tfrecord", [row])
+    assert not list(tmp_path.iterdir())
+
+
+def test_jsonl_under_the_wrong_name_is_a_usage_error(tmp_path):
+    path = tmp_path / "rows.tfrecord"
+    path.write_text('{"inputs": "x"}\n')
+    with pytest.raises(UsageError, match=r"rows\.tfrecord: damaged, or no TFRecord file"):
+        tfrecords.read(path)
+
+
+def test_other_fields_of_a_tfrecord(tmp_path):
+    path = tmp_path / "rows.tfrecord"
+    texts = tf.train.Feature(bytes_list=tf.train.BytesList(value=[b"one", b"two"]))
+    with tf.io.TFRecordWriter(str(path)) as file:
+        file.write(
+            tf_example(inputs=of_bytes(b"x"), notes=texts, extra=of_bytes(b'{"score": 0.5}'))
+        )
+    (record,) = tfrecords.read(path)
+    assert record.extra == {"notes": ["one", "two"], "score": 0.5}
+
+
+def test_a_record_that_claims_more_than_the_file_has(tmp_path):
+    """With the right checksum: TensorFlow alone would end the process, out of memory."""
+    length = (2**62).to_bytes(8, "little")
+    checksum = 0xFFFFFFFF
+    for byte in length:  # CRC-32C
+        checksum ^= byte
+        for _ in range(8):
+            checksum = (checksum >> 1) ^ (0x82F63B78 if checksum & 1 else 0)
+    checksum ^= 0xFFFFFFFF
+    masked = (((checksum >> 15) | (checksum << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+    path = tmp_path / "rows.tfrecord"
+    path.write_bytes(length + masked.to_bytes(4, "little") + b"rest")
+    with pytest.raises(UsageError, match=rf"the record at byte 0 ends at {2**62 + 16}, the file "):
+        tfrecords.read(path)
+
+
+# --- Records as a data set ------------------------------------------------------------------------
+
+
+def test_files_and_tasks_give_the_same_examples(vocabulary, tmp_path):
+    rows = annotated_records(vocabulary)
+    jsonl, tfrecord = str(tmp_path / "rows.jsonl"), str(tmp_path / "rows.tfrecord")
+    records.write_records(jsonl, rows)
+    tfrecords.write(tfrecord, rows)
+    expected = [tokenization.mark_tokens(row, vocabulary) for row in rows]
+    from_files = tasks.RecordFiles(files=jsonl, vocabulary=vocabulary).load(LENGTHS)
+    for example, row, marked in zip(from_files, rows, expected, strict=True):
+        assert example.id == row.id
+        assert example.inputs.tolist() == [*vocabulary.encode(row.inputs), 1]
+        np.testing.assert_array_equal(example.targets, marked.target_ids)
+        np.testing.assert_array_equal(example.negative_pairs, marked.negative_pairs)
+    assert sum(len(example.negative_pairs) == 0 for example in from_files) == 16
+
+    tasks.record_task("from_jsonl", {"train": jsonl}, vocabulary)
+    tasks.record_task("from_tfrecord", {"train": tfrecord, "validation": jsonl}, vocabulary)
+    for dataset in (
+        tasks.RecordFiles(files=tfrecord, vocabulary=vocabulary),
+        tasks.SeqioDataset(mixture_or_task_name="from_jsonl"),
+        tasks.SeqioDataset(mixture_or_task_name="from_tfrecord"),
+        tasks.SeqioDataset(mixture_or_task_name="from_tfrecord", split="validation"),
+    ):
+        assert dataset.vocabulary is vocabulary
+        assert_same_examples(dataset.load(LENGTHS), from_files)
+
+
+def test_mining_keeps_marked_records(vocabulary, tmp_path):
+    path = str(tmp_path / "rows.jsonl")
+    records.write_records(path, annotated_records(vocabulary))
+    examples = tasks.RecordFiles(files=path, vocabulary=vocabulary, clean_per_marked=0.25).load(
+        LENGTHS
+    )
+    assert sorted(len(e.negative_pairs) > 0 for e in examples) == [False] * 8 + [True] * 32
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"inputs": "a", "targets": "a"}, "has no negative_spans: nobody annotated it"),
+        ({"inputs": "a", "negative_spans": ()}, "has no targets"),
+        (
+            {"inputs": "a", "targets": "b", "negative_spans": (), "target_ids": (1,)},
+            "target_ids decode to '', but targets is 'b'",
+        ),
+    ],
+)
+def test_records_that_cannot_be_trained_on_are_usage_errors(vocabulary, tmp_path, row, message):
+    path = str(tmp_path / "rows.jsonl")
+    records.write_records(path, [records.Record(id="r1", **row)])
+    tasks.record_task("bad", {"train": path}, vocabulary)
+    for dataset in (
+        tasks.RecordFiles(files=path, vocabulary=vocabulary),
+        tasks.SeqioDataset(mixture_or_task_name="bad"),
+    ):
+        with pytest.raises(UsageError, match=f"(?s)'r1' ?.*{re.escape(message)}") as caught:
+            dataset.load(LENGTHS)
+        assert "\n" not in str(caught.value)
+
+
+def test_plain_fine_tuning_needs_no_annotation(vocabulary, tmp_path):
+    path = str(tmp_path / "rows.jsonl")
+    records.write_records(path, [records.Record(id="r", inputs="a", targets="the city")])
+    (example,) = tasks.RecordFiles(files=path, vocabulary=vocabulary, annotated=False).load(LENGTHS)
+    assert example.negative_pairs.shape == (0, 2)
+
+
+def test_cut_marks_and_spans_without_token_are_told(vocabulary, tmp_path, caplog):
+    path = str(tmp_path / "rows.jsonl")
+    spans = ((3, 4), (0, 5), (7, 8))  # the second one begins before the cut
+    records.write_records(
+        path, [records.Record(id="r", inputs="abc", targets="the city", negative_spans=spans)]
+    )
+    tasks.record_task("told", {"train": path}, vocabulary)
+    for dataset in (
+        tasks.RecordFiles(files=path, vocabulary=vocabulary),
+        tasks.SeqioDataset(mixture_or_task_name="told"),
+    ):
+        caplog.clear()
+        (example,) = dataset.load({"inputs": 1, "targets": 5})
+        num_lost = int((example.negative_pairs[:, 0] >= 5).sum())
+        assert num_lost > 0
+        told = " ".join(record.getMessage() for record in caplog.records)
+        assert "1 negative spans touch no token" in told
+        assert (
+            "1 inputs and 1 targets of 1 examples are cut; 1 negative spans and "
+            f"{num_lost} ids to remove lie beyond the cut and are lost." in told
+        )
+
+
+# --- seqio ----------------------------------------------------------------------------------------
+
+
+def of_rows(rows, **signature):
+    """A source that holds `rows` as split "train"."""
+
+    def dataset_fn(split, shuffle_files):
+        return tf.data.Dataset.from_generator(lambda: iter(rows), output_signature=signature)
+
+    return seqio.FunctionDataSource(dataset_fn, splits=["train"])
+
+
+INTS = tf.TensorSpec([None], tf.int32)
+
+
+def test_your_own_task_needs_only_token_ids(vocabulary):
+    rows = [{"inputs": [7, 1], "targets": [5, 6, 1]}, {"inputs": [8, 9, 1], "targets": [1]}]
+    seqio.TaskRegistry.add(
+        "plain",
+        source=of_rows(rows, inputs=INTS, targets=INTS),
+        output_features={name: seqio.Feature(vocabulary) for name in ("inputs", "targets")},
+    )
+    examples = tasks.load_examples("plain", LENGTHS, "train")
+    assert [e.inputs.tolist() for e in examples] == [[7, 1], [8, 9, 1]]
+    assert [e.targets.tolist() for e in examples] == [[5, 6, 1], [1]]
+    assert [e.id for e in examples] == ["plain/train:0", "plain/train:1"]
+
+
+def test_text_of_your_own_task_is_marked(vocabulary):
+    rows = [{"inputs": "a", "targets": "the riverside", "negative_spans": [[4, 13], [0, 3]]}]
+    signature = {
+        "inputs": tf.TensorSpec([], tf.string),
+        "targets": tf.TensorSpec([], tf.string),
+        "negative_spans": tf.TensorSpec([None, 2], tf.int64),
+    }
+    seqio.TaskRegistry.add(
+        "marked",
+        source=of_rows(rows, **signature),
+        preprocessors=[tasks.tokenize_and_mark],
+        output_features=tasks.record_features(vocabulary),
+    )
+    (example,) = tasks.load_examples("marked", LENGTHS, "train")
+    marked = [vocabulary.tokenizer.id_to_piece(int(i)) for i in example.negative_pairs[:, 1]]
+    assert "".join(marked) == "theriverside"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"negative_ids": [[2, 5]]}, "'bad/train:0': negative_ids has position 2, but there are 2"),
+        ({"loss_mask": [1]}, "'bad/train:0': loss_mask: expected 2 values, each 0 or 1, found [1]"),
+        ({"loss_mask": [1, -1]}, "each 0 or 1, found [1, -1]"),
+    ],
+)
+def test_features_that_do_not_fit_are_usage_errors(vocabulary, row, message):
+    row = {
+        "inputs": [1],
+        "targets": [5, 1],
+        "negative_ids": np.zeros((0, 2)),
+        "loss_mask": [1, 1],
+        **row,
+    }
+    seqio.TaskRegistry.add(
+        "bad",
+        source=of_rows(
+            [row],
+            inputs=INTS,
+            targets=INTS,
+            negative_ids=tf.TensorSpec([None, 2], tf.int32),
+            loss_mask=INTS,
+        ),
+        output_features=tasks.record_features(vocabulary),
+    )
+    with pytest.raises(UsageError, match=re.escape(message)):
+        tasks.load_examples("bad", LENGTHS, "train")
+
+
+def test_a_task_without_targets_is_a_usage_error(vocabulary):
+    seqio.TaskRegistry.add(
+        "no_targets",
+        source=of_rows([{"inputs": [1]}], inputs=INTS),
+        output_features={"inputs": seqio.Feature(vocabulary)},
+    )
+    with pytest.raises(UsageError, match="expected token ids as feature 'targets'"):
+        tasks.SeqioDataset(mixture_or_task_name="no_targets")
+    with pytest.raises(UsageError, match="expected token ids as feature 'targets'"):
+        tasks.load_examples("no_targets", LENGTHS, "train")
+
+
+def test_unknown_names_are_usage_errors(vocabulary, tmp_path):
+    with pytest.raises(
+        UsageError, match=r"no seqio task or mixture 'xsum_sumaries'; there are \['xsum_summaries'"
+    ) as caught:
+        tasks.SeqioDataset(mixture_or_task_name="xsum_sumaries")
+    assert "MIXTURE_OR_TASK_MODULE" in str(caught.value)
+    with pytest.raises(UsageError, match=r"no module 'tnt_jax\.papertasks'"):
+        tasks.find_task("xsum_summaries", module="tnt_jax.papertasks")
+    tasks.record_task("mine", {"train": str(tmp_path / "nowhere.jsonl")}, vocabulary)
+    with pytest.raises(UsageError, match=r"no split 'test'; it has \['train'\]"):
+        tasks.load_examples("mine", LENGTHS, "test")
+    with pytest.raises(UsageError, match=r"nowhere\.jsonl: no such file"):
+        tasks.load_examples("mine", LENGTHS, "train")
+
+
+def test_a_tfds_data_set_that_is_not_there_is_a_usage_error(vocabulary, tmp_path):
+    source = seqio.TfdsDataSource(
+        "no_such_data:1.0.0", tfds_data_dir=str(tmp_path), splits=["train"]
+    )
+    seqio.TaskRegistry.add(
+        "absent", source=source, output_features={"targets": seqio.Feature(vocabulary)}
+    )
+    with pytest.raises(UsageError, match=r"'absent' cannot be read: .*`tfds build no_such_data"):
+        tasks.load_examples("absent", LENGTHS, "train")
+
+
+def test_a_mixture_keeps_every_example_and_its_rates(vocabulary):
+    for name, number in (("rare", 2), ("common", 6)):
+        rows = [{"inputs": [1], "targets": [5, 1]}] * number
+        seqio.TaskRegistry.add(
+            name,
+            source=of_rows(rows, inputs=INTS, targets=INTS),
+            output_features={name: seqio.Feature(vocabulary) for name in ("inputs", "targets")},
+        )
+    seqio.MixtureRegistry.add("even", ["rare", "common"], default_rate=1)
+    seqio.MixtureRegistry.add("uneven", [("rare", 1), ("common", 6)])
+
+    def names(mixture):
+        return [e.id for e in tasks.load_examples(mixture, LENGTHS, "train")]
+
+    common = [f"common/train:{n}" for n in range(6)]
+    assert sorted(names("even")) == sorted(common + ["rare/train:0", "rare/train:1"] * 3)
+    assert sorted(names("uneven")) == sorted(common * 2 + ["rare/train:0", "rare/train:1"])
+    with pytest.raises(UsageError, match="none of its tasks has a split 'test'"):
+        tasks.load_examples("even", LENGTHS, "test")
+
+
+def test_random_preprocessors_draw_the_same_every_time(vocabulary):
+    @seqio.map_over_dataset(num_seeds=1)
+    def random_target(row, seed):
+        target = tf.random.stateless_uniform([3], seed, 0, 30, tf.int32)
+        return {**row, "targets": target}
+
+    seqio.TaskRegistry.add(
+        "random",
+        source=of_rows([{"inputs": [1]}] * 4, inputs=INTS),
+        preprocessors=[random_target],
+        output_features={name: seqio.Feature(vocabulary) for name in ("inputs", "targets")},
+    )
+    one, other = (
+        [e.targets.tolist() for e in tasks.load_examples("random", LENGTHS, "train")] for _ in "ab"
+    )
+    assert one == other
+    assert one[0] != one[1]
+
+
+def test_the_t5patches_layout_is_read_in_its_modes(vocabulary):
+    rows = [
+        {"inputs": [7, 8, 5, 1], "negative_targets": [3, 9, 1], "corrected_targets": [3, 8, 4, 1]},
+        {"inputs": [8, 1], "negative_targets": [4, 1], "corrected_targets": [4, 1]},
+    ]
+    for mode in feature_converters.T5PATCHES_MODES:
+        seqio.TaskRegistry.add(
+            mode,
+            source=of_rows(
+                rows,
+                inputs=tf.TensorSpec([None], tf.int64),
+                negative_targets=INTS,
+                corrected_targets=INTS,
+            ),
+            preprocessors=[tasks.t5patches_mode(mode)],
+            output_features=tasks.record_features(vocabulary),
+        )
+        for row, example in zip(rows, tasks.load_examples(mode, LENGTHS, "train"), strict=True):
+            targets, pairs, loss_mask = feature_converters.t5patches_target(
+                np.array(row["negative_targets"]), np.array(row["corrected_targets"]), mode
+            )
+            np.testing.assert_array_equal(example.targets, targets)
+            np.testing.assert_array_equal(example.negative_pairs, pairs)
+            np.testing.assert_array_equal(example.loss_mask, loss_mask)
+    with pytest.raises(UsageError, match="expected one of"):
+        tasks.t5patches_mode("frist")
+
+
+def test_prompts_are_the_texts_or_else_decoded(vocabulary, tmp_path):
+    path = str(tmp_path / "rows.jsonl")
+    rows = [records.Record(id="r", inputs="café", targets="the city", negative_spans=())]
+    records.write_records(path, rows)
+    tasks.record_task("texts", {"train": path}, vocabulary)
+    assert tasks.prompts_from_task("texts", "train") == [
+        records.Record(id="r", inputs="café", targets="the city")
+    ]
+    ids = tokenization.encode(vocabulary, "the city", add_eos=True)
+    seqio.TaskRegistry.add(
+        "ids",
+        source=of_rows([{"inputs": ids, "targets": [1]}], inputs=INTS, targets=INTS),
+        output_features={name: seqio.Feature(vocabulary) for name in ("inputs", "targets")},
+    )
+    assert tasks.prompts_from_task("ids", "train") == [
+        records.Record(id="ids/train:0", inputs="the city", targets="")
+    ]
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_ids_may_be_numbers_and_repeat(vocabulary, marked, capsys):
+    """As TFDS has them, and as the tasks of a mixture have the same ones."""
+    rows = [{"id": number, "inputs": "the city", "targets": "the city"} for number in (7, 8, 7)]
+    texts = {name: tf.TensorSpec([], tf.string) for name in ("inputs", "targets")}
+    features = ["inputs", "targets"]
+    for name in ("one", "other"):
+        seqio.TaskRegistry.add(
+            name,
+            source=of_rows(rows, id=tf.TensorSpec([], tf.int64), **texts),
+            preprocessors=[tasks.tokenize_and_mark if marked else seqio.preprocessors.tokenize],
+            output_features=tasks.record_features(vocabulary)
+            if marked
+            else {name: seqio.Feature(vocabulary, add_eos=False) for name in features},
+        )
+    seqio.MixtureRegistry.add("both", ["one", "other"], default_rate=1.0)
+    examples = tasks.load_examples("one", LENGTHS, "train")
+    assert [example.id for example in examples] == ["7", "8", "7"]
+    found = tasks.prompts_from_task("both", "train")
+    places = ["one/train:2", "other/train:0", "other/train:1", "other/train:2"]
+    assert [prompt.id for prompt in found] == ["7", "8", *places]
+    assert {prompt.inputs for prompt in found} == {"the city"}
+    said = "both: 4 of 6 prompts have an id that was used before; in place of it they have"
+    assert said in capsys.readouterr().out
+
+
+# --- The tasks of the paper -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["xsum_summaries", "civil_comments_replies"])
+def test_the_tasks_of_the_paper_run_on_mock_data(vocabulary, name):
+    with tfds.testing.mock_data(num_examples=5):
+        prompts = tasks.prompts_from_task(name, "validation", vocabulary)
+        dataset = tasks.SeqioDataset(
+            mixture_or_task_name=name,
+            mixture_or_task_module="tnt_jax.data.paper_tasks",
+            vocabulary_override=vocabulary,
+        )
+        examples = dataset.load(LENGTHS)
+        assert dataset.vocabulary is vocabulary
+    assert len(prompts) == len(examples) == 5
+    prefix = {"xsum_summaries": "summarize: ", "civil_comments_replies": "reply: "}[name]
+    assert all(p.inputs.startswith(prefix) and len(p.inputs) > len(prefix) for p in prompts)
+    assert all(p.targets for p in prompts)
+    batches = feature_converters.Batches(examples, 4, LENGTHS, seed=0)
+    features = batches[0]
+    assert features["encoder_input_tokens"].shape == (4, 32)
+    assert (features["decoder_negative_ids"] == -1).all()
+    assert (features["decoder_loss_mask"].sum(axis=1) > 1).all()
+    assert features["decoder_target_tokens"].max() < vocabulary.vocab_size
+
+
+def test_comments_that_answer_nothing_are_left_out():
+    rows = [
+        {"id": "a", "parent_text": "", "text": "first"},
+        {"id": "b", "parent_text": "why?", "text": "because"},
+    ]
+    signature = dict.fromkeys(("id", "parent_text", "text"), tf.TensorSpec([], tf.string))
+    dataset = paper_tasks._replies(
+        tf.data.Dataset.from_generator(lambda: iter(rows), output_signature=signature)
+    )
+    assert list(dataset.as_numpy_iterator()) == [
+        {"id": b"b", "inputs": b"reply: why?", "targets": b"because"}
+    ]
+
+
+# --- What of a mark counts ------------------------------------------------------------------------
+
+
+def test_first_tokens_alone_and_loss_until_the_first_negative(tmp_path, vocabulary):
+    """From files and through seqio alike: spans of several tokens, two of them in a record."""
+    files = str(tmp_path / "rows.jsonl")
+    rows = annotated_records(vocabulary)
+    records.write_records(files, rows)
+    whole = tasks.RecordFiles(files=files, vocabulary=vocabulary).load(LENGTHS)
+    first = tasks.RecordFiles(
+        files=files, vocabulary=vocabulary, marks="first_token", loss_until="first_negative"
+    ).load(LENGTHS)
+    task = tasks.record_task(
+        "first", {"train": files}, vocabulary, marks="first_token", loss_until="first_negative"
+    )
+    through_seqio = tasks.load_examples(task, LENGTHS, "train")
+    assert_same_examples(first, through_seqio)
+    for row, all_marks, one, other in zip(rows, whole, first, through_seqio, strict=True):
+        assert all_marks.loss_mask is None
+        if not row.negative_spans:
+            assert one.loss_mask is None
+            assert other.loss_mask.all()
+            continue
+        # The extents of tokens say where a span begins; alternatives stay as they were.
+        _, extents = tokenization.token_extents(vocabulary, one.targets)
+        starts = [
+            next(i for i, (_, end) in enumerate(extents) if start < end)
+            for start, _ in row.negative_spans
+        ]
+        own = {(i, int(one.targets[i])) for i in starts}
+        alternatives = {(p, i) for p, ids in row.negative_token_ids for i in ids}
+        assert set(map(tuple, one.negative_pairs.tolist())) == own | alternatives
+        assert len(all_marks.negative_pairs) > len(one.negative_pairs)
+        for example in (one, other):
+            assert example.loss_mask.tolist() == [
+                int(i <= min(starts)) for i in range(len(example.targets))
+            ]
+
+
+def test_marks_that_there_are_not(tmp_path, vocabulary):
+    files = str(tmp_path / "rows.jsonl")
+    records.write_records(files, annotated_records(vocabulary))
+    for settings in ({"marks": "first"}, {"loss_until": "negative"}):
+        (name,) = settings
+        with pytest.raises(UsageError, match=f"{name}: expected one of .*, found"):
+            tasks.RecordFiles(files=files, vocabulary=vocabulary, **settings).load(LENGTHS)

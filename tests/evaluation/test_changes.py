@@ -1,0 +1,79 @@
+import hypothesis
+import pytest
+from hypothesis import strategies as st
+
+from tnt_jax.data import records
+from tnt_jax.evaluation import changes
+
+C, U = changes.CHANGED, changes.UNWANTED
+
+
+def row(targets, *unwanted):
+    spans = tuple((targets.index(text), targets.index(text) + len(text)) for text in unwanted)
+    return records.Record(id="r", inputs="i", targets=targets, negative_spans=spans)
+
+
+def test_a_mended_output():
+    change = changes.change(
+        row("the room is small and dirty today.", "dirty"), row("the room is small and very clean.")
+    )
+    assert change.kind == "mended"
+    # "dirty today." of seven words and "very clean." of seven have no counterpart.
+    assert change.share == pytest.approx(4 / 14)
+    assert change.lengths == (7, 7)
+    assert change.original == (("the room is small and ", 0), ("dirty", C | U), (" today.", C))
+    assert change.current == (("the room is small and ", 0), ("very clean.", C))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "kind", "signs"),
+    [
+        (row("a b"), row("a b"), "unchanged", ()),
+        (row("a bad", "bad"), row("a bad", "bad"), "unchanged", ()),
+        (row("a b"), row("a c"), "other words", ()),
+        (row("a b"), row("a bad", "bad"), "newly unwanted", ()),
+        (row("a b"), row("bad bad", "bad"), "newly unwanted", ("repeated word",)),
+        (row("a bad", "bad"), row("the bad", "bad"), "still unwanted", ()),
+        (row("a bad", "bad"), row("a good"), "mended", ()),
+        (row("a bad", "bad"), row("a good good"), "damaged", ("repeated word",)),
+        (row("a b"), row("a \u2047 b"), "damaged", ("unknown token",)),
+        (row("a a b"), row("a a c"), "other words", ()),  # it stuttered before
+        (row(""), row("a"), "other words", ()),
+    ],
+)
+def test_kinds(before, after, kind, signs):
+    change = changes.change(before, after)
+    assert (change.kind, change.signs) == (kind, signs)
+    assert (change.share == 0) == (before.targets == after.targets)
+
+
+def test_the_worst_first():
+    found = [
+        changes.change(row("a b c d"), row("a b c d")),
+        changes.change(row("a b c d"), row("a b c x")),
+        changes.change(row("a b c d"), row("x y z d")),
+        changes.change(row("a bad", "bad"), row("a good")),
+        changes.change(row("a b"), row("a bad", "bad")),
+    ]
+    assert changes.worst_first(found) == [4, 2, 1, 3, 0]
+
+
+@hypothesis.given(st.text("ab \n", max_size=12), st.text("ab \n", max_size=12), st.data())
+def test_pieces_are_the_texts_and_marks_are_where_they_were(before, after, data):
+    spans = []
+    if after:
+        start = data.draw(st.integers(0, len(after) - 1))
+        spans = [(start, data.draw(st.integers(start + 1, len(after))))]
+    current = records.Record(id="r", inputs="i", targets=after, negative_spans=tuple(spans))
+    change = changes.change(row(before), current)
+    for pieces, text in ((change.original, before), (change.current, after)):
+        assert "".join(piece for piece, _ in pieces) == text
+        assert all(piece for piece, _ in pieces)
+    marked = [bool(marks & U) for piece, marks in change.current for _ in piece]
+    assert marked == [any(s <= i < e for s, e in spans) for i in range(len(after))]
+    # What is not marked as changed is the same in both, word by word.
+    kept = [
+        "".join(piece if not marks & C else " " for piece, marks in pieces).split()
+        for pieces in (change.original, change.current)
+    ]
+    assert kept[0] == kept[1]

@@ -1,0 +1,84 @@
+import copy
+
+import pytest
+
+from tnt_jax.evaluation import diagnosis
+
+
+def rate(numerator, denominator=200):
+    return {"numerator": numerator, "denominator": denominator, "value": numerator / denominator}
+
+
+HEALTHY = {
+    "original": {
+        "unwanted_outputs": rate(40),
+        "repeated_word": rate(2),
+        "unknown_token": rate(0),
+        "distinct_outputs": rate(190),
+        "mean_length": 20.0,
+    },
+    "current": {
+        "unwanted_outputs": rate(4),
+        "repeated_word": rate(3),
+        "unknown_token": rate(0),
+        "distinct_outputs": rate(188),
+        "mean_length": 19.5,
+    },
+    "comparison": {"bleu": 72.0, "rouge_l": 81.0},
+    "cut": 0.9,
+    "certificate": {"negative_residual": 0.02, "negative_smallest_cost": 1.4},
+}
+
+
+def seen(num_newly_unwanted=1, **changed):
+    """Names and suggestions of what is seen; `part__field=value` changes the healthy evaluation."""
+    evaluation = copy.deepcopy(HEALTHY)
+    for name, value in changed.items():
+        part, _, field = name.partition("__")
+        if field:
+            evaluation[part][field] = value
+        else:
+            evaluation[part] = value
+    found = diagnosis.signs(evaluation, num_newly_unwanted)
+    assert all(sign.evidence and sign.suggestion for sign in found)
+    return {sign.name: sign.suggestion for sign in found if sign.is_seen}
+
+
+def test_a_healthy_update_has_no_sign():
+    assert seen() == {}
+
+
+@pytest.mark.parametrize(
+    ("changed", "name", "advice"),
+    [
+        ({"current__repeated_word": rate(12)}, "repeated words", "Loss imbalance or poor marks"),
+        ({"current__unknown_token": rate(6)}, "unknown tokens", "Loss imbalance or poor marks"),
+        ({"current__mean_length": 14.0}, "length drift", "end too early"),
+        ({"current__mean_length": 30.0}, "length drift", "no longer end"),
+        ({"current__distinct_outputs": rate(20)}, "collapse of distinct outputs", "the same"),
+        ({"comparison__bleu": 31.0}, "low BLEU or ROUGE-L", "alpha too high"),
+        ({"comparison__rouge_l": 41.0}, "low BLEU or ROUGE-L", "alpha too high"),
+        ({"num_newly_unwanted": 12}, "unwanted elsewhere", "alternatives"),
+    ],
+)
+def test_signs(changed, name, advice):
+    found = seen(**changed)
+    assert list(found) == [name]
+    assert advice in found[name]
+
+
+def test_without_a_cut_the_certificate_tells_why():
+    no_cut = {"cut": 0.05, "current__unwanted_outputs": rate(38)}
+    moved = seen(**no_cut)["no reduction"]
+    assert "ineffective marks" in moved
+    stuck = seen(**no_cut, certificate__negative_residual=1.3)["no reduction"]
+    assert "hardly moved" in stuck
+    evaluation = {**HEALTHY, "cut": 0.05}
+    del evaluation["certificate"]
+    (sign,) = (sign for sign in diagnosis.signs(evaluation, 0) if sign.is_seen)
+    assert sign.suggestion.startswith("Ineffective marks or learning rate")
+
+
+def test_a_few_outputs_are_chance():
+    assert seen(cut=0.0, original__unwanted_outputs=rate(3)) == {}
+    assert seen(current__unknown_token=rate(2)) == {}

@@ -1,0 +1,191 @@
+"""The numbers of a sweep: by hand, by another implementation, by what must not matter."""
+
+import json
+import math
+import pathlib
+import random
+
+import numpy as np
+import pytest
+from sacrebleu.metrics.bleu import BLEU
+
+from tnt_jax import sweep
+from tnt_jax.data import records
+from tnt_jax.evaluation import results
+
+WORDS = ["the", "a", "old", "new", "house", "tree", "lake", "hill", "red", "blue", "is", "was"]
+
+
+def outputs(seed, unwanted=0.3, number=200, keep=None, change=0.5):
+    """Made-up sentences, some with a mark; or those of `keep`, with a share of words changed."""
+    rng = random.Random(seed)
+    rows = []
+    for i in range(number):
+        words = [rng.choice(WORDS) for _ in range(8)] if keep is None else keep[i].targets.split()
+        if keep is not None:
+            words = [rng.choice(WORDS) if rng.random() < change else word for word in words]
+        text = " ".join(words)
+        spans = ((0, len(words[0])),) if rng.random() < unwanted else ()
+        rows.append(records.Record(id=str(i), inputs=str(i), targets=text, negative_spans=spans))
+    return rows
+
+
+def row(objective, alpha, cut, bleu, seed=0, **more):
+    return {
+        "objective": objective, "alpha": alpha, "cut": cut, "bleu": bleu, "seed": seed, **more
+    }  # fmt: skip
+
+
+def test_measures_by_hand():
+    texts = ["the the lake", "a red house on a hill", "a red house on a hill", "the ⁇ tree"]
+    patched = ["the lake", "a red house on a hill", "the old tree", "the tree"]
+    spans = [((0, 3),), ((0, 1),), (), ((4, 5),)]
+    original, current = (
+        [
+            records.Record(id=str(i), inputs="", targets=text, negative_spans=of_row)
+            for i, (text, of_row) in enumerate(zip(of, marks, strict=True))
+        ]
+        for of, marks in ((texts, spans), (patched, [((0, 3),), (), (), ()]))
+    )
+    found = results.measure(original, current)
+    assert found["unwanted_rate_before"] == 3 / 4
+    assert found["unwanted_rate_after"] == 1 / 4
+    assert found["cut"] == pytest.approx(2 / 3)
+    assert found["exact_match"] == 1 / 4
+    assert (found["repeated_word_rate_before"], found["repeated_word_rate"]) == (1 / 4, 0)
+    assert (found["unknown_token_rate_before"], found["unknown_token_rate"]) == (1 / 4, 0)
+    assert (found["distinct_ratio_before"], found["distinct_ratio"]) == (3 / 4, 1)
+
+
+def test_an_arm_at_the_original_has_changed_nothing():
+    original = outputs(0)
+    found = results.measure(original, original)
+    assert (found["cut"], found["bleu"], found["exact_match"]) == (0, pytest.approx(100), 1)
+
+
+def test_prompts_are_split_by_their_ids_alone():
+    ids = [f"prompt {i}" for i in range(4000)]
+    chosen = {name for name in ids if results.is_for_choice(name, 0.25)}
+    assert len(chosen) == pytest.approx(1000, abs=100)
+    assert {name for name in reversed(ids) if results.is_for_choice(name, 0.25)} == chosen
+    assert chosen < {name for name in ids if results.is_for_choice(name, 0.5)}
+
+
+def test_intervals_against_the_normal_approximation():
+    original = outputs(0, number=600, unwanted=0.4)
+    arms = {
+        "baseline": outputs(1, number=600, keep=original, unwanted=0.1, change=0.5),
+        "better": outputs(2, number=600, keep=original, unwanted=0.1, change=0.2),
+        "alike": outputs(3, number=600, keep=original, unwanted=0.1, change=0.5),
+    }
+    found = results.intervals(original, arms, "baseline", num_resamples=500)
+    before = np.array([bool(r.negative_spans) for r in original])
+    for name, rows in arms.items():
+        after = np.array([bool(r.negative_spans) for r in rows])
+        ratio = after.mean() / before.mean()
+        low, high = found[name]["cut_interval"]
+        assert low < 1 - ratio < high
+        # The delta method for a ratio of two means of the same prompts.
+        spread = np.std(after - ratio * before, ddof=1) / before.mean() / math.sqrt(len(rows))
+        assert (high - low) / 2 == pytest.approx(1.96 * spread, rel=0.2)
+        bleu = BLEU(force=True).corpus_score(
+            [r.targets for r in rows], [[r.targets for r in original]]
+        )
+        low, high = found[name]["bleu_interval"]
+        assert low < bleu.score < high
+    assert found["baseline"]["bleu_p_value"] is None
+    assert found["better"]["bleu_p_value"] < 0.01 < found["alike"]["bleu_p_value"]
+    # Intervals are of an arm alone; only the test needs two.
+    del arms["baseline"]
+    for row in found.values():
+        row["bleu_p_value"] = None
+    for names in (["better", "alike"], ["better"]):
+        alone = results.intervals(
+            original, {name: arms[name] for name in names}, "baseline", num_resamples=500
+        )
+        assert alone == {name: found[name] for name in names}
+
+
+def test_an_interval_of_a_cut_is_of_the_number_beside_it_where_nothing_was_unwanted():
+    original, current = outputs(0, unwanted=0, number=20), outputs(1, unwanted=0.5, number=20)
+    assert results.measure(original, current)["cut"] == 0
+    found = results.intervals(original, {"arm": current}, "baseline", num_resamples=20)
+    assert found["arm"]["cut_interval"] == [0, 0]
+
+
+def test_no_interval_goes_beyond_its_scale():
+    original = outputs(0, number=60)
+    current = [*original[:-1], outputs(1, number=1)[0]]
+    low, high = results.intervals(original, {"arm": current}, "")["arm"]["bleu_interval"]
+    assert 90 < low < high <= 100
+
+
+def test_the_choice_of_a_weight():
+    rows = [
+        row("A", 1.0, 0.7, 90.0),
+        row("A", 2.0, 0.8, 70.0),
+        row("A", 2.0, 0.7, 72.0, seed=1),  # 0.75 on average: enough
+        row("A", 4.0, 0.9, 60.0),
+        row("B", 1.0, 0.2, 95.0),
+        row("B", 9.0, 0.6, 50.0),  # none is enough: the one that cuts most
+        row("decode mask", None, 0.99, 97.0),
+    ]
+    for order in (rows, rows[::-1]):
+        assert results.choose(order, 0.75) == {"A": 2.0, "B": 9.0, "decode mask": None}
+
+
+@pytest.mark.parametrize(
+    ("unwanted", "alphas", "warns"),
+    [(4, (1.0, 2.0), True), (5, (1.0, 2.0), False), (4, (1.0,), False)],
+)
+def test_a_choice_of_weights_by_chance_is_said_to_be_one(unwanted, alphas, warns):
+    """By what the first decoder says; with one weight there is no choice."""
+    rates = {"greedy": unwanted / 70, "sampled": 30 / 70}
+    rows = [
+        row("A", alpha, 0.0, 90.0, decoder=decoder, num_outputs=70, unwanted_rate_before=rate)
+        for alpha in alphas
+        for decoder, rate in rates.items()
+    ]
+    text = sweep.as_markdown({"chosen": [], "choice_rows": rows}, ["greedy", "sampled"])
+    expected = (
+        f"of the original's 70 greedy outputs that they are chosen on {unwanted} are unwanted"
+    )
+    assert (expected in text) == warns
+    assert "by chance" not in sweep.as_markdown(
+        {"chosen": [], "choice_rows": rows}, ["sampled", "greedy"]
+    )
+
+
+def test_the_frontier():
+    rows = [row("A", 1, c, b) for c, b in ((0.5, 90), (0.6, 80), (0.6, 85), (0.55, 70), (0.9, 10))]
+    assert results.pareto(rows) == [True, False, True, False, True]
+    # Two that are the same do not beat each other.
+    assert results.pareto([rows[0], dict(rows[0])]) == [True, True]
+
+
+def test_seeds_are_averaged():
+    rows = [
+        row("A", 2.0, 0.7, 60.0, decoder="greedy", residual=0.1),
+        row("A", 2.0, 0.8, 64.0, seed=1, decoder="greedy", residual=0.3),
+        row("B", 2.0, 0.5, 50.0, decoder="greedy", residual=0.2),
+    ]
+    first, second = results.averaged(rows, key=lambda row: row["objective"])
+    assert (first["cut"], first["bleu"], first["residual"]) == pytest.approx((0.75, 62.0, 0.2))
+    assert first["bleu_sd"] == pytest.approx(math.sqrt(8))
+    assert (first["alpha"], first["num_seeds"]) == (2.0, 2)
+    assert "seed" not in first
+    assert (second["bleu"], second["bleu_sd"], second["num_seeds"]) == (50.0, None, 1)
+
+
+def test_the_published_tables_are_those_of_the_published_numbers():
+    docs = pathlib.Path(__file__).parents[2] / "docs"
+    found = json.loads((docs / "results.json").read_text("utf-8"))
+    page = (docs / "results.md").read_text("utf-8")
+    for of_sweep in found["sweeps"]:
+        decoders = list(dict.fromkeys(row["decoder"] for row in of_sweep["chosen"]))
+        assert sweep.as_markdown(of_sweep, decoders).strip() in page, of_sweep["name"]
+    wanted = {"task", "objective", "alpha", "seed", "steps", "unwanted_rate_before"}
+    wanted |= {"unwanted_rate_after", "bleu", "rouge_l", "exact_match", "repeated_word_rate"}
+    wanted |= {"unknown_token_rate", "distinct_ratio", "residual", "collateral"}
+    for of_row in found["rows"]:
+        assert wanted - set(of_row) <= {"residual", "collateral"}  # a mask has no model

@@ -1,0 +1,215 @@
+"""A little world for tests of programs: sixty rooms, a vocabulary, a model and a list of words.
+
+    inputs "small acorn"    targets "the acorn room is small and dirty."
+
+The size of a room decides whether it is dirty, clean, noisy or quiet. "dirty" and "noisy" are the
+unwanted words; each is spelt in several tokens, every other word is one token.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import re
+import tempfile
+
+import gin
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from tnt_jax.checkpoints import pretrained
+from tnt_jax.data import records, tokenization
+from tnt_jax.runtime import program
+
+NAMES = (
+    *("acorn", "birch", "cedar", "daisy", "elder", "fern", "grape", "hazel"),
+    *("iris", "jade", "kiwi", "lotus", "maple", "nutmeg", "olive"),
+)
+STATES = {"small": "dirty", "large": "clean", "old": "noisy", "new": "quiet"}
+UNWANTED = re.compile(r"\b(dirty|noisy)\b")
+VOCAB_SIZE = 38
+
+# The smallest T5 that learns this, over the project's own tiny one.
+MODEL = f"""
+include "models/t5_1_1_tiny.gin"
+
+from tnt_jax.models import t5
+
+VOCAB_SIZE = {VOCAB_SIZE}
+t5.T5Config.num_encoder_layers = 1
+t5.T5Config.num_decoder_layers = 1
+"""
+
+
+def corpus():
+    return [
+        records.Record(
+            id=f"{size} {name}",
+            inputs=f"{size} {name}",
+            targets=f"the {name} room is {size} and {state}.",
+            extra={"name": name},
+        )
+        for name, (size, state) in itertools.product(NAMES, STATES.items())
+    ]
+
+
+def marked_corpus():
+    """The rooms, with the unwanted words marked."""
+    return [
+        dataclasses.replace(
+            row, negative_spans=tuple(m.span() for m in UNWANTED.finditer(row.targets))
+        )
+        for row in corpus()
+    ]
+
+
+def write_world(folder):
+    """Writes corpus.jsonl, words.txt, vocabulary.model and tiny.gin."""
+    rows = corpus()
+    words = {word.strip(".") for row in rows for word in row.targets.split()} - {"dirty", "noisy"}
+    records.write_records(folder / "corpus.jsonl", rows)
+    tokenization.train_sentencepiece(
+        [text for row in rows for text in (row.inputs, row.targets)],
+        folder / "vocabulary.model",
+        vocab_size=VOCAB_SIZE,
+        user_defined_symbols=[f"\u2581{word}" for word in sorted(words)],
+    )
+    (folder / "words.txt").write_text("# unwanted\ndirty\nnoisy\n")
+    (folder / "tiny.gin").write_text(MODEL)
+
+
+# The gin files and settings of every kind of run, seen from the folder that holds the world.
+VOCABULARY = {"VOCABULARY_PATH": "vocabulary.model", "EXTRA_IDS": 0}
+LENGTHS = {"TASK_FEATURE_LENGTHS": {"inputs": 8, "targets": 16}}
+UPDATES = {"BATCH_SIZE": 16, "OPTIMIZER": "@optax.adam", "LEARNING_RATE": 3e-3}
+TRAIN = UPDATES | LENGTHS | {"INITIAL_CHECKPOINT_PATH": "original", "TRAIN_STEPS": 20}
+EXPERIMENT = (
+    VOCABULARY
+    | LENGTHS
+    | UPDATES
+    | {
+        "ORIGINAL_CHECKPOINT_PATH": "original",
+        "TRAIN_PROMPTS": "corpus.jsonl",
+        "EVAL_PROMPTS": "corpus.jsonl",
+        "ANNOTATOR": "@annotators.Lexicon",
+        "annotators.Lexicon.path": "words.txt",
+        "GENERATE_BATCH_SIZE": 32,
+        "MAX_LENGTH": 16,
+    }
+)
+RUNS = {
+    "train": (
+        ["tiny.gin", "objectives/tnrf.gin", "runs/train.gin"],
+        VOCABULARY | TRAIN | {"RECORDS": "original.annotated.jsonl"},
+    ),
+    "train_task": (["tiny.gin", "objectives/tnrf.gin", "runs/train_task.gin"], TRAIN),
+    "generate": (
+        ["tiny.gin", "runs/generate.gin"],
+        VOCABULARY | LENGTHS | {"PROMPTS": "corpus.jsonl", "MAX_LENGTH": 16},
+    ),
+    "annotate": (["runs/annotate_lexicon.gin"], VOCABULARY | {"LEXICON": "words.txt"}),
+    "localize": (
+        ["tiny.gin", "runs/localize.gin"],
+        VOCABULARY | LENGTHS | {"CHECKPOINT_PATH": "original"},
+    ),
+    "evaluate": (
+        ["tiny.gin", "runs/evaluate.gin"],
+        VOCABULARY
+        | LENGTHS
+        | {
+            "ORIGINAL_RECORDS": "original.annotated.jsonl",
+            "ORIGINAL_CHECKPOINT_PATH": "original",
+        },
+    ),
+    "pipeline": (["tiny.gin", "runs/pipeline.gin"], EXPERIMENT),
+    "sweep": (["tiny.gin", "runs/sweep.gin"], EXPERIMENT),
+}
+
+
+def arguments(run_name, settings, gin_files=()):
+    """The command line of a run: what is above, with other settings and further gin files."""
+    files, defaults = RUNS[run_name]
+    return [
+        *(f"--gin_file={file}" for file in (*files, *gin_files)),
+        *(f"--gin.{name}={value}" for name, value in {**defaults, **settings}.items()),
+    ]
+
+
+def run(run_name, settings, gin_files=()):
+    """Runs a program in this process, as `python -m` does; returns its exit status."""
+    return _run(run_name, arguments(run_name, settings, gin_files))
+
+
+def run_with_marks(run_name, settings, path):
+    """A pipeline or sweep whose annotator is a file of marks, and leaves out all other records."""
+    settings |= {"ANNOTATOR": "@annotators.Spans", "annotators.Spans.path": path}
+    settings |= {"annotators.Spans.unmatched": "leave_out"}
+    given = arguments(run_name, settings)
+    return _run(run_name, [argument for argument in given if "Lexicon" not in argument])
+
+
+def _run(run_name, given):
+    name = run_name.partition("_")[0]
+    with pytest.raises(SystemExit) as stopped:
+        program.run(f"tnt_jax.{name}", name, given)
+    gin.clear_config()
+    return stopped.value.code
+
+
+def train_original(model_dir, train_steps, **settings):
+    """A model of the rooms, from nothing; `corpus.jsonl` is what it learns from."""
+    settings = {
+        "RECORDS": "corpus.jsonl",
+        "ANNOTATED": False,
+        "INITIAL_CHECKPOINT_PATH": None,
+        "TRAIN_STEPS": train_steps,
+        "MODEL_DIR": model_dir,
+        **settings,
+    }
+    assert run("train", settings, ["objectives/fine_tune.gin"]) == 0
+
+
+def saved(path, item="params"):
+    """An item of a checkpoint, or of the newest one in a model directory, as NumPy arrays."""
+    folder = pretrained.find(str(path)) / item
+    tree = ocp.StandardCheckpointHandler().metadata(folder).tree
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    restore = ocp.args.PyTreeRestore(restore_args=as_numpy)
+    return ocp.PyTreeCheckpointHandler().restore(folder, args=restore)
+
+
+def assert_same_state(one, other):
+    """Parameters and optimizer state of two checkpoints agree in every bit."""
+    for item in ("params", "optimizer"):
+        left, right = saved(one, item), saved(other, item)
+        assert jax.tree.structure(left) == jax.tree.structure(right)
+        jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+@functools.cache
+def compiled_folder():
+    """Of all tests that this process runs, and what they start: all train the same tiny model."""
+    return tempfile.TemporaryDirectory(prefix="tnt_jax_compiled_")
+
+
+@contextlib.contextmanager
+def compiled_cheaply():
+    """Compiling is most of the time of a tiny run: little is optimised, and nothing twice."""
+    settings = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": compiled_folder().name,
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()  # it would stay with the folder that it met first

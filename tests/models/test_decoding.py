@@ -1,0 +1,478 @@
+"""Decoding against teacher-forced probabilities, brute force and counted frequencies."""
+
+import dataclasses
+import functools
+import itertools
+import json
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tnt_jax import annotators
+from tnt_jax.data import records
+from tnt_jax.models import decoding, t5
+from tnt_jax.models.decoding import Decoding
+from tnt_jax.runtime.errors import UsageError
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+CONFIG = t5.T5Config(
+    vocab_size=12,
+    emb_dim=16,
+    num_heads=2,
+    num_encoder_layers=1,
+    num_decoder_layers=1,
+    head_dim=8,
+    mlp_dim=16,
+    mlp_activations=("relu",),
+    logits_via_embedding=False,
+)
+SOURCES = jnp.asarray([[5, 3, 8, 1, 0], [2, 2, 9, 4, 1], [7, 1, 0, 0, 0]], jnp.int32)
+NEVER = 11  # an EOS that random rows need not meet
+
+
+@functools.cache
+def random_params():
+    """A model whose greedy outputs are neither short nor one token over and over."""
+    rng = np.random.default_rng(9)
+    params = jax.tree.map(
+        lambda leaf: rng.normal(0, 0.5, leaf.shape).astype(np.float32), t5.abstract_params(CONFIG)
+    )
+    for stack in ("encoder", "decoder"):
+        params[stack]["relpos_bias"]["rel_embedding"] *= 4  # so that the position matters
+    return jax.tree.map(jnp.asarray, params)
+
+
+def decode(sources=SOURCES, keys=None, mask=None, prefixes=None, **settings):
+    decoded = decoding.decode(
+        random_params(),
+        sources,
+        keys,
+        mask,
+        prefixes,
+        config=CONFIG,
+        decoding=Decoding(**settings),
+    )
+    return decoding.Decoded(*map(np.asarray, decoded))
+
+
+@jax.jit
+def _forward(sources, targets):
+    inputs = jnp.pad(targets, ((0, 0), (1, 0)))[:, :-1]
+    batch = {
+        "encoder_input_tokens": sources,
+        "decoder_input_tokens": inputs,
+        "decoder_target_tokens": targets,
+    }
+    return t5.make_forward(CONFIG)(random_params(), batch)
+
+
+def log_probs(sources, targets, removed=(0,)):
+    """Teacher-forced `[B, T, V]` in float64, with some ids removed."""
+    logits = np.array(_forward(jnp.asarray(sources), jnp.asarray(targets)), np.float64)
+    logits[:, :, list(removed)] = -np.inf
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def chosen(log_probs, tokens):
+    return np.take_along_axis(log_probs, tokens[:, :, None], axis=2)[:, :, 0]
+
+
+# ---------------------------------------------------------------------------------------- Greedy
+
+
+def test_greedy_takes_the_teacher_forced_argmax():
+    for banned in ((), (6, 7)):
+        decoded = decode(max_length=10, eos_id=NEVER, banned_ids=banned)
+        expected = log_probs(SOURCES, decoded.tokens, removed=(0, *banned))
+        np.testing.assert_array_equal(decoded.tokens, expected.argmax(-1))
+        total = chosen(expected, decoded.tokens).sum(1)
+        np.testing.assert_allclose(decoded.log_prob, total, atol=1e-4)
+        assert (6 in decoded.tokens) == (6 not in banned)
+
+
+def test_a_row_stops_at_its_eos_and_the_loop_with_the_last_row():
+    free = decode(max_length=10, eos_id=NEVER).tokens
+    eos_id = int(free[0, 3])
+    ends = [row.tolist().index(eos_id) + 1 for row in free]
+    assert ends == [4, 2, 2]
+    decoded = decode(max_length=10, eos_id=eos_id)
+    for row, end in enumerate(ends):
+        np.testing.assert_array_equal(decoded.tokens[row], [*free[row, :end], *[0] * (10 - end)])
+    assert decoded.num_steps == 4
+    assert decode(SOURCES[1:], max_length=10, eos_id=eos_id).num_steps == 2
+    gained = chosen(log_probs(SOURCES, free), free)
+    expected = [row[:end].sum() for row, end in zip(gained, ends, strict=True)]
+    np.testing.assert_allclose(decoded.log_prob, expected, atol=1e-4)
+
+
+def test_a_banned_sequence_never_comes_up():
+    free = decode(max_length=10, eos_id=NEVER).tokens
+    pair, triple = free[0, 2:4].tolist(), free[1, 4:7].tolist()
+    banned = decoding.pad_sequences([[pair], [triple, [7]], []])
+    assert banned.shape == (3, 2, 3)
+    tokens = decode(max_length=10, eos_id=NEVER, mask=decoding.Mask(banned)).tokens
+    expected = log_probs(SOURCES, tokens)
+    for row, of_row in enumerate(([pair], [triple, [7]], [])):
+        for position in range(10):
+            before = tokens[row, :position].tolist()
+            for *prefix, last in of_row:
+                if not prefix or before[-len(prefix) :] == prefix:
+                    expected[row, position, last] = -np.inf
+    np.testing.assert_array_equal(tokens, expected.argmax(-1))
+    # The row that bans nothing says what it said; the others go on where they must part.
+    np.testing.assert_array_equal(tokens[2], free[2])
+    assert (tokens[0, :3] == free[0, :3]).all() and tokens[0, 3] != free[0, 3]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_nothing_that_a_gazetteer_marks_comes_up(seed, tmp_path):
+    """Ids are words. Names begin, end and hold one another; some of each row are supported."""
+    rng = np.random.default_rng(seed)
+    num_rows, length = 200, 16
+
+    def text_of(ids):
+        return " ".join(f"w{token}" for token in ids if token not in (0, NEVER))
+
+    rows, listed, asked = [], [], []
+    for number in range(num_rows):
+        names = {tuple(rng.integers(2, 6, rng.integers(1, 4)).tolist()) for _ in range(6)}
+        names = rng.permutation(sorted(map(text_of, names))).tolist()
+        values = {first: [other] for first, other in zip(names[::2], names[1::2], strict=False)}
+        path = tmp_path / f"{number}.json"
+        path.write_text(json.dumps({"name": values}))
+        rows.append(annotators.Gazetteer(path=str(path)))
+        listed.append([tuple(int(word[1:]) for word in name.split()) for name in names])
+        # Of a value that is stated by its first name the other one is supported, too.
+        inputs = " ; ".join([*values][: int(rng.integers(0, 3))])
+        asked.append(records.Record(id=str(number), inputs=inputs))
+
+    def ids_of(method):
+        return decoding.pad_sequences(
+            [
+                [name for name in names if text_of(name) in getattr(annotator, method)(record)]
+                for annotator, names, record in zip(rows, listed, asked, strict=True)
+            ]
+        )
+
+    mask = decoding.Mask(banned=ids_of("banned"), supported=ids_of("supported"))
+    settings = {"max_length": length, "eos_id": NEVER, "temperature": 9.0}
+    settings["banned_ids"] = (1, 6, 7, 8)  # rather words of names
+    sources = jnp.asarray(rng.integers(2, 11, (num_rows, 3)))
+    keys = decoding.record_keys(seed, [record.id for record in asked])
+
+    def marked(tokens):
+        """How many names are marked, but for what more tokens could have made another one."""
+        number = 0
+        for annotator, record, ids in zip(rows, asked, tokens, strict=True):
+            targets = text_of(ids)
+            spans = annotator.annotate(dataclasses.replace(record, targets=targets)).spans
+            is_cut = NEVER not in ids
+            number += sum(not is_cut or targets[s.end :].count(" ") >= 2 for s in spans)
+        return number
+
+    assert marked(decode(sources, keys, **settings).tokens) > 30
+    with_all = decode(sources, keys, mask=mask, **settings).tokens
+    assert marked(with_all) == 0
+    # Without what is supported, the same texts are banned; what holds one of them is out of reach.
+    with_banned = decode(sources, keys, mask=decoding.Mask(mask.banned), **settings).tokens
+    assert marked(with_banned) == 0
+
+    def num_said(tokens):
+        """How many supported names are said that hold an unsupported one."""
+        return sum(
+            any(part in row_banned for part in parts_of(name)) and name in parts_of(row)
+            for row, row_banned, row_supported in zip(
+                tokens.tolist(), unpadded(mask.banned), unpadded(mask.supported), strict=True
+            )
+            for name in row_supported
+        )
+
+    assert num_said(with_all) >= 3
+    assert num_said(with_banned) == 0
+
+
+def parts_of(ids):
+    """All stretches of a sequence."""
+    return {
+        tuple(ids[start:end]) for start in range(len(ids)) for end in range(start + 1, len(ids) + 1)
+    }
+
+
+def unpadded(sequences):
+    return [[tuple(i for i in ids if i >= 0) for ids in row] for row in sequences.tolist()]
+
+
+def test_a_prefix_is_said_and_then_gone_on_from():
+    """Greedy after it is the teacher-forced argmax; its own tokens count in the log-probability."""
+    prefixes = jnp.asarray([[3, 9, 3, 7], [5, 0, 0, 0], [0, 0, 0, 0]], jnp.int32)
+    decoded = decode(max_length=10, eos_id=NEVER, prefixes=prefixes)
+    expected = log_probs(SOURCES, decoded.tokens)
+    best = expected.argmax(-1)
+    for row, length in enumerate((4, 1, 0)):
+        np.testing.assert_array_equal(decoded.tokens[row, :length], prefixes[row, :length])
+        np.testing.assert_array_equal(decoded.tokens[row, length:], best[row, length:])
+        assert (best[row, :length] != prefixes[row, :length]).any() or not length
+    total = chosen(expected, decoded.tokens).sum(1)
+    np.testing.assert_allclose(decoded.log_prob, total, atol=1e-4)
+
+
+def test_an_output_goes_on_from_its_own_prefix_as_it_went_on():
+    keys = decoding.record_keys(3, ["a", "b", "c"])
+    free = decode(keys=keys, max_length=10, eos_id=NEVER, temperature=1.0)
+    same = decode(
+        keys=keys, max_length=10, eos_id=NEVER, temperature=1.0, prefixes=free.tokens[:, :6]
+    )
+    np.testing.assert_array_equal(same.tokens, free.tokens)
+    np.testing.assert_allclose(same.log_prob, free.log_prob, atol=1e-5)
+    # One that has ended stays ended.
+    ended = free.tokens[:, :6]
+    ended = decode(max_length=10, eos_id=int(ended[0, 2]), prefixes=ended).tokens
+    assert not ended[0, 3:].any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_length": 3}, "expected prefixes of at most Decoding.max_length=3 tokens, found 4"),
+        ({"max_length": 9, "num_beams": 2}, "prefixes are for one output at a time: expected "),
+    ],
+)
+def test_a_prefix_that_does_not_fit_is_an_error(settings, message):
+    with pytest.raises(UsageError, match=message):
+        decode(prefixes=jnp.ones((3, 4), jnp.int32), **settings)
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_source_padding_and_filler_rows_change_nothing(settings):
+    narrow = decode(max_length=6, eos_id=3, **settings)
+    padded = jnp.pad(SOURCES, ((0, 2), (0, 9)))  # two rows without any token
+    wide = decode(padded, max_length=6, eos_id=3, **settings)
+    np.testing.assert_array_equal(wide.tokens[:3], narrow.tokens)
+    np.testing.assert_allclose(wide.log_prob[:3], narrow.log_prob, atol=1e-5)
+    assert wide.num_steps == narrow.num_steps
+    assert not wide.tokens[3:].any() and not wide.log_prob[3:].any()
+
+
+def test_a_step_never_touches_the_encoder_states():
+    sources = jnp.ones((3, 37), jnp.int32)  # 37 and 16 meet in no other array
+    jaxpr = jax.make_jaxpr(
+        lambda: decoding.decode(
+            random_params(), sources, config=CONFIG, decoding=Decoding(max_length=5)
+        )
+    )()
+
+    def equations(jaxpr):
+        for equation in jaxpr.eqns:
+            yield equation
+            for inner in jax.extend.core.jaxprs_in_params(equation.params):
+                yield from equations(inner)
+
+    def products(jaxpr):
+        return [
+            [variable.aval.shape for variable in equation.invars]
+            for equation in equations(jaxpr)
+            if equation.primitive.name == "dot_general"
+        ]
+
+    (loop,) = (e for e in equations(jaxpr.jaxpr) if e.primitive.name == "while")
+    encoder_states = (3, 37, 16)
+    assert any(encoder_states in shapes for shapes in products(jaxpr.jaxpr))
+    in_loop = products(loop.params["body_jaxpr"].jaxpr)
+    assert len(in_loop) == 14  # q k v o, q o, 2 x 2 of attention, 2 of the MLP, bias, logits
+    assert not any(encoder_states in shapes for shapes in in_loop)
+
+
+# -------------------------------------------------------------------------------------- Sampling
+
+
+def test_a_record_keeps_its_sample_at_any_batch_size_and_order():
+    ids = [f"record-{i}" for i in range(12)]
+    sources = jnp.tile(SOURCES, (4, 1))
+    settings = {"max_length": 8, "eos_id": NEVER, "temperature": 1.0, "top_p": 0.95}
+    together = decode(sources, decoding.record_keys(0, ids), **settings).tokens
+    again = decode(sources, decoding.record_keys(0, ids), **settings).tokens
+    np.testing.assert_array_equal(again, together)
+
+    order = np.random.default_rng(0).permutation(12)
+    shuffled = decode(
+        sources[order], decoding.record_keys(0, [ids[i] for i in order]), **settings
+    ).tokens
+    np.testing.assert_array_equal(shuffled, together[order])
+    for start in range(0, 12, 4):
+        rows = slice(start, start + 4)
+        part = decode(sources[rows], decoding.record_keys(0, ids[rows]), **settings).tokens
+        np.testing.assert_array_equal(part, together[rows])
+
+    assert len(np.unique(together[::3], axis=0)) == 4  # same source, four records
+    other_seed = decode(sources, decoding.record_keys(1, ids), **settings).tokens
+    assert (other_seed != together).any(axis=1).mean() > 0.5
+
+
+def test_a_record_key_is_the_same_in_every_process():
+    key = decoding.record_keys(7, ["train/11", "train/12"])[1]
+    # The first eight bytes of sha256("7/train/12"), little-endian.
+    np.testing.assert_array_equal(jax.random.key_data(key), [2027207813, 1007973740])
+
+
+def test_every_position_has_noise_of_its_own():
+    sources, keys = jnp.tile(SOURCES[:1], (800, 1)), jax.random.split(jax.random.key(1), 800)
+    # So hot that the ten ids besides padding and EOS are equally likely.
+    tokens = decode(sources, keys, max_length=2, temperature=1e4, banned_ids=(NEVER,)).tokens
+    repeats = (tokens[:, 0] == tokens[:, 1])[tokens[:, 0] != 1].mean()
+    assert 0.06 < repeats < 0.14
+
+
+NUM_DRAWS = 8000
+
+
+def first_tokens(**settings):
+    """The first tokens of many records with one source; the same records at every call."""
+    keys = jax.random.split(jax.random.key(5), NUM_DRAWS)
+    sources = jnp.tile(SOURCES[:1], (NUM_DRAWS, 1))
+    return decode(sources, keys, max_length=1, eos_id=NEVER, **settings).tokens[:, 0]
+
+
+def assert_drawn_from(tokens, probs):
+    counts = np.bincount(tokens, minlength=12)
+    np.testing.assert_array_equal(counts > 0, probs * NUM_DRAWS > 1)
+    expected = NUM_DRAWS * probs[probs > 0]
+    chi_square = ((counts[probs > 0] - expected) ** 2 / expected).sum()
+    assert chi_square < 32  # 11 degrees of freedom: 1 in 1,000 correct samplers
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_sampled_frequencies_are_the_tempered_probabilities(temperature):
+    weights = np.exp(log_probs(SOURCES[:1], [[2]])[0, 0] / temperature)
+    assert_drawn_from(first_tokens(temperature=temperature), weights / weights.sum())
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(3, 1.0), (0, 0.6), (0, 0.01), (6, 0.7)])
+def test_top_k_and_top_p_restrict_the_support_exactly(top_k, top_p):
+    weights = np.exp(log_probs(SOURCES[:1], [[2]])[0, 0] / 2)  # temperature 2
+    by_weight = np.argsort(-weights)
+    kept = by_weight[: top_k or 12]
+    before = np.cumsum(weights[kept]) - weights[kept]
+    kept = kept[before < top_p * weights[kept].sum()]
+    probs = np.zeros(12)
+    probs[kept] = weights[kept] / weights[kept].sum()
+    assert_drawn_from(first_tokens(temperature=2.0, top_k=top_k, top_p=top_p), probs)
+
+
+def test_the_noise_belongs_to_the_token_whatever_is_cut():
+    free = first_tokens(temperature=2.0)
+    cut = first_tokens(temperature=2.0, top_k=3)
+    survives = np.isin(free, np.unique(cut))
+    np.testing.assert_array_equal(cut[survives], free[survives])
+
+    banned_id = int(np.bincount(free[free != NEVER]).argmax())
+    banned = first_tokens(temperature=2.0, banned_ids=(banned_id,))
+    np.testing.assert_array_equal(banned[free != banned_id], free[free != banned_id])
+    assert banned_id not in banned
+
+
+# ----------------------------------------------------------------------------------- Beam search
+
+LENGTH = 4
+EOS = 1
+SYMBOLS = (2, 3, 5, 8)  # the others are banned, so that every sequence can be listed
+BANNED = tuple(sorted(set(range(2, 12)) - set(SYMBOLS)))
+
+
+@functools.cache
+def next_log_probs(row):
+    """From every prefix of symbols to the log-probabilities of what follows it."""
+    prefixes = list(itertools.product(SYMBOLS, repeat=LENGTH - 1))
+    targets = np.asarray([[*prefix, EOS] for prefix in prefixes], np.int32)
+    sources = np.repeat(np.asarray(SOURCES)[row : row + 1], len(prefixes), axis=0)
+    table = log_probs(sources, targets, removed=(0, *BANNED))
+    return {prefix[:n]: table[i, n] for i, prefix in enumerate(prefixes) for n in range(LENGTH)}
+
+
+def score(log_prob, length, alpha):
+    return log_prob / ((5 + length) / 6) ** alpha
+
+
+def best_of_all(row, alpha):
+    """The best ended sequence among all that exist."""
+    table = next_log_probs(row)
+    ended = [
+        (sum(table[prefix[:i]][prefix[i]] for i in range(n)) + table[prefix][EOS], (*prefix, EOS))
+        for n in range(LENGTH)
+        for prefix in itertools.product(SYMBOLS, repeat=n)
+    ]
+    return max(ended, key=lambda found: score(found[0], len(found[1]), alpha))
+
+
+def beam_search(row, num_beams, alpha):
+    """T5X's search without its early exit, on lists."""
+    table = next_log_probs(row)
+    live, finished = [(0.0, ())], []
+    for _ in range(LENGTH):
+        candidates = [
+            (log_prob + table[prefix][token], (*prefix, token))
+            for log_prob, prefix in live
+            for token in (EOS, *SYMBOLS)
+        ]
+        candidates = sorted(candidates, reverse=True)[: 2 * num_beams]
+        finished += [candidate for candidate in candidates if candidate[1][-1] == EOS]
+        live = [candidate for candidate in candidates if candidate[1][-1] != EOS][:num_beams]
+    if not finished:
+        return live[0]
+    return max(finished, key=lambda found: score(found[0], len(found[1]), alpha))
+
+
+def assert_beams(decoded, expected):
+    for tokens, log_prob, (best_log_prob, best) in zip(
+        decoded.tokens, decoded.log_prob, expected, strict=True
+    ):
+        np.testing.assert_array_equal(tokens, [*best, *[0] * (LENGTH - len(best))])
+        assert log_prob == pytest.approx(best_log_prob, abs=1e-4)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 2.0])  # 2 puts short and long close to each other
+def test_enough_beams_find_the_best_of_all_sequences(alpha):
+    decoded = decode(
+        max_length=LENGTH, num_beams=64, length_penalty=alpha, eos_id=EOS, banned_ids=BANNED
+    )
+    assert_beams(decoded, [best_of_all(row, alpha) for row in range(3)])
+
+
+@pytest.mark.parametrize(("num_beams", "alpha"), [(2, 0.6), (3, 2.0)])
+def test_few_beams_find_what_the_search_on_lists_finds(num_beams, alpha):
+    decoded = decode(
+        max_length=LENGTH, num_beams=num_beams, length_penalty=alpha, eos_id=EOS, banned_ids=BANNED
+    )
+    assert_beams(decoded, [beam_search(row, num_beams, alpha) for row in range(3)])
+
+
+# ------------------------------------------------------------------------------------ User errors
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_length": 0}, "Decoding.max_length must be at least 1; found 0"),
+        ({"num_beams": 0}, "Decoding.num_beams must be at least 1"),
+        ({"temperature": -1.0}, "Decoding.temperature must be 0"),
+        ({"temperature": 1.0, "top_p": 0.0}, "Decoding.top_p must be above 0"),
+        ({"temperature": 1.0, "top_k": -1}, "Decoding.top_k must be 0"),
+        ({"length_penalty": -0.5}, "Decoding.length_penalty must be 0"),
+        ({"eos_id": 0}, "Decoding.eos_id must be an id other than 0"),
+        ({"banned_ids": (4, 1)}, "Decoding.banned_ids must be without eos_id"),
+        ({"top_k": 5}, "set temperature above 0"),
+        ({"top_p": 0.9}, "set temperature above 0"),
+        ({"num_beams": 2, "temperature": 1.0}, "set num_beams=1 or temperature=0"),
+        ({"temperature": 1.0}, "row_keys"),
+        ({"eos_id": 12}, "vocabulary of 12 ids"),
+        ({"banned_ids": (3, 12)}, "vocabulary of 12 ids"),
+        ({"banned_ids": (-1,)}, "vocabulary of 12 ids"),
+        ({"temperature": 1.0, "top_k": 13}, "vocabulary of 12 ids"),
+    ],
+)
+def test_a_wrong_setting_is_named(settings, message):
+    with pytest.raises(UsageError, match=message):
+        decode(**{"max_length": 4, **settings})

@@ -1,0 +1,357 @@
+"""The fused objective against its dense definition: values, metrics, gradients, layouts, memory."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tnt_jax import objectives
+from tnt_jax.models import sharding
+from tnt_jax.objectives import fused
+from tnt_jax.runtime.errors import UsageError
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+BATCH, LENGTH, WIDTH, VOCAB_SIZE = 4, 6, 8, 40
+
+
+def objective_of(negative_term, positive_term, **settings):
+    return objectives.TntObjective(
+        negative_term=negative_term, positive_term=positive_term, negative_weight=2.5, **settings
+    )
+
+
+OBJECTIVES = {
+    "TNFF": objective_of("forward_kl", "forward_kl"),
+    "TNRR": objective_of("reverse_kl", "reverse_kl"),
+    "TNRF": objective_of("reverse_kl", "forward_kl"),
+    "TNFLL": objective_of("forward_kl", "log_likelihood"),
+    "TNRLL": objective_of("reverse_kl", "log_likelihood", label_smoothing=0.1, z_loss=1e-2),
+    "TNSR": objective_of("reverse_kl_split", "reverse_kl"),
+    "TNSF": objective_of("reverse_kl_split", "forward_kl", removed_token_floor=1e-2),
+    "TNJJ": objective_of("jensen_shannon", "jensen_shannon"),
+    "TNJSJ": objective_of("jensen_shannon_split", "jensen_shannon"),
+    "TNFF residual x 3": objective_of("forward_kl", "forward_kl", residual_weight=3.0),
+    "TNSF residual x 3": objective_of("reverse_kl_split", "forward_kl", residual_weight=3.0),
+    "TNJSJ residual x 3": objective_of(
+        "jensen_shannon_split", "jensen_shannon", residual_weight=3.0
+    ),
+    "NL+LL": objective_of("negative_likelihood", "log_likelihood"),
+    "UL+LL": objective_of("unlikelihood", "log_likelihood", z_loss=1e-3),
+    "NL+KL": objective_of("negative_likelihood", "forward_kl"),
+    "UL+KL": objective_of("unlikelihood", "forward_kl"),
+    "fine-tune": objective_of("none", "log_likelihood", label_smoothing=0.2),
+    "anchor": objective_of("none", "reverse_kl"),
+    "TNFF smoothed": objective_of("forward_kl", "forward_kl", smoothing=1e-3),
+    "TNRR smoothed": objective_of("reverse_kl", "reverse_kl", smoothing=1e-3),
+    "TNRLL smoothed": objective_of("reverse_kl", "log_likelihood", smoothing=1e-3),
+    "TNRF everywhere": objective_of("reverse_kl", "forward_kl", removed_everywhere=(3, 39, 5)),
+    "TNSR everywhere, as negative": objective_of(
+        "reverse_kl_split",
+        "reverse_kl",
+        removed_everywhere=tuple(range(3, 15)),  # more than are compared one by one
+        removed_everywhere_counts_as="negative",
+    ),
+}
+each_objective = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+
+
+def problem(
+    seed=0,
+    *,
+    num_ids=3,
+    drift=0.7,
+    scale=1.0,
+    dtype=jnp.float32,
+    vocab_axis=1,
+    batch=BATCH,
+    width=WIDTH,
+    vocab_size=VOCAB_SIZE,
+):
+    """Factored logits of both models, and tokens; a third of the positions is padding."""
+    random = np.random.default_rng(seed)
+    shape = batch, LENGTH
+
+    def model(hidden, matrix):
+        matrix = matrix if vocab_axis == 1 else matrix.T
+        return fused.FactoredLogits(
+            jnp.asarray(hidden, dtype), jnp.asarray(matrix, dtype), vocab_axis
+        )
+
+    hidden = random.normal(size=(*shape, width))
+    matrix = random.normal(size=(width, vocab_size)) * scale
+    original = model(hidden, matrix)
+    current = model(
+        hidden + drift * random.normal(size=hidden.shape),
+        matrix + drift * random.normal(size=matrix.shape),
+    )
+    targets = random.integers(1, vocab_size, shape)
+    ids = random.integers(0, vocab_size, (*shape, num_ids))
+    ids[..., 0] = targets
+    ids = np.where(random.random((*shape, num_ids)) < 0.4, -1, ids)
+    if num_ids > 1:  # the same id twice, and an unmarked row
+        ids[0, :, 1] = ids[0, :, 0]
+    ids[1] = -1
+    mask = (random.random(shape) < 0.67).astype(np.int32)
+    tokens = {
+        "target_tokens": jnp.asarray(targets, jnp.int32),
+        "negative_ids": jnp.asarray(ids, jnp.int32),
+        "loss_mask": jnp.asarray(mask),
+    }
+    return current, original, tokens
+
+
+def dense(objective, current, original, tokens):
+    """The same numbers by the definition."""
+    current_logits, original_logits = current.whole(), original.whole()
+    losses = objective.token_losses(
+        current_logits=current_logits,
+        original_logits=original_logits if objective.needs_original else None,
+        **tokens,
+    )
+    ids = tokens["negative_ids"]
+    if objective.negative_term == "none":
+        ids = jnp.full_like(ids, -1)
+    everywhere = objective.removed_everywhere
+    mass = objectives.removed_mass(current_logits, ids, everywhere)
+    parts = objectives.certificate(
+        current_logits=current_logits,
+        original_logits=original_logits,
+        negative_ids=ids,
+        removed_everywhere=everywhere,
+    )
+    is_real = tokens["loss_mask"] != 0
+    others = (jnp.where(is_real, x, 0.0) for x in (mass, *parts))
+    return losses.sum(), fused.TokenValues(losses, *others)
+
+
+def fused_values(objective, current, original, tokens, block_size=None):
+    return fused.token_values(objective, current, original, **tokens, block_size=block_size)
+
+
+without_gradients = jax.jit(fused_values, static_argnames="objective")
+
+
+@functools.partial(jax.jit, static_argnames=("function", "objective", "block_size"))
+def with_gradients(function, objective, current, original, tokens, *, block_size=None):
+    """Loss, values, and the gradients of the loss to hidden states and matrix."""
+    settings = {} if block_size is None else {"block_size": block_size}
+
+    def loss(hidden, matrix):
+        model = current.replace(hidden=hidden, matrix=matrix)
+        return function(objective, model, original, tokens, **settings)
+
+    (total, values), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
+        current.hidden, current.matrix
+    )
+    return total, values, gradients
+
+
+def assert_agree(objective, *inputs, rtol=2e-5, atol=2e-6, **settings):
+    total, values, found = with_gradients(fused_values, objective, *inputs, **settings)
+    expected_total, expected_values, expected = with_gradients(dense, objective, *inputs)
+    np.testing.assert_allclose(total, expected_total, rtol=rtol, atol=atol)
+    for name, wanted in expected_values._asdict().items():
+        value = getattr(values, name)
+        np.testing.assert_allclose(value, wanted, rtol=rtol, atol=atol, err_msg=name)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        one, other = (np.asarray(x, np.float32) for x in (one, other))
+        gap, size = np.linalg.norm(one - other), np.linalg.norm(other)
+        assert np.isfinite(gap)
+        assert gap <= rtol * size + atol
+
+
+@each_objective
+def test_agrees_with_the_definition(objective):
+    assert_agree(objective, *problem())
+
+
+@pytest.mark.parametrize("block_size", [1, 5, 16, 24, 100])
+@pytest.mark.parametrize("vocab_axis", [0, 1])
+def test_agrees_for_any_block_and_matrix(block_size, vocab_axis):
+    inputs = problem(1, vocab_axis=vocab_axis, num_ids=12)
+    assert_agree(OBJECTIVES["TNRF"], *inputs, block_size=block_size)
+
+
+@pytest.mark.parametrize("block_size", [32, 48])
+def test_agrees_in_several_passes_over_a_block(block_size):
+    assert_agree(OBJECTIVES["TNRF"], *problem(9, batch=8), block_size=block_size)
+
+
+@pytest.mark.parametrize("name", ["TNRF", "TNRLL smoothed", "fine-tune"])
+def test_the_values_need_no_gradient(name):
+    """Evaluation computes the same values without the gradient."""
+    objective = OBJECTIVES[name]
+    inputs = problem(2)
+    total, values = without_gradients(objective, *inputs)
+    expected_total, expected, _ = with_gradients(fused_values, objective, *inputs)
+    np.testing.assert_allclose(total, expected_total, rtol=1e-6)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), values, expected)
+
+
+@pytest.mark.parametrize("name", ["TNRF", "TNRLL", "TNJSJ", "UL+LL"])
+def test_agrees_in_bfloat16(name):
+    # The definition rounds its gradients to bfloat16 too, but after other sums.
+    inputs = problem(3, dtype=jnp.bfloat16)
+    total, values, found = with_gradients(fused_values, OBJECTIVES[name], *inputs)
+    expected_total, expected_values, expected = with_gradients(dense, OBJECTIVES[name], *inputs)
+    np.testing.assert_allclose(total, expected_total, rtol=2e-5)
+    np.testing.assert_allclose(values.losses, expected_values.losses, rtol=2e-5, atol=2e-6)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype == jnp.bfloat16
+        one, other = (np.asarray(x, np.float32) for x in (one, other))
+        assert np.linalg.norm(one - other) <= 4e-3 * np.linalg.norm(other)
+
+
+@each_objective
+def test_finite_at_gaps_of_ten_thousand(objective):
+    inputs = problem(4, scale=3000.0)
+    assert float(jnp.ptp(inputs[0].whole())) > 2e4
+    total, values, gradients = with_gradients(fused_values, objective, *inputs)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((total, values, gradients)))
+    _, expected, _ = with_gradients(dense, objective, *inputs)
+    np.testing.assert_allclose(values.losses, expected.losses, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", [n for n in OBJECTIVES if "smoothed" not in n and "+" not in n])
+def test_the_original_is_a_fixed_point(name):
+    objective = OBJECTIVES[name]
+    if objective.positive_term == "log_likelihood" or objective.removed_everywhere:
+        pytest.skip("its desired distribution is not the original")
+    _, original, tokens = problem(5)
+    tokens |= {"negative_ids": jnp.full_like(tokens["negative_ids"], -1)}
+    total, values, gradients = with_gradients(fused_values, objective, original, original, tokens)
+    assert total == 0
+    assert not values.losses.any()
+    assert not any(g.any() for g in gradients)
+
+
+def float64_gradient(current, original, tokens):
+    """Of TNRF at unmarked positions, KL(p0 || p), to the hidden states: (p - p0) W^T."""
+    hidden, matrix = (np.asarray(x, np.float64) for x in (current.hidden, current.matrix))
+    hidden0, matrix0 = (np.asarray(x, np.float64) for x in (original.hidden, original.matrix))
+
+    def probs(logits):
+        logits = logits - logits.max(axis=-1, keepdims=True)
+        return np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+
+    change = probs(hidden @ matrix) - probs(hidden0 @ matrix0)
+    return (change * np.asarray(tokens["loss_mask"])[..., None]) @ matrix.T
+
+
+@pytest.mark.parametrize("drift", [1e-1, 1e-2, 1e-3])
+def test_digits_near_the_original(drift):
+    """The gradient is a difference of nearly equal distributions, and keeps its digits."""
+    current, original, tokens = problem(6, drift=drift)
+    tokens |= {"negative_ids": jnp.full_like(tokens["negative_ids"], -1)}
+    _, _, (found, _) = with_gradients(fused_values, OBJECTIVES["TNRF"], current, original, tokens)
+    expected = float64_gradient(current, original, tokens)
+    # The logits themselves are off by one rounding of some 10, 1e-6, at a drift of about that.
+    assert np.linalg.norm(found - expected) <= (3e-6 / drift) * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("name", ["TNRF", "UL+LL"])
+def test_padding_is_not_looked_at(name):
+    current, original, tokens = problem(7)
+    is_padding = (tokens["loss_mask"] == 0)[..., None]
+    spoilt = [
+        model.replace(hidden=jnp.where(is_padding, jnp.nan, model.hidden))
+        for model in (current, original)
+    ]
+    found = with_gradients(fused_values, OBJECTIVES[name], *spoilt, tokens, block_size=5)
+    expected = with_gradients(
+        fused_values, OBJECTIVES[name], current, original, tokens, block_size=5
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_a_batch_of_padding_alone():
+    current, original, tokens = problem(8)
+    tokens |= {"loss_mask": jnp.zeros_like(tokens["loss_mask"])}
+    found = with_gradients(fused_values, OBJECTIVES["TNRF"], current, original, tokens)
+    assert not any(x.any() for x in jax.tree.leaves(found))
+
+
+def test_mistakes_are_those_of_the_definition():
+    current, _, tokens = problem()
+    with pytest.raises(UsageError, match="there are no original logits"):
+        fused_values(OBJECTIVES["TNRF"], current, None, tokens)
+    objective = objective_of("unlikelihood", "log_likelihood", removed_everywhere=(VOCAB_SIZE,))
+    with pytest.raises(UsageError, match=f"ids below the vocabulary size, {VOCAB_SIZE}"):
+        fused_values(objective, current, None, tokens)
+
+
+# --------------------------------------------------------------------------------------- On a mesh
+
+
+def on_mesh(objective, shape, current, original, tokens, **settings):
+    """The compiled step of a mesh, parameters stored as `sharding` has it, and its inputs."""
+    mesh = sharding.make_mesh(sharding.MeshShape(**shape))
+    embed_and_vocab = ["fsdp", "model"] if current.vocab_axis else ["model", "fsdp"]
+
+    def place(x, *spec):
+        return jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.P(*spec)))
+
+    def of(model):
+        return model.replace(
+            hidden=place(model.hidden, ("data", "fsdp")),
+            matrix=place(model.matrix, *embed_and_vocab),
+        )
+
+    def step(current, original, tokens):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return with_gradients(fused_values, objective, current, original, tokens, **settings)
+
+    inputs = of(current), of(original), {k: place(x, ("data", "fsdp")) for k, x in tokens.items()}
+    return jax.jit(step).lower(*inputs).compile(), inputs
+
+
+SHAPES = [(8, 1, 1), (4, 1, 2), (1, 4, 2), (2, 4, 1), (2, 2, 2), (1, 1, 8)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", ["TNRF", "TNRLL smoothed", "TNRF everywhere"])
+def test_eight_devices_give_the_numbers_of_one(name, shape):
+    shape = dict(zip(sharding.MESH_AXES, shape, strict=True))
+    inputs = problem(9, batch=8)
+    step, placed = on_mesh(OBJECTIVES[name], shape, *inputs)
+    found = step(*placed)
+    expected = with_gradients(fused_values, OBJECTIVES[name], *inputs)
+
+    def assert_close(one, other):  # to the rounding of sums whose parts cancel
+        largest = max(1.0, float(jnp.abs(other).max()))
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-6 * largest)
+
+    jax.tree.map(assert_close, found, expected)
+
+
+def largest_in_loop(compiled):
+    """Elements of the largest collective within a loop body, and of the largest outside."""
+    sizes = {True: [0], False: [0]}
+    for line in compiled.as_text().splitlines():
+        found = re.search(r"= (.*?) (all-reduce|all-gather|all-to-all|reduce-scatter)\(", line)
+        if found:
+            is_in_loop = "while/body" in line
+            for dims in re.findall(r"\w+\[([\d,]*)\]", found[1]):
+                sizes[is_in_loop].append(int(np.prod([int(d) for d in dims.split(",") if d])))
+    return max(sizes[True]), max(sizes[False])
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 2), (1, 4, 2), (8, 1, 1)], ids=str)
+def test_the_loop_exchanges_rows_alone_and_divides_the_work(shape):
+    shape = dict(zip(sharding.MESH_AXES, shape, strict=True))
+    inputs = problem(9, batch=8, vocab_size=640)  # matrix products are most of the work
+    rows = 4
+    step, _ = on_mesh(OBJECTIVES["TNRF"], shape, *inputs, block_size=rows)
+    in_loop, outside = largest_in_loop(step)
+    assert in_loop <= (0 if shape["data"] == 8 else rows)
+    assert outside > 0 or shape["data"] == 1  # the gradient to the matrix: it is looked at all
+    # A loop body counts once: every device computes `rows` tokens with its share of the columns,
+    # and a group that shares its tokens takes as many blocks as those tokens are.
+    one, _ = on_mesh(OBJECTIVES["TNRF"], {"data": 8}, *inputs, block_size=rows)
+    of_group, of_device = (x.cost_analysis()["flops"] for x in (step, one))
+    assert of_group <= of_device / (shape["fsdp"] * shape["model"]) * 1.3

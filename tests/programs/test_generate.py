@@ -1,0 +1,261 @@
+"""How prompts are put into batches, and that neither batches nor devices change an output."""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import pathlib
+import re
+
+import hypothesis
+import numpy as np
+import pytest
+import seqio
+from helpers import golden_model, rooms
+from helpers.huggingface_model import write_directory
+from hypothesis import strategies as st
+
+from tnt_jax import annotators, generate
+from tnt_jax.data import records
+from tnt_jax.models import decoding, sharding
+
+# --- The plan -------------------------------------------------------------------------------------
+
+
+@hypothesis.given(st.lists(st.integers(1, 300), min_size=1, max_size=80), st.integers(1, 6))
+def test_every_prompt_fits_and_is_in_one_batch(lengths, batch_size):
+    batches = generate._plan(lengths, batch_size, longest=100)
+    indices = [index for batch in batches for index in batch.indices]
+    assert sorted(indices) == list(range(len(lengths)))
+    assert [lengths[index] for index in indices] == sorted(lengths, reverse=True)
+    assert all(len(batch.indices) == batch_size for batch in batches[:-1])
+    for batch in batches:
+        assert max(min(lengths[index], 100) for index in batch.indices) <= batch.width <= 100
+    assert len({batch.width for batch in batches}) <= min(5, 1 + len(batches) // 4)
+
+
+def test_widths_by_hand():
+    """Sixteen batches of two may have five widths, and need four; three batches have one."""
+    lengths = [5, 30, 31, 70, 90, 200] + [5] * 26
+    widths = [batch.width for batch in generate._plan(lengths, 2, longest=512)]
+    # 200 and 90 share a batch, 70 and 31, 30 and 5.
+    assert widths == [208, 80, 32] + [16] * 13
+    assert [batch.width for batch in generate._plan(lengths[:6], 2, longest=512)] == [208] * 3
+
+
+@hypothesis.given(st.lists(st.integers(1, 9), min_size=1, max_size=20), st.integers(1, 4))
+def test_no_other_widths_would_pad_less(needed, num_widths):
+    found = generate._few_widths(needed, num_widths)
+    assert all(width >= n for width, n in zip(found, needed, strict=True))
+    assert len(set(found)) <= num_widths
+    least = min(
+        sum(min(width for width in widths if width >= n) for n in needed)
+        for widths in itertools.combinations_with_replacement(sorted(set(needed)), num_widths)
+        if max(widths) == max(needed)
+    )
+    assert sum(found) == least
+
+
+def test_the_next_batch_is_begun_before_one_is_fetched():
+    events = []
+
+    class Decoded:
+        def __init__(self, batch):
+            self.width = batch.width
+            events.append(f"start {self.width}")
+
+        @property
+        def tokens(self):
+            events.append(f"fetch {self.width}")
+            return np.array([[self.width]])
+
+    batches = [generate._Batch([], width) for width in (3, 2, 1)]
+    for batch, tokens in generate._one_ahead(batches, Decoded):
+        events.append(f"got {batch.width}, {tokens[0, 0]}")
+    assert events == [
+        *("start 3", "start 2", "fetch 3", "got 3, 3"),
+        *("start 1", "fetch 2", "got 2, 2", "fetch 1", "got 1, 1"),
+    ]
+    assert list(generate._one_ahead([], Decoded)) == []
+
+
+# --- What must not come up ------------------------------------------------------------------------
+
+
+class Mask:
+    """Bans the words of the inputs, and of `also`; supports the inputs."""
+
+    def __init__(self, *also):
+        self.also = also
+
+    def banned(self, record):
+        return (*record.inputs.split(), *self.also)
+
+    def supported(self, record):
+        return (record.inputs,)
+
+
+@pytest.mark.parametrize("also", [(), ("b", "longest", "")])
+def test_what_is_banned_is_what_one_array_of_all_prompts_would_say(also):
+    vocabulary, mask = seqio.ByteVocabulary(), Mask(*also)
+    inputs = ["b a", "", "a b", "longer a", "a a c", "b \u00fc"]
+    rows = [records.Record(id=str(n), inputs=text) for n, text in enumerate(inputs)]
+    masks = generate._Masks.of(rows, mask, vocabulary)
+    expected = {
+        name: decoding.pad_sequences(
+            [
+                sorted({tuple(vocabulary.encode(text)) for text in texts(row) if text})
+                for row in rows
+            ]
+        )
+        for name, texts in (("banned", mask.banned), ("supported", mask.supported))
+    }
+    for indices in ([0, 1, 2, 3, 4, 5], [4, 1], [1]):
+        of_batch = masks.of_batch(indices)
+        for name in expected:
+            np.testing.assert_array_equal(getattr(of_batch, name), expected[name][indices])
+    assert len(masks.banned.lists) == 5  # "b a" and "a b" ban the same
+    assert len(masks.supported.lists) == 6
+    assert masks.describe()["banned"].keys() == {"spelt", "lists", "lengths", "list_of"}
+
+
+def test_a_list_of_words_is_held_once(tmp_path):
+    (tmp_path / "words.txt").write_text("\n".join(f"word{n}" for n in range(500)))
+    words = annotators.Lexicon(path=str(tmp_path / "words.txt"))
+    rows = [records.Record(id=str(n), inputs="") for n in range(5000)]
+    masks = generate._Masks.of(rows, words, seqio.ByteVocabulary())
+    assert masks.of_batch([3, 4999]).banned.shape == (2, 1500, 7)  # in three forms
+    assert masks.of_batch([3, 4999]).supported is None
+    described = [array for texts in masks.describe().values() for array in texts.values()]
+    assert sum(array.nbytes for array in described) < 100_000
+
+
+# --- The outputs ----------------------------------------------------------------------------------
+
+# That of `rooms.MODEL`.
+CONFIG = dataclasses.replace(
+    golden_model.CONFIG,
+    vocab_size=rooms.VOCAB_SIZE,
+    num_encoder_layers=1,
+    num_decoder_layers=1,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def working_directory(tmp_path_factory):
+    """The world of `rooms`, prompts of one to eleven rooms, and a model of random numbers.
+
+    The numbers are the same on every machine, and such that the model does not hesitate: when each
+    is off by a ten-thousandth of itself, it still says the same, greedily, sampled and by beams. So
+    nothing here hangs on how a sum is rounded.
+    """
+    folder = tmp_path_factory.mktemp("world")
+    rooms.write_world(folder)
+    write_directory(folder / "model", CONFIG, scale=0.3)
+    with contextlib.chdir(folder), rooms.compiled_cheaply():
+        rows = rooms.corpus()
+        prompts = [
+            records.Record(
+                id=str(n), inputs=" ".join(row.inputs for row in rows[n : n + 1 + n % 11])
+            )
+            for n in range(45)
+        ]
+        records.write_records("prompts.jsonl", prompts)
+        yield
+
+
+@pytest.fixture(scope="module")
+def fluent():
+    """A model that says a state of every room."""
+    rooms.train_original("fluent", 150, LEARNING_RATE=1e-2)
+    return "fluent"
+
+
+def outputs(name, **settings):
+    """The generated ids of every prompt, in order."""
+    defaults = {
+        "PROMPTS": "prompts.jsonl",
+        "CHECKPOINT_PATH": "model",
+        "OUTPUT": f"{name}.jsonl",
+        "TASK_FEATURE_LENGTHS": {"inputs": 40},
+        "BATCH_SIZE": 8,
+    }
+    assert rooms.run("generate", defaults | settings) == 0
+    found = records.read_records(f"{name}.jsonl")
+    assert [row.id for row in found] == [str(n) for n in range(45)]
+    return [row.target_ids for row in found]
+
+
+@pytest.mark.parametrize("decoder", [{}, {"TEMPERATURE": 1.0}], ids=["greedy", "sampling"])
+def test_outputs_do_not_depend_on_the_batches(decoder, monkeypatch, capsys):
+    bucketed = outputs("bucketed", **decoder)
+    assert len(set(bucketed)) > 10
+    printed = capsys.readouterr().out
+    assert re.search(r"\d outputs/s, \d+ tokens/s, in encoder widths of 16, 32\.", printed)
+    # As they come, all in one width.
+    monkeypatch.setattr(
+        generate,
+        "_plan",
+        lambda lengths, batch_size, longest: [
+            generate._Batch(list(range(len(lengths)))[start : start + batch_size], longest)
+            for start in range(0, len(lengths), batch_size)
+        ],
+    )
+    assert outputs("unsorted", **decoder) == bucketed
+
+
+@pytest.mark.parametrize("decoder", [{}, {"NUM_BEAMS": 3}], ids=["greedy", "beams"])
+def test_eight_devices_give_the_tokens_of_one(decoder, monkeypatch):
+    meshes = []
+
+    def make_mesh(shape, devices):
+        # The first run is on one device, whatever it asks for.
+        meshes.append(make_real_mesh(shape, devices if meshes else devices[:1]))
+        return meshes[-1]
+
+    make_real_mesh = sharding.make_mesh
+    monkeypatch.setattr(sharding, "make_mesh", make_mesh)
+    expected = outputs("one", **decoder)
+    for sizes in [(2, 4, 1), (4, 1, 2), (2, 2, 2)]:
+        names = ("DATA_DEVICES", "FSDP_DEVICES", "MODEL_DEVICES")
+        assert outputs("eight", **decoder, **dict(zip(names, sizes, strict=True))) == expected
+        assert tuple(meshes[-1].shape.values()) == sizes
+
+
+@pytest.mark.parametrize("list_style", [str.upper, str.title])
+@pytest.mark.parametrize("name", ["Lexicon", "Gazetteer"])
+@pytest.mark.parametrize("decoder", [{}, {"TEMPERATURE": 1.0}], ids=["greedy", "sampling"])
+def test_nothing_is_left_that_the_mask_could_spell(name, list_style, decoder, fluent):
+    """A list in another case than the outputs, which say one of its words in every sentence."""
+    listed = [list_style(word) for word in rooms.STATES.values()]
+    vocabulary = seqio.SentencePieceVocabulary("vocabulary.model", extra_ids=0)
+    if name == "Lexicon":
+        pathlib.Path("listed").write_text("\n".join(listed))
+    else:
+        pathlib.Path("listed").write_text(json.dumps({"state": listed}))
+    annotator = getattr(annotators, name)(path="listed")
+    settings = {
+        "PROMPTS": "corpus.jsonl",
+        "CHECKPOINT_PATH": fluent,
+        "OUTPUT": "masked.jsonl",
+    }
+    mask = {"MASK": f"@annotators.{name}()", f"annotators.{name}.path": "listed"}
+
+    def marked_texts(more):
+        assert rooms.run("generate", settings | decoder | more) == 0
+        for row in records.read_records("masked.jsonl"):
+            for span in annotator.annotate(row).spans:
+                yield row, row.targets[span.start : span.end]
+
+    assert len([*marked_texts({})]) >= 30  # of 60 outputs
+    for row, text in marked_texts(mask):
+        # Other tokens than those that spell a text after a space may come together to it.
+        spelt = vocabulary.encode(text)
+        ids = list(row.target_ids)
+        assert all(ids[n : n + len(spelt)] != spelt for n in range(len(ids)))
+
+
+def test_a_mask_that_is_a_class_lacks_its_parentheses(capsys):
+    settings = {"PROMPTS": "prompts.jsonl", "CHECKPOINT_PATH": "model", "OUTPUT": "masked.jsonl"}
+    assert rooms.run("generate", settings | {"MASK": "@annotators.Lexicon"}) == 2
+    assert "expected Annotator or None, found @annotators.Lexicon" in capsys.readouterr().err

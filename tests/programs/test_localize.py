@@ -1,0 +1,219 @@
+"""From labels of whole outputs to marks, on a model that says unwanted words half of the time."""
+
+import contextlib
+import json
+import pathlib
+import random
+
+import numpy as np
+import pytest
+import seqio
+from helpers import rooms
+
+from tnt_jax.data import records, tokenization
+
+FOLDER_SETTINGS = {
+    "RECORDS": "labelled.jsonl",
+    "OUTPUT": "localized.jsonl",
+    "LABEL_FIELD": "unwanted",
+    "NUM_FOLDS": 2,
+    "NUM_UPDATES": 200,
+    "sequence_values.Training.batch_size": 32,
+    "sequence_values.Training.width": 64,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def working_directory(tmp_path_factory):
+    """The world of `rooms`, where any room may be dirty or clean; 960 samples with their labels."""
+    folder = tmp_path_factory.mktemp("world")
+    rooms.write_world(folder)
+    rng = random.Random(0)
+    with contextlib.chdir(folder), rooms.compiled_cheaply():
+        corpus = [
+            records.Record(
+                id=f"{row.id} {number}",
+                inputs=row.inputs,
+                targets=row.targets.replace(row.targets.split()[-1], f"{state}."),
+            )
+            for row in rooms.corpus()
+            for number, state in enumerate(rng.choices(["dirty", "clean", "noisy", "quiet"], k=16))
+        ]
+        records.write_records("corpus.jsonl", corpus)
+        rooms.train_original("original", 80, LEARNING_RATE=1e-2)
+        sampled = {"CHECKPOINT_PATH": "original", "OUTPUT": "sampled.jsonl", "TEMPERATURE": 1.0}
+        sampled |= {"BATCH_SIZE": 96}
+        assert rooms.run("generate", sampled) == 0
+        marked = {"RECORDS": "sampled.jsonl", "OUTPUT": "marked.jsonl", "ALTERNATIVES": False}
+        assert rooms.run("annotate", marked) == 0
+        labelled = [
+            records.Record(
+                id=row.id,
+                inputs=row.inputs,
+                targets=row.targets,
+                target_ids=row.target_ids,
+                extra={"unwanted": bool(row.negative_spans)},
+            )
+            for row in records.read_records("marked.jsonl")
+        ]
+        records.write_records("labelled.jsonl", labelled)
+        yield
+
+
+def localize(**settings):
+    assert rooms.run("localize", FOLDER_SETTINGS | settings) == 0
+    output = {**FOLDER_SETTINGS, **settings}["OUTPUT"]
+    quality = json.loads(pathlib.Path(f"{output}.values.json").read_text())
+    return records.read_records(output), quality
+
+
+@pytest.fixture(scope="module")
+def localized():
+    return localize()
+
+
+def vocabulary():
+    return seqio.SentencePieceVocabulary("vocabulary.model", extra_ids=0)
+
+
+def test_labels_alone_lead_to_the_unwanted_words(localized):
+    found, quality = localized
+    true = records.read_records("marked.jsonl")
+    assert [row.id for row in found] == [row.id for row in true]
+    bad = [pair for pair in zip(found, true, strict=True) if pair[1].negative_spans]
+    assert quality["num_bad"] == len(bad)
+    # How many it says, the original's training decides: enough of both kinds to learn from.
+    assert 100 < len(bad) < len(true) - 100
+    right = sum(
+        any(a < y and x < b for a, b in after.negative_spans for x, y in before.negative_spans)
+        for after, before in bad
+    )
+    num_spans = sum(len(after.negative_spans) for after, _ in bad)
+    num_right = sum(
+        any(a < y and x < b for x, y in before.negative_spans)
+        for after, before in bad
+        for a, b in after.negative_spans
+    )
+    assert right > 0.9 * len(bad) and num_right > 0.9 * num_spans
+    # Only the token that decides is marked, not what follows from it.
+    assert np.mean([b - a for after, _ in bad for a, b in after.negative_spans]) < 3
+    assert all(row.negative_spans == () for row in found if not row.extra["unwanted"])
+    assert quality["auc_at_end"] > 0.95
+    assert quality["brier_at_end"] < 0.1 < quality["brier_at_start"]
+    assert quality["brier_of_a_constant"] == pytest.approx(
+        len(bad) / len(found) * (1 - len(bad) / len(found))
+    )
+
+
+def test_every_prefix_has_a_value_and_a_bad_output_its_blame(localized):
+    for row in localized[0]:
+        values, blame = row.extra["values"], row.extra.get("blame")
+        num_tokens = len([i for i in row.target_ids if i != tokenization.EOS_ID])
+        assert len(values) == num_tokens + 1  # the empty prefix has one too
+        assert all(0 <= value <= 1 for value in values)
+        assert (blame is not None) == row.extra["unwanted"]
+        if blame:
+            assert len(blame) == len(values) and sum(blame) == pytest.approx(1, abs=0.01)
+            assert min(blame) >= 0
+        assert row.annotator.startswith("SequenceValues(unwanted, original=")
+
+
+def test_marks_are_what_training_removes(localized):
+    """A token without text, the lone space before a word, is removed by its id."""
+    pieces = vocabulary().tokenizer
+    removed = set()
+    for row in localized[0]:
+        for position, (token,) in row.negative_token_ids:
+            assert row.target_ids[position] == token and row.negative_spans
+            removed.add(pieces.id_to_piece(token))
+        pairs = tokenization.mark_tokens(row, vocabulary()).negative_pairs
+        assert bool(len(pairs)) == bool(row.negative_spans)
+    assert removed <= {"\u2581"}
+
+
+def test_the_same_again_is_the_same_bytes(localized, capsys):
+    first = pathlib.Path("localized.jsonl").read_bytes()
+    localize(OUTPUT="again.jsonl")
+    assert "better than chance" not in capsys.readouterr().out
+    assert pathlib.Path("again.jsonl").read_bytes() == first
+
+
+def test_marks_that_are_given_are_labels_and_then_the_truth():
+    """And values agree with sampled continuations of the same prefixes."""
+    settings = {"RECORDS": "marked.jsonl", "LABEL_FIELD": None, "OUTPUT": "compared.jsonl"}
+    check = {
+        "CHECK": "@localize.MonteCarlo()",
+        "localize.MonteCarlo.annotator": "@annotators.Lexicon()",
+        "annotators.Lexicon.path": "words.txt",
+        "localize.MonteCarlo.num_prefixes": 40,
+        "localize.MonteCarlo.num_samples": 16,
+    }
+    rows, quality = localize(**settings, **check)
+    agreement = quality["agreement"]
+    assert agreement["precision"] > 0.9 and agreement["spans_found"] > 0.9
+    assert agreement["chance"] < 0.6
+    for row, before in zip(rows, records.read_records("marked.jsonl"), strict=True):
+        assert row.extra["given_spans"] == [list(span) for span in before.negative_spans]
+    sampled = quality["monte_carlo"]
+    assert len(sampled["prefixes"]) == 40
+    assert sampled["correlation"] > 0.85 and sampled["explained"] > 0.7
+    by_id = {row.id: row for row in rows}
+    for prefix in sampled["prefixes"]:
+        assert prefix["value"] == by_id[prefix["id"]].extra["values"][prefix["num_tokens"]]
+
+
+def test_labels_that_mean_nothing_find_nothing(capsys):
+    rows = records.read_records("labelled.jsonl")
+    labels = [row.extra["unwanted"] for row in rows]
+    random.Random(0).shuffle(labels)
+    true = {row.id: row.negative_spans for row in records.read_records("marked.jsonl")}
+    shuffled = [
+        records.Record(
+            id=row.id,
+            inputs=row.inputs,
+            targets=row.targets,
+            target_ids=row.target_ids,
+            negative_spans=true[row.id],
+            extra={"unwanted": label},
+        )
+        for row, label in zip(rows, labels, strict=True)
+    ]
+    records.write_records("shuffled.jsonl", shuffled)
+    found, quality = localize(RECORDS="shuffled.jsonl", OUTPUT="nothing.jsonl")
+    assert quality["auc_at_end"] == pytest.approx(0.5, abs=0.08)
+    assert "little better than chance" in capsys.readouterr().out
+    spans = [(row, span) for row in found for span in row.negative_spans]
+    right = sum(any(a < y and x < b for x, y in true[row.id]) for row, (a, b) in spans)
+    assert right < 0.2 * quality["num_bad"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"LABEL_FIELD": "bad"},
+            "record 'small acorn 0': LABEL_FIELD=bad: expected true or 1 for ",
+        ),
+        (
+            {"LABEL_FIELD": None},
+            "record 'small acorn 0' has no negative_spans: expected annotated ",
+        ),
+        (
+            {"RECORDS": "prompts.jsonl"},
+            "record 'prompts:1' has no targets. Expected outputs of the ",
+        ),
+        (
+            {"RECORDS": "good.jsonl"},
+            "expected good and bad outputs in every choice of 1 of 2 folds",
+        ),
+        ({"NUM_FOLDS": 1}, "NUM_FOLDS: expected at least 2, found 1."),
+        ({"THRESHOLD_RATIO": 0.0}, "Threshold.ratio must be above 0 and at most 1; found 0.0"),
+        ({"OUTPUT": "/proc/output"}, "OUTPUT: expected a file that can be written, found "),
+    ],
+)
+def test_mistakes_are_told_in_a_line(settings, message, capfd):
+    pathlib.Path("prompts.jsonl").write_text('{"inputs": "small acorn", "unwanted": true}\n')
+    good = [row for row in records.read_records("labelled.jsonl") if not row.extra["unwanted"]]
+    records.write_records("good.jsonl", good)
+    assert rooms.run("localize", FOLDER_SETTINGS | settings) != 0
+    assert message in capfd.readouterr().err

@@ -1,0 +1,654 @@
+"""The programs end to end, through their real entry points, on a model that learns in seconds."""
+
+import collections
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import statistics
+import subprocess
+import sys
+
+import gin
+import pytest
+import seqio
+from helpers import outputs, rooms
+
+from tnt_jax import pipeline
+from tnt_jax.checkpoints import orbax
+from tnt_jax.data import feature_converters, records, removed_everywhere, tokenization
+from tnt_jax.experiments import experiment
+from tnt_jax.runtime import program
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def working_directory(tmp_path_factory):
+    """The world of `rooms`, and what is made of it: all paths here are relative to it."""
+    folder = tmp_path_factory.mktemp("world")
+    rooms.write_world(folder)
+    with contextlib.chdir(folder), rooms.compiled_cheaply():
+        yield
+
+
+@pytest.fixture(scope="module")
+def original():
+    """A model that learned the rooms, and its outputs, annotated."""
+    rooms.train_original("original", 60, LEARNING_RATE=1e-2)
+    generate("original.jsonl", "original")
+    annotate("original.annotated.jsonl", "original.jsonl")
+
+
+@pytest.fixture(scope="module")
+def patched(original):
+    """The original after 20 updates of TNRF, evaluated at the end on what it was trained on."""
+    evaluation = {
+        "EVAL_DATASET": "@evaluation/tasks.RecordFiles()",
+        "evaluation/tasks.RecordFiles.files": "original.annotated.jsonl",
+    }
+    train("patched", LOG_EVERY=1, **evaluation)
+    generate("patched.jsonl", "patched")
+    annotate("patched.annotated.jsonl", "patched.jsonl")
+
+
+def train(model_dir, gin_files=(), **settings):
+    assert rooms.run("train", {**settings, "MODEL_DIR": model_dir}, gin_files) == 0
+
+
+def generate(output, checkpoint, **settings):
+    settings = {**settings, "OUTPUT": output, "CHECKPOINT_PATH": checkpoint}
+    assert rooms.run("generate", settings) == 0
+
+
+def annotate(output, generated, **settings):
+    assert rooms.run("annotate", {**settings, "OUTPUT": output, "RECORDS": generated}) == 0
+
+
+def evaluate(output, current_records, checkpoint, **settings):
+    settings |= {
+        "OUTPUT": output,
+        "CURRENT_RECORDS": current_records,
+        "CHECKPOINT_PATH": checkpoint,
+    }
+    assert rooms.run("evaluate", settings) == 0
+    return json.loads(pathlib.Path(output).read_text())
+
+
+def metrics_of(model_dir):
+    lines = pathlib.Path(model_dir, "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def vocabulary():
+    return seqio.SentencePieceVocabulary("vocabulary.model", extra_ids=0)
+
+
+# --- The loop -------------------------------------------------------------------------------------
+
+
+def test_generated_records_keep_what_the_prompts_had(original):
+    prompts, outputs = rooms.corpus(), records.read_records("original.jsonl")
+    assert [output.id for output in outputs] == [prompt.id for prompt in prompts]
+    for output, prompt in zip(outputs, prompts, strict=True):
+        assert output.inputs == prompt.inputs
+        assert output.extra == {**prompt.extra, "reference": prompt.targets}
+        assert tokenization.decode(vocabulary(), output.target_ids) == output.targets
+        assert output.target_ids.index(tokenization.EOS_ID) == len(output.target_ids) - 1
+    learned = sum(output.targets == output.extra["reference"] for output in outputs)
+    assert learned >= 50
+
+
+def test_annotation_marks_the_listed_words_and_changes_nothing_else(original):
+    generated = records.read_records("original.jsonl")
+    annotated = records.read_records("original.annotated.jsonl")
+    for before, after in zip(generated, annotated, strict=True):
+        spans = tuple(match.span() for match in rooms.UNWANTED.finditer(before.targets))
+        assert after.negative_spans == spans
+        for name in ("id", "inputs", "targets", "target_ids", "extra"):
+            assert getattr(after, name) == getattr(before, name)
+        # Where "dirty" begins "noisy" would be just as wrong, and the other way round.
+        alternatives = ()
+        if spans:
+            (other,) = {"dirty", "noisy"} - {before.targets[slice(*spans[0])]}
+            instead = vocabulary().encode(rooms.UNWANTED.sub(other, before.targets))
+            pairs = enumerate(zip(before.target_ids, instead, strict=False))
+            position = next(position for position, (one, two) in pairs if one != two)
+            alternatives = ((position, (instead[position],)),)
+        assert after.negative_token_ids == alternatives
+    assert sum(bool(row.negative_spans) for row in annotated) >= 20
+
+
+def test_training_takes_the_mass_from_the_marks(patched):
+    updates = [line for line in metrics_of("patched") if "loss" in line]
+    assert [line["step"] for line in updates] == list(range(1, 21))
+    assert updates[0]["positive_kl"] == 0  # before the first update nothing has moved
+    assert updates[0]["negative_mass"] > 0.9
+    assert updates[-1]["negative_mass"] < 0.05
+    spoken = collections.Counter(
+        bool(rooms.UNWANTED.search(row.targets)) for row in records.read_records("patched.jsonl")
+    )
+    assert spoken[True] < 5
+
+
+def test_evaluation_counts_what_the_files_hold(patched):
+    sharded = {"FSDP_DEVICES": 2, "MODEL_DEVICES": 2}
+    result = evaluate("evaluation.json", "patched.annotated.jsonl", "patched", **sharded)
+    before, after = (records.read_records(f"{name}.jsonl") for name in ("original", "patched"))
+    num_unwanted = {
+        name: sum(bool(rooms.UNWANTED.search(row.targets)) for row in rows)
+        for name, rows in (("original", before), ("current", after))
+    }
+    for name, number in num_unwanted.items():
+        assert result[name]["unwanted_outputs"]["numerator"] == number
+        assert result[name]["unwanted_outputs"]["denominator"] == 60
+    assert result["cut"] == pytest.approx(1 - num_unwanted["current"] / num_unwanted["original"])
+    unchanged = sum(a.targets == b.targets for a, b in zip(before, after, strict=True))
+    assert result["comparison"]["exact_match"]["numerator"] == unchanged
+    certificate = result["certificate"]
+    assert certificate["negative_residual"] < 0.1 < 1 < certificate["negative_smallest_cost"]
+    # The trainer evaluated the same models on the same outputs, with no parameter split.
+    (of_trainer,) = (line for line in metrics_of("patched") if "eval/loss" in line)
+    for name, of_trainer_name in (
+        ("negative_residual", "negative_residual"),
+        ("negative_collateral", "negative_collateral"),
+        ("negative_smallest_cost", "negative_smallest_cost"),
+        ("positive_collateral", "positive_kl"),
+        ("num_negative", "num_negative"),
+        ("num_positive", "num_positive"),
+    ):
+        assert certificate[name] == pytest.approx(of_trainer[f"eval/{of_trainer_name}"], rel=1e-4)
+
+
+def test_tokens_add_up_to_the_certificate(patched):
+    def tokens_of(number):
+        settings = {"TOKENS_OUTPUT": "tokens.jsonl", "evaluate.evaluate.num_token_records": number}
+        result = evaluate("evaluation.json", "patched.annotated.jsonl", "patched", **settings)
+        lines = pathlib.Path("tokens.jsonl").read_text().splitlines()
+        return result["certificate"], [json.loads(line) for line in lines]
+
+    certificate, tokens = tokens_of(100)
+    outputs = {row.id: row for row in records.read_records("original.annotated.jsonl")}
+    assert {row["id"] for row in tokens} == set(outputs)
+    by_kind = {True: collections.defaultdict(list), False: collections.defaultdict(list)}
+    for row in tokens:
+        output = outputs[row["id"]]
+        assert "".join(row["pieces"]) == output.targets
+        assert len(row["pieces"]) == len(output.target_ids) == len(row["is_negative"])
+        said = "".join(p for p, n in zip(row["pieces"], row["is_negative"], strict=True) if n)
+        assert said.strip() == "".join(output.targets[slice(*s)] for s in output.negative_spans)
+        for position, is_negative in enumerate(row["is_negative"]):
+            for name in ("kl", "residual", "collateral", "smallest_cost"):
+                by_kind[is_negative][name].append(row[name][position])
+    for name in ("residual", "collateral", "smallest_cost"):
+        mean = statistics.fmean(by_kind[True][name])
+        assert certificate[f"negative_{name}"] == pytest.approx(mean, rel=1e-3)
+    assert certificate["positive_collateral"] == pytest.approx(
+        statistics.fmean(by_kind[False]["kl"]), rel=1e-3
+    )
+    totals = [sum(row["kl"]) for row in tokens]
+    assert totals == pytest.approx(sorted(totals, reverse=True), abs=1e-3)
+    assert tokens_of(7)[1] == tokens[:7]
+
+
+def test_tokens_come_from_a_certificate(original, capsys):
+    settings = {
+        "OUTPUT": "texts.json",
+        "CURRENT_RECORDS": "original.annotated.jsonl",
+        "CHECKPOINT_PATH": "original",
+        "CERTIFICATE": None,
+        "TOKENS_OUTPUT": "tokens_of_texts.jsonl",
+    }
+    assert rooms.run("evaluate", settings) == 2
+    assert "TOKENS_OUTPUT: expected a certificate" in capsys.readouterr().err
+
+
+def test_the_original_compared_with_itself_has_not_changed(original):
+    result = evaluate("unchanged.json", "original.annotated.jsonl", "original")
+    assert result["cut"] == 0
+    assert result["original"] == result["current"]
+    assert result["comparison"]["bleu"] == pytest.approx(100)
+    assert result["comparison"]["exact_match"]["value"] == 1
+    certificate = result["certificate"]
+    assert certificate["negative_residual"] == certificate["negative_smallest_cost"] > 1
+    assert certificate["negative_collateral"] == certificate["positive_collateral"] == 0
+
+
+# --- The same again -------------------------------------------------------------------------------
+
+
+def test_written_settings_train_the_same_model_bit_by_bit(patched):
+    train("patched_again", ["patched/operative_config.gin"])
+    rooms.assert_same_state("patched", "patched_again")
+
+
+def test_sampling_depends_on_seed_and_id_alone(original):
+    sampled = {"TEMPERATURE": 1.0, "TOP_P": 0.95}
+    generate("sample.jsonl", "original", **sampled)
+    generate("again.jsonl", "original", **sampled)
+    first = pathlib.Path("sample.jsonl").read_bytes()
+    assert pathlib.Path("again.jsonl").read_bytes() == first
+    records.write_records("reversed.jsonl", rooms.corpus()[::-1])
+    generate("of_reversed.jsonl", "original", PROMPTS="reversed.jsonl", BATCH_SIZE=8, **sampled)
+    of_reversed = records.read_records("of_reversed.jsonl")
+    assert of_reversed[::-1] == records.read_records("sample.jsonl")
+    generate("other.jsonl", "original", SEED=1, **sampled)
+    assert pathlib.Path("other.jsonl").read_bytes() != first
+    assert pathlib.Path("other.jsonl.gin").is_file()
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(original):
+    train("straight", DROPOUT_RATE=0.1, TRAIN_STEPS=5)
+    train("stopped", DROPOUT_RATE=0.1, TRAIN_STEPS=2)
+    train("stopped", DROPOUT_RATE=0.1, TRAIN_STEPS=5)
+    rooms.assert_same_state("straight", "stopped")
+    assert [line["step"] for line in metrics_of("stopped")] == [2, 5]
+    with orbax.Checkpoints("stopped") as stopped:
+        original_of_run = stopped.run_of(5)["original"]
+    # Not the half-trained model of checkpoint 2.
+    digest = orbax.digest(rooms.saved("original"))
+    assert (original_of_run["path"], original_of_run["digest"]) == ("original", digest)
+
+
+def test_a_run_that_is_done_is_left_alone(patched, capsys):
+    train("patched")
+    assert "Nothing to do: patched is at update 20 of 20." in capsys.readouterr().out
+
+
+def test_microbatches_make_the_same_update(patched):
+    train("microbatched", NUM_MICROBATCHES=2, LOG_EVERY=1, TRAIN_STEPS=2)
+    updates = metrics_of("microbatched")
+    assert len(updates) == 2
+    for line, expected in zip(updates, metrics_of("patched"), strict=False):
+        for name in ("num_tokens", "num_negative"):
+            assert line[name] == expected[name]
+        for name in ("loss", "gradient_norm", "negative_mass"):
+            assert line[name] == pytest.approx(expected[name], rel=1e-4)
+
+
+def test_packed_rows_hold_several_examples(patched, capsys):
+    lengths = {"inputs": 16, "targets": 48}
+    train("packed", PACK=True, TASK_FEATURE_LENGTHS=lengths, LOG_EVERY=1, TRAIN_STEPS=4)
+    first, *_, last = metrics_of("packed")
+    # The sixty rooms fill two batches of sixteen rows at most: with sixteen alone, it takes four.
+    assert first["num_tokens"] + metrics_of("packed")[1]["num_tokens"] >= sum(
+        len(row.target_ids) for row in records.read_records("original.jsonl")
+    )
+    assert first["positive_kl"] < 1e-9  # nothing has moved, whoever shares the row
+    assert last["negative_mass"] < first["negative_mass"]
+    assert 0 <= last["input_wait_fraction"] < 1
+    assert re.search(r"Packed, [2-5]\.\d examples a row: padding is \d+%", capsys.readouterr().out)
+
+
+# --- Other data, other removals -------------------------------------------------------------------
+
+TASK = """
+import seqio
+import tensorflow as tf
+
+from tnt_jax.data import tasks
+
+VOCABULARY = seqio.SentencePieceVocabulary("vocabulary.model", extra_ids=0)
+
+
+def dataset_fn(split, shuffle_files):
+    negative, corrected = (
+        VOCABULARY.encode(f"the room is {state}.") + [1] for state in ("dirty", "clean")
+    )
+    row = {
+        "inputs": VOCABULARY.encode("small acorn") + [1],
+        "negative_targets": negative,
+        "corrected_targets": corrected,
+    }
+    ints = tf.TensorSpec([None], tf.int32)
+    return tf.data.Dataset.from_generator(
+        lambda: iter([row] * 4), output_signature=dict.fromkeys(row, ints)
+    )
+
+
+for mode in ("first", "full"):
+    seqio.TaskRegistry.add(
+        f"rooms_{mode}",
+        source=seqio.FunctionDataSource(dataset_fn, splits=["train"]),
+        preprocessors=[tasks.t5patches_mode(mode)],
+        output_features=tasks.record_features(VOCABULARY),
+    )
+"""
+
+
+@pytest.fixture
+def task_module(tmp_path, monkeypatch):
+    """A user's module that registers tasks in the layout of google/t5patches."""
+    (tmp_path / "room_tasks.py").write_text(TASK)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "room_tasks"
+    sys.modules.pop("room_tasks", None)
+    for name in ("rooms_first", "rooms_full"):
+        seqio.TaskRegistry.remove(name)
+
+
+def test_seqio_tasks_and_the_t5patches_layout(original, task_module):
+    num_tokens = len(vocabulary().encode("the room is dirty.")) + 1
+    for mode, num_negative in (("first", 1), ("full", num_tokens)):
+        settings = {
+            "MIXTURE_OR_TASK_NAME": f"rooms_{mode}",
+            "MIXTURE_OR_TASK_MODULE": task_module,
+            "MODEL_DIR": mode,
+            "TRAIN_STEPS": 1,
+        }
+        assert rooms.run("train_task", settings) == 0
+        (line,) = metrics_of(mode)
+        assert line["num_tokens"] == 16 * num_tokens
+        assert line["num_negative"] == 16 * num_negative
+
+
+def test_words_removed_at_every_position(original):
+    """Of one token, as "quiet", they are the same for all; of several, as "dirty", marked."""
+    pathlib.Path("two_words.txt").write_text("quiet\ndirty\n")
+    settings = {"LEXICON": "two_words.txt", "ALTERNATIVES": False, "AT_EVERY_POSITION": True}
+    annotate("everywhere.jsonl", "original.jsonl", **settings)
+    written = json.loads(pathlib.Path("everywhere.jsonl.everywhere.json").read_text())
+    assert written["ids"] == vocabulary().encode("quiet")
+    assert written["left_out"] == ["dirty"]
+    assert "DIRTY" in written["unspelt"]  # this vocabulary has small letters alone
+
+    marked = records.read_records("everywhere.jsonl")
+    removed = {
+        (row.targets, id_) for row in marked for _, ids in row.negative_token_ids for id_ in ids
+    }
+    assert removed == {
+        (row.targets, vocabulary().encode("dirty")[-1]) for row in marked if "dirty" in row.targets
+    }
+
+    unmarked = [dataclasses.replace(row, negative_spans=()) for row in marked]
+    # The ids go with the records, and a name for them is what other kinds of data need.
+    ids = removed_everywhere.removed_ids("everywhere.jsonl.everywhere.json")
+    removed_everywhere.write_records("unmarked.jsonl", unmarked, removed_everywhere.Ids(ids, {}))
+    train("without_quiet", RECORDS="unmarked.jsonl", LOG_EVERY=5)
+    pathlib.Path("unmarked.jsonl.everywhere.json").unlink()
+    removal = {
+        "objectives.TntObjective.removed_everywhere": "@removed_everywhere.removed_ids()",
+        "removed_everywhere.removed_ids.path": "everywhere.jsonl.everywhere.json",
+    }
+    train("also_without_quiet", RECORDS="unmarked.jsonl", LOG_EVERY=5, **removal)
+    rooms.assert_same_state("without_quiet", "also_without_quiet")
+    first, *_, last = metrics_of("without_quiet")
+    assert last["negative_mass"] < 0.1 < first["negative_mass"]
+    generate("without_quiet.jsonl", "without_quiet")
+    num_spoken = [
+        [
+            sum(word in row.targets for row in records.read_records(path))
+            for word in ("quiet", "dirty", "noisy")
+        ]
+        for path in ("original.jsonl", "without_quiet.jsonl")
+    ]
+    assert num_spoken == [[15, 15, 15], [0, 0, 15]]
+    # An annotator that removes nothing everywhere leaves no ids of an earlier one.
+    annotate("everywhere.jsonl", "original.jsonl", **{**settings, "AT_EVERY_POSITION": False})
+    assert not pathlib.Path("everywhere.jsonl.everywhere.json").exists()
+
+
+# --- The pipeline ---------------------------------------------------------------------------------
+
+PIPELINE = {
+    "ARMS": "[@tnrf/experiment.Arm(), @ul_ll/experiment.Arm()]",
+    "ul_ll/objectives.TntObjective.negative_weight": 0.1,
+    "TRAIN_STEPS": 6,
+    "CHECKPOINT_EVERY": 2,
+}
+
+
+def stages(printed):
+    """The stages that a pipeline ran, and those that it kept."""
+    lines = re.findall(r"^\[\d+\] (.*)$", printed, re.MULTILINE)
+    kept = [line.partition(": done before")[0] for line in lines if "done before, kept" in line]
+    return [line for line in lines if "done before, kept" not in line], kept
+
+
+def test_a_pipeline_does_what_is_not_done(original, capsys, monkeypatch):
+    settings = {**PIPELINE, "OUTPUT_DIR": "pipeline"}
+    of_original = [
+        f"{name}: {what}, greedy"
+        for name in ("training_outputs", "original")
+        for what in ("generate", "annotate")
+    ]
+    of_tnrf, of_ul_ll = (
+        [f"{arm}: train", *(f"{arm}: {w}, greedy" for w in ("generate", "annotate", "evaluate"))]
+        for arm in ("TNRF", "UL+LL")
+    )
+
+    # Interrupted before its sixth update, the last checkpoint being that of the fourth.
+    whole_batch = feature_converters.Batches.batch
+
+    def interrupted_batch(self, k):
+        if k == 5:
+            raise KeyboardInterrupt
+        return whole_batch(self, k)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(feature_converters.Batches, "batch", interrupted_batch)
+        assert rooms.run("pipeline", settings) == 130
+    assert stages(capsys.readouterr().out) == ([*of_original, "TNRF: train"], [])
+
+    assert rooms.run("pipeline", settings) == 0
+    printed = capsys.readouterr().out
+    assert stages(printed) == ([*of_tnrf, *of_ul_ll, "report"], of_original)
+    assert "Going on from checkpoint 4 in pipeline/TNRF/model." in printed
+    assert "EVAL_PROMPTS: 60 of 60 inputs are also in TRAIN_PROMPTS: " in printed
+    assert "greedy outputs on 60 prompts, 60 of them trained on" in printed
+    # As if it had not been interrupted, and as the programs do it one by one.
+    train("one_by_one", TRAIN_STEPS=6)
+    rooms.assert_same_state("pipeline/TNRF/model", "one_by_one")
+    annotated = records.read_records("pipeline/original/greedy.annotated.jsonl")
+    assert annotated == records.read_records("original.annotated.jsonl")
+    capsys.readouterr()
+
+    summary = pathlib.Path("pipeline/summary.json").read_bytes()
+    assert rooms.run("pipeline", settings) == 0
+    kept = [*of_original, *of_tnrf, *of_ul_ll, "report"]
+    assert stages(capsys.readouterr().out) == ([], kept)
+    assert pathlib.Path("pipeline/summary.json").read_bytes() == summary
+
+    # Another weight of one arm: that arm alone is done again, from the original. In float32 it is
+    # the same weight, so the outputs stay the same: no new annotation, but an evaluation of the new
+    # model. The other arm is only moved.
+    settings |= {
+        "ARMS": "[@ul_ll/experiment.Arm(), @tnrf/experiment.Arm()]",
+        "ul_ll/objectives.TntObjective.negative_weight": 0.1 + 1e-9,
+    }
+    assert rooms.run("pipeline", settings) == 0
+    printed = capsys.readouterr().out
+    kept = [*of_original, "UL+LL: annotate, greedy", *of_tnrf]
+    done = [stage for stage in of_ul_ll if stage not in kept]
+    assert stages(printed) == ([*done, "report"], kept)
+    assert "Going on from" not in printed
+    assert [line["step"] for line in metrics_of("pipeline/UL+LL/model")] == [2, 4, 6]
+
+
+def test_a_pipeline_reads_an_edited_word_list(original, capsys):
+    words = pathlib.Path("edited_words.txt")
+    words.write_text(pathlib.Path("words.txt").read_text())
+    prompts = records.read_records("corpus.jsonl")
+    records.write_records("even.jsonl", prompts[::2])
+    records.write_records("odd.jsonl", prompts[1::2])
+    settings = {
+        **PIPELINE,
+        "TRAIN_PROMPTS": "even.jsonl",
+        "EVAL_PROMPTS": "odd.jsonl",
+        "OUTPUT_DIR": "edited",
+        "ARMS": "[@tnrf/experiment.Arm()]",
+        "annotators.Lexicon.path": words,
+        "TRAIN_STEPS": 1,
+    }
+    assert rooms.run("pipeline", settings) == 0
+    printed = capsys.readouterr().out
+    assert "greedy outputs on 30 unseen prompts" in printed
+    assert "EVAL_PROMPTS: " not in printed
+    words.write_text(words.read_text() + "quiet\n")
+    assert rooms.run("pipeline", settings) == 0
+    done, kept = stages(capsys.readouterr().out)
+    assert "original: annotate, greedy" in done
+    assert "original: generate, greedy" in kept
+    outputs = records.read_records("edited/original/greedy.annotated.jsonl")
+    assert all(row.negative_spans for row in outputs if "quiet" in row.targets)
+
+
+@contextlib.contextmanager
+def experiment_of(settings):
+    """What a pipeline with these settings is given, while gin has them."""
+    program.configure("tnt_jax.pipeline", "pipeline", rooms.arguments("pipeline", settings))
+    yield program.bound_arguments(pipeline.pipeline, ["experiment"])["experiment"]
+    gin.clear_config()
+
+
+def test_outputs_with_a_mask_are_those_of_an_edited_word_list(original, capsys):
+    words = pathlib.Path("masked_words.txt")
+    words.write_text(pathlib.Path("words.txt").read_text())
+    settings = {
+        **PIPELINE,
+        "OUTPUT_DIR": "masked",
+        "annotators.Lexicon.path": words,
+    }
+
+    def outputs():
+        with experiment_of(settings) as found:
+            file = experiment.Opened(found).masked_outputs("decode mask", "greedy")
+        return " ".join(row.targets for row in records.read_records(file))
+
+    assert "quiet" in outputs()
+    words.write_text(words.read_text() + "quiet\n")
+    assert "quiet" not in outputs()
+    capsys.readouterr()
+    outputs()
+    done, _ = stages(capsys.readouterr().out)
+    assert not done
+
+
+def test_folders_in_the_home_folder(original, monkeypatch, tmp_path):
+    """Of a command line, `program` has expanded them; this is Python."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    settings = {"MODEL_DIR": "another", "TRAIN_STEPS": 1}
+    train = program.configure("tnt_jax.train", "train", rooms.arguments("train", settings))
+    assert train(model_dir="~/run") == str(tmp_path / "run" / "checkpoint_1")
+    files = {"metrics.jsonl", "events.jsonl", "operative_config.gin", "tensorboard"}
+    assert files <= {file.name for file in (tmp_path / "run").iterdir()}
+
+    (tmp_path / "original").symlink_to(pathlib.Path("original").absolute())
+    with experiment_of({**PIPELINE, "OUTPUT_DIR": "another"}) as found:
+        opened = experiment.Opened(
+            dataclasses.replace(
+                found, output_dir="~/pipeline", original_checkpoint_path="~/original"
+            )
+        )
+    assert opened.root == tmp_path / "pipeline"
+    assert opened.original == str(tmp_path / "original")
+    assert (tmp_path / "pipeline" / "operative_config.gin").exists()
+    assert not pathlib.Path("~").exists()
+
+
+def test_a_pipeline_takes_no_model_for_its_own(original, capsys):
+    pathlib.Path("foreign/TNRF/model").mkdir(parents=True)
+    assert rooms.run("pipeline", {**PIPELINE, "OUTPUT_DIR": "foreign"}) == 2
+    message = "TNRF: train: expected nothing, or what this run made, in foreign/TNRF/model"
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("setting", ["TRAIN_PROMPTS", "EVAL_PROMPTS"])
+def test_a_pipeline_without_prompts_ends_before_the_first_stage(original, setting, capsys):
+    pathlib.Path("empty.jsonl").touch()
+    assert rooms.run("pipeline", {**PIPELINE, "OUTPUT_DIR": "none", setting: "empty.jsonl"}) == 2
+    assert "empty.jsonl: expected records, found none." in capsys.readouterr().err
+    assert not pathlib.Path("none/stages").exists()
+
+
+def test_a_pipeline_whose_annotator_knows_no_output_trains_nothing(original, capsys):
+    pathlib.Path("others.jsonl").write_text('{"id": "another", "negative_spans": []}\n')
+    settings = {**PIPELINE, "OUTPUT_DIR": "unknown"}
+    assert rooms.run_with_marks("pipeline", settings, "others.jsonl") == 2
+    message = "EVAL_PROMPTS: expected outputs that the annotator knows, found none in unknown/"
+    assert message in capsys.readouterr().err
+    assert not list(pathlib.Path("unknown").glob("*/model"))
+
+
+def test_one_prompt_is_enough_for_a_pipeline(original):
+    records.write_records("one.jsonl", rooms.corpus()[:1])
+    settings = {"EVAL_PROMPTS": "one.jsonl", "ARMS": "[@tnrf/experiment.Arm()]"}
+    assert rooms.run("pipeline", {**PIPELINE, **settings, "OUTPUT_DIR": "one"}) == 0
+    summary = json.loads(pathlib.Path("one/summary.json").read_text())
+    evaluation = summary["evaluations"]["TNRF"]["greedy"]
+    assert evaluation["current"]["unwanted_outputs"]["denominator"] == 1
+    assert pathlib.Path("one/report.html").exists()
+
+
+def test_a_number_that_was_not_finite_is_a_dash_in_the_table(capsys):
+    evaluation = outputs.evaluation(60)
+    certificate = dict.fromkeys(evaluation["certificate"])
+    counts = {"exact_match": {"numerator": 45, "value": 0.75}}
+    evaluation |= {
+        "certificate": certificate,
+        "comparison": {**evaluation["comparison"], **counts},
+    }
+    pipeline._print_table({"TNRF": {"greedy": evaluation}}, ["greedy"], 0)
+    assert re.search(r"TNRF .* 75\.0% \(45\) .* - *$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_a_pipeline_of_two_rounds(original, capsys):
+    """The second round starts from the first one's model, and has the first original's target."""
+    settings = {
+        **PIPELINE,
+        "ARMS": "[@tnrf/experiment.Arm()]",
+        "NUM_ROUNDS": 2,
+        "OUTPUT_DIR": "twice",
+        "LOG_EVERY": 1,
+    }
+    assert rooms.run("pipeline", settings) == 0
+    done, _ = stages(capsys.readouterr().out)
+    second = ["generate, greedy", "annotate, greedy", "merge, rounds", "train"]
+    assert done[done.index("TNRF: train") + 1 :][:4] == [f"TNRF.round2: {what}" for what in second]
+
+    outputs = {
+        (row.inputs, row.targets)
+        for file in ("training_outputs/greedy", "TNRF.round2/greedy")
+        for row in records.read_records(f"twice/{file}.annotated.jsonl")
+    }
+    merged = records.read_records("twice/TNRF.round2/rounds.merged.jsonl")
+    assert {(row.inputs, row.targets) for row in merged} == outputs
+    assert json.loads(pathlib.Path("twice/summary.json").read_text())["num_rounds"] == 2
+    first, last = (
+        orbax.Checkpoints(f"twice/{name}/model").run_of(6) for name in ("TNRF", "TNRF.round2")
+    )
+    assert last["original"] == first["original"]
+    assert first["start"]["path"] == "original"
+    checkpoint = pathlib.Path("twice/TNRF/model/checkpoint_6").absolute()
+    assert pathlib.Path(last["start"]["path"]) == checkpoint
+
+    def losses(name):
+        lines = pathlib.Path(f"twice/{name}/model/metrics.jsonl").read_text().splitlines()
+        return [json.loads(line)["positive_kl"] for line in lines]
+
+    # Before any update the first round's model is the original, the second round's is not.
+    assert losses("TNRF")[0] < 1e-6 < losses("TNRF.round2")[0]
+
+
+# --- The real thing -------------------------------------------------------------------------------
+
+
+def test_python_dash_m(original):
+    """In a process of its own, on one device: nothing but its own lines, and one for a mistake."""
+    arguments = rooms.arguments("train", {"MODEL_DIR": "one_device", "TRAIN_STEPS": 2})
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def start(*more):
+        command = [sys.executable, "-m", "tnt_jax.train", *arguments, *more]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+    done = start()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "on 1 cpu device(s)" in done.stdout
+    assert [line["step"] for line in metrics_of("one_device")] == [2]
+    refused = start("--gin.INITIAL_CHECKPOINT_PATH=one_device")
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1
+    assert "MODEL_DIR one_device holds another run, at update 2: " in refused.stderr

@@ -1,0 +1,70 @@
+"""docs/tutorial.md as it stands, for a reader whose model and files are those of `rooms`."""
+
+import contextlib
+import json
+import pathlib
+import shutil
+
+import gin
+import pytest
+from helpers import doc_pages, rooms
+
+from tnt_jax import convert
+from tnt_jax.data import records
+from tnt_jax.runtime import program
+
+TUTORIAL = doc_pages.ROOT / "docs" / "tutorial.md"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def readers_folder(tmp_path_factory):
+    """A Hugging Face directory that learned the rooms, two files of prompts, a list of words."""
+    folder = tmp_path_factory.mktemp("reader")
+    rooms.write_world(folder)
+    with contextlib.chdir(folder), rooms.compiled_cheaply():
+        rooms.train_original("original", 60, LEARNING_RATE=1e-2)
+        convert.convert(input="original", output="model", output_format="huggingface")
+        for name, rows in (
+            ("prompts", rooms.corpus()[:32]),
+            ("other_prompts", rooms.corpus()[32:]),
+        ):
+            lines = [json.dumps({"inputs": row.inputs}) + "\n" for row in rows]
+            pathlib.Path(f"{name}.jsonl").write_text("".join(lines))
+        for file in ("original", "corpus.jsonl", "vocabulary.model", "tiny.gin"):
+            path = pathlib.Path(file)  # a reader has none of these
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        yield
+
+
+def test_the_tutorial_works_as_it_stands():
+    variables = {}
+    for block in doc_pages.blocks(TUTORIAL):
+        if block.language != "bash":
+            continue
+        # What stands for the reader's model is theirs; nothing else is changed.
+        text = block.text.replace("model=google/flan-t5-small", "model=model")
+        for words in doc_pages.commands(text, variables):
+            if words[:2] == ["python", "-m"]:
+                run(words)
+            else:  # the reader's terminal
+                assert words[0] in ("pip", "head"), words
+
+    annotated = records.read_records("annotated.jsonl")
+    assert 10 < sum(bool(row.negative_spans) for row in annotated) < 18 < len(annotated) == 28
+    (evaluation,) = json.loads(pathlib.Path("runs/mine/summary.json").read_text())[
+        "evaluations"
+    ].values()
+    assert evaluation["greedy"]["cut"] > 0.75
+    assert pathlib.Path("runs/mine/report.html").stat().st_size > 100_000
+    # The model that was handed back, read anew, says what the report says of it.
+    handed_back = {row.id: row.targets for row in records.read_records("patched_outputs.jsonl")}
+    compared = records.read_records("runs/mine/TNRF/greedy.jsonl")
+    assert {row.id: row.targets for row in compared} == handed_back
+
+
+def run(words):
+    name = words[2].removeprefix("tnt_jax.")
+    with pytest.raises(SystemExit) as stopped:
+        program.run(words[2], name, words[3:])
+    gin.clear_config()
+    assert stopped.value.code == 0, words

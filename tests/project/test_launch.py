@@ -1,0 +1,367 @@
+"""launch/: the restart loop, one GPU node, SLURM with stand-ins for its commands, the image."""
+
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+LAUNCH = ROOT / "launch"
+SCRIPTS = sorted(LAUNCH.glob("*.sh"))
+
+pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+
+
+def bash(*arguments, cwd=ROOT, **environment):
+    return subprocess.run(
+        ["bash", *map(str, arguments)],
+        cwd=cwd,
+        env={"PATH": os.environ["PATH"], "HOME": str(cwd)} | environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def program(folder, text, name="program"):
+    path = folder / name
+    path.write_text(f"#!/usr/bin/env bash\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+# Style --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("linter", "files"),
+    [("shellcheck", [*SCRIPTS, ROOT / "tests/fake_host.sh"]), ("hadolint", [ROOT / "Dockerfile"])],
+)
+def test_linters_find_nothing(linter, files):
+    if shutil.which(linter) is None:
+        pytest.skip(f"needs {linter}: pip install {linter}-py, or the system's package")
+    done = subprocess.run([linter, *files], capture_output=True, text=True, timeout=240)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_can_be_run_and_explain_themselves(script):
+    assert os.access(script, os.X_OK)
+    assert bash("-n", script).returncode == 0
+    if script.name == "host.sh":  # for tpu_vm.sh alone
+        return
+    done = bash(script, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"launch/{script.name}" in done.stdout
+    assert not re.search(r"^(#|set )", done.stdout, re.MULTILINE)
+
+
+# The restart loop ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("statuses", "expected", "starts"),
+    [
+        ([0], 0, 1),
+        ([75, 75, 0], 0, 3),  # stopped, and saved
+        ([2], 2, 1),  # what a user has to mend
+        ([130], 130, 1),  # Ctrl-C
+        ([1, 134, 0], 0, 3),  # failures
+        ([1, 1, 1], 1, 3),  # too many
+        ([1, 1, 75, 1, 1, 0], 0, 6),  # a run that saved ends the row of failures
+        ([137, 2], 2, 2),
+    ],
+)
+def test_what_each_exit_status_leads_to(tmp_path, statuses, expected, starts):
+    script = program(
+        tmp_path,
+        "echo start >>starts\n"
+        f"statuses=({' '.join(map(str, statuses))})\n"
+        'exit "${statuses[$(wc -l <starts) - 1]}"',
+    )
+    loop = [LAUNCH / "restart_loop.sh", "--max_failures=2", "--pause=0", "--state_file=state"]
+    done = bash(*loop, "--", script, cwd=tmp_path)
+    assert done.returncode == expected, done.stdout
+    assert len((tmp_path / "starts").read_text().splitlines()) == starts
+    assert (tmp_path / "state").read_text() == f"finished {expected}\n"
+
+
+def test_arguments_reach_the_command_as_they_are(tmp_path):
+    script = program(tmp_path, 'printf "%s\\n" "$@"')
+    arguments = ["--gin.A={'b': 'c d'}", "*", "$HOME", "", "--pause=3"]
+    done = bash(LAUNCH / "restart_loop.sh", "--", script, *arguments, cwd=tmp_path)
+    assert done.stdout.splitlines() == arguments
+
+
+def test_a_setting_of_the_loop_that_is_misspelt_is_no_command(tmp_path):
+    done = bash(LAUNCH / "restart_loop.sh", "--max_failure=3", "--", "true", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "restart_loop.sh: no setting --max_failure=3; see --help\n"
+
+
+@pytest.mark.parametrize("is_at", ["work", "pause"])
+def test_sigterm_waits_for_the_command_and_starts_nothing_again(tmp_path, is_at):
+    script = program(
+        tmp_path,
+        "trap 'sleep 0.3; echo saved >saved; exit 75' TERM\n"
+        "echo start >>starts\n"
+        + ("exit 1" if is_at == "pause" else "echo working\nwhile :; do sleep 0.05; done"),
+    )
+    loop = subprocess.Popen(
+        ["bash", LAUNCH / "restart_loop.sh", "--pause=300", "--", script],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert ("again in 300 s" if is_at == "pause" else "working") in loop.stdout.readline()
+    loop.send_signal(signal.SIGTERM)
+    output, _ = loop.communicate(timeout=240)
+    assert loop.returncode == 75, output
+    assert "stopped on request" in output
+    assert (tmp_path / "saved").exists() == (is_at == "work")
+    assert len((tmp_path / "starts").read_text().splitlines()) == 1
+
+
+def test_sigterm_between_the_command_and_the_pause_is_not_slept_through(tmp_path):
+    """Here `date`, which the loop runs there, tells it to stop."""
+    script = program(tmp_path, "echo $PPID >loop\nexit 1")
+    program(tmp_path, 'kill -TERM "$(cat loop)"\necho now', "date")
+    loop = [LAUNCH / "restart_loop.sh", "--pause=300", "--", script]
+    done = bash(*loop, cwd=tmp_path, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert done.returncode == 75, done.stdout
+    assert "stopped on request, between two starts" in done.stdout
+
+
+# One node with GPUs -------------------------------------------------------------------------------
+
+
+def test_gpu_node_installs_checks_and_runs(tmp_path):
+    venv = tmp_path / "venv"
+    done = bash(
+        *(LAUNCH / "gpu_node.sh", "--dry_run", f"--venv={venv}", "--gin_file=runs/train.gin"),
+        "--gin.MODEL_DIR=a b",
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert re.search(r"-m venv .*venv $", lines[0])
+    assert lines[1].startswith(f"{venv}/bin/python -m pip install ")
+    assert lines[1].endswith(r"\[gpu\,hub\] ")
+    assert "default_backend" in lines[3]
+    assert lines[4].endswith(
+        f"launch/restart_loop.sh -- {venv}/bin/python -m tnt_jax.train "
+        r"--gin_file=runs/train.gin --gin.MODEL_DIR=a\ b "
+    )
+    assert not venv.exists()
+
+
+@pytest.mark.parametrize(("gpus", "status"), [("yes", 0), ("", 2)])
+def test_gpu_node_does_not_train_on_a_processor(tmp_path, gpus, status):
+    (tmp_path / "venv/bin").mkdir(parents=True)
+    program(
+        tmp_path / "venv/bin",
+        f'[[ $1 != -c ]] || [[ -n "{gpus}" ]] || exit 1\necho "$*" >>{tmp_path}/calls',
+        "python",
+    )
+    (tmp_path / "venv/.installed-gpu").touch()
+    done = bash(LAUNCH / "gpu_node.sh", f"--venv={tmp_path}/venv", "--gin_file=runs/train.gin")
+    assert done.returncode == status
+    calls = (tmp_path / "calls").read_text() if (tmp_path / "calls").exists() else ""
+    assert ("-m tnt_jax.train --gin_file=runs/train.gin" in calls) == (status == 0)
+    assert ("JAX finds no GPU here" in done.stderr) == (status == 2)
+
+
+def test_gpu_node_installs_nothing_where_no_folder_is_named():
+    done = bash(LAUNCH / "gpu_node.sh", "--dry_run", "--venv=", "--gin_file=runs/train.gin")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "gpu_node: error: --venv: expected a folder, found nothing\n"
+
+
+# SLURM --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """A project's folder, an environment of SLURM's, and commands that note their arguments."""
+    project = tmp_path / "project"
+    shutil.copytree(LAUNCH, project / "launch")
+    (project / ".venv-gpu/bin").mkdir(parents=True)
+    program(project / ".venv-gpu/bin", "exit 0", "python")
+    (tmp_path / "bin").mkdir()
+    program(
+        tmp_path / "bin",
+        'echo "srun ${TNT_JAX_DISTRIBUTED-} $*" >>"$CALLS"\n'
+        'if [[ $STATUS == cancel ]]; then kill -TERM "$BATCH"; sleep 0.2; exit 75; fi\n'
+        'exit "$STATUS"',
+        "srun",
+    )
+    program(tmp_path / "bin", 'echo "scontrol $*" >>"$CALLS"', "scontrol")
+    # sbatch runs a copy, elsewhere.
+    copy = tmp_path / "spool_script"
+    shutil.copy(LAUNCH / "slurm.sh", copy)
+
+    def run(status, *arguments, **environment):
+        done = bash(
+            *("-c", 'export BATCH=$$; exec bash "$@"', "batch", copy, *arguments),
+            cwd=tmp_path,
+            **{
+                "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+                "CALLS": str(tmp_path / "calls"),
+                "STATUS": str(status),
+                "SLURM_JOB_ID": "17",
+                "SLURM_SUBMIT_DIR": str(project),
+                "SLURM_NTASKS": "16",
+                "SLURM_NTASKS_PER_NODE": "8",
+                "SLURM_GPUS_ON_NODE": "8",
+                **environment,
+            },
+        )
+        calls = tmp_path / "calls"
+        return done, calls.read_text().splitlines() if calls.exists() else []
+
+    return run
+
+
+ARGUMENTS = ["--gin_file=runs/train.gin", "--gin.MODEL_DIR=shared"]
+SRUN = (
+    "srun 1 --kill-on-bad-exit=1 .venv-gpu/bin/python -m tnt_jax.train --gin_file=runs/train.gin "
+    "--gin.MODEL_DIR=shared"
+)
+
+
+@pytest.mark.parametrize(
+    ("status", "expected", "calls"),
+    [
+        (0, 0, [SRUN]),
+        (75, 75, [SRUN, "scontrol requeue 17"]),  # the time limit is near
+        (2, 2, [SRUN]),
+        ("cancel", 75, [SRUN]),  # scancel: whoever cancels a job does not want it back
+    ],
+)
+def test_slurm_queues_a_job_again_that_was_stopped(cluster, status, expected, calls):
+    done, made = cluster(status, *ARGUMENTS)
+    assert (done.returncode, made) == (expected, calls), done.stdout + done.stderr
+
+
+def test_slurm_gives_each_process_the_cores_that_were_asked_for(cluster):
+    """srun takes --cpus-per-task from sbatch no more, since SLURM 22.05."""
+    _, (call,) = cluster(0, *ARGUMENTS, SLURM_CPUS_PER_TASK="8")
+    assert call == SRUN.replace("=1 .venv", "=1 --cpus-per-task=8 .venv")
+
+
+def test_slurm_of_one_process_is_not_distributed(cluster):
+    one = {"SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1", "SLURM_GPUS_ON_NODE": "1"}
+    _, calls = cluster(0, *ARGUMENTS, **one)
+    assert calls == [SRUN.replace("srun 1 ", "srun  ")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        (ARGUMENTS, {"SLURM_JOB_ID": ""}, "expected a job of SLURM's"),
+        ([], {}, "--gin_file: expected the files of a run"),
+        (ARGUMENTS, {"VENV": "nowhere"}, "VENV: no nowhere/bin/python"),
+        (ARGUMENTS, {"SLURM_GPUS_ON_NODE": "4"}, "expected a process for each GPU, found "),
+        (ARGUMENTS, {"SLURM_SUBMIT_DIR": "/"}, "/ is not the project's folder"),
+    ],
+)
+def test_slurm_refuses_in_one_line(cluster, arguments, environment, message):
+    done, calls = cluster(0, *arguments, **environment)
+    assert (done.returncode, calls) == (2, [])
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith(f"slurm: error: {message}")
+
+
+# The image ----------------------------------------------------------------------------------------
+
+
+def test_the_image_copies_what_is_there_and_installs_what_setup_py_has():
+    text = (ROOT / "Dockerfile").read_text("utf-8")
+    allowed = {
+        line.removeprefix("!")
+        for line in (ROOT / ".dockerignore").read_text("utf-8").splitlines()
+        if line.startswith("!")
+    }
+    copied = [
+        source
+        for line in re.findall(r"^COPY (.+)$", text, re.MULTILINE)
+        for source in line.split()[:-1]
+    ]
+    assert copied
+    for source in copied:
+        assert (ROOT / source).exists(), source
+        assert pathlib.Path(source).parts[0] in allowed, f".dockerignore keeps {source} away"
+    (extra,) = re.findall(r"^ARG ACCELERATOR=(\w+)$", text, re.MULTILINE)
+    setup = (ROOT / "setup.py").read_text("utf-8")
+    extras = re.findall(r'^        "(\w+)": \[', setup, re.MULTILINE)
+    assert {extra, "gpu", "tpu"} <= set(extras)
+    entry = re.search(r'^ENTRYPOINT \["(\S+?)"', text, re.MULTILINE)[1]
+    assert os.access(ROOT / entry, os.X_OK)
+
+
+# The pages ----------------------------------------------------------------------------------------
+
+PAGE = (ROOT / "docs/launch.md").read_text("utf-8")
+
+
+def commands_of(page, program=""):
+    """What stands in a page's indented blocks, each command on one line."""
+    lines = page.replace("\\\n", " ").splitlines()
+    return [line.strip() for line in lines if line.startswith(f"    {program}") and line.strip()]
+
+
+README = (ROOT / "README.md").read_text("utf-8")
+SCRIPT_COMMANDS = [
+    command
+    for command in dict.fromkeys([*commands_of(PAGE), *commands_of(README)])
+    if re.match(r"launch/\w+\.sh ", command)
+]
+
+
+@pytest.mark.parametrize("command", commands_of(PAGE, "python -m tnt_jax"))
+def test_the_page_names_gin_files_that_are_there(command):
+    for file in re.findall(r"--gin_file=(\S+)", command):
+        assert (ROOT / "gin_configs" / file).is_file()
+
+
+@pytest.mark.parametrize("command", SCRIPT_COMMANDS)
+def test_the_pages_commands_are_taken(command, tmp_path):
+    """A dry run: the commands cost money, or want a GPU. SLURM's are in the tests above."""
+    # tpu_vm.sh sends a commit of a repository: of this tree, whatever state it is in.
+    for name in ("launch", "gin_configs", ".ci"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    (tmp_path / "setup.py").touch()
+    identity = ["-c", "user.name=tests", "-c", "user.email=tests@localhost"]
+    for step in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-q", "-m", "all"]):
+        subprocess.run(["git", *step], cwd=tmp_path, check=True)
+    done = bash("-c", f"{command} --dry_run", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout
+
+
+def test_the_pages_table_is_that_of_the_compiled_programs():
+    def cells(line):
+        return [cell.strip() for cell in line.strip("| \n").split("|")]
+
+    compiled = {}
+    for line in (ROOT / "docs/tpu_memory.md").read_text("utf-8").splitlines():
+        found = cells(line)
+        if len(found) > 10 and "billion" in found[0]:
+            size, topology, kind, total = found[0].split(",")[0], found[1], found[3], found[9]
+            kind = kind.replace("adapters_off", "adapters")
+            compiled.setdefault((size, topology, kind), float(total))  # the first table's
+    rows = [cells(line) for line in PAGE.splitlines() if line.startswith("| ")]
+    (topologies,) = [row[1:] for row in rows if row[0] == "`--topology`"]
+    num_numbers = 0
+    for size, *entries in rows:
+        for topology, entry in zip(topologies, entries, strict=False):
+            if number := re.fullmatch(r"([\d.]+)(?: \((\w+)\))?", entry):
+                if size == "memory of a chip":
+                    continue
+                total = compiled[size, topology, number[2] or "parameters"]
+                assert float(number[1]) == pytest.approx(total, abs=0.051), (size, topology)
+                num_numbers += 1
+    assert num_numbers > 15

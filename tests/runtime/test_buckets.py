@@ -1,0 +1,299 @@
+"""Paths in a bucket, for which an object store in memory stands."""
+
+import contextlib
+import io
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+from typing import ClassVar
+
+import pytest
+from etils.epath import gpath
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
+from helpers import rooms
+from helpers.holders import PATIENCE, changing, held_by_another, note_of, refusal, wait_until
+
+from tnt_jax.data import records, removed_everywhere, tasks, tfrecords
+from tnt_jax.runtime import console, holding, operative_config
+from tnt_jax.runtime.errors import UsageError
+
+
+class Object(MemoryFile):
+    """It is there when it is whole."""
+
+    is_written = False
+
+    def close(self):
+        if not self.is_written:
+            self.is_written = True
+            self.commit()
+
+
+class Bucket(MemoryFileSystem):
+    """As fsspec's own, under the name of Google's; for several threads."""
+
+    protocol = ("gcs", "gs")
+    cachable = False
+    store: ClassVar = {}
+    pseudo_dirs: ClassVar = [""]
+
+    def __init__(self, finalize_on_close=True):
+        super().__init__()
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return "/" + path.rpartition("://")[2].strip("/")
+
+    def _open(self, path, mode="rb", **options):
+        name = self._strip_protocol(path)
+        if mode == "wb":
+            return Object(self, name)
+        if mode == "rb" and name in self.store:
+            return io.BytesIO(self.store[name].getvalue())
+        return super()._open(path, mode, **options)
+
+    def glob(self, path, **options):
+        return [found.removeprefix("/") for found in super().glob(path, **options)]
+
+
+@pytest.fixture
+def bucket(monkeypatch, tmp_path):
+    """Contents by path. Nothing may land in the working directory, where pathlib would put it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)
+    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "gcs", Bucket)
+    monkeypatch.setattr(Bucket, "store", {})
+    yield lambda: {name: bytes(file.getvalue()) for name, file in Bucket.store.items()}
+    assert list(tmp_path.iterdir()) == []
+
+
+ROWS = [records.Record(id=str(i), inputs="in", targets="ä out") for i in range(3)]
+
+
+def test_records_go_to_a_bucket_and_come_back(bucket):
+    records.check_writable("gs://b/folder/a.jsonl", "OUTPUT")
+    records.write_records("gs://b/folder/a.jsonl", ROWS[:2])
+    records.write_records("gs://b/folder/b.jsonl", ROWS[2:])
+    assert sorted(bucket()) == ["/b/folder/a.jsonl", "/b/folder/b.jsonl"]
+    assert records.read_records("gs://b/folder/a.jsonl") == ROWS[:2]
+    assert records.read_records("gs://b/folder/*.jsonl") == ROWS
+    assert [str(file) for file in records.matching_files("gs://b/folder/[b]*")] == [
+        "gs://b/folder/b.jsonl"
+    ]
+
+
+@pytest.mark.parametrize("path", ["gs://b/absent.jsonl", "gs://b/*.jsonl", "gs://other/a"])
+def test_what_is_not_there_is_named(bucket, path):
+    records.write_records("gs://b/folder/a.jsonl", ROWS)
+    with pytest.raises(UsageError, match=r"^gs://.*: no such file, and no file matches it"):
+        records.read_records(path)
+
+
+def test_what_fails_half_way_leaves_nothing(bucket):
+    def rows():
+        yield ROWS[0]
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        records.write_records("gs://b/a.jsonl", rows())
+    assert bucket() == {}
+
+
+def test_lengths_of_tfrecords_are_checked_there_too(bucket):
+    """TensorFlow has its own way to a bucket, which ends in Google's."""
+    tfrecords.write("gs://b/a.tfrecord", ROWS)
+    tfrecords._check_lengths(records.path_of("gs://b/a.tfrecord"))
+    content = bucket()["/b/a.tfrecord"]
+    records.path_of("gs://b/cut.tfrecord").write_bytes(content[:-1])
+    message = rf"^gs://b/cut\.tfrecord: damaged.* ends at {len(content)}, the file at"
+    with pytest.raises(UsageError, match=message):
+        tasks.read_record_files("gs://b/cut.tfrecord")
+
+
+def test_settings_are_written_beside_the_output(bucket, monkeypatch):
+    monkeypatch.setattr(operative_config, "text", lambda: "SEED = 3\n")
+    console.write_json("gs://b/run/a.json", {"x": 1})
+    operative_config.write("gs://b/run")
+    operative_config.write("gs://b/run/a.json")
+    assert bucket() == {
+        "/b/run/a.json": b'{\n  "x": 1\n}\n',
+        "/b/run/operative_config.gin": b"SEED = 3\n",
+        "/b/run/a.json.gin": b"SEED = 3\n",
+    }
+
+
+def test_ids_that_are_removed_everywhere_belong_to_records_there_too(bucket):
+    removed_everywhere.write_records("gs://b/a.jsonl", ROWS, removed_everywhere.Ids([5], {}))
+    assert removed_everywhere.of_records("gs://b/*.jsonl") == (5,)
+    records.write_records("gs://b/a.jsonl", ROWS[:1])
+    with pytest.raises(UsageError, match=r"^gs://b/a\.jsonl\.everywhere\.json: expected ids that"):
+        removed_everywhere.of_records("gs://b/a.jsonl")
+    removed_everywhere.write_records("gs://b/a.jsonl", ROWS[:1], None)
+    assert list(bucket()) == ["/b/a.jsonl"]
+
+
+# --- Who holds it ---------------------------------------------------------------------------------
+
+
+def hold():
+    with holding.folder("gs://b/run", "MODEL_DIR"):
+        pass
+
+
+def note_on(store):
+    return json.loads(store()["/b/run/.held"])
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Nobody waits for long."""
+    monkeypatch.setattr(holding, "_SETTLE", 0.01)
+    monkeypatch.setattr(holding, "_STALE", 0.6)
+
+
+def test_one_run_holds_a_folder_in_a_bucket(bucket, quick):
+    with holding.folder("gs://b/run", "MODEL_DIR"), holding.output("gs://b/a.jsonl", "OUTPUT"):
+        assert sorted(bucket()) == ["/b/.a.jsonl.held", "/b/run/.held"]
+        with pytest.raises(UsageError, match=f"gs://b/run to be free, .* process {os.getpid()} on"):
+            hold()
+        with pytest.raises(UsageError), holding.output("gs://b/a.jsonl", "OUTPUT"):
+            pass
+    assert bucket() == {}
+    hold()
+
+
+def test_what_a_dead_process_of_this_host_held_there_is_free_at_once(
+    bucket, quick, capsys, tmp_path_factory
+):
+    folder = tmp_path_factory.mktemp("local")
+    with held_by_another("folder", folder) as other:
+        of_other = json.loads((folder / ".held").read_text()) | {"lock": None}
+
+        def leave(**fields):
+            records.path_of("gs://b/run/.held").write_text(json.dumps(of_other | fields))
+
+        leave()
+        with pytest.raises(UsageError, match=f"process {other.pid} on "):
+            hold()
+        leave(began=of_other["began"] - 1)  # its number was another's before
+        hold()
+        other.kill()
+        other.wait(PATIENCE)
+        leave()
+        hold()
+    assert bucket() == {}
+    assert "waiting" not in capsys.readouterr().out
+
+
+def test_a_holder_on_another_host_is_watched(bucket, quick, monkeypatch, capsys):
+    note = records.path_of("gs://b/run/.held")
+    note.write_bytes(note_of())
+    hold()
+    assert "MODEL_DIR: gs://b/run was held by process 7 on elsewhere" in capsys.readouterr().out
+    monkeypatch.setattr(holding, "_STALE", 60.0)
+    with (
+        changing(note),
+        pytest.raises(UsageError, match=r"process 7 on elsewhere .* is at work in it"),
+    ):
+        hold()
+    assert note_on(bucket)["token"] == "theirs"
+
+
+def test_a_holder_there_shows_that_it_lives_and_ends_when_it_was_taken_for_dead(
+    bucket, quick, monkeypatch
+):
+    monkeypatch.setattr(holding, "_BEAT", 0.01)
+    latest = time.monotonic() + PATIENCE
+    with (
+        pytest.raises(UsageError, match=r"that process 7 on elsewhere .* has taken it over"),
+        holding.folder("gs://b/run", "MODEL_DIR"),
+    ):
+        size = len(bucket()["/b/run/.held"])
+        wait_until(lambda: note_on(bucket)["beat"] > 10)
+        assert len(bucket()["/b/run/.held"]) == size  # a client may remember an object's length
+        holding.check()
+        # Until it stands: what the holder has begun to write may come after it.
+        while time.monotonic() < latest:
+            records.path_of("gs://b/run/.held").write_bytes(note_of())
+            time.sleep(0.005)
+            holding.check()
+    assert note_on(bucket)["token"] == "theirs"
+
+
+# A bucket that processes share: its objects are the files of a folder.
+ON_DISK = """
+import json, sys
+from etils.epath import gpath
+from fsspec.implementations.local import LocalFileSystem
+from tnt_jax.runtime import program
+
+folder, arguments = json.loads(sys.argv[1])
+
+class Disk(LocalFileSystem):
+    protocol = ("gcs", "gs")
+    cachable = False
+
+    def __init__(self, finalize_on_close=True):
+        super().__init__(auto_mkdir=True)
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        path = str(path)
+        return path if path.startswith(folder) else folder + "/" + path.rpartition("://")[2]
+
+gpath._is_tf_installed = lambda: False
+sys.modules["fsspec.registry"]._registry["gcs"] = Disk
+program.run("tnt_jax.annotate", "annotate", arguments)
+"""
+
+# Waits for as long as there is a file named `hold`.
+FUNCTION = """
+import pathlib, time
+
+def mark(inputs, targets):
+    while pathlib.Path("hold").exists():
+        time.sleep(0.01)
+    return [(0, 1)]
+"""
+
+
+def test_two_do_not_write_one_output_there_and_a_killed_one_goes_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    store = tmp_path / "store"
+    records.write_records("outputs.jsonl", ROWS)
+    pathlib.Path("marking.py").write_text(FUNCTION)
+    rooms.RUNS["annotate_python"] = (["runs/annotate_python.gin"], {"VOCABULARY_PATH": "none"})
+    settings = {"RECORDS": "outputs.jsonl", "OUTPUT": "gs://b/a.jsonl", "VOCABULARY": None}
+    settings["FUNCTION"] = "marking:mark"
+    arguments = rooms.arguments("annotate_python", settings)
+    command = [sys.executable, "-c", ON_DISK, json.dumps([str(store), arguments])]
+    pathlib.Path("hold").touch()
+    with subprocess.Popen(command) as first:
+        with contextlib.ExitStack() as stack:
+            stack.callback(first.kill)
+            wait_until(lambda: (store / "b/a.jsonl.parts/of.json").exists())
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 2, done.stderr
+            line = done.stderr.splitlines()[-1]
+            assert re.match(r"tnt_jax\.annotate: error: OUTPUT: " + refusal(first), line)
+        assert first.wait(PATIENCE) == -signal.SIGKILL
+    pathlib.Path("hold").unlink()
+    assert (store / "b/.a.jsonl.held").exists()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "waiting" not in done.stdout
+    assert [row.negative_spans for row in records.read_records(store / "b/a.jsonl")] == [
+        ((0, 1),)
+    ] * 3
+    assert sorted(file.name for file in (store / "b").iterdir()) == ["a.jsonl", "a.jsonl.gin"]
+
+
+def test_local_paths_stay_what_they_were(tmp_path):
+    records.write_records(tmp_path / "a.jsonl", ROWS)
+    (file,) = records.matching_files(tmp_path / "*.jsonl")
+    assert type(file) is type(pathlib.Path())

@@ -1,0 +1,159 @@
+"""What gin would pass is compared with the annotation that takes it, before it is passed."""
+
+import collections
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, NamedTuple, Protocol
+
+import gin
+import numpy as np
+import pytest
+
+from tnt_jax.runtime import gin_checks
+from tnt_jax.runtime.errors import UsageError
+
+
+@dataclasses.dataclass
+class Wheel:
+    size: float = 1.0
+
+
+class BigWheel(Wheel):
+    pass
+
+
+class Spokes:
+    def __call__(self):
+        return Wheel()
+
+
+class Pair(NamedTuple):
+    left: int
+    right: int
+
+
+class Rolls(Protocol):
+    def roll(self) -> None: ...
+
+
+def pair() -> Pair:
+    return Pair(1, 2)
+
+
+def number() -> int:
+    return 3
+
+
+def unknown():
+    return 3
+
+
+def some_wheel() -> Wheel:
+    return BigWheel()
+
+
+class Maker:
+    def __new__(cls):
+        return BigWheel()
+
+
+def machine(
+    count: int = 0,
+    length: float = 0.0,
+    wheel: Wheel | None = None,
+    names: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
+    make: Callable[[], Wheel] | None = None,
+    rolls: Rolls | None = None,
+    anything: Any = None,
+    untyped=None,
+    dtype: np.dtype | None = None,
+    path: os.PathLike | None = None,
+    annotated: Annotated[int, "of something"] = 0,
+    pairs: tuple[int, ...] = (),
+    chosen: frozenset[str] = frozenset(),
+    big: BigWheel | None = None,
+):
+    del count, length, wheel, names, settings, make, rolls, anything, untyped
+    del dtype, path, annotated, pairs, chosen, big
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    gin.clear_config()
+    with gin.unlock_config():
+        for of in (Wheel, BigWheel, Spokes, Maker, pair, number, unknown, some_wheel, machine):
+            if f"toy.{of.__name__}" not in gin.config._REGISTRY:
+                gin.external_configurable(of, module="toy")
+        if "toy.Lines" not in gin.config._REGISTRY:
+            gin.external_configurable(collections.deque, name="Lines", module="toy")
+        yield
+    gin.clear_config()
+
+
+@pytest.mark.parametrize(
+    "binding",
+    [
+        "count = 3",
+        "count = @number()",
+        "count = @unknown()",
+        "length = 3",
+        "length = @number()",
+        "wheel = @Wheel()",
+        "wheel = @BigWheel()",
+        "wheel = None",
+        "settings = {'wheel': @Wheel(), 'make': @Wheel, 'steps': 3}",
+        "make = @Wheel",
+        "make = @Spokes()",
+        "make = @Maker()",
+        "rolls = @Wheel()",
+        "anything = @Wheel",
+        "anything = @Wheel()",
+        "untyped = @pair()",
+        "dtype = 'bfloat16'",
+        "dtype = @number",
+        "path = 'a/b'",
+        "annotated = 3",
+        "pairs = [1, 2]",
+        "chosen = ('a', 'b')",
+        "big = @some_wheel()",
+        "big = @Maker()",
+        "count = %deep/COUNT",
+    ],
+)
+def test_what_fits(binding):
+    gin.parse_config(f"deep/COUNT = 3\nmachine.{binding}")
+    gin_checks.check()
+
+
+def test_what_is_written_in_c_has_no_annotations():
+    gin.parse_config("toy.Lines.maxlen = 3")
+    gin_checks.check()
+
+
+@pytest.mark.parametrize(
+    ("binding", "expected"),
+    [
+        ("count = 3.0", "int, found 3.0"),
+        ("count = True", "int, found True"),
+        ("count = @number", "int, found @number"),
+        ("count = @Wheel()", "int, found @Wheel()"),
+        ("length = @pair()", "float, found @pair()"),
+        ("wheel = 3", "Wheel or None, found 3"),
+        ("wheel = @Wheel", "Wheel or None, found @Wheel"),
+        ("wheel = @pair()", "Wheel or None, found @pair()"),
+        ("names = 'abc'", "Sequence[str], found 'abc'"),
+        ("names = @pair()", "Sequence[str], found @pair()"),
+        ("settings = {1: 2}", "Mapping or None, found {1: 2}"),
+        ("make = 3", "a reference (@module.name) or None, found 3"),
+        ("make = @Wheel()", "a reference (@module.name) or None, found @Wheel()"),
+        ("rolls = @Wheel", "Rolls or None, found @Wheel"),
+    ],
+)
+def test_what_does_not(binding, expected):
+    gin.parse_config(f"machine.{binding}")
+    with pytest.raises(UsageError) as error:
+        gin_checks.check()
+    name = binding.partition(" ")[0]
+    assert str(error.value) == f"--gin.toy.machine.{name}: expected {expected}."

@@ -1,0 +1,618 @@
+import dataclasses
+import enum
+import functools
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import textwrap
+
+import gin
+import numpy as np
+import optax
+import pytest
+
+from tnt_jax.runtime import operative_config, program
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+TOY = '''
+"""Greets somebody.
+
+More about greeting.
+"""
+
+import dataclasses
+
+from tnt_jax.runtime.errors import UsageError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Voice:
+    """How to speak."""
+
+    pitch: int
+    words: tuple = ("hello",)
+
+    def __post_init__(self):
+        if self.pitch < 0:
+            raise UsageError(f"pitch: expected at least 0,\\n  found {self.pitch}")
+
+
+def shout(text, loudness=1):
+    return text.upper() + "!" * loudness
+
+
+def greet(*, name, folder, voice=None, style=shout, lengths=None):
+    if name == "bug":
+        raise ValueError("our own mistake")
+    if name == "interrupt":
+        raise KeyboardInterrupt
+    if name == "open":
+        open(folder + "/absent")
+    print(style(name), voice, folder, lengths)
+    if name == "write":
+        from tnt_jax.runtime import operative_config
+
+        operative_config.write(folder)
+
+
+if __name__ == "__main__":
+    from tnt_jax.runtime import program
+
+    program.run("toy", "greet")
+'''
+
+RUN = """# Greets one person.
+#
+# Set: NAME (whom to greet), FOLDER.
+
+from __gin__ import dynamic_registration
+import toy
+
+NAME = %gin.REQUIRED
+FOLDER = %gin.REQUIRED
+PITCH = 3  # more is higher
+LENGTHS = None
+
+toy.greet.name = %NAME
+toy.greet.folder = %FOLDER
+toy.greet.lengths = %LENGTHS
+toy.greet.voice = @toy.Voice()
+toy.greet.style = @toy.shout
+toy.Voice.pitch = %PITCH
+"""
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """A folder with a program (toy.py) and its settings (run.gin), which is the working one."""
+    (tmp_path / "toy.py").write_text(textwrap.dedent(TOY).lstrip())
+    (tmp_path / "run.gin").write_text(RUN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    sys.modules.pop("toy", None)
+    gin.clear_config()
+    for registry in (gin.config._REGISTRY, gin.config._INVERSE_REGISTRY):
+        for key, entry in list(registry.items()):
+            if entry.wrapped.__module__ == "toy":
+                registry.pop(key)
+
+
+@pytest.fixture
+def run(toy, capsys):
+    """Runs the program in this process; returns exit status, stdout and stderr."""
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as stopped:
+            program.run("toy", "greet", arguments)
+        out, err = capsys.readouterr()
+        return stopped.value.code, out, err
+
+    return run
+
+
+@pytest.fixture
+def mistake(run):
+    """The one line with which the program refuses its arguments."""
+
+    def mistake(*arguments):
+        status, out, err = run(*arguments)
+        assert (status, out) == (2, "")
+        assert err.count("\n") == 1
+        assert err.startswith("toy: error: ")
+        return err.removeprefix("toy: error: ").strip()
+
+    return mistake
+
+
+GIVEN = ("--gin_file=run.gin", "--gin.NAME=ann", "--gin.FOLDER=/tmp/x")
+
+
+def test_a_setting_may_begin_with_the_home_folder(run, toy, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+
+    def folder(*arguments):
+        status, out, _ = run("--gin_file=run.gin", "--gin.NAME=ann", *arguments)
+        assert status == 0
+        return out.split()[3]
+
+    assert folder("--gin.FOLDER=~/runs/*.jsonl") == "/home/ann/runs/*.jsonl"
+    for other in ("~", "ann~/runs", "~ann"):
+        assert folder(f"--gin.FOLDER={other}") == other
+    (toy / "run.gin").write_text(RUN.replace("FOLDER = %gin.REQUIRED", "FOLDER = '~/runs'"))
+    assert folder() == "/home/ann/runs"
+
+
+def test_runs_with_its_settings(run):
+    status, out, err = run(*GIVEN, "--gin.PITCH=5", "--gin.toy.shout.loudness=2")
+    assert (status, err) == (0, "")
+    assert out == "ANN!! Voice(pitch=5, words=('hello',)) /tmp/x None\n"
+
+
+def test_a_terminal_without_utf_8_ends_no_run(toy):
+    environment = {**os.environ, "PYTHONPATH": f"{toy}{os.pathsep}{ROOT}"}
+    done = subprocess.run(
+        [sys.executable, "-m", "toy", *GIVEN, "--gin.NAME=Zo\u00eb \u00b1"],
+        env={**environment, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(r"ZO\xcb \xb1! ")
+
+
+def test_python_dash_m(toy):
+    """The real thing, once: the function that gin files name is the one that runs."""
+    environment = {**os.environ, "PYTHONPATH": f"{toy}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-m", "toy"]
+    done = subprocess.run(
+        [*command, *GIVEN], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "ANN! Voice(pitch=3, words=('hello',)) /tmp/x None\n"
+    failed = subprocess.run(
+        [*command, *GIVEN, "--gin.PITCH=-1"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert (failed.returncode, failed.stdout) == (2, "")
+    assert failed.stderr == "toy: error: pitch: expected at least 0, found -1\n"
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("{'inputs':64,'targets':32}", "{'inputs': 64, 'targets': 32}"),
+        ("1e-4", "0.0001"),
+        ("-3", "-3"),
+        ("True", "True"),
+        ("None", "None"),
+        ("bfloat16", "bfloat16"),
+        ("gs://bucket/a b", "gs://bucket/a b"),
+        ("2024-01-01", "2024-01-01"),
+        ("it's", "it's"),
+        ('"/tmp/x"', "/tmp/x"),
+        ("'3'", "3"),
+        ("", ""),
+        ("a=b", "a=b"),
+        ("%PITCH", "3"),
+        ("@toy.Voice()", "Voice(pitch=3, words=('hello',))"),
+        ("@json.JSONDecodeError", "<class 'json.decoder.JSONDecodeError'>"),  # json: not imported
+    ],
+)
+def test_values_need_no_quotes(run, value, shown):
+    status, out, err = run(*GIVEN, f"--gin.LENGTHS={value}")
+    assert (status, err) == (0, "")
+    assert out.removesuffix("\n").partition("/tmp/x ")[2] == shown
+
+
+def test_later_files_and_flags_win(run, toy):
+    (toy / "other.gin").write_text("PITCH = 8\nNAME = 'bo'\n")
+    _, out, _ = run("--gin_file=run.gin", "--gin_file=other.gin", "--gin.FOLDER=x", "--gin.NAME=cy")
+    assert out.startswith("CY! Voice(pitch=8,")
+
+
+def test_gin_files_and_includes_are_found_in_search_paths(run, toy):
+    for folder in ("a", "b"):
+        (toy / folder / "runs").mkdir(parents=True)
+    (toy / "run.gin").rename(toy / "b" / "runs" / "base.gin")
+    (toy / "a" / "runs" / "run.gin").write_text("include 'runs/base.gin'\nPITCH = 9\n")
+    status, out, _ = run("--gin_file=runs/run.gin", *GIVEN[1:], "--gin_search_paths=a,b")
+    assert status == 0
+    assert "pitch=9" in out
+
+
+@pytest.mark.parametrize("name", ["models/t5_1_1_tiny.gin", "gin_configs/models/t5_1_1_tiny.gin"])
+def test_project_gin_files_are_found_from_anywhere(run, name):
+    status, out, err = run(*GIVEN, f"--gin_file={name}", "--gin.LENGTHS=@t5.T5Config()")
+    assert status == 0
+    assert "emb_dim=32" in out
+    assert err == "toy: warning: nothing reads MODEL (t5_1_1_tiny.gin)\n"
+
+
+def test_missing_gin_file(mistake, toy):
+    message = mistake("--gin_file=models/t5_1_1_tinny.gin")
+    assert message.startswith("--gin_file: no gin file 'models/t5_1_1_tinny.gin': looked for ")
+    assert str(toy / "models/t5_1_1_tinny.gin") in message
+    assert str(ROOT / "gin_configs/models/t5_1_1_tinny.gin") in message
+    assert "did you mean models/t5_1_1_tiny.gin" in message
+
+
+def test_missing_include(mistake, toy):
+    (toy / "top.gin").write_text("# first\ninclude 'runs.gin'\n")
+    assert mistake("--gin_file=top.gin").startswith("top.gin, line 2: no gin file 'runs.gin'")
+
+
+def test_a_file_that_includes_itself(mistake, toy):
+    (toy / "top.gin").write_text("include 'top.gin'\n")
+    assert mistake("--gin_file=top.gin") == "top.gin, line 1: top.gin includes itself"
+
+
+def test_required_settings_are_listed_together(mistake):
+    assert (
+        mistake("--gin_file=run.gin")
+        == "settings are missing: set --gin.NAME=..., --gin.FOLDER=..."
+    )
+
+
+def test_macros_that_nothing_sets(mistake, toy):
+    (toy / "more.gin").write_text("import toy\ntoy.shout.loudness = %PICH\n")
+    assert mistake(*GIVEN, "--gin_file=more.gin") == (
+        "settings are missing: more.gin reads %PICH, which nothing sets (did you mean %PITCH?), "
+        "or --gin.PICH=..."
+    )
+
+
+def test_macros_that_another_file_sets(mistake, toy):
+    (toy / "more.gin").write_text("import toy\ntoy.shout.loudness = %MODEL\n")
+    (toy / "models").mkdir()
+    for name in ("a", "b", "c"):
+        (toy / "models" / f"{name}.gin").write_text("MODEL = 3\n")
+    message = mistake(*GIVEN, "--gin_file=more.gin", "--gin_search_paths=models")
+    assert message.startswith(
+        "settings are missing: more.gin reads %MODEL, which nothing sets: add --gin_file=a.gin (or "
+    )
+    assert message.endswith(" others), or --gin.MODEL=...")
+
+
+def test_misspelt_macro_on_the_command_line(mistake):
+    assert mistake(*GIVEN, "--gin.PICH=3") == (
+        "--gin.PICH: no gin file reads %PICH; did you mean PITCH?"
+    )
+    assert mistake("--gin.PITCH=3") == (
+        "--gin.PITCH: no gin file reads %PITCH; is a --gin_file missing?"
+    )
+
+
+def test_unused_macros_of_files_are_a_warning(run, toy):
+    (toy / "more.gin").write_text("SPEED = 1\nCOLOR = 2\n")
+    status, _, err = run(*GIVEN, "--gin_file=more.gin")
+    assert status == 0
+    assert err == "toy: warning: nothing reads SPEED (more.gin), COLOR (more.gin)\n"
+
+
+def test_arguments_that_nothing_binds(mistake):
+    assert mistake() == (
+        "no gin file sets name, folder: pass a run file with --gin_file=..., or set "
+        "--gin.toy.greet.name=..., --gin.toy.greet.folder=..."
+    )
+
+
+def test_arguments_can_be_set_without_any_file(run):
+    status, out, _ = run("--gin.toy.greet.name=di", "--gin.toy.greet.folder=here")
+    assert (status, out) == (0, "DI! None here None\n")
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        (
+            "--gin.toy.Voice.pich=3",
+            "--gin.toy.Voice.pich=3: Configurable 'toy.Voice' doesn't have a parameter named "
+            "'pich'.",
+        ),
+        (
+            "--gin.toy.Voise.pitch=3",
+            "--gin.toy.Voise.pitch=3: Couldn't resolve selector toy.Voise; toy has no attribute "
+            "Voise.",
+        ),
+        (
+            "--gin.nowhere.Voice.pitch=3",
+            "--gin.nowhere.Voice.pitch=3: 'nowhere' was not provided by an import statement.",
+        ),
+        (
+            "--gin.LENGTHS={'inputs' 64}",
+            "--gin.LENGTHS={'inputs' 64}: Expected ':'.; a text that starts like this needs "
+            "quotes within",
+        ),
+        ("--gin.LENGTHS", "--gin.LENGTHS: expected --gin.NAME=VALUE"),
+        ("--gin.a-b=3", "--gin.a-b=3: expected --gin.NAME=VALUE"),
+        ("--steps=3", "unrecognized arguments: --steps=3 (see --help)"),
+    ],
+)
+def test_wrong_flags(mistake, argument, message):
+    assert mistake(*GIVEN, argument) == message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("X = = 3\n", "bad.gin, line 1: Unable to parse value.: X = = 3"),
+        ("import toy\ntoy.Voice\n", "bad.gin, line 2: Couldn't parse statement"),
+        ("import nowhere_at_all\n", "No module named 'nowhere_at_all' In file \"bad.gin\", line 1"),
+        (
+            "from __gin__ import dynamic_registration\nimport toy\ntoy.Voice.pich = 3\n",
+            "Configurable 'toy.Voice' doesn't have a parameter named 'pich'. In file \"bad.gin\", "
+            "line 3 toy.Voice.pich = 3",
+        ),
+    ],
+)
+def test_wrong_gin_files(mistake, toy, text, message):
+    (toy / "bad.gin").write_text(text)
+    assert mistake(*GIVEN, "--gin_file=bad.gin").startswith(message)
+
+
+def test_mistakes_found_by_the_library(mistake, toy):
+    assert mistake(*GIVEN, "--gin.PITCH=-1") == "pitch: expected at least 0, found -1"
+    assert mistake(*GIVEN, "--gin.NAME=open", f"--gin.FOLDER={toy}") == (
+        f"No such file or directory: '{toy}/absent'"
+    )
+
+
+def test_a_constructor_that_lacks_a_setting(mistake, toy):
+    (toy / "run.gin").write_text(RUN.replace("toy.Voice.pitch", "toy.shout.loudness"))
+    assert "missing 1 required keyword-only argument: 'pitch'" in mistake(*GIVEN)
+
+
+def test_our_own_mistakes_keep_their_traceback(toy):
+    with pytest.raises(ValueError, match="our own mistake") as raised:
+        program.run("toy", "greet", [*GIVEN, "--gin.NAME=bug"])
+    assert raised.traceback[-1].name == "greet"
+
+
+def test_interrupt(run):
+    assert run(*GIVEN, "--gin.NAME=interrupt") == (130, "", "toy: interrupted\n")
+
+
+def test_help_needs_no_import(run, toy):
+    (toy / "toy.py").write_text('"""Greets somebody.\n\nMore.\n"""\nraise AssertionError\n')
+    status, out, err = run("--help", "--gin_file=run.gin")
+    assert (status, err) == (0, "")
+    assert out.startswith("Greets somebody.\n\nMore.\n\nusage: python -m toy --gin_file=FILE ...")
+    assert "--gin_search_paths" in out
+    assert (
+        "--gin_file=run.gin needs:\n"
+        "  Greets one person.\n"
+        "  \n"
+        "  Set: NAME (whom to greet), FOLDER.\n"
+        "  --gin.NAME=...\n"
+        "  --gin.FOLDER=...\n"
+        "and sets, unless you do:\n"
+        "  --gin.PITCH=3  # more is higher\n"
+        "  --gin.LENGTHS=None\n"
+    ) in out
+    assert "python -m toy --gin_file=run.gin --gin.NAME=... --gin.FOLDER=...\n" in out
+
+
+def test_help_names_the_run_files_of_a_program_alone(capsys):
+    """What a pipeline sets of generate.generate leaves out its output: no run file of its own."""
+    with pytest.raises(SystemExit):
+        program.run("tnt_jax.generate", "generate", ["--help"])
+    out = capsys.readouterr().out
+    assert re.findall("^--gin_file=(.*) needs:$", out, re.MULTILINE) == ["runs/generate.gin"]
+    assert "With a --gin_file, --help also lists every other setting" in out
+
+
+def test_a_program_without_settings_names_its_run_files(capsys):
+    with pytest.raises(SystemExit):
+        program.run("tnt_jax.train", "train", [])
+    message = "pass a run file with --gin_file=runs/train.gin or runs/train_task.gin, or set "
+    assert message in capsys.readouterr().err
+
+
+def test_written_config_repeats_the_run(run, toy):
+    first = run(*GIVEN, "--gin.NAME=write", f"--gin.FOLDER={toy}", "--gin.toy.shout.loudness=3")
+    written = (toy / "operative_config.gin").read_text()
+    assert "toy.greet.lengths = %LENGTHS" in written
+    (toy / "operative_config.gin").rename(toy / "again.gin")
+    assert run("--gin_file=again.gin") == first
+    assert (toy / "operative_config.gin").read_text() == written
+
+
+def test_written_config_holds_what_is_called_later(toy):
+    gin.parse_config_files_and_bindings(["run.gin"], ["NAME = 'a'", "FOLDER = 'b'"])
+    with gin.unlock_config():
+        gin.parse_config(
+            ["from __gin__ import dynamic_registration", "import toy", "toy.shout.loudness = 4"]
+        )
+    operative_config.write(toy / "out.jsonl")
+    assert "toy.shout.loudness = 4" in (toy / "out.jsonl.gin").read_text()
+
+
+def test_no_config_is_written_for_python_callers(tmp_path):
+    gin.clear_config()
+    operative_config.write(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("before", ["", "import importlib.util as u; u.find_spec('tensorflow'); "])
+def test_tensorflow_is_imported_without_its_lines_but_others_come_through(tmp_path, before):
+    """Also where a library, as epath does, has asked before whether it is there."""
+    (tmp_path / "tensorflow.py").write_text(
+        "import os, sys\n"
+        "os.write(2, b'I0000 00:00:1.2   3 cudart_stub.cc:31] Could not find cuda drivers\\n')\n"
+        "os.write(2, b'WARNING: All log messages before absl::InitializeLog() is called\\n')\n"
+        "print('a real warning', file=sys.stderr)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", f"from tnt_jax import program; {before}import tensorflow"],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "a real warning\n")
+
+
+# Descriptions -----------------------------------------------------------------------------------
+
+
+class Color(enum.Enum):
+    RED = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    x: float
+    label: str = "p"
+
+
+class Holder:
+    def __init__(self, content):
+        self.content = content
+
+    def method(self):
+        return self.content
+
+
+def adder(amount):
+    def add(x):
+        return x + amount
+
+    return add
+
+
+CYCLE = []
+CYCLE.append(CYCLE)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (None, None),
+        (3, 3),
+        (0.5, 0.5),
+        (float("inf"), "inf"),
+        ((1, [2, "a"]), [1, [2, "a"]]),
+        ({"b": 1, 2: {3}}, {"b": 1, "2": [3]}),
+        (pathlib.PurePosixPath("/a/b"), "/a/b"),
+        (np.float32(0.25), 0.25),
+        (np.dtype("int32"), "int32"),
+        (Color.RED, {"class": "test_program.Color", "name": "RED"}),
+        (Point(1.0), {"class": "test_program.Point", "x": 1.0, "label": "p"}),
+        (Holder([Point(2.0)]).content, [{"class": "test_program.Point", "x": 2.0, "label": "p"}]),
+        (Holder(1), {"class": "test_program.Holder", "content": 1}),
+        (
+            Holder(1).method,
+            {
+                "function": "test_program.Holder.method",
+                "self": {"class": "test_program.Holder", "content": 1},
+            },
+        ),
+        (Point, {"function": "test_program.Point"}),
+        (adder(5), {"function": "test_program.adder.<locals>.add", "amount": 5}),
+        (
+            functools.partial(adder, amount=2),
+            {"partial": {"function": "test_program.adder"}, "args": [], "amount": 2},
+        ),
+        (CYCLE, ["..."]),
+        (json, {"module": "json"}),
+    ],
+)
+def test_descriptions(value, expected):
+    assert operative_config.describe(value) == expected
+
+
+def test_description_of_arrays_is_of_their_content():
+    described = operative_config.describe(np.arange(3))
+    assert described["shape"] == [3]
+    assert described == operative_config.describe(np.arange(3))
+    assert described != operative_config.describe(np.arange(1, 4))
+
+
+def test_description_of_built_optimizers_holds_their_numbers_and_no_address():
+    def built(peak):
+        schedule = optax.warmup_cosine_decay_schedule(0.0, peak, 10, 100)
+        return json.dumps(operative_config.describe(optax.adafactor(schedule)))
+
+    assert built(0.1) == built(0.1)
+    assert built(0.1) != built(0.2)
+    assert not re.search(r"0x[0-9a-f]{6}", built(0.1))
+
+
+@pytest.fixture
+def clean_gin():
+    gin.clear_config()
+    yield
+    gin.clear_config()
+
+
+def test_description_of_gin_references_calls_nothing(clean_gin):
+    gin.parse_config(
+        """
+from __gin__ import dynamic_registration
+import optax
+
+BASE = 0.1
+RATE = %BASE
+optax.adafactor.learning_rate = @optax.warmup_cosine_decay_schedule()  # lacks arguments: no call
+optax.warmup_cosine_decay_schedule.peak_value = %RATE
+careful/optax.adafactor.decay_rate = 0.5
+OPTIMIZER = @optax.adafactor
+CAREFUL = @careful/optax.adafactor
+"""
+    )
+    plain = {
+        "function": "optax._src.alias.adafactor",
+        "learning_rate": {
+            "call": "optax.schedules._schedule.warmup_cosine_decay_schedule",
+            "peak_value": 0.1,
+        },
+    }
+    assert operative_config.describe(optax.adafactor) == plain
+    assert operative_config.describe(gin.query_parameter("OPTIMIZER/gin.macro.value")) == plain
+    careful = gin.query_parameter("CAREFUL/gin.macro.value")
+    assert operative_config.describe(careful) == {**plain, "decay_rate": 0.5}
+    # What a program's function receives is not the reference but what gin makes of it.
+    assert operative_config.describe(careful.scoped_configurable_fn) == {**plain, "decay_rate": 0.5}
+
+
+def test_description_of_a_scoped_class(clean_gin, toy):
+    gin.parse_config(
+        """
+from __gin__ import dynamic_registration
+import toy
+toy.Voice.words = ("a", "b")
+loud/toy.Voice.pitch = 9
+toy.greet.style = @loud/toy.Voice
+"""
+    )
+    style = gin.get_bindings("toy.greet")["style"]
+    assert operative_config.describe(style) == {
+        "function": "toy.Voice",
+        "words": ["a", "b"],
+        "pitch": 9,
+    }
+
+
+def test_description_of_a_vocabulary_depends_on_its_file_alone(tmp_path):
+    class Vocabulary:  # as seqio.SentencePieceVocabulary
+        def __init__(self, file, extra_ids=0):
+            self.sentencepiece_model_file = str(file)
+            self.extra_ids = extra_ids
+
+    for name, content in [("a", b"model"), ("b", b"model"), ("c", b"other")]:
+        (tmp_path / name).write_bytes(content)
+    described = {n: operative_config.describe(Vocabulary(tmp_path / n)) for n in "abc"}
+    assert described["a"] == described["b"] != described["c"]
+    assert operative_config.describe(Vocabulary(tmp_path / "a", 100)) != described["a"]
+    assert (
+        operative_config.describe(Vocabulary(tmp_path / "absent"))["model"] == f"{tmp_path}/absent"
+    )

@@ -1,0 +1,130 @@
+"""What a stage takes for done: only what was made whole, with the settings and files of today."""
+
+import contextlib
+import os
+import pathlib
+import shutil
+import types
+
+import pytest
+
+from tnt_jax.runtime import preemption, stages
+
+
+@pytest.fixture(autouse=True)
+def working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def note_run(*, output, path):
+    with pathlib.Path(output).open("a") as file:
+        file.write(f"{path}\n")
+
+
+def was_run(path):
+    """Whether a stage that reads `path` had to be run."""
+    output = pathlib.Path("output")
+    before = output.read_text() if output.exists() else ""
+    settings = {"output": "output", "inputs": {"path": path}, "settings": {}}
+    stages.Stages(pathlib.Path("root")).run("stage", note_run, **settings)
+    return output.read_text() != before
+
+
+def test_a_stage_is_run_again_when_a_file_that_its_pattern_matches_changes():
+    folder = pathlib.Path("prompts")
+    folder.mkdir()
+    (folder / "a.jsonl").write_text("one")
+    pattern = "prompts/*.jsonl"
+    assert was_run(pattern)
+    (folder / "other.txt").write_text("not matched")
+    assert not was_run(pattern)
+    (folder / "a.jsonl").write_text("two")
+    assert was_run(pattern)
+    (folder / "b.jsonl").write_text("three")
+    assert was_run(pattern)
+    (folder / "b.jsonl").rename(folder / "c.jsonl")
+    assert was_run(pattern)
+    assert not was_run(pattern)
+    # A bucket, or the name of a model elsewhere, is known by its name alone.
+    for elsewhere in ("gs://bucket/*.jsonl", "google/flan-t5-small"):
+        assert was_run(elsewhere)
+        assert not was_run(elsewhere)
+
+
+def test_a_stage_is_run_again_when_an_older_file_of_its_folder_changes():
+    """As `cp -p` and `rsync -a` leave it: of the same size, with a time of its own."""
+    folder = pathlib.Path("checkpoint")
+    folder.mkdir()
+    for name, when in (("params", 100), ("newest", 300)):
+        (folder / name).write_text(name)
+        os.utime(folder / name, (when, when))
+    assert was_run("checkpoint")
+    assert not was_run("checkpoint")
+    (folder / "params").write_text("PARAMS")
+    os.utime(folder / "params", (200, 200))
+    assert was_run("checkpoint")
+
+
+def count_up(*, output, up_to):
+    """Goes on from what is there."""
+    folder = pathlib.Path(output)
+    folder.mkdir(exist_ok=True)
+    for number in range(len(list(folder.iterdir())), up_to):
+        (folder / str(number)).write_text(f"of {up_to}")
+
+
+def counted(up_to):
+    settings = {"output": "output", "inputs": {}, "settings": {"up_to": up_to}, "goes_on": True}
+    stages.Stages(pathlib.Path("root")).run("count", count_up, **settings)
+    return {file.name: file.read_text() for file in pathlib.Path("output").iterdir()}
+
+
+@pytest.mark.parametrize("then", [2, 3])
+def test_what_was_half_deleted_is_neither_kept_nor_gone_on_from(monkeypatch, then):
+    """Whether the settings are again those that made it, or those that it was deleted for."""
+    assert counted(2) == {"0": "of 2", "1": "of 2"}
+
+    def interrupted(folder):
+        (pathlib.Path(folder) / "0").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", interrupted)
+        counted(3)
+    assert counted(then) == {str(number): f"of {then}" for number in range(then)}
+
+
+NOW = [0.0]  # what a stage closes over would be one of its settings
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    monkeypatch.setattr(stages, "time", types.SimpleNamespace(monotonic=lambda: NOW[0]))
+
+
+def wait(*, output, steps):
+    """Takes 2 seconds, and is stopped in its first run."""
+    folder = pathlib.Path(output)
+    is_first = not folder.exists()
+    folder.mkdir(exist_ok=True)
+    NOW[0] += 2
+    if is_first:
+        raise preemption.Preempted("the machine is taken away")
+
+
+def seconds(steps):
+    """That a stage took, if it is done."""
+    of_run = stages.Stages(pathlib.Path("root"))
+    settings = {"output": "output", "inputs": {}, "settings": {"steps": steps}, "goes_on": True}
+    with contextlib.suppress(preemption.Preempted):
+        of_run.run("wait", wait, **settings)
+    return of_run.seconds("wait")
+
+
+def test_the_time_of_a_stage_that_was_stopped_is_that_of_all_attempts(clock):
+    assert seconds(1) is None
+    assert seconds(1) == 4.0
+    # With other settings, and where its output is gone, it begins anew.
+    assert [seconds(2), seconds(3), seconds(3)] == [None, None, 4.0]
+    shutil.rmtree("output")
+    assert [seconds(3), seconds(3)] == [None, 4.0]

@@ -1,0 +1,404 @@
+"""The kinds of original: whatever the kind, the same loss; and what each keeps in files."""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import traverse_util
+from helpers import rooms
+
+from tnt_jax import convert, objectives
+from tnt_jax.checkpoints import pretrained
+from tnt_jax.data import feature_converters
+from tnt_jax.models import adapters, sharding, t5
+from tnt_jax.runtime.errors import UsageError
+from tnt_jax.training import assembly, load_original, original_cache
+from tnt_jax.training.original_cache import OriginalStates
+from tnt_jax.training.originals import AdaptersOff
+
+# --------------------------------------------------------------------------------- Whole programs
+
+
+@pytest.fixture(scope="module", autouse=True)
+def working_directory(tmp_path_factory):
+    """An original, and sentences that stand for its outputs, annotated."""
+    folder = tmp_path_factory.mktemp("world")
+    rooms.write_world(folder)
+    with contextlib.chdir(folder), rooms.compiled_cheaply():
+        settings = {"OUTPUT": "annotated.jsonl", "RECORDS": "corpus.jsonl"}
+        assert rooms.run("annotate", settings) == 0
+        rooms.train_original("original", 10, LOG_EVERY=1)
+        yield
+
+
+def train(model_dir, gin_files=(), status=0, **settings):
+    settings = {"RECORDS": "annotated.jsonl", "TRAIN_STEPS": 4, "LOG_EVERY": 1} | settings
+    assert rooms.run("train", {**settings, "MODEL_DIR": model_dir}, gin_files) == status
+
+
+def metrics(model_dir, name="loss"):
+    lines = pathlib.Path(model_dir, "metrics.jsonl").read_text().splitlines()
+    return [row[name] for row in map(json.loads, lines) if name in row]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"BLOCK_SIZE": 7}, {"PACK": True}, {"NUM_MICROBATCHES": 2}], ids=str
+)
+def test_cached_states_give_the_run_of_a_second_forward(settings, capfd):
+    (name,) = settings
+    train(f"{name}-parameters", **settings)
+    train(f"{name}-cached", **settings, ORIGINAL="cached")
+    losses = metrics(f"{name}-cached")
+    np.testing.assert_allclose(losses, metrics(f"{name}-parameters"), rtol=2e-5, atol=1e-8)
+    for name_of_metric in ("positive_kl", "negative_collateral", "negative_smallest_cost"):
+        found = metrics(f"{name}-cached", name_of_metric)
+        wanted = metrics(f"{name}-parameters", name_of_metric)
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-7)
+
+
+def test_states_serve_every_objective_and_are_computed_once(capfd):
+    train("one", ORIGINAL="cached", STATES_DIR="states")
+    files = {path: path.stat().st_mtime_ns for path in pathlib.Path("states").rglob("*.npy")}
+    assert files
+    assert "nothing to compute" not in capfd.readouterr().out
+    train("two", ["objectives/tnff.gin"], ORIGINAL="cached", STATES_DIR="states")
+    assert "nothing to compute" in capfd.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in pathlib.Path("states").rglob("*.npy")} == files
+    # Another original has states of its own.
+    train("three", ORIGINAL="cached", STATES_DIR="states", INITIAL_CHECKPOINT_PATH="one")
+    assert len({path.parent for path in pathlib.Path("states").rglob("*.npy")}) == 2
+
+
+def test_cached_states_after_a_stop():
+    train("straight", ORIGINAL="cached", TRAIN_STEPS=6)
+    train("stopped", ORIGINAL="cached", TRAIN_STEPS=3)
+    train("stopped", ORIGINAL="cached", TRAIN_STEPS=6)
+    rooms.assert_same_state("stopped", "straight")
+
+
+def test_states_with_evaluation():
+    evaluation = {
+        "EVAL_DATASET": "@evaluation/tasks.RecordFiles()",
+        "evaluation/tasks.RecordFiles.files": "annotated.jsonl",
+        "evaluation/tasks.RecordFiles.vocabulary": "%VOCABULARY",
+    }
+    train("evaluated-cached", ORIGINAL="cached", **evaluation)
+    train("evaluated-parameters", **evaluation)
+    found, wanted = (metrics(f"evaluated-{kind}", "eval/loss") for kind in ("cached", "parameters"))
+    np.testing.assert_allclose(found, wanted, rtol=2e-5)
+
+
+def test_a_damaged_part_is_named(capfd):
+    train("damaged", ORIGINAL="cached", STATES_DIR="damaged_states")
+    part = next(pathlib.Path("damaged_states").rglob("*.npy"))
+    part.write_bytes(part.read_bytes()[:100])
+    train("again", status=2, ORIGINAL="cached", STATES_DIR="damaged_states")
+    assert f"{part.with_suffix('.json')}: expected states of the original" in capfd.readouterr().err
+
+
+def test_adapters_start_at_the_original_and_only_they_move(capfd):
+    train("adapters", ORIGINAL="adapters_off", ADAPTER_RANK=4, LEARNING_RATE=1e-2)
+    train("parameters-too", LEARNING_RATE=1e-2)
+    losses = metrics("adapters")
+    # Before the first update both are the original.
+    assert losses[0] == pytest.approx(metrics("parameters-too")[0], rel=1e-5)
+    assert losses[-1] < losses[0]
+    saved = jax.tree.leaves_with_path(rooms.saved("adapters"))
+    assert saved
+    assert all(adapters.is_adapter(path) for path, _ in saved)
+    # Going on with another way to train is refused.
+    train("adapters", status=2, TRAIN_STEPS=8)
+    assert "adapter" in capfd.readouterr().err
+
+
+def test_a_run_of_adapters_is_read_as_the_model_that_it_is():
+    """Generation, evaluation and conversion take it as they take any checkpoint."""
+    train("to-read", ORIGINAL="adapters_off", ADAPTER_RANK=4, ADAPTER_ALPHA=12.0, LEARNING_RATE=0.1)
+    params, added, original = (
+        traverse_util.flatten_dict(tree, sep="/")
+        for tree in (
+            restored("to-read"),
+            rooms.saved("to-read"),
+            rooms.saved("original"),
+        )
+    )
+    assert params.keys() == original.keys()
+    changed = set()
+    for name, kernel in original.items():
+        module = name.removesuffix("/kernel")
+        expected = kernel
+        if f"{module}/adapter_in" in added:
+            changed.add(name)
+            expected = kernel + 3 * added[f"{module}/adapter_in"] @ added[f"{module}/adapter_out"]
+        np.testing.assert_allclose(params[name], expected, rtol=1e-5, atol=1e-6)
+    assert len(changed) == 4 + 3 + 8 + 3  # attention and mlp of one layer in each stack
+    settings = {"PROMPTS": "corpus.jsonl", "OUTPUT": "adapters.jsonl", "CHECKPOINT_PATH": "to-read"}
+    assert rooms.run("generate", settings) == 0
+    convert.convert(input="to-read", output="merged", output_format="orbax")
+    jax.tree.map(np.testing.assert_array_equal, restored("merged"), restored("to-read"))
+
+
+def restored(path):
+    found = pretrained.open_checkpoint(path)
+    return found.restore(assembly.Model(config=found.config, mesh=one_device()).abstract_params)
+
+
+def one_device():
+    return sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
+
+
+def test_adapters_beside_another_original_are_refused():
+    """A run notes the checkpoint that it was trained beside, and what was in it."""
+    shutil.copytree("original", "moving")
+    train("beside", ORIGINAL="adapters_off", INITIAL_CHECKPOINT_PATH="moving")
+    train("moved", TRAIN_STEPS=1, INITIAL_CHECKPOINT_PATH="moving", LEARNING_RATE=0.1)
+    before = restored("beside")
+    shutil.copytree("moved/checkpoint_1", "moving/checkpoint_20")
+    jax.tree.map(np.testing.assert_array_equal, restored("beside"), before)
+    shutil.rmtree("moving/checkpoint_10")
+    shutil.copytree("moved/checkpoint_1", "moving/checkpoint_10")
+    with pytest.raises(UsageError, match="its adapters were trained beside weights with the"):
+        restored("beside")
+    with pytest.raises(UsageError, match="its adapters were trained beside weights with the"):
+        convert.convert(input="beside", output="merged-beside", output_format="orbax")
+
+
+def test_other_adapters_on_a_restart_are_refused(capfd):
+    train("alpha", ORIGINAL="adapters_off", ADAPTER_ALPHA=32.0)
+    train("alpha", status=2, ORIGINAL="adapters_off", ADAPTER_ALPHA=320.0, TRAIN_STEPS=9)
+    assert "ADAPTER_RANK and ADAPTER_ALPHA" in capfd.readouterr().err
+
+
+def test_a_folder_of_states_that_nobody_reads_is_refused(capfd):
+    train("forgotten", status=2, STATES_DIR="somewhere")
+    assert "states are kept with ORIGINAL='cached' alone" in capfd.readouterr().err
+
+
+def test_adapters_without_their_original_are_refused():
+    train("to-lose", ORIGINAL="adapters_off", INITIAL_CHECKPOINT_PATH="adapters-base")
+    pathlib.Path("adapters-base").rename("elsewhere")
+    with pytest.raises(
+        UsageError, match=r"adapters for an original that the run noted as .*adapters-base"
+    ):
+        pretrained.open_checkpoint("to-lose")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def base_of_adapters(working_directory):
+    shutil.copytree("original", "adapters-base")
+
+
+def test_adapters_after_a_stop():
+    settings = {"ORIGINAL": "adapters_off", "ADAPTER_RANK": 2}
+    train("adapters-straight", TRAIN_STEPS=6, **settings)
+    train("adapters-stopped", TRAIN_STEPS=3, **settings)
+    train("adapters-stopped", TRAIN_STEPS=6, **settings)
+    rooms.assert_same_state("adapters-stopped", "adapters-straight")
+
+
+def test_an_unknown_kind_is_refused(capfd):
+    train("unknown", status=2, ORIGINAL="cache")
+    assert "expected parameters, cached or adapters_off, found 'cache'" in capfd.readouterr().err
+
+
+# -------------------------------------------------------------------------------- The step's parts
+
+CONFIG = t5.T5Config(
+    vocab_size=40,
+    emb_dim=16,
+    num_heads=2,
+    num_encoder_layers=2,
+    num_decoder_layers=2,
+    head_dim=8,
+    mlp_dim=32,
+    mlp_activations=("gelu", "linear"),
+    logits_via_embedding=False,
+    dtype="bfloat16",
+    scan_layers=True,
+)
+
+
+def trainer_of(original, config=CONFIG, **mesh_shape):
+    return load_original.make_trainer(
+        model=config,
+        initial_checkpoint_path=None,
+        objective=objectives.TntObjective(negative_term="reverse_kl", positive_term="forward_kl"),
+        optimizer=optax.adam(1e-3),
+        batch_size=8,
+        mesh_shape=sharding.MeshShape(**mesh_shape),
+        original=original,
+        adapter_rank=4,
+        adapter_alpha=8.0,
+    )
+
+
+def some_examples(number=8):
+    random = np.random.default_rng(0)
+
+    def example(i):
+        targets = random.integers(2, 40, random.integers(2, 7)).astype(np.int32)
+        return feature_converters.Example(
+            inputs=random.integers(2, 40, 5).astype(np.int32),
+            targets=targets,
+            negative_pairs=np.array([[0, targets[0]]], np.int32),
+            id=str(i),
+        )
+
+    return [example(i) for i in range(number)]
+
+
+LENGTHS = {"inputs": 6, "targets": 8}
+
+
+@pytest.mark.parametrize("kind", ["parameters", "cached", "adapters_off"])
+def test_the_original_is_a_fixed_point_in_bfloat16(kind, tmp_path):
+    """What is kept in bfloat16 is what every use casts to: not a bit of the logits changes."""
+    trainer = trainer_of(kind, data=2, fsdp=2, model=2)
+    examples = some_examples()
+    brought, start = load_original.bring(
+        trainer,
+        lambda: trainer.model.init(0),
+        None,
+        is_new=True,
+        examples=examples,
+        states_folder=str(tmp_path),
+        task_feature_lengths=LENGTHS,
+        batch_size=8,
+        seed=0,
+    )
+    unmarked = [
+        feature_converters.Example(e.inputs, e.targets, e.negative_pairs[:0]) for e in examples
+    ]
+    batch = feature_converters.convert_features(unmarked, LENGTHS, 1)
+    batch = brought.with_states(batch, [(e, row, 0) for row, e in enumerate(examples)])
+    batch = sharding.put_batch(batch, trainer.model.mesh)
+    _, sums = trainer.step(trainer.init_state(start), brought.params, batch, jax.random.key(0))
+    assert sums["loss"] == sums["gradient_norm"] == 0
+    if kind != "cached":
+        layer = brought.params["decoder"]["layers"]
+        assert layer["mlp"]["wo"]["kernel"].dtype == jnp.bfloat16
+        assert layer["pre_mlp_layer_norm"]["scale"].dtype == jnp.float32
+
+
+def test_states_are_those_of_the_tokens_that_are_kept(tmp_path):
+    """Keyed by the tokens within the lengths: a longer target that is cut alike shares them."""
+    states = OriginalStates(str(tmp_path), "one", LENGTHS)
+    calls = []
+
+    def states_of(batch):
+        calls.append(batch)
+        return batch["decoder_target_tokens"][..., None].astype(np.float32)
+
+    long = np.arange(2, 14, dtype=np.int32)
+    pairs = np.zeros((0, 2), np.int32)
+    examples = [
+        feature_converters.Example(long, long, pairs),
+        feature_converters.Example(long[:6], long[:8], pairs),
+        feature_converters.Example(long, long[:3], pairs),
+    ]
+    states.compute(examples, states_of, batch_size=4)
+    assert len(calls) == 1
+    np.testing.assert_array_equal(states.of(examples[0])[:, 0], long[:8])
+    np.testing.assert_array_equal(states.of(examples[1])[:, 0], long[:8])
+    # Another process finds them, and adds what is new.
+    later = OriginalStates(str(tmp_path), "one", LENGTHS)
+    assert later.missing(examples) == []
+    more = feature_converters.Example(long[:2], long, pairs)
+    assert later.missing([*examples, more]) == [more]
+    feature = later.feature([(examples[2], 1, 2)], (2, 6))
+    np.testing.assert_array_equal(feature[..., 0], [[0] * 6, [0, 0, *long[:3], 0]])
+    # A part without its JSON was not finished, and does not count.
+    for index in tmp_path.rglob("*.json"):
+        index.unlink()
+    assert len(OriginalStates(str(tmp_path), "one", LENGTHS).missing(examples)) == 2
+
+
+def test_states_of_another_network_are_computed_again(tmp_path, capsys):
+    """The same weights with another setting that no shape shows are another original."""
+    cached = [
+        {},
+        {"mlp_activations": ("relu", "linear")},
+        {"layer_norm_epsilon": 1e-2},
+        {"float32_attention_logits": True},
+        # These change how it is computed, and nothing else.
+        {"scan_layers": False},
+        {"remat_policy": "full"},
+        {"dropout_rate": 0.5},
+    ]
+    computed = []
+    for settings in cached:
+        trainer = trainer_of("cached", dataclasses.replace(CONFIG, **settings))
+        load_original.bring(
+            trainer,
+            lambda trainer=trainer: trainer.model.init(0),
+            None,
+            is_new=False,
+            examples=some_examples(),
+            states_folder=str(tmp_path),
+            task_feature_lengths=LENGTHS,
+            batch_size=8,
+            seed=0,
+        )
+        computed.append("nothing to compute" not in capsys.readouterr().out)
+    assert computed == [True] * 4 + [False] * 3
+
+
+def test_an_input_that_is_cut_is_no_shorter_input(tmp_path):
+    """At four tokens the first becomes 5 6 7 and an EOS, the second stays 5 6 7 8."""
+    states = OriginalStates(str(tmp_path), "one", {"inputs": 4, "targets": 4})
+    pairs, targets = np.zeros((0, 2), np.int32), np.array([9], np.int32)
+    examples = [
+        feature_converters.Example(np.array(ids, np.int32), targets, pairs)
+        for ids in ([5, 6, 7, 8, 9, 1], [5, 6, 7, 8])
+    ]
+    assert len(states.missing(examples)) == 2
+
+
+def test_states_in_a_bucket_are_refused():
+    folder = original_cache.default_folder(None, "gs://bucket/run")
+    assert folder == "gs://bucket/run/original_states"
+    with pytest.raises(UsageError, match="STATES_DIR: expected a local folder"):
+        OriginalStates("gs://bucket/states", "one", LENGTHS)
+
+
+def test_anything_but_an_adapter_is_not_trained_beside_the_original():
+    params = {"layers_0": {"query": {"kernel": jnp.ones((2, 2))}}}
+    trained = {"layers_0": {"query": {"bias": jnp.ones(2)}}}
+    with pytest.raises(UsageError, match="found 1 other parameters to train: layers_0/query/bias"):
+        AdaptersOff().current_params(trained, params)
+
+
+def test_an_adapter_adds_its_product_to_the_kernel():
+    """The network with adapters is the network whose kernels have `scale * A @ B` added."""
+    config = t5.T5Config(**{**CONFIG.__dict__, "dtype": "float32", "adapter_scale": 2.0})
+    params = t5.init(config, jax.random.key(0))
+    added = adapters.init(jax.eval_shape(lambda: params), 4, jax.random.key(1))
+    leaves, structure = jax.tree.flatten(added)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    added = structure.unflatten(
+        [0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    )
+    batch = feature_converters.convert_features(some_examples(), LENGTHS, 1)
+    batch = jax.tree.map(jnp.asarray, batch)
+    forward = t5.make_forward(config)
+
+    def merged(tree, beside):
+        if "kernel" in tree and adapters.ADAPTER_IN in beside:
+            product = jnp.matmul(beside[adapters.ADAPTER_IN], beside[adapters.ADAPTER_OUT])
+            return {"kernel": tree["kernel"] + 2.0 * product}
+        return {
+            name: merged(value, beside[name]) if name in beside else value
+            for name, value in tree.items()
+        }
+
+    together = AdaptersOff().current_params(added, params)
+    found, wanted = forward(together, batch), forward(merged(params, added), batch)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+    assert float(jnp.abs(found - forward(params, batch)).max()) > 0.1

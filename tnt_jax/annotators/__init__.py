@@ -1,0 +1,28 @@
+"""The annotators there are, under the names that settings give them: `@annotators.Lexicon`.
+
+Each takes a record and says which stretches of its targets must go, and perhaps what else would be
+just as wrong there (`tnt_jax.annotators.interface`). All are deterministic, and describe themselves
+with their settings in every record that they mark.
+
+Imports `runtime` and `data`.
+"""
+
+from tnt_jax.annotators.classifier import Classifier
+from tnt_jax.annotators.entities import Entities
+from tnt_jax.annotators.interface import Annotation, Annotator, Span
+from tnt_jax.annotators.lexicon import Gazetteer, Lexicon
+from tnt_jax.annotators.noisy import Noisy
+from tnt_jax.annotators.spans import PythonFunction, Spans
+
+__all__ = [
+    "Annotation",
+    "Annotator",
+    "Classifier",
+    "Entities",
+    "Gazetteer",
+    "Lexicon",
+    "Noisy",
+    "PythonFunction",
+    "Span",
+    "Spans",
+]

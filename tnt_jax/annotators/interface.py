@@ -1,0 +1,138 @@
+"""The interface of annotators: a record in, unwanted character spans out.
+
+Offsets are Unicode code points into a record's targets, end exclusive, so that they mean the same
+in Python, in JSON and for any vocabulary. `tnt_jax.annotators` lists the annotators there are.
+"""
+
+import hashlib
+import pathlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from tnt_jax.data.records import Record
+from tnt_jax.runtime.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """One unwanted stretch of the targets.
+
+    Attributes:
+      start: code point offset of its first character.
+      end: code point offset after its last character.
+      alternatives: texts that would be just as wrong from `start` on, in every casing that the text
+        may take there (`words.forms`).
+    """
+
+    start: int
+    end: int
+    alternatives: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Annotation:
+    """What an annotator found in one record.
+
+    Attributes:
+      spans: sorted and disjoint; empty when nothing is unwanted.
+      supported: texts that remain right in this record, in every casing. A token that begins one of
+        them must not be removed on account of an alternative, or of a banned text within it.
+      banned: texts that must not come up anywhere in the targets. What would complete one is
+        removed at every position, whether or not it was going to come up: a decoding mask as marks.
+    """
+
+    spans: tuple[Span, ...]
+    supported: tuple[str, ...] = ()
+    banned: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class Annotator(Protocol):
+    """The interface of every annotator. Implementations are deterministic and picklable."""
+
+    @property
+    def description(self) -> str:
+        """Name and settings: the `annotator` field of every record it marked."""
+        ...
+
+    def annotate(self, record: Record) -> Annotation | None:
+        """Marks what is unwanted in the record's targets, given its inputs.
+
+        Earlier marks of the record do not count. None says that the annotator does not know the
+        record: it can call it neither marked nor clean.
+        """
+        ...
+
+    def everywhere(self) -> tuple[str, ...]:
+        """Texts to remove at every position of every record; usually none."""
+        ...
+
+
+@runtime_checkable
+class Mask(Protocol):
+    """An annotator that knows beforehand what it would mark: it can mask while decoding."""
+
+    def banned(self, record: Record) -> tuple[str, ...]:
+        """The texts that would be marked in any targets of a record, in all their forms."""
+        ...
+
+    def supported(self, record: Record) -> tuple[str, ...]:
+        """The texts that would not be marked although they may hold a banned one."""
+        ...
+
+
+def merged(spans: Iterable[Span]) -> tuple[Span, ...]:
+    """The spans sorted, those that overlap made one.
+
+    One that holds several has the alternatives of those that begin where it does.
+    """
+    disjoint: list[Span] = []
+    for span in sorted(spans, key=lambda span: (span.start, span.end)):
+        if not disjoint or span.start >= disjoint[-1].end:
+            disjoint.append(span)
+            continue
+        before = disjoint[-1]
+        more = span.alternatives if span.start == before.start else ()
+        disjoint[-1] = Span(
+            start=before.start,
+            end=max(before.end, span.end),
+            alternatives=tuple(dict.fromkeys((*before.alternatives, *more))),
+        )
+    return tuple(disjoint)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextFile:
+    """A file that an annotator's setting names.
+
+    Attributes:
+      path: of the file.
+      setting: that names it, for messages.
+      text: what is in it.
+    """
+
+    path: pathlib.Path
+    setting: str
+    text: str
+
+    @classmethod
+    def read(cls, path: str, *, setting: str) -> "TextFile":
+        """Reads it.
+
+        Raises:
+          UsageError: there is none, or it is not UTF-8.
+        """
+        try:
+            # As bytes, or line ends would be translated, and offsets into texts with them.
+            text = pathlib.Path(path).read_bytes().decode("utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(
+                f"{setting}: expected a UTF-8 text file, cannot read {path!r}: {error}."
+            ) from error
+        return cls(path=pathlib.Path(path), setting=setting, text=text)
+
+    @property
+    def identity(self) -> str:
+        """File name and digest: the same on every machine, different once the content is."""
+        return f"{self.path.name}:{hashlib.sha256(self.text.encode()).hexdigest()[:12]}"

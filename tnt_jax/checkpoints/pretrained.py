@@ -1,0 +1,554 @@
+"""A model from wherever it is: what kind of checkpoint, which network, which vocabulary.
+
+Kinds are found by what a directory holds (`_KINDS`); the user names a path and nothing else.
+"""
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from tnt_jax.checkpoints import huggingface, lazy_arrays, orbax, t5x
+from tnt_jax.checkpoints.lazy_arrays import LazyArray
+from tnt_jax.data import tokenization, vocabularies
+from tnt_jax.models import adapters, t5
+from tnt_jax.runtime import console
+from tnt_jax.runtime.array_types import PyTree
+from tnt_jax.runtime.errors import UsageError, system_error
+
+if TYPE_CHECKING:  # seqio imports TensorFlow, which takes seconds
+    import seqio
+
+# ----------------------------------------------------------------------------- Kinds of checkpoint
+
+_HUGGING_FACE, _OURS, _T5X, _T5X_ORBAX = "Hugging Face", "tnt_jax", "T5X", "T5X (Orbax)"
+
+
+def _has_weights(folder: epath.Path) -> bool:
+    """A config.json and weights of any kind: one that is not read gets an error of its own."""
+    names = (huggingface.WEIGHTS, huggingface.INDEX, "pytorch_model.bin", "flax_model.msgpack")
+    has_weights = any((folder / name).exists() for name in names)
+    return (folder / huggingface.CONFIG).exists() and (
+        has_weights or not (folder / orbax.DESCRIPTION).exists()
+    )
+
+
+# Kind -> whether a directory is one, and what was looked for.
+_KINDS: dict[str, tuple[Callable[[epath.Path], bool], str]] = {
+    _HUGGING_FACE: (_has_weights, f"{huggingface.CONFIG} and {huggingface.WEIGHTS} (Hugging Face)"),
+    _OURS: (lambda folder: (folder / orbax.PARAMS).is_dir(), "params (tnt_jax)"),
+    _T5X: (
+        lambda folder: (folder / t5x.CHECKPOINT_FILE).is_file(),
+        "a file named checkpoint (T5X)",
+    ),
+    _T5X_ORBAX: (
+        lambda folder: (folder / t5x.ORBAX_ITEM / "_METADATA").is_file(),
+        "state/_METADATA (T5X with Orbax)",
+    ),
+}
+_OUTPUT_FORMATS = {
+    _HUGGING_FACE: "huggingface",
+    _OURS: "orbax",
+    _T5X: "t5x",
+    _T5X_ORBAX: "t5x_orbax",
+}
+
+
+def _kind(folder: epath.Path) -> str | None:
+    return next((kind for kind, (is_one, _) in _KINDS.items() if is_one(folder)), None)
+
+
+def is_model(folder: epath.Path) -> bool:
+    """Whether a directory is itself a model, of whichever kind."""
+    return _kind(folder) is not None
+
+
+def check_takes_checkpoints(folder: epath.Path, setting: str) -> None:
+    """Raises a UsageError where checkpoints would come to lie within a model of another kind."""
+    if folder.is_dir() and is_model(folder):
+        raise UsageError(
+            f"{setting}: expected a directory for checkpoints, found a model at {folder}. Choose "
+            "another directory."
+        )
+
+
+def _is_whole(folder: epath.Path) -> bool:
+    """Whether a checkpoint of a known kind is not one that is being written."""
+    kind = _kind(folder)
+    is_orbax = kind in (_OURS, _T5X_ORBAX)
+    return kind is not None and (not is_orbax or ocp.path.step.is_checkpoint_finalized(folder))
+
+
+def find(path: str) -> epath.Path:
+    """The checkpoint that a setting names.
+
+    Itself, the newest `checkpoint_<step>` in a model directory, or a model of the Hugging Face hub,
+    which is downloaded into its cache.
+
+    Raises:
+      UsageError: There is none.
+    """
+    try:
+        given = epath.Path(path).expanduser()
+        given = given if "://" in path else given.absolute()
+        is_there = given.exists()
+    except Exception as error:
+        if "://" not in path:
+            raise
+        # A scheme that etils does not know, or whatever the client of a bucket raises.
+        reason = next(iter(str(error).splitlines()), "")
+        raise UsageError(
+            f"expected a path that can be read, found {path}: {type(error).__name__}: {reason}."
+        ) from error
+    if not is_there:
+        _check_may_look(os.fspath(given))
+        return _from_hub(path)
+    if given.is_file() and given.name == t5x.CHECKPOINT_FILE:
+        given = given.parent  # T5X takes the path of the file as well
+    if not given.is_dir():
+        raise UsageError(f"expected a directory with a model, found a file at {path}.")
+    _check_may_look(f"{given}/.")
+    if _kind(given):
+        return given
+    steps = {
+        int(match[1]): folder
+        for folder in given.iterdir()
+        if (match := re.fullmatch(r"checkpoint_(\d+)", folder.name)) and _is_whole(folder)
+    }
+    if not steps:
+        looked_for = "; ".join(what for _, what in _KINDS.values())
+        content = sorted(file.name for file in given.iterdir())
+        shown = ", ".join(content[:8]) + (" ..." if content[8:] else "")
+        raise UsageError(
+            f"expected a model at {path}, found no kind that is known. Looked there, and in "
+            f"checkpoint_<step> folders, for: {looked_for}. The directory has "
+            f"{shown or 'nothing in it'}."
+        )
+    return steps[max(steps)]
+
+
+def _check_may_look(path: str) -> None:
+    """Raises an OSError where nothing seems to be at a local path that may not be looked at."""
+    if "://" in path:
+        return
+    try:
+        os.stat(path)  # noqa: PTH116 (pathlib drops the dot of "folder/.")
+    except OSError as error:
+        if (said := system_error(error)) is not None:
+            raise said from error
+
+
+def _from_hub(path: str) -> epath.Path:
+    missing = f"expected a checkpoint or a model directory, found nothing at {path}"
+    owner, _, name = path.partition("/")
+    is_hub_name = all(re.fullmatch(r"\w[\w.-]*", part) for part in (owner, name))
+    if not is_hub_name or epath.Path(owner).exists():
+        raise UsageError(f"{missing}.")
+    try:
+        import huggingface_hub  # of the extra `hub`
+    except ImportError:
+        raise UsageError(
+            f"{missing}. If it is a model of the Hugging Face hub: pip install huggingface-hub."
+        ) from None
+    files = [huggingface.CONFIG, "*.safetensors", huggingface.INDEX, *huggingface.OTHER_FILES]
+    try:
+        return epath.Path(huggingface_hub.snapshot_download(path, allow_patterns=files))
+    except Exception as error:  # of the hub's, of its HTTP client's or of the network's
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise UsageError(f"{missing}, nor on the Hugging Face hub: {reason}.") from error
+
+
+# ------------------------------------------------------------------------------- Opening
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Pretrained:
+    """A model in files.
+
+    Attributes:
+      kind: Of checkpoint, for people.
+      path: Of the checkpoint.
+      config: Of the network, in float32 and without dropout.
+      weights: By T5X's names, layers apart; those that are not the network's are here too.
+      step: Of the checkpoint, 0 where it does not say.
+      run: What a training run of ours has noted, None elsewhere.
+      description: Where `config.json`, the tokenizer and what else is no weight may lie.
+      output_format: Of `tnt_jax.convert`, which makes more of this kind.
+      scan_layers: Whether T5X's layers are stacked. How those of ours are stored, nobody need know.
+    """
+
+    kind: str
+    path: epath.Path
+    config: t5.T5Config
+    weights: dict[str, LazyArray]
+    step: int
+    run: dict[str, Any] | None
+    description: epath.Path
+    output_format: str
+    scan_layers: bool = False
+    # What Orbax can read by itself: the item, the part of it, and the names that are stored there.
+    _orbax: tuple[epath.Path, tuple[str, ...], frozenset[str]] | None = None
+    # Of a run of adapters: what they were trained beside.
+    _original: "Pretrained | None" = None
+
+    def check_original(self) -> None:
+        """Reads the weights that adapters were trained beside.
+
+        Raises:
+          UsageError: They are no longer the same.
+        """
+        if self._original is None or self.run is None:
+            return
+        original, noted = self._original, self.run["original"]["digest"]
+        names = lazy_arrays.shapes(t5.abstract_params(original.config))
+        found = orbax.digest_of_files({name: original.weights[name] for name in names})
+        if found != noted:
+            raise UsageError(
+                f"{self.path}: its adapters were trained beside weights with the digest {noted}, "
+                f"but {original.path} has {found} now. Bring back what was there."
+            )
+
+    def check(self, abstract_params: PyTree, setting: str = "the model settings") -> None:
+        """Raises a UsageError, naming every difference, unless these are the weights."""
+        apart = t5.unstack_layers(abstract_params)
+        lazy_arrays.check(self.weights, apart, str(self.path), setting)
+
+    def restore(self, abstract_params: PyTree) -> PyTree:
+        """The parameters, each straight to the devices that hold it.
+
+        Args:
+          abstract_params: Shapes, dtypes and shardings to restore to; layers stacked or apart,
+            whichever way they are stored.
+
+        Raises:
+          UsageError: They are of another network: every difference is named.
+        """
+        self.check(abstract_params)
+        self.check_original()
+        if self._orbax is not None:
+            item, within, stored = self._orbax
+            if stored == lazy_arrays.shapes(abstract_params).keys():
+                return orbax.restore_item(item, abstract_params, within)
+        return lazy_arrays.restore(
+            lazy_arrays.laid_out(self.weights, abstract_params), abstract_params
+        )
+
+
+def open_checkpoint(path: str) -> Pretrained:
+    """Opens what a setting names; no weight is read yet.
+
+    Args:
+      path: A directory of Hugging Face's or its name on the hub; a checkpoint of ours or of T5X's,
+        or a model directory for its newest. Local, or anything that `etils.epath` opens.
+
+    Raises:
+      UsageError: There is none, or it is damaged or of another architecture.
+      OSError: The system does not let it be read.
+    """
+    return _opened(find(path), ())
+
+
+def _opened(folder: epath.Path, within: tuple[epath.Path, ...]) -> Pretrained:
+    """Opens a checkpoint, for adapters in those `within`, each beside the next."""
+    kind = _kind(folder)
+    assert kind is not None
+    if kind == _HUGGING_FACE:
+        model = huggingface.read(folder)
+        return Pretrained(
+            kind=kind,
+            path=folder,
+            config=model.config,
+            weights=model.weights,
+            step=0,
+            run=None,
+            description=folder,
+            output_format=_OUTPUT_FORMATS[kind],
+        )
+    orbax_item, run, scan_layers, original = None, None, False, None
+    if kind == _OURS:
+        stored = orbax.lazy_item(folder / orbax.PARAMS)
+        orbax_item = (folder / orbax.PARAMS, (), frozenset(stored))
+        weights, run = lazy_arrays.layers_apart(stored), orbax.read_run(folder)
+        step = _step_of_name(folder)
+        if run is not None and "adapters" in run:
+            original, orbax_item = _original_of(run, folder, (*within, folder)), None
+            weights = _with_adapters(weights, original, run, folder)
+    elif kind == _T5X:
+        weights, step = t5x.read_legacy(folder)
+    else:
+        item = folder / t5x.ORBAX_ITEM
+        weights = orbax.lazy_item(item, ("target",))
+        orbax_item = (item, ("target",), frozenset(weights))
+        stated = orbax.lazy_item(item, ("state",)).get("step")
+        if stated is None or stated.shape not in ((), (1,)):
+            raise UsageError(f"{item}: expected T5X's state, with a step; found none.")
+        step = lazy_arrays.checked_step(stated.load(), str(item))
+    lazy_arrays.check_types(weights)
+    description = _description(folder)
+    described = None
+    if (description / huggingface.CONFIG).exists():
+        described = huggingface.t5_config(
+            huggingface.read_config(description),
+            str(description / huggingface.CONFIG),
+            is_tied="decoder/logits_dense/kernel" not in weights,
+        )
+    if kind != _OURS and t5x.is_scalable(weights):
+        scan_layers = t5x.is_scanned(weights)
+        share_biases = described is None or not described.relpos_bias_per_layer
+        weights = t5x.from_scalable(weights, str(folder), share_biases=share_biases)
+        orbax_item = None
+    config = described or t5x.infer_config(weights, str(folder))
+    huggingface.check_depth(config, len(weights), str(description / huggingface.CONFIG))
+    return Pretrained(
+        kind=kind,
+        path=folder,
+        config=config,
+        weights=weights,
+        step=step,
+        run=run,
+        description=description,
+        output_format=_OUTPUT_FORMATS[kind],
+        scan_layers=scan_layers,
+        _orbax=orbax_item,
+        _original=original,
+    )
+
+
+def _original_of(
+    run: dict[str, Any], folder: epath.Path, within: tuple[epath.Path, ...]
+) -> Pretrained:
+    """What a run of adapters was trained beside."""
+    path = run["adapters"].get("beside") or run["original"]["path"]
+    if path is None:
+        raise UsageError(
+            f"{folder}: it has adapters beside a random initialisation, which no file holds. Train "
+            "adapters with an INITIAL_CHECKPOINT_PATH."
+        )
+    try:
+        found = find(path)
+        if found in within:
+            raise UsageError(f"{found} is trained beside itself: its notes are damaged.")
+        return _opened(found, within)
+    except UsageError as error:
+        raise UsageError(
+            f"{folder}: it has adapters for an original that the run noted as {path} (digest "
+            f"{run['original']['digest']}): {error}"
+        ) from error
+
+
+def _with_adapters(
+    stored: dict[str, LazyArray], original: Pretrained, run: dict[str, Any], folder: epath.Path
+) -> dict[str, LazyArray]:
+    """The original's weights, with what a run has trained beside them added when they are read."""
+    merged = dict(original.weights)
+    scale = run["adapters"]["alpha"] / run["adapters"]["rank"]
+
+    def added(kernel: LazyArray, a: LazyArray, b: LazyArray) -> LazyArray:
+        def read(index: lazy_arrays.Index) -> np.ndarray:
+            rows, columns = index
+            low, high = a[rows, slice(None)], b[slice(None), columns]
+            return kernel.read(index).astype(np.float32) + scale * (low @ high)
+
+        source = f"{kernel.source}, with {a.source}"
+        return LazyArray(kernel.shape, np.dtype(np.float32), source, read)
+
+    for name, a in stored.items():
+        module, _, leaf = name.rpartition("/")
+        if leaf == adapters.ADAPTER_IN:
+            kernel, b = f"{module}/kernel", stored.get(f"{module}/{adapters.ADAPTER_OUT}")
+            if kernel not in merged:
+                raise UsageError(
+                    f"{folder}: it has an adapter for {kernel}, which {original.path} lacks."
+                )
+            shapes = [a.shape, b.shape if b else ()]
+            rows_and_columns = merged[kernel].shape
+            rank = run["adapters"]["rank"]
+            expected = [(*rows_and_columns[:1], rank), (rank, *rows_and_columns[1:])]
+            if b is None or len(rows_and_columns) != 2 or shapes != expected:
+                raise UsageError(
+                    f"{folder}: expected an adapter of rank {rank} for {kernel} of shape "
+                    f"{rows_and_columns}, found arrays of shapes {shapes}: it is damaged."
+                )
+            merged[kernel] = added(merged[kernel], a, b)
+    return merged
+
+
+def _step_of_name(folder: epath.Path) -> int:
+    match = re.fullmatch(r"checkpoint_(\d+)", folder.name)
+    return lazy_arrays.checked_step(int(match[1]), str(folder)) if match else 0
+
+
+# ------------------------------------------------------------------------------- The network
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FromCheckpoint:
+    """Says of a model that its sizes are those of its checkpoint.
+
+    Attributes:
+      dtype: As in `t5.T5Config`.
+      dropout_rate: As in `t5.T5Config`; what a checkpoint says is left aside.
+      float32_attention_logits: As in `t5.T5Config`.
+      scan_layers: As in `t5.T5Config`; the checkpoint may have it either way.
+      remat_policy: As in `t5.T5Config`.
+    """
+
+    dtype: str = "float32"
+    dropout_rate: float = 0.0
+    float32_attention_logits: bool = False
+    scan_layers: bool = False
+    remat_policy: str = "none"
+
+
+_COMPUTATION = tuple(field.name for field in dataclasses.fields(FromCheckpoint))
+
+
+def config_of(model: t5.T5Config | FromCheckpoint, path: str | None) -> t5.T5Config:
+    """The settings of a network whose weights come from a checkpoint.
+
+    Args:
+      model: The settings; or that they are the checkpoint's.
+      path: Of the checkpoint; None for random parameters.
+
+    Raises:
+      UsageError: The checkpoint is of another network, or `model` needs one and there is none.
+    """
+    if path is None:
+        if isinstance(model, FromCheckpoint):
+            raise UsageError(
+                "models/from_checkpoint.gin takes the model's sizes from its checkpoint, and "
+                "INITIAL_CHECKPOINT_PATH is None: choose another file of gin_configs/models."
+            )
+        return model
+    return config_for(model, open_checkpoint(path))
+
+
+def config_for(model: t5.T5Config | FromCheckpoint, found: Pretrained) -> t5.T5Config:
+    """As `config_of`, for a checkpoint that is open."""
+    computation = {name: getattr(model, name) for name in _COMPUTATION}
+    of_checkpoint = dataclasses.replace(found.config, **computation)
+    if isinstance(model, FromCheckpoint):
+        found.check(t5.abstract_params(of_checkpoint), lazy_arrays.ITS_OWN_SETTINGS)
+        return of_checkpoint
+    found.check(t5.abstract_params(model))
+    _check_same(model, of_checkpoint, found)
+    return model
+
+
+def _check_same(model: t5.T5Config, of_checkpoint: t5.T5Config, found: Pretrained) -> None:
+    """Settings that no shape shows, such as the activation, where a checkpoint states them."""
+    if not (found.description / huggingface.CONFIG).exists():
+        return
+    differences = [
+        f"{name} = {mine!r} ({theirs!r})"
+        for name in (
+            "mlp_activations",
+            "scales_logits",
+            "relpos_max_distance",
+            "layer_norm_epsilon",
+        )
+        if (mine := getattr(model, name)) != (theirs := getattr(of_checkpoint, name))
+    ]
+    if differences:
+        raise UsageError(
+            f"the model settings differ from {found.description / huggingface.CONFIG}, in "
+            f"brackets: {'; '.join(differences)}. Use --gin_file=models/from_checkpoint.gin."
+        )
+
+
+# ------------------------------------------------------------------------------- The vocabulary
+
+
+def vocabulary(path: str | None, extra_ids: int | None = None) -> "seqio.Vocabulary":
+    """A vocabulary from a sentencepiece model, or the one that a model comes with.
+
+    Args:
+      path: A file; or a directory of Hugging Face's, a checkpoint or a model directory of ours.
+      extra_ids: After the pieces; None is T5's 100 for a file, and for a directory what it says.
+
+    Raises:
+      UsageError: There is none.
+    """
+    if path is None:
+        raise UsageError(
+            "VOCABULARY_PATH: expected a sentencepiece model or a directory, found None."
+        )
+    given = epath.Path(path).expanduser()
+    if given.is_file() or path.endswith(".model"):
+        return vocabularies.of_file(path, extra_ids)
+    if given.is_dir() and vocabularies.has_tokenizer(given):
+        return vocabularies.of_directory(given, extra_ids)
+    return vocabularies.of_directory(_description(find(path)), extra_ids)
+
+
+def check_vocabulary(vocabulary: "seqio.Vocabulary", config: t5.T5Config, path: str | None) -> int:
+    """Compares a vocabulary with the model that it is used for; returns its size.
+
+    Args:
+      vocabulary: Of inputs and targets.
+      config: Of the network.
+      path: Of the checkpoint, None for a random model.
+
+    Raises:
+      UsageError: Its ids are not T5's, or not as many as the model's, or the checkpoint comes with
+        another one.
+    """
+    vocab_size = tokenization.check_vocabulary(vocabulary)
+    vocabularies.check_size(vocab_size, config.vocab_size)
+    if path is not None:
+        vocabularies.check_same(vocabulary, _description(find(path)))
+    return vocab_size
+
+
+def _description(folder: epath.Path) -> epath.Path:
+    """Where a checkpoint's `config.json` and tokenizer lie, if it has any."""
+    return folder if _kind(folder) == _HUGGING_FACE else folder.parent / orbax.DESCRIPTION
+
+
+def describe(
+    model_dir: str, config: t5.T5Config, vocabulary: "seqio.Vocabulary", original: str | None
+) -> None:
+    """Writes beside our checkpoints what Hugging Face's directory has beside its weights.
+
+    So a model directory says by itself which network it is of and how its text is tokenised, and it
+    goes back to the format that the original came in when the original is no longer there.
+
+    Args:
+      model_dir: The model directory.
+      config: Of the network.
+      vocabulary: Of its ids.
+      original: The checkpoint that it started from, whose files are taken where there are any.
+    """
+    whole = epath.Path(model_dir).expanduser() / orbax.DESCRIPTION
+    if not console.is_first_process() or (whole / huggingface.CONFIG).exists():
+        return
+    # A run that is killed here leaves no half of a tokenizer under the name of a whole one.
+    folder = whole.with_name(f"{whole.name}.unfinished")
+    if folder.exists():
+        folder.rmtree()
+    folder.mkdir(parents=True)
+    source = None if original is None else _description(find(original))
+    if source is not None and (source / huggingface.CONFIG).exists():
+        settings = huggingface.read_config(source)
+        for name in huggingface.OTHER_FILES:
+            if (source / name).exists():
+                (folder / name).write_bytes((source / name).read_bytes())
+    else:
+        try:
+            settings = huggingface.new_config(config)
+        except UsageError:  # a network that Hugging Face has no words for, but that can be trained
+            settings = None
+    if not vocabularies.has_tokenizer(folder):
+        vocabularies.write(folder, vocabulary)
+    if settings is not None:
+        text = json.dumps(settings, indent=2, allow_nan=False)
+        (folder / huggingface.CONFIG).write_text(text + "\n")
+    if whole.exists():
+        whole.rmtree()
+    folder.rename(whole)

@@ -1,0 +1,144 @@
+"""Rounds: what was unwanted where in earlier outputs stays unwanted there in later ones.
+
+A model that was patched once says other things, some of which are unwanted too. A further round
+generates with it, annotates, and trains on all outputs so far, always against the first original.
+Its desired distribution depends on the input and on the tokens before, so marks are brought
+together by these: the order in which they were found makes no difference.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from tnt_jax.data import records, removed_everywhere, tokenization
+
+
+class Ledger:
+    """The ids to remove for each pair of an input and a prefix of the targets."""
+
+    def __init__(self):
+        self._ids: dict[bytes, set[int]] = {}
+
+    def add(self, inputs: str, marked: tokenization.MarkedTarget) -> None:
+        """Enters the marks of one output."""
+        if not len(marked.negative_pairs):
+            return
+        prefixes = list(_prefixes(inputs, marked.target_ids))
+        for position, removed_id in marked.negative_pairs.tolist():
+            self._ids.setdefault(prefixes[position], set()).add(removed_id)
+
+    def removed(
+        self, inputs: str, target_ids: np.ndarray
+    ) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """What all outputs so far say of the positions of one: for `Record.negative_token_ids`."""
+        found = (
+            (position, self._ids.get(prefix))
+            for position, prefix in enumerate(_prefixes(inputs, target_ids))
+        )
+        return tuple((position, tuple(sorted(ids))) for position, ids in found if ids)
+
+
+def _prefixes(inputs: str, target_ids: np.ndarray) -> Iterator[bytes]:
+    """A digest of the input and the tokens before each position."""
+    state = hashlib.blake2b(inputs.encode(), digest_size=16)
+    state.update(b"\0")
+    for token in target_ids.tolist():
+        yield state.digest()
+        state.update(int(token).to_bytes(4, "little"))
+
+
+def merge(rounds: Sequence[Sequence[records.Record]], vocabulary: Any) -> list[records.Record]:
+    """All outputs of several rounds, each with the marks that any of them has at its prefixes.
+
+    An output that came up in several rounds is kept once. A record of a later round has the number
+    of the round after its id, for a prompt has an output in each; where that is taken, because a
+    round was itself brought together from several, a count follows.
+
+    Args:
+      rounds: Annotated records of every round, the first original's first.
+      vocabulary: A seqio vocabulary.
+
+    Raises:
+      UsageError: A mark does not fit its targets.
+    """
+    ledger, first_tokens = Ledger(), Ledger()
+    seen: set[tuple[str, bytes]] = set()
+    names: set[str] = set()
+    kept: list[tuple[records.Record, tokenization.MarkedTarget]] = []
+    for number, rows in enumerate(rounds, start=1):
+        for row in rows:
+            marked = tokenization.mark_tokens(row, vocabulary)
+            ledger.add(row.inputs, marked)
+            first_tokens.add(
+                row.inputs,
+                tokenization.mark_tokens(row, vocabulary, "first_token")
+                if row.negative_spans
+                else marked,
+            )
+            output = row.inputs, marked.target_ids.tobytes()
+            if output not in seen:
+                seen.add(output)
+                name = next(name for name in _names(row.id, number) if name not in names)
+                names.add(name)
+                kept.append((dataclasses.replace(row, id=name), marked))
+    return [
+        dataclasses.replace(
+            row,
+            negative_token_ids=_without_rest_of_spans(
+                row, marked, ledger, first_tokens, vocabulary
+            ),
+        )
+        for row, marked in kept
+    ]
+
+
+def _without_rest_of_spans(
+    row: records.Record,
+    marked: tokenization.MarkedTarget,
+    ledger: Ledger,
+    first_tokens: Ledger,
+    vocabulary: Any,
+) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """Without what the spans say anyway and a setting may not want: tokens after a span's first.
+
+    Args:
+      row: An output.
+      marked: It, tokenised.
+      ledger: What any output removes.
+      first_tokens: Of that what one has as the first token of a span, or removes by its id.
+      vocabulary: A seqio vocabulary.
+    """
+    removed = ledger.removed(row.inputs, marked.target_ids)
+    if not row.negative_spans:
+        return removed
+    first = dict(first_tokens.removed(row.inputs, marked.target_ids))
+    spans = dataclasses.replace(row, negative_token_ids=())
+    whole = {*map(tuple, tokenization.mark_tokens(spans, vocabulary).negative_pairs.tolist())}
+    left = (
+        (
+            position,
+            tuple(i for i in ids if (position, i) not in whole or i in first.get(position, ())),
+        )
+        for position, ids in removed
+    )
+    return tuple((position, ids) for position, ids in left if ids)
+
+
+def _names(id: str, number: int) -> Iterator[str]:
+    """Of an output of a round, in the order of preference."""
+    if number == 1:
+        yield id
+    yield f"{id} (round {number})"
+    yield from (f"{id} (round {number}, {count})" for count in itertools.count(2))
+
+
+def merge_files(*, output: str, rounds: Sequence[str], vocabulary: Any) -> None:
+    """`merge` for files of records, and for the ids that belong to them (`removed_everywhere`)."""
+    ids = {id_ for path in rounds for id_ in removed_everywhere.of_records(path)}
+    everywhere = removed_everywhere.Ids(ids, {"rounds": list(rounds)}) if ids else None
+    merged = merge([records.read_records(path) for path in rounds], vocabulary)
+    removed_everywhere.write_records(output, merged, everywhere)

@@ -1,0 +1,663 @@
+"""Where examples come from: files of records, and seqio tasks and mixtures.
+
+Any seqio task can be trained on whose features are `inputs` and `targets` (token ids) and, where
+something is unwanted, `negative_ids`: rows (position, id) of ids to remove at target positions. A
+feature `loss_mask` is used if there is one. `record_task` makes such a task from files of records.
+Your own task takes any seqio source, say `seqio.TfdsDataSource("your_data:1.0.0")`, renames its
+fields to those of a record, and goes on with
+
+    preprocessors=[..., tasks.tokenize_and_mark],
+    output_features=tasks.record_features(vocabulary)
+
+in a module that is named as MIXTURE_OR_TASK_MODULE (`tnt_jax.data.paper_tasks` is one).
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import importlib
+import itertools
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import seqio
+import tensorflow as tf
+from absl import logging
+
+from tnt_jax.data import feature_converters, records, removed_everywhere, tfrecords, tokenization
+from tnt_jax.runtime import console
+from tnt_jax.runtime.errors import UsageError, system_error
+
+# --- Files of records -----------------------------------------------------------------------------
+
+
+def read_record_files(files: str | os.PathLike) -> list[records.Record]:
+    """Reads records from JSONL, or from TFRecord where the name has `.tfrecord` in it."""
+    is_tfrecord = ".tfrecord" in os.fspath(files).rpartition("/")[2]
+    return tfrecords.read(files) if is_tfrecord else records.read_records(files)
+
+
+# --- Preprocessors and tasks ----------------------------------------------------------------------
+
+
+def record_features(vocabulary: seqio.Vocabulary) -> dict[str, seqio.Feature]:
+    """The `output_features` of a task that `tokenize_and_mark` or `t5patches_mode` ends."""
+    return {
+        "inputs": seqio.Feature(vocabulary),
+        "targets": seqio.Feature(vocabulary),
+        "negative_ids": seqio.Feature(vocabulary, add_eos=False, rank=2),
+        "loss_mask": seqio.Feature(vocabulary, add_eos=False, required=False),
+    }
+
+
+def tokenize_and_mark(
+    dataset: tf.data.Dataset,
+    output_features: Mapping[str, seqio.Feature],
+    marks: str = "whole",
+    loss_until: str = "end",
+) -> tf.data.Dataset:
+    """Preprocessor for seqio: from the fields of a record to token ids.
+
+    For other marks than whole spans: `functools.partial(tokenize_and_mark, marks=...)`.
+
+    Args:
+        dataset: of `inputs` and `targets` (strings) and, where there are any, `id` (string),
+            `target_ids` `[T]` (empty means not known), `negative_spans` `[N, 2]` and
+            `negative_token_ids` `[N, 2]` rows (position, id). Other fields stay.
+        output_features: of the task.
+        marks: as in `RecordFiles`.
+        loss_until: as in `RecordFiles`.
+
+    Returns:
+        A data set of `inputs`, `targets` and `negative_ids` (token ids, EOS included) and
+        `loss_mask`, with the texts as `inputs_pretokenized` and `targets_pretokenized`, and, to
+        count what is lost, `span_numbers` and `num_spans_without_token`.
+        Where a record has a mistake, iteration fails with the message of a UsageError.
+    """
+    vocabulary = output_features["targets"].vocabulary
+
+    def marked(name, inputs, targets, target_ids, spans, pairs):
+        record = records.Record(
+            id=feature_converters.id_of(name),
+            inputs=inputs.decode(),
+            targets=targets.decode(),
+            target_ids=tuple(target_ids.tolist()) or None,
+            negative_spans=tuple(map(tuple, spans.tolist())),
+            negative_token_ids=tuple((position, (i,)) for position, i in pairs.tolist()),
+        )
+        example, num_spans_without_token = _example(record, vocabulary, marks, loss_until)
+        loss_mask = example.loss_mask
+        return (
+            example.inputs,
+            example.targets,
+            example.negative_pairs,
+            np.ones_like(example.targets) if loss_mask is None else loss_mask,
+            example.span_numbers,
+            np.int32(num_spans_without_token),
+        )
+
+    def of_fields(fields):
+        ints = {
+            name: tf.cast(fields[name], tf.int32) if name in fields else tf.zeros(shape, tf.int32)
+            for name, shape in [
+                ("target_ids", [0]),
+                ("negative_spans", [0, 2]),
+                ("negative_token_ids", [0, 2]),
+            ]
+        }
+        inputs, targets, negative_ids, loss_mask, span_numbers, num_without = tf.numpy_function(
+            marked,
+            [fields.get("id", ""), fields["inputs"], fields["targets"], *ints.values()],
+            [tf.int32] * 6,
+        )
+        return {
+            **{name: value for name, value in fields.items() if name not in ints},
+            "inputs_pretokenized": fields["inputs"],
+            "targets_pretokenized": fields["targets"],
+            "inputs": tf.ensure_shape(inputs, [None]),
+            "targets": tf.ensure_shape(targets, [None]),
+            "negative_ids": tf.ensure_shape(negative_ids, [None, 2]),
+            "loss_mask": tf.ensure_shape(loss_mask, [None]),
+            "span_numbers": tf.ensure_shape(span_numbers, [None]),
+            "num_spans_without_token": tf.ensure_shape(num_without, []),
+        }
+
+    return dataset.map(of_fields, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def t5patches_mode(mode: str) -> Callable[[tf.data.Dataset], tf.data.Dataset]:
+    """Returns a seqio preprocessor that reads the layout which google/t5patches published.
+
+    It takes `inputs`, `negative_targets` and `corrected_targets`, all token ids, and makes
+    `targets`, `negative_ids` and `loss_mask`: `feature_converters.t5patches_target` says how.
+
+    Args:
+        mode: one of `feature_converters.T5PATCHES_MODES`.
+
+    Raises:
+        UsageError: no such mode.
+    """
+    nothing = np.zeros(0, np.int32)
+    feature_converters.t5patches_target(nothing, nothing, mode)  # fail here on a misspelt mode
+
+    def of_fields(fields):
+        targets, negative_ids, loss_mask = tf.numpy_function(
+            lambda negative, corrected: feature_converters.t5patches_target(
+                negative, corrected, mode
+            ),
+            [fields["negative_targets"], fields["corrected_targets"]],
+            [tf.int32] * 3,
+        )
+        return {
+            **fields,
+            "inputs": tf.cast(fields["inputs"], tf.int32),
+            "targets": tf.ensure_shape(targets, [None]),
+            "negative_ids": tf.ensure_shape(negative_ids, [None, 2]),
+            "loss_mask": tf.ensure_shape(loss_mask, [None]),
+        }
+
+    return lambda dataset: dataset.map(of_fields, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def record_task(
+    name: str,
+    files: Mapping[str, str],
+    vocabulary: seqio.Vocabulary,
+    *,
+    annotated: bool = True,
+    marks: str = "whole",
+    loss_until: str = "end",
+) -> seqio.Task:
+    """Registers files of records as a seqio task.
+
+    Args:
+        name: of the task.
+        files: a JSONL or TFRecord file, or a glob pattern, for each split.
+        vocabulary: of inputs and targets.
+        annotated: whether a record that nobody annotated is an error.
+        marks: as in `RecordFiles`.
+        loss_until: as in `RecordFiles`.
+    """
+    shapes = {
+        "id": tf.TensorSpec([], tf.string),
+        "inputs": tf.TensorSpec([], tf.string),
+        "targets": tf.TensorSpec([], tf.string),
+        "target_ids": tf.TensorSpec([None], tf.int32),
+        "negative_spans": tf.TensorSpec([None, 2], tf.int32),
+        "negative_token_ids": tf.TensorSpec([None, 2], tf.int32),
+    }
+
+    def dataset_fn(split, shuffle_files, seed=None):
+        del shuffle_files, seed  # tnt_jax shuffles examples: feature_converters.Batches
+        rows = _check_trainable(read_record_files(files[split]), files[split], annotated)
+
+        def of_rows():
+            for record in rows:
+                yield {
+                    "id": record.id,
+                    "inputs": record.inputs,
+                    "targets": record.targets,
+                    "target_ids": record.target_ids or (),
+                    "negative_spans": np.reshape(record.negative_spans or (), (-1, 2)),
+                    "negative_token_ids": np.reshape(tfrecords.pairs(record), (-1, 2)),
+                }
+
+        return tf.data.Dataset.from_generator(of_rows, output_signature=shapes)
+
+    return seqio.TaskRegistry.add(
+        name,
+        # seqio's protocol wants a number of examples that seqio's own sources need not know.
+        source=seqio.FunctionDataSource(dataset_fn, splits=tuple(files)),  # pyright: ignore[reportArgumentType]
+        preprocessors=[functools.partial(tokenize_and_mark, marks=marks, loss_until=loss_until)],
+        output_features=record_features(vocabulary),
+    )
+
+
+# --- Loading --------------------------------------------------------------------------------------
+
+
+def find_task(name: str, module: str | None = None) -> seqio.Task | seqio.Mixture:
+    """The registered task or mixture.
+
+    Args:
+        name: MIXTURE_OR_TASK_NAME.
+        module: MIXTURE_OR_TASK_MODULE, imported first so that it can register its tasks.
+
+    Raises:
+        UsageError: there is no such module or no such name.
+    """
+    if module:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name and not f"{module}.".startswith(f"{error.name}."):
+                raise  # the module is there, and itself misses another
+            raise UsageError(
+                f"MIXTURE_OR_TASK_MODULE: no module {module!r}. Expected an importable name such "
+                "as 'tnt_jax.data.paper_tasks'; your own must lie in the working directory or on "
+                "PYTHONPATH."
+            ) from error
+    names = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=3) or sorted(names)[:10]
+        raise UsageError(
+            f"MIXTURE_OR_TASK_NAME: no seqio task or mixture {name!r}; there are {close}. Set "
+            "MIXTURE_OR_TASK_MODULE to the module that registers it."
+        )
+    return seqio.get_mixture_or_task(name)
+
+
+def load_examples(
+    task: str | seqio.Task | seqio.Mixture,
+    task_feature_lengths: Mapping[str, int],
+    split: str,
+    vocabulary: seqio.Vocabulary | None = None,
+) -> list[feature_converters.Example]:
+    """Reads one epoch of a task or mixture into memory, unshuffled and uncut.
+
+    The epoch of a mixture holds every example at least once, and the examples of its tasks in the
+    proportions of their rates: tasks that have too few for their rate are repeated.
+
+    Args:
+        task: the task, or the name of a registered one.
+        task_feature_lengths: "inputs" and "targets"; given to preprocessors that ask for them.
+        split: such as "train".
+        vocabulary: to use instead of the task's own.
+
+    Raises:
+        UsageError: no such task or split, a TFDS data set that cannot be read, features that are
+            not those of a record, or marks that do not fit their targets.
+    """
+    task = find_task(task) if isinstance(task, str) else task
+    if isinstance(task, seqio.Task):
+        return _load_task(task, task_feature_lengths, split, vocabulary)
+    parts = [part for part in task.tasks if task.get_rate(part) > 0 and split in _splits(part)]
+    if not parts:
+        raise UsageError(f"mixture {task.name!r}: none of its tasks has a split {split!r}.")
+    loaded = [_load_task(part, task_feature_lengths, split, vocabulary) for part in parts]
+    rates = [task.get_rate(part) for part in parts]
+    scale = max(len(examples) / rate for examples, rate in zip(loaded, rates, strict=True))
+    return [
+        example
+        for examples, rate in zip(loaded, rates, strict=True)
+        for example in itertools.islice(itertools.cycle(examples), round(rate * scale))
+    ]
+
+
+def prompts_from_task(
+    task: str | seqio.Task | seqio.Mixture, split: str, vocabulary: seqio.Vocabulary | None = None
+) -> list[records.Record]:
+    """Reads texts to generate from: `inputs`, and the reference as `targets`.
+
+    Texts are those before tokenisation if the task keeps them (as `inputs_pretokenized`), else they
+    are decoded from its ids. A prompt whose id was used before, as the tasks of a mixture may, has
+    its place as its id.
+
+    Args:
+        task: the task, or the name of a registered one.
+        split: such as "validation".
+        vocabulary: to use instead of the task's own.
+
+    Raises:
+        UsageError: as in `load_examples`.
+    """
+    task = find_task(task) if isinstance(task, str) else task
+    located = [
+        (_place(part, split, number), _prompt(row, part, split, number, vocabulary))
+        for part in seqio.get_subtasks(task)
+        for number, row in enumerate(_rows(part, None, split, vocabulary))
+    ]
+    return records.data_set(_named_apart(located, task.name), f"task {task.name!r}")
+
+
+def _prompt(
+    row: Mapping[str, Any],
+    task: seqio.Task,
+    split: str,
+    number: int,
+    vocabulary: seqio.Vocabulary | None,
+) -> records.Record:
+    texts = {}
+    for name, feature in task.output_features.items():
+        if name in ("inputs", "targets"):
+            text = row.get(f"{name}_pretokenized")
+            texts[name] = (
+                tokenization.decode(vocabulary or feature.vocabulary, row[name])
+                if text is None
+                else text.decode()
+            )
+    return records.Record(id=_row_id(row, task, split, number), **texts)
+
+
+def _named_apart(
+    located: Sequence[tuple[str, records.Record]], task_name: str
+) -> list[tuple[str, records.Record]]:
+    """The prompts; those whose id was used before have their place as their id."""
+    used: set[str] = set()
+    named = []
+    for place, prompt in located:
+        again = prompt.id in used
+        used.add(prompt.id)
+        named.append((place, dataclasses.replace(prompt, id=place) if again else prompt))
+    if num_renamed := len(named) - len(used):
+        console.log(
+            f"{task_name}: {num_renamed} of {len(named)} prompts have an id that was used before; "
+            "in place of it they have the task's name, the split and their number."
+        )
+    return named
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecordFiles:
+    """A data set of records in files.
+
+    Attributes:
+        files: a JSONL or TFRecord file, or a glob pattern.
+        vocabulary: of inputs and targets.
+        clean_per_marked: keeps at most this many examples without a mark for each one with marks;
+            None keeps all.
+        seed: of that choice.
+        annotated: whether a record that nobody annotated is an error. False for plain fine-tuning.
+        marks: "whole": every token of a span is negative; "first_token": its first one alone.
+        loss_until: "end": all of a target is trained on; "first_negative": nothing after its first
+            negative token.
+    """
+
+    files: str
+    vocabulary: seqio.Vocabulary
+    clean_per_marked: int | float | None = None
+    seed: int = 0
+    annotated: bool = True
+    marks: str = "whole"
+    loss_until: str = "end"
+
+    def removed_everywhere(self) -> tuple[int, ...]:
+        """What the annotator of the records removes at every position of all of them."""
+        return removed_everywhere.of_records(self.files)
+
+    def load(self, task_feature_lengths: Mapping[str, int]) -> list[feature_converters.Example]:
+        """Reads, tokenises and marks all records.
+
+        Raises:
+            UsageError: a file, a record or the vocabulary has a mistake.
+        """
+        tokenization.check_vocabulary(self.vocabulary)
+        rows = _check_trainable(read_record_files(self.files), self.files, self.annotated)
+        examples = examples_from_records(
+            rows, self.vocabulary, self.files, self.marks, self.loss_until
+        )
+        if self.clean_per_marked is not None:
+            selection = feature_converters.select_clean(examples, self.clean_per_marked, self.seed)
+            console.log(
+                f"{self.files}: all {selection.num_marked} examples with marks and "
+                f"{selection.num_clean_kept} of {selection.num_clean} without (clean_per_marked)."
+            )
+            examples = selection.examples
+        _log_lost(examples, task_feature_lengths, self.files)
+        return examples
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SeqioDataset:
+    """A data set that is a registered seqio task or mixture.
+
+    Attributes:
+        mixture_or_task_name: of the task.
+        split: such as "train".
+        mixture_or_task_module: imported first, so that it can register the task.
+        vocabulary_override: used instead of the task's own; None takes that one.
+
+    Raises:
+        UsageError: there is no such module or task, or it has no targets.
+    """
+
+    mixture_or_task_name: str
+    split: str = "train"
+    mixture_or_task_module: str | None = None
+    vocabulary_override: seqio.Vocabulary | None = None
+
+    def __post_init__(self):
+        task = find_task(self.mixture_or_task_name, self.mixture_or_task_module)
+        if "targets" not in task.output_features:
+            raise _feature_error(task, "targets", list(task.output_features))
+
+    @property
+    def vocabulary(self) -> seqio.Vocabulary:
+        """The vocabulary that `load` uses."""
+        task = find_task(self.mixture_or_task_name)
+        return self.vocabulary_override or task.output_features["targets"].vocabulary
+
+    def removed_everywhere(self) -> tuple[int, ...]:
+        """Nothing: a task has no place for it."""
+        return ()
+
+    def load(self, task_feature_lengths: Mapping[str, int]) -> list[feature_converters.Example]:
+        """Reads one epoch into memory: see `load_examples`."""
+        tokenization.check_vocabulary(self.vocabulary)
+        examples = load_examples(
+            self.mixture_or_task_name, task_feature_lengths, self.split, self.vocabulary_override
+        )
+        _log_lost(examples, task_feature_lengths, self.mixture_or_task_name)
+        return examples
+
+
+def examples_from_records(
+    rows: Sequence[records.Record],
+    vocabulary: seqio.Vocabulary,
+    where: str,
+    marks: str = "whole",
+    loss_until: str = "end",
+) -> list[feature_converters.Example]:
+    """Tokenises and marks records; warns about spans that touch no token.
+
+    Args:
+        rows: the records.
+        vocabulary: of inputs and targets.
+        where: they come from, for the warning.
+        marks: as in `RecordFiles`.
+        loss_until: as in `RecordFiles`.
+
+    Raises:
+        UsageError: a record does not fit the vocabulary (`tokenization.mark_tokens`).
+    """
+    marked = [_example(record, vocabulary, marks, loss_until) for record in rows]
+    _log_spans_without_token(sum(number for _, number in marked), where)
+    return [example for example, _ in marked]
+
+
+def _example(
+    record: records.Record, vocabulary: seqio.Vocabulary, marks: str, loss_until: str
+) -> tuple[feature_converters.Example, int]:
+    """The tokenised record, and how many of its spans touch no token."""
+    marked = tokenization.mark_tokens(record, vocabulary, marks)
+    inputs = tokenization.encode(vocabulary, record.inputs, add_eos=True)
+    example = feature_converters.Example(
+        inputs=np.array(inputs, np.int32),
+        targets=marked.target_ids,
+        negative_pairs=marked.negative_pairs,
+        loss_mask=feature_converters.loss_until(
+            loss_until, marked.target_ids, marked.negative_pairs
+        ),
+        span_numbers=marked.span_numbers,
+        id=record.id,
+    )
+    return example, marked.num_spans_without_token
+
+
+def _load_task(
+    task: seqio.Task,
+    task_feature_lengths: Mapping[str, int],
+    split: str,
+    vocabulary: seqio.Vocabulary | None,
+) -> list[feature_converters.Example]:
+    examples = []
+    num_spans_without_token = 0
+    for number, row in enumerate(_rows(task, task_feature_lengths, split, vocabulary)):
+        for name in ("inputs", "targets"):
+            if name not in row or row[name].ndim != 1 or row[name].dtype.kind != "i":
+                raise _feature_error(task, name, sorted(row))
+        num_targets = len(row["targets"])
+        pairs = row.get("negative_ids", np.zeros((0, 2), np.int32))
+        loss_mask = row.get("loss_mask", np.ones(num_targets, np.int32))
+        numbers = row.get("span_numbers")
+        if numbers is not None and len(numbers) != num_targets:
+            numbers = None  # a later preprocessor has changed the targets
+        name = _row_id(row, task, split, number)
+        if not np.isin(pairs[:, 0], range(num_targets)).all():
+            raise UsageError(
+                f"task {task.name!r}, {name!r}: negative_ids has position {pairs[:, 0].max()}, but "
+                f"there are {num_targets} targets. Expected rows (position, id)."
+            )
+        if len(loss_mask) != num_targets or not np.isin(loss_mask, (0, 1)).all():
+            raise UsageError(
+                f"task {task.name!r}, {name!r}: loss_mask: expected {num_targets} values, each "
+                f"0 or 1, found {loss_mask.tolist()}."
+            )
+        examples.append(
+            feature_converters.Example(
+                inputs=row["inputs"],
+                targets=row["targets"],
+                negative_pairs=np.unique(pairs, axis=0),
+                loss_mask=loss_mask,
+                span_numbers=numbers,
+                id=name,
+            )
+        )
+        num_spans_without_token += int(row.get("num_spans_without_token", 0))
+    if not examples:
+        raise UsageError(f"task {task.name!r}: its split {split!r} has no examples.")
+    _log_spans_without_token(num_spans_without_token, task.name)
+    return examples
+
+
+def _rows(
+    task: seqio.Task,
+    task_feature_lengths: Mapping[str, int] | None,
+    split: str,
+    vocabulary: seqio.Vocabulary | None,
+) -> Iterator[dict[str, Any]]:
+    """One epoch of a task as NumPy arrays, in order, nothing cut."""
+    if vocabulary is not None:
+        features = {
+            name: dataclasses.replace(feature, vocabulary=vocabulary)
+            for name, feature in task.output_features.items()
+        }
+        task = task.replace(output_features=features)
+    if split not in (splits := _splits(task)):
+        raise UsageError(f"task {task.name!r}: no split {split!r}; it has {splits}.")
+    # Preprocessors may draw random numbers. (seqio's own seed argument would have to be accepted by
+    # every function that serves as a source.)
+    tf.random.set_seed(0)
+    with _reading(task):
+        dataset = task.get_dataset(
+            sequence_length=task_feature_lengths,
+            split=split,
+            shuffle=False,
+            trim_output_features=False,
+            try_in_mem_cache=False,  # for repeated reading; this reads once
+        )
+    try:
+        yield from dataset.as_numpy_iterator()
+    except tf.errors.OpError as error:
+        # TensorFlow turns an exception in a preprocessor into text.
+        mistake = re.search(r"UsageError: (.*)", error.message)
+        if mistake is None:
+            raise
+        raise UsageError(f"task {task.name!r}: {mistake[1]}") from error
+
+
+def _splits(task: seqio.Task) -> list[str]:
+    with _reading(task):
+        return list(task.splits)
+
+
+@contextlib.contextmanager
+def _reading(task: seqio.Task) -> Iterator[None]:
+    """Says in one line why a task cannot be read."""
+    try:
+        yield
+    except Exception as error:
+        # seqio raises ValueError for a task that does not fit together. TFDS raises whatever its
+        # builders, their downloads and the packages that they miss raise.
+        tfds_name = getattr(getattr(task.source, "tfds_dataset", None), "name", None)
+        if isinstance(error, UsageError) or not (tfds_name or isinstance(error, ValueError)):
+            raise
+        if (said := system_error(error)) is not None:
+            raise said from error
+        reason = str(error).partition("\n")[0]
+        message = f"task {task.name!r} cannot be read: {reason}"
+        if tfds_name:
+            message += (
+                f" (Prepare the data set with `tfds build {tfds_name}` where there is a network, "
+                "and set TFDS_DATA_DIR to its folder.)"
+            )
+        raise UsageError(message) from error
+
+
+def _row_id(row: Mapping[str, Any], task: seqio.Task, split: str, number: int) -> str:
+    if "id" in row:
+        return feature_converters.id_of(row["id"])
+    return _place(task, split, number)
+
+
+def _place(task: seqio.Task, split: str, number: int) -> str:
+    return f"{task.name}/{split}:{number}"
+
+
+def _feature_error(task: seqio.Task | seqio.Mixture, name: str, found: Sequence[str]) -> UsageError:
+    return UsageError(
+        f"task {task.name!r}: expected token ids as feature {name!r}, found the features {found}. "
+        "End its preprocessors with tasks.tokenize_and_mark."
+    )
+
+
+def _check_trainable(
+    rows: list[records.Record], files: str, annotated: bool
+) -> list[records.Record]:
+    for record in rows:
+        if not record.targets and record.target_ids is None:
+            raise UsageError(
+                f"{files}: record {record.id!r} has no targets. Expected outputs of the original "
+                "model (tnt_jax.generate writes them), not prompts."
+            )
+        if annotated and record.negative_spans is None and not record.negative_token_ids:
+            raise UsageError(
+                f"{files}: record {record.id!r} has no negative_spans: nobody annotated it. Run "
+                "tnt_jax.annotate on the file, or set ANNOTATED (RecordFiles.annotated) to False "
+                "to train on it as it is."
+            )
+    return rows
+
+
+def _log_spans_without_token(number: int, where: str) -> None:
+    if number:
+        logging.warning(
+            "%s: %d negative spans touch no token (white space, or characters that the vocabulary "
+            "drops) and mark nothing.",
+            where,
+            number,
+        )
+
+
+def _log_lost(
+    examples: Sequence[feature_converters.Example],
+    task_feature_lengths: Mapping[str, int],
+    where: str,
+) -> None:
+    lost = feature_converters.count_lost(examples, task_feature_lengths)
+    if any(lost):
+        logging.warning(
+            "%s: with TASK_FEATURE_LENGTHS %s, %d inputs and %d targets of %d examples are cut; "
+            "%d negative spans and %d ids to remove lie beyond the cut and are lost.",
+            where,
+            dict(task_feature_lengths),
+            lost.num_inputs,
+            lost.num_targets,
+            len(examples),
+            lost.num_spans,
+            lost.num_marks,
+        )

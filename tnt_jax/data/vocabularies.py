@@ -1,0 +1,276 @@
+"""The vocabulary of a model: from a sentencepiece file or from a tokenizer's files, and back.
+
+Hugging Face's files (`spiece.model`, `tokenizer.json`, `tokenizer_config.json`) become the seqio
+vocabulary with the same ids. A `tokenizer.json` alone, as transformers 5 writes it, holds all of a
+sentencepiece model: its pieces with their scores, and how text is normalised.
+"""
+
+import atexit
+import base64
+import json
+import pathlib
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from etils import epath
+from sentencepiece import sentencepiece_model_pb2
+
+from tnt_jax.data import tokenization
+from tnt_jax.runtime import console, files
+from tnt_jax.runtime.errors import UsageError, naming_file
+
+if TYPE_CHECKING:  # seqio imports TensorFlow, which takes seconds
+    import seqio
+
+T5_EXTRA_IDS = 100
+_BYT5_EXTRA_IDS = 125
+_MOST_EXTRA_IDS = 100_000
+_SENTENCEPIECE = "spiece.model"
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+_EXTRA_ID = re.compile(r"<extra_id_(\d+)>")
+# A model has rows up to here beyond the ids of its vocabulary: 32,128 for T5's 32,100.
+_MOST_PADDING = 128
+
+_protos: Any = sentencepiece_model_pb2  # protobuf makes its classes when it is imported
+_Pieces = _protos.ModelProto
+
+
+def of_file(path: str, extra_ids: int | None = None) -> "seqio.SentencePieceVocabulary":
+    """The vocabulary of a sentencepiece model, with `extra_ids` (None: T5's 100) after its own."""
+    import seqio
+
+    extra_ids = _checked(T5_EXTRA_IDS if extra_ids is None else extra_ids)
+    return seqio.SentencePieceVocabulary(path, extra_ids)
+
+
+def _checked(extra_ids: int) -> int:
+    """Each of them becomes a piece in memory, however many a file says that there are."""
+    if not 0 <= extra_ids <= _MOST_EXTRA_IDS:
+        raise UsageError(
+            f"EXTRA_IDS: expected 0 to {_MOST_EXTRA_IDS:,} ids after the pieces of the vocabulary, "
+            f"found {extra_ids:,}."
+        )
+    return extra_ids
+
+
+def has_tokenizer(folder: epath.Path) -> bool:
+    """Whether a directory says how text is tokenised."""
+    names = (_SENTENCEPIECE, "tokenizer.json")
+    return any((folder / name).exists() for name in names) or _is_bytes(_settings(folder))
+
+
+def of_directory(folder: epath.Path, extra_ids: int | None = None) -> "seqio.Vocabulary":
+    """The vocabulary of a directory's tokenizer.
+
+    Args:
+      folder: With `spiece.model`, with `tokenizer.json`, or of ByT5, whose tokens are bytes.
+      extra_ids: After the pieces; None takes what the directory says.
+
+    Raises:
+      UsageError: There is no tokenizer, or one that is not sentencepiece's unigram model.
+    """
+    try:
+        return _of_directory(folder, extra_ids)
+    except UsageError:
+        raise
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"{folder}: expected a tokenizer as transformers writes T5's, found files of one that "
+            f"cannot be read: {type(error).__name__}: {error}."
+        ) from error
+
+
+def _of_directory(folder: epath.Path, extra_ids: int | None) -> "seqio.Vocabulary":
+    import seqio
+
+    settings = _settings(folder)
+    if _is_bytes(settings):
+        return seqio.ByteVocabulary(
+            _checked(_byt5_extra_ids(folder, settings) if extra_ids is None else extra_ids)
+        )
+    if not has_tokenizer(folder):
+        raise UsageError(
+            f"VOCABULARY_PATH: expected {_SENTENCEPIECE} or tokenizer.json in {folder}, found "
+            "neither. Set VOCABULARY_PATH to the sentencepiece model that this model was trained "
+            "with."
+        )
+    tokenizer = _json(folder / "tokenizer.json")
+    if (folder / _SENTENCEPIECE).exists():
+        file = str(folder / _SENTENCEPIECE)
+        with naming_file(file):
+            content = (folder / _SENTENCEPIECE).read_bytes()
+        pieces = _parse(content, file)
+    else:
+        file = None
+        pieces = _from_tokenizer_json(tokenizer, str(folder / "tokenizer.json"))
+    added = _added_tokens(folder, tokenizer, {piece.piece for piece in pieces.pieces})
+    numbers = [int(match[1]) for name in added if (match := _EXTRA_ID.fullmatch(name))]
+    is_standard = len(numbers) == len(added) and numbers == list(range(len(numbers)))[::-1]
+    if not is_standard:
+        # Tokens that somebody added: pieces of their own, after T5's extra ids.
+        others = [name for name in added if not _EXTRA_ID.fullmatch(name)]
+        console.log(
+            f"Warning: {folder} has {len(others)} tokens that T5 does not ({', '.join(others[:4])}"
+            f"{' ...' if others[4:] else ''}). Beside spaces transformers tokenises such text "
+            "otherwise; give target_ids in records that have them."
+        )
+        for name in added:
+            # As seqio names its extra ids, which own the space before them.
+            piece = f"\u2581{name}" if _EXTRA_ID.fullmatch(name) else name
+            pieces.pieces.add(piece=piece, score=0.0, type=_Pieces.SentencePiece.USER_DEFINED)
+        return of_file(_temporary_file(pieces), 0)
+    if extra_ids is None:
+        stated = settings.get("extra_ids")
+        extra_ids = len(numbers) or (T5_EXTRA_IDS if stated is None else int(stated))
+    return of_file(file or _temporary_file(pieces), extra_ids)
+
+
+def _settings(folder: epath.Path) -> Mapping[str, Any]:
+    return _json(folder / "tokenizer_config.json")
+
+
+def _json(path: epath.Path) -> Mapping[str, Any]:
+    return files.read_object(path) if path.exists() else {}
+
+
+def _is_bytes(settings: Mapping[str, Any]) -> bool:
+    return str(settings.get("tokenizer_class", "")).startswith("ByT5")
+
+
+def _byt5_extra_ids(folder: epath.Path, settings: Mapping[str, Any]) -> int:
+    # transformers writes extra_ids 0 and lists them as tokens; which list depends on its version.
+    listed = set(_added_tokens(folder, {}, set()))
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        listed.update(str(token) for token in settings.get(key) or ())
+    num_listed = sum(_EXTRA_ID.fullmatch(name) is not None for name in listed)
+    return num_listed or int(settings.get("extra_ids", _BYT5_EXTRA_IDS))
+
+
+def _parse(content: bytes, where: str) -> _Pieces:
+    try:
+        return _Pieces.FromString(content)
+    except Exception as error:  # protobuf's DecodeError, of whichever implementation
+        raise UsageError(f"{where}: expected a sentencepiece model: {error}.") from error
+
+
+def _added_tokens(folder: epath.Path, tokenizer: Mapping[str, Any], pieces: set[str]) -> list[str]:
+    """Tokens after the pieces of the sentencepiece model, in the order of their ids."""
+    by_id = {int(entry["id"]): entry["content"] for entry in tokenizer.get("added_tokens", ())}
+    by_id |= {int(i): token for token, i in _json(folder / "added_tokens.json").items()}
+    for i, entry in _settings(folder).get("added_tokens_decoder", {}).items():
+        by_id[int(i)] = entry["content"]
+    vocabulary = tokenizer.get("model", {}).get("vocab", ())
+    if isinstance(vocabulary, list):
+        by_id |= {i: name for i, (name, _) in enumerate(vocabulary) if _EXTRA_ID.fullmatch(name)}
+    return [name for _, name in sorted(by_id.items()) if name not in pieces]
+
+
+def _from_tokenizer_json(tokenizer: Mapping[str, Any], where: str) -> _Pieces:
+    model = tokenizer.get("model", {})
+    if model.get("type") != "Unigram" or model.get("unk_id") != 2:
+        raise UsageError(
+            f"{where}: expected sentencepiece's unigram model as T5 has it (Unigram, unknown 2), "
+            f"found {model.get('type')} with unknown {model.get('unk_id')}."
+        )
+    kind = _Pieces.SentencePiece
+    pieces = _Pieces()
+    for i, (piece, score) in enumerate(model["vocab"]):
+        if _EXTRA_ID.fullmatch(piece):
+            continue
+        of_piece = {0: kind.CONTROL, 1: kind.CONTROL, 2: kind.UNKNOWN}.get(i, kind.NORMAL)
+        if model.get("byte_fallback") and _BYTE.fullmatch(piece):
+            of_piece = kind.BYTE
+        pieces.pieces.add(piece=piece, score=score, type=of_piece)
+    trainer, normalizer = pieces.trainer_spec, pieces.normalizer_spec
+    trainer.model_type = _protos.TrainerSpec.UNIGRAM
+    trainer.vocab_size = len(pieces.pieces)
+    trainer.byte_fallback = bool(model.get("byte_fallback"))
+    trainer.pad_id, trainer.eos_id, trainer.unk_id, trainer.bos_id = 0, 1, 2, -1
+    trainer.pad_piece, trainer.eos_piece, trainer.unk_piece = (
+        piece.piece for piece in pieces.pieces[:3]
+    )
+    charsmap = _find(tokenizer.get("normalizer"), "precompiled_charsmap")
+    if charsmap is not None:
+        normalizer.precompiled_charsmap = base64.b64decode(charsmap)
+    normalizer.add_dummy_prefix = True
+    normalizer.remove_extra_whitespaces = True
+    normalizer.escape_whitespaces = True
+    return pieces
+
+
+def _find(value: Any, key: str) -> Any:
+    """The value of a key, wherever it is nested."""
+    if isinstance(value, dict):
+        if value.get(key) is not None:
+            return value[key]
+        value = list(value.values())
+    if isinstance(value, list):
+        return next((found for x in value if (found := _find(x, key)) is not None), None)
+    return None
+
+
+def _temporary_file(pieces: _Pieces) -> str:
+    """A file, because seqio reads a vocabulary from one whenever it needs it."""
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="tnt_jax-vocabulary-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    (folder / _SENTENCEPIECE).write_bytes(pieces.SerializeToString())
+    return str(folder / _SENTENCEPIECE)
+
+
+# ------------------------------------------------------------------------------------- Writing
+
+
+def write(folder: epath.Path, vocabulary: "seqio.Vocabulary") -> None:
+    """Writes a vocabulary as the tokenizer files of a directory of Hugging Face's."""
+    import seqio
+
+    settings: dict[str, Any] = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    if isinstance(vocabulary, seqio.SentencePieceVocabulary):
+        settings |= {"tokenizer_class": "T5Tokenizer", "extra_ids": vocabulary.extra_ids}
+        content = epath.Path(vocabulary.sentencepiece_model_file).read_bytes()
+        (folder / _SENTENCEPIECE).write_bytes(content)
+    else:
+        settings |= {"tokenizer_class": "ByT5Tokenizer", "extra_ids": vocabulary.extra_ids}
+    text = json.dumps(settings, indent=2, allow_nan=False)
+    (folder / "tokenizer_config.json").write_text(text + "\n")
+
+
+# ------------------------------------------------------------------------------------- Checking
+
+
+def check_size(vocab_size: int, model_size: int) -> None:
+    """Raises a UsageError unless a vocabulary and a model's rows can belong together."""
+    if not vocab_size <= model_size <= vocab_size + _MOST_PADDING:
+        raise UsageError(
+            f"VOCABULARY: expected the vocabulary of a model with {model_size} rows "
+            f"(T5Config.vocab_size): as many ids, or up to {_MOST_PADDING} fewer; found "
+            f"{vocab_size}. Give the vocabulary, and EXTRA_IDS, that the model was trained with."
+        )
+
+
+def check_same(vocabulary: "seqio.Vocabulary", folder: epath.Path) -> None:
+    """Raises a UsageError where a model comes with a tokenizer that has other pieces."""
+    if not has_tokenizer(folder):
+        return
+    own = of_directory(folder)
+    tokenization.check_vocabulary(own)
+    pieces, own_pieces = _pieces(vocabulary), _pieces(own)
+    num_shared = min(len(pieces), len(own_pieces))
+    for i in range(num_shared):
+        if pieces[i] != own_pieces[i]:
+            raise UsageError(
+                f"VOCABULARY_PATH: expected the vocabulary of the model in {folder}, found "
+                f"another: id {i} is {own_pieces[i]!r} there and {pieces[i]!r} here. Set "
+                f"VOCABULARY_PATH to {folder}."
+            )
+
+
+def _pieces(vocabulary: "seqio.Vocabulary") -> list[str]:
+    processor = getattr(vocabulary, "tokenizer", None)
+    if processor is None:
+        return [f"byte {i}" for i in range(vocabulary.vocab_size)]
+    count = processor.vocab_size() - vocabulary.extra_ids
+    return processor.id_to_piece(list(range(count)))

@@ -1,0 +1,553 @@
+"""What the arms of an experiment share: an original, prompts, an annotator, programs with settings.
+
+`pipeline` and `sweep` are made of this. Everything is a stage (`stages`): done once, kept.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tnt_jax import __version__, convert, objectives, report
+from tnt_jax.checkpoints import pretrained
+from tnt_jax.data import records, removed_everywhere, rounds, tokenization
+from tnt_jax.models import decoding
+from tnt_jax.runtime import console, operative_config, stages
+from tnt_jax.runtime.errors import UsageError
+
+# Folders under output_dir, beside those of the arms.
+FOLDERS = ("original", "training_outputs", "stages")
+
+
+def path_in(*, folder: str, name: str) -> str:
+    """The path of a file, or of a folder, within a folder: gin itself joins no texts.
+
+    So a gin file names a folder once, and a flag that sets another moves all that is in it.
+
+    Args:
+      folder: A local folder, or one in a bucket.
+      name: Of what is in it.
+    """
+    return os.path.join(folder, name)  # noqa: PTH118 - pathlib makes gs:/ of gs://
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way to update the original.
+
+    Attributes:
+      name: In tables, and of its folder.
+      objective: The loss per token.
+    """
+
+    name: str
+    objective: objectives.TntObjective
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NewOriginal:
+    """How to make an original where there is none yet.
+
+    Attributes:
+      corpus: Writes the corpus, such as `corpora.venues` with its `output_dir` bound.
+      records: The pairs to train on, a JSONL file that `corpus` writes.
+      vocabulary_path: The sentencepiece model to train on their text.
+      vocab_size: Of that model.
+      train: `train.train` with its settings bound.
+    """
+
+    corpus: Callable[[], Any]
+    records: str
+    vocabulary_path: str
+    vocab_size: int
+    train: Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Settings.
+
+    Attributes:
+      output_dir: Of all files of the run.
+      train_prompts: Inputs to generate training outputs from: a file (or glob) of records, or a
+        `tasks.SeqioDataset`.
+      eval_prompts: Other inputs, for the evaluation.
+      vocabulary: Makes the vocabulary; called when its file is there.
+      annotator: Makes the annotator; called when its files are there.
+      decoders: By name. The first one generates the training outputs, all are evaluated.
+      train: `train.train` with its settings bound; so are the next three.
+      generate: `generate.generate`.
+      annotate: `annotate.annotate`.
+      evaluate: `evaluate.evaluate`.
+      certificate: `evaluate.Certificate`.
+      original_checkpoint_path: The original.
+      new_original: How to make one, in place of `original_checkpoint_path`.
+      clean_per_marked: As in `tasks.RecordFiles`, for the training outputs; so are the next two.
+      marks: As there.
+      loss_until: As there.
+
+    Raises:
+      UsageError: Settings contradict each other.
+    """
+
+    output_dir: str
+    train_prompts: Any
+    eval_prompts: Any
+    vocabulary: Callable[[], Any]
+    annotator: Callable[[], Any]
+    decoders: Mapping[str, decoding.Decoding]
+    train: Callable[..., Any]
+    generate: Callable[..., Any]
+    annotate: Callable[..., Any]
+    evaluate: Callable[..., Any]
+    certificate: Callable[..., Any]
+    original_checkpoint_path: str | None = None
+    new_original: NewOriginal | None = None
+    clean_per_marked: int | float | None = None
+    marks: str = "whole"
+    loss_until: str = "end"
+
+    def __post_init__(self):
+        if (self.original_checkpoint_path is None) == (self.new_original is None):
+            raise UsageError(
+                "Experiment: expected either original_checkpoint_path or new_original, found "
+                f"{'neither' if self.new_original is None else 'both'}."
+            )
+        if not self.decoders:
+            raise UsageError("Experiment.decoders: expected at least one, found none.")
+        if records.is_remote(self.output_dir):
+            raise UsageError(
+                "OUTPUT_DIR: expected a local folder, for programs share its many files; found "
+                f"{self.output_dir}. Copy it afterwards; train's MODEL_DIR may be in a bucket."
+            )
+
+    @property
+    def folder(self) -> str:
+        """`output_dir`, without `~` at its start."""
+        return _from_home(self.output_dir)
+
+    def check_names(self, names: Sequence[str]) -> None:
+        """Of the arms: they become folders.
+
+        Raises:
+          UsageError: There is none, or two are the same, or one is that of another folder.
+        """
+        if not names or len({*names, *FOLDERS}) != len(names) + len(FOLDERS):
+            raise UsageError(
+                "expected arms whose names differ from each other and from "
+                f"{', '.join(FOLDERS)}; found {list(names)}."
+            )
+
+
+def name_of_round(name: str, number: int) -> str:
+    """Of the folder and the stages of an arm's round, counted from 1; the first has the arm's."""
+    return name if number == 1 else f"{name}.round{number}"
+
+
+def _from_home(path: str) -> str:
+    """A path without `~`, also for a caller from Python, whose settings no program expanded.
+
+    What opens a path expands that itself; what asks for it by its name does not.
+    """
+    return os.path.expanduser(path)  # noqa: PTH111 - Path's raises where there is no such home
+
+
+class Opened:
+    """An experiment whose original is there; its methods run stages and return their files.
+
+    Attributes:
+      settings: Of the experiment.
+      root: Its folder.
+      original: Path of the original's checkpoint.
+      vocabulary: Of inputs and outputs.
+      annotator: Decides what is unwanted.
+      num_seen: Evaluation prompts whose input is also a training prompt's, as far as files tell.
+    """
+
+    def __init__(
+        self, settings: Experiment, check_prompts: Callable[[Sequence[str]], None] | None = None
+    ):
+        """Opens it, and makes an original where there is none yet.
+
+        Args:
+          settings: Of the experiment.
+          check_prompts: Is called with the ids of evaluation prompts that are in a file, before
+            anything is trained; raises what is wrong with them.
+
+        Raises:
+          UsageError: Settings, files or the original do not fit.
+        """
+        self.settings = settings
+        self.root = pathlib.Path(settings.folder)
+        records.check_directory(self.root, "OUTPUT_DIR")
+        operative_config.check_folder(self.root, "OUTPUT_DIR")
+        self._stages = stages.Stages(self.root)
+        operative_config.write(self.root)
+        if settings.new_original is not None:
+            self._make_corpus(settings.new_original)
+        self.num_seen = self._look_at_prompts(check_prompts)
+        if settings.new_original is not None:
+            self._make_original(settings.new_original)
+            self.original = str(pretrained.find(str(self.root / "original" / "model")))
+        else:
+            assert settings.original_checkpoint_path is not None
+            self.original = _from_home(settings.original_checkpoint_path)
+        self._came_as = pretrained.open_checkpoint(self.original)
+        self.annotator, self.vocabulary = settings.annotator(), settings.vocabulary()
+
+    @property
+    def first_decoder(self) -> str:
+        """The one that generates training outputs."""
+        return next(iter(self.settings.decoders))
+
+    def _look_at_prompts(self, check: Callable[[Sequence[str]], None] | None) -> int:
+        """`num_seen`, and what is wrong with prompts in files, before the work."""
+        train, evaluation = (
+            records.read_records(prompts) if isinstance(prompts, str) else None
+            for prompts in (self.settings.train_prompts, self.settings.eval_prompts)
+        )
+        if evaluation is not None and check is not None:
+            check([row.id for row in evaluation])
+        if train is None or evaluation is None:
+            return 0
+        inputs = {row.inputs for row in train}
+        num_seen = sum(row.inputs in inputs for row in evaluation)
+        if num_seen:
+            console.log(
+                f"EVAL_PROMPTS: {num_seen} of {len(evaluation)} inputs are also in TRAIN_PROMPTS: "
+                "numbers on what was learned from say little about other inputs. Give others."
+            )
+        return num_seen
+
+    def _make_corpus(self, new: NewOriginal) -> None:
+        self._stages.run(
+            "corpus", _write_corpus, output=new.records, inputs={}, settings={"corpus": new.corpus}
+        )
+
+    def _make_original(self, new: NewOriginal) -> None:
+        self._stages.run(
+            "vocabulary",
+            _train_vocabulary,
+            output=new.vocabulary_path,
+            inputs={"texts_of": new.records},
+            settings={"vocab_size": new.vocab_size},
+        )
+        from tnt_jax.data import tasks  # here, because TensorFlow takes seconds to import
+
+        dataset = tasks.RecordFiles(
+            files=new.records, vocabulary=self.settings.vocabulary(), annotated=False
+        )
+        self._stages.run(
+            "original: train",
+            new.train,
+            output=str(self.root / "original" / "model"),
+            output_name="model_dir",
+            inputs={},
+            settings={
+                "dataset": dataset,
+                "initial_checkpoint_path": None,
+                "original": "parameters",  # a model from nothing has none, and no adapters
+            },
+            also_depends_on=[new.records],
+            goes_on=True,
+        )
+
+    # ------------------------------------------------------------------------------------ Outputs
+
+    def outputs_of(
+        self, name: str, checkpoint: str, prompts: Any, decoder: str, mask: Any | None = None
+    ) -> str:
+        """Generates and annotates; returns the annotated file.
+
+        Args:
+          name: Of the folder.
+          checkpoint: Of the model.
+          prompts: A file (or glob) of records, or a `tasks.SeqioDataset`.
+          decoder: Its name.
+          mask: An annotator: what it knows is masked.
+        """
+        is_file = isinstance(prompts, str)
+        generated = str(self.root / name / f"{decoder}.jsonl")
+        self._stages.run(
+            f"{name}: generate, {decoder}",
+            self.settings.generate,
+            output=generated,
+            inputs={"checkpoint_path": checkpoint} | ({"prompts": prompts} if is_file else {}),
+            settings={
+                "vocabulary": self.vocabulary,
+                "decoder": self.settings.decoders[decoder],
+            }
+            | ({} if is_file else {"prompts": prompts})
+            | ({} if mask is None else {"mask": mask}),
+            version="" if mask is None else mask.description,  # as of `_annotated`
+        )
+        return self._annotated(name, generated, decoder, self.annotator)
+
+    def _annotated(self, name: str, generated: str, label: str, annotator: Any) -> str:
+        output = str(self.root / name / f"{label}.annotated.jsonl")
+        self._stages.run(
+            f"{name}: annotate, {label}",
+            self.settings.annotate,
+            output=output,
+            inputs={"input": generated},
+            settings={"vocabulary": self.vocabulary, "annotator": annotator},
+            version=annotator.description,  # names what a word list holds, not only its path
+        )
+        return output
+
+    def training_outputs_by(self, decoders: Sequence[str], annotator: Any | None = None) -> str:
+        """The original's outputs to learn from, of other decoders, or annotated by another.
+
+        Args:
+          decoders: Their names; outputs of several are brought together as those of rounds are.
+          annotator: None is the experiment's.
+        """
+        name, files = "training_outputs", []
+        for decoder in decoders:
+            files.append(self.outputs_of(name, self.original, self.settings.train_prompts, decoder))
+            if annotator is not None:
+                # One file for all that mark alike.
+                digest = hashlib.sha256(annotator.description.encode()).hexdigest()[:8]
+                label = f"{type(annotator).__name__}-{digest}"
+                generated = str(self.root / name / f"{decoder}.jsonl")
+                files[-1] = self._annotated(name, generated, f"{decoder}.{label}", annotator)
+        if len(files) == 1:
+            return files[0]
+        together = " and ".join(pathlib.Path(file).name.split(".annotated")[0] for file in files)
+        return self._merged(name, files, together)
+
+    def _merged(self, name: str, files: Sequence[str], label: str) -> str:
+        merged = str(self.root / name / f"{label}.merged.jsonl")
+        self._stages.run(
+            f"{name}: merge, {label}",
+            rounds.merge_files,
+            output=merged,
+            inputs={},
+            settings={"rounds": list(files), "vocabulary": self.vocabulary},
+            also_depends_on=[*files, *itertools.chain(*map(removed_everywhere.files_of, files))],
+        )
+        return merged
+
+    def masked_outputs(self, name: str, decoder: str) -> str:
+        """The original's outputs to compare with, while what is unwanted is masked."""
+        return self.outputs_of(
+            name, self.original, self.settings.eval_prompts, decoder, mask=self.annotator
+        )
+
+    def training_of(self, name: str, num_rounds: int) -> tuple[int, float | None]:
+        """Updates of an arm that is trained, and their seconds, of all its rounds together."""
+        names = [name_of_round(name, number) for number in range(1, num_rounds + 1)]
+        steps = sum(
+            pretrained.open_checkpoint(str(self.root / name / "model")).step for name in names
+        )
+        seconds = [self._stages.seconds(f"{name}: train") for name in names]
+        known = [of_round for of_round in seconds if of_round is not None]
+        return steps, round(sum(known), 1) if len(known) == len(seconds) else None
+
+    @functools.cached_property
+    def training_outputs(self) -> str:
+        """The original's outputs to learn from, annotated."""
+        return self.training_outputs_by([self.first_decoder])
+
+    @functools.cached_property
+    def original_outputs(self) -> dict[str, str]:
+        """The original's outputs to compare with, annotated, by decoder.
+
+        Raises:
+          UsageError: The annotator knows none of some.
+        """
+        found = {
+            decoder: self.outputs_of("original", self.original, self.settings.eval_prompts, decoder)
+            for decoder in self.settings.decoders
+        }
+        for file in found.values():
+            if next(records.iterate(file), None) is None:
+                raise UsageError(
+                    f"EVAL_PROMPTS: expected outputs that the annotator knows, found none in {file}"
+                    ". Give other EVAL_PROMPTS, or another ANNOTATOR."
+                )
+        return found
+
+    # --------------------------------------------------------------------------------------- Arms
+
+    def train(
+        self,
+        name: str,
+        objective: objectives.TntObjective,
+        files: str,
+        *,
+        settings: Mapping[str, Any] | None = None,
+        of_dataset: Mapping[str, Any] | None = None,
+        start: str | None = None,
+    ) -> str:
+        """Trains an arm on annotated outputs; returns its newest checkpoint.
+
+        Args:
+          name: Of the arm.
+          objective: The loss per token.
+          files: Of annotated records.
+          settings: Further arguments of `train.train`.
+          of_dataset: Further arguments of `tasks.RecordFiles`.
+          start: A checkpoint to start from instead of the original.
+        """
+        from tnt_jax.data import tasks
+
+        model_dir = str(self.root / name / "model")
+        dataset = tasks.RecordFiles(
+            **{
+                "files": files,
+                "vocabulary": self.vocabulary,
+                "clean_per_marked": self.settings.clean_per_marked,
+                "marks": self.settings.marks,
+                "loss_until": self.settings.loss_until,
+                **(of_dataset or {}),
+            }
+        )
+        inputs = {"initial_checkpoint_path": self.original}
+        if start is not None:
+            inputs["start_checkpoint_path"] = start
+        self._stages.run(
+            f"{name}: train",
+            self.settings.train,
+            output=model_dir,
+            output_name="model_dir",
+            inputs=inputs,
+            settings={"objective": objective, "dataset": dataset, **(settings or {})},
+            also_depends_on=[files, *removed_everywhere.files_of(files)],
+            goes_on=True,
+        )
+        return str(pretrained.find(model_dir))
+
+    def train_rounds(
+        self,
+        name: str,
+        objective: objectives.TntObjective,
+        files: str,
+        num_rounds: int,
+        **more: Any,
+    ) -> list[str]:
+        """Trains an arm, generates with it, annotates, trains on all outputs so far, and so on.
+
+        Args:
+          name: Of the arm; a later round has its number after it.
+          objective: The loss per token; always against the first original.
+          files: Annotated outputs of the original.
+          num_rounds: At least 1.
+          **more: As in `train`.
+
+        Returns:
+          The checkpoint of every round.
+        """
+        checkpoints = [self.train(name, objective, files, **more)]
+        all_files = [files]
+        for number in range(2, num_rounds + 1):
+            of_round = name_of_round(name, number)
+            outputs = self.outputs_of(
+                of_round, checkpoints[-1], self.settings.train_prompts, self.first_decoder
+            )
+            all_files.append(outputs)
+            merged = self._merged(of_round, all_files, "rounds")
+            checkpoints.append(
+                self.train(of_round, objective, merged, start=checkpoints[-1], **more)
+            )
+        return checkpoints
+
+    def evaluate(self, name: str, checkpoint: str, decoder: str) -> dict[str, Any]:
+        """Generates with an arm and compares with the original; returns what `evaluate` writes."""
+        current = self.outputs_of(name, checkpoint, self.settings.eval_prompts, decoder)
+        output = self.root / name / f"{decoder}.evaluation.json"
+        tokens = self.root / name / f"{decoder}.tokens.jsonl"
+        certificate = self.settings.certificate(
+            original_checkpoint_path=self.original, checkpoint_path=checkpoint
+        )
+        self._stages.run(
+            f"{name}: evaluate, {decoder}",
+            self.settings.evaluate,
+            output=str(output),
+            inputs={
+                "original_records": self.original_outputs[decoder],
+                "current_records": current,
+            },
+            settings={
+                "vocabulary": self.vocabulary,
+                "print_table": False,
+                "tokens_output": str(tokens),
+                "certificate": certificate,
+            },
+            also_depends_on=[self.original, checkpoint],
+        )
+        return json.loads(output.read_text("utf-8"))
+
+    def report(self, names: Sequence[str]) -> pathlib.Path:
+        """Writes the page that shows every arm, output by output; `summary.json` is there."""
+        page = self.root / "report.html"
+        files = [
+            str(self.root / name / f"{decoder}.{what}.jsonl")
+            for name in names
+            for decoder in self.settings.decoders
+            for what in ("annotated", "tokens")
+        ]
+        self._stages.run(
+            "report",
+            report.report,
+            output=str(page),
+            inputs={},
+            settings={"pipeline_dir": str(self.root)},
+            also_depends_on=[
+                str(self.root / "summary.json"),
+                *self.original_outputs.values(),
+                *files,
+            ],
+            version=__version__,
+        )
+        return page
+
+    def hand_back(self, name: str, checkpoint: str) -> None:
+        """Writes an arm's model in the format that the original came in, if that is another."""
+        came_as = self._came_as
+        if came_as.output_format == "orbax":
+            return
+        evaluation = str(self.root / name / f"{self.first_decoder}.evaluation.json")
+        self._stages.run(
+            f"{name}: convert",
+            _hand_back,
+            output=str(self.root / name / came_as.output_format),
+            inputs={"checkpoint": checkpoint, "evaluation": evaluation},
+            settings={
+                "output_format": came_as.output_format,
+                "scan_layers": came_as.scan_layers,
+            },
+            goes_on=True,
+        )
+
+
+def _write_corpus(*, output: str, corpus: Callable[[], Any]) -> None:
+    corpus()
+    if not pathlib.Path(output).exists():
+        raise UsageError(f"new_original: expected its corpus to write {output}; it did not.")
+
+
+def _train_vocabulary(*, output: str, texts_of: str, vocab_size: int) -> None:
+    rows = records.read_records(texts_of)
+    texts = [text for row in rows for text in (row.inputs, row.targets)]
+    tokenization.train_sentencepiece(texts, output, vocab_size=vocab_size)
+
+
+def _hand_back(
+    *, output: str, checkpoint: str, evaluation: str, output_format: str, scan_layers: bool
+) -> None:
+    if pathlib.Path(output).exists():  # of a run that was stopped
+        shutil.rmtree(output)
+    convert.convert(
+        input=checkpoint,
+        output=output,
+        output_format=output_format,
+        scan_layers=scan_layers,
+        evaluation=evaluation if output_format == "huggingface" else None,
+    )

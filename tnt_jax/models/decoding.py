@@ -1,0 +1,479 @@
+"""Greedy decoding, sampling and beam search over a key-value cache, each one compiled loop.
+
+The encoder and the cross-attention keys and values are computed once, before the loop; a step
+computes one position. The loop ends when every row has ended.
+"""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tnt_jax.models import t5
+from tnt_jax.runtime.array_types import Array, Bool, Float, Int, Key, PyTree
+from tnt_jax.runtime.errors import UsageError
+
+_PAD_ID = 0  # T5's masks know no other padding, and it is the first decoder input
+
+# (last tokens [N], their position, cache) -> (log-probabilities of the next token [N, V], cache)
+_NextLogProbs = Callable[..., tuple[Float[Array, "N V"], PyTree]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How to turn next-token distributions into a sequence.
+
+    Attributes:
+      max_length: longest output in tokens, EOS included.
+      num_beams: above 1, beam search with this many live beams.
+      temperature: 0 takes the most probable token; above 0, samples from p^(1/temperature).
+      top_k: sample among the k most probable tokens only; 0 means all.
+      top_p: sample among the fewest most probable tokens that together have at least this
+        probability, counted after temperature and `top_k`; 1 means all.
+      length_penalty: alpha of T5X's brevity penalty: a finished beam of n tokens scores
+        log_prob / ((5 + n) / 6)^alpha.
+      eos_id: id that ends a sequence.
+      banned_ids: ids removed at every step, the rest renormalised: the exact and free baseline for
+        a list of unwanted tokens.
+
+    Raises:
+      UsageError: a value outside its range, or settings that exclude each other.
+    """
+
+    max_length: int
+    num_beams: int = 1
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    length_penalty: float = 0.6
+    eos_id: int = 1
+    banned_ids: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        # A tuple, so that the settings are hashable: a static argument of jax.jit.
+        object.__setattr__(self, "banned_ids", tuple(int(token) for token in self.banned_ids))
+        for name, expected, holds in (
+            ("max_length", "at least 1", self.max_length >= 1),
+            ("num_beams", "at least 1", self.num_beams >= 1),
+            ("temperature", "0 (greedy) or above", self.temperature >= 0),
+            ("top_k", "0 (off) or above", self.top_k >= 0),
+            ("top_p", "above 0 and at most 1 (off)", 0 < self.top_p <= 1),
+            ("length_penalty", "0 (off) or above", self.length_penalty >= 0),
+            ("eos_id", "an id other than 0 (padding)", self.eos_id > 0),
+            (
+                "banned_ids",
+                "without eos_id, or no output could end",
+                self.eos_id not in self.banned_ids,
+            ),
+        ):
+            if not holds:
+                raise UsageError(f"Decoding.{name} must be {expected}; found {getattr(self, name)}")
+        if self.temperature == 0 and (self.top_k > 0 or self.top_p < 1):
+            raise UsageError(
+                f"Decoding.top_k={self.top_k} and top_p={self.top_p} act on sampling only: set "
+                "temperature above 0, or leave them at 0 and 1"
+            )
+        if self.num_beams > 1 and self.temperature > 0:
+            raise UsageError(
+                f"Decoding.num_beams={self.num_beams} searches and temperature={self.temperature} "
+                "samples: set num_beams=1 or temperature=0"
+            )
+
+
+def within_vocabulary(decoding: Decoding, vocab_size: int, config: t5.T5Config) -> Decoding:
+    """The same, never with an id that stands for no text.
+
+    T5's embedding has more rows than its vocabulary, of `vocab_size`, has ids.
+    """
+    unused = range(vocab_size, config.vocab_size)
+    return dataclasses.replace(decoding, banned_ids=(*decoding.banned_ids, *unused))
+
+
+class Decoded(NamedTuple):
+    """One output per row.
+
+    Attributes:
+      tokens: `[B, max_length]`, EOS included, then 0. A row without EOS was cut at `max_length`.
+      log_prob: `[B]`, nats: the sum over `tokens` of the model's log-probabilities, padding and
+        `banned_ids` removed; before temperature, top-k, top-p and length penalty.
+      num_steps: decoding steps taken, at most `max_length`.
+    """
+
+    tokens: Int[Array, "B L"]
+    log_prob: Float[Array, "B"]
+    num_steps: Int[Array, ""]
+
+
+def record_keys(seed: int, record_ids: Sequence[str]) -> Key[Array, "B"]:
+    """Sampling keys of records: hashes of the seed and the id, the same in every process."""
+    digests = [hashlib.sha256(f"{seed}/{record_id}".encode()).digest() for record_id in record_ids]
+    words = np.frombuffer(b"".join(digests), "<u4").reshape(-1, 8)[:, :2]
+    return jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
+
+
+class Mask(NamedTuple):
+    """What must not come up in each output, and what may although it holds some of that.
+
+    Both are sequences of ids, as `pad_sequences` fills them up. The id that would complete a banned
+    sequence is removed, unless a supported one has come at least as far from the same place or an
+    earlier one: then what goes on with that is all that may follow, until it is whole. So "rice
+    boat" can be said where "rice" cannot. `tokenization.Completions` removes by the same rule.
+
+    Attributes:
+      banned: of each row, sequences that must not come up.
+      supported: of each row, sequences that may; None where there are none.
+    """
+
+    banned: Int[Array | np.ndarray, "B M W"]
+    supported: Int[Array | np.ndarray, "B Q X"] | None = None
+
+
+@functools.partial(jax.jit, static_argnames=("config", "decoding"))
+def decode(
+    params: PyTree,
+    encoder_input_tokens: Int[Array, "B S"],
+    row_keys: Key[Array, "B"] | None = None,
+    mask: Mask | None = None,
+    prefix_tokens: Int[Array, "B P"] | None = None,
+    *,
+    config: t5.T5Config,
+    decoding: Decoding,
+) -> Decoded:
+    """Decodes a batch.
+
+    Padding (id 0) is removed from every distribution: a generated 0 could not be told from the end
+    of the sequence. A row without any input token is batch filler and comes out empty.
+
+    Args:
+      params: float32 parameters of `t5.Transformer(config)`.
+      encoder_input_tokens: padded with 0 on the right; the width changes no output.
+      row_keys: one key per row, for sampling only. The noise of a row depends on its key and the
+        position alone, not on the model, the other rows or their order, so an unchanged model
+        repeats its sample (bit for bit at one batch size; between batch sizes XLA may sum in
+        another order, which can turn a tie within 1e-6 nats).
+      mask: what must not come up: it is removed, the rest renormalised. Not for beams.
+      prefix_tokens: how each row's output begins, padded with 0 on the right; rows may differ in
+        length, and one of no tokens is free from the start. They count in `tokens`, `log_prob` and
+        `max_length` as if they had been chosen. Not for beams.
+      config: of the model.
+      decoding: the settings.
+
+    Returns:
+      Tokens, log-probabilities and the number of steps.
+
+    Raises:
+      UsageError: sampling without keys, an id or `top_k` beyond the vocabulary, or a prefix that is
+        longer than an output may be.
+    """
+    largest_id = max(decoding.eos_id, *decoding.banned_ids, decoding.top_k - 1)
+    if largest_id >= config.vocab_size or min(decoding.banned_ids, default=0) < 0:
+        raise UsageError(
+            f"Decoding.eos_id, banned_ids and top_k must lie within the vocabulary of "
+            f"{config.vocab_size} ids; found {decoding}"
+        )
+    if decoding.temperature > 0 and row_keys is None:
+        raise UsageError("sampling (Decoding.temperature above 0) needs one key per row: row_keys")
+    if decoding.num_beams > 1:
+        for name, given in (("masks", mask), ("prefixes", prefix_tokens)):
+            if given is not None:
+                raise UsageError(
+                    f"{name} are for one output at a time: expected Decoding.num_beams=1, found "
+                    f"{decoding.num_beams}"
+                )
+    if prefix_tokens is not None and prefix_tokens.shape[1] > decoding.max_length:
+        raise UsageError(
+            f"expected prefixes of at most Decoding.max_length={decoding.max_length} tokens, found "
+            f"{prefix_tokens.shape[1]}"
+        )
+
+    # Cut out of their stacks once, before the loop: steps that scan the layers are 40 % slower.
+    config = dataclasses.replace(config, scan_layers=False, remat_policy="none")
+    params = t5.unstack_layers(params)
+    model = t5.Transformer(config)
+    memory = model.apply({"params": params}, encoder_input_tokens, method="start_decoding")
+    removed = np.zeros((1, config.vocab_size), bool)
+    removed[:, [_PAD_ID, *decoding.banned_ids]] = True
+
+    def next_log_probs(tokens, position, cache):
+        logits, cache = model.apply(
+            {"params": params}, tokens, position, cache, memory, method="decode_step"
+        )
+        return jax.nn.log_softmax(jnp.where(removed, -jnp.inf, logits)), cache
+
+    is_filler = jnp.all(encoder_input_tokens == 0, axis=1)
+    num_rows = encoder_input_tokens.shape[0] * decoding.num_beams
+    cache = t5.empty_cache(config, num_rows, decoding.max_length)
+    if decoding.num_beams > 1:
+        return _search_beams(next_log_probs, cache, is_filler, decoding)
+    if decoding.temperature == 0:
+        row_keys = None
+    if prefix_tokens is None:
+        prefix_tokens = jnp.zeros((num_rows, 0), jnp.int32)
+    # As wide as the output, so that every step reads its own column.
+    num_free = decoding.max_length - prefix_tokens.shape[1]
+    forced = jnp.pad(prefix_tokens, ((0, 0), (0, num_free)), constant_values=_PAD_ID)
+    return _decode_rows(next_log_probs, cache, is_filler, row_keys, mask, forced, decoding)
+
+
+def pad_sequences(sequences: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
+    """Sequences of ids of each row as `[B, M, W]` int32, filled up with -1 on the left."""
+    most = max((len(of_row) for of_row in sequences), default=0)
+    longest = max((len(ids) for of_row in sequences for ids in of_row), default=0)
+    padded = np.full((len(sequences), max(most, 1), max(longest, 1)), -1, np.int32)
+    for row, of_row in enumerate(sequences):
+        for number, ids in enumerate(of_row):
+            padded[row, number, padded.shape[2] - len(ids) :] = ids
+    return padded
+
+
+# --------------------------------------------------------------------------- Greedy and sampling
+
+
+class _Rows(NamedTuple):
+    position: Int[Array, ""]
+    tokens: Int[Array, "B L"]
+    last: Int[Array, "B"]
+    log_prob: Float[Array, "B"]
+    ended: Bool[Array, "B"]
+    owed: Int[Array, "B"]
+    cache: PyTree
+
+
+def _decode_rows(
+    next_log_probs: _NextLogProbs,
+    cache: PyTree,
+    is_filler: Bool[Array, "B"],
+    row_keys: Key[Array, "B"] | None,
+    mask: Mask | None,
+    forced: Int[Array, "B L"],
+    decoding: Decoding,
+) -> Decoded:
+    """Greedy without keys, sampling with them; a forced token other than 0 is taken as it is."""
+    num_rows = is_filler.shape[0]
+
+    def step(rows: _Rows) -> _Rows:
+        log_probs, cache = next_log_probs(rows.last, rows.position, rows.cache)
+        masked = None
+        if mask is not None:
+            masked = _masked(mask, rows.tokens, rows.position, rows.owed, log_probs.shape[-1])
+            log_probs = jax.nn.log_softmax(jnp.where(masked.removed, -jnp.inf, log_probs))
+        if row_keys is None:
+            chosen = jnp.argmax(log_probs, axis=-1)
+        else:
+            chosen = _sample(log_probs, row_keys, rows.position, decoding)
+        given = forced[:, rows.position]
+        chosen = jnp.where(given == _PAD_ID, chosen, given)
+        gained = jnp.take_along_axis(log_probs, chosen[:, None], axis=1)[:, 0]
+        token = jnp.where(rows.ended, _PAD_ID, chosen).astype(jnp.int32)
+        return _Rows(
+            position=rows.position + 1,
+            tokens=rows.tokens.at[:, rows.position].set(token),
+            last=token,
+            log_prob=rows.log_prob + jnp.where(rows.ended, 0.0, gained),
+            ended=rows.ended | (token == decoding.eos_id),
+            owed=rows.owed if masked is None else masked.owed_after(chosen),
+            cache=cache,
+        )
+
+    rows = jax.lax.while_loop(
+        lambda rows: (rows.position < decoding.max_length) & ~jnp.all(rows.ended),
+        step,
+        _Rows(
+            position=jnp.int32(0),
+            tokens=jnp.full((num_rows, decoding.max_length), _PAD_ID, jnp.int32),
+            last=jnp.full(num_rows, _PAD_ID, jnp.int32),
+            log_prob=jnp.zeros(num_rows),
+            ended=is_filler,
+            owed=jnp.zeros(num_rows, jnp.int32),
+            cache=cache,
+        ),
+    )
+    return Decoded(rows.tokens, rows.log_prob, rows.position)
+
+
+class _Masked(NamedTuple):
+    """What a mask says of the next id of each row.
+
+    Attributes:
+      removed: the ids that may not come.
+      owed: how long the sequence is, with each id as its last, that must become whole: one that is
+        supported, and has a banned one in it so far; 0 for none.
+    """
+
+    removed: Bool[Array, "B V"]
+    owed: Int[Array, "B V"]
+
+    def owed_after(self, chosen: Int[Array, "B"]) -> Int[Array, "B"]:
+        """What is owed once an id of each row is chosen."""
+        return jnp.take_along_axis(self.owed, chosen[:, None], axis=1)[:, 0]
+
+
+def _masked(
+    mask: Mask,
+    tokens: Int[Array, "B L"],
+    position: Int[Array, ""],
+    owed: Int[Array, "B"],
+    vocab_size: int,
+) -> _Masked:
+    banned = _longest_completed(mask.banned, tokens, position, vocab_size)
+    if mask.supported is None:
+        return _Masked(banned > 0, jnp.zeros_like(banned))
+    whole = _longest_completed(mask.supported, tokens, position, vocab_size)
+    width = mask.supported.shape[2]
+    begun = jnp.concatenate(
+        [  # without the last n ids, filled up on the left
+            jnp.pad(mask.supported, ((0, 0), (0, 0), (n, 0)), constant_values=-1)[..., :width]
+            for n in range(width)
+        ],
+        axis=1,
+    )
+    supported = _longest_completed(begun, tokens, position, vocab_size)
+    goes_on = (owed[:, None] == 0) | (supported > owed[:, None])
+    removed = (banned > supported) | ~goes_on
+    # Where nothing else is left, a longer banned sequence holds the supported one.
+    removed = jnp.where(jnp.all(removed, axis=1, keepdims=True), ~goes_on, removed)
+    length = jnp.maximum(banned, jnp.where(owed > 0, owed + 1, 0)[:, None])
+    return _Masked(removed, jnp.where(whole < length, length, 0))
+
+
+def _longest_completed(
+    sequences: Int[Array | np.ndarray, "B M W"],
+    tokens: Int[Array, "B L"],
+    position: Int[Array, ""],
+    vocab_size: int,
+) -> Int[Array, "B V"]:
+    """Of each id at a position: how long the longest sequence is that it completes, or 0."""
+    num_rows, _, width = sequences.shape
+    before = jnp.pad(tokens, ((0, 0), (width - 1, 0)), constant_values=-2)
+    before = jax.lax.dynamic_slice_in_dim(before, position, width - 1, axis=1)
+    prefix, last = sequences[..., :-1], sequences[..., -1]
+    is_next = jnp.all((prefix < 0) | (prefix == before[:, None]), axis=2) & (last >= 0)
+    columns = jnp.where(is_next, last, vocab_size)
+    lengths = jnp.sum(sequences >= 0, axis=2, dtype=jnp.int32)
+    none = jnp.zeros((num_rows, vocab_size), jnp.int32)
+    return none.at[jnp.arange(num_rows)[:, None], columns].max(lengths, mode="drop")
+
+
+def _sample(
+    log_probs: Float[Array, "B V"],
+    row_keys: Key[Array, "B"],
+    position: Int[Array, ""],
+    decoding: Decoding,
+) -> Int[Array, "B"]:
+    """Gumbel-max sampling: the noise belongs to (key, position, token id), before any cut."""
+    vocab_size = log_probs.shape[-1]
+    noise = jax.vmap(
+        lambda key: jax.random.gumbel(jax.random.fold_in(key, position), (vocab_size,))
+    )(row_keys)
+    scores = log_probs / decoding.temperature
+    if decoding.top_k == 0 and decoding.top_p == 1:
+        return jnp.argmax(scores + noise, axis=-1)
+    scores, ids = jax.lax.top_k(scores, decoding.top_k or vocab_size)
+    probs = jax.nn.softmax(scores)
+    mass_before = jnp.cumsum(probs, axis=-1) - probs
+    noise = jnp.take_along_axis(noise, ids, axis=1)
+    best = jnp.argmax(jnp.where(mass_before < decoding.top_p, scores + noise, -jnp.inf), axis=-1)
+    return jnp.take_along_axis(ids, best[:, None], axis=1)[:, 0]
+
+
+# ----------------------------------------------------------------------------------- Beam search
+
+
+class _Beams(NamedTuple):
+    position: Int[Array, ""]
+    live_tokens: Int[Array, "B N L"]  # by falling log_prob
+    live_log_prob: Float[Array, "B N"]
+    last: Int[Array, "B N"]
+    finished_tokens: Int[Array, "B L"]  # the best finished beam
+    finished_log_prob: Float[Array, "B"]
+    finished_score: Float[Array, "B"]  # -inf while there is none
+    cache: PyTree
+
+
+def _search_beams(
+    next_log_probs: _NextLogProbs,
+    cache: PyTree,
+    is_filler: Bool[Array, "B"],
+    decoding: Decoding,
+) -> Decoded:
+    """The best beam by the semantics of t5x/decoding.py `beam_search`.
+
+    Each step takes the best 2N continuations of N live beams; those that end compete by score, the
+    best N of the others live on. Only the best finished beam is returned, so only it is kept, and a
+    row is settled when no live beam can beat it. If none ever finishes, the best live beam counts.
+    """
+    num_rows, num_beams = is_filler.shape[0], decoding.num_beams
+
+    def penalty(length):
+        return ((5.0 + length) / 6.0) ** decoding.length_penalty
+
+    def unsettled(beams: _Beams) -> Bool[Array, ""]:
+        # Log-probabilities only fall, and the penalty is mildest at the full length.
+        best_possible = beams.live_log_prob[:, 0] / penalty(decoding.max_length)
+        settled = jnp.all(beams.finished_score >= best_possible)
+        return (beams.position < decoding.max_length) & ~settled
+
+    def step(beams: _Beams) -> _Beams:
+        position = beams.position
+        log_probs, cache = next_log_probs(beams.last.reshape(-1), position, beams.cache)
+        vocab_size = log_probs.shape[-1]
+        log_probs = log_probs.reshape(num_rows, num_beams, vocab_size)
+        totals = (beams.live_log_prob[:, :, None] + log_probs).reshape(num_rows, -1)
+        # One continuation of each beam can be its end, so at least N of 2N live on.
+        totals, index = jax.lax.top_k(totals, 2 * num_beams)
+        parent, token = index // vocab_size, index % vocab_size
+        tokens = jnp.take_along_axis(beams.live_tokens, parent[:, :, None], axis=1)
+        tokens = tokens.at[:, :, position].set(token)
+        ends = token == decoding.eos_id
+
+        ended_log_prob = jnp.where(ends, totals, -jnp.inf)
+        best = jnp.argmax(ended_log_prob, axis=1)[:, None]
+        ended_log_prob = jnp.take_along_axis(ended_log_prob, best, axis=1)[:, 0]
+        ended_tokens = jnp.take_along_axis(tokens, best[:, :, None], axis=1)[:, 0]
+        ended_score = ended_log_prob / penalty(position + 1)
+        better = ended_score > beams.finished_score
+
+        live_log_prob, kept = jax.lax.top_k(jnp.where(ends, -jnp.inf, totals), num_beams)
+        parent = jnp.take_along_axis(parent, kept, axis=1)
+
+        def follow_parents(x: Array) -> Array:
+            by_row = x.reshape(num_rows, num_beams, *x.shape[1:])
+            return jax.vmap(lambda row, parents: row[parents])(by_row, parent).reshape(x.shape)
+
+        return _Beams(
+            position=position + 1,
+            live_tokens=jnp.take_along_axis(tokens, kept[:, :, None], axis=1),
+            live_log_prob=live_log_prob,
+            last=jnp.take_along_axis(token, kept, axis=1),
+            finished_tokens=jnp.where(better[:, None], ended_tokens, beams.finished_tokens),
+            finished_log_prob=jnp.where(better, ended_log_prob, beams.finished_log_prob),
+            finished_score=jnp.where(better, ended_score, beams.finished_score),
+            cache=jax.tree.map(follow_parents, cache),
+        )
+
+    beams = jax.lax.while_loop(
+        unsettled,
+        step,
+        _Beams(
+            position=jnp.int32(0),
+            live_tokens=jnp.full((num_rows, num_beams, decoding.max_length), _PAD_ID, jnp.int32),
+            # All beams start equal: only the first counts, or every one would be kept N times.
+            live_log_prob=jnp.full((num_rows, num_beams), -jnp.inf).at[:, 0].set(0.0),
+            last=jnp.full((num_rows, num_beams), _PAD_ID, jnp.int32),
+            finished_tokens=jnp.full((num_rows, decoding.max_length), _PAD_ID, jnp.int32),
+            finished_log_prob=jnp.zeros(num_rows),
+            finished_score=jnp.where(is_filler, jnp.inf, -jnp.inf),
+            cache=cache,
+        ),
+    )
+    has_finished = beams.finished_score > -jnp.inf
+    return Decoded(
+        jnp.where(has_finished[:, None], beams.finished_tokens, beams.live_tokens[:, 0]),
+        jnp.where(has_finished, beams.finished_log_prob, beams.live_log_prob[:, 0]),
+        beams.position,
+    )

@@ -1,0 +1,548 @@
+"""The layers of a T5, and its two stacks of them.
+
+A stack runs its layers one after the other or, with `T5Config.scan_layers`, in one compiled loop;
+`_run` is the only place that knows. Activations say what their dimensions mean
+(`sharding.constrain`), weights are cast and gathered where they are used (`sharding.gather`), so on
+a mesh with `fsdp` devices the weights of one layer at a time are whole, and activations never move.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from tnt_jax.models import adapters, sharding
+from tnt_jax.models.t5_config import ACTIVATIONS, REMAT_POLICIES, T5Config
+from tnt_jax.runtime.array_types import Array, Bool, Float, Int
+
+# T5X's value. Finite, so that a query with nothing to attend to (padding) stays finite as well.
+_MASKED_LOGIT = -1e10
+
+KeysValues = tuple[Float[Array, "_ H _ D"], Float[Array, "_ H _ D"]]
+Cache = tuple[KeysValues, ...]
+Axes = tuple[str, str]  # of a kernel: logical axes of its inputs and outputs
+
+
+def _operand(kernel: Float[Array, "I O"], like: Array, axes: Axes, is_scanned: bool) -> Array:
+    """A kernel as a layer computes with it: whole along `embed`, in the dtype of the other side."""
+    if is_scanned and like.dtype == jnp.bfloat16:
+        # Rounds as the cast does, so nothing changes. But a plain cast is moved out of the loop
+        # by XLA for TPUs, through an optimization_barrier too: it casts the whole stack before
+        # and keeps that, half as large as the parameters, until the loop has ended.
+        kernel = jax.lax.reduce_precision(kernel, exponent_bits=8, mantissa_bits=7)
+    return sharding.gather(kernel, axes, like.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _product(
+    x: Float[Array, "B T I"], kernel: Float[Array, "I O"], axes: Axes, is_scanned: bool
+) -> Float[Array, "B T O"]:
+    """`x @ kernel` in the dtype of `x`; the kernel's gradient adds up in the kernel's own.
+
+    The sum over a batch is the one place where bfloat16 would lose what float32 parameters are kept
+    for, on every device and between them. And the gathered kernel is not kept for the gradient,
+    whatever `remat_policy` says: it is gathered again.
+    """
+    return x @ _operand(kernel, x, axes, is_scanned)
+
+
+def _product_forward(x, kernel, axes, is_scanned):
+    return x @ _operand(kernel, x, axes, is_scanned), (x, kernel)
+
+
+def _product_backward(axes, is_scanned, kept, gradient):
+    x, kernel = kept
+    of_x = gradient @ _operand(kernel, x, axes, is_scanned).T
+    if _tokens_travel(x, kernel, axes):
+        x = sharding.constrain(x, "group", "length", axes[0])
+        gradient = sharding.constrain(gradient, "group", "length", axes[1])
+    of_kernel = jnp.einsum("bti,bto->io", x, gradient, preferred_element_type=kernel.dtype)
+    return of_x, sharding.constrain(of_kernel, *axes)
+
+
+def _tokens_travel(x: Float[Array, "B T I"], kernel: Float[Array, "I O"], axes: Axes) -> bool:
+    """Whether a `fsdp` group shares its tokens for a kernel's gradient.
+
+    The devices of a group hold a part of the kernel each, and its gradient is a sum over the tokens
+    of all. Either each computes the whole gradient of its tokens and they scatter the sum, or each
+    gets the tokens of the others and computes its part alone. The latter moves less, and needs no
+    memory for whole gradients, where the tokens are few beside the width of the model.
+    """
+    if "embed" not in axes or "fsdp" not in sharding.free_axes():
+        return False
+    width = kernel.shape[axes.index("embed")]
+    num_tokens = x.shape[0] * x.shape[1] // sharding.free_axes().get("data", 1)
+    return num_tokens * x.dtype.itemsize <= width * kernel.dtype.itemsize
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+class _Dense(nn.Module):
+    """A product with a kernel, and with the adapter beside it if there is one; no bias."""
+
+    config: T5Config
+    features: int
+    axes: Axes
+    kernel_init: Callable
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
+        shape = x.shape[-1], self.features
+        init = nn.with_logical_partitioning(self.kernel_init, self.axes)
+        is_scanned = self.config.scan_layers
+        product: Any = _product
+        x = x.astype(self.dtype)
+        y = product(x, self.param("kernel", init, shape, jnp.float32), self.axes, is_scanned)
+        if not self.has_variable("params", adapters.ADAPTER_IN):
+            return y
+        for name, axes in (
+            (adapters.ADAPTER_IN, (self.axes[0], "adapter_rank")),
+            (adapters.ADAPTER_OUT, ("adapter_rank", self.axes[1])),
+        ):
+            x = product(x, self.get_variable("params", name), axes, is_scanned)
+        return y + x * self.config.adapter_scale
+
+
+def _dense(
+    config: T5Config,
+    features: int,
+    axes: Axes,
+    kernel_init: Callable | None = None,
+    **kwargs: Any,
+) -> _Dense:
+    if kernel_init is None:
+        kernel_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+    kwargs.setdefault("dtype", config.dtype)
+    return _Dense(config, features, axes, kernel_init, **kwargs)
+
+
+def _layer_norm(config: T5Config) -> nn.RMSNorm:
+    scale_init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+    return nn.RMSNorm(epsilon=config.layer_norm_epsilon, dtype=config.dtype, scale_init=scale_init)
+
+
+def _dropout(config: T5Config) -> nn.Dropout:
+    """T5's dropout: one mask for all positions of a sequence."""
+    return nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
+
+
+@functools.lru_cache(maxsize=64)
+def _bucket_of_offset(
+    bidirectional: bool, num_buckets: int, max_distance: int, furthest: int
+) -> np.ndarray:
+    """Buckets of the offsets -furthest to furthest (key minus query position).
+
+    Half of the buckets hold one distance each, the other half grow logarithmically up to
+    `max_distance`. A table, so that training and decoding cannot disagree by a rounding of the
+    logarithm; as long as the sequences are, whatever the settings of a model say.
+    """
+    offsets = np.arange(-furthest, furthest + 1)
+    if bidirectional:
+        num_buckets //= 2
+        first_bucket = np.where(offsets > 0, num_buckets, 0)
+        distances = np.abs(offsets)
+    else:
+        first_bucket = np.zeros_like(offsets)
+        distances = np.maximum(-offsets, 0)
+    num_exact = num_buckets // 2
+    octave = np.log(np.maximum(distances, 1) / num_exact) / np.log(max_distance / num_exact)
+    # The tiny addend keeps exact powers (log 8 / log 16 * 8 = 6) from being rounded down.
+    logarithmic = np.floor(num_exact + octave * (num_buckets - num_exact) + 1e-9).astype(int)
+    buckets = np.where(distances < num_exact, distances, np.minimum(logarithmic, num_buckets - 1))
+    return (first_bucket + buckets).astype(np.int32)
+
+
+class _RelativePositionBias(nn.Module):
+    """A learned bias per head and bucket of key minus query position."""
+
+    config: T5Config
+    bidirectional: bool
+
+    def setup(self):
+        init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
+        self.rel_embedding = self.param(
+            "rel_embedding",
+            nn.with_logical_partitioning(init, ("heads", "relpos_buckets")),
+            (self.config.num_heads, self.config.num_relpos_buckets),
+            jnp.float32,
+        )
+
+    def __call__(
+        self, query_positions: Int[Array, "Q"], key_positions: Int[Array, "K"]
+    ) -> Float[Array, "1 H Q K"]:
+        return self.later(query_positions, key_positions)()
+
+    def later(
+        self,
+        query_positions: Int[Array, "Q"],
+        key_positions: Int[Array, "K"],
+        num_groups: int = 1,
+    ) -> Callable[[], Float[Array, "G H Q K"]]:
+        """The same, computed when and where it is called, for each group of rows by itself."""
+        c = self.config
+        embedding: Any = self.rel_embedding
+        # A query stands at one of the keys, so no offset is as large as their number.
+        furthest = min(c.relpos_max_distance, len(key_positions))
+        table = _bucket_of_offset(
+            self.bidirectional, c.num_relpos_buckets, c.relpos_max_distance, furthest
+        )
+
+        def bias() -> Float[Array, "G H Q K"]:
+            offsets = key_positions[None, :] - query_positions[:, None]
+            offsets = jnp.clip(offsets, -furthest, furthest)
+            buckets = jnp.asarray(table)[offsets + furthest]
+            # A contraction with a one-hot, as in T5X: the gradient of a gather is a slow scatter.
+            one_hot = jax.nn.one_hot(buckets, c.num_relpos_buckets, dtype=jnp.float32)
+            of_groups = jnp.broadcast_to(embedding, (num_groups, *embedding.shape))
+            if num_groups > 1:
+                of_groups = sharding.constrain(of_groups, "batch", "heads", "relpos_buckets")
+            return jnp.einsum("ghn,qkn->ghqk", of_groups, one_hot)
+
+        return bias
+
+
+def _shared_bias(
+    stack: "Encoder | Decoder", positions: Int[Array, "T"], num_rows: int
+) -> Callable[[], Float[Array, "G H T T"] | None]:
+    """What the layers of a stack call for their bias, where they share one.
+
+    In a loop over layers each computes it again, and on a mesh each device for its own rows.
+    Computed once, its gradient, as large as the attention logits of one row, would be added up in
+    the loop and over devices; so only that of its few parameters is.
+    """
+    c = stack.config
+    if c.relpos_bias_per_layer:
+        return lambda: None
+    if c.scan_layers:
+        free = sharding.free_axes()
+        num_groups = math.prod(free.get(axis, 1) for axis in sharding.AXIS_RULES["batch"])
+        num_groups = num_groups if num_rows % num_groups == 0 else 1
+        return stack.relpos_bias.later(positions, positions, num_groups)
+    bias = stack.relpos_bias(positions, positions)
+    return lambda: bias
+
+
+class _Attention(nn.Module):
+    """Multi-head attention without biases.
+
+    T5 does not divide attention logits by sqrt(head_dim); the initializer of the query does.
+    """
+
+    config: T5Config
+
+    def setup(self):
+        c = self.config
+        joined_kv = c.num_heads * c.head_dim
+        init = functools.partial(
+            nn.initializers.variance_scaling, mode="fan_in", distribution="normal"
+        )
+        self.query = _dense(c, joined_kv, ("embed", "joined_kv"), init(1.0 / c.head_dim))
+        self.key = _dense(c, joined_kv, ("embed", "joined_kv"), init(1.0))
+        self.value = _dense(c, joined_kv, ("embed", "joined_kv"), init(1.0))
+        self.out = _dense(c, c.emb_dim, ("joined_kv", "embed"), init(1.0))
+        self.dropout = _dropout(c)
+
+    def _split_heads(self, x: Float[Array, "B T J"]) -> Float[Array, "B H T D"]:
+        c = self.config
+        x = x.reshape(*x.shape[:2], c.num_heads, c.head_dim).swapaxes(1, 2)
+        return sharding.constrain(x, "batch", "heads", "length", "width")
+
+    def keys_values(self, x: Float[Array, "B T E"]) -> KeysValues:
+        return self._split_heads(self.key(x)), self._split_heads(self.value(x))
+
+    def __call__(
+        self,
+        x: Float[Array, "B Q E"],
+        keys_values: KeysValues,
+        *,
+        mask: Bool[Array, "#B 1 #Q K"],
+        bias: Float[Array, "G H Q K"] | None = None,
+        deterministic: bool,
+    ) -> Float[Array, "B Q E"]:
+        keys, values = keys_values
+        queries = self._split_heads(self.query(x))
+        if self.config.float32_attention_logits:
+            queries, keys = queries.astype(jnp.float32), keys.astype(jnp.float32)
+        logits = jnp.einsum("bhqd,bhkd->bhqk", queries, keys)
+        if bias is not None:
+            of_groups = logits.reshape(len(bias), -1, *logits.shape[1:])
+            logits = (of_groups + bias[:, None].astype(logits.dtype)).reshape(logits.shape)
+        logits = jnp.where(mask, logits, _MASKED_LOGIT)
+        weights = jax.nn.softmax(logits).astype(self.config.dtype)
+        weights = self.dropout(weights, deterministic=deterministic)
+        mixed = jnp.einsum("bhqk,bhkd->bhqd", weights, values)
+        mixed = sharding.constrain(mixed, "batch", "heads", "length", "width")
+        return self.out(mixed.swapaxes(1, 2).reshape(*x.shape[:2], -1))
+
+
+class _Mlp(nn.Module):
+    """Position-wise MLP; with several activations their outputs gate each other."""
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T E"], *, deterministic: bool) -> Float[Array, "B T E"]:
+        c = self.config
+        names = ["wi"]
+        if len(c.mlp_activations) > 1:
+            names = [f"wi_{i}" for i in range(len(c.mlp_activations))]
+        product = math.prod(
+            ACTIVATIONS[activation](_dense(c, c.mlp_dim, ("embed", "mlp"), name=name)(x))
+            for name, activation in zip(names, c.mlp_activations, strict=True)
+        )
+        hidden = sharding.constrain(cast(jax.Array, product), "batch", "length", "mlp")
+        hidden = _dropout(c)(hidden, deterministic=deterministic)
+        return _dense(c, c.emb_dim, ("mlp", "embed"), name="wo")(hidden)
+
+
+class _EncoderLayer(nn.Module):
+    config: T5Config
+
+    def setup(self):
+        if self.config.relpos_bias_per_layer:
+            self.relpos_bias = _RelativePositionBias(self.config, bidirectional=True)
+        self.pre_attention_layer_norm = _layer_norm(self.config)
+        self.attention = _Attention(self.config)
+        self.pre_mlp_layer_norm = _layer_norm(self.config)
+        self.mlp = _Mlp(self.config)
+        self.dropout = _dropout(self.config)
+
+    def __call__(
+        self,
+        x: Float[Array, "B S E"],
+        *,
+        mask: Bool[Array, "B 1 S S"],
+        bias: Float[Array, "G H S S"] | None,
+        deterministic: bool,
+    ) -> Float[Array, "B S E"]:
+        """One layer; without a `bias` of the stack it has one of its own."""
+        if bias is None:
+            positions = jnp.arange(x.shape[1])
+            bias = self.relpos_bias(positions, positions)
+        y = self.pre_attention_layer_norm(x)
+        y = self.attention(
+            y, self.attention.keys_values(y), mask=mask, bias=bias, deterministic=deterministic
+        )
+        x = x + self.dropout(y, deterministic=deterministic)
+        y = self.mlp(self.pre_mlp_layer_norm(x), deterministic=deterministic)
+        return x + self.dropout(y, deterministic=deterministic)
+
+
+class _DecoderLayer(nn.Module):
+    config: T5Config
+
+    def setup(self):
+        if self.config.relpos_bias_per_layer:
+            self.relpos_bias = _RelativePositionBias(self.config, bidirectional=False)
+        self.pre_self_attention_layer_norm = _layer_norm(self.config)
+        self.self_attention = _Attention(self.config)
+        self.pre_cross_attention_layer_norm = _layer_norm(self.config)
+        self.encoder_decoder_attention = _Attention(self.config)
+        self.pre_mlp_layer_norm = _layer_norm(self.config)
+        self.mlp = _Mlp(self.config)
+        self.dropout = _dropout(self.config)
+
+    def __call__(
+        self,
+        x: Float[Array, "N T E"],
+        cross_keys_values: KeysValues,
+        *,
+        positions: Int[Array, "T"],
+        self_mask: Bool[Array, "#N 1 T L"],
+        self_bias: Float[Array, "G H T L"] | None,
+        cross_mask: Bool[Array, "B 1 #T S"],
+        deterministic: bool,
+        cache: KeysValues | None = None,
+    ) -> tuple[Float[Array, "N T E"], KeysValues]:
+        """One layer; returns its output and the self-attention keys and values that it used.
+
+        With a `cache`, `x` is of one position, and its key and value are written there first.
+        """
+        if self_bias is None:
+            self_bias = self.relpos_bias(positions, jnp.arange(self_mask.shape[-1]))
+        y = self.pre_self_attention_layer_norm(x)
+        keys_values = self.self_attention.keys_values(y)
+        if cache is not None:
+            write = functools.partial(
+                jax.lax.dynamic_update_slice_in_dim, start_index=positions[0], axis=2
+            )
+            keys_values = (write(cache[0], keys_values[0]), write(cache[1], keys_values[1]))
+        y = self.self_attention(
+            y, keys_values, mask=self_mask, bias=self_bias, deterministic=deterministic
+        )
+        x = x + self.dropout(y, deterministic=deterministic)
+
+        y = self.pre_cross_attention_layer_norm(x)
+        # In beam search x has several rows per encoder input, next to each other. As further
+        # queries of one row they share its keys and values; elsewhere this reshape does nothing.
+        y = y.reshape(cross_mask.shape[0], -1, y.shape[-1])
+        y = self.encoder_decoder_attention(
+            y, cross_keys_values, mask=cross_mask, deterministic=deterministic
+        )
+        x = x + self.dropout(y, deterministic=deterministic).reshape(x.shape)
+
+        y = self.mlp(self.pre_mlp_layer_norm(x), deterministic=deterministic)
+        return x + self.dropout(y, deterministic=deterministic), keys_values
+
+
+def _layers(config: T5Config, layer: type[nn.Module], num_layers: int) -> Any:
+    """What a stack has as its `layers`: one that stands for all, or a list of them."""
+    return layer(config) if config.scan_layers else [layer(config) for _ in range(num_layers)]
+
+
+def _run(
+    layers: Any, num_layers: int, config: T5Config, x: Float[Array, "B T E"], call: Callable
+) -> Float[Array, "B T E"]:
+    """`x` through all layers, each by `call(layer, x) -> x`, which the remat policy is applied to.
+
+    Dropout draws other masks in a loop than without one: its keys are split from the stack's there,
+    and made from the names of the layers elsewhere.
+    """
+
+    def run_one(layer: nn.Module, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        return sharding.constrain(call(layer, x), "batch", "length", "width")
+
+    if config.remat_policy != "none":
+        # A loop keeps what it computes again apart from what it computed first; without one the
+        # compiler would find the two equal, and keep the first.
+        run_one = nn.remat(
+            run_one,
+            policy=REMAT_POLICIES[config.remat_policy],
+            prevent_cse=not config.scan_layers,
+        )
+    if not config.scan_layers:
+        for layer in layers:
+            x = run_one(layer, x)
+        return x
+    run_all = nn.scan(
+        lambda layer, x, _: (run_one(layer, x), None),
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        length=num_layers,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    return run_all(layers, x, None)[0]
+
+
+class Encoder(nn.Module):
+    """The encoder's layers, from embedded tokens to normalised states."""
+
+    config: T5Config
+
+    def setup(self):
+        """Binds the submodules; their names are T5X's."""
+        c = self.config
+        if not c.relpos_bias_per_layer:
+            self.relpos_bias = _RelativePositionBias(c, bidirectional=True)
+        self.layers = _layers(c, _EncoderLayer, c.num_encoder_layers)
+        self.encoder_norm = _layer_norm(c)
+        self.dropout = _dropout(c)
+        # The last dropout of the encoder alone has a mask per position in T5X.
+        self.output_dropout = nn.Dropout(c.dropout_rate)
+
+    def __call__(
+        self, x: Float[Array, "B S E"], *, mask: Bool[Array, "B 1 S S"], deterministic: bool
+    ) -> Float[Array, "B S E"]:
+        """All layers, the norm, and dropout around them."""
+        c = self.config
+        positions = jnp.arange(x.shape[1])
+        bias = _shared_bias(self, positions, len(x))
+
+        def call(layer: _EncoderLayer, x: Float[Array, "B S E"]) -> Float[Array, "B S E"]:
+            return layer(x, mask=mask, bias=bias(), deterministic=deterministic)
+
+        x = self.dropout(x, deterministic=deterministic)
+        x = _run(self.layers, c.num_encoder_layers, c, x, call)
+        return self.output_dropout(self.encoder_norm(x), deterministic=deterministic)
+
+
+class Decoder(nn.Module):
+    """The decoder's layers, from embedded tokens to normalised states, and the output matrix."""
+
+    config: T5Config
+
+    def setup(self):
+        """Binds the submodules; their names are T5X's."""
+        c = self.config
+        if not c.relpos_bias_per_layer:
+            self.relpos_bias = _RelativePositionBias(c, bidirectional=False)
+        self.layers = _layers(c, _DecoderLayer, c.num_decoder_layers)
+        self.decoder_norm = _layer_norm(c)
+        self.dropout = _dropout(c)
+        if not c.logits_via_embedding:
+            # Float32 whatever the compute dtype: the loss is worst off in bfloat16.
+            self.logits_dense = _dense(c, c.vocab_size, ("embed", "vocab"), dtype=jnp.float32)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T E"],
+        encoded: Float[Array, "B S E"],
+        *,
+        self_mask: Bool[Array, "B 1 T T"],
+        cross_mask: Bool[Array, "B 1 T S"],
+        deterministic: bool,
+    ) -> Float[Array, "B T E"]:
+        """All positions at once: all layers, the norm, and dropout around them."""
+        c = self.config
+        positions = jnp.arange(x.shape[1])
+        bias = _shared_bias(self, positions, len(x))
+
+        def call(layer: _DecoderLayer, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+            # Here and not before the layers, so that those of one layer at a time are in memory.
+            cross_keys_values = layer.encoder_decoder_attention.keys_values(encoded)
+            x, _ = layer(
+                x,
+                cross_keys_values,
+                positions=positions,
+                self_mask=self_mask,
+                self_bias=bias(),
+                cross_mask=cross_mask,
+                deterministic=deterministic,
+            )
+            return x
+
+        x = self.dropout(x, deterministic=deterministic)
+        x = _run(self.layers, c.num_decoder_layers, c, x, call)
+        return self.dropout(self.decoder_norm(x), deterministic=deterministic)
+
+    def cross_keys_values(self, encoded: Float[Array, "B S E"]) -> Cache:
+        """What all steps of decoding read of the encoder's output, for each layer."""
+        assert not self.config.scan_layers, "steps are for layers that are apart"
+        return tuple(layer.encoder_decoder_attention.keys_values(encoded) for layer in self.layers)
+
+    def step(
+        self,
+        x: Float[Array, "N 1 E"],
+        cross_keys_values: Cache,
+        *,
+        position: Int[Array, ""],
+        cross_mask: Bool[Array, "B 1 1 S"],
+        cache: Cache,
+    ) -> tuple[Float[Array, "N 1 E"], Cache]:
+        """One position, and the cache with its keys and values; no dropout."""
+        length = cache[0][0].shape[2]
+        positions = position[None]
+        bias = None
+        if not self.config.relpos_bias_per_layer:
+            bias = self.relpos_bias(positions, jnp.arange(length))
+        new_cache = []
+        for i, layer in enumerate(self.layers):
+            x, keys_values = layer(
+                x,
+                cross_keys_values[i],
+                positions=positions,
+                self_mask=(jnp.arange(length) <= position)[None, None, None, :],
+                self_bias=bias,
+                cross_mask=cross_mask,
+                deterministic=True,
+                cache=cache[i],
+            )
+            new_cache.append(keys_values)
+        return self.decoder_norm(x), tuple(new_cache)

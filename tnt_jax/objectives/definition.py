@@ -1,0 +1,498 @@
+"""The objectives of Targeted Negative Training, dense over `[B, T, V]`: their definition.
+
+Axes: `B` batch, `T` target position, `V` vocabulary, `K` ids per position. At one position: `p0` is
+the original model, `p` the current one, `S` the set of removed ids (empty at an ordinary position),
+`m = p(S)`, and `q` is `p` restricted to the ids outside `S` and renormalised. The desired
+distribution `p_new` is the same restriction of `p0`.
+
+Everything is computed in float32 from logits, never from `1 - p`, so `p0(S)` and `p(S)` may round
+to 1: no value and no gradient is NaN or Inf for finite logits (gaps of 1e4 are tested) and any `S`
+that leaves one id.
+
+Source: Zhang, Ranganath and Tafvizi, "Towards Minimal Targeted Updates of Language Models with
+Targeted Negative Training" (arXiv 2406.13660). With `smoothing` set as they set it, the losses and
+their gradients are those of google/t5patches, whose forward terms are cross-entropies: larger by
+the entropy of the target, which has no gradient.
+"""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from tnt_jax.runtime.array_types import Array, Bool, Float, Int
+from tnt_jax.runtime.errors import UsageError
+
+# Stands for log 0. Finite, because -inf - (-inf) is NaN and 0 * inf is a NaN gradient; so low that
+# adding any logit to it changes nothing and its exponential is exactly 0.
+LOG_ZERO = -1e30
+
+# `negative_likelihood` earns nothing for p(S) below exp(-10.3) = 3.4e-5, about 1/V for T5; without
+# it the loss has no minimum. The constant is t5patches's, which applies it with the wrong sign.
+LOG_LIKELIHOOD_FLOOR = -10.3
+
+# Of the series of exp(x) for |x| < 1: what follows is below 3e-8 of the sum.
+_LAST_POWER = 10
+
+_DIVERGENCES = (
+    "forward_kl",
+    "reverse_kl",
+    "reverse_kl_split",
+    "jensen_shannon",
+    "jensen_shannon_split",
+)
+NEGATIVE_TERMS = (*_DIVERGENCES, "negative_likelihood", "unlikelihood", "none")
+POSITIVE_TERMS = ("forward_kl", "reverse_kl", "jensen_shannon", "log_likelihood")
+_SPLIT_TERMS = ("forward_kl", "reverse_kl_split", "jensen_shannon_split")
+_SMOOTHABLE_TERMS = ("forward_kl", "reverse_kl", "log_likelihood", "none")
+
+
+class Certificate(NamedTuple):
+    """What an update has left undone and what it cost, in nats, each `[B, T]`.
+
+    `residual + collateral` is `KL(p_new || p)`. Without removed ids `residual` and `smallest_cost`
+    are 0 and `collateral` is `KL(p0 || p)`.
+    """
+
+    residual: Float[Array, "B T"]  # -log(1 - p(S)): mass still on what must go
+    collateral: Float[Array, "B T"]  # KL(p_new || q): everything else that moved
+    smallest_cost: Float[Array, "B T"]  # -log(1 - p0(S)) = KL(p_new || p0): no update costs less
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TntObjective:
+    """A loss per target token: one term at negative positions, one at positive positions.
+
+    The terms, with `p_e` the floored `p_new` of `removed_token_floor`:
+
+        forward_kl            KL(p_new || p) = -log(1 - m) + KL(p_new || q)
+        reverse_kl            KL(p || p_e)
+        reverse_kl_split      -log(1 - m) + KL(q || p_new)                       negative only
+        jensen_shannon        JS(p_new, p)
+        jensen_shannon_split  -log(1 - m) + JS(p_new, q)                         negative only
+        negative_likelihood   max(log m, -10.3)                                  negative only
+        unlikelihood          -log(1 - m)                                        negative only
+        log_likelihood        -log p(target)                                     positive only
+        none                  marks are ignored: plain fine-tuning               negative only
+
+    Attributes:
+      negative_term: The term at negative positions; one of `NEGATIVE_TERMS`.
+      positive_term: The term at positive positions; one of `POSITIVE_TERMS`.
+      negative_weight: The paper's alpha; multiplies the negative term alone.
+      residual_weight: Multiplies the part `-log(1 - m)` of the negative term, where the term is the
+        sum of that and of what happens outside `S`: `forward_kl`, `reverse_kl_split`,
+        `jensen_shannon_split`. Whatever it is, the minimum is `p_new`: it decides what is given up
+        first where a model cannot reach that.
+      removed_token_floor: `KL(p || p_new)` is infinite while `m > 0`, so in `reverse_kl` the ids of
+        `S`, and only they, share `e = min(removed_token_floor, p0(S))` in proportion to `p0`. The
+        `min` keeps training from ever raising a removed id that was already rarer.
+      smoothing: `s > 0` reproduces t5patches (1e-6 there): the desired distribution `d` becomes
+        `(d + s) / (1 + s V)` in place of the floor, and so does the one-hot target of
+        `log_likelihood`. For comparison only: the original is then no fixed point.
+      label_smoothing: Of `log_likelihood`, as in T5X: the target keeps `1 - label_smoothing`, the
+        other ids share the rest, and the entropy of that target is subtracted.
+      z_loss: Of `log_likelihood`, as in T5X: adds `z_loss * logsumexp(logits)**2`.
+      removed_everywhere: Ids in `S` at every position, whatever the marks. With a divergence this
+        distils a decoding mask into the weights.
+      removed_everywhere_counts_as: "positive" or "negative": what a position is that has no mark.
+        Marks make it negative, and so does a target token that is itself removed everywhere.
+
+    Raises:
+      UsageError: A setting is unknown, out of range, or without effect beside the others.
+    """
+
+    negative_term: str
+    positive_term: str
+    negative_weight: float = 1.0
+    residual_weight: float = 1.0
+    removed_token_floor: float = 1e-6
+    smoothing: float = 0.0
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    removed_everywhere: tuple[int, ...] = ()
+    removed_everywhere_counts_as: str = "positive"
+
+    def __post_init__(self):
+        for name, allowed in (
+            ("negative_term", NEGATIVE_TERMS),
+            ("positive_term", POSITIVE_TERMS),
+            ("removed_everywhere_counts_as", ("positive", "negative")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise UsageError(
+                    f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}."
+                )
+        for name, is_valid, allowed in (
+            ("negative_weight", 0 <= self.negative_weight < math.inf, "0 or more, and finite"),
+            ("residual_weight", 0 < self.residual_weight < math.inf, "above 0, and finite"),
+            ("removed_token_floor", 0 < self.removed_token_floor < 1, "between 0 and 1, exclusive"),
+            ("smoothing", 0 <= self.smoothing < 1, "at least 0 and below 1"),
+            ("label_smoothing", 0 <= self.label_smoothing < 1, "at least 0 and below 1"),
+            ("z_loss", 0 <= self.z_loss < math.inf, "0 or more, and finite"),
+            (
+                "removed_everywhere",
+                isinstance(self.removed_everywhere, tuple)
+                and all(isinstance(i, int) and i >= 0 for i in self.removed_everywhere),
+                "a tuple of token ids, each 0 or more",
+            ),
+        ):
+            if not is_valid:
+                raise UsageError(f"{name} must be {allowed}; got {getattr(self, name)!r}.")
+
+        if self.residual_weight != 1 and (self.negative_term not in _SPLIT_TERMS or self.smoothing):
+            raise UsageError(
+                f"residual_weight belongs to negative_term={' or '.join(_SPLIT_TERMS)} without "
+                f"smoothing; got residual_weight={self.residual_weight} with "
+                f"{self.negative_term!r}, smoothing={self.smoothing}. Set residual_weight=1, or "
+                "change negative_term."
+            )
+        for name in ("label_smoothing", "z_loss"):
+            if getattr(self, name) and self.positive_term != "log_likelihood":
+                raise UsageError(
+                    f"{name} belongs to positive_term='log_likelihood'; got "
+                    f"{name}={getattr(self, name)} with positive_term={self.positive_term!r}. "
+                    f"Set {name}=0, or change positive_term."
+                )
+        if self.smoothing:
+            for term in (self.negative_term, self.positive_term):
+                if term not in _SMOOTHABLE_TERMS:
+                    raise UsageError(
+                        f"smoothing reproduces t5patches and exists for "
+                        f"{', '.join(_SMOOTHABLE_TERMS)} only; got smoothing={self.smoothing} with "
+                        f"{term!r}. Set smoothing=0."
+                    )
+            if self.label_smoothing:
+                raise UsageError(
+                    f"smoothing and label_smoothing both smooth the target token; got "
+                    f"smoothing={self.smoothing}, label_smoothing={self.label_smoothing}. Set one "
+                    f"of them to 0."
+                )
+        if self.removed_everywhere and self.negative_term == "none":
+            raise UsageError(
+                "negative_term='none' ignores everything marked or removed, but removed_everywhere "
+                f"holds {len(self.removed_everywhere)} ids. Choose another negative_term, or empty "
+                "removed_everywhere."
+            )
+
+    @property
+    def needs_original(self) -> bool:
+        """Whether a term is a divergence, so that `token_losses` needs the original's logits."""
+        return self.negative_term in _DIVERGENCES or self.positive_term in _DIVERGENCES
+
+    def check(self, *, has_original: bool, vocab_size: int) -> None:
+        """Raises a UsageError unless `token_losses` can be computed from what there is."""
+        if self.needs_original and not has_original:
+            raise UsageError(
+                f"negative_term={self.negative_term!r} with positive_term={self.positive_term!r} "
+                "compares with the original model, but there are no original logits. Give the "
+                "original's parameters, or choose terms without a divergence."
+            )
+        if max(self.removed_everywhere, default=-1) >= vocab_size:
+            raise UsageError(
+                f"removed_everywhere must hold ids below the vocabulary size, {vocab_size}; got "
+                f"{max(self.removed_everywhere)}. Take the ids from the vocabulary of this model."
+            )
+
+    def smoothed_target(self, vocab_size: int) -> tuple[float, float, float]:
+        """Of `log_likelihood`: the target's share, every other id's, and what is subtracted.
+
+        As T5X's `cross_entropy_with_logits` with `label_smoothing`, as t5patches with `smoothing`.
+        """
+        if self.smoothing:
+            off = self.smoothing / (1 + self.smoothing * vocab_size)
+            return off + 1 / (1 + self.smoothing * vocab_size), off, 0.0
+        if self.label_smoothing:
+            on, off = 1 - self.label_smoothing, self.label_smoothing / (vocab_size - 1)
+            return on, off, -(on * math.log(on) + (vocab_size - 1) * off * math.log(off))
+        return 1.0, 0.0, 0.0
+
+    def is_negative(
+        self, target_tokens: Int[Array, "B T"], negative_ids: Int[Array, "#B #T K"]
+    ) -> Bool[Array, "B T"]:
+        """Which positions `token_losses` gives the negative term, padding not looked at.
+
+        None with `negative_term="none"`; otherwise those with at least one negative id, and what
+        `removed_everywhere_counts_as` describes.
+        """
+        if self.negative_term == "none":
+            return jnp.zeros(target_tokens.shape, bool)
+        if self.removed_everywhere and self.removed_everywhere_counts_as == "negative":
+            return jnp.ones(target_tokens.shape, bool)
+        is_marked = jnp.broadcast_to((negative_ids >= 0).any(axis=-1), target_tokens.shape)
+        return is_marked | jnp.isin(target_tokens, jnp.asarray(self.removed_everywhere, jnp.int32))
+
+    def token_losses(
+        self,
+        *,
+        current_logits: Float[Array, "B T V"],
+        original_logits: Float[Array, "B T V"] | None,
+        target_tokens: Int[Array, "B T"],
+        negative_ids: Int[Array, "#B #T K"],
+        loss_mask: Int[Array, "B T"],
+    ) -> Float[Array, "B T"]:
+        """Returns the loss of every target token, in nats, unreduced.
+
+        Args:
+          current_logits: Of the model being trained, any float dtype.
+          original_logits: Of the frozen original; gets no gradient. May be None unless
+            `needs_original`.
+          target_tokens: The tokens that the decoder was made to predict.
+          negative_ids: Ids to remove at each position, padded with -1; `[1, 1, K]` holds for all.
+            Every id is below `V`: larger ones are ignored here and refused by the data code.
+          loss_mask: 1 at real tokens, 0 at padding, whose logits may be anything, even NaN.
+
+        Returns:
+          float32 losses, 0 where `loss_mask` is 0. Their sum over all devices and microbatches,
+          divided by the number of unmasked tokens, is the loss to minimise.
+
+        Raises:
+          UsageError: `original_logits` is None and a term needs it, or `removed_everywhere` holds
+            an id outside the vocabulary.
+        """
+        self.check(has_original=original_logits is not None, vocab_size=current_logits.shape[-1])
+        is_real = loss_mask != 0
+
+        def usable(logits):  # float32: tokens pushed towards zero are where bfloat16 is worst
+            return jnp.where(is_real[..., None], logits.astype(jnp.float32), 0.0)
+
+        current = usable(current_logits)
+        original = jax.lax.stop_gradient(usable(original_logits)) if self.needs_original else None
+        removed = jnp.zeros(current.shape, bool)
+        if self.negative_term != "none":
+            removed |= removed_mask(negative_ids, current.shape[-1], self.removed_everywhere)
+
+        losses = self._term(self.positive_term, current, original, removed, target_tokens)
+        if self.negative_term != "none":
+            # One evaluation serves both where they agree; XLA would not merge the two backwards.
+            negative_losses = (
+                losses
+                if self.negative_term == self.positive_term
+                else self._term(self.negative_term, current, original, removed, target_tokens)
+            )
+            losses = jnp.where(
+                self.is_negative(target_tokens, negative_ids),
+                self.negative_weight * negative_losses,
+                losses,
+            )
+        return jnp.where(is_real, losses, 0.0)
+
+    def _term(self, name, current, original, removed, target_tokens):
+        """The term called `name` at every position, `[B, T]`; its formula is in the class."""
+        kept = ~removed
+        match name:
+            case "forward_kl" if self.smoothing:
+                return _kl(self._smoothed(original, kept), jax.nn.log_softmax(current))
+            case "forward_kl":  # exactly -log(1 - m) + KL(p_new || q)
+                return self.residual_weight * _residual(current, removed) + _kl(
+                    _log_probs_within(original, kept), _log_probs_within(current, kept)
+                )
+            case "reverse_kl" if self.smoothing:
+                return _kl(jax.nn.log_softmax(current), self._smoothed(original, kept))
+            case "reverse_kl":
+                return self._floored_reverse_kl(current, original, removed)
+            case "reverse_kl_split":
+                return self.residual_weight * _residual(current, removed) + _kl(
+                    _log_probs_within(current, kept), _log_probs_within(original, kept)
+                )
+            case "jensen_shannon":
+                # On S the mean is p / 2, so S adds m log(2) / 2 and the sum is over the rest.
+                log_removed, log_rest = _log_masses(current, removed)
+                return jnp.exp(log_removed) * (math.log(2) / 2) + _jensen_shannon(
+                    _log_probs_within(original, kept),
+                    log_rest[..., None] + _log_probs_within(current, kept),
+                )
+            case "jensen_shannon_split":
+                return self.residual_weight * _residual(current, removed) + _jensen_shannon(
+                    _log_probs_within(original, kept), _log_probs_within(current, kept)
+                )
+            case "negative_likelihood":
+                log_removed, _ = _log_masses(current, removed)
+                return jnp.maximum(log_removed, LOG_LIKELIHOOD_FLOOR)
+            case "unlikelihood":
+                return _residual(current, removed)
+            case "log_likelihood":
+                return self._cross_entropy(current, target_tokens)
+        raise AssertionError(name)
+
+    def _smoothed(self, original, kept):
+        """Log of `(p_new + s) / (1 + s V)`."""
+        desired = jnp.exp(_log_probs_within(original, kept))
+        return jnp.log(desired + self.smoothing) - math.log1p(self.smoothing * desired.shape[-1])
+
+    def _floored_reverse_kl(self, current, original, removed):
+        """KL(p || p_e) by the chain rule: of the bit "in S or not", then within either side of it.
+
+        Summed over ids instead, its gradient would lose every digit as m approaches 1.
+        """
+        log_removed, log_rest = _log_masses(current, removed)
+        log_floor = jnp.minimum(
+            _log_masses(original, removed)[0], math.log(self.removed_token_floor)
+        )
+        of_bit = _kl(
+            jnp.stack([log_removed, log_rest], axis=-1),
+            jnp.stack([log_floor, jnp.log1p(-jnp.exp(log_floor))], axis=-1),
+        )
+        within_removed, within_kept = (
+            _kl(_log_probs_within(current, side), _log_probs_within(original, side))
+            for side in (removed, ~removed)
+        )
+        return of_bit + jnp.exp(log_removed) * within_removed + jnp.exp(log_rest) * within_kept
+
+    def _cross_entropy(self, current, target_tokens):
+        """-log p(target), or the cross-entropy with a target of `on` there and `off` elsewhere."""
+        on, off, entropy = self.smoothed_target(current.shape[-1])
+        log_probs = jax.nn.log_softmax(current)
+        target_log_probs = jnp.take_along_axis(log_probs, target_tokens[..., None], axis=-1)
+        losses = (off - on) * target_log_probs.squeeze(-1) - entropy
+        if off:
+            losses -= off * log_probs.sum(axis=-1)
+        if self.z_loss:
+            losses += self.z_loss * jax.nn.logsumexp(current, axis=-1) ** 2
+        return losses
+
+
+def removed_mask(
+    negative_ids: Int[Array, "B T K"], vocab_size: int, removed_everywhere: tuple[int, ...] = ()
+) -> Bool[Array, "B T V"]:
+    """The set `S` of every position: its `negative_ids` (-1 is padding) and `removed_everywhere`.
+
+    Ids that are not below `vocab_size` are ignored; `TntObjective.check` refuses them.
+    """
+    everywhere = jnp.asarray(removed_everywhere, jnp.int32)
+    removed_row = jnp.zeros(vocab_size, bool).at[everywhere].set(True, mode="drop")
+
+    # A scatter: comparing each of K ids with each of V would build [B, T, K, V].
+    def scatter(ids):
+        ids = jnp.where(ids < 0, vocab_size, ids)  # a negative index would count from the end
+        return removed_row.at[ids].set(True, mode="drop")
+
+    return jax.vmap(jax.vmap(scatter))(negative_ids)
+
+
+def desired_log_probs(
+    original_logits: Float[Array, "B T V"],
+    negative_ids: Int[Array, "#B #T K"],
+    removed_everywhere: tuple[int, ...] = (),
+) -> Float[Array, "B T V"]:
+    """Log `p_new` in float32: the original without the removed ids, renormalised; -inf on those."""
+    original = original_logits.astype(jnp.float32)
+    kept = ~removed_mask(negative_ids, original.shape[-1], removed_everywhere)
+    return jnp.where(kept, _log_probs_within(original, kept), -jnp.inf)
+
+
+def certificate(
+    *,
+    current_logits: Float[Array, "B T V"],
+    original_logits: Float[Array, "B T V"],
+    negative_ids: Int[Array, "#B #T K"],
+    removed_everywhere: tuple[int, ...] = (),
+) -> Certificate:
+    """Splits `KL(p_new || p)` exactly; see `Certificate`. At padding its values mean nothing."""
+    current, original = (x.astype(jnp.float32) for x in (current_logits, original_logits))
+    removed = removed_mask(negative_ids, current.shape[-1], removed_everywhere)
+    return Certificate(
+        residual=_residual(current, removed),
+        collateral=_kl(_log_probs_within(original, ~removed), _log_probs_within(current, ~removed)),
+        smallest_cost=_residual(original, removed),
+    )
+
+
+def removed_mass(
+    logits: Float[Array, "B T V"],
+    negative_ids: Int[Array, "#B #T K"],
+    removed_everywhere: tuple[int, ...] = (),
+) -> Float[Array, "B T"]:
+    """p(S), the probability still on what must go, in float32; 0 where nothing is removed."""
+    logits = logits.astype(jnp.float32)
+    removed = removed_mask(negative_ids, logits.shape[-1], removed_everywhere)
+    return jax.nn.sigmoid(_removed_log_odds(logits, removed))
+
+
+def _log_probs_within(logits, ids):
+    """Log-softmax over the `ids` of each position alone, `LOG_ZERO` on all others."""
+    return jax.nn.log_softmax(jnp.where(ids, logits, LOG_ZERO))
+
+
+def _removed_log_odds(logits, removed):
+    """Log of `p(S) / (1 - p(S))`, about `LOG_ZERO` where nothing is removed."""
+    # Centred at the largest logit that stays: a common offset of the logits would cost digits.
+    kept = jnp.where(removed, LOG_ZERO, logits)
+    centre = jax.lax.stop_gradient(kept.max(axis=-1, keepdims=True))
+    log_removed = jax.nn.logsumexp(jnp.where(removed, logits - centre, LOG_ZERO), axis=-1)
+    return log_removed - jax.nn.logsumexp(kept - centre, axis=-1)
+
+
+def _log_masses(logits, removed):
+    """The pair log p(S), log(1 - p(S)); `sigmoid` would lose its gradient as p(S) nears 1."""
+    log_odds = _removed_log_odds(logits, removed)
+    return jax.nn.log_sigmoid(log_odds), jax.nn.log_sigmoid(-log_odds)
+
+
+def _residual(logits, removed):
+    """-log(1 - p(S)), with gradient p on S and -p(S) q outside, however near p(S) is to 1."""
+    return jax.nn.softplus(_removed_log_odds(logits, removed))
+
+
+def _kl(log_a, log_b):
+    """KL(a || b) summed over the last axis, for distributions given by their logarithms.
+
+    As both sum to 1, it is the sum of `b - a - a log(b / a)`, in which no summand is negative:
+    nothing cancels between ids, nor within one whose log-ratio is small. The plain
+    sum of `a log(a / b)` loses all its digits near a = b.
+    """
+    a, b, log_ratio = jnp.exp(log_a), jnp.exp(log_b), log_b - log_a
+    is_near = jnp.abs(log_ratio) < 1
+    near = jnp.where(is_near, log_ratio, 0.0)  # or it overflows where it is not selected
+    return jnp.where(is_near, a * exp_remainder(near), b - a - a * log_ratio).sum(axis=-1)
+
+
+def exp_remainder(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`exp(x) - 1 - x` for |x| < 1, to float32's precision however small x is: its series."""
+    series = jnp.full_like(x, 1 / math.factorial(_LAST_POWER))
+    for power in range(_LAST_POWER - 1, 1, -1):
+        series = series * x + 1 / math.factorial(power)
+    return series * x * x
+
+
+def _jensen_shannon(log_a, log_b):
+    """JS(a, b) = KL(a || M) / 2 + KL(b || M) / 2 with M = (a + b) / 2, in nats.
+
+    Neither needs to sum to 1: over both halves the `b - a` of `_kl` adds up to 2 M - a - b = 0.
+    """
+    # The log of M, exactly log a where a = b: a gradient of 1e-8 in its place would not vanish
+    # under an optimizer that normalises it.
+    gap = jnp.abs(log_a - log_b)
+    log_mean = jnp.maximum(log_a, log_b) + jnp.log1p(jnp.expm1(-gap) / 2)
+    return (_kl(log_a, log_mean) + _kl(log_b, log_mean)) / 2
+
+
+# The arms of comparisons: their negative and positive terms.
+TERMS = {
+    "TNFF": ("forward_kl", "forward_kl"),
+    "TNRR": ("reverse_kl", "reverse_kl"),
+    "TNRF": ("reverse_kl", "forward_kl"),
+    "TNFLL": ("forward_kl", "log_likelihood"),
+    "TNRLL": ("reverse_kl", "log_likelihood"),
+    "TNSR": ("reverse_kl_split", "reverse_kl"),
+    "TNSF": ("reverse_kl_split", "forward_kl"),
+    "TNJJ": ("jensen_shannon", "jensen_shannon"),
+    "TNJSJ": ("jensen_shannon_split", "jensen_shannon"),
+    "NL+LL": ("negative_likelihood", "log_likelihood"),
+    "UL+LL": ("unlikelihood", "log_likelihood"),
+    "NL+KL": ("negative_likelihood", "forward_kl"),
+    "UL+KL": ("unlikelihood", "forward_kl"),
+}
+
+
+def named(name: str, **settings: Any) -> TntObjective:
+    """The objective of a name in `TERMS`.
+
+    Raises:
+      UsageError: There is no such name.
+    """
+    if name not in TERMS:
+        raise UsageError(f"objective: expected one of {', '.join(TERMS)}, found {name!r}.")
+    negative_term, positive_term = TERMS[name]
+    return TntObjective(negative_term=negative_term, positive_term=positive_term, **settings)

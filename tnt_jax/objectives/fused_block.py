@@ -1,0 +1,415 @@
+"""An objective on a block of tokens: values, and the gradient to the logits in closed form.
+
+`definition` is the definition; this computes the same from logits `[rows, V]`, of which a device
+may hold some columns only (`Reductions`), in as few passes over them as there are sums to take.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from tnt_jax.objectives import definition
+from tnt_jax.runtime.array_types import Array, Bool, Float, Int
+
+_LOG_ZERO = definition.LOG_ZERO
+# With up to so many ids per position, "is it one of them" is asked of every element of a block, at
+# no memory; beyond, a mask is scattered.
+_FEW_IDS = 8
+
+
+class TokenValues(NamedTuple):
+    """What a step wants to know of every token, each float32 `[B, T]`, 0 at padding.
+
+    Attributes:
+      losses: As `TntObjective.token_losses`.
+      removed_mass: p(S), as `definition.removed_mass`.
+      residual: As in `definition.Certificate`; this and what follows is None without an original.
+      collateral: Likewise.
+      smallest_cost: Likewise.
+    """
+
+    losses: Float[Array, "B T"]
+    removed_mass: Float[Array, "B T"]
+    residual: Float[Array, "B T"] | None = None
+    collateral: Float[Array, "B T"] | None = None
+    smallest_cost: Float[Array, "B T"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Reductions:
+    """Sums and maxima over the vocabulary, of which this device has `size` ids."""
+
+    axes: tuple[str, ...]
+    size: int
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids of all devices."""
+        return self.size * math.prod(jax.lax.axis_size(axis) for axis in self.axes)
+
+    def sums(self, *terms: Float[Array, "R"]) -> Sequence[Float[Array, "R"]]:
+        """Adds up over the devices, all terms in one exchange."""
+        return jax.lax.psum(terms, self.axes) if self.axes else terms
+
+    def maxima(self, *terms: Float[Array, "R"]) -> Sequence[Float[Array, "R"]]:
+        """As `sums`."""
+        return jax.lax.pmax(terms, self.axes) if self.axes else terms
+
+    def local(self, ids: Int[Array, "..."]) -> Int[Array, "..."]:
+        """Ids as columns of this device's part; those of other devices and padding are -1."""
+        if self.axes:
+            first = jnp.int32(0)
+            for axis in self.axes:
+                first = first * jax.lax.axis_size(axis) + jax.lax.axis_index(axis)
+            ids = jnp.where(ids >= 0, ids - first * self.size, -1)
+        return jnp.where((ids >= 0) & (ids < self.size), ids, -1)
+
+
+class _Term(NamedTuple):
+    """A term of an objective, and its gradient to the logits.
+
+    Attributes:
+      value: Of every token, nats.
+      of_kept: Gradient to logits outside `S`; what it has on `S` is not used.
+      of_removed: Gradient to the logits of `Block.ids`.
+    """
+
+    value: Float[Array, "R"]
+    of_kept: Float[Array, "R V"]
+    of_removed: Float[Array, "R K"]
+
+
+class Block:
+    """The objective on a block of tokens; `R` rows, `V` this device's part of the vocabulary.
+
+    Names are those of `definition`: `q` is p outside `S`, `p_new` the original there, `d` their
+    log-ratio log q - log p_new. All that lives on `S` is gathered into `[R, K]`; there `q` and
+    `p_new` are 0 and whatever multiplies them is finite.
+    """
+
+    def __init__(self, objective, reductions, logits, original_logits, target_tokens, negative_ids):
+        self.objective = objective
+        self.reductions = reductions
+        self.target = reductions.local(target_tokens)
+        is_negative = objective.is_negative(target_tokens[:, None], negative_ids[:, None])
+        self.is_negative = is_negative[:, 0]
+        self.ids = self._removed_ids(negative_ids)
+        self.has_original = original_logits is not None
+        self.logits = logits
+        self.kept = self._without_removed(logits)
+        self.of_removed = self._at_removed(logits)
+        maxima = [self.kept.max(axis=1), self.of_removed.max(axis=1)]
+        if self.has_original:
+            self.original_kept = self._without_removed(original_logits)
+            self.original_of_removed = self._at_removed(original_logits)
+            maxima += [
+                self.original_kept.max(axis=1),
+                self.original_of_removed.max(axis=1),
+            ]
+        self.maxima = reductions.maxima(*map(jax.lax.stop_gradient, maxima))
+        self._sum_up()
+
+    # --- The set S ---
+
+    def _removed_ids(self, negative_ids: Int[Array, "R _"]) -> Int[Array, "R K"]:
+        """The columns of `S` that this device has, each once; -1 elsewhere."""
+        if self.objective.negative_term == "none":
+            return jnp.full((len(negative_ids), 1), -1, jnp.int32)
+        is_repeated = jnp.tril(negative_ids[:, :, None] == negative_ids[:, None, :], -1).any(axis=2)
+        ids = jnp.where(is_repeated, -1, negative_ids)
+        if everywhere := self.objective.removed_everywhere:
+            is_everywhere = jnp.isin(ids, jnp.asarray(everywhere, jnp.int32))
+            shape = len(ids), len(set(everywhere))
+            of_all = jnp.broadcast_to(jnp.asarray(sorted(set(everywhere)), jnp.int32), shape)
+            ids = jnp.concatenate([jnp.where(is_everywhere, -1, ids), of_all], axis=1)
+        return self.reductions.local(ids)
+
+    def _put(self, x: Float[Array, "R V"], values: Float[Array, "R K"]) -> Float[Array, "R V"]:
+        """`x` with the values at the columns `ids`."""
+        if self.ids.shape[1] > _FEW_IDS:
+            columns = jnp.where(self.ids < 0, x.shape[1], self.ids)
+            return jax.vmap(lambda row, i, v: row.at[i].set(v, mode="drop"))(x, columns, values)
+        column = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+        for k in range(self.ids.shape[1]):
+            x = jnp.where(column == self.ids[:, k, None], values[:, k, None], x)
+        return x
+
+    def _without_removed(self, logits: Float[Array, "R V"]) -> Float[Array, "R V"]:
+        return self._put(logits, jnp.full(self.ids.shape, _LOG_ZERO))
+
+    def _at_removed(self, logits: Float[Array, "R V"]) -> Float[Array, "R K"]:
+        found = jnp.take_along_axis(logits, jnp.maximum(self.ids, 0), axis=1)
+        return jnp.where(self.ids < 0, _LOG_ZERO, found)
+
+    # --- What all terms read ---
+
+    def _sum(self, x: Float[Array, "R _"]) -> Float[Array, "R"]:
+        (total,) = self.reductions.sums(x.sum(axis=1))
+        return total
+
+    def _sum_up(self) -> None:
+        """Normalisers, masses and log-probabilities of both models."""
+        # The mass of an empty S is that of exp(_LOG_ZERO), so no logarithm of 0 appears.
+        top, top_removed, *tops = (m[:, None] for m in self.maxima)
+        sums = [_sum_exp(self.kept, top), _sum_exp(self.of_removed, top_removed)]
+        if self.has_original:
+            shift = self.kept - self.original_kept
+            sums += [
+                _sum_exp(self.original_kept, tops[0]),
+                _sum_exp(self.original_of_removed, tops[1]),
+                _growth(self.original_kept - tops[0], shift).sum(axis=1),
+            ]
+        kept, removed, *others = (x[:, None] for x in self.reductions.sums(*sums))
+        kept, removed = jnp.log(kept), jnp.log(removed)
+        self.log_odds = (top_removed - top) + removed - kept
+        self.log_removed, self.log_rest = _log_masses(self.log_odds)
+        self.residual = jax.nn.softplus(self.log_odds)
+        self.log_q = (self.kept - top) - kept
+        # Within S: p | S, and p itself.
+        self.log_within = (self.of_removed - top_removed) - removed
+        self.p_removed = jnp.exp(self.log_within + self.log_removed)
+        self.mass, self.rest = jnp.exp(self.log_removed), jnp.exp(self.log_rest)
+        self.log_normaliser = top + kept - self.log_rest
+        if not self.has_original:
+            return
+        kept0, removed0 = jnp.log(others[0]), jnp.log(others[1])
+        self.original_log_odds = (tops[1] - tops[0]) + removed0 - kept0
+        self.log_p_new = (self.original_kept - tops[0]) - kept0
+        self.original_log_within = (self.original_of_removed - tops[1]) - removed0
+        # How much the normaliser has grown. Near the original the difference of two logarithms
+        # would leave few digits of it, and none of the gradient.
+        growth = others[2] / others[0]
+        self.d = (self.kept - self.original_kept) - jnp.where(
+            jnp.abs(growth) < 0.5,
+            jnp.log1p(jnp.clip(growth, -0.5, 0.5)),
+            (top - tops[0]) + (kept - kept0),
+        )
+
+    @property
+    def q(self) -> Float[Array, "R V"]:
+        """The current model outside `S`, renormalised."""
+        return jnp.exp(self.log_q)
+
+    @property
+    def p_new(self) -> Float[Array, "R V"]:
+        """The desired distribution."""
+        return jnp.exp(self.log_p_new)
+
+    @property
+    def collateral(self) -> Float[Array, "R"]:
+        """KL(p_new || q)."""
+        return self._sum(_kl(self.p_new, self.q, self.d))
+
+    # --- The terms ---
+
+    def values_and_gradient(self) -> tuple[TokenValues, Float[Array, "R V"]]:
+        """Of every row, padding not looked at."""
+        objective = self.objective
+        term = self._term(objective.positive_term)
+        if objective.negative_term not in ("none", objective.positive_term):
+            other = self._term(objective.negative_term)
+        else:
+            other = term
+        if objective.negative_term != "none":
+            weight = objective.negative_weight
+            term = jax.tree.map(
+                lambda p, n: jnp.where(
+                    self.is_negative.reshape(-1, *[1] * (p.ndim - 1)), weight * n, p
+                ),
+                term,
+                other,
+            )
+        values = TokenValues(losses=term.value, removed_mass=self.mass[:, 0])
+        if self.has_original:
+            values = values._replace(
+                residual=self.residual[:, 0],
+                collateral=self.collateral,
+                smallest_cost=jax.nn.softplus(self.original_log_odds)[:, 0],
+            )
+        return values, self._put(term.of_kept, term.of_removed)
+
+    def _term(self, name: str) -> _Term:
+        """Formulas of the values are in `TntObjective`, those of the gradients beside them here."""
+        unlikelihood = _Term(self.residual[:, 0], -self.mass * self.q, self.p_removed)
+        residual = unlikelihood
+        if self.objective.residual_weight != 1:
+            residual = _Term(*(self.objective.residual_weight * x for x in unlikelihood))
+        match name:
+            case "forward_kl" | "reverse_kl" if self.objective.smoothing:
+                return self._smoothed(name)
+            case "forward_kl":  # p - p_new; on S, p
+                change = _change(self.p_new, self.q, self.d)
+                return residual._replace(
+                    value=residual.value + self.collateral, of_kept=change + residual.of_kept
+                )
+            case "reverse_kl":
+                return self._floored_reverse_kl()
+            case "reverse_kl_split":  # of the KL: q (d - KL)
+                value = self._reverse_within_kept()
+                return residual._replace(
+                    value=residual.value + value,
+                    of_kept=self.q * (self.d - value[:, None]) + residual.of_kept,
+                )
+            case "jensen_shannon":
+                return self._jensen_shannon(self.log_rest)
+            case "jensen_shannon_split":
+                split = self._jensen_shannon(None)
+                return _Term(*(x + y for x, y in zip(split, residual, strict=True)))
+            case "negative_likelihood":  # [in S] p / m - p
+                log_mass = self.log_removed
+                is_above = log_mass > definition.LOG_LIKELIHOOD_FLOOR
+                within = jnp.exp(self.log_within) - self.p_removed
+                return _Term(
+                    jnp.maximum(log_mass, definition.LOG_LIKELIHOOD_FLOOR)[:, 0],
+                    jnp.where(is_above, -self.rest * self.q, 0.0),
+                    jnp.where(is_above, within, 0.0),
+                )
+            case "unlikelihood":
+                return unlikelihood
+            case "log_likelihood":
+                return self._cross_entropy()
+        raise AssertionError(name)
+
+    def _reverse_within_kept(self) -> Float[Array, "R"]:
+        """KL(q || p_new)."""
+        return self._sum(_kl(self.q, self.p_new, -self.d))
+
+    def _floored_reverse_kl(self) -> _Term:
+        """KL(p || p_e) by the chain rule; its gradient is p (log p - log p_e - KL)."""
+        floor = math.log(self.objective.removed_token_floor)
+        log_floor = jnp.minimum(_log_masses(self.original_log_odds)[0], floor)
+        log_rest_of_floor = jnp.log1p(-jnp.exp(log_floor))
+        of_removed_bit = self.log_removed - log_floor
+        of_kept_bit = self.log_rest - log_rest_of_floor
+        of_bit = _kl(self.mass, jnp.exp(log_floor), -of_removed_bit) + _kl(
+            self.rest, jnp.exp(log_rest_of_floor), -of_kept_bit
+        )
+        ratio = self.log_within - self.original_log_within
+        within_removed = self._sum(
+            _kl(jnp.exp(self.log_within), jnp.exp(self.original_log_within), -ratio)
+        )
+        value = (
+            of_bit[:, 0]
+            + self.mass[:, 0] * within_removed
+            + self.rest[:, 0] * self._reverse_within_kept()
+        )
+        return _Term(
+            value,
+            self.rest * self.q * (self.d + (of_kept_bit - value[:, None])),
+            self.p_removed * (ratio + (of_removed_bit - value[:, None])),
+        )
+
+    def _jensen_shannon(self, log_rest: Float[Array, "R 1"] | None) -> _Term:
+        """JS of p_new and p, or of p_new and q where `log_rest` is None."""
+        of_removed = jnp.zeros_like(self.p_removed)
+        gap, b = self.d, self.q
+        if log_rest is not None:
+            gap, b = gap + log_rest, b * self.rest
+        # Logarithms of the mean M over those of a and b.
+        common = jnp.log1p(jnp.expm1(-jnp.abs(gap)) / 2)
+        over_a, over_b = jnp.maximum(gap, 0) + common, jnp.maximum(-gap, 0) + common
+        mean = (self.p_new + b) / 2
+        value = self._sum(_kl(self.p_new, mean, over_a) + _kl(b, mean, over_b)) / 2
+        # The gradient is b (log b/M - E[log b/M]) / 2, the expectation under all of p.
+        expected = self._sum(-b * over_b)
+        if log_rest is not None:
+            value += self.mass[:, 0] * (math.log(2) / 2)
+            expected += self.mass[:, 0] * math.log(2)
+            of_removed = self.p_removed * (math.log(2) - expected[:, None]) / 2
+        return _Term(value, b * (-over_b - expected[:, None]) / 2, of_removed)
+
+    def _smoothed(self, name: str) -> _Term:
+        """The forward or reverse KL with the desired distribution of t5patches."""
+        s = self.objective.smoothing
+        scale = math.log1p(s * self.reductions.vocab_size)
+        p, log_p = self.rest * self.q, self.log_q + self.log_rest
+        desired, log_desired = self.p_new + s, jnp.log(self.p_new + s) - scale
+        desired = desired * math.exp(-scale)
+        log_p_removed = self.log_within + self.log_removed
+        is_local = self.ids >= 0
+        at_removed = math.exp(math.log(s) - scale), math.log(s) - scale
+        # On S `log_p` is far below all that float32 resolves: its own values are in `of_removed`.
+        everything = [
+            (p, log_p, desired, log_desired, self._is_kept),
+            (self.p_removed, log_p_removed, *at_removed, is_local),
+        ]
+        if name == "forward_kl":
+            kept, removed = (
+                self._sum(jnp.where(where, _kl(target, p, log_p - log_target), 0.0))
+                for p, log_p, target, log_target, where in everything
+            )
+            return _Term(kept + removed, p - desired, self.p_removed - at_removed[0])
+        kept, removed = (
+            self._sum(jnp.where(where, _kl(p, target, log_target - log_p), 0.0))
+            for p, log_p, target, log_target, where in everything
+        )
+        value = kept + removed
+        of_kept, of_removed = (
+            p * (log_p - log_target - value[:, None]) for p, log_p, _, log_target, _ in everything
+        )
+        return _Term(value, of_kept, of_removed)
+
+    @property
+    def _is_kept(self) -> Bool[Array, "R V"]:
+        return self.kept > _LOG_ZERO / 2
+
+    def _cross_entropy(self) -> _Term:
+        """As `definition`: -log p(target), smoothed with `on` there and `off` elsewhere."""
+        vocab_size = self.reductions.vocab_size
+        on, off, entropy = self.objective.smoothed_target(vocab_size)
+        has_target = self.target >= 0
+        at_target = jnp.take_along_axis(self.logits, jnp.maximum(self.target, 0)[:, None], axis=1)
+        normaliser = self.log_normaliser[:, 0]
+        centred = jnp.where(has_target, at_target[:, 0] - normaliser, 0.0)
+        value = (off - on) * self._sum(centred[:, None]) - entropy
+        if off:
+            value -= off * self._sum(self.logits - self.log_normaliser)
+        total = on + (vocab_size - 1) * off
+        if z_loss := self.objective.z_loss:
+            value += z_loss * normaliser**2
+            total = total + 2 * z_loss * self.log_normaliser
+
+        def of(p, columns):
+            return p * total - jnp.where(columns == self.target[:, None], on, off)
+
+        column = jax.lax.broadcasted_iota(jnp.int32, self.kept.shape, 1)
+        return _Term(value, of(self.rest * self.q, column), of(self.p_removed, self.ids))
+
+
+def _sum_exp(logits: Float[Array, "R _"], top: Float[Array, "R 1"]) -> Float[Array, "R"]:
+    return jnp.exp(logits - top).sum(axis=1)
+
+
+def _log_masses(log_odds):
+    """The pair log p(S), log(1 - p(S))."""
+    return jax.nn.log_sigmoid(log_odds), jax.nn.log_sigmoid(-log_odds)
+
+
+def _near(x: Float[Array, "..."]) -> tuple[Bool[Array, "..."], Float[Array, "..."]]:
+    """Where |x| < 1, and x there: a polynomial of it may overflow elsewhere."""
+    is_near = jnp.abs(x) < 1
+    return is_near, jnp.where(is_near, x, 0.0)
+
+
+def _kl(a, b, log_ratio):
+    """The summands of KL(a || b) as in `definition`, none negative; `log_ratio` is log b/a."""
+    is_near, x = _near(log_ratio)
+    return jnp.where(is_near, a * definition.exp_remainder(x), b - a - a * log_ratio)
+
+
+def _change(a, b, log_ratio):
+    """`b - a`, with all digits where they are near each other."""
+    is_near, x = _near(log_ratio)
+    return jnp.where(is_near, a * (x + definition.exp_remainder(x)), b - a)
+
+
+def _growth(log_a, log_ratio):
+    """`b - a` for log a below 0; where b would overflow, anything so large."""
+    is_near, x = _near(log_ratio)
+    a = jnp.exp(log_a)
+    far = jnp.exp(jnp.minimum(log_a + log_ratio, 60.0)) - a
+    return jnp.where(is_near, a * (x + definition.exp_remainder(x)), far)

@@ -1,0 +1,178 @@
+"""The types of settings: what gin files and flags give, against the annotations that receive it."""
+
+import abc
+import collections.abc
+import enum
+import inspect
+import os
+import pathlib
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gin
+import numpy as np
+from gin import config as gin_config
+
+from tnt_jax.runtime.errors import UsageError
+
+
+def check() -> None:
+    """Compares what gin will pass with the annotations of the parameters that it is bound to.
+
+    gin knows no types, so that `--gin.TRAIN_STEPS=1e3`, a float, would fail somewhere deep within.
+    What a reference (`@...`) gives is compared as far as it says what that is.
+
+    Raises:
+        UsageError: a value is of another type.
+    """
+    for (_, selector), bindings in gin_config._CONFIG.items():
+        try:
+            parameters = inspect.signature(gin_config._REGISTRY[selector].wrapped).parameters
+        except (TypeError, ValueError):  # written in C
+            continue
+        for name, value in bindings.items():
+            setting = f"{selector.removeprefix('tnt_jax.')}.{name}"
+            macros: list[str] = []
+            while _is_macro(value):
+                setting = "/".join(value.scopes)
+                if setting in macros:
+                    raise UsageError(f"macros refer to each other: %{', %'.join(macros)}.")
+                macros.append(setting)
+                value = gin.query_parameter(f"{setting}/gin.macro.value")
+            if name not in parameters:
+                continue
+            annotation, default = parameters[name].annotation, parameters[name].default
+            if value is not default and not _has_type(value, annotation):
+                raise UsageError(
+                    f"--gin.{setting}: expected {_type_name(annotation)}, found {value!r}."
+                )
+
+
+def _is_macro(value: Any) -> bool:
+    return (
+        isinstance(value, gin_config.ConfigurableReference)
+        and value.evaluate
+        and value.selector == "gin.macro"
+    )
+
+
+def _has_type(value: Any, annotation: Any) -> bool:
+    """Whether a value of gin is what an annotation says; True where that cannot be told."""
+    annotation = _bare(annotation)
+    if isinstance(value, gin_config.ConfigurableReference):
+        parts = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
+        return any(_fits(value, part) for part in parts)
+    if _is_union(annotation):
+        return any(_has_type(value, part) for part in typing.get_args(annotation))
+    expected = typing.get_origin(annotation) or annotation
+    if expected in (int, float, str, bool):
+        return type(value) is expected or (expected is float and type(value) is int)
+    if expected in (None, type(None)):
+        return value is None
+    if expected in (collections.abc.Mapping, collections.abc.Sequence, tuple, list, dict):
+        if isinstance(value, list | tuple) and expected in (list, tuple):
+            expected = type(value)  # nobody can say which one is meant
+        return (
+            isinstance(value, expected)
+            and not isinstance(value, str)
+            and _has_elements(value, typing.get_args(annotation))
+        )
+    if expected is collections.abc.Callable:
+        return False
+    if not isinstance(expected, type) or expected in (Any, inspect.Parameter.empty):
+        return True
+    if isinstance(value, str):
+        is_path = expected is os.PathLike or issubclass(expected, pathlib.PurePath)
+        if is_path or issubclass(expected, enum.Enum | np.dtype):
+            return True
+    if isinstance(value, list | tuple) and issubclass(expected, collections.abc.Set | np.ndarray):
+        return True  # gin has no literal for these
+    try:
+        return isinstance(value, expected)  # no number is a mesh, no text an array
+    except TypeError:  # a protocol that cannot tell
+        return True
+
+
+def _has_elements(value: Any, of: Sequence[Any]) -> bool:
+    """Whether the parts of a container are what its annotation says in brackets."""
+    if isinstance(value, collections.abc.Mapping):
+        keys, values = of if len(of) == 2 else (Any, Any)
+        return all(_has_type(k, keys) and _has_type(v, values) for k, v in value.items())
+    if len(of) == 1 or of[1:] == (...,):
+        return all(_has_type(part, of[0]) for part in value)
+    if not of:
+        return True
+    return len(value) == len(of) and all(map(_has_type, value, of))
+
+
+def _type_name(annotation: Any) -> str:
+    if _is_union(annotation):
+        return " or ".join(map(_type_name, typing.get_args(annotation)))
+    kind = typing.get_origin(annotation) or annotation
+    names = {collections.abc.Callable: "a reference (@module.name)", types.NoneType: "None"}
+    name = names.get(kind, getattr(kind, "__name__", str(kind)))
+    parts = [] if name in names.values() else typing.get_args(annotation)
+    if not all(isinstance(part, type) and part is not Any for part in parts):
+        return name
+    return f"{name}[{', '.join(map(_type_name, parts))}]" if parts else name
+
+
+def _is_union(annotation: Any) -> bool:
+    return typing.get_origin(annotation) in (types.UnionType, typing.Union)
+
+
+def _fits(reference: gin_config.ConfigurableReference, annotation: Any) -> bool:
+    """Whether what a reference gives could be what one annotation says, which is no union."""
+    annotation = _bare(annotation)
+    kind = typing.get_origin(annotation) or annotation
+    if kind is None or kind is types.NoneType:
+        return False
+    if kind is np.dtype:  # whatever NumPy makes one of
+        return not reference.evaluate
+    wrapped = None if reference.configurable is None else reference.configurable.wrapped
+    is_protocol = getattr(kind, "_is_protocol", False)
+    if inspect.isclass(wrapped) and (is_protocol or kind is collections.abc.Callable):
+        # `@Lexicon`, the class, can be called, and `@Lexicon()` can do what it is there for.
+        is_called = kind is collections.abc.Callable or _defines_call(kind)
+        return not reference.evaluate or _defines_call(wrapped) if is_called else reference.evaluate
+    is_open = kind in (Any, collections.abc.Callable, inspect.Parameter.empty)
+    if is_open or not inspect.isclass(kind) or is_protocol or wrapped is None:
+        return True
+    try:
+        if not reference.evaluate:  # the function or the class itself
+            return isinstance(wrapped, kind)
+        if inspect.isclass(wrapped):
+            is_made_as_usual = type(wrapped) in (type, abc.ABCMeta)
+            if not is_made_as_usual or wrapped.__new__ is not object.__new__:
+                return True
+        gives = wrapped if inspect.isclass(wrapped) else _return_annotation(wrapped)
+        if not inspect.isclass(gives) or gives is inspect.Signature.empty:
+            return True
+        if issubclass(kind, gives):  # what it gives may be the narrower kind
+            return True
+        if hasattr(gives, "_fields") and kind in (collections.abc.Sequence, tuple):
+            return False  # a named tuple is something of its own
+        return issubclass(gives, (int, float) if kind is float else kind)
+    except TypeError:  # a kind that cannot tell
+        return True
+
+
+def _defines_call(kind: type) -> bool:
+    """Whether what a class makes can be called, or might be: `__new__` may make anything."""
+    is_made_as_usual = kind.__new__ is object.__new__ or getattr(kind, "_is_protocol", False)
+    return not is_made_as_usual or any("__call__" in vars(base) for base in kind.__mro__)
+
+
+def _bare(annotation: Any) -> Any:
+    """Without what `Annotated` says of it."""
+    is_annotated = typing.get_origin(annotation) is typing.Annotated
+    return annotation.__origin__ if is_annotated else annotation
+
+
+def _return_annotation(function: Callable[..., Any]) -> Any:
+    try:
+        return inspect.signature(function, eval_str=True).return_annotation
+    except (NameError, TypeError, ValueError):  # written for type checkers alone, or in C
+        return inspect.Signature.empty

@@ -1,0 +1,269 @@
+"""gin files read as text: what they set, and what they lack, before gin imports what they name."""
+
+import difflib
+import importlib.util
+import pathlib
+import re
+import tokenize
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from gin import config_parser
+
+from tnt_jax.runtime.errors import UsageError
+
+# Where gin_configs is: beside the package in a clone, in it when it was installed from a wheel.
+_PACKAGE = pathlib.Path(__file__).parents[1]
+ROOT = _PACKAGE if (_PACKAGE / "gin_configs").is_dir() else _PACKAGE.parent
+GIN_CONFIGS = ROOT / "gin_configs"
+
+_REQUIRED = object()  # stands for %gin.REQUIRED
+
+
+class _Names(config_parser.ParserDelegate):
+    """Notes which macros and configurables a gin text reads, and imports nothing."""
+
+    def __init__(self):
+        self.macros: list[str] = []
+        self.selectors: list[str] = []
+
+    def macro(self, macro_name) -> Any:
+        if macro_name == "gin.REQUIRED":
+            return _REQUIRED
+        self.macros.append(macro_name)
+        return None
+
+    def configurable_reference(self, scoped_configurable_name, evaluate) -> Any:
+        self.selectors.append(scoped_configurable_name)
+        return None
+
+
+class Settings:
+    """The settings of some gin files and flags, so far as text tells.
+
+    Attributes:
+        values: by key ("MODEL_DIR", "t5.T5Config.emb_dim"), the last value; references are None.
+        files: all that were read.
+    """
+
+    def __init__(self, folders: Sequence[pathlib.Path]):
+        self._folders = folders
+        self.values: dict[str, Any] = {}
+        self.files: list[pathlib.Path] = []
+        self._texts: dict[str, str] = {}  # macro -> its value and comment, as gin has it
+        self._defined: dict[str, pathlib.Path] = {}  # macro -> gin file
+        self._read: dict[str, str] = {}  # macro -> who reads it
+        self._flags: list[str] = []  # macros that the command line sets
+        self._imports: dict[str, str] = {}  # name -> import line
+        self._open_files: list[pathlib.Path] = []
+
+    def add_file(self, name: str, *, given_by: str) -> pathlib.Path:
+        """Reads a gin file and what it includes; returns where it is.
+
+        Raises:
+            UsageError: no such file, or not gin.
+        """
+        path = self.find(name, given_by)
+        if path in self._open_files:
+            raise UsageError(f"{given_by}: {path} includes itself")
+        self._open_files.append(path)
+        self.files.append(path)
+        try:
+            self._add_text(path.read_text("utf-8"), path)
+        except SyntaxError as error:
+            content = f": {error.text.strip()}" if error.text else ""
+            raise UsageError(f"{path}, line {error.lineno}: {error.msg}{content}") from None
+        except tokenize.TokenError as error:
+            message, (line, _) = error.args
+            raise UsageError(f"{path}, line {line}: {message}") from None
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{path}: expected UTF-8 text: {error}") from None
+        self._open_files.pop()
+        return path
+
+    def find(self, name: str, given_by: str = "include") -> pathlib.Path:
+        """Where the gin file is that `--gin_file` or an include names.
+
+        Raises:
+            UsageError: nowhere.
+        """
+        candidates = [folder / name for folder in self._folders]
+        for path in candidates:
+            if path.is_file():
+                return path
+        known = [path for path, _ in self._known_files()]
+        close = [path for path in known if pathlib.Path(path).name == pathlib.Path(name).name]
+        close = close or difflib.get_close_matches(name, known, n=2, cutoff=0.7)
+        hint = f"; did you mean {_or(close)}?" if close else ""
+        looked = _and(dict.fromkeys(str(pathlib.Path.cwd() / path) for path in candidates))
+        raise UsageError(f"{given_by}: no gin file {name!r}: looked for {looked}{hint}")
+
+    def add_binding(self, name: str, value: str) -> None:
+        """Adds `--gin.NAME=VALUE`.
+
+        Raises:
+            UsageError: the value looks like gin (a container, a quoted text, a reference) but is
+                not.
+        """
+        names = _Names()
+        self.values[name] = _parse_value(value, names, f"--gin.{name}={value}")
+        self._note_macros(names, f"--gin.{name}")
+        if "." not in name:
+            self._flags.append(name)
+        for selector in [name, *names.selectors] if "." in name else names.selectors:
+            symbol = selector.rpartition("/")[2].partition(".")[0]
+            # A module that no gin file imports: one of ours, else one such as optax.
+            if symbol not in self._imports:
+                if module := _module_of(symbol):
+                    self._imports[symbol] = f"from {module} import {symbol}"
+                elif importlib.util.find_spec(symbol):
+                    self._imports[symbol] = f"import {symbol}"
+
+    def check(self, needs_all: bool = True) -> None:
+        """Finds what gin would find late, or never.
+
+        Args:
+            needs_all: False leaves settings that are required and not given to whoever reads them.
+
+        Raises:
+            UsageError: a flag sets a macro that nothing reads, or one that is read has no value.
+        """
+        for name in self._flags:
+            if name not in self._read:
+                close = difflib.get_close_matches(name, self._read)
+                if close:
+                    hint = f"did you mean {_or(close)}?"
+                elif self._read:
+                    hint = f"what they read: {_and(sorted(self._read))}"
+                else:
+                    hint = "is a --gin_file missing?"
+                raise UsageError(f"--gin.{name}: no gin file reads %{name}; {hint}")
+        problems = []
+        if needs_all and (required := self.required()):
+            problems.append("set " + ", ".join(f"--gin.{key}=..." for key in required))
+        for name in self._read:
+            if name in self.values or "." in name:  # with a dot it is a constant
+                continue
+            problem = f"{self._read[name]} reads %{name}, which nothing sets"
+            if setters := [path for path, text in self._known_files() if _sets(text, name)]:
+                # An experiment is a whole run, rather than a part to add to one.
+                setters.sort(key=lambda path: path.startswith("experiments"))
+                problem += f": add --gin_file={setters[0]}"
+                problem += f" (or one of {len(setters) - 1} others)" if setters[1:] else ""
+            elif close := difflib.get_close_matches(name, self.values, n=1):
+                problem += f" (did you mean %{close[0]}?)"
+            problems.append(f"{problem}, or --gin.{name}=...")
+        if problems:
+            raise UsageError("settings are missing: " + "; ".join(problems))
+
+    def required(self) -> list[str]:
+        """Keys that are still %gin.REQUIRED; a macro only where something reads it."""
+        return [
+            key
+            for key, value in self.values.items()
+            if value is _REQUIRED and (key in self._read or key not in self._defined)
+        ]
+
+    def defaults(self) -> list[tuple[str, str]]:
+        """The macros that something reads and that have a value; it, and the comment beside it."""
+        required = self.required()
+        return [
+            (key, text)
+            for key, text in self._texts.items()
+            if key in self._read and key not in required
+        ]
+
+    def unused_macros(self) -> list[str]:
+        """Macros that a gin file defines and nothing reads."""
+        return [
+            f"{name} ({path.name})"
+            for name, path in self._defined.items()
+            if name not in self._read
+        ]
+
+    def imports_for_bindings(self) -> list[str]:
+        """Lines of gin after which the command line may use every name that the gin files use."""
+        return ["from __gin__ import dynamic_registration", *self._imports.values()]
+
+    def _known_files(self) -> Iterator[tuple[str, str]]:
+        """Name, as for `--gin_file`, and text of the gin files of the search folders and ours."""
+        for folder in self._folders:
+            if folder not in (pathlib.Path(), ROOT):
+                for path in sorted(folder.rglob("*.gin")):
+                    yield str(path.relative_to(folder)), path.read_text("utf-8", "replace")
+
+    def _add_text(self, text: str, path: pathlib.Path) -> None:
+        names = _Names()
+        for statement in config_parser.ConfigParser(text, names):
+            self._note_macros(names, path.name)
+            if isinstance(statement, config_parser.IncludeStatement):
+                self.add_file(
+                    statement.filename,
+                    given_by=f"{path}, line {statement.location.line_num}",
+                )
+            elif isinstance(statement, config_parser.ImportStatement):
+                if not statement.module.startswith("__gin__."):
+                    self._imports[statement.bound_name()] = statement.format()
+            elif isinstance(statement, config_parser.BindingStatement):
+                key = f"{statement.scope}/" if statement.scope else ""
+                key += statement.selector
+                if statement.arg_name:
+                    key += f".{statement.arg_name}"
+                else:
+                    self._defined[key] = path
+                    line = text.splitlines()[statement.location.line_num - 1]
+                    self._texts[key] = line.partition("=")[2].strip()
+                self.values[key] = statement.value
+
+    def _note_macros(self, names: _Names, reader: str) -> None:
+        for name in names.macros:
+            self._read.setdefault(name, reader)
+        names.macros.clear()
+
+
+def _module_of(name: str) -> str | None:
+    """The package or room that has a module; a module's name is in one room alone."""
+    if (_PACKAGE / f"{name}.py").exists() or (_PACKAGE / name / "__init__.py").exists():
+        return "tnt_jax"
+    return next((f"tnt_jax.{path.parent.name}" for path in _PACKAGE.glob(f"*/{name}.py")), None)
+
+
+def _sets(text: str, macro: str) -> bool:
+    return (
+        re.search(rf"^{re.escape(macro)}\s*=(?!\s*%gin\.REQUIRED)", text, re.MULTILINE) is not None
+    )
+
+
+def _parse_value(value: str, names: config_parser.ParserDelegate, flag: str) -> Any:
+    """The value of a flag: a gin literal or reference, else the text itself.
+
+    Raises:
+        UsageError: it starts as gin does and is not gin.
+    """
+    try:
+        parser = config_parser.ConfigParser(value.strip(), names)
+        parsed = parser.parse_value()
+        rest: Any = parser.current_token
+        if rest.type in (tokenize.NEWLINE, tokenize.ENDMARKER):
+            return parsed
+        reason = f"unexpected {rest.string!r}"
+    except (SyntaxError, tokenize.TokenError) as error:
+        reason = error.args[0]
+    if value.strip().startswith(tuple("\"'([{@%")):
+        raise UsageError(f"{flag}: {reason}; a text that starts like this needs quotes within")
+    return value
+
+
+def as_gin(value: str) -> str:
+    """A flag's value as gin text: quoted, where it is a plain text."""
+    names = _Names()
+    is_text = _parse_value(value, names, value) is value
+    return repr(value) if is_text else value.strip()
+
+
+def _and(names: Iterable[str]) -> str:
+    return ", ".join(names)
+
+
+def _or(names: Iterable[str]) -> str:
+    return " or ".join(names)

@@ -1,0 +1,98 @@
+"""What to change where memory does not suffice, of the host or of a device."""
+
+import contextlib
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from tnt_jax.runtime import failures
+from tnt_jax.runtime.errors import UsageError
+from tnt_jax.training import assembly
+from tnt_jax.training.originals import AdaptersOff, Parameters
+
+
+def of_training(trainer: assembly.Trainer) -> list[str]:
+    """What would help a training step, what costs least first."""
+    config, mesh = trainer.model.config, trainer.model.mesh
+    tries = []
+    if mesh.shape["data"] > 1:
+        tries.append("FSDP_DEVICES (parameters, optimizer and original over more devices)")
+    if config.remat_policy != "full":
+        tries.append("REMAT_POLICY='full' (activations are computed again)")
+    if not config.scan_layers:
+        tries.append("SCAN_LAYERS=True (one layer's gradients and weights at a time)")
+    if config.dtype != "bfloat16":
+        tries.append("DTYPE='bfloat16' (activations, and the original's kernels, in half)")
+    tries.append("NUM_MICROBATCHES (activations of a part of the batch)")
+    if isinstance(trainer.original, Parameters) and trainer.objective.needs_original:
+        tries.append("ORIGINAL='cached' (no second tree of parameters)")
+    if not isinstance(trainer.original, AdaptersOff):
+        tries.append("ORIGINAL='adapters_off' (gradients and optimizer of adapters alone)")
+    tries.append("a smaller BATCH_SIZE or TASK_FEATURE_LENGTHS")
+    return tries
+
+
+def of_inference(*settings: str) -> list[str]:
+    """What would help a program that runs a model whose batches depend on these settings."""
+    return [
+        f"a smaller {' or '.join(settings)}",
+        "FSDP_DEVICES or MODEL_DEVICES (parameters over more devices)",
+    ]
+
+
+def check_batch(batch_size: int, num_tokens: int) -> None:
+    """Compares a batch with the memory of the host, which makes it before any device sees it.
+
+    Where that is far too small the system ends the process without a word.
+
+    Args:
+      batch_size: Rows.
+      num_tokens: Of a row, inputs and targets.
+
+    Raises:
+      UsageError: It does not fit.
+    """
+    # Of targets there are ids, inputs, masks and marks; a row is a few objects of Python as well.
+    needed, found = batch_size * (200 + 16 * num_tokens), _host_bytes()
+    if needed > found:
+        raise UsageError(
+            f"out of memory with BATCH_SIZE={batch_size} and {num_tokens} tokens in a row "
+            f"(TASK_FEATURE_LENGTHS): a batch takes about {needed / 2**30:.1f} GiB, and this host "
+            f"has {found / 2**30:.1f}. Set a smaller BATCH_SIZE or TASK_FEATURE_LENGTHS."
+        )
+
+
+def _host_bytes() -> int:
+    """Memory of this machine, or of this process's share of it where there is such a limit."""
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+        found = min(found, int(pathlib.Path("/sys/fs/cgroup/memory.max").read_text("utf-8")))
+    return found
+
+
+@contextlib.contextmanager
+def explained(tries: Sequence[str], **settings: Any) -> Iterator[None]:
+    """Around work that takes memory: where there is not enough, it says what to change.
+
+    Args:
+      tries: From one of the functions above.
+      **settings: That the work was done with, by their macros.
+
+    Raises:
+      UsageError: There is not enough.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = failures.out_of_memory(error)
+        if reason is None or isinstance(error, UsageError):
+            raise
+        found = ", ".join(f"{name}={_shown(value)}" for name, value in settings.items())
+        raise UsageError(
+            f"out of memory with {found}: {reason}. To make it fit, try {'; '.join(tries)}."
+        ) from error
+
+
+def _shown(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else value

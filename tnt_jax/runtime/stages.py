@@ -1,0 +1,183 @@
+"""Stages of a long run: what has been done with the same settings and inputs is not done again.
+
+A stage writes a file or a folder. Beside the outputs lies a note for each, with its settings and
+fingerprints of what it read.
+"""
+
+import contextlib
+import contextvars
+import hashlib
+import json
+import pathlib
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from tnt_jax.data import records
+from tnt_jax.runtime import console, holding, operative_config, preemption
+from tnt_jax.runtime.errors import UsageError, naming_file
+
+_running: contextvars.ContextVar[bool] = contextvars.ContextVar("running", default=False)
+_only_done: contextvars.ContextVar[bool] = contextvars.ContextVar("only_done", default=False)
+
+_NOT_LOCAL = "not a local file"  # named by its path alone
+
+
+class NotDoneError(Exception):
+    """A stage has to be run, where only what is done was asked for."""
+
+
+@contextlib.contextmanager
+def only_done(is_so: bool = True) -> Iterator[None]:
+    """Within it nothing is run: a stage that is not done raises `NotDoneError`."""
+    token = _only_done.set(is_so)
+    try:
+        yield
+    finally:
+        _only_done.reset(token)
+
+
+def is_running() -> bool:
+    """Whether what asks is called by a stage: then something else decides what comes next."""
+    return _running.get()
+
+
+def note_path(root: pathlib.Path, name: str) -> pathlib.Path:
+    """The note of a stage of the run whose folder is `root`."""
+    return root / "stages" / f"{name.replace(': ', '_').replace(', ', '_')}.json"
+
+
+class Stages:
+    """Runs stages, and remembers with what settings and inputs each one was run."""
+
+    def __init__(self, root: pathlib.Path):
+        self._root = root
+        self._said: set[str] = set()  # each once: arms share stages
+
+    def run(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        *,
+        output: str,
+        inputs: Mapping[str, str],
+        settings: Mapping[str, Any],
+        output_name: str = "output",
+        also_depends_on: Sequence[str] = (),
+        version: str = "",
+        goes_on: bool = False,
+    ) -> None:
+        """Calls `function(output_name=output, **inputs, **settings)` unless that has been done.
+
+        Args:
+          name: Of the stage.
+          function: Writes `output`, a file or a directory.
+          output: Its path.
+          inputs: Files (or globs) and directories that it reads, by argument.
+          settings: Its other arguments.
+          output_name: The argument that takes `output`.
+          also_depends_on: Further files whose change makes it run again.
+          version: A text whose change makes it run again, for what the settings do not show.
+          goes_on: Whether `function` goes on from what it finds in `output`, a directory. So what
+            other settings left there is deleted first.
+
+        Raises:
+          UsageError: There is something to go on from, and it is not known what made it; or another
+            process has taken over what this one holds.
+          NotDoneError: It has to be run, and `only_done` forbids it.
+        """
+        preemption.check()
+        holding.check()
+        note = note_path(self._root, name)
+        described = {
+            "function": operative_config.describe(function),
+            "settings": operative_config.describe(dict(settings)),
+            "version": version,
+            "inputs": {path: _fingerprint(path) for path in (*inputs.values(), *also_depends_on)},
+        }
+        before: dict[str, Any] = {}
+        # A note that is there and may not be read is none that is missing: that ends the run.
+        with contextlib.suppress(FileNotFoundError, ValueError), naming_file(note):
+            found = json.loads(note.read_text("utf-8"))
+            before = found if isinstance(found, dict) else {}
+        is_same = before.get("described") == json.loads(json.dumps(described))
+        is_there = pathlib.Path(output).exists()
+        if is_same and before.get("done") and is_there:
+            if name not in self._said and not _only_done.get():
+                console.log(f"[{self._number_of(name)}] {name}: done before, kept.")
+            return
+        if _only_done.get():
+            raise NotDoneError(name)
+        if goes_on and not is_same and is_there:
+            if not before:
+                raise UsageError(
+                    f"{name}: expected nothing, or what this run made, in {output}; found "
+                    f"files, and no {note}. Set another OUTPUT_DIR, or delete the folder."
+                )
+            # Fits no settings: what an interruption leaves is not whole, nor to go on from.
+            console.write_json(str(note), {"described": None, "done": False})
+            shutil.rmtree(output)
+        console.log(f"[{self._number_of(name)}] {name}")
+        spent = before.get("seconds") if goes_on and is_same and is_there else None
+        spent = spent if isinstance(spent, int | float) else 0.0
+        with _noted(note, described, spent):
+            function(**{output_name: output}, **inputs, **settings)
+        preemption.check()
+
+    def _number_of(self, name: str) -> int:
+        self._said.add(name)
+        return len(self._said)
+
+    def seconds(self, name: str) -> float | None:
+        """How long a stage took, if it is done; what was stopped and went on, in all."""
+        with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+            note = json.loads(note_path(self._root, name).read_text("utf-8"))
+            return note["seconds"] if note["done"] else None
+        return None
+
+
+@contextlib.contextmanager
+def _noted(note: pathlib.Path, described: Mapping[str, Any], spent: float) -> Iterator[None]:
+    """Around a stage: notes whether it is done, and its seconds together with those `spent`."""
+
+    def write(is_done: bool) -> None:
+        seconds = round(spent + time.monotonic() - began, 1)
+        console.write_json(str(note), {"described": described, "done": is_done, "seconds": seconds})
+
+    began = time.monotonic()
+    write(False)
+    token = _running.set(True)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # what stopped it is worth more
+            write(False)
+        raise
+    finally:
+        _running.reset(token)
+    write(True)
+
+
+def _fingerprint(path: str) -> str:
+    """Changes when the file, a file in the folder, or one that the pattern matches, does."""
+    if records.is_remote(path):
+        return _NOT_LOCAL
+    found = pathlib.Path(path)
+    if found.is_dir():
+        files = sorted(file for file in found.rglob("*") if file.is_file())
+        stats = [(str(file.relative_to(found)), file.stat()) for file in files]
+        described = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+        return _digest(repr(described).encode())
+    if found.is_file():
+        return _digest(found.read_bytes())
+    try:
+        files = records.matching_files(found)
+    except UsageError:  # the name of a model of Hugging Face's, say
+        return _NOT_LOCAL
+    contents = [(str(file), _digest(file.read_bytes())) for file in files]
+    return _digest(repr(contents).encode())
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

@@ -1,0 +1,278 @@
+"""The original's decoder states of a data set, computed once and kept in files.
+
+They depend on the original and on an example's tokens alone: not on marks, objective, weight, batch
+size or packing. So one folder serves every run of a sweep, several data sets may share it, and
+what a stopped run has computed is there for the next one.
+
+    FOLDER/<original>/part_<keys>.npy    [tokens, E], one example after the other
+    FOLDER/<original>/part_<keys>.json   {"keys": {key of an example: [first row, number of rows]}}
+
+A part is there when its JSON is: both files are written beside their place and renamed, that last.
+It is named after what is in it, so that two runs at once may write the same folder. States keep the
+dtype that they were computed in; bfloat16 is stored as its bits.
+
+A billion tokens are 15,000 parts, and a process may have 1,024 files open. So a part is opened when
+rows of it are read, and closed again: once for all its rows in a batch.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import operator
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from io import BufferedReader
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from tnt_jax.data import feature_converters, records
+from tnt_jax.runtime import console, files
+from tnt_jax.runtime.errors import UsageError, naming_file, system_error
+
+_TOKENS_PER_PART = 65_536  # 128 MiB at width 512: what is lost at most when a run is stopped
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Part:
+    """A file of states.
+
+    Attributes:
+      index: The JSON file beside it.
+      offset: Bytes before the first row.
+      num_rows: Tokens.
+      width: Of a state.
+      dtype: Of a state.
+    """
+
+    index: pathlib.Path
+    offset: int
+    num_rows: int
+    width: int
+    dtype: np.dtype
+
+    @classmethod
+    def opened(cls, index: pathlib.Path, dtype: str) -> "_Part":
+        """Reads what the file says of itself.
+
+        Raises:
+          ValueError: It is no array of that dtype, or its shape is not that of the file.
+        """
+        # Maps the file: a shape that it is too short for is refused, and no object is made.
+        array = np.lib.format.open_memmap(index.with_suffix(".npy"), mode="r")
+        stored = {"bfloat16": "uint16"}.get(dtype, dtype)
+        is_stored_so = array.dtype == stored and array.ndim == 2 and array.flags.c_contiguous
+        if dtype not in ("float32", "bfloat16") or not is_stored_so or array.shape[1] == 0:
+            raise ValueError(f"{dtype!r:.60} as {array.dtype} of shape {array.shape}")
+        return cls(
+            index=index,
+            offset=array.offset,
+            num_rows=array.shape[0],
+            width=array.shape[1],
+            dtype=jnp.dtype(dtype),
+        )
+
+    def read(self, file: BufferedReader, first: int, rows: np.ndarray) -> None:
+        """Fills rows, one after the other in memory, from those that begin with `first`."""
+        row_bytes = self.width * self.dtype.itemsize
+        with naming_file(file.name):
+            file.seek(self.offset + first * row_bytes)
+            num_read = file.readinto(rows.view(np.uint8).data)
+        if num_read != rows.nbytes:
+            raise _damaged(self.index, f"{num_read} of {rows.nbytes} bytes from row {first} on")
+
+    @property
+    def kind(self) -> tuple[int, np.dtype]:
+        """What all parts have in common."""
+        return self.width, self.dtype
+
+
+def _damaged(index: pathlib.Path, found: object) -> UsageError:
+    """The message about a part that has to be computed again."""
+    return UsageError(
+        f"{index}: expected states of the original, with a file .npy beside it, found {found}. "
+        "Delete both: they will be computed again."
+    )
+
+
+class OriginalStates:
+    """The states of one original in a folder.
+
+    Args:
+      folder: Local to this host, or shared by all hosts; made if need be.
+      identity: Of the original and of how it is computed.
+      task_feature_lengths: Where "inputs" and "targets" are cut.
+
+    Raises:
+      UsageError: The folder is in a bucket, or a part of it is damaged.
+      OSError: The system does not let a part be read.
+    """
+
+    def __init__(self, folder: str, identity: str, task_feature_lengths: Mapping[str, int]):
+        if "://" in folder:
+            raise UsageError(
+                f"STATES_DIR: expected a local folder (they are read row by row), found {folder}. "
+                "Where records or MODEL_DIR are in a bucket, set it."
+            )
+        self._folder = pathlib.Path(folder).expanduser() / re.sub(r"\W+", "-", identity)
+        self._lengths = dict(task_feature_lengths)
+        self._parts: list[_Part] = []
+        self._rows: dict[str, tuple[int, int, int]] = {}  # part, first row, number of rows
+        for index in sorted(self._folder.glob("part_*.json")):
+            self._add(index)
+
+    def _add(self, index: pathlib.Path) -> None:
+        try:
+            about = files.read_object(index)
+            with naming_file(index.with_suffix(".npy")):
+                part = _Part.opened(index, about["dtype"])
+            rows = {
+                key: (len(self._parts), first, number)
+                for key, (first, number) in about["keys"].items()
+            }
+            if not all(
+                type(first) is type(number) is int and 0 <= first <= first + number <= part.num_rows
+                for _, first, number in rows.values()
+            ):
+                raise ValueError(f"rows that an array of {part.num_rows} has not")
+            if self._parts and part.kind != self._parts[0].kind:
+                raise ValueError(
+                    f"{part.dtype}s of width {part.width}, where {self._parts[0].index} has "
+                    f"{self._parts[0].dtype}s of width {self._parts[0].width}"
+                )
+        except MemoryError:
+            raise
+        except Exception as error:  # of whatever kind: Python parses the head of an array
+            if (said := system_error(error)) is not None:  # and nothing about what is in the files
+                raise said from error
+            raise _damaged(index, f"{type(error).__name__}: {error!s:.300}") from error
+        self._rows |= rows
+        self._parts.append(part)
+
+    def _key(self, example: feature_converters.Example) -> str:
+        kept = feature_converters.cut_input(example.inputs, self._lengths["inputs"])
+        inputs = np.ascontiguousarray(kept, "<i4")
+        targets = np.ascontiguousarray(example.targets[: self._lengths["targets"]], "<i4")
+        hashed = hashlib.sha256(f"{len(inputs)} ".encode() + inputs.tobytes() + targets.tobytes())
+        return hashed.hexdigest()[:32]
+
+    def missing(
+        self, examples: Iterable[feature_converters.Example]
+    ) -> list[feature_converters.Example]:
+        """Those without states, each content once; the same on every host."""
+        unique = {self._key(example): example for example in examples}
+        is_missing: np.ndarray = np.array([key not in self._rows for key in unique], bool)
+        if jax.process_count() > 1:  # every host has to take part in computing any
+            is_missing = np.any(multihost_utils.process_allgather(is_missing), axis=0)
+        return [e for e, absent in zip(unique.values(), is_missing.tolist(), strict=True) if absent]
+
+    def compute(
+        self,
+        examples: Sequence[feature_converters.Example],
+        states_of: Callable[[dict[str, np.ndarray]], np.ndarray],
+        batch_size: int,
+    ) -> None:
+        """Computes and keeps the states of the examples that have none.
+
+        Args:
+          examples: Any, also those that have states.
+          states_of: From a batch of model features to states `[B, T, E]`, on this host.
+          batch_size: Rows of a batch.
+
+        Raises:
+          UsageError: The folder cannot be written.
+        """
+        todo = self.missing(examples)
+        if not todo:
+            console.log(f"The original's states are in {self._folder}: nothing to compute.")
+            return
+        records.check_writable(self._folder / "part", "STATES_DIR")
+        batches = feature_converters.batch_for_eval(todo, batch_size, self._lengths)
+        kept: dict[str, np.ndarray] = {}
+        num_batches = -(-len(todo) // batch_size)
+        title = f"states of the original, {len(todo)} examples, in batches"
+        for number, batch in enumerate(console.progress(batches, title, num_batches)):
+            states = states_of(batch)
+            first = number * batch_size
+            for row, example in enumerate(todo[first : first + batch_size]):
+                num_tokens = min(len(example.targets), self._lengths["targets"])
+                kept[self._key(example)] = states[row, :num_tokens].copy()  # not the batch
+            if sum(map(len, kept.values())) >= _TOKENS_PER_PART:
+                self._write(kept)
+                kept = {}
+        if kept:
+            self._write(kept)
+
+    def _write(self, kept: Mapping[str, np.ndarray]) -> None:
+        name = hashlib.sha256(" ".join(kept).encode()).hexdigest()[:16]
+        index = self._folder / f"part_{name}.json"
+        if index.exists():  # another host was quicker; what it wrote may be in use
+            self._add(index)
+            return
+        ends = np.cumsum([len(states) for states in kept.values()]).tolist()
+        starts = [0, *ends[:-1]]
+        array = np.concatenate(list(kept.values()))
+        is_bfloat16 = array.dtype == jnp.bfloat16
+        with (
+            records.replacing(index.with_suffix(".npy")) as unfinished,
+            unfinished.open("wb") as file,
+        ):
+            np.save(file, array.view(np.uint16) if is_bfloat16 else array)
+        keys = {
+            key: [start, end - start] for key, start, end in zip(kept, starts, ends, strict=True)
+        }
+        with records.replacing(index) as unfinished:
+            unfinished.write_text(json.dumps({"dtype": str(array.dtype), "keys": keys}), "utf-8")
+        self._add(index)
+
+    def of(self, example: feature_converters.Example) -> np.ndarray:
+        """States `[number of target tokens, E]` of an example, read from the file."""
+        _, _, number = self._place(example)
+        return self.feature([(example, 0, 0)], (1, number))[0]
+
+    def _place(self, example: feature_converters.Example) -> tuple[int, int, int]:
+        """The part where an example is, its first row, and the number of rows."""
+        place = self._rows[self._key(example)]
+        number = min(len(example.targets), self._lengths["targets"])
+        if place[2] != number:
+            index = self._parts[place[0]].index
+            raise _damaged(index, f"{place[2]} states of an example with {number} tokens")
+        return place
+
+    def feature(
+        self,
+        placed: Iterable[tuple[feature_converters.Example, int, int]],
+        shape: tuple[int, int],
+    ) -> np.ndarray:
+        """The states of a batch `[B, T, E]`, 0 at padding.
+
+        Args:
+          placed: Each example with its row and the position where its targets begin.
+          shape: `B` and `T`.
+
+        Raises:
+          UsageError: A part has become shorter since it was looked at.
+          OSError: The system does not let it be read.
+        """
+        width, dtype = self._parts[0].kind
+        states = np.zeros((*shape, width), dtype)
+        wanted = sorted((*self._place(example), row, start) for example, row, start in placed)
+        for number, of_part in itertools.groupby(wanted, key=operator.itemgetter(0)):
+            part = self._parts[number]
+            with part.index.with_suffix(".npy").open("rb") as file:
+                for _, first, count, row, start in of_part:
+                    assert start + count <= shape[1], "targets are placed within a batch"
+                    part.read(file, first, states[row, start : start + count])
+        return states
+
+
+def default_folder(records_path: str | os.PathLike | None, model_dir: str) -> str:
+    """Beside a file of records, so that every run on it finds them; otherwise in the model's."""
+    if records_path is not None and pathlib.Path(records_path).is_file():
+        return f"{records_path}.states"
+    return f"{model_dir.rstrip('/')}/original_states"

@@ -1,0 +1,374 @@
+"""What a checkpoint remembers of its run, and what must be the same when the run goes on.
+
+The item `run` of a checkpoint is a JSON object:
+
+    original        where it came from, a digest of its parameters, and the log-probabilities that
+                    it gives a probe batch; None where the objective needs none
+    start           the checkpoint that training started from, and a digest of those parameters
+    objective, model, optimizer, data, vocabulary, batch_size, task_feature_lengths, pack, seed,
+    adapters        what decides the updates, and is compared on a restart (`COMPARED`)
+    computed_on     devices, mesh, microbatches: they may change, and change the last bits
+    versions        of Python and of the packages that compute
+    config          the gin settings, as `operative_config.gin` has them
+    changes         what was changed knowingly, and after which update
+    position        of the data: the number of the next batch, which is all that there is to know
+    health          the last losses and the updates that were left out (`run_health`)
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from tnt_jax.checkpoints import orbax
+from tnt_jax.runtime import console, operative_config, processes
+from tnt_jax.runtime.array_types import PyTree
+from tnt_jax.runtime.errors import UsageError
+from tnt_jax.training import assembly, load_original, train_step
+
+# What must not change unnoticed, and the setting that says it.
+COMPARED = {
+    "original": "INITIAL_CHECKPOINT_PATH",
+    "start": "START_CHECKPOINT_PATH or INITIAL_CHECKPOINT_PATH",
+    "objective": "the objective's file",
+    "model": "the model's settings",
+    "optimizer": "OPTIMIZER and its settings",
+    "data": "RECORDS",
+    "vocabulary": "VOCABULARY_PATH",
+    "batch_size": "BATCH_SIZE",
+    "task_feature_lengths": "TASK_FEATURE_LENGTHS",
+    "pack": "PACK",
+    "seed": "SEED",
+    "adapters": "ORIGINAL, ADAPTER_RANK and ADAPTER_ALPHA",
+}
+
+# How a network is computed, not what: or compared elsewhere (`orbax`, `adapters`).
+_NOT_OF_THE_MODEL = ("class", "scan_layers", "remat_policy", "adapter_scale")
+
+# Nats for a token, on average. The probe of the same original differs by rounding from machine to
+# machine, most in bfloat16; another activation or a wrong matrix makes several nats.
+_PROBE_TOLERANCE = 0.1
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy")
+
+
+def describe(
+    trainer: assembly.Trainer,
+    *,
+    optimizer: Mapping[str, Any],
+    data: Mapping[str, Any],
+    vocabulary: Any,
+    adapters: Mapping[str, Any] | None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """What `run` says before the original is read.
+
+    Args:
+      trainer: Of the run.
+      optimizer: What the user set, described.
+      data: Which data it is.
+      vocabulary: Of its ids.
+      adapters: Their settings and what they lie beside; None where there are none.
+      **settings: Further ones of `COMPARED`, JSON values.
+    """
+    model = operative_config.describe(trainer.model.config)
+    run = {
+        "objective": operative_config.describe(trainer.objective),
+        "model": model,
+        "optimizer": dict(optimizer),
+        "data": dict(data),
+        "vocabulary": _describe_vocabulary(vocabulary),
+        **settings,
+        "computed_on": {
+            "devices": jax.device_count(),
+            "kind": jax.devices()[0].device_kind,
+            "mesh": dict(trainer.model.mesh.shape),
+            "processes": jax.process_count(),
+            "num_microbatches": trainer.num_microbatches,
+            "block_size": trainer.block_size,
+            "original": type(trainer.original).__name__,
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        },
+        "config": operative_config.text(),
+    }
+    if adapters is not None:
+        run["adapters"] = dict(adapters)
+    return run
+
+
+def _describe_vocabulary(vocabulary: Any) -> dict[str, Any]:
+    if hasattr(vocabulary, "sentencepiece_model_file"):
+        return operative_config.describe(vocabulary)
+    # Others are told apart by what they are: what else they hold may be anything.
+    kind = type(vocabulary)
+    return {"class": f"{kind.__module__}.{kind.__qualname__}", "size": vocabulary.vocab_size}
+
+
+def check_alike(run: Mapping[str, Any], **more: Any) -> None:
+    """Compares what all processes are about to do: each has read its files for itself.
+
+    Args:
+      run: From `describe`.
+      **more: What else all must have alike, JSON values.
+
+    Raises:
+      UsageError: In all processes: something differs.
+    """
+    if processes.count() == 1:
+        return
+    own = {**run, **more}
+    # Paths may differ, where the files are the same.
+    for name in ("config", "versions"):
+        own.pop(name)
+    own["adapters"] = _without_path(own.get("adapters"))
+    texts = {name: json.dumps(value, sort_keys=True) for name, value in own.items()}
+    digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    said = [json.loads(text) for text in processes.gather("alike", json.dumps(digests))]
+    differing = dict.fromkeys(name for of in said for name in processes.differing(said[0], of))
+    if differing:
+        names = [f"{name} ({COMPARED[name]})" if name in COMPARED else name for name in differing]
+        raise UsageError(
+            f"expected the same data and settings in all {len(said)} processes, found others in "
+            f"some: {', '.join(names)}. Start all of them alike, with the same files: in one place "
+            "that all see (gs://, or a folder that their hosts share), or the same on every host."
+        )
+
+
+class Start(NamedTuple):
+    """Where a run begins, or goes on.
+
+    Attributes:
+      step: The number of updates so far.
+      state: After them.
+      original: Of the run.
+      before: What the checkpoint says; nothing where there is none.
+    """
+
+    step: int
+    state: train_step.TrainState
+    original: load_original.Brought
+    before: Mapping[str, Any]
+
+
+def begin(
+    trainer: assembly.Trainer,
+    saved: orbax.Checkpoints,
+    run: dict[str, Any],
+    bring: Callable[[bool], tuple[load_original.Brought, PyTree | None]],
+    *,
+    start_path: str | None,
+    read_start: Callable[[], PyTree],
+    allow_changes: Sequence[str],
+    model_dir: str,
+) -> Start:
+    """The state to go on from: of the newest checkpoint, if there is one, or a new one.
+
+    Whatever can be compared without reading a model is compared before one is read.
+
+    Args:
+      trainer: Of the run.
+      saved: Its checkpoints.
+      run: From `describe`; what the original and the start were is added.
+      bring: Reads the original, and what a new run (if its argument is True) starts from.
+      start_path: What that is read from, for people and the checkpoint.
+      read_start: Reads it again.
+      allow_changes: What may differ from the run of the checkpoint, of `COMPARED`.
+      model_dir: For messages.
+
+    Raises:
+      UsageError: The checkpoint is of another run, and which differences make it one; or of another
+        model or optimizer.
+    """
+    step = saved.latest_step()
+    before: Mapping[str, Any] = {}
+    if step is not None:
+        before = saved.run_of(step)
+        saved.check(step, trainer.abstract_state)
+        settings = [name for name in COMPARED if name not in ("original", "start")]
+        check_same(before, run, settings, allow_changes, model_dir, step)
+    brought, params = bring(step is None)
+    run["original"] = brought.identity
+
+    def digest_of_start() -> str | None:
+        if brought.identity is not None and start_path == brought.identity["path"]:
+            return brought.identity["digest"]
+        if "start" in allow_changes:
+            return None
+        return orbax.digest(read_start() if params is None else params)
+
+    run["start"] = _start(before, start_path, digest_of_start)
+    if step is None:
+        assert params is not None
+        run["changes"] = []
+        return Start(0, trainer.init_state(params), brought, before)
+    check_same(before, run, ("original", "start"), allow_changes, model_dir, step)
+    console.log(f"Going on from checkpoint {step} in {model_dir}.")
+    _log_differences(before, run)
+    return Start(step, saved.restore(step, trainer.abstract_state), brought, before)
+
+
+def _start(
+    before: Mapping[str, Any], path: str | None, digest: Callable[[], str | None]
+) -> dict[str, Any]:
+    """Where training started from."""
+    start = before.get("start")
+    if isinstance(start, str):  # as older versions wrote it
+        start = {"path": start, "digest": None}
+    if start is not None and start["path"] == path:
+        # Whatever is there by now, a run that has started no longer needs it.
+        return start
+    return {"path": path, "digest": digest()}
+
+
+def check_allowed(allow_changes: Sequence[str]) -> None:
+    """Raises a UsageError unless these are names of `COMPARED`."""
+    unknown = [name for name in allow_changes if name not in COMPARED]
+    if unknown or isinstance(allow_changes, str):
+        raise UsageError(
+            f"ALLOW_CHANGES: expected a list of some of {', '.join(COMPARED)}; found "
+            f"{allow_changes!r}."
+        )
+
+
+def check_same(
+    before: Mapping[str, Any],
+    run: dict[str, Any],
+    names: Iterable[str],
+    allow_changes: Sequence[str],
+    model_dir: str,
+    step: int,
+) -> None:
+    """Compares what a checkpoint remembers with the run that would go on from it.
+
+    What an older version did not write down is not compared. Changes that are allowed are logged,
+    and noted in `run`.
+
+    Args:
+      before: Of the checkpoint.
+      run: Of now.
+      names: What to compare, of `COMPARED`.
+      allow_changes: Names whose change is meant.
+      model_dir: For the message.
+      step: Of the checkpoint.
+
+    Raises:
+      UsageError: Something else has changed: all of it is named.
+    """
+    run.setdefault("changes", list(before.get("changes", [])))
+    refused: dict[str, str] = {}
+    for name in names:
+        if name not in before and name != "adapters":
+            continue
+        difference = _difference(name, before.get(name), run.get(name))
+        if difference is None:
+            continue
+        if name in allow_changes:
+            run["changes"].append({"after_update": step, "name": name, "change": difference})
+            console.log(f"Going on with a change: {difference}.")
+        else:
+            refused[name] = difference
+    if refused:
+        meant = json.dumps(sorted({*refused, *allow_changes})).replace('"', "'")
+        raise UsageError(
+            f"MODEL_DIR {model_dir} holds another run, at update {step}: "
+            f"{'; '.join(refused.values())}. Set it back, choose another MODEL_DIR, or go on "
+            f'knowingly with --gin.ALLOW_CHANGES="{meant}".'
+        )
+
+
+def _difference(name: str, before: Any, now: Any) -> str | None:
+    """What has changed, for people; None if nothing has."""
+    now = json.loads(json.dumps(now))
+    label = f"{name} ({COMPARED[name]})"
+    if name == "original":
+        return _difference_of_originals(before, now, label)
+    if name == "start":
+        if isinstance(before, str):
+            before = {"path": before, "digest": None}
+        if before["path"] == now["path"] or before["digest"] == now["digest"]:
+            return None
+        return f"{label} was {_path(before)}, is {_path(now)}"
+    if name == "data":
+        if before["digest"] == now["digest"]:
+            return None
+        was, found = (f"{x['num_examples']} examples (digest {x['digest']})" for x in (before, now))
+        return f"{label} was {was}, is {found}"
+    if name == "adapters":
+        before, now = _without_path(before), _without_path(now)
+    if before == now:
+        return None
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = before.keys() | now.keys()
+        if name in ("model", "objective"):  # other versions have other settings
+            keys = (before.keys() & now.keys()).difference(_NOT_OF_THE_MODEL)
+        changed = [
+            f"{key} was {_short(before.get(key))}, is {_short(now.get(key))}"
+            for key in sorted(keys)
+            if before.get(key) != now.get(key)
+        ]
+        return f"{label}: {', '.join(changed)}" if changed else None
+    was, found = ("none" if value is None else _short(value) for value in (before, now))
+    return f"{label} was {was}, is {found}"
+
+
+def _without_path(adapters: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    return None if adapters is None else {key: adapters[key] for key in ("rank", "alpha")}
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
+
+
+def _path(of: Any) -> str:
+    return "a random initialisation" if of["path"] is None else of["path"]
+
+
+def _difference_of_originals(before: Any, now: Any, label: str) -> str | None:
+    if before is None or now is None:
+        if before is now:
+            return None
+        was, found = (_describe_original(x) for x in (before, now))
+        return f"{label} was {was}, is {found}"
+    if before["digest"] != now["digest"]:
+        return f"{label} was {_describe_original(before)}, is {_describe_original(now)}"
+    if "probe" not in before:
+        return None
+    was, found = (np.array(x["probe"]) for x in (before, now))
+    gap = float(np.abs(was - found).mean()) if was.shape == found.shape else np.inf
+    if gap <= _PROBE_TOLERANCE:
+        return None
+    return (
+        f"{label} has the parameters that it had, but computes otherwise: its log-probabilities of "
+        f"a probe batch differ by {gap:.2g} nats a token (the model's settings, or the versions "
+        "of what computes)"
+    )
+
+
+def _describe_original(original: Mapping[str, Any] | None) -> str:
+    if original is None:
+        return "none (an objective without divergences)"
+    return f"{_path(original)} (digest {original['digest']})"
+
+
+def _log_differences(before: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+    """Says what has changed that may change, for it changes the last bits of the numbers."""
+    changed = [
+        f"{name} was {_short(was)}, is {_short(run[part][name])}"
+        for part in ("computed_on", "versions")
+        for name, was in (before.get(part) or {}).items()
+        if name in run[part] and run[part][name] != was
+    ]
+    if changed:
+        console.log(
+            f"Computed otherwise than before ({'; '.join(changed)}): the same up to rounding, not "
+            "bit by bit."
+        )

@@ -1,0 +1,308 @@
+"""Where the numbers and texts of a run go: JSON lines, TensorBoard, Weights & Biases.
+
+A run that was stopped goes on from a checkpoint, and computes again what came after it. TensorBoard
+is told from which update on, and drops what it had from there; Weights & Biases keeps what it had.
+Neither shows an update twice.
+
+Only the first of several hosts writes. No TensorFlow is needed.
+"""
+
+import contextlib
+import html
+import importlib.util
+import json
+import math
+import os
+import re
+import secrets
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, SupportsFloat, runtime_checkable
+
+import tensorboardX.event_file_writer
+import tensorboardX.record_writer
+import tensorboardX.summary
+from etils import epath
+from tensorboardX.proto import event_pb2
+
+from tnt_jax.runtime import console
+from tnt_jax.runtime.errors import UsageError
+
+_messages: Any = event_pb2  # made by protobuf when it is imported: type checkers see nothing
+
+# An object store has no appending: a flush uploads the whole file.
+_UPLOAD_EVERY = 60.0  # seconds
+
+
+@runtime_checkable
+class Writer(Protocol):
+    """What a run writes to."""
+
+    def write(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
+        """The numbers of an update."""
+        ...
+
+    def write_table(
+        self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
+    ) -> None:
+        """Texts of an update."""
+        ...
+
+    def flush(self) -> None:
+        """What was written is kept, whatever happens to the process."""
+        ...
+
+    def close(self) -> None:
+        """Writes what is left; may be called twice."""
+        ...
+
+
+class Writers:
+    """`metrics.jsonl`, which has the numbers alone, and others; a context manager.
+
+    Args:
+        metrics: open.
+        others: each is closed, as `metrics` is.
+    """
+
+    def __init__(self, metrics: console.MetricsWriter, others: Sequence[Writer] = ()):
+        self._metrics, self._others = metrics, others
+
+    def write(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
+        """Writes the numbers of an update everywhere."""
+        self._metrics.write(step, metrics)
+        for other in self._others:
+            other.write(step, metrics)
+
+    def write_table(
+        self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
+    ) -> None:
+        """Writes texts to what shows texts."""
+        for other in self._others:
+            other.write_table(step, name, columns, rows)
+
+    def flush(self) -> None:
+        """Before a checkpoint: a run that goes on from it will not write this again."""
+        for other in self._others:
+            other.flush()
+
+    def __enter__(self) -> "Writers":
+        return self
+
+    def __exit__(self, *_) -> None:
+        with contextlib.ExitStack() as stack:  # an error of one keeps none of the others open
+            for writer in (self._metrics, *self._others):
+                stack.callback(writer.close)
+
+
+def open_all(
+    model_dir: str,
+    *,
+    start: int,
+    config: Mapping[str, Any],
+    wandb_project: str | None = None,
+) -> Writers:
+    """Opens what a run writes to; on a later host, what writes nothing.
+
+    Args:
+        model_dir: of the run: `metrics.jsonl` and `tensorboard/` come into it.
+        start: the update that the run goes on from; 0 if it begins.
+        config: JSON, what the run is: shown by Weights & Biases.
+        wandb_project: None is without Weights & Biases.
+    """
+    with contextlib.ExitStack() as opened:
+        # A run that begins anew leaves nothing of what it wrote before, update 0 among it.
+        metrics = opened.enter_context(console.MetricsWriter(model_dir, last_step=start or -1))
+        others: list[Writer] = []
+        if console.is_first_process():
+            others.append(TensorBoard(tensorboard_folder(model_dir), start=start))
+            opened.callback(others[0].close)
+            if wandb_project is not None:
+                others.append(WeightsAndBiases(wandb_project, model_dir, config))
+        opened.pop_all()
+    return Writers(metrics, others)
+
+
+def check_wandb(project: str | None) -> None:
+    """Raises a UsageError if Weights & Biases is asked for and not there."""
+    if project is not None and importlib.util.find_spec("wandb") is None:
+        raise UsageError(
+            f"WANDB_PROJECT is {project!r}: expected the package wandb, found none. Run pip "
+            "install 'tnt_jax[wandb]', or set WANDB_PROJECT to None."
+        )
+
+
+def tensorboard_folder(model_dir: str) -> str:
+    """Where TensorBoard looks: `tensorboard --logdir` takes this, or a folder of runs."""
+    return os.fspath(epath.Path(model_dir).expanduser() / "tensorboard")
+
+
+def _grouped(name: str) -> str:
+    """The names of an evaluation have a group already: `eval/loss`."""
+    return name if "/" in name else f"train/{name}"
+
+
+class TensorBoard:
+    """Writes an event file, which `tensorboard --logdir` shows while the run goes on.
+
+    Every process of a run has a file of its own. It begins by telling TensorBoard to drop what
+    earlier ones had after `start`.
+
+    Args:
+        folder: local, or anything that `etils.epath` opens, such as gs://.
+        start: the last update that stays; 0 drops everything.
+    """
+
+    def __init__(self, folder: str, start: int = 0):
+        scheme, is_remote, _ = folder.partition("://")
+        if is_remote:
+            tensorboardX.record_writer.register_writer_factory(scheme, _Uploads())
+        else:
+            epath.Path(folder).mkdir(parents=True, exist_ok=True)
+        self._pause = _UPLOAD_EVERY if is_remote else 0.0
+        self._flushed = -float("inf")
+        # Without the queue and the thread of SummaryWriter, whose flush does not wait for either.
+        # The name has the second in it, and a process may open a run twice within one.
+        self._file: tensorboardX.event_file_writer.EventsWriter | None = (
+            tensorboardX.event_file_writer.EventsWriter(
+                f"{folder}/events", f".{time.time_ns() % 10**9:09}"
+            )
+        )
+        begins = _messages.SessionLog(status=_messages.SessionLog.START)
+        self._write(start + 1 if start else 0, session_log=begins)
+        self.flush()
+
+    def write(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
+        """Adds a point to each curve, unless it is not finite."""
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                continue
+            summary = tensorboardX.summary.scalar(_grouped(name), float(value))
+            self._write(step, summary=summary)
+        self._flush_in_time()
+
+    def write_table(
+        self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
+    ) -> None:
+        """Adds a table to the texts."""
+        lines = [
+            columns,
+            ["---"] * len(columns),
+            *([_as_markdown(cell) for cell in row] for row in rows),
+        ]
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        self._write(step, summary=tensorboardX.summary.text(name, table))
+        self._flush_in_time()
+
+    def flush(self) -> None:
+        """Whatever was written is in the file."""
+        if self._file is not None:
+            self._file.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        """Closes the file; may be called twice."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _write(self, step: int, **content: Any) -> None:
+        assert self._file is not None, "closed"
+        self._file.write_event(_messages.Event(step=step, wall_time=time.time(), **content))
+
+    def _flush_in_time(self) -> None:
+        if time.monotonic() - self._flushed >= self._pause:
+            self.flush()
+
+
+def _as_markdown(text: str) -> str:
+    """A text that shows as it is in a cell of a table: nothing of it is Markdown or HTML."""
+    text = re.sub(r"[^\w\s&;]", lambda found: f"&#{ord(found[0])};", html.escape(text, quote=False))
+    return re.sub(r"\s*\n\s*", "<br>", text).replace("_", "&#95;")
+
+
+class _Uploads:
+    """Opens event files of an object store, for tensorboardX."""
+
+    def directory_check(self, path: str) -> None:
+        """There are no directories to make."""
+
+    def open(self, path: str) -> "_Upload":
+        return _Upload(path)
+
+
+class _Upload:
+    """A file that is uploaded whole at every flush."""
+
+    def __init__(self, path: str):
+        self._path, self._content = epath.Path(path), bytearray()
+
+    def write(self, more: bytes) -> None:
+        self._content += more
+
+    def flush(self) -> None:
+        self._path.write_bytes(bytes(self._content))
+
+    def close(self) -> None:
+        self.flush()
+
+
+class WeightsAndBiases:
+    """Sends numbers and texts to Weights & Biases: `pip install 'tnt_jax[wandb]'`.
+
+    The name that the run has there is kept in `MODEL_DIR/wandb_run.json`, so that a run that goes
+    on is shown as one. What it computes again is not sent again: Weights & Biases takes updates in
+    order. Account, server and offline use are set as for any of its runs, by `wandb login` and its
+    environment variables.
+
+    Args:
+        project: in which the run is shown.
+        model_dir: of the run.
+        config: JSON, what the run is.
+    """
+
+    def __init__(self, project: str, model_dir: str, config: Mapping[str, Any]):
+        import wandb  # pyright: ignore[reportMissingImports]  # an extra
+
+        folder = epath.Path(model_dir).expanduser()
+        kept = folder / "wandb_run.json"
+        if kept.exists():
+            run_id = json.loads(kept.read_text())["id"]
+        else:
+            run_id = secrets.token_hex(4)
+            console.write_json(os.fspath(kept), {"id": run_id, "project": project})
+        self._table = wandb.Table
+        self._run: Any = wandb.init(
+            project=project,
+            id=run_id,
+            resume="allow",
+            name=folder.name,
+            config=dict(config),
+            dir=None if "://" in model_dir else os.fspath(folder),
+        )
+
+    def write(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
+        """Sends the numbers of an update that it does not have."""
+        self._log(step, {_grouped(name): float(value) for name, value in metrics.items()})
+
+    def write_table(
+        self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
+    ) -> None:
+        """Sends a table of an update that it does not have."""
+        table = self._table(columns=list(columns), data=[list(row) for row in rows])
+        self._log(step, {name: table})
+
+    def flush(self) -> None:
+        """A process of its own sends what it was given, also after this one has ended."""
+
+    def close(self) -> None:
+        """Waits until all is sent; may be called twice."""
+        if self._run is not None:
+            # An exception is on its way through Writers.__exit__: the run is shown as failed.
+            self._run.finish(exit_code=0 if sys.exception() is None else 1)
+            self._run = None
+
+    def _log(self, step: int, values: Mapping[str, Any]) -> None:
+        if step >= self._run.step:
+            self._run.log(values, step=step)

@@ -1,0 +1,213 @@
+"""What the original and the model in training say to the same few prompts, time and again."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from tnt_jax.data import feature_converters, records, tokenization
+from tnt_jax.models import decoding, sharding
+from tnt_jax.runtime import console
+from tnt_jax.runtime.array_types import PyTree
+from tnt_jax.training import assembly
+from tnt_jax.watching import metric_writers
+
+_LONGEST = 300  # characters of a text in the log; samples.jsonl has all
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """What is asked each time.
+
+    Attributes:
+      id: Of the record or example.
+      inputs: Token ids, EOS included.
+    """
+
+    id: str
+    inputs: tuple[int, ...]
+
+
+def of_records(path: str, vocabulary: Any) -> list[Prompt]:
+    """The prompts of a file of records, in order.
+
+    Raises:
+      UsageError: The file cannot be read.
+    """
+    return [
+        Prompt(id=row.id, inputs=tuple(tokenization.encode(vocabulary, row.inputs, add_eos=True)))
+        for row in records.read_records(path)
+    ]
+
+
+def of_examples(examples: Sequence[feature_converters.Example], number: int) -> list[Prompt]:
+    """Prompts from all over the data, half of them of examples with marks if there are as many."""
+    marked = [example for example in examples if len(example.negative_pairs)]
+    clean = [example for example in examples if not len(example.negative_pairs)]
+    num_marked = min(len(marked), max(number // 2, number - len(clean)))
+    chosen = [*_spread(marked, num_marked), *_spread(clean, number - num_marked)]
+    return [Prompt(id=example.id, inputs=tuple(example.inputs.tolist())) for example in chosen]
+
+
+def _spread(rows: Sequence[Any], number: int) -> list[Any]:
+    number = min(number, len(rows))
+    return [rows[index * len(rows) // number] for index in range(number)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Speaker:
+    """Answers prompts in one batch; compiled once for each kind of parameters.
+
+    Attributes:
+      model: The network.
+      vocabulary: Of inputs and outputs.
+      prompts: At least one.
+      decoder: How to choose the tokens.
+      longest_input: Tokens; longer inputs are cut.
+    """
+
+    model: assembly.Model
+    vocabulary: Any
+    prompts: Sequence[Prompt]
+    decoder: decoding.Decoding
+    longest_input: int
+
+    def __call__(self, params: PyTree) -> list[str]:
+        """The text that the parameters give for each prompt."""
+        width = min(max(len(prompt.inputs) for prompt in self.prompts), self.longest_input)
+        decoded = self.model.decode(
+            params,
+            [prompt.inputs for prompt in self.prompts],
+            width,
+            self.decoder,
+            sharding.batch_size_for(len(self.prompts), self.model.mesh),
+            row_keys=self._keys,
+        )
+        tokens = sharding.fetch(decoded.tokens)[: len(self.prompts)]
+        return [
+            tokenization.decode(self.vocabulary, np.trim_zeros(row, "b").tolist()) for row in tokens
+        ]
+
+    @functools.cached_property
+    def inputs(self) -> list[str]:
+        """The texts of the prompts."""
+        return [tokenization.decode(self.vocabulary, prompt.inputs) for prompt in self.prompts]
+
+    @property
+    def _keys(self) -> jax.Array | None:
+        if not self.decoder.temperature:
+            return None
+        return decoding.record_keys(0, [prompt.id for prompt in self.prompts])
+
+
+class Samples:
+    """Writes what the model says every so often, beside what the original says.
+
+    `MODEL_DIR/samples.jsonl` has a line for each time: `{"step": 200, "samples": [{"id", "inputs",
+    "original", "current"}]}`; the first one has no "current". A run that goes on drops what was
+    written after its checkpoint, and takes the original's outputs from there.
+    """
+
+    def __init__(
+        self,
+        speaker: Speaker,
+        model_dir: str,
+        *,
+        start: int,
+        original: PyTree | None,
+        out: metric_writers.Writers,
+    ):
+        """Has the original speak, unless it has.
+
+        Args:
+          speaker: Answers the prompts.
+          model_dir: Of the run.
+          start: The update that the run goes on from.
+          original: All that it is run with; None where nothing has it.
+          out: Shows tables.
+        """
+        self._speaker, self._out = speaker, out
+        path = epath.Path(model_dir).expanduser() / "samples.jsonl"
+        said = self._said_before(path) if start else None
+        if np.any(multihost_utils.process_allgather(np.array(said is None))):
+            said = None  # every host has to take part in decoding
+        self._file = console.StepLines(path, last_step=start or -1)
+        self._originals = said or [None] * len(speaker.prompts)
+        if said is None:
+            if original is not None:
+                self._originals = [*speaker(original)]
+            else:
+                console.log("Samples are without the original's outputs: it is not in memory.")
+            self._write(start, None)
+
+    def write(self, step: int, params: PyTree) -> None:
+        """Has the model speak, and writes it down.
+
+        Args:
+          step: Of the last update.
+          params: All of the model's, as `Speaker` takes them.
+        """
+        current = self._speaker(params)
+        self._write(step, current)
+        rows = list(zip(self._speaker.inputs, self._originals, current, strict=True))
+        self._out.write_table(
+            step,
+            "samples",
+            ["prompt", "original", "now"],
+            [[inputs, original or "", now] for inputs, original, now in rows],
+        )
+        shown = [_in_the_log(*row) for row in rows]
+        console.log("\n".join([f"update {step}, samples:", *shown]))
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def _said_before(self, path: epath.Path) -> list[str | None] | None:
+        """The original's outputs that an earlier process noted for the same prompts."""
+        if not path.exists():
+            return None
+        prompts = zip(self._speaker.prompts, self._speaker.inputs, strict=True)
+        asked = [(prompt.id, inputs) for prompt, inputs in prompts]
+        # As `StepLines` reads it: whatever a crash left, half a character too.
+        for line in path.read_bytes().decode("utf-8", "replace").split("\n"):
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                samples = json.loads(line)["samples"]
+                if [(sample["id"], sample["inputs"]) for sample in samples] == asked:
+                    return [sample["original"] for sample in samples]
+        return None
+
+    def _write(self, step: int, current: Sequence[str] | None) -> None:
+        prompts = zip(self._speaker.prompts, self._speaker.inputs, self._originals, strict=True)
+        samples = [
+            {"id": prompt.id, "inputs": inputs, "original": original}
+            for prompt, inputs, original in prompts
+        ]
+        for sample, text in zip(samples, current or (), strict=False):
+            sample["current"] = text
+        self._file.write(step, {"samples": samples})
+
+
+def _in_the_log(inputs: str, original: str | None, current: str) -> str:
+    said = {"original": original, "now": current}
+    if original is None:
+        said = {"now": current}
+    elif original == current:
+        said = {"both": current}
+    lines = [
+        f"  {_short(inputs)}",
+        *(f"    {who:<8}  {_short(text)}" for who, text in said.items()),
+    ]
+    return "\n".join(lines)
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
