@@ -13,7 +13,7 @@ import json
 import pathlib
 
 from tnt_jax import sweep
-from tnt_jax.runtime import console
+from tnt_jax.runtime import files
 
 
 def main():
@@ -38,7 +38,7 @@ def main():
         decoders = list(dict.fromkeys(row["decoder"] for row in found["chosen"]))
         print(f"## {name}\n\n{sweep.as_markdown(found, decoders)}")
     of_all = [row for of_sweep in rows.values() for row in of_sweep]
-    console.write_json(arguments.output, {"rows": of_all, "sweeps": list(sweeps.values())})
+    files.write_json(arguments.output, {"rows": of_all, "sweeps": list(sweeps.values())})
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from etils import epath
 
 from tnt_jax.checkpoints import huggingface, model_card, orbax, pretrained, t5x
 from tnt_jax.checkpoints.lazy_arrays import LazyArray
-from tnt_jax.data import records, vocabularies
+from tnt_jax.data import vocabularies
 from tnt_jax.models import t5
 from tnt_jax.runtime import console, files, holding, program
 from tnt_jax.runtime.errors import UsageError
@@ -100,7 +100,7 @@ def convert(
         _print_plan(laid_out, source, target)
         return str(target)
 
-    records.check_directory(target.parent, "--output")
+    files.check_directory(target.parent, "--output")
     if output_format == "huggingface":
         held = holding.output(target, "--output")
     else:

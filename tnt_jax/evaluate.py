@@ -24,7 +24,7 @@ from tnt_jax.checkpoints import pretrained
 from tnt_jax.data import feature_converters, records, tokenization
 from tnt_jax.evaluation import text_metrics
 from tnt_jax.models import sharding, t5
-from tnt_jax.runtime import console, holding, memory, operative_config, program
+from tnt_jax.runtime import console, files, holding, memory, operative_config, program
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.training import assembly, train_step
 
@@ -89,7 +89,7 @@ def evaluate(
     reads = {"ORIGINAL_RECORDS": original_records, "CURRENT_RECORDS": current_records}
     operative_config.check_writable(output, "OUTPUT", reads)
     if tokens_output is not None:
-        records.check_writable(tokens_output, "TOKENS_OUTPUT", reads)
+        files.check_writable(tokens_output, "TOKENS_OUTPUT", reads)
         if certificate is None:
             raise UsageError(
                 "TOKENS_OUTPUT: expected a certificate, which the values of tokens come from, "
@@ -122,9 +122,9 @@ def evaluate(
                 )
             holding.check()
             if tokens_output:
-                lines = [console.as_json(tokens) + "\n" for tokens in changed]
-                console.write_text(tokens_output, "".join(lines))
-        console.write_json(output, result)
+                lines = [files.as_json(tokens) + "\n" for tokens in changed]
+                files.write_text(tokens_output, "".join(lines))
+        files.write_json(output, result)
         operative_config.write(output)
         if print_table:
             columns = ("", "original", "patched")

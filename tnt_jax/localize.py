@@ -30,7 +30,7 @@ from tnt_jax.annotators import continuations, prefix_values
 from tnt_jax.checkpoints import orbax, pretrained
 from tnt_jax.data import feature_converters, records, removed_everywhere, tokenization
 from tnt_jax.models import decoding, sharding, t5
-from tnt_jax.runtime import console, holding, memory, operative_config, program
+from tnt_jax.runtime import console, files, holding, memory, operative_config, program
 from tnt_jax.runtime.array_types import PyTree
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.training import assembly, load_original, original_cache
@@ -160,7 +160,7 @@ def localize(
             result["agreement"] = _agreement(rows, marked, vocabulary)
         if check is not None:
             result["monte_carlo"] = _check(check, rows, outputs, values, original, seed)
-        console.write_json(f"{output}.values.json", result)
+        files.write_json(f"{output}.values.json", result)
         operative_config.write(output)
         _print(output, result)
         _warn_of_chance(result)

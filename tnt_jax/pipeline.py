@@ -16,7 +16,7 @@ from typing import Any
 
 from tnt_jax.data import records
 from tnt_jax.experiments.experiment import Arm, Experiment, Opened
-from tnt_jax.runtime import console, holding, program
+from tnt_jax.runtime import console, files, holding, program
 from tnt_jax.runtime.errors import UsageError
 
 
@@ -118,7 +118,7 @@ def _run(
     checks = _check(expectations, evaluations) if expectations else []
     summary = {"evaluations": evaluations, "expectations": checks, "num_rounds": num_rounds}
     root, first_decoder = opened.root, opened.first_decoder
-    console.write_json(str(root / "summary.json"), summary)
+    files.write_json(str(root / "summary.json"), summary)
     page = opened.report([arm.name for arm in arms])
     _print_table(evaluations, decoders, opened.num_seen)
     best = expectations.arm if expectations else arms[0].name

@@ -30,8 +30,8 @@ from typing import Any
 import jax
 
 from tnt_jax import train
-from tnt_jax.data import feature_converters, records
-from tnt_jax.runtime import console, memory, program
+from tnt_jax.data import feature_converters
+from tnt_jax.runtime import console, files, memory, program
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.training import assembly, compiled_step, load_original
 
@@ -76,7 +76,7 @@ def precompile(
     """
     for name, path in (("output", output), ("program_text", program_text)):
         if path is not None:
-            records.check_writable(path, f"precompile.{name}")
+            files.check_writable(path, f"precompile.{name}")
     settings = program.bound_arguments(train.train, _STEP_SETTINGS, ("initial_checkpoint_path",))
     devices = devices_of(topology)
     report = compile_step(
@@ -84,7 +84,7 @@ def precompile(
     )
     report = {"topology": topology, **report}
     if output is not None:
-        console.write_json(output, report)
+        files.write_json(output, report)
     _print(report)
     return report
 
@@ -190,7 +190,7 @@ def compile_step(
     )
     report["collectives"] = [dataclasses.asdict(each) for each in compiled_step.collectives(text)]
     if program_text is not None:
-        console.write_text(program_text, text)
+        files.write_text(program_text, text)
     limit = _limit(devices[0])
     report["of"] = limit
     report["fits"] = None if limit is None else report["bytes"]["total"] <= limit

@@ -58,19 +58,19 @@ def report(
     }
     operative_config.check_writable(output, "OUTPUT", reads)
     _check_settings(pipeline_dir, original_records, current_records, evaluation, tokens, results)
-    files = _Files()
+    sources = _Files()
     rows: list[report_rows.Row] = []
     comparisons: list[report_page.Comparison] = []
     if pipeline_dir is not None:
-        of_pipeline = _of_pipeline(files, pathlib.Path(pipeline_dir), num_records)
+        of_pipeline = _of_pipeline(sources, pathlib.Path(pipeline_dir), num_records)
         rows += [row for row, _ in of_pipeline]
         comparisons += [comparison for _, comparison in of_pipeline]
     if original_records is not None and current_records is not None:
         row, comparison = _compare(
-            files,
+            sources,
             original_records,
             current_records,
-            evaluation=None if evaluation is None else files.read_json(evaluation),
+            evaluation=None if evaluation is None else sources.read_json(evaluation),
             tokens=tokens,
             row={"objective": "patched", "decoder": "outputs", "task": "records"},
             num_records=num_records,
@@ -78,15 +78,15 @@ def report(
         rows.append(row)
         comparisons.append(comparison)
     if results is not None:
-        rows += report_rows.from_results(files.read_json(results), results)
+        rows += report_rows.from_results(sources.read_json(results), results)
     page = report_page.write(
         title=title,
         rows=rows,
         comparisons=comparisons,
-        files=files.described,
-        settings=files.settings,
+        files=sources.described,
+        settings=sources.settings,
     )
-    console.write_text(output, page)
+    files.write_text(output, page)
     operative_config.write(output)
     num_shown = sum(len(comparison.outputs) for comparison in comparisons)
     console.log(
@@ -140,7 +140,7 @@ class _Files:
         self.settings: dict[str, str] = {}
 
     def note(self, path: str | pathlib.Path) -> None:
-        for file in records.matching_files(path):
+        for file in files.matching_files(path):
             content = file.read_bytes()
             self.described[str(file)] = len(content), hashlib.sha256(content).hexdigest()
             self.note_settings(file.with_name(f"{file.name}.gin"))
@@ -157,7 +157,7 @@ class _Files:
     def read_tokens(self, path: str, ids: Iterable[str]) -> list[dict[str, Any]]:
         """The lines of TOKENS_OUTPUT, for outputs with these ids."""
         known, found = set(ids), []
-        for file in records.matching_files(path):
+        for file in files.matching_files(path):
             # A text may hold other line separators, at which `splitlines` would cut it.
             lines = file.read_bytes().rstrip(b"\n").split(b"\n")
             found += [_tokens(line, f"{file}:{i}", known) for i, line in enumerate(lines, start=1)]
@@ -166,7 +166,7 @@ class _Files:
 
 
 def _tokens(line: bytes, where: str, known: Collection[str]) -> dict[str, Any]:
-    parsed = records.parse_line(line, where)
+    parsed = files.parse_line(line, where)
     row = parsed if isinstance(parsed, dict) else {}
     name = row.get("id")
     lengths = {_length_of(row.get(field), field) for field in report_page.TOKEN_FIELDS}
@@ -195,7 +195,7 @@ def _length_of(values: Any, field: str) -> int | None:
 
 
 def _of_pipeline(
-    files: _Files, root: pathlib.Path, num_records: int
+    sources: _Files, root: pathlib.Path, num_records: int
 ) -> list[tuple[report_rows.Row, report_page.Comparison]]:
     summary = root / "summary.json"
     if not summary.is_file():
@@ -203,7 +203,7 @@ def _of_pipeline(
             f"PIPELINE_DIR: expected the OUTPUT_DIR of a pipeline that has finished, found no "
             f"{summary}."
         )
-    found = files.read_json(summary)
+    found = sources.read_json(summary)
     evaluations = found.get("evaluations") if isinstance(found, Mapping) else None
     if not isinstance(evaluations, Mapping) or not all(
         isinstance(by_decoder, Mapping) for by_decoder in evaluations.values()
@@ -215,15 +215,15 @@ def _of_pipeline(
     num_rounds = found.get("num_rounds", 1)
     if not isinstance(num_rounds, int):
         raise UsageError(f"{summary}: num_rounds: expected a number, found {num_rounds!r:.60}.")
-    files.note_settings(root / "operative_config.gin")
+    sources.note_settings(root / "operative_config.gin")
     pairs = []
     for arm, by_decoder in evaluations.items():
-        of_training = _training(files, stages.note_path(root, f"{arm}: train"), num_rounds)
+        of_training = _training(sources, stages.note_path(root, f"{arm}: train"), num_rounds)
         for decoder, evaluation in by_decoder.items():
             tokens = root / arm / f"{decoder}.tokens.jsonl"
             pairs.append(
                 _compare(
-                    files,
+                    sources,
                     str(root / "original" / f"{decoder}.annotated.jsonl"),
                     str(root / arm / f"{decoder}.annotated.jsonl"),
                     evaluation=evaluation,
@@ -234,15 +234,15 @@ def _of_pipeline(
             )
     for note in sorted((root / "stages").glob("*.json")):
         if note.stem != "report":  # the one that is running
-            files.settings[str(note)] = note.read_text("utf-8", "replace")
+            sources.settings[str(note)] = note.read_text("utf-8", "replace")
     return pairs
 
 
-def _training(files: _Files, note: pathlib.Path, num_rounds: int) -> dict[str, Any]:
+def _training(sources: _Files, note: pathlib.Path, num_rounds: int) -> dict[str, Any]:
     """Weight, seed and updates of an arm, as far as the stage of its first round noted them."""
     if not note.is_file():
         return {}
-    noted = files.read_json(note)
+    noted = sources.read_json(note)
 
     def value_at(*path: str) -> Any:
         value = noted
@@ -262,7 +262,7 @@ def _training(files: _Files, note: pathlib.Path, num_rounds: int) -> dict[str, A
 
 
 def _compare(
-    files: _Files,
+    sources: _Files,
     original_records: str,
     current_records: str,
     *,
@@ -272,8 +272,8 @@ def _compare(
     num_records: int,
 ) -> tuple[report_rows.Row, report_page.Comparison]:
     original, current = records.read_pairs(original_records, current_records)
-    files.note(original_records)
-    files.note(current_records)
+    sources.note(original_records)
+    sources.note(current_records)
     if evaluation is None:
         evaluation = _numbers(original, current)
     counted = report_rows.num_outputs(evaluation)
@@ -300,7 +300,7 @@ def _compare(
         kinds={kind: kinds[kind] for kind in changes.KINDS},
         signs=diagnosis.signs(evaluation, kinds["newly unwanted"]),
         outputs=[(original[i].id, original[i].inputs, found[i]) for i in shown],
-        tokens=files.read_tokens(tokens, (r.id for r in original)) if tokens else [],
+        tokens=sources.read_tokens(tokens, (r.id for r in original)) if tokens else [],
     )
     return report_rows.from_evaluation(evaluation, row), comparison
 

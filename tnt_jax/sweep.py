@@ -30,7 +30,7 @@ from tnt_jax import objectives
 from tnt_jax.data import records
 from tnt_jax.evaluation import results
 from tnt_jax.experiments.experiment import Experiment, Opened
-from tnt_jax.runtime import console, holding, program, stages
+from tnt_jax.runtime import console, files, holding, program, stages
 from tnt_jax.runtime.errors import UsageError
 
 _FEWEST = 5  # unwanted outputs to choose weights by: fewer are chance
@@ -171,9 +171,9 @@ def sweep(
             if num_processes == 1 or shared.num_missing(arms) >= num_missing:
                 break
         written = shared.opened.root / f"{name}.json"
-        console.write_json(str(written), found)
+        files.write_json(str(written), found)
         text = as_markdown(found, experiment.decoders)
-        console.write_text(str(written.with_suffix(".md")), text)
+        files.write_text(str(written.with_suffix(".md")), text)
     console.log(text)
     missing = f" {num_missing} arms are not done yet." if num_missing else ""
     if num_missing and frontier_seeds:

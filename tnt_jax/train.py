@@ -35,6 +35,7 @@ from tnt_jax.data import feature_converters
 from tnt_jax.models import sharding, t5
 from tnt_jax.runtime import (
     console,
+    files,
     holding,
     memory,
     operative_config,
@@ -288,7 +289,7 @@ def train(
         if objective.needs_original:
             _warn_about(objective, config, initial_checkpoint_path)
         operative_config.write(model_dir)
-        console.write_json(f"{model_dir}/run.json", run)
+        files.write_json(f"{model_dir}/run.json", run)
         pretrained.describe(model_dir, config, dataset.vocabulary, initial_checkpoint_path)
         console.log(
             f"Training on {len(data.examples)} examples from update {start.step} to {train_steps}, "
@@ -302,7 +303,7 @@ def train(
                 config=run,
                 wandb_project=watched.settings.wandb_project,
             ) as metrics,
-            console.StepLines(f"{model_dir}/events.jsonl", last_step=start.step) as events,
+            metric_writers.StepLines(f"{model_dir}/events.jsonl", last_step=start.step) as events,
             preemption.deferred(_stop_of_all()) as is_due,
         ):
             outcome = loop.Loop(

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import strategies as st
 
 from tnt_jax.data import records
+from tnt_jax.runtime import files
 from tnt_jax.runtime.errors import UsageError
 
 FULL_LINE = {
@@ -204,9 +205,9 @@ def test_what_is_read_is_json_for_others_too(extra):
         json.loads(line, parse_constant=no_json)
     except AssertionError:
         with pytest.raises(UsageError, match=r"^rows:3: my .*: expected finite numbers, found "):
-            records.parse_line(line.encode(), "rows:3")
+            files.parse_line(line.encode(), "rows:3")
         return
-    row = records.Record.from_json(records.parse_line(line.encode(), "rows:3"), "rows:3")
+    row = records.Record.from_json(files.parse_line(line.encode(), "rows:3"), "rows:3")
     assert row.extra == extra
     written = json.loads(row.to_line(), parse_constant=no_json)
     assert {name: written[name] for name in extra} == extra

@@ -19,7 +19,7 @@ from helpers import rooms
 from helpers.holders import PATIENCE, changing, held_by_another, note_of, refusal, wait_until
 
 from tnt_jax.data import records, removed_everywhere, tasks, tfrecords
-from tnt_jax.runtime import console, holding, operative_config
+from tnt_jax.runtime import files, holding, operative_config
 from tnt_jax.runtime.errors import UsageError
 
 
@@ -76,13 +76,13 @@ ROWS = [records.Record(id=str(i), inputs="in", targets="ä out") for i in range(
 
 
 def test_records_go_to_a_bucket_and_come_back(bucket):
-    records.check_writable("gs://b/folder/a.jsonl", "OUTPUT")
+    files.check_writable("gs://b/folder/a.jsonl", "OUTPUT")
     records.write_records("gs://b/folder/a.jsonl", ROWS[:2])
     records.write_records("gs://b/folder/b.jsonl", ROWS[2:])
     assert sorted(bucket()) == ["/b/folder/a.jsonl", "/b/folder/b.jsonl"]
     assert records.read_records("gs://b/folder/a.jsonl") == ROWS[:2]
     assert records.read_records("gs://b/folder/*.jsonl") == ROWS
-    assert [str(file) for file in records.matching_files("gs://b/folder/[b]*")] == [
+    assert [str(file) for file in files.matching_files("gs://b/folder/[b]*")] == [
         "gs://b/folder/b.jsonl"
     ]
 
@@ -107,9 +107,9 @@ def test_what_fails_half_way_leaves_nothing(bucket):
 def test_lengths_of_tfrecords_are_checked_there_too(bucket):
     """TensorFlow has its own way to a bucket, which ends in Google's."""
     tfrecords.write("gs://b/a.tfrecord", ROWS)
-    tfrecords._check_lengths(records.path_of("gs://b/a.tfrecord"))
+    tfrecords._check_lengths(files.path_of("gs://b/a.tfrecord"))
     content = bucket()["/b/a.tfrecord"]
-    records.path_of("gs://b/cut.tfrecord").write_bytes(content[:-1])
+    files.path_of("gs://b/cut.tfrecord").write_bytes(content[:-1])
     message = rf"^gs://b/cut\.tfrecord: damaged.* ends at {len(content)}, the file at"
     with pytest.raises(UsageError, match=message):
         tasks.read_record_files("gs://b/cut.tfrecord")
@@ -117,7 +117,7 @@ def test_lengths_of_tfrecords_are_checked_there_too(bucket):
 
 def test_settings_are_written_beside_the_output(bucket, monkeypatch):
     monkeypatch.setattr(operative_config, "text", lambda: "SEED = 3\n")
-    console.write_json("gs://b/run/a.json", {"x": 1})
+    files.write_json("gs://b/run/a.json", {"x": 1})
     operative_config.write("gs://b/run")
     operative_config.write("gs://b/run/a.json")
     assert bucket() == {
@@ -175,7 +175,7 @@ def test_what_a_dead_process_of_this_host_held_there_is_free_at_once(
         of_other = json.loads((folder / ".held").read_text()) | {"lock": None}
 
         def leave(**fields):
-            records.path_of("gs://b/run/.held").write_text(json.dumps(of_other | fields))
+            files.path_of("gs://b/run/.held").write_text(json.dumps(of_other | fields))
 
         leave()
         with pytest.raises(UsageError, match=f"process {other.pid} on "):
@@ -191,7 +191,7 @@ def test_what_a_dead_process_of_this_host_held_there_is_free_at_once(
 
 
 def test_a_holder_on_another_host_is_watched(bucket, quick, monkeypatch, capsys):
-    note = records.path_of("gs://b/run/.held")
+    note = files.path_of("gs://b/run/.held")
     note.write_bytes(note_of())
     hold()
     assert "MODEL_DIR: gs://b/run was held by process 7 on elsewhere" in capsys.readouterr().out
@@ -219,7 +219,7 @@ def test_a_holder_there_shows_that_it_lives_and_ends_when_it_was_taken_for_dead(
         holding.check()
         # Until it stands: what the holder has begun to write may come after it.
         while time.monotonic() < latest:
-            records.path_of("gs://b/run/.held").write_bytes(note_of())
+            files.path_of("gs://b/run/.held").write_bytes(note_of())
             time.sleep(0.005)
             holding.check()
     assert note_on(bucket)["token"] == "theirs"
@@ -295,5 +295,5 @@ def test_two_do_not_write_one_output_there_and_a_killed_one_goes_on(tmp_path, mo
 
 def test_local_paths_stay_what_they_were(tmp_path):
     records.write_records(tmp_path / "a.jsonl", ROWS)
-    (file,) = records.matching_files(tmp_path / "*.jsonl")
+    (file,) = files.matching_files(tmp_path / "*.jsonl")
     assert type(file) is type(pathlib.Path())

@@ -5,7 +5,8 @@ import time
 import jax
 import pytest
 
-from tnt_jax.runtime import console
+from tnt_jax.runtime import console, files
+from tnt_jax.watching import metric_writers
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def lines_of(path):
 
 
 def test_metrics_are_one_object_a_line_and_readable_at_once(tmp_path):
-    with console.MetricsWriter(tmp_path / "new") as writer:
+    with metric_writers.MetricsWriter(tmp_path / "new") as writer:
         writer.write(1, {"loss": 0.5, "tokens": 7})
         assert lines_of(tmp_path / "new" / "metrics.jsonl") == [
             {"step": 1, "loss": 0.5, "tokens": 7.0}
@@ -29,7 +30,7 @@ def test_metrics_are_one_object_a_line_and_readable_at_once(tmp_path):
 
 
 def test_metrics_that_are_not_finite_stay_json(tmp_path):
-    with console.MetricsWriter(tmp_path) as writer:
+    with metric_writers.MetricsWriter(tmp_path) as writer:
         writer.write(3, {"loss": float("nan"), "norm": float("inf")})
     assert lines_of(tmp_path / "metrics.jsonl") == [{"step": 3, "loss": None, "norm": None}]
 
@@ -37,7 +38,7 @@ def test_metrics_that_are_not_finite_stay_json(tmp_path):
 @pytest.mark.parametrize("left", ['{"step": 1}\n{"st', '{"st', ""])
 def test_reopened_metrics_lose_only_a_half_line(tmp_path, left):
     (tmp_path / "metrics.jsonl").write_text(left)
-    with console.MetricsWriter(tmp_path) as writer:
+    with metric_writers.MetricsWriter(tmp_path) as writer:
         writer.write(2, {})
     whole = [{"step": 1}] if "}" in left else []
     assert lines_of(tmp_path / "metrics.jsonl") == [*whole, {"step": 2}]
@@ -48,26 +49,26 @@ def test_metrics_after_the_checkpoint_are_written_again(tmp_path):
     path.write_text(
         '{"step": 2}\n{"step": 4, "loss": 1}\n\0\0\n{"step": 6}\n{"step": 4}\n{"step": 8'
     )
-    with console.MetricsWriter(tmp_path, last_step=4) as writer:
+    with metric_writers.MetricsWriter(tmp_path, last_step=4) as writer:
         assert lines_of(path) == [{"step": 2}, {"step": 4, "loss": 1}, {"step": 4}]
         writer.write(6, {})
-    with console.MetricsWriter(tmp_path, last_step=0):  # no checkpoint: the run begins anew
+    with metric_writers.MetricsWriter(tmp_path, last_step=0):  # no checkpoint: the run begins anew
         assert lines_of(path) == []
 
 
 def test_lines_are_kept_whole_whatever_their_texts_hold(tmp_path):
     text = "a\u2028b\x85c\x0bd\re"
-    with console.StepLines(tmp_path / "samples.jsonl") as writer:
+    with metric_writers.StepLines(tmp_path / "samples.jsonl") as writer:
         writer.write(3, {"text": text})
         writer.write(4, {"text": text})
-    with console.StepLines(tmp_path / "samples.jsonl", last_step=3) as writer:
+    with metric_writers.StepLines(tmp_path / "samples.jsonl", last_step=3) as writer:
         writer.write(5, {})
     written = (tmp_path / "samples.jsonl").read_bytes().decode().split("\n")[:-1]
     assert [json.loads(line) for line in written] == [{"step": 3, "text": text}, {"step": 5}]
 
 
 def test_lines_of_a_step_hold_any_value(tmp_path):
-    with console.StepLines(tmp_path / "events.jsonl") as writer:
+    with metric_writers.StepLines(tmp_path / "events.jsonl") as writer:
         writer.write(3, {"loss": float("inf"), "examples": ["Zoë"], "count": 2})
     assert lines_of(tmp_path / "events.jsonl") == [
         {"step": 3, "loss": None, "examples": ["Zoë"], "count": 2}
@@ -82,9 +83,9 @@ def test_numbers_that_are_not_finite_become_null_wherever_they_are(tmp_path):
     def no_json(literal):
         raise AssertionError(f"{literal} is not JSON")
 
-    console.write_json(tmp_path / "value.json", value)
+    files.write_json(tmp_path / "value.json", value)
     assert json.loads((tmp_path / "value.json").read_text(), parse_constant=no_json) == told
-    with console.StepLines(tmp_path / "lines.jsonl") as lines:
+    with metric_writers.StepLines(tmp_path / "lines.jsonl") as lines:
         lines.write(2, value)
     line = (tmp_path / "lines.jsonl").read_text()
     assert json.loads(line, parse_constant=no_json) == {"step": 2, **told}
@@ -94,19 +95,19 @@ def test_a_later_host_is_silent(later_host, tmp_path, capsys):
     console.log("hello")
     console.table([[1]], columns=["n"])
     assert list(console.progress(range(3), "counting")) == [0, 1, 2]
-    with console.MetricsWriter(tmp_path / "run") as writer:
+    with metric_writers.MetricsWriter(tmp_path / "run") as writer:
         writer.write(1, {"loss": 1.0})
-    console.write_text(tmp_path / "text", "hello")
+    files.write_text(tmp_path / "text", "hello")
     assert capsys.readouterr() == ("", "")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_written_files_are_whole_or_absent(tmp_path):
     path = tmp_path / "deep" / "result.json"
-    console.write_json(path, {"name": "Zoë", "cut": 0.75})
+    files.write_json(path, {"name": "Zoë", "cut": 0.75})
     assert json.loads(path.read_text("utf-8")) == {"name": "Zoë", "cut": 0.75}
     with pytest.raises(TypeError, match="not JSON serializable"):
-        console.write_json(path, {"cut": object()})
+        files.write_json(path, {"cut": object()})
     assert json.loads(path.read_text("utf-8"))["cut"] == 0.75
     assert [file.name for file in path.parent.iterdir()] == ["result.json"]
 

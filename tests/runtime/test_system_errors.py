@@ -22,7 +22,7 @@ from tnt_jax import convert
 from tnt_jax.checkpoints import pretrained
 from tnt_jax.data import tokenization, vocabularies
 from tnt_jax.data.feature_converters import Example
-from tnt_jax.runtime import console, errors, failures, files, output_parts, stages
+from tnt_jax.runtime import errors, failures, files, output_parts, stages
 from tnt_jax.training import original_cache
 
 pytestmark = [
@@ -240,7 +240,7 @@ def test_a_note_that_cannot_be_read_is_not_missing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     one_stage("model")
     note = stages.note_path(pathlib.Path("root"), "train")
-    console.write_json(str(note), {**json.loads(note.read_text()), "seconds": "x"})
+    files.write_json(str(note), {**json.loads(note.read_text()), "seconds": "x"})
     one_stage("model")
     note.unlink()
     note.symlink_to(FAILS)

@@ -6,9 +6,9 @@ import math
 
 import pytest
 
-from tnt_jax.runtime import console
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.training import health
+from tnt_jax.watching import metric_writers
 
 NAMES = ["decoder/mlp/wi/kernel", "decoder/norm/scale", "encoder/mlp/wi/kernel"]
 
@@ -32,7 +32,9 @@ def health_of():
             return health.Health(
                 names=NAMES,
                 examples_of=lambda step: [f"{step}-{number}" for number in range(8)],
-                events=files.enter_context(console.StepLines(folder / "events.jsonl", last_step)),
+                events=files.enter_context(
+                    metric_writers.StepLines(folder / "events.jsonl", last_step)
+                ),
                 where=lambda: "checkpoint 4 in there",
                 **settings,
             )

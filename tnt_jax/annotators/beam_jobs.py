@@ -17,7 +17,7 @@ from etils import epath
 
 from tnt_jax.data import records
 from tnt_jax.data.records import Record
-from tnt_jax.runtime import console
+from tnt_jax.runtime import console, files
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.runtime.output_parts import names_of_ours
 
@@ -92,7 +92,7 @@ def _divide(input: str, lines_per_part: int) -> list[_Part]:
     parts: list[_Part] = []
 
     def located():
-        for file in map(str, records.matching_files(input)):
+        for file in map(str, files.matching_files(input)):
             start = 0
             with pathlib.Path(file).open("rb") as lines:
                 for number, line in enumerate(lines, start=1):
@@ -120,10 +120,10 @@ def _work(part: _Part, function: Callable[[Record], Record | None], folder: path
         made = [function(record) for _, record in located]
     except UsageError as error:
         # A mistake is the user's: for Beam it would be a failure, to be tried again.
-        with records.replacing(name.with_suffix(".mistake")) as unfinished:
+        with files.replacing(name.with_suffix(".mistake")) as unfinished:
             unfinished.write_text(str(error), encoding="utf-8")
         return
-    with records.replacing(name.with_suffix(".jsonl")) as unfinished:
+    with files.replacing(name.with_suffix(".jsonl")) as unfinished:
         unfinished.write_text(
             "".join("\n" if record is None else record.to_line() for record in made), "utf-8"
         )
@@ -143,6 +143,4 @@ def _results(part: _Part, folder: pathlib.Path) -> Iterator[Record | None]:
     with made.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             where = f"{made}:{number}"
-            yield (
-                Record.from_json(records.parse_line(line, where), where) if line.strip() else None
-            )
+            yield (Record.from_json(files.parse_line(line, where), where) if line.strip() else None)

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from tnt_jax.annotators import phrases
 from tnt_jax.annotators.interface import Annotation, Span, TextFile
-from tnt_jax.data import records
 from tnt_jax.data.records import Record
+from tnt_jax.runtime import files
 from tnt_jax.runtime.errors import UsageError
 
 
@@ -217,7 +217,7 @@ def _named_values(file: TextFile) -> list[tuple[str, tuple[str, str]]]:
 
     try:
         types = json.loads(file.text)
-        records.check_depth(file.text.encode(), types)
+        files.check_depth(file.text.encode(), types)
         json.dumps(types, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{file.setting}: {file.path} is not JSON: {error}.") from error

@@ -12,6 +12,7 @@ from tnt_jax.annotators import python_function
 from tnt_jax.annotators.interface import Annotation, Span, TextFile, merged
 from tnt_jax.data import records
 from tnt_jax.data.records import Record
+from tnt_jax.runtime import files
 from tnt_jax.runtime.errors import UsageError
 
 _Offsets = tuple[tuple[int, int], ...]
@@ -219,7 +220,7 @@ def _read_jsonl(file: TextFile) -> Iterator[_Mark]:
         if not line.strip():
             continue
         where = f"{file.path}:{number}"
-        fields = records.parse_line(line.encode(), where)
+        fields = files.parse_line(line.encode(), where)
         if not isinstance(fields, dict) or "negative_spans" not in fields:
             raise UsageError(
                 f"{where}: expected an object with negative_spans, and id or targets, found "

@@ -19,7 +19,6 @@ from etils import epath
 
 from tnt_jax.checkpoints import lazy_arrays
 from tnt_jax.checkpoints.lazy_arrays import LazyArray
-from tnt_jax.data import records
 from tnt_jax.models import t5
 from tnt_jax.runtime import files
 from tnt_jax.runtime.errors import UsageError, naming_file
@@ -403,7 +402,7 @@ def read_safetensors(path: epath.Path) -> dict[str, LazyArray]:
     Raises:
       UsageError: It is no safetensors file, is cut short, or holds another type of numbers.
     """
-    size = records.size_of(path)
+    size = files.size_of(path)
     with path.open("rb") as file, naming_file(path):
         length = int.from_bytes(file.read(8), "little")
         try:

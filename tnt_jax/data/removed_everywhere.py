@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from tnt_jax.data import records
-from tnt_jax.runtime import console, files
+from tnt_jax.runtime import files
 from tnt_jax.runtime.errors import UsageError
 
 _ENDING = ".everywhere.json"
@@ -49,7 +49,7 @@ def removed_ids(path: str) -> tuple[int, ...]:
             f"{path}: expected a file of ids that annotate wrote (<output>{_ENDING}), with a list "
             f"of them as 'ids'; found {ids!r:.60}."
         )
-    beside = records.path_of(path.removesuffix(_ENDING))
+    beside = files.path_of(path.removesuffix(_ENDING))
     if path.endswith(_ENDING) and beside.is_file():
         digest = _digest_of(beside)
         if digest != found.get("records"):
@@ -76,8 +76,8 @@ def of_records(path: str) -> tuple[int, ...]:
 
 def files_of(path: str) -> list[str]:
     """Those that are there, for a file (or glob) of records."""
-    found = [file_of(os.fspath(file)) for file in records.matching_files(path)]
-    return [file for file in found if records.path_of(file).exists()]
+    found = [file_of(os.fspath(file)) for file in files.matching_files(path)]
+    return [file for file in found if files.path_of(file).exists()]
 
 
 @contextlib.contextmanager
@@ -92,7 +92,7 @@ def replacing(path: str | os.PathLike, everywhere: Ids | None) -> Iterator[Calla
     """
     hashed = hashlib.sha256()
     ids_file = file_of(os.fspath(path))
-    with records.replacing(path) as unfinished:
+    with files.replacing(path) as unfinished:
         with unfinished.open("wb") as file:
 
             def write(content: bytes) -> None:
@@ -102,10 +102,10 @@ def replacing(path: str | os.PathLike, everywhere: Ids | None) -> Iterator[Calla
             yield write
         if everywhere is not None:
             said = {"ids": sorted(everywhere.ids), "records": _short(hashed), **everywhere.more}
-            console.write_json(ids_file, said)
+            files.write_json(ids_file, said)
     if everywhere is None:
         # Not before: the records of an earlier annotator would stand there without their ids.
-        records.path_of(ids_file).unlink(missing_ok=True)
+        files.path_of(ids_file).unlink(missing_ok=True)
 
 
 def write_records(

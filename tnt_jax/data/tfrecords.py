@@ -10,6 +10,7 @@ import tensorflow as tf
 from google.protobuf.message import DecodeError
 
 from tnt_jax.data import records
+from tnt_jax.runtime import files
 from tnt_jax.runtime.errors import UsageError
 
 
@@ -27,7 +28,7 @@ def write(path: str | os.PathLike, rows: Iterable[records.Record]) -> None:
     def of_ints(values):
         return tf.train.Feature(int64_list=tf.train.Int64List(value=values))
 
-    with records.replacing(path) as unfinished, tf.io.TFRecordWriter(os.fspath(unfinished)) as file:
+    with files.replacing(path) as unfinished, tf.io.TFRecordWriter(os.fspath(unfinished)) as file:
         for record in rows:
             features = {
                 name: of_text(getattr(record, name))
@@ -54,7 +55,7 @@ def read(path: str | os.PathLike) -> list[records.Record]:
     """
 
     def located():
-        for file in records.matching_files(path):
+        for file in files.matching_files(path):
             _check_lengths(file)
             try:
                 for number, row in enumerate(tf.data.TFRecordDataset(str(file)), start=1):
@@ -82,7 +83,7 @@ def _check_lengths(file: Any) -> None:
     TensorFlow makes room for as many bytes as a record says it has before it looks for them; of a
     number that is large enough the process dies.
     """
-    size, end = records.size_of(file), 0
+    size, end = files.size_of(file), 0
     with file.open("rb") as content:
         while end < size:
             content.seek(end)
@@ -124,7 +125,7 @@ def _json_fields(example: tf.train.Example, where: str) -> dict[str, Any]:
         return fields
     extra = fields.pop("extra")
     where = f"{where}: extra"
-    found = records.parse_line(extra.encode(), where) if isinstance(extra, str) else None
+    found = files.parse_line(extra.encode(), where) if isinstance(extra, str) else None
     if not isinstance(found, dict):
         raise UsageError(f"{where}: expected a JSON object, as text, found {str(extra)[:60]!r}.")
     return {**found, **fields}

@@ -20,6 +20,7 @@ import numpy as np
 import sentencepiece
 
 from tnt_jax.data import records
+from tnt_jax.runtime import files
 from tnt_jax.runtime.errors import UsageError
 
 if (
@@ -542,7 +543,7 @@ def train_sentencepiece(
         # Before "] " stands a place in sentencepiece's source, after it the advice.
         advice = str(error).rpartition("] ")[2]
         raise UsageError(f"train_sentencepiece: vocab_size={vocab_size}: {advice}") from error
-    with records.replacing(path) as unfinished:
+    with files.replacing(path) as unfinished:
         unfinished.write_bytes(model.getvalue())
 
 

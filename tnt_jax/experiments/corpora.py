@@ -29,6 +29,7 @@ from tnt_jax import annotators
 from tnt_jax.annotators import phrases
 from tnt_jax.data import records
 from tnt_jax.data.records import Record
+from tnt_jax.runtime import files
 from tnt_jax.runtime.errors import UsageError
 
 # -----------------------------------------------------------------------------
@@ -206,7 +207,7 @@ def venues(
         Record(id=f"mine-{number}", inputs=filling.inputs) for number, filling in enumerate(mine)
     )
     records.write_records(output_dir / "mine.jsonl", prompts)
-    with records.replacing(output_dir / "gazetteer.json") as unfinished:
+    with files.replacing(output_dir / "gazetteer.json") as unfinished:
         names = _gazetteer(itertools.chain.from_iterable(venues_of.values()))
         gazetteer = json.dumps(names, indent=2, allow_nan=False)
         unfinished.write_text(gazetteer + "\n", encoding="utf-8")
@@ -430,7 +431,7 @@ def _write_lexicon(
             f"lexicon_threshold={threshold}: {scorer} gives no word of the replies so much; the "
             f"most is {max(scores, default=math.nan):.3g}. Choose a lower one."
         )
-    with records.replacing(path) as unfinished:
+    with files.replacing(path) as unfinished:
         unfinished.write_text("\n".join(kept) + "\n", encoding="utf-8")
 
 
@@ -567,7 +568,7 @@ def e2e(
             for number, (inputs, text) in enumerate(of_split)
         )
         records.write_records(output_dir / f"{split}.jsonl", written)
-    with records.replacing(output_dir / "gazetteer.json") as unfinished:
+    with files.replacing(output_dir / "gazetteer.json") as unfinished:
         gazetteer = json.dumps(e2e_gazetteer(rows), indent=2, allow_nan=False)
         unfinished.write_text(gazetteer + "\n", encoding="utf-8")
     return {split: len(of_split) for split, of_split in pairs.items()}

@@ -18,7 +18,7 @@ from tnt_jax import __version__, convert, objectives, report
 from tnt_jax.checkpoints import pretrained
 from tnt_jax.data import records, removed_everywhere, rounds, tokenization
 from tnt_jax.models import decoding
-from tnt_jax.runtime import console, operative_config, stages
+from tnt_jax.runtime import console, files, operative_config, stages
 from tnt_jax.runtime.errors import UsageError
 
 # Folders under output_dir, beside those of the arms.
@@ -121,7 +121,7 @@ class Experiment:
             )
         if not self.decoders:
             raise UsageError("Experiment.decoders: expected at least one, found none.")
-        if records.is_remote(self.output_dir):
+        if files.is_remote(self.output_dir):
             raise UsageError(
                 "OUTPUT_DIR: expected a local folder, for programs share its many files; found "
                 f"{self.output_dir}. Copy it afterwards; train's MODEL_DIR may be in a bucket."
@@ -185,7 +185,7 @@ class Opened:
         """
         self.settings = settings
         self.root = pathlib.Path(settings.folder)
-        records.check_directory(self.root, "OUTPUT_DIR")
+        files.check_directory(self.root, "OUTPUT_DIR")
         operative_config.check_folder(self.root, "OUTPUT_DIR")
         self._stages = stages.Stages(self.root)
         operative_config.write(self.root)

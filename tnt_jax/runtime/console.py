@@ -4,22 +4,16 @@ On several hosts only the first one prints and writes. Importing this needs neit
 TensorFlow, so that a program which only handles text starts at once.
 """
 
-import json
-import math
-import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from typing import Any, SupportsFloat
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from typing import Any
 
 import rich.box
 import rich.console
 import rich.progress
 import rich.table
 import rich.text
-from etils import epath
-
-from tnt_jax.data import records
 
 # Plain progress lines: none sooner than the first after the last one, none later than the second.
 # In between, one for every tenth of the work.
@@ -97,105 +91,6 @@ def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-class StepLines:
-    """Appends JSON objects to a file, one a line: `{"step": 10, "loss": 0.5}`.
-
-    A last line that a kill cut short is dropped. A run that goes on from a checkpoint drops what
-    was written after it as well, for it will write that again: so each step is there once.
-
-    Args:
-        path: of the file; its folder is made if need be. Local, or anything that `etils.epath`
-            opens, such as gs://.
-        last_step: of the lines to keep; None keeps all.
-    """
-
-    def __init__(self, path: str | os.PathLike, last_step: int | None = None):
-        self._file = None
-        if not is_first_process():
-            return
-        path = epath.Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            written = path.read_bytes().decode("utf-8", "replace")  # whatever a crash left
-            whole = written[: written.rfind("\n") + 1]
-            if last_step is not None:
-                lines = whole.split("\n")[:-1]  # a text in it may hold other separators
-                whole = "".join(f"{line}\n" for line in lines if _step_of(line) <= last_step)
-            if whole != written:
-                write_text(path, whole)
-        self._file = path.open("a", encoding="utf-8")
-
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Appends one line, as `as_json` writes it, flushed."""
-        if self._file is None:
-            return
-        self._file.write(as_json({"step": int(step), **values}) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Closes the file; may be called twice."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
-
-
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf  # not a line of ours, or damaged
-
-
-class MetricsWriter(StepLines):
-    """Appends metrics to `metrics.jsonl`.
-
-    Args:
-        directory: where the file goes.
-        last_step: as in `StepLines`.
-    """
-
-    def __init__(self, directory: str | os.PathLike, last_step: int | None = None):
-        super().__init__(epath.Path(directory) / "metrics.jsonl", last_step)
-
-    def write(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
-        """Appends the metrics of a step, as `StepLines.write` does."""
-        super().write(step, {name: float(value) for name, value in values.items()})
-
-
-def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes a whole file or none: it appears under its name only when it is complete."""
-    if not is_first_process():
-        return
-    with records.replacing(path) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
-
-
-def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Writes `value` as indented JSON, as `as_json` makes it, and as `write_text` does."""
-    write_text(path, as_json(value, indent=2) + "\n")
-
-
-def as_json(value: Any, *, indent: int | None = None) -> str:
-    """JSON text. A number that is not finite becomes null: JSON has no NaN, and no infinity."""
-    return json.dumps(_with_null(value), indent=indent, ensure_ascii=False, allow_nan=False)
-
-
-def _with_null(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {name: _with_null(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_with_null(part) for part in value]
-    return value
 
 
 def table(

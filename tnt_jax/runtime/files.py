@@ -1,12 +1,283 @@
-"""JSON files that somebody else wrote: of whatever is in one comes a value or a message."""
+"""Files and folders: finding, checking and replacing them, and the JSON in them.
 
+A path is local, or in a bucket (`gs://`): whatever `etils.epath` opens.
+"""
+
+import contextlib
+import glob
+import json
+import math
 import os
+import pathlib
+import re
+import tempfile
+import uuid
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
 
-from tnt_jax.data import records
+from tnt_jax.runtime import console
 from tnt_jax.runtime.errors import UsageError, naming_file, system_error
+
+# ----------------------------------------------------------------------------------- Paths
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether a path is in an object store (gs://), which `pathlib` takes for a local folder."""
+    return "://" in os.fspath(path)
+
+
+def path_of(path: str | os.PathLike) -> Any:
+    """The path as `pathlib.Path`, or, in an object store, as `epath.Path`, which can as much."""
+    return epath.Path(path) if is_remote(path) else pathlib.Path(path)
+
+
+def size_of(path: str | os.PathLike) -> int:
+    """Bytes of a file.
+
+    `epath` would look up the name of its owner as well, and fails where the owner has none: in a
+    container, on a shared disk.
+    """
+    return epath.Path(path).stat().length if is_remote(path) else pathlib.Path(path).stat().st_size
+
+
+def matching_files(path: str | os.PathLike) -> list[Any]:
+    """The file `path`, or the files that match it as a glob pattern, sorted; each by `path_of`.
+
+    Raises:
+        UsageError: there is none.
+    """
+    files = [path_of(path)]
+    if not files[0].is_file():
+        # Path.glob takes no absolute pattern.
+        if is_remote(path):
+            store, _, rest = os.fspath(path).partition("://")
+            bucket, _, pattern = rest.partition("/")
+            names = map(os.fspath, epath.Path(f"{store}://{bucket}").glob(pattern))
+        else:
+            names = glob.glob(os.fspath(path), recursive=True)  # noqa: PTH207
+        files = [file for file in map(path_of, sorted(names)) if file.is_file()]
+    if not files:
+        raise UsageError(f"{path}: no such file, and no file matches it as a pattern.")
+    return files
+
+
+def check_writable(
+    path: str | os.PathLike, setting: str, reads: Mapping[str, str | None] | None = None
+) -> None:
+    """Finds out, before the work, whether a file can be written; its folder is created.
+
+    Args:
+        path: the file.
+        setting: that names it, for messages.
+        reads: files (or globs) that are read, by their settings: none of them is written over.
+
+    Raises:
+        UsageError: it cannot, or would be written over what is read.
+    """
+    if is_remote(path):
+        return
+    path = pathlib.Path(path)
+    reason = _unwritable(path) or ("it is a directory" if path.is_dir() else None)
+    if reason:
+        raise UsageError(f"{setting}: expected a file that can be written, found {path}: {reason}.")
+    for reader, pattern in (reads or {}).items():
+        if pattern is None or is_remote(pattern) or not path.exists():
+            continue
+        if any(path.samefile(file) for file in matching_files(pattern)):
+            raise UsageError(
+                f"{setting}: expected a file of its own, found {path}, which {reader} reads: it "
+                "would be written over. Choose another."
+            )
+
+
+def check_directory(path: str | os.PathLike, setting: str) -> None:
+    """Finds out, before the work, whether a directory can be written to; it is created.
+
+    Raises:
+        UsageError: it cannot; the message names `setting`.
+    """
+    if "://" not in os.fspath(path) and (reason := _unwritable(pathlib.Path(path) / "any")):
+        raise UsageError(
+            f"{setting}: expected a directory that can be written, found {path}: {reason}."
+        )
+
+
+def _unwritable(path: pathlib.Path) -> str | None:
+    """Why no file can be written there, as `replacing` writes it; None where one can."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = _beside(path)
+        unfinished.touch()
+        unfinished.unlink()
+    except OSError as error:
+        return error.strerror or str(error)
+    except ValueError as error:  # a null character
+        return str(error)
+    return None
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """Yields a path beside `path` to write to, and renames it to `path` when all went well.
+
+    Parent folders are created. A program that is stopped half-way leaves no file that looks whole.
+    What goes to an object store is written to this machine first.
+    """
+    if is_remote(path):
+        with tempfile.TemporaryDirectory(prefix="tnt_jax-") as folder:
+            unfinished = pathlib.Path(folder) / "unfinished"
+            yield unfinished
+            path_of(path).write_bytes(unfinished.read_bytes())
+        return
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = _beside(path)
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _beside(path: pathlib.Path) -> pathlib.Path:
+    # Not the process id: on two hosts that share a folder it may be the same.
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.unfinished")
+
+
+# ----------------------------------------------------------------------------------- JSON text
+
+
+def not_finite(value: Any) -> tuple[str, float | None]:
+    """The first field of an object with a number that is not finite in it, and the number."""
+    for name, part in value.items() if isinstance(value, Mapping) else [("", value)]:
+        waiting = [part]
+        while waiting:
+            part = waiting.pop()
+            if isinstance(part, float) and not math.isfinite(part):
+                return str(name), part
+            if isinstance(part, Mapping):
+                waiting += part.values()
+            elif isinstance(part, list | tuple):
+                waiting += part
+    return "", None
+
+
+def parse_line(line: bytes, where: str) -> Any:
+    """What a line of JSONL holds.
+
+    Raises:
+        UsageError: it is not UTF-8, or not JSON.
+    """
+    try:
+        # Without the mark that Windows begins a file with, and what follows an object: or an open
+        # end is said to be in line 2.
+        value = parse(line.decode("utf-8-sig").rstrip())
+        check_depth(line, value)
+    except NotFiniteError as error:
+        name = ""
+        with contextlib.suppress(ValueError, RecursionError):  # what comes after may be no JSON
+            name, _ = not_finite(json.loads(line.decode("utf-8-sig")))
+        field = f"{name}: " if name else ""
+        raise UsageError(
+            f"{where}: {field}expected finite numbers, found {error}. Write null, or leave the "
+            "field out."
+        ) from None
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{where}: not UTF-8 ({error.reason} at byte {error.start}). Save the file as UTF-8."
+        ) from None
+    except json.JSONDecodeError as error:
+        raise UsageError(
+            f"{where}: not JSON: {error.msg} at column {error.colno}. Expected JSONL, one object a "
+            'line, such as {"inputs": "..."}.'
+        ) from None
+    except (ValueError, RecursionError) as error:
+        what = "nested too deeply" if isinstance(error, RecursionError) else "a number is too long"
+        raise UsageError(f"{where}: JSON that cannot be read: {what}.") from None
+    if has_half_pairs(line, value):
+        fields = value.items() if isinstance(value, Mapping) else ()
+        bad = (name for name, v in fields if not is_text(json.dumps(v, ensure_ascii=False)))
+        raise UsageError(
+            f"{where}: {ascii(next(bad, 'the name of a field'))[1:-1]}: expected a string of "
+            "Unicode text, found half a surrogate pair (\\ud800 to \\udfff). Was a text cut within "
+            "a character?"
+        )
+    return value
+
+
+class NotFiniteError(ValueError):
+    """JSON text has a number that JSON, or a float, does not."""
+
+
+def _refuse(literal: str) -> None:
+    raise NotFiniteError(f"{literal}, which JSON does not have")
+
+
+def _finite(literal: str) -> float:
+    number = float(literal)
+    if not math.isfinite(number):
+        raise NotFiniteError(f"{literal:.20}, which is more than a number can be")
+    return number
+
+
+_STRICT = json.JSONDecoder(parse_constant=_refuse, parse_float=_finite)
+
+
+def parse(text: str) -> Any:
+    """What JSON text holds.
+
+    `json.loads` takes NaN and Infinity, too, and makes 1e999 one. What is read is written again,
+    and nobody else reads those.
+
+    Raises:
+        NotFiniteError: a number is none, or not finite.
+        ValueError: it is not JSON.
+    """
+    return _STRICT.decode(text)
+
+
+_DEEPEST = 100  # of lists and objects within each other; no format of ours has ten
+
+
+def check_depth(content: bytes, value: Any) -> None:
+    """Raises a RecursionError for JSON, as it is written and as a value, that is nested deeper.
+
+    Python reads more than it can write or print again: how much depends on who asks.
+    """
+    if content.count(b"[") + content.count(b"{") <= _DEEPEST:
+        return
+    level = [value]
+    for _ in range(_DEEPEST):
+        parts = (part.values() if isinstance(part, dict) else part for part in level)
+        level = [child for part in parts for child in part if isinstance(child, dict | list)]
+        if not level:
+            return
+    raise RecursionError("nested too deeply")
+
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # a half of a pair, as JSON spells it
+
+
+def has_half_pairs(content: bytes, value: Any) -> bool:
+    """Whether JSON, here as it is written and as a value, spells half a surrogate pair.
+
+    That is no Unicode text: no tokeniser takes it, and no file of UTF-8.
+    """
+    return bool(_SURROGATE.search(content)) and not is_text(json.dumps(value, ensure_ascii=False))
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is a string of Unicode text: without half a surrogate pair."""
+    try:
+        return isinstance(value, str) and value.encode("utf-8") is not None
+    except UnicodeEncodeError:
+        return False
+
+
+# ----------------------------------------------------------------------------------- JSON files
+
 
 MOST_BYTES = 2**28  # the largest tokenizers take a tenth of it
 
@@ -24,20 +295,20 @@ def read(path: str | os.PathLike, setting: str = "") -> Any:
     """
     file = epath.Path(path)
     try:
-        size = records.size_of(file)
+        size = size_of(file)
         if size > MOST_BYTES:
             reason = f"it has {size:,} bytes, and {MOST_BYTES:,} are the most"
         else:
             with naming_file(file):
                 content = file.read_bytes()
-            value = records.parse(content.decode("utf-8-sig"))
-            records.check_depth(content, value)
-            if not records.has_half_pairs(content, value):
+            value = parse(content.decode("utf-8-sig"))
+            check_depth(content, value)
+            if not has_half_pairs(content, value):
                 return value
             reason = "half a surrogate pair (\\ud800 to \\udfff), which is no text"
     except UnicodeDecodeError as error:
         reason = f"not UTF-8 ({error.reason} at byte {error.start})"
-    except records.NotFiniteError as error:
+    except NotFiniteError as error:
         reason = f"it holds {error}"
     except ValueError as error:
         reason = f"not JSON: {error}"
@@ -60,3 +331,34 @@ def read_object(path: str | os.PathLike, setting: str = "") -> dict[str, Any]:
             f"{type(found).__name__}."
         )
     return found
+
+
+# ----------------------------------------------------------------------------------- Writing
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a whole file or none: it appears under its name only when it is complete."""
+    if not console.is_first_process():
+        return
+    with replacing(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Writes `value` as indented JSON, as `as_json` makes it, and as `write_text` does."""
+    write_text(path, as_json(value, indent=2) + "\n")
+
+
+def as_json(value: Any, *, indent: int | None = None) -> str:
+    """JSON text. A number that is not finite becomes null: JSON has no NaN, and no infinity."""
+    return json.dumps(_with_null(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _with_null(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _with_null(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_null(part) for part in value]
+    return value

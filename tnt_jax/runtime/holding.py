@@ -32,8 +32,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tnt_jax.data import records
-from tnt_jax.runtime import console, failures, preemption, processes
+from tnt_jax.runtime import console, failures, files, preemption, processes
 from tnt_jax.runtime.errors import UsageError
 
 _BEAT = 10.0  # seconds between two changes of a note
@@ -64,8 +63,8 @@ def folder(
     Raises:
       UsageError: Somebody else holds it, or it cannot be written.
     """
-    records.check_directory(path, setting)
-    note = records.path_of(path) / (".held" if share is None else ".held-{}-of-{}".format(*share))
+    files.check_directory(path, setting)
+    note = files.path_of(path) / (".held" if share is None else ".held-{}-of-{}".format(*share))
 
     def take() -> _Hold:
         hold = _Hold(note, setting, path)
@@ -93,8 +92,8 @@ def output(path: str | os.PathLike, setting: str) -> Iterator[None]:
     Raises:
       UsageError: Somebody else holds it.
     """
-    of = records.path_of(path)
-    if not records.is_remote(path):
+    of = files.path_of(path)
+    if not files.is_remote(path):
         of.parent.mkdir(parents=True, exist_ok=True)
     with _of_all(lambda: _Hold(of.with_name(f".{of.name}.held"), setting, path)):
         yield
@@ -131,7 +130,7 @@ def _of_all(take: Callable[[], "_Hold"]) -> Iterator[None]:
 
 def _excluded(note: Any) -> list[Any]:
     """The other notes in a folder that may not be there together with this one."""
-    if records.is_remote(note):  # shares are of local folders
+    if files.is_remote(note):  # shares are of local folders
         return []
 
     def share(name: str) -> tuple[str, str] | None:
@@ -292,7 +291,7 @@ class _Note:
 
     def lock(self) -> bool | None:
         """Opens a local one: whether this process has its lock now; None where there are none."""
-        if records.is_remote(self._path):
+        if files.is_remote(self._path):
             return None
         while True:
             self.close()

@@ -20,8 +20,7 @@ import gin.config as gin_config
 import numpy as np
 from etils import epath
 
-from tnt_jax.data import records
-from tnt_jax.runtime import console
+from tnt_jax.runtime import files
 from tnt_jax.runtime.errors import UsageError
 
 _given: list[pathlib.Path] = []  # gin files of this process
@@ -37,7 +36,7 @@ def note_given(files: Iterable[pathlib.Path]) -> None:
 def check_writable(
     path: str | os.PathLike, setting: str, reads: Mapping[str, str | None] | None = None
 ) -> None:
-    """`records.check_writable`, and that neither the output nor its settings replace a gin file.
+    """`files.check_writable`, and that neither the output nor its settings replace a gin file.
 
     Args:
         path: of an output whose settings `write` puts beside it.
@@ -47,7 +46,7 @@ def check_writable(
     Raises:
         UsageError: it cannot be written, or would be written over what this process reads.
     """
-    records.check_writable(path, setting, reads)
+    files.check_writable(path, setting, reads)
     _check_is_no_gin_file(path, setting, is_folder=False)
 
 
@@ -62,7 +61,7 @@ def check_folder(path: str | os.PathLike, setting: str) -> None:
 
 def _check_is_no_gin_file(path: str | os.PathLike, setting: str, *, is_folder: bool) -> None:
     """One that `write` has written may be replaced: its settings are read, and written again."""
-    if records.is_remote(path):
+    if files.is_remote(path):
         return
     output = pathlib.Path(path)
     beside = _file_of(output, is_folder)
@@ -93,8 +92,8 @@ def write(path: str | os.PathLike) -> None:
     settings = text()
     if settings is None:
         return
-    output = records.path_of(path)
-    console.write_text(_file_of(output, output.is_dir()), settings)
+    output = files.path_of(path)
+    files.write_text(_file_of(output, output.is_dir()), settings)
 
 
 def _file_of(output: Any, is_folder: bool) -> Any:

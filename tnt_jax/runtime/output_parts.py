@@ -99,7 +99,7 @@ class Parts:
             )
         self._delete()
         self._folder.mkdir(parents=True, exist_ok=True)
-        console.write_json(self._folder / _OF, self._of)
+        files.write_json(self._folder / _OF, self._of)
 
     def _check_is_shared(self, identities: Sequence[str]) -> None:
         """Whether what the first process has written is here, and is of the work of all."""
@@ -158,7 +158,7 @@ class Parts:
             "bytes": len(content),
             "counts": self._counts.pop(part),
         }
-        with records.replacing(self._file(part)) as unfinished:
+        with files.replacing(self._file(part)) as unfinished:
             unfinished.write_bytes(json.dumps(about).encode() + b"\n" + content)
 
     def _file(self, part: int) -> epath.Path:

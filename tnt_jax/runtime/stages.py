@@ -14,8 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from tnt_jax.data import records
-from tnt_jax.runtime import console, holding, operative_config, preemption
+from tnt_jax.runtime import console, files, holding, operative_config, preemption
 from tnt_jax.runtime.errors import UsageError, naming_file
 
 _running: contextvars.ContextVar[bool] = contextvars.ContextVar("running", default=False)
@@ -116,7 +115,7 @@ class Stages:
                     f"files, and no {note}. Set another OUTPUT_DIR, or delete the folder."
                 )
             # Fits no settings: what an interruption leaves is not whole, nor to go on from.
-            console.write_json(str(note), {"described": None, "done": False})
+            files.write_json(str(note), {"described": None, "done": False})
             shutil.rmtree(output)
         console.log(f"[{self._number_of(name)}] {name}")
         spent = before.get("seconds") if goes_on and is_same and is_there else None
@@ -143,7 +142,7 @@ def _noted(note: pathlib.Path, described: Mapping[str, Any], spent: float) -> It
 
     def write(is_done: bool) -> None:
         seconds = round(spent + time.monotonic() - began, 1)
-        console.write_json(str(note), {"described": described, "done": is_done, "seconds": seconds})
+        files.write_json(str(note), {"described": described, "done": is_done, "seconds": seconds})
 
     began = time.monotonic()
     write(False)
@@ -161,21 +160,21 @@ def _noted(note: pathlib.Path, described: Mapping[str, Any], spent: float) -> It
 
 def _fingerprint(path: str) -> str:
     """Changes when the file, a file in the folder, or one that the pattern matches, does."""
-    if records.is_remote(path):
+    if files.is_remote(path):
         return _NOT_LOCAL
     found = pathlib.Path(path)
     if found.is_dir():
-        files = sorted(file for file in found.rglob("*") if file.is_file())
-        stats = [(str(file.relative_to(found)), file.stat()) for file in files]
+        inside = sorted(file for file in found.rglob("*") if file.is_file())
+        stats = [(str(file.relative_to(found)), file.stat()) for file in inside]
         described = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
         return _digest(repr(described).encode())
     if found.is_file():
         return _digest(found.read_bytes())
     try:
-        files = records.matching_files(found)
+        inside = files.matching_files(found)
     except UsageError:  # the name of a model of Hugging Face's, say
         return _NOT_LOCAL
-    contents = [(str(file), _digest(file.read_bytes())) for file in files]
+    contents = [(str(file), _digest(file.read_bytes())) for file in inside]
     return _digest(repr(contents).encode())
 
 

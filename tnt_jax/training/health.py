@@ -21,6 +21,7 @@ import numpy as np
 
 from tnt_jax.runtime import console
 from tnt_jax.runtime.errors import UsageError
+from tnt_jax.watching import metric_writers
 
 # Losses that a loss is compared with: the last ones, once there are enough of them.
 _WINDOW, _ENOUGH = 100, 20
@@ -55,7 +56,7 @@ class Health:
         is_skipping: bool,
         spike_deviations: float | None,
         examples_of: Callable[[int], Sequence[str]],
-        events: console.StepLines,
+        events: metric_writers.StepLines,
         where: Callable[[], str],
         state: Mapping[str, Any] | None = None,
     ):

@@ -13,7 +13,7 @@ import numpy as np
 from tnt_jax.checkpoints import orbax
 from tnt_jax.data import feature_converters
 from tnt_jax.models import sharding
-from tnt_jax.runtime import console, holding, preemption, prefetch
+from tnt_jax.runtime import holding, preemption, prefetch
 from tnt_jax.runtime.array_types import PyTree
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.training import assembly, health, load_original, train_step
@@ -116,7 +116,7 @@ class Loop:
     saved: orbax.Checkpoints
     run: Mapping[str, Any]
     metrics: metric_writers.Writers
-    events: console.StepLines
+    events: metric_writers.StepLines
     spike_deviations: float | None
     before: Mapping[str, Any]
     watched: watching.Prepared

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from tnt_jax.data import feature_converters, records
+from tnt_jax.data import feature_converters
 from tnt_jax.runtime import console, files
 from tnt_jax.runtime.errors import UsageError, naming_file, system_error
 
@@ -191,7 +191,7 @@ class OriginalStates:
         if not todo:
             console.log(f"The original's states are in {self._folder}: nothing to compute.")
             return
-        records.check_writable(self._folder / "part", "STATES_DIR")
+        files.check_writable(self._folder / "part", "STATES_DIR")
         batches = feature_converters.batch_for_eval(todo, batch_size, self._lengths)
         kept: dict[str, np.ndarray] = {}
         num_batches = -(-len(todo) // batch_size)
@@ -219,14 +219,14 @@ class OriginalStates:
         array = np.concatenate(list(kept.values()))
         is_bfloat16 = array.dtype == jnp.bfloat16
         with (
-            records.replacing(index.with_suffix(".npy")) as unfinished,
+            files.replacing(index.with_suffix(".npy")) as unfinished,
             unfinished.open("wb") as file,
         ):
             np.save(file, array.view(np.uint16) if is_bfloat16 else array)
         keys = {
             key: [start, end - start] for key, start, end in zip(kept, starts, ends, strict=True)
         }
-        with records.replacing(index) as unfinished:
+        with files.replacing(index) as unfinished:
             unfinished.write_text(json.dumps({"dtype": str(array.dtype), "keys": keys}), "utf-8")
         self._add(index)
 

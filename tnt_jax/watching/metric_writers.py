@@ -26,13 +26,84 @@ import tensorboardX.summary
 from etils import epath
 from tensorboardX.proto import event_pb2
 
-from tnt_jax.runtime import console
+from tnt_jax.runtime import console, files
 from tnt_jax.runtime.errors import UsageError
 
 _messages: Any = event_pb2  # made by protobuf when it is imported: type checkers see nothing
 
 # An object store has no appending: a flush uploads the whole file.
 _UPLOAD_EVERY = 60.0  # seconds
+
+
+class StepLines:
+    """Appends JSON objects to a file, one a line: `{"step": 10, "loss": 0.5}`.
+
+    A last line that a kill cut short is dropped. A run that goes on from a checkpoint drops what
+    was written after it as well, for it will write that again: so each step is there once.
+
+    Args:
+        path: of the file; its folder is made if need be. Local, or anything that `etils.epath`
+            opens, such as gs://.
+        last_step: of the lines to keep; None keeps all.
+    """
+
+    def __init__(self, path: str | os.PathLike, last_step: int | None = None):
+        self._file = None
+        if not console.is_first_process():
+            return
+        path = epath.Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            written = path.read_bytes().decode("utf-8", "replace")  # whatever a crash left
+            whole = written[: written.rfind("\n") + 1]
+            if last_step is not None:
+                lines = whole.split("\n")[:-1]  # a text in it may hold other separators
+                whole = "".join(f"{line}\n" for line in lines if _step_of(line) <= last_step)
+            if whole != written:
+                files.write_text(path, whole)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Appends one line, as `as_json` writes it, flushed."""
+        if self._file is None:
+            return
+        self._file.write(files.as_json({"step": int(step), **values}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file; may be called twice."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # not a line of ours, or damaged
+
+
+class MetricsWriter(StepLines):
+    """Appends metrics to `metrics.jsonl`.
+
+    Args:
+        directory: where the file goes.
+        last_step: as in `StepLines`.
+    """
+
+    def __init__(self, directory: str | os.PathLike, last_step: int | None = None):
+        super().__init__(epath.Path(directory) / "metrics.jsonl", last_step)
+
+    def write(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
+        """Appends the metrics of a step, as `StepLines.write` does."""
+        super().write(step, {name: float(value) for name, value in values.items()})
 
 
 @runtime_checkable
@@ -66,7 +137,7 @@ class Writers:
         others: each is closed, as `metrics` is.
     """
 
-    def __init__(self, metrics: console.MetricsWriter, others: Sequence[Writer] = ()):
+    def __init__(self, metrics: MetricsWriter, others: Sequence[Writer] = ()):
         self._metrics, self._others = metrics, others
 
     def write(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
@@ -113,7 +184,7 @@ def open_all(
     """
     with contextlib.ExitStack() as opened:
         # A run that begins anew leaves nothing of what it wrote before, update 0 among it.
-        metrics = opened.enter_context(console.MetricsWriter(model_dir, last_step=start or -1))
+        metrics = opened.enter_context(MetricsWriter(model_dir, last_step=start or -1))
         others: list[Writer] = []
         if console.is_first_process():
             others.append(TensorBoard(tensorboard_folder(model_dir), start=start))
@@ -271,7 +342,7 @@ class WeightsAndBiases:
             run_id = json.loads(kept.read_text())["id"]
         else:
             run_id = secrets.token_hex(4)
-            console.write_json(os.fspath(kept), {"id": run_id, "project": project})
+            files.write_json(os.fspath(kept), {"id": run_id, "project": project})
         self._table = wandb.Table
         self._run: Any = wandb.init(
             project=project,

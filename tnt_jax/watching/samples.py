@@ -138,7 +138,7 @@ class Samples:
         said = self._said_before(path) if start else None
         if np.any(multihost_utils.process_allgather(np.array(said is None))):
             said = None  # every host has to take part in decoding
-        self._file = console.StepLines(path, last_step=start or -1)
+        self._file = metric_writers.StepLines(path, last_step=start or -1)
         self._originals = said or [None] * len(speaker.prompts)
         if said is None:
             if original is not None:
