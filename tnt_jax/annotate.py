@@ -92,7 +92,7 @@ def annotate(
         rows = records.read_records(input)
         work = {
             "program": "annotate",
-            "records": output_parts.digest(rows),
+            "records": records.digest(rows),
             "annotator": annotator.description,
             "settings": annotator,
             "vocabulary": vocabulary,
@@ -109,7 +109,7 @@ def annotate(
                 made = mark_one(row)
                 job.add(part, [] if made is None else [made.to_line()], {_kind(made): 1})
             job.wait_for_all()
-            job.join(everywhere=everywhere.to_write(annotator))
+            job.join(removed_everywhere.replacing(output, everywhere.to_write(annotator)))
             _write_rest(output, annotator, everywhere, job.counts)
     else:
         counts: collections.Counter[str] = collections.Counter()

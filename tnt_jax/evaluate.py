@@ -113,7 +113,7 @@ def evaluate(
         if certificate is not None:
             num_records = num_token_records if tokens_output else 0
             with memory.explained(
-                memory.of_inference("BATCH_SIZE", "TASK_FEATURE_LENGTHS"),
+                memory.inference_advice("BATCH_SIZE", "TASK_FEATURE_LENGTHS"),
                 BATCH_SIZE=certificate.batch_size,
                 TASK_FEATURE_LENGTHS=certificate.task_feature_lengths,
             ):

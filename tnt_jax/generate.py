@@ -30,7 +30,7 @@ import numpy as np
 
 from tnt_jax.annotators import interface
 from tnt_jax.checkpoints import orbax, pretrained
-from tnt_jax.data import records, tokenization
+from tnt_jax.data import records, removed_everywhere, tokenization
 from tnt_jax.models import decoding, sharding, t5
 from tnt_jax.runtime import console, memory, operative_config, output_parts, processes, program
 from tnt_jax.runtime.errors import UsageError
@@ -124,7 +124,7 @@ def generate(
         "program": "generate",
         "model": config,
         "parameters": orbax.digest(params),
-        "prompts": output_parts.digest(rows),
+        "prompts": records.digest(rows),
         "vocabulary": vocabulary,
         "decoder": decoder,
         "mask": None if masks is None else masks.describe(),
@@ -136,7 +136,9 @@ def generate(
         own = [(part, batch) for part in job.missing for batch in batches_of[part]]
         began = time.monotonic()
         with memory.explained(
-            memory.of_inference("BATCH_SIZE", "MAX_LENGTH", "NUM_BEAMS", "TASK_FEATURE_LENGTHS"),
+            memory.inference_advice(
+                "BATCH_SIZE", "MAX_LENGTH", "NUM_BEAMS", "TASK_FEATURE_LENGTHS"
+            ),
             BATCH_SIZE=batch_size,
             MAX_LENGTH=decoder.max_length,
             NUM_BEAMS=decoder.num_beams,
@@ -156,7 +158,10 @@ def generate(
                 job.add(part, [row.to_line() for row in made], _counts(made, decoder.eos_id))
         job.wait_for_all()
         seconds = time.monotonic() - began
-        job.join([[i for batch in of_part for i in batch.indices] for of_part in batches_of])
+        job.join(
+            removed_everywhere.replacing(output, None),
+            [[i for batch in of_part for i in batch.indices] for of_part in batches_of],
+        )
         operative_config.write(output)
         _log_end(output, job, batches, decoder, seconds)
 

@@ -129,7 +129,7 @@ def localize(
         folds = _folds(rows, is_bad, num_folds, seed)
         folder = states_folder or original_cache.default_folder(input, f"{output}.states")
         with memory.explained(
-            memory.of_inference("BATCH_SIZE", "TASK_FEATURE_LENGTHS"),
+            memory.inference_advice("BATCH_SIZE", "TASK_FEATURE_LENGTHS"),
             BATCH_SIZE=batch_size,
             TASK_FEATURE_LENGTHS=task_feature_lengths,
         ):

@@ -31,7 +31,7 @@ import jax
 
 from tnt_jax import train
 from tnt_jax.data import feature_converters
-from tnt_jax.runtime import console, files, memory, program
+from tnt_jax.runtime import console, files, program
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.training import assembly, compiled_step, load_original
 
@@ -245,7 +245,7 @@ def _limit(device: Any) -> int | None:
 
 
 def _advice(trainer: assembly.Trainer) -> dict[str, str]:
-    return {"advice": f"try {'; '.join(memory.of_training(trainer))}"}
+    return {"advice": f"try {'; '.join(trainer.memory_advice())}"}
 
 
 def _print(report: dict[str, Any]) -> None:

@@ -267,7 +267,7 @@ def train(
     with (
         holding.folder(model_dir, "MODEL_DIR"),
         memory.explained(
-            memory.of_training(trainer),
+            trainer.memory_advice(),
             BATCH_SIZE=batch_size,
             NUM_MICROBATCHES=num_microbatches,
             TASK_FEATURE_LENGTHS=task_feature_lengths,

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tnt_jax import annotate, annotators
 from tnt_jax.annotators import beam_jobs
-from tnt_jax.data import records
+from tnt_jax.data import records, removed_everywhere
 from tnt_jax.runtime import output_parts
 from tnt_jax.runtime.errors import UsageError
 
@@ -65,7 +65,7 @@ def do(output, sizes, work, *, until=None, shuffled=False):
             [sum(sizes) - 1 - start - step for step in range(size)]
             for start, size in zip(starts, sizes, strict=True)
         ]
-        job.join(backwards if shuffled else None)
+        job.join(removed_everywhere.replacing(output, None), backwards if shuffled else None)
         assert job.counts["steps"] == sum(sizes)
         assert job.new_counts["steps"] == sum(sizes[part] for part in done)
     return done
@@ -150,7 +150,10 @@ def test_a_part_that_vanishes_is_named(two_of_three, when):
         if when == "before it is read":
             job.wait_for_all()
         (two_of_three / "00000.jsonl").unlink()
-        job.wait_for_all() if when == "before all is done" else job.join()
+        if when == "before all is done":
+            job.wait_for_all()
+        else:
+            job.join(removed_everywhere.replacing("three.jsonl", None))
     assert pathlib.Path("three.jsonl").read_text() == "of before"
     assert part_files("three.jsonl") == ["00001.jsonl", "00002.jsonl"]
 

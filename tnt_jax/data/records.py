@@ -14,6 +14,7 @@ are local, or in a bucket (`gs://`): whatever `etils.epath` opens.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -228,6 +229,14 @@ def read_pairs(
                 f"{original}. Generate and annotate both alike."
             )
     return before, after
+
+
+def digest(rows: Iterable[Record]) -> str:
+    """A fingerprint of records, their order and all their fields."""
+    hashed = hashlib.sha256()
+    for row in rows:
+        hashed.update(row.to_line().encode())
+    return hashed.hexdigest()[:16]
 
 
 def write_records(path: str | os.PathLike, records: Iterable[Record]) -> None:

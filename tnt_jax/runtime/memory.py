@@ -8,32 +8,9 @@ from typing import Any
 
 from tnt_jax.runtime import failures
 from tnt_jax.runtime.errors import UsageError
-from tnt_jax.training import assembly
-from tnt_jax.training.originals import AdaptersOff, Parameters
 
 
-def of_training(trainer: assembly.Trainer) -> list[str]:
-    """What would help a training step, what costs least first."""
-    config, mesh = trainer.model.config, trainer.model.mesh
-    tries = []
-    if mesh.shape["data"] > 1:
-        tries.append("FSDP_DEVICES (parameters, optimizer and original over more devices)")
-    if config.remat_policy != "full":
-        tries.append("REMAT_POLICY='full' (activations are computed again)")
-    if not config.scan_layers:
-        tries.append("SCAN_LAYERS=True (one layer's gradients and weights at a time)")
-    if config.dtype != "bfloat16":
-        tries.append("DTYPE='bfloat16' (activations, and the original's kernels, in half)")
-    tries.append("NUM_MICROBATCHES (activations of a part of the batch)")
-    if isinstance(trainer.original, Parameters) and trainer.objective.needs_original:
-        tries.append("ORIGINAL='cached' (no second tree of parameters)")
-    if not isinstance(trainer.original, AdaptersOff):
-        tries.append("ORIGINAL='adapters_off' (gradients and optimizer of adapters alone)")
-    tries.append("a smaller BATCH_SIZE or TASK_FEATURE_LENGTHS")
-    return tries
-
-
-def of_inference(*settings: str) -> list[str]:
+def inference_advice(*settings: str) -> list[str]:
     """What would help a program that runs a model whose batches depend on these settings."""
     return [
         f"a smaller {' or '.join(settings)}",
@@ -76,7 +53,7 @@ def explained(tries: Sequence[str], **settings: Any) -> Iterator[None]:
     """Around work that takes memory: where there is not enough, it says what to change.
 
     Args:
-      tries: From one of the functions above.
+      tries: What would help, what costs least first.
       **settings: That the work was done with, by their macros.
 
     Raises:

@@ -24,7 +24,6 @@ from typing import Any
 from etils import epath
 
 from tnt_jax import __version__
-from tnt_jax.data import records, removed_everywhere
 from tnt_jax.runtime import console, files, holding, preemption, processes
 from tnt_jax.runtime.errors import UsageError, naming_file
 
@@ -49,7 +48,7 @@ class Parts:
     """
 
     def __init__(self, output: str, sizes: Sequence[int], work: Mapping[str, Any]):
-        self._output, self._sizes = output, sizes
+        self._sizes = sizes
         self._folder = epath.Path(f"{output}.parts")
         self._of = {
             **json.loads(json.dumps(work)),
@@ -216,14 +215,14 @@ class Parts:
 
     def join(
         self,
+        replacing: contextlib.AbstractContextManager[Callable[[bytes], None]],
         places: Sequence[Sequence[int]] | None = None,
-        everywhere: removed_everywhere.Ids | None = None,
     ) -> None:
         """Writes the output, in the first process: it replaces what was there before.
 
         Args:
+            replacing: yields a function that takes the output's bytes, one stretch after another.
             places: of each part, where in the output its lines come; None has them as they are.
-            everywhere: the ids that belong to the output; None takes away those of an earlier one.
 
         Raises:
             UsageError: a part is no longer whole.
@@ -232,7 +231,7 @@ class Parts:
             return
         holding.check()
         lines = [b""] * sum(map(len, places or ()))
-        with removed_everywhere.replacing(self._output, everywhere) as write:
+        with replacing as write:
             for part in range(len(self._sizes)):
                 found = self._content(part)
                 if found is None:
@@ -315,14 +314,6 @@ def names_of_ours(folder: epath.Path) -> list[str]:
 def sizes(num_steps: int, largest: int) -> list[int]:
     """Steps of each part, where the parts have `largest` and the last one what is left."""
     return [min(largest, num_steps - start) for start in range(0, num_steps, largest)]
-
-
-def digest(rows: Iterable[records.Record]) -> str:
-    """A fingerprint of records, their order and all their fields."""
-    hashed = hashlib.sha256()
-    for row in rows:
-        hashed.update(row.to_line().encode())
-    return hashed.hexdigest()[:16]
 
 
 def _meet(where: str) -> None:

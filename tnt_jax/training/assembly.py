@@ -25,6 +25,7 @@ from tnt_jax.training.originals import (
     CachedStates,
     Forward,
     Original,
+    Parameters,
 )
 
 
@@ -275,6 +276,26 @@ class Trainer:
         key = jax.eval_shape(lambda: jax.random.key(0))
         step: Any = self.step
         return step.lower(self.abstract_state, self.abstract_original, abstract_batch, key)
+
+    def memory_advice(self) -> list[str]:
+        """What would help a training step, what costs least first."""
+        config, mesh = self.model.config, self.model.mesh
+        tries = []
+        if mesh.shape["data"] > 1:
+            tries.append("FSDP_DEVICES (parameters, optimizer and original over more devices)")
+        if config.remat_policy != "full":
+            tries.append("REMAT_POLICY='full' (activations are computed again)")
+        if not config.scan_layers:
+            tries.append("SCAN_LAYERS=True (one layer's gradients and weights at a time)")
+        if config.dtype != "bfloat16":
+            tries.append("DTYPE='bfloat16' (activations, and the original's kernels, in half)")
+        tries.append("NUM_MICROBATCHES (activations of a part of the batch)")
+        if isinstance(self.original, Parameters) and self.objective.needs_original:
+            tries.append("ORIGINAL='cached' (no second tree of parameters)")
+        if not isinstance(self.original, AdaptersOff):
+            tries.append("ORIGINAL='adapters_off' (gradients and optimizer of adapters alone)")
+        tries.append("a smaller BATCH_SIZE or TASK_FEATURE_LENGTHS")
+        return tries
 
 
 def check_seed(seed: int) -> None:
