@@ -26,8 +26,8 @@ import numpy as np
 import report
 
 from tnt_jax import objectives
+from tnt_jax.models.factored_logits import FactoredLogits
 from tnt_jax.objectives import fused
-from tnt_jax.objectives.fused import FactoredLogits
 from tnt_jax.objectives.fused_block import Block, Reductions
 
 EMBED, VOCAB = 512, 32128

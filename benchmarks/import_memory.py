@@ -23,6 +23,9 @@ import time
 import report
 from etils import epath
 
+from tnt_jax.checkpoints import pretrained
+from tnt_jax.models.model import Model
+
 METHODS = {"tnt_jax": 1, "tnt_jax, 8 devices": 8, "all at once": 1}
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -61,13 +64,12 @@ def measure(folder, method):
     import numpy as np
     import safetensors.numpy
 
-    from tnt_jax.checkpoints import lazy_arrays, pretrained
+    from tnt_jax.checkpoints import lazy_arrays
     from tnt_jax.models import sharding
-    from tnt_jax.training import assembly
 
     found = pretrained.open_checkpoint(folder)
     mesh = sharding.make_mesh(sharding.MeshShape(data=1, model=METHODS[method]))
-    model = assembly.Model(config=found.config, mesh=mesh)
+    model = Model(config=found.config, mesh=mesh)
     abstract = model.abstract_params
     jax.device_put(np.zeros(8)).block_until_ready()
     before = resident()

@@ -40,8 +40,8 @@ from etils import epath
 from tnt_jax import convert
 from tnt_jax.checkpoints import orbax, pretrained
 from tnt_jax.models import decoding, sharding
+from tnt_jax.models.model import Model
 from tnt_jax.runtime import console
-from tnt_jax.training import assembly
 
 SPIECE = reference.FOLDER / "spiece" / "spiece.model"
 TOLERANCE = 1e-4  # of the largest logit
@@ -102,12 +102,12 @@ def main(names: list[str]) -> int:
 def compare(name: str, folder: pathlib.Path) -> Iterator[tuple[str, str, bool]]:
     original, original_bf16 = folder / "original", folder / "original_bf16"
     torch_model, batch = make_original(name, original)
-    ours = assembly.Model(
+    ours = Model(
         config=pretrained.open_checkpoint(str(original)).config,
         mesh=sharding.make_mesh(sharding.MeshShape()),
     )
 
-    params = ours.restore(str(original))
+    params = pretrained.open_checkpoint(str(original)).restore(ours.abstract_params)
     yield from compare_answers("transformers -> tnt_jax", torch_model, ours, params, batch)
 
     params = changed(params)
@@ -227,7 +227,7 @@ def save_as_trained(folder: pathlib.Path, params, original: pathlib.Path | None)
 
 
 def compare_answers(
-    what: str, torch_model: torch.nn.Module, ours: assembly.Model, params, batch: dict
+    what: str, torch_model: torch.nn.Module, ours: Model, params, batch: dict
 ) -> Iterator[tuple[str, str, bool]]:
     """Teacher-forced logits and greedy outputs of the two programs."""
     theirs = reference.teacher_forced(torch_model, batch)

@@ -24,9 +24,11 @@ from tnt_jax.checkpoints import pretrained
 from tnt_jax.data import feature_converters, records, tokenization
 from tnt_jax.evaluation import text_metrics
 from tnt_jax.models import sharding, t5
+from tnt_jax.models.model import Model
 from tnt_jax.runtime import console, files, holding, memory, operative_config, program
 from tnt_jax.runtime.errors import UsageError
-from tnt_jax.training import assembly, train_step
+from tnt_jax.training import train_step
+from tnt_jax.training.trainer import jit_token_step
 
 # Of each token, in nats: the divergence from what is desired there (from the original itself where
 # nothing is removed), its two parts, and the smallest cost that any update had there.
@@ -166,13 +168,15 @@ def _certificate(
     memory.check_batch(settings.batch_size, sum(settings.task_feature_lengths.values()))
     config = pretrained.config_of(settings.model, settings.original_checkpoint_path)
     pretrained.check_vocabulary(vocabulary, config, settings.original_checkpoint_path)
-    network = assembly.Model(config=config, mesh=mesh)
-    original = network.restore(settings.original_checkpoint_path)
-    current = network.restore(settings.checkpoint_path)
+    network = Model(config=config, mesh=mesh)
+    original = pretrained.open_checkpoint(settings.original_checkpoint_path).restore(
+        network.abstract_params
+    )
+    current = pretrained.open_checkpoint(settings.checkpoint_path).restore(network.abstract_params)
     # Of the objective only the loss depends, and the loss is not reported: forward KL splits
     # exactly into residual and collateral.
     objective = objectives.TntObjective(negative_term="forward_kl", positive_term="forward_kl")
-    step = assembly.jit_token_step(network, objective)
+    step = jit_token_step(network, objective)
     examples = tasks.examples_from_records(rows, vocabulary, "the original's outputs")
     batches = feature_converters.batch_for_eval(
         examples, settings.batch_size, settings.task_feature_lengths

@@ -29,12 +29,12 @@ import jax
 import numpy as np
 
 from tnt_jax.annotators import interface
-from tnt_jax.checkpoints import orbax, pretrained
+from tnt_jax.checkpoints import digests, pretrained
 from tnt_jax.data import records, removed_everywhere, tokenization
 from tnt_jax.models import decoding, sharding, t5
+from tnt_jax.models.model import Model
 from tnt_jax.runtime import console, memory, operative_config, output_parts, processes, program
-from tnt_jax.runtime.errors import UsageError
-from tnt_jax.training import assembly
+from tnt_jax.runtime.errors import UsageError, check_seed
 
 _WIDTH_MULTIPLE = 16  # so that files of nearly equal lengths share a compiled program
 _MOST_WIDTHS = 5  # per file: each is a program of its own
@@ -85,7 +85,7 @@ def generate(
             "TASK_FEATURE_LENGTHS: expected a positive number of tokens for 'inputs', found "
             f"{dict(task_feature_lengths)}."
         )
-    assembly.check_seed(seed)
+    check_seed(seed)
     operative_config.check_writable(
         output, "OUTPUT", {"PROMPTS": prompts if isinstance(prompts, str) else None}
     )
@@ -93,11 +93,11 @@ def generate(
     sharding.check_batch_size(batch_size, 1, mesh)
     memory.check_batch(batch_size, task_feature_lengths["inputs"] + decoder.max_length)
     config = pretrained.config_of(model, checkpoint_path)
-    network = assembly.Model(config=config, mesh=mesh)
+    network = Model(config=config, mesh=mesh)
     vocab_size = pretrained.check_vocabulary(vocabulary, config, checkpoint_path)
     decoder = decoding.within_vocabulary(decoder, vocab_size, config)
     rows = _read(prompts, vocabulary)
-    params = network.restore(checkpoint_path)
+    params = pretrained.open_checkpoint(checkpoint_path).restore(network.abstract_params)
 
     longest = task_feature_lengths["inputs"]
     inputs = [tokenization.encode(vocabulary, row.inputs, add_eos=True) for row in rows]
@@ -123,7 +123,7 @@ def generate(
     work = {
         "program": "generate",
         "model": config,
-        "parameters": orbax.digest(params),
+        "parameters": digests.of_params(params),
         "prompts": records.digest(rows),
         "vocabulary": vocabulary,
         "decoder": decoder,

@@ -27,13 +27,14 @@ import numpy as np
 
 from tnt_jax import annotators
 from tnt_jax.annotators import continuations, prefix_values
-from tnt_jax.checkpoints import orbax, pretrained
+from tnt_jax.checkpoints import digests, pretrained
 from tnt_jax.data import feature_converters, records, removed_everywhere, tokenization
 from tnt_jax.models import decoding, sharding, t5
+from tnt_jax.models.model import Model
 from tnt_jax.runtime import console, files, holding, memory, operative_config, program
 from tnt_jax.runtime.array_types import PyTree
-from tnt_jax.runtime.errors import UsageError
-from tnt_jax.training import assembly, load_original, original_cache
+from tnt_jax.runtime.errors import UsageError, check_seed
+from tnt_jax.training import load_original, original_cache
 
 _WEAK = 0.6  # area under the curve of whole outputs; marks of such heads are mostly wrong
 
@@ -64,7 +65,7 @@ class MonteCarlo:
 
 @dataclasses.dataclass(frozen=True)
 class _Original:
-    network: assembly.Model
+    network: Model
     params: PyTree
     digest: str
     vocabulary: Any
@@ -119,7 +120,7 @@ def localize(
     """
     if num_folds < 2:
         raise UsageError(f"NUM_FOLDS: expected at least 2, found {num_folds}.")
-    assembly.check_seed(seed)
+    check_seed(seed)
     operative_config.check_writable(output, "OUTPUT", {"RECORDS": input})
     training = training or prefix_values.Training()
     threshold = threshold or prefix_values.Threshold()
@@ -227,9 +228,9 @@ def _open(
     memory.check_batch(batch_size, sum(lengths.values()))
     config = pretrained.config_of(model, path)
     pretrained.check_vocabulary(vocabulary, config, path)
-    network = assembly.Model(config=config, mesh=mesh)
-    params = network.restore(path)
-    return _Original(network, params, orbax.digest(params), vocabulary, lengths, batch_size)
+    network = Model(config=config, mesh=mesh)
+    params = pretrained.open_checkpoint(path).restore(network.abstract_params)
+    return _Original(network, params, digests.of_params(params), vocabulary, lengths, batch_size)
 
 
 class _Outputs:

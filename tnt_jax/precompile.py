@@ -33,7 +33,8 @@ from tnt_jax import train
 from tnt_jax.data import feature_converters
 from tnt_jax.runtime import console, files, program
 from tnt_jax.runtime.errors import UsageError
-from tnt_jax.training import assembly, compiled_step, load_original
+from tnt_jax.training import compiled_step, load_original
+from tnt_jax.training.trainer import Trainer
 
 EXIT_STATUS = 3  # where a step does not fit
 
@@ -244,7 +245,7 @@ def _limit(device: Any) -> int | None:
         return None
 
 
-def _advice(trainer: assembly.Trainer) -> dict[str, str]:
+def _advice(trainer: Trainer) -> dict[str, str]:
     return {"advice": f"try {'; '.join(trainer.memory_advice())}"}
 
 

@@ -44,7 +44,7 @@ from t5x import (  # pyright: ignore[reportMissingImports]  # T5X is on no packa
 )
 
 from tnt_jax import objectives
-from tnt_jax.checkpoints import orbax
+from tnt_jax.checkpoints import digests
 from tnt_jax.data import feature_converters, tasks
 from tnt_jax.runtime.array_types import PyTree
 from tnt_jax.runtime.errors import UsageError
@@ -413,7 +413,7 @@ class TntTrainer(trainer.Trainer):
         original_params, identity = None, None
         if model.objective.needs_original:
             original_params, path = _read_original(original, train_state, partitioner, summary_dir)
-            identity = {"path": path, "digest": orbax.digest(original_params)}
+            identity = {"path": path, "digest": digests.of_params(original_params)}
         _check_run(epath.Path(summary_dir), identity, int(utils.get_local_data(train_state.step)))
         super().__init__(
             model=model,

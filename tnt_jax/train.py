@@ -30,7 +30,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from tnt_jax import objectives
-from tnt_jax.checkpoints import orbax, pretrained
+from tnt_jax.checkpoints import pretrained
 from tnt_jax.data import feature_converters
 from tnt_jax.models import sharding, t5
 from tnt_jax.runtime import (
@@ -45,8 +45,15 @@ from tnt_jax.runtime import (
     stages,
 )
 from tnt_jax.runtime.array_types import PyTree
-from tnt_jax.runtime.errors import UsageError
-from tnt_jax.training import assembly, load_original, loop, original_cache, resume, train_step
+from tnt_jax.runtime.errors import UsageError, check_seed
+from tnt_jax.training import (
+    load_original,
+    loop,
+    original_cache,
+    resume,
+    run_checkpoints,
+    train_step,
+)
 from tnt_jax.watching import metric_writers, watching
 
 
@@ -155,7 +162,7 @@ def train(
         log_every=log_every,
         eval_every=eval_every,
     )
-    assembly.check_seed(seed)
+    check_seed(seed)
     model_dir = os.fspath(epath.Path(model_dir).expanduser())  # for all that write to it
     pretrained.check_takes_checkpoints(epath.Path(model_dir), "MODEL_DIR")
     operative_config.check_folder(model_dir, "MODEL_DIR")
@@ -194,12 +201,12 @@ def train(
     def initial_params() -> PyTree:
         if initial_checkpoint_path is None:
             return network.init(seed)
-        return network.restore(initial_checkpoint_path)
+        return pretrained.open_checkpoint(initial_checkpoint_path).restore(network.abstract_params)
 
     def start_params() -> PyTree:
         if start_checkpoint_path is None:
             return initial_params()
-        return network.restore(start_checkpoint_path)
+        return pretrained.open_checkpoint(start_checkpoint_path).restore(network.abstract_params)
 
     data = loop.Data.of(
         load(dataset),
@@ -272,7 +279,7 @@ def train(
             NUM_MICROBATCHES=num_microbatches,
             TASK_FEATURE_LENGTHS=task_feature_lengths,
         ),
-        orbax.Checkpoints(
+        run_checkpoints.Checkpoints(
             model_dir, keep=keep_checkpoints, keep_every=keep_every, keep_best=keep_best
         ) as saved,
     ):

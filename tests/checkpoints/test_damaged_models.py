@@ -31,8 +31,8 @@ from tnt_jax import convert
 from tnt_jax.checkpoints import lazy_arrays, orbax, pretrained
 from tnt_jax.data import tokenization, vocabularies
 from tnt_jax.models import adapters, sharding, t5
+from tnt_jax.models.model import Model
 from tnt_jax.runtime import errors, failures
-from tnt_jax.training import assembly
 
 pytestmark = [
     pytest.mark.usefixtures("reads_left_alone"),
@@ -148,7 +148,7 @@ def read(path):
     for array in opened.weights.values():
         array.load()
     config = pretrained.config_for(pretrained.FromCheckpoint(), opened)
-    opened.restore(assembly.Model(config=config, mesh=MESH).abstract_params)
+    opened.restore(Model(config=config, mesh=MESH).abstract_params)
     return config
 
 

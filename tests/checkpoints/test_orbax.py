@@ -8,10 +8,10 @@ import numpy as np
 import optax
 import pytest
 
-from tnt_jax.checkpoints import lazy_arrays, orbax, pretrained
+from tnt_jax.checkpoints import digests, lazy_arrays, orbax, pretrained
 from tnt_jax.models import sharding, t5
 from tnt_jax.runtime.errors import UsageError
-from tnt_jax.training import train_step
+from tnt_jax.training import run_checkpoints, train_step
 
 LOGICAL_AXES = {
     "decoder": {"norm": {"scale": ("embed",)}, "wi": {"kernel": ("embed", "mlp")}},
@@ -73,7 +73,7 @@ def assert_same(found, expected):
 
 
 def save(model_dir, *states, **settings):
-    with orbax.Checkpoints(str(model_dir), **settings) as saved:
+    with run_checkpoints.Checkpoints(str(model_dir), **settings) as saved:
         for state in states:
             saved.save(state, RUN)
 
@@ -97,7 +97,7 @@ def test_what_is_restored_on_another_mesh_is_what_was_saved(optimizer, tmp_path)
     state = make_state(mesh_of(model=2), optimizer)
     save(tmp_path / "new" / "model", state)
     wanted = abstract(make_state(mesh_of(model=4), optimizer))
-    with orbax.Checkpoints(str(tmp_path / "new" / "model")) as saved:
+    with run_checkpoints.Checkpoints(str(tmp_path / "new" / "model")) as saved:
         assert saved.latest_step() == 3
         assert saved.run_of(3) == RUN
         restored = saved.restore(3, wanted)
@@ -114,7 +114,7 @@ def test_a_checkpoint_holds_the_state_as_it_was_when_training_went_on(tmp_path):
         lambda state: state.replace(params=jax.tree.map(lambda x: x + 1, state.params)),
         donate_argnums=0,
     )
-    with orbax.Checkpoints(str(tmp_path)) as saved:
+    with run_checkpoints.Checkpoints(str(tmp_path)) as saved:
         saved.save(state, RUN)
         for _ in range(3):  # while it is written, its buffers are given away
             state = update(state)
@@ -126,7 +126,7 @@ def test_the_last_checkpoints_stay(tmp_path):
     state = make_state(mesh_of(model=1), optax.sgd(1e-3))
     save(tmp_path, *(state.replace(step=jnp.int32(step)) for step in (2, 10, 9_999, 10_000)))
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint_9999", "checkpoint_10000"}
-    with orbax.Checkpoints(str(tmp_path)) as saved:
+    with run_checkpoints.Checkpoints(str(tmp_path)) as saved:
         assert saved.latest_step() == 10_000
 
 
@@ -136,7 +136,9 @@ def test_every_so_many_and_the_best_stay_too(tmp_path):
 
     def go_on(steps):
         # As after a stop: what is best is known of the checkpoints themselves.
-        with orbax.Checkpoints(str(tmp_path), keep=1, keep_every=3, keep_best="loss") as saved:
+        with run_checkpoints.Checkpoints(
+            str(tmp_path), keep=1, keep_every=3, keep_best="loss"
+        ) as saved:
             for step in steps:
                 metrics = {"loss": losses[step], "num_tokens": 7.0}
                 saved.save(state.replace(step=jnp.int32(step)), RUN, metrics)
@@ -158,7 +160,7 @@ def test_every_so_many_and_the_best_stay_too(tmp_path):
 def test_what_is_no_number_is_never_the_best(tmp_path):
     state = make_state(mesh_of(model=1), optax.sgd(1e-3))
     losses = {1: 0.5, 2: 0.9, 3: float("nan"), 4: 0.8, 5: float("-inf"), 6: None, 7: 0.7}
-    with orbax.Checkpoints(str(tmp_path), keep=1, keep_best="loss") as saved:
+    with run_checkpoints.Checkpoints(str(tmp_path), keep=1, keep_best="loss") as saved:
         for step, loss in losses.items():
             metrics = {} if loss is None else {"loss": loss}
             saved.save(state.replace(step=jnp.int32(step)), RUN, metrics)
@@ -172,12 +174,12 @@ def test_a_state_goes_to_fewer_devices_and_back(num_devices, tmp_path):
     shape = sharding.MeshShape(model=num_devices)
     few = make_state(sharding.make_mesh(shape, jax.devices()[:num_devices]), adafactor())
     save(tmp_path, state)
-    with orbax.Checkpoints(str(tmp_path)) as saved:
+    with run_checkpoints.Checkpoints(str(tmp_path)) as saved:
         on_few = saved.restore(3, abstract(few))
         assert_same(on_few, state)
         assert on_few.params["out"].sharding == few.params["out"].sharding
         saved.save(on_few.replace(step=on_few.step + 1), RUN)
-    with orbax.Checkpoints(str(tmp_path)) as saved:
+    with run_checkpoints.Checkpoints(str(tmp_path)) as saved:
         assert_same(saved.restore(4, abstract(state)).params, state.params)
 
 
@@ -187,7 +189,7 @@ def test_a_half_written_checkpoint_is_not_the_newest(tmp_path):
     # As a process leaves it that is killed while it writes: Orbax renames at the very end.
     (tmp_path / "checkpoint_7").rename(tmp_path / "checkpoint_7.orbax-checkpoint-tmp")
     assert pretrained.find(str(tmp_path)).name == "checkpoint_3"
-    with orbax.Checkpoints(str(tmp_path)) as saved:
+    with run_checkpoints.Checkpoints(str(tmp_path)) as saved:
         assert saved.latest_step() == 3
         saved.save(state.replace(step=jnp.int32(7)), RUN)  # the leftovers are not in the way
     assert pretrained.find(str(tmp_path)).name == "checkpoint_7"
@@ -224,7 +226,7 @@ def test_a_checkpoint_of_another_model_names_every_parameter_that_differs(tmp_pa
         restore_params(str(tmp_path), wanted)
     with (
         pytest.raises(UsageError, match=message),
-        orbax.Checkpoints(str(tmp_path)) as saved,
+        run_checkpoints.Checkpoints(str(tmp_path)) as saved,
     ):
         saved.restore(3, abstract(state).replace(params=wanted))
 
@@ -242,7 +244,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused(optimizer, difference, tmp
     mesh = mesh_of(model=1)
     save(tmp_path, make_state(mesh, adafactor()))
     with (
-        orbax.Checkpoints(str(tmp_path)) as saved,
+        run_checkpoints.Checkpoints(str(tmp_path)) as saved,
         pytest.raises(UsageError, match=f"does not fit OPTIMIZER: .*{difference}"),
     ):
         saved.restore(3, abstract(make_state(mesh, optimizer)))
@@ -262,7 +264,7 @@ def test_a_run_goes_on_with_its_layers_as_it_has_them(is_scanned, tmp_path):
     )
     other = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), states[not is_scanned])
     with (
-        orbax.Checkpoints(str(tmp_path)) as saved,
+        run_checkpoints.Checkpoints(str(tmp_path)) as saved,
         pytest.raises(UsageError, match=message),
     ):
         saved.restore(0, other)
@@ -276,7 +278,7 @@ def test_parameters_alone_are_no_run_to_go_on_with(tmp_path):
     (tmp_path / "alone" / "checkpoint_3").mkdir()
     (tmp_path / "params").rename(tmp_path / "alone" / "checkpoint_3" / "params")
     assert_same(restore_params(str(tmp_path / "alone"), abstract(state.params)), state.params)
-    with orbax.Checkpoints(str(tmp_path / "alone")) as saved:
+    with run_checkpoints.Checkpoints(str(tmp_path / "alone")) as saved:
         with pytest.raises(UsageError, match=r"has no `run`.*INITIAL_CHECKPOINT_PATH"):
             saved.run_of(3)
         with pytest.raises(UsageError, match=r"has no `optimizer`.*INITIAL_CHECKPOINT_PATH"):
@@ -287,14 +289,14 @@ def test_a_model_directory_that_cannot_be_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UsageError, match=f"MODEL_DIR: .*{path}"):
-            orbax.Checkpoints(str(path))
+            run_checkpoints.Checkpoints(str(path))
     with pytest.raises(UsageError, match="keep_checkpoints: expected at least 1, found 0"):
-        orbax.Checkpoints(str(tmp_path), keep=0)
+        run_checkpoints.Checkpoints(str(tmp_path), keep=0)
 
 
 def test_the_digest_is_the_same_on_every_mesh():
-    digests = {orbax.digest(make_params(mesh_of(model))) for model in (1, 2, 4)}
-    digests.add(orbax.digest(jax.tree.map(np.asarray, make_params(mesh_of(1)))))
+    digests = {digests.of_params(make_params(mesh_of(model))) for model in (1, 2, 4)}
+    digests.add(digests.of_params(jax.tree.map(np.asarray, make_params(mesh_of(1)))))
     assert len(digests) == 1
     assert len(digests.pop()) == 16
 
@@ -327,4 +329,4 @@ def test_the_digest_sees_every_change():
         {"A": params["a"]} | {name: params[name] for name in ("b", "scale")},
         *(moved(i // 32, i % 32) for i in range(0, 2048, 64) if i != 32),
     ]
-    assert len({orbax.digest(variant) for variant in variants}) == len(variants)
+    assert len({digests.of_params(variant) for variant in variants}) == len(variants)

@@ -19,8 +19,8 @@ from tnt_jax import convert
 from tnt_jax.checkpoints import lazy_arrays, orbax, pretrained
 from tnt_jax.data import tokenization, vocabularies
 from tnt_jax.models import sharding, t5
+from tnt_jax.models.model import Model
 from tnt_jax.runtime.errors import UsageError
-from tnt_jax.training import assembly
 
 FROM_CHECKPOINT = pathlib.Path(__file__).parents[2] / "gin_configs/models/from_checkpoint.gin"
 TEXTS = ["the house is wonderful", "a garden, a river and two trees", "it rains in the garden"]
@@ -82,7 +82,7 @@ def test_every_kind_is_found_by_its_path_alone(output_format, directory):
 def on_devices(config):
     """Shapes, split over four devices of two axes."""
     mesh = sharding.make_mesh(sharding.MeshShape(data=1, fsdp=2, model=2), jax.devices()[:4])
-    return assembly.Model(config=config, mesh=mesh).abstract_params
+    return Model(config=config, mesh=mesh).abstract_params
 
 
 def assert_restored(found, config, params):

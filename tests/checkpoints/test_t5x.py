@@ -19,8 +19,8 @@ from helpers.t5x_files import BATCH, CONFIG, FILTER, GOLDEN
 from tnt_jax import convert
 from tnt_jax.checkpoints import pretrained, t5x
 from tnt_jax.models import sharding
+from tnt_jax.models.model import Model
 from tnt_jax.runtime.errors import UsageError
-from tnt_jax.training import assembly
 
 PER_LAYER = dataclasses.replace(CONFIG, relpos_bias_per_layer=True)
 CONFIGS = {
@@ -67,7 +67,7 @@ def test_t5x_computes_the_same_logits(name, written_by_t5x):
     assert found.step == 7
     assert found.config == CONFIGS[name]  # read off the arrays alone
     mesh = sharding.make_mesh(sharding.MeshShape(data=4, model=2))
-    model = assembly.Model(config=found.config, mesh=mesh)
+    model = Model(config=found.config, mesh=mesh)
     params = found.restore(model.abstract_params)
     assert jax.tree.map(lambda x: x.sharding, params) == jax.tree.map(
         lambda x: x.sharding, model.abstract_params
@@ -146,14 +146,14 @@ def test_a_tied_output_matrix_that_is_not_scaled_becomes_one_of_its_own(written_
     """T5X ties and scales, or neither; a transformers 5 model may tie alone."""
     source = pretrained.open_checkpoint(str(written_by_t5x / "t5_1_0_legacy"))
     config = dataclasses.replace(source.config, scale_decoder_outputs=False)
-    model = assembly.Model(config=config, mesh=sharding.make_mesh(sharding.MeshShape()))
+    model = Model(config=config, mesh=sharding.make_mesh(sharding.MeshShape()))
     expected = model.forward(source.restore(model.abstract_params), BATCH).whole()
 
     config, arrays = t5x.as_t5x_has_it(config, source.weights)
     t5x.write_legacy(epath.Path(tmp_path) / "checkpoint_1", arrays, 1)
     found = pretrained.open_checkpoint(str(tmp_path))
     assert found.config == config
-    model = assembly.Model(config=config, mesh=model.mesh)
+    model = Model(config=config, mesh=model.mesh)
     logits = model.forward(found.restore(model.abstract_params), BATCH).whole()
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
 

@@ -13,7 +13,7 @@ from helpers import golden_model
 
 from tnt_jax.checkpoints import pretrained
 from tnt_jax.models import decoding, sharding
-from tnt_jax.training import assembly
+from tnt_jax.models.model import Model
 
 FOLDER = golden_model.FOLDER / "huggingface"
 EXPECTED = np.load(FOLDER / "expected.npz")
@@ -32,8 +32,8 @@ def expected(family):
 def check_logits_and_greedy_tokens(family, mesh):
     golden = expected(family)
     path = str(FOLDER / family)
-    model = assembly.Model(config=pretrained.open_checkpoint(path).config, mesh=mesh)
-    params = model.restore(path)
+    model = Model(config=pretrained.open_checkpoint(path).config, mesh=mesh)
+    params = pretrained.open_checkpoint(path).restore(model.abstract_params)
     tokens = {name: rows for name, rows in golden.items() if name in FEATURES}
     batch = sharding.put_batch(tokens, mesh)
 

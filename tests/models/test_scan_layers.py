@@ -14,10 +14,12 @@ from helpers.t5_inputs import CONFIG_1_0, SOME_BATCH, random_params
 from jax.sharding import PartitionSpec
 
 from tnt_jax import objectives
-from tnt_jax.checkpoints import orbax
+from tnt_jax.checkpoints import digests
 from tnt_jax.models import decoding, sharding, t5
+from tnt_jax.models.model import Model
 from tnt_jax.runtime.errors import UsageError
-from tnt_jax.training import assembly, optimizers
+from tnt_jax.training import optimizers
+from tnt_jax.training.trainer import Trainer
 
 # Two depths, so that the stacks cannot be taken for each other.
 T5_1_0 = dataclasses.replace(CONFIG_1_0, num_encoder_layers=2, num_decoder_layers=3)
@@ -290,12 +292,12 @@ def test_without_a_stack_it_is_optax_s_adafactor():
 
 def test_the_fingerprint_is_of_the_network():
     params = random_params(UMT5)
-    digest = orbax.digest(params)
-    assert orbax.digest(t5.stack_layers(params)) == digest
+    digest = digests.of_params(params)
+    assert digests.of_params(t5.stack_layers(params)) == digest
     other = t5.stack_layers(params)
     scale = other["encoder"]["layers"]["pre_mlp_layer_norm"]["scale"]
     other["encoder"]["layers"]["pre_mlp_layer_norm"]["scale"] = scale[::-1]
-    assert orbax.digest(other) != digest
+    assert digests.of_params(other) != digest
 
 
 # ---------------------------------------------------------------------------------------- On a mesh
@@ -329,8 +331,8 @@ def batch_of(num_rows):
 def step_on(config, shape, devices):
     """The parameters after an update, layers apart."""
     mesh = sharding.make_mesh(sharding.MeshShape(**shape), devices)
-    model = assembly.Model(config=config, mesh=mesh)
-    trainer = assembly.Trainer(
+    model = Model(config=config, mesh=mesh)
+    trainer = Trainer(
         model=model,
         objective=FINE_TUNE,
         optimizer=optimizers.adafactor(0.01, min_dim_size_to_factor=16),
@@ -363,14 +365,14 @@ def test_eight_devices_with_stacked_layers_give_the_update_of_one_without():
 def test_weights_are_gathered_and_activations_are_not(scan_layers, shape):
     config = dataclasses.replace(OF_A_MESH, scan_layers=scan_layers)
     mesh = sharding.make_mesh(sharding.MeshShape(**shape), jax.devices()[:4])
-    model = assembly.Model(config=config, mesh=mesh)
+    model = Model(config=config, mesh=mesh)
     forward = t5.make_factored_forward(config)
 
     def gradient(params, batch):
         return jax.grad(lambda params: jnp.sum(forward(params, batch).hidden ** 2))(params)
 
     program = jax.jit(
-        assembly._traced_on(mesh, gradient),
+        sharding.traced_on(mesh, gradient),
         out_shardings=jax.tree.map(lambda x: x.sharding, model.abstract_params),
     )
     batch = {
@@ -392,8 +394,8 @@ def test_what_is_said_of_activations_and_weights(scan_layers):
     """Before the compiler: it may find the same by itself for some sizes, and not for others."""
     config = dataclasses.replace(OF_A_MESH, scan_layers=scan_layers, dtype="bfloat16")
     mesh = sharding.make_mesh(sharding.MeshShape(data=2, fsdp=2, model=2))
-    model = assembly.Model(config=config, mesh=mesh)
-    program = jax.jit(assembly._traced_on(mesh, t5.make_forward(config)))
+    model = Model(config=config, mesh=mesh)
+    program = jax.jit(sharding.traced_on(mesh, t5.make_forward(config)))
     text = program.lower(model.abstract_params, jax.tree.map(jnp.asarray, batch_of(16))).as_text()
     said = collections.Counter(
         re.findall(r"sharding_constraint .*<@mesh, \[(.*)\]> : tensor<(.*)>", text)

@@ -10,6 +10,7 @@ import pytest
 
 from tnt_jax import objectives
 from tnt_jax.models import sharding
+from tnt_jax.models.factored_logits import FactoredLogits
 from tnt_jax.objectives import fused
 from tnt_jax.runtime.errors import UsageError
 
@@ -77,9 +78,7 @@ def problem(
 
     def model(hidden, matrix):
         matrix = matrix if vocab_axis == 1 else matrix.T
-        return fused.FactoredLogits(
-            jnp.asarray(hidden, dtype), jnp.asarray(matrix, dtype), vocab_axis
-        )
+        return FactoredLogits(jnp.asarray(hidden, dtype), jnp.asarray(matrix, dtype), vocab_axis)
 
     hidden = random.normal(size=(*shape, width))
     matrix = random.normal(size=(width, vocab_size)) * scale

@@ -26,8 +26,8 @@ from tnt_jax import annotate, annotators, convert, report
 from tnt_jax.checkpoints import pretrained
 from tnt_jax.data import records, tasks, tfrecords, tokenization, vocabularies
 from tnt_jax.models import sharding
+from tnt_jax.models.model import Model
 from tnt_jax.runtime import program
-from tnt_jax.training import assembly
 
 LENGTHS = {"inputs": 8, "targets": 16}
 
@@ -275,7 +275,7 @@ def test_model_directories(name, models):
         opened = pretrained.open_checkpoint("damaged")
         for array in opened.weights.values():
             array.load()
-        opened.restore(assembly.Model(config=opened.config, mesh=mesh).abstract_params)
+        opened.restore(Model(config=opened.config, mesh=mesh).abstract_params)
         vocabulary = pretrained.vocabulary("damaged")
         pretrained.check_vocabulary(vocabulary, opened.config, "damaged")
         vocabulary.encode("the house")

@@ -17,10 +17,11 @@ import seqio
 from helpers import outputs, rooms
 
 from tnt_jax import pipeline
-from tnt_jax.checkpoints import orbax
+from tnt_jax.checkpoints import digests
 from tnt_jax.data import feature_converters, records, removed_everywhere, tokenization
 from tnt_jax.experiments import experiment
 from tnt_jax.runtime import program
+from tnt_jax.training import run_checkpoints
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -245,10 +246,10 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(original):
     train("stopped", DROPOUT_RATE=0.1, TRAIN_STEPS=5)
     rooms.assert_same_state("straight", "stopped")
     assert [line["step"] for line in metrics_of("stopped")] == [2, 5]
-    with orbax.Checkpoints("stopped") as stopped:
+    with run_checkpoints.Checkpoints("stopped") as stopped:
         original_of_run = stopped.run_of(5)["original"]
     # Not the half-trained model of checkpoint 2.
-    digest = orbax.digest(rooms.saved("original"))
+    digest = digests.of_params(rooms.saved("original"))
     assert (original_of_run["path"], original_of_run["digest"]) == ("original", digest)
 
 
@@ -617,7 +618,8 @@ def test_a_pipeline_of_two_rounds(original, capsys):
     assert {(row.inputs, row.targets) for row in merged} == outputs
     assert json.loads(pathlib.Path("twice/summary.json").read_text())["num_rounds"] == 2
     first, last = (
-        orbax.Checkpoints(f"twice/{name}/model").run_of(6) for name in ("TNRF", "TNRF.round2")
+        run_checkpoints.Checkpoints(f"twice/{name}/model").run_of(6)
+        for name in ("TNRF", "TNRF.round2")
     )
     assert last["original"] == first["original"]
     assert first["start"]["path"] == "original"

@@ -25,7 +25,7 @@ from flax import traverse_util
 from helpers import golden_model, rooms
 
 from tnt_jax import objectives
-from tnt_jax.checkpoints import orbax
+from tnt_jax.checkpoints import digests
 from tnt_jax.data import feature_converters, records, tasks
 from tnt_jax.models import t5
 from tnt_jax.runtime.errors import UsageError
@@ -364,14 +364,14 @@ def test_a_run_keeps_its_original(original, tmp_path):
     with make_trainer(model_dir, TNRF, original):
         pass
     identity = json.loads((model_dir / "tnt_jax_run.json").read_text())
-    digest = orbax.digest(golden("orig_params/"))
+    digest = digests.of_params(golden("orig_params/"))
     assert identity == {"original": {"path": original, "digest": digest}, "first_step": 0}
 
     with make_trainer(model_dir, TNRF, str(moved / "checkpoint_0")):
         pass
     message = (
         f"holds a run whose original was {original} (digest {digest}); now it is "
-        f"{other}/checkpoint_0 (digest {orbax.digest(golden('params/'))}). Pass the same "
+        f"{other}/checkpoint_0 (digest {digests.of_params(golden('params/'))}). Pass the same "
         "INITIAL_CHECKPOINT_PATH"
     )
     with (

@@ -18,8 +18,9 @@ from tnt_jax import convert, objectives
 from tnt_jax.checkpoints import pretrained
 from tnt_jax.data import feature_converters
 from tnt_jax.models import adapters, sharding, t5
+from tnt_jax.models.model import Model
 from tnt_jax.runtime.errors import UsageError
-from tnt_jax.training import assembly, load_original, original_cache
+from tnt_jax.training import load_original, original_cache
 from tnt_jax.training.original_cache import OriginalStates
 from tnt_jax.training.originals import AdaptersOff
 
@@ -147,7 +148,7 @@ def test_a_run_of_adapters_is_read_as_the_model_that_it_is():
 
 def restored(path):
     found = pretrained.open_checkpoint(path)
-    return found.restore(assembly.Model(config=found.config, mesh=one_device()).abstract_params)
+    return found.restore(Model(config=found.config, mesh=one_device()).abstract_params)
 
 
 def one_device():

@@ -20,10 +20,14 @@ from tnt_jax.checkpoints import orbax, pretrained
 from tnt_jax.data import records
 from tnt_jax.models import sharding, t5
 from tnt_jax.runtime.errors import UsageError
-from tnt_jax.training import assembly, load_original, loop, resume
+from tnt_jax.training import load_original, loop, resume
 
 sys.path.append(str(pathlib.Path(__file__).parents[2] / "benchmarks"))
 import kill_and_resume
+
+from tnt_jax.checkpoints import digests
+from tnt_jax.models.model import Model
+from tnt_jax.training import run_checkpoints
 
 # Everything at once that could make a difference.
 RUN = {
@@ -109,7 +113,7 @@ def test_a_run_that_was_told_to_stop_saves_and_goes_on_exactly(monkeypatch, caps
     run = {**RUN, "LOG_EVERY": 5, "CHECKPOINT_EVERY": 100, "train.train.eval_every": 5}
     train("calm", **run)
     batch = loop.Loop._batch
-    save = orbax.Checkpoints.save
+    save = run_checkpoints.Checkpoints.save
 
     def batch_and_signal(loop, step):
         if step == 4:
@@ -122,7 +126,7 @@ def test_a_run_that_was_told_to_stop_saves_and_goes_on_exactly(monkeypatch, caps
 
     with monkeypatch.context() as patch:
         patch.setattr(loop.Loop, "_batch", batch_and_signal)
-        patch.setattr(orbax.Checkpoints, "save", save_and_signal)
+        patch.setattr(run_checkpoints.Checkpoints, "save", save_and_signal)
         train("told", status=75, **run)
     said = capsys.readouterr().err
     step = run_of("told")["position"]["next_batch"]
@@ -190,7 +194,7 @@ def test_p0_after_a_restart_is_the_p0_of_before():
     before = orbax.read_run(pretrained.find("straight/checkpoint_2"))["original"]
     after = run_of("p0")["original"]
     assert after == before  # in every bit
-    assert after["digest"] == orbax.digest(rooms.saved("original"))
+    assert after["digest"] == digests.of_params(rooms.saved("original"))
     np.testing.assert_allclose(after["probe"], probe_by_hand("original"), rtol=1e-5, atol=1e-5)
     # Not the half-trained model that the run went on from.
     assert np.abs(after["probe"] - probe_by_hand("straight/checkpoint_2")).mean() > 0.01
@@ -200,8 +204,10 @@ def test_p0_after_a_restart_is_the_p0_of_before():
 def test_a_probe_is_the_same_on_every_mesh(num_devices):
     config = pretrained.open_checkpoint("original").config
     mesh = sharding.make_mesh(sharding.MeshShape(), jax.devices()[:num_devices])
-    model = assembly.Model(config=config, mesh=mesh)
-    found = load_original.probe(model, model.restore("original"))
+    model = Model(config=config, mesh=mesh)
+    found = load_original.probe(
+        model, pretrained.open_checkpoint("original").restore(model.abstract_params)
+    )
     np.testing.assert_allclose(found, run_of("straight")["original"]["probe"], rtol=1e-5)
 
 

@@ -11,7 +11,9 @@ import pytest
 from helpers.two_matrices import KEY, TNRF, assert_trees_close, small_batch
 
 from tnt_jax.models import sharding, t5
-from tnt_jax.training import assembly, compiled_step, train_step
+from tnt_jax.models.model import Model
+from tnt_jax.training import compiled_step, train_step
+from tnt_jax.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -42,8 +44,8 @@ def program_on(data, fsdp, model, num_microbatches):
     """The trainer of a mesh, and its step: traced on shapes alone, and compiled."""
     shape = sharding.MeshShape(data=data, fsdp=fsdp, model=model)
     mesh = sharding.make_mesh(shape, jax.devices()[: data * fsdp * model])
-    trainer = assembly.Trainer(
-        model=assembly.Model(config=CONFIG, mesh=mesh),
+    trainer = Trainer(
+        model=Model(config=CONFIG, mesh=mesh),
         objective=TNRF,
         optimizer=OPTIMIZER,
         num_microbatches=num_microbatches,

@@ -12,9 +12,9 @@ import numpy as np
 
 from tnt_jax.data import records, tokenization
 from tnt_jax.models import decoding
+from tnt_jax.models.model import Model
 from tnt_jax.runtime import console
 from tnt_jax.runtime.array_types import PyTree
-from tnt_jax.training import assembly
 
 
 class Prefix(NamedTuple):
@@ -26,7 +26,7 @@ class Prefix(NamedTuple):
 
 def sample(
     prefixes: Sequence[Prefix],
-    network: assembly.Model,
+    network: Model,
     params: PyTree,
     vocabulary: Any,
     decoder: decoding.Decoding,

@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from tnt_jax.checkpoints import huggingface, lazy_arrays, orbax, t5x
+from tnt_jax.checkpoints import digests, huggingface, lazy_arrays, orbax, t5x
 from tnt_jax.checkpoints.lazy_arrays import LazyArray
 from tnt_jax.data import tokenization, vocabularies
 from tnt_jax.models import adapters, t5
@@ -207,7 +207,7 @@ class Pretrained:
             return
         original, noted = self._original, self.run["original"]["digest"]
         names = lazy_arrays.shapes(t5.abstract_params(original.config))
-        found = orbax.digest_of_files({name: original.weights[name] for name in names})
+        found = digests.of_files({name: original.weights[name] for name in names})
         if found != noted:
             raise UsageError(
                 f"{self.path}: its adapters were trained beside weights with the digest {noted}, "

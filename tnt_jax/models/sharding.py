@@ -9,8 +9,9 @@ model stops fitting.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -299,3 +300,28 @@ def fetch(array: jax.Array) -> np.ndarray:
 
 def _dict_keys(path: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple(part.key for part in path if isinstance(part, jax.tree_util.DictKey))
+
+
+def traced_on(mesh: Mesh, function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
+    """The function with its settings, traced with the mesh that `sharding.constrain` looks for."""
+
+    @functools.wraps(function)
+    def traced(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args, **settings)
+
+    return traced
+
+
+def shardings_of(abstract: PyTree) -> PyTree:
+    """The shardings of abstract arrays."""
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
+def with_shardings(abstract: PyTree, shardings: PyTree) -> PyTree:
+    """Abstract arrays with other shardings."""
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        abstract,
+        shardings,
+    )

@@ -30,9 +30,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from tnt_jax.models import sharded_embedding, sharding
+from tnt_jax.models.factored_logits import FactoredLogits
 from tnt_jax.models.t5_config import T5Config
 from tnt_jax.models.t5_layers import Cache, Decoder, Encoder
-from tnt_jax.objectives.fused import FactoredLogits
 from tnt_jax.runtime.array_types import Array, Bool, Float, Int, Key, PyTree
 from tnt_jax.runtime.errors import UsageError
 

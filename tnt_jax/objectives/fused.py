@@ -24,34 +24,15 @@ import functools
 import math
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from tnt_jax.models import sharding
+from tnt_jax.models import factored_logits, sharding
+from tnt_jax.models.factored_logits import FactoredLogits
 from tnt_jax.objectives import definition
 from tnt_jax.objectives.fused_block import Block, Reductions, TokenValues
 from tnt_jax.runtime.array_types import Array, Float, Int
-
-
-class FactoredLogits(flax.struct.PyTreeNode):
-    """Logits `[B, T, V]` that nobody has multiplied out.
-
-    Attributes:
-      hidden: `[B, T, E]`, the decoder's states, any float dtype.
-      matrix: `[E, V]`, the output matrix (`vocab_axis=1`), or `[V, E]`, an embedding that serves as
-        one (`vocab_axis=0`).
-      vocab_axis: Of `matrix`.
-    """
-
-    hidden: Any  # arrays, but trees of shardings are FactoredLogits too
-    matrix: Any
-    vocab_axis: int = flax.struct.field(pytree_node=False)
-
-    def whole(self) -> Float[Array, "B T V"]:
-        """Multiplied out, in float32."""
-        return _logits(self.hidden, self.matrix, self.vocab_axis)
 
 
 def token_values(
@@ -330,10 +311,10 @@ def _blocks(settings, vocab_axes, with_gradients, sizes, hidden, matrix, origina
         index = jax.lax.dynamic_slice_in_dim(order, start, rows)
         index = jnp.where(place < num_live, index, num_tokens)
         states = take(hidden, index)
-        logits = _logits(states, matrix, settings.vocab_axis)
+        logits = factored_logits.multiply(states, matrix, settings.vocab_axis)
         original_logits = None
         if original is not None:
-            original_logits = _logits(
+            original_logits = factored_logits.multiply(
                 take(original.hidden, index), original.matrix, original.vocab_axis
             )
         target, negative, _ = (take(x, index) for x in tokens)
@@ -374,10 +355,3 @@ def _in_passes(function, rows, arrays):
     parts = jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), arrays)
     found = jax.lax.map(lambda part: function(*part), parts)
     return jax.tree.map(lambda x: x.reshape(num_rows, *x.shape[2:]), found)
-
-
-def _logits(hidden, matrix, vocab_axis):
-    """Float32, from whatever the dtypes are."""
-    matrix = matrix.astype(jnp.float32)
-    matrix = matrix if vocab_axis == 1 else matrix.T
-    return jnp.matmul(hidden.astype(jnp.float32), matrix)

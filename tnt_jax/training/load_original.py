@@ -12,14 +12,15 @@ import numpy as np
 import optax
 
 from tnt_jax import objectives
-from tnt_jax.checkpoints import orbax, pretrained
+from tnt_jax.checkpoints import digests, pretrained
 from tnt_jax.data import feature_converters
 from tnt_jax.models import sharding, t5
+from tnt_jax.models.model import Model
 from tnt_jax.runtime.array_types import PyTree
 from tnt_jax.runtime.errors import UsageError
-from tnt_jax.training import assembly
 from tnt_jax.training.original_cache import OriginalStates
 from tnt_jax.training.originals import PARAMETERS, STATES, AdaptersOff, CachedStates, Original
+from tnt_jax.training.trainer import Trainer, copied, jit_token_step
 
 # What becomes of an update whose loss or gradient is not finite: it stops the run, or is left out.
 NON_FINITE = ("stop", "skip")
@@ -58,7 +59,7 @@ def make_trainer(
     max_gradient_norm: float | int | None = None,
     non_finite: str = "stop",
     devices: Sequence[Any] | None = None,
-) -> assembly.Trainer:
+) -> Trainer:
     """The trainer of a run.
 
     Args:
@@ -92,8 +93,8 @@ def make_trainer(
     kind = kind_of(original, config)
     if isinstance(kind, AdaptersOff):
         config = dataclasses.replace(config, adapter_scale=adapter_alpha / adapter_rank)
-    return assembly.Trainer(
-        model=assembly.Model(config=config, mesh=mesh),
+    return Trainer(
+        model=Model(config=config, mesh=mesh),
         objective=objective,
         optimizer=_clipped(optimizer() if callable(optimizer) else optimizer, max_gradient_norm),
         num_microbatches=num_microbatches,
@@ -143,7 +144,7 @@ class Brought:
 
 
 def bring(
-    trainer: assembly.Trainer,
+    trainer: Trainer,
     initial_params: Callable[[], PyTree],
     path: str | None,
     *,
@@ -179,7 +180,7 @@ def bring(
     whole = initial_params()
     identity = {
         "path": path,
-        "digest": orbax.digest(whole),
+        "digest": digests.of_params(whole),
         "probe": probe(model, whole).tolist(),
     }
     if isinstance(trainer.original, AdaptersOff):
@@ -202,7 +203,7 @@ def bring(
             batch_size=batch_size,
         )
         matrix, _ = t5.output_matrix(model.config, whole)
-        params = assembly.copied(matrix, abstract)
+        params = copied(matrix, abstract)
         if is_new and start_params is not None:
             del whole
             whole = start_params()
@@ -211,10 +212,10 @@ def bring(
         params = _converted(whole, abstract)
         return Brought(params, identity), start_params() if is_new and start_params else None
     # A copy: the state's buffers are donated to every update, the original's never.
-    return Brought(assembly.copied(whole, abstract), identity), whole
+    return Brought(copied(whole, abstract), identity), whole
 
 
-def probe(model: assembly.Model, params: PyTree) -> np.ndarray:
+def probe(model: Model, params: PyTree) -> np.ndarray:
     """The log-probabilities `[4, 16]`, in nats, that a model gives a batch of random tokens.
 
     A digest tells parameters apart, this what is computed with them. The batch depends on the size
@@ -233,13 +234,13 @@ def probe(model: assembly.Model, params: PyTree) -> np.ndarray:
     repeated = [examples[row % num_rows] for row in range(-(-num_rows // devices) * devices)]
     batch = feature_converters.convert_features(repeated, lengths)
     likelihood = objectives.TntObjective(negative_term="none", positive_term="log_likelihood")
-    tokens = assembly.jit_token_step(model, likelihood)
+    tokens = jit_token_step(model, likelihood)
     _, values = tokens(params, None, sharding.put_batch(batch, model.mesh))
     return -np.asarray(values.losses)[:num_rows]
 
 
 def states_of(
-    model: assembly.Model,
+    model: Model,
     params: PyTree,
     examples: Sequence[feature_converters.Example],
     *,

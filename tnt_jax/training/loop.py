@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tnt_jax.checkpoints import orbax
 from tnt_jax.data import feature_converters
 from tnt_jax.models import sharding
 from tnt_jax.runtime import holding, preemption, prefetch
 from tnt_jax.runtime.array_types import PyTree
 from tnt_jax.runtime.errors import UsageError
-from tnt_jax.training import assembly, health, load_original, train_step
+from tnt_jax.training import health, load_original, run_checkpoints, train_step
 from tnt_jax.training.originals import CachedStates
+from tnt_jax.training.trainer import Trainer, jit_eval_step
 from tnt_jax.watching import metric_writers, watching
 
 
@@ -109,11 +109,11 @@ class Loop:
       seed: Of dropout.
     """
 
-    trainer: assembly.Trainer
+    trainer: Trainer
     original: load_original.Brought
     data: Data
     every: Every
-    saved: orbax.Checkpoints
+    saved: run_checkpoints.Checkpoints
     run: Mapping[str, Any]
     metrics: metric_writers.Writers
     events: metric_writers.StepLines
@@ -296,7 +296,7 @@ class _Evaluation:
     def __init__(self, loop: Loop):
         self._loop = loop
         trainer = loop.trainer
-        self._step = assembly.jit_eval_step(
+        self._step = jit_eval_step(
             trainer.model, trainer.objective, trainer.original, trainer.block_size
         )
 

@@ -11,20 +11,20 @@ or trained: `original_params` below.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 
 from tnt_jax.models import sharding
 from tnt_jax.models.adapters import is_adapter
-from tnt_jax.objectives.fused import FactoredLogits
+from tnt_jax.models.factored_logits import FactoredLogits
+from tnt_jax.models.model import Forward
 from tnt_jax.runtime.array_types import Array, Float, PyTree
 from tnt_jax.runtime.errors import UsageError
 
 # Logits `[B, T, V]`, or what they are the product of.
 Logits = Float[Array, "B T V"] | FactoredLogits
-Forward = Callable[..., Any]  # (params, batch, dropout_key or None) -> Logits
 
 STATES = "original_hidden"  # the model feature that CachedStates reads
 

@@ -25,11 +25,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from tnt_jax.checkpoints import orbax
+from tnt_jax.checkpoints import digests
 from tnt_jax.runtime import console, operative_config, processes
 from tnt_jax.runtime.array_types import PyTree
 from tnt_jax.runtime.errors import UsageError
-from tnt_jax.training import assembly, load_original, train_step
+from tnt_jax.training import load_original, run_checkpoints, train_step
+from tnt_jax.training.trainer import Trainer
 
 # What must not change unnoticed, and the setting that says it.
 COMPARED = {
@@ -58,7 +59,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore"
 
 
 def describe(
-    trainer: assembly.Trainer,
+    trainer: Trainer,
     *,
     optimizer: Mapping[str, Any],
     data: Mapping[str, Any],
@@ -159,8 +160,8 @@ class Start(NamedTuple):
 
 
 def begin(
-    trainer: assembly.Trainer,
-    saved: orbax.Checkpoints,
+    trainer: Trainer,
+    saved: run_checkpoints.Checkpoints,
     run: dict[str, Any],
     bring: Callable[[bool], tuple[load_original.Brought, PyTree | None]],
     *,
@@ -202,7 +203,7 @@ def begin(
             return brought.identity["digest"]
         if "start" in allow_changes:
             return None
-        return orbax.digest(read_start() if params is None else params)
+        return digests.of_params(read_start() if params is None else params)
 
     run["start"] = _start(before, start_path, digest_of_start)
     if step is None:

@@ -16,10 +16,12 @@ from jax.sharding import PartitionSpec
 
 from tnt_jax import objectives
 from tnt_jax.models import sharding
+from tnt_jax.models.factored_logits import FactoredLogits
+from tnt_jax.models.model import Forward
 from tnt_jax.objectives import fused
-from tnt_jax.objectives.fused import FactoredLogits, TokenValues
+from tnt_jax.objectives.fused import TokenValues
 from tnt_jax.runtime.array_types import Array, Bool, Float, Int, Key, PyTree
-from tnt_jax.training.originals import PARAMETERS, Forward, Logits, Original
+from tnt_jax.training.originals import PARAMETERS, Logits, Original
 
 Batch = Mapping[str, Int[Array, "B ..."] | Float[Array, "B ..."]]
 Sums = dict[str, Float[Array, ""] | Bool[Array, "N"]]

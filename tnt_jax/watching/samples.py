@@ -14,9 +14,9 @@ from jax.experimental import multihost_utils
 
 from tnt_jax.data import feature_converters, records, tokenization
 from tnt_jax.models import decoding, sharding
+from tnt_jax.models.model import Model
 from tnt_jax.runtime import console
 from tnt_jax.runtime.array_types import PyTree
-from tnt_jax.training import assembly
 from tnt_jax.watching import metric_writers
 
 _LONGEST = 300  # characters of a text in the log; samples.jsonl has all
@@ -73,7 +73,7 @@ class Speaker:
       longest_input: Tokens; longer inputs are cut.
     """
 
-    model: assembly.Model
+    model: Model
     vocabulary: Any
     prompts: Sequence[Prompt]
     decoder: decoding.Decoding

@@ -21,10 +21,11 @@ from tnt_jax import objectives
 from tnt_jax.checkpoints import pretrained
 from tnt_jax.data import tasks
 from tnt_jax.models import decoding, sharding
+from tnt_jax.models.model import Model
 from tnt_jax.runtime import console
 from tnt_jax.runtime.array_types import PyTree
 from tnt_jax.runtime.errors import UsageError
-from tnt_jax.training import assembly
+from tnt_jax.training.trainer import jit_token_step
 from tnt_jax.watching import metric_writers
 
 _LOG_LIKELIHOOD = objectives.TntObjective(negative_term="none", positive_term="log_likelihood")
@@ -44,9 +45,9 @@ class ModelFunctions:
         batch_size: examples that are computed at a time.
     """
 
-    def __init__(self, model: assembly.Model, decoder: decoding.Decoding, batch_size: int):
+    def __init__(self, model: Model, decoder: decoding.Decoding, batch_size: int):
         self._model, self._decoder, self._batch_size = model, decoder, batch_size
-        self._token_step = assembly.jit_token_step(model, _LOG_LIKELIHOOD)
+        self._token_step = jit_token_step(model, _LOG_LIKELIHOOD)
 
     def predict(self, params: PyTree, dataset: Any) -> _Outputs:
         """The token ids of each output, padded with 0 to the longest that there may be."""
@@ -147,7 +148,7 @@ class SeqioEvaluation:
 
     def open(
         self,
-        model: assembly.Model,
+        model: Model,
         *,
         checkpoint_path: str | None,
         task_feature_lengths: Mapping[str, int],

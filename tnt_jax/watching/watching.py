@@ -7,9 +7,9 @@ from typing import Any
 
 from tnt_jax.data import feature_converters, tokenization
 from tnt_jax.models import decoding
+from tnt_jax.models.model import Model
 from tnt_jax.runtime.array_types import PyTree
 from tnt_jax.runtime.errors import UsageError
-from tnt_jax.training import assembly
 from tnt_jax.watching import metric_writers, profiling, progress_view, samples, seqio_evaluation
 
 
@@ -48,7 +48,7 @@ class Watch:
 
     def prepare(
         self,
-        model: assembly.Model,
+        model: Model,
         *,
         vocabulary: Any,
         examples: Sequence[feature_converters.Example],

@@ -2,157 +2,26 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.sharding import Mesh
 
 from tnt_jax import objectives
-from tnt_jax.checkpoints import pretrained
-from tnt_jax.data import feature_converters
-from tnt_jax.models import adapters, decoding, sharding, t5
+from tnt_jax.models import sharding, t5
+from tnt_jax.models.model import Model
 from tnt_jax.runtime.array_types import PyTree
-from tnt_jax.runtime.errors import UsageError
 from tnt_jax.training import train_step
 from tnt_jax.training.originals import (
     PARAMETERS,
     STATES,
     AdaptersOff,
     CachedStates,
-    Forward,
     Original,
     Parameters,
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Model:
-    """A T5 on a mesh: what programs need to read parameters and to run them.
-
-    Attributes:
-      config: Of the network.
-      mesh: From `sharding.make_mesh`.
-    """
-
-    config: t5.T5Config
-    mesh: Mesh
-
-    @functools.cached_property
-    def abstract_params(self) -> PyTree:
-        """Shapes, dtypes and shardings of the parameters; no array is made."""
-        abstract = t5.abstract_params(self.config)
-        shardings = sharding.param_shardings(
-            abstract, t5.param_logical_axes(self.config), self.mesh
-        )
-        return _with_shardings(abstract, shardings)
-
-    @functools.cached_property
-    def abstract_computed_params(self) -> PyTree:
-        """The parameters in the dtypes that a forward pass reads them in.
-
-        A frozen model in these gives the numbers of the float32 one, bit for bit: what is cast to
-        bfloat16 before every use may be cast once.
-        """
-        return jax.tree.map(
-            lambda leaf, dtype: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding),
-            self.abstract_params,
-            t5.computed_dtypes(self.config),
-        )
-
-    def abstract_adapters(self, rank: int) -> PyTree:
-        """Shapes, dtypes and shardings of adapters for all kernels within layers."""
-        abstract = jax.eval_shape(
-            functools.partial(adapters.init, self.abstract_params, rank), jax.random.key(0)
-        )
-        axes = adapters.logical_axes(t5.param_logical_axes(self.config))
-        return _with_shardings(abstract, sharding.param_shardings(abstract, axes, self.mesh))
-
-    @functools.cached_property
-    def forward(self) -> Forward:
-        """`forward(params, batch, dropout_key or None) -> FactoredLogits`."""
-        return t5.make_factored_forward(self.config)
-
-    @functools.cached_property
-    def hidden_states(self) -> Callable[..., jax.Array]:
-        """`(params, batch) -> states [B, T, E]` of the decoder, whole on every device."""
-        return jax.jit(
-            _traced_on(self.mesh, lambda params, batch: self.forward(params, batch, None).hidden),
-            out_shardings=sharding.replicated(self.mesh),
-        )
-
-    def decode(
-        self,
-        params: PyTree,
-        inputs: Sequence[Sequence[int]],
-        width: int,
-        decoder: decoding.Decoding,
-        batch_size: int,
-        *,
-        row_keys: jax.Array | None = None,
-        mask: decoding.Mask | None = None,
-        prefixes: np.ndarray | None = None,
-    ) -> decoding.Decoded:
-        """Has the devices begin with a batch of outputs, and does not wait for it.
-
-        Args:
-          params: Of this model.
-          inputs: Token ids, at most `batch_size` of them; filler rows come after theirs.
-          width: Of the encoder.
-          decoder: How to choose the tokens.
-          batch_size: Rows that are computed.
-          row_keys: One for each of the inputs, for sampling.
-          mask: What must not come up in each.
-          prefixes: Of each, how its output begins, as `decoding.decode` takes it.
-        """
-        num_fill = batch_size - len(inputs)
-        features = {"tokens": feature_converters.pad_inputs([*inputs, *[()] * num_fill], width)}
-        for name, sequences in ({} if mask is None else mask._asdict()).items():
-            if sequences is not None:
-                fill = ((0, num_fill), (0, 0), (0, 0))
-                features[name] = np.pad(sequences, fill, constant_values=-1)
-        if prefixes is not None:
-            features["prefixes"] = np.pad(prefixes, ((0, num_fill), (0, 0)))
-        placed = sharding.put_batch(features, self.mesh)
-        if row_keys is not None:
-            filled = jnp.concatenate([row_keys, jnp.repeat(row_keys[:1], num_fill)])
-            row_keys = jax.device_put(filled, placed["tokens"].sharding)
-        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-            return decoding.decode(
-                params,
-                placed["tokens"],
-                row_keys,
-                mask and decoding.Mask(placed["banned"], placed.get("supported")),
-                placed.get("prefixes"),
-                config=self.config,
-                decoding=decoder,
-            )
-
-    def restore(self, path: str) -> PyTree:
-        """Parameters from a checkpoint, each array straight to the devices that hold it.
-
-        Raises:
-          UsageError: There is no checkpoint of this model at `path`, of a kind that is known.
-        """
-        return pretrained.open_checkpoint(path).restore(self.abstract_params)
-
-    def init(self, seed: int) -> PyTree:
-        """Random parameters; no device ever holds more than its own part."""
-        init = jax.jit(
-            functools.partial(t5.init, self.config), out_shardings=_shardings(self.abstract_params)
-        )
-        return init(jax.random.key(seed))
-
-    def init_adapters(self, rank: int, seed: int) -> PyTree:
-        """Adapters that change nothing yet."""
-        init = jax.jit(
-            functools.partial(adapters.init, self.abstract_params, rank),
-            out_shardings=_shardings(self.abstract_adapters(rank)),
-        )
-        return init(jax.random.key(seed))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -206,18 +75,18 @@ class Trainer:
         )
         shardings = train_step.TrainState(
             step=sharding.replicated(mesh),
-            params=_shardings(params),
+            params=sharding.shardings_of(params),
             opt_state=sharding.optimizer_shardings(
-                abstract.opt_state, params, _shardings(params), mesh
+                abstract.opt_state, params, sharding.shardings_of(params), mesh
             ),
         )
-        return _with_shardings(abstract, shardings)
+        return sharding.with_shardings(abstract, shardings)
 
     def init_state(self, params: PyTree) -> train_step.TrainState:
         """The state before the first update; takes over (donates) `params`."""
         init = jax.jit(
             functools.partial(train_step.init_state, optimizer=self.optimizer),
-            out_shardings=_shardings(self.abstract_state),
+            out_shardings=sharding.shardings_of(self.abstract_state),
             donate_argnums=0,
         )
         return init(params)
@@ -228,11 +97,11 @@ class Trainer:
 
         The original is an argument with a sharding of its own: never captured, never donated.
         """
-        state = _shardings(self.abstract_state)
+        state = sharding.shardings_of(self.abstract_state)
         replicated = sharding.replicated(self.model.mesh)
         specs = jax.tree.map(lambda where: where.spec, state.params)
         return jax.jit(
-            _traced_on(
+            sharding.traced_on(
                 self.model.mesh,
                 train_step.train_step,
                 forward=self.model.forward,
@@ -246,7 +115,7 @@ class Trainer:
             ),
             in_shardings=(
                 state,
-                _shardings(self.abstract_original),
+                sharding.shardings_of(self.abstract_original),
                 sharding.batch_sharding(self.model.mesh),
                 replicated,
             ),
@@ -298,12 +167,6 @@ class Trainer:
         return tries
 
 
-def check_seed(seed: int) -> None:
-    """Raises a UsageError for a seed that JAX or NumPy does not take."""
-    if not 0 <= seed < 2**31:
-        raise UsageError(f"SEED: expected a whole number from 0 to {2**31 - 1}, found {seed}.")
-
-
 def jit_eval_step(
     model: Model,
     objective: objectives.TntObjective,
@@ -332,7 +195,7 @@ def _jit_for_eval(
     block_size: int | None,
 ) -> Callable[..., Any]:
     return jax.jit(
-        _traced_on(
+        sharding.traced_on(
             model.mesh,
             step,
             forward=model.forward,
@@ -347,26 +210,3 @@ def _jit_for_eval(
 def copied(params: PyTree, abstract: PyTree) -> PyTree:
     """New arrays with the dtypes of `abstract`, placed as `params` are."""
     return jax.tree.map(lambda leaf, like: jnp.array(leaf, like.dtype, copy=True), params, abstract)
-
-
-def _traced_on(mesh: Mesh, function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
-    """The function with its settings, traced with the mesh that `sharding.constrain` looks for."""
-
-    @functools.wraps(function)
-    def traced(*args: Any) -> Any:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return function(*args, **settings)
-
-    return traced
-
-
-def _shardings(abstract: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
-
-
-def _with_shardings(abstract: PyTree, shardings: PyTree) -> PyTree:
-    return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        abstract,
-        shardings,
-    )

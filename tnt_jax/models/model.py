@@ -1,0 +1,140 @@
+"""A network on a mesh: its parameters with their shardings, its forward pass, its decoding."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from tnt_jax.data import feature_converters
+from tnt_jax.models import adapters, decoding, sharding, t5
+from tnt_jax.runtime.array_types import PyTree
+
+Forward = Callable[..., Any]  # (params, batch, dropout_key or None) -> FactoredLogits
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """A T5 on a mesh: what programs need to read parameters and to run them.
+
+    Attributes:
+      config: Of the network.
+      mesh: From `sharding.make_mesh`.
+    """
+
+    config: t5.T5Config
+    mesh: Mesh
+
+    @functools.cached_property
+    def abstract_params(self) -> PyTree:
+        """Shapes, dtypes and shardings of the parameters; no array is made."""
+        abstract = t5.abstract_params(self.config)
+        shardings = sharding.param_shardings(
+            abstract, t5.param_logical_axes(self.config), self.mesh
+        )
+        return sharding.with_shardings(abstract, shardings)
+
+    @functools.cached_property
+    def abstract_computed_params(self) -> PyTree:
+        """The parameters in the dtypes that a forward pass reads them in.
+
+        A frozen model in these gives the numbers of the float32 one, bit for bit: what is cast to
+        bfloat16 before every use may be cast once.
+        """
+        return jax.tree.map(
+            lambda leaf, dtype: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding),
+            self.abstract_params,
+            t5.computed_dtypes(self.config),
+        )
+
+    def abstract_adapters(self, rank: int) -> PyTree:
+        """Shapes, dtypes and shardings of adapters for all kernels within layers."""
+        abstract = jax.eval_shape(
+            functools.partial(adapters.init, self.abstract_params, rank), jax.random.key(0)
+        )
+        axes = adapters.logical_axes(t5.param_logical_axes(self.config))
+        return sharding.with_shardings(
+            abstract, sharding.param_shardings(abstract, axes, self.mesh)
+        )
+
+    @functools.cached_property
+    def forward(self) -> Forward:
+        """`forward(params, batch, dropout_key or None) -> FactoredLogits`."""
+        return t5.make_factored_forward(self.config)
+
+    @functools.cached_property
+    def hidden_states(self) -> Callable[..., jax.Array]:
+        """`(params, batch) -> states [B, T, E]` of the decoder, whole on every device."""
+        return jax.jit(
+            sharding.traced_on(
+                self.mesh, lambda params, batch: self.forward(params, batch, None).hidden
+            ),
+            out_shardings=sharding.replicated(self.mesh),
+        )
+
+    def decode(
+        self,
+        params: PyTree,
+        inputs: Sequence[Sequence[int]],
+        width: int,
+        decoder: decoding.Decoding,
+        batch_size: int,
+        *,
+        row_keys: jax.Array | None = None,
+        mask: decoding.Mask | None = None,
+        prefixes: np.ndarray | None = None,
+    ) -> decoding.Decoded:
+        """Has the devices begin with a batch of outputs, and does not wait for it.
+
+        Args:
+          params: Of this model.
+          inputs: Token ids, at most `batch_size` of them; filler rows come after theirs.
+          width: Of the encoder.
+          decoder: How to choose the tokens.
+          batch_size: Rows that are computed.
+          row_keys: One for each of the inputs, for sampling.
+          mask: What must not come up in each.
+          prefixes: Of each, how its output begins, as `decoding.decode` takes it.
+        """
+        num_fill = batch_size - len(inputs)
+        features = {"tokens": feature_converters.pad_inputs([*inputs, *[()] * num_fill], width)}
+        for name, sequences in ({} if mask is None else mask._asdict()).items():
+            if sequences is not None:
+                fill = ((0, num_fill), (0, 0), (0, 0))
+                features[name] = np.pad(sequences, fill, constant_values=-1)
+        if prefixes is not None:
+            features["prefixes"] = np.pad(prefixes, ((0, num_fill), (0, 0)))
+        placed = sharding.put_batch(features, self.mesh)
+        if row_keys is not None:
+            filled = jnp.concatenate([row_keys, jnp.repeat(row_keys[:1], num_fill)])
+            row_keys = jax.device_put(filled, placed["tokens"].sharding)
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            return decoding.decode(
+                params,
+                placed["tokens"],
+                row_keys,
+                mask and decoding.Mask(placed["banned"], placed.get("supported")),
+                placed.get("prefixes"),
+                config=self.config,
+                decoding=decoder,
+            )
+
+    def init(self, seed: int) -> PyTree:
+        """Random parameters; no device ever holds more than its own part."""
+        init = jax.jit(
+            functools.partial(t5.init, self.config),
+            out_shardings=sharding.shardings_of(self.abstract_params),
+        )
+        return init(jax.random.key(seed))
+
+    def init_adapters(self, rank: int, seed: int) -> PyTree:
+        """Adapters that change nothing yet."""
+        init = jax.jit(
+            functools.partial(adapters.init, self.abstract_params, rank),
+            out_shardings=sharding.shardings_of(self.abstract_adapters(rank)),
+        )
+        return init(jax.random.key(seed))

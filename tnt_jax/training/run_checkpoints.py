@@ -1,0 +1,203 @@
+"""The checkpoints of a training run, in its model directory.
+
+Orbax writes to a temporary name and renames, so a half-written checkpoint is never taken for the
+newest. The original's parameters are never in a checkpoint of the run that trains away from them.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+
+from tnt_jax.checkpoints import lazy_arrays, orbax
+from tnt_jax.runtime.array_types import PyTree
+from tnt_jax.runtime.errors import UsageError
+from tnt_jax.training import train_step
+
+
+class Checkpoints:
+    """The checkpoints under one model directory; use it as a context manager."""
+
+    def __init__(
+        self,
+        model_dir: str,
+        *,
+        keep: int = 2,
+        keep_every: int | None = None,
+        keep_best: str | None = None,
+    ):
+        """Opens a model directory, and creates it if need be.
+
+        What an earlier process left half-written is deleted.
+
+        Args:
+          model_dir: The directory.
+          keep: The last checkpoints stay, so many.
+          keep_every: Those of every such update stay as well.
+          keep_best: So does the one with the smallest metric of that name.
+
+        Raises:
+          UsageError: The directory cannot be made, or a number is below 1.
+        """
+        for name, number in (("keep_checkpoints", keep), ("keep_every", keep_every)):
+            if number is not None and number < 1:
+                raise UsageError(f"{name}: expected at least 1, found {number}.")
+        self._dir = epath.Path(model_dir).expanduser().absolute()
+        try:
+            self._dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"MODEL_DIR: expected a directory that can be written, found {model_dir}: "
+                f"{error.strerror or error}."
+            ) from error
+        self._orbax = ocp.CheckpointManager(
+            self._dir,
+            item_names=("params", "optimizer", "run"),
+            options=_retention(keep, keep_every, keep_best),
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *unused):
+        self._orbax.close()  # waits for what is being written
+
+    def latest_step(self) -> int | None:
+        """The step of the newest whole checkpoint, None if there is none."""
+        return self._orbax.latest_step()
+
+    def best_step(self) -> int | None:
+        """The step of the checkpoint where `keep_best` is smallest, None if there is none."""
+        return self._orbax.best_step()
+
+    def save(
+        self,
+        state: train_step.TrainState,
+        run: Mapping[str, Any],
+        metrics: Mapping[str, float | int] | None = None,
+    ) -> None:
+        """Writes a checkpoint in the background.
+
+        Args:
+          state: Of the run.
+          run: A JSON object.
+          metrics: Of this step; `keep_best` among them.
+        """
+        is_saved = self._orbax.save(
+            int(state.step),
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                optimizer=ocp.args.StandardSave(state.opt_state),
+                run=ocp.args.JsonSave(dict(run)),
+            ),
+            metrics=metrics,
+        )
+        assert is_saved, f"there is a checkpoint of step {state.step} or a later one"
+
+    def run_of(self, step: int) -> dict[str, Any]:
+        """The `run` that was saved with a checkpoint.
+
+        Raises:
+          UsageError: The checkpoint was not written by a training run.
+        """
+        run = orbax.read_run(self._item(step, "run").parent)
+        assert run is not None
+        return run
+
+    def check(self, step: int, abstract_state: train_step.TrainState) -> None:
+        """Raises a UsageError unless a checkpoint is of a run, of this model and optimizer."""
+        self._check_layers(step, abstract_state.params)
+        _check_tree(self._item(step, "params"), abstract_state.params, "the model settings")
+        _check_tree(self._item(step, "optimizer"), abstract_state.opt_state, "OPTIMIZER")
+
+    def restore(self, step: int, abstract_state: train_step.TrainState) -> train_step.TrainState:
+        """The state of a checkpoint, on the mesh of `abstract_state`, not on that it was saved on.
+
+        Args:
+          step: Of the checkpoint.
+          abstract_state: Shapes, dtypes and shardings to restore to.
+
+        Raises:
+          UsageError: As in `check`.
+        """
+        self.check(step, abstract_state)
+        with orbax.reading(self._item(step, "params").parent):
+            restored = self._orbax.restore(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardRestore(abstract_state.params),
+                    optimizer=ocp.args.StandardRestore(abstract_state.opt_state),
+                ),
+            )
+        return train_step.TrainState(
+            step=jax.device_put(jnp.asarray(step, jnp.int32), abstract_state.step.sharding),
+            params=restored["params"],
+            opt_state=restored["optimizer"],
+        )
+
+    def _check_layers(self, step: int, abstract_params: PyTree) -> None:
+        """A run goes on with its layers as it has them: its optimizer state is laid out so too."""
+
+        def is_scanned(tree: PyTree) -> bool:
+            return any("/layers/" in name for name in lazy_arrays.shapes(tree))
+
+        item = self._item(step, "params")
+        with orbax.reading(item):
+            saved = is_scanned(orbax.tree_of(item))
+        if saved != is_scanned(abstract_params):
+            raise UsageError(
+                f"scan_layers: expected {saved}, as the run in {item.parent.parent} has it, found "
+                f"{not saved}. Set SCAN_LAYERS = {saved}; or begin another run from this one: give "
+                f"{item.parent} as INITIAL_CHECKPOINT_PATH, with another MODEL_DIR."
+            )
+
+    def _item(self, step: int, name: str) -> epath.Path:
+        checkpoint = self._dir / orbax.STEP_NAMES.build_name(step)
+        if not (checkpoint / name).exists():
+            raise UsageError(
+                f"MODEL_DIR: expected the checkpoints of a training run, but {checkpoint} has no "
+                f"`{name}`. Give it as INITIAL_CHECKPOINT_PATH, with another MODEL_DIR."
+            )
+        return checkpoint / name
+
+
+def _retention(
+    keep: int, keep_every: int | None, keep_best: str | None
+) -> ocp.CheckpointManagerOptions:
+    policies = ocp.checkpoint_managers
+    kept: list[policies.PreservationPolicy] = [policies.LatestN(keep)]
+    if keep_every is not None:
+        kept.append(policies.EveryNSteps(keep_every))
+
+    def metric(metrics: Mapping[str, float | int]) -> float:
+        value = metrics.get(keep_best or "", math.inf)
+        # NaN is neither below nor above another: sorted, it may stand before what is best.
+        return value if math.isfinite(value) else math.inf
+
+    if keep_best is not None:
+        best = policies.BestN(
+            get_metric_fn=metric, reverse=True, n=1, keep_checkpoints_without_metrics=False
+        )
+        kept.append(best)
+    return ocp.CheckpointManagerOptions(
+        preservation_policy=policies.AnyPreservationPolicy(kept),
+        # Metrics are written only where there is such a function.
+        best_fn=None if keep_best is None else metric,
+        best_mode="min",
+        cleanup_tmp_directories=True,
+        step_name_format=orbax.STEP_NAMES,
+    )
+
+
+def _check_tree(path: epath.Path, abstract: PyTree, setting: str) -> None:
+    """Compares a saved tree with the expected one and names every difference at once."""
+    # The item's own handler: a checkpointer would warn that an item is no whole checkpoint.
+    with orbax.reading(path):
+        found = lazy_arrays.shapes(orbax.tree_of(path))
+    differences = lazy_arrays.differences_of(found, lazy_arrays.shapes(abstract))
+    if differences:
+        raise UsageError(lazy_arrays.mismatch(str(path.parent), setting, differences))
