@@ -22,6 +22,7 @@ vocabulary need not take equally many blocks, and exchange nothing until the loo
 import dataclasses
 import functools
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -30,9 +31,10 @@ from jax.sharding import PartitionSpec
 
 from tnt_jax.models import factored_logits, sharding
 from tnt_jax.models.factored_logits import FactoredLogits
+from tnt_jax.models.model import Model
 from tnt_jax.objectives import definition
 from tnt_jax.objectives.fused_block import Block, Reductions, TokenValues
-from tnt_jax.runtime.array_types import Array, Float, Int
+from tnt_jax.runtime.array_types import Array, Float, Int, PyTree
 
 
 def token_values(
@@ -75,6 +77,31 @@ def token_values(
         settings, current.hidden, current.matrix, original, jax.lax.stop_gradient(tokens)
     )
     return total, jax.lax.stop_gradient(values)
+
+
+def jit_log_likelihoods(model: Model) -> Callable[..., Float[Array, "B T"]]:
+    """Compiles `(params, batch) -> log p(target)` of each token of a batch, in nats.
+
+    The batch has the model's features and "decoder_loss_mask" `[B, T]`: where that is 0, the result
+    is 0. Every device gets the whole result.
+    """
+    likelihood = definition.TntObjective(negative_term="none", positive_term="log_likelihood")
+
+    def log_likelihoods(params: PyTree, batch: Mapping[str, Array]) -> Float[Array, "B T"]:
+        _, values = token_values(
+            likelihood,
+            model.forward(params, batch, None),
+            None,
+            target_tokens=batch["decoder_target_tokens"],
+            negative_ids=jnp.full((1, 1, 1), -1, jnp.int32),
+            loss_mask=batch["decoder_loss_mask"],
+        )
+        return -values.losses
+
+    return jax.jit(
+        sharding.traced_on(model.mesh, log_likelihoods),
+        out_shardings=sharding.replicated(model.mesh),
+    )
 
 
 def _vocab_size(logits: FactoredLogits) -> int:

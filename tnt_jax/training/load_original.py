@@ -16,11 +16,12 @@ from tnt_jax.checkpoints import digests, pretrained
 from tnt_jax.data import feature_converters
 from tnt_jax.models import sharding, t5
 from tnt_jax.models.model import Model
+from tnt_jax.objectives import fused
 from tnt_jax.runtime.array_types import PyTree
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.training.original_cache import OriginalStates
 from tnt_jax.training.originals import PARAMETERS, STATES, AdaptersOff, CachedStates, Original
-from tnt_jax.training.trainer import Trainer, copied, jit_token_step
+from tnt_jax.training.trainer import Trainer, copied
 
 # What becomes of an update whose loss or gradient is not finite: it stops the run, or is left out.
 NON_FINITE = ("stop", "skip")
@@ -233,10 +234,8 @@ def probe(model: Model, params: PyTree) -> np.ndarray:
     devices = math.prod(model.mesh.shape[axis] for axis in sharding.AXIS_RULES["batch"])
     repeated = [examples[row % num_rows] for row in range(-(-num_rows // devices) * devices)]
     batch = feature_converters.convert_features(repeated, lengths)
-    likelihood = objectives.TntObjective(negative_term="none", positive_term="log_likelihood")
-    tokens = jit_token_step(model, likelihood)
-    _, values = tokens(params, None, sharding.put_batch(batch, model.mesh))
-    return -np.asarray(values.losses)[:num_rows]
+    placed = sharding.put_batch(batch, model.mesh)
+    return np.asarray(fused.jit_log_likelihoods(model)(params, placed))[:num_rows]
 
 
 def states_of(

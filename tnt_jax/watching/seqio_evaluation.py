@@ -17,18 +17,15 @@ import seqio
 import tensorflow as tf
 from etils import epath
 
-from tnt_jax import objectives
 from tnt_jax.checkpoints import pretrained
 from tnt_jax.data import tasks
 from tnt_jax.models import decoding, sharding
 from tnt_jax.models.model import Model
+from tnt_jax.objectives import fused
 from tnt_jax.runtime import console
 from tnt_jax.runtime.array_types import PyTree
 from tnt_jax.runtime.errors import UsageError
-from tnt_jax.training.trainer import jit_token_step
 from tnt_jax.watching import metric_writers
-
-_LOG_LIKELIHOOD = objectives.TntObjective(negative_term="none", positive_term="log_likelihood")
 
 _Scores = list[tuple[int, float]]
 _Outputs = list[tuple[int, list[int]]]
@@ -47,7 +44,7 @@ class ModelFunctions:
 
     def __init__(self, model: Model, decoder: decoding.Decoding, batch_size: int):
         self._model, self._decoder, self._batch_size = model, decoder, batch_size
-        self._token_step = jit_token_step(model, _LOG_LIKELIHOOD)
+        self._log_likelihoods = fused.jit_log_likelihoods(model)
 
     def predict(self, params: PyTree, dataset: Any) -> _Outputs:
         """The token ids of each output, padded with 0 to the longest that there may be."""
@@ -87,7 +84,6 @@ class ModelFunctions:
                 "decoder_input_tokens": features["decoder_input_tokens"],
                 "decoder_target_tokens": targets,
                 "decoder_loss_mask": np.ones_like(targets),
-                "decoder_negative_ids": np.full((*targets.shape, 1), -1, np.int32),
             }
             fill = (0, self._batch_size - len(indices))
             batch = {
@@ -95,8 +91,8 @@ class ModelFunctions:
                 for name, rows in batch.items()
             }
             placed = sharding.put_batch(batch, self._model.mesh)
-            losses = np.asarray(self._token_step(params, None, placed)[1].losses)
-            weighted = -losses[: len(indices)] * features["decoder_loss_weights"]
+            found = np.asarray(self._log_likelihoods(params, placed))
+            weighted = found[: len(indices)] * features["decoder_loss_weights"]
             scores += zip(indices, weighted.sum(axis=1).tolist(), strict=True)
         return scores
 
