@@ -1,7 +1,7 @@
 # make quickstart   an original model, its unwanted values, the patched model, the table and an HTML report:
 #                   minutes on two cores
 # make test         the unit and end-to-end tests
-# make lint         ruff and basedpyright
+# make lint         ruff, basedpyright, and which room may import which
 # make docs         the site of docs/, in site/: open site/index.html. Its search needs a server:
 #                   python -m http.server -d site
 # make parity       logits, outputs and conversion against transformers and torch, at T5-small's size
@@ -38,6 +38,7 @@ test: $(VENV)/.installed-test
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports
 	$(VENV)/bin/basedpyright --pythonpath $(VENV)/bin/python
 
 # mkdocs-material announces at every build what it thinks of the next mkdocs.
