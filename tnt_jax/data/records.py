@@ -1,7 +1,6 @@
 """The record: an input, what the original model said to it, and what is unwanted there.
 
-Programs exchange records as JSONL, one object a line (`tnt_jax.data.tfrecords`: the same as
-TFRecord):
+Programs exchange records as JSONL, one object a line:
 
     {"id": "...", "inputs": "text", "targets": "text the original model produced",
      "target_ids": [...],                       exact generated ids, EOS included
@@ -119,12 +118,9 @@ class Record:
         Raises:
             UsageError: a field that is not ours holds a number that is not finite.
         """
-        return self.as_text(self.to_json()) + "\n"
-
-    def as_text(self, fields: Mapping[str, Any]) -> str:
-        """Some of its fields as JSON; raises as `to_line`."""
+        fields = self.to_json()
         try:
-            return json.dumps(fields, ensure_ascii=False, allow_nan=False)
+            return json.dumps(fields, ensure_ascii=False, allow_nan=False) + "\n"
         except ValueError:
             name, number = files.not_finite(fields)
             if number is None:
