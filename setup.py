@@ -44,7 +44,7 @@ setuptools.setup(
         "scipy>=1.14",
         "sentencepiece>=0.2.3",
         "seqio>=0.0.20",
-        "tensorboardX>=2.6.5",  # writes what TensorBoard shows, without TensorFlow
+        "tensorboard>=2.20",  # the format of its event files, without TensorFlow
         "tensorflow>=2.21",
         "tensorflow-datasets>=4.9.9",
         "tensorstore>=0.1.74",
@@ -66,7 +66,6 @@ setuptools.setup(
             "clu>=0.0.12",
             "fiddle>=0.3",
             "grain>=0.2.18",
-            "tensorboard>=2.20",
         ],
         # Weights & Biases, for WANDB_PROJECT.
         "wandb": ["wandb>=0.31"],
