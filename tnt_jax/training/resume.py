@@ -26,7 +26,7 @@ import jax
 import numpy as np
 
 from tnt_jax.checkpoints import digests
-from tnt_jax.runtime import console, operative_config, processes
+from tnt_jax.runtime import console, operative_config, processes, settings_json
 from tnt_jax.runtime.array_types import PyTree
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.training import load_original, run_checkpoints, train_step
@@ -77,9 +77,9 @@ def describe(
       adapters: Their settings and what they lie beside; None where there are none.
       **settings: Further ones of `COMPARED`, JSON values.
     """
-    model = operative_config.describe(trainer.model.config)
+    model = settings_json.describe(trainer.model.config)
     run = {
-        "objective": operative_config.describe(trainer.objective),
+        "objective": settings_json.describe(trainer.objective),
         "model": model,
         "optimizer": dict(optimizer),
         "data": dict(data),
@@ -107,7 +107,7 @@ def describe(
 
 def _describe_vocabulary(vocabulary: Any) -> dict[str, Any]:
     if hasattr(vocabulary, "sentencepiece_model_file"):
-        return operative_config.describe(vocabulary)
+        return settings_json.describe(vocabulary)
     # Others are told apart by what they are: what else they hold may be anything.
     kind = type(vocabulary)
     return {"class": f"{kind.__module__}.{kind.__qualname__}", "size": vocabulary.vocab_size}
