@@ -32,7 +32,9 @@ setuptools.setup(
         "gin-config>=0.5",
         "importlib_resources>=6",  # TFDS prepares no data set without it, and does not declare it
         "jax>=0.10.2",
+        "jinja2>=3.1",
         "msgpack>=1.0",
+        "msgspec>=0.21",  # checks the types of JSON
         "numpy>=2.0",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.30",
