@@ -446,7 +446,7 @@ def test_tensorflow_is_imported_without_its_lines_but_others_come_through(tmp_pa
         "print('a real warning', file=sys.stderr)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", f"from tnt_jax import program; {before}import tensorflow"],
+        [sys.executable, "-c", f"from tnt_jax.runtime import program; {before}import tensorflow"],
         env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
         capture_output=True,
         text=True,
