@@ -29,15 +29,15 @@ class Comparison:
     """The outputs of one arm with one decoder beside those of the original.
 
     Attributes:
-      task: As in the row of this comparison; so are the next two.
-      arm: Its objective.
-      decoder: How the outputs were made.
-      num_outputs: Of each model.
-      annotator: That marked them.
-      kinds: How many changes are of each of `changes.KINDS`.
-      signs: Of failure.
+      task: the task of this comparison's row; arm and decoder are the row's, too.
+      arm: the row's objective.
+      decoder: how the outputs were made.
+      num_outputs: number of outputs of each model.
+      annotator: the annotator that marked them.
+      kinds: number of changes of each of `changes.KINDS`.
+      signs: signs of failure.
       outputs: (id, input, change) to show, the worst first; maybe not all.
-      tokens: Of the original's outputs that changed most, as `tnt_jax.evaluate` writes them.
+      tokens: those of the original's outputs that changed most, as `tnt_jax.evaluate` writes them.
     """
 
     task: str
@@ -78,14 +78,14 @@ def write(
     files: Mapping[str, tuple[int, str]],
     settings: Mapping[str, str],
 ) -> str:
-    """The text of the page.
+    """Returns the page as HTML.
 
     Args:
-      title: Its heading.
-      rows: Results to compare.
-      comparisons: Outputs to show.
-      files: Bytes and SHA-256 of what was read, by path.
-      settings: Texts of what was set, by the path that they come from.
+      title: the page's heading.
+      rows: results to compare.
+      comparisons: outputs to show.
+      files: bytes and SHA-256 of each file that was read, by path.
+      settings: texts of the settings, by the path that they come from.
     """
     groups = results.over_seeds(rows, results.SETTINGS)
     data = {

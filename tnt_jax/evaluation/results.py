@@ -35,11 +35,11 @@ class Shown(TypedDict):
       decoder: how the outputs were made.
       unwanted_rate_before: share of the original's outputs that are unwanted, from 0 to 1.
       unwanted_rate_after: the same of the patched model.
-      bleu: to the original's outputs, 0 to 100.
-      alpha: `negative_weight` of the objective.
-      seed: of the training run.
-      steps: updates of training, of all rounds together.
-      rouge_l: to the original's outputs, 0 to 100.
+      bleu: BLEU to the original's outputs, 0 to 100.
+      alpha: the objective's `negative_weight`.
+      seed: the training run's seed.
+      steps: updates of training, all rounds together.
+      rouge_l: ROUGE-L to the original's outputs, 0 to 100.
       exact_match: share of outputs that did not change, from 0 to 1.
       repeated_word_rate: share of outputs with a word twice in a row, from 0 to 1.
       unknown_token_rate: share of outputs with an unknown token, from 0 to 1.
@@ -90,11 +90,11 @@ def measure(original: Sequence[records.Record], current: Sequence[records.Record
     """The numbers of an arm; rates and shares from 0 to 1, BLEU and ROUGE-L from 0 to 100.
 
     Args:
-      original: Annotated outputs of the original.
-      current: Annotated outputs of the arm, for the same prompts in the same order.
+      original: annotated outputs of the original.
+      current: annotated outputs of the arm, for the same prompts in the same order.
 
     Raises:
-      UsageError: There are none.
+      UsageError: there are none.
     """
     before, after = (
         text_metrics.unwanted([row.negative_spans or () for row in rows]).value
@@ -131,16 +131,16 @@ def intervals(
     """95 % intervals over prompts, by paired bootstrap: every arm sees the same resamples.
 
     Args:
-      original: Annotated outputs of the original.
-      arms: Annotated outputs of each, for the same prompts in the same order.
-      baseline: The arm that the others are compared with; if it is not among them, none are.
-      num_resamples: Of the prompts.
-      seed: Of the resamples.
+      original: annotated outputs of the original.
+      arms: annotated outputs of each arm, for the same prompts in the same order.
+      baseline: the arm that the others are compared with; if it is not among them, none are.
+      num_resamples: how often the prompts are drawn anew.
+      seed: decides the draws.
 
     Returns:
-      By arm: "cut_interval"; "bleu_interval"; "bleu_p_value", of a difference to the baseline's
-      BLEU at least so large (sacrebleu's paired bootstrap test; None for the baseline, and without
-      one).
+      For each arm "cut_interval"; "bleu_interval"; "bleu_p_value", the probability of a difference
+      to the baseline's BLEU at least so large (sacrebleu's paired bootstrap test; None for the
+      baseline, and without one).
     """
     # Here, because they take a second to import, which nobody else pays.
     import scipy.stats
@@ -151,7 +151,7 @@ def intervals(
 
     def cut(before: np.ndarray, after: np.ndarray, axis: int = -1) -> np.ndarray:
         of_before, of_after = before.sum(axis=axis), after.sum(axis=axis)
-        # As in `measure`: where nothing was unwanted nothing is cut.
+        # Where nothing was unwanted nothing is cut: `cut_of`.
         return np.where(of_before > 0, 1 - of_after / np.maximum(of_before, 1), 0.0)
 
     systems: Any = [(name, [row.targets for row in arms[name]]) for name in _first(arms, baseline)]
@@ -192,16 +192,16 @@ def _first(arms: Mapping[str, Any], name: str) -> list[str]:
 
 
 def choose(rows: Sequence[Row], cut: float) -> dict[str, float | None]:
-    """The weight of every arm: of those that cut enough the one with the most BLEU to the original.
+    """Chooses a weight for every arm: among those that cut enough, the one with the most BLEU.
 
     Where none cuts enough it is the one that cuts most. Seeds are averaged first.
 
     Args:
-      rows: Of the part that is for choosing, of one decoder.
-      cut: What is enough.
+      rows: those of one decoder, on the prompts that weights are chosen on.
+      cut: the cut that is enough.
 
     Returns:
-      By objective; None where it has no weight.
+      The weight of each objective; None where it has no weight.
     """
     by_arm: dict[str, dict[Any, list[Row]]] = {}
     for row in rows:
@@ -220,7 +220,7 @@ def _mean(rows: Sequence[Row], key: str) -> float:
 
 
 def pareto(rows: Sequence[Row]) -> list[bool]:
-    """Of every row, whether no other has at least its cut and BLEU, and more of one."""
+    """Says of each row whether no other has at least its cut and BLEU, and more of one."""
 
     def beats(other: Row, row: Row) -> bool:
         no_less = other["cut"] >= row["cut"] and other["bleu"] >= row["bleu"]
