@@ -6,10 +6,7 @@ import math
 import os
 import pathlib
 import random
-from collections.abc import (
-    Iterable,
-    Sequence,
-)
+from collections.abc import Iterable, Sequence
 
 from tnt_jax import annotators
 from tnt_jax.annotators import phrases

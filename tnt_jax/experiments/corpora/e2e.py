@@ -7,12 +7,7 @@ import os
 import pathlib
 import random
 import re
-from collections.abc import (
-    Callable,
-    Iterable,
-    Iterator,
-    Sequence,
-)
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from tnt_jax.data import records
 from tnt_jax.data.records import Record

@@ -5,9 +5,7 @@ import json
 import os
 import pathlib
 import random
-from collections.abc import (
-    Collection,
-)
+from collections.abc import Collection
 from typing import Any
 
 from tnt_jax.runtime.errors import UsageError

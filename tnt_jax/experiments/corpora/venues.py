@@ -7,13 +7,7 @@ import os
 import pathlib
 import random
 import re
-from collections.abc import (
-    Callable,
-    Hashable,
-    Iterable,
-    Mapping,
-    Sequence,
-)
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from tnt_jax.data import records
