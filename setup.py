@@ -32,7 +32,9 @@ setuptools.setup(
         "gin-config>=0.5",
         "importlib_resources>=6",  # TFDS prepares no data set without it, and does not declare it
         "jax>=0.10.2",
+        "jinja2>=3.1",
         "msgpack>=1.0",
+        "msgspec>=0.21",  # checks the types of JSON
         "numpy>=2.0",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.30",
@@ -44,7 +46,7 @@ setuptools.setup(
         "scipy>=1.14",
         "sentencepiece>=0.2.3",
         "seqio>=0.0.20",
-        "tensorboardX>=2.6.5",  # writes what TensorBoard shows, without TensorFlow
+        "tensorboard>=2.20",  # the format of its event files, without TensorFlow
         "tensorflow>=2.21",
         "tensorflow-datasets>=4.9.9",
         "tensorstore>=0.1.74",
@@ -66,7 +68,6 @@ setuptools.setup(
             "clu>=0.0.12",
             "fiddle>=0.3",
             "grain>=0.2.18",
-            "tensorboard>=2.20",
         ],
         # Weights & Biases, for WANDB_PROJECT.
         "wandb": ["wandb>=0.31"],

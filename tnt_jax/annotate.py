@@ -31,7 +31,15 @@ from typing import Any
 from tnt_jax import annotators
 from tnt_jax.annotators import beam_jobs, phrases
 from tnt_jax.data import records, removed_everywhere, tokenization
-from tnt_jax.runtime import console, holding, operative_config, output_parts, processes, program
+from tnt_jax.runtime import (
+    console,
+    holding,
+    operative_config,
+    output_parts,
+    processes,
+    program,
+    settings_json,
+)
 from tnt_jax.runtime.errors import UsageError
 
 _RECORDS_PER_PART = 5000  # at most so many are lost with a process that is killed
@@ -98,7 +106,7 @@ def annotate(
             "vocabulary": vocabulary,
         }
         sizes = output_parts.sizes(len(rows), _RECORDS_PER_PART)
-        with output_parts.opened(output, sizes, operative_config.describe(work)) as job:
+        with output_parts.opened(output, sizes, settings_json.describe(work)) as job:
             firsts = {part: part * _RECORDS_PER_PART for part in job.missing}
             own = [
                 (part, row)

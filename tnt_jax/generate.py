@@ -33,7 +33,15 @@ from tnt_jax.checkpoints import digests, pretrained
 from tnt_jax.data import records, removed_everywhere, tokenization
 from tnt_jax.models import decoding, sharding, t5
 from tnt_jax.models.model import Model
-from tnt_jax.runtime import console, memory, operative_config, output_parts, processes, program
+from tnt_jax.runtime import (
+    console,
+    memory,
+    operative_config,
+    output_parts,
+    processes,
+    program,
+    settings_json,
+)
 from tnt_jax.runtime.errors import UsageError, check_seed
 
 _WIDTH_MULTIPLE = 16  # so that files of nearly equal lengths share a compiled program
@@ -132,7 +140,7 @@ def generate(
         "batch_size": batch_size,
         "seed": seed,
     }
-    with output_parts.opened(output, sizes, operative_config.describe(work)) as job:
+    with output_parts.opened(output, sizes, settings_json.describe(work)) as job:
         own = [(part, batch) for part in job.missing for batch in batches_of[part]]
         began = time.monotonic()
         with memory.explained(

@@ -33,6 +33,7 @@ from tnt_jax.experiments.experiment import Experiment, Opened
 from tnt_jax.runtime import console, files, holding, program, stages
 from tnt_jax.runtime.errors import UsageError
 
+_ARM = ("decoder", "objective")  # of one weight each: rows that have these alike
 _FEWEST = 5  # unwanted outputs to choose weights by: fewer are chance
 _FEWEST_TO_REPORT = 2  # prompts: what one says has no interval
 
@@ -263,7 +264,7 @@ def _found(
     if frontier_seeds and not num_missing:
         best = {
             row["objective"]
-            for row in _over_seeds(_of_weights(rows["choice_rows"], weights))
+            for row in results.over_seeds(_of_weights(rows["choice_rows"], weights), _ARM)
             if row.get("is_pareto")
         }
         again = _with_seeds(cells, weights, {baseline, *best}, frontier_seeds)
@@ -407,16 +408,6 @@ def _of_weights(
     return [row for row in rows if weights.get(row["objective"]) == row["alpha"]]
 
 
-def _over_seeds(rows: Sequence[results.Row]) -> list[results.Row]:
-    """Arms of one weight each, over seeds; of each decoder, which are on the frontier."""
-    found = results.averaged(rows, key=lambda row: (row["decoder"], row["objective"]))
-    for decoder in {row["decoder"] for row in found}:
-        trained = [row for row in _of_decoder(found, decoder) if row["objective"] != results.MASK]
-        for row, is_best in zip(trained, results.pareto(trained), strict=True):
-            row["is_pareto"] = is_best
-    return found
-
-
 def _with_seeds(
     cells: Sequence[_Cell],
     weights: Mapping[str, float | None],
@@ -442,7 +433,7 @@ def _chosen(
     num_resamples: int,
 ) -> list[results.Row]:
     """Every arm at its chosen weight, on the prompts that no weight was chosen on."""
-    chosen = _over_seeds(rows)
+    chosen = results.over_seeds(rows, _ARM)
     for decoder in opened.settings.decoders:
         of_decoder = _of_decoder(chosen, decoder)
         # Of an arm's first seed.

@@ -42,6 +42,7 @@ from tnt_jax.runtime import (
     preemption,
     processes,
     program,
+    settings_json,
     stages,
 )
 from tnt_jax.runtime.array_types import PyTree
@@ -252,7 +253,7 @@ def train(
     run = resume.describe(
         trainer,
         optimizer={
-            **operative_config.describe(optimizer),
+            **settings_json.describe(optimizer),
             "max_gradient_norm": max_gradient_norm,
         },
         data=data.describe(),
