@@ -27,9 +27,6 @@ from tnt_jax.runtime import program
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-# First words of blocks without a language that are neither commands nor Python: diagrams, listings.
-NEITHER = {"inputs", "tnt_jax/"}
-
 # The gin files of a training run.
 TRAIN = [
     f"--gin_file={name}"
@@ -46,8 +43,6 @@ def kind_of(block):
     first = block.text.split()[0]
     if first in (*COMMANDS, "taskset") or re.match(r"launch/|--gin\.|\w+=", first):
         return "bash"
-    if first in NEITHER:
-        return "text"
     return "python"
 
 
