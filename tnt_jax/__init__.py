@@ -4,4 +4,4 @@ Importing the package is cheap on purpose: nothing heavier than the version live
 module imports only what it needs (the numerics need JAX, Flax and Optax; see docs/architecture.md).
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
