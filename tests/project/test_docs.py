@@ -279,7 +279,7 @@ def test_gin_files_named_in_text_are_there(page):
         for name in re.findall(r"[\w./]+\.gin\b", code):
             name = name.removeprefix("gin_configs/")
             found = [*(ROOT / "gin_configs").rglob(pathlib.Path(name).name)]
-            is_written = name.endswith(("operative_config.gin", "block.gin"))
+            is_written = name.endswith(("operative_config.gin", "block.gin", "NAME.gin"))
             assert is_written or any(str(path).endswith(name) for path in found), code
 
 
