@@ -1,4 +1,4 @@
-"""What README.md, CONTRIBUTING.md and docs/ show: every command resolves or runs, every link leads somewhere.
+"""What README.md, CONTRIBUTING.md and docs/ show: commands resolve or run, links lead somewhere.
 
 A command is checked as far as that takes seconds and no network; `check_command` says for each kind
 why it is not run. The tutorial is run as it stands, tests/programs/test_tutorial.py.
