@@ -17,7 +17,8 @@ import numpy as np
 from flax import linen as nn
 
 from tnt_jax.models import adapters, sharding
-from tnt_jax.models.t5_config import ACTIVATIONS, REMAT_POLICIES, T5Config
+from tnt_jax.models.network_config import ACTIVATIONS, REMAT_POLICIES
+from tnt_jax.models.t5_config import T5Config
 from tnt_jax.runtime.array_types import Array, Bool, Float, Int
 
 # T5X's value. Finite, so that a query with nothing to attend to (padding) stays finite as well.
