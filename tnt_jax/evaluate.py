@@ -180,7 +180,10 @@ def _certificate(
     step = jit_token_step(network, objective)
     examples = tasks.examples_from_records(rows, vocabulary, "the original's outputs")
     batches = feature_converters.batch_for_eval(
-        examples, settings.batch_size, settings.task_feature_lengths
+        examples,
+        settings.batch_size,
+        settings.task_feature_lengths,
+        feature_layout=network.network.feature_layout,
     )
     num_batches = -(-len(examples) // settings.batch_size)
     sums: list[dict[str, Any]] = []

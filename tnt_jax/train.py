@@ -216,6 +216,7 @@ def train(
         task_feature_lengths=task_feature_lengths,
         seed=seed,
         pack=pack,
+        feature_layout=network.network.feature_layout,
     )
     _check_marks(data.examples, objective, task_feature_lengths, config.vocab_size)
     _log_fill(data.batches)

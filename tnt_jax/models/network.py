@@ -11,6 +11,7 @@ Axes: `B` rows, `S` input positions, `T` target positions, `E` width of the stat
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+from tnt_jax.data.feature_converters import FeatureLayout
 from tnt_jax.models.factored_logits import FactoredLogits
 from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime.array_types import Array, Float, Int, Key, PyTree
@@ -37,6 +38,11 @@ class Network(Protocol):
     @property
     def config(self) -> NetworkConfig:
         """The settings of the network."""
+        ...
+
+    @property
+    def feature_layout(self) -> FeatureLayout:
+        """How examples become the features that `forward` reads."""
         ...
 
     def init(self, key: Key[Array, ""]) -> PyTree:
@@ -73,7 +79,7 @@ class Network(Protocol):
         Args:
           params: Parameters, layers stacked if `config.scan_layers`; kernels may have adapters
             beside them.
-          batch: Features of the network's layout; those that it does not know are not read.
+          batch: Features of `feature_layout`; others are not read.
           dropout_key: None computes without dropout.
 
         Returns:

@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from tnt_jax.data.feature_converters import ENCODER_DECODER, FeatureLayout
 from tnt_jax.models import parameters, sharded_embedding, sharding
 from tnt_jax.models.factored_logits import FactoredLogits
 from tnt_jax.models.network import DecodingStart
@@ -263,6 +264,11 @@ class T5:
     """
 
     config: T5Config
+
+    @property
+    def feature_layout(self) -> FeatureLayout:
+        """Inputs for the encoder, targets for the decoder."""
+        return ENCODER_DECODER
 
     def init(self, key: Key[Array, ""]) -> PyTree:
         """Random float32 parameters by T5X's initializers."""

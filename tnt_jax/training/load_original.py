@@ -234,7 +234,7 @@ def probe(model: Model, params: PyTree) -> np.ndarray:
     examples = [feature_converters.Example(*row, negative_pairs=no_marks) for row in ids]
     devices = math.prod(model.mesh.shape[axis] for axis in sharding.AXIS_RULES["batch"])
     repeated = [examples[row % num_rows] for row in range(-(-num_rows // devices) * devices)]
-    batch = feature_converters.convert_features(repeated, lengths)
+    batch = model.network.feature_layout.convert(repeated, lengths)
     placed = sharding.put_batch(batch, model.mesh)
     return np.asarray(fused.jit_log_likelihoods(model)(params, placed))[:num_rows]
 
@@ -270,7 +270,7 @@ def states_of(
     def of_batch(batch: dict[str, np.ndarray]) -> np.ndarray:
         return np.asarray(model.hidden_states(params, sharding.put_batch(batch, model.mesh)))
 
-    states.compute(examples, of_batch, batch_size)
+    states.compute(examples, of_batch, batch_size, model.network.feature_layout)
     return states
 
 
