@@ -191,7 +191,7 @@ class Transformer(nn.Module):
         self, encoder_input_tokens: Int[Array, "B S"], lengths: Int[Array, "B"]
     ) -> Memory:
         """Computes, once, what every `decode_step` reads: cross-attention keys and values."""
-        is_token = jnp.arange(encoder_input_tokens.shape[1]) < lengths[:, None]
+        is_token = jnp.arange(encoder_input_tokens.shape[1])[None] < lengths[:, None]
         encoded = self.encode(encoder_input_tokens, encoder_segment_ids=is_token.astype(jnp.int32))
         return Memory(self.decoder.cross_keys_values(encoded), is_token[:, None, None, :])
 
