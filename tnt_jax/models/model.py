@@ -98,7 +98,7 @@ class Model:
         Args:
           params: Of this model.
           inputs: Token ids, at most `batch_size` of them; filler rows come after theirs.
-          width: Of the encoder.
+          width: Tokens that each input is cut or filled up to.
           decoder: How to choose the tokens.
           batch_size: Rows that are computed.
           row_keys: One for each of the inputs, for sampling.
