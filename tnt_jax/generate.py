@@ -32,8 +32,9 @@ import numpy as np
 from tnt_jax.annotators import interface
 from tnt_jax.checkpoints import digests, pretrained
 from tnt_jax.data import records, removed_everywhere, tokenization
-from tnt_jax.models import decoding, sharding, t5
+from tnt_jax.models import decoding, sharding
 from tnt_jax.models.model import Model
+from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime import (
     console,
     memory,
@@ -61,7 +62,7 @@ def generate(
     output: str,
     prompts: Any,
     checkpoint_path: str,
-    model: t5.T5Config | pretrained.FromCheckpoint,
+    model: NetworkConfig | pretrained.FromCheckpoint,
     vocabulary: Any,
     decoder: decoding.Decoding,
     task_feature_lengths: Mapping[str, int],

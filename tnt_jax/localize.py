@@ -31,8 +31,9 @@ from tnt_jax import annotators
 from tnt_jax.annotators import continuations, prefix_values
 from tnt_jax.checkpoints import digests, pretrained
 from tnt_jax.data import feature_converters, records, removed_everywhere, tokenization
-from tnt_jax.models import decoding, sharding, t5
+from tnt_jax.models import decoding, sharding
 from tnt_jax.models.model import Model
+from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime import console, files, holding, memory, operative_config, program
 from tnt_jax.runtime.array_types import PyTree
 from tnt_jax.runtime.errors import UsageError, check_seed
@@ -80,7 +81,7 @@ def localize(
     output: str,
     input: str,
     checkpoint_path: str,
-    model: t5.T5Config | pretrained.FromCheckpoint,
+    model: NetworkConfig | pretrained.FromCheckpoint,
     vocabulary: Any,
     task_feature_lengths: Mapping[str, int],
     label_field: str | None = None,
@@ -218,7 +219,7 @@ def _folds(
 
 
 def _open(
-    model: t5.T5Config | pretrained.FromCheckpoint,
+    model: NetworkConfig | pretrained.FromCheckpoint,
     path: str,
     vocabulary: Any,
     lengths: Mapping[str, int],
@@ -265,7 +266,7 @@ class _Outputs:
             task_feature_lengths=lengths,
             batch_size=original.batch_size,
         )
-        matrix, vocab_axis = t5.output_matrix(original.network.config, original.params)
+        matrix, vocab_axis = original.network.network.output_matrix(original.params)
         whole = np.asarray(matrix, np.float32)
         self.matrix = jnp.asarray(whole if vocab_axis == 0 else whole.T)
         self._said = np.zeros((len(rows), self._length, 2), np.float32)

@@ -159,7 +159,11 @@ def compile_step(
     trainer = load_original.make_trainer(batch_size=batch_size, devices=devices, **of_trainer)
     batch = trainer.abstract_batch(
         feature_converters.feature_shapes(
-            task_feature_lengths, batch_size, num_negative_ids, pack=pack
+            task_feature_lengths,
+            batch_size,
+            num_negative_ids,
+            pack=pack,
+            feature_layout=trainer.model.network.feature_layout,
         )
     )
     report: dict[str, Any] = {

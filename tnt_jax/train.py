@@ -31,7 +31,8 @@ from jax.experimental import multihost_utils
 from tnt_jax import objectives
 from tnt_jax.checkpoints import pretrained
 from tnt_jax.data import feature_converters
-from tnt_jax.models import sharding, t5
+from tnt_jax.models import sharding
+from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime import (
     console,
     files,
@@ -78,7 +79,7 @@ class Dataset(Protocol):
 def train(
     *,
     model_dir: str,
-    model: t5.T5Config | pretrained.FromCheckpoint,
+    model: NetworkConfig | pretrained.FromCheckpoint,
     objective: objectives.TntObjective,
     dataset: Dataset,
     task_feature_lengths: Mapping[str, int],
@@ -215,6 +216,7 @@ def train(
         task_feature_lengths=task_feature_lengths,
         seed=seed,
         pack=pack,
+        feature_layout=network.network.feature_layout,
     )
     _check_marks(data.examples, objective, task_feature_lengths, config.vocab_size)
     _log_fill(data.batches)
@@ -439,7 +441,7 @@ def _log_fill(batches: feature_converters.Batches) -> None:
 
 
 def _warn_about(
-    objective: objectives.TntObjective, model: t5.T5Config, initial_checkpoint_path: str | None
+    objective: objectives.TntObjective, model: NetworkConfig, initial_checkpoint_path: str | None
 ) -> None:
     if initial_checkpoint_path is None:
         console.log(

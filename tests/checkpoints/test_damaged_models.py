@@ -98,7 +98,7 @@ def change_json(path, change):
 
 def write_adapters():
     """A run of adapters beside the model."""
-    added = adapters.init(t5.abstract_params(CONFIG), 2, jax.random.key(0))
+    added = adapters.init(t5.T5(CONFIG).abstract_params(), 2, jax.random.key(0))
     run = {
         "original": {"path": "huggingface", "digest": "0"},
         "adapters": {"alpha": 4.0, "rank": 2, "beside": "huggingface"},
