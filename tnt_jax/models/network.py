@@ -1,8 +1,8 @@
 """What the project asks of a network, whatever its family.
 
-A config (`network_config.NetworkConfig`) is the value that goes around. Its class says which family
-it is of, and `families.network_of(config)` gives the network. Only `models/` and `checkpoints/` know
-a family by name; `make lint` checks that.
+A config (`network_config.NetworkConfig`) is the value that goes around. Its class says of which
+family it is, and `families.network_of(config)` gives the network. Only `models/` and `checkpoints/`
+know a family by name; `make lint` checks that.
 
 Axes: `B` rows, `S` input positions, `T` target positions, `E` width of the states, `V` vocabulary,
 `N` rows that are decoded, which is `B` times the number of beams.
