@@ -32,7 +32,7 @@ setuptools.setup(
         "gin-config>=0.5",
         "importlib_resources>=6",  # TFDS prepares no data set without it, and does not declare it
         "jax>=0.10.2",
-        "jinja2>=3.1",
+        "Jinja2>=3.1",
         "msgpack>=1.0",
         "msgspec>=0.21",  # checks the types of JSON
         "numpy>=2.0",
