@@ -21,7 +21,7 @@ import numpy as np
 
 from tnt_jax import objectives
 from tnt_jax.checkpoints import pretrained
-from tnt_jax.data import feature_converters, records, tokenization
+from tnt_jax.data import feature_converters, marks, records, tokenization
 from tnt_jax.evaluation import text_metrics
 from tnt_jax.models import sharding, t5
 from tnt_jax.models.model import Model
@@ -161,8 +161,6 @@ def _certificate(
     rows: Sequence[records.Record], vocabulary: Any, settings: Certificate, num_records: int
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """The certificate, and that of every token in the `num_records` that changed most."""
-    from tnt_jax.data import tasks  # here, because TensorFlow takes seconds to import
-
     mesh = sharding.make_mesh(settings.mesh_shape or sharding.MeshShape())
     sharding.check_batch_size(settings.batch_size, 1, mesh)
     memory.check_batch(settings.batch_size, sum(settings.task_feature_lengths.values()))
@@ -177,7 +175,7 @@ def _certificate(
     # exactly into residual and collateral.
     objective = objectives.TntObjective(negative_term="forward_kl", positive_term="forward_kl")
     step = jit_token_step(network, objective)
-    examples = tasks.examples_from_records(rows, vocabulary, "the original's outputs")
+    examples = marks.examples_from_records(rows, vocabulary, "the original's outputs")
     batches = feature_converters.batch_for_eval(
         examples, settings.batch_size, settings.task_feature_lengths
     )

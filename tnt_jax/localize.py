@@ -28,7 +28,13 @@ import numpy as np
 from tnt_jax import annotators
 from tnt_jax.annotators import continuations, prefix_values
 from tnt_jax.checkpoints import digests, pretrained
-from tnt_jax.data import feature_converters, records, removed_everywhere, tokenization
+from tnt_jax.data import (
+    feature_converters,
+    marks,
+    records,
+    removed_everywhere,
+    tokenization,
+)
 from tnt_jax.models import decoding, sharding, t5
 from tnt_jax.models.model import Model
 from tnt_jax.runtime import console, files, holding, memory, operative_config, program
@@ -237,12 +243,10 @@ class _Outputs:
     """The outputs as the head reads them."""
 
     def __init__(self, rows: Sequence[records.Record], original: _Original, folder: str):
-        from tnt_jax.data import tasks  # here, because TensorFlow takes seconds to import
-
         unmarked = [
             dataclasses.replace(row, negative_spans=None, negative_token_ids=()) for row in rows
         ]
-        tokenized = tasks.examples_from_records(unmarked, original.vocabulary, "the records")
+        tokenized = marks.examples_from_records(unmarked, original.vocabulary, "the records")
         self._examples = [_ended(example) for example in tokenized]
         # One more, so that an output cut at the length has a state after its last token too.
         lengths = {**original.lengths, "targets": original.lengths["targets"] + 1}

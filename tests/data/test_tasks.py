@@ -7,7 +7,15 @@ import seqio
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from tnt_jax.data import feature_converters, paper_tasks, records, tasks, tfrecords, tokenization
+from tnt_jax.data import (
+    datasets,
+    feature_converters,
+    paper_tasks,
+    records,
+    tasks,
+    tfrecords,
+    tokenization,
+)
 from tnt_jax.runtime.errors import UsageError
 
 LENGTHS = {"inputs": 32, "targets": 24}
@@ -88,8 +96,8 @@ def test_tfrecord_holds_the_same_fields_as_jsonl(vocabulary, tmp_path):
     ]
     tfrecords.write(tmp_path / "new folder" / "rows.tfrecord", rows)
     records.write_records(tmp_path / "rows.jsonl", rows)
-    assert tasks.read_record_files(str(tmp_path / "new folder" / "*.tfrecord*")) == rows
-    assert tasks.read_record_files(str(tmp_path / "rows.jsonl")) == rows
+    assert datasets.read_record_files(str(tmp_path / "new folder" / "*.tfrecord*")) == rows
+    assert datasets.read_record_files(str(tmp_path / "rows.jsonl")) == rows
 
 
 def tf_example(**features):
@@ -209,7 +217,7 @@ def test_files_and_tasks_give_the_same_examples(vocabulary, tmp_path):
     records.write_records(jsonl, rows)
     tfrecords.write(tfrecord, rows)
     expected = [tokenization.mark_tokens(row, vocabulary) for row in rows]
-    from_files = tasks.RecordFiles(files=jsonl, vocabulary=vocabulary).load(LENGTHS)
+    from_files = datasets.RecordFiles(files=jsonl, vocabulary=vocabulary).load(LENGTHS)
     for example, row, marked in zip(from_files, rows, expected, strict=True):
         assert example.id == row.id
         assert example.inputs.tolist() == [*vocabulary.encode(row.inputs), 1]
@@ -220,7 +228,7 @@ def test_files_and_tasks_give_the_same_examples(vocabulary, tmp_path):
     tasks.record_task("from_jsonl", {"train": jsonl}, vocabulary)
     tasks.record_task("from_tfrecord", {"train": tfrecord, "validation": jsonl}, vocabulary)
     for dataset in (
-        tasks.RecordFiles(files=tfrecord, vocabulary=vocabulary),
+        datasets.RecordFiles(files=tfrecord, vocabulary=vocabulary),
         tasks.SeqioDataset(mixture_or_task_name="from_jsonl"),
         tasks.SeqioDataset(mixture_or_task_name="from_tfrecord"),
         tasks.SeqioDataset(mixture_or_task_name="from_tfrecord", split="validation"),
@@ -232,7 +240,7 @@ def test_files_and_tasks_give_the_same_examples(vocabulary, tmp_path):
 def test_mining_keeps_marked_records(vocabulary, tmp_path):
     path = str(tmp_path / "rows.jsonl")
     records.write_records(path, annotated_records(vocabulary))
-    examples = tasks.RecordFiles(files=path, vocabulary=vocabulary, clean_per_marked=0.25).load(
+    examples = datasets.RecordFiles(files=path, vocabulary=vocabulary, clean_per_marked=0.25).load(
         LENGTHS
     )
     assert sorted(len(e.negative_pairs) > 0 for e in examples) == [False] * 8 + [True] * 32
@@ -254,7 +262,7 @@ def test_records_that_cannot_be_trained_on_are_usage_errors(vocabulary, tmp_path
     records.write_records(path, [records.Record(id="r1", **row)])
     tasks.record_task("bad", {"train": path}, vocabulary)
     for dataset in (
-        tasks.RecordFiles(files=path, vocabulary=vocabulary),
+        datasets.RecordFiles(files=path, vocabulary=vocabulary),
         tasks.SeqioDataset(mixture_or_task_name="bad"),
     ):
         with pytest.raises(UsageError, match=f"(?s)'r1' ?.*{re.escape(message)}") as caught:
@@ -265,7 +273,9 @@ def test_records_that_cannot_be_trained_on_are_usage_errors(vocabulary, tmp_path
 def test_plain_fine_tuning_needs_no_annotation(vocabulary, tmp_path):
     path = str(tmp_path / "rows.jsonl")
     records.write_records(path, [records.Record(id="r", inputs="a", targets="the city")])
-    (example,) = tasks.RecordFiles(files=path, vocabulary=vocabulary, annotated=False).load(LENGTHS)
+    (example,) = datasets.RecordFiles(files=path, vocabulary=vocabulary, annotated=False).load(
+        LENGTHS
+    )
     assert example.negative_pairs.shape == (0, 2)
 
 
@@ -277,7 +287,7 @@ def test_cut_marks_and_spans_without_token_are_told(vocabulary, tmp_path, caplog
     )
     tasks.record_task("told", {"train": path}, vocabulary)
     for dataset in (
-        tasks.RecordFiles(files=path, vocabulary=vocabulary),
+        datasets.RecordFiles(files=path, vocabulary=vocabulary),
         tasks.SeqioDataset(mixture_or_task_name="told"),
     ):
         caplog.clear()
@@ -568,8 +578,8 @@ def test_first_tokens_alone_and_loss_until_the_first_negative(tmp_path, vocabula
     files = str(tmp_path / "rows.jsonl")
     rows = annotated_records(vocabulary)
     records.write_records(files, rows)
-    whole = tasks.RecordFiles(files=files, vocabulary=vocabulary).load(LENGTHS)
-    first = tasks.RecordFiles(
+    whole = datasets.RecordFiles(files=files, vocabulary=vocabulary).load(LENGTHS)
+    first = datasets.RecordFiles(
         files=files, vocabulary=vocabulary, marks="first_token", loss_until="first_negative"
     ).load(LENGTHS)
     task = tasks.record_task(
@@ -605,4 +615,4 @@ def test_marks_that_there_are_not(tmp_path, vocabulary):
     for settings in ({"marks": "first"}, {"loss_until": "negative"}):
         (name,) = settings
         with pytest.raises(UsageError, match=f"{name}: expected one of .*, found"):
-            tasks.RecordFiles(files=files, vocabulary=vocabulary, **settings).load(LENGTHS)
+            datasets.RecordFiles(files=files, vocabulary=vocabulary, **settings).load(LENGTHS)

@@ -24,7 +24,7 @@ from helpers.mutations import outcome
 
 from tnt_jax import annotate, annotators, convert, report
 from tnt_jax.checkpoints import pretrained
-from tnt_jax.data import records, tasks, tfrecords, tokenization, vocabularies
+from tnt_jax.data import datasets, records, tfrecords, tokenization, vocabularies
 from tnt_jax.models import sharding
 from tnt_jax.models.model import Model
 from tnt_jax.runtime import program
@@ -90,7 +90,7 @@ def test_records(rows, vocabulary):
     """Read, tokenised and marked for training; written again as JSONL and TFRecord."""
     chance = random.Random(0)
     path = pathlib.Path("damaged.jsonl")
-    dataset = tasks.RecordFiles(files=str(path), vocabulary=vocabulary, annotated=False)
+    dataset = datasets.RecordFiles(files=str(path), vocabulary=vocabulary, annotated=False)
 
     def read():
         dataset.load(LENGTHS)

@@ -47,8 +47,8 @@ def original():
 def patched(original):
     """The original after 20 updates of TNRF, evaluated at the end on what it was trained on."""
     evaluation = {
-        "EVAL_DATASET": "@evaluation/tasks.RecordFiles()",
-        "evaluation/tasks.RecordFiles.files": "original.annotated.jsonl",
+        "EVAL_DATASET": "@evaluation/datasets.RecordFiles()",
+        "evaluation/datasets.RecordFiles.files": "original.annotated.jsonl",
     }
     train("patched", LOG_EVERY=1, **evaluation)
     generate("patched.jsonl", "patched")

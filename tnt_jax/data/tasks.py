@@ -1,4 +1,4 @@
-"""Where examples come from: files of records, and seqio tasks and mixtures.
+"""Examples from seqio tasks and mixtures. Importing this imports seqio and TensorFlow.
 
 Any seqio task can be trained on whose features are `inputs` and `targets` (token ids) and, where
 something is unwanted, `negative_ids`: rows (position, id) of ids to remove at target positions. A
@@ -18,7 +18,6 @@ import difflib
 import functools
 import importlib
 import itertools
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -26,20 +25,11 @@ from typing import Any
 import numpy as np
 import seqio
 import tensorflow as tf
-from absl import logging
 
-from tnt_jax.data import feature_converters, records, removed_everywhere, tfrecords, tokenization
+from tnt_jax.data import datasets, feature_converters, records, tfrecords, tokenization
+from tnt_jax.data.marks import example_from_record, log_spans_without_token
 from tnt_jax.runtime import console
 from tnt_jax.runtime.errors import UsageError, system_error
-
-# --- Files of records -----------------------------------------------------------------------------
-
-
-def read_record_files(files: str | os.PathLike) -> list[records.Record]:
-    """Reads records from JSONL, or from TFRecord where the name has `.tfrecord` in it."""
-    is_tfrecord = ".tfrecord" in os.fspath(files).rpartition("/")[2]
-    return tfrecords.read(files) if is_tfrecord else records.read_records(files)
-
 
 # --- Preprocessors and tasks ----------------------------------------------------------------------
 
@@ -69,8 +59,8 @@ def tokenize_and_mark(
             `target_ids` `[T]` (empty means not known), `negative_spans` `[N, 2]` and
             `negative_token_ids` `[N, 2]` rows (position, id). Other fields stay.
         output_features: of the task.
-        marks: as in `RecordFiles`.
-        loss_until: as in `RecordFiles`.
+        marks: as in `datasets.RecordFiles`.
+        loss_until: as in `datasets.RecordFiles`.
 
     Returns:
         A data set of `inputs`, `targets` and `negative_ids` (token ids, EOS included) and
@@ -89,7 +79,9 @@ def tokenize_and_mark(
             negative_spans=tuple(map(tuple, spans.tolist())),
             negative_token_ids=tuple((position, (i,)) for position, i in pairs.tolist()),
         )
-        example, num_spans_without_token = _example(record, vocabulary, marks, loss_until)
+        example, num_spans_without_token = example_from_record(
+            record, vocabulary, marks, loss_until
+        )
         loss_mask = example.loss_mask
         return (
             example.inputs,
@@ -179,8 +171,8 @@ def record_task(
         files: a JSONL or TFRecord file, or a glob pattern, for each split.
         vocabulary: of inputs and targets.
         annotated: whether a record that nobody annotated is an error.
-        marks: as in `RecordFiles`.
-        loss_until: as in `RecordFiles`.
+        marks: as in `datasets.RecordFiles`.
+        loss_until: as in `datasets.RecordFiles`.
     """
     shapes = {
         "id": tf.TensorSpec([], tf.string),
@@ -193,7 +185,8 @@ def record_task(
 
     def dataset_fn(split, shuffle_files, seed=None):
         del shuffle_files, seed  # tnt_jax shuffles examples: feature_converters.Batches
-        rows = _check_trainable(read_record_files(files[split]), files[split], annotated)
+        file = files[split]
+        rows = datasets.check_trainable(datasets.read_record_files(file), file, annotated)
 
         def of_rows():
             for record in rows:
@@ -352,56 +345,6 @@ def _named_apart(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RecordFiles:
-    """A data set of records in files.
-
-    Attributes:
-        files: a JSONL or TFRecord file, or a glob pattern.
-        vocabulary: of inputs and targets.
-        clean_per_marked: keeps at most this many examples without a mark for each one with marks;
-            None keeps all.
-        seed: of that choice.
-        annotated: whether a record that nobody annotated is an error. False for plain fine-tuning.
-        marks: "whole": every token of a span is negative; "first_token": its first one alone.
-        loss_until: "end": all of a target is trained on; "first_negative": nothing after its first
-            negative token.
-    """
-
-    files: str
-    vocabulary: seqio.Vocabulary
-    clean_per_marked: int | float | None = None
-    seed: int = 0
-    annotated: bool = True
-    marks: str = "whole"
-    loss_until: str = "end"
-
-    def removed_everywhere(self) -> tuple[int, ...]:
-        """What the annotator of the records removes at every position of all of them."""
-        return removed_everywhere.of_records(self.files)
-
-    def load(self, task_feature_lengths: Mapping[str, int]) -> list[feature_converters.Example]:
-        """Reads, tokenises and marks all records.
-
-        Raises:
-            UsageError: a file, a record or the vocabulary has a mistake.
-        """
-        tokenization.check_vocabulary(self.vocabulary)
-        rows = _check_trainable(read_record_files(self.files), self.files, self.annotated)
-        examples = examples_from_records(
-            rows, self.vocabulary, self.files, self.marks, self.loss_until
-        )
-        if self.clean_per_marked is not None:
-            selection = feature_converters.select_clean(examples, self.clean_per_marked, self.seed)
-            console.log(
-                f"{self.files}: all {selection.num_marked} examples with marks and "
-                f"{selection.num_clean_kept} of {selection.num_clean} without (clean_per_marked)."
-            )
-            examples = selection.examples
-        _log_lost(examples, task_feature_lengths, self.files)
-        return examples
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class SeqioDataset:
     """A data set that is a registered seqio task or mixture.
 
@@ -441,51 +384,8 @@ class SeqioDataset:
         examples = load_examples(
             self.mixture_or_task_name, task_feature_lengths, self.split, self.vocabulary_override
         )
-        _log_lost(examples, task_feature_lengths, self.mixture_or_task_name)
+        datasets.log_lost(examples, task_feature_lengths, self.mixture_or_task_name)
         return examples
-
-
-def examples_from_records(
-    rows: Sequence[records.Record],
-    vocabulary: seqio.Vocabulary,
-    where: str,
-    marks: str = "whole",
-    loss_until: str = "end",
-) -> list[feature_converters.Example]:
-    """Tokenises and marks records; warns about spans that touch no token.
-
-    Args:
-        rows: the records.
-        vocabulary: of inputs and targets.
-        where: they come from, for the warning.
-        marks: as in `RecordFiles`.
-        loss_until: as in `RecordFiles`.
-
-    Raises:
-        UsageError: a record does not fit the vocabulary (`tokenization.mark_tokens`).
-    """
-    marked = [_example(record, vocabulary, marks, loss_until) for record in rows]
-    _log_spans_without_token(sum(number for _, number in marked), where)
-    return [example for example, _ in marked]
-
-
-def _example(
-    record: records.Record, vocabulary: seqio.Vocabulary, marks: str, loss_until: str
-) -> tuple[feature_converters.Example, int]:
-    """The tokenised record, and how many of its spans touch no token."""
-    marked = tokenization.mark_tokens(record, vocabulary, marks)
-    inputs = tokenization.encode(vocabulary, record.inputs, add_eos=True)
-    example = feature_converters.Example(
-        inputs=np.array(inputs, np.int32),
-        targets=marked.target_ids,
-        negative_pairs=marked.negative_pairs,
-        loss_mask=feature_converters.loss_until(
-            loss_until, marked.target_ids, marked.negative_pairs
-        ),
-        span_numbers=marked.span_numbers,
-        id=record.id,
-    )
-    return example, marked.num_spans_without_token
 
 
 def _load_task(
@@ -530,7 +430,7 @@ def _load_task(
         num_spans_without_token += int(row.get("num_spans_without_token", 0))
     if not examples:
         raise UsageError(f"task {task.name!r}: its split {split!r} has no examples.")
-    _log_spans_without_token(num_spans_without_token, task.name)
+    log_spans_without_token(num_spans_without_token, task.name)
     return examples
 
 
@@ -613,51 +513,3 @@ def _feature_error(task: seqio.Task | seqio.Mixture, name: str, found: Sequence[
         f"task {task.name!r}: expected token ids as feature {name!r}, found the features {found}. "
         "End its preprocessors with tasks.tokenize_and_mark."
     )
-
-
-def _check_trainable(
-    rows: list[records.Record], files: str, annotated: bool
-) -> list[records.Record]:
-    for record in rows:
-        if not record.targets and record.target_ids is None:
-            raise UsageError(
-                f"{files}: record {record.id!r} has no targets. Expected outputs of the original "
-                "model (tnt_jax.generate writes them), not prompts."
-            )
-        if annotated and record.negative_spans is None and not record.negative_token_ids:
-            raise UsageError(
-                f"{files}: record {record.id!r} has no negative_spans: nobody annotated it. Run "
-                "tnt_jax.annotate on the file, or set ANNOTATED (RecordFiles.annotated) to False "
-                "to train on it as it is."
-            )
-    return rows
-
-
-def _log_spans_without_token(number: int, where: str) -> None:
-    if number:
-        logging.warning(
-            "%s: %d negative spans touch no token (white space, or characters that the vocabulary "
-            "drops) and mark nothing.",
-            where,
-            number,
-        )
-
-
-def _log_lost(
-    examples: Sequence[feature_converters.Example],
-    task_feature_lengths: Mapping[str, int],
-    where: str,
-) -> None:
-    lost = feature_converters.count_lost(examples, task_feature_lengths)
-    if any(lost):
-        logging.warning(
-            "%s: with TASK_FEATURE_LENGTHS %s, %d inputs and %d targets of %d examples are cut; "
-            "%d negative spans and %d ids to remove lie beyond the cut and are lost.",
-            where,
-            dict(task_feature_lengths),
-            lost.num_inputs,
-            lost.num_targets,
-            len(examples),
-            lost.num_spans,
-            lost.num_marks,
-        )
