@@ -73,7 +73,7 @@ def evaluate(
       output: The JSON file to write.
       original_records: Annotated outputs of the original.
       current_records: Annotated outputs of the patched model, for the same ids.
-      vocabulary: A seqio vocabulary, for counting tokens.
+      vocabulary: The tokeniser, for counting tokens.
       certificate: Settings for running the models; None compares texts alone.
       tokens_output: The JSONL file to write the certificate of every token to: of each record its
         `id`, the `pieces` of its targets and, of each piece, the values of `TOKEN_VALUES` in nats
@@ -152,9 +152,9 @@ def _of_outputs(rows: Sequence[records.Record], vocabulary: Any) -> dict[str, An
     }
 
 
-def _spans_alone(row: records.Record, vocabulary: Any) -> tokenization.MarkedTarget:
+def _spans_alone(row: records.Record, vocabulary: Any) -> marks.MarkedTarget:
     """Alternatives are removed where a mark begins, but they are not said: not counted."""
-    return tokenization.mark_tokens(dataclasses.replace(row, negative_token_ids=()), vocabulary)
+    return marks.mark_tokens(dataclasses.replace(row, negative_token_ids=()), vocabulary)
 
 
 def _certificate(
@@ -214,7 +214,7 @@ def _tokens(
 ) -> dict[str, Any]:
     numbers = {name: [float(f"{x:.4g}") for x in values[name]] for name in TOKEN_VALUES}
     is_negative = values["is_negative"].tolist()
-    pieces = tokenization.pieces(record, vocabulary)[: len(is_negative)]
+    pieces = marks.pieces(record, vocabulary)[: len(is_negative)]
     return {"id": record.id, "pieces": pieces, **numbers, "is_negative": is_negative}
 
 

@@ -104,7 +104,7 @@ def localize(
       input: A JSONL file (or glob) of records: outputs of the original.
       checkpoint_path: Of the original.
       model: The network's settings, or that they are the checkpoint's.
-      vocabulary: A seqio vocabulary, of inputs and outputs.
+      vocabulary: The tokeniser of inputs and outputs.
       task_feature_lengths: Tokens of "inputs" and "targets"; no token beyond is marked.
       label_field: The field of a record that is true (or 1) where its output is bad. None takes
         those as bad that have negative spans.
@@ -247,7 +247,7 @@ class _Outputs:
             dataclasses.replace(row, negative_spans=None, negative_token_ids=()) for row in rows
         ]
         tokenized = marks.examples_from_records(unmarked, original.vocabulary, "the records")
-        self._examples = [_ended(example) for example in tokenized]
+        self._examples = [_ended(example, original.vocabulary) for example in tokenized]
         # One more, so that an output cut at the length has a state after its last token too.
         lengths = {**original.lengths, "targets": original.lengths["targets"] + 1}
         lost = feature_converters.count_lost(self._examples, lengths)
@@ -298,11 +298,13 @@ class _Outputs:
         )
 
 
-def _ended(example: feature_converters.Example) -> feature_converters.Example:
+def _ended(
+    example: feature_converters.Example, vocabulary: tokenization.Tokeniser
+) -> feature_converters.Example:
     """With an EOS, also where decoding was cut: the state there is the one after all the text."""
-    if len(example.targets) and example.targets[-1] == tokenization.EOS_ID:
+    if len(example.targets) and example.targets[-1] in vocabulary.end_ids:
         return example
-    ended = np.append(example.targets, np.int32(tokenization.EOS_ID))
+    ended = np.append(example.targets, np.int32(vocabulary.end_id))
     return dataclasses.replace(example, targets=ended)
 
 
@@ -373,7 +375,7 @@ def _check(
         for index, length in zip(chosen, lengths, strict=True)
     ]
     config = original.network.config
-    unused = range(original.vocabulary.vocab_size, config.vocab_size)  # they stand for no text
+    unused = range(original.vocabulary.size, config.vocab_size)  # they stand for no text
     sampled = continuations.sample(
         prefixes,
         original.network,
@@ -423,9 +425,9 @@ def mark(row: records.Record, is_negative: np.ndarray, vocabulary: Any) -> recor
     Args:
       row: Of an output.
       is_negative: Whether each of its first tokens is; `Threshold.negative` makes it of `values`.
-      vocabulary: A seqio vocabulary.
+      vocabulary: The tokeniser.
     """
-    ids, extents = tokenization.ids_and_extents(row, vocabulary)
+    ids, extents = marks.ids_and_extents(row, vocabulary)
     spans: list[tuple[int, int]] = []
     without_text: list[tuple[int, tuple[int, ...]]] = []
     for position in np.flatnonzero(is_negative).tolist():
@@ -467,8 +469,8 @@ def _agreement(
 
     def of(row: records.Record) -> np.ndarray:
         spans_alone = dataclasses.replace(row, negative_token_ids=())
-        marks = tokenization.mark_tokens(spans_alone, vocabulary)
-        return np.isin(np.arange(len(marks.target_ids)), marks.negative_pairs[:, 0])
+        marked = marks.mark_tokens(spans_alone, vocabulary)
+        return np.isin(np.arange(len(marked.target_ids)), marked.negative_pairs[:, 0])
 
     bad = [
         (of(after), of(before))

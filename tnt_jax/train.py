@@ -63,7 +63,7 @@ class Dataset(Protocol):
 
     @property
     def vocabulary(self) -> Any:
-        """The seqio vocabulary of its ids."""
+        """The tokeniser of its ids."""
         ...
 
     def removed_everywhere(self) -> tuple[int, ...]:

@@ -15,7 +15,6 @@ import sys
 import gin
 import orbax.checkpoint as ocp
 import pytest
-import seqio
 import tensorflow as tf
 from etils import epath
 from helpers import mutations, outputs, rooms
@@ -48,7 +47,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def vocabulary():
-    return seqio.SentencePieceVocabulary("vocabulary.model", 0)
+    return tokenization.SentencePiece("vocabulary.model", 0)
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +253,7 @@ def models():
     write_directory(pathlib.Path("huggingface"), max_shard_bytes=3000)
     texts = ["the house is wonderful"]
     tokenization.train_sentencepiece(texts, "spiece.model", vocab_size=17)
-    vocabularies.write(epath.Path("huggingface"), seqio.SentencePieceVocabulary("spiece.model", 19))
+    vocabularies.write(epath.Path("huggingface"), tokenization.SentencePiece("spiece.model", 19))
     for name in ("t5x", "t5x_orbax", "orbax"):
         convert.convert(input="huggingface", output=name, output_format=name)
     checkpoint = epath.Path("orbax/checkpoint_0")

@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -21,9 +21,6 @@ from tnt_jax.models import adapters, t5
 from tnt_jax.runtime import console
 from tnt_jax.runtime.array_types import PyTree
 from tnt_jax.runtime.errors import UsageError, system_error
-
-if TYPE_CHECKING:  # seqio imports TensorFlow, which takes seconds
-    import seqio
 
 # ----------------------------------------------------------------------------- Kinds of checkpoint
 
@@ -465,7 +462,7 @@ def _check_same(model: t5.T5Config, of_checkpoint: t5.T5Config, found: Pretraine
 # ------------------------------------------------------------------------------- The vocabulary
 
 
-def vocabulary(path: str | None, extra_ids: int | None = None) -> "seqio.Vocabulary":
+def vocabulary(path: str | None, extra_ids: int | None = None) -> tokenization.Tokeniser:
     """A vocabulary from a sentencepiece model, or the one that a model comes with.
 
     Args:
@@ -487,7 +484,9 @@ def vocabulary(path: str | None, extra_ids: int | None = None) -> "seqio.Vocabul
     return vocabularies.of_directory(_description(find(path)), extra_ids)
 
 
-def check_vocabulary(vocabulary: "seqio.Vocabulary", config: t5.T5Config, path: str | None) -> int:
+def check_vocabulary(
+    vocabulary: tokenization.Tokeniser, config: t5.T5Config, path: str | None
+) -> int:
     """Compares a vocabulary with the model that it is used for; returns its size.
 
     Args:
@@ -512,7 +511,7 @@ def _description(folder: epath.Path) -> epath.Path:
 
 
 def describe(
-    model_dir: str, config: t5.T5Config, vocabulary: "seqio.Vocabulary", original: str | None
+    model_dir: str, config: t5.T5Config, vocabulary: tokenization.Tokeniser, original: str | None
 ) -> None:
     """Writes beside our checkpoints what Hugging Face's directory has beside its weights.
 

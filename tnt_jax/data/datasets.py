@@ -3,16 +3,12 @@
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from absl import logging
 
 from tnt_jax.data import feature_converters, marks, records, removed_everywhere, tokenization
 from tnt_jax.runtime import console
 from tnt_jax.runtime.errors import UsageError
-
-if TYPE_CHECKING:
-    import seqio
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +28,7 @@ class RecordFiles:
     """
 
     files: str
-    vocabulary: "seqio.Vocabulary"
+    vocabulary: tokenization.Tokeniser
     clean_per_marked: int | float | None = None
     seed: int = 0
     annotated: bool = True

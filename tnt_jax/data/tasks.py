@@ -31,11 +31,74 @@ from tnt_jax.data.marks import example_from_record, log_spans_without_token
 from tnt_jax.runtime import console
 from tnt_jax.runtime.errors import UsageError, system_error
 
+# --- Tokenisers -----------------------------------------------------------------------------------
+
+
+class _SeqioPieces(tokenization.SentencePiece):
+    """The pieces of a seqio vocabulary, with what it overrides in the model of its file."""
+
+    vocabulary: seqio.SentencePieceVocabulary
+
+    def __init__(self, vocabulary: seqio.SentencePieceVocabulary):
+        super().__init__(vocabulary.sentencepiece_model_file, vocabulary.extra_ids)
+        object.__setattr__(self, "vocabulary", vocabulary)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.vocabulary,)
+
+    @functools.cached_property
+    def processor(self) -> Any:
+        """The loaded model: of the file, to say what is wrong with it, and then seqio's."""
+        _ = super().processor
+        return self.vocabulary.tokenizer
+
+
+def tokeniser(vocabulary: seqio.Vocabulary | tokenization.Tokeniser) -> tokenization.Tokeniser:
+    """Returns the tokeniser with the ids of a seqio vocabulary.
+
+    Raises:
+        UsageError: the vocabulary is of a kind that has no tokeniser here.
+    """
+    if isinstance(vocabulary, seqio.SentencePieceVocabulary):
+        return _SeqioPieces(vocabulary)
+    if isinstance(vocabulary, seqio.ByteVocabulary):
+        return tokenization.Bytes(vocabulary.extra_ids)
+    if isinstance(vocabulary, seqio.Vocabulary):
+        raise UsageError(
+            "vocabulary: expected a seqio SentencePieceVocabulary or ByteVocabulary, found "
+            f"{type(vocabulary).__name__}."
+        )
+    return vocabulary
+
+
+def seqio_vocabulary(vocabulary: seqio.Vocabulary | tokenization.Tokeniser) -> seqio.Vocabulary:
+    """Returns the seqio vocabulary with the ids of a tokeniser, for the features of a task.
+
+    Raises:
+        UsageError: seqio has none for a tokeniser of this kind.
+    """
+    if isinstance(vocabulary, seqio.Vocabulary):
+        return vocabulary
+    if isinstance(vocabulary, tokenization.SentencePiece):
+        return seqio.SentencePieceVocabulary(
+            vocabulary.sentencepiece_model_file, vocabulary.extra_ids
+        )
+    if isinstance(vocabulary, tokenization.Bytes):
+        return seqio.ByteVocabulary(vocabulary.extra_ids)
+    raise UsageError(
+        "vocabulary: expected a tokeniser that seqio has, too (tokenization.SentencePiece or "
+        f"tokenization.Bytes), found {type(vocabulary).__name__}."
+    )
+
+
 # --- Preprocessors and tasks ----------------------------------------------------------------------
 
 
-def record_features(vocabulary: seqio.Vocabulary) -> dict[str, seqio.Feature]:
+def record_features(
+    vocabulary: seqio.Vocabulary | tokenization.Tokeniser,
+) -> dict[str, seqio.Feature]:
     """The `output_features` of a task that `tokenize_and_mark` or `t5patches_mode` ends."""
+    vocabulary = seqio_vocabulary(vocabulary)
     return {
         "inputs": seqio.Feature(vocabulary),
         "targets": seqio.Feature(vocabulary),
@@ -68,7 +131,7 @@ def tokenize_and_mark(
         count what is lost, `span_numbers` and `num_spans_without_token`.
         Where a record has a mistake, iteration fails with the message of a UsageError.
     """
-    vocabulary = output_features["targets"].vocabulary
+    vocabulary = tokeniser(output_features["targets"].vocabulary)
 
     def marked(name, inputs, targets, target_ids, spans, pairs):
         record = records.Record(
@@ -158,7 +221,7 @@ def t5patches_mode(mode: str) -> Callable[[tf.data.Dataset], tf.data.Dataset]:
 def record_task(
     name: str,
     files: Mapping[str, str],
-    vocabulary: seqio.Vocabulary,
+    vocabulary: seqio.Vocabulary | tokenization.Tokeniser,
     *,
     annotated: bool = True,
     marks: str = "whole",
@@ -248,7 +311,7 @@ def load_examples(
     task: str | seqio.Task | seqio.Mixture,
     task_feature_lengths: Mapping[str, int],
     split: str,
-    vocabulary: seqio.Vocabulary | None = None,
+    vocabulary: tokenization.Tokeniser | None = None,
 ) -> list[feature_converters.Example]:
     """Reads one epoch of a task or mixture into memory, unshuffled and uncut.
 
@@ -282,7 +345,9 @@ def load_examples(
 
 
 def prompts_from_task(
-    task: str | seqio.Task | seqio.Mixture, split: str, vocabulary: seqio.Vocabulary | None = None
+    task: str | seqio.Task | seqio.Mixture,
+    split: str,
+    vocabulary: tokenization.Tokeniser | None = None,
 ) -> list[records.Record]:
     """Reads texts to generate from: `inputs`, and the reference as `targets`.
 
@@ -312,14 +377,14 @@ def _prompt(
     task: seqio.Task,
     split: str,
     number: int,
-    vocabulary: seqio.Vocabulary | None,
+    vocabulary: tokenization.Tokeniser | None,
 ) -> records.Record:
     texts = {}
     for name, feature in task.output_features.items():
         if name in ("inputs", "targets"):
             text = row.get(f"{name}_pretokenized")
             texts[name] = (
-                tokenization.decode(vocabulary or feature.vocabulary, row[name])
+                tokeniser(vocabulary or feature.vocabulary).decode(row[name])
                 if text is None
                 else text.decode()
             )
@@ -352,7 +417,8 @@ class SeqioDataset:
         mixture_or_task_name: of the task.
         split: such as "train".
         mixture_or_task_module: imported first, so that it can register the task.
-        vocabulary_override: used instead of the task's own; None takes that one.
+        vocabulary_override: a tokeniser or seqio vocabulary to use instead of the task's own; None
+            takes that one.
 
     Raises:
         UsageError: there is no such module or task, or it has no targets.
@@ -361,7 +427,7 @@ class SeqioDataset:
     mixture_or_task_name: str
     split: str = "train"
     mixture_or_task_module: str | None = None
-    vocabulary_override: seqio.Vocabulary | None = None
+    vocabulary_override: Any = None
 
     def __post_init__(self):
         task = find_task(self.mixture_or_task_name, self.mixture_or_task_module)
@@ -369,10 +435,10 @@ class SeqioDataset:
             raise _feature_error(task, "targets", list(task.output_features))
 
     @property
-    def vocabulary(self) -> seqio.Vocabulary:
-        """The vocabulary that `load` uses."""
+    def vocabulary(self) -> tokenization.Tokeniser:
+        """The tokeniser with the ids that `load` gives."""
         task = find_task(self.mixture_or_task_name)
-        return self.vocabulary_override or task.output_features["targets"].vocabulary
+        return tokeniser(self.vocabulary_override or task.output_features["targets"].vocabulary)
 
     def removed_everywhere(self) -> tuple[int, ...]:
         """Nothing: a task has no place for it."""
@@ -392,7 +458,7 @@ def _load_task(
     task: seqio.Task,
     task_feature_lengths: Mapping[str, int],
     split: str,
-    vocabulary: seqio.Vocabulary | None,
+    vocabulary: tokenization.Tokeniser | None,
 ) -> list[feature_converters.Example]:
     examples = []
     num_spans_without_token = 0
@@ -438,12 +504,12 @@ def _rows(
     task: seqio.Task,
     task_feature_lengths: Mapping[str, int] | None,
     split: str,
-    vocabulary: seqio.Vocabulary | None,
+    vocabulary: tokenization.Tokeniser | None,
 ) -> Iterator[dict[str, Any]]:
     """One epoch of a task as NumPy arrays, in order, nothing cut."""
     if vocabulary is not None:
         features = {
-            name: dataclasses.replace(feature, vocabulary=vocabulary)
+            name: dataclasses.replace(feature, vocabulary=seqio_vocabulary(vocabulary))
             for name, feature in task.output_features.items()
         }
         task = task.replace(output_features=features)
