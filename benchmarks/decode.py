@@ -55,7 +55,7 @@ def small(vocab_size):
 
 def write_model(folder, config):
     """Random weights as a Hugging Face directory; returns them."""
-    params = jax.jit(t5.init, static_argnums=0)(config, jax.random.key(0))
+    params = jax.jit(t5.T5(config).init)(jax.random.key(0))
     weights = {
         sharding.path_name(path): lazy_arrays.of_array(np.asarray(leaf), "random")
         for path, leaf in jax.tree.leaves_with_path(params)

@@ -1,8 +1,9 @@
-r"""Compares a patched model with its original: how much of the unwanted is gone, what else changed.
+r"""Compares a patched model with its original: what is gone, and what else changed.
 
-Takes the annotated outputs of both models for the same prompts. With both checkpoints it also
-computes the certificate on the original's outputs: at every position, what is left of the removed
-probability (residual), what else moved (collateral), and the smallest cost that any update had.
+Takes the annotated outputs of both models for the same prompts. Given both checkpoints, it also
+computes the certificate on the original's outputs. At every position that is the removed
+probability that is left (residual), what else moved (collateral), and the smallest cost that any
+update would have had. All are in nats.
 
 Example:
     python -m tnt_jax.evaluate --gin_file=models/t5_1_1_base.gin --gin_file=runs/evaluate.gin \
@@ -23,8 +24,9 @@ from tnt_jax import objectives
 from tnt_jax.checkpoints import pretrained
 from tnt_jax.data import feature_converters, marks, records, tokenization
 from tnt_jax.evaluation import text_metrics
-from tnt_jax.models import sharding, t5
+from tnt_jax.models import sharding
 from tnt_jax.models.model import Model
+from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime import console, files, holding, memory, operative_config, program
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.training import train_step
@@ -48,7 +50,7 @@ class Certificate:
       mesh_shape: Devices per mesh axis; None puts all on `data`.
     """
 
-    model: t5.T5Config | pretrained.FromCheckpoint
+    model: NetworkConfig | pretrained.FromCheckpoint
     original_checkpoint_path: str
     checkpoint_path: str
     task_feature_lengths: Mapping[str, int]
@@ -177,7 +179,10 @@ def _certificate(
     step = jit_token_step(network, objective)
     examples = marks.examples_from_records(rows, vocabulary, "the original's outputs")
     batches = feature_converters.batch_for_eval(
-        examples, settings.batch_size, settings.task_feature_lengths
+        examples,
+        settings.batch_size,
+        settings.task_feature_lengths,
+        feature_layout=network.network.feature_layout,
     )
     num_batches = -(-len(examples) // settings.batch_size)
     sums: list[dict[str, Any]] = []

@@ -1,15 +1,17 @@
-r"""Finds the tokens that made bad outputs bad, from one label per output: records in, marks out.
+r"""Finds the tokens that made outputs bad, given one label for each output.
 
-A head on the original's decoder states learns, from labelled outputs of the original's own, how
-likely each prefix is to end well (`prefix_values`). In a bad output the tokens at which that
-falls are marked. Each output is valued by a head that saw neither it nor another one for the same
-input in training. Every record gets `values`, one for each prefix of its tokens, the empty one
-first; a bad one also gets `blame`, the share of the fall that is due to each token, and as its last
-entry what no token is blamed for. `OUTPUT.values.json` says how good the values are.
+Reads labelled records, and writes them with marks. A head on the original's decoder states learns
+from labelled outputs of the original how likely each prefix is to end well. In bad outputs, the
+tokens at which this probability falls are marked. Heads are cross-fitted: no output is scored by a
+head that saw it, or another output for the same input, in training.
 
-The outputs should be samples (TEMPERATURE=1.0 in `generate`): then a value is what the original's
-continuations come to. Without LABEL_FIELD an output is bad where it has negative_spans; they are
-kept as `given_spans`, and compared with what is found.
+Every record also gets `values`, one for each prefix of its tokens, beginning with the empty one.
+A bad record gets `blame`: the share of the fall that each token caused and, as the last entry, the
+share that no token is blamed for. `OUTPUT.values.json` says how good the values are.
+
+The outputs should be samples (TEMPERATURE=1.0 in `generate`): then a value estimates how the
+original's continuations end. Without LABEL_FIELD, an output is bad if it has negative_spans; they
+are kept as `given_spans` and compared with the marks found.
 
 Example:
     python -m tnt_jax.localize --gin_file=models/from_checkpoint.gin --gin_file=runs/localize.gin \
@@ -35,8 +37,9 @@ from tnt_jax.data import (
     removed_everywhere,
     tokenization,
 )
-from tnt_jax.models import decoding, sharding, t5
+from tnt_jax.models import decoding, sharding
 from tnt_jax.models.model import Model
+from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime import console, files, holding, memory, operative_config, program
 from tnt_jax.runtime.array_types import PyTree
 from tnt_jax.runtime.errors import UsageError, check_seed
@@ -84,7 +87,7 @@ def localize(
     output: str,
     input: str,
     checkpoint_path: str,
-    model: t5.T5Config | pretrained.FromCheckpoint,
+    model: NetworkConfig | pretrained.FromCheckpoint,
     vocabulary: Any,
     task_feature_lengths: Mapping[str, int],
     label_field: str | None = None,
@@ -222,7 +225,7 @@ def _folds(
 
 
 def _open(
-    model: t5.T5Config | pretrained.FromCheckpoint,
+    model: NetworkConfig | pretrained.FromCheckpoint,
     path: str,
     vocabulary: Any,
     lengths: Mapping[str, int],
@@ -267,7 +270,7 @@ class _Outputs:
             task_feature_lengths=lengths,
             batch_size=original.batch_size,
         )
-        matrix, vocab_axis = t5.output_matrix(original.network.config, original.params)
+        matrix, vocab_axis = original.network.network.output_matrix(original.params)
         whole = np.asarray(matrix, np.float32)
         self.matrix = jnp.asarray(whole if vocab_axis == 0 else whole.T)
         self._said = np.zeros((len(rows), self._length, 2), np.float32)

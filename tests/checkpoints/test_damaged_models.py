@@ -97,7 +97,7 @@ def change_json(path, change):
 
 def write_adapters():
     """A run of adapters beside the model."""
-    added = adapters.init(t5.abstract_params(CONFIG), 2, jax.random.key(0))
+    added = adapters.init(t5.T5(CONFIG).abstract_params(), 2, jax.random.key(0))
     run = {
         "original": {"path": "huggingface", "digest": "0"},
         "adapters": {"alpha": 4.0, "rank": 2, "beside": "huggingface"},
@@ -534,7 +534,7 @@ def test_every_part_of_the_notes_of_a_run(damaged):
         pretrained.open_checkpoint(str(path)).weights["decoder/layers_0/mlp/wo/kernel"].load()
 
     assert outcome(open_it, damaged) == "works"
-    (file,) = damaged.glob("checkpoint_0/run/*")
+    file = damaged / "checkpoint_0" / "run" / "metadata"
     found = outcomes_of(file, open_it)
     assert set(found.values()) > {"works"}
     for key in ("alpha", "rank"):
@@ -544,7 +544,7 @@ def test_every_part_of_the_notes_of_a_run(damaged):
 
 @of_format("adapters")
 def test_adapters_beside_themselves(damaged):
-    (file,) = damaged.glob("checkpoint_0/run/*")
+    file = damaged / "checkpoint_0" / "run" / "metadata"
     run = json.loads(file.read_text())
     shutil.copytree("damaged", "others")
     for folder, beside in (("damaged", "others"), ("others", "damaged")):

@@ -17,7 +17,7 @@ from helpers.huggingface_model import TINY, write_directory
 from tnt_jax import convert
 from tnt_jax.checkpoints import lazy_arrays, orbax, pretrained
 from tnt_jax.data import tokenization, vocabularies
-from tnt_jax.models import sharding, t5
+from tnt_jax.models import parameters, sharding, t5
 from tnt_jax.models.model import Model
 from tnt_jax.runtime.errors import UsageError
 
@@ -61,7 +61,7 @@ def test_every_kind_is_found_by_its_path_alone(output_format, directory):
     assert found.config == expected.config
     for name, array in found.weights.items():
         np.testing.assert_array_equal(array.load(), expected.weights[name].load())
-    params = t5.abstract_params(found.config)
+    params = t5.T5(found.config).abstract_params()
     on_one_device = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(
             x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[3])
@@ -92,7 +92,7 @@ def assert_restored(found, config, params):
         assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(
             lambda x: x.sharding, wanted
         )
-        expected = t5.stack_layers(params) if scan_layers else params
+        expected = parameters.stack_layers(params) if scan_layers else params
         jax.tree.map(np.testing.assert_array_equal, restored, expected)
 
 
@@ -121,8 +121,8 @@ def of_a_scanned_run(directory, tmp_path):
     """A model directory of ours in which the layers are stacked, and the parameters in it."""
     convert.convert(input=str(directory), output=str(tmp_path / "run"), output_format="orbax")
     shutil.rmtree(tmp_path / "run" / "checkpoint_0")
-    params = t5.init(TINY, jax.random.key(4))
-    stacked = ocp.args.StandardSave(t5.stack_layers(params))
+    params = t5.T5(TINY).init(jax.random.key(4))
+    stacked = ocp.args.StandardSave(parameters.stack_layers(params))
     orbax.save_items(epath.Path(tmp_path / "run"), 5, {orbax.PARAMS: stacked})
     return tmp_path / "run", params
 

@@ -15,12 +15,11 @@ import gin
 import jax
 import numpy as np
 import pytest
-from helpers import rooms
+from helpers import rooms, t5_inputs
 from helpers.event_files import shown
 
 from tnt_jax.checkpoints import pretrained
 from tnt_jax.data import records
-from tnt_jax.models import t5
 from tnt_jax.runtime import program
 
 # T5X users' tasks: this module registers one, as theirs do. It knows nothing of tnt_jax.
@@ -185,7 +184,7 @@ def test_half_of_the_samples_were_marked(watched):
 def test_samples_are_printed_and_shown(watched):
     ((start,),) = [[i] for i, line in enumerate(watched) if line == "update 5, samples:"]
     printed = "\n".join(watched[start + 1 : watched.index(watched[-1])])
-    texts = dict(shown(pathlib.Path("watched/tensorboard"))["samples/text_summary"])
+    texts = dict(shown(pathlib.Path("watched/tensorboard"))["samples"])
     assert list(texts) == [2, 4, 5]
     for sample in samples_of("watched")[5]:
         said = [("original", sample["original"]), ("now", sample["current"])]
@@ -270,7 +269,7 @@ def test_a_task_of_t5x_is_evaluated_as_it_is(watched):
     }
     curves = shown(pathlib.Path("watched/tensorboard"))
     assert [step for step, _ in curves["inference_eval/rooms_upper/exact"]] == [0, 2, 4, 5]
-    ((step, text), *_) = curves["inference_eval/rooms_upper/first/text_summary"][::-1]
+    ((step, text), *_) = curves["inference_eval/rooms_upper/first"][::-1]
     assert step == 5
     assert seen["predictions"][0] in html.unescape(text)
 
@@ -311,7 +310,7 @@ def test_scores_are_log_likelihoods(watched):
         of_targets = np.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
         return np.where(targets == 0, 0, of_targets).sum(axis=1)
 
-    forward = jax.jit(t5.make_forward(config))
+    forward = jax.jit(t5_inputs.make_forward(config))
     prompts = records.read_records("prompts.jsonl")
     inputs = encoded(row.inputs for row in prompts)
     of_targets = log_likelihoods(inputs, encoded(row.targets for row in prompts), False)

@@ -1,7 +1,6 @@
-"""Data sets that a run reads from files of records. TensorFlow is imported for TFRecord alone."""
+"""Data sets that a run reads from files of records, without TensorFlow."""
 
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
 
 from absl import logging
@@ -16,7 +15,7 @@ class RecordFiles:
     """A data set of records in files.
 
     Attributes:
-        files: a JSONL or TFRecord file, or a glob pattern.
+        files: a JSONL file, or a glob pattern.
         vocabulary: of inputs and targets.
         clean_per_marked: keeps at most this many examples without a mark for each one with marks;
             None keeps all.
@@ -46,7 +45,7 @@ class RecordFiles:
             UsageError: a file, a record or the vocabulary has a mistake.
         """
         tokenization.check_vocabulary(self.vocabulary)
-        rows = check_trainable(read_record_files(self.files), self.files, self.annotated)
+        rows = check_trainable(records.read_records(self.files), self.files, self.annotated)
         examples = marks.examples_from_records(
             rows, self.vocabulary, self.files, self.marks, self.loss_until
         )
@@ -59,15 +58,6 @@ class RecordFiles:
             examples = selection.examples
         log_lost(examples, task_feature_lengths, self.files)
         return examples
-
-
-def read_record_files(files: str | os.PathLike) -> list[records.Record]:
-    """Reads records from JSONL, or from TFRecord where the name has `.tfrecord` in it."""
-    if ".tfrecord" not in os.fspath(files).rpartition("/")[2]:
-        return records.read_records(files)
-    from tnt_jax.data import tfrecords  # here, because it imports TensorFlow
-
-    return tfrecords.read(files)
 
 
 def check_trainable(

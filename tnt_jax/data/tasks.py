@@ -26,7 +26,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from tnt_jax.data import datasets, feature_converters, records, tfrecords, tokenization
+from tnt_jax.data import datasets, feature_converters, records, tokenization
 from tnt_jax.data.marks import example_from_record, log_spans_without_token
 from tnt_jax.runtime import console
 from tnt_jax.runtime.errors import UsageError, system_error
@@ -231,7 +231,7 @@ def record_task(
 
     Args:
         name: of the task.
-        files: a JSONL or TFRecord file, or a glob pattern, for each split.
+        files: a JSONL file, or a glob pattern, for each split.
         vocabulary: of inputs and targets.
         annotated: whether a record that nobody annotated is an error.
         marks: as in `datasets.RecordFiles`.
@@ -249,17 +249,18 @@ def record_task(
     def dataset_fn(split, shuffle_files, seed=None):
         del shuffle_files, seed  # tnt_jax shuffles examples: feature_converters.Batches
         file = files[split]
-        rows = datasets.check_trainable(datasets.read_record_files(file), file, annotated)
+        rows = datasets.check_trainable(records.read_records(file), file, annotated)
 
         def of_rows():
             for record in rows:
+                pairs = [(where, i) for where, ids in record.negative_token_ids for i in ids]
                 yield {
                     "id": record.id,
                     "inputs": record.inputs,
                     "targets": record.targets,
                     "target_ids": record.target_ids or (),
                     "negative_spans": np.reshape(record.negative_spans or (), (-1, 2)),
-                    "negative_token_ids": np.reshape(tfrecords.pairs(record), (-1, 2)),
+                    "negative_token_ids": np.reshape(pairs, (-1, 2)),
                 }
 
         return tf.data.Dataset.from_generator(of_rows, output_signature=shapes)
