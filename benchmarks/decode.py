@@ -142,7 +142,7 @@ def whole_runs(num_prompts, batch_size):
             user_defined_symbols=[f"\u2581{word}" for word in words],
         )
         vocabulary = pretrained.vocabulary(str(folder / "words.model"), extra_ids=0)
-        config = small(vocabulary.vocab_size)
+        config = small(vocabulary.size)
         write_model(model, config)
         rows = [records.Record(id=str(n), inputs=text) for n, text in enumerate(texts)]
         records.write_records(prompts, rows)

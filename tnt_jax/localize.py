@@ -30,7 +30,13 @@ import numpy as np
 from tnt_jax import annotators
 from tnt_jax.annotators import continuations, prefix_values
 from tnt_jax.checkpoints import digests, pretrained
-from tnt_jax.data import feature_converters, records, removed_everywhere, tokenization
+from tnt_jax.data import (
+    feature_converters,
+    marks,
+    records,
+    removed_everywhere,
+    tokenization,
+)
 from tnt_jax.models import decoding, sharding
 from tnt_jax.models.model import Model
 from tnt_jax.models.network_config import NetworkConfig
@@ -101,7 +107,7 @@ def localize(
       input: A JSONL file (or glob) of records: outputs of the original.
       checkpoint_path: Of the original.
       model: The network's settings, or that they are the checkpoint's.
-      vocabulary: A seqio vocabulary, of inputs and outputs.
+      vocabulary: The tokeniser of inputs and outputs.
       task_feature_lengths: Tokens of "inputs" and "targets"; no token beyond is marked.
       label_field: The field of a record that is true (or 1) where its output is bad. None takes
         those as bad that have negative spans.
@@ -240,13 +246,11 @@ class _Outputs:
     """The outputs as the head reads them."""
 
     def __init__(self, rows: Sequence[records.Record], original: _Original, folder: str):
-        from tnt_jax.data import tasks  # here, because TensorFlow takes seconds to import
-
         unmarked = [
             dataclasses.replace(row, negative_spans=None, negative_token_ids=()) for row in rows
         ]
-        tokenized = tasks.examples_from_records(unmarked, original.vocabulary, "the records")
-        self._examples = [_ended(example) for example in tokenized]
+        tokenized = marks.examples_from_records(unmarked, original.vocabulary, "the records")
+        self._examples = [_ended(example, original.vocabulary) for example in tokenized]
         # One more, so that an output cut at the length has a state after its last token too.
         lengths = {**original.lengths, "targets": original.lengths["targets"] + 1}
         lost = feature_converters.count_lost(self._examples, lengths)
@@ -297,11 +301,13 @@ class _Outputs:
         )
 
 
-def _ended(example: feature_converters.Example) -> feature_converters.Example:
+def _ended(
+    example: feature_converters.Example, vocabulary: tokenization.Tokeniser
+) -> feature_converters.Example:
     """With an EOS, also where decoding was cut: the state there is the one after all the text."""
-    if len(example.targets) and example.targets[-1] == tokenization.EOS_ID:
+    if len(example.targets) and example.targets[-1] in vocabulary.end_ids:
         return example
-    ended = np.append(example.targets, np.int32(tokenization.EOS_ID))
+    ended = np.append(example.targets, np.int32(vocabulary.end_id))
     return dataclasses.replace(example, targets=ended)
 
 
@@ -372,7 +378,7 @@ def _check(
         for index, length in zip(chosen, lengths, strict=True)
     ]
     config = original.network.config
-    unused = range(original.vocabulary.vocab_size, config.vocab_size)  # they stand for no text
+    unused = range(original.vocabulary.size, config.vocab_size)  # they stand for no text
     sampled = continuations.sample(
         prefixes,
         original.network,
@@ -422,9 +428,9 @@ def mark(row: records.Record, is_negative: np.ndarray, vocabulary: Any) -> recor
     Args:
       row: Of an output.
       is_negative: Whether each of its first tokens is; `Threshold.negative` makes it of `values`.
-      vocabulary: A seqio vocabulary.
+      vocabulary: The tokeniser.
     """
-    ids, extents = tokenization.ids_and_extents(row, vocabulary)
+    ids, extents = marks.ids_and_extents(row, vocabulary)
     spans: list[tuple[int, int]] = []
     without_text: list[tuple[int, tuple[int, ...]]] = []
     for position in np.flatnonzero(is_negative).tolist():
@@ -466,8 +472,8 @@ def _agreement(
 
     def of(row: records.Record) -> np.ndarray:
         spans_alone = dataclasses.replace(row, negative_token_ids=())
-        marks = tokenization.mark_tokens(spans_alone, vocabulary)
-        return np.isin(np.arange(len(marks.target_ids)), marks.negative_pairs[:, 0])
+        marked = marks.mark_tokens(spans_alone, vocabulary)
+        return np.isin(np.arange(len(marked.target_ids)), marked.negative_pairs[:, 0])
 
     bad = [
         (of(after), of(before))

@@ -50,7 +50,7 @@ class Grid:
       variant: What is special, for tables; "" is nothing.
       objective_settings: Further arguments of `objectives.TntObjective`.
       train: Further arguments of `train.train`.
-      dataset: Further arguments of `tasks.RecordFiles`.
+      dataset: Further arguments of `datasets.RecordFiles`.
       annotator: Makes the annotator of the training outputs, if it is not the experiment's.
       training_decoders: That make the training outputs; empty is the first. Of several, outputs are
         brought together as those of rounds are.

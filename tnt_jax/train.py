@@ -60,11 +60,11 @@ from tnt_jax.watching import metric_writers, watching
 
 @runtime_checkable
 class Dataset(Protocol):
-    """A source of examples: `tasks.RecordFiles`, `tasks.SeqioDataset`, or your own."""
+    """A source of examples: `datasets.RecordFiles`, `tasks.SeqioDataset`, or your own."""
 
     @property
     def vocabulary(self) -> Any:
-        """The seqio vocabulary of its ids."""
+        """The tokeniser of its ids."""
         ...
 
     def removed_everywhere(self) -> tuple[int, ...]:

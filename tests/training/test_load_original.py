@@ -86,9 +86,9 @@ def test_cached_states_after_a_stop():
 
 def test_states_with_evaluation():
     evaluation = {
-        "EVAL_DATASET": "@evaluation/tasks.RecordFiles()",
-        "evaluation/tasks.RecordFiles.files": "annotated.jsonl",
-        "evaluation/tasks.RecordFiles.vocabulary": "%VOCABULARY",
+        "EVAL_DATASET": "@evaluation/datasets.RecordFiles()",
+        "evaluation/datasets.RecordFiles.files": "annotated.jsonl",
+        "evaluation/datasets.RecordFiles.vocabulary": "%VOCABULARY",
     }
     train("evaluated-cached", ORIGINAL="cached", **evaluation)
     train("evaluated-parameters", **evaluation)

@@ -40,8 +40,8 @@ RUN = {
     "KEEP_CHECKPOINTS": 5,
     "TRAIN_STEPS": 6,
     "train.train.eval_every": 2,
-    "train.train.eval_dataset": "@evaluation/tasks.RecordFiles()",
-    "evaluation/tasks.RecordFiles.files": "original.annotated.jsonl",
+    "train.train.eval_dataset": "@evaluation/datasets.RecordFiles()",
+    "evaluation/datasets.RecordFiles.files": "original.annotated.jsonl",
 }
 
 

@@ -19,7 +19,7 @@ from helpers import rooms, t5_inputs
 from helpers.event_files import shown
 
 from tnt_jax.checkpoints import pretrained
-from tnt_jax.data import records, tokenization
+from tnt_jax.data import records
 from tnt_jax.runtime import program
 
 # T5X users' tasks: this module registers one, as theirs do. It knows nothing of tnt_jax.
@@ -294,7 +294,7 @@ def test_scores_are_log_likelihoods(watched):
         return np.array([np.pad(row, (0, length - len(row))) for row in rows], np.int32)
 
     def encoded(texts):
-        return [[*vocabulary.encode(text), tokenization.EOS_ID] for text in texts]
+        return [[*vocabulary.encode(text), vocabulary.eos_id] for text in texts]
 
     def log_likelihoods(inputs, targets, is_decoded):
         inputs, targets = padded(inputs, 8), padded(targets, 16)

@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -22,9 +22,6 @@ from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime import console
 from tnt_jax.runtime.array_types import PyTree
 from tnt_jax.runtime.errors import UsageError, system_error
-
-if TYPE_CHECKING:  # seqio imports TensorFlow, which takes seconds
-    import seqio
 
 # ----------------------------------------------------------------------------- Kinds of checkpoint
 
@@ -473,7 +470,7 @@ def _check_same(model: NetworkConfig, of_checkpoint: NetworkConfig, found: Pretr
 # ------------------------------------------------------------------------------- The vocabulary
 
 
-def vocabulary(path: str | None, extra_ids: int | None = None) -> "seqio.Vocabulary":
+def vocabulary(path: str | None, extra_ids: int | None = None) -> tokenization.Tokeniser:
     """A vocabulary from a sentencepiece model, or the one that a model comes with.
 
     Args:
@@ -496,7 +493,7 @@ def vocabulary(path: str | None, extra_ids: int | None = None) -> "seqio.Vocabul
 
 
 def check_vocabulary(
-    vocabulary: "seqio.Vocabulary", config: NetworkConfig, path: str | None
+    vocabulary: tokenization.Tokeniser, config: NetworkConfig, path: str | None
 ) -> int:
     """Compares a vocabulary with the model that it is used for; returns its size.
 
@@ -522,7 +519,7 @@ def _description(folder: epath.Path) -> epath.Path:
 
 
 def describe(
-    model_dir: str, config: NetworkConfig, vocabulary: "seqio.Vocabulary", original: str | None
+    model_dir: str, config: NetworkConfig, vocabulary: tokenization.Tokeniser, original: str | None
 ) -> None:
     """Writes beside our checkpoints what Hugging Face's directory has beside its weights.
 

@@ -124,7 +124,7 @@ class Mask(NamedTuple):
     Both are sequences of ids, as `pad_sequences` fills them up. The id that would complete a banned
     sequence is removed, unless a supported one has come at least as far from the same place or an
     earlier one: then what goes on with that is all that may follow, until it is whole. So "rice
-    boat" can be said where "rice" cannot. `tokenization.Completions` removes by the same rule.
+    boat" can be said where "rice" cannot. `marks.Completions` removes by the same rule.
 
     Attributes:
       banned: of each row, sequences that must not come up.
