@@ -1,6 +1,7 @@
 # make quickstart   an original model, its unwanted values, the patched model, the table and an HTML report:
 #                   minutes on two cores
 # make test         the unit and end-to-end tests
+# make check        what to run while you work: style, rooms, and the tests that are quick
 # make lint         ruff, basedpyright, and which room may import which
 # make docs         the site of docs/, in site/: open site/index.html. Its search needs a server:
 #                   python -m http.server -d site
@@ -26,7 +27,7 @@ INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check
 MAKE_VENV = $(PYTHON) -m venv --clear $(VENV)
 endif
 
-.PHONY: quickstart test lint docs parity
+.PHONY: quickstart test check lint docs parity
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.installed-quickstart
@@ -34,6 +35,11 @@ quickstart: $(VENV)/.installed-quickstart
 
 test: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
+
+check: $(VENV)/.installed-test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/lint-imports
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile -m "not slow" $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .

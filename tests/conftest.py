@@ -28,6 +28,26 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("tnt_jax", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("tnt_jax")
 
+# Files that take more than twenty seconds on a quiet core: `make check` leaves them to `make test`.
+# They start several processes, compile for TPUs, train, or drive a browser.
+SLOW_FILES = {
+    *("test_sweep", "test_processes", "test_load_original", "test_main_job", "test_generate"),
+    *("test_two_at_once", "test_scan_layers", "test_tpu_program", "test_damaged_models"),
+    *("test_step_on_meshes", "test_resume", "test_formats", "test_fused", "test_localize"),
+    *("test_output_parts", "test_fuzz", "test_paper_experiments", "test_watching", "test_tpu_vm"),
+    *("test_t5", "test_mistakes", "test_train_step", "test_parity", "test_system_errors"),
+    *("test_tutorial", "test_packing", "test_prefix_values", "test_security", "test_definition"),
+    *("test_decoding", "test_removed_everywhere", "test_release", "test_t5x", "test_benchmarks"),
+    *("test_corpora", "test_report_browser", "test_start", "test_t5x_plugin", "test_opened_once"),
+}
+
+
+def pytest_collection_modifyitems(items):
+    """Marks the tests of slow files."""
+    for item in items:
+        if item.path.stem in SLOW_FILES:
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture(scope="module")
 def quick_compilation():
