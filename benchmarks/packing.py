@@ -135,7 +135,7 @@ def wait_for_input(run, num_updates, is_ahead):
         jax.block_until_ready(run.update(run.next_batch()))
     upcoming = (run.next_batch() for _ in range(num_updates))
     if is_ahead:
-        upcoming = prefetch.ahead(run.next_batch, range(num_updates))
+        upcoming = prefetch.iterate(run.next_batch, range(num_updates))
     began, waited, before = time.perf_counter(), 0.0, None
     with contextlib.closing(upcoming):
         for _ in range(num_updates):

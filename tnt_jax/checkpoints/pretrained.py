@@ -409,35 +409,30 @@ class FromCheckpoint:
 _COMPUTATION = tuple(field.name for field in dataclasses.fields(FromCheckpoint))
 
 
-def config_of(model: t5.T5Config | FromCheckpoint, path: str | None) -> t5.T5Config:
+def config_of(model: t5.T5Config | FromCheckpoint, source: Pretrained | None) -> t5.T5Config:
     """The settings of a network whose weights come from a checkpoint.
 
     Args:
       model: The settings; or that they are the checkpoint's.
-      path: Of the checkpoint; None for random parameters.
+      source: The checkpoint; None for random parameters.
 
     Raises:
       UsageError: The checkpoint is of another network, or `model` needs one and there is none.
     """
-    if path is None:
+    if source is None:
         if isinstance(model, FromCheckpoint):
             raise UsageError(
                 "models/from_checkpoint.gin takes the model's sizes from its checkpoint, and "
                 "INITIAL_CHECKPOINT_PATH is None: choose another file of gin_configs/models."
             )
         return model
-    return config_for(model, open_checkpoint(path))
-
-
-def config_for(model: t5.T5Config | FromCheckpoint, found: Pretrained) -> t5.T5Config:
-    """As `config_of`, for a checkpoint that is open."""
     computation = {name: getattr(model, name) for name in _COMPUTATION}
-    of_checkpoint = dataclasses.replace(found.config, **computation)
+    of_checkpoint = dataclasses.replace(source.config, **computation)
     if isinstance(model, FromCheckpoint):
-        found.check(t5.abstract_params(of_checkpoint), lazy_arrays.ITS_OWN_SETTINGS)
+        source.check(t5.abstract_params(of_checkpoint), lazy_arrays.ITS_OWN_SETTINGS)
         return of_checkpoint
-    found.check(t5.abstract_params(model))
-    _check_same(model, of_checkpoint, found)
+    source.check(t5.abstract_params(model))
+    _check_same(model, of_checkpoint, source)
     return model
 
 
@@ -487,13 +482,15 @@ def vocabulary(path: str | None, extra_ids: int | None = None) -> "seqio.Vocabul
     return vocabularies.of_directory(_description(find(path)), extra_ids)
 
 
-def check_vocabulary(vocabulary: "seqio.Vocabulary", config: t5.T5Config, path: str | None) -> int:
+def check_vocabulary(
+    vocabulary: "seqio.Vocabulary", config: t5.T5Config, source: Pretrained | None
+) -> int:
     """Compares a vocabulary with the model that it is used for; returns its size.
 
     Args:
       vocabulary: Of inputs and targets.
       config: Of the network.
-      path: Of the checkpoint, None for a random model.
+      source: The model's checkpoint; None for a random model.
 
     Raises:
       UsageError: Its ids are not T5's, or not as many as the model's, or the checkpoint comes with
@@ -501,8 +498,8 @@ def check_vocabulary(vocabulary: "seqio.Vocabulary", config: t5.T5Config, path: 
     """
     vocab_size = tokenization.check_vocabulary(vocabulary)
     vocabularies.check_size(vocab_size, config.vocab_size)
-    if path is not None:
-        vocabularies.check_same(vocabulary, _description(find(path)))
+    if source is not None:
+        vocabularies.check_same(vocabulary, source.description)
     return vocab_size
 
 
@@ -512,7 +509,7 @@ def _description(folder: epath.Path) -> epath.Path:
 
 
 def describe(
-    model_dir: str, config: t5.T5Config, vocabulary: "seqio.Vocabulary", original: str | None
+    model_dir: str, config: t5.T5Config, vocabulary: "seqio.Vocabulary", original: Pretrained | None
 ) -> None:
     """Writes beside our checkpoints what Hugging Face's directory has beside its weights.
 
@@ -533,7 +530,7 @@ def describe(
     if folder.exists():
         folder.rmtree()
     folder.mkdir(parents=True)
-    source = None if original is None else _description(find(original))
+    source = None if original is None else original.description
     if source is not None and (source / huggingface.CONFIG).exists():
         settings = huggingface.read_config(source)
         for name in huggingface.OTHER_FILES:
