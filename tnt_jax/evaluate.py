@@ -1,8 +1,9 @@
-r"""Compares a patched model with its original: how much of the unwanted is gone, what else changed.
+r"""Compares a patched model with its original: what is gone, and what else changed.
 
-Takes the annotated outputs of both models for the same prompts. With both checkpoints it also
-computes the certificate on the original's outputs: at every position, what is left of the removed
-probability (residual), what else moved (collateral), and the smallest cost that any update had.
+Takes the annotated outputs of both models for the same prompts. Given both checkpoints, it also
+computes the certificate on the original's outputs. At every position that is the removed
+probability that is left (residual), what else moved (collateral), and the smallest cost that any
+update would have had. All are in nats.
 
 Example:
     python -m tnt_jax.evaluate --gin_file=models/t5_1_1_base.gin --gin_file=runs/evaluate.gin \

@@ -1,15 +1,16 @@
-r"""Generates outputs for prompts, greedily, by sampling or by beam search: JSONL in, JSONL out.
+r"""Generates outputs for prompts, greedily, by sampling or by beam search.
 
-Every output record keeps the prompt's id and other fields and gains `targets` and the exact
-`target_ids`; a reference text in `targets` moves to `reference`. Sampling noise depends on the seed
-and the record's id alone, so two models that agree give the same sample.
+Reads and writes JSONL. Every output record keeps the prompt's id and other fields, and gains
+`targets` and the exact `target_ids`. A reference text in `targets` moves to `reference`. Sampling
+noise depends only on the seed and the record's id, so two equal models give the same samples.
 
-Prompts of like lengths are decoded together, the longest first, in a few encoder widths, each of
-which is a program to compile. No output depends on that; they are written in the prompts' order.
+Prompts of similar lengths are decoded together, the longest first, in a few encoder widths, each
+of which is compiled once. The outputs do not depend on this; they are written in the order of the
+prompts.
 
-Until all are there, what is done lies in `OUTPUT.parts/`: the same command, after a stop, does what
-is missing. Several processes share the work, each on its own devices, which is what the mesh is of;
-no output depends on how many they are.
+Until all outputs are there, the finished parts are in `OUTPUT.parts/`. After a stop, the same
+command makes what is missing. Several processes share the work. Each has its own mesh on its own
+devices; the outputs do not depend on the number of processes.
 
 Example:
     python -m tnt_jax.generate --gin_file=models/t5_1_1_base.gin --gin_file=runs/generate.gin \
@@ -32,7 +33,15 @@ from tnt_jax.annotators import interface
 from tnt_jax.checkpoints import digests, opened_model, pretrained
 from tnt_jax.data import records, removed_everywhere, tokenization
 from tnt_jax.models import decoding, sharding, t5
-from tnt_jax.runtime import console, memory, operative_config, output_parts, processes, program
+from tnt_jax.runtime import (
+    console,
+    memory,
+    operative_config,
+    output_parts,
+    processes,
+    program,
+    settings_json,
+)
 from tnt_jax.runtime.errors import UsageError, check_seed
 
 _WIDTH_MULTIPLE = 16  # so that files of nearly equal lengths share a compiled program
@@ -135,7 +144,7 @@ def generate(
         "batch_size": batch_size,
         "seed": seed,
     }
-    with output_parts.opened(output, sizes, operative_config.describe(work)) as job:
+    with output_parts.opened(output, sizes, settings_json.describe(work)) as job:
         own = [(part, batch) for part in job.missing for batch in batches_of[part]]
         began = time.monotonic()
         with memory.explained(

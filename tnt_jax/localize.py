@@ -1,15 +1,17 @@
-r"""Finds the tokens that made bad outputs bad, from one label per output: records in, marks out.
+r"""Finds the tokens that made outputs bad, given one label for each output.
 
-A head on the original's decoder states learns, from labelled outputs of the original's own, how
-likely each prefix is to end well (`prefix_values`). In a bad output the tokens at which that
-falls are marked. Each output is valued by a head that saw neither it nor another one for the same
-input in training. Every record gets `values`, one for each prefix of its tokens, the empty one
-first; a bad one also gets `blame`, the share of the fall that is due to each token, and as its last
-entry what no token is blamed for. `OUTPUT.values.json` says how good the values are.
+Reads labelled records, and writes them with marks. A head on the original's decoder states learns
+from labelled outputs of the original how likely each prefix is to end well. In bad outputs, the
+tokens at which this probability falls are marked. Heads are cross-fitted: no output is scored by a
+head that saw it, or another output for the same input, in training.
 
-The outputs should be samples (TEMPERATURE=1.0 in `generate`): then a value is what the original's
-continuations come to. Without LABEL_FIELD an output is bad where it has negative_spans; they are
-kept as `given_spans`, and compared with what is found.
+Every record also gets `values`, one for each prefix of its tokens, beginning with the empty one.
+A bad record gets `blame`: the share of the fall that each token caused and, as the last entry, the
+share that no token is blamed for. `OUTPUT.values.json` says how good the values are.
+
+The outputs should be samples (TEMPERATURE=1.0 in `generate`): then a value estimates how the
+original's continuations end. Without LABEL_FIELD, an output is bad if it has negative_spans; they
+are kept as `given_spans` and compared with the marks found.
 
 Example:
     python -m tnt_jax.localize --gin_file=models/from_checkpoint.gin --gin_file=runs/localize.gin \

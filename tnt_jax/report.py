@@ -1,7 +1,7 @@
-r"""One HTML file that shows what an update did: numbers, trade-offs, every changed output.
+r"""Writes one HTML file that shows what an update did: numbers, trade-offs, every changed output.
 
-The file needs no network and no server. It takes the folder of a pipeline, or the files that the
-other programs wrote, or the results of a sweep, or several of these.
+The file needs no network and no server. The input is the folder of a pipeline, the files that the
+other programs wrote, the results of a sweep, or several of these.
 
 Example:
     python -m tnt_jax.report --gin_file=runs/report.gin --gin.PIPELINE_DIR=runs/quickstart \
@@ -16,7 +16,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from tnt_jax.data import records
-from tnt_jax.evaluation import changes, diagnosis, report_page, report_rows, text_metrics
+from tnt_jax.evaluation import changes, diagnosis, report_page, text_metrics
+from tnt_jax.evaluation.results import Row, from_evaluation, from_results, num_outputs
 from tnt_jax.runtime import console, files, operative_config, program
 from tnt_jax.runtime.errors import UsageError
 
@@ -42,7 +43,7 @@ def report(
       current_records: Annotated outputs of the patched model, for the same ids.
       evaluation: What `tnt_jax.evaluate` wrote about these two. None counts what texts alone tell.
       tokens: What it wrote as TOKENS_OUTPUT.
-      results: Of a sweep, a JSON file `{"rows": [...]}`; the fields are those of `report_rows.Row`.
+      results: Of a sweep, a JSON file `{"rows": [...]}`; `evaluation.results.Shown` has the fields.
       title: Of the page.
       num_records: The most outputs to show of each arm and decoder, the worst changes first.
 
@@ -59,7 +60,7 @@ def report(
     operative_config.check_writable(output, "OUTPUT", reads)
     _check_settings(pipeline_dir, original_records, current_records, evaluation, tokens, results)
     sources = _Files()
-    rows: list[report_rows.Row] = []
+    rows: list[Row] = []
     comparisons: list[report_page.Comparison] = []
     if pipeline_dir is not None:
         of_pipeline = _of_pipeline(sources, pathlib.Path(pipeline_dir), num_records)
@@ -78,7 +79,7 @@ def report(
         rows.append(row)
         comparisons.append(comparison)
     if results is not None:
-        rows += report_rows.from_results(sources.read_json(results), results)
+        rows += from_results(sources.read_json(results), results)
     page = report_page.write(
         title=title,
         rows=rows,
@@ -196,7 +197,7 @@ def _length_of(values: Any, field: str) -> int | None:
 
 def _of_pipeline(
     sources: _Files, root: pathlib.Path, num_records: int
-) -> list[tuple[report_rows.Row, report_page.Comparison]]:
+) -> list[tuple[Row, report_page.Comparison]]:
     summary = root / "summary.json"
     if not summary.is_file():
         raise UsageError(
@@ -252,13 +253,13 @@ def _compare(
     tokens: str | None,
     row: Mapping[str, Any],
     num_records: int,
-) -> tuple[report_rows.Row, report_page.Comparison]:
+) -> tuple[Row, report_page.Comparison]:
     original, current = records.read_pairs(original_records, current_records)
     sources.note(original_records)
     sources.note(current_records)
     if evaluation is None:
         evaluation = _numbers(original, current)
-    counted = report_rows.num_outputs(evaluation)
+    counted = num_outputs(evaluation)
     if counted != len(original):
         raise UsageError(
             f"the evaluation is of {counted} outputs, but {original_records} has {len(original)}. "
@@ -284,7 +285,7 @@ def _compare(
         outputs=[(original[i].id, original[i].inputs, found[i]) for i in shown],
         tokens=sources.read_tokens(tokens, (r.id for r in original)) if tokens else [],
     )
-    return report_rows.from_evaluation(evaluation, row), comparison
+    return from_evaluation(evaluation, row), comparison
 
 
 def _numbers(

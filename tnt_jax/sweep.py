@@ -1,15 +1,16 @@
-r"""Objectives x weights x seeds from one original: who cuts how much, at what change.
+r"""Compares objectives, weights and seeds from one original: who cuts how much, at what change.
 
-Every arm is trained on the same annotated outputs and evaluated on the same prompts, as `pipeline`
-does it. A sweep that was stopped goes on; several processes may share one (NUM_PROCESSES,
-PROCESS_INDEX), each with its own part of the arms.
+Every arm trains on the same annotated outputs and is evaluated on the same prompts, as in
+`pipeline`. A sweep that was stopped resumes. Several processes may share one (NUM_PROCESSES,
+PROCESS_INDEX); each takes its own part of the arms.
 
-It writes `results.json`: "rows", one for each arm, weight, seed and decoder, on prompts that no
-weight was chosen on; "choice_rows", the same on those that it was; "chosen", each arm at its chosen
-weight, over seeds, with intervals over prompts. Of an arm with several rounds, "steps" and
-"train_seconds" are those of all its rounds together. And `results.md`, those as tables.
+It writes `results.json` and, as tables, `results.md`. In `results.json`, "rows" has each arm,
+weight, seed and decoder on the prompts that were not used to choose weights; "choice_rows" has the
+same on the prompts that were; "chosen" has each arm at its chosen weight, averaged over seeds, with
+intervals over prompts. "steps" and "train_seconds" count all rounds of an arm.
 
-Which arms are on the frontier is known when all are done: those can then be run with other seeds.
+When all arms are done, those on the frontier of cut and BLEU can be run with further seeds
+(FRONTIER_SEEDS).
 
 Example:
     python -m tnt_jax.sweep --gin_file=models/from_checkpoint.gin --gin_file=runs/sweep.gin \
@@ -33,6 +34,7 @@ from tnt_jax.experiments.experiment import Changes, Experiment, Opened
 from tnt_jax.runtime import console, files, holding, program, stages
 from tnt_jax.runtime.errors import UsageError
 
+_ARM = ("decoder", "objective")  # of one weight each: rows that have these alike
 _FEWEST = 5  # unwanted outputs to choose weights by: fewer are chance
 _FEWEST_TO_REPORT = 2  # prompts: what one says has no interval
 
@@ -271,7 +273,7 @@ def _found(
     if frontier_seeds and not num_missing:
         best = {
             row["objective"]
-            for row in _over_seeds(_of_weights(rows["choice_rows"], weights))
+            for row in results.over_seeds(_of_weights(rows["choice_rows"], weights), _ARM)
             if row.get("is_pareto")
         }
         again = _with_seeds(cells, weights, {baseline, *best}, frontier_seeds)
@@ -415,16 +417,6 @@ def _of_weights(
     return [row for row in rows if weights.get(row["objective"]) == row["alpha"]]
 
 
-def _over_seeds(rows: Sequence[results.Row]) -> list[results.Row]:
-    """Arms of one weight each, over seeds; of each decoder, which are on the frontier."""
-    found = results.averaged(rows, key=lambda row: (row["decoder"], row["objective"]))
-    for decoder in {row["decoder"] for row in found}:
-        trained = [row for row in _of_decoder(found, decoder) if row["objective"] != results.MASK]
-        for row, is_best in zip(trained, results.pareto(trained), strict=True):
-            row["is_pareto"] = is_best
-    return found
-
-
 def _with_seeds(
     cells: Sequence[_Cell],
     weights: Mapping[str, float | None],
@@ -450,7 +442,7 @@ def _chosen(
     num_resamples: int,
 ) -> list[results.Row]:
     """Every arm at its chosen weight, on the prompts that no weight was chosen on."""
-    chosen = _over_seeds(rows)
+    chosen = results.over_seeds(rows, _ARM)
     for decoder in opened.settings.decoders:
         of_decoder = _of_decoder(chosen, decoder)
         # Of an arm's first seed.

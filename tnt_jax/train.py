@@ -1,15 +1,14 @@
 r"""Trains a T5 on annotated records: Targeted Negative Training, its baselines, or fine-tuning.
 
-The parameters come from, in this order:
+The parameters come from the first of these that exists:
 
-1. the newest checkpoint in MODEL_DIR, if there is one: the run goes on where it stopped;
-2. INITIAL_CHECKPOINT_PATH, a checkpoint or a model directory of this tool;
+1. the newest checkpoint in MODEL_DIR: the run resumes where it stopped;
+2. INITIAL_CHECKPOINT_PATH, a checkpoint or a model directory;
 3. a random initialisation from the seed, if INITIAL_CHECKPOINT_PATH is None.
 
-The original, which the objectives compare with, always comes from 2 or 3, also when a run goes on:
-it is never the half-trained model of MODEL_DIR. Its digest is in every checkpoint, and checked. A
-further round, which starts from a model that was patched already, names that one in
-START_CHECKPOINT_PATH.
+The original, with which the objectives compare, always comes from 2 or 3, also when a run resumes.
+It is never the half-trained model of MODEL_DIR. Every checkpoint holds its digest, which is
+checked. A further round starts from a patched model: START_CHECKPOINT_PATH names it.
 
 Example:
     python -m tnt_jax.train --gin_file=models/t5_1_1_base.gin --gin_file=objectives/tnrf.gin \

@@ -120,7 +120,7 @@ def test_what_goes_at_every_position_stays(tmp_path):
 
 def test_description_and_mistakes():
     described = noisy(miss_rate=0.2, seed=3).description
-    assert described.startswith("Noisy(PythonFunction(test_noise:every_rat ")
+    assert described.startswith("Noisy(PythonFunction(test_noisy:every_rat ")
     assert described.endswith("), miss_rate=0.2, false_rate=0.0, seed=3)")
     with pytest.raises(UsageError, match=r"Noisy\.miss_rate: expected a rate from 0 to 1, found 2"):
         noisy(miss_rate=2)

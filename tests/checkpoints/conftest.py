@@ -10,6 +10,6 @@ from helpers.t5x_files import FILTER
 @pytest.fixture(scope="module")
 def written_by_t5x(tmp_path_factory):
     folder = tmp_path_factory.mktemp("t5x")
-    with tarfile.open(golden_model.FOLDER / "t5x.tar.gz") as archive:
+    with tarfile.open(golden_model.FOLDER / "t5x_checkpoints.tar.gz") as archive:
         archive.extractall(folder, **FILTER)
     return folder

@@ -536,7 +536,7 @@ def test_every_part_of_the_notes_of_a_run(damaged):
         pretrained.open_checkpoint(str(path)).weights["decoder/layers_0/mlp/wo/kernel"].load()
 
     assert outcome(open_it, damaged) == "works"
-    (file,) = damaged.glob("checkpoint_0/run/*")
+    file = damaged / "checkpoint_0" / "run" / "metadata"
     found = outcomes_of(file, open_it)
     assert set(found.values()) > {"works"}
     for key in ("alpha", "rank"):
@@ -546,7 +546,7 @@ def test_every_part_of_the_notes_of_a_run(damaged):
 
 @of_format("adapters")
 def test_adapters_beside_themselves(damaged):
-    (file,) = damaged.glob("checkpoint_0/run/*")
+    file = damaged / "checkpoint_0" / "run" / "metadata"
     run = json.loads(file.read_text())
     shutil.copytree("damaged", "others")
     for folder, beside in (("damaged", "others"), ("others", "damaged")):

@@ -1,6 +1,6 @@
 """What T5X wrote is read, in every layout; what we write has T5X's names, shapes and values.
 
-`golden/t5x.tar.gz` was written by T5X itself (golden/README.md). That T5X reads what we
+`golden/t5x_checkpoints.tar.gz` was written by T5X itself (golden/README.md). That T5X reads what we
 write: `test_t5x_restores.py`.
 """
 
@@ -39,7 +39,7 @@ CONFIGS = {
 @pytest.fixture
 def copy(written_by_t5x, tmp_path):
     """The legacy checkpoint, to be damaged."""
-    with tarfile.open(golden_model.FOLDER / "t5x.tar.gz") as archive:
+    with tarfile.open(golden_model.FOLDER / "t5x_checkpoints.tar.gz") as archive:
         members = [m for m in archive if m.name.startswith("t5_legacy/")]
         archive.extractall(tmp_path, members=members, **FILTER)
     return tmp_path / "t5_legacy" / "checkpoint_7"

@@ -294,7 +294,7 @@ def test_an_unknown_t5patches_mode_is_a_usage_error():
 
 def test_neither_records_nor_batches_import_a_framework():
     code = (
-        "import sys; from tnt_jax import feature_converters, records;"
+        "import sys; from tnt_jax.data import feature_converters, records;"
         "print([m for m in ('tensorflow', 'seqio', 'jax', 'gin') if m in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -7,7 +7,7 @@ import seqio
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from tnt_jax.data import feature_converters, paper_tasks, records, tasks, tfrecords, tokenization
+from tnt_jax.data import feature_converters, paper_tasks, records, tasks, tokenization
 from tnt_jax.runtime.errors import UsageError
 
 LENGTHS = {"inputs": 32, "targets": 24}
@@ -74,140 +74,38 @@ def assert_same_examples(left, right):
             assert getattr(one, name).dtype == np.int32
 
 
-# --- TFRecord -------------------------------------------------------------------------------------
-
-
-def test_tfrecord_holds_the_same_fields_as_jsonl(vocabulary, tmp_path):
-    rows = [
-        *annotated_records(vocabulary),
-        records.Record(id="unknown", inputs="x", targets="y", negative_spans=None),
-        records.Record(id="prompt", inputs="é😀"),
-        records.Record(
-            id="ids", inputs="", negative_token_ids=((0, (5, 7)), (2, (5,)), (3, (9, 4)))
-        ),
-    ]
-    tfrecords.write(tmp_path / "new folder" / "rows.tfrecord", rows)
-    records.write_records(tmp_path / "rows.jsonl", rows)
-    assert tasks.read_record_files(str(tmp_path / "new folder" / "*.tfrecord*")) == rows
-    assert tasks.read_record_files(str(tmp_path / "rows.jsonl")) == rows
-
-
-def tf_example(**features):
-    return tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString()
-
-
-def of_ints(*values):
-    return tf.train.Feature(int64_list=tf.train.Int64List(value=values))
-
-
-def of_floats(*values):
-    return tf.train.Feature(float_list=tf.train.FloatList(value=values))
-
-
-def of_bytes(value):
-    return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        (tf_example(id=of_bytes(b"a")), "rows.tfrecord:2: the field 'inputs' is missing"),
-        (tf_example(inputs=of_ints(3)), "rows.tfrecord:2: inputs: expected a string"),
-        (tf_example(inputs=of_bytes(b"\xe9")), "rows.tfrecord:2: inputs: not UTF-8"),
-        (
-            tf_example(inputs=of_bytes(b"x"), negative_spans=of_ints(0, 1, 2)),
-            "rows.tfrecord:2: negative_spans: expected pairs, found 3 values",
-        ),
-        (
-            tf_example(inputs=of_bytes(b"x"), negative_spans=of_ints(0, 1)),
-            "negative_spans has [0, 1], but targets has 0 characters",
-        ),
-        (
-            tf_example(inputs=of_bytes(b"x"), id=of_bytes(b"fine")),
-            "rows.tfrecord:2: the id 'fine' was used before",
-        ),
-        (b"no example", "no TFRecord file of tf.train.Example"),
-        (
-            tf_example(inputs=of_bytes(b"x"), negative_token_ids=of_bytes(b"ab")),
-            "rows.tfrecord:2: negative_token_ids: expected a list of [position, [token ids]]",
-        ),
-        (
-            tf_example(inputs=of_bytes(b"x"), extra=of_bytes(b"[1]")),
-            "rows.tfrecord:2: extra: expected a JSON object, as text, found '[1]'",
-        ),
-        (
-            tf_example(inputs=of_bytes(b"x"), extra=of_bytes(b"{")),
-            "rows.tfrecord:2: extra: not JSON",
-        ),
-        (
-            tf_example(inputs=of_bytes(b"x"), extra=of_bytes(b'{"score": [NaN]}')),
-            "rows.tfrecord:2: extra: score: expected finite numbers, found NaN",
-        ),
-        (
-            tf_example(inputs=of_bytes(b"x"), score=of_floats(0.5, float("inf"))),
-            "rows.tfrecord:2: score: expected finite numbers, found [0.5, inf]",
-        ),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",  # bytes: in no fixed order
-)
-def test_a_bad_tfrecord_is_named(tmp_path, row, message):
-    path = tmp_path / "rows.tfrecord"
-    with tf.io.TFRecordWriter(str(path)) as file:
-        file.write(tf_example(inputs=of_bytes(b"x"), id=of_bytes(b"fine")))
-        file.write(row)
-    with pytest.raises(UsageError, match=re.escape(message)):
-        tfrecords.read(path)
-
-
-def test_a_number_that_json_does_not_have_goes_into_no_tfrecord(tmp_path):
-    row = records.Record(id="r", inputs="x", extra={"score": float("nan")})
-    with pytest.raises(UsageError, match="record 'r': score: expected finite numbers, found nan"):
-        tfrecords.write(tmp_path / "rows.tfrecord", [row])
-    assert not list(tmp_path.iterdir())
-
-
-def test_jsonl_under_the_wrong_name_is_a_usage_error(tmp_path):
-    path = tmp_path / "rows.tfrecord"
-    path.write_text('{"inputs": "x"}\n')
-    with pytest.raises(UsageError, match=r"rows\.tfrecord: damaged, or no TFRecord file"):
-        tfrecords.read(path)
-
-
-def test_other_fields_of_a_tfrecord(tmp_path):
-    path = tmp_path / "rows.tfrecord"
-    texts = tf.train.Feature(bytes_list=tf.train.BytesList(value=[b"one", b"two"]))
-    with tf.io.TFRecordWriter(str(path)) as file:
-        file.write(
-            tf_example(inputs=of_bytes(b"x"), notes=texts, extra=of_bytes(b'{"score": 0.5}'))
-        )
-    (record,) = tfrecords.read(path)
-    assert record.extra == {"notes": ["one", "two"], "score": 0.5}
-
-
-def test_a_record_that_claims_more_than_the_file_has(tmp_path):
-    """With the right checksum: TensorFlow alone would end the process, out of memory."""
-    length = (2**62).to_bytes(8, "little")
-    checksum = 0xFFFFFFFF
-    for byte in length:  # CRC-32C
-        checksum ^= byte
-        for _ in range(8):
-            checksum = (checksum >> 1) ^ (0x82F63B78 if checksum & 1 else 0)
-    checksum ^= 0xFFFFFFFF
-    masked = (((checksum >> 15) | (checksum << 17)) + 0xA282EAD8) & 0xFFFFFFFF
-    path = tmp_path / "rows.tfrecord"
-    path.write_bytes(length + masked.to_bytes(4, "little") + b"rest")
-    with pytest.raises(UsageError, match=rf"the record at byte 0 ends at {2**62 + 16}, the file "):
-        tfrecords.read(path)
-
-
 # --- Records as a data set ------------------------------------------------------------------------
+
+
+def write_tf_examples(path, rows):
+    """The fields of records as features; those that hold lists of lists are flat."""
+
+    def feature(values):
+        if isinstance(values, str):
+            return tf.train.Feature(bytes_list=tf.train.BytesList(value=[values.encode()]))
+        flat = tf.nest.flatten(values)
+        return tf.train.Feature(int64_list=tf.train.Int64List(value=flat))
+
+    with tf.io.TFRecordWriter(path) as file:
+        for row in rows:
+            values = {
+                "id": row.id,
+                "inputs": row.inputs,
+                "targets": row.targets,
+                "target_ids": row.target_ids or (),
+                "negative_spans": row.negative_spans,
+                "negative_token_ids": [(at, i) for at, ids in row.negative_token_ids for i in ids],
+            }
+            features = {name: feature(value) for name, value in values.items()}
+            example = tf.train.Example(features=tf.train.Features(feature=features))
+            file.write(example.SerializeToString())
 
 
 def test_files_and_tasks_give_the_same_examples(vocabulary, tmp_path):
     rows = annotated_records(vocabulary)
     jsonl, tfrecord = str(tmp_path / "rows.jsonl"), str(tmp_path / "rows.tfrecord")
     records.write_records(jsonl, rows)
-    tfrecords.write(tfrecord, rows)
+    write_tf_examples(tfrecord, rows)
     expected = [tokenization.mark_tokens(row, vocabulary) for row in rows]
     from_files = tasks.RecordFiles(files=jsonl, vocabulary=vocabulary).load(LENGTHS)
     for example, row, marked in zip(from_files, rows, expected, strict=True):
@@ -217,13 +115,23 @@ def test_files_and_tasks_give_the_same_examples(vocabulary, tmp_path):
         np.testing.assert_array_equal(example.negative_pairs, marked.negative_pairs)
     assert sum(len(example.negative_pairs) == 0 for example in from_files) == 16
 
-    tasks.record_task("from_jsonl", {"train": jsonl}, vocabulary)
-    tasks.record_task("from_tfrecord", {"train": tfrecord, "validation": jsonl}, vocabulary)
+    # docs/howto_t5x.md
+    text = tf.io.FixedLenFeature([], tf.string)
+    ints = tf.io.FixedLenSequenceFeature([], tf.int64, allow_missing=True)
+    pairs = tf.io.FixedLenSequenceFeature([2], tf.int64, allow_missing=True)
+    described = {"id": text, "inputs": text, "targets": text, "target_ids": ints}
+    described |= {"negative_spans": pairs, "negative_token_ids": pairs}
+    seqio.TaskRegistry.add(
+        "from_tfrecord",
+        source=seqio.TFExampleDataSource({"train": tfrecord}, described),
+        preprocessors=[tasks.tokenize_and_mark],
+        output_features=tasks.record_features(vocabulary),
+    )
+    tasks.record_task("from_jsonl", {"train": jsonl, "validation": jsonl}, vocabulary)
     for dataset in (
-        tasks.RecordFiles(files=tfrecord, vocabulary=vocabulary),
         tasks.SeqioDataset(mixture_or_task_name="from_jsonl"),
+        tasks.SeqioDataset(mixture_or_task_name="from_jsonl", split="validation"),
         tasks.SeqioDataset(mixture_or_task_name="from_tfrecord"),
-        tasks.SeqioDataset(mixture_or_task_name="from_tfrecord", split="validation"),
     ):
         assert dataset.vocabulary is vocabulary
         assert_same_examples(dataset.load(LENGTHS), from_files)

@@ -169,7 +169,7 @@ def test_seeds_are_averaged():
         row("A", 2.0, 0.8, 64.0, seed=1, decoder="greedy", residual=0.3),
         row("B", 2.0, 0.5, 50.0, decoder="greedy", residual=0.2),
     ]
-    first, second = results.averaged(rows, key=lambda row: row["objective"])
+    first, second = results.over_seeds(rows, ["objective"])
     assert (first["cut"], first["bleu"], first["residual"]) == pytest.approx((0.75, 62.0, 0.2))
     assert first["bleu_sd"] == pytest.approx(math.sqrt(8))
     assert (first["alpha"], first["num_seeds"]) == (2.0, 2)

@@ -369,7 +369,7 @@ def test_chitchat_files_for_an_update(tmp_path):
         lower_case=True,
         num_mining_prompts=4,
         num_eval_prompts=2,
-        lexicon_scorer="tests.test_corpora:score_of_length",
+        lexicon_scorer="test_corpora:score_of_length",
         lexicon_threshold=0.7,
         lexicon_min_count=1,
     )
@@ -387,7 +387,7 @@ def test_chitchat_files_for_an_update(tmp_path):
             source_dir=tmp_path,
             eval_fraction=0.3,
             max_words=3,
-            lexicon_scorer="tests.test_corpora:score_of_length",
+            lexicon_scorer="test_corpora:score_of_length",
             lexicon_min_count=1,
             lexicon_threshold=0.8,
         )

@@ -23,6 +23,7 @@ def shown(folder):
                 points[:] = [point for point in points if point[0] < event.step]
         for value in event.summary.value:
             is_text = value.metadata.plugin_data.plugin_name == "text"
-            content = value.tensor.string_val[0].decode() if is_text else value.simple_value
+            tensor = value.tensor
+            content = tensor.string_val[0].decode() if is_text else tensor.float_val[0]
             found.setdefault(value.tag, []).append((event.step, content))
     return {tag: points for tag, points in found.items() if points}

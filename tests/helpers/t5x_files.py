@@ -1,4 +1,4 @@
-"""What T5X itself wrote: `golden/t5x.tar.gz` (golden/README.md)."""
+"""What T5X itself wrote: `golden/t5x_checkpoints.tar.gz` (golden/README.md)."""
 
 import tarfile
 
@@ -6,7 +6,7 @@ import numpy as np
 from helpers import golden_model
 from helpers.huggingface_model import TINY
 
-GOLDEN = np.load(golden_model.FOLDER / "t5x.npz")
+GOLDEN = np.load(golden_model.FOLDER / "t5x_checkpoints.npz")
 
 
 BATCH = golden_model.tree(GOLDEN, "batch/")

@@ -15,7 +15,7 @@ from helpers import outputs
 from tnt_jax import report
 from tnt_jax.checkpoints import model_card
 from tnt_jax.data import records
-from tnt_jax.evaluation import changes, report_rows
+from tnt_jax.evaluation import changes, results
 from tnt_jax.runtime import program
 from tnt_jax.runtime.errors import UsageError
 
@@ -135,7 +135,8 @@ def test_a_sweep_alone():
 
 def row(**fields):
     known = {"task": "t", "objective": "o", "decoder": "d", "unwanted_rate_before": 0.2}
-    return report_rows.Row(**{**known, "unwanted_rate_after": 0.1, "bleu": 70.0, **fields})
+    found = {"rows": [{**known, "unwanted_rate_after": 0.1, "bleu": 70.0, **fields}]}
+    return results.from_results(found, "results.json")[0]
 
 
 def test_means_over_seeds():
@@ -144,11 +145,10 @@ def test_means_over_seeds():
         row(alpha=2.0, seed=0, bleu=50.0, unwanted_rate_after=0.02),
         row(alpha=1.0, seed=1, bleu=74.0, unwanted_rate_after=0.06),
     ]
-    one, other = report_rows.groups(rows)
-    assert (one.num_rows, one.mean.bleu, one.mean.residual) == (2, 72.0, 0.5)
-    assert one.mean.cut == pytest.approx(0.6)
-    assert (one.mean.seed, other.mean.seed) == (None, 0)
-    assert other.mean.residual is None
+    one, other = results.over_seeds(rows, results.SETTINGS)
+    assert (one["num_seeds"], one["bleu"], one["residual"]) == (2, 72.0, 0.5)
+    assert one["cut"] == pytest.approx(0.6)
+    assert (other["num_seeds"], other["residual"]) == (1, None)
 
 
 def test_the_front():
@@ -160,14 +160,11 @@ def test_the_front():
     rows.append(row(decoder="other", bleu=1.0))
     # Better than all, but no model: a sweep's own tables leave it out of the frontier, too.
     rows.append(row(objective="decode mask", unwanted_rate_after=0.0, bleu=99.0))
-    assert [group.is_best for group in report_rows.groups(rows)] == [
-        True,
-        False,
-        True,
-        False,
-        False,
-        False,
-    ]
+    found = results.over_seeds(rows, results.SETTINGS)
+    assert [row.get("is_pareto") for row in found] == [True, False, True, False, True, None]
+    pathlib.Path("results.json").write_text(json.dumps({"rows": rows}))
+    # Who is alone with a decoder has no better trade-off than anybody.
+    assert written(results="results.json").texts.count("best trade-off") == 2
 
 
 EVALUATION = outputs.evaluation(NUMBER)

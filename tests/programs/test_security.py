@@ -20,7 +20,7 @@ from helpers.huggingface_model import write_directory
 import tnt_jax
 from tnt_jax import convert
 from tnt_jax.checkpoints import huggingface, lazy_arrays, orbax, pretrained, t5x
-from tnt_jax.data import tasks, tokenization, vocabularies
+from tnt_jax.data import records, tokenization, vocabularies
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.training import original_cache
 
@@ -165,10 +165,9 @@ def test_weights_of_torch_are_never_opened(copy):
 
 def test_data_and_states_without_pickle(tmp_path):
     with contextlib.chdir(tmp_path):
-        for name in ("rows.jsonl", "rows.tfrecord"):
-            pathlib.Path(name).write_bytes(EVIL)
-            with nothing_is_unpickled(), pytest.raises(UsageError):
-                tasks.read_record_files(name)
+        pathlib.Path("rows.jsonl").write_bytes(EVIL)
+        with nothing_is_unpickled(), pytest.raises(UsageError):
+            records.read_records("rows.jsonl")
         states = pathlib.Path("states/original")
         states.mkdir(parents=True)
         np.save(states / "part_0.npy", np.array([[Evil()]]), allow_pickle=True)

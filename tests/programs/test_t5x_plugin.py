@@ -34,7 +34,7 @@ from tnt_jax.training import train_step
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # T5X calls what JAX deprecates
     pytest.importorskip(
-        "t5x", reason="needs google-research/t5x, which no package index has: see README.md"
+        "t5x", reason="needs google-research/t5x, which no package index has: see docs/howto_t5x.md"
     )
     from t5x import adafactor, partitioning, utils
     from t5x.examples.t5 import network

@@ -18,7 +18,7 @@ from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from helpers import rooms
 from helpers.holders import PATIENCE, changing, held_by_another, note_of, refusal, wait_until
 
-from tnt_jax.data import records, removed_everywhere, tasks, tfrecords
+from tnt_jax.data import records, removed_everywhere
 from tnt_jax.runtime import files, holding, operative_config
 from tnt_jax.runtime.errors import UsageError
 
@@ -102,17 +102,6 @@ def test_what_fails_half_way_leaves_nothing(bucket):
     with pytest.raises(ZeroDivisionError):
         records.write_records("gs://b/a.jsonl", rows())
     assert bucket() == {}
-
-
-def test_lengths_of_tfrecords_are_checked_there_too(bucket):
-    """TensorFlow has its own way to a bucket, which ends in Google's."""
-    tfrecords.write("gs://b/a.tfrecord", ROWS)
-    tfrecords._check_lengths(files.path_of("gs://b/a.tfrecord"))
-    content = bucket()["/b/a.tfrecord"]
-    files.path_of("gs://b/cut.tfrecord").write_bytes(content[:-1])
-    message = rf"^gs://b/cut\.tfrecord: damaged.* ends at {len(content)}, the file at"
-    with pytest.raises(UsageError, match=message):
-        tasks.read_record_files("gs://b/cut.tfrecord")
 
 
 def test_settings_are_written_beside_the_output(bucket, monkeypatch):

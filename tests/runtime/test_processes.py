@@ -220,7 +220,7 @@ def test_a_program_for_one_process_says_so(monkeypatch, capsys):
 
 
 def test_nobody_says_who_the_others_are():
-    program = "from tnt_jax import processes; processes.start('test', processes.Kind.APART)"
+    program = "from tnt_jax.runtime import processes; processes.start('test', processes.Kind.APART)"
     environment = {"TNT_JAX_DISTRIBUTED": "1", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, "-c", program],

@@ -1,7 +1,3 @@
-import dataclasses
-import enum
-import functools
-import json
 import os
 import pathlib
 import re
@@ -10,8 +6,6 @@ import sys
 import textwrap
 
 import gin
-import numpy as np
-import optax
 import pytest
 
 from tnt_jax.runtime import operative_config, program
@@ -452,167 +446,10 @@ def test_tensorflow_is_imported_without_its_lines_but_others_come_through(tmp_pa
         "print('a real warning', file=sys.stderr)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", f"from tnt_jax import program; {before}import tensorflow"],
+        [sys.executable, "-c", f"from tnt_jax.runtime import program; {before}import tensorflow"],
         env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
         capture_output=True,
         text=True,
         timeout=240,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "a real warning\n")
-
-
-# Descriptions -----------------------------------------------------------------------------------
-
-
-class Color(enum.Enum):
-    RED = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Point:
-    x: float
-    label: str = "p"
-
-
-class Holder:
-    def __init__(self, content):
-        self.content = content
-
-    def method(self):
-        return self.content
-
-
-def adder(amount):
-    def add(x):
-        return x + amount
-
-    return add
-
-
-CYCLE = []
-CYCLE.append(CYCLE)
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        (None, None),
-        (3, 3),
-        (0.5, 0.5),
-        (float("inf"), "inf"),
-        ((1, [2, "a"]), [1, [2, "a"]]),
-        ({"b": 1, 2: {3}}, {"b": 1, "2": [3]}),
-        (pathlib.PurePosixPath("/a/b"), "/a/b"),
-        (np.float32(0.25), 0.25),
-        (np.dtype("int32"), "int32"),
-        (Color.RED, {"class": "test_program.Color", "name": "RED"}),
-        (Point(1.0), {"class": "test_program.Point", "x": 1.0, "label": "p"}),
-        (Holder([Point(2.0)]).content, [{"class": "test_program.Point", "x": 2.0, "label": "p"}]),
-        (Holder(1), {"class": "test_program.Holder", "content": 1}),
-        (
-            Holder(1).method,
-            {
-                "function": "test_program.Holder.method",
-                "self": {"class": "test_program.Holder", "content": 1},
-            },
-        ),
-        (Point, {"function": "test_program.Point"}),
-        (adder(5), {"function": "test_program.adder.<locals>.add", "amount": 5}),
-        (
-            functools.partial(adder, amount=2),
-            {"partial": {"function": "test_program.adder"}, "args": [], "amount": 2},
-        ),
-        (CYCLE, ["..."]),
-        (json, {"module": "json"}),
-    ],
-)
-def test_descriptions(value, expected):
-    assert operative_config.describe(value) == expected
-
-
-def test_description_of_arrays_is_of_their_content():
-    described = operative_config.describe(np.arange(3))
-    assert described["shape"] == [3]
-    assert described == operative_config.describe(np.arange(3))
-    assert described != operative_config.describe(np.arange(1, 4))
-
-
-def test_description_of_built_optimizers_holds_their_numbers_and_no_address():
-    def built(peak):
-        schedule = optax.warmup_cosine_decay_schedule(0.0, peak, 10, 100)
-        return json.dumps(operative_config.describe(optax.adafactor(schedule)))
-
-    assert built(0.1) == built(0.1)
-    assert built(0.1) != built(0.2)
-    assert not re.search(r"0x[0-9a-f]{6}", built(0.1))
-
-
-@pytest.fixture
-def clean_gin():
-    gin.clear_config()
-    yield
-    gin.clear_config()
-
-
-def test_description_of_gin_references_calls_nothing(clean_gin):
-    gin.parse_config(
-        """
-from __gin__ import dynamic_registration
-import optax
-
-BASE = 0.1
-RATE = %BASE
-optax.adafactor.learning_rate = @optax.warmup_cosine_decay_schedule()  # lacks arguments: no call
-optax.warmup_cosine_decay_schedule.peak_value = %RATE
-careful/optax.adafactor.decay_rate = 0.5
-OPTIMIZER = @optax.adafactor
-CAREFUL = @careful/optax.adafactor
-"""
-    )
-    plain = {
-        "function": "optax._src.alias.adafactor",
-        "learning_rate": {
-            "call": "optax.schedules._schedule.warmup_cosine_decay_schedule",
-            "peak_value": 0.1,
-        },
-    }
-    assert operative_config.describe(optax.adafactor) == plain
-    assert operative_config.describe(gin.query_parameter("OPTIMIZER/gin.macro.value")) == plain
-    careful = gin.query_parameter("CAREFUL/gin.macro.value")
-    assert operative_config.describe(careful) == {**plain, "decay_rate": 0.5}
-    # What a program's function receives is not the reference but what gin makes of it.
-    assert operative_config.describe(careful.scoped_configurable_fn) == {**plain, "decay_rate": 0.5}
-
-
-def test_description_of_a_scoped_class(clean_gin, toy):
-    gin.parse_config(
-        """
-from __gin__ import dynamic_registration
-import toy
-toy.Voice.words = ("a", "b")
-loud/toy.Voice.pitch = 9
-toy.greet.style = @loud/toy.Voice
-"""
-    )
-    style = gin.get_bindings("toy.greet")["style"]
-    assert operative_config.describe(style) == {
-        "function": "toy.Voice",
-        "words": ["a", "b"],
-        "pitch": 9,
-    }
-
-
-def test_description_of_a_vocabulary_depends_on_its_file_alone(tmp_path):
-    class Vocabulary:  # as seqio.SentencePieceVocabulary
-        def __init__(self, file, extra_ids=0):
-            self.sentencepiece_model_file = str(file)
-            self.extra_ids = extra_ids
-
-    for name, content in [("a", b"model"), ("b", b"model"), ("c", b"other")]:
-        (tmp_path / name).write_bytes(content)
-    described = {n: operative_config.describe(Vocabulary(tmp_path / n)) for n in "abc"}
-    assert described["a"] == described["b"] != described["c"]
-    assert operative_config.describe(Vocabulary(tmp_path / "a", 100)) != described["a"]
-    assert (
-        operative_config.describe(Vocabulary(tmp_path / "absent"))["model"] == f"{tmp_path}/absent"
-    )

@@ -381,9 +381,7 @@ def test_differences_are_named(name, before, now, difference):
         # Where it lies says nothing of what it is.
         ("original", original_of(), original_of(path="b")),
         ("original", original_of(), original_of(probe=[[-1.01, -2.0], [-3.0, -4.0]])),
-        ("original", {"path": "a", "digest": "00"}, original_of()),  # of an older version
         ("start", {"path": "a", "digest": "00"}, {"path": "b", "digest": "00"}),
-        ("start", "a", {"path": "a", "digest": "00"}),  # of an older version
         # How it is computed, and settings that an older version had not.
         (
             "model",

@@ -185,7 +185,7 @@ def test_half_of_the_samples_were_marked(watched):
 def test_samples_are_printed_and_shown(watched):
     ((start,),) = [[i] for i, line in enumerate(watched) if line == "update 5, samples:"]
     printed = "\n".join(watched[start + 1 : watched.index(watched[-1])])
-    texts = dict(shown(pathlib.Path("watched/tensorboard"))["samples/text_summary"])
+    texts = dict(shown(pathlib.Path("watched/tensorboard"))["samples"])
     assert list(texts) == [2, 4, 5]
     for sample in samples_of("watched")[5]:
         said = [("original", sample["original"]), ("now", sample["current"])]
@@ -270,7 +270,7 @@ def test_a_task_of_t5x_is_evaluated_as_it_is(watched):
     }
     curves = shown(pathlib.Path("watched/tensorboard"))
     assert [step for step, _ in curves["inference_eval/rooms_upper/exact"]] == [0, 2, 4, 5]
-    ((step, text), *_) = curves["inference_eval/rooms_upper/first/text_summary"][::-1]
+    ((step, text), *_) = curves["inference_eval/rooms_upper/first"][::-1]
     assert step == 5
     assert seen["predictions"][0] in html.unescape(text)
 

@@ -9,10 +9,12 @@ Imports `runtime` and `data`.
 
 from tnt_jax.annotators.classifier import Classifier
 from tnt_jax.annotators.entities import Entities
+from tnt_jax.annotators.gazetteer import Gazetteer
 from tnt_jax.annotators.interface import Annotation, Annotator, Span
-from tnt_jax.annotators.lexicon import Gazetteer, Lexicon
+from tnt_jax.annotators.lexicon import Lexicon
 from tnt_jax.annotators.noisy import Noisy
-from tnt_jax.annotators.spans import PythonFunction, Spans
+from tnt_jax.annotators.python_function import PythonFunction
+from tnt_jax.annotators.spans import Spans
 
 __all__ = [
     "Annotation",

@@ -8,10 +8,15 @@ import hashlib
 import pathlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-from tnt_jax.data.records import Record
+from tnt_jax.data.records import Record, counted_otherwise
 from tnt_jax.runtime.errors import UsageError
+
+_HOW_SPANS_ARE = (
+    "A span is [start, end] with 0 <= start < end <= length, counted in Unicode code points (not "
+    "bytes), end exclusive"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +105,30 @@ def merged(spans: Iterable[Span]) -> tuple[Span, ...]:
             alternatives=tuple(dict.fromkeys((*before.alternatives, *more))),
         )
     return tuple(disjoint)
+
+
+def checked_spans(found: Iterable[Any], record: Record, where: str) -> tuple[Span, ...]:
+    """Pairs and spans as sorted and disjoint spans within the record's targets."""
+    spans = []
+    for item in found:
+        pair = (item.start, item.end) if isinstance(item, Span) else item
+        # NumPy's integers are integers to __index__; booleans and floats are none.
+        is_pair = isinstance(pair, tuple | list) and len(pair) == 2
+        if not is_pair or any(isinstance(i, bool) or not hasattr(i, "__index__") for i in pair):
+            raise UsageError(
+                f"{where}: expected (start, end) pairs of integers or Span objects for record "
+                f"{record.id!r}, found {item!r}."
+            )
+        start, end = (int(i) for i in pair)
+        if not 0 <= start < end <= len(record.targets):
+            raise UsageError(
+                f"{where}: [{start}, {end}] for record {record.id!r}, whose targets have "
+                f"{len(record.targets)} characters."
+                f"{counted_otherwise(record.targets, start, end)} {_HOW_SPANS_ARE}."
+            )
+        alternatives = item.alternatives if isinstance(item, Span) else ()
+        spans.append(Span(start=start, end=end, alternatives=alternatives))
+    return merged(spans)
 
 
 @dataclass(frozen=True, kw_only=True)

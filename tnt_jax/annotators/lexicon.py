@@ -1,18 +1,11 @@
-"""Annotators that know what is unwanted by name: listed words, and values with their names.
+"""Marks listed words and phrases. `tnt_jax.annotators.phrases` says what a word is."""
 
-Both compare texts word by word; `tnt_jax.annotators.phrases` says what a word is.
-"""
-
-import json
-from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 from tnt_jax.annotators import phrases
-from tnt_jax.annotators.interface import Annotation, Span, TextFile
+from tnt_jax.annotators.interface import Annotation, TextFile
 from tnt_jax.data.records import Record
-from tnt_jax.runtime import files
 from tnt_jax.runtime.errors import UsageError
 
 
@@ -80,10 +73,10 @@ class Lexicon:
 
     def annotate(self, record: Record) -> Annotation:
         """Marks every entry in the targets, also where the inputs hold it."""
-        others = self._others if self.alternatives else _Others((), ())
+        others = self._others if self.alternatives else phrases.Alternatives((), ())
         return Annotation(
             spans=tuple(
-                _span(record.targets, start, end, others)
+                others.span(record.targets, start, end)
                 for start, end, _ in self._phrases.longest_mentions(record.targets)
             ),
             banned=self.everywhere(),
@@ -94,8 +87,8 @@ class Lexicon:
         return phrases.forms(self._texts, case_sensitive=self.case_sensitive)
 
     @cached_property
-    def _others(self) -> "_Others":
-        return _Others.of(self._texts, case_sensitive=self.case_sensitive)
+    def _others(self) -> phrases.Alternatives:
+        return phrases.Alternatives.from_texts(self._texts, case_sensitive=self.case_sensitive)
 
     def banned(self, record: Record) -> tuple[str, ...]:
         """What would be marked in any targets of a record: for masks while decoding."""
@@ -114,151 +107,3 @@ class Lexicon:
     def everywhere(self) -> tuple[str, ...]:
         """All entries with their inflections, in every form that would be marked."""
         return self._spellings if self.at_every_position else ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gazetteer:
-    """Marks mentions of known values that the inputs do not state.
-
-    A value is supported when any of its names occurs in the inputs, also within a longer name. Of
-    mentions that overlap in the targets the first to start wins, then the longest, and it is marked
-    unless a value of that name, of whatever type, is supported. Letter case does not count.
-
-    The file is a JSON object of types, each a list of values or an object that gives each value a
-    list of further names: `{"area": ["north", "south"], "food": {"british": ["english"]}}`.
-
-    Attributes:
-      path: the file.
-      alternatives: give each span all other names that are not supported, of every type.
-      at_every_position: no name that is not supported may be completed at any position, which
-        distils a decoding mask into the weights.
-
-    Raises:
-      UsageError: the file is missing, is not such JSON or names no value.
-    """
-
-    path: str
-    alternatives: bool = True
-    at_every_position: bool = False
-
-    def __post_init__(self):
-        _ = self._phrases  # a bad file is reported now, not at the first record
-
-    @cached_property
-    def _file(self) -> TextFile:
-        return TextFile.read(self.path, setting="Gazetteer.path")
-
-    @cached_property
-    def _phrases(self) -> phrases.Phrases:
-        return phrases.Phrases(_named_values(self._file))
-
-    @cached_property
-    def _values_by_name(self) -> dict[str, frozenset[Hashable]]:
-        return {name: self._phrases.values_of(name) for name, _ in _named_values(self._file)}
-
-    @cached_property
-    def description(self) -> str:
-        """Name, file with digest, and settings."""
-        return (
-            f"Gazetteer({self._file.identity}, alternatives={self.alternatives}, "
-            f"at_every_position={self.at_every_position})"
-        )
-
-    def _names(self, supported: set[Hashable]) -> tuple[list[str], list[str]]:
-        """Those of supported values, and the others."""
-        supported_names, other_names = [], []
-        for name, values in self._values_by_name.items():
-            (other_names if supported.isdisjoint(values) else supported_names).append(name)
-        return supported_names, other_names
-
-    def annotate(self, record: Record) -> Annotation:
-        """Marks every mention in the targets that the inputs do not support."""
-        supported = self._phrases.values_in(record.inputs)
-        mentions = [
-            (start, end)
-            for start, end, values in self._phrases.longest_mentions(record.targets)
-            if supported.isdisjoint(values)
-        ]
-        supported_names, other_names = self._names(supported)
-        others = _Others.of(other_names if self.alternatives else ())
-        return Annotation(
-            spans=tuple(_span(record.targets, start, end, others) for start, end in mentions),
-            supported=phrases.forms(supported_names),
-            banned=phrases.forms(other_names) if self.at_every_position else (),
-        )
-
-    def banned(self, record: Record) -> tuple[str, ...]:
-        """What would be marked in any targets of a record: for masks while decoding."""
-        return phrases.forms(self._names(self._phrases.values_in(record.inputs))[1])
-
-    def supported(self, record: Record) -> tuple[str, ...]:
-        """The names that the inputs support, which may hold others: for masks while decoding."""
-        return phrases.forms(self._names(self._phrases.values_in(record.inputs))[0])
-
-    def innocent_words(self, text: str) -> list[str]:
-        """The words of a text that are in no value's name."""
-        return self._phrases.outside(text)
-
-    def everywhere(self) -> tuple[str, ...]:
-        """Nothing: a value that is wrong for one record is right for another."""
-        return ()
-
-
-def _named_values(file: TextFile) -> list[tuple[str, tuple[str, str]]]:
-    """The pairs (name, (type, value)) of a gazetteer file; a value is its own first name."""
-
-    def names_in(texts: object, where: str) -> list[str]:
-        if isinstance(texts, list) and all(isinstance(t, str) and t.strip() for t in texts):
-            return texts
-        raise UsageError(
-            f"{file.setting}: {file.path}: {where} must be a list of non-blank strings, found "
-            f"{json.dumps(texts)[:80]}."
-        )
-
-    try:
-        types = json.loads(file.text)
-        files.check_depth(file.text.encode(), types)
-        json.dumps(types, ensure_ascii=False).encode()  # half a surrogate pair is no text
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{file.setting}: {file.path} is not JSON: {error}.") from error
-    if not isinstance(types, dict) or not any(types.values()):
-        raise UsageError(
-            f"{file.setting}: {file.path} names no value; expected "
-            '{"type": ["value", ...]} or {"type": {"value": ["other name", ...]}}.'
-        )
-    pairs = []
-    for type_name, values in types.items():
-        if not isinstance(values, dict):
-            values = {value: [] for value in names_in(values, f"type {type_name!r}")}
-        names_in(list(values), f"type {type_name!r}")
-        for value, others in values.items():
-            names = [value, *names_in(others, f"value {value!r} of type {type_name!r}")]
-            pairs.extend((name, (type_name, value)) for name in names)
-    return pairs
-
-
-class _Others(NamedTuple):
-    """What else would be marked in the place of a marked text.
-
-    Attributes:
-      of_capitals: its forms where the marked text is in capitals.
-      of_letters: its forms elsewhere: all but those in capitals, which the text would not go on in.
-    """
-
-    of_capitals: tuple[str, ...]
-    of_letters: tuple[str, ...]
-
-    @classmethod
-    def of(cls, texts: Sequence[str], *, case_sensitive: bool = False) -> "_Others":
-        """All forms of listed texts."""
-        return cls(
-            phrases.forms(texts, case_sensitive=case_sensitive),
-            phrases.forms(texts, case_sensitive=case_sensitive, in_capitals=False),
-        )
-
-
-def _span(targets: str, start: int, end: int, others: _Others) -> Span:
-    marked = targets[start:end]
-    is_in_capitals = len(marked) > 1 and marked.isupper()
-    forms = others.of_capitals if is_in_capitals else others.of_letters
-    return Span(start=start, end=end, alternatives=tuple(text for text in forms if text != marked))

@@ -11,7 +11,10 @@ written without spaces is out of reach: its runs of letters are single words.
 import functools
 import re
 import unicodedata
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from tnt_jax.annotators.interface import Span
 
 # `\w` leaves out combining marks (accents of decomposed text, vowel signs of Indic scripts);
 # without them "cafe" would be found in "cafe\u0301".
@@ -192,3 +195,30 @@ def _capitalised(text: str) -> str:
         if key(text[start:end]) != "'s":
             letters[start] = letters[start].upper()
     return "".join(letters)
+
+
+class Alternatives(NamedTuple):
+    """What else would be marked in the place of a marked text.
+
+    Attributes:
+      of_capitals: its forms where the marked text is in capitals.
+      of_letters: its forms elsewhere: all but those in capitals, which the text would not go on in.
+    """
+
+    of_capitals: tuple[str, ...]
+    of_letters: tuple[str, ...]
+
+    @classmethod
+    def from_texts(cls, texts: Sequence[str], *, case_sensitive: bool = False) -> "Alternatives":
+        """All forms of listed texts."""
+        return cls(
+            forms(texts, case_sensitive=case_sensitive),
+            forms(texts, case_sensitive=case_sensitive, in_capitals=False),
+        )
+
+    def span(self, targets: str, start: int, end: int) -> Span:
+        """A marked stretch of the targets, with all that would be just as wrong there."""
+        marked = targets[start:end]
+        is_in_capitals = len(marked) > 1 and marked.isupper()
+        others = self.of_capitals if is_in_capitals else self.of_letters
+        return Span(start=start, end=end, alternatives=tuple(t for t in others if t != marked))

@@ -1,14 +1,58 @@
-"""Functions of the user's own, or of a package, that a setting names as "module:function"."""
+"""Marks what a function says: the user's own, or of a package, named as "module:function"."""
 
 import hashlib
 import importlib
 import importlib.metadata
 import pathlib
 import sys
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache, cached_property
 
+from tnt_jax.annotators.interface import Annotation, checked_spans
+from tnt_jax.data.records import Record
 from tnt_jax.runtime.errors import UsageError
+
+_SETTING = "PythonFunction.function"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PythonFunction:
+    """Marks what a function of the user's says.
+
+    Attributes:
+      function: "module:function": from (inputs, targets) to an iterable of (start, end) pairs or
+        `annotators.Span` objects, in any order; those that overlap become one. It must give the
+        same for the same texts.
+
+    Raises:
+      UsageError: there is no such function, or it gives something else.
+    """
+
+    function: str
+
+    def __post_init__(self):
+        _ = self.description
+
+    @cached_property
+    def description(self) -> str:
+        """Name, function, and the version of its code."""
+        return f"PythonFunction({identity(self.function, _SETTING)})"
+
+    def annotate(self, record: Record) -> Annotation:
+        """What the function marks."""
+        function = find(self.function, _SETTING)
+        found = function(record.inputs, record.targets)
+        if not isinstance(found, Iterable):
+            raise UsageError(
+                f"{_SETTING}: expected {self.function} to give (start, end) pairs or Span "
+                f"objects for record {record.id!r}, found {found!r}."
+            )
+        return Annotation(spans=checked_spans(found, record, f"{_SETTING}: {self.function}"))
+
+    def everywhere(self) -> tuple[str, ...]:
+        """Nothing: the function marks places."""
+        return ()
 
 
 @cache

@@ -1,28 +1,21 @@
-"""Annotators that take marks as they are given: by people, in a file, or by a function."""
+"""Marks what people have marked in a file."""
 
 import ast
 import csv
 import io
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
-from tnt_jax.annotators import python_function
-from tnt_jax.annotators.interface import Annotation, Span, TextFile, merged
+from tnt_jax.annotators.interface import Annotation, TextFile, checked_spans
 from tnt_jax.data import records
 from tnt_jax.data.records import Record
 from tnt_jax.runtime import files
 from tnt_jax.runtime.errors import UsageError
 
 _Offsets = tuple[tuple[int, int], ...]
-_FUNCTION_SETTING = "PythonFunction.function"
 _MATCHES = ("id", "text")
 _UNMATCHED = ("error", "leave_out")
-_HOW_SPANS_ARE = (
-    "A span is [start, end] with 0 <= start < end <= length, counted in Unicode code points (not "
-    "bytes), end exclusive"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +130,7 @@ class Spans:
                     f"{getattr(record, field)[:60]!r}."
                 )
         return Annotation(
-            spans=_checked_spans(mark.offsets, record, f"{mark.where}: negative_spans")
+            spans=checked_spans(mark.offsets, record, f"{mark.where}: negative_spans")
         )
 
     def everywhere(self) -> tuple[str, ...]:
@@ -145,74 +138,9 @@ class Spans:
         return ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class PythonFunction:
-    """Marks what a function of the user's says.
-
-    Attributes:
-      function: "module:function": from (inputs, targets) to an iterable of (start, end) pairs or
-        `annotators.Span` objects, in any order; those that overlap become one. It must give the
-        same for the same texts.
-
-    Raises:
-      UsageError: there is no such function, or it gives something else.
-    """
-
-    function: str
-
-    def __post_init__(self):
-        _ = self.description
-
-    @cached_property
-    def description(self) -> str:
-        """Name, function, and the version of its code."""
-        return f"PythonFunction({python_function.identity(self.function, _FUNCTION_SETTING)})"
-
-    def annotate(self, record: Record) -> Annotation:
-        """What the function marks."""
-        function = python_function.find(self.function, _FUNCTION_SETTING)
-        found = function(record.inputs, record.targets)
-        if not isinstance(found, Iterable):
-            raise UsageError(
-                f"{_FUNCTION_SETTING}: expected {self.function} to give (start, end) pairs or Span "
-                f"objects for record {record.id!r}, found {found!r}."
-            )
-        return Annotation(
-            spans=_checked_spans(found, record, f"{_FUNCTION_SETTING}: {self.function}")
-        )
-
-    def everywhere(self) -> tuple[str, ...]:
-        """Nothing: the function marks places."""
-        return ()
-
-
 # -----------------------------------------------------------------------------
-# Checking and reading
+# Reading
 # -----------------------------------------------------------------------------
-
-
-def _checked_spans(found: Iterable[Any], record: Record, where: str) -> tuple[Span, ...]:
-    """Pairs and spans as sorted and disjoint spans within the record's targets."""
-    spans = []
-    for item in found:
-        pair = (item.start, item.end) if isinstance(item, Span) else item
-        # NumPy's integers are integers to __index__; booleans and floats are none.
-        is_pair = isinstance(pair, tuple | list) and len(pair) == 2
-        if not is_pair or any(isinstance(i, bool) or not hasattr(i, "__index__") for i in pair):
-            raise UsageError(
-                f"{where}: expected (start, end) pairs of integers or Span objects for record "
-                f"{record.id!r}, found {item!r}."
-            )
-        start, end = (int(i) for i in pair)
-        if not 0 <= start < end <= len(record.targets):
-            raise UsageError(
-                f"{where}: [{start}, {end}] for record {record.id!r}, whose targets have "
-                f"{len(record.targets)} characters."
-                f"{records.counted_otherwise(record.targets, start, end)} {_HOW_SPANS_ARE}."
-            )
-        alternatives = item.alternatives if isinstance(item, Span) else ()
-        spans.append(Span(start=start, end=end, alternatives=alternatives))
-    return merged(spans)
 
 
 def _read_jsonl(file: TextFile) -> Iterator[_Mark]:

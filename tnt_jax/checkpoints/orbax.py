@@ -7,9 +7,10 @@ A checkpoint is `MODEL_DIR/checkpoint_<step>` with the items `params`, `optimize
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax
+import msgspec
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
@@ -29,6 +30,29 @@ _PREFIX = "checkpoint"
 STEP_NAMES = ocp.path.step.standard_name_format(step_prefix=_PREFIX)
 
 
+class _Original(msgspec.Struct):
+    digest: str
+    path: str | None = None
+
+
+class _Adapters(msgspec.Struct):
+    """Their bounds are far beyond what is used: 32 and 16, and no matrix is wider than 2**16."""
+
+    alpha: Annotated[float, msgspec.Meta(ge=-1e6, le=1e6)]
+    rank: Annotated[int, msgspec.Meta(ge=1, le=2**16)]
+    beside: str | None = None
+
+
+class _Run(msgspec.Struct):
+    """What is read of a run's notes by others than the run itself."""
+
+    original: _Original | None
+    objective: dict[str, Any] | None = None
+    model: dict[str, Any] | None = None
+    data: dict[str, Any] | None = None
+    adapters: _Adapters | msgspec.UnsetType = msgspec.UNSET  # a run without them says nothing
+
+
 def read_run(checkpoint: epath.Path) -> dict[str, Any] | None:
     """What a training run has noted in its checkpoint; None where no run wrote it.
 
@@ -40,35 +64,10 @@ def read_run(checkpoint: epath.Path) -> dict[str, Any] | None:
     with reading(checkpoint / "run"):
         reader = ocp.JsonCheckpointHandler()
         run: Any = reader.restore(checkpoint / "run", args=ocp.args.JsonRestore())
-        _check_run(run)
+        checked = msgspec.convert(run, _Run)
+        if checked.adapters is not msgspec.UNSET and checked.original is None:
+            raise ValueError("adapters without an original")
         return dict(run)
-
-
-_LARGEST_ALPHA, _LARGEST_RANK = 1e6, 2**16  # of adapters: 32 and 16, and no matrix is wider
-
-
-def _check_run(run: Any) -> None:
-    """Raises a ValueError unless what others read of a run's notes is of the right type."""
-
-    def check(value: Any, types: Any, name: str) -> None:
-        if not isinstance(value, types):
-            raise ValueError(f"{name}: found {value!r:.60}")
-
-    check(run, Mapping, "the notes")
-    for name in ("original", "objective", "model", "data", "adapters"):
-        check(run.get(name), Mapping | None, name)
-    original, adapters = run["original"], run.get("adapters")
-    if original is not None:
-        check(original.get("digest"), str, "original.digest")
-        check(original.get("path"), str | None, "original.path")
-    if adapters is not None:
-        check(original, Mapping, "original")
-        alpha, rank = adapters.get("alpha"), adapters.get("rank")
-        if type(alpha) not in (int, float) or not abs(alpha) <= _LARGEST_ALPHA:
-            raise ValueError(f"adapters.alpha: found {alpha!r:.60}")
-        check(adapters.get("beside"), str | None, "adapters.beside")
-        if type(rank) is not int or not 1 <= rank <= _LARGEST_RANK:
-            raise ValueError(f"adapters.rank: found {rank!r:.60}")
 
 
 @contextlib.contextmanager

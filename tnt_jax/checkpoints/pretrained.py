@@ -279,6 +279,11 @@ def _opened(folder: epath.Path, within: tuple[epath.Path, ...]) -> Pretrained:
         if run is not None and "adapters" in run:
             original, orbax_item = _original_of(run, folder, (*within, folder)), None
             weights = _with_adapters(weights, original, run, folder)
+        elif any(name.endswith(f"/{adapters.ADAPTER_IN}") for name in weights):
+            raise UsageError(
+                f"{folder}: it has adapters, and its notes do not say beside which original. Copy "
+                "the checkpoint again."
+            )
     elif kind == _T5X:
         weights, step = t5x.read_legacy(folder)
     else:

@@ -1,7 +1,6 @@
 """The record: an input, what the original model said to it, and what is unwanted there.
 
-Programs exchange records as JSONL, one object a line (`tnt_jax.data.tfrecords`: the same as
-TFRecord):
+Programs exchange records as JSONL, one object a line:
 
     {"id": "...", "inputs": "text", "targets": "text the original model produced",
      "target_ids": [...],                       exact generated ids, EOS included
@@ -19,7 +18,9 @@ import json
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any, TypedDict
+
+import msgspec
 
 from tnt_jax.runtime import files
 from tnt_jax.runtime.errors import UsageError, naming_file
@@ -92,7 +93,7 @@ class Record:
         known = known_fields(fields, where)
         path, _, line = where.rpartition(":")
         known.setdefault("id", f"{pathlib.PurePath(path).stem}:{line}")
-        extra = {name: value for name, value in fields.items() if name not in _FIELDS}
+        extra = {name: value for name, value in fields.items() if name not in _EXPECTED}
         try:
             return cls(**known, extra=extra)
         except UsageError as error:
@@ -119,12 +120,9 @@ class Record:
         Raises:
             UsageError: a field that is not ours holds a number that is not finite.
         """
-        return self.as_text(self.to_json()) + "\n"
-
-    def as_text(self, fields: Mapping[str, Any]) -> str:
-        """Some of its fields as JSON; raises as `to_line`."""
+        fields = self.to_json()
         try:
-            return json.dumps(fields, ensure_ascii=False, allow_nan=False)
+            return json.dumps(fields, ensure_ascii=False, allow_nan=False) + "\n"
         except ValueError:
             name, number = files.not_finite(fields)
             if number is None:
@@ -246,21 +244,46 @@ def write_records(path: str | os.PathLike, records: Iterable[Record]) -> None:
             file.write(record.to_line())
 
 
+TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]  # what an int32 array can hold
+_Offset = TokenId
+_Position = Annotated[int, msgspec.Meta(gt=-(2**31), lt=2**31)]
+
+
+class _Fields(TypedDict, total=False):
+    """The fields that a record has in JSON."""
+
+    id: str
+    inputs: str
+    targets: str
+    target_ids: tuple[TokenId, ...]
+    negative_spans: tuple[tuple[_Offset, _Offset], ...]
+    negative_token_ids: tuple[tuple[_Position, tuple[TokenId, ...]], ...]
+    annotator: str
+
+
+_EXPECTED = dict.fromkeys(_Fields.__annotations__, "a string of Unicode text") | {
+    "target_ids": "a list of token ids",
+    "negative_spans": "a list of [start, end] code point offsets",
+    "negative_token_ids": "a list of [position, [token ids]]",
+}
+
+
 def known_fields(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The fields of a parsed object that a record has, checked one by one; lists become tuples.
+    """The fields of a parsed object that a record has; lists become tuples, others are left out.
 
     Raises:
         UsageError: a field is of the wrong type.
     """
-    known = {}
-    for name, (is_valid, expected) in _FIELDS.items():
-        value = fields.get(name)
-        if value is None:  # null is the same as absent
-            continue
-        if not is_valid(value):
-            raise UsageError(f"{where}: {name}: expected {expected}, found {_shown(value)}.")
-        known[name] = _as_tuples(value)
-    return known
+    # Null is the same as absent.
+    given = {name: value for name, value in fields.items() if value is not None}
+    try:
+        return msgspec.convert(given, _Fields)  # pyright: ignore[reportReturnType]
+    except msgspec.ValidationError as error:
+        name, is_within = files.wrong_field(error)
+        detail = f" ({error}.)" if is_within else ""
+        raise UsageError(
+            f"{where}: {name}: expected {_EXPECTED[name]}, found {_shown(given[name])}.{detail}"
+        ) from None
 
 
 def counted_otherwise(text: str, start: int, end: int) -> str:
@@ -273,41 +296,6 @@ def counted_otherwise(text: str, start: int, end: int) -> str:
         if 0 <= start < end <= number:
             return f" (It has {number} {name}: were those counted?)"
     return ""
-
-
-def _is_int(value: Any) -> bool:
-    """Whether it is a whole number, and one that an int32 array can hold."""
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**31
-
-
-def _are_ids(value: Any) -> bool:
-    return isinstance(value, list) and all(_is_int(i) and i >= 0 for i in value)
-
-
-def _are_spans(value: Any) -> bool:
-    return isinstance(value, list) and all(_are_ids(span) and len(span) == 2 for span in value)
-
-
-def _are_ids_by_position(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(entry, list) and len(entry) == 2 and _is_int(entry[0]) and _are_ids(entry[1])
-        for entry in value
-    )
-
-
-_FIELDS = {
-    "id": (files.is_text, "a string of Unicode text"),
-    "inputs": (files.is_text, "a string of Unicode text"),
-    "targets": (files.is_text, "a string of Unicode text"),
-    "target_ids": (_are_ids, "a list of token ids"),
-    "negative_spans": (_are_spans, "a list of [start, end] code point offsets"),
-    "negative_token_ids": (_are_ids_by_position, "a list of [position, [token ids]]"),
-    "annotator": (files.is_text, "a string of Unicode text"),
-}
-
-
-def _as_tuples(value: Any) -> Any:
-    return tuple(_as_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def _shown(value: Any) -> str:

@@ -11,6 +11,8 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import msgspec
+
 from tnt_jax.data import records
 from tnt_jax.runtime import files
 from tnt_jax.runtime.errors import UsageError
@@ -30,6 +32,13 @@ class Ids(NamedTuple):
     more: Mapping[str, Any]
 
 
+class _File(msgspec.Struct):
+    """What such a file holds; `records` is the digest of the records that the ids belong to."""
+
+    ids: tuple[records.TokenId, ...]
+    records: Any = None
+
+
 def file_of(path: str) -> str:
     """Where the ids are that belong to a file of records."""
     return path + _ENDING
@@ -42,24 +51,25 @@ def removed_ids(path: str) -> tuple[int, ...]:
       UsageError: The file is missing or is not one of those, or the records beside it are not those
         that it belongs to.
     """
-    found = files.read_object(path, "a file of ids that annotate wrote")
-    ids = found.get("ids")
-    if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+    try:
+        content = files.read_object(path, "a file of ids that annotate wrote")
+        found = msgspec.convert(content, _File)
+    except msgspec.ValidationError as error:
         raise UsageError(
             f"{path}: expected a file of ids that annotate wrote (<output>{_ENDING}), with a list "
-            f"of them as 'ids'; found {ids!r:.60}."
-        )
+            f"of them as 'ids'; found another ({error})."
+        ) from None
     beside = files.path_of(path.removesuffix(_ENDING))
     if path.endswith(_ENDING) and beside.is_file():
         digest = _digest_of(beside)
-        if digest != found.get("records"):
+        if digest != found.records:
             raise UsageError(
                 f"{path}: expected ids that belong to {beside} (digest {digest}), found those of "
-                f"other records (digest {found.get('records')!r:.40}). Annotate again; or delete "
+                f"other records (digest {found.records!r:.40}). Annotate again; or delete "
                 "the file, and nothing is removed at every position; or, if it holds for these "
                 "records too, rename it and set removed_everywhere.removed_ids.path."
             )
-    return tuple(ids)
+    return found.ids
 
 
 def of_records(path: str) -> tuple[int, ...]:

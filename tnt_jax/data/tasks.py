@@ -18,7 +18,6 @@ import difflib
 import functools
 import importlib
 import itertools
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -28,18 +27,9 @@ import seqio
 import tensorflow as tf
 from absl import logging
 
-from tnt_jax.data import feature_converters, records, removed_everywhere, tfrecords, tokenization
+from tnt_jax.data import feature_converters, records, removed_everywhere, tokenization
 from tnt_jax.runtime import console
 from tnt_jax.runtime.errors import UsageError, system_error
-
-# --- Files of records -----------------------------------------------------------------------------
-
-
-def read_record_files(files: str | os.PathLike) -> list[records.Record]:
-    """Reads records from JSONL, or from TFRecord where the name has `.tfrecord` in it."""
-    is_tfrecord = ".tfrecord" in os.fspath(files).rpartition("/")[2]
-    return tfrecords.read(files) if is_tfrecord else records.read_records(files)
-
 
 # --- Preprocessors and tasks ----------------------------------------------------------------------
 
@@ -176,7 +166,7 @@ def record_task(
 
     Args:
         name: of the task.
-        files: a JSONL or TFRecord file, or a glob pattern, for each split.
+        files: a JSONL file, or a glob pattern, for each split.
         vocabulary: of inputs and targets.
         annotated: whether a record that nobody annotated is an error.
         marks: as in `RecordFiles`.
@@ -193,17 +183,18 @@ def record_task(
 
     def dataset_fn(split, shuffle_files, seed=None):
         del shuffle_files, seed  # tnt_jax shuffles examples: feature_converters.Batches
-        rows = _check_trainable(read_record_files(files[split]), files[split], annotated)
+        rows = _check_trainable(records.read_records(files[split]), files[split], annotated)
 
         def of_rows():
             for record in rows:
+                pairs = [(where, i) for where, ids in record.negative_token_ids for i in ids]
                 yield {
                     "id": record.id,
                     "inputs": record.inputs,
                     "targets": record.targets,
                     "target_ids": record.target_ids or (),
                     "negative_spans": np.reshape(record.negative_spans or (), (-1, 2)),
-                    "negative_token_ids": np.reshape(tfrecords.pairs(record), (-1, 2)),
+                    "negative_token_ids": np.reshape(pairs, (-1, 2)),
                 }
 
         return tf.data.Dataset.from_generator(of_rows, output_signature=shapes)
@@ -356,7 +347,7 @@ class RecordFiles:
     """A data set of records in files.
 
     Attributes:
-        files: a JSONL or TFRecord file, or a glob pattern.
+        files: a JSONL file, or a glob pattern.
         vocabulary: of inputs and targets.
         clean_per_marked: keeps at most this many examples without a mark for each one with marks;
             None keeps all.
@@ -386,7 +377,7 @@ class RecordFiles:
             UsageError: a file, a record or the vocabulary has a mistake.
         """
         tokenization.check_vocabulary(self.vocabulary)
-        rows = _check_trainable(read_record_files(self.files), self.files, self.annotated)
+        rows = _check_trainable(records.read_records(self.files), self.files, self.annotated)
         examples = examples_from_records(
             rows, self.vocabulary, self.files, self.marks, self.loss_until
         )

@@ -1,23 +1,24 @@
 """The page of `tnt_jax.report`: data in, one HTML text out.
 
-What is static is written here; charts, lists and filters are `page/report.js`, on data
-that lies in the page as JSON. Nothing is loaded: the plotting library (BokehJS, from the bokeh
-package: the smallest that is kept and comes from PyPI with its JavaScript) is a part of the page.
-Texts of models reach it escaped, or as text nodes; beyond that the page's policy lets no script run
-but the two in it.
+What is static is written by the template `page/report.html`; charts, lists and filters by
+`page/report.js`, from data that lies in the page as JSON. Nothing is loaded: the plotting library
+(BokehJS, from the bokeh package: the smallest that is kept and comes from PyPI with its JavaScript)
+is a part of the page. Texts of models reach it escaped, or as text nodes; beyond that the page's
+policy lets no script run but the two in it.
 """
 
 import base64
+import collections
 import dataclasses
 import hashlib
-import html
 import importlib.resources
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jinja2
+
 from tnt_jax import __version__
-from tnt_jax.evaluation import changes, diagnosis, report_rows
+from tnt_jax.evaluation import changes, diagnosis, results
 
 # Of each record in a file of tokens: the pieces of its text, and a value for each.
 TOKEN_FIELDS = ("pieces", "kl", "residual", "collateral", "smallest_cost", "is_negative")
@@ -28,15 +29,15 @@ class Comparison:
     """The outputs of one arm with one decoder beside those of the original.
 
     Attributes:
-      task: As in the `report_rows.Row` of this comparison; so are the next two.
-      arm: Its objective.
-      decoder: How the outputs were made.
-      num_outputs: Of each model.
-      annotator: That marked them.
-      kinds: How many changes are of each of `changes.KINDS`.
-      signs: Of failure.
+      task: the task of this comparison's row; arm and decoder are the row's, too.
+      arm: the row's objective.
+      decoder: how the outputs were made.
+      num_outputs: number of outputs of each model.
+      annotator: the annotator that marked them.
+      kinds: number of changes of each of `changes.KINDS`.
+      signs: signs of failure.
       outputs: (id, input, change) to show, the worst first; maybe not all.
-      tokens: Of the original's outputs that changed most, as `tnt_jax.evaluate` writes them.
+      tokens: those of the original's outputs that changed most, as `tnt_jax.evaluate` writes them.
     """
 
     task: str
@@ -50,7 +51,7 @@ class Comparison:
     tokens: Sequence[Mapping[str, Any]]
 
 
-# The columns of the table: heading, field of `report_rows.Row`, how it is written.
+# The columns of the table: heading, field of `results.Row`, how it is written.
 _PERCENT, _NUMBER, _NATS = "{:.1%}", "{:.1f}", "{:.3f}"
 _COLUMNS = (
     ("alpha", "alpha", "{:g}"),
@@ -72,24 +73,24 @@ _COLUMNS = (
 def write(
     *,
     title: str,
-    rows: Sequence[report_rows.Row],
+    rows: Sequence[results.Row],
     comparisons: Sequence[Comparison],
     files: Mapping[str, tuple[int, str]],
     settings: Mapping[str, str],
 ) -> str:
-    """The text of the page.
+    """Returns the page as HTML.
 
     Args:
-      title: Its heading.
-      rows: Results to compare.
-      comparisons: Outputs to show.
-      files: Bytes and SHA-256 of what was read, by path.
-      settings: Texts of what was set, by the path that they come from.
+      title: the page's heading.
+      rows: results to compare.
+      comparisons: outputs to show.
+      files: bytes and SHA-256 of each file that was read, by path.
+      settings: texts of the settings, by the path that they come from.
     """
-    groups = report_rows.groups(rows)
+    groups = results.over_seeds(rows, results.SETTINGS)
     data = {
         "rows": [_point(row) for row in rows],
-        "groups": [_bar(group) for group in groups],
+        "groups": [{**_point(row), "name": _name(row)} for row in groups],
         "columns": [["seed", "seed"], *([heading, field] for heading, field, _ in _COLUMNS)],
         "comparisons": [
             {
@@ -103,28 +104,25 @@ def write(
         ],
         "kinds": changes.KINDS,
     }
-    islands = [_island("data", data)]
-    for number, comparison in enumerate(comparisons):
-        islands.append(_island(f"outputs-{number}", [_output(*o) for o in comparison.outputs]))
-        islands.append(_island(f"tokens-{number}", [_tokens(row) for row in comparison.tokens]))
-    parts = {
-        "title": html.escape(title),
-        "version": html.escape(__version__),
-        "verdicts": "".join(_verdict(c, rows) for c in comparisons),
-        "table": _table(groups),
-        "signs": "".join(_signs(number, c.signs) for number, c in enumerate(comparisons)),
-        "files": _files(files),
-        "settings": _settings(settings),
-        "islands": "\n".join(islands),
-        "style": _file("report.css"),
-        "bokeh": _script(_bokeh()),
-        "script": _script(_file("report.js")),
+    scripts = {"bokeh": _script(_bokeh()), "script": _script(_file("report.js"))}
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.policies["json.dumps_kwargs"] = {
+        "ensure_ascii": False,
+        "allow_nan": False,
+        "separators": (",", ":"),
     }
-    parts["script_hashes"] = " ".join(_digest(parts[name]) for name in ("bokeh", "script"))
-    page = _file("report.html")
-    # In one pass: what a part holds is not looked at again.
-    pieces = page.split("%%")
-    return "".join(parts[piece] if i % 2 else piece for i, piece in enumerate(pieces))
+    return environment.from_string(_file("report.html")).render(
+        title=title,
+        version=__version__,
+        comparisons=[_shown_comparison(comparison, rows) for comparison in comparisons],
+        table=_table(groups),
+        files=files,
+        settings=settings,
+        data=data,
+        style=_file("report.css"),
+        script_hashes=" ".join(_digest(text) for text in scripts.values()),
+        **scripts,
+    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -132,29 +130,18 @@ def write(
 # ---------------------------------------------------------------------------------------------
 
 
-def _island(name: str, value: Any) -> str:
-    """JSON that the page reads; no text in it can end the element."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    text = text.replace("<", "\\u003c")
-    return f'<script type="application/json" id="{name}">{text}</script>'
+def _point(row: results.Row) -> dict[str, Any]:
+    return {**{name: row.get(name) for name in results.SHOWN}, "shown": _shown(row)}
 
 
-def _point(row: report_rows.Row) -> dict[str, Any]:
-    return {**dataclasses.asdict(row), "cut": row.cut, "shown": _shown(row)}
+def _name(row: results.Row) -> str:
+    return row["objective"] + ("" if row["alpha"] is None else f" {row['alpha']:g}")
 
 
-def _bar(group: report_rows.Group) -> dict[str, Any]:
-    return {**_point(group.mean), "name": _name(group.mean)}
-
-
-def _name(row: report_rows.Row) -> str:
-    return row.objective + ("" if row.alpha is None else f" {row.alpha:g}")
-
-
-def _shown(row: report_rows.Row) -> dict[str, str]:
+def _shown(row: results.Row) -> dict[str, str]:
     """The numbers of a row as they are written, those that are known."""
     fields = [("seed", "{:g}"), *((field, form) for _, field, form in _COLUMNS)]
-    values = {field: (getattr(row, field), form) for field, form in fields}
+    values = {field: (row.get(field), form) for field, form in fields}
     return {f: form.format(value) for f, (value, form) in values.items() if value is not None}
 
 
@@ -172,103 +159,70 @@ def _output(name: str, inputs: str, change: changes.Change) -> dict[str, Any]:
 
 
 def _tokens(row: Mapping[str, Any]) -> dict[str, Any]:
-    values = {
-        name: [report_rows.finite(value) for value in row[name]]
-        for name in ("kl", "residual", "collateral", "smallest_cost")
-    }
+    values = {name: row[name] for name in ("kl", "residual", "collateral", "smallest_cost")}
     is_negative = [int(bool(value)) for value in row["is_negative"]]
     return {"id": row["id"], "pieces": row["pieces"], "is_negative": is_negative, **values}
 
 
 # ---------------------------------------------------------------------------------------------
-# HTML
+# What the template shows
 # ---------------------------------------------------------------------------------------------
 
 
-def _verdict(comparison: Comparison, rows: Sequence[report_rows.Row]) -> str:
+def _shown_comparison(comparison: Comparison, rows: Sequence[results.Row]) -> dict[str, Any]:
     names = comparison.task, comparison.arm, comparison.decoder
-    row = next(r for r in rows if (r.task, r.objective, r.decoder) == names)
-    number = comparison.num_outputs
+    row = next(r for r in rows if (r["task"], r["objective"], r["decoder"]) == names)
     before, after = (
-        round(rate * number) for rate in (row.unwanted_rate_before, row.unwanted_rate_after)
+        round(row[f"unwanted_rate_{when}"] * comparison.num_outputs) for when in ("before", "after")
     )
-    return (
-        f'<p class="verdict" {_belongs(*names)}><strong>{html.escape(comparison.arm)}</strong>: '
-        f"{before:,} of {number:,} outputs were unwanted, {after:,} are now "
-        f"(<strong>{row.cut:.1%}</strong> cut). BLEU to the original's outputs "
-        f"<strong>{row.bleu:.1f}</strong>; {comparison.kinds['unchanged']:,} outputs did not "
-        f"change, {comparison.kinds['newly unwanted']:,} are newly unwanted. Marked by "
-        f"{html.escape(comparison.annotator) or 'an annotator without a name'}.</p>"
-    )
+    return {
+        **{name: getattr(comparison, name) for name in ("task", "arm", "decoder", "num_outputs")},
+        **{"before": before, "after": after, "cut": row["cut"], "bleu": row["bleu"]},
+        "unchanged": comparison.kinds["unchanged"],
+        "newly_unwanted": comparison.kinds["newly unwanted"],
+        "annotator": comparison.annotator or "an annotator without a name",
+        "signs": sorted(comparison.signs, key=lambda sign: not sign.is_seen),
+        "outputs": [_output(*output) for output in comparison.outputs],
+        "tokens": [_tokens(row) for row in comparison.tokens],
+    }
 
 
-def _belongs(task: str, arm: str | None, decoder: str) -> str:
-    """Attributes by which the page shows an element only where it is about what is chosen."""
-    names = {"task": task, "arm": arm, "decoder": decoder}
-    return " ".join(
-        f'data-{name}="{html.escape(value)}"' for name, value in names.items() if value is not None
-    )
-
-
-def _table(groups: Sequence[report_rows.Group]) -> str:
+def _table(groups: Sequence[results.Row]) -> dict[str, Any]:
+    """Headings, and lines of cells; before the lines of each task and decoder, the original's."""
     columns = [
-        column
-        for column in _COLUMNS
-        if any(getattr(group.mean, column[1]) is not None for group in groups)
+        column for column in _COLUMNS if any(group[column[1]] is not None for group in groups)
     ]
-    has_seeds = any(group.num_rows > 1 for group in groups)
-    headings = ["", *(["seeds"] if has_seeds else []), *(heading for heading, _, _ in columns)]
+    has_seeds = any(group["num_seeds"] > 1 for group in groups)
+    # Who is alone is on the frontier, too, but no better than anybody.
+    num_trained = collections.Counter(_place(g) for g in groups if "is_pareto" in g)
 
-    def line(belongs: str, name: str, num_rows: str, shown: Mapping[str, str]) -> str:
-        cells = [num_rows] if has_seeds else []
+    def line(
+        group: results.Row, name: str, num_seeds: str, shown: Mapping[str, str], is_best: bool
+    ) -> dict[str, Any]:
+        cells = [num_seeds] if has_seeds else []
         cells += [shown.get(field, "") for _, field, _ in columns]
-        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
-        return f'<tr {belongs}><th scope="row">{name}</th>{cells}</tr>'
+        task, decoder = _place(group)
+        return {
+            "task": task, "decoder": decoder, "name": name, "cells": cells, "is_best": is_best
+        }  # fmt: skip
 
-    body, told = [], set()
+    lines, told = [], set()
     for group in groups:
-        row = group.mean
-        belongs = _belongs(row.task, None, row.decoder)
-        if belongs not in told:
-            told.add(belongs)
-            before = {"unwanted_rate_after": _PERCENT.format(row.unwanted_rate_before)}
-            if row.smallest_cost is not None:  # what is left where nothing was done
-                before["residual"] = _NATS.format(row.smallest_cost)
-            body.append(line(belongs, "original", "", before))
-        best = ' <span class="tag">best trade-off</span>' if group.is_best else ""
-        name = html.escape(row.objective) + best
-        body.append(line(belongs, name, str(group.num_rows), _shown(row)))
-    head = "".join(f'<th scope="col">{heading}</th>' for heading in headings)
-    return f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
+        if _place(group) not in told:
+            told.add(_place(group))
+            before = {"unwanted_rate_after": _PERCENT.format(group["unwanted_rate_before"])}
+            if group["smallest_cost"] is not None:  # what is left where nothing was done
+                before["residual"] = _NATS.format(group["smallest_cost"])
+            lines.append(line(group, "original", "", before, is_best=False))
+        is_best = group.get("is_pareto", False) and num_trained[_place(group)] > 1
+        number = str(group["num_seeds"])
+        lines.append(line(group, group["objective"], number, _shown(group), is_best))
+    headings = ["", *(["seeds"] if has_seeds else []), *(heading for heading, _, _ in columns)]
+    return {"headings": headings, "lines": lines}
 
 
-def _signs(number: int, signs: Iterable[diagnosis.Sign]) -> str:
-    items = [
-        f'<li class="{"seen" if sign.is_seen else "absent"}"><p><strong>'
-        f"{html.escape(sign.name)}</strong>: {'seen' if sign.is_seen else 'not seen'}. "
-        f"{html.escape(sign.evidence)}.</p>"
-        + (f"<p>{html.escape(sign.suggestion)}</p>" if sign.is_seen else "")
-        + "</li>"
-        for sign in sorted(signs, key=lambda sign: not sign.is_seen)
-    ]
-    return f'<ul class="signs" data-comparison="{number}">{"".join(items)}</ul>'
-
-
-def _files(files: Mapping[str, tuple[int, str]]) -> str:
-    lines = [
-        f'<tr><th scope="row">{html.escape(path)}</th><td>{size:,}</td>'
-        f"<td><code>{digest}</code></td></tr>"
-        for path, (size, digest) in files.items()
-    ]
-    return "".join(lines)
-
-
-def _settings(settings: Mapping[str, str]) -> str:
-    return "".join(
-        f"<details><summary>{html.escape(path)}</summary>"
-        f'<pre tabindex="0">{html.escape(text)}</pre></details>'
-        for path, text in settings.items()
-    )
+def _place(row: results.Row) -> tuple[str, str]:
+    return row["task"], row["decoder"]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,23 +1,83 @@
-"""Numbers of a sweep: how much each arm cut, at what change, and how sure that is.
+"""Results, one row per update and decoder: how much it cut, at what change, how sure that is.
 
-Everything is computed from the texts and marks of the original's and an arm's outputs for the same
-prompts. Prompts are split in two by their ids: weights are chosen on one part, and what is reported
-is of the other.
+A sweep computes its rows from the texts and marks of the original's and an arm's outputs for the
+same prompts. Prompts are split in two by their ids: weights are chosen on one part, and what is
+reported is of the other. A report shows rows of sweeps and of evaluations.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, NotRequired, TypedDict
 
+import msgspec
 import numpy as np
 
 from tnt_jax.data import records
 from tnt_jax.evaluation import text_metrics
+from tnt_jax.runtime import files
+from tnt_jax.runtime.errors import UsageError
 
-Row = dict[str, Any]
+Row = dict[str, Any]  # `Shown`, and what else a sweep knows
 
 # The arm that patches no model. It is on no frontier: that is of those that were trained.
 MASK = "decode mask"
+
+# JSON knows numbers of any length; a page has room for these.
+_Number = Annotated[float, msgspec.Meta(gt=-1e15, lt=1e15)]
+
+
+class Shown(TypedDict):
+    """What a report shows of a row; unknown fields are absent, or None.
+
+    Attributes:
+      task: what the model does.
+      objective: the objective, or another name of the arm.
+      decoder: how the outputs were made.
+      unwanted_rate_before: share of the original's outputs that are unwanted, from 0 to 1.
+      unwanted_rate_after: the same of the patched model.
+      bleu: BLEU to the original's outputs, 0 to 100.
+      alpha: the objective's `negative_weight`.
+      seed: the training run's seed.
+      steps: updates of training, all rounds together.
+      rouge_l: ROUGE-L to the original's outputs, 0 to 100.
+      exact_match: share of outputs that did not change, from 0 to 1.
+      repeated_word_rate: share of outputs with a word twice in a row, from 0 to 1.
+      unknown_token_rate: share of outputs with an unknown token, from 0 to 1.
+      distinct_ratio: different outputs among all, from 0 to 1.
+      residual: nats at the marks that are left of what must go.
+      collateral: nats at the marks of everything else.
+      smallest_cost: nats at the marks without an update.
+      collateral_elsewhere: KL to the original at ordinary positions, in nats.
+    """
+
+    task: str
+    objective: str
+    decoder: str
+    unwanted_rate_before: _Number
+    unwanted_rate_after: _Number
+    bleu: _Number
+    alpha: NotRequired[_Number]
+    seed: NotRequired[_Number]
+    steps: NotRequired[_Number]
+    rouge_l: NotRequired[_Number]
+    exact_match: NotRequired[_Number]
+    repeated_word_rate: NotRequired[_Number]
+    unknown_token_rate: NotRequired[_Number]
+    distinct_ratio: NotRequired[_Number]
+    residual: NotRequired[_Number]
+    collateral: NotRequired[_Number]
+    smallest_cost: NotRequired[_Number]
+    collateral_elsewhere: NotRequired[_Number]
+
+
+# What a report shows, and how it tells two updates apart whose seeds may differ.
+SHOWN = (*Shown.__annotations__, "cut")
+SETTINGS = ("task", "objective", "decoder", "alpha", "steps")
+
+
+def cut_of(before: float, after: float) -> float:
+    """The share of the unwanted outputs that is gone; 0 where there were none."""
+    return 1 - after / before if before else 0.0
 
 
 def is_for_choice(record_id: str, share: float) -> bool:
@@ -30,11 +90,11 @@ def measure(original: Sequence[records.Record], current: Sequence[records.Record
     """The numbers of an arm; rates and shares from 0 to 1, BLEU and ROUGE-L from 0 to 100.
 
     Args:
-      original: Annotated outputs of the original.
-      current: Annotated outputs of the arm, for the same prompts in the same order.
+      original: annotated outputs of the original.
+      current: annotated outputs of the arm, for the same prompts in the same order.
 
     Raises:
-      UsageError: There are none.
+      UsageError: there are none.
     """
     before, after = (
         text_metrics.unwanted([row.negative_spans or () for row in rows]).value
@@ -47,7 +107,7 @@ def measure(original: Sequence[records.Record], current: Sequence[records.Record
         "num_outputs": len(original),
         "unwanted_rate_before": before,
         "unwanted_rate_after": after,
-        "cut": 1 - after / before if before else 0.0,
+        "cut": cut_of(before, after),
         "bleu": comparison.bleu,
         "rouge_l": comparison.rouge_l,
         "exact_match": comparison.exact_match.value,
@@ -71,16 +131,16 @@ def intervals(
     """95 % intervals over prompts, by paired bootstrap: every arm sees the same resamples.
 
     Args:
-      original: Annotated outputs of the original.
-      arms: Annotated outputs of each, for the same prompts in the same order.
-      baseline: The arm that the others are compared with; if it is not among them, none are.
-      num_resamples: Of the prompts.
-      seed: Of the resamples.
+      original: annotated outputs of the original.
+      arms: annotated outputs of each arm, for the same prompts in the same order.
+      baseline: the arm that the others are compared with; if it is not among them, none are.
+      num_resamples: how often the prompts are drawn anew.
+      seed: decides the draws.
 
     Returns:
-      By arm: "cut_interval"; "bleu_interval"; "bleu_p_value", of a difference to the baseline's
-      BLEU at least so large (sacrebleu's paired bootstrap test; None for the baseline, and without
-      one).
+      For each arm "cut_interval"; "bleu_interval"; "bleu_p_value", the probability of a difference
+      to the baseline's BLEU at least so large (sacrebleu's paired bootstrap test; None for the
+      baseline, and without one).
     """
     # Here, because they take a second to import, which nobody else pays.
     import scipy.stats
@@ -91,7 +151,7 @@ def intervals(
 
     def cut(before: np.ndarray, after: np.ndarray, axis: int = -1) -> np.ndarray:
         of_before, of_after = before.sum(axis=axis), after.sum(axis=axis)
-        # As in `measure`: where nothing was unwanted nothing is cut.
+        # Where nothing was unwanted nothing is cut: `cut_of`.
         return np.where(of_before > 0, 1 - of_after / np.maximum(of_before, 1), 0.0)
 
     systems: Any = [(name, [row.targets for row in arms[name]]) for name in _first(arms, baseline)]
@@ -132,16 +192,16 @@ def _first(arms: Mapping[str, Any], name: str) -> list[str]:
 
 
 def choose(rows: Sequence[Row], cut: float) -> dict[str, float | None]:
-    """The weight of every arm: of those that cut enough the one with the most BLEU to the original.
+    """Chooses a weight for every arm: among those that cut enough, the one with the most BLEU.
 
     Where none cuts enough it is the one that cuts most. Seeds are averaged first.
 
     Args:
-      rows: Of the part that is for choosing, of one decoder.
-      cut: What is enough.
+      rows: those of one decoder, on the prompts that weights are chosen on.
+      cut: the cut that is enough.
 
     Returns:
-      By objective; None where it has no weight.
+      The weight of each objective; None where it has no weight.
     """
     by_arm: dict[str, dict[Any, list[Row]]] = {}
     for row in rows:
@@ -160,7 +220,7 @@ def _mean(rows: Sequence[Row], key: str) -> float:
 
 
 def pareto(rows: Sequence[Row]) -> list[bool]:
-    """Of every row, whether no other has at least its cut and BLEU, and more of one."""
+    """Says of each row whether no other has at least its cut and BLEU, and more of one."""
 
     def beats(other: Row, row: Row) -> bool:
         no_less = other["cut"] >= row["cut"] and other["bleu"] >= row["bleu"]
@@ -169,20 +229,168 @@ def pareto(rows: Sequence[Row]) -> list[bool]:
     return [not any(beats(other, row) for other in rows) for row in rows]
 
 
-def averaged(rows: Sequence[Row], key: Callable[[Row], Any]) -> list[Row]:
-    """Rows that differ in their seed alone as one: means, and standard deviations as `NAME_sd`."""
-    groups: dict[Any, list[Row]] = {}
+def over_seeds(rows: Sequence[Row], same: Sequence[str]) -> list[Row]:
+    """Rows that differ in their seed alone as one, each with its place on the frontier.
+
+    Means of all numbers, and standard deviations as `NAME_sd`; "num_seeds"; and "is_pareto" among
+    the trained arms of one task and decoder (absent of a mask).
+
+    Args:
+      rows: one for each seed.
+      same: the fields that rows of one group have alike.
+    """
+    groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault(key(row), []).append(row)
-    found = []
-    for group in groups.values():
-        merged = dict(group[0])
-        del merged["seed"]
-        merged["num_seeds"] = len(group)
-        for name, value in group[0].items():
-            if isinstance(value, float) and name != "alpha":
-                values = [row[name] for row in group if row.get(name) is not None]
-                merged[name] = float(np.mean(values))
-                merged[f"{name}_sd"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
-        found.append(merged)
+        groups.setdefault(tuple(row.get(name) for name in same), []).append(row)
+    found = [_averaged(group) for group in groups.values()]
+    comparable: dict[tuple[Any, ...], list[Row]] = {}
+    for row in found:
+        if row["objective"] != MASK:
+            comparable.setdefault((row.get("task"), row["decoder"]), []).append(row)
+    for trained in comparable.values():
+        for row, is_best in zip(trained, pareto(trained), strict=True):
+            row["is_pareto"] = is_best
     return found
+
+
+def _averaged(group: Sequence[Row]) -> Row:
+    merged = dict(group[0])
+    merged.pop("seed", None)
+    merged["num_seeds"] = len(group)
+    for name in group[0]:
+        values = [row[name] for row in group if row.get(name) is not None]
+        if name not in ("alpha", "seed") and values and isinstance(values[0], float):
+            merged[name] = float(np.mean(values))
+            merged[f"{name}_sd"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return merged
+
+
+# ---------------------------------------------------------------------------------------------
+# What others wrote
+# ---------------------------------------------------------------------------------------------
+
+
+def from_results(value: Any, path: str) -> list[Row]:
+    """The rows of a sweep's results, `{"rows": [...]}`: what `Shown` has of them, and "cut".
+
+    Raises:
+      UsageError: it is something else, or a row lacks a field or has one of the wrong type.
+    """
+    rows = value.get("rows") if isinstance(value, Mapping) else None
+    if not isinstance(rows, list) or not rows:
+        raise UsageError(f'RESULTS: expected {{"rows": [...]}} with a row at least, found {path}.')
+    return [_checked(row, f"{path}: row {number}") for number, row in enumerate(rows, start=1)]
+
+
+def _checked(row: Any, where: str) -> Row:
+    if not isinstance(row, Mapping):
+        raise UsageError(f"{where}: expected an object, found {type(row).__name__}.")
+    given = {name: value for name, value in row.items() if value is not None}
+    required = [name for name in Shown.__annotations__ if name in Shown.__required_keys__]
+    if missing := [name for name in required if name not in given]:
+        raise UsageError(f"{where}: expected {', '.join(missing)}, found {sorted(row)}.")
+    try:
+        known = msgspec.convert(given, Shown)
+    except msgspec.ValidationError as error:
+        name, _ = files.wrong_field(error)
+        expected = "a text" if Shown.__annotations__[name] is str else "a number"
+        raise UsageError(
+            f"{where}: {name}: expected {expected}, found {given[name]!r:.60}."
+        ) from None
+    cut = cut_of(known["unwanted_rate_before"], known["unwanted_rate_after"])
+    return {**dict.fromkeys(SHOWN), **known, "cut": cut}
+
+
+class _Share(msgspec.Struct):
+    value: _Number
+
+
+class _Rate(_Share):
+    numerator: _Number
+    denominator: _Number
+
+
+class _Outputs(msgspec.Struct):
+    unwanted_outputs: _Rate
+    repeated_word: _Rate
+    unknown_token: _Rate
+    distinct_outputs: _Rate
+    mean_length: _Number
+
+
+class _Comparison(msgspec.Struct):
+    bleu: _Number
+    rouge_l: _Number
+    exact_match: _Share
+
+
+class _Certificate(msgspec.Struct):
+    """None is a number that was not finite."""
+
+    negative_residual: _Number | None
+    negative_collateral: _Number | None
+    negative_smallest_cost: _Number | None
+    positive_collateral: _Number | None
+
+
+class _Evaluation(msgspec.Struct):
+    """What a report shows of an evaluation."""
+
+    original: _Outputs
+    current: _Outputs
+    comparison: _Comparison
+    cut: _Number
+    certificate: _Certificate | None = None
+
+
+def from_evaluation(evaluation: Any, known: Mapping[str, Any]) -> Row:
+    """The row of what `tnt_jax.evaluate` wrote.
+
+    Args:
+      evaluation: its JSON.
+      known: what that does not tell: the task, the objective and how it was trained.
+
+    Raises:
+      UsageError: it is something else.
+    """
+    found = _checked_evaluation(evaluation)
+    before, after = found.original.unwanted_outputs.value, found.current.unwanted_outputs.value
+    row = {
+        "unwanted_rate_before": before,
+        "unwanted_rate_after": after,
+        "cut": cut_of(before, after),
+        "bleu": found.comparison.bleu,
+        "rouge_l": found.comparison.rouge_l,
+        "exact_match": found.comparison.exact_match.value,
+        "repeated_word_rate": found.current.repeated_word.value,
+        "unknown_token_rate": found.current.unknown_token.value,
+        "distinct_ratio": found.current.distinct_outputs.value,
+    }
+    if (certificate := found.certificate) is not None:
+        row |= {
+            "residual": certificate.negative_residual,
+            "collateral": certificate.negative_collateral,
+            "smallest_cost": certificate.negative_smallest_cost,
+            "collateral_elsewhere": certificate.positive_collateral,
+        }
+    return {**dict.fromkeys(SHOWN), **row, **known}
+
+
+def num_outputs(evaluation: Any) -> int:
+    """The number of outputs that an evaluation is of.
+
+    Raises:
+      UsageError: it is something else.
+    """
+    return int(_checked_evaluation(evaluation).original.unwanted_outputs.denominator)
+
+
+def _checked_evaluation(evaluation: Any) -> _Evaluation:
+    try:
+        return msgspec.convert(evaluation, _Evaluation)
+    except msgspec.ValidationError as error:
+        names = sorted(evaluation) if isinstance(evaluation, Mapping) else []
+        raise UsageError(
+            "expected the JSON file that python -m tnt_jax.evaluate wrote, with original, current, "
+            f"comparison and cut; found {names or 'nothing'} ({error})."
+        ) from None

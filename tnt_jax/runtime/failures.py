@@ -7,7 +7,7 @@ import traceback
 
 from tnt_jax.runtime import processes
 from tnt_jax.runtime.errors import ProcessLost, UsageError, chain, of_tensorstore
-from tnt_jax.runtime.operative_config import is_gin_code
+from tnt_jax.runtime.settings_json import is_gin_code
 
 # The user's to mend, whoever raised it: a path that does not work.
 _PATH_ERRORS = (

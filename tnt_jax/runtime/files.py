@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import msgspec
 from etils import epath
 
 from tnt_jax.runtime import console
@@ -274,6 +275,12 @@ def is_text(value: Any) -> bool:
         return isinstance(value, str) and value.encode("utf-8") is not None
     except UnicodeEncodeError:
         return False
+
+
+def wrong_field(error: msgspec.ValidationError) -> tuple[str, bool]:
+    """The field of an object whose value is of the wrong type, and whether only a part of it is."""
+    found = re.search(r"`\$\.(\w+)(.*)`$", str(error))
+    return (found[1], bool(found[2])) if found else ("", False)
 
 
 # ----------------------------------------------------------------------------------- JSON files

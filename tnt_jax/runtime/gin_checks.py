@@ -1,4 +1,4 @@
-"""The types of settings: what gin files and flags give, against the annotations that receive it."""
+"""What gin does not check of settings: their types, and whether the run uses them at all."""
 
 import abc
 import collections.abc
@@ -8,7 +8,7 @@ import os
 import pathlib
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import gin
@@ -17,8 +17,12 @@ from gin import config as gin_config
 
 from tnt_jax.runtime.errors import UsageError
 
+_OURS = "tnt_jax."
 
-def check() -> None:
+# --- Types ----------------------------------------------------------------------------------------
+
+
+def check_types() -> None:
     """Compares what gin will pass with the annotations of the parameters that it is bound to.
 
     gin knows no types, so that `--gin.TRAIN_STEPS=1e3`, a float, would fail somewhere deep within.
@@ -33,7 +37,7 @@ def check() -> None:
         except (TypeError, ValueError):  # written in C
             continue
         for name, value in bindings.items():
-            setting = f"{selector.removeprefix('tnt_jax.')}.{name}"
+            setting = f"{selector.removeprefix(_OURS)}.{name}"
             macros: list[str] = []
             while _is_macro(value):
                 setting = "/".join(value.scopes)
@@ -176,3 +180,61 @@ def _return_annotation(function: Callable[..., Any]) -> Any:
         return inspect.signature(function, eval_str=True).return_annotation
     except (NameError, TypeError, ValueError):  # written for type checkers alone, or in C
         return inspect.Signature.empty
+
+
+# --- Use ------------------------------------------------------------------------------------------
+
+
+def check_used(function: Callable[..., Any], flags: Sequence[str]) -> None:
+    """Refuses flags for what neither the function nor its settings, in turn, refer to.
+
+    gin itself takes them. Flags for other packages are left alone: those may ask gin for theirs by
+    themselves.
+
+    Args:
+        function: the program's, with its settings.
+        flags: the names in `--gin.NAME=VALUE`, such as "scope/module.Class.argument".
+
+    Raises:
+        UsageError: one would change nothing.
+    """
+    used = _used_by(function)
+    for flag in flags:
+        name = flag.rpartition("/")[2].rpartition(".")[0]
+        meant = gin_config._REGISTRY.matching_selectors(name) if name else []
+        if meant and all(full.startswith(_OURS) and full not in used for full in meant):
+            known = sorted(n.removeprefix(_OURS) for n in used if n.startswith(_OURS))
+            raise UsageError(
+                f"--gin.{flag}: this run makes no {name}, so that the setting would change "
+                f"nothing. What it makes: {', '.join(known)}."
+            )
+
+
+def _used_by(function: Callable[..., Any]) -> set[str]:
+    """Full names of all that gin may make for a function, the function among them."""
+    waiting = [name for name, entry in gin_config._REGISTRY.items() if entry.wrapped is function]
+    found: set[str] = set()
+    values: dict[str, list[Any]] = {}
+    for (scope, name), bindings in gin_config._CONFIG.items():
+        # Of macros each one by itself; scopes of others do not matter here.
+        key = f"{scope}/{name}" if name == "gin.macro" else name
+        values.setdefault(key, []).extend(bindings.values())
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            for value in values.get(name, ()):
+                waiting += _referred_to(value)
+    return found
+
+
+def _referred_to(value: Any) -> Iterator[str]:
+    if isinstance(value, gin_config.ConfigurableReference):
+        scope, name = value.config_key
+        yield f"{scope}/{name}" if name == "gin.macro" else name
+    elif isinstance(value, dict):
+        for part in (*value.keys(), *value.values()):
+            yield from _referred_to(part)
+    elif isinstance(value, list | tuple | set | frozenset):
+        for part in value:
+            yield from _referred_to(part)

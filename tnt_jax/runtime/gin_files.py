@@ -222,10 +222,13 @@ class Settings:
 
 
 def _module_of(name: str) -> str | None:
-    """The package or room that has a module; a module's name is in one room alone."""
-    if (_PACKAGE / f"{name}.py").exists() or (_PACKAGE / name / "__init__.py").exists():
-        return "tnt_jax"
-    return next((f"tnt_jax.{path.parent.name}" for path in _PACKAGE.glob(f"*/{name}.py")), None)
+    """The package or room in which a module, or folder of modules, has this name: it is unique."""
+    for path in (f"{name}.py", f"{name}/__init__.py"):
+        if (_PACKAGE / path).exists():
+            return "tnt_jax"
+        for found in _PACKAGE.glob(f"*/{path}"):
+            return f"tnt_jax.{found.relative_to(_PACKAGE).parts[0]}"
+    return None
 
 
 def _sets(text: str, macro: str) -> bool:

@@ -39,7 +39,6 @@ from tnt_jax.runtime import (
     failures,
     gin_checks,
     gin_files,
-    gin_use,
     operative_config,
     preemption,
     processes,
@@ -319,8 +318,8 @@ def configure(
             + ", ".join(f"--gin.{short_name}.{name}=..." for name in missing)
         )
     if needs_all:  # others read what was set for another program
-        gin_use.check(function, [name for name, _ in flags.bindings])
-    gin_checks.check()
+        gin_checks.check_used(function, [name for name, _ in flags.bindings])
+    gin_checks.check_types()
     if needs_all:
         gin.finalize()  # refuses whatever is still required
     return configured

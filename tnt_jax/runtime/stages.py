@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from tnt_jax.runtime import console, files, holding, operative_config, preemption
+from tnt_jax.runtime import console, files, holding, preemption, settings_json
 from tnt_jax.runtime.errors import UsageError, naming_file
 
 _running: contextvars.ContextVar[bool] = contextvars.ContextVar("running", default=False)
@@ -90,8 +90,8 @@ class Stages:
         holding.check()
         note = note_path(self._root, name)
         described = {
-            "function": operative_config.describe(function),
-            "settings": operative_config.describe(dict(settings)),
+            "function": settings_json.describe(function),
+            "settings": settings_json.describe(dict(settings)),
             "version": version,
             "inputs": {path: _fingerprint(path) for path in (*inputs.values(), *also_depends_on)},
         }

@@ -26,7 +26,7 @@ import jax
 import numpy as np
 
 from tnt_jax.checkpoints import digests
-from tnt_jax.runtime import console, operative_config, processes
+from tnt_jax.runtime import console, operative_config, processes, settings_json
 from tnt_jax.runtime.array_types import PyTree
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.training import load_original, run_checkpoints, settings, train_step
@@ -46,6 +46,14 @@ COMPARED = {
     "pack": "PACK",
     "seed": "SEED",
     "adapters": "ORIGINAL, ADAPTER_RANK and ADAPTER_ALPHA",
+}
+
+# Of these the named parts alone are compared; of others everything.
+_IDENTITIES = {
+    "original": ("digest",),
+    "start": ("digest",),
+    "data": ("digest",),
+    "adapters": ("rank", "alpha"),
 }
 
 # How a network is computed, not what: or compared elsewhere (`orbax`, `adapters`).
@@ -77,10 +85,10 @@ def describe(
       vocabulary: The vocabulary of its ids.
       adapters: Their settings and what they lie beside; None where there are none.
     """
-    optimizer = operative_config.describe(update.optimizer)
+    optimizer = settings_json.describe(update.optimizer)
     run = {
-        "objective": operative_config.describe(trainer.objective),
-        "model": operative_config.describe(trainer.model.config),
+        "objective": settings_json.describe(trainer.objective),
+        "model": settings_json.describe(trainer.model.config),
         "optimizer": {**optimizer, "max_gradient_norm": update.max_gradient_norm},
         "data": dict(data),
         "vocabulary": _describe_vocabulary(vocabulary),
@@ -110,7 +118,7 @@ def describe(
 
 def _describe_vocabulary(vocabulary: Any) -> dict[str, Any]:
     if hasattr(vocabulary, "sentencepiece_model_file"):
-        return operative_config.describe(vocabulary)
+        return settings_json.describe(vocabulary)
     # Others are told apart by what they are: what else they hold may be anything.
     kind = type(vocabulary)
     return {"class": f"{kind.__module__}.{kind.__qualname__}", "size": vocabulary.vocab_size}
@@ -132,7 +140,7 @@ def check_alike(run: Mapping[str, Any], **more: Any) -> None:
     # Paths may differ, where the files are the same.
     for name in ("config", "versions"):
         own.pop(name)
-    own["adapters"] = _without_path(own.get("adapters"))
+    own["adapters"] = _compared("adapters", own.get("adapters"))
     texts = {name: json.dumps(value, sort_keys=True) for name, value in own.items()}
     digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
     said = [json.loads(text) for text in processes.gather("alike", json.dumps(digests))]
@@ -222,8 +230,6 @@ def _start(
 ) -> dict[str, Any]:
     """Where training started from."""
     start = before.get("start")
-    if isinstance(start, str):  # as older versions wrote it
-        start = {"path": start, "digest": None}
     if start is not None and start["path"] == path:
         # Whatever is there by now, a run that has started no longer needs it.
         return start
@@ -290,39 +296,44 @@ def _difference(name: str, before: Any, now: Any) -> str | None:
     """What has changed, for people; None if nothing has."""
     now = json.loads(json.dumps(now))
     label = f"{name} ({COMPARED[name]})"
-    if name == "original":
-        return _difference_of_originals(before, now, label)
-    if name == "start":
-        if isinstance(before, str):
-            before = {"path": before, "digest": None}
-        if before["path"] == now["path"] or before["digest"] == now["digest"]:
+    was, found = _compared(name, before), _compared(name, now)
+    if was == found:
+        gap = _probe_gap(before, now) if name == "original" else 0.0
+        if gap <= _PROBE_TOLERANCE:
             return None
-        return f"{label} was {_path(before)}, is {_path(now)}"
-    if name == "data":
-        if before["digest"] == now["digest"]:
-            return None
-        was, found = (f"{x['num_examples']} examples (digest {x['digest']})" for x in (before, now))
-        return f"{label} was {was}, is {found}"
-    if name == "adapters":
-        before, now = _without_path(before), _without_path(now)
-    if before == now:
-        return None
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = before.keys() | now.keys()
+        return (
+            f"{label} has the parameters that it had, but computes otherwise: its "
+            f"log-probabilities of a probe batch differ by {gap:.2g} nats a token (the model's "
+            "settings, or the versions of what computes)"
+        )
+    if isinstance(was, dict) and isinstance(found, dict) and "digest" not in was:
+        keys = was.keys() | found.keys()
         if name in ("model", "objective"):  # other versions have other settings
-            keys = (before.keys() & now.keys()).difference(_NOT_OF_THE_MODEL)
+            keys = (was.keys() & found.keys()).difference(_NOT_OF_THE_MODEL)
         changed = [
-            f"{key} was {_short(before.get(key))}, is {_short(now.get(key))}"
+            f"{key} was {_short(was.get(key))}, is {_short(found.get(key))}"
             for key in sorted(keys)
-            if before.get(key) != now.get(key)
+            if was.get(key) != found.get(key)
         ]
         return f"{label}: {', '.join(changed)}" if changed else None
-    was, found = ("none" if value is None else _short(value) for value in (before, now))
-    return f"{label} was {was}, is {found}"
+    return f"{label} was {_said(name, before)}, is {_said(name, now)}"
 
 
-def _without_path(adapters: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    return None if adapters is None else {key: adapters[key] for key in ("rank", "alpha")}
+def _compared(name: str, value: Any) -> Any:
+    """The part of a value that makes it another run's; where something lies does not."""
+    parts = _IDENTITIES.get(name)
+    return value if parts is None or value is None else {part: value[part] for part in parts}
+
+
+def _said(name: str, value: Any) -> str:
+    if name == "original" and value is None:
+        return "none (an objective without divergences)"
+    if name == "data":
+        return f"{value['num_examples']} examples (digest {value['digest']})"
+    if name in ("original", "start"):
+        path = "a random initialisation" if value["path"] is None else value["path"]
+        return f"{path} (digest {value['digest']})" if name == "original" else path
+    return "none" if value is None else _short(_compared(name, value))
 
 
 def _short(value: Any) -> str:
@@ -330,35 +341,12 @@ def _short(value: Any) -> str:
     return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
 
 
-def _path(of: Any) -> str:
-    return "a random initialisation" if of["path"] is None else of["path"]
-
-
-def _difference_of_originals(before: Any, now: Any, label: str) -> str | None:
-    if before is None or now is None:
-        if before is now:
-            return None
-        was, found = (_describe_original(x) for x in (before, now))
-        return f"{label} was {was}, is {found}"
-    if before["digest"] != now["digest"]:
-        return f"{label} was {_describe_original(before)}, is {_describe_original(now)}"
-    if "probe" not in before:
-        return None
-    was, found = (np.array(x["probe"]) for x in (before, now))
-    gap = float(np.abs(was - found).mean()) if was.shape == found.shape else np.inf
-    if gap <= _PROBE_TOLERANCE:
-        return None
-    return (
-        f"{label} has the parameters that it had, but computes otherwise: its log-probabilities of "
-        f"a probe batch differ by {gap:.2g} nats a token (the model's settings, or the versions "
-        "of what computes)"
-    )
-
-
-def _describe_original(original: Mapping[str, Any] | None) -> str:
-    if original is None:
-        return "none (an objective without divergences)"
-    return f"{_path(original)} (digest {original['digest']})"
+def _probe_gap(before: Any, now: Any) -> float:
+    """How far the log-probabilities of two originals are apart, in nats a token."""
+    if before is None:
+        return 0.0
+    was, found = (np.array(original["probe"]) for original in (before, now))
+    return float(np.abs(was - found).mean()) if was.shape == found.shape else np.inf
 
 
 def _log_differences(before: Mapping[str, Any], run: Mapping[str, Any]) -> None:

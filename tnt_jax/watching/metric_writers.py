@@ -15,16 +15,17 @@ import math
 import os
 import re
 import secrets
+import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, SupportsFloat, runtime_checkable
 
-import tensorboardX.event_file_writer
-import tensorboardX.record_writer
-import tensorboardX.summary
 from etils import epath
-from tensorboardX.proto import event_pb2
+from tensorboard.compat.proto import event_pb2
+from tensorboard.plugins.scalar.summary_v2 import scalar_pb
+from tensorboard.plugins.text.summary_v2 import text_pb
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from tnt_jax.runtime import console, files
 from tnt_jax.runtime.errors import UsageError
@@ -226,20 +227,19 @@ class TensorBoard:
     """
 
     def __init__(self, folder: str, start: int = 0):
-        scheme, is_remote, _ = folder.partition("://")
-        if is_remote:
-            tensorboardX.record_writer.register_writer_factory(scheme, _Uploads())
-        else:
-            epath.Path(folder).mkdir(parents=True, exist_ok=True)
+        is_remote = "://" in folder
+        # One name for each start of a run, in the order in which TensorBoard reads them.
+        name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
+        path = epath.Path(folder) / name
+        if not is_remote:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        # Not tensorboard's EventFileWriter: it imports TensorFlow, and has a thread of its own.
+        self._file: RecordWriter | None = RecordWriter(
+            _Upload(os.fspath(path)) if is_remote else path.open("wb")
+        )
         self._pause = _UPLOAD_EVERY if is_remote else 0.0
         self._flushed = -float("inf")
-        # Without the queue and the thread of SummaryWriter, whose flush does not wait for either.
-        # The name has the second in it, and a process may open a run twice within one.
-        self._file: tensorboardX.event_file_writer.EventsWriter | None = (
-            tensorboardX.event_file_writer.EventsWriter(
-                f"{folder}/events", f".{time.time_ns() % 10**9:09}"
-            )
-        )
+        self._write(0, file_version="brain.Event:2")
         begins = _messages.SessionLog(status=_messages.SessionLog.START)
         self._write(start + 1 if start else 0, session_log=begins)
         self.flush()
@@ -247,10 +247,8 @@ class TensorBoard:
     def write(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
         """Adds a point to each curve, unless it is not finite."""
         for name, value in metrics.items():
-            if not math.isfinite(value):
-                continue
-            summary = tensorboardX.summary.scalar(_grouped(name), float(value))
-            self._write(step, summary=summary)
+            if math.isfinite(value):
+                self._write(step, summary=scalar_pb(_grouped(name), float(value)))
         self._flush_in_time()
 
     def write_table(
@@ -263,7 +261,7 @@ class TensorBoard:
             *([_as_markdown(cell) for cell in row] for row in rows),
         ]
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        self._write(step, summary=tensorboardX.summary.text(name, table))
+        self._write(step, summary=text_pb(name, table))
         self._flush_in_time()
 
     def flush(self) -> None:
@@ -280,7 +278,8 @@ class TensorBoard:
 
     def _write(self, step: int, **content: Any) -> None:
         assert self._file is not None, "closed"
-        self._file.write_event(_messages.Event(step=step, wall_time=time.time(), **content))
+        event = _messages.Event(step=step, wall_time=time.time(), **content)
+        self._file.write(event.SerializeToString())
 
     def _flush_in_time(self) -> None:
         if time.monotonic() - self._flushed >= self._pause:
@@ -293,18 +292,8 @@ def _as_markdown(text: str) -> str:
     return re.sub(r"\s*\n\s*", "<br>", text).replace("_", "&#95;")
 
 
-class _Uploads:
-    """Opens event files of an object store, for tensorboardX."""
-
-    def directory_check(self, path: str) -> None:
-        """There are no directories to make."""
-
-    def open(self, path: str) -> "_Upload":
-        return _Upload(path)
-
-
 class _Upload:
-    """A file that is uploaded whole at every flush."""
+    """A file of an object store, uploaded whole at every flush."""
 
     def __init__(self, path: str):
         self._path, self._content = epath.Path(path), bytearray()

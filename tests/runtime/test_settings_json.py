@@ -1,0 +1,178 @@
+import dataclasses
+import enum
+import functools
+import json
+import pathlib
+import re
+
+import gin
+import numpy as np
+import optax
+import pytest
+
+from tnt_jax.runtime import settings_json
+
+
+class Color(enum.Enum):
+    RED = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    x: float
+    label: str = "p"
+
+
+class Holder:
+    def __init__(self, content):
+        self.content = content
+
+    def method(self):
+        return self.content
+
+
+def adder(amount):
+    def add(x):
+        return x + amount
+
+    return add
+
+
+CYCLE = []
+CYCLE.append(CYCLE)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Voice:
+    pitch: int
+    words: tuple = ("hello",)
+
+
+def greet(*, style):
+    return style
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (None, None),
+        (3, 3),
+        (0.5, 0.5),
+        (float("inf"), "inf"),
+        ((1, [2, "a"]), [1, [2, "a"]]),
+        ({"b": 1, 2: {3}}, {"b": 1, "2": [3]}),
+        (pathlib.PurePosixPath("/a/b"), "/a/b"),
+        (np.float32(0.25), 0.25),
+        (np.dtype("int32"), "int32"),
+        (Color.RED, {"class": "test_settings_json.Color", "name": "RED"}),
+        (Point(1.0), {"class": "test_settings_json.Point", "x": 1.0, "label": "p"}),
+        (
+            Holder([Point(2.0)]).content,
+            [{"class": "test_settings_json.Point", "x": 2.0, "label": "p"}],
+        ),
+        (Holder(1), {"class": "test_settings_json.Holder", "content": 1}),
+        (
+            Holder(1).method,
+            {
+                "function": "test_settings_json.Holder.method",
+                "self": {"class": "test_settings_json.Holder", "content": 1},
+            },
+        ),
+        (Point, {"function": "test_settings_json.Point"}),
+        (adder(5), {"function": "test_settings_json.adder.<locals>.add", "amount": 5}),
+        (
+            functools.partial(adder, amount=2),
+            {"partial": {"function": "test_settings_json.adder"}, "args": [], "amount": 2},
+        ),
+        (CYCLE, ["..."]),
+        (json, {"module": "json"}),
+    ],
+)
+def test_descriptions(value, expected):
+    assert settings_json.describe(value) == expected
+
+
+def test_description_of_arrays_is_of_their_content():
+    described = settings_json.describe(np.arange(3))
+    assert described["shape"] == [3]
+    assert described == settings_json.describe(np.arange(3))
+    assert described != settings_json.describe(np.arange(1, 4))
+
+
+def test_description_of_built_optimizers_holds_their_numbers_and_no_address():
+    def built(peak):
+        schedule = optax.warmup_cosine_decay_schedule(0.0, peak, 10, 100)
+        return json.dumps(settings_json.describe(optax.adafactor(schedule)))
+
+    assert built(0.1) == built(0.1)
+    assert built(0.1) != built(0.2)
+    assert not re.search(r"0x[0-9a-f]{6}", built(0.1))
+
+
+@pytest.fixture
+def clean_gin():
+    gin.clear_config()
+    yield
+    gin.clear_config()
+
+
+def test_description_of_gin_references_calls_nothing(clean_gin):
+    gin.parse_config(
+        """
+from __gin__ import dynamic_registration
+import optax
+
+BASE = 0.1
+RATE = %BASE
+optax.adafactor.learning_rate = @optax.warmup_cosine_decay_schedule()  # lacks arguments: no call
+optax.warmup_cosine_decay_schedule.peak_value = %RATE
+careful/optax.adafactor.decay_rate = 0.5
+OPTIMIZER = @optax.adafactor
+CAREFUL = @careful/optax.adafactor
+"""
+    )
+    plain = {
+        "function": "optax._src.alias.adafactor",
+        "learning_rate": {
+            "call": "optax.schedules._schedule.warmup_cosine_decay_schedule",
+            "peak_value": 0.1,
+        },
+    }
+    assert settings_json.describe(optax.adafactor) == plain
+    assert settings_json.describe(gin.query_parameter("OPTIMIZER/gin.macro.value")) == plain
+    careful = gin.query_parameter("CAREFUL/gin.macro.value")
+    assert settings_json.describe(careful) == {**plain, "decay_rate": 0.5}
+    # What a program's function receives is not the reference but what gin makes of it.
+    assert settings_json.describe(careful.scoped_configurable_fn) == {**plain, "decay_rate": 0.5}
+
+
+def test_description_of_a_scoped_class(clean_gin):
+    gin.parse_config(
+        """
+from __gin__ import dynamic_registration
+import test_settings_json
+test_settings_json.Voice.words = ("a", "b")
+loud/test_settings_json.Voice.pitch = 9
+test_settings_json.greet.style = @loud/test_settings_json.Voice
+"""
+    )
+    style = gin.get_bindings("test_settings_json.greet")["style"]
+    assert settings_json.describe(style) == {
+        "function": "test_settings_json.Voice",
+        "words": ["a", "b"],
+        "pitch": 9,
+    }
+
+
+def test_description_of_a_vocabulary_depends_on_its_file_alone(tmp_path):
+    class Vocabulary:  # as seqio.SentencePieceVocabulary
+        def __init__(self, file, extra_ids=0):
+            self.sentencepiece_model_file = str(file)
+            self.extra_ids = extra_ids
+
+    for name, content in [("a", b"model"), ("b", b"model"), ("c", b"other")]:
+        (tmp_path / name).write_bytes(content)
+    described = {n: settings_json.describe(Vocabulary(tmp_path / n)) for n in "abc"}
+    assert described["a"] == described["b"] != described["c"]
+    assert settings_json.describe(Vocabulary(tmp_path / "a", 100)) != described["a"]
+    assert settings_json.describe(Vocabulary(tmp_path / "absent"))["model"] == f"{tmp_path}/absent"

@@ -1,0 +1,129 @@
+"""A message in, a reply out: conversations of the package chitchat-dataset."""
+
+import collections
+import itertools
+import math
+import os
+import pathlib
+import random
+from collections.abc import Iterable, Sequence
+
+from tnt_jax import annotators
+from tnt_jax.annotators import phrases
+from tnt_jax.data import records
+from tnt_jax.data.records import Record
+from tnt_jax.experiments.corpora.split import check_not_empty, held_out, package_dir, read_json
+from tnt_jax.runtime import files
+from tnt_jax.runtime.errors import UsageError
+
+
+def chitchat(
+    output_dir: str | os.PathLike,
+    *,
+    seed: int = 0,
+    eval_fraction: float = 0.05,
+    max_words: int | None = None,
+    lower_case: bool = False,
+    num_mining_prompts: int = 20_000,
+    num_eval_prompts: int | None = None,
+    lexicon_scorer: str | None = None,
+    lexicon_threshold: float = 0.5,
+    lexicon_min_count: int = 3,
+    source_dir: str | os.PathLike | None = None,
+) -> dict[str, int]:
+    """Writes (message, reply) pairs of the Chit-Chat Challenge (BYU, MIT licence).
+
+    A message is what one person wrote before the other answered, its lines joined by a space. Two
+    messages in sequence make a pair where both have two words or more. All pairs of a conversation
+    are in one file.
+
+    Files written to `output_dir`: train.jsonl, pairs; mine.jsonl, some messages of those;
+    eval.jsonl, pairs of other conversations; with a scorer lexicon.txt, the words of the replies in
+    train.jsonl that it calls unwanted, each by itself.
+
+    Args:
+        output_dir: folder, created if need be.
+        seed: decides the split, and which messages are chosen.
+        eval_fraction: part of the conversations kept for evaluation.
+        max_words: leaves out pairs of which a side has more; None keeps all.
+        lower_case: of messages and replies: a small model has less to learn.
+        num_mining_prompts: number of messages in mine.jsonl, as far as there are so many.
+        num_eval_prompts: number of pairs in eval.jsonl, as far as there are so many; None is all.
+        lexicon_scorer: as `annotators.Classifier.scorer`; None writes no lexicon.txt.
+        lexicon_threshold: words that score this or more are in lexicon.txt,
+        lexicon_min_count: where they are in so many replies or more.
+        source_dir: the folder of the package chitchat_dataset; None means the installed one.
+
+    Returns:
+        The number of conversations and of records in each file, by name.
+
+    Raises:
+        UsageError: the package or its file is missing, `eval_fraction` leaves nothing for training
+            or for evaluation, or the scorer is not there or calls no word unwanted.
+    """
+    source = package_dir("chitchat_dataset", "chitchat-dataset==0.9.0", source_dir)
+    conversations = read_json(source / "dataset.json")
+    eval_ids = held_out(conversations, eval_fraction, seed)
+
+    splits: dict[str, list[Record]] = {"train": [], "eval": []}
+    for conversation_id in sorted(conversations):
+        split = "eval" if conversation_id in eval_ids else "train"
+        messages = [
+            " ".join(word for line in message for word in line["text"].split())
+            for message in conversations[conversation_id]["messages"]
+        ]
+        if lower_case:
+            messages = [message.lower() for message in messages]
+        for turn, pair in enumerate(itertools.pairwise(messages)):
+            if all(2 <= len(text.split()) <= (max_words or math.inf) for text in pair):
+                message, reply = pair
+                splits[split].append(
+                    Record(id=f"{conversation_id}-{turn}", inputs=message, targets=reply)
+                )
+    check_not_empty(eval_fraction, **splits)
+    splits["eval"] = _sample(splits["eval"], num_eval_prompts, seed)
+    splits["mine"] = [
+        Record(id=f"mine-{row.id}", inputs=row.inputs)
+        for row in _sample(splits["train"], num_mining_prompts, seed)
+    ]
+    output_dir = pathlib.Path(output_dir)
+    if lexicon_scorer is not None:
+        _write_lexicon(
+            output_dir / "lexicon.txt",
+            [row.targets for row in splits["train"]],
+            lexicon_scorer,
+            lexicon_threshold,
+            lexicon_min_count,
+        )
+    for split, pairs in splits.items():
+        records.write_records(output_dir / f"{split}.jsonl", pairs)
+    return {
+        "conversations": len(conversations),
+        **{split: len(pairs) for split, pairs in splits.items()},
+    }
+
+
+def _sample(items: Sequence[Record], number: int | None, seed: int) -> list[Record]:
+    """So many of them, in their order."""
+    if number is None or number >= len(items):
+        return list(items)
+    return [items[k] for k in sorted(random.Random(seed).sample(range(len(items)), number))]
+
+
+def _write_lexicon(
+    path: pathlib.Path, texts: Iterable[str], scorer: str, threshold: float, min_count: int
+) -> None:
+    """The words of texts that a scorer calls unwanted."""
+    counts = collections.Counter(
+        word for text in texts for word in {text[a:b].lower() for a, b in phrases.extents(text)}
+    )
+    listed = sorted(word for word, count in counts.items() if count >= min_count)
+    scores = annotators.Classifier(scorer=scorer).score(listed)
+    kept = [word for word, score in zip(listed, scores, strict=True) if score >= threshold]
+    if not kept:
+        raise UsageError(
+            f"lexicon_threshold={threshold}: {scorer} gives no word of the replies so much; the "
+            f"most is {max(scores, default=math.nan):.3g}. Choose a lower one."
+        )
+    with files.replacing(path) as unfinished:
+        unfinished.write_text("\n".join(kept) + "\n", encoding="utf-8")
