@@ -82,7 +82,7 @@ def main():
                         optimizer=optax.adam(3e-4),
                         pack=True,
                     ),
-                    original=settings.OriginalChoice(path=None),
+                    original_choice=settings.OriginalChoice(path=None),
                     num_negative_ids=number,
                 )
                 total = found["bytes"]["total"] / 2**20

@@ -84,7 +84,7 @@ class FinishedRun:
             dataset=tasks.RecordFiles(
                 files=str(marks), vocabulary=self.vocabulary, clean_per_marked=3
             ),
-            original=settings.OriginalChoice(path=str(self.original)),
+            original_choice=settings.OriginalChoice(path=str(self.original)),
             update=settings.Update(
                 batch_size=32,
                 task_feature_lengths=LENGTHS,

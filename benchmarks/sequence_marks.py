@@ -46,7 +46,7 @@ def main():
         localize.localize(
             output=str(found),
             input=str(given),
-            original=localize.OriginalModel(
+            original_model=localize.OriginalModel(
                 checkpoint_path=str(run.original),
                 model=pretrained.FromCheckpoint(),
                 task_feature_lengths=finished_run.LENGTHS,

@@ -92,7 +92,7 @@ def compile_here(job):
             optimizer=optimizers.adafactor(1e-3),
             mesh_shape=sharding.MeshShape(fsdp=CHIPS[job.topology]),
         ),
-        original=settings.OriginalChoice(path=None, kind=job.original),
+        original_choice=settings.OriginalChoice(path=None, kind=job.original),
     )
     print(json.dumps({**found, "processor_seconds": time.process_time() - began}))
 

@@ -99,7 +99,7 @@ def localize(
     *,
     output: str,
     input: str,
-    original: OriginalModel,
+    original_model: OriginalModel,
     vocabulary: Any,
     label_field: str | None = None,
     training: prefix_values.Training | None = None,
@@ -113,7 +113,7 @@ def localize(
     Args:
       output: The JSONL file to write; it appears only when it is whole.
       input: A JSONL file (or glob) of records: outputs of the original.
-      original: The model whose outputs these are.
+      original_model: The model whose outputs these are.
       vocabulary: A seqio vocabulary, of inputs and outputs.
       label_field: The field of a record that is true (or 1) where its output is bad. None takes
         those as bad that have negative spans.
@@ -140,15 +140,15 @@ def localize(
         rows = records.read_records(input)
         is_bad = _labels(rows, label_field)
         folds = _folds(rows, is_bad, num_folds, seed)
-        folder = original.states_folder
+        folder = original_model.states_folder
         folder = folder or original_cache.default_folder(input, f"{output}.states")
         with memory.explained(
             memory.inference_advice("BATCH_SIZE", "TASK_FEATURE_LENGTHS"),
-            BATCH_SIZE=original.batch_size,
-            TASK_FEATURE_LENGTHS=original.task_feature_lengths,
+            BATCH_SIZE=original_model.batch_size,
+            TASK_FEATURE_LENGTHS=original_model.task_feature_lengths,
         ):
-            opened = original.open(vocabulary)
-            outputs = _Outputs(rows, opened, original, folder)
+            opened = original_model.open(vocabulary)
+            outputs = _Outputs(rows, opened, original_model, folder)
             values = _values(outputs, ~is_bad, folds, training, seed)
         found = [
             threshold.negative(v) if bad else np.zeros(len(v) - 1, bool)
@@ -171,7 +171,9 @@ def localize(
         if label_field is None:
             result["agreement"] = _agreement(rows, marked, vocabulary)
         if check is not None:
-            result["monte_carlo"] = _check(check, rows, outputs, values, opened, original, seed)
+            result["monte_carlo"] = _check(
+                check, rows, outputs, values, opened, original_model, seed
+            )
         files.write_json(f"{output}.values.json", result)
         operative_config.write(output)
         _print(output, result)
@@ -360,7 +362,7 @@ def _check(
     outputs: _Outputs,
     values: Sequence[np.ndarray],
     opened: opened_model.OpenedModel,
-    original: OriginalModel,
+    original_model: OriginalModel,
     seed: int,
 ) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
@@ -378,13 +380,13 @@ def _check(
         opened.params,
         opened.vocabulary,
         decoding.Decoding(
-            max_length=original.task_feature_lengths["targets"],
+            max_length=original_model.task_feature_lengths["targets"],
             temperature=check.temperature,
             banned_ids=tuple(unused),
         ),
         num_samples=check.num_samples,
-        input_length=original.task_feature_lengths["inputs"],
-        batch_size=original.batch_size,
+        input_length=original_model.task_feature_lengths["inputs"],
+        batch_size=original_model.batch_size,
         seed=seed,
     )
 

@@ -80,7 +80,7 @@ def precompile(
     choice = program.bound_arguments(settings.OriginalChoice, fields, ("path",))
     report = compile_step(
         devices_of(topology),
-        original=settings.OriginalChoice(**{"path": None, **choice}),
+        original_choice=settings.OriginalChoice(**{"path": None, **choice}),
         num_negative_ids=num_negative_ids,
         program_text=program_text,
         **found,
@@ -138,7 +138,7 @@ def compile_step(
     model: t5.T5Config | pretrained.FromCheckpoint,
     objective: objectives.TntObjective,
     update: settings.Update,
-    original: settings.OriginalChoice,
+    original_choice: settings.OriginalChoice,
     num_negative_ids: int = 1,
     program_text: str | None = None,
 ) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def compile_step(
       model: The network's settings, or that they are the original's.
       objective: The loss per token.
       update: How an update is computed.
-      original: Which model is the original, and where its logits come from.
+      original_choice: Which model is the original, and where its logits come from.
       num_negative_ids: Largest number of ids removed at a position.
       program_text: A file for the compiled program as text; None writes none.
 
@@ -157,11 +157,13 @@ def compile_step(
       "fits" (None where the devices' memory is not known), "bytes" by kind, "collectives", and what
       else is printed; where the compiler itself finds that it does not fit, "bytes" are its words.
     """
-    source = None if original.path is None else pretrained.open_checkpoint(original.path)
+    source = (
+        None if original_choice.path is None else pretrained.open_checkpoint(original_choice.path)
+    )
     trainer = load_original.make_trainer(
         config=pretrained.config_of(model, source),
         objective=objective,
-        original=original,
+        original_choice=original_choice,
         update=update,
         devices=devices,
     )
@@ -179,7 +181,7 @@ def compile_step(
         "num_params": sum(leaf.size for leaf in jax.tree.leaves(trainer.model.abstract_params)),
         "batch_size": update.batch_size,
         "lengths": dict(update.task_feature_lengths),
-        "original": original.kind,
+        "original": original_choice.kind,
         "jax": jax.__version__,
         "libtpu": _libtpu_version() if devices[0].platform == "tpu" else None,
     }

@@ -79,7 +79,7 @@ def train(
     model: t5.T5Config | pretrained.FromCheckpoint,
     objective: objectives.TntObjective,
     dataset: Dataset,
-    original: settings.OriginalChoice,
+    original_choice: settings.OriginalChoice,
     update: settings.Update,
     schedule: settings.Schedule,
     keep: settings.Keep | None = None,
@@ -93,7 +93,7 @@ def train(
       model: The network's settings, or that they are the initial checkpoint's.
       objective: The loss per token.
       dataset: Annotated examples. What they remove everywhere is added to the objective's.
-      original: Which model is the original, and where its logits come from.
+      original_choice: Which model is the original, and where its logits come from.
       update: How an update is computed.
       schedule: Where training starts, how long it goes on, and after how many updates what is done.
       keep: Which checkpoints stay on disk, and what may differ from the run that left them.
@@ -117,14 +117,16 @@ def train(
 
     # ------------------------------------------------------------------------------- The network
     objective = _with_removed(objective, dataset.removed_everywhere())
-    source = None if original.path is None else pretrained.open_checkpoint(original.path)
+    source = (
+        None if original_choice.path is None else pretrained.open_checkpoint(original_choice.path)
+    )
     trainer = load_original.make_trainer(
         config=pretrained.config_of(model, source),
         objective=objective,
-        original=original,
+        original_choice=original_choice,
         update=update,
     )
-    sources = load_original.Sources(trainer.model, source, original, schedule)
+    sources = load_original.Sources(trainer.model, source, original_choice, schedule)
 
     # ---------------------------------------------------------------------------------- The data
     examples, eval_examples = (
@@ -159,12 +161,12 @@ def train(
             sources,
             update,
             examples=[*examples, *eval_examples],
-            states_folder=original.states_dir
+            states_folder=original_choice.states_dir
             or original_cache.default_folder(getattr(dataset, "files", None), model_dir),
         )
         start = resume.begin(trainer, saved, run, load, sources, keep.allow_changes, model_dir)
         if objective.needs_original:
-            _warn_about(trainer, original.path)
+            _warn_about(trainer, original_choice.path)
         operative_config.write(model_dir)
         files.write_json(f"{model_dir}/run.json", run)
         pretrained.describe(model_dir, trainer.model.config, dataset.vocabulary, source)
@@ -175,7 +177,7 @@ def train(
         )
         outcome = loop.Loop(
             trainer=trainer,
-            original=start.original,
+            loaded_original=start.loaded_original,
             sources=sources,
             data=data,
             schedule=schedule,
@@ -197,7 +199,7 @@ def _read_examples(
 ) -> list[feature_converters.Example]:
     """All examples of a data set, whose ids are those of the network."""
     config = sources.model.config
-    pretrained.check_vocabulary(dataset.vocabulary, config, sources.original)
+    pretrained.check_vocabulary(dataset.vocabulary, config, sources.original_source)
     examples = dataset.load(task_feature_lengths)
     feature_converters.check_token_ids(examples, config.vocab_size)
     return examples
@@ -214,9 +216,9 @@ def _describe_run(
     schedule, choice, adapters = sources.schedule, sources.choice, None
     if choice.kind == "adapters_off":
         adapters = {"rank": choice.adapter_rank, "alpha": choice.adapter_alpha}
-        if sources.original is not None:
+        if sources.original_source is not None:
             # The checkpoint itself: a model directory means another when it has a newer.
-            adapters["beside"] = str(sources.original.path)
+            adapters["beside"] = str(sources.original_source.path)
     run = resume.describe(
         trainer,
         update=update,

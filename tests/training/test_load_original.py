@@ -237,15 +237,17 @@ def made(kind, config=CONFIG, **mesh_shape):
         optimizer=optax.adam(1e-3),
         mesh_shape=sharding.MeshShape(**mesh_shape),
     )
-    original = settings.OriginalChoice(path=None, kind=kind, adapter_rank=4, adapter_alpha=8.0)
+    original_choice = settings.OriginalChoice(
+        path=None, kind=kind, adapter_rank=4, adapter_alpha=8.0
+    )
     trainer = load_original.make_trainer(
         config=config,
         objective=objectives.TntObjective(negative_term="reverse_kl", positive_term="forward_kl"),
-        original=original,
+        original_choice=original_choice,
         update=update,
     )
     schedule = settings.Schedule(train_steps=1)
-    return trainer, load_original.Sources(trainer.model, None, original, schedule), update
+    return trainer, load_original.Sources(trainer.model, None, original_choice, schedule), update
 
 
 def some_examples(number=8):

@@ -275,7 +275,7 @@ class Opened:
             settings={
                 "dataset": dataset,
                 # A model from nothing has no original, and no adapters.
-                "original": self.settings.original_choice(
+                "original_choice": self.settings.original_choice(
                     path=None, kind="parameters", states_dir=None
                 ),
             },
@@ -443,7 +443,7 @@ class Opened:
             settings={
                 "objective": objective,
                 "dataset": dataset,
-                "original": shared.original_choice(path=self.original),
+                "original_choice": shared.original_choice(path=self.original),
                 "update": shared.update(**changes.update),
                 "schedule": shared.schedule(**{**changes.schedule, "start_path": start}),
                 **changes.train,

@@ -45,7 +45,7 @@ def make_trainer(
     *,
     config: t5.T5Config,
     objective: objectives.TntObjective,
-    original: settings.OriginalChoice,
+    original_choice: settings.OriginalChoice,
     update: settings.Update,
     devices: Sequence[Any] | None = None,
 ) -> Trainer:
@@ -54,7 +54,7 @@ def make_trainer(
     Args:
       config: Settings of the network.
       objective: The loss per token.
-      original: Which kind of original the step compares with.
+      original_choice: Which kind of original the step compares with.
       update: How an update is computed.
       devices: Devices of the mesh; None takes all that are here.
 
@@ -63,17 +63,17 @@ def make_trainer(
     """
     mesh = sharding.make_mesh(update.mesh_shape or sharding.MeshShape(), devices)
     sharding.check_batch_size(update.batch_size, update.num_microbatches, mesh)
-    kind = kind_of(original.kind, config)
+    kind = kind_of(original_choice.kind, config)
     if isinstance(kind, AdaptersOff):
-        scale = original.adapter_alpha / original.adapter_rank
+        scale = original_choice.adapter_alpha / original_choice.adapter_rank
         config = dataclasses.replace(config, adapter_scale=scale)
     return Trainer(
         model=Model(config=config, mesh=mesh),
         objective=objective,
         optimizer=update.make_optimizer(),
         num_microbatches=update.num_microbatches,
-        original=kind,
-        adapter_rank=original.adapter_rank,
+        original_kind=kind,
+        adapter_rank=original_choice.adapter_rank,
         block_size=update.block_size,
         skip_non_finite=update.non_finite == "skip",
     )
@@ -85,26 +85,26 @@ class Sources:
 
     Attributes:
       model: The network on its mesh.
-      original: The original's checkpoint, opened; None is a random model.
+      original_source: The original's checkpoint, opened; None is a random model.
       choice: Names that checkpoint as the user does.
       schedule: Names what training starts from instead, and the seed of random parameters.
     """
 
     model: Model
-    original: pretrained.Pretrained | None
+    original_source: pretrained.Pretrained | None
     choice: settings.OriginalChoice
     schedule: settings.Schedule
 
     @property
     def start_is_original(self) -> bool:
         """Whether training starts from a checkpoint, and that is the original's."""
-        return self.original is not None and self.schedule.start_path is None
+        return self.original_source is not None and self.schedule.start_path is None
 
     def read_original(self) -> PyTree:
         """Reads the original, or makes a random one."""
-        if self.original is None:
+        if self.original_source is None:
             return self.model.init(self.schedule.seed)
-        return self.original.restore(self.model.abstract_params)
+        return self.original_source.restore(self.model.abstract_params)
 
     def read_start(self) -> PyTree:
         """Reads what training starts from."""
@@ -175,7 +175,7 @@ def load(
         "digest": digests.of_params(whole),
         "probe": probe(model, whole).tolist(),
     }
-    if isinstance(trainer.original, AdaptersOff):
+    if isinstance(trainer.original_kind, AdaptersOff):
         if starts_elsewhere:
             raise UsageError(
                 "START_CHECKPOINT_PATH: adapters start at nothing; expected None with "
@@ -184,7 +184,7 @@ def load(
         params = _converted(whole, abstract)
         start = model.init_adapters(trainer.adapter_rank, sources.schedule.seed) if is_new else None
         return LoadedOriginal(params, identity), start
-    if isinstance(trainer.original, CachedStates):
+    if isinstance(trainer.original_kind, CachedStates):
         states = states_of(
             model,
             whole,

@@ -76,7 +76,7 @@ class Loop:
 
     Attributes:
       trainer: Has the step.
-      original: What the step needs of the original.
+      loaded_original: What the step needs of the original.
       sources: Where the parameters of the run come from.
       data: What it learns from.
       schedule: How long it goes on, and after how many updates what is done.
@@ -89,7 +89,7 @@ class Loop:
     """
 
     trainer: Trainer
-    original: load_original.LoadedOriginal
+    loaded_original: load_original.LoadedOriginal
     sources: load_original.Sources
     data: Data
     schedule: settings.Schedule
@@ -152,7 +152,7 @@ class Loop:
                 with since.waiting():
                     batch = next(upcoming)
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                    state, sums = self.trainer.step(state, self.original.params, batch, key)
+                    state, sums = self.trainer.step(state, self.loaded_original.params, batch, key)
                 view.dispatched(step)
                 since.add(sums)
                 holding.check()  # what is written from here on would be written into another's
@@ -174,8 +174,8 @@ class Loop:
     ) -> Iterator[None]:
         """Around the updates: begins what is done on the way, and closes it in the end."""
         original_params = None
-        if not isinstance(self.trainer.original, CachedStates):
-            original_params = self.original.params
+        if not isinstance(self.trainer.original_kind, CachedStates):
+            original_params = self.loaded_original.params
         if original_params is None and start == 0 and self.sources.start_is_original:
             original_params = self._whole(state)
         beginning = hooks.Beginning(
@@ -193,7 +193,7 @@ class Loop:
 
     def _whole(self, state: train_step.TrainState) -> PyTree:
         """All parameters that the model is run with."""
-        return self.trainer.original.current_params(state.params, self.original.params)
+        return self.trainer.original_kind.current_params(state.params, self.loaded_original.params)
 
     def _batch(self, step: int) -> dict[str, jax.Array]:
         """The batch of an update, on the mesh."""
@@ -202,7 +202,7 @@ class Loop:
             (self.data.examples[p.example], p.row, p.target_offset)
             for p in batches.layout(step - 1)
         ]
-        batch = self.original.with_states(batches.batch(step - 1), placed)
+        batch = self.loaded_original.with_states(batches.batch(step - 1), placed)
         return sharding.put_batch(batch, self.trainer.model.mesh)
 
     def newest(self) -> str:
@@ -376,7 +376,7 @@ class _Evaluation(hooks.Hook):
         self._loop, self._view = progress.loop, progress.view
         trainer = progress.loop.trainer
         self._step = jit_eval_step(
-            trainer.model, trainer.objective, trainer.original, trainer.block_size
+            trainer.model, trainer.objective, trainer.original_kind, trainer.block_size
         )
 
     def __call__(self, step: int, state: train_step.TrainState) -> dict[str, float]:
@@ -395,9 +395,11 @@ class _Evaluation(hooks.Hook):
             rows = data.eval_examples[first : first + batch_size]
             placed = [(example, row, 0) for row, example in enumerate(rows)]
             batch = sharding.put_batch(
-                loop.original.with_states(batch, placed), loop.trainer.model.mesh
+                loop.loaded_original.with_states(batch, placed), loop.trainer.model.mesh
             )
-            sums.append(jax.device_get(self._step(state.params, loop.original.params, batch)))
+            sums.append(
+                jax.device_get(self._step(state.params, loop.loaded_original.params, batch))
+            )
         found = train_step.summarize(_add(sums))
         self._view.evaluated(step, found)
         return {f"eval/{name}": value for name, value in found.items()}

@@ -103,7 +103,7 @@ def describe(
             "processes": jax.process_count(),
             "num_microbatches": trainer.num_microbatches,
             "block_size": trainer.block_size,
-            "original": type(trainer.original).__name__,
+            "original": type(trainer.original_kind).__name__,
         },
         "versions": {
             "python": platform.python_version(),
@@ -160,13 +160,13 @@ class Start(NamedTuple):
     Attributes:
       step: The number of updates so far.
       state: After them.
-      original: Of the run.
+      loaded_original: What the run needs of its original.
       before: What the checkpoint says; nothing where there is none.
     """
 
     step: int
     state: train_step.TrainState
-    original: load_original.LoadedOriginal
+    loaded_original: load_original.LoadedOriginal
     before: Mapping[str, Any]
 
 
@@ -203,13 +203,13 @@ def begin(
         saved.check(step, trainer.abstract_state)
         names = [name for name in COMPARED if name not in ("original", "start")]
         check_same(before, run, names, allow_changes, model_dir, step)
-    original, params = load(is_new=step is None)
-    run["original"] = original.identity
+    loaded, params = load(is_new=step is None)
+    run["original"] = loaded.identity
     start_path = sources.schedule.start_path or sources.choice.path
 
     def digest_of_start() -> str | None:
-        if original.identity is not None and start_path == original.identity["path"]:
-            return original.identity["digest"]
+        if loaded.identity is not None and start_path == loaded.identity["path"]:
+            return loaded.identity["digest"]
         if "start" in allow_changes:
             return None
         return digests.of_params(sources.read_start() if params is None else params)
@@ -218,11 +218,11 @@ def begin(
     if step is None:
         assert params is not None
         run["changes"] = []
-        return Start(0, trainer.init_state(params), original, before)
+        return Start(0, trainer.init_state(params), loaded, before)
     check_same(before, run, ("original", "start"), allow_changes, model_dir, step)
     console.log(f"Going on from checkpoint {step} in {model_dir}.")
     _log_differences(before, run)
-    return Start(step, saved.restore(step, trainer.abstract_state), original, before)
+    return Start(step, saved.restore(step, trainer.abstract_state), loaded, before)
 
 
 def _start(

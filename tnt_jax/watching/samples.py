@@ -188,11 +188,11 @@ class Samples(hooks.Hook):
         self._file.write(step, {"samples": samples})
 
 
-def _in_the_log(inputs: str, original: str | None, current: str) -> str:
-    said = {"original": original, "now": current}
-    if original is None:
+def _in_the_log(inputs: str, original_text: str | None, current: str) -> str:
+    said = {"original": original_text, "now": current}
+    if original_text is None:
         said = {"now": current}
-    elif original == current:
+    elif original_text == current:
         said = {"both": current}
     lines = [
         f"  {_short(inputs)}",
