@@ -324,7 +324,7 @@ def _with_removed(
 
 
 def _log_padding(batches: feature_converters.Batches) -> None:
-    found = batches.fill()
+    found = batches.padding()
     how = f"Packed, {found.examples_per_row:.1f} examples a row" if batches.pack else "Not packed"
     console.log(
         f"{how}: padding is {found.input_padding:.0%} of the inputs' and "
