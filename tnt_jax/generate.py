@@ -31,8 +31,9 @@ import numpy as np
 
 from tnt_jax.annotators import interface
 from tnt_jax.checkpoints import digests, opened_model, pretrained
-from tnt_jax.data import records, removed_everywhere, tokenization
-from tnt_jax.models import decoding, sharding, t5
+from tnt_jax.data import marks, records, removed_everywhere
+from tnt_jax.models import decoding, sharding
+from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime import (
     console,
     memory,
@@ -60,7 +61,7 @@ def generate(
     output: str,
     prompts: Any,
     checkpoint_path: str,
-    model: t5.T5Config | pretrained.FromCheckpoint,
+    model: NetworkConfig | pretrained.FromCheckpoint,
     vocabulary: Any,
     decoder: decoding.Decoding,
     task_feature_lengths: Mapping[str, int],
@@ -76,7 +77,7 @@ def generate(
       prompts: A file (or glob) of records, or a `tasks.SeqioDataset`.
       checkpoint_path: A checkpoint, or a model directory for its newest.
       model: The network's settings, or that they are the checkpoint's.
-      vocabulary: A seqio vocabulary, of inputs and outputs.
+      vocabulary: The tokeniser of inputs and outputs.
       decoder: How to choose the tokens.
       task_feature_lengths: Tokens of "inputs"; longer ones are cut, and counted.
       batch_size: Prompts decoded together.
@@ -112,7 +113,7 @@ def generate(
     params = opened.params
 
     longest = task_feature_lengths["inputs"]
-    inputs = [tokenization.encode(vocabulary, row.inputs, add_eos=True) for row in rows]
+    inputs = [vocabulary.prompt_ids(row.inputs) for row in rows]
     num_cut = sum(len(ids) > longest for ids in inputs)
     if num_cut:
         console.log(
@@ -279,7 +280,7 @@ class _Texts(NamedTuple):
                 key = np.array(sorted(numbers), np.int32).tobytes()
                 last, current = texts, list_of.setdefault(key, len(list_of))
             found.append(current)
-        ids_of = tokenization.spellings(vocabulary, list(number_of))
+        ids_of = marks.spellings(vocabulary, list(number_of))
         ordered = sorted(set(itertools.chain.from_iterable(ids_of.values())))
         place_of = {ids: place for place, ids in enumerate(ordered)}
         # A text that cannot be spelt has no place.
@@ -381,7 +382,7 @@ def _output(row: records.Record, tokens: np.ndarray, vocabulary: Any) -> records
     return records.Record(
         id=row.id,
         inputs=row.inputs,
-        targets=tokenization.decode(vocabulary, ids),
+        targets=vocabulary.decode(ids),
         target_ids=ids,
         extra=extra,
     )

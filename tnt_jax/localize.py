@@ -30,8 +30,15 @@ import numpy as np
 from tnt_jax import annotators
 from tnt_jax.annotators import continuations, prefix_values
 from tnt_jax.checkpoints import digests, opened_model, pretrained
-from tnt_jax.data import feature_converters, records, removed_everywhere, tokenization
-from tnt_jax.models import decoding, sharding, t5
+from tnt_jax.data import (
+    feature_converters,
+    marks,
+    records,
+    removed_everywhere,
+    tokenization,
+)
+from tnt_jax.models import decoding, sharding
+from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime import console, files, holding, memory, operative_config, program
 from tnt_jax.runtime.errors import UsageError, check_seed
 from tnt_jax.training import load_original, original_cache
@@ -77,7 +84,7 @@ class OriginalModel:
     """
 
     checkpoint_path: str
-    model: t5.T5Config | pretrained.FromCheckpoint
+    model: NetworkConfig | pretrained.FromCheckpoint
     task_feature_lengths: Mapping[str, int]
     batch_size: int = 32
     mesh_shape: sharding.MeshShape | None = None
@@ -114,7 +121,7 @@ def localize(
       output: The JSONL file to write; it appears only when it is whole.
       input: A JSONL file (or glob) of records: outputs of the original.
       original_model: The model whose outputs these are.
-      vocabulary: A seqio vocabulary, of inputs and outputs.
+      vocabulary: The tokeniser of inputs and outputs.
       label_field: The field of a record that is true (or 1) where its output is bad. None takes
         those as bad that have negative spans.
       training: Of a head.
@@ -238,13 +245,11 @@ class _Outputs:
         settings: OriginalModel,
         folder: str,
     ):
-        from tnt_jax.data import tasks  # here, because TensorFlow takes seconds to import
-
         unmarked = [
             dataclasses.replace(row, negative_spans=None, negative_token_ids=()) for row in rows
         ]
-        tokenized = tasks.examples_from_records(unmarked, opened.vocabulary, "the records")
-        self._examples = [_ended(example) for example in tokenized]
+        tokenized = marks.examples_from_records(unmarked, opened.vocabulary, "the records")
+        self._examples = [_ended(example, opened.vocabulary) for example in tokenized]
         # One more, so that an output cut at the length has a state after its last token too.
         lengths = dict(settings.task_feature_lengths)
         lengths["targets"] += 1
@@ -266,7 +271,7 @@ class _Outputs:
             task_feature_lengths=lengths,
             batch_size=settings.batch_size,
         )
-        matrix, vocab_axis = t5.output_matrix(opened.network.config, opened.params)
+        matrix, vocab_axis = opened.network.network.output_matrix(opened.params)
         whole = np.asarray(matrix, np.float32)
         self.matrix = jnp.asarray(whole if vocab_axis == 0 else whole.T)
         self._said = np.zeros((len(rows), self._length, 2), np.float32)
@@ -297,11 +302,13 @@ class _Outputs:
         )
 
 
-def _ended(example: feature_converters.Example) -> feature_converters.Example:
+def _ended(
+    example: feature_converters.Example, vocabulary: tokenization.Tokeniser
+) -> feature_converters.Example:
     """With an EOS, also where decoding was cut: the state there is the one after all the text."""
-    if len(example.targets) and example.targets[-1] == tokenization.EOS_ID:
+    if len(example.targets) and example.targets[-1] in vocabulary.end_ids:
         return example
-    ended = np.append(example.targets, np.int32(tokenization.EOS_ID))
+    ended = np.append(example.targets, np.int32(vocabulary.end_id))
     return dataclasses.replace(example, targets=ended)
 
 
@@ -373,7 +380,7 @@ def _check(
         for index, length in zip(chosen, lengths, strict=True)
     ]
     config = opened.network.config
-    unused = range(opened.vocabulary.vocab_size, config.vocab_size)  # they stand for no text
+    unused = range(opened.vocabulary.size, config.vocab_size)  # they stand for no text
     sampled = continuations.sample(
         prefixes,
         opened.network,
@@ -423,9 +430,9 @@ def mark(row: records.Record, is_negative: np.ndarray, vocabulary: Any) -> recor
     Args:
       row: Of an output.
       is_negative: Whether each of its first tokens is; `Threshold.negative` makes it of `values`.
-      vocabulary: A seqio vocabulary.
+      vocabulary: The tokeniser.
     """
-    ids, extents = tokenization.ids_and_extents(row, vocabulary)
+    ids, extents = marks.ids_and_extents(row, vocabulary)
     spans: list[tuple[int, int]] = []
     without_text: list[tuple[int, tuple[int, ...]]] = []
     for position in np.flatnonzero(is_negative).tolist():
@@ -467,8 +474,8 @@ def _agreement(
 
     def of(row: records.Record) -> np.ndarray:
         spans_alone = dataclasses.replace(row, negative_token_ids=())
-        marks = tokenization.mark_tokens(spans_alone, vocabulary)
-        return np.isin(np.arange(len(marks.target_ids)), marks.negative_pairs[:, 0])
+        marked = marks.mark_tokens(spans_alone, vocabulary)
+        return np.isin(np.arange(len(marked.target_ids)), marked.negative_pairs[:, 0])
 
     bad = [
         (of(after), of(before))

@@ -32,7 +32,7 @@ import jax
 from tnt_jax import objectives, train
 from tnt_jax.checkpoints import pretrained
 from tnt_jax.data import feature_converters
-from tnt_jax.models import t5
+from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime import console, files, program
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.training import compiled_step, load_original, settings
@@ -135,7 +135,7 @@ def devices_of(topology: str) -> Sequence[Any]:
 def compile_step(
     devices: Sequence[Any],
     *,
-    model: t5.T5Config | pretrained.FromCheckpoint,
+    model: NetworkConfig | pretrained.FromCheckpoint,
     objective: objectives.TntObjective,
     update: settings.Update,
     original_choice: settings.OriginalChoice,
@@ -173,6 +173,7 @@ def compile_step(
             update.batch_size,
             num_negative_ids,
             pack=update.pack,
+            feature_layout=trainer.model.network.feature_layout,
         )
     )
     report: dict[str, Any] = {

@@ -52,7 +52,7 @@ class Grid:
       train: Further arguments of `train.train`.
       update: Further arguments of `settings.Update`.
       schedule: Further arguments of `settings.Schedule`.
-      dataset: Further arguments of `tasks.RecordFiles`.
+      dataset: Further arguments of `datasets.RecordFiles`.
       annotator: Makes the annotator of the training outputs, if it is not the experiment's.
       training_decoders: That make the training outputs; empty is the first. Of several, outputs are
         brought together as those of rounds are.

@@ -31,7 +31,7 @@ from etils import epath
 from tnt_jax import objectives
 from tnt_jax.checkpoints import pretrained
 from tnt_jax.data import feature_converters
-from tnt_jax.models import t5
+from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime import (
     console,
     files,
@@ -57,11 +57,11 @@ from tnt_jax.watching import watching
 
 @runtime_checkable
 class Dataset(Protocol):
-    """A source of examples: `tasks.RecordFiles`, `tasks.SeqioDataset`, or your own."""
+    """A source of examples: `datasets.RecordFiles`, `tasks.SeqioDataset`, or your own."""
 
     @property
     def vocabulary(self) -> Any:
-        """The seqio vocabulary of its ids."""
+        """The tokeniser of its ids."""
         ...
 
     def removed_everywhere(self) -> tuple[int, ...]:
@@ -76,7 +76,7 @@ class Dataset(Protocol):
 def train(
     *,
     model_dir: str,
-    model: t5.T5Config | pretrained.FromCheckpoint,
+    model: NetworkConfig | pretrained.FromCheckpoint,
     objective: objectives.TntObjective,
     dataset: Dataset,
     original_choice: settings.OriginalChoice,
@@ -117,9 +117,8 @@ def train(
 
     # ------------------------------------------------------------------------------- The network
     objective = _with_removed(objective, dataset.removed_everywhere())
-    source = (
-        None if original_choice.path is None else pretrained.open_checkpoint(original_choice.path)
-    )
+    path = original_choice.path
+    source = None if path is None else pretrained.open_checkpoint(path)
     trainer = load_original.make_trainer(
         config=pretrained.config_of(model, source),
         objective=objective,
@@ -133,7 +132,8 @@ def train(
         _read_examples(each, update.task_feature_lengths, sources) if each else []
         for each in (dataset, eval_dataset)
     )
-    data = loop.make_data(examples, eval_examples, update, schedule.seed)
+    layout = trainer.model.network.feature_layout
+    data = loop.make_data(examples, eval_examples, update, schedule.seed, layout)
     _check_marks(examples, trainer, update.task_feature_lengths)
     _log_padding(data.batches)
     memory.check_batch(update.batch_size, sum(update.task_feature_lengths.values()))
@@ -166,7 +166,7 @@ def train(
         )
         start = resume.begin(trainer, saved, run, load, sources, keep.allow_changes, model_dir)
         if objective.needs_original:
-            _warn_about(trainer, original_choice.path)
+            _warn_about(trainer, path)
         operative_config.write(model_dir)
         files.write_json(f"{model_dir}/run.json", run)
         pretrained.describe(model_dir, trainer.model.config, dataset.vocabulary, source)

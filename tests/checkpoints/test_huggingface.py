@@ -89,7 +89,7 @@ def config_of(settings, *, is_tied=False):
 
 
 def num_params(config):
-    shapes = lazy_arrays.shapes(t5.abstract_params(config)).values()
+    shapes = lazy_arrays.shapes(t5.T5(config).abstract_params()).values()
     return sum(int(np.prod(shape)) for shape in shapes)
 
 

@@ -39,7 +39,7 @@ def found(monkeypatch):
 
 def test_training_opens_its_original_once(found):
     settings = {"INITIAL_CHECKPOINT_PATH": "original", "MODEL_DIR": "trained", "TRAIN_STEPS": 1}
-    settings |= {"EVAL_DATASET": "@tasks.RecordFiles()"}
+    settings |= {"EVAL_DATASET": "@datasets.RecordFiles()"}
     assert rooms.run("train", settings) == 0
     assert found["original"] == 1
     # A run that goes on asks for no other.

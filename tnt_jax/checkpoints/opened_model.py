@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from tnt_jax.checkpoints import pretrained
-from tnt_jax.models import sharding, t5
+from tnt_jax.data import tokenization
+from tnt_jax.models import sharding
 from tnt_jax.models.model import Model
+from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime import memory
 from tnt_jax.runtime.array_types import PyTree
 
@@ -19,13 +21,13 @@ class OpenedModel:
     Attributes:
       source: The checkpoint.
       network: The network on its mesh.
-      vocabulary: A seqio vocabulary, of inputs and outputs.
+      vocabulary: The tokeniser of inputs and outputs.
       vocab_size: Number of ids of the vocabulary; the network may have more embeddings.
     """
 
     source: pretrained.Pretrained
     network: Model
-    vocabulary: Any
+    vocabulary: tokenization.Tokeniser
     vocab_size: int
 
     @functools.cached_property
@@ -40,8 +42,8 @@ class OpenedModel:
 
 def open_model(
     path: str,
-    settings: t5.T5Config | pretrained.FromCheckpoint,
-    vocabulary: Any,
+    settings: NetworkConfig | pretrained.FromCheckpoint,
+    vocabulary: tokenization.Tokeniser,
     *,
     batch_size: int,
     num_tokens: int,
@@ -53,7 +55,7 @@ def open_model(
     Args:
       path: A checkpoint, or a model directory for its newest.
       settings: The network's settings, or that they are the checkpoint's.
-      vocabulary: A seqio vocabulary, of inputs and outputs.
+      vocabulary: The tokeniser of inputs and outputs.
       batch_size: Number of rows that are computed together.
       num_tokens: Largest number of tokens in a row.
       mesh_shape: Devices per mesh axis; None puts all on `data`.

@@ -279,10 +279,12 @@ def known_fields(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
     try:
         return msgspec.convert(given, _Fields)  # pyright: ignore[reportReturnType]
     except msgspec.ValidationError as error:
-        name, is_within = files.wrong_field(error)
-        detail = f" ({error}.)" if is_within else ""
+        name = files.wrong_field(error)
+        shown = _shown(given[name])
+        # Where the value is cut short, what is wrong may be in the rest.
+        detail = f" ({error}.)" if "..." in shown else ""
         raise UsageError(
-            f"{where}: {name}: expected {_EXPECTED[name]}, found {_shown(given[name])}.{detail}"
+            f"{where}: {name}: expected {_EXPECTED[name]}, found {shown}.{detail}"
         ) from None
 
 

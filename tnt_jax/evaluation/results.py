@@ -292,7 +292,7 @@ def _checked(row: Any, where: str) -> Row:
     try:
         known = msgspec.convert(given, Shown)
     except msgspec.ValidationError as error:
-        name, _ = files.wrong_field(error)
+        name = files.wrong_field(error)
         expected = "a text" if Shown.__annotations__[name] is str else "a number"
         raise UsageError(
             f"{where}: {name}: expected {expected}, found {given[name]!r:.60}."

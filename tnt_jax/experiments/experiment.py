@@ -16,7 +16,7 @@ from typing import Any
 
 from tnt_jax import __version__, convert, objectives, report
 from tnt_jax.checkpoints import pretrained
-from tnt_jax.data import records, removed_everywhere, rounds, tokenization
+from tnt_jax.data import datasets, records, removed_everywhere, rounds, tokenization
 from tnt_jax.models import decoding
 from tnt_jax.runtime import console, files, operative_config, stages
 from tnt_jax.runtime.errors import UsageError
@@ -108,7 +108,7 @@ class Experiment:
       certificate: `evaluate.Certificate`.
       original_checkpoint_path: The original.
       new_original: How to make one, in place of `original_checkpoint_path`.
-      clean_per_marked: As in `tasks.RecordFiles`, for the training outputs; so are the next two.
+      clean_per_marked: As in `datasets.RecordFiles`, for the training outputs; so are the next two.
       marks: As there.
       loss_until: As there.
 
@@ -261,9 +261,7 @@ class Opened:
             inputs={"texts_of": new.records},
             settings={"vocab_size": new.vocab_size},
         )
-        from tnt_jax.data import tasks  # here, because TensorFlow takes seconds to import
-
-        dataset = tasks.RecordFiles(
+        dataset = datasets.RecordFiles(
             files=new.records, vocabulary=self.settings.vocabulary(), annotated=False
         )
         self._stages.run(
@@ -419,11 +417,9 @@ class Opened:
           changes: Settings that differ from those of the experiment.
           start: A checkpoint to start from instead of the original.
         """
-        from tnt_jax.data import tasks
-
         model_dir, shared = str(self.root / name / "model"), self.settings
         changes = changes or Changes()
-        dataset = tasks.RecordFiles(
+        dataset = datasets.RecordFiles(
             **{
                 "files": files,
                 "vocabulary": self.vocabulary,

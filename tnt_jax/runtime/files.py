@@ -277,10 +277,10 @@ def is_text(value: Any) -> bool:
         return False
 
 
-def wrong_field(error: msgspec.ValidationError) -> tuple[str, bool]:
-    """The field of an object whose value is of the wrong type, and whether only a part of it is."""
-    found = re.search(r"`\$\.(\w+)(.*)`$", str(error))
-    return (found[1], bool(found[2])) if found else ("", False)
+def wrong_field(error: msgspec.ValidationError) -> str:
+    """The field of an object whose value, or a part of it, is of the wrong type."""
+    found = re.search(r"`\$\.(\w+)", str(error))
+    return found[1] if found else ""
 
 
 # ----------------------------------------------------------------------------------- JSON files

@@ -51,6 +51,7 @@ def make_data(
     eval_examples: Sequence[feature_converters.Example],
     update: settings.Update,
     seed: int,
+    feature_layout: feature_converters.FeatureLayout,
 ) -> Data:
     """Makes batches of examples, in an order that the seed decides."""
     num_negative_ids = feature_converters.max_negative_ids([*examples, *eval_examples])
@@ -61,6 +62,7 @@ def make_data(
         seed=seed,
         num_negative_ids=num_negative_ids,
         pack=update.pack,
+        feature_layout=feature_layout,
     )
     return Data(
         examples=examples,
@@ -388,6 +390,7 @@ class _Evaluation(hooks.Hook):
             batch_size,
             data.batches.task_feature_lengths,
             data.num_negative_ids,
+            data.batches.feature_layout,
         )
         sums = []
         for number, batch in enumerate(batches):

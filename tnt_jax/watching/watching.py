@@ -2,14 +2,33 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from tnt_jax.checkpoints import pretrained
 from tnt_jax.data import feature_converters, tokenization
 from tnt_jax.models import decoding
 from tnt_jax.models.model import Model
 from tnt_jax.runtime.errors import UsageError
-from tnt_jax.watching import hooks, metric_writers, profiling, samples, seqio_evaluation
+from tnt_jax.watching import hooks, metric_writers, profiling, samples
+
+
+@runtime_checkable
+class InferenceEvaluation(Protocol):
+    """Settings of an evaluation during training: `seqio_evaluation.SeqioEvaluation`.
+
+    A protocol, so that a run without such an evaluation imports neither seqio nor TensorFlow.
+    """
+
+    def open(
+        self,
+        model: Model,
+        *,
+        source: pretrained.Pretrained | None,
+        task_feature_lengths: Mapping[str, int],
+        model_dir: str,
+    ) -> hooks.Hook:
+        """Checks the settings and loads what the evaluation needs."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +56,7 @@ class Watch:
     profile_updates: Sequence[int] | None = None
     profile_dir: str | None = None
     wandb_project: str | None = None
-    inference_evaluation: seqio_evaluation.SeqioEvaluation | None = None
+    inference_evaluation: InferenceEvaluation | None = None
     spike_deviations: float | None = 10.0
 
     def __post_init__(self):
