@@ -19,6 +19,7 @@ import report
 from tnt_jax import objectives, precompile
 from tnt_jax.checkpoints import pretrained
 from tnt_jax.data import datasets, feature_converters
+from tnt_jax.training import settings
 
 ARMS = {
     "marked tokens": (
@@ -57,9 +58,7 @@ def main():
     folder = arguments.run
     original = str(folder / "original" / "model")
     vocabulary = pretrained.vocabulary(original)
-    config = dataclasses.replace(
-        pretrained.config_of(pretrained.FromCheckpoint(), original), dropout_rate=0.0
-    )
+    config = dataclasses.replace(pretrained.open_checkpoint(original).config, dropout_rate=0.0)
     lengths = {"inputs": inputs, "targets": targets}
     outputs = folder / "training_outputs"
     (every,) = outputs.glob("greedy.Gazetteer-* and sampled.Gazetteer-*.merged.jsonl")
@@ -77,10 +76,13 @@ def main():
                     jax.devices()[:1],
                     model=config,
                     objective=objective,
-                    optimizer=optax.adam(3e-4),
-                    task_feature_lengths=lengths,
-                    batch_size=arguments.batch,
-                    pack=True,
+                    update=settings.Update(
+                        batch_size=arguments.batch,
+                        task_feature_lengths=lengths,
+                        optimizer=optax.adam(3e-4),
+                        pack=True,
+                    ),
+                    original_choice=settings.OriginalChoice(path=None),
                     num_negative_ids=number,
                 )
                 total = found["bytes"]["total"] / 2**20

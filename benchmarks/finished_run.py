@@ -15,6 +15,7 @@ from tnt_jax.checkpoints import pretrained
 from tnt_jax.data import datasets, records
 from tnt_jax.evaluation import results
 from tnt_jax.models import decoding
+from tnt_jax.training import settings
 
 LENGTHS = {"inputs": 56, "targets": 64}
 DECODERS = {  # those of the run
@@ -83,12 +84,15 @@ class FinishedRun:
             dataset=datasets.RecordFiles(
                 files=str(marks), vocabulary=self.vocabulary, clean_per_marked=3
             ),
-            task_feature_lengths=LENGTHS,
-            batch_size=32,
-            train_steps=STEPS,
-            initial_checkpoint_path=str(self.original),
-            start_checkpoint_path=None if start is None else str(start),
-            optimizer=optax.adam(optax.cosine_decay_schedule(3e-4, STEPS)),
+            original_choice=settings.OriginalChoice(path=str(self.original)),
+            update=settings.Update(
+                batch_size=32,
+                task_feature_lengths=LENGTHS,
+                optimizer=optax.adam(optax.cosine_decay_schedule(3e-4, STEPS)),
+            ),
+            schedule=settings.Schedule(
+                train_steps=STEPS, start_path=None if start is None else str(start)
+            ),
         )
         return model
 

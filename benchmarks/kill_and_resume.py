@@ -334,7 +334,7 @@ def main(argv: list[str] | None = None) -> None:
             "CHECKPOINT_EVERY": flags.checkpoint_every,
             "LOG_EVERY": 2,  # not always where a checkpoint is
             "KEEP_BEST": "loss",
-            "train.train.eval_every": flags.checkpoint_every,
+            "EVAL_EVERY": flags.checkpoint_every,
             **MESHES[num_devices],
             **settings,
         }
@@ -391,7 +391,7 @@ def check_memory(runs: Runs, command, folder: pathlib.Path, num_steps: int) -> N
         "TRAIN_STEPS": num_steps,
         "CHECKPOINT_EVERY": max(num_steps // 20, 1),
         "LOG_EVERY": max(num_steps // 100, 1),
-        "train.train.eval_every": max(num_steps // 20, 1),
+        "EVAL_EVERY": max(num_steps // 20, 1),
     }
     process = runs.start(command(model_dir, 1, **settings), 1, "memory")
     samples = memory_over(process, model_dir / "metrics.jsonl")

@@ -116,15 +116,15 @@ def compare(examples, lengths, rounds):
     )
     slower = report.ratio(times["packed"], times["unpacked"])  # of a batch, of as many positions
     for name, run in runs.items():
-        fill = run.batches.fill()
+        padding = run.batches.padding()
         yield (
             f"{lengths['inputs']} + {lengths['targets']}",
             name,
-            fill.examples_per_row,
-            f"{fill.input_padding:.0%}, {fill.target_padding:.0%}",
+            padding.examples_per_row,
+            f"{padding.input_padding:.0%}, {padding.target_padding:.0%}",
             1e3 * report.median(times[name]),
-            fill.examples_per_row * BATCH_SIZE / report.median(times[name]),
-            fill.examples_per_row / slower if name == "packed" else 1.0,
+            padding.examples_per_row * BATCH_SIZE / report.median(times[name]),
+            padding.examples_per_row / slower if name == "packed" else 1.0,
             f"{losses[name]:.6f}",
         )
 
@@ -135,7 +135,7 @@ def wait_for_input(run, num_updates, is_ahead):
         jax.block_until_ready(run.update(run.next_batch()))
     upcoming = (run.next_batch() for _ in range(num_updates))
     if is_ahead:
-        upcoming = prefetch.ahead(run.next_batch, range(num_updates))
+        upcoming = prefetch.iterate(run.next_batch, range(num_updates))
     began, waited, before = time.perf_counter(), 0.0, None
     with contextlib.closing(upcoming):
         for _ in range(num_updates):

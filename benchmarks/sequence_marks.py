@@ -46,11 +46,13 @@ def main():
         localize.localize(
             output=str(found),
             input=str(given),
-            checkpoint_path=str(run.original),
-            model=pretrained.FromCheckpoint(),
+            original_model=localize.OriginalModel(
+                checkpoint_path=str(run.original),
+                model=pretrained.FromCheckpoint(),
+                task_feature_lengths=finished_run.LENGTHS,
+                batch_size=128,
+            ),
             vocabulary=run.vocabulary,
-            task_feature_lengths=finished_run.LENGTHS,
-            batch_size=128,
             check=localize.MonteCarlo(annotator=annotator, num_samples=NUM_SAMPLES),
         )
     report.heading()

@@ -126,7 +126,7 @@ def make_step(config, variant):
             forward=(lambda *of: factored(*of).whole()) if variant.has_logits else factored,
             objective=variant.objective,
             optimizer=OPTIMIZER,
-            original=kinds.get(variant.original, PARAMETERS),
+            original_kind=kinds.get(variant.original, PARAMETERS),
         ),
         donate_argnums=0,
     )

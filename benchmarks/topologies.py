@@ -77,7 +77,7 @@ def compile_here(job):
 
     from tnt_jax import objectives, precompile
     from tnt_jax.models import sharding
-    from tnt_jax.training import optimizers
+    from tnt_jax.training import optimizers, settings
 
     gin.parse_config_file(str(ROOT / "gin_configs" / "models" / f"t5_1_1_{job.size}.gin"))
     config = gin.query_parameter("MODEL/macro.value").scoped_configurable_fn()
@@ -86,11 +86,13 @@ def compile_here(job):
         precompile.devices_of(job.topology),
         model=dataclasses.replace(config, dtype="bfloat16", scan_layers=True, remat_policy="full"),
         objective=objectives.TntObjective(negative_term="reverse_kl", positive_term="forward_kl"),
-        task_feature_lengths=LENGTHS,
-        batch_size=job.batch_size,
-        optimizer=optimizers.adafactor(1e-3),
-        mesh_shape=sharding.MeshShape(fsdp=CHIPS[job.topology]),
-        original=job.original,
+        update=settings.Update(
+            batch_size=job.batch_size,
+            task_feature_lengths=LENGTHS,
+            optimizer=optimizers.adafactor(1e-3),
+            mesh_shape=sharding.MeshShape(fsdp=CHIPS[job.topology]),
+        ),
+        original_choice=settings.OriginalChoice(path=None, kind=job.original),
     )
     print(json.dumps({**found, "processor_seconds": time.process_time() - began}))
 

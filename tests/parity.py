@@ -221,9 +221,9 @@ def save_as_trained(folder: pathlib.Path, params, original: pathlib.Path | None)
     items = {orbax.PARAMS: ocp.args.StandardSave(params)}
     orbax.save_items(epath.Path(folder), 7, items)
     if original is not None:
-        config = pretrained.open_checkpoint(str(original)).config
+        source = pretrained.open_checkpoint(str(original))
         vocabulary = pretrained.vocabulary(str(original))
-        pretrained.describe(str(folder), config, vocabulary, str(original))
+        pretrained.describe(str(folder), source.config, vocabulary, source)
 
 
 def compare_answers(

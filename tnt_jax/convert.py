@@ -83,7 +83,7 @@ def convert(
         raise UsageError("--scan_layers goes with --output_format=t5x or t5x_orbax.")
     source = pretrained.open_checkpoint(input)
     source.check_original()
-    config = pretrained.config_for(model or pretrained.FromCheckpoint(), source)
+    config = pretrained.config_of(model or pretrained.FromCheckpoint(), source)
     weights = {
         name: source.weights[name].astype(_DTYPES[dtype] if dtype else source.weights[name].dtype)
         for name in huggingface.parameter_names(config)

@@ -21,11 +21,10 @@ import jax
 import numpy as np
 
 from tnt_jax import objectives
-from tnt_jax.checkpoints import pretrained
+from tnt_jax.checkpoints import opened_model, pretrained
 from tnt_jax.data import feature_converters, marks, records, tokenization
 from tnt_jax.evaluation import text_metrics
 from tnt_jax.models import sharding
-from tnt_jax.models.model import Model
 from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime import console, files, holding, memory, operative_config, program
 from tnt_jax.runtime.errors import UsageError
@@ -163,16 +162,17 @@ def _certificate(
     rows: Sequence[records.Record], vocabulary: Any, settings: Certificate, num_records: int
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """The certificate, and that of every token in the `num_records` that changed most."""
-    mesh = sharding.make_mesh(settings.mesh_shape or sharding.MeshShape())
-    sharding.check_batch_size(settings.batch_size, 1, mesh)
-    memory.check_batch(settings.batch_size, sum(settings.task_feature_lengths.values()))
-    config = pretrained.config_of(settings.model, settings.original_checkpoint_path)
-    pretrained.check_vocabulary(vocabulary, config, settings.original_checkpoint_path)
-    network = Model(config=config, mesh=mesh)
-    original = pretrained.open_checkpoint(settings.original_checkpoint_path).restore(
-        network.abstract_params
+    opened = opened_model.open_model(
+        settings.original_checkpoint_path,
+        settings.model,
+        vocabulary,
+        batch_size=settings.batch_size,
+        num_tokens=sum(settings.task_feature_lengths.values()),
+        mesh_shape=settings.mesh_shape,
     )
-    current = pretrained.open_checkpoint(settings.checkpoint_path).restore(network.abstract_params)
+    network, original_params = opened.network, opened.params
+    current = pretrained.open_checkpoint(settings.checkpoint_path)
+    current_params = current.restore(network.abstract_params)
     # Of the objective only the loss depends, and the loss is not reported: forward KL splits
     # exactly into residual and collateral.
     objective = objectives.TntObjective(negative_term="forward_kl", positive_term="forward_kl")
@@ -190,7 +190,8 @@ def _certificate(
     for number, batch in enumerate(
         console.progress(batches, "certificate, in batches", num_batches)
     ):
-        of_batch, values = jax.device_get(step(current, original, sharding.put_batch(batch, mesh)))
+        placed = sharding.put_batch(batch, network.mesh)
+        of_batch, values = jax.device_get(step(current_params, original_params, placed))
         sums.append(of_batch)
         is_negative = (batch["decoder_negative_ids"] >= 0).any(axis=-1)
         tokens = {"kl": values.residual + values.collateral, "is_negative": is_negative}

@@ -30,10 +30,9 @@ import jax
 import numpy as np
 
 from tnt_jax.annotators import interface
-from tnt_jax.checkpoints import digests, pretrained
+from tnt_jax.checkpoints import digests, opened_model, pretrained
 from tnt_jax.data import marks, records, removed_everywhere
 from tnt_jax.models import decoding, sharding
-from tnt_jax.models.model import Model
 from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime import (
     console,
@@ -99,15 +98,19 @@ def generate(
     operative_config.check_writable(
         output, "OUTPUT", {"PROMPTS": prompts if isinstance(prompts, str) else None}
     )
-    mesh = sharding.make_mesh(mesh_shape or sharding.MeshShape(), jax.local_devices())
-    sharding.check_batch_size(batch_size, 1, mesh)
-    memory.check_batch(batch_size, task_feature_lengths["inputs"] + decoder.max_length)
-    config = pretrained.config_of(model, checkpoint_path)
-    network = Model(config=config, mesh=mesh)
-    vocab_size = pretrained.check_vocabulary(vocabulary, config, checkpoint_path)
-    decoder = decoding.within_vocabulary(decoder, vocab_size, config)
+    opened = opened_model.open_model(
+        checkpoint_path,
+        model,
+        vocabulary,
+        batch_size=batch_size,
+        num_tokens=task_feature_lengths["inputs"] + decoder.max_length,
+        mesh_shape=mesh_shape,
+        devices=jax.local_devices(),
+    )
+    network = opened.network
+    decoder = decoding.within_vocabulary(decoder, opened.vocab_size, network.config)
     rows = _read(prompts, vocabulary)
-    params = pretrained.open_checkpoint(checkpoint_path).restore(network.abstract_params)
+    params = opened.params
 
     longest = task_feature_lengths["inputs"]
     inputs = [vocabulary.prompt_ids(row.inputs) for row in rows]
@@ -132,7 +135,7 @@ def generate(
     batches_of = list(_in_turn(batches, sizes))
     work = {
         "program": "generate",
-        "model": config,
+        "model": network.config,
         "parameters": digests.of_params(params),
         "prompts": records.digest(rows),
         "vocabulary": vocabulary,

@@ -29,7 +29,7 @@ import numpy as np
 
 from tnt_jax import annotators
 from tnt_jax.annotators import continuations, prefix_values
-from tnt_jax.checkpoints import digests, pretrained
+from tnt_jax.checkpoints import digests, opened_model, pretrained
 from tnt_jax.data import (
     feature_converters,
     marks,
@@ -38,10 +38,8 @@ from tnt_jax.data import (
     tokenization,
 )
 from tnt_jax.models import decoding, sharding
-from tnt_jax.models.model import Model
 from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime import console, files, holding, memory, operative_config, program
-from tnt_jax.runtime.array_types import PyTree
 from tnt_jax.runtime.errors import UsageError, check_seed
 from tnt_jax.training import load_original, original_cache
 
@@ -72,31 +70,48 @@ class MonteCarlo:
             )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Original:
-    network: Model
-    params: PyTree
-    digest: str
-    vocabulary: Any
-    lengths: Mapping[str, int]
-    batch_size: int
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OriginalModel:
+    """Whose outputs are looked at, and how that model is run.
+
+    Attributes:
+      checkpoint_path: The original's checkpoint.
+      model: The network's settings, or that they are the checkpoint's.
+      task_feature_lengths: Tokens of "inputs" and "targets"; no token beyond is marked.
+      batch_size: Number of records that the original is run on at a time.
+      mesh_shape: Devices per mesh axis; None puts all on `data`.
+      states_folder: Folder of its decoder states; None is beside the records, as for training.
+    """
+
+    checkpoint_path: str
+    model: NetworkConfig | pretrained.FromCheckpoint
+    task_feature_lengths: Mapping[str, int]
+    batch_size: int = 32
+    mesh_shape: sharding.MeshShape | None = None
+    states_folder: str | None = None
+
+    def open(self, vocabulary: Any) -> opened_model.OpenedModel:
+        """Opens the model, and compares it with the vocabulary."""
+        return opened_model.open_model(
+            self.checkpoint_path,
+            self.model,
+            vocabulary,
+            batch_size=self.batch_size,
+            num_tokens=sum(self.task_feature_lengths.values()),
+            mesh_shape=self.mesh_shape,
+        )
 
 
 def localize(
     *,
     output: str,
     input: str,
-    checkpoint_path: str,
-    model: NetworkConfig | pretrained.FromCheckpoint,
+    original_model: OriginalModel,
     vocabulary: Any,
-    task_feature_lengths: Mapping[str, int],
     label_field: str | None = None,
     training: prefix_values.Training | None = None,
     threshold: prefix_values.Threshold | None = None,
     num_folds: int = 4,
-    batch_size: int = 32,
-    mesh_shape: sharding.MeshShape | None = None,
-    states_folder: str | None = None,
     seed: int = 0,
     check: MonteCarlo | None = None,
 ) -> dict[str, Any]:
@@ -105,18 +120,13 @@ def localize(
     Args:
       output: The JSONL file to write; it appears only when it is whole.
       input: A JSONL file (or glob) of records: outputs of the original.
-      checkpoint_path: Of the original.
-      model: The network's settings, or that they are the checkpoint's.
+      original_model: The model whose outputs these are.
       vocabulary: The tokeniser of inputs and outputs.
-      task_feature_lengths: Tokens of "inputs" and "targets"; no token beyond is marked.
       label_field: The field of a record that is true (or 1) where its output is bad. None takes
         those as bad that have negative spans.
       training: Of a head.
       threshold: What makes a token negative.
       num_folds: Parts that the inputs are split in; each is valued by a head of the others.
-      batch_size: Records that the original is run on at a time.
-      mesh_shape: Devices per mesh axis, for the original; None puts all on `data`.
-      states_folder: Where its states are kept; None is beside the records, as for training.
       seed: Of heads, folds, and the check's prefixes and samples.
       check: Compares values with sampled continuations; None does not.
 
@@ -137,16 +147,15 @@ def localize(
         rows = records.read_records(input)
         is_bad = _labels(rows, label_field)
         folds = _folds(rows, is_bad, num_folds, seed)
-        folder = states_folder or original_cache.default_folder(input, f"{output}.states")
+        folder = original_model.states_folder
+        folder = folder or original_cache.default_folder(input, f"{output}.states")
         with memory.explained(
             memory.inference_advice("BATCH_SIZE", "TASK_FEATURE_LENGTHS"),
-            BATCH_SIZE=batch_size,
-            TASK_FEATURE_LENGTHS=task_feature_lengths,
+            BATCH_SIZE=original_model.batch_size,
+            TASK_FEATURE_LENGTHS=original_model.task_feature_lengths,
         ):
-            original = _open(
-                model, checkpoint_path, vocabulary, task_feature_lengths, batch_size, mesh_shape
-            )
-            outputs = _Outputs(rows, original, folder)
+            opened = original_model.open(vocabulary)
+            outputs = _Outputs(rows, opened, original_model, folder)
             values = _values(outputs, ~is_bad, folds, training, seed)
         found = [
             threshold.negative(v) if bad else np.zeros(len(v) - 1, bool)
@@ -154,7 +163,7 @@ def localize(
         ]
         source = label_field or f"negative_spans of {rows[0].annotator or 'unknown'}"
         name = (
-            f"SequenceValues({source}, original={original.digest}, {threshold}, {training}, "
+            f"SequenceValues({source}, original={outputs.digest}, {threshold}, {training}, "
             f"num_folds={num_folds}, seed={seed})"
         )
         marked = [
@@ -169,7 +178,9 @@ def localize(
         if label_field is None:
             result["agreement"] = _agreement(rows, marked, vocabulary)
         if check is not None:
-            result["monte_carlo"] = _check(check, rows, outputs, values, original, seed)
+            result["monte_carlo"] = _check(
+                check, rows, outputs, values, opened, original_model, seed
+            )
         files.write_json(f"{output}.values.json", result)
         operative_config.write(output)
         _print(output, result)
@@ -224,35 +235,24 @@ def _folds(
     return folds
 
 
-def _open(
-    model: NetworkConfig | pretrained.FromCheckpoint,
-    path: str,
-    vocabulary: Any,
-    lengths: Mapping[str, int],
-    batch_size: int,
-    mesh_shape: sharding.MeshShape | None,
-) -> _Original:
-    mesh = sharding.make_mesh(mesh_shape or sharding.MeshShape())
-    sharding.check_batch_size(batch_size, 1, mesh)
-    memory.check_batch(batch_size, sum(lengths.values()))
-    config = pretrained.config_of(model, path)
-    pretrained.check_vocabulary(vocabulary, config, path)
-    network = Model(config=config, mesh=mesh)
-    params = pretrained.open_checkpoint(path).restore(network.abstract_params)
-    return _Original(network, params, digests.of_params(params), vocabulary, lengths, batch_size)
-
-
 class _Outputs:
     """The outputs as the head reads them."""
 
-    def __init__(self, rows: Sequence[records.Record], original: _Original, folder: str):
+    def __init__(
+        self,
+        rows: Sequence[records.Record],
+        opened: opened_model.OpenedModel,
+        settings: OriginalModel,
+        folder: str,
+    ):
         unmarked = [
             dataclasses.replace(row, negative_spans=None, negative_token_ids=()) for row in rows
         ]
-        tokenized = marks.examples_from_records(unmarked, original.vocabulary, "the records")
-        self._examples = [_ended(example, original.vocabulary) for example in tokenized]
+        tokenized = marks.examples_from_records(unmarked, opened.vocabulary, "the records")
+        self._examples = [_ended(example, opened.vocabulary) for example in tokenized]
         # One more, so that an output cut at the length has a state after its last token too.
-        lengths = {**original.lengths, "targets": original.lengths["targets"] + 1}
+        lengths = dict(settings.task_feature_lengths)
+        lengths["targets"] += 1
         lost = feature_converters.count_lost(self._examples, lengths)
         if lost.num_inputs or lost.num_targets:
             console.log(
@@ -261,21 +261,22 @@ class _Outputs:
             )
         self.tokens = [example.targets[: lengths["targets"]] for example in self._examples]
         self._length = max(map(len, self.tokens))
+        self.digest = digests.of_params(opened.params)
         self._states = load_original.states_of(
-            original.network,
-            original.params,
+            opened.network,
+            opened.params,
             self._examples,
-            digest=original.digest,
+            digest=self.digest,
             states_folder=folder,
             task_feature_lengths=lengths,
-            batch_size=original.batch_size,
+            batch_size=settings.batch_size,
         )
-        matrix, vocab_axis = original.network.network.output_matrix(original.params)
+        matrix, vocab_axis = opened.network.network.output_matrix(opened.params)
         whole = np.asarray(matrix, np.float32)
         self.matrix = jnp.asarray(whole if vocab_axis == 0 else whole.T)
         self._said = np.zeros((len(rows), self._length, 2), np.float32)
-        for start in range(0, len(rows), original.batch_size):
-            indices = np.arange(start, min(start + original.batch_size, len(rows)))
+        for start in range(0, len(rows), settings.batch_size):
+            indices = np.arange(start, min(start + settings.batch_size, len(rows)))
             self._said[indices] = prefix_values.log_prob_and_entropy(
                 self._states_of(indices), self.matrix, self._padded(indices)
             )
@@ -367,7 +368,8 @@ def _check(
     rows: Sequence[records.Record],
     outputs: _Outputs,
     values: Sequence[np.ndarray],
-    original: _Original,
+    opened: opened_model.OpenedModel,
+    original_model: OriginalModel,
     seed: int,
 ) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
@@ -377,21 +379,21 @@ def _check(
         continuations.Prefix(rows[index], tuple(outputs.tokens[index][:length].tolist()))
         for index, length in zip(chosen, lengths, strict=True)
     ]
-    config = original.network.config
-    unused = range(original.vocabulary.size, config.vocab_size)  # they stand for no text
+    config = opened.network.config
+    unused = range(opened.vocabulary.size, config.vocab_size)  # they stand for no text
     sampled = continuations.sample(
         prefixes,
-        original.network,
-        original.params,
-        original.vocabulary,
+        opened.network,
+        opened.params,
+        opened.vocabulary,
         decoding.Decoding(
-            max_length=original.lengths["targets"],
+            max_length=original_model.task_feature_lengths["targets"],
             temperature=check.temperature,
             banned_ids=tuple(unused),
         ),
         num_samples=check.num_samples,
-        input_length=original.lengths["inputs"],
-        batch_size=original.batch_size,
+        input_length=original_model.task_feature_lengths["inputs"],
+        batch_size=original_model.batch_size,
         seed=seed,
     )
 

@@ -116,7 +116,21 @@ def _run(
         opened.hand_back(arm.name, models[arm.name])
 
     checks = _check(expectations, evaluations) if expectations else []
-    summary = {"evaluations": evaluations, "expectations": checks, "num_rounds": num_rounds}
+    schedule = experiment.schedule(start_path=None)
+    training = {
+        arm.name: {
+            "alpha": arm.objective.negative_weight,
+            "seed": schedule.seed,
+            "steps": schedule.train_steps * num_rounds,
+        }
+        for arm in arms
+    }
+    summary = {
+        "evaluations": evaluations,
+        "expectations": checks,
+        "num_rounds": num_rounds,
+        "training": training,
+    }
     root, first_decoder = opened.root, opened.first_decoder
     files.write_json(str(root / "summary.json"), summary)
     page = opened.report([arm.name for arm in arms])

@@ -24,16 +24,18 @@ import pathlib
 import re
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
-from tnt_jax import train
+from tnt_jax import objectives, train
+from tnt_jax.checkpoints import pretrained
 from tnt_jax.data import feature_converters
+from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime import console, files, program
 from tnt_jax.runtime.errors import UsageError
-from tnt_jax.training import compiled_step, load_original
+from tnt_jax.training import compiled_step, load_original, settings
 from tnt_jax.training.trainer import Trainer
 
 EXIT_STATUS = 3  # where a step does not fit
@@ -45,12 +47,6 @@ HBM = {"v4": 32, "v5e": 16, "v5": 95, "v6e": 32, "tpu7x": 96}
 _DOES_NOT_FIT = (
     re.compile(r"Used (\S+) of (\S+) hbm"),
     re.compile(r"\(([\d.]+\S)\) exceeds available HBM \((\S+?)\)"),
-)
-
-_STEP_SETTINGS = (
-    *("model", "objective", "task_feature_lengths", "batch_size", "optimizer", "num_microbatches"),
-    *("mesh_shape", "pack", "original", "adapter_rank", "adapter_alpha", "block_size"),
-    *("max_gradient_norm", "non_finite"),
 )
 
 
@@ -78,10 +74,16 @@ def precompile(
     for name, path in (("output", output), ("program_text", program_text)):
         if path is not None:
             files.check_writable(path, f"precompile.{name}")
-    settings = program.bound_arguments(train.train, _STEP_SETTINGS, ("initial_checkpoint_path",))
-    devices = devices_of(topology)
+    found = program.bound_arguments(train.train, ("model", "objective", "update"))
+    # The path is left out where it is not given: a model file then says what the network is.
+    fields = ("kind", "states_dir", "adapter_rank", "adapter_alpha")
+    choice = program.bound_arguments(settings.OriginalChoice, fields, ("path",))
     report = compile_step(
-        devices, num_negative_ids=num_negative_ids, program_text=program_text, **settings
+        devices_of(topology),
+        original_choice=settings.OriginalChoice(**{"path": None, **choice}),
+        num_negative_ids=num_negative_ids,
+        program_text=program_text,
+        **found,
     )
     report = {"topology": topology, **report}
     if output is not None:
@@ -133,36 +135,44 @@ def devices_of(topology: str) -> Sequence[Any]:
 def compile_step(
     devices: Sequence[Any],
     *,
-    task_feature_lengths: Mapping[str, int],
-    batch_size: int,
-    pack: bool = False,
+    model: NetworkConfig | pretrained.FromCheckpoint,
+    objective: objectives.TntObjective,
+    update: settings.Update,
+    original_choice: settings.OriginalChoice,
     num_negative_ids: int = 1,
     program_text: str | None = None,
-    **of_trainer: Any,
 ) -> dict[str, Any]:
     """Compiles a step for devices.
 
     Args:
-      devices: As from `devices_of`.
-      task_feature_lengths: As in `train.train`.
-      batch_size: As in `train.train`.
-      pack: As in `train.train`.
-      num_negative_ids: As in `precompile`.
-      program_text: As in `precompile`.
-      **of_trainer: The other settings of `load_original.make_trainer`.
+      devices: From `devices_of`.
+      model: The network's settings, or that they are the original's.
+      objective: The loss per token.
+      update: How an update is computed.
+      original_choice: Which model is the original, and where its logits come from.
+      num_negative_ids: Largest number of ids removed at a position.
+      program_text: A file for the compiled program as text; None writes none.
 
     Returns:
       "fits" (None where the devices' memory is not known), "bytes" by kind, "collectives", and what
       else is printed; where the compiler itself finds that it does not fit, "bytes" are its words.
     """
-    of_trainer.setdefault("initial_checkpoint_path", None)
-    trainer = load_original.make_trainer(batch_size=batch_size, devices=devices, **of_trainer)
+    source = (
+        None if original_choice.path is None else pretrained.open_checkpoint(original_choice.path)
+    )
+    trainer = load_original.make_trainer(
+        config=pretrained.config_of(model, source),
+        objective=objective,
+        original_choice=original_choice,
+        update=update,
+        devices=devices,
+    )
     batch = trainer.abstract_batch(
         feature_converters.feature_shapes(
-            task_feature_lengths,
-            batch_size,
+            update.task_feature_lengths,
+            update.batch_size,
             num_negative_ids,
-            pack=pack,
+            pack=update.pack,
             feature_layout=trainer.model.network.feature_layout,
         )
     )
@@ -170,9 +180,9 @@ def compile_step(
         "device": devices[0].device_kind,
         "mesh": dict(trainer.model.mesh.shape),
         "num_params": sum(leaf.size for leaf in jax.tree.leaves(trainer.model.abstract_params)),
-        "batch_size": batch_size,
-        "lengths": dict(task_feature_lengths),
-        "original": of_trainer.get("original", "parameters"),
+        "batch_size": update.batch_size,
+        "lengths": dict(update.task_feature_lengths),
+        "original": original_choice.kind,
         "jax": jax.__version__,
         "libtpu": _libtpu_version() if devices[0].platform == "tpu" else None,
     }

@@ -18,7 +18,7 @@ from typing import Any
 from tnt_jax.data import records
 from tnt_jax.evaluation import changes, diagnosis, report_page, text_metrics
 from tnt_jax.evaluation.results import Row, from_evaluation, from_results, num_outputs
-from tnt_jax.runtime import console, files, operative_config, program, stages
+from tnt_jax.runtime import console, files, operative_config, program
 from tnt_jax.runtime.errors import UsageError
 
 
@@ -213,13 +213,18 @@ def _of_pipeline(
             f"{summary}: expected what a pipeline wrote, evaluations by arm and decoder, found "
             f"{str(found)[:60]!r}."
         )
-    num_rounds = found.get("num_rounds", 1)
-    if not isinstance(num_rounds, int):
-        raise UsageError(f"{summary}: num_rounds: expected a number, found {num_rounds!r:.60}.")
+    training = found.get("training", {})
+    if not isinstance(training, Mapping) or not all(
+        isinstance(of_arm, Mapping) for of_arm in training.values()
+    ):
+        raise UsageError(
+            f"{summary}: training: expected alpha, seed and steps by arm, found {training!r:.60}."
+        )
     sources.note_settings(root / "operative_config.gin")
     pairs = []
     for arm, by_decoder in evaluations.items():
-        of_training = _training(sources, stages.note_path(root, f"{arm}: train"), num_rounds)
+        of_arm = training.get(arm, {})
+        stated = {name: of_arm.get(name) for name in ("alpha", "seed", "steps")}
         for decoder, evaluation in by_decoder.items():
             tokens = root / arm / f"{decoder}.tokens.jsonl"
             pairs.append(
@@ -229,7 +234,7 @@ def _of_pipeline(
                     str(root / arm / f"{decoder}.annotated.jsonl"),
                     evaluation=evaluation,
                     tokens=str(tokens) if tokens.is_file() else None,
-                    row={"objective": arm, "decoder": decoder, "task": root.name, **of_training},
+                    row={"objective": arm, "decoder": decoder, "task": root.name, **stated},
                     num_records=num_records,
                 )
             )
@@ -237,29 +242,6 @@ def _of_pipeline(
         if note.stem != "report":  # the one that is running
             sources.settings[str(note)] = note.read_text("utf-8", "replace")
     return pairs
-
-
-def _training(sources: _Files, note: pathlib.Path, num_rounds: int) -> dict[str, Any]:
-    """Weight, seed and updates of an arm, as far as the stage of its first round noted them."""
-    if not note.is_file():
-        return {}
-    noted = sources.read_json(note)
-
-    def value_at(*path: str) -> Any:
-        value = noted
-        for name in path:
-            value = value.get(name) if isinstance(value, Mapping) else None
-        return value
-
-    found = {
-        "alpha": value_at("described", "settings", "objective", "negative_weight"),
-        "seed": value_at("described", "function", "seed"),
-        "steps": value_at("described", "function", "train_steps"),
-    }
-    known = {name: value for name, value in found.items() if isinstance(value, int | float)}
-    if "steps" in known:  # every round has as many
-        known["steps"] *= num_rounds
-    return known
 
 
 def _compare(

@@ -30,7 +30,7 @@ from typing import Any
 from tnt_jax import objectives
 from tnt_jax.data import records
 from tnt_jax.evaluation import results
-from tnt_jax.experiments.experiment import Experiment, Opened
+from tnt_jax.experiments.experiment import Changes, Experiment, Opened
 from tnt_jax.runtime import console, files, holding, program, stages
 from tnt_jax.runtime.errors import UsageError
 
@@ -50,6 +50,8 @@ class Grid:
       variant: What is special, for tables; "" is nothing.
       objective_settings: Further arguments of `objectives.TntObjective`.
       train: Further arguments of `train.train`.
+      update: Further arguments of `settings.Update`.
+      schedule: Further arguments of `settings.Schedule`.
       dataset: Further arguments of `datasets.RecordFiles`.
       annotator: Makes the annotator of the training outputs, if it is not the experiment's.
       training_decoders: That make the training outputs; empty is the first. Of several, outputs are
@@ -63,6 +65,8 @@ class Grid:
     variant: str = ""
     objective_settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     train: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    update: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    schedule: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     dataset: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     annotator: Callable[[], Any] | None = None
     training_decoders: Sequence[str] = ()
@@ -220,8 +224,12 @@ class _Shared:
             objective,
             self.training_outputs[id(grid)],
             grid.num_rounds,
-            settings={"seed": cell.seed, **grid.train},
-            of_dataset=grid.dataset,
+            Changes(
+                train=grid.train,
+                update=grid.update,
+                schedule={"seed": cell.seed, **grid.schedule},
+                dataset=grid.dataset,
+            ),
         )
         for decoder in self.opened.settings.decoders:
             self.opened.evaluate(cell.name, checkpoint, decoder)

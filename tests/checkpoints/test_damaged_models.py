@@ -142,13 +142,13 @@ MESH = sharding.make_mesh(sharding.MeshShape())
 
 
 def read(path):
-    """Everything of a model, on the devices."""
+    """Everything of a model, on the devices; returns what was opened, and its settings."""
     opened = pretrained.open_checkpoint(str(path))
     for array in opened.weights.values():
         array.load()
-    config = pretrained.config_for(pretrained.FromCheckpoint(), opened)
+    config = pretrained.config_of(pretrained.FromCheckpoint(), opened)
     opened.restore(Model(config=config, mesh=MESH).abstract_params)
-    return config
+    return opened, config
 
 
 def read_tokenizer(path):
@@ -160,7 +160,8 @@ def read_tokenizer(path):
 
 def read_all(path):
     vocabulary = pretrained.vocabulary(str(path))
-    pretrained.check_vocabulary(vocabulary, read(path), str(path))
+    opened, config = read(path)
+    pretrained.check_vocabulary(vocabulary, config, opened)
 
 
 # --- Every tensor ---------------------------------------------------------------------------------

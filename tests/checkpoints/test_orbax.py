@@ -11,7 +11,7 @@ import pytest
 from tnt_jax.checkpoints import digests, lazy_arrays, orbax, pretrained
 from tnt_jax.models import parameters, sharding
 from tnt_jax.runtime.errors import UsageError
-from tnt_jax.training import run_checkpoints, train_step
+from tnt_jax.training import run_checkpoints, settings, train_step
 
 LOGICAL_AXES = {
     "decoder": {"norm": {"scale": ("embed",)}, "wi": {"kernel": ("embed", "mlp")}},
@@ -72,8 +72,8 @@ def assert_same(found, expected):
         assert np.asarray(leaf).tobytes() == np.asarray(expected_leaf).tobytes()
 
 
-def save(model_dir, *states, **settings):
-    with run_checkpoints.Checkpoints(str(model_dir), **settings) as saved:
+def save(model_dir, *states):
+    with run_checkpoints.Checkpoints(str(model_dir)) as saved:
         for state in states:
             saved.save(state, RUN)
 
@@ -137,7 +137,7 @@ def test_every_so_many_and_the_best_stay_too(tmp_path):
     def go_on(steps):
         # As after a stop: what is best is known of the checkpoints themselves.
         with run_checkpoints.Checkpoints(
-            str(tmp_path), keep=1, keep_every=3, keep_best="loss"
+            str(tmp_path), settings.Keep(checkpoints=1, every=3, best="loss")
         ) as saved:
             for step in steps:
                 metrics = {"loss": losses[step], "num_tokens": 7.0}
@@ -160,7 +160,9 @@ def test_every_so_many_and_the_best_stay_too(tmp_path):
 def test_what_is_no_number_is_never_the_best(tmp_path):
     state = make_state(mesh_of(model=1), optax.sgd(1e-3))
     losses = {1: 0.5, 2: 0.9, 3: float("nan"), 4: 0.8, 5: float("-inf"), 6: None, 7: 0.7}
-    with run_checkpoints.Checkpoints(str(tmp_path), keep=1, keep_best="loss") as saved:
+    with run_checkpoints.Checkpoints(
+        str(tmp_path), settings.Keep(checkpoints=1, best="loss")
+    ) as saved:
         for step, loss in losses.items():
             metrics = {} if loss is None else {"loss": loss}
             saved.save(state.replace(step=jnp.int32(step)), RUN, metrics)
@@ -292,7 +294,7 @@ def test_a_model_directory_that_cannot_be_is_named(tmp_path):
         with pytest.raises(UsageError, match=f"MODEL_DIR: .*{path}"):
             run_checkpoints.Checkpoints(str(path))
     with pytest.raises(UsageError, match="keep_checkpoints: expected at least 1, found 0"):
-        run_checkpoints.Checkpoints(str(tmp_path), keep=0)
+        settings.Keep(checkpoints=0)
 
 
 def test_the_digest_is_the_same_on_every_mesh():

@@ -135,11 +135,11 @@ def test_a_run_with_stacked_layers_is_a_model_like_any_other(of_a_scanned_run):
     for scan_layers in (False, True):
         model = pretrained.FromCheckpoint(scan_layers=scan_layers, remat_policy="full")
         expected = dataclasses.replace(TINY, scan_layers=scan_layers, remat_policy="full")
-        assert pretrained.config_of(model, str(path)) == expected
-        assert pretrained.config_of(expected, str(path)) == expected
+        assert pretrained.config_of(model, found) == expected
+        assert pretrained.config_of(expected, found) == expected
     other = dataclasses.replace(TINY, scan_layers=True, num_decoder_layers=3)
     with pytest.raises(UsageError, match="does not fit the model settings: decoder/layers_2/"):
-        pretrained.config_of(other, str(path))
+        pretrained.config_of(other, found)
 
 
 @pytest.mark.parametrize("output_format", ["huggingface", "orbax", "t5x", "t5x_orbax"])
@@ -246,9 +246,9 @@ def test_a_model_of_the_hub(directory, tmp_path, monkeypatch):
 
 def test_sizes_come_from_the_checkpoint_and_the_rest_from_the_settings(directory):
     model = pretrained.FromCheckpoint(dtype="bfloat16", dropout_rate=0.1)
-    found = pretrained.config_of(model, str(directory))
+    found = pretrained.config_of(model, pretrained.open_checkpoint(str(directory)))
     assert found == dataclasses.replace(TINY, dtype="bfloat16", dropout_rate=0.1)
-    assert pretrained.config_of(TINY, str(directory)) == TINY
+    assert pretrained.config_of(TINY, pretrained.open_checkpoint(str(directory))) == TINY
     with pytest.raises(UsageError, match=r"models/from_checkpoint.gin .*INITIAL_CHECKPOINT_PATH"):
         pretrained.config_of(model, None)
 
@@ -259,10 +259,11 @@ def test_settings_that_no_shape_shows_are_compared(directory):
         r"differ from .*config.json, in brackets: mlp_activations = \('silu', 'linear'\) "
         r"\(\('gelu', 'linear'\)\); layer_norm_epsilon = 1e-05 \(1e-06\)"
     )
+    source = pretrained.open_checkpoint(str(directory))
     with pytest.raises(UsageError, match=message):
-        pretrained.config_of(other, str(directory))
+        pretrained.config_of(other, source)
     with pytest.raises(UsageError, match=r"does not fit the model settings: .*instead of \(12, 21"):
-        pretrained.config_of(dataclasses.replace(TINY, mlp_dim=21), str(directory))
+        pretrained.config_of(dataclasses.replace(TINY, mlp_dim=21), source)
 
 
 def test_the_gin_file_takes_the_sizes_from_the_checkpoint():
@@ -331,14 +332,15 @@ def test_a_t5x_checkpoint_brings_none(directory):
 
 def test_another_vocabulary_than_the_model_s(directory, tmp_path, sentencepiece):
     same = tokenization.SentencePiece(sentencepiece, 9)
-    assert pretrained.check_vocabulary(same, TINY, str(directory)) == 39
+    source = pretrained.open_checkpoint(str(directory))
+    assert pretrained.check_vocabulary(same, TINY, source) == 39
     other = tmp_path / "other.model"
     tokenization.train_sentencepiece([*TEXTS, "zebras"], other, vocab_size=32)
     message = (
         r"expected the vocabulary of the model in .*model, found another: id \d+ is '.*' there"
     )
     with pytest.raises(UsageError, match=message):
-        pretrained.check_vocabulary(tokenization.SentencePiece(str(other)), TINY, str(directory))
+        pretrained.check_vocabulary(tokenization.SentencePiece(str(other)), TINY, source)
 
 
 @pytest.mark.parametrize(("num_rows", "fits"), [(34, False), (35, True), (163, True), (164, False)])

@@ -186,9 +186,9 @@ def test_batch_k_does_not_depend_on_what_was_read_before():
 
 def test_an_epoch_says_how_full_its_rows_are():
     examples = [example([2, 1], [3, 4, 1])] * 8
-    packed = packed_batches(examples).fill()  # five would fit by their targets: 16 positions
+    packed = packed_batches(examples).padding()  # five would fit by their targets: 16 positions
     assert packed == (2, 4.0, 1 - 16 / 28, 1 - 24 / 32)
-    alone = dataclasses.replace(packed_batches(examples), pack=False).fill()
+    alone = dataclasses.replace(packed_batches(examples), pack=False).padding()
     assert alone == (8, 1.0, 1 - 16 / 112, 1 - 24 / 128)
 
 

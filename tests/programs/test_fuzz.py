@@ -257,7 +257,7 @@ def test_model_directories(name, models):
             array.load()
         opened.restore(Model(config=opened.config, mesh=mesh).abstract_params)
         vocabulary = pretrained.vocabulary("damaged")
-        pretrained.check_vocabulary(vocabulary, opened.config, "damaged")
+        pretrained.check_vocabulary(vocabulary, opened.config, opened)
         vocabulary.encode("the house")
 
     outcomes = []

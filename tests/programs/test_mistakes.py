@@ -74,7 +74,10 @@ def record(**fields):
             {"TASK_FEATURE_LENGTHS": {"inputs": "8", "targets": 16}},
             "--gin.TASK_FEATURE_LENGTHS: expected Mapping[str, int], found {'inputs': '8', ",
         ),
-        ({"train.train.mesh_shape": 8}, "--gin.train.train.mesh_shape: expected MeshShape or None"),
+        (
+            {"settings.Update.mesh_shape": 8},
+            "--gin.settings.Update.mesh_shape: expected MeshShape or None",
+        ),
         (
             {"objectives.TntObjective.removed_everywhere": (5, 9999)},
             "removed_everywhere has id 9999, but the model has 38 embeddings. Expected ids of its ",

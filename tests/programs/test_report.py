@@ -2,7 +2,6 @@
 
 import base64
 import contextlib
-import functools
 import hashlib
 import html.parser
 import json
@@ -13,11 +12,11 @@ import gin
 import pytest
 from helpers import outputs
 
-from tnt_jax import objectives, report
+from tnt_jax import report
 from tnt_jax.checkpoints import model_card
 from tnt_jax.data import records
 from tnt_jax.evaluation import changes, results
-from tnt_jax.runtime import program, stages
+from tnt_jax.runtime import program
 from tnt_jax.runtime.errors import UsageError
 
 NUMBER = 60
@@ -181,10 +180,6 @@ def test_an_evaluation():
     assert "length drift: not seen. mean length 14.0 before, 14.0 now" in told
 
 
-def train(*, output, objective, train_steps, seed):
-    """In place of the program: how it was called is in the note of its stage."""
-
-
 def test_a_pipeline():
     root = pathlib.Path("run")
     outputs.write_pair(root, NUMBER)
@@ -195,20 +190,14 @@ def test_a_pipeline():
             (root / folder / "greedy.annotated.jsonl").write_text(content)
     (root / "tokens.jsonl").rename(root / "TNRF, twice" / "greedy.tokens.jsonl")
     evaluations = {arm: {"greedy": EVALUATION} for arm in ("TNRF, twice", "UL+LL")}
-    summary = {"evaluations": evaluations, "num_rounds": 3}
+    training = {"TNRF, twice": {"alpha": 2.0, "seed": 3, "steps": 720}}
+    summary = {"evaluations": evaluations, "num_rounds": 3, "training": training}
     (root / "summary.json").write_text(json.dumps(summary))
     (root / "operative_config.gin").write_text("OUTPUT_DIR = 'run'\n")
-    stages.Stages(root).run(
-        "TNRF, twice: train",
-        functools.partial(train, train_steps=240, seed=3),
-        output="model",
-        inputs={},
-        settings={"objective": objectives.named("TNRF", negative_weight=2.0)},
-    )
     page = written(pipeline_dir="run")
     data = page.islands["data"]
     assert [(r["objective"], r["alpha"], r["steps"], r["seed"]) for r in data["rows"]] == [
-        ("TNRF, twice", 2.0, 3 * 240, 3),
+        ("TNRF, twice", 2.0, 720, 3),
         ("UL+LL", None, None, None),
     ]
     assert {c["decoder"] for c in data["comparisons"]} == {"greedy"}

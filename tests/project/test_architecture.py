@@ -79,6 +79,32 @@ def test_no_list_is_copied_to_its_end_for_its_next_elements(module):
             )
 
 
+def functions_of(module):
+    """Every function and method of a module: its name, number of arguments, number of lines."""
+    for node in ast.walk(ast.parse(MODULES[module].read_text("utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            arguments = node.args
+            named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+            gathered = [arguments.vararg, arguments.kwarg]
+            number = len(named) + sum(each is not None for each in gathered)
+            yield node.name, number, node.end_lineno - node.lineno + 1
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_functions_take_few_arguments_and_few_lines(module):
+    """Settings travel as values of `training.settings` and the like, not one by one."""
+    for name, num_arguments, num_lines in functions_of(module):
+        assert num_arguments <= 12, f"{module}.{name} takes {num_arguments} arguments"
+        assert num_lines <= 150, f"{module}.{name} has {num_lines} lines"
+
+
+def test_training_fits_on_a_few_screens():
+    (found,) = ((a, n) for name, a, n in functions_of("train") if name == "train")
+    num_arguments, num_lines = found
+    assert num_arguments <= 10
+    assert num_lines < 120
+
+
 @pytest.mark.parametrize(
     "module",
     [name for name in MODULES if name.partition(".")[0] in TEXT_ROOMS and name not in NEED_JAX],

@@ -27,7 +27,7 @@ def wait_until(condition):
 @pytest.mark.parametrize("num_items", [0, 1, 2, 3, 10])
 @pytest.mark.parametrize("size", [1, 2, 20])
 def test_everything_comes_in_order(num_items, size):
-    assert list(prefetch.ahead(lambda n: n * n, range(num_items), size)) == [
+    assert list(prefetch.iterate(lambda n: n * n, range(num_items), size)) == [
         n * n for n in range(num_items)
     ]
     assert not threads()
@@ -35,7 +35,7 @@ def test_everything_comes_in_order(num_items, size):
 
 def test_two_are_made_beside_the_one_in_use_and_no_more():
     made = []
-    with contextlib.closing(prefetch.ahead(made.append, range(100))) as results:
+    with contextlib.closing(prefetch.iterate(made.append, range(100))) as results:
         for used in range(20):
             next(results)
             wait_until(lambda used=used: len(made) == used + 3)
@@ -45,7 +45,7 @@ def test_two_are_made_beside_the_one_in_use_and_no_more():
 
 
 def test_it_is_made_in_another_thread():
-    (thread,) = prefetch.ahead(lambda _: threading.current_thread(), [0])
+    (thread,) = prefetch.iterate(lambda _: threading.current_thread(), [0])
     assert thread is not threading.main_thread()
 
 
@@ -58,7 +58,7 @@ def test_an_exception_comes_where_the_result_would_have_come(error):
 
     seen = []
     with pytest.raises(error, match="not this one"):
-        for result in prefetch.ahead(make, range(100)):
+        for result in prefetch.iterate(make, range(100)):
             seen.append(result)
     assert seen == [0, 1, 2, 3]
     assert not threads()
@@ -73,7 +73,7 @@ def test_nothing_is_left_when_the_consumer_stops(error):
         made.append(n)
 
     def consume():
-        with contextlib.closing(prefetch.ahead(make, range(100))) as results:
+        with contextlib.closing(prefetch.iterate(make, range(100))) as results:
             next(results)
             raise error
 
@@ -93,7 +93,9 @@ def test_eight_devices_get_on_with_work_while_batches_are_put_there():
 
     total, expected, pending = jnp.zeros(()), 0.0, []
     rows = np.arange(8 * 64, dtype=np.float32).reshape(8, 64) / 100
-    batches = prefetch.ahead(lambda n: sharding.put_batch({"rows": rows + n % 7}, mesh), range(200))
+    batches = prefetch.iterate(
+        lambda n: sharding.put_batch({"rows": rows + n % 7}, mesh), range(200)
+    )
     for n, batch in enumerate(batches):
         total = step(total, batch)
         pending.append(total)

@@ -20,7 +20,7 @@ from tnt_jax.data import feature_converters
 from tnt_jax.models import adapters, sharding, t5
 from tnt_jax.models.model import Model
 from tnt_jax.runtime.errors import UsageError
-from tnt_jax.training import load_original, original_cache
+from tnt_jax.training import load_original, original_cache, settings
 from tnt_jax.training.original_cache import OriginalStates
 from tnt_jax.training.originals import AdaptersOff
 
@@ -226,18 +226,28 @@ CONFIG = t5.T5Config(
 )
 
 
-def trainer_of(original, config=CONFIG, **mesh_shape):
-    return load_original.make_trainer(
-        model=config,
-        initial_checkpoint_path=None,
-        objective=objectives.TntObjective(negative_term="reverse_kl", positive_term="forward_kl"),
-        optimizer=optax.adam(1e-3),
+LENGTHS = {"inputs": 6, "targets": 8}
+
+
+def made(kind, config=CONFIG, **mesh_shape):
+    """A trainer, where the parameters of its run come from, and how an update is computed."""
+    update = settings.Update(
         batch_size=8,
+        task_feature_lengths=LENGTHS,
+        optimizer=optax.adam(1e-3),
         mesh_shape=sharding.MeshShape(**mesh_shape),
-        original=original,
-        adapter_rank=4,
-        adapter_alpha=8.0,
     )
+    original_choice = settings.OriginalChoice(
+        path=None, kind=kind, adapter_rank=4, adapter_alpha=8.0
+    )
+    trainer = load_original.make_trainer(
+        config=config,
+        objective=objectives.TntObjective(negative_term="reverse_kl", positive_term="forward_kl"),
+        original_choice=original_choice,
+        update=update,
+    )
+    schedule = settings.Schedule(train_steps=1)
+    return trainer, load_original.Sources(trainer.model, None, original_choice, schedule), update
 
 
 def some_examples(number=8):
@@ -255,35 +265,24 @@ def some_examples(number=8):
     return [example(i) for i in range(number)]
 
 
-LENGTHS = {"inputs": 6, "targets": 8}
-
-
 @pytest.mark.parametrize("kind", ["parameters", "cached", "adapters_off"])
 def test_the_original_is_a_fixed_point_in_bfloat16(kind, tmp_path):
     """What is kept in bfloat16 is what every use casts to: not a bit of the logits changes."""
-    trainer = trainer_of(kind, data=2, fsdp=2, model=2)
+    trainer, sources, update = made(kind, data=2, fsdp=2, model=2)
     examples = some_examples()
-    brought, start = load_original.bring(
-        trainer,
-        lambda: trainer.model.init(0),
-        None,
-        is_new=True,
-        examples=examples,
-        states_folder=str(tmp_path),
-        task_feature_lengths=LENGTHS,
-        batch_size=8,
-        seed=0,
+    original, start = load_original.load(
+        trainer, sources, update, is_new=True, examples=examples, states_folder=str(tmp_path)
     )
     unmarked = [
         feature_converters.Example(e.inputs, e.targets, e.negative_pairs[:0]) for e in examples
     ]
     batch = feature_converters.convert_features(unmarked, LENGTHS, 1)
-    batch = brought.with_states(batch, [(e, row, 0) for row, e in enumerate(examples)])
+    batch = original.with_states(batch, [(e, row, 0) for row, e in enumerate(examples)])
     batch = sharding.put_batch(batch, trainer.model.mesh)
-    _, sums = trainer.step(trainer.init_state(start), brought.params, batch, jax.random.key(0))
+    _, sums = trainer.step(trainer.init_state(start), original.params, batch, jax.random.key(0))
     assert sums["loss"] == sums["gradient_norm"] == 0
     if kind != "cached":
-        layer = brought.params["decoder"]["layers"]
+        layer = original.params["decoder"]["layers"]
         assert layer["mlp"]["wo"]["kernel"].dtype == jnp.bfloat16
         assert layer["pre_mlp_layer_norm"]["scale"].dtype == jnp.float32
 
@@ -334,18 +333,12 @@ def test_states_of_another_network_are_computed_again(tmp_path, capsys):
         {"dropout_rate": 0.5},
     ]
     computed = []
-    for settings in cached:
-        trainer = trainer_of("cached", dataclasses.replace(CONFIG, **settings))
-        load_original.bring(
-            trainer,
-            lambda trainer=trainer: trainer.model.init(0),
-            None,
+    for changes in cached:
+        load_original.load(
+            *made("cached", dataclasses.replace(CONFIG, **changes)),
             is_new=False,
             examples=some_examples(),
             states_folder=str(tmp_path),
-            task_feature_lengths=LENGTHS,
-            batch_size=8,
-            seed=0,
         )
         computed.append("nothing to compute" not in capsys.readouterr().out)
     assert computed == [True] * 4 + [False] * 3

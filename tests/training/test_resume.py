@@ -39,7 +39,7 @@ RUN = {
     "CHECKPOINT_EVERY": 2,
     "KEEP_CHECKPOINTS": 5,
     "TRAIN_STEPS": 6,
-    "train.train.eval_every": 2,
+    "EVAL_EVERY": 2,
     "train.train.eval_dataset": "@evaluation/datasets.RecordFiles()",
     "evaluation/datasets.RecordFiles.files": "original.annotated.jsonl",
 }
@@ -110,7 +110,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew():
 
 def test_a_run_that_was_told_to_stop_saves_and_goes_on_exactly(monkeypatch, capsys):
     """SIGTERM between two lines of the log, and a second one while it saves."""
-    run = {**RUN, "LOG_EVERY": 5, "CHECKPOINT_EVERY": 100, "train.train.eval_every": 5}
+    run = {**RUN, "LOG_EVERY": 5, "CHECKPOINT_EVERY": 100, "EVAL_EVERY": 5}
     train("calm", **run)
     batch = loop.Loop._batch
     save = run_checkpoints.Checkpoints.save

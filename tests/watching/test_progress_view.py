@@ -24,7 +24,7 @@ def clock(monkeypatch):
 
 
 def test_lines_have_the_metrics_and_the_time_left(clock, capsys):
-    view = progress_view.Lines(start=10, train_steps=30)
+    view = progress_view.View(start=10, train_steps=30)
     with view.showing():
         clock(500)  # compiling: not counted
         view.dispatched(11)
@@ -49,60 +49,36 @@ def test_lines_have_the_metrics_and_the_time_left(clock, capsys):
 
 
 def test_a_run_without_updates_has_no_outcome():
-    assert progress_view.Lines(start=0, train_steps=5).outcome() == ""
+    assert progress_view.View(start=0, train_steps=5).outcome() == ""
 
 
-def screen(written):
-    """What a terminal shows in the end: control sequences for a table in place are obeyed."""
-    lines = [""]
-    row = 0
-    for text, control, argument, code in re.findall(
-        r"([^\x1b\n\r]+)|(\n|\r)|\x1b\[\??(\d*)(?:;\d+)*([A-Za-z])", written
-    ):
-        if text:
-            lines[row] += text
-        elif control == "\n":
-            row += 1
-            lines += [""] * (row - len(lines) + 1)
-        elif code == "A":
-            row -= int(argument or 1)
-        elif code == "K":
-            lines[row] = ""
-    return "\n".join(lines)
-
-
-def test_a_terminal_shows_the_newest_numbers_beside_the_first(clock):
+def test_a_terminal_shows_the_newest_numbers_and_the_time_left(clock, capsys):
     file = io.StringIO()
-    console = rich.console.Console(file=file, force_terminal=True, width=100, color_system=None)
-    view = progress_view.Table(start=0, train_steps=40, console=console)
+    terminal = rich.console.Console(file=file, force_terminal=True, width=110, color_system=None)
+    view = progress_view.View(start=0, train_steps=40, terminal=terminal)
     with view.showing():
         view.dispatched(1)
         clock(10)
         view.trained(10, FIRST)
-        console.print("something else")
+        terminal.print("something else")
         view.dispatched(20)
         clock(10)
-        view.trained(20, {**LATER, "loss": 0.25})
-        view.evaluated(20, {"loss": 0.75})
         view.trained(20, LATER)
         clock(5)
-    shown = [re.split(r"\s{2,}", line.strip()) for line in screen(file.getvalue()).splitlines()]
-    shown = [line for line in shown if line != [""]]
-    assert shown[:5] == [
-        ["something else"],
-        ["update 10", "update 20", "evaluation, 20"],
-        ["loss", "2.5000", "0.1250", "0.7500"],
-        ["p(removed)", "9.00e-01", "1.00e-03"],
-        ["KL to the original elsewhere", "2.00e-02"],
-    ]
-    assert shown[-1][0] == "update 20 of 40"
-    assert shown[-1][-1] == "0:25 so far, 0:15 left"
+    *_, bar = re.split(r"[\r\n]+", re.sub(r"\x1b\[\??[\d;]*[A-Za-z]", "", file.getvalue()).strip())
+    assert re.sub(r"\W*[━╸╺]+\W*", " ", bar).strip() == (
+        "update 20 of 40 loss 0.1250, p(removed) 1.00e-03, 0:20 left"
+    )
+    assert "something else" in file.getvalue()
+    assert "1234 target tokens/s, loss 2.5000, p(removed) 9.00e-01" in file.getvalue()
+    assert capsys.readouterr().out == ""  # no lines beside it
 
 
-def test_where_there_is_no_terminal_there_are_lines():
-    assert type(progress_view.for_stdout(0, 1)) is progress_view.Lines
-
-
-def test_a_terminal_has_the_table(monkeypatch):
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    assert type(progress_view.for_stdout(0, 1)) is progress_view.Table
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_there_are_lines_unless_stdout_is_a_terminal(monkeypatch, capsys, is_terminal):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: is_terminal)
+    view = progress_view.View(0, 1)
+    with view.showing():
+        view.dispatched(1)
+        view.trained(1, FIRST)
+    assert ("update 1 of 1: loss 2.5000" in capsys.readouterr().out) != is_terminal

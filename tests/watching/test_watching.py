@@ -286,7 +286,7 @@ def test_scores_are_log_likelihoods(watched):
     """Against the dense logits of the same parameters."""
     import rooms_tasks
 
-    config = pretrained.config_of(pretrained.FromCheckpoint(), "watched")
+    config = pretrained.open_checkpoint("watched").config
     params = jax.device_put(rooms.saved("watched"))
     vocabulary, seen = rooms_tasks.VOCABULARY, rooms_tasks.SEEN
 

@@ -412,37 +412,32 @@ class FromCheckpoint:
 _COMPUTATION = tuple(field.name for field in dataclasses.fields(FromCheckpoint))
 
 
-def config_of(model: NetworkConfig | FromCheckpoint, path: str | None) -> NetworkConfig:
+def config_of(model: NetworkConfig | FromCheckpoint, source: Pretrained | None) -> NetworkConfig:
     """The settings of a network whose weights come from a checkpoint.
 
     Args:
       model: The settings; or that they are the checkpoint's.
-      path: Of the checkpoint; None for random parameters.
+      source: The checkpoint; None for random parameters.
 
     Raises:
       UsageError: The checkpoint is of another network, or `model` needs one and there is none.
     """
-    if path is None:
+    if source is None:
         if isinstance(model, FromCheckpoint):
             raise UsageError(
                 "models/from_checkpoint.gin takes the model's sizes from its checkpoint, and "
                 "INITIAL_CHECKPOINT_PATH is None: choose another file of gin_configs/models."
             )
         return model
-    return config_for(model, open_checkpoint(path))
-
-
-def config_for(model: NetworkConfig | FromCheckpoint, found: Pretrained) -> NetworkConfig:
-    """As `config_of`, for a checkpoint that is open."""
     computation = {name: getattr(model, name) for name in _COMPUTATION}
-    of_checkpoint = dataclasses.replace(found.config, **computation)
+    of_checkpoint = dataclasses.replace(source.config, **computation)
     if isinstance(model, FromCheckpoint):
-        found.check(
+        source.check(
             families.network_of(of_checkpoint).abstract_params(), lazy_arrays.ITS_OWN_SETTINGS
         )
         return of_checkpoint
-    found.check(families.network_of(model).abstract_params())
-    _check_same(model, of_checkpoint, found)
+    source.check(families.network_of(model).abstract_params())
+    _check_same(model, of_checkpoint, source)
     return model
 
 
@@ -493,14 +488,14 @@ def vocabulary(path: str | None, extra_ids: int | None = None) -> tokenization.T
 
 
 def check_vocabulary(
-    vocabulary: tokenization.Tokeniser, config: NetworkConfig, path: str | None
+    vocabulary: tokenization.Tokeniser, config: NetworkConfig, source: Pretrained | None
 ) -> int:
     """Compares a vocabulary with the model that it is used for; returns its size.
 
     Args:
       vocabulary: Of inputs and targets.
       config: Of the network.
-      path: Of the checkpoint, None for a random model.
+      source: The model's checkpoint; None for a random model.
 
     Raises:
       UsageError: Its ids are not T5's, or not as many as the model's, or the checkpoint comes with
@@ -508,8 +503,8 @@ def check_vocabulary(
     """
     vocab_size = tokenization.check_vocabulary(vocabulary)
     vocabularies.check_size(vocab_size, config.vocab_size)
-    if path is not None:
-        vocabularies.check_same(vocabulary, _description(find(path)))
+    if source is not None:
+        vocabularies.check_same(vocabulary, source.description)
     return vocab_size
 
 
@@ -519,7 +514,10 @@ def _description(folder: epath.Path) -> epath.Path:
 
 
 def describe(
-    model_dir: str, config: NetworkConfig, vocabulary: tokenization.Tokeniser, original: str | None
+    model_dir: str,
+    config: NetworkConfig,
+    vocabulary: tokenization.Tokeniser,
+    original: Pretrained | None,
 ) -> None:
     """Writes beside our checkpoints what Hugging Face's directory has beside its weights.
 
@@ -540,7 +538,7 @@ def describe(
     if folder.exists():
         folder.rmtree()
     folder.mkdir(parents=True)
-    source = None if original is None else _description(find(original))
+    source = None if original is None else original.description
     if source is not None and (source / huggingface.CONFIG).exists():
         settings = huggingface.read_config(source)
         for name in huggingface.OTHER_FILES:

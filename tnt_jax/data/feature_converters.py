@@ -80,7 +80,7 @@ def loss_until(end: str, targets: np.ndarray, negative_pairs: np.ndarray) -> np.
     return (np.arange(len(targets)) <= mistakes[0]).astype(np.int32)
 
 
-class Lost(NamedTuple):
+class CutCounts(NamedTuple):
     """How much of a data set does not fit into the feature lengths."""
 
     num_inputs: int  # examples whose input is cut
@@ -239,10 +239,10 @@ def cut_input(ids: np.ndarray, length: int) -> np.ndarray:
     return ids[:length]
 
 
-def count_lost(examples: Sequence[Example], task_feature_lengths: Mapping[str, int]) -> Lost:
+def count_lost(examples: Sequence[Example], task_feature_lengths: Mapping[str, int]) -> CutCounts:
     """Counts what `convert_features` would cut off."""
     input_length, target_length = _lengths(task_feature_lengths)
-    return Lost(
+    return CutCounts(
         num_inputs=sum(len(e.inputs) > input_length for e in examples),
         num_targets=sum(len(e.targets) > target_length for e in examples),
         num_marks=sum(int((e.negative_pairs[:, 0] >= target_length).sum()) for e in examples),
@@ -351,7 +351,7 @@ class EncoderDecoder:
 ENCODER_DECODER = EncoderDecoder()
 
 
-class Fill(NamedTuple):
+class Padding(NamedTuple):
     """How full the rows of an epoch are."""
 
     num_rows: int
@@ -439,14 +439,14 @@ class Batches:
                 target_offset += num_targets
         return places
 
-    def fill(self) -> Fill:
+    def padding(self) -> Padding:
         """How full the rows of the first epoch are."""
         num_rows = self._num_rows(0)
         input_share, target_share = self._sizes.sum(axis=0) / (
             num_rows * np.array(_lengths(self.task_feature_lengths))
         )
         per_row = len(self.examples) / num_rows
-        return Fill(num_rows, per_row, 1 - float(input_share), 1 - float(target_share))
+        return Padding(num_rows, per_row, 1 - float(input_share), 1 - float(target_share))
 
     def _members(self, k: int) -> list[np.ndarray]:
         """The indices of the examples of each row of batch k."""

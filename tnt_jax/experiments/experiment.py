@@ -70,6 +70,23 @@ class NewOriginal:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Changes:
+    """Settings of an arm's training that differ from those of the experiment.
+
+    Attributes:
+      train: Further arguments of `train.train`.
+      update: Further arguments of `settings.Update`.
+      schedule: Further arguments of `settings.Schedule`.
+      dataset: Further arguments of `tasks.RecordFiles`.
+    """
+
+    train: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    update: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    schedule: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    dataset: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
     """Settings.
 
@@ -81,7 +98,10 @@ class Experiment:
       vocabulary: Makes the vocabulary; called when its file is there.
       annotator: Makes the annotator; called when its files are there.
       decoders: By name. The first one generates the training outputs, all are evaluated.
-      train: `train.train` with its settings bound; so are the next three.
+      train: `train.train` with its settings bound; so are the next seven.
+      original_choice: `settings.OriginalChoice`.
+      update: `settings.Update`.
+      schedule: `settings.Schedule`.
       generate: `generate.generate`.
       annotate: `annotate.annotate`.
       evaluate: `evaluate.evaluate`.
@@ -103,6 +123,9 @@ class Experiment:
     annotator: Callable[[], Any]
     decoders: Mapping[str, decoding.Decoding]
     train: Callable[..., Any]
+    original_choice: Callable[..., Any]
+    update: Callable[..., Any]
+    schedule: Callable[..., Any]
     generate: Callable[..., Any]
     annotate: Callable[..., Any]
     evaluate: Callable[..., Any]
@@ -249,8 +272,10 @@ class Opened:
             inputs={},
             settings={
                 "dataset": dataset,
-                "initial_checkpoint_path": None,
-                "original": "parameters",  # a model from nothing has none, and no adapters
+                # A model from nothing has no original, and no adapters.
+                "original_choice": self.settings.original_choice(
+                    path=None, kind="parameters", states_dir=None
+                ),
             },
             also_depends_on=[new.records],
             goes_on=True,
@@ -380,8 +405,7 @@ class Opened:
         objective: objectives.TntObjective,
         files: str,
         *,
-        settings: Mapping[str, Any] | None = None,
-        of_dataset: Mapping[str, Any] | None = None,
+        changes: Changes | None = None,
         start: str | None = None,
     ) -> str:
         """Trains an arm on annotated outputs; returns its newest checkpoint.
@@ -390,32 +414,37 @@ class Opened:
           name: Of the arm.
           objective: The loss per token.
           files: Of annotated records.
-          settings: Further arguments of `train.train`.
-          of_dataset: Further arguments of `datasets.RecordFiles`.
+          changes: Settings that differ from those of the experiment.
           start: A checkpoint to start from instead of the original.
         """
-        model_dir = str(self.root / name / "model")
+        model_dir, shared = str(self.root / name / "model"), self.settings
+        changes = changes or Changes()
         dataset = datasets.RecordFiles(
             **{
                 "files": files,
                 "vocabulary": self.vocabulary,
-                "clean_per_marked": self.settings.clean_per_marked,
-                "marks": self.settings.marks,
-                "loss_until": self.settings.loss_until,
-                **(of_dataset or {}),
+                "clean_per_marked": shared.clean_per_marked,
+                "marks": shared.marks,
+                "loss_until": shared.loss_until,
+                **changes.dataset,
             }
         )
-        inputs = {"initial_checkpoint_path": self.original}
-        if start is not None:
-            inputs["start_checkpoint_path"] = start
+        checkpoints = [self.original] if start is None else [self.original, start]
         self._stages.run(
             f"{name}: train",
-            self.settings.train,
+            shared.train,
             output=model_dir,
             output_name="model_dir",
-            inputs=inputs,
-            settings={"objective": objective, "dataset": dataset, **(settings or {})},
-            also_depends_on=[files, *removed_everywhere.files_of(files)],
+            inputs={},
+            settings={
+                "objective": objective,
+                "dataset": dataset,
+                "original_choice": shared.original_choice(path=self.original),
+                "update": shared.update(**changes.update),
+                "schedule": shared.schedule(**{**changes.schedule, "start_path": start}),
+                **changes.train,
+            },
+            also_depends_on=[*checkpoints, files, *removed_everywhere.files_of(files)],
             goes_on=True,
         )
         return str(pretrained.find(model_dir))
@@ -426,7 +455,7 @@ class Opened:
         objective: objectives.TntObjective,
         files: str,
         num_rounds: int,
-        **more: Any,
+        changes: Changes | None = None,
     ) -> list[str]:
         """Trains an arm, generates with it, annotates, trains on all outputs so far, and so on.
 
@@ -435,12 +464,12 @@ class Opened:
           objective: The loss per token; always against the first original.
           files: Annotated outputs of the original.
           num_rounds: At least 1.
-          **more: As in `train`.
+          changes: Settings that differ from those of the experiment.
 
         Returns:
           The checkpoint of every round.
         """
-        checkpoints = [self.train(name, objective, files, **more)]
+        checkpoints = [self.train(name, objective, files, changes=changes)]
         all_files = [files]
         for number in range(2, num_rounds + 1):
             of_round = name_of_round(name, number)
@@ -450,7 +479,7 @@ class Opened:
             all_files.append(outputs)
             merged = self._merged(of_round, all_files, "rounds")
             checkpoints.append(
-                self.train(of_round, objective, merged, start=checkpoints[-1], **more)
+                self.train(of_round, objective, merged, changes=changes, start=checkpoints[-1])
             )
         return checkpoints
 

@@ -9,7 +9,7 @@ Item = TypeVar("Item")
 Made = TypeVar("Made")
 
 
-def ahead(
+def iterate(
     make: Callable[[Item], Made], items: Iterable[Item], size: int = 2
 ) -> Generator[Made, None, None]:
     """Yields `make(item)` for every item, in order; a thread makes the next ones meanwhile.

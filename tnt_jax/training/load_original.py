@@ -1,15 +1,14 @@
-"""Brings the original of a run: reads it, tells it from others, prepares what its kind needs."""
+"""Loads the original of a run: reads it, tells it from others, prepares what its kind needs."""
 
 import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-import optax
 
 from tnt_jax import objectives
 from tnt_jax.checkpoints import digests, pretrained
@@ -20,12 +19,10 @@ from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.objectives import fused
 from tnt_jax.runtime.array_types import PyTree
 from tnt_jax.runtime.errors import UsageError
+from tnt_jax.training import settings
 from tnt_jax.training.original_cache import OriginalStates
 from tnt_jax.training.originals import PARAMETERS, STATES, AdaptersOff, CachedStates, Original
 from tnt_jax.training.trainer import Trainer, copied
-
-# What becomes of an update whose loss or gradient is not finite: it stops the run, or is left out.
-NON_FINITE = ("stop", "skip")
 
 
 def kind_of(name: str, config: NetworkConfig) -> Original:
@@ -47,79 +44,80 @@ def kind_of(name: str, config: NetworkConfig) -> Original:
 
 def make_trainer(
     *,
-    model: NetworkConfig | pretrained.FromCheckpoint,
-    initial_checkpoint_path: str | None,
+    config: NetworkConfig,
     objective: objectives.TntObjective,
-    optimizer: Callable[[], optax.GradientTransformation] | optax.GradientTransformation,
-    batch_size: int,
-    num_microbatches: int = 1,
-    mesh_shape: sharding.MeshShape | None = None,
-    original: str = "parameters",
-    adapter_rank: int = 16,
-    adapter_alpha: float = 32.0,
-    block_size: int | None = None,
-    max_gradient_norm: float | int | None = None,
-    non_finite: str = "stop",
+    original_choice: settings.OriginalChoice,
+    update: settings.Update,
     devices: Sequence[Any] | None = None,
 ) -> Trainer:
-    """The trainer of a run.
+    """Makes the trainer of a run.
 
     Args:
-      model: As in `train.train`, and so are all but the last.
-      initial_checkpoint_path: What `model` is read from, if it is `FromCheckpoint`.
+      config: Settings of the network.
       objective: The loss per token.
-      optimizer: An Optax optimizer, or what makes one.
-      batch_size: Checked against microbatches and mesh.
-      num_microbatches: Parts of a batch.
-      mesh_shape: Devices per mesh axis.
-      original: The kind of original.
-      adapter_rank: Of adapters.
-      adapter_alpha: Of adapters.
-      block_size: Tokens that a device computes the loss of at a time.
-      max_gradient_norm: Where gradients are clipped.
-      non_finite: "stop" or "skip".
-      devices: Of the mesh; None is all that are here.
+      original_choice: Which kind of original the step compares with.
+      update: How an update is computed.
+      devices: Devices of the mesh; None takes all that are here.
 
     Raises:
       UsageError: A setting does not fit.
     """
-    if adapter_rank < 1:
-        raise UsageError(f"ADAPTER_RANK: expected at least 1, found {adapter_rank}.")
-    if block_size is not None and block_size < 1:
-        raise UsageError(f"BLOCK_SIZE: expected None or at least 1, found {block_size}.")
-    if non_finite not in NON_FINITE:
-        raise UsageError(f"NON_FINITE: expected one of {NON_FINITE}, found {non_finite!r}.")
-    config = pretrained.config_of(model, initial_checkpoint_path)
-    mesh = sharding.make_mesh(mesh_shape or sharding.MeshShape(), devices)
-    sharding.check_batch_size(batch_size, num_microbatches, mesh)
-    kind = kind_of(original, config)
+    mesh = sharding.make_mesh(update.mesh_shape or sharding.MeshShape(), devices)
+    sharding.check_batch_size(update.batch_size, update.num_microbatches, mesh)
+    kind = kind_of(original_choice.kind, config)
     if isinstance(kind, AdaptersOff):
-        config = dataclasses.replace(config, adapter_scale=adapter_alpha / adapter_rank)
+        scale = original_choice.adapter_alpha / original_choice.adapter_rank
+        config = dataclasses.replace(config, adapter_scale=scale)
     return Trainer(
         model=Model(config=config, mesh=mesh),
         objective=objective,
-        optimizer=_clipped(optimizer() if callable(optimizer) else optimizer, max_gradient_norm),
-        num_microbatches=num_microbatches,
-        original=kind,
-        adapter_rank=adapter_rank,
-        block_size=block_size,
-        skip_non_finite=non_finite == "skip",
+        optimizer=update.make_optimizer(),
+        num_microbatches=update.num_microbatches,
+        original_kind=kind,
+        adapter_rank=original_choice.adapter_rank,
+        block_size=update.block_size,
+        skip_non_finite=update.non_finite == "skip",
     )
 
 
-def _clipped(
-    optimizer: optax.GradientTransformation, max_norm: float | int | None
-) -> optax.GradientTransformation:
-    """Clips by the norm over all parameters, before anything else is done with a gradient."""
-    if max_norm is None:
-        return optimizer
-    if not 0 < max_norm < math.inf:
-        raise UsageError(f"MAX_GRADIENT_NORM: expected None or more than 0, found {max_norm}.")
-    return optax.chain(optax.clip_by_global_norm(max_norm), optimizer)
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    """Where the parameters of a run come from.
+
+    Attributes:
+      model: The network on its mesh.
+      original_source: The original's checkpoint, opened; None is a random model.
+      choice: Names that checkpoint as the user does.
+      schedule: Names what training starts from instead, and the seed of random parameters.
+    """
+
+    model: Model
+    original_source: pretrained.Pretrained | None
+    choice: settings.OriginalChoice
+    schedule: settings.Schedule
+
+    @property
+    def start_is_original(self) -> bool:
+        """Whether training starts from a checkpoint, and that is the original's."""
+        return self.original_source is not None and self.schedule.start_path is None
+
+    def read_original(self) -> PyTree:
+        """Reads the original, or makes a random one."""
+        if self.original_source is None:
+            return self.model.init(self.schedule.seed)
+        return self.original_source.restore(self.model.abstract_params)
+
+    def read_start(self) -> PyTree:
+        """Reads what training starts from."""
+        if self.schedule.start_path is None:
+            return self.read_original()
+        # Opened only now: a run that has started no longer needs it, and it may be gone.
+        start = pretrained.open_checkpoint(self.schedule.start_path)
+        return start.restore(self.model.abstract_params)
 
 
 @dataclasses.dataclass(frozen=True)
-class Brought:
+class LoadedOriginal:
     """What a run needs of its original.
 
     Attributes:
@@ -145,32 +143,24 @@ class Brought:
         return {**batch, STATES: self.states.feature(placed, shape)}
 
 
-def bring(
+def load(
     trainer: Trainer,
-    initial_params: Callable[[], PyTree],
-    path: str | None,
+    sources: Sources,
+    update: settings.Update,
     *,
     is_new: bool,
-    start_params: Callable[[], PyTree] | None = None,
     examples: Sequence[feature_converters.Example],
     states_folder: str,
-    task_feature_lengths: Mapping[str, int],
-    batch_size: int,
-    seed: int,
-) -> tuple[Brought, PyTree | None]:
+) -> tuple[LoadedOriginal, PyTree | None]:
     """Reads the original once, and makes of it what the step needs and where training starts.
 
     Args:
-      trainer: Of the run.
-      initial_params: Reads it, or makes a random one.
-      path: Where from, for people and the checkpoint.
+      trainer: The run's trainer.
+      sources: Where the parameters come from.
+      update: Decides how many examples states are computed for at a time, and their lengths.
       is_new: Whether the run starts here, so that it needs parameters to start from.
-      start_params: Reads these, if they are not the original's.
       examples: All that it will be asked about, for `CachedStates`.
-      states_folder: Of those states.
-      task_feature_lengths: Tokens of "inputs" and "targets".
-      batch_size: Examples that states are computed for at a time.
-      seed: Of new adapters.
+      states_folder: Folder of those states.
 
     Returns:
       The original; and float32 parameters to start from (adapters: to train beside it), which the
@@ -178,43 +168,45 @@ def bring(
     """
     abstract, model = trainer.abstract_original, trainer.model
     if abstract is None:
-        return Brought(None, None), (start_params or initial_params)() if is_new else None
-    whole = initial_params()
+        return LoadedOriginal(None, None), sources.read_start() if is_new else None
+    starts_elsewhere = sources.schedule.start_path is not None
+    whole = sources.read_original()
     identity = {
-        "path": path,
+        "path": sources.choice.path,
         "digest": digests.of_params(whole),
         "probe": probe(model, whole).tolist(),
     }
-    if isinstance(trainer.original, AdaptersOff):
-        if start_params is not None:
+    if isinstance(trainer.original_kind, AdaptersOff):
+        if starts_elsewhere:
             raise UsageError(
                 "START_CHECKPOINT_PATH: adapters start at nothing; expected None with "
                 "ORIGINAL='adapters_off'."
             )
         params = _converted(whole, abstract)
-        start = model.init_adapters(trainer.adapter_rank, seed) if is_new else None
-        return Brought(params, identity), start
-    if isinstance(trainer.original, CachedStates):
+        start = model.init_adapters(trainer.adapter_rank, sources.schedule.seed) if is_new else None
+        return LoadedOriginal(params, identity), start
+    if isinstance(trainer.original_kind, CachedStates):
         states = states_of(
             model,
             whole,
             examples,
             digest=identity["digest"],
             states_folder=states_folder,
-            task_feature_lengths=task_feature_lengths,
-            batch_size=batch_size,
+            task_feature_lengths=update.task_feature_lengths,
+            batch_size=update.batch_size,
         )
         matrix, _ = model.network.output_matrix(whole)
         params = copied(matrix, abstract)
-        if is_new and start_params is not None:
+        if is_new and starts_elsewhere:
             del whole
-            whole = start_params()
-        return Brought(params, identity, states), whole if is_new else None
-    if not is_new or start_params is not None:
+            whole = sources.read_start()
+        return LoadedOriginal(params, identity, states), whole if is_new else None
+    if not is_new or starts_elsewhere:
         params = _converted(whole, abstract)
-        return Brought(params, identity), start_params() if is_new and start_params else None
+        start = sources.read_start() if is_new else None
+        return LoadedOriginal(params, identity), start
     # A copy: the state's buffers are donated to every update, the original's never.
-    return Brought(copied(whole, abstract), identity), whole
+    return LoadedOriginal(copied(whole, abstract), identity), whole
 
 
 def probe(model: Model, params: PyTree) -> np.ndarray:

@@ -3,22 +3,23 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from tnt_jax.data import feature_converters
 from tnt_jax.models import sharding
-from tnt_jax.runtime import holding, preemption, prefetch
+from tnt_jax.runtime import holding, preemption, prefetch, processes
 from tnt_jax.runtime.array_types import PyTree
 from tnt_jax.runtime.errors import UsageError
-from tnt_jax.training import health, load_original, run_checkpoints, train_step
+from tnt_jax.training import health, load_original, run_checkpoints, settings, train_step
 from tnt_jax.training.originals import CachedStates
 from tnt_jax.training.trainer import Trainer, jit_eval_step
-from tnt_jax.watching import metric_writers, watching
+from tnt_jax.watching import hooks, metric_writers, progress_view, watching
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,36 +38,6 @@ class Data:
     batches: feature_converters.Batches
     num_negative_ids: int
 
-    @classmethod
-    def of(
-        cls,
-        examples: Sequence[feature_converters.Example],
-        eval_examples: Sequence[feature_converters.Example],
-        *,
-        batch_size: int,
-        task_feature_lengths: Mapping[str, int],
-        seed: int,
-        pack: bool,
-        feature_layout: feature_converters.FeatureLayout,
-    ) -> "Data":
-        """The arguments are those of `feature_converters.Batches`."""
-        num_negative_ids = feature_converters.max_negative_ids([*examples, *eval_examples])
-        batches = feature_converters.Batches(
-            examples,
-            batch_size,
-            task_feature_lengths,
-            seed=seed,
-            num_negative_ids=num_negative_ids,
-            pack=pack,
-            feature_layout=feature_layout,
-        )
-        return cls(
-            examples=examples,
-            eval_examples=eval_examples,
-            batches=batches,
-            num_negative_ids=num_negative_ids,
-        )
-
     def describe(self) -> dict[str, Any]:
         """For the checkpoint: which data it was."""
         return {
@@ -75,19 +46,30 @@ class Data:
         }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Every:
-    """Of how many updates each is done once.
-
-    Attributes:
-      checkpoint: A checkpoint; the end is always saved.
-      log: A line and an entry of metrics.
-      evaluation: An evaluation.
-    """
-
-    checkpoint: int
-    log: int
-    evaluation: int
+def make_data(
+    examples: Sequence[feature_converters.Example],
+    eval_examples: Sequence[feature_converters.Example],
+    update: settings.Update,
+    seed: int,
+    feature_layout: feature_converters.FeatureLayout,
+) -> Data:
+    """Makes batches of examples, in an order that the seed decides."""
+    num_negative_ids = feature_converters.max_negative_ids([*examples, *eval_examples])
+    batches = feature_converters.Batches(
+        examples,
+        update.batch_size,
+        update.task_feature_lengths,
+        seed=seed,
+        num_negative_ids=num_negative_ids,
+        pack=update.pack,
+        feature_layout=feature_layout,
+    )
+    return Data(
+        examples=examples,
+        eval_examples=eval_examples,
+        batches=batches,
+        num_negative_ids=num_negative_ids,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,51 +77,37 @@ class Loop:
     """Everything that a run holds fixed while it goes round.
 
     Attributes:
-      trainer: Its step.
-      original: What the step needs of the original.
+      trainer: Has the step.
+      loaded_original: What the step needs of the original.
+      sources: Where the parameters of the run come from.
       data: What it learns from.
-      every: How often what is done.
+      schedule: How long it goes on, and after how many updates what is done.
+      watch: What the run is watched with.
+      watch_hooks: What `watch` has made of its settings.
       saved: Where checkpoints go.
       run: What each of them says of the run.
-      metrics: Where metrics go.
-      events: Where `health` writes.
-      spike_deviations: As in `health.Health`.
       before: What the checkpoint that the run goes on from says; nothing of a new run.
-      watched: What the run is watched with.
-      starts_from_original: Whether a new run does.
-      model_dir: Of the run, for messages.
-      seed: Of dropout.
+      model_dir: Folder of the run.
     """
 
     trainer: Trainer
-    original: load_original.Brought
+    loaded_original: load_original.LoadedOriginal
+    sources: load_original.Sources
     data: Data
-    every: Every
+    schedule: settings.Schedule
+    watch: watching.Watch
+    watch_hooks: Sequence[hooks.Hook]
     saved: run_checkpoints.Checkpoints
     run: Mapping[str, Any]
-    metrics: metric_writers.Writers
-    events: metric_writers.StepLines
-    spike_deviations: float | None
     before: Mapping[str, Any]
-    watched: watching.Prepared
-    starts_from_original: bool
     model_dir: str
-    seed: int
 
-    def go(
-        self,
-        state: train_step.TrainState,
-        start: int,
-        train_steps: int,
-        is_due: Callable[[int], bool],
-    ) -> str:
+    def go(self, state: train_step.TrainState, start: int) -> str:
         """From the state after update `start`, which it takes over (donates), to the last.
 
         Args:
-          state: After update `start`.
+          state: The state after update `start`.
           start: Number of updates so far.
-          train_steps: Of them in all.
-          is_due: Whether to save after an update, of that number, and stop. Asked of every one.
 
         Returns:
           What came out, in words; nothing if there is nothing to do.
@@ -147,130 +115,107 @@ class Loop:
         Raises:
           UsageError: The loss, the gradient or a parameter is not finite; or another process has
             taken over what this one holds.
-          Preempted: It was due.
+          Preempted: The process was told to stop, and the newest update is saved.
         """
-        if start >= train_steps:
-            return ""
-        key = jax.random.key(self.seed)
-        evaluate = _Evaluation(self)
-        health = self._health()
-        since = _SinceLog(self.before.get("since_log"))
-        steps = range(start + 1, train_steps + 1)
+        last = self.schedule.train_steps
         with (
-            self._watched(state, start, train_steps) as watched,
-            contextlib.closing(prefetch.ahead(self._batch, steps)) as upcoming,
+            metric_writers.open_all(
+                self.model_dir,
+                start=start,
+                config=self.run,
+                wandb_project=self.watch.wandb_project,
+            ) as metrics,
+            metric_writers.StepLines(f"{self.model_dir}/events.jsonl", last_step=start) as events,
+            preemption.deferred(_stop_of_all()) as is_due,
         ):
+            if start >= last:
+                return ""
+            view = progress_view.View(start, last)
+            progress = _Progress(self, metrics, events, view)
+            with self._begun(progress, state, start), view.showing():
+                return self._update_all(progress, state, start, is_due)
+
+    def _update_all(
+        self,
+        progress: "_Progress",
+        state: train_step.TrainState,
+        start: int,
+        is_due: Callable[[int], bool],
+    ) -> str:
+        """All updates after `start`; `is_due` says after each whether to save and stop."""
+        since, view, last = progress.since, progress.view, self.schedule.train_steps
+        key = jax.random.key(self.schedule.seed)
+        steps = range(start + 1, last + 1)
+        with contextlib.closing(prefetch.iterate(self._batch, steps)) as upcoming:
             if is_due(start):
-                raise preemption.Preempted(f"{self._newest()}, and no update was begun")
+                raise preemption.Preempted(f"{self.newest()}, and no update was begun")
             for step in steps:
+                # The next batch, and the update, which the devices compute in their own time.
                 with since.waiting():
                     batch = next(upcoming)
-                with watched.update(step, state):
-                    state, sums = self.trainer.step(state, self.original.params, batch, key)
-                watched.dispatched(step, state)
+                with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                    state, sums = self.trainer.step(state, self.loaded_original.params, batch, key)
+                view.dispatched(step)
                 since.add(sums)
                 holding.check()  # what is written from here on would be written into another's
-                is_last = step == train_steps
-                is_stopping = is_due(step) and not is_last
-                is_save = is_last or step % self.every.checkpoint == 0
-                # All that is written of a step is written before its checkpoint: what a run that
-                # goes on from there finds is complete.
-                metrics = {}
-                if is_save or step % self.every.log == 0:
-                    found = self._summary(step, since.fetch(), health)
-                    watched.view.trained(step, found)
-                    metrics |= found
-                with since.paused():
-                    if self.data.eval_examples and (is_last or step % self.every.evaluation == 0):
-                        found = evaluate(state)
-                        watched.view.evaluated(step, found)
-                        metrics |= {f"eval/{name}": value for name, value in found.items()}
-                    metrics |= watched.look(step, self._whole(state.params), is_last)
-                if metrics:
-                    self.metrics.write(step, metrics)
-                if is_stopping and not (self.trainer.skip_non_finite or since.is_finite()):
-                    self._summary(step, since.fetch(), health)  # says what is not, and ends the run
-                if is_save or is_stopping:
-                    self.metrics.flush()
-                    self._save(state, step, metrics, health, since)
+                is_stopping = is_due(step) and step != last
+                # What is due after it, the checkpoint after everything else.
+                progress.metrics.clear()
+                for hook in progress.hooks:
+                    if hook.is_due(step, last):
+                        with contextlib.nullcontext() if hook.is_training else since.paused():
+                            progress.metrics |= hook(step, state)
                 if is_stopping:
+                    progress.stop(step, state)
                     raise preemption.Preempted(f"update {step} is saved")
-            return watched.view.outcome()
+            return view.outcome()
 
-    def _watched(
-        self, state: train_step.TrainState, start: int, train_steps: int
-    ) -> contextlib.AbstractContextManager[watching.Watched]:
-        whole = self._whole(state.params)
-        original = None
-        if not isinstance(self.trainer.original, CachedStates):
-            original = self.original.params
-        if original is None and start == 0 and self.starts_from_original:
-            original = whole
-        return self.watched.around(
-            out=self.metrics, params=whole, original=original, start=start, train_steps=train_steps
+    @contextlib.contextmanager
+    def _begun(
+        self, progress: "_Progress", state: train_step.TrainState, start: int
+    ) -> Iterator[None]:
+        """Around the updates: begins what is done on the way, and closes it in the end."""
+        original_params = None
+        if not isinstance(self.trainer.original_kind, CachedStates):
+            original_params = self.loaded_original.params
+        if original_params is None and start == 0 and self.sources.start_is_original:
+            original_params = self._whole(state)
+        beginning = hooks.Beginning(
+            step=start,
+            state=state,
+            params_of=self._whole,
+            original_params=original_params,
+            out=progress.writers,
         )
+        with contextlib.ExitStack() as stack:
+            for hook in progress.hooks:
+                stack.callback(hook.close)
+                hook.begin(beginning)
+            yield
 
-    def _whole(self, params: PyTree) -> PyTree:
-        """All that the model is run with."""
-        return self.trainer.original.current_params(params, self.original.params)
+    def _whole(self, state: train_step.TrainState) -> PyTree:
+        """All parameters that the model is run with."""
+        return self.trainer.original_kind.current_params(state.params, self.loaded_original.params)
 
     def _batch(self, step: int) -> dict[str, jax.Array]:
-        """Of an update, on the mesh."""
+        """The batch of an update, on the mesh."""
         batches = self.data.batches
         placed = [
             (self.data.examples[p.example], p.row, p.target_offset)
             for p in batches.layout(step - 1)
         ]
-        batch = self.original.with_states(batches.batch(step - 1), placed)
+        batch = self.loaded_original.with_states(batches.batch(step - 1), placed)
         return sharding.put_batch(batch, self.trainer.model.mesh)
 
-    def _summary(self, step: int, found: "_Found", health: health.Health) -> dict[str, float | int]:
-        """The metrics of the updates since the last line, those that were left out apart."""
-        first_step = step - len(found.sums) + 1
-        sums = [
-            of_step
-            for number, of_step in enumerate(found.sums, start=first_step)
-            if health.is_sound(number, of_step)
-        ]
-        summary = train_step.summarize(_add(sums)) if sums else {}
-        if self.trainer.skip_non_finite:
-            summary["num_skipped"] = len(found.sums) - len(sums)
-        summary["tokens_per_second"] = summary.get("num_tokens", 0.0) / found.seconds
-        summary["input_wait_fraction"] = found.seconds_waited / found.seconds
-        return summary
-
-    def _save(
-        self,
-        state: train_step.TrainState,
-        step: int,
-        metrics: Mapping[str, float | int],
-        health: health.Health,
-        since: "_SinceLog",
-    ) -> None:
-        # The numbers of an update say nothing of the parameters that it made.
-        names = [sharding.path_name(path) for path, _ in jax.tree.leaves_with_path(state.params)]
-        are_finite = jax.device_get(_are_finite(state.params)).tolist()
-        bad = [name for name, is_finite in zip(names, are_finite, strict=True) if not is_finite]
-        if bad:
-            raise UsageError(
-                f"update {step}: expected finite parameters, found others in {', '.join(bad[:6])} "
-                f"({len(bad)} of {len(names)} parameters). Before it, there is {self._newest()}. "
-                "Lower LEARNING_RATE, or set MAX_GRADIENT_NORM."
-            )
-        run = {
-            **self.run,
-            "position": {"next_batch": step},
-            "health": health.state(),
-            "since_log": since.state(),
-        }
-        self.saved.save(state, run, metrics)
-
-    def _newest(self) -> str:
+    def newest(self) -> str:
+        """The newest checkpoint, in words."""
         step = self.saved.latest_step()
         kept = "no checkpoint yet" if step is None else f"checkpoint {step}"
         return f"{kept} in {self.model_dir}"
 
-    def _health(self) -> health.Health:
+    def make_health(self, events: metric_writers.StepLines) -> health.Health:
+        """What tells whether the numbers are sound."""
+
         def examples_of(step: int) -> list[str]:
             examples = self.data.examples
             numbers = [place.example for place in self.data.batches.layout(step - 1)]
@@ -279,12 +224,145 @@ class Loop:
         return health.Health(
             names=train_step.gradient_names(self.trainer.abstract_params),
             is_skipping=self.trainer.skip_non_finite,
-            spike_deviations=self.spike_deviations,
+            spike_deviations=self.watch.spike_deviations,
             examples_of=examples_of,
-            events=self.events,
-            where=self._newest,
+            events=events,
+            where=self.newest,
             state=self.before.get("health"),
         )
+
+
+def _stop_of_all() -> Callable[[int], bool] | None:
+    """What `preemption.deferred` asks; one host may be told to stop, and all have to save."""
+    return multihost_utils.reached_preemption_sync_point if processes.count() > 1 else None
+
+
+class _Progress:
+    """What changes while a run goes round.
+
+    Attributes:
+      loop: What does not change.
+      writers: Where metrics go.
+      view: What is shown on stdout.
+      health: Whether the numbers are sound.
+      since: What has happened since the last line of the log.
+      metrics: What has been measured after the newest update.
+      hooks: What is done after an update, in this order.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        writers: metric_writers.Writers,
+        events: metric_writers.StepLines,
+        view: progress_view.View,
+    ):
+        self.loop, self.writers, self.view = loop, writers, view
+        self.health = loop.make_health(events)
+        self.since = _SinceLog(loop.before.get("since_log"))
+        self.metrics: dict[str, float | int] = {}
+        self._checkpoint = _Checkpoint(self)
+        self.hooks: list[hooks.Hook] = [_Log(self)]
+        if loop.data.eval_examples:
+            self.hooks.append(_Evaluation(self))
+        # All that is written of a step is written before its checkpoint: what a run that goes on
+        # from there finds is complete.
+        self.hooks += [*loop.watch_hooks, _Record(self), self._checkpoint]
+
+    def summarize(self, step: int) -> dict[str, float | int]:
+        """The metrics of the updates since the last line, those that were left out apart."""
+        found = self.since.fetch()
+        first_step = step - len(found.sums) + 1
+        sums = [
+            of_step
+            for number, of_step in enumerate(found.sums, start=first_step)
+            if self.health.is_sound(number, of_step)
+        ]
+        summary = train_step.summarize(_add(sums)) if sums else {}
+        if self.loop.trainer.skip_non_finite:
+            summary["num_skipped"] = len(found.sums) - len(sums)
+        summary["tokens_per_second"] = summary.get("num_tokens", 0.0) / found.seconds
+        summary["input_wait_fraction"] = found.seconds_waited / found.seconds
+        return summary
+
+    def stop(self, step: int, state: train_step.TrainState) -> None:
+        """Saves the newest update, unless that is done."""
+        if not (self.loop.trainer.skip_non_finite or self.since.is_finite()):
+            self.summarize(step)  # says what is not, and ends the run
+        if not self._checkpoint.is_due(step, self.loop.schedule.train_steps):
+            self._checkpoint(step, state)
+
+
+class _Log(hooks.Hook):
+    """A line and an entry of metrics, also before each checkpoint."""
+
+    is_training = True
+
+    def __init__(self, progress: _Progress):
+        schedule = progress.loop.schedule
+        self.periods = (schedule.log_every, schedule.checkpoint_every)
+        self._progress = progress
+
+    def __call__(self, step: int, state: train_step.TrainState) -> dict[str, float | int]:
+        """The metrics of the updates since the last line."""
+        del state
+        found = self._progress.summarize(step)
+        self._progress.view.trained(step, found)
+        return found
+
+
+class _Record(hooks.Hook):
+    """Writes what has been measured after an update."""
+
+    periods = (1,)
+    is_training = True
+
+    def __init__(self, progress: _Progress):
+        self._progress = progress
+
+    def __call__(self, step: int, state: train_step.TrainState) -> dict[str, float | int]:
+        """Writes the metrics, if there are any; measures nothing."""
+        del state
+        if self._progress.metrics:
+            self._progress.writers.write(step, self._progress.metrics)
+        return {}
+
+
+class _Checkpoint(hooks.Hook):
+    """Saves the state, with all that a run needs that goes on from it."""
+
+    is_training = True
+
+    def __init__(self, progress: _Progress):
+        self.periods = (progress.loop.schedule.checkpoint_every,)
+        self._progress = progress
+
+    def __call__(self, step: int, state: train_step.TrainState) -> dict[str, float | int]:
+        """Saves the state; measures nothing.
+
+        Raises:
+          UsageError: A parameter is not finite.
+        """
+        progress, loop = self._progress, self._progress.loop
+        progress.writers.flush()
+        # The numbers of an update say nothing of the parameters that it made.
+        names = [sharding.path_name(path) for path, _ in jax.tree.leaves_with_path(state.params)]
+        are_finite = jax.device_get(_are_finite(state.params)).tolist()
+        bad = [name for name, is_finite in zip(names, are_finite, strict=True) if not is_finite]
+        if bad:
+            raise UsageError(
+                f"update {step}: expected finite parameters, found others in {', '.join(bad[:6])} "
+                f"({len(bad)} of {len(names)} parameters). Before it, there is {loop.newest()}. "
+                "Lower LEARNING_RATE, or set MAX_GRADIENT_NORM."
+            )
+        run = {
+            **loop.run,
+            "position": {"next_batch": step},
+            "health": progress.health.state(),
+            "since_log": progress.since.state(),
+        }
+        loop.saved.save(state, run, progress.metrics)
+        return {}
 
 
 @jax.jit
@@ -292,18 +370,19 @@ def _are_finite(params: PyTree) -> jax.Array:
     return jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)])
 
 
-class _Evaluation:
+class _Evaluation(hooks.Hook):
     """The evaluation of a run, compiled once."""
 
-    def __init__(self, loop: Loop):
-        self._loop = loop
-        trainer = loop.trainer
+    def __init__(self, progress: _Progress):
+        self.periods = (progress.loop.schedule.eval_every,)
+        self._loop, self._view = progress.loop, progress.view
+        trainer = progress.loop.trainer
         self._step = jit_eval_step(
-            trainer.model, trainer.objective, trainer.original, trainer.block_size
+            trainer.model, trainer.objective, trainer.original_kind, trainer.block_size
         )
 
-    def __call__(self, state: train_step.TrainState) -> dict[str, float]:
-        """The metrics of all of the evaluation's examples."""
+    def __call__(self, step: int, state: train_step.TrainState) -> dict[str, float]:
+        """The metrics of all of the evaluation's examples, as `eval/METRIC`."""
         loop, data = self._loop, self._loop.data
         batch_size = data.batches.batch_size
         batches = feature_converters.batch_for_eval(
@@ -319,15 +398,25 @@ class _Evaluation:
             rows = data.eval_examples[first : first + batch_size]
             placed = [(example, row, 0) for row, example in enumerate(rows)]
             batch = sharding.put_batch(
-                loop.original.with_states(batch, placed), loop.trainer.model.mesh
+                loop.loaded_original.with_states(batch, placed), loop.trainer.model.mesh
             )
-            sums.append(jax.device_get(self._step(state.params, loop.original.params, batch)))
-        return train_step.summarize(_add(sums))
+            sums.append(
+                jax.device_get(self._step(state.params, loop.loaded_original.params, batch))
+            )
+        found = train_step.summarize(_add(sums))
+        self._view.evaluated(step, found)
+        return {f"eval/{name}": value for name, value in found.items()}
 
 
 @dataclasses.dataclass(frozen=True)
-class _Found:
-    """Of the updates since the last line: their sums, the time they took, that spent waiting."""
+class _Elapsed:
+    """What has happened since the last line of the log.
+
+    Attributes:
+      sums: The sums of each update.
+      seconds: How long the updates took.
+      seconds_waited: How much of that was spent waiting for input.
+    """
 
     sums: Sequence[Mapping[str, Any]]
     seconds: float
@@ -388,10 +477,10 @@ class _SinceLog:
             if name in ("loss", "gradient_norm")
         )
 
-    def fetch(self) -> _Found:
+    def fetch(self) -> _Elapsed:
         """Waits for the devices, and begins anew."""
         sums = jax.device_get(self._pending)
-        found = _Found(sums, time.monotonic() - self._began, self._waited)
+        found = _Elapsed(sums, time.monotonic() - self._began, self._waited)
         self.__init__()
         return found
 

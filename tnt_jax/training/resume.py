@@ -29,7 +29,7 @@ from tnt_jax.checkpoints import digests
 from tnt_jax.runtime import console, operative_config, processes, settings_json
 from tnt_jax.runtime.array_types import PyTree
 from tnt_jax.runtime.errors import UsageError
-from tnt_jax.training import load_original, run_checkpoints, train_step
+from tnt_jax.training import load_original, run_checkpoints, settings, train_step
 from tnt_jax.training.trainer import Trainer
 
 # What must not change unnoticed, and the setting that says it.
@@ -69,30 +69,33 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore"
 def describe(
     trainer: Trainer,
     *,
-    optimizer: Mapping[str, Any],
+    update: settings.Update,
+    seed: int,
     data: Mapping[str, Any],
     vocabulary: Any,
     adapters: Mapping[str, Any] | None,
-    **settings: Any,
 ) -> dict[str, Any]:
     """What `run` says before the original is read.
 
     Args:
-      trainer: Of the run.
-      optimizer: What the user set, described.
+      trainer: The run's trainer.
+      update: How an update is computed.
+      seed: Decides the order of the data and dropout.
       data: Which data it is.
-      vocabulary: Of its ids.
+      vocabulary: The vocabulary of its ids.
       adapters: Their settings and what they lie beside; None where there are none.
-      **settings: Further ones of `COMPARED`, JSON values.
     """
-    model = settings_json.describe(trainer.model.config)
+    optimizer = settings_json.describe(update.optimizer)
     run = {
         "objective": settings_json.describe(trainer.objective),
-        "model": model,
-        "optimizer": dict(optimizer),
+        "model": settings_json.describe(trainer.model.config),
+        "optimizer": {**optimizer, "max_gradient_norm": update.max_gradient_norm},
         "data": dict(data),
         "vocabulary": _describe_vocabulary(vocabulary),
-        **settings,
+        "batch_size": update.batch_size,
+        "task_feature_lengths": dict(update.task_feature_lengths),
+        "pack": update.pack,
+        "seed": seed,
         "computed_on": {
             "devices": jax.device_count(),
             "kind": jax.devices()[0].device_kind,
@@ -100,7 +103,7 @@ def describe(
             "processes": jax.process_count(),
             "num_microbatches": trainer.num_microbatches,
             "block_size": trainer.block_size,
-            "original": type(trainer.original).__name__,
+            "original": type(trainer.original_kind).__name__,
         },
         "versions": {
             "python": platform.python_version(),
@@ -157,13 +160,13 @@ class Start(NamedTuple):
     Attributes:
       step: The number of updates so far.
       state: After them.
-      original: Of the run.
+      loaded_original: What the run needs of its original.
       before: What the checkpoint says; nothing where there is none.
     """
 
     step: int
     state: train_step.TrainState
-    original: load_original.Brought
+    loaded_original: load_original.LoadedOriginal
     before: Mapping[str, Any]
 
 
@@ -171,10 +174,8 @@ def begin(
     trainer: Trainer,
     saved: run_checkpoints.Checkpoints,
     run: dict[str, Any],
-    bring: Callable[[bool], tuple[load_original.Brought, PyTree | None]],
-    *,
-    start_path: str | None,
-    read_start: Callable[[], PyTree],
+    load: Callable[..., tuple[load_original.LoadedOriginal, PyTree | None]],
+    sources: load_original.Sources,
     allow_changes: Sequence[str],
     model_dir: str,
 ) -> Start:
@@ -183,14 +184,13 @@ def begin(
     Whatever can be compared without reading a model is compared before one is read.
 
     Args:
-      trainer: Of the run.
+      trainer: The run's trainer.
       saved: Its checkpoints.
       run: From `describe`; what the original and the start were is added.
-      bring: Reads the original, and what a new run (if its argument is True) starts from.
-      start_path: What that is read from, for people and the checkpoint.
-      read_start: Reads it again.
+      load: Reads the original, and what a new run (`is_new`) starts from.
+      sources: Where both are read from.
       allow_changes: What may differ from the run of the checkpoint, of `COMPARED`.
-      model_dir: For messages.
+      model_dir: The model directory, for messages.
 
     Raises:
       UsageError: The checkpoint is of another run, and which differences make it one; or of another
@@ -201,27 +201,28 @@ def begin(
     if step is not None:
         before = saved.run_of(step)
         saved.check(step, trainer.abstract_state)
-        settings = [name for name in COMPARED if name not in ("original", "start")]
-        check_same(before, run, settings, allow_changes, model_dir, step)
-    brought, params = bring(step is None)
-    run["original"] = brought.identity
+        names = [name for name in COMPARED if name not in ("original", "start")]
+        check_same(before, run, names, allow_changes, model_dir, step)
+    loaded, params = load(is_new=step is None)
+    run["original"] = loaded.identity
+    start_path = sources.schedule.start_path or sources.choice.path
 
     def digest_of_start() -> str | None:
-        if brought.identity is not None and start_path == brought.identity["path"]:
-            return brought.identity["digest"]
+        if loaded.identity is not None and start_path == loaded.identity["path"]:
+            return loaded.identity["digest"]
         if "start" in allow_changes:
             return None
-        return digests.of_params(read_start() if params is None else params)
+        return digests.of_params(sources.read_start() if params is None else params)
 
     run["start"] = _start(before, start_path, digest_of_start)
     if step is None:
         assert params is not None
         run["changes"] = []
-        return Start(0, trainer.init_state(params), brought, before)
+        return Start(0, trainer.init_state(params), loaded, before)
     check_same(before, run, ("original", "start"), allow_changes, model_dir, step)
     console.log(f"Going on from checkpoint {step} in {model_dir}.")
     _log_differences(before, run)
-    return Start(step, saved.restore(step, trainer.abstract_state), brought, before)
+    return Start(step, saved.restore(step, trainer.abstract_state), loaded, before)
 
 
 def _start(

@@ -16,36 +16,24 @@ from etils import epath
 from tnt_jax.checkpoints import lazy_arrays, orbax
 from tnt_jax.runtime.array_types import PyTree
 from tnt_jax.runtime.errors import UsageError
-from tnt_jax.training import train_step
+from tnt_jax.training import settings, train_step
 
 
 class Checkpoints:
     """The checkpoints under one model directory; use it as a context manager."""
 
-    def __init__(
-        self,
-        model_dir: str,
-        *,
-        keep: int = 2,
-        keep_every: int | None = None,
-        keep_best: str | None = None,
-    ):
+    def __init__(self, model_dir: str, keep: settings.Keep | None = None):
         """Opens a model directory, and creates it if need be.
 
         What an earlier process left half-written is deleted.
 
         Args:
           model_dir: The directory.
-          keep: The last checkpoints stay, so many.
-          keep_every: Those of every such update stay as well.
-          keep_best: So does the one with the smallest metric of that name.
+          keep: Which checkpoints stay; None is what `Keep()` says.
 
         Raises:
-          UsageError: The directory cannot be made, or a number is below 1.
+          UsageError: The directory cannot be made.
         """
-        for name, number in (("keep_checkpoints", keep), ("keep_every", keep_every)):
-            if number is not None and number < 1:
-                raise UsageError(f"{name}: expected at least 1, found {number}.")
         self._dir = epath.Path(model_dir).expanduser().absolute()
         try:
             self._dir.mkdir(parents=True, exist_ok=True)
@@ -57,7 +45,7 @@ class Checkpoints:
         self._orbax = ocp.CheckpointManager(
             self._dir,
             item_names=("params", "optimizer", "run"),
-            options=_retention(keep, keep_every, keep_best),
+            options=_retention(keep or settings.Keep()),
         )
 
     def __enter__(self) -> "Checkpoints":
@@ -71,7 +59,7 @@ class Checkpoints:
         return self._orbax.latest_step()
 
     def best_step(self) -> int | None:
-        """The step of the checkpoint where `keep_best` is smallest, None if there is none."""
+        """The step of the checkpoint where `Keep.best` is smallest, None if there is none."""
         return self._orbax.best_step()
 
     def save(
@@ -85,7 +73,7 @@ class Checkpoints:
         Args:
           state: Of the run.
           run: A JSON object.
-          metrics: Of this step; `keep_best` among them.
+          metrics: Of this step; `Keep.best` among them.
         """
         is_saved = self._orbax.save(
             int(state.step),
@@ -165,20 +153,18 @@ class Checkpoints:
         return checkpoint / name
 
 
-def _retention(
-    keep: int, keep_every: int | None, keep_best: str | None
-) -> ocp.CheckpointManagerOptions:
+def _retention(keep: settings.Keep) -> ocp.CheckpointManagerOptions:
     policies = ocp.checkpoint_managers
-    kept: list[policies.PreservationPolicy] = [policies.LatestN(keep)]
-    if keep_every is not None:
-        kept.append(policies.EveryNSteps(keep_every))
+    kept: list[policies.PreservationPolicy] = [policies.LatestN(keep.checkpoints)]
+    if keep.every is not None:
+        kept.append(policies.EveryNSteps(keep.every))
 
     def metric(metrics: Mapping[str, float | int]) -> float:
-        value = metrics.get(keep_best or "", math.inf)
+        value = metrics.get(keep.best or "", math.inf)
         # NaN is neither below nor above another: sorted, it may stand before what is best.
         return value if math.isfinite(value) else math.inf
 
-    if keep_best is not None:
+    if keep.best is not None:
         best = policies.BestN(
             get_metric_fn=metric, reverse=True, n=1, keep_checkpoints_without_metrics=False
         )
@@ -186,7 +172,7 @@ def _retention(
     return ocp.CheckpointManagerOptions(
         preservation_policy=policies.AnyPreservationPolicy(kept),
         # Metrics are written only where there is such a function.
-        best_fn=None if keep_best is None else metric,
+        best_fn=None if keep.best is None else metric,
         best_mode="min",
         cleanup_tmp_directories=True,
         step_name_format=orbax.STEP_NAMES,

@@ -58,7 +58,7 @@ def train_step(
     objective: objectives.TntObjective,
     optimizer: optax.GradientTransformation,
     num_microbatches: int = 1,
-    original: Original = PARAMETERS,
+    original_kind: Original = PARAMETERS,
     block_size: int | None = None,
     place_gradients: Callable[[PyTree], PyTree] = lambda gradients: gradients,
     skip_non_finite: bool = False,
@@ -73,8 +73,8 @@ def train_step(
 
     Args:
       state: Of the model being trained.
-      original_params: What `original` needs of the frozen original, which runs without dropout and
-        gets no gradient. None where the objective needs no original.
+      original_params: What `original_kind` needs of the frozen original, which runs without dropout
+        and gets no gradient. None where the objective needs no original.
       batch: Model features of `feature_converters`, `[B, ...]`.
       key: Of the run, the same for every step: dropout uses `fold_in(key, step)`.
       forward: `forward(params, batch, dropout_key or None) -> logits [B, T, V]`; or their factors,
@@ -82,7 +82,7 @@ def train_step(
       objective: The loss per token.
       optimizer: Updates the parameters.
       num_microbatches: Divides `B`; activations of one microbatch live at a time.
-      original: Where the original's logits come from.
+      original_kind: Where the original's logits come from.
       block_size: As in `fused.token_values`.
       place_gradients: Puts a tree of gradients where the parameters are (a sharding constraint).
       skip_non_finite: Where the loss or the gradient's norm is not finite, parameters and optimizer
@@ -98,10 +98,10 @@ def train_step(
     num_tokens = jnp.maximum(jnp.sum(batch["decoder_loss_mask"] != 0, dtype=jnp.float32), 1.0)
 
     def loss_and_sums(params, original_params, rows, key):
-        current = forward(original.current_params(params, original_params), rows, key)
+        current = forward(original_kind.current_params(params, original_params), rows, key)
         of_original = None
         if original_params is not None and objective.needs_original:
-            of_original = original.logits(forward, original_params, rows)
+            of_original = original_kind.logits(forward, original_params, rows)
         loss, sums = token_sums(objective, current, of_original, rows, block_size)
         return loss / num_tokens, sums
 
@@ -220,7 +220,7 @@ def eval_step(
     *,
     forward: Forward,
     objective: objectives.TntObjective,
-    original: Original = PARAMETERS,
+    original_kind: Original = PARAMETERS,
     block_size: int | None = None,
 ) -> Sums:
     """The sums of one batch without dropout and without an update."""
@@ -230,7 +230,7 @@ def eval_step(
         batch,
         forward=forward,
         objective=objective,
-        original=original,
+        original_kind=original_kind,
         block_size=block_size,
     )[0]
 
@@ -242,14 +242,14 @@ def token_step(
     *,
     forward: Forward,
     objective: objectives.TntObjective,
-    original: Original = PARAMETERS,
+    original_kind: Original = PARAMETERS,
     block_size: int | None = None,
 ) -> tuple[Sums, TokenValues]:
     """The sums of `eval_step`, and the values `[B, T]` of each token that they are sums of."""
     of_original = None
     if original_params is not None:
-        of_original = original.logits(forward, original_params, batch)
-    current = forward(original.current_params(params, original_params), batch, None)
+        of_original = original_kind.logits(forward, original_params, batch)
+    current = forward(original_kind.current_params(params, original_params), batch, None)
     values = token_values(objective, current, of_original, batch, block_size)[1]
     return _sums(objective, values, batch), values
 

@@ -33,8 +33,8 @@ class Trainer:
       objective: The loss per token.
       optimizer: Updates the parameters.
       num_microbatches: Parts that a batch is computed in.
-      original: Where the original's logits come from.
-      adapter_rank: Of the adapters that are trained where `original` is `AdaptersOff`.
+      original_kind: Where the original's logits come from.
+      adapter_rank: Of the adapters that are trained where `original_kind` is `AdaptersOff`.
       block_size: Tokens that the loss is computed for at a time on a device; None chooses.
       skip_non_finite: As in `train_step.train_step`.
     """
@@ -43,7 +43,7 @@ class Trainer:
     objective: objectives.TntObjective
     optimizer: optax.GradientTransformation
     num_microbatches: int = 1
-    original: Original = PARAMETERS
+    original_kind: Original = PARAMETERS
     adapter_rank: int = 0
     block_size: int | None = None
     skip_non_finite: bool = False
@@ -51,18 +51,18 @@ class Trainer:
     @functools.cached_property
     def abstract_params(self) -> PyTree:
         """Of what is trained."""
-        if isinstance(self.original, AdaptersOff):
+        if isinstance(self.original_kind, AdaptersOff):
             return self.model.abstract_adapters(self.adapter_rank)
         return self.model.abstract_params
 
     @functools.cached_property
     def abstract_original(self) -> PyTree | None:
         """Of what the step needs of the original; None if the objective needs none."""
-        if isinstance(self.original, AdaptersOff):  # the model cannot run without it
+        if isinstance(self.original_kind, AdaptersOff):  # the model cannot run without it
             return self.model.abstract_computed_params
         if not self.objective.needs_original:
             return None
-        if isinstance(self.original, CachedStates):
+        if isinstance(self.original_kind, CachedStates):
             return self.model.network.output_matrix(self.model.abstract_params)[0]
         return self.model.abstract_computed_params
 
@@ -108,7 +108,7 @@ class Trainer:
                 objective=self.objective,
                 optimizer=self.optimizer,
                 num_microbatches=self.num_microbatches,
-                original=self.original,
+                original_kind=self.original_kind,
                 block_size=self.block_size,
                 place_gradients=lambda tree: jax.lax.with_sharding_constraint(tree, specs),
                 skip_non_finite=self.skip_non_finite,
@@ -130,7 +130,7 @@ class Trainer:
         shapes = {
             name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in feature_shapes.items()
         }
-        if isinstance(self.original, CachedStates) and self.objective.needs_original:
+        if isinstance(self.original_kind, CachedStates) and self.objective.needs_original:
             shapes[STATES] = jax.ShapeDtypeStruct(
                 (*shapes["decoder_target_tokens"].shape, self.model.config.emb_dim),
                 self.model.network.hidden_dtype,
@@ -160,9 +160,9 @@ class Trainer:
         if config.dtype != "bfloat16":
             tries.append("DTYPE='bfloat16' (activations, and the original's kernels, in half)")
         tries.append("NUM_MICROBATCHES (activations of a part of the batch)")
-        if isinstance(self.original, Parameters) and self.objective.needs_original:
+        if isinstance(self.original_kind, Parameters) and self.objective.needs_original:
             tries.append("ORIGINAL='cached' (no second tree of parameters)")
-        if not isinstance(self.original, AdaptersOff):
+        if not isinstance(self.original_kind, AdaptersOff):
             tries.append("ORIGINAL='adapters_off' (gradients and optimizer of adapters alone)")
         tries.append("a smaller BATCH_SIZE or TASK_FEATURE_LENGTHS")
         return tries
@@ -201,7 +201,7 @@ def _jit_for_eval(
             step,
             forward=model.forward,
             objective=objective,
-            original=kind,
+            original_kind=kind,
             block_size=block_size,
         ),
         out_shardings=sharding.replicated(model.mesh),

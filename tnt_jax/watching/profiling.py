@@ -12,15 +12,16 @@ from etils import epath
 
 from tnt_jax.runtime import console, processes
 from tnt_jax.runtime.errors import UsageError
+from tnt_jax.watching import hooks
 
 
-class Traces:
-    """Traces a run from one update to another, both included; use it as a context manager.
+class Trace(hooks.Hook):
+    """Traces a run from one update to another, both included.
 
     Every host writes a trace of its own devices.
 
     Args:
-      updates: The first and the last one; None traces nothing.
+      updates: The first and the last one.
       folder: The trace comes into `plugins/profile` in it: the TensorBoard folder of the run, for
         TensorBoard's profiler to show it. Local, or anything that `etils.epath` opens.
 
@@ -28,8 +29,11 @@ class Traces:
       UsageError: `updates` are no two updates.
     """
 
-    def __init__(self, updates: Sequence[int] | None, folder: str):
-        if updates is not None and (len(updates) != 2 or not 1 <= updates[0] <= updates[1]):
+    periods = (1,)
+    is_training = True
+
+    def __init__(self, updates: Sequence[int], folder: str):
+        if len(updates) != 2 or not 1 <= updates[0] <= updates[1]:
             raise UsageError(
                 "PROFILE_UPDATES: expected [FIRST, LAST] with 1 <= FIRST <= LAST, or None, found "
                 f"{list(updates)}."
@@ -38,40 +42,30 @@ class Traces:
         self._open = contextlib.ExitStack()
         self._is_tracing = False
 
-    def __enter__(self) -> "Traces":
-        return self
+    def begin(self, beginning: hooks.Beginning) -> None:
+        """Begins the trace, if the run begins among its updates."""
+        self(beginning.step, beginning.state)
 
-    def __exit__(self, *_) -> None:
-        self._open.close()
-
-    @contextlib.contextmanager
-    def update(self, step: int, state: Any) -> Iterator[None]:
-        """Around an update: a trace begins with the first one, when nothing else is under way.
+    def __call__(self, step: int, state: Any) -> dict[str, float]:
+        """Begins the trace before its first update, and ends it after its last; no metrics.
 
         Args:
-          step: Of the update.
-          state: What it begins with; waited for.
+          step: Number of the last update.
+          state: The training state that it made; waited for where the trace begins or ends.
         """
-        if self._updates is None or not self._updates[0] <= step <= self._updates[1]:
-            yield
-            return
-        if not self._is_tracing:
+        first, last = self._updates
+        if not self._is_tracing and first - 1 <= step < last:
             jax.block_until_ready(state)
             self._is_tracing = True
             self._open.enter_context(self._trace())
-        with jax.profiler.StepTraceAnnotation("train", step_num=step):
-            yield
-
-    def after(self, step: int, state: Any) -> None:
-        """Ends the trace with its last update, once that is done.
-
-        Args:
-          step: Of the update.
-          state: What it made.
-        """
-        if self._is_tracing and self._updates is not None and step == self._updates[1]:
+        elif self._is_tracing and step == last:
             jax.block_until_ready(state)
-            self._open.close()
+            self.close()
+        return {}
+
+    def close(self) -> None:
+        """Ends the trace, if it has not ended."""
+        self._open.close()
 
     @contextlib.contextmanager
     def _trace(self) -> Iterator[None]:

@@ -17,7 +17,7 @@ from tnt_jax.models import decoding, sharding
 from tnt_jax.models.model import Model
 from tnt_jax.runtime import console
 from tnt_jax.runtime.array_types import PyTree
-from tnt_jax.watching import metric_writers
+from tnt_jax.watching import hooks, metric_writers
 
 _LONGEST = 300  # characters of a text in the log; samples.jsonl has all
 
@@ -35,7 +35,7 @@ class Prompt:
     inputs: tuple[int, ...]
 
 
-def of_records(path: str, vocabulary: Any) -> list[Prompt]:
+def read_prompts(path: str, vocabulary: Any) -> list[Prompt]:
     """The prompts of a file of records, in order.
 
     Raises:
@@ -47,7 +47,7 @@ def of_records(path: str, vocabulary: Any) -> list[Prompt]:
     ]
 
 
-def of_examples(examples: Sequence[feature_converters.Example], number: int) -> list[Prompt]:
+def choose_prompts(examples: Sequence[feature_converters.Example], number: int) -> list[Prompt]:
     """Prompts from all over the data, half of them of examples with marks if there are as many."""
     marked = [example for example in examples if len(example.negative_pairs)]
     clean = [example for example in examples if not len(example.negative_pairs)]
@@ -105,54 +105,44 @@ class Speaker:
         return decoding.record_keys(0, [prompt.id for prompt in self.prompts])
 
 
-class Samples:
+class Samples(hooks.Hook):
     """Writes what the model says every so often, beside what the original says.
 
     `MODEL_DIR/samples.jsonl` has a line for each time: `{"step": 200, "samples": [{"id", "inputs",
     "original", "current"}]}`; the first one has no "current". A run that goes on drops what was
     written after its checkpoint, and takes the original's outputs from there.
+
+    Args:
+      speaker: Answers the prompts.
+      model_dir: Folder of the run.
+      every: Updates from one time to the next.
     """
 
-    def __init__(
-        self,
-        speaker: Speaker,
-        model_dir: str,
-        *,
-        start: int,
-        original: PyTree | None,
-        out: metric_writers.Writers,
-    ):
-        """Has the original speak, unless it has.
+    def __init__(self, speaker: Speaker, model_dir: str, every: int):
+        self.periods = (every,)
+        self._speaker = speaker
+        self._path = epath.Path(model_dir).expanduser() / "samples.jsonl"
+        self._file: metric_writers.StepLines | None = None
 
-        Args:
-          speaker: Answers the prompts.
-          model_dir: Of the run.
-          start: The update that the run goes on from.
-          original: All that it is run with; None where nothing has it.
-          out: Shows tables.
-        """
-        self._speaker, self._out = speaker, out
-        path = epath.Path(model_dir).expanduser() / "samples.jsonl"
-        said = self._said_before(path) if start else None
+    def begin(self, beginning: hooks.Beginning) -> None:
+        """Has the original speak, unless it has."""
+        self._params_of, self._out = beginning.params_of, beginning.out
+        start, original = beginning.step, beginning.original_params
+        said = self._said_before() if start else None
         if np.any(multihost_utils.process_allgather(np.array(said is None))):
             said = None  # every host has to take part in decoding
-        self._file = metric_writers.StepLines(path, last_step=start or -1)
-        self._originals = said or [None] * len(speaker.prompts)
+        self._file = metric_writers.StepLines(self._path, last_step=start or -1)
+        self._originals = said or [None] * len(self._speaker.prompts)
         if said is None:
             if original is not None:
-                self._originals = [*speaker(original)]
+                self._originals = [*self._speaker(original)]
             else:
                 console.log("Samples are without the original's outputs: it is not in memory.")
             self._write(start, None)
 
-    def write(self, step: int, params: PyTree) -> None:
-        """Has the model speak, and writes it down.
-
-        Args:
-          step: Of the last update.
-          params: All of the model's, as `Speaker` takes them.
-        """
-        current = self._speaker(params)
+    def __call__(self, step: int, state: Any) -> dict[str, float]:
+        """Has the model speak, and writes it down; there are no metrics."""
+        current = self._speaker(self._params_of(state))
         self._write(step, current)
         rows = list(zip(self._speaker.inputs, self._originals, current, strict=True))
         self._out.write_table(
@@ -163,19 +153,21 @@ class Samples:
         )
         shown = [_in_the_log(*row) for row in rows]
         console.log("\n".join([f"update {step}, samples:", *shown]))
+        return {}
 
     def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+        """Closes the file, if the run has begun."""
+        if self._file is not None:
+            self._file.close()
 
-    def _said_before(self, path: epath.Path) -> list[str | None] | None:
+    def _said_before(self) -> list[str | None] | None:
         """The original's outputs that an earlier process noted for the same prompts."""
-        if not path.exists():
+        if not self._path.exists():
             return None
         prompts = zip(self._speaker.prompts, self._speaker.inputs, strict=True)
         asked = [(prompt.id, inputs) for prompt, inputs in prompts]
         # As `StepLines` reads it: whatever a crash left, half a character too.
-        for line in path.read_bytes().decode("utf-8", "replace").split("\n"):
+        for line in self._path.read_bytes().decode("utf-8", "replace").split("\n"):
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 samples = json.loads(line)["samples"]
                 if [(sample["id"], sample["inputs"]) for sample in samples] == asked:
@@ -190,14 +182,15 @@ class Samples:
         ]
         for sample, text in zip(samples, current or (), strict=False):
             sample["current"] = text
+        assert self._file is not None
         self._file.write(step, {"samples": samples})
 
 
-def _in_the_log(inputs: str, original: str | None, current: str) -> str:
-    said = {"original": original, "now": current}
-    if original is None:
+def _in_the_log(inputs: str, original_text: str | None, current: str) -> str:
+    said = {"original": original_text, "now": current}
+    if original_text is None:
         said = {"now": current}
-    elif original == current:
+    elif original_text == current:
         said = {"both": current}
     lines = [
         f"  {_short(inputs)}",

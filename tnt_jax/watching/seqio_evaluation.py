@@ -25,7 +25,7 @@ from tnt_jax.objectives import fused
 from tnt_jax.runtime import console
 from tnt_jax.runtime.array_types import PyTree
 from tnt_jax.runtime.errors import UsageError
-from tnt_jax.watching import metric_writers
+from tnt_jax.watching import hooks
 
 _Scores = list[tuple[int, float]]
 _Outputs = list[tuple[int, list[int]]]
@@ -146,17 +146,17 @@ class SeqioEvaluation:
         self,
         model: Model,
         *,
-        checkpoint_path: str | None,
+        source: pretrained.Pretrained | None,
         task_feature_lengths: Mapping[str, int],
         model_dir: str,
-    ) -> "Opened":
+    ) -> "TaskEvaluation":
         """Reads the data, and prepares what a run evaluates with.
 
         Args:
-          model: That is trained.
-          checkpoint_path: Where it comes from; None is a random model.
+          model: The network that is trained.
+          source: The checkpoint that it comes from; None is a random model.
           task_feature_lengths: Tokens of "inputs" and "targets".
-          model_dir: Of the run: seqio's loggers write to `inference_eval` in it, as T5X's do.
+          model_dir: Folder of the run; seqio's loggers write to `inference_eval` in it.
 
         Raises:
           UsageError: There is no such task, it measures nothing on this split, its vocabulary is
@@ -179,7 +179,7 @@ class SeqioEvaluation:
         vocab_sizes = set()
         for task in measured:
             vocabulary = tasks.tokeniser(task.output_features["targets"].vocabulary)
-            vocab_sizes.add(pretrained.check_vocabulary(vocabulary, model.config, checkpoint_path))
+            vocab_sizes.add(pretrained.check_vocabulary(vocabulary, model.config, source))
         decoder = decoding.within_vocabulary(
             self.decoder or decoding.Decoding(max_length=task_feature_lengths["targets"]),
             min(vocab_sizes),
@@ -194,41 +194,47 @@ class SeqioEvaluation:
             log_dir=os.fspath(log_dir),
         )
         functions = ModelFunctions(model, decoder, self.batch_size)
-        return Opened(self.every, evaluator, functions, log_dir)
+        return TaskEvaluation(self.every, evaluator, functions, log_dir)
 
 
-@dataclasses.dataclass(frozen=True)
-class Opened:
-    """An evaluation of a run.
+class TaskEvaluation(hooks.Hook):
+    """The evaluation of a run, with its data in memory.
 
-    Attributes:
-      every: In updates.
-      evaluator: With its data in memory.
-      functions: Of the model.
-      log_dir: Where seqio's loggers write.
+    Args:
+      every: Updates from one evaluation to the next.
+      evaluator: Measures, with its data in memory.
+      functions: What it asks the model for.
+      log_dir: Folder that seqio's loggers write to.
     """
 
-    every: int
-    evaluator: seqio.Evaluator
-    functions: ModelFunctions
-    log_dir: Any
+    def __init__(
+        self, every: int, evaluator: seqio.Evaluator, functions: ModelFunctions, log_dir: Any
+    ):
+        self.periods = (every,)
+        self._evaluator, self._functions, self._log_dir = evaluator, functions, log_dir
 
-    def __call__(self, step: int, params: PyTree, out: metric_writers.Writers) -> dict[str, float]:
+    def begin(self, beginning: hooks.Beginning) -> None:
+        """Evaluates what a new run starts from."""
+        self._params_of, self._out = beginning.params_of, beginning.out
+        if beginning.step == 0:
+            self._out.write(0, self(0, beginning.state))
+
+    def __call__(self, step: int, state: Any) -> dict[str, float]:
         """Evaluates, prints the numbers, and writes the texts.
 
         Args:
-          step: Of the last update.
-          params: All that the model is run with.
-          out: Shows tables.
+          step: Number of the last update.
+          state: The training state that it made.
 
         Returns:
           The numbers, as `inference_eval/TASK/METRIC`; nothing on later hosts.
         """
         is_first = console.is_first_process()
-        if is_first and self.evaluator.loggers:
-            self.log_dir.mkdir(parents=True, exist_ok=True)
-        future, _ = self.evaluator.evaluate(
-            compute_metrics=is_first, step=step, model_fns=self.functions.for_seqio(params)
+        if is_first and self._evaluator.loggers:
+            self._log_dir.mkdir(parents=True, exist_ok=True)
+        model_functions = self._functions.for_seqio(self._params_of(state))
+        future, _ = self._evaluator.evaluate(
+            compute_metrics=is_first, step=step, model_fns=model_functions
         )
         numbers: dict[str, float] = {}
         for task_name, of_task in (future.result() or {}).items():
@@ -238,7 +244,7 @@ class Opened:
                     value = value.value
                 if isinstance(value, seqio.metrics.Text):
                     text = tf.compat.as_str(value.textdata)
-                    out.write_table(step, name, ["text"], [[text]])
+                    self._out.write_table(step, name, ["text"], [[text]])
                 elif np.ndim(value) == 0 and not isinstance(value, seqio.metrics.MetricValue):
                     numbers[name] = float(value)
                 # Pictures, sounds, histograms: seqio's loggers show them (seqio.Evaluator).

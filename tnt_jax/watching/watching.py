@@ -1,46 +1,32 @@
 """How a run is watched: what is shown and written while it goes on, beside its metrics."""
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+from tnt_jax.checkpoints import pretrained
 from tnt_jax.data import feature_converters, tokenization
 from tnt_jax.models import decoding
 from tnt_jax.models.model import Model
-from tnt_jax.runtime.array_types import PyTree
 from tnt_jax.runtime.errors import UsageError
-from tnt_jax.watching import metric_writers, profiling, progress_view, samples
-
-# Protocols, so that a run without such an evaluation imports neither seqio nor TensorFlow.
-
-
-@runtime_checkable
-class OpenedEvaluation(Protocol):
-    """An evaluation that is ready: `seqio_evaluation.Opened`."""
-
-    @property
-    def every(self) -> int:
-        """Updates from one evaluation to the next."""
-        ...
-
-    def __call__(self, step: int, params: PyTree, out: metric_writers.Writers) -> dict[str, float]:
-        """Evaluates these parameters; returns the metrics and writes the rest."""
-        ...
+from tnt_jax.watching import hooks, metric_writers, profiling, samples
 
 
 @runtime_checkable
 class InferenceEvaluation(Protocol):
-    """Settings of an evaluation during training: `seqio_evaluation.SeqioEvaluation`."""
+    """Settings of an evaluation during training: `seqio_evaluation.SeqioEvaluation`.
+
+    A protocol, so that a run without such an evaluation imports neither seqio nor TensorFlow.
+    """
 
     def open(
         self,
         model: Model,
         *,
-        checkpoint_path: str | None,
+        source: pretrained.Pretrained | None,
         task_feature_lengths: Mapping[str, int],
         model_dir: str,
-    ) -> OpenedEvaluation:
+    ) -> hooks.Hook:
         """Checks the settings and loads what the evaluation needs."""
         ...
 
@@ -58,7 +44,9 @@ class Watch:
       profile_updates: The first and the last update of a `jax.profiler` trace; None is without.
       profile_dir: Where it goes; None is the TensorBoard folder of the run.
       wandb_project: Shows the run in Weights & Biases as well.
-      inference_evaluation: Of seqio's tasks; None is without.
+      inference_evaluation: Evaluates on seqio's tasks; None is without.
+      spike_deviations: How far above the usual a loss is noted in `events.jsonl`, in standard
+        deviations; None notes none.
     """
 
     sample_every: int | None = None
@@ -69,6 +57,7 @@ class Watch:
     profile_dir: str | None = None
     wandb_project: str | None = None
     inference_evaluation: InferenceEvaluation | None = None
+    spike_deviations: float | None = 10.0
 
     def __post_init__(self):
         for name, number in (
@@ -78,153 +67,63 @@ class Watch:
             if number is not None and number < 1:
                 raise UsageError(f"{name}: expected at least 1, found {number}.")
 
-    def prepare(
+    def make_hooks(
         self,
         model: Model,
         *,
         vocabulary: Any,
         examples: Sequence[feature_converters.Example],
         task_feature_lengths: Mapping[str, int],
-        checkpoint_path: str | None,
+        source: pretrained.Pretrained | None,
         model_dir: str,
-    ) -> "Prepared":
+    ) -> list[hooks.Hook]:
         """Reads what the settings name, so that a mistake among them is found at once.
 
         Args:
-          model: That is trained.
-          vocabulary: Of the data.
-          examples: To take prompts from.
+          model: The network that is trained.
+          vocabulary: The vocabulary of the data.
+          examples: Examples to take prompts from.
           task_feature_lengths: Tokens of "inputs" and "targets".
-          checkpoint_path: Of the original; None is a random model.
-          model_dir: Of the run.
+          source: The original's checkpoint; None is a random model.
+          model_dir: Folder of the run.
+
+        Returns:
+          The hooks, in the order in which they are called.
 
         Raises:
           UsageError: A setting does not fit.
         """
         metric_writers.check_wandb(self.wandb_project)
-        speaker = evaluation = None
+        made: list[hooks.Hook] = []
+        # Samples of what the original and the model say.
         if self.sample_every is not None:
-            prompts = samples.of_examples(examples, self.num_samples)
+            prompts = samples.choose_prompts(examples, self.num_samples)
             if self.sample_prompts is not None:
-                prompts = samples.of_records(self.sample_prompts, vocabulary)
+                prompts = samples.read_prompts(self.sample_prompts, vocabulary)
+            greedy = decoding.Decoding(max_length=task_feature_lengths["targets"])
             speaker = samples.Speaker(
                 model=model,
                 vocabulary=vocabulary,
                 prompts=prompts,
                 decoder=decoding.within_vocabulary(
-                    self.sample_decoder
-                    or decoding.Decoding(max_length=task_feature_lengths["targets"]),
+                    self.sample_decoder or greedy,
                     tokenization.check_vocabulary(vocabulary),
                     model.config,
                 ),
                 longest_input=task_feature_lengths["inputs"],
             )
+            made.append(samples.Samples(speaker, model_dir, self.sample_every))
+        # seqio's metrics of a task.
         if self.inference_evaluation is not None:
             evaluation = self.inference_evaluation.open(
                 model,
-                checkpoint_path=checkpoint_path,
+                source=source,
                 task_feature_lengths=task_feature_lengths,
                 model_dir=model_dir,
             )
-        traces = profiling.Traces(
-            self.profile_updates, self.profile_dir or metric_writers.tensorboard_folder(model_dir)
-        )
-        return Prepared(self, speaker, evaluation, traces, model_dir)
-
-
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """What a run is watched with.
-
-    Attributes:
-      settings: Of it.
-      speaker: Says what samples show.
-      evaluation: Of seqio's tasks.
-      traces: Of a few updates.
-      model_dir: Of the run.
-    """
-
-    settings: Watch
-    speaker: samples.Speaker | None
-    evaluation: OpenedEvaluation | None
-    traces: profiling.Traces
-    model_dir: str
-
-    @contextlib.contextmanager
-    def around(
-        self,
-        *,
-        out: metric_writers.Writers,
-        params: PyTree,
-        original: PyTree | None,
-        start: int,
-        train_steps: int,
-    ) -> Iterator["Watched"]:
-        """Around the updates of a run.
-
-        Args:
-          out: What the run writes to.
-          params: All that the model is run with, before the first of the updates.
-          original: Likewise of the original; None where it is not in memory.
-          start: The update that the run goes on from.
-          train_steps: The last one.
-        """
-        with contextlib.ExitStack() as stack:
-            shown = None
-            if self.speaker is not None:
-                shown = samples.Samples(
-                    self.speaker, self.model_dir, start=start, original=original, out=out
-                )
-                stack.callback(shown.close)
-            if self.evaluation is not None and start == 0:
-                out.write(0, self.evaluation(0, params, out))
-            stack.enter_context(self.traces)
-            view = progress_view.for_stdout(start, train_steps)
-            stack.enter_context(view.showing())
-            yield Watched(self, shown, view, out)
-
-
-@dataclasses.dataclass(frozen=True)
-class Watched:
-    """A run that is watched.
-
-    Attributes:
-      prepared: What with.
-      samples: Of what the models say; None shows none.
-      view: Of the metrics, on stdout.
-      out: What the run writes to.
-    """
-
-    prepared: Prepared
-    samples: samples.Samples | None
-    view: progress_view.Lines
-    out: metric_writers.Writers
-
-    @contextlib.contextmanager
-    def update(self, step: int, state: Any) -> Iterator[None]:
-        """Around an update, which begins with `state`."""
-        with self.prepared.traces.update(step, state):
-            yield
-
-    def dispatched(self, step: int, state: Any) -> None:
-        """The devices have begun with an update, which makes `state`."""
-        self.prepared.traces.after(step, state)
-        self.view.dispatched(step)
-
-    def look(self, step: int, params: PyTree, is_last: bool) -> dict[str, float]:
-        """Shows samples and evaluates, after an update after which either is due.
-
-        Args:
-          step: The update.
-          params: All that the model is run with.
-          is_last: Whether it is the last one.
-
-        Returns:
-          The metrics of the evaluation, not written yet.
-        """
-        every, evaluation = self.prepared.settings.sample_every, self.prepared.evaluation
-        if self.samples is not None and every and (is_last or step % every == 0):
-            self.samples.write(step, params)
-        if evaluation is not None and (is_last or step % evaluation.every == 0):
-            return evaluation(step, params, self.out)
-        return {}
+            made.append(evaluation)
+        # A trace. It comes last, so that it does not show the other hooks before its first update.
+        if self.profile_updates is not None:
+            folder = self.profile_dir or metric_writers.tensorboard_folder(model_dir)
+            made.append(profiling.Trace(self.profile_updates, folder))
+        return made

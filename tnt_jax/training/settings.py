@@ -1,0 +1,182 @@
+"""The settings of a training run, as values that are passed on whole."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import optax
+
+from tnt_jax.models import sharding
+from tnt_jax.runtime.errors import UsageError, check_seed
+from tnt_jax.training import train_step
+
+# What becomes of an update whose loss or gradient is not finite: it stops the run, or is left out.
+NON_FINITE = ("stop", "skip")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Update:
+    """How an update is computed.
+
+    Attributes:
+      batch_size: Rows per update, over all devices and microbatches: examples, unless packed.
+      task_feature_lengths: Tokens of "inputs" and "targets"; longer ones are cut, and counted.
+      optimizer: An Optax optimizer, or what makes one, such as `optax.adafactor`.
+      pack: Puts as many whole examples into a row as fit. An update then sees more of them.
+      num_microbatches: Parts that each batch is computed in, to save memory.
+      mesh_shape: Devices per mesh axis; None puts all on `data`.
+      block_size: Tokens that a device computes the loss of at a time; None chooses.
+      max_gradient_norm: A gradient whose norm is larger is scaled down to it; None scales none.
+      non_finite: What becomes of an update whose loss or gradient is not finite: "stop" ends the
+        run, "skip" leaves the update out and counts it.
+
+    Raises:
+      UsageError: A number or a name is not possible.
+    """
+
+    batch_size: int
+    task_feature_lengths: Mapping[str, int]
+    optimizer: Callable[[], optax.GradientTransformation] | optax.GradientTransformation
+    pack: bool = False
+    num_microbatches: int = 1
+    mesh_shape: sharding.MeshShape | None = None
+    block_size: int | None = None
+    max_gradient_norm: float | int | None = None
+    non_finite: str = "stop"
+
+    def __post_init__(self):
+        if self.block_size is not None and self.block_size < 1:
+            raise UsageError(f"BLOCK_SIZE: expected None or at least 1, found {self.block_size}.")
+        if self.non_finite not in NON_FINITE:
+            raise UsageError(
+                f"NON_FINITE: expected one of {NON_FINITE}, found {self.non_finite!r}."
+            )
+        norm = self.max_gradient_norm
+        if norm is not None and not 0 < norm < math.inf:
+            raise UsageError(f"MAX_GRADIENT_NORM: expected None or more than 0, found {norm}.")
+
+    def make_optimizer(self) -> optax.GradientTransformation:
+        """The optimizer, with clipping by the norm over all parameters before anything else."""
+        made = self.optimizer() if callable(self.optimizer) else self.optimizer
+        if self.max_gradient_norm is None:
+            return made
+        return optax.chain(optax.clip_by_global_norm(self.max_gradient_norm), made)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OriginalChoice:
+    """Which model is the original, and where its logits come from.
+
+    Attributes:
+      path: A checkpoint; training starts from it, too. None is a random initialisation.
+      kind: "parameters" (a second tree and a second forward pass), "cached" (decoder states,
+        computed once for the data) or "adapters_off" (the model trains low-rank adapters, and is
+        its own original without them).
+      states_dir: Folder of the cached states; None is beside the file of records, or in the model
+        directory.
+      adapter_rank: Width of the adapters.
+      adapter_alpha: Adapters are multiplied by `adapter_alpha / adapter_rank`.
+
+    Raises:
+      UsageError: Settings contradict each other.
+    """
+
+    path: str | None
+    kind: str = "parameters"
+    states_dir: str | None = None
+    adapter_rank: int = 16
+    adapter_alpha: float = 32.0
+
+    def __post_init__(self):
+        if self.states_dir is not None and self.kind != "cached":
+            raise UsageError(
+                f"STATES_DIR is set, to {self.states_dir}, and ORIGINAL is {self.kind!r}: states "
+                "are kept with ORIGINAL='cached' alone."
+            )
+        if self.adapter_rank < 1:
+            raise UsageError(f"ADAPTER_RANK: expected at least 1, found {self.adapter_rank}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Where training starts, how long it goes on, and after how many updates what is done.
+
+    Attributes:
+      train_steps: Number of updates in all, those before a restart included.
+      start_path: A checkpoint that training starts from instead of the original, for a further
+        round; None starts from the original.
+      seed: Decides the order of the data, dropout and a random initialisation.
+      eval_every: Updates from one evaluation to the next; there is one at the end, too.
+      checkpoint_every: Updates from one checkpoint to the next; the end is always saved.
+      log_every: Updates from one line of metrics to the next.
+
+    Raises:
+      UsageError: A number is not possible.
+    """
+
+    train_steps: int
+    start_path: str | None = None
+    seed: int = 0
+    eval_every: int = 500
+    checkpoint_every: int = 1000
+    log_every: int = 50
+
+    def __post_init__(self):
+        for name, number in (
+            ("TRAIN_STEPS", self.train_steps),
+            ("checkpoint_every", self.checkpoint_every),
+            ("log_every", self.log_every),
+            ("eval_every", self.eval_every),
+        ):
+            if number < 1:
+                raise UsageError(f"{name}: expected at least 1, found {number}.")
+        check_seed(self.seed)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Keep:
+    """Which checkpoints stay on disk, and what a run that goes on from them may change.
+
+    Attributes:
+      checkpoints: Number of newest ones that stay.
+      every: Checkpoints of every so many updates stay as well; None keeps no others.
+      best: A metric, such as "eval/loss": the checkpoint where it is smallest stays as well.
+      allow_changes: Names in `resume.COMPARED`: these settings may differ from those of the run
+        that the model directory holds; other differences are refused.
+
+    Raises:
+      UsageError: A number or the metric is not possible.
+    """
+
+    checkpoints: int = 2
+    every: int | None = None
+    best: str | None = None
+    allow_changes: Sequence[str] = ()
+
+    def __post_init__(self):
+        for name, number in (("keep_checkpoints", self.checkpoints), ("keep_every", self.every)):
+            if number is not None and number < 1:
+                raise UsageError(f"{name}: expected at least 1, found {number}.")
+        if self.best is not None and self.best.removeprefix("eval/") not in train_step.MEAN_OVER:
+            names = ", ".join(train_step.MEAN_OVER)
+            raise UsageError(
+                f"KEEP_BEST: expected one of {names}, of the evaluation with eval/ before it; "
+                f"found {self.best!r}."
+            )
+
+    def check_is_measured(self, schedule: Schedule, *, has_evaluation: bool) -> None:
+        """Raises a UsageError unless `best` is measured whenever a checkpoint is written."""
+        if self.best is None or not self.best.startswith("eval/"):
+            return
+        of = schedule
+        if not has_evaluation or of.checkpoint_every % of.eval_every:
+            found = (
+                f"{of.checkpoint_every} and {of.eval_every}"
+                if has_evaluation
+                else ("no EVAL_DATASET")
+            )
+            raise UsageError(
+                f"KEEP_BEST={self.best!r} needs an evaluation before each checkpoint: an "
+                "EVAL_DATASET, and a CHECKPOINT_EVERY that is a multiple of EVAL_EVERY; found "
+                f"{found}."
+            )
