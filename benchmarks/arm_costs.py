@@ -18,7 +18,7 @@ import report
 
 from tnt_jax import objectives, precompile
 from tnt_jax.checkpoints import pretrained
-from tnt_jax.data import feature_converters, tasks
+from tnt_jax.data import datasets, feature_converters
 
 ARMS = {
     "marked tokens": (
@@ -32,7 +32,7 @@ FINE_TUNE = objectives.TntObjective(negative_term="none", positive_term="log_lik
 
 def most_ids(file, vocabulary, lengths):
     """The largest number of ids to remove at a position of a training file."""
-    dataset = tasks.RecordFiles(files=str(file), vocabulary=vocabulary)
+    dataset = datasets.RecordFiles(files=str(file), vocabulary=vocabulary)
     return feature_converters.max_negative_ids(dataset.load(lengths))
 
 

@@ -55,7 +55,7 @@ def small(vocab_size):
 
 def write_model(folder, config):
     """Random weights as a Hugging Face directory; returns them."""
-    params = jax.jit(t5.init, static_argnums=0)(config, jax.random.key(0))
+    params = jax.jit(t5.T5(config).init)(jax.random.key(0))
     weights = {
         sharding.path_name(path): lazy_arrays.of_array(np.asarray(leaf), "random")
         for path, leaf in jax.tree.leaves_with_path(params)
@@ -142,7 +142,7 @@ def whole_runs(num_prompts, batch_size):
             user_defined_symbols=[f"\u2581{word}" for word in words],
         )
         vocabulary = pretrained.vocabulary(str(folder / "words.model"), extra_ids=0)
-        config = small(vocabulary.vocab_size)
+        config = small(vocabulary.size)
         write_model(model, config)
         rows = [records.Record(id=str(n), inputs=text) for n, text in enumerate(texts)]
         records.write_records(prompts, rows)

@@ -12,7 +12,7 @@ import optax
 
 from tnt_jax import annotate, annotators, generate, objectives, train
 from tnt_jax.checkpoints import pretrained
-from tnt_jax.data import records, tasks
+from tnt_jax.data import datasets, records
 from tnt_jax.evaluation import results
 from tnt_jax.models import decoding
 
@@ -80,7 +80,7 @@ class FinishedRun:
             objective=objectives.TntObjective(
                 negative_term="reverse_kl", positive_term="forward_kl", negative_weight=2.0
             ),
-            dataset=tasks.RecordFiles(
+            dataset=datasets.RecordFiles(
                 files=str(marks), vocabulary=self.vocabulary, clean_per_marked=3
             ),
             task_feature_lengths=LENGTHS,

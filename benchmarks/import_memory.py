@@ -50,7 +50,7 @@ def make_directory(folder, model, dtype):
 
         return lazy_arrays.LazyArray(shape, jnp.dtype(dtype), name, read)
 
-    shapes = lazy_arrays.shapes(t5.abstract_params(config))
+    shapes = lazy_arrays.shapes(t5.T5(config).abstract_params())
     weights = {name: made(name, shape) for name, shape in shapes.items()}
     huggingface.write_weights(epath.Path(folder), weights, max_shard_bytes=10**9)
     settings = json.dumps(huggingface.new_config(config))

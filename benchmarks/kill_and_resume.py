@@ -57,11 +57,11 @@ t5.T5Config.num_decoder_layers = 1
 EVALUATION = """
 from __gin__ import dynamic_registration
 
-from tnt_jax.data import tasks
+from tnt_jax.data import datasets
 from tnt_jax import train
 
-train.train.eval_dataset = @evaluation/tasks.RecordFiles()
-evaluation/tasks.RecordFiles.files = %RECORDS
+train.train.eval_dataset = @evaluation/datasets.RecordFiles()
+evaluation/datasets.RecordFiles.files = %RECORDS
 """
 # What is simulated: devices -> how they are used.
 MESHES = {
@@ -145,7 +145,7 @@ class Runs:
         # A server that has imported the packages forks: a run starts at once.
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(
-            ["tnt_jax.train", "tnt_jax.data.tasks", "orbax.checkpoint"]
+            ["tnt_jax.train", "tnt_jax.data.datasets", "orbax.checkpoint"]
         )
 
     def start(self, command: list[str], num_devices: int, name: str) -> multiprocessing.Process:

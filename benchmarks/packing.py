@@ -71,9 +71,9 @@ class Run:
     def __init__(self, examples, lengths, pack):
         self.batches = feature_converters.Batches(examples, BATCH_SIZE, lengths, seed=0, pack=pack)
         self.mesh = sharding.make_mesh(sharding.MeshShape())
-        settings = {"forward": t5.make_factored_forward(CONFIG), "objective": OBJECTIVE}
-        self.original = t5.init(CONFIG, jax.random.key(0))
-        self.state = train_step.init_state(t5.init(CONFIG, jax.random.key(1)), OPTIMIZER)
+        settings = {"forward": t5.T5(CONFIG).forward, "objective": OBJECTIVE}
+        self.original = t5.T5(CONFIG).init(jax.random.key(0))
+        self.state = train_step.init_state(t5.T5(CONFIG).init(jax.random.key(1)), OPTIMIZER)
         self.key = jax.random.key(0)
         self.step = jax.jit(
             functools.partial(train_step.train_step, optimizer=OPTIMIZER, **settings)

@@ -1,7 +1,7 @@
 """The published library's step, T5X's with google/t5patches, for `step.py` to run beside ours.
 
-Neither is on a package index; README.md says how T5X is installed, and t5patches is a folder to put
-on PYTHONPATH. The original of its TNFF is a constant in the program: so its trainer has it.
+Neither is on a package index: docs/howto_t5x.md says how to install T5X, and t5patches is a folder
+to put on PYTHONPATH. The original of its TNFF is a constant in the program: so its trainer has it.
 """
 
 import jax

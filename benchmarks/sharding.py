@@ -124,7 +124,7 @@ def compile_step(mesh, config, batch_size, lengths):
     """The program of an update, as `tnt_jax.training.assembly` makes it."""
     variant = step.VARIANTS["TNRF, second forward"]
     state, original, batch, key = step.abstract_arguments(config, variant, batch_size, lengths)
-    where = sharding.param_shardings(state.params, t5.param_logical_axes(config), mesh)
+    where = sharding.param_shardings(state.params, t5.T5(config).logical_axes(), mesh)
     of_state = train_step.TrainState(
         step=sharding.replicated(mesh),
         params=where,
@@ -136,7 +136,7 @@ def compile_step(mesh, config, batch_size, lengths):
         mesh,
         functools.partial(
             train_step.train_step,
-            forward=t5.make_factored_forward(config),
+            forward=t5.T5(config).forward,
             objective=variant.objective,
             optimizer=step.OPTIMIZER,
             num_microbatches=NUM_MICROBATCHES,

@@ -119,7 +119,7 @@ def make_batch(config, batch_size, lengths, live=1.0, seed=0):
 def make_step(config, variant):
     """The update, compiled at its first call; the state is given away."""
     kinds = {"cached": CachedStates(vocab_axis=1), "adapters_off": AdaptersOff()}
-    factored = t5.make_factored_forward(config)
+    factored = t5.T5(config).forward
     return jax.jit(
         functools.partial(
             train_step.train_step,
@@ -138,8 +138,8 @@ class Work:
     def __init__(self, config, variants, batch_size, lengths):
         self.key = jax.random.key(0)
         kinds = {variant.original for variant in variants}
-        params = t5.init(config, self.key)
-        forward = jax.jit(t5.make_factored_forward(config))
+        params = t5.T5(config).init(self.key)
+        forward = jax.jit(t5.T5(config).forward)
         self.batches, self.originals, self.states = {}, {}, {}
         for variant in variants:
             batch = jax.tree.map(
@@ -149,10 +149,10 @@ class Work:
                 batch[STATES] = forward(params, batch).hidden
             self.batches[variant] = batch
         if "cached" in kinds:
-            self.originals["cached"] = t5.output_matrix(config, params)[0].copy()
+            self.originals["cached"] = t5.T5(config).output_matrix(params)[0].copy()
         if kinds & {"parameters", "adapters_off"}:
             frozen = jax.tree.map(
-                lambda x, dtype: x.astype(dtype, copy=True), params, t5.computed_dtypes(config)
+                lambda x, dtype: x.astype(dtype, copy=True), params, t5.T5(config).computed_dtypes()
             )
             self.originals |= {"parameters": frozen, "adapters_off": frozen}
         if "adapters_off" in kinds:

@@ -1,7 +1,7 @@
-"""Targeted Negative Training for T5 models in JAX.
+"""Targeted Negative Training of T5 models in JAX.
 
-Importing the package is cheap on purpose: nothing heavier than the version lives here, and each
-module imports only what it needs (the numerics need JAX, Flax and Optax; see docs/architecture.md).
+Importing the package imports nothing else. Each module imports only what it needs; the numerics
+need JAX, Flax and Optax (docs/architecture.md).
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

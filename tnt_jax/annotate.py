@@ -1,20 +1,19 @@
-r"""Marks what is unwanted in outputs: records in, records with `negative_spans` out.
+r"""Marks what is unwanted in outputs: reads records, writes them with `negative_spans`.
 
-The annotator decides which stretches of each output must go. Where it also names alternatives,
-texts that would be just as wrong there, their first tokens are removed too (`negative_token_ids`):
-otherwise the probability of the marked token moves to the next wrong one. Alternatives, and texts
-to remove at every position, are turned into token ids, so they need the model's vocabulary. A token
-that also begins an ordinary word of the outputs, as "▁the" begins "the", is not removed for an
-alternative that begins with it, such as "the gardenia".
+The annotator says which stretches of each output must go. It may also name alternatives, texts
+that would be just as wrong in that place. Their first tokens are removed, too
+(`negative_token_ids`); otherwise the probability of the marked token moves to the next wrong one.
+A token is not removed for an alternative if it also begins an ordinary word of the outputs, as
+"▁the" begins both "the" and "the gardenia". Alternatives, and texts to remove at every position,
+become token ids, so they need the model's vocabulary.
 
-Texts to remove at every position are removed where the next token would complete one. Those of one
-token go to a file of their own if they are the same for every record (`<output>.everywhere.json`),
-which `train` reads with the records.
+Texts to remove at every position are removed where the next token would complete one. If a text is
+one token and the same for every record, its id goes to a separate file
+(`<output>.everywhere.json`), which `train` reads with the records.
 
-Until all records are marked, what is done lies in `OUTPUT.parts/` (`output_parts`): the same
-command, after a stop, does what is missing. Several processes share the work. Or large files are
-marked on Apache Beam, on any of its runners (annotate.beam_options). What comes out is the same,
-byte for byte.
+Until all records are marked, the finished parts are in `OUTPUT.parts/`. After a stop, the same
+command marks what is missing. Several processes share the work, or Apache Beam marks large files
+(annotate.beam_options). The output is the same, byte for byte.
 
 Example:
     python -m tnt_jax.annotate --gin_file=runs/annotate_lexicon.gin --gin.LEXICON=phrases.txt \
@@ -30,7 +29,7 @@ from typing import Any
 
 from tnt_jax import annotators
 from tnt_jax.annotators import beam_jobs, phrases
-from tnt_jax.data import records, removed_everywhere, tokenization
+from tnt_jax.data import marks, records, removed_everywhere, tokenization
 from tnt_jax.runtime import (
     console,
     holding,
@@ -63,7 +62,7 @@ def annotate(
       output: The JSONL file to write; it appears only when it is whole.
       input: A JSONL file (or glob) of records with targets.
       annotator: Decides what is unwanted.
-      vocabulary: A seqio vocabulary; None marks spans alone, without alternatives.
+      vocabulary: The tokeniser; None marks spans alone, without alternatives.
       beam_options: None marks in a loop, here and in the other processes. A list, such as
         `["--runner=DirectRunner"]`, does it on Apache Beam with these options (`beam_jobs`).
 
@@ -89,11 +88,11 @@ def annotate(
         annotator=annotator,
         vocabulary=vocabulary,
         removed_everywhere=everywhere.ids,
-        completions=None if vocabulary is None else tokenization.Completions(vocabulary),
+        completions=None if vocabulary is None else marks.Completions(vocabulary),
         continuations=(
             None
             if vocabulary is None
-            else tokenization.Continuations(vocabulary, innocent_words(input, annotator))
+            else marks.Continuations(vocabulary, innocent_words(input, annotator))
         ),
     )
     if beam_options is None:
@@ -187,9 +186,9 @@ def mark(
     row: records.Record,
     annotator: annotators.Annotator,
     vocabulary: Any | None,
-    continuations: tokenization.Continuations | None = None,
+    continuations: marks.Continuations | None = None,
     removed_everywhere: frozenset[int] = frozenset(),
-    completions: tokenization.Completions | None = None,
+    completions: marks.Completions | None = None,
 ) -> records.Record | None:
     """The record with the annotator's spans and, given a vocabulary, its alternatives.
 
@@ -214,9 +213,9 @@ def mark(
     has_alternatives = any(span.alternatives for span in annotation.spans)
     if vocabulary is not None and (has_alternatives or annotation.banned):
         unmarked = dataclasses.replace(row, negative_spans=None, negative_token_ids=())
-        ids = tokenization.mark_tokens(unmarked, vocabulary).target_ids
+        ids = marks.mark_tokens(unmarked, vocabulary).target_ids
         for span in annotation.spans:
-            for position, of_position in tokenization.alternative_token_ids(
+            for position, of_position in marks.alternative_token_ids(
                 vocabulary,
                 ids,
                 (span.start, span.end),
@@ -225,7 +224,7 @@ def mark(
                 continuations,
             ):
                 removed.setdefault(position, set()).update(of_position)
-        completions = completions or tokenization.Completions(vocabulary)
+        completions = completions or marks.Completions(vocabulary)
         for position, of_position in completions.ids(
             ids, annotation.banned, annotation.supported, removed_everywhere
         ):
@@ -264,7 +263,7 @@ class _Everywhere:
 
 def _everywhere(annotator: annotators.Annotator, vocabulary: Any) -> _Everywhere:
     texts = annotator.everywhere()
-    spelt = tokenization.spellings(vocabulary, texts) if texts else {}
+    spelt = marks.spellings(vocabulary, texts) if texts else {}
     return _Everywhere(
         texts,
         ids=frozenset(ids[0] for of_text in spelt.values() for ids in of_text if len(ids) == 1),

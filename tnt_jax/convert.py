@@ -1,15 +1,15 @@
 r"""Converts a model between Hugging Face's, T5X's and our own formats.
 
-The input may be a Hugging Face directory (or its name on the hub), a T5X checkpoint (legacy or
-Orbax, scanned layers or not), or one of ours; it is found out which. Formats of the output:
+The input is a Hugging Face directory (or its name on the hub), a T5X checkpoint (legacy or Orbax,
+with scanned layers or not), or a model of ours. The program finds out which. Output formats:
 
   huggingface  config.json, safetensors, the tokenizer, a model card; transformers loads it
   t5x          OUTPUT/checkpoint_<step>, msgpack and zarr: T5X's legacy format
   t5x_orbax    OUTPUT/checkpoint_<step>/state
   orbax        OUTPUT/checkpoint_<step>/params, a model directory of tnt_jax
 
-Parameters and the step are carried over, optimizer state is not. What a checkpoint has no place for
-(config.json, the tokenizer) lies in OUTPUT/huggingface, for the way back.
+Parameters and the step are carried over, optimizer state is not. What a checkpoint has no place
+for (config.json, the tokenizer) is written to OUTPUT/huggingface, for the way back.
 
 Example:
     python -m tnt_jax.convert --input=patched --output=patched-hf --output_format=huggingface
@@ -34,7 +34,7 @@ from etils import epath
 from tnt_jax.checkpoints import huggingface, model_card, orbax, pretrained, t5x
 from tnt_jax.checkpoints.lazy_arrays import LazyArray
 from tnt_jax.data import vocabularies
-from tnt_jax.models import t5
+from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime import console, files, holding, program
 from tnt_jax.runtime.errors import UsageError
 
@@ -52,7 +52,7 @@ def convert(
     scan_layers: bool = False,
     vocabulary: str | None = None,
     evaluation: str | None = None,
-    model: t5.T5Config | pretrained.FromCheckpoint | None = None,
+    model: NetworkConfig | pretrained.FromCheckpoint | None = None,
 ) -> str:
     """Writes a model in another format.
 
@@ -133,7 +133,7 @@ def convert(
 
 
 def _settings(
-    source: pretrained.Pretrained, config: t5.T5Config, *, is_needed: bool
+    source: pretrained.Pretrained, config: NetworkConfig, *, is_needed: bool
 ) -> dict[str, Any]:
     """The input's `config.json` if it has one, else a new one where it is needed."""
     if (source.description / huggingface.CONFIG).exists():

@@ -1,8 +1,9 @@
-r"""Compares a patched model with its original: how much of the unwanted is gone, what else changed.
+r"""Compares a patched model with its original: what is gone, and what else changed.
 
-Takes the annotated outputs of both models for the same prompts. With both checkpoints it also
-computes the certificate on the original's outputs: at every position, what is left of the removed
-probability (residual), what else moved (collateral), and the smallest cost that any update had.
+Takes the annotated outputs of both models for the same prompts. Given both checkpoints, it also
+computes the certificate on the original's outputs. At every position that is the removed
+probability that is left (residual), what else moved (collateral), and the smallest cost that any
+update would have had. All are in nats.
 
 Example:
     python -m tnt_jax.evaluate --gin_file=models/t5_1_1_base.gin --gin_file=runs/evaluate.gin \
@@ -21,10 +22,11 @@ import numpy as np
 
 from tnt_jax import objectives
 from tnt_jax.checkpoints import pretrained
-from tnt_jax.data import feature_converters, records, tokenization
+from tnt_jax.data import feature_converters, marks, records, tokenization
 from tnt_jax.evaluation import text_metrics
-from tnt_jax.models import sharding, t5
+from tnt_jax.models import sharding
 from tnt_jax.models.model import Model
+from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime import console, files, holding, memory, operative_config, program
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.training import train_step
@@ -48,7 +50,7 @@ class Certificate:
       mesh_shape: Devices per mesh axis; None puts all on `data`.
     """
 
-    model: t5.T5Config | pretrained.FromCheckpoint
+    model: NetworkConfig | pretrained.FromCheckpoint
     original_checkpoint_path: str
     checkpoint_path: str
     task_feature_lengths: Mapping[str, int]
@@ -73,7 +75,7 @@ def evaluate(
       output: The JSON file to write.
       original_records: Annotated outputs of the original.
       current_records: Annotated outputs of the patched model, for the same ids.
-      vocabulary: A seqio vocabulary, for counting tokens.
+      vocabulary: The tokeniser, for counting tokens.
       certificate: Settings for running the models; None compares texts alone.
       tokens_output: The JSONL file to write the certificate of every token to: of each record its
         `id`, the `pieces` of its targets and, of each piece, the values of `TOKEN_VALUES` in nats
@@ -152,17 +154,15 @@ def _of_outputs(rows: Sequence[records.Record], vocabulary: Any) -> dict[str, An
     }
 
 
-def _spans_alone(row: records.Record, vocabulary: Any) -> tokenization.MarkedTarget:
+def _spans_alone(row: records.Record, vocabulary: Any) -> marks.MarkedTarget:
     """Alternatives are removed where a mark begins, but they are not said: not counted."""
-    return tokenization.mark_tokens(dataclasses.replace(row, negative_token_ids=()), vocabulary)
+    return marks.mark_tokens(dataclasses.replace(row, negative_token_ids=()), vocabulary)
 
 
 def _certificate(
     rows: Sequence[records.Record], vocabulary: Any, settings: Certificate, num_records: int
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """The certificate, and that of every token in the `num_records` that changed most."""
-    from tnt_jax.data import tasks  # here, because TensorFlow takes seconds to import
-
     mesh = sharding.make_mesh(settings.mesh_shape or sharding.MeshShape())
     sharding.check_batch_size(settings.batch_size, 1, mesh)
     memory.check_batch(settings.batch_size, sum(settings.task_feature_lengths.values()))
@@ -177,9 +177,12 @@ def _certificate(
     # exactly into residual and collateral.
     objective = objectives.TntObjective(negative_term="forward_kl", positive_term="forward_kl")
     step = jit_token_step(network, objective)
-    examples = tasks.examples_from_records(rows, vocabulary, "the original's outputs")
+    examples = marks.examples_from_records(rows, vocabulary, "the original's outputs")
     batches = feature_converters.batch_for_eval(
-        examples, settings.batch_size, settings.task_feature_lengths
+        examples,
+        settings.batch_size,
+        settings.task_feature_lengths,
+        feature_layout=network.network.feature_layout,
     )
     num_batches = -(-len(examples) // settings.batch_size)
     sums: list[dict[str, Any]] = []
@@ -216,7 +219,7 @@ def _tokens(
 ) -> dict[str, Any]:
     numbers = {name: [float(f"{x:.4g}") for x in values[name]] for name in TOKEN_VALUES}
     is_negative = values["is_negative"].tolist()
-    pieces = tokenization.pieces(record, vocabulary)[: len(is_negative)]
+    pieces = marks.pieces(record, vocabulary)[: len(is_negative)]
     return {"id": record.id, "pieces": pieces, **numbers, "is_negative": is_negative}
 
 

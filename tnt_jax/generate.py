@@ -1,15 +1,16 @@
-r"""Generates outputs for prompts, greedily, by sampling or by beam search: JSONL in, JSONL out.
+r"""Generates outputs for prompts, greedily, by sampling or by beam search.
 
-Every output record keeps the prompt's id and other fields and gains `targets` and the exact
-`target_ids`; a reference text in `targets` moves to `reference`. Sampling noise depends on the seed
-and the record's id alone, so two models that agree give the same sample.
+Reads and writes JSONL. Every output record keeps the prompt's id and other fields, and gains
+`targets` and the exact `target_ids`. A reference text in `targets` moves to `reference`. Sampling
+noise depends only on the seed and the record's id, so two equal models give the same samples.
 
-Prompts of like lengths are decoded together, the longest first, in a few encoder widths, each of
-which is a program to compile. No output depends on that; they are written in the prompts' order.
+Prompts of similar lengths are decoded together, the longest first, in a few encoder widths, each
+of which is compiled once. The outputs do not depend on this; they are written in the order of the
+prompts.
 
-Until all are there, what is done lies in `OUTPUT.parts/`: the same command, after a stop, does what
-is missing. Several processes share the work, each on its own devices, which is what the mesh is of;
-no output depends on how many they are.
+Until all outputs are there, the finished parts are in `OUTPUT.parts/`. After a stop, the same
+command makes what is missing. Several processes share the work. Each has its own mesh on its own
+devices; the outputs do not depend on the number of processes.
 
 Example:
     python -m tnt_jax.generate --gin_file=models/t5_1_1_base.gin --gin_file=runs/generate.gin \
@@ -30,9 +31,10 @@ import numpy as np
 
 from tnt_jax.annotators import interface
 from tnt_jax.checkpoints import digests, pretrained
-from tnt_jax.data import records, removed_everywhere, tokenization
-from tnt_jax.models import decoding, sharding, t5
+from tnt_jax.data import marks, records, removed_everywhere
+from tnt_jax.models import decoding, sharding
 from tnt_jax.models.model import Model
+from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime import (
     console,
     memory,
@@ -60,7 +62,7 @@ def generate(
     output: str,
     prompts: Any,
     checkpoint_path: str,
-    model: t5.T5Config | pretrained.FromCheckpoint,
+    model: NetworkConfig | pretrained.FromCheckpoint,
     vocabulary: Any,
     decoder: decoding.Decoding,
     task_feature_lengths: Mapping[str, int],
@@ -76,7 +78,7 @@ def generate(
       prompts: A file (or glob) of records, or a `tasks.SeqioDataset`.
       checkpoint_path: A checkpoint, or a model directory for its newest.
       model: The network's settings, or that they are the checkpoint's.
-      vocabulary: A seqio vocabulary, of inputs and outputs.
+      vocabulary: The tokeniser of inputs and outputs.
       decoder: How to choose the tokens.
       task_feature_lengths: Tokens of "inputs"; longer ones are cut, and counted.
       batch_size: Prompts decoded together.
@@ -108,7 +110,7 @@ def generate(
     params = pretrained.open_checkpoint(checkpoint_path).restore(network.abstract_params)
 
     longest = task_feature_lengths["inputs"]
-    inputs = [tokenization.encode(vocabulary, row.inputs, add_eos=True) for row in rows]
+    inputs = [vocabulary.prompt_ids(row.inputs) for row in rows]
     num_cut = sum(len(ids) > longest for ids in inputs)
     if num_cut:
         console.log(
@@ -275,7 +277,7 @@ class _Texts(NamedTuple):
                 key = np.array(sorted(numbers), np.int32).tobytes()
                 last, current = texts, list_of.setdefault(key, len(list_of))
             found.append(current)
-        ids_of = tokenization.spellings(vocabulary, list(number_of))
+        ids_of = marks.spellings(vocabulary, list(number_of))
         ordered = sorted(set(itertools.chain.from_iterable(ids_of.values())))
         place_of = {ids: place for place, ids in enumerate(ordered)}
         # A text that cannot be spelt has no place.
@@ -377,7 +379,7 @@ def _output(row: records.Record, tokens: np.ndarray, vocabulary: Any) -> records
     return records.Record(
         id=row.id,
         inputs=row.inputs,
-        targets=tokenization.decode(vocabulary, ids),
+        targets=vocabulary.decode(ids),
         target_ids=ids,
         extra=extra,
     )

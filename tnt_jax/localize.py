@@ -1,15 +1,17 @@
-r"""Finds the tokens that made bad outputs bad, from one label per output: records in, marks out.
+r"""Finds the tokens that made outputs bad, given one label for each output.
 
-A head on the original's decoder states learns, from labelled outputs of the original's own, how
-likely each prefix is to end well (`prefix_values`). In a bad output the tokens at which that
-falls are marked. Each output is valued by a head that saw neither it nor another one for the same
-input in training. Every record gets `values`, one for each prefix of its tokens, the empty one
-first; a bad one also gets `blame`, the share of the fall that is due to each token, and as its last
-entry what no token is blamed for. `OUTPUT.values.json` says how good the values are.
+Reads labelled records, and writes them with marks. A head on the original's decoder states learns
+from labelled outputs of the original how likely each prefix is to end well. In bad outputs, the
+tokens at which this probability falls are marked. Heads are cross-fitted: no output is scored by a
+head that saw it, or another output for the same input, in training.
 
-The outputs should be samples (TEMPERATURE=1.0 in `generate`): then a value is what the original's
-continuations come to. Without LABEL_FIELD an output is bad where it has negative_spans; they are
-kept as `given_spans`, and compared with what is found.
+Every record also gets `values`, one for each prefix of its tokens, beginning with the empty one.
+A bad record gets `blame`: the share of the fall that each token caused and, as the last entry, the
+share that no token is blamed for. `OUTPUT.values.json` says how good the values are.
+
+The outputs should be samples (TEMPERATURE=1.0 in `generate`): then a value estimates how the
+original's continuations end. Without LABEL_FIELD, an output is bad if it has negative_spans; they
+are kept as `given_spans` and compared with the marks found.
 
 Example:
     python -m tnt_jax.localize --gin_file=models/from_checkpoint.gin --gin_file=runs/localize.gin \
@@ -28,9 +30,16 @@ import numpy as np
 from tnt_jax import annotators
 from tnt_jax.annotators import continuations, prefix_values
 from tnt_jax.checkpoints import digests, pretrained
-from tnt_jax.data import feature_converters, records, removed_everywhere, tokenization
-from tnt_jax.models import decoding, sharding, t5
+from tnt_jax.data import (
+    feature_converters,
+    marks,
+    records,
+    removed_everywhere,
+    tokenization,
+)
+from tnt_jax.models import decoding, sharding
 from tnt_jax.models.model import Model
+from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime import console, files, holding, memory, operative_config, program
 from tnt_jax.runtime.array_types import PyTree
 from tnt_jax.runtime.errors import UsageError, check_seed
@@ -78,7 +87,7 @@ def localize(
     output: str,
     input: str,
     checkpoint_path: str,
-    model: t5.T5Config | pretrained.FromCheckpoint,
+    model: NetworkConfig | pretrained.FromCheckpoint,
     vocabulary: Any,
     task_feature_lengths: Mapping[str, int],
     label_field: str | None = None,
@@ -98,7 +107,7 @@ def localize(
       input: A JSONL file (or glob) of records: outputs of the original.
       checkpoint_path: Of the original.
       model: The network's settings, or that they are the checkpoint's.
-      vocabulary: A seqio vocabulary, of inputs and outputs.
+      vocabulary: The tokeniser of inputs and outputs.
       task_feature_lengths: Tokens of "inputs" and "targets"; no token beyond is marked.
       label_field: The field of a record that is true (or 1) where its output is bad. None takes
         those as bad that have negative spans.
@@ -216,7 +225,7 @@ def _folds(
 
 
 def _open(
-    model: t5.T5Config | pretrained.FromCheckpoint,
+    model: NetworkConfig | pretrained.FromCheckpoint,
     path: str,
     vocabulary: Any,
     lengths: Mapping[str, int],
@@ -237,13 +246,11 @@ class _Outputs:
     """The outputs as the head reads them."""
 
     def __init__(self, rows: Sequence[records.Record], original: _Original, folder: str):
-        from tnt_jax.data import tasks  # here, because TensorFlow takes seconds to import
-
         unmarked = [
             dataclasses.replace(row, negative_spans=None, negative_token_ids=()) for row in rows
         ]
-        tokenized = tasks.examples_from_records(unmarked, original.vocabulary, "the records")
-        self._examples = [_ended(example) for example in tokenized]
+        tokenized = marks.examples_from_records(unmarked, original.vocabulary, "the records")
+        self._examples = [_ended(example, original.vocabulary) for example in tokenized]
         # One more, so that an output cut at the length has a state after its last token too.
         lengths = {**original.lengths, "targets": original.lengths["targets"] + 1}
         lost = feature_converters.count_lost(self._examples, lengths)
@@ -263,7 +270,7 @@ class _Outputs:
             task_feature_lengths=lengths,
             batch_size=original.batch_size,
         )
-        matrix, vocab_axis = t5.output_matrix(original.network.config, original.params)
+        matrix, vocab_axis = original.network.network.output_matrix(original.params)
         whole = np.asarray(matrix, np.float32)
         self.matrix = jnp.asarray(whole if vocab_axis == 0 else whole.T)
         self._said = np.zeros((len(rows), self._length, 2), np.float32)
@@ -294,11 +301,13 @@ class _Outputs:
         )
 
 
-def _ended(example: feature_converters.Example) -> feature_converters.Example:
+def _ended(
+    example: feature_converters.Example, vocabulary: tokenization.Tokeniser
+) -> feature_converters.Example:
     """With an EOS, also where decoding was cut: the state there is the one after all the text."""
-    if len(example.targets) and example.targets[-1] == tokenization.EOS_ID:
+    if len(example.targets) and example.targets[-1] in vocabulary.end_ids:
         return example
-    ended = np.append(example.targets, np.int32(tokenization.EOS_ID))
+    ended = np.append(example.targets, np.int32(vocabulary.end_id))
     return dataclasses.replace(example, targets=ended)
 
 
@@ -369,7 +378,7 @@ def _check(
         for index, length in zip(chosen, lengths, strict=True)
     ]
     config = original.network.config
-    unused = range(original.vocabulary.vocab_size, config.vocab_size)  # they stand for no text
+    unused = range(original.vocabulary.size, config.vocab_size)  # they stand for no text
     sampled = continuations.sample(
         prefixes,
         original.network,
@@ -419,9 +428,9 @@ def mark(row: records.Record, is_negative: np.ndarray, vocabulary: Any) -> recor
     Args:
       row: Of an output.
       is_negative: Whether each of its first tokens is; `Threshold.negative` makes it of `values`.
-      vocabulary: A seqio vocabulary.
+      vocabulary: The tokeniser.
     """
-    ids, extents = tokenization.ids_and_extents(row, vocabulary)
+    ids, extents = marks.ids_and_extents(row, vocabulary)
     spans: list[tuple[int, int]] = []
     without_text: list[tuple[int, tuple[int, ...]]] = []
     for position in np.flatnonzero(is_negative).tolist():
@@ -463,8 +472,8 @@ def _agreement(
 
     def of(row: records.Record) -> np.ndarray:
         spans_alone = dataclasses.replace(row, negative_token_ids=())
-        marks = tokenization.mark_tokens(spans_alone, vocabulary)
-        return np.isin(np.arange(len(marks.target_ids)), marks.negative_pairs[:, 0])
+        marked = marks.mark_tokens(spans_alone, vocabulary)
+        return np.isin(np.arange(len(marked.target_ids)), marked.negative_pairs[:, 0])
 
     bad = [
         (of(after), of(before))

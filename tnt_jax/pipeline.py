@@ -1,8 +1,8 @@
-"""The whole loop in one command: generate, annotate, train, generate again, evaluate, report.
+"""Runs the whole loop: generate, annotate, train, generate again, evaluate, report.
 
-Each stage is one of the other programs with the settings of the gin file; stages exchange files
-under OUTPUT_DIR. A stage that has finished with the same settings and the same input files is kept,
-one that was interrupted goes on, one whose settings changed is done again with all that follows.
+Each stage is one of the other programs, with the settings of the gin file. Stages exchange files
+under OUTPUT_DIR. A stage that finished with the same settings and input files is kept, one that
+was interrupted resumes, and one whose settings changed is done again with all that follow.
 
 Example, the quickstart:
 

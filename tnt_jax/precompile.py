@@ -1,15 +1,15 @@
 r"""Compiles the train step of a run for devices that are not here, and says whether it fits.
 
-For a TPU it is the real program of the real compiler (libtpu: `pip install 'tnt_jax[tpu]'`), on a
-machine with nothing but a CPU. Give it the gin files and settings of the run itself; what the step
-does not depend on (RECORDS, MODEL_DIR, ...) may be left out.
+For a TPU this is the real program by the real compiler (libtpu: `pip install 'tnt_jax[tpu]'`), on
+a machine that has only a CPU. Give it the gin files and settings of the run itself. You may leave
+out what the step does not depend on (RECORDS, MODEL_DIR, ...).
 
---topology says for which devices: "v5e:2x4", "v5p:4x4x4", "v6e:4x4", "v4:2x2x1", or "local" for
-those of this machine. A TPU that has a name is not looked for: this may run beside a program that
-computes on the one that is here.
+--topology names the devices: "v5e:2x4", "v5p:4x4x4", "v6e:4x4", "v4:2x2x1", or "local" for those of
+this machine. For a named TPU, no TPU of this machine is used, so this may run beside a program
+that computes on it.
 
-Exit status: 0, it fits, or how much memory a device has is not known; 3, it does not fit; 2, with
-one line on stderr, a setting does not work.
+Exit status: 0, it fits, or the memory of a device is not known; 3, it does not fit; 2, with one
+line on stderr, a setting does not work.
 
 Example:
     python -m tnt_jax.precompile --topology=v5e:2x4 --gin_file=models/t5_1_1_xl.gin \
@@ -159,7 +159,11 @@ def compile_step(
     trainer = load_original.make_trainer(batch_size=batch_size, devices=devices, **of_trainer)
     batch = trainer.abstract_batch(
         feature_converters.feature_shapes(
-            task_feature_lengths, batch_size, num_negative_ids, pack=pack
+            task_feature_lengths,
+            batch_size,
+            num_negative_ids,
+            pack=pack,
+            feature_layout=trainer.model.network.feature_layout,
         )
     )
     report: dict[str, Any] = {

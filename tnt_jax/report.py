@@ -1,7 +1,7 @@
-r"""One HTML file that shows what an update did: numbers, trade-offs, every changed output.
+r"""Writes one HTML file that shows what an update did: numbers, trade-offs, every changed output.
 
-The file needs no network and no server. It takes the folder of a pipeline, or the files that the
-other programs wrote, or the results of a sweep, or several of these.
+The file needs no network and no server. The input is the folder of a pipeline, the files that the
+other programs wrote, the results of a sweep, or several of these.
 
 Example:
     python -m tnt_jax.report --gin_file=runs/report.gin --gin.PIPELINE_DIR=runs/quickstart \

@@ -1,15 +1,16 @@
-r"""Objectives x weights x seeds from one original: who cuts how much, at what change.
+r"""Compares objectives, weights and seeds from one original: who cuts how much, at what change.
 
-Every arm is trained on the same annotated outputs and evaluated on the same prompts, as `pipeline`
-does it. A sweep that was stopped goes on; several processes may share one (NUM_PROCESSES,
-PROCESS_INDEX), each with its own part of the arms.
+Every arm trains on the same annotated outputs and is evaluated on the same prompts, as in
+`pipeline`. A sweep that was stopped resumes. Several processes may share one (NUM_PROCESSES,
+PROCESS_INDEX); each takes its own part of the arms.
 
-It writes `results.json`: "rows", one for each arm, weight, seed and decoder, on prompts that no
-weight was chosen on; "choice_rows", the same on those that it was; "chosen", each arm at its chosen
-weight, over seeds, with intervals over prompts. Of an arm with several rounds, "steps" and
-"train_seconds" are those of all its rounds together. And `results.md`, those as tables.
+It writes `results.json` and, as tables, `results.md`. In `results.json`, "rows" has each arm,
+weight, seed and decoder on the prompts that were not used to choose weights; "choice_rows" has the
+same on the prompts that were; "chosen" has each arm at its chosen weight, averaged over seeds, with
+intervals over prompts. "steps" and "train_seconds" count all rounds of an arm.
 
-Which arms are on the frontier is known when all are done: those can then be run with other seeds.
+When all arms are done, those on the frontier of cut and BLEU can be run with further seeds
+(FRONTIER_SEEDS).
 
 Example:
     python -m tnt_jax.sweep --gin_file=models/from_checkpoint.gin --gin_file=runs/sweep.gin \
@@ -49,7 +50,7 @@ class Grid:
       variant: What is special, for tables; "" is nothing.
       objective_settings: Further arguments of `objectives.TntObjective`.
       train: Further arguments of `train.train`.
-      dataset: Further arguments of `tasks.RecordFiles`.
+      dataset: Further arguments of `datasets.RecordFiles`.
       annotator: Makes the annotator of the training outputs, if it is not the experiment's.
       training_decoders: That make the training outputs; empty is the first. Of several, outputs are
         brought together as those of rounds are.

@@ -1,17 +1,17 @@
-"""Our objectives inside T5X's own training program, `python -m t5x.train`.
+"""Runs our objectives inside T5X's own training program, `python -m t5x.train`.
 
-For those who have google-research/t5x: nothing else imports this module. `TntModel` is T5X's
-encoder-decoder model with a `TntObjective`, `TntTrainer` its trainer with a frozen original,
-`FeatureConverter` turns our seqio tasks into model features, and `get_dataset` reads batches that a
-restart neither repeats nor leaves out. `gin_configs/t5x/train.gin` puts them together.
+It needs google-research/t5x; nothing else imports this module. `TntModel` is T5X's encoder-decoder
+model with a `TntObjective`. `TntTrainer` is its trainer with a frozen original. `FeatureConverter`
+turns our seqio tasks into model features. `get_dataset` reads batches that a restart neither
+repeats nor skips. `gin_configs/t5x/train.gin` puts them together.
 
 The loss is the sum of the token losses of a batch, over all microbatches and devices, divided once
-by the number of unmasked target tokens, as in `train_step`. T5X's `loss_normalizing_factor`,
-`label_smoothing` and `z_loss` are therefore no settings of `TntModel`: the last two are those of
-`TntObjective`.
+by the number of unmasked target tokens, as in `train_step`. Therefore T5X's
+`loss_normalizing_factor`, `label_smoothing` and `z_loss` are not settings of `TntModel`; the last
+two are settings of `TntObjective`.
 
-The original always comes from the initial checkpoint, also when T5X goes on from a checkpoint in
-`model_dir`. It is an argument of the compiled step, sharded as the parameters are; it is never
+The original always comes from the initial checkpoint, also when T5X resumes from a checkpoint in
+`model_dir`. It is an argument of the compiled step, sharded as the parameters are. It is never
 donated and never saved. `MODEL_DIR/tnt_jax_run.json` holds its path and digest.
 """
 

@@ -1,15 +1,14 @@
 r"""Trains a T5 on annotated records: Targeted Negative Training, its baselines, or fine-tuning.
 
-The parameters come from, in this order:
+The parameters come from the first of these that exists:
 
-1. the newest checkpoint in MODEL_DIR, if there is one: the run goes on where it stopped;
-2. INITIAL_CHECKPOINT_PATH, a checkpoint or a model directory of this tool;
+1. the newest checkpoint in MODEL_DIR: the run resumes where it stopped;
+2. INITIAL_CHECKPOINT_PATH, a checkpoint or a model directory;
 3. a random initialisation from the seed, if INITIAL_CHECKPOINT_PATH is None.
 
-The original, which the objectives compare with, always comes from 2 or 3, also when a run goes on:
-it is never the half-trained model of MODEL_DIR. Its digest is in every checkpoint, and checked. A
-further round, which starts from a model that was patched already, names that one in
-START_CHECKPOINT_PATH.
+The original, with which the objectives compare, always comes from 2 or 3, also when a run resumes.
+It is never the half-trained model of MODEL_DIR. Every checkpoint holds its digest, which is
+checked. A further round starts from a patched model: START_CHECKPOINT_PATH names it.
 
 Example:
     python -m tnt_jax.train --gin_file=models/t5_1_1_base.gin --gin_file=objectives/tnrf.gin \
@@ -32,7 +31,8 @@ from jax.experimental import multihost_utils
 from tnt_jax import objectives
 from tnt_jax.checkpoints import pretrained
 from tnt_jax.data import feature_converters
-from tnt_jax.models import sharding, t5
+from tnt_jax.models import sharding
+from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime import (
     console,
     files,
@@ -60,11 +60,11 @@ from tnt_jax.watching import metric_writers, watching
 
 @runtime_checkable
 class Dataset(Protocol):
-    """A source of examples: `tasks.RecordFiles`, `tasks.SeqioDataset`, or your own."""
+    """A source of examples: `datasets.RecordFiles`, `tasks.SeqioDataset`, or your own."""
 
     @property
     def vocabulary(self) -> Any:
-        """The seqio vocabulary of its ids."""
+        """The tokeniser of its ids."""
         ...
 
     def removed_everywhere(self) -> tuple[int, ...]:
@@ -79,7 +79,7 @@ class Dataset(Protocol):
 def train(
     *,
     model_dir: str,
-    model: t5.T5Config | pretrained.FromCheckpoint,
+    model: NetworkConfig | pretrained.FromCheckpoint,
     objective: objectives.TntObjective,
     dataset: Dataset,
     task_feature_lengths: Mapping[str, int],
@@ -216,6 +216,7 @@ def train(
         task_feature_lengths=task_feature_lengths,
         seed=seed,
         pack=pack,
+        feature_layout=network.network.feature_layout,
     )
     _check_marks(data.examples, objective, task_feature_lengths, config.vocab_size)
     _log_fill(data.batches)
@@ -440,7 +441,7 @@ def _log_fill(batches: feature_converters.Batches) -> None:
 
 
 def _warn_about(
-    objective: objectives.TntObjective, model: t5.T5Config, initial_checkpoint_path: str | None
+    objective: objectives.TntObjective, model: NetworkConfig, initial_checkpoint_path: str | None
 ) -> None:
     if initial_checkpoint_path is None:
         console.log(

@@ -4,7 +4,6 @@ import dataclasses
 import json
 
 import pytest
-import seqio
 
 from tnt_jax import annotate, annotators
 from tnt_jax.annotators import beam_jobs
@@ -54,7 +53,7 @@ def test_output_is_that_of_the_loop_byte_for_byte(tmp_path, lexicon):
 def test_alternatives_are_tokenised_by_the_workers(tmp_path, lexicon):
     texts = ["the rat and the cat sat here", "a dog sat there"]
     tokenization.train_sentencepiece(texts, tmp_path / "pieces.model", vocab_size=17)
-    vocabulary = seqio.SentencePieceVocabulary(str(tmp_path / "pieces.model"))
+    vocabulary = tokenization.SentencePiece(str(tmp_path / "pieces.model"))
     rows = [records.Record(id=str(i), inputs="", targets=t) for i, t in enumerate(texts)]
     records.write_records(tmp_path / "in.jsonl", rows)
     for name, options in (("loop", None), ("beam", OPTIONS)):

@@ -21,7 +21,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
-import seqio
 import tensorstore as ts
 from etils import epath
 from helpers.huggingface_model import TINY, write_directory
@@ -73,7 +72,7 @@ def world(tmp_path_factory):
         write_directory(folder / "huggingface", CONFIG)
         change_json("huggingface/config.json", lambda config: config | SETTINGS)
         tokenization.train_sentencepiece(["the house is wonderful"], "spiece.model", vocab_size=17)
-        vocabulary = seqio.SentencePieceVocabulary("spiece.model", 19)
+        vocabulary = tokenization.SentencePiece("spiece.model", 19)
         vocabularies.write(epath.Path("huggingface"), vocabulary)
         write_json("huggingface/generation_config.json", {"max_length": 20, "eos_token_id": 1})
         write_json("huggingface/special_tokens_map.json", {"eos_token": "</s>"})
@@ -98,7 +97,7 @@ def change_json(path, change):
 
 def write_adapters():
     """A run of adapters beside the model."""
-    added = adapters.init(t5.abstract_params(CONFIG), 2, jax.random.key(0))
+    added = adapters.init(t5.T5(CONFIG).abstract_params(), 2, jax.random.key(0))
     run = {
         "original": {"path": "huggingface", "digest": "0"},
         "adapters": {"alpha": 4.0, "rank": 2, "beside": "huggingface"},
@@ -535,7 +534,7 @@ def test_every_part_of_the_notes_of_a_run(damaged):
         pretrained.open_checkpoint(str(path)).weights["decoder/layers_0/mlp/wo/kernel"].load()
 
     assert outcome(open_it, damaged) == "works"
-    (file,) = damaged.glob("checkpoint_0/run/*")
+    file = damaged / "checkpoint_0" / "run" / "metadata"
     found = outcomes_of(file, open_it)
     assert set(found.values()) > {"works"}
     for key in ("alpha", "rank"):
@@ -545,7 +544,7 @@ def test_every_part_of_the_notes_of_a_run(damaged):
 
 @of_format("adapters")
 def test_adapters_beside_themselves(damaged):
-    (file,) = damaged.glob("checkpoint_0/run/*")
+    file = damaged / "checkpoint_0" / "run" / "metadata"
     run = json.loads(file.read_text())
     shutil.copytree("damaged", "others")
     for folder, beside in (("damaged", "others"), ("others", "damaged")):

@@ -14,7 +14,6 @@ import pathlib
 import gin
 import numpy as np
 import pytest
-import seqio
 from etils import epath
 from helpers import rooms
 from helpers.huggingface_model import TINY, write_directory
@@ -48,7 +47,7 @@ def hf():
         vocab_size = 320
     folder = pathlib.Path("flan-t5-tiny")
     write_directory(folder, dataclasses.replace(TINY, vocab_size=vocab_size))
-    vocabularies.write(epath.Path(folder), seqio.SentencePieceVocabulary(str(file), 100))
+    vocabularies.write(epath.Path(folder), tokenization.SentencePiece(str(file), 100))
     (folder / "generation_config.json").write_text('{"decoder_start_token_id": 0}')
     rows = [records.Record(id=str(i), inputs=text) for i, text in enumerate(texts[:24])]
     records.write_records("prompts.jsonl", rows)
@@ -233,4 +232,4 @@ def test_a_pipeline_hands_the_model_back_as_it_came(output_format, scan_layers, 
         np.testing.assert_array_equal(array.load(), trained.weights[name].load())
     if output_format == "huggingface":
         assert "Before and after" in (root / "huggingface" / "README.md").read_text()
-        assert pretrained.vocabulary(str(root / "huggingface")).vocab_size > 100
+        assert pretrained.vocabulary(str(root / "huggingface")).size > 100

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from tnt_jax.checkpoints import digests, lazy_arrays, orbax, pretrained
-from tnt_jax.models import sharding, t5
+from tnt_jax.models import parameters, sharding
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.training import run_checkpoints, train_step
 
@@ -255,7 +255,8 @@ def test_a_run_goes_on_with_its_layers_as_it_has_them(is_scanned, tmp_path):
     layer = {"scale": jnp.ones(4)}
     apart = {"encoder": {"layers_0": layer, "layers_1": layer}}
     states = [
-        train_step.init_state(params, adafactor()) for params in (apart, t5.stack_layers(apart))
+        train_step.init_state(params, adafactor())
+        for params in (apart, parameters.stack_layers(apart))
     ]
     save(tmp_path, states[is_scanned])
     message = (

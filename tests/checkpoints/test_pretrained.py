@@ -11,14 +11,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-import seqio
 from etils import epath
 from helpers.huggingface_model import TINY, write_directory
 
 from tnt_jax import convert
 from tnt_jax.checkpoints import lazy_arrays, orbax, pretrained
 from tnt_jax.data import tokenization, vocabularies
-from tnt_jax.models import sharding, t5
+from tnt_jax.models import parameters, sharding, t5
 from tnt_jax.models.model import Model
 from tnt_jax.runtime.errors import UsageError
 
@@ -38,7 +37,7 @@ def directory(tmp_path, sentencepiece):
     """A model of 40 rows with 30 pieces and 9 extra ids."""
     folder = tmp_path / "model"
     write_directory(folder)
-    vocabularies.write(epath.Path(folder), seqio.SentencePieceVocabulary(sentencepiece, 9))
+    vocabularies.write(epath.Path(folder), tokenization.SentencePiece(sentencepiece, 9))
     return folder
 
 
@@ -62,7 +61,7 @@ def test_every_kind_is_found_by_its_path_alone(output_format, directory):
     assert found.config == expected.config
     for name, array in found.weights.items():
         np.testing.assert_array_equal(array.load(), expected.weights[name].load())
-    params = t5.abstract_params(found.config)
+    params = t5.T5(found.config).abstract_params()
     on_one_device = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(
             x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[3])
@@ -93,7 +92,7 @@ def assert_restored(found, config, params):
         assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(
             lambda x: x.sharding, wanted
         )
-        expected = t5.stack_layers(params) if scan_layers else params
+        expected = parameters.stack_layers(params) if scan_layers else params
         jax.tree.map(np.testing.assert_array_equal, restored, expected)
 
 
@@ -122,8 +121,8 @@ def of_a_scanned_run(directory, tmp_path):
     """A model directory of ours in which the layers are stacked, and the parameters in it."""
     convert.convert(input=str(directory), output=str(tmp_path / "run"), output_format="orbax")
     shutil.rmtree(tmp_path / "run" / "checkpoint_0")
-    params = t5.init(TINY, jax.random.key(4))
-    stacked = ocp.args.StandardSave(t5.stack_layers(params))
+    params = t5.T5(TINY).init(jax.random.key(4))
+    stacked = ocp.args.StandardSave(parameters.stack_layers(params))
     orbax.save_items(epath.Path(tmp_path / "run"), 5, {orbax.PARAMS: stacked})
     return tmp_path / "run", params
 
@@ -290,15 +289,15 @@ def test_every_setting_of_the_computation_is_a_macro_of_the_gin_file():
 @pytest.mark.parametrize("output_format", ["huggingface", "orbax"])
 def test_a_model_brings_its_vocabulary(output_format, directory, sentencepiece):
     found = pretrained.vocabulary(str(of_kind(directory, output_format)))
-    assert found.vocab_size == 39
-    expected = seqio.SentencePieceVocabulary(sentencepiece, 9)
+    assert found.size == 39
+    expected = tokenization.SentencePiece(sentencepiece, 9)
     for text in TEXTS:
         assert found.encode(text) == expected.encode(text)
 
 
 def test_a_file_of_pieces_has_t5_s_extra_ids(sentencepiece):
-    assert pretrained.vocabulary(sentencepiece).vocab_size == 130
-    assert pretrained.vocabulary(sentencepiece, 0).vocab_size == 30
+    assert pretrained.vocabulary(sentencepiece).size == 130
+    assert pretrained.vocabulary(sentencepiece, 0).size == 30
 
 
 def test_the_ids_of_byt5(directory):
@@ -306,7 +305,7 @@ def test_the_ids_of_byt5(directory):
     settings = {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 125}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
     found = pretrained.vocabulary(str(directory))
-    assert found.vocab_size == 384  # as config.json of ByT5 says
+    assert found.size == 384  # as config.json of ByT5 says
     assert found.encode("é") == [195 + 3, 169 + 3]
 
 
@@ -316,9 +315,9 @@ def test_added_tokens_come_after_t5_s_own(directory, capsys):
     (directory / "added_tokens.json").write_text(json.dumps(added))
     found = pretrained.vocabulary(str(directory))
     assert "1 tokens that T5 does not (<sep>)" in capsys.readouterr().out
-    assert found.vocab_size == 40
+    assert found.size == 40
     assert found.encode("<sep>")[-1] == 39
-    plain = seqio.SentencePieceVocabulary(str(directory / "spiece.model"), 9)
+    plain = tokenization.SentencePiece(str(directory / "spiece.model"), 9)
     for text in (*TEXTS, "<extra_id_0> walks"):
         assert found.encode(text) == plain.encode(text)
 
@@ -331,7 +330,7 @@ def test_a_t5x_checkpoint_brings_none(directory):
 
 
 def test_another_vocabulary_than_the_model_s(directory, tmp_path, sentencepiece):
-    same = seqio.SentencePieceVocabulary(sentencepiece, 9)
+    same = tokenization.SentencePiece(sentencepiece, 9)
     assert pretrained.check_vocabulary(same, TINY, str(directory)) == 39
     other = tmp_path / "other.model"
     tokenization.train_sentencepiece([*TEXTS, "zebras"], other, vocab_size=32)
@@ -339,7 +338,7 @@ def test_another_vocabulary_than_the_model_s(directory, tmp_path, sentencepiece)
         r"expected the vocabulary of the model in .*model, found another: id \d+ is '.*' there"
     )
     with pytest.raises(UsageError, match=message):
-        pretrained.check_vocabulary(seqio.SentencePieceVocabulary(str(other)), TINY, str(directory))
+        pretrained.check_vocabulary(tokenization.SentencePiece(str(other)), TINY, str(directory))
 
 
 @pytest.mark.parametrize(("num_rows", "fits"), [(34, False), (35, True), (163, True), (164, False)])
@@ -354,8 +353,8 @@ def test_t5_s_own_numbers(shared_data):
     """32,000 pieces and 100 extra ids in 32,128 rows; the ids of a sentence as T5 has them."""
     file = str(shared_data / "data" / "t5_vocab" / "sentencepiece.model")
     vocabulary = pretrained.vocabulary(file)
-    vocabularies.check_size(vocabulary.vocab_size, 32128)
-    vocabularies.check_size(vocabulary.vocab_size, 32100)
+    vocabularies.check_size(vocabulary.size, 32128)
+    vocabularies.check_size(vocabulary.size, 32100)
     assert vocabulary.encode("The house is wonderful.") == [37, 629, 19, 1627, 5]
     with pytest.raises(UsageError):
-        vocabularies.check_size(vocabulary.vocab_size, 250112)
+        vocabularies.check_size(vocabulary.size, 250112)

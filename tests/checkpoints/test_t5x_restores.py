@@ -14,7 +14,7 @@ from tnt_jax import convert
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # T5X calls what JAX deprecates
     pytest.importorskip(
-        "t5x", reason="needs google-research/t5x, which no package index has: see README.md"
+        "t5x", reason="needs google-research/t5x, which no package index has: see docs/howto_t5x.md"
     )
     from t5x import adafactor, checkpoints, models, partitioning, state_utils, utils
     from t5x.examples.scalable_t5 import network as scalable_network
@@ -58,7 +58,7 @@ def test_t5x_reads_what_is_written(
     written_by_t5x,
     tmp_path,
 ):
-    """For inference; and to train on, as README.md says, without the optimizer's state."""
+    """For inference; and to train on, as docs/howto_t5x.md says, without the optimizer's state."""
     convert.convert(
         input=str(written_by_t5x / "t5_legacy"),
         output=str(tmp_path),

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import t5_inputs
 from hypothesis import strategies as st
 
 from tnt_jax import objectives
@@ -206,8 +207,10 @@ CONFIG = t5.T5Config(
 )
 
 
-@pytest.mark.parametrize("make_forward", [t5.make_forward, t5.make_factored_forward])
-def test_loss_and_gradient_are_those_of_rows_of_their_own(make_forward, quick_compilation):
+@pytest.mark.parametrize(
+    "forward", [t5_inputs.make_forward(CONFIG), t5.T5(CONFIG).forward], ids=["whole", "factored"]
+)
+def test_loss_and_gradient_are_those_of_rows_of_their_own(forward, quick_compilation):
     examples = random_examples(60)
     batches = packed_batches(examples, batch_size=4)
     layout, packed = batches.layout(1), batches[1]
@@ -216,8 +219,7 @@ def test_loss_and_gradient_are_those_of_rows_of_their_own(make_forward, quick_co
         [examples[place.example] for place in layout], LENGTHS, batches.num_negative_ids
     )
     assert (alone["decoder_negative_ids"] >= 0).sum(axis=-1).max() == 3
-    params, original_params = (t5.init(CONFIG, jax.random.key(seed)) for seed in (0, 1))
-    forward = make_forward(CONFIG)
+    params, original_params = (t5.T5(CONFIG).init(jax.random.key(seed)) for seed in (0, 1))
     objective = objectives.TntObjective(
         negative_term="reverse_kl", positive_term="forward_kl", negative_weight=3.0
     )

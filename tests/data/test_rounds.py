@@ -5,13 +5,12 @@ import itertools
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import seqio
 
 from tnt_jax import objectives
-from tnt_jax.data import records, removed_everywhere, rounds, tokenization
+from tnt_jax.data import marks, records, removed_everywhere, rounds, tokenization
 from tnt_jax.runtime.errors import UsageError
 
-VOCABULARY = seqio.ByteVocabulary()  # id = byte + 3
+VOCABULARY = tokenization.Bytes()  # id = byte + 3
 
 
 def record(name, targets, spans=(), inputs="in", further=()):
@@ -92,15 +91,14 @@ def test_the_order_of_rounds_makes_no_difference_to_what_is_desired():
 def test_marks_are_those_that_training_reads():
     """The ids that a record's spans imply are in the ledger's entries too."""
     (row,) = rounds.merge([[record("1", "abc", [(1, 3)])]], VOCABULARY)
-    pairs = tokenization.mark_tokens(row, VOCABULARY).negative_pairs.tolist()
+    pairs = marks.mark_tokens(row, VOCABULARY).negative_pairs.tolist()
     assert pairs == [[1, ord("b") + 3], [2, ord("c") + 3]]
 
 
 def test_a_merge_leaves_it_to_training_whether_first_tokens_alone_count():
     merged = rounds.merge([[record("1", "abc", [(1, 3)])], [record("2", "abd")]], VOCABULARY)
     pairs = [
-        tokenization.mark_tokens(row, VOCABULARY, "first_token").negative_pairs.tolist()
-        for row in merged
+        marks.mark_tokens(row, VOCABULARY, "first_token").negative_pairs.tolist() for row in merged
     ]
     assert pairs == [[[1, ord("b") + 3]], [[1, ord("b") + 3], [2, ord("c") + 3]]]
 
@@ -111,8 +109,7 @@ def test_a_merge_keeps_what_is_removed_by_its_id_within_a_span():
     other = record("2", "xyz", [(1, 3)]), record("3", "xyzw", [(2, 3)])
     merged = rounds.merge([[own, *other]], VOCABULARY)
     pairs = [
-        tokenization.mark_tokens(row, VOCABULARY, "first_token").negative_pairs.tolist()
-        for row in merged
+        marks.mark_tokens(row, VOCABULARY, "first_token").negative_pairs.tolist() for row in merged
     ]
     b, c, y, z = ids("b"), ids("c"), ids("y"), ids("z")
     assert pairs == [[[1, *b], [2, *c]], [[1, *y], [2, *z]], [[1, *y], [2, *z]]]

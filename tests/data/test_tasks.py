@@ -7,7 +7,15 @@ import seqio
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from tnt_jax.data import feature_converters, paper_tasks, records, tasks, tokenization
+from tnt_jax.data import (
+    datasets,
+    feature_converters,
+    marks,
+    paper_tasks,
+    records,
+    tasks,
+    tokenization,
+)
 from tnt_jax.runtime.errors import UsageError
 
 LENGTHS = {"inputs": 32, "targets": 24}
@@ -26,7 +34,7 @@ TEXTS = [
 def vocabulary(tmp_path_factory):
     path = tmp_path_factory.mktemp("vocabulary") / "small.model"
     tokenization.train_sentencepiece([*TEXTS, "abcdefghij"], path, vocab_size=50)
-    return seqio.SentencePieceVocabulary(str(path))
+    return tokenization.SentencePiece(str(path))
 
 
 @pytest.fixture(autouse=True)
@@ -39,11 +47,17 @@ def registries():
             registry.remove(name)
 
 
+def texts_of(vocabulary, *names, **settings):
+    """The features of a plain task of seqio."""
+    own = tasks.seqio_vocabulary(vocabulary)
+    return {name: seqio.Feature(own, **settings) for name in names or ("inputs", "targets")}
+
+
 def annotated_records(vocabulary):
     """Sixty records with exact ids, marks and alternatives; every third one is clean."""
     rows = []
     for number, text in enumerate(TEXTS):
-        ids = tokenization.encode(vocabulary, text, add_eos=True)
+        ids = vocabulary.prompt_ids(text)
         start = text.index("the ") + 4
         span = (start, len(text) - 1)
         is_clean = number % 3 == 0
@@ -56,9 +70,7 @@ def annotated_records(vocabulary):
                 negative_spans=() if is_clean else (span, (0, 2)),
                 negative_token_ids=()
                 if is_clean
-                else tokenization.alternative_token_ids(
-                    vocabulary, ids, span, ["city", "riverside"]
-                ),
+                else marks.alternative_token_ids(vocabulary, ids, span, ["city", "riverside"]),
                 annotator="test",
                 extra={"number": number},
             )
@@ -106,8 +118,8 @@ def test_files_and_tasks_give_the_same_examples(vocabulary, tmp_path):
     jsonl, tfrecord = str(tmp_path / "rows.jsonl"), str(tmp_path / "rows.tfrecord")
     records.write_records(jsonl, rows)
     write_tf_examples(tfrecord, rows)
-    expected = [tokenization.mark_tokens(row, vocabulary) for row in rows]
-    from_files = tasks.RecordFiles(files=jsonl, vocabulary=vocabulary).load(LENGTHS)
+    expected = [marks.mark_tokens(row, vocabulary) for row in rows]
+    from_files = datasets.RecordFiles(files=jsonl, vocabulary=vocabulary).load(LENGTHS)
     for example, row, marked in zip(from_files, rows, expected, strict=True):
         assert example.id == row.id
         assert example.inputs.tolist() == [*vocabulary.encode(row.inputs), 1]
@@ -140,7 +152,7 @@ def test_files_and_tasks_give_the_same_examples(vocabulary, tmp_path):
 def test_mining_keeps_marked_records(vocabulary, tmp_path):
     path = str(tmp_path / "rows.jsonl")
     records.write_records(path, annotated_records(vocabulary))
-    examples = tasks.RecordFiles(files=path, vocabulary=vocabulary, clean_per_marked=0.25).load(
+    examples = datasets.RecordFiles(files=path, vocabulary=vocabulary, clean_per_marked=0.25).load(
         LENGTHS
     )
     assert sorted(len(e.negative_pairs) > 0 for e in examples) == [False] * 8 + [True] * 32
@@ -162,7 +174,7 @@ def test_records_that_cannot_be_trained_on_are_usage_errors(vocabulary, tmp_path
     records.write_records(path, [records.Record(id="r1", **row)])
     tasks.record_task("bad", {"train": path}, vocabulary)
     for dataset in (
-        tasks.RecordFiles(files=path, vocabulary=vocabulary),
+        datasets.RecordFiles(files=path, vocabulary=vocabulary),
         tasks.SeqioDataset(mixture_or_task_name="bad"),
     ):
         with pytest.raises(UsageError, match=f"(?s)'r1' ?.*{re.escape(message)}") as caught:
@@ -173,7 +185,9 @@ def test_records_that_cannot_be_trained_on_are_usage_errors(vocabulary, tmp_path
 def test_plain_fine_tuning_needs_no_annotation(vocabulary, tmp_path):
     path = str(tmp_path / "rows.jsonl")
     records.write_records(path, [records.Record(id="r", inputs="a", targets="the city")])
-    (example,) = tasks.RecordFiles(files=path, vocabulary=vocabulary, annotated=False).load(LENGTHS)
+    (example,) = datasets.RecordFiles(files=path, vocabulary=vocabulary, annotated=False).load(
+        LENGTHS
+    )
     assert example.negative_pairs.shape == (0, 2)
 
 
@@ -185,7 +199,7 @@ def test_cut_marks_and_spans_without_token_are_told(vocabulary, tmp_path, caplog
     )
     tasks.record_task("told", {"train": path}, vocabulary)
     for dataset in (
-        tasks.RecordFiles(files=path, vocabulary=vocabulary),
+        datasets.RecordFiles(files=path, vocabulary=vocabulary),
         tasks.SeqioDataset(mixture_or_task_name="told"),
     ):
         caplog.clear()
@@ -220,7 +234,7 @@ def test_your_own_task_needs_only_token_ids(vocabulary):
     seqio.TaskRegistry.add(
         "plain",
         source=of_rows(rows, inputs=INTS, targets=INTS),
-        output_features={name: seqio.Feature(vocabulary) for name in ("inputs", "targets")},
+        output_features=texts_of(vocabulary),
     )
     examples = tasks.load_examples("plain", LENGTHS, "train")
     assert [e.inputs.tolist() for e in examples] == [[7, 1], [8, 9, 1]]
@@ -242,7 +256,7 @@ def test_text_of_your_own_task_is_marked(vocabulary):
         output_features=tasks.record_features(vocabulary),
     )
     (example,) = tasks.load_examples("marked", LENGTHS, "train")
-    marked = [vocabulary.tokenizer.id_to_piece(int(i)) for i in example.negative_pairs[:, 1]]
+    marked = [vocabulary.processor.id_to_piece(int(i)) for i in example.negative_pairs[:, 1]]
     assert "".join(marked) == "theriverside"
 
 
@@ -281,7 +295,7 @@ def test_a_task_without_targets_is_a_usage_error(vocabulary):
     seqio.TaskRegistry.add(
         "no_targets",
         source=of_rows([{"inputs": [1]}], inputs=INTS),
-        output_features={"inputs": seqio.Feature(vocabulary)},
+        output_features={"inputs": seqio.Feature(tasks.seqio_vocabulary(vocabulary))},
     )
     with pytest.raises(UsageError, match="expected token ids as feature 'targets'"):
         tasks.SeqioDataset(mixture_or_task_name="no_targets")
@@ -308,9 +322,7 @@ def test_a_tfds_data_set_that_is_not_there_is_a_usage_error(vocabulary, tmp_path
     source = seqio.TfdsDataSource(
         "no_such_data:1.0.0", tfds_data_dir=str(tmp_path), splits=["train"]
     )
-    seqio.TaskRegistry.add(
-        "absent", source=source, output_features={"targets": seqio.Feature(vocabulary)}
-    )
+    seqio.TaskRegistry.add("absent", source=source, output_features=texts_of(vocabulary, "targets"))
     with pytest.raises(UsageError, match=r"'absent' cannot be read: .*`tfds build no_such_data"):
         tasks.load_examples("absent", LENGTHS, "train")
 
@@ -321,7 +333,7 @@ def test_a_mixture_keeps_every_example_and_its_rates(vocabulary):
         seqio.TaskRegistry.add(
             name,
             source=of_rows(rows, inputs=INTS, targets=INTS),
-            output_features={name: seqio.Feature(vocabulary) for name in ("inputs", "targets")},
+            output_features=texts_of(vocabulary),
         )
     seqio.MixtureRegistry.add("even", ["rare", "common"], default_rate=1)
     seqio.MixtureRegistry.add("uneven", [("rare", 1), ("common", 6)])
@@ -346,7 +358,7 @@ def test_random_preprocessors_draw_the_same_every_time(vocabulary):
         "random",
         source=of_rows([{"inputs": [1]}] * 4, inputs=INTS),
         preprocessors=[random_target],
-        output_features={name: seqio.Feature(vocabulary) for name in ("inputs", "targets")},
+        output_features=texts_of(vocabulary),
     )
     one, other = (
         [e.targets.tolist() for e in tasks.load_examples("random", LENGTHS, "train")] for _ in "ab"
@@ -391,11 +403,11 @@ def test_prompts_are_the_texts_or_else_decoded(vocabulary, tmp_path):
     assert tasks.prompts_from_task("texts", "train") == [
         records.Record(id="r", inputs="café", targets="the city")
     ]
-    ids = tokenization.encode(vocabulary, "the city", add_eos=True)
+    ids = vocabulary.prompt_ids("the city")
     seqio.TaskRegistry.add(
         "ids",
         source=of_rows([{"inputs": ids, "targets": [1]}], inputs=INTS, targets=INTS),
-        output_features={name: seqio.Feature(vocabulary) for name in ("inputs", "targets")},
+        output_features=texts_of(vocabulary),
     )
     assert tasks.prompts_from_task("ids", "train") == [
         records.Record(id="ids/train:0", inputs="the city", targets="")
@@ -407,7 +419,6 @@ def test_ids_may_be_numbers_and_repeat(vocabulary, marked, capsys):
     """As TFDS has them, and as the tasks of a mixture have the same ones."""
     rows = [{"id": number, "inputs": "the city", "targets": "the city"} for number in (7, 8, 7)]
     texts = {name: tf.TensorSpec([], tf.string) for name in ("inputs", "targets")}
-    features = ["inputs", "targets"]
     for name in ("one", "other"):
         seqio.TaskRegistry.add(
             name,
@@ -415,7 +426,7 @@ def test_ids_may_be_numbers_and_repeat(vocabulary, marked, capsys):
             preprocessors=[tasks.tokenize_and_mark if marked else seqio.preprocessors.tokenize],
             output_features=tasks.record_features(vocabulary)
             if marked
-            else {name: seqio.Feature(vocabulary, add_eos=False) for name in features},
+            else texts_of(vocabulary, add_eos=False),
         )
     seqio.MixtureRegistry.add("both", ["one", "other"], default_rate=1.0)
     examples = tasks.load_examples("one", LENGTHS, "train")
@@ -451,7 +462,7 @@ def test_the_tasks_of_the_paper_run_on_mock_data(vocabulary, name):
     assert features["encoder_input_tokens"].shape == (4, 32)
     assert (features["decoder_negative_ids"] == -1).all()
     assert (features["decoder_loss_mask"].sum(axis=1) > 1).all()
-    assert features["decoder_target_tokens"].max() < vocabulary.vocab_size
+    assert features["decoder_target_tokens"].max() < vocabulary.size
 
 
 def test_comments_that_answer_nothing_are_left_out():
@@ -476,8 +487,8 @@ def test_first_tokens_alone_and_loss_until_the_first_negative(tmp_path, vocabula
     files = str(tmp_path / "rows.jsonl")
     rows = annotated_records(vocabulary)
     records.write_records(files, rows)
-    whole = tasks.RecordFiles(files=files, vocabulary=vocabulary).load(LENGTHS)
-    first = tasks.RecordFiles(
+    whole = datasets.RecordFiles(files=files, vocabulary=vocabulary).load(LENGTHS)
+    first = datasets.RecordFiles(
         files=files, vocabulary=vocabulary, marks="first_token", loss_until="first_negative"
     ).load(LENGTHS)
     task = tasks.record_task(
@@ -492,7 +503,7 @@ def test_first_tokens_alone_and_loss_until_the_first_negative(tmp_path, vocabula
             assert other.loss_mask.all()
             continue
         # The extents of tokens say where a span begins; alternatives stay as they were.
-        _, extents = tokenization.token_extents(vocabulary, one.targets)
+        _, extents = vocabulary.extents(one.targets)
         starts = [
             next(i for i, (_, end) in enumerate(extents) if start < end)
             for start, _ in row.negative_spans
@@ -513,4 +524,4 @@ def test_marks_that_there_are_not(tmp_path, vocabulary):
     for settings in ({"marks": "first"}, {"loss_until": "negative"}):
         (name,) = settings
         with pytest.raises(UsageError, match=f"{name}: expected one of .*, found"):
-            tasks.RecordFiles(files=files, vocabulary=vocabulary, **settings).load(LENGTHS)
+            datasets.RecordFiles(files=files, vocabulary=vocabulary, **settings).load(LENGTHS)

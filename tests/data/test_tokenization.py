@@ -1,4 +1,6 @@
+import copy
 import itertools
+import pickle
 import re
 
 import hypothesis
@@ -8,7 +10,7 @@ import sentencepiece
 import seqio
 from hypothesis import strategies as st
 
-from tnt_jax.data import records, tokenization
+from tnt_jax.data import marks, records, tokenization
 from tnt_jax.runtime.errors import UsageError
 
 TEXTS = [
@@ -25,7 +27,7 @@ TEXTS = [
 def small_vocabulary(tmp_path_factory):
     path = tmp_path_factory.mktemp("vocabulary") / "small.model"
     tokenization.train_sentencepiece(TEXTS, path, vocab_size=56, user_defined_symbols=["#NAME#"])
-    return seqio.SentencePieceVocabulary(str(path))
+    return tokenization.SentencePiece(str(path))
 
 
 @pytest.fixture(scope="module")
@@ -44,30 +46,30 @@ def byte_fallback_vocabulary(tmp_path_factory):
             byte_fallback=True,
             minloglevel=2,
         )
-    return seqio.SentencePieceVocabulary(str(path))
+    return tokenization.SentencePiece(str(path))
 
 
 @pytest.fixture(scope="module")
 def t5_vocabulary(shared_data):
     path = shared_data / "data" / "t5_vocab" / "sentencepiece.model"
-    return seqio.SentencePieceVocabulary(str(path), extra_ids=100)
+    return tokenization.SentencePiece(str(path), extra_ids=100)
 
 
-BYTES = seqio.ByteVocabulary()
+BYTES = tokenization.Bytes()
 
 
 def pieces(vocabulary, ids):
-    return [vocabulary.tokenizer.id_to_piece(int(i)) for i in ids]
+    return [vocabulary.processor.id_to_piece(int(i)) for i in ids]
 
 
 def marked(vocabulary, targets, *unwanted, **fields):
     """(texts of the marked tokens, the marking itself), for spans given as their texts."""
     spans = tuple((targets.index(text), targets.index(text) + len(text)) for text in unwanted)
     record = records.Record(id="r", inputs="", targets=targets, negative_spans=spans, **fields)
-    result = tokenization.mark_tokens(record, vocabulary)
+    result = marks.mark_tokens(record, vocabulary)
     positions, ids = result.negative_pairs.T
     np.testing.assert_array_equal(result.target_ids[positions], ids)
-    if isinstance(vocabulary, seqio.ByteVocabulary):
+    if isinstance(vocabulary, tokenization.Bytes):
         return [bytes([i - 3]) for i in ids], result
     return pieces(vocabulary, ids), result
 
@@ -78,38 +80,38 @@ def marked(vocabulary, targets, *unwanted, **fields):
 def test_the_t5_vocabulary_gives_the_published_ids(t5_vocabulary):
     assert tokenization.check_vocabulary(t5_vocabulary) == 32_100
     text = "The house is wonderful."
-    ids = tokenization.encode(t5_vocabulary, text, add_eos=True)
+    ids = t5_vocabulary.prompt_ids(text)
     assert ids == [37, 629, 19, 1627, 5, 1]
-    assert tokenization.token_extents(t5_vocabulary, ids) == (
+    assert t5_vocabulary.extents(ids) == (
         text,
         [(0, 3), (4, 9), (10, 12), (13, 22), (22, 23), (23, 23)],
     )
 
 
 def test_an_extent_leaves_out_the_leading_space_and_special_tokens(small_vocabulary):
-    ids = small_vocabulary.tokenizer.piece_to_id(["▁centre", "#NAME#", "▁", "a", ").", "▁("])
-    assert tokenization.token_extents(small_vocabulary, [*ids, 0, 1, ids[0]]) == (
+    ids = small_vocabulary.processor.piece_to_id(["▁centre", "#NAME#", "▁", "a", ").", "▁("])
+    assert small_vocabulary.extents([*ids, 0, 1, ids[0]]) == (
         "centre#NAME# a). (",
         [(0, 6), (6, 12), (13, 13), (13, 14), (14, 16), (17, 18), *[(18, 18)] * 3],
     )
 
 
 def test_unknown_pieces_and_ids_beyond_the_vocabulary_are_question_marks(small_vocabulary):
-    a = small_vocabulary.tokenizer.piece_to_id("a")
-    assert tokenization.token_extents(small_vocabulary, [a, 2, a, 99]) == (
+    a = small_vocabulary.processor.piece_to_id("a")
+    assert small_vocabulary.extents([a, 2, a, 99]) == (
         "a ⁇ a ⁇ ",
         [(0, 1), (2, 3), (4, 5), (6, 7)],
     )
 
 
 def test_extra_ids_are_text(t5_vocabulary):
-    text, extents = tokenization.token_extents(t5_vocabulary, [37, 32_099, 629])
+    text, extents = t5_vocabulary.extents([37, 32_099, 629])
     assert [text[start:end] for start, end in extents] == ["The", "<extra_id_0>", "house"]
 
 
 def test_a_byte_stands_for_its_whole_character():
-    ids = tokenization.encode(BYTES, "a é😀", add_eos=True)
-    text, extents = tokenization.token_extents(BYTES, [*ids[:3], 0, *ids[3:]])
+    ids = BYTES.prompt_ids("a é😀")
+    text, extents = BYTES.extents([*ids[:3], 0, *ids[3:]])
     assert text == "a é😀"
     assert extents == [(0, 1), (2, 2), (2, 3), (2, 2), (2, 3), *[(3, 4)] * 4, (4, 4)]
 
@@ -117,7 +119,7 @@ def test_a_byte_stands_for_its_whole_character():
 def test_bytes_that_form_no_character_stand_for_nothing():
     whole, broken = list("é".encode()), list("日".encode())[:2]
     ids = [byte + 3 for byte in [*broken, *whole, *broken, ord("x")]]
-    assert tokenization.token_extents(BYTES, ids) == (
+    assert BYTES.extents(ids) == (
         "éx",
         [(0, 0), (0, 0), (0, 1), (0, 1), (1, 1), (1, 1), (1, 2)],
     )
@@ -127,7 +129,7 @@ def test_fallback_bytes_stand_for_their_whole_character(byte_fallback_vocabulary
     targets = "a 日 place"
     texts, _ = marked(byte_fallback_vocabulary, targets, "日")
     assert texts == ["<0xE6>", "<0x97>", "<0xA5>"]
-    ids = tokenization.encode(byte_fallback_vocabulary, targets, add_eos=True)
+    ids = byte_fallback_vocabulary.prompt_ids(targets)
     assert marked(byte_fallback_vocabulary, targets, "日", target_ids=tuple(ids))[0] == texts
 
 
@@ -146,10 +148,10 @@ def vocabulary_called(name, request):
 def test_extents_lie_in_order_in_the_decoded_text(name, request, data):
     vocabulary = vocabulary_called(name, request)
     # Ten more ids than there are: a model's padding rows.
-    token_ids = st.integers(0, vocabulary.vocab_size + 9)
+    token_ids = st.integers(0, vocabulary.size + 9)
     ids = data.draw(st.lists(token_ids, max_size=12))
-    text, extents = tokenization.token_extents(vocabulary, ids)
-    assert text == tokenization.decode(vocabulary, ids)
+    text, extents = vocabulary.extents(ids)
+    assert text == vocabulary.decode(ids)
     assert len(extents) == len(ids)
     assert all(0 <= start <= end <= len(text) for start, end in extents)
     owned = {i for start, end in extents for i in range(start, end)}
@@ -162,14 +164,14 @@ def test_extents_lie_in_order_in_the_decoded_text(name, request, data):
 
 def test_pieces_are_the_targets_cut_up(t5_vocabulary):
     record = records.Record(id="r", inputs="", targets="The house is small.")
-    assert tokenization.pieces(record, t5_vocabulary) == ["The", " house", " is", " small", ".", ""]
+    assert marks.pieces(record, t5_vocabulary) == ["The", " house", " is", " small", ".", ""]
     # One character in three bytes is said once, and what was cut before its end has no EOS.
     euro = records.Record(id="r", inputs="", targets="a €", target_ids=(100, 35, 229, 133, 175))
-    assert tokenization.pieces(euro, BYTES) == ["a", " ", "€", "", ""]
+    assert marks.pieces(euro, BYTES) == ["a", " ", "€", "", ""]
     nothing = records.Record(id="r", inputs="", targets="", target_ids=(1,))
-    assert tokenization.pieces(nothing, BYTES) == [""]
+    assert marks.pieces(nothing, BYTES) == [""]
     no_token = records.Record(id="r", inputs="", targets="", target_ids=())
-    assert tokenization.pieces(no_token, t5_vocabulary) == []
+    assert marks.pieces(no_token, t5_vocabulary) == []
 
 
 @vocabulary_names
@@ -177,11 +179,11 @@ def test_pieces_are_the_targets_cut_up(t5_vocabulary):
 @hypothesis.given(data=st.data())
 def test_there_are_as_many_pieces_as_tokens(name, request, data):
     vocabulary = vocabulary_called(name, request)
-    ids = data.draw(st.lists(st.integers(3, vocabulary.vocab_size - 1), max_size=6))
+    ids = data.draw(st.lists(st.integers(3, vocabulary.size - 1), max_size=6))
     ids += data.draw(st.sampled_from([[], [1]]))
-    text = tokenization.decode(vocabulary, ids)
+    text = vocabulary.decode(ids)
     row = records.Record(id="r", inputs="", targets=text, target_ids=tuple(ids))
-    pieces = tokenization.pieces(row, vocabulary)
+    pieces = marks.pieces(row, vocabulary)
     assert len(pieces) == len(ids)
     assert "".join(pieces) == text
 
@@ -236,7 +238,7 @@ def test_a_span_without_token_is_counted(small_vocabulary):
     record = records.Record(
         id="r", inputs="", targets="in the city", negative_spans=((2, 3), (7, 8))
     )
-    result = tokenization.mark_tokens(record, small_vocabulary)
+    result = marks.mark_tokens(record, small_vocabulary)
     assert result.num_spans_without_token == 1
     assert pieces(small_vocabulary, result.negative_pairs[:, 1]) == ["▁c"]
 
@@ -276,15 +278,15 @@ def test_every_character_that_is_dropped_marks_nothing(name, request):
     num_dropped = 0
     for before, after in [("the ", " river"), ("the riv", "er"), ("the", " river"), ("", "the")]:
         texts = [before + character + after for character in characters]
-        without = vocabulary.tokenizer.encode([before + after, f"{before} {after}"])
+        without = vocabulary.processor.encode([before + after, f"{before} {after}"])
         span = (len(before), len(before) + 1)
-        for number, ids in enumerate(vocabulary.tokenizer.encode(texts)):
+        for number, ids in enumerate(vocabulary.processor.encode(texts)):
             is_dropped = ids in without
             if is_dropped or number % 20 == 0:  # of the others a few, for marking takes longer
                 record = records.Record(
                     id="r", inputs="", targets=texts[number], negative_spans=(span,)
                 )
-                result = tokenization.mark_tokens(record, vocabulary)
+                result = marks.mark_tokens(record, vocabulary)
                 assert (not len(result.negative_pairs)) == is_dropped, ascii(texts[number])
                 assert result.num_spans_without_token == is_dropped
             num_dropped += is_dropped
@@ -294,14 +296,14 @@ def test_every_character_that_is_dropped_marks_nothing(name, request):
 def test_no_annotation_marks_nothing(small_vocabulary):
     for spans in (None, ()):
         record = records.Record(id="r", inputs="", targets="in the city", negative_spans=spans)
-        assert tokenization.mark_tokens(record, small_vocabulary).negative_pairs.shape == (0, 2)
+        assert marks.mark_tokens(record, small_vocabulary).negative_pairs.shape == (0, 2)
 
 
 def test_exact_ids_are_kept(small_vocabulary):
     text = "It is in the riverside."
     sampled = {
         tuple(
-            small_vocabulary.tokenizer.encode(text, enable_sampling=True, alpha=0.2, nbest_size=-1)
+            small_vocabulary.processor.encode(text, enable_sampling=True, alpha=0.2, nbest_size=-1)
         )
         for _ in range(30)
     }
@@ -322,7 +324,7 @@ def test_further_ids_are_removed_beside_the_marked_ones(small_vocabulary):
         negative_spans=((4, 13),),
         negative_token_ids=((6, (9, 7, 9)), (5, (25,)), (0, (8, 2))),
     )
-    result = tokenization.mark_tokens(record, small_vocabulary)
+    result = marks.mark_tokens(record, small_vocabulary)
     assert pieces(small_vocabulary, result.target_ids) == [
         *("▁", "t", "h", "e", "▁", "riverside", "</s>")
     ]
@@ -343,7 +345,7 @@ def test_further_ids_are_removed_beside_the_marked_ones(small_vocabulary):
 def test_marks_that_do_not_fit_are_usage_errors(small_vocabulary, fields, message):
     record = records.Record(id="r7", inputs="", targets="the city", **fields)
     with pytest.raises(UsageError, match=re.escape(message)) as caught:
-        tokenization.mark_tokens(record, small_vocabulary)
+        marks.mark_tokens(record, small_vocabulary)
     assert "record 'r7'" in str(caught.value)
 
 
@@ -369,9 +371,9 @@ def test_marked_tokens_cover_the_spans(name, request, text, data):
     start = data.draw(st.integers(0, len(text) - 1))
     end = data.draw(st.integers(start + 1, len(text)))
     record = records.Record(id="r", inputs="", targets=text, negative_spans=((start, end),))
-    result = tokenization.mark_tokens(record, vocabulary)
-    ids, extents = tokenization.ids_and_extents(record, vocabulary)
-    assert result.target_ids.tolist() == tokenization.encode(vocabulary, text, add_eos=True) == ids
+    result = marks.mark_tokens(record, vocabulary)
+    ids, extents = marks.ids_and_extents(record, vocabulary)
+    assert result.target_ids.tolist() == vocabulary.prompt_ids(text) == ids
     covered = {i for p in result.negative_pairs[:, 0] for i in range(*extents[p])}
     wanted = {i for i in range(start, end) if says(vocabulary, text[i])}
     assert wanted <= covered
@@ -382,9 +384,9 @@ def test_marked_tokens_cover_the_spans(name, request, text, data):
     for position in set(range(len(ids))) - set(result.negative_pairs[:, 0].tolist()):
         assert not wanted & set(range(*extents[position]))
     # The exact ids of a text that decodes to itself mark the same tokens.
-    if tokenization.decode(vocabulary, ids) == text:
+    if vocabulary.decode(ids) == text:
         exact = records.Record(**{**vars(record), "target_ids": tuple(ids)})
-        again = tokenization.mark_tokens(exact, vocabulary)
+        again = marks.mark_tokens(exact, vocabulary)
         np.testing.assert_array_equal(again.negative_pairs, result.negative_pairs)
 
 
@@ -393,32 +395,32 @@ def test_marked_tokens_cover_the_spans(name, request, text, data):
 
 def test_first_tokens_know_where_they_stand(t5_vocabulary):
     strings = ["riverside", "city centre", "日本", " Ask "]
-    after_space = tokenization.first_token_ids(t5_vocabulary, "it is in the ", strings)
+    after_space = marks.first_token_ids(t5_vocabulary, "it is in the ", strings)
     assert pieces(t5_vocabulary, [after_space[i] for i in (0, 1, 3)]) == ["▁river", "▁city", "▁Ask"]
     assert after_space[2] is None  # "▁" and then unknown: the "▁" says nothing yet
-    assert tokenization.first_token_ids(t5_vocabulary, "", strings) == after_space
-    after_bracket = tokenization.first_token_ids(t5_vocabulary, "it is (", strings)
+    assert marks.first_token_ids(t5_vocabulary, "", strings) == after_space
+    after_bracket = marks.first_token_ids(t5_vocabulary, "it is (", strings)
     assert pieces(t5_vocabulary, after_bracket) == ["riv", "city", "<unk>", "A"]
     # Each equals the token in the whole text.
     for prefix, first_ids in [("it is in the ", after_space), ("it is (", after_bracket)]:
-        num_before = len(tokenization.encode(t5_vocabulary, prefix, add_eos=False))
+        num_before = len(t5_vocabulary.encode(prefix))
         for index in (0, 1, 3):
             text = prefix + strings[index].strip()
-            whole = tokenization.encode(t5_vocabulary, text, add_eos=False)
+            whole = t5_vocabulary.encode(text)
             assert whole[num_before] == first_ids[index]
 
 
 def test_first_tokens_of_bytes_are_first_bytes():
-    assert tokenization.first_token_ids(BYTES, "in the ", ["riverside", "日"]) == [
+    assert marks.first_token_ids(BYTES, "in the ", ["riverside", "日"]) == [
         ord("r") + 3,
         0xE6 + 3,
     ]
 
 
 def alternatives_by_piece(vocabulary, text, span_text, alternatives, occurrence=0):
-    ids = tokenization.encode(vocabulary, text, add_eos=True)
+    ids = vocabulary.prompt_ids(text)
     start = [match.start() for match in re.finditer(re.escape(span_text), text)][occurrence]
-    entries = tokenization.alternative_token_ids(
+    entries = marks.alternative_token_ids(
         vocabulary, ids, (start, start + len(span_text)), alternatives
     )
     return {
@@ -444,10 +446,10 @@ def test_alternatives_depart_before_or_after_a_lone_space(small_vocabulary):
         small_vocabulary, "in the riverside", "riverside", ["city", "Zoo", "countryside"]
     ) == {(6, "▁"): {"▁c"}, (7, "riverside"): {"countryside"}}
     # Whatever came before them: here an id that only a padding row of the model has.
-    space, riverside = small_vocabulary.tokenizer.piece_to_id(["▁", "riverside"])
-    assert tokenization.alternative_token_ids(
+    space, riverside = small_vocabulary.processor.piece_to_id(["▁", "riverside"])
+    assert marks.alternative_token_ids(
         small_vocabulary, [99, space, riverside], (4, 6), ["countryside"]
-    ) == ((2, (small_vocabulary.tokenizer.piece_to_id("countryside"),)),)
+    ) == ((2, (small_vocabulary.processor.piece_to_id("countryside"),)),)
 
 
 def test_alternatives_keep_what_their_token_holds_before_the_span(small_vocabulary):
@@ -464,24 +466,24 @@ def test_alternatives_keep_what_their_token_holds_before_the_span(small_vocabula
 
 
 def test_a_span_without_token_has_no_alternatives(small_vocabulary):
-    ids = tokenization.encode(small_vocabulary, "in the city", add_eos=True)
-    assert tokenization.alternative_token_ids(small_vocabulary, ids, (2, 3), ["city"]) == ()
+    ids = small_vocabulary.prompt_ids("in the city")
+    assert marks.alternative_token_ids(small_vocabulary, ids, (2, 3), ["city"]) == ()
 
 
 def test_alternatives_make_a_valid_record(small_vocabulary):
     text = "in the riverside"
-    ids = tokenization.encode(small_vocabulary, text, add_eos=True)
+    ids = small_vocabulary.prompt_ids(text)
     record = records.Record(
         id="r",
         inputs="",
         targets=text,
         target_ids=tuple(ids),
         negative_spans=((7, 16),),
-        negative_token_ids=tokenization.alternative_token_ids(
+        negative_token_ids=marks.alternative_token_ids(
             small_vocabulary, ids, (7, 16), ["city", "Zoo"]
         ),
     )
-    pairs = tokenization.mark_tokens(record, small_vocabulary).negative_pairs
+    pairs = marks.mark_tokens(record, small_vocabulary).negative_pairs
     assert [(p, *pieces(small_vocabulary, [i])) for p, i in pairs.tolist()] == [
         (6, "▁c"),
         (7, "riverside"),
@@ -490,26 +492,24 @@ def test_alternatives_make_a_valid_record(small_vocabulary):
 
 def test_a_blank_alternative_is_a_usage_error(small_vocabulary):
     with pytest.raises(UsageError, match="blank"):
-        tokenization.first_token_ids(small_vocabulary, "", ["city", " "])
+        marks.first_token_ids(small_vocabulary, "", ["city", " "])
 
 
 # --- What would complete a text -------------------------------------------------------------------
 
 
 def completions_by_piece(vocabulary, text, *arguments):
-    ids = tokenization.encode(vocabulary, text, add_eos=True)
-    found = tokenization.Completions(vocabulary).ids(ids, *arguments)
+    ids = vocabulary.prompt_ids(text)
+    found = marks.Completions(vocabulary).ids(ids, *arguments)
     return {position: set(pieces(vocabulary, removed)) for position, removed in found}
 
 
 def test_completions_are_a_decoding_mask_at_every_position(t5_vocabulary):
     """ "▁", "in", "▁the", "▁river", "s", ...: only what would make the name whole is removed."""
     text = "in the river bank"
-    tokens = pieces(t5_vocabulary, tokenization.encode(t5_vocabulary, text, add_eos=True))
+    tokens = pieces(t5_vocabulary, t5_vocabulary.prompt_ids(text))
     river = tokens.index("▁river")
-    riverside = pieces(
-        t5_vocabulary, tokenization.encode(t5_vocabulary, "riverside", add_eos=False)
-    )
+    riverside = pieces(t5_vocabulary, t5_vocabulary.encode("riverside"))
     assert riverside == ["▁river", "side"]
     # A name of one token goes at every position, one of two after its first token.
     everywhere = {position: {"▁bank"} for position in range(len(tokens))}
@@ -540,19 +540,19 @@ def test_a_supported_text_keeps_no_longer_one_that_ends_with_it(t5_vocabulary):
 def test_alternatives_are_tokenised_once_for_each_place(t5_vocabulary, monkeypatch):
     tokenised = []
 
-    def tokens_after(vocabulary, anchor, texts):
+    def tokens_after(vocabulary, before, texts):
         tokenised.extend(texts)
-        return real_tokens_after(vocabulary, anchor, texts)
+        return real_tokens_after(vocabulary, before, texts)
 
-    real_tokens_after = tokenization._tokens_after
-    monkeypatch.setattr(tokenization, "_tokens_after", tokens_after)
-    continuations = tokenization.Continuations(t5_vocabulary, ["the", "city"])
-    ids = tokenization.encode(t5_vocabulary, "in the bank and the bank", add_eos=True)
+    real_tokens_after = marks._tokens_after
+    monkeypatch.setattr(marks, "_tokens_after", tokens_after)
+    continuations = marks.Continuations(t5_vocabulary, ["the", "city"])
+    ids = t5_vocabulary.prompt_ids("in the bank and the bank")
     for span in [(7, 11), (20, 24), (7, 11)]:
         arguments = (t5_vocabulary, ids, span, ["river", "city hall"], ["lake"])
-        found = tokenization.alternative_token_ids(*arguments, continuations)
-        assert found == tokenization.alternative_token_ids(
-            *arguments, tokenization.Continuations(t5_vocabulary, ["the", "city"])
+        found = marks.alternative_token_ids(*arguments, continuations)
+        assert found == marks.alternative_token_ids(
+            *arguments, marks.Continuations(t5_vocabulary, ["the", "city"])
         )
         assert [pieces(t5_vocabulary, removed) for _, removed in found] == [["▁river"]]
     # By the one that all spans share, and by the other three, once each.
@@ -562,10 +562,10 @@ def test_alternatives_are_tokenised_once_for_each_place(t5_vocabulary, monkeypat
 def test_what_cannot_be_spelt_bans_nothing(small_vocabulary):
     """An unknown token stands for any other unknown text, too."""
     texts = ["riverside", "Zoo", " "]
-    space, riverside = small_vocabulary.tokenizer.piece_to_id(["▁", "riverside"])
-    assert tokenization.spellings(small_vocabulary, texts) == {"riverside": ((space, riverside),)}
+    space, riverside = small_vocabulary.processor.piece_to_id(["▁", "riverside"])
+    assert marks.spellings(small_vocabulary, texts) == {"riverside": ((space, riverside),)}
     assert completions_by_piece(small_vocabulary, "in the city", ["Zoo"]) == {}
-    assert tokenization.spellings(BYTES, ["Zoo"]) == {"Zoo": (tuple(c + 3 for c in b"Zoo"),)}
+    assert marks.spellings(BYTES, ["Zoo"]) == {"Zoo": (tuple(c + 3 for c in b"Zoo"),)}
 
 
 def test_a_piece_that_joins_a_punctuation_mark_is_a_spelling(tmp_path):
@@ -577,10 +577,10 @@ def test_a_piece_that_joins_a_punctuation_mark_is_a_spelling(tmp_path):
         vocab_size=18,
         user_defined_symbols=["\u25815.", "\u2581of"],
     )
-    vocabulary = seqio.SentencePieceVocabulary(str(path), extra_ids=0)
+    vocabulary = tokenization.SentencePiece(str(path), extra_ids=0)
     spelt = {
         text: [pieces(vocabulary, ids) for ids in of_text]
-        for text, of_text in tokenization.spellings(vocabulary, ["of 5", "of", "4"]).items()
+        for text, of_text in marks.spellings(vocabulary, ["of 5", "of", "4"]).items()
     }
     assert spelt["of 5"] == [["▁of", "▁", "5"], ["▁of", "▁5."]]
     assert spelt["of"] == [["▁of"]]
@@ -594,17 +594,57 @@ def test_a_piece_that_joins_a_punctuation_mark_is_a_spelling(tmp_path):
 
 def test_completions_of_other_texts_are_other_ones(t5_vocabulary):
     """Those of the last texts are remembered."""
-    completions = tokenization.Completions(t5_vocabulary)
-    ids = tokenization.encode(t5_vocabulary, "in the bank", add_eos=True)
+    completions = marks.Completions(t5_vocabulary)
+    ids = t5_vocabulary.prompt_ids("in the bank")
     found = [completions.ids(ids, [text]) for text in ("bank", "river", "bank")]
     assert found[0] == found[2] != found[1]
+
+
+# --- seqio has the same ids and texts -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["small_vocabulary", "byte_fallback_vocabulary", "t5_vocabulary", "bytes"]
+)
+@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.given(text=st.text(max_size=30), data=st.data())
+def test_ids_and_texts_are_those_of_seqio(name, request, text, data):
+    """Of any text, and of any ids: ends, padding, extra ids and a model's padding rows too."""
+    vocabulary = vocabulary_called(name, request)
+    theirs = (
+        seqio.ByteVocabulary()
+        if name == "bytes"
+        else seqio.SentencePieceVocabulary(
+            vocabulary.sentencepiece_model_file, vocabulary.extra_ids
+        )
+    )
+    assert (vocabulary.size, vocabulary.unknown_id) == (theirs.vocab_size, theirs.unk_id)
+    assert vocabulary.end_ids == {vocabulary.end_id} == {theirs.eos_id}
+    ids = theirs.encode(text)
+    assert vocabulary.encode(text) == ids
+    assert vocabulary.prompt_ids(text) == [*ids, theirs.eos_id]
+    encoded = vocabulary.encode_with_extents(text)
+    assert encoded.ids == ids
+    assert len(encoded.extents) == len(ids)
+    assert all(0 <= start <= end <= len(text) for start, end in encoded.extents)
+    drawn = data.draw(st.lists(st.integers(0, vocabulary.size + 9), max_size=12))
+    for one in (ids, drawn):
+        assert vocabulary.decode(one) == vocabulary.extents(one)[0] == theirs.decode(one)
+
+
+def test_a_copy_has_no_loaded_model_and_the_same_ids(small_vocabulary):
+    """gin copies what it passes; other processes get a pickled one."""
+    again = pickle.loads(pickle.dumps(small_vocabulary))
+    assert "processor" not in vars(again)
+    assert again == small_vocabulary == copy.deepcopy(small_vocabulary)
+    assert again.encode("in the city") == small_vocabulary.encode("in the city")
 
 
 # --- Vocabularies ---------------------------------------------------------------------------------
 
 
 def test_training_is_repeatable_and_uses_the_ids_of_t5(small_vocabulary, tmp_path):
-    processor = small_vocabulary.tokenizer
+    processor = small_vocabulary.processor
     assert [processor.pad_id(), processor.eos_id(), processor.unk_id(), processor.bos_id()] == [
         *(0, 1, 2, -1)
     ]
@@ -633,18 +673,18 @@ def test_a_vocabulary_that_cannot_be_trained_is_a_usage_error(tmp_path):
 
 
 def test_an_unusable_vocabulary_is_a_usage_error(tmp_path):
-    missing = seqio.SentencePieceVocabulary(str(tmp_path / "nowhere.model"))
+    missing = tokenization.SentencePiece(str(tmp_path / "nowhere.model"))
     with pytest.raises(UsageError, match=r"sentencepiece model at .*nowhere\.model"):
         tokenization.check_vocabulary(missing)
     (tmp_path / "text.model").write_text("no model")
-    broken = seqio.SentencePieceVocabulary(str(tmp_path / "text.model"))
+    broken = tokenization.SentencePiece(str(tmp_path / "text.model"))
     with pytest.raises(UsageError, match=r"sentencepiece model at .*text\.model"):
         tokenization.check_vocabulary(broken)
     with (tmp_path / "default.model").open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(TEXTS), model_writer=file, vocab_size=55, minloglevel=2
         )
-    default_ids = seqio.SentencePieceVocabulary(str(tmp_path / "default.model"))
+    default_ids = tokenization.SentencePiece(str(tmp_path / "default.model"))
     with pytest.raises(UsageError, match="found padding -1 and EOS 2"):
         tokenization.check_vocabulary(default_ids)
     with pytest.raises(UsageError, match="found PassThroughVocabulary"):

@@ -26,7 +26,7 @@ def write_directory(folder, config=TINY, dtype=np.float32, same_biases=False, sc
     random = np.random.default_rng(0)
     arrays = {
         name: random.normal(0, scale, shape).astype(dtype)
-        for name, shape in lazy_arrays.shapes(t5.abstract_params(config)).items()
+        for name, shape in lazy_arrays.shapes(t5.T5(config).abstract_params()).items()
     }
     if same_biases:
         first = arrays["encoder/layers_0/relpos_bias/rel_embedding"]

@@ -1,4 +1,4 @@
-"""A small T5 1.0, random parameters of any T5, and batches for it."""
+"""A small T5 1.0, random parameters of any T5, its logits multiplied out, and batches for it."""
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,8 @@ CONFIG_1_0 = t5.T5Config(
     logits_via_embedding=True,
 )
 
+TOKENS = ("encoder_input", "decoder_input", "decoder_target")
+
 
 def random_params(config, seed=0):
     """Parameters away from their initial values, so that a forgotten scale shows."""
@@ -28,7 +30,23 @@ def random_params(config, seed=0):
         values = rng.uniform(0.5, 1.5, leaf.shape) if is_scale else rng.normal(0, 0.2, leaf.shape)
         return jnp.asarray(values, jnp.float32)
 
-    return jax.tree.map(draw, t5.abstract_params(config))
+    return jax.tree.map(draw, t5.T5(config).abstract_params())
+
+
+def make_forward(config):
+    """`forward(params, batch, dropout_key=None)` to whole logits, by the network's own product."""
+
+    def forward(params, batch, dropout_key=None):
+        return t5.Transformer(config).apply(
+            {"params": params},
+            *(batch[f"{name}_tokens"] for name in TOKENS),
+            encoder_segment_ids=batch.get("encoder_segment_ids"),
+            decoder_segment_ids=batch.get("decoder_segment_ids"),
+            deterministic=dropout_key is None,
+            rngs=None if dropout_key is None else {"dropout": dropout_key},
+        )
+
+    return forward
 
 
 def random_batch(rng, vocab_size, source_lengths, target_lengths):

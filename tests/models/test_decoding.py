@@ -10,6 +10,7 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import t5_inputs
 
 from tnt_jax import annotators
 from tnt_jax.data import records
@@ -39,7 +40,8 @@ def random_params():
     """A model whose greedy outputs are neither short nor one token over and over."""
     rng = np.random.default_rng(9)
     params = jax.tree.map(
-        lambda leaf: rng.normal(0, 0.5, leaf.shape).astype(np.float32), t5.abstract_params(CONFIG)
+        lambda leaf: rng.normal(0, 0.5, leaf.shape).astype(np.float32),
+        t5.T5(CONFIG).abstract_params(),
     )
     for stack in ("encoder", "decoder"):
         params[stack]["relpos_bias"]["rel_embedding"] *= 4  # so that the position matters
@@ -67,7 +69,7 @@ def _forward(sources, targets):
         "decoder_input_tokens": inputs,
         "decoder_target_tokens": targets,
     }
-    return t5.make_forward(CONFIG)(random_params(), batch)
+    return t5_inputs.make_forward(CONFIG)(random_params(), batch)
 
 
 def log_probs(sources, targets, removed=(0,)):

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import t5_inputs
 from helpers.t5_inputs import CONFIG_1_0, SOME_BATCH, random_params
 from jax.sharding import PartitionSpec
 
 from tnt_jax import objectives
 from tnt_jax.checkpoints import digests
-from tnt_jax.models import decoding, sharding, t5
+from tnt_jax.models import decoding, parameters, sharding, t5
 from tnt_jax.models.model import Model
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.training import optimizers
@@ -45,7 +46,7 @@ def packed(batch):
 
 def loss_of(config, dropout_key=None):
     """A number in which every logit counts on its own."""
-    forward = t5.make_forward(config)
+    forward = t5_inputs.make_forward(config)
 
     def loss(params, batch):
         logits = forward(params, batch, dropout_key)
@@ -70,10 +71,10 @@ def gradients_of(config, is_packed=False):
     """Logits, and gradients with layers apart, of one set of parameters."""
     params = random_params(dataclasses.replace(config, scan_layers=False))
     if config.scan_layers:
-        params = t5.stack_layers(params)
+        params = parameters.stack_layers(params)
     batch = packed(SOME_BATCH) if is_packed else SOME_BATCH
     gradients, logits = quick_jit(jax.grad(loss_of(config), has_aux=True))(params, batch)
-    return logits, t5.unstack_layers(gradients)
+    return logits, parameters.unstack_layers(gradients)
 
 
 def assert_close(found, expected, atol=1e-5):
@@ -106,7 +107,7 @@ def test_gradients_are_those_without_remat(policy, scan_layers):
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_what_is_computed_again_has_the_same_dropout(scan_layers):
     config = dataclasses.replace(CONFIG_1_0, dropout_rate=0.3, scan_layers=scan_layers)
-    params = t5.init(config, jax.random.key(0))
+    params = t5.T5(config).init(jax.random.key(0))
 
     def gradients(policy):
         settings = dataclasses.replace(config, remat_policy=policy)
@@ -120,7 +121,7 @@ def test_every_scanned_layer_has_a_dropout_of_its_own():
     # All layers add the same number to every element that their dropout lets through. With one mask
     # for all of them, and one for what they begin with, a row would have four sizes at most.
     config = scanned(CONFIG_1_0, num_encoder_layers=8, dropout_rate=0.5)
-    params = jax.tree.map(jnp.zeros_like, t5.init(config, jax.random.key(0)))
+    params = jax.tree.map(jnp.zeros_like, t5.T5(config).init(jax.random.key(0)))
     layers = params["encoder"]["layers"]
     for norm in (layers["pre_mlp_layer_norm"], params["encoder"]["encoder_norm"]):
         norm["scale"] += 1
@@ -144,7 +145,7 @@ def test_full_keeps_less_than_minimal_and_minimal_less_than_none():
     def temporary_bytes(policy):
         settings = scanned(config, remat_policy=policy)
         gradient = quick_jit(jax.grad(loss_of(settings), has_aux=True))
-        compiled = gradient.lower(t5.abstract_params(settings), SOME_BATCH).compile()
+        compiled = gradient.lower(t5.T5(settings).abstract_params(), SOME_BATCH).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     full, minimal, none = (temporary_bytes(policy) for policy in ("full", "minimal", "none"))
@@ -157,16 +158,16 @@ def test_full_keeps_less_than_minimal_and_minimal_less_than_none():
 @each_config
 def test_stacked_parameters_start_from_the_same_numbers(config):
     key = jax.random.key(3)
-    apart, stacked = t5.init(config, key), t5.init(scanned(config), key)
+    apart, stacked = t5.T5(config).init(key), t5.T5(scanned(config)).init(key)
     kernel = stacked["decoder"]["layers"]["self_attention"]["query"]["kernel"]
     for i in range(3):
         expected = apart["decoder"][f"layers_{i}"]["self_attention"]["query"]["kernel"]
         np.testing.assert_array_equal(kernel[i], expected)
-    assert_close(stacked, t5.stack_layers(apart), atol=0)
-    assert_close(t5.unstack_layers(stacked), apart, atol=0)
+    assert_close(stacked, parameters.stack_layers(apart), atol=0)
+    assert_close(parameters.unstack_layers(stacked), apart, atol=0)
     # What is so already stays so.
-    assert_close(t5.stack_layers(stacked), stacked, atol=0)
-    assert_close(t5.unstack_layers(apart), apart, atol=0)
+    assert_close(parameters.stack_layers(stacked), stacked, atol=0)
+    assert_close(parameters.unstack_layers(apart), apart, atol=0)
 
 
 def test_stacked_parameters_are_those_that_the_network_asks_for():
@@ -176,9 +177,9 @@ def test_stacked_parameters_are_those_that_the_network_asks_for():
         lambda: t5.Transformer(config).init(jax.random.key(0), tokens, tokens, tokens)["params"]
     )
     names = jax.tree.map(lambda x: x.names, boxed, is_leaf=lambda x: hasattr(x, "names"))
-    assert names == t5.param_logical_axes(config)
+    assert names == t5.T5(config).logical_axes()
     shapes = jax.tree.map(lambda x: x.value.shape, boxed, is_leaf=lambda x: hasattr(x, "names"))
-    assert shapes == jax.tree.map(lambda x: x.shape, t5.abstract_params(config))
+    assert shapes == jax.tree.map(lambda x: x.shape, t5.T5(config).abstract_params())
     assert names["encoder"]["layers"]["mlp"]["wo"]["kernel"] == ("layers", "mlp", "embed")
 
 
@@ -186,14 +187,14 @@ def test_eleven_layers_are_in_the_order_of_their_numbers():
     apart = {
         "decoder": {f"layers_{i}": {"scale": jnp.full(2, i)} for i in (10, 2, 0, 1, *range(3, 10))}
     }
-    stacked = t5.stack_layers(apart)["decoder"]["layers"]["scale"]
+    stacked = parameters.stack_layers(apart)["decoder"]["layers"]["scale"]
     np.testing.assert_array_equal(stacked[:, 0], range(11))
 
 
 def test_shapes_are_stacked_as_arrays_are():
-    shapes = t5.abstract_params(T5_1_0)
-    assert t5.stack_layers(shapes) == t5.abstract_params(scanned(T5_1_0))
-    assert t5.unstack_layers(t5.abstract_params(scanned(T5_1_0))) == shapes
+    shapes = t5.T5(T5_1_0).abstract_params()
+    assert parameters.stack_layers(shapes) == t5.T5(scanned(T5_1_0)).abstract_params()
+    assert parameters.unstack_layers(t5.T5(scanned(T5_1_0)).abstract_params()) == shapes
 
 
 @pytest.mark.parametrize("policy", ["all", "Full"])
@@ -212,7 +213,7 @@ def test_outputs_are_those_of_layers_apart(config):
     tokens = SOME_BATCH["encoder_input_tokens"]
     expected = decoding.decode(params, tokens, config=config, decoding=settings)
     found = decoding.decode(
-        t5.stack_layers(params),
+        parameters.stack_layers(params),
         tokens,
         config=scanned(config, remat_policy="full"),
         decoding=settings,
@@ -225,7 +226,7 @@ def test_weights_are_cut_out_of_their_stacks_before_the_loop():
     config = scanned(T5_1_1)
     traced = jax.jit(
         functools.partial(decoding.decode, config=config, decoding=decoding.Decoding(max_length=4))
-    ).trace(t5.abstract_params(config), SOME_BATCH["encoder_input_tokens"])
+    ).trace(t5.T5(config).abstract_params(), SOME_BATCH["encoder_input_tokens"])
     (call,) = (eqn for eqn in traced.jaxpr.jaxpr.eqns if "jaxpr" in eqn.params)
     (loop,) = (eqn for eqn in call.params["jaxpr"].eqns if eqn.primitive.name == "while")
     stacked = (3, config.emb_dim, config.num_heads * config.head_dim)
@@ -262,7 +263,7 @@ def test_adafactor_updates_each_layer_as_a_parameter_of_its_own(settings):
     # Gradients of very different sizes, so that what one layer's is clipped by is not another's.
     gradients = jax.tree.map(lambda x: x**3, params)
     gradients["decoder"]["layers_1"]["wi"] *= 100
-    stacked = t5.stack_layers(params)
+    stacked = parameters.stack_layers(params)
     plain, of_layers = (
         optax.adafactor(schedule, **settings),
         optimizers.adafactor(schedule, **settings),
@@ -271,9 +272,9 @@ def test_adafactor_updates_each_layer_as_a_parameter_of_its_own(settings):
     for _ in range(3):
         updates, plain_state = plain.update(gradients, plain_state, params)
         params = optax.apply_updates(params, updates)
-        updates, state = of_layers.update(t5.stack_layers(gradients), state, stacked)
+        updates, state = of_layers.update(parameters.stack_layers(gradients), state, stacked)
         stacked = optax.apply_updates(stacked, updates)
-        assert_close(t5.unstack_layers(stacked), params, atol=1e-8)
+        assert_close(parameters.unstack_layers(stacked), params, atol=1e-8)
     assert state[0].count == 3
 
 
@@ -293,8 +294,8 @@ def test_without_a_stack_it_is_optax_s_adafactor():
 def test_the_fingerprint_is_of_the_network():
     params = random_params(UMT5)
     digest = digests.of_params(params)
-    assert digests.of_params(t5.stack_layers(params)) == digest
-    other = t5.stack_layers(params)
+    assert digests.of_params(parameters.stack_layers(params)) == digest
+    other = parameters.stack_layers(params)
     scale = other["encoder"]["layers"]["pre_mlp_layer_norm"]["scale"]
     other["encoder"]["layers"]["pre_mlp_layer_norm"]["scale"] = scale[::-1]
     assert digests.of_params(other) != digest
@@ -338,7 +339,7 @@ def step_on(config, shape, devices):
         optimizer=optimizers.adafactor(0.01, min_dim_size_to_factor=16),
     )
     params = random_params(dataclasses.replace(config, scan_layers=False))
-    params = t5.stack_layers(params) if config.scan_layers else params
+    params = parameters.stack_layers(params) if config.scan_layers else params
     params = jax.tree.map(
         lambda x, like: jax.device_put(x, like.sharding), params, model.abstract_params
     )
@@ -348,7 +349,7 @@ def step_on(config, shape, devices):
         sharding.put_batch(batch_of(16), mesh),
         jax.device_put(jax.random.key(0), sharding.replicated(mesh)),
     )
-    return jax.device_get((t5.unstack_layers(state.params), sums["loss"]))
+    return jax.device_get((parameters.unstack_layers(state.params), sums["loss"]))
 
 
 def test_eight_devices_with_stacked_layers_give_the_update_of_one_without():
@@ -366,7 +367,7 @@ def test_weights_are_gathered_and_activations_are_not(scan_layers, shape):
     config = dataclasses.replace(OF_A_MESH, scan_layers=scan_layers)
     mesh = sharding.make_mesh(sharding.MeshShape(**shape), jax.devices()[:4])
     model = Model(config=config, mesh=mesh)
-    forward = t5.make_factored_forward(config)
+    forward = t5.T5(config).forward
 
     def gradient(params, batch):
         return jax.grad(lambda params: jnp.sum(forward(params, batch).hidden ** 2))(params)
@@ -395,7 +396,7 @@ def test_what_is_said_of_activations_and_weights(scan_layers):
     config = dataclasses.replace(OF_A_MESH, scan_layers=scan_layers, dtype="bfloat16")
     mesh = sharding.make_mesh(sharding.MeshShape(data=2, fsdp=2, model=2))
     model = Model(config=config, mesh=mesh)
-    program = jax.jit(sharding.traced_on(mesh, t5.make_forward(config)))
+    program = jax.jit(sharding.traced_on(mesh, t5_inputs.make_forward(config)))
     text = program.lower(model.abstract_params, jax.tree.map(jnp.asarray, batch_of(16))).as_text()
     said = collections.Counter(
         re.findall(r"sharding_constraint .*<@mesh, \[(.*)\]> : tensor<(.*)>", text)
@@ -429,10 +430,10 @@ def test_what_is_said_of_activations_and_weights(scan_layers):
 def test_a_constraint_says_nothing_of_axes_that_a_shard_map_has_taken():
     mesh = sharding.make_mesh(sharding.MeshShape(data=2, fsdp=4))
     config = scanned(OF_A_MESH)
-    params = t5.stack_layers(random_params(OF_A_MESH))
+    params = parameters.stack_layers(random_params(OF_A_MESH))
     batch = jax.tree.map(jnp.asarray, batch_of(16))
     del batch["decoder_negative_ids"]
-    forward = t5.make_forward(config)
+    forward = t5_inputs.make_forward(config)
     expected = quick_jit(forward)(params, batch)
 
     @quick_jit

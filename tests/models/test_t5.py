@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import golden_model
+from helpers import golden_model, t5_inputs
 from helpers.t5_inputs import CONFIG_1_0, SOME_BATCH, random_batch, random_params
 
 from tnt_jax.models import t5, t5_layers
@@ -26,7 +26,7 @@ GOLDEN_CONFIG = golden_model.CONFIG
 
 @functools.cache
 def forward_of(config):
-    return jax.jit(t5.make_forward(config))
+    return jax.jit(t5_inputs.make_forward(config))
 
 
 def golden_params(name="params"):
@@ -203,10 +203,10 @@ def test_buckets_do_not_depend_on_the_length(bidirectional, furthest):
 def test_a_distance_that_no_sequence_has_takes_no_memory():
     """Buckets are looked up in a table; one up to the distance had 64 MB here."""
     config = dataclasses.replace(CONFIG_1_0, relpos_max_distance=2**20)
-    params = t5.abstract_params(config)
+    params = t5.T5(config).abstract_params()
     tracemalloc.start()
     try:
-        jax.eval_shape(t5.make_forward(config), params, SOME_BATCH)
+        jax.eval_shape(t5_inputs.make_forward(config), params, SOME_BATCH)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -274,7 +274,7 @@ def test_hidden_states_times_the_output_matrix_are_the_logits(config):
 def test_factored_logits_are_logits(changes, vocab_axis, dtype):
     config = dataclasses.replace(CONFIG_1_0, **changes)
     params = random_params(config)
-    factored = jax.jit(t5.make_factored_forward(config))(params, SOME_BATCH)
+    factored = jax.jit(t5.T5(config).forward)(params, SOME_BATCH)
     assert (factored.vocab_axis, factored.hidden.dtype) == (vocab_axis, jnp.dtype(dtype))
     assert factored.matrix.shape == ((50, 16) if vocab_axis == 0 else (16, 50))
     matrix = np.asarray(factored.matrix)
@@ -286,7 +286,7 @@ def test_factored_logits_are_logits(changes, vocab_axis, dtype):
 def test_factored_logits_have_dropout_with_a_key():
     config = dataclasses.replace(CONFIG_1_0, dropout_rate=0.5)
     params, key = random_params(config), jax.random.key(1)
-    factored = jax.jit(t5.make_factored_forward(config))(params, SOME_BATCH, key)
+    factored = jax.jit(t5.T5(config).forward)(params, SOME_BATCH, key)
     logits = forward_of(config)(params, SOME_BATCH, key)
     np.testing.assert_allclose(factored.hidden @ factored.matrix.T, logits, atol=2e-4)
 
@@ -307,7 +307,7 @@ def test_bfloat16_computes_near_float32_and_leaves_parameters_alone(float32_atte
     config = dataclasses.replace(
         GOLDEN_CONFIG, dtype="bfloat16", float32_attention_logits=float32_attention_logits
     )
-    assert {leaf.dtype for leaf in jax.tree.leaves(t5.abstract_params(config))} == {
+    assert {leaf.dtype for leaf in jax.tree.leaves(t5.T5(config).abstract_params())} == {
         jnp.dtype(jnp.float32)
     }
     batch = golden_batch("int")
@@ -374,19 +374,21 @@ def test_cached_decoding_equals_teacher_forcing(config, num_beams):
     batch = SOME_BATCH
     expected = forward_of(config)(params, batch)
 
-    model = t5.Transformer(config)
-    memory = jax.jit(
-        lambda tokens: model.apply({"params": params}, tokens, method="start_decoding")
-    )(batch["encoder_input_tokens"])
-    inputs = jnp.repeat(batch["decoder_input_tokens"], num_beams, axis=0)
-    step = jax.jit(
-        lambda tokens, position, cache: model.apply(
-            {"params": params}, tokens, position, cache, memory, method="decode_step"
+    network = t5.T5(config)
+    tokens = batch["encoder_input_tokens"]
+    start = jax.jit(
+        functools.partial(
+            network.start_decoding,
+            num_beams=num_beams,
+            max_length=41,  # longer than what is decoded
         )
-    )
-    cache = t5.empty_cache(config, 3 * num_beams, 41)  # longer than what is decoded
+    )(params, tokens, jnp.sum(tokens > 0, axis=1))
+    inputs = jnp.repeat(batch["decoder_input_tokens"], num_beams, axis=0)
+    np.testing.assert_array_equal(start.tokens, inputs[:, 0])
+    step = jax.jit(network.decode_step)
+    cache = start.cache
     for position in range(40):
-        logits, cache = step(inputs[:, position], jnp.int32(position), cache)
+        logits, cache = step(params, inputs[:, position], position, cache, start.memory)
         np.testing.assert_allclose(
             logits, jnp.repeat(expected[:, position], num_beams, axis=0), atol=5e-5
         )
@@ -396,18 +398,18 @@ def test_cached_decoding_equals_teacher_forcing(config, num_beams):
 
 
 def test_parameter_names_and_shapes_are_those_of_t5x():
-    shapes = jax.tree.map(lambda x: x.shape, t5.abstract_params(GOLDEN_CONFIG))
+    shapes = jax.tree.map(lambda x: x.shape, t5.T5(GOLDEN_CONFIG).abstract_params())
     expected = jax.tree.map(lambda x: x.shape, golden_params())
     assert shapes == expected
-    tied = t5.abstract_params(CONFIG_1_0)
+    tied = t5.T5(CONFIG_1_0).abstract_params()
     assert "logits_dense" not in tied["decoder"]
     assert set(tied["encoder"]["layers_0"]["mlp"]) == {"wi", "wo"}
 
 
 def test_logical_axes_fit_the_parameters():
-    axes = t5.param_logical_axes(GOLDEN_CONFIG)
+    axes = t5.T5(GOLDEN_CONFIG).logical_axes()
     jax.tree.map(lambda x, names: None if len(x.shape) == len(names) else pytest.fail(names),
-                 t5.abstract_params(GOLDEN_CONFIG), axes)  # fmt: skip
+                 t5.T5(GOLDEN_CONFIG).abstract_params(), axes)  # fmt: skip
     assert axes["token_embedder"]["embedding"] == ("vocab", "embed")
     assert axes["encoder"]["relpos_bias"]["rel_embedding"] == ("heads", "relpos_buckets")
     layer = axes["decoder"]["layers_1"]
@@ -423,7 +425,7 @@ def test_initializers_are_those_of_t5x():
     config = dataclasses.replace(
         GOLDEN_CONFIG, emb_dim=64, num_heads=16, mlp_dim=256, num_encoder_layers=1
     )
-    params = jax.jit(t5.init, static_argnums=0)(config, jax.random.key(0))
+    params = jax.jit(t5.T5(config).init)(jax.random.key(0))
     layer = params["encoder"]["layers_0"]
     attention = {name: np.std(x["kernel"]) for name, x in layer["attention"].items()}
     expected = {
@@ -474,7 +476,7 @@ def test_segment_ids_come_in_pairs():
     batch = golden_batch("packed")
     del batch["decoder_segment_ids"]
     with pytest.raises(UsageError, match="both encoder_segment_ids and decoder_segment_ids"):
-        jax.eval_shape(t5.make_forward(GOLDEN_CONFIG), golden_params(), batch)
+        jax.eval_shape(t5_inputs.make_forward(GOLDEN_CONFIG), golden_params(), batch)
 
 
 def test_a_config_is_a_value():
@@ -535,7 +537,7 @@ def test_model_files(name):
         remat_policy="minimal",
     )
     if NUM_PARAMS[name]:
-        assert NUM_PARAMS[name] == num_params(t5.abstract_params(config))
+        assert NUM_PARAMS[name] == num_params(t5.T5(config).abstract_params())
 
 
 def test_a_network_of_many_layers_is_described_in_a_moment():
@@ -544,10 +546,10 @@ def test_a_network_of_many_layers_is_described_in_a_moment():
         config = dataclasses.replace(
             CONFIG_1_0, num_encoder_layers=3, num_decoder_layers=2, **of_layers
         )
-        made = jax.eval_shape(functools.partial(t5.init, config), jax.random.key(0))
-        assert jax.tree.structure(made) == jax.tree.structure(t5.abstract_params(config))
-        assert jax.tree.leaves(made) == jax.tree.leaves(t5.abstract_params(config))
+        made = jax.eval_shape(t5.T5(config).init, jax.random.key(0))
+        assert jax.tree.structure(made) == jax.tree.structure(t5.T5(config).abstract_params())
+        assert jax.tree.leaves(made) == jax.tree.leaves(t5.T5(config).abstract_params())
     deep = dataclasses.replace(config, num_encoder_layers=1000, num_decoder_layers=1000)
     began = time.process_time()  # of this process alone, whatever else the machine does
-    assert len(t5.abstract_params(deep)["decoder"]) == 1000 + 1
+    assert len(t5.T5(deep).abstract_params()["decoder"]) == 1000 + 1
     assert time.process_time() - began < 20  # traced, they take five minutes

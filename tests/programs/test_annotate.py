@@ -96,7 +96,9 @@ def test_noise_goes_around_any_of_them(run, tmp_path):
 
 
 def test_on_beam(run):
-    pytest.importorskip("apache_beam", reason="needs Apache Beam: README.md says how to install it")
+    pytest.importorskip(
+        "apache_beam", reason="needs Apache Beam: docs/howto_mark.md says how to install it"
+    )
     settings = {
         "FUNCTION": "marking_functions:idiots",
         "VOCABULARY": None,

@@ -7,7 +7,6 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import seqio
 from etils import epath
 from helpers.huggingface_model import TINY, write_directory
 
@@ -26,7 +25,7 @@ def directory(tmp_path):
     write_directory(folder)
     model = tmp_path / "spiece.model"
     tokenization.train_sentencepiece(["the house is wonderful"], model, vocab_size=17)
-    vocabularies.write(epath.Path(folder), seqio.SentencePieceVocabulary(str(model), 19))
+    vocabularies.write(epath.Path(folder), tokenization.SentencePiece(str(model), 19))
     (folder / "generation_config.json").write_text('{"max_new_tokens": 7}')
     settings = json.loads((folder / "config.json").read_text())
     settings |= {"task_specific_params": {"summarization": {"prefix": "summarize: "}}}
@@ -238,7 +237,7 @@ def test_a_model_without_a_tokenizer(directory, tmp_path, capsys):
     assert "comes without a tokenizer" in capsys.readouterr().out
     assert not (tmp_path / "without" / "spiece.model").exists()
     run(tmp_path / "t5x", tmp_path / "with", "huggingface", vocabulary=str(directory))
-    assert pretrained.vocabulary(str(tmp_path / "with")).vocab_size == 36
+    assert pretrained.vocabulary(str(tmp_path / "with")).size == 36
 
 
 # ------------------------------------------------------------------------------- The command line

@@ -15,7 +15,6 @@ import sys
 import gin
 import orbax.checkpoint as ocp
 import pytest
-import seqio
 from etils import epath
 from helpers import mutations, outputs, rooms
 from helpers.huggingface_model import write_directory
@@ -23,7 +22,7 @@ from helpers.mutations import outcome
 
 from tnt_jax import annotate, annotators, convert, report
 from tnt_jax.checkpoints import pretrained
-from tnt_jax.data import records, tasks, tokenization, vocabularies
+from tnt_jax.data import datasets, records, tokenization, vocabularies
 from tnt_jax.models import sharding
 from tnt_jax.models.model import Model
 from tnt_jax.runtime import program
@@ -47,7 +46,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def vocabulary():
-    return seqio.SentencePieceVocabulary("vocabulary.model", 0)
+    return tokenization.SentencePiece("vocabulary.model", 0)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +88,7 @@ def test_records(rows, vocabulary):
     """Read, tokenised and marked for training; written again."""
     chance = random.Random(0)
     path = pathlib.Path("damaged.jsonl")
-    dataset = tasks.RecordFiles(files=str(path), vocabulary=vocabulary, annotated=False)
+    dataset = datasets.RecordFiles(files=str(path), vocabulary=vocabulary, annotated=False)
 
     def read():
         dataset.load(LENGTHS)
@@ -235,7 +234,7 @@ def models():
     write_directory(pathlib.Path("huggingface"), max_shard_bytes=3000)
     texts = ["the house is wonderful"]
     tokenization.train_sentencepiece(texts, "spiece.model", vocab_size=17)
-    vocabularies.write(epath.Path("huggingface"), seqio.SentencePieceVocabulary("spiece.model", 19))
+    vocabularies.write(epath.Path("huggingface"), tokenization.SentencePiece("spiece.model", 19))
     for name in ("t5x", "t5x_orbax", "orbax"):
         convert.convert(input="huggingface", output=name, output_format=name)
     checkpoint = epath.Path("orbax/checkpoint_0")

@@ -10,13 +10,12 @@ import re
 import hypothesis
 import numpy as np
 import pytest
-import seqio
 from helpers import golden_model, rooms
 from helpers.huggingface_model import write_directory
 from hypothesis import strategies as st
 
 from tnt_jax import annotators, generate
-from tnt_jax.data import records
+from tnt_jax.data import records, tokenization
 from tnt_jax.models import decoding, sharding
 
 # --- The plan -------------------------------------------------------------------------------------
@@ -97,7 +96,7 @@ class Mask:
 
 @pytest.mark.parametrize("also", [(), ("b", "longest", "")])
 def test_what_is_banned_is_what_one_array_of_all_prompts_would_say(also):
-    vocabulary, mask = seqio.ByteVocabulary(), Mask(*also)
+    vocabulary, mask = tokenization.Bytes(), Mask(*also)
     inputs = ["b a", "", "a b", "longer a", "a a c", "b \u00fc"]
     rows = [records.Record(id=str(n), inputs=text) for n, text in enumerate(inputs)]
     masks = generate._Masks.of(rows, mask, vocabulary)
@@ -123,7 +122,7 @@ def test_a_list_of_words_is_held_once(tmp_path):
     (tmp_path / "words.txt").write_text("\n".join(f"word{n}" for n in range(500)))
     words = annotators.Lexicon(path=str(tmp_path / "words.txt"))
     rows = [records.Record(id=str(n), inputs="") for n in range(5000)]
-    masks = generate._Masks.of(rows, words, seqio.ByteVocabulary())
+    masks = generate._Masks.of(rows, words, tokenization.Bytes())
     assert masks.of_batch([3, 4999]).banned.shape == (2, 1500, 7)  # in three forms
     assert masks.of_batch([3, 4999]).supported is None
     described = [array for texts in masks.describe().values() for array in texts.values()]
@@ -228,7 +227,7 @@ def test_eight_devices_give_the_tokens_of_one(decoder, monkeypatch):
 def test_nothing_is_left_that_the_mask_could_spell(name, list_style, decoder, fluent):
     """A list in another case than the outputs, which say one of its words in every sentence."""
     listed = [list_style(word) for word in rooms.STATES.values()]
-    vocabulary = seqio.SentencePieceVocabulary("vocabulary.model", extra_ids=0)
+    vocabulary = tokenization.SentencePiece("vocabulary.model", extra_ids=0)
     if name == "Lexicon":
         pathlib.Path("listed").write_text("\n".join(listed))
     else:

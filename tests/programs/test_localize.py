@@ -7,10 +7,9 @@ import random
 
 import numpy as np
 import pytest
-import seqio
 from helpers import rooms
 
-from tnt_jax.data import records, tokenization
+from tnt_jax.data import marks, records, tokenization
 
 FOLDER_SETTINGS = {
     "RECORDS": "labelled.jsonl",
@@ -73,7 +72,7 @@ def localized():
 
 
 def vocabulary():
-    return seqio.SentencePieceVocabulary("vocabulary.model", extra_ids=0)
+    return tokenization.SentencePiece("vocabulary.model", extra_ids=0)
 
 
 def test_labels_alone_lead_to_the_unwanted_words(localized):
@@ -108,7 +107,7 @@ def test_labels_alone_lead_to_the_unwanted_words(localized):
 def test_every_prefix_has_a_value_and_a_bad_output_its_blame(localized):
     for row in localized[0]:
         values, blame = row.extra["values"], row.extra.get("blame")
-        num_tokens = len([i for i in row.target_ids if i != tokenization.EOS_ID])
+        num_tokens = len([i for i in row.target_ids if i != vocabulary().end_id])
         assert len(values) == num_tokens + 1  # the empty prefix has one too
         assert all(0 <= value <= 1 for value in values)
         assert (blame is not None) == row.extra["unwanted"]
@@ -120,13 +119,13 @@ def test_every_prefix_has_a_value_and_a_bad_output_its_blame(localized):
 
 def test_marks_are_what_training_removes(localized):
     """A token without text, the lone space before a word, is removed by its id."""
-    pieces = vocabulary().tokenizer
+    pieces = vocabulary().processor
     removed = set()
     for row in localized[0]:
         for position, (token,) in row.negative_token_ids:
             assert row.target_ids[position] == token and row.negative_spans
             removed.add(pieces.id_to_piece(token))
-        pairs = tokenization.mark_tokens(row, vocabulary()).negative_pairs
+        pairs = marks.mark_tokens(row, vocabulary()).negative_pairs
         assert bool(len(pairs)) == bool(row.negative_spans)
     assert removed <= {"\u2581"}
 

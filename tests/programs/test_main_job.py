@@ -47,8 +47,8 @@ def original():
 def patched(original):
     """The original after 20 updates of TNRF, evaluated at the end on what it was trained on."""
     evaluation = {
-        "EVAL_DATASET": "@evaluation/tasks.RecordFiles()",
-        "evaluation/tasks.RecordFiles.files": "original.annotated.jsonl",
+        "EVAL_DATASET": "@evaluation/datasets.RecordFiles()",
+        "evaluation/datasets.RecordFiles.files": "original.annotated.jsonl",
     }
     train("patched", LOG_EVERY=1, **evaluation)
     generate("patched.jsonl", "patched")
@@ -84,7 +84,7 @@ def metrics_of(model_dir):
 
 
 def vocabulary():
-    return seqio.SentencePieceVocabulary("vocabulary.model", extra_ids=0)
+    return tokenization.SentencePiece("vocabulary.model", extra_ids=0)
 
 
 # --- The loop -------------------------------------------------------------------------------------
@@ -96,8 +96,8 @@ def test_generated_records_keep_what_the_prompts_had(original):
     for output, prompt in zip(outputs, prompts, strict=True):
         assert output.inputs == prompt.inputs
         assert output.extra == {**prompt.extra, "reference": prompt.targets}
-        assert tokenization.decode(vocabulary(), output.target_ids) == output.targets
-        assert output.target_ids.index(tokenization.EOS_ID) == len(output.target_ids) - 1
+        assert vocabulary().decode(output.target_ids) == output.targets
+        assert output.target_ids.index(vocabulary().end_id) == len(output.target_ids) - 1
     learned = sum(output.targets == output.extra["reference"] for output in outputs)
     assert learned >= 50
 

@@ -13,7 +13,6 @@ import sys
 import flax.serialization
 import numpy as np
 import pytest
-import seqio
 from etils import epath
 from helpers.huggingface_model import write_directory
 
@@ -95,7 +94,7 @@ def folder(tmp_path_factory):
         write_directory(folder / "huggingface")
         texts = ["the house is wonderful"]
         tokenization.train_sentencepiece(texts, "spiece.model", vocab_size=17)
-        vocabulary = seqio.SentencePieceVocabulary("spiece.model", 19)
+        vocabulary = tokenization.SentencePiece("spiece.model", 19)
         vocabularies.write(epath.Path("huggingface"), vocabulary)
         for output_format in ("t5x", "t5x_orbax", "orbax"):
             convert.convert(input="huggingface", output=output_format, output_format=output_format)

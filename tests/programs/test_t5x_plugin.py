@@ -22,19 +22,18 @@ import pytest
 import seqio
 import tensorflow as tf
 from flax import traverse_util
-from helpers import golden_model, rooms
+from helpers import golden_model, rooms, t5_inputs
 
 from tnt_jax import objectives
 from tnt_jax.checkpoints import digests
 from tnt_jax.data import feature_converters, records, tasks
-from tnt_jax.models import t5
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.training import train_step
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # T5X calls what JAX deprecates
     pytest.importorskip(
-        "t5x", reason="needs google-research/t5x, which no package index has: see README.md"
+        "t5x", reason="needs google-research/t5x, which no package index has: see docs/howto_t5x.md"
     )
     from t5x import adafactor, partitioning, utils
     from t5x.examples.t5 import network
@@ -240,7 +239,7 @@ def test_an_update_and_its_metrics_are_those_of_train_step(batch, original, tmp_
         golden("orig_params/"),
         batch,
         jax.random.key(0),
-        forward=t5.make_forward(golden_model.CONFIG),
+        forward=t5_inputs.make_forward(golden_model.CONFIG),
         objective=TNRF,
         optimizer=optimizer,
     )
@@ -341,7 +340,7 @@ def test_decoding_and_scoring_are_those_of_t5x(batch):
     model = make_model(TNRF)
     params = golden("params/")
     scores = model.score_batch(params, batch)
-    log_probs = jax.nn.log_softmax(t5.make_forward(golden_model.CONFIG)(params, batch, None))
+    log_probs = jax.nn.log_softmax(t5_inputs.make_forward(golden_model.CONFIG)(params, batch, None))
     targets = batch["decoder_target_tokens"][..., None]
     picked = jnp.take_along_axis(log_probs, targets, axis=-1)[..., 0] * batch["decoder_loss_mask"]
     np.testing.assert_allclose(scores, picked.sum(-1), rtol=1e-5, atol=1e-5)

@@ -26,7 +26,7 @@ NOT_FOR_NUMERICS = (
 )  # fmt: skip
 
 # What setup.py cannot declare: T5X is on no package index, and Apache Beam asks for packages that
-# clash with ours. README.md says how to install them.
+# clash with ours. docs/howto_t5x.md says how to install them.
 NOT_DECLARED = {"t5x", "apache_beam"}
 
 MODULES = {

@@ -1,4 +1,4 @@
-"""What README.md and docs/ show: every command resolves or runs, every link leads somewhere.
+"""What README.md, CONTRIBUTING.md and docs/ show: commands resolve or run, links lead somewhere.
 
 A command is checked as far as that takes seconds and no network; `check_command` says for each kind
 why it is not run. The tutorial is run as it stands, tests/programs/test_tutorial.py.
@@ -25,10 +25,11 @@ from tnt_jax import convert
 from tnt_jax.models import sharding
 from tnt_jax.runtime import program
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-
-# First words of blocks without a language that are neither commands nor Python: diagrams, listings.
-NEITHER = {"inputs", "tnt_jax/"}
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 
 # The gin files of a training run.
 TRAIN = [
@@ -46,8 +47,6 @@ def kind_of(block):
     first = block.text.split()[0]
     if first in (*COMMANDS, "taskset") or re.match(r"launch/|--gin\.|\w+=", first):
         return "bash"
-    if first in NEITHER:
-        return "text"
     return "python"
 
 
@@ -280,7 +279,7 @@ def test_gin_files_named_in_text_are_there(page):
         for name in re.findall(r"[\w./]+\.gin\b", code):
             name = name.removeprefix("gin_configs/")
             found = [*(ROOT / "gin_configs").rglob(pathlib.Path(name).name)]
-            is_written = name.endswith(("operative_config.gin", "block.gin"))
+            is_written = name.endswith(("operative_config.gin", "block.gin", "NAME.gin"))
             assert is_written or any(str(path).endswith(name) for path in found), code
 
 
@@ -371,7 +370,7 @@ def test_links_of_generated_pages(generated):
 
 def test_every_page_is_in_the_navigation(generated):
     listed = re.findall(r"- ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.MULTILINE)
-    pages = {page.name for page in PAGES[1:]}
+    pages = {page.name for page in PAGES if page.parent.name == "docs"}
     pages |= {name for name in generated if not name.startswith("reference/modules/")}
     assert sorted(listed) == sorted(pages)
 

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 from flax import traverse_util
-from helpers import rooms
+from helpers import rooms, t5_inputs
 
 from tnt_jax import convert, objectives
 from tnt_jax.checkpoints import pretrained
@@ -86,9 +86,9 @@ def test_cached_states_after_a_stop():
 
 def test_states_with_evaluation():
     evaluation = {
-        "EVAL_DATASET": "@evaluation/tasks.RecordFiles()",
-        "evaluation/tasks.RecordFiles.files": "annotated.jsonl",
-        "evaluation/tasks.RecordFiles.vocabulary": "%VOCABULARY",
+        "EVAL_DATASET": "@evaluation/datasets.RecordFiles()",
+        "evaluation/datasets.RecordFiles.files": "annotated.jsonl",
+        "evaluation/datasets.RecordFiles.vocabulary": "%VOCABULARY",
     }
     train("evaluated-cached", ORIGINAL="cached", **evaluation)
     train("evaluated-parameters", **evaluation)
@@ -379,7 +379,7 @@ def test_anything_but_an_adapter_is_not_trained_beside_the_original():
 def test_an_adapter_adds_its_product_to_the_kernel():
     """The network with adapters is the network whose kernels have `scale * A @ B` added."""
     config = t5.T5Config(**{**CONFIG.__dict__, "dtype": "float32", "adapter_scale": 2.0})
-    params = t5.init(config, jax.random.key(0))
+    params = t5.T5(config).init(jax.random.key(0))
     added = adapters.init(jax.eval_shape(lambda: params), 4, jax.random.key(1))
     leaves, structure = jax.tree.flatten(added)
     keys = jax.random.split(jax.random.key(2), len(leaves))
@@ -388,7 +388,7 @@ def test_an_adapter_adds_its_product_to_the_kernel():
     )
     batch = feature_converters.convert_features(some_examples(), LENGTHS, 1)
     batch = jax.tree.map(jnp.asarray, batch)
-    forward = t5.make_forward(config)
+    forward = t5_inputs.make_forward(config)
 
     def merged(tree, beside):
         if "kernel" in tree and adapters.ADAPTER_IN in beside:

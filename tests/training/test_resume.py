@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import rooms
+from helpers import rooms, t5_inputs
 
 from tnt_jax.checkpoints import orbax, pretrained
 from tnt_jax.data import records
@@ -40,8 +40,8 @@ RUN = {
     "KEEP_CHECKPOINTS": 5,
     "TRAIN_STEPS": 6,
     "train.train.eval_every": 2,
-    "train.train.eval_dataset": "@evaluation/tasks.RecordFiles()",
-    "evaluation/tasks.RecordFiles.files": "original.annotated.jsonl",
+    "train.train.eval_dataset": "@evaluation/datasets.RecordFiles()",
+    "evaluation/datasets.RecordFiles.files": "original.annotated.jsonl",
 }
 
 
@@ -174,7 +174,7 @@ def test_the_comparison_sees_every_difference():
 def probe_by_hand(path):
     """Log-probabilities of sixteen tokens, from dense logits, on one device."""
     weights = pretrained.open_checkpoint(path)
-    params = jax.tree.map(jnp.asarray, weights.restore(t5.abstract_params(weights.config)))
+    params = jax.tree.map(jnp.asarray, weights.restore(t5.T5(weights.config).abstract_params()))
     ids = np.random.default_rng(0).integers(2, rooms.VOCAB_SIZE, (4, 2, 16), dtype=np.int32)
     batch = {
         "encoder_input_tokens": ids[:, 0],
@@ -182,7 +182,7 @@ def probe_by_hand(path):
         "decoder_target_tokens": ids[:, 1],
     }
     batch = {name: jnp.asarray(rows) for name, rows in batch.items()}
-    logits = t5.make_forward(weights.config)(params, batch, None)
+    logits = t5_inputs.make_forward(weights.config)(params, batch, None)
     return np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), ids[:, 1, :, None], axis=-1)[
         ..., 0
     ]

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from helpers import t5_inputs
 from helpers.two_matrices import KEY, TNRF, assert_trees_close, small_batch
 
 from tnt_jax.models import sharding, t5
@@ -62,11 +63,11 @@ def program_on(data, fsdp, model, num_microbatches):
 @pytest.fixture(scope="module")
 def expected_update():
     """On one device, without a mesh: the parameters of two models, the state and the sums."""
-    init = jax.jit(functools.partial(t5.init, CONFIG))
+    init = jax.jit(t5.T5(CONFIG).init)
     params, original_params = init(jax.random.key(0)), init(jax.random.key(1))
     step = functools.partial(
         train_step.train_step,
-        forward=t5.make_forward(CONFIG),
+        forward=t5_inputs.make_forward(CONFIG),
         objective=TNRF,
         optimizer=OPTIMIZER,
     )
@@ -153,7 +154,7 @@ def test_the_program_carries_no_parameter():
     assert captured_bytes(traced) <= bucket_table < min(size for size in sizes if size > 1024)
 
     # The same step around an original that it has captured: the check above would see it.
-    original_params = jax.jit(functools.partial(t5.init, CONFIG))(jax.random.key(1))
+    original_params = jax.jit(t5.T5(CONFIG).init)(jax.random.key(1))
     capturing = jax.jit(
         lambda state, batch, key: train_step.train_step(
             state,
@@ -193,7 +194,7 @@ def test_no_parameter_is_replicated_over_the_model_axis():
     expected = jax.tree.map(
         lambda leaf, axes: leaf.size // (1 if set(axes) == {"norm"} else 2),
         abstract_params,
-        t5.param_logical_axes(config),
+        t5.T5(config).logical_axes(),
     )
     for shardings in (state.params, original_params, new_state.params):
         assert device_bytes(shardings, abstract_params) == expected

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 from flax import traverse_util
-from helpers import golden_model
+from helpers import golden_model, t5_inputs
 from helpers.two_matrices import (
     FINE_TUNE,
     KEY,
@@ -31,7 +31,6 @@ from helpers.two_matrices import (
 )
 
 from tnt_jax import objectives
-from tnt_jax.models import t5
 from tnt_jax.training import train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -66,7 +65,7 @@ def golden_models():
 
 @pytest.fixture(scope="module")
 def golden_forward():
-    return jax.jit(t5.make_forward(golden_model.CONFIG))
+    return jax.jit(t5_inputs.make_forward(golden_model.CONFIG))
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,11 @@ import gin
 import jax
 import numpy as np
 import pytest
-from helpers import rooms
+from helpers import rooms, t5_inputs
 from helpers.event_files import shown
 
 from tnt_jax.checkpoints import pretrained
-from tnt_jax.data import records, tokenization
-from tnt_jax.models import t5
+from tnt_jax.data import records
 from tnt_jax.runtime import program
 
 # T5X users' tasks: this module registers one, as theirs do. It knows nothing of tnt_jax.
@@ -295,7 +294,7 @@ def test_scores_are_log_likelihoods(watched):
         return np.array([np.pad(row, (0, length - len(row))) for row in rows], np.int32)
 
     def encoded(texts):
-        return [[*vocabulary.encode(text), tokenization.EOS_ID] for text in texts]
+        return [[*vocabulary.encode(text), vocabulary.eos_id] for text in texts]
 
     def log_likelihoods(inputs, targets, is_decoded):
         inputs, targets = padded(inputs, 8), padded(targets, 16)
@@ -311,7 +310,7 @@ def test_scores_are_log_likelihoods(watched):
         of_targets = np.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
         return np.where(targets == 0, 0, of_targets).sum(axis=1)
 
-    forward = jax.jit(t5.make_forward(config))
+    forward = jax.jit(t5_inputs.make_forward(config))
     prompts = records.read_records("prompts.jsonl")
     inputs = encoded(row.inputs for row in prompts)
     of_targets = log_likelihoods(inputs, encoded(row.targets for row in prompts), False)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tnt_jax.data import records, tokenization
+from tnt_jax.data import records
 from tnt_jax.models import decoding
 from tnt_jax.models.model import Model
 from tnt_jax.runtime import console
@@ -42,7 +42,7 @@ def sample(
       prefixes: What is given.
       network: Of the model that goes on.
       params: Its parameters.
-      vocabulary: A seqio vocabulary.
+      vocabulary: The tokeniser of inputs and outputs.
       decoder: How to choose tokens; a temperature of 1 samples from the model itself.
       num_samples: Continuations of each prefix.
       input_length: Tokens at which inputs are cut.
@@ -50,9 +50,7 @@ def sample(
       seed: Of sampling. What is sampled depends on it, the record's id and the prefix's length.
     """
     jobs = [(index, number) for index in range(len(prefixes)) for number in range(num_samples)]
-    inputs = [
-        tokenization.encode(vocabulary, prefix.record.inputs, add_eos=True) for prefix in prefixes
-    ]
+    inputs = [vocabulary.prompt_ids(prefix.record.inputs) for prefix in prefixes]
     found: list[list[records.Record]] = [[] for _ in prefixes]
     starts = range(0, len(jobs), batch_size)
     for start in console.progress(starts, f"{len(jobs)} continuations, in batches", len(starts)):
@@ -78,7 +76,7 @@ def sample(
                 records.Record(
                     id=name,
                     inputs=prefixes[index].record.inputs,
-                    targets=tokenization.decode(vocabulary, ids),
+                    targets=vocabulary.decode(ids),
                     target_ids=ids,
                 )
             )

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from tnt_jax.checkpoints import lazy_arrays
-from tnt_jax.models import sharding, t5
+from tnt_jax.models import parameters, sharding
 from tnt_jax.runtime.array_types import PyTree
 
 
@@ -21,7 +21,7 @@ def of_params(params: PyTree) -> str:
     hashed = hashlib.sha256()
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
     for (path, leaf), sums in zip(
-        jax.tree.leaves_with_path(t5.unstack_layers(abstract)),
+        jax.tree.leaves_with_path(parameters.unstack_layers(abstract)),
         jax.device_get(_bit_sums(params)),
         strict=True,
     ):
@@ -60,4 +60,4 @@ def _bit_sums(params):
         scrambled = scramble(bits ^ scramble(position + jnp.uint32(1)))
         return tuple(jnp.sum(x, dtype=jnp.uint32) for x in (scrambled, scramble(~scrambled)))
 
-    return [sums_of(leaf) for leaf in jax.tree.leaves(t5.unstack_layers(params))]
+    return [sums_of(leaf) for leaf in jax.tree.leaves(parameters.unstack_layers(params))]

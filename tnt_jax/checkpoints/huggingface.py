@@ -19,7 +19,9 @@ from etils import epath
 
 from tnt_jax.checkpoints import lazy_arrays
 from tnt_jax.checkpoints.lazy_arrays import LazyArray
-from tnt_jax.models import t5
+from tnt_jax.models import families, parameters
+from tnt_jax.models.network_config import NetworkConfig
+from tnt_jax.models.t5_config import T5Config
 from tnt_jax.runtime import files
 from tnt_jax.runtime.errors import UsageError, naming_file
 
@@ -42,7 +44,7 @@ _MAX_SHARD_BYTES = 5 * 10**9
 
 # ---------------------------------------------------------------------------------- The settings
 
-# What is read; how large it may be is checked by `t5.T5Config`. null is absent.
+# What is read; how large it may be is checked by `T5Config`. null is absent.
 _SIZES = ("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "num_layers", "num_decoder_layers")
 _SETTING_TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(_SIZES, (int,)),
@@ -79,7 +81,7 @@ def read_config(folder: epath.Path) -> dict[str, Any]:
     return config
 
 
-def t5_config(config: Mapping[str, Any], where: str, *, is_tied: bool) -> t5.T5Config:
+def t5_config(config: Mapping[str, Any], where: str, *, is_tied: bool) -> T5Config:
     """The network of a `config.json`.
 
     Args:
@@ -115,7 +117,7 @@ def t5_config(config: Mapping[str, Any], where: str, *, is_tied: bool) -> t5.T5C
     scale = given.get("scale_decoder_outputs", given.get("tie_word_embeddings", True))
     scale = scale and kind != "mt5"
     try:
-        return t5.T5Config(
+        return T5Config(
             vocab_size=given["vocab_size"],
             emb_dim=given["d_model"],
             num_heads=given["num_heads"],
@@ -137,12 +139,13 @@ def t5_config(config: Mapping[str, Any], where: str, *, is_tied: bool) -> t5.T5C
         raise UsageError(f"{where}: {error}.") from error
 
 
-def new_config(config: t5.T5Config) -> dict[str, Any]:
+def new_config(config: NetworkConfig) -> dict[str, Any]:
     """A `config.json` for a network that did not come with one.
 
     Raises:
       UsageError: transformers has no such network.
     """
+    assert isinstance(config, T5Config), config
     gate = config.mlp_activations[1:]
     name = {"gelu": "gelu_new", "gelu_exact": "gelu"}.get(
         config.mlp_activations[0], config.mlp_activations[0]
@@ -254,7 +257,7 @@ class Model:
       weights: By T5X's names; those of another network than `config` have their own names.
     """
 
-    config: t5.T5Config
+    config: T5Config
     weights: dict[str, LazyArray]
 
 
@@ -296,7 +299,7 @@ def read(folder: epath.Path) -> Model:
     return Model(config, weights | unexpected)
 
 
-def check_depth(config: t5.T5Config, num_arrays: int, where: str) -> None:
+def check_depth(config: T5Config, num_arrays: int, where: str) -> None:
     """Raises a UsageError for more layers than arrays: a number that is wrong, or meant to harm.
 
     Everything that follows takes time for each layer.
@@ -309,9 +312,10 @@ def check_depth(config: t5.T5Config, num_arrays: int, where: str) -> None:
         )
 
 
-def parameter_names(config: t5.T5Config) -> list[str]:
+def parameter_names(config: NetworkConfig) -> list[str]:
     """T5X's names of a network's parameters, layers apart, in the order of the tree."""
-    return list(lazy_arrays.shapes(t5.unstack_layers(t5.abstract_params(config))))
+    shapes = families.network_of(config).abstract_params()
+    return list(lazy_arrays.shapes(parameters.unstack_layers(shapes)))
 
 
 def _embedding(stored: Mapping[str, LazyArray], folder: epath.Path) -> LazyArray:

@@ -21,7 +21,7 @@ import tensorstore as ts
 from etils import epath
 
 from tnt_jax.models import sharding
-from tnt_jax.models.t5_config import MOST_LAYERS
+from tnt_jax.models.network_config import MOST_LAYERS
 from tnt_jax.runtime.array_types import PyTree
 from tnt_jax.runtime.errors import UsageError, system_error
 
@@ -240,12 +240,12 @@ def stack(arrays: Sequence[LazyArray], axis: int) -> LazyArray:
     return LazyArray(shape, first.dtype, f"{first.source}, and {len(arrays) - 1} more", read)
 
 
-# The layers of a network with `T5Config.scan_layers`, and its layers apart: two names of the same.
+# The layers of a network with `scan_layers`, and its layers apart: two names of the same.
 _STACKED = re.compile(r"(encoder|decoder)/layers/(.+)")
 
 
 def layers_apart(arrays: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
-    """Every layer of a stack under a name of its own, as `t5.unstack_layers` has it."""
+    """Every layer of a stack under a name of its own, as `parameters.unstack_layers` has it."""
     apart = {}
     for name, array in arrays.items():
         if match := _STACKED.fullmatch(name):

@@ -50,7 +50,7 @@ class _Run(msgspec.Struct):
     objective: dict[str, Any] | None = None
     model: dict[str, Any] | None = None
     data: dict[str, Any] | None = None
-    adapters: _Adapters | None = None
+    adapters: _Adapters | msgspec.UnsetType = msgspec.UNSET  # a run without them says nothing
 
 
 def read_run(checkpoint: epath.Path) -> dict[str, Any] | None:
@@ -65,7 +65,7 @@ def read_run(checkpoint: epath.Path) -> dict[str, Any] | None:
         reader = ocp.JsonCheckpointHandler()
         run: Any = reader.restore(checkpoint / "run", args=ocp.args.JsonRestore())
         checked = msgspec.convert(run, _Run)
-        if checked.adapters is not None and checked.original is None:
+        if checked.adapters is not msgspec.UNSET and checked.original is None:
             raise ValueError("adapters without an original")
         return dict(run)
 

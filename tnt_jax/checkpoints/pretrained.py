@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -17,13 +17,11 @@ from etils import epath
 from tnt_jax.checkpoints import digests, huggingface, lazy_arrays, orbax, t5x
 from tnt_jax.checkpoints.lazy_arrays import LazyArray
 from tnt_jax.data import tokenization, vocabularies
-from tnt_jax.models import adapters, t5
+from tnt_jax.models import adapters, families, parameters
+from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime import console
 from tnt_jax.runtime.array_types import PyTree
 from tnt_jax.runtime.errors import UsageError, system_error
-
-if TYPE_CHECKING:  # seqio imports TensorFlow, which takes seconds
-    import seqio
 
 # ----------------------------------------------------------------------------- Kinds of checkpoint
 
@@ -185,7 +183,7 @@ class Pretrained:
 
     kind: str
     path: epath.Path
-    config: t5.T5Config
+    config: NetworkConfig
     weights: dict[str, LazyArray]
     step: int
     run: dict[str, Any] | None
@@ -206,7 +204,7 @@ class Pretrained:
         if self._original is None or self.run is None:
             return
         original, noted = self._original, self.run["original"]["digest"]
-        names = lazy_arrays.shapes(t5.abstract_params(original.config))
+        names = lazy_arrays.shapes(families.network_of(original.config).abstract_params())
         found = digests.of_files({name: original.weights[name] for name in names})
         if found != noted:
             raise UsageError(
@@ -216,7 +214,7 @@ class Pretrained:
 
     def check(self, abstract_params: PyTree, setting: str = "the model settings") -> None:
         """Raises a UsageError, naming every difference, unless these are the weights."""
-        apart = t5.unstack_layers(abstract_params)
+        apart = parameters.unstack_layers(abstract_params)
         lazy_arrays.check(self.weights, apart, str(self.path), setting)
 
     def restore(self, abstract_params: PyTree) -> PyTree:
@@ -279,6 +277,11 @@ def _opened(folder: epath.Path, within: tuple[epath.Path, ...]) -> Pretrained:
         if run is not None and "adapters" in run:
             original, orbax_item = _original_of(run, folder, (*within, folder)), None
             weights = _with_adapters(weights, original, run, folder)
+        elif any(name.endswith(f"/{adapters.ADAPTER_IN}") for name in weights):
+            raise UsageError(
+                f"{folder}: it has adapters, and its notes do not say beside which original. Copy "
+                "the checkpoint again."
+            )
     elif kind == _T5X:
         weights, step = t5x.read_legacy(folder)
     else:
@@ -392,11 +395,11 @@ class FromCheckpoint:
     """Says of a model that its sizes are those of its checkpoint.
 
     Attributes:
-      dtype: As in `t5.T5Config`.
-      dropout_rate: As in `t5.T5Config`; what a checkpoint says is left aside.
-      float32_attention_logits: As in `t5.T5Config`.
-      scan_layers: As in `t5.T5Config`; the checkpoint may have it either way.
-      remat_policy: As in `t5.T5Config`.
+      dtype: As in `NetworkConfig`.
+      dropout_rate: As in `NetworkConfig`; what a checkpoint says is left aside.
+      float32_attention_logits: As in `NetworkConfig`.
+      scan_layers: As in `NetworkConfig`; the checkpoint may have it either way.
+      remat_policy: As in `NetworkConfig`.
     """
 
     dtype: str = "float32"
@@ -409,7 +412,7 @@ class FromCheckpoint:
 _COMPUTATION = tuple(field.name for field in dataclasses.fields(FromCheckpoint))
 
 
-def config_of(model: t5.T5Config | FromCheckpoint, path: str | None) -> t5.T5Config:
+def config_of(model: NetworkConfig | FromCheckpoint, path: str | None) -> NetworkConfig:
     """The settings of a network whose weights come from a checkpoint.
 
     Args:
@@ -429,19 +432,21 @@ def config_of(model: t5.T5Config | FromCheckpoint, path: str | None) -> t5.T5Con
     return config_for(model, open_checkpoint(path))
 
 
-def config_for(model: t5.T5Config | FromCheckpoint, found: Pretrained) -> t5.T5Config:
+def config_for(model: NetworkConfig | FromCheckpoint, found: Pretrained) -> NetworkConfig:
     """As `config_of`, for a checkpoint that is open."""
     computation = {name: getattr(model, name) for name in _COMPUTATION}
     of_checkpoint = dataclasses.replace(found.config, **computation)
     if isinstance(model, FromCheckpoint):
-        found.check(t5.abstract_params(of_checkpoint), lazy_arrays.ITS_OWN_SETTINGS)
+        found.check(
+            families.network_of(of_checkpoint).abstract_params(), lazy_arrays.ITS_OWN_SETTINGS
+        )
         return of_checkpoint
-    found.check(t5.abstract_params(model))
+    found.check(families.network_of(model).abstract_params())
     _check_same(model, of_checkpoint, found)
     return model
 
 
-def _check_same(model: t5.T5Config, of_checkpoint: t5.T5Config, found: Pretrained) -> None:
+def _check_same(model: NetworkConfig, of_checkpoint: NetworkConfig, found: Pretrained) -> None:
     """Settings that no shape shows, such as the activation, where a checkpoint states them."""
     if not (found.description / huggingface.CONFIG).exists():
         return
@@ -465,7 +470,7 @@ def _check_same(model: t5.T5Config, of_checkpoint: t5.T5Config, found: Pretraine
 # ------------------------------------------------------------------------------- The vocabulary
 
 
-def vocabulary(path: str | None, extra_ids: int | None = None) -> "seqio.Vocabulary":
+def vocabulary(path: str | None, extra_ids: int | None = None) -> tokenization.Tokeniser:
     """A vocabulary from a sentencepiece model, or the one that a model comes with.
 
     Args:
@@ -487,7 +492,9 @@ def vocabulary(path: str | None, extra_ids: int | None = None) -> "seqio.Vocabul
     return vocabularies.of_directory(_description(find(path)), extra_ids)
 
 
-def check_vocabulary(vocabulary: "seqio.Vocabulary", config: t5.T5Config, path: str | None) -> int:
+def check_vocabulary(
+    vocabulary: tokenization.Tokeniser, config: NetworkConfig, path: str | None
+) -> int:
     """Compares a vocabulary with the model that it is used for; returns its size.
 
     Args:
@@ -512,7 +519,7 @@ def _description(folder: epath.Path) -> epath.Path:
 
 
 def describe(
-    model_dir: str, config: t5.T5Config, vocabulary: "seqio.Vocabulary", original: str | None
+    model_dir: str, config: NetworkConfig, vocabulary: tokenization.Tokeniser, original: str | None
 ) -> None:
     """Writes beside our checkpoints what Hugging Face's directory has beside its weights.
 

@@ -23,7 +23,8 @@ from etils import epath
 
 from tnt_jax.checkpoints import lazy_arrays
 from tnt_jax.checkpoints.lazy_arrays import LazyArray
-from tnt_jax.models import t5
+from tnt_jax.models.network_config import NetworkConfig
+from tnt_jax.models.t5_config import T5Config
 from tnt_jax.runtime.errors import UsageError, naming_file
 
 CHECKPOINT_FILE = "checkpoint"
@@ -333,12 +334,12 @@ def stacked(arrays: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
 _INFERRED_ACTIVATIONS = (("relu",), ("gelu", "linear"))
 
 
-def is_inferred(config: t5.T5Config) -> bool:
+def is_inferred(config: NetworkConfig) -> bool:
     """Whether a checkpoint of T5X shows all that this network is."""
     return config.mlp_activations in _INFERRED_ACTIVATIONS
 
 
-def infer_config(arrays: Mapping[str, LazyArray], where: str) -> t5.T5Config:
+def infer_config(arrays: Mapping[str, LazyArray], where: str) -> T5Config:
     """The network that parameters belong to: a T5X checkpoint does not say.
 
     Sizes are those of the arrays. `wi` is T5 1.0's relu, `wi_0` and `wi_1` T5 1.1's gated gelu, and
@@ -368,7 +369,7 @@ def infer_config(arrays: Mapping[str, LazyArray], where: str) -> t5.T5Config:
         stack: len({name.split("/")[1] for name in arrays if name.startswith(f"{stack}/layers_")})
         for stack in ("encoder", "decoder")
     }
-    return t5.T5Config(
+    return T5Config(
         vocab_size=vocab_size,
         emb_dim=emb_dim,
         num_heads=num_heads,
@@ -384,13 +385,14 @@ def infer_config(arrays: Mapping[str, LazyArray], where: str) -> t5.T5Config:
 
 
 def as_t5x_has_it(
-    config: t5.T5Config, arrays: Mapping[str, LazyArray]
-) -> tuple[t5.T5Config, dict[str, LazyArray]]:
+    config: NetworkConfig, arrays: Mapping[str, LazyArray]
+) -> tuple[NetworkConfig, dict[str, LazyArray]]:
     """The same function as one of T5X's networks, which tie and scale the output matrix or neither.
 
     Raises:
       UsageError: T5X has no such network.
     """
+    assert isinstance(config, T5Config), config
     arrays = dict(arrays)
     if config.logits_via_embedding and not config.scales_logits:
         arrays["decoder/logits_dense/kernel"] = arrays["token_embedder/embedding"].transposed()

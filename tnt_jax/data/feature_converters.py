@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -187,12 +187,19 @@ def feature_shapes(
     num_negative_ids: int,
     *,
     pack: bool,
+    feature_layout: "FeatureLayout",
 ) -> dict[str, tuple[int, ...]]:
     """Shapes of the features of a batch, int32 all, without making one."""
     nothing = np.zeros(0, np.int32)
     example = Example(nothing, nothing, negative_pairs=nothing.reshape(0, 2))
     batches = Batches(
-        [example], 1, task_feature_lengths, seed=0, num_negative_ids=num_negative_ids, pack=pack
+        [example],
+        1,
+        task_feature_lengths,
+        seed=0,
+        num_negative_ids=num_negative_ids,
+        pack=pack,
+        feature_layout=feature_layout,
     )
     return {name: (batch_size, *rows.shape[1:]) for name, rows in batches.batch(0).items()}
 
@@ -294,6 +301,56 @@ def check_token_ids(examples: Sequence[Example], num_embeddings: int) -> None:
                 )
 
 
+@runtime_checkable
+class FeatureLayout(Protocol):
+    """How a family of networks has examples as features (`models.network.Network.feature_layout`).
+
+    `Ti` and `T` are the task feature lengths of "inputs" and "targets". Whatever the family, the
+    features of the loss are `decoder_target_tokens`, `decoder_loss_mask` and `decoder_negative_ids`
+    as `convert_features` has them: `[B, T]`, `[B, T]` and `[B, T, K]`.
+    """
+
+    def convert(
+        self,
+        examples: Sequence[Example],
+        task_feature_lengths: Mapping[str, int],
+        num_negative_ids: int | None = None,
+        places: Sequence[Place] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Makes one batch of features; the arguments are those of `convert_features`."""
+        ...
+
+    def sizes(
+        self, examples: Sequence[Example], task_feature_lengths: Mapping[str, int]
+    ) -> np.ndarray:
+        """Counts the positions that each example takes, `[N, 2]`: of `Ti` and of `T`."""
+        ...
+
+
+class EncoderDecoder:
+    """Inputs are rows of the encoder, targets are rows of the decoder."""
+
+    def convert(
+        self,
+        examples: Sequence[Example],
+        task_feature_lengths: Mapping[str, int],
+        num_negative_ids: int | None = None,
+        places: Sequence[Place] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Makes one batch of the features that are listed at the head of this module."""
+        return convert_features(examples, task_feature_lengths, num_negative_ids, places)
+
+    def sizes(
+        self, examples: Sequence[Example], task_feature_lengths: Mapping[str, int]
+    ) -> np.ndarray:
+        """Counts the input and target tokens of each example that are kept, `[N, 2]`."""
+        sizes = [(len(example.inputs), len(example.targets)) for example in examples]
+        return np.minimum(np.array(sizes), _lengths(task_feature_lengths))
+
+
+ENCODER_DECODER = EncoderDecoder()
+
+
 class Fill(NamedTuple):
     """How full the rows of an epoch are."""
 
@@ -324,6 +381,7 @@ class Batches:
         num_negative_ids: `K`; None takes what the data set needs.
         shuffle: False keeps the order of `examples` (of each row's largest example, if packed).
         pack: True puts several examples into a row.
+        feature_layout: of the network that the batches are for.
 
     Raises:
         UsageError: there are no examples, or a setting is not positive.
@@ -336,17 +394,16 @@ class Batches:
     num_negative_ids: int | None = None
     shuffle: bool = True
     pack: bool = False
+    feature_layout: FeatureLayout = ENCODER_DECODER
 
     def __post_init__(self):
         if not self.examples:
             raise UsageError("expected a data set with examples, found none.")
         if self.batch_size < 1:
             raise UsageError(f"BATCH_SIZE: expected a positive number, found {self.batch_size}.")
-        lengths = _lengths(self.task_feature_lengths)
         if self.num_negative_ids is None:
             self.num_negative_ids = max_negative_ids(self.examples)
-        sizes = [(len(example.inputs), len(example.targets)) for example in self.examples]
-        self._sizes = np.minimum(np.array(sizes), lengths)  # of what is kept, `[N, 2]`
+        self._sizes = self.feature_layout.sizes(self.examples, self.task_feature_lengths)
         # Both serve many batches. The loop's thread asks and the user may, so the caches are ones
         # that threads can share.
         self._rows = functools.lru_cache(maxsize=2)(self._rows_of_epoch)
@@ -355,7 +412,7 @@ class Batches:
     def batch(self, k: int) -> dict[str, np.ndarray]:
         """Batch k, counted from 0: its model features."""
         places = self.layout(k)
-        return convert_features(
+        return self.feature_layout.convert(
             [self.examples[place.example] for place in places],
             self.task_feature_lengths,
             self.num_negative_ids,
@@ -420,6 +477,7 @@ def batch_for_eval(
     batch_size: int,
     task_feature_lengths: Mapping[str, int],
     num_negative_ids: int | None = None,
+    feature_layout: FeatureLayout = ENCODER_DECODER,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Every example once, in order; the last batch is filled up with rows whose loss mask is 0."""
     num_negative_ids = num_negative_ids or max_negative_ids(examples)
@@ -427,7 +485,7 @@ def batch_for_eval(
     filler = Example(nothing, nothing, negative_pairs=nothing.reshape(0, 2))
     for start in range(0, len(examples), batch_size):
         chosen = [*examples[start : start + batch_size], *[filler] * batch_size][:batch_size]
-        yield convert_features(chosen, task_feature_lengths, num_negative_ids)
+        yield feature_layout.convert(chosen, task_feature_lengths, num_negative_ids)
 
 
 class Selection(NamedTuple):

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tnt_jax.data import records, removed_everywhere, tokenization
+from tnt_jax.data import marks, records, removed_everywhere
 
 
 class Ledger:
@@ -23,7 +23,7 @@ class Ledger:
     def __init__(self):
         self._ids: dict[bytes, set[int]] = {}
 
-    def add(self, inputs: str, marked: tokenization.MarkedTarget) -> None:
+    def add(self, inputs: str, marked: marks.MarkedTarget) -> None:
         """Enters the marks of one output."""
         if not len(marked.negative_pairs):
             return
@@ -60,7 +60,7 @@ def merge(rounds: Sequence[Sequence[records.Record]], vocabulary: Any) -> list[r
 
     Args:
       rounds: Annotated records of every round, the first original's first.
-      vocabulary: A seqio vocabulary.
+      vocabulary: The tokeniser of its ids.
 
     Raises:
       UsageError: A mark does not fit its targets.
@@ -68,16 +68,14 @@ def merge(rounds: Sequence[Sequence[records.Record]], vocabulary: Any) -> list[r
     ledger, first_tokens = Ledger(), Ledger()
     seen: set[tuple[str, bytes]] = set()
     names: set[str] = set()
-    kept: list[tuple[records.Record, tokenization.MarkedTarget]] = []
+    kept: list[tuple[records.Record, marks.MarkedTarget]] = []
     for number, rows in enumerate(rounds, start=1):
         for row in rows:
-            marked = tokenization.mark_tokens(row, vocabulary)
+            marked = marks.mark_tokens(row, vocabulary)
             ledger.add(row.inputs, marked)
             first_tokens.add(
                 row.inputs,
-                tokenization.mark_tokens(row, vocabulary, "first_token")
-                if row.negative_spans
-                else marked,
+                marks.mark_tokens(row, vocabulary, "first_token") if row.negative_spans else marked,
             )
             output = row.inputs, marked.target_ids.tobytes()
             if output not in seen:
@@ -98,7 +96,7 @@ def merge(rounds: Sequence[Sequence[records.Record]], vocabulary: Any) -> list[r
 
 def _without_rest_of_spans(
     row: records.Record,
-    marked: tokenization.MarkedTarget,
+    marked: marks.MarkedTarget,
     ledger: Ledger,
     first_tokens: Ledger,
     vocabulary: Any,
@@ -110,14 +108,14 @@ def _without_rest_of_spans(
       marked: It, tokenised.
       ledger: What any output removes.
       first_tokens: Of that what one has as the first token of a span, or removes by its id.
-      vocabulary: A seqio vocabulary.
+      vocabulary: The tokeniser of its ids.
     """
     removed = ledger.removed(row.inputs, marked.target_ids)
     if not row.negative_spans:
         return removed
     first = dict(first_tokens.removed(row.inputs, marked.target_ids))
     spans = dataclasses.replace(row, negative_token_ids=())
-    whole = {*map(tuple, tokenization.mark_tokens(spans, vocabulary).negative_pairs.tolist())}
+    whole = {*map(tuple, marks.mark_tokens(spans, vocabulary).negative_pairs.tolist())}
     left = (
         (
             position,

@@ -1,4 +1,4 @@
-"""Where examples come from: files of records, and seqio tasks and mixtures.
+"""Examples from seqio tasks and mixtures. Importing this imports seqio and TensorFlow.
 
 Any seqio task can be trained on whose features are `inputs` and `targets` (token ids) and, where
 something is unwanted, `negative_ids`: rows (position, id) of ids to remove at target positions. A
@@ -25,17 +25,80 @@ from typing import Any
 import numpy as np
 import seqio
 import tensorflow as tf
-from absl import logging
 
-from tnt_jax.data import feature_converters, records, removed_everywhere, tokenization
+from tnt_jax.data import datasets, feature_converters, records, tokenization
+from tnt_jax.data.marks import example_from_record, log_spans_without_token
 from tnt_jax.runtime import console
 from tnt_jax.runtime.errors import UsageError, system_error
+
+# --- Tokenisers -----------------------------------------------------------------------------------
+
+
+class _SeqioPieces(tokenization.SentencePiece):
+    """The pieces of a seqio vocabulary, with what it overrides in the model of its file."""
+
+    vocabulary: seqio.SentencePieceVocabulary
+
+    def __init__(self, vocabulary: seqio.SentencePieceVocabulary):
+        super().__init__(vocabulary.sentencepiece_model_file, vocabulary.extra_ids)
+        object.__setattr__(self, "vocabulary", vocabulary)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.vocabulary,)
+
+    @functools.cached_property
+    def processor(self) -> Any:
+        """The loaded model: of the file, to say what is wrong with it, and then seqio's."""
+        _ = super().processor
+        return self.vocabulary.tokenizer
+
+
+def tokeniser(vocabulary: seqio.Vocabulary | tokenization.Tokeniser) -> tokenization.Tokeniser:
+    """Returns the tokeniser with the ids of a seqio vocabulary.
+
+    Raises:
+        UsageError: the vocabulary is of a kind that has no tokeniser here.
+    """
+    if isinstance(vocabulary, seqio.SentencePieceVocabulary):
+        return _SeqioPieces(vocabulary)
+    if isinstance(vocabulary, seqio.ByteVocabulary):
+        return tokenization.Bytes(vocabulary.extra_ids)
+    if isinstance(vocabulary, seqio.Vocabulary):
+        raise UsageError(
+            "vocabulary: expected a seqio SentencePieceVocabulary or ByteVocabulary, found "
+            f"{type(vocabulary).__name__}."
+        )
+    return vocabulary
+
+
+def seqio_vocabulary(vocabulary: seqio.Vocabulary | tokenization.Tokeniser) -> seqio.Vocabulary:
+    """Returns the seqio vocabulary with the ids of a tokeniser, for the features of a task.
+
+    Raises:
+        UsageError: seqio has none for a tokeniser of this kind.
+    """
+    if isinstance(vocabulary, seqio.Vocabulary):
+        return vocabulary
+    if isinstance(vocabulary, tokenization.SentencePiece):
+        return seqio.SentencePieceVocabulary(
+            vocabulary.sentencepiece_model_file, vocabulary.extra_ids
+        )
+    if isinstance(vocabulary, tokenization.Bytes):
+        return seqio.ByteVocabulary(vocabulary.extra_ids)
+    raise UsageError(
+        "vocabulary: expected a tokeniser that seqio has, too (tokenization.SentencePiece or "
+        f"tokenization.Bytes), found {type(vocabulary).__name__}."
+    )
+
 
 # --- Preprocessors and tasks ----------------------------------------------------------------------
 
 
-def record_features(vocabulary: seqio.Vocabulary) -> dict[str, seqio.Feature]:
+def record_features(
+    vocabulary: seqio.Vocabulary | tokenization.Tokeniser,
+) -> dict[str, seqio.Feature]:
     """The `output_features` of a task that `tokenize_and_mark` or `t5patches_mode` ends."""
+    vocabulary = seqio_vocabulary(vocabulary)
     return {
         "inputs": seqio.Feature(vocabulary),
         "targets": seqio.Feature(vocabulary),
@@ -59,8 +122,8 @@ def tokenize_and_mark(
             `target_ids` `[T]` (empty means not known), `negative_spans` `[N, 2]` and
             `negative_token_ids` `[N, 2]` rows (position, id). Other fields stay.
         output_features: of the task.
-        marks: as in `RecordFiles`.
-        loss_until: as in `RecordFiles`.
+        marks: as in `datasets.RecordFiles`.
+        loss_until: as in `datasets.RecordFiles`.
 
     Returns:
         A data set of `inputs`, `targets` and `negative_ids` (token ids, EOS included) and
@@ -68,7 +131,7 @@ def tokenize_and_mark(
         count what is lost, `span_numbers` and `num_spans_without_token`.
         Where a record has a mistake, iteration fails with the message of a UsageError.
     """
-    vocabulary = output_features["targets"].vocabulary
+    vocabulary = tokeniser(output_features["targets"].vocabulary)
 
     def marked(name, inputs, targets, target_ids, spans, pairs):
         record = records.Record(
@@ -79,7 +142,9 @@ def tokenize_and_mark(
             negative_spans=tuple(map(tuple, spans.tolist())),
             negative_token_ids=tuple((position, (i,)) for position, i in pairs.tolist()),
         )
-        example, num_spans_without_token = _example(record, vocabulary, marks, loss_until)
+        example, num_spans_without_token = example_from_record(
+            record, vocabulary, marks, loss_until
+        )
         loss_mask = example.loss_mask
         return (
             example.inputs,
@@ -156,7 +221,7 @@ def t5patches_mode(mode: str) -> Callable[[tf.data.Dataset], tf.data.Dataset]:
 def record_task(
     name: str,
     files: Mapping[str, str],
-    vocabulary: seqio.Vocabulary,
+    vocabulary: seqio.Vocabulary | tokenization.Tokeniser,
     *,
     annotated: bool = True,
     marks: str = "whole",
@@ -169,8 +234,8 @@ def record_task(
         files: a JSONL file, or a glob pattern, for each split.
         vocabulary: of inputs and targets.
         annotated: whether a record that nobody annotated is an error.
-        marks: as in `RecordFiles`.
-        loss_until: as in `RecordFiles`.
+        marks: as in `datasets.RecordFiles`.
+        loss_until: as in `datasets.RecordFiles`.
     """
     shapes = {
         "id": tf.TensorSpec([], tf.string),
@@ -183,7 +248,8 @@ def record_task(
 
     def dataset_fn(split, shuffle_files, seed=None):
         del shuffle_files, seed  # tnt_jax shuffles examples: feature_converters.Batches
-        rows = _check_trainable(records.read_records(files[split]), files[split], annotated)
+        file = files[split]
+        rows = datasets.check_trainable(records.read_records(file), file, annotated)
 
         def of_rows():
             for record in rows:
@@ -246,7 +312,7 @@ def load_examples(
     task: str | seqio.Task | seqio.Mixture,
     task_feature_lengths: Mapping[str, int],
     split: str,
-    vocabulary: seqio.Vocabulary | None = None,
+    vocabulary: tokenization.Tokeniser | None = None,
 ) -> list[feature_converters.Example]:
     """Reads one epoch of a task or mixture into memory, unshuffled and uncut.
 
@@ -280,7 +346,9 @@ def load_examples(
 
 
 def prompts_from_task(
-    task: str | seqio.Task | seqio.Mixture, split: str, vocabulary: seqio.Vocabulary | None = None
+    task: str | seqio.Task | seqio.Mixture,
+    split: str,
+    vocabulary: tokenization.Tokeniser | None = None,
 ) -> list[records.Record]:
     """Reads texts to generate from: `inputs`, and the reference as `targets`.
 
@@ -310,14 +378,14 @@ def _prompt(
     task: seqio.Task,
     split: str,
     number: int,
-    vocabulary: seqio.Vocabulary | None,
+    vocabulary: tokenization.Tokeniser | None,
 ) -> records.Record:
     texts = {}
     for name, feature in task.output_features.items():
         if name in ("inputs", "targets"):
             text = row.get(f"{name}_pretokenized")
             texts[name] = (
-                tokenization.decode(vocabulary or feature.vocabulary, row[name])
+                tokeniser(vocabulary or feature.vocabulary).decode(row[name])
                 if text is None
                 else text.decode()
             )
@@ -343,56 +411,6 @@ def _named_apart(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RecordFiles:
-    """A data set of records in files.
-
-    Attributes:
-        files: a JSONL file, or a glob pattern.
-        vocabulary: of inputs and targets.
-        clean_per_marked: keeps at most this many examples without a mark for each one with marks;
-            None keeps all.
-        seed: of that choice.
-        annotated: whether a record that nobody annotated is an error. False for plain fine-tuning.
-        marks: "whole": every token of a span is negative; "first_token": its first one alone.
-        loss_until: "end": all of a target is trained on; "first_negative": nothing after its first
-            negative token.
-    """
-
-    files: str
-    vocabulary: seqio.Vocabulary
-    clean_per_marked: int | float | None = None
-    seed: int = 0
-    annotated: bool = True
-    marks: str = "whole"
-    loss_until: str = "end"
-
-    def removed_everywhere(self) -> tuple[int, ...]:
-        """What the annotator of the records removes at every position of all of them."""
-        return removed_everywhere.of_records(self.files)
-
-    def load(self, task_feature_lengths: Mapping[str, int]) -> list[feature_converters.Example]:
-        """Reads, tokenises and marks all records.
-
-        Raises:
-            UsageError: a file, a record or the vocabulary has a mistake.
-        """
-        tokenization.check_vocabulary(self.vocabulary)
-        rows = _check_trainable(records.read_records(self.files), self.files, self.annotated)
-        examples = examples_from_records(
-            rows, self.vocabulary, self.files, self.marks, self.loss_until
-        )
-        if self.clean_per_marked is not None:
-            selection = feature_converters.select_clean(examples, self.clean_per_marked, self.seed)
-            console.log(
-                f"{self.files}: all {selection.num_marked} examples with marks and "
-                f"{selection.num_clean_kept} of {selection.num_clean} without (clean_per_marked)."
-            )
-            examples = selection.examples
-        _log_lost(examples, task_feature_lengths, self.files)
-        return examples
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class SeqioDataset:
     """A data set that is a registered seqio task or mixture.
 
@@ -400,7 +418,8 @@ class SeqioDataset:
         mixture_or_task_name: of the task.
         split: such as "train".
         mixture_or_task_module: imported first, so that it can register the task.
-        vocabulary_override: used instead of the task's own; None takes that one.
+        vocabulary_override: a tokeniser or seqio vocabulary to use instead of the task's own; None
+            takes that one.
 
     Raises:
         UsageError: there is no such module or task, or it has no targets.
@@ -409,7 +428,7 @@ class SeqioDataset:
     mixture_or_task_name: str
     split: str = "train"
     mixture_or_task_module: str | None = None
-    vocabulary_override: seqio.Vocabulary | None = None
+    vocabulary_override: Any = None
 
     def __post_init__(self):
         task = find_task(self.mixture_or_task_name, self.mixture_or_task_module)
@@ -417,10 +436,10 @@ class SeqioDataset:
             raise _feature_error(task, "targets", list(task.output_features))
 
     @property
-    def vocabulary(self) -> seqio.Vocabulary:
-        """The vocabulary that `load` uses."""
+    def vocabulary(self) -> tokenization.Tokeniser:
+        """The tokeniser with the ids that `load` gives."""
         task = find_task(self.mixture_or_task_name)
-        return self.vocabulary_override or task.output_features["targets"].vocabulary
+        return tokeniser(self.vocabulary_override or task.output_features["targets"].vocabulary)
 
     def removed_everywhere(self) -> tuple[int, ...]:
         """Nothing: a task has no place for it."""
@@ -432,58 +451,15 @@ class SeqioDataset:
         examples = load_examples(
             self.mixture_or_task_name, task_feature_lengths, self.split, self.vocabulary_override
         )
-        _log_lost(examples, task_feature_lengths, self.mixture_or_task_name)
+        datasets.log_lost(examples, task_feature_lengths, self.mixture_or_task_name)
         return examples
-
-
-def examples_from_records(
-    rows: Sequence[records.Record],
-    vocabulary: seqio.Vocabulary,
-    where: str,
-    marks: str = "whole",
-    loss_until: str = "end",
-) -> list[feature_converters.Example]:
-    """Tokenises and marks records; warns about spans that touch no token.
-
-    Args:
-        rows: the records.
-        vocabulary: of inputs and targets.
-        where: they come from, for the warning.
-        marks: as in `RecordFiles`.
-        loss_until: as in `RecordFiles`.
-
-    Raises:
-        UsageError: a record does not fit the vocabulary (`tokenization.mark_tokens`).
-    """
-    marked = [_example(record, vocabulary, marks, loss_until) for record in rows]
-    _log_spans_without_token(sum(number for _, number in marked), where)
-    return [example for example, _ in marked]
-
-
-def _example(
-    record: records.Record, vocabulary: seqio.Vocabulary, marks: str, loss_until: str
-) -> tuple[feature_converters.Example, int]:
-    """The tokenised record, and how many of its spans touch no token."""
-    marked = tokenization.mark_tokens(record, vocabulary, marks)
-    inputs = tokenization.encode(vocabulary, record.inputs, add_eos=True)
-    example = feature_converters.Example(
-        inputs=np.array(inputs, np.int32),
-        targets=marked.target_ids,
-        negative_pairs=marked.negative_pairs,
-        loss_mask=feature_converters.loss_until(
-            loss_until, marked.target_ids, marked.negative_pairs
-        ),
-        span_numbers=marked.span_numbers,
-        id=record.id,
-    )
-    return example, marked.num_spans_without_token
 
 
 def _load_task(
     task: seqio.Task,
     task_feature_lengths: Mapping[str, int],
     split: str,
-    vocabulary: seqio.Vocabulary | None,
+    vocabulary: tokenization.Tokeniser | None,
 ) -> list[feature_converters.Example]:
     examples = []
     num_spans_without_token = 0
@@ -521,7 +497,7 @@ def _load_task(
         num_spans_without_token += int(row.get("num_spans_without_token", 0))
     if not examples:
         raise UsageError(f"task {task.name!r}: its split {split!r} has no examples.")
-    _log_spans_without_token(num_spans_without_token, task.name)
+    log_spans_without_token(num_spans_without_token, task.name)
     return examples
 
 
@@ -529,12 +505,12 @@ def _rows(
     task: seqio.Task,
     task_feature_lengths: Mapping[str, int] | None,
     split: str,
-    vocabulary: seqio.Vocabulary | None,
+    vocabulary: tokenization.Tokeniser | None,
 ) -> Iterator[dict[str, Any]]:
     """One epoch of a task as NumPy arrays, in order, nothing cut."""
     if vocabulary is not None:
         features = {
-            name: dataclasses.replace(feature, vocabulary=vocabulary)
+            name: dataclasses.replace(feature, vocabulary=seqio_vocabulary(vocabulary))
             for name, feature in task.output_features.items()
         }
         task = task.replace(output_features=features)
@@ -604,51 +580,3 @@ def _feature_error(task: seqio.Task | seqio.Mixture, name: str, found: Sequence[
         f"task {task.name!r}: expected token ids as feature {name!r}, found the features {found}. "
         "End its preprocessors with tasks.tokenize_and_mark."
     )
-
-
-def _check_trainable(
-    rows: list[records.Record], files: str, annotated: bool
-) -> list[records.Record]:
-    for record in rows:
-        if not record.targets and record.target_ids is None:
-            raise UsageError(
-                f"{files}: record {record.id!r} has no targets. Expected outputs of the original "
-                "model (tnt_jax.generate writes them), not prompts."
-            )
-        if annotated and record.negative_spans is None and not record.negative_token_ids:
-            raise UsageError(
-                f"{files}: record {record.id!r} has no negative_spans: nobody annotated it. Run "
-                "tnt_jax.annotate on the file, or set ANNOTATED (RecordFiles.annotated) to False "
-                "to train on it as it is."
-            )
-    return rows
-
-
-def _log_spans_without_token(number: int, where: str) -> None:
-    if number:
-        logging.warning(
-            "%s: %d negative spans touch no token (white space, or characters that the vocabulary "
-            "drops) and mark nothing.",
-            where,
-            number,
-        )
-
-
-def _log_lost(
-    examples: Sequence[feature_converters.Example],
-    task_feature_lengths: Mapping[str, int],
-    where: str,
-) -> None:
-    lost = feature_converters.count_lost(examples, task_feature_lengths)
-    if any(lost):
-        logging.warning(
-            "%s: with TASK_FEATURE_LENGTHS %s, %d inputs and %d targets of %d examples are cut; "
-            "%d negative spans and %d ids to remove lie beyond the cut and are lost.",
-            where,
-            dict(task_feature_lengths),
-            lost.num_inputs,
-            lost.num_targets,
-            len(examples),
-            lost.num_spans,
-            lost.num_marks,
-        )

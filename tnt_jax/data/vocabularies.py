@@ -1,7 +1,7 @@
 """The vocabulary of a model: from a sentencepiece file or from a tokenizer's files, and back.
 
-Hugging Face's files (`spiece.model`, `tokenizer.json`, `tokenizer_config.json`) become the seqio
-vocabulary with the same ids. A `tokenizer.json` alone, as transformers 5 writes it, holds all of a
+Hugging Face's files (`spiece.model`, `tokenizer.json`, `tokenizer_config.json`) become the
+tokeniser with the same ids. A `tokenizer.json` alone, as transformers 5 writes it, holds all of a
 sentencepiece model: its pieces with their scores, and how text is normalised.
 """
 
@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from etils import epath
 from sentencepiece import sentencepiece_model_pb2
@@ -21,9 +21,6 @@ from sentencepiece import sentencepiece_model_pb2
 from tnt_jax.data import tokenization
 from tnt_jax.runtime import console, files
 from tnt_jax.runtime.errors import UsageError, naming_file
-
-if TYPE_CHECKING:  # seqio imports TensorFlow, which takes seconds
-    import seqio
 
 T5_EXTRA_IDS = 100
 _BYT5_EXTRA_IDS = 125
@@ -38,12 +35,10 @@ _protos: Any = sentencepiece_model_pb2  # protobuf makes its classes when it is 
 _Pieces = _protos.ModelProto
 
 
-def of_file(path: str, extra_ids: int | None = None) -> "seqio.SentencePieceVocabulary":
+def of_file(path: str, extra_ids: int | None = None) -> tokenization.SentencePiece:
     """The vocabulary of a sentencepiece model, with `extra_ids` (None: T5's 100) after its own."""
-    import seqio
-
     extra_ids = _checked(T5_EXTRA_IDS if extra_ids is None else extra_ids)
-    return seqio.SentencePieceVocabulary(path, extra_ids)
+    return tokenization.SentencePiece(path, extra_ids)
 
 
 def _checked(extra_ids: int) -> int:
@@ -62,7 +57,7 @@ def has_tokenizer(folder: epath.Path) -> bool:
     return any((folder / name).exists() for name in names) or _is_bytes(_settings(folder))
 
 
-def of_directory(folder: epath.Path, extra_ids: int | None = None) -> "seqio.Vocabulary":
+def of_directory(folder: epath.Path, extra_ids: int | None = None) -> tokenization.Tokeniser:
     """The vocabulary of a directory's tokenizer.
 
     Args:
@@ -83,12 +78,10 @@ def of_directory(folder: epath.Path, extra_ids: int | None = None) -> "seqio.Voc
         ) from error
 
 
-def _of_directory(folder: epath.Path, extra_ids: int | None) -> "seqio.Vocabulary":
-    import seqio
-
+def _of_directory(folder: epath.Path, extra_ids: int | None) -> tokenization.Tokeniser:
     settings = _settings(folder)
     if _is_bytes(settings):
-        return seqio.ByteVocabulary(
+        return tokenization.Bytes(
             _checked(_byt5_extra_ids(folder, settings) if extra_ids is None else extra_ids)
         )
     if not has_tokenizer(folder):
@@ -118,7 +111,7 @@ def _of_directory(folder: epath.Path, extra_ids: int | None) -> "seqio.Vocabular
             "otherwise; give target_ids in records that have them."
         )
         for name in added:
-            # As seqio names its extra ids, which own the space before them.
+            # As T5's extra ids are named: they own the space before them.
             piece = f"\u2581{name}" if _EXTRA_ID.fullmatch(name) else name
             pieces.pieces.add(piece=piece, score=0.0, type=_Pieces.SentencePiece.USER_DEFINED)
         return of_file(_temporary_file(pieces), 0)
@@ -213,7 +206,7 @@ def _find(value: Any, key: str) -> Any:
 
 
 def _temporary_file(pieces: _Pieces) -> str:
-    """A file, because seqio reads a vocabulary from one whenever it needs it."""
+    """A file, because seqio, where a task has this vocabulary, reads it from one."""
     folder = pathlib.Path(tempfile.mkdtemp(prefix="tnt_jax-vocabulary-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     (folder / _SENTENCEPIECE).write_bytes(pieces.SerializeToString())
@@ -223,16 +216,14 @@ def _temporary_file(pieces: _Pieces) -> str:
 # ------------------------------------------------------------------------------------- Writing
 
 
-def write(folder: epath.Path, vocabulary: "seqio.Vocabulary") -> None:
+def write(folder: epath.Path, vocabulary: tokenization.Tokeniser) -> None:
     """Writes a vocabulary as the tokenizer files of a directory of Hugging Face's."""
-    import seqio
-
     settings: dict[str, Any] = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
-    if isinstance(vocabulary, seqio.SentencePieceVocabulary):
+    if isinstance(vocabulary, tokenization.SentencePiece):
         settings |= {"tokenizer_class": "T5Tokenizer", "extra_ids": vocabulary.extra_ids}
         content = epath.Path(vocabulary.sentencepiece_model_file).read_bytes()
         (folder / _SENTENCEPIECE).write_bytes(content)
-    else:
+    elif isinstance(vocabulary, tokenization.Bytes):
         settings |= {"tokenizer_class": "ByT5Tokenizer", "extra_ids": vocabulary.extra_ids}
     text = json.dumps(settings, indent=2, allow_nan=False)
     (folder / "tokenizer_config.json").write_text(text + "\n")
@@ -251,7 +242,7 @@ def check_size(vocab_size: int, model_size: int) -> None:
         )
 
 
-def check_same(vocabulary: "seqio.Vocabulary", folder: epath.Path) -> None:
+def check_same(vocabulary: tokenization.Tokeniser, folder: epath.Path) -> None:
     """Raises a UsageError where a model comes with a tokenizer that has other pieces."""
     if not has_tokenizer(folder):
         return
@@ -268,9 +259,7 @@ def check_same(vocabulary: "seqio.Vocabulary", folder: epath.Path) -> None:
             )
 
 
-def _pieces(vocabulary: "seqio.Vocabulary") -> list[str]:
-    processor = getattr(vocabulary, "tokenizer", None)
-    if processor is None:
-        return [f"byte {i}" for i in range(vocabulary.vocab_size)]
-    count = processor.vocab_size() - vocabulary.extra_ids
-    return processor.id_to_piece(list(range(count)))
+def _pieces(vocabulary: tokenization.Tokeniser) -> list[str]:
+    if not isinstance(vocabulary, tokenization.SentencePiece):
+        return [f"byte {i}" for i in range(vocabulary.size)]
+    return vocabulary.processor.id_to_piece(list(range(vocabulary.size - vocabulary.extra_ids)))

@@ -16,7 +16,7 @@ from typing import Any
 
 from tnt_jax import __version__, convert, objectives, report
 from tnt_jax.checkpoints import pretrained
-from tnt_jax.data import records, removed_everywhere, rounds, tokenization
+from tnt_jax.data import datasets, records, removed_everywhere, rounds, tokenization
 from tnt_jax.models import decoding
 from tnt_jax.runtime import console, files, operative_config, stages
 from tnt_jax.runtime.errors import UsageError
@@ -88,7 +88,7 @@ class Experiment:
       certificate: `evaluate.Certificate`.
       original_checkpoint_path: The original.
       new_original: How to make one, in place of `original_checkpoint_path`.
-      clean_per_marked: As in `tasks.RecordFiles`, for the training outputs; so are the next two.
+      clean_per_marked: As in `datasets.RecordFiles`, for the training outputs; so are the next two.
       marks: As there.
       loss_until: As there.
 
@@ -238,9 +238,7 @@ class Opened:
             inputs={"texts_of": new.records},
             settings={"vocab_size": new.vocab_size},
         )
-        from tnt_jax.data import tasks  # here, because TensorFlow takes seconds to import
-
-        dataset = tasks.RecordFiles(
+        dataset = datasets.RecordFiles(
             files=new.records, vocabulary=self.settings.vocabulary(), annotated=False
         )
         self._stages.run(
@@ -393,13 +391,11 @@ class Opened:
           objective: The loss per token.
           files: Of annotated records.
           settings: Further arguments of `train.train`.
-          of_dataset: Further arguments of `tasks.RecordFiles`.
+          of_dataset: Further arguments of `datasets.RecordFiles`.
           start: A checkpoint to start from instead of the original.
         """
-        from tnt_jax.data import tasks
-
         model_dir = str(self.root / name / "model")
-        dataset = tasks.RecordFiles(
+        dataset = datasets.RecordFiles(
             **{
                 "files": files,
                 "vocabulary": self.vocabulary,

@@ -2,8 +2,8 @@
 
 Parameters of adapters lie beside the kernels that they change: `.../query/kernel` gets
 `.../query/adapter_in` (A) and `.../query/adapter_out` (B), B zero at first, so that the model
-starts as the original. The network (`t5_layers`) uses those that it is given, at
-`T5Config.adapter_scale`: given none, it is the original again.
+starts as the original. A network's layers use those that they are given, at
+`NetworkConfig.adapter_scale`: given none, it is the original again.
 """
 
 import zlib

@@ -1,7 +1,7 @@
 """Greedy decoding, sampling and beam search over a key-value cache, each one compiled loop.
 
-The encoder and the cross-attention keys and values are computed once, before the loop; a step
-computes one position. The loop ends when every row has ended.
+What every step reads of the inputs is computed once, before the loop; a step computes one position.
+The loop ends when every row has ended.
 """
 
 import dataclasses
@@ -14,11 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tnt_jax.models import t5
+from tnt_jax.models import families, parameters
+from tnt_jax.models.network import DecodingStart
+from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime.array_types import Array, Bool, Float, Int, Key, PyTree
 from tnt_jax.runtime.errors import UsageError
 
-_PAD_ID = 0  # T5's masks know no other padding, and it is the first decoder input
+_PAD_ID = 0  # T5's masks know no other padding
 
 # (last tokens [N], their position, cache) -> (log-probabilities of the next token [N, V], cache)
 _NextLogProbs = Callable[..., tuple[Float[Array, "N V"], PyTree]]
@@ -85,10 +87,10 @@ class Decoding:
             )
 
 
-def within_vocabulary(decoding: Decoding, vocab_size: int, config: t5.T5Config) -> Decoding:
+def within_vocabulary(decoding: Decoding, vocab_size: int, config: NetworkConfig) -> Decoding:
     """The same, never with an id that stands for no text.
 
-    T5's embedding has more rows than its vocabulary, of `vocab_size`, has ids.
+    An embedding may have more rows than its vocabulary, of `vocab_size`, has ids.
     """
     unused = range(vocab_size, config.vocab_size)
     return dataclasses.replace(decoding, banned_ids=(*decoding.banned_ids, *unused))
@@ -122,7 +124,7 @@ class Mask(NamedTuple):
     Both are sequences of ids, as `pad_sequences` fills them up. The id that would complete a banned
     sequence is removed, unless a supported one has come at least as far from the same place or an
     earlier one: then what goes on with that is all that may follow, until it is whole. So "rice
-    boat" can be said where "rice" cannot. `tokenization.Completions` removes by the same rule.
+    boat" can be said where "rice" cannot. `marks.Completions` removes by the same rule.
 
     Attributes:
       banned: of each row, sequences that must not come up.
@@ -136,12 +138,12 @@ class Mask(NamedTuple):
 @functools.partial(jax.jit, static_argnames=("config", "decoding"))
 def decode(
     params: PyTree,
-    encoder_input_tokens: Int[Array, "B S"],
+    input_tokens: Int[Array, "B S"],
     row_keys: Key[Array, "B"] | None = None,
     mask: Mask | None = None,
     prefix_tokens: Int[Array, "B P"] | None = None,
     *,
-    config: t5.T5Config,
+    config: NetworkConfig,
     decoding: Decoding,
 ) -> Decoded:
     """Decodes a batch.
@@ -150,8 +152,8 @@ def decode(
     of the sequence. A row without any input token is batch filler and comes out empty.
 
     Args:
-      params: float32 parameters of `t5.Transformer(config)`.
-      encoder_input_tokens: padded with 0 on the right; the width changes no output.
+      params: float32 parameters of the network of `config`, layers stacked or apart.
+      input_tokens: padded with 0 on the right; the width changes no output.
       row_keys: one key per row, for sampling only. The noise of a row depends on its key and the
         position alone, not on the model, the other rows or their order, so an unchanged model
         repeats its sample (bit for bit at one batch size; between batch sizes XLA may sum in
@@ -193,31 +195,34 @@ def decode(
 
     # Cut out of their stacks once, before the loop: steps that scan the layers are 40 % slower.
     config = dataclasses.replace(config, scan_layers=False, remat_policy="none")
-    params = t5.unstack_layers(params)
-    model = t5.Transformer(config)
-    memory = model.apply({"params": params}, encoder_input_tokens, method="start_decoding")
+    params = parameters.unstack_layers(params)
+    network = families.network_of(config)
+    lengths = jnp.sum(input_tokens != _PAD_ID, axis=1)
+    start = network.start_decoding(
+        params,
+        input_tokens,
+        lengths,
+        num_beams=decoding.num_beams,
+        max_length=decoding.max_length,
+    )
     removed = np.zeros((1, config.vocab_size), bool)
     removed[:, [_PAD_ID, *decoding.banned_ids]] = True
 
     def next_log_probs(tokens, position, cache):
-        logits, cache = model.apply(
-            {"params": params}, tokens, position, cache, memory, method="decode_step"
-        )
+        logits, cache = network.decode_step(params, tokens, position, cache, start.memory)
         return jax.nn.log_softmax(jnp.where(removed, -jnp.inf, logits)), cache
 
-    is_filler = jnp.all(encoder_input_tokens == 0, axis=1)
-    num_rows = encoder_input_tokens.shape[0] * decoding.num_beams
-    cache = t5.empty_cache(config, num_rows, decoding.max_length)
+    is_filler = lengths == 0
     if decoding.num_beams > 1:
-        return _search_beams(next_log_probs, cache, is_filler, decoding)
+        return _search_beams(next_log_probs, start, is_filler, decoding)
     if decoding.temperature == 0:
         row_keys = None
     if prefix_tokens is None:
-        prefix_tokens = jnp.zeros((num_rows, 0), jnp.int32)
+        prefix_tokens = jnp.zeros((len(input_tokens), 0), jnp.int32)
     # As wide as the output, so that every step reads its own column.
     num_free = decoding.max_length - prefix_tokens.shape[1]
     forced = jnp.pad(prefix_tokens, ((0, 0), (0, num_free)), constant_values=_PAD_ID)
-    return _decode_rows(next_log_probs, cache, is_filler, row_keys, mask, forced, decoding)
+    return _decode_rows(next_log_probs, start, is_filler, row_keys, mask, forced, decoding)
 
 
 def pad_sequences(sequences: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
@@ -246,7 +251,7 @@ class _Rows(NamedTuple):
 
 def _decode_rows(
     next_log_probs: _NextLogProbs,
-    cache: PyTree,
+    start: DecodingStart,
     is_filler: Bool[Array, "B"],
     row_keys: Key[Array, "B"] | None,
     mask: Mask | None,
@@ -286,11 +291,11 @@ def _decode_rows(
         _Rows(
             position=jnp.int32(0),
             tokens=jnp.full((num_rows, decoding.max_length), _PAD_ID, jnp.int32),
-            last=jnp.full(num_rows, _PAD_ID, jnp.int32),
+            last=start.tokens,
             log_prob=jnp.zeros(num_rows),
             ended=is_filler,
             owed=jnp.zeros(num_rows, jnp.int32),
-            cache=cache,
+            cache=start.cache,
         ),
     )
     return Decoded(rows.tokens, rows.log_prob, rows.position)
@@ -397,7 +402,7 @@ class _Beams(NamedTuple):
 
 def _search_beams(
     next_log_probs: _NextLogProbs,
-    cache: PyTree,
+    start: DecodingStart,
     is_filler: Bool[Array, "B"],
     decoding: Decoding,
 ) -> Decoded:
@@ -464,11 +469,11 @@ def _search_beams(
             live_tokens=jnp.full((num_rows, num_beams, decoding.max_length), _PAD_ID, jnp.int32),
             # All beams start equal: only the first counts, or every one would be kept N times.
             live_log_prob=jnp.full((num_rows, num_beams), -jnp.inf).at[:, 0].set(0.0),
-            last=jnp.full((num_rows, num_beams), _PAD_ID, jnp.int32),
+            last=start.tokens.reshape(num_rows, num_beams),
             finished_tokens=jnp.full((num_rows, decoding.max_length), _PAD_ID, jnp.int32),
             finished_log_prob=jnp.zeros(num_rows),
             finished_score=jnp.where(is_filler, jnp.inf, -jnp.inf),
-            cache=cache,
+            cache=start.cache,
         ),
     )
     has_finished = beams.finished_score > -jnp.inf

@@ -11,7 +11,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tnt_jax.data import feature_converters
-from tnt_jax.models import adapters, decoding, sharding, t5
+from tnt_jax.models import adapters, decoding, families, sharding
+from tnt_jax.models.network import Network
+from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime.array_types import PyTree
 
 Forward = Callable[..., Any]  # (params, batch, dropout_key or None) -> FactoredLogits
@@ -19,23 +21,26 @@ Forward = Callable[..., Any]  # (params, batch, dropout_key or None) -> Factored
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-    """A T5 on a mesh: what programs need to read parameters and to run them.
+    """A network on a mesh: what programs need to read parameters and to run them.
 
     Attributes:
-      config: Of the network.
+      config: The settings of the network.
       mesh: From `sharding.make_mesh`.
     """
 
-    config: t5.T5Config
+    config: NetworkConfig
     mesh: Mesh
+
+    @functools.cached_property
+    def network(self) -> Network:
+        """The network, apart from any mesh."""
+        return families.network_of(self.config)
 
     @functools.cached_property
     def abstract_params(self) -> PyTree:
         """Shapes, dtypes and shardings of the parameters; no array is made."""
-        abstract = t5.abstract_params(self.config)
-        shardings = sharding.param_shardings(
-            abstract, t5.param_logical_axes(self.config), self.mesh
-        )
+        abstract = self.network.abstract_params()
+        shardings = sharding.param_shardings(abstract, self.network.logical_axes(), self.mesh)
         return sharding.with_shardings(abstract, shardings)
 
     @functools.cached_property
@@ -48,7 +53,7 @@ class Model:
         return jax.tree.map(
             lambda leaf, dtype: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding),
             self.abstract_params,
-            t5.computed_dtypes(self.config),
+            self.network.computed_dtypes(),
         )
 
     def abstract_adapters(self, rank: int) -> PyTree:
@@ -56,15 +61,15 @@ class Model:
         abstract = jax.eval_shape(
             functools.partial(adapters.init, self.abstract_params, rank), jax.random.key(0)
         )
-        axes = adapters.logical_axes(t5.param_logical_axes(self.config))
+        axes = adapters.logical_axes(self.network.logical_axes())
         return sharding.with_shardings(
             abstract, sharding.param_shardings(abstract, axes, self.mesh)
         )
 
-    @functools.cached_property
+    @property
     def forward(self) -> Forward:
         """`forward(params, batch, dropout_key or None) -> FactoredLogits`."""
-        return t5.make_factored_forward(self.config)
+        return self.network.forward
 
     @functools.cached_property
     def hidden_states(self) -> Callable[..., jax.Array]:
@@ -93,7 +98,7 @@ class Model:
         Args:
           params: Of this model.
           inputs: Token ids, at most `batch_size` of them; filler rows come after theirs.
-          width: Of the encoder.
+          width: Tokens that each input is cut or filled up to.
           decoder: How to choose the tokens.
           batch_size: Rows that are computed.
           row_keys: One for each of the inputs, for sampling.
@@ -126,7 +131,7 @@ class Model:
     def init(self, seed: int) -> PyTree:
         """Random parameters; no device ever holds more than its own part."""
         init = jax.jit(
-            functools.partial(t5.init, self.config),
+            self.network.init,
             out_shardings=sharding.shardings_of(self.abstract_params),
         )
         return init(jax.random.key(seed))

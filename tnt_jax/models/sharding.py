@@ -3,9 +3,9 @@
 `data` splits the batch. `fsdp` splits the batch as well, and every parameter along `embed`: a layer
 is gathered when it is computed, its gradient is scattered again, and no device holds a whole model.
 `model` splits the parameters within a layer, and the vocabulary. Parameters say what their
-dimensions mean (`t5.param_logical_axes`), activations too (`constrain`); where each meaning goes is
-decided in `AXIS_RULES` alone. A dimension without a rule is an error: silent replication is how a
-model stops fitting.
+dimensions mean (`network.Network.logical_axes`), activations too (`constrain`); where each meaning
+goes is decided in `AXIS_RULES` alone. A dimension without a rule is an error: silent replication is
+how a model stops fitting.
 """
 
 import dataclasses
@@ -194,7 +194,7 @@ def param_shardings(abstract_params: PyTree, logical_axes: PyTree, mesh: Mesh) -
     """The sharding of every parameter, by `AXIS_RULES`.
 
     Args:
-      abstract_params: Shapes, as from `t5.abstract_params`.
+      abstract_params: Shapes, as from `network.Network.abstract_params`.
       logical_axes: The same structure with a tuple of axis names for each parameter.
       mesh: From `make_mesh`.
 

@@ -1,6 +1,7 @@
 """T5 and its family in Flax Linen, with T5X's parameter names and logical axes.
 
 T5 1.0 and 1.1, LM-adapted and Flan-T5, mT5, ByT5 and umT5 differ in settings of `T5Config` alone.
+The rest of the project sees a T5 as `T5`, which is a `network.Network`.
 
 Parameter names and shapes, initializers, masks and the places of dropout agree with
 google-research/t5x (`t5x/examples/t5/network.py`, `layers.py`), so a T5X checkpoint loads by name.
@@ -9,19 +10,18 @@ Two seams are our own:
 * Keys and values are computed apart from attention. Training and step-by-step decoding run the
   same layers; a decoding step only takes most of its keys and values from a cache.
 * The output matrix is apart from the decoder (`Transformer.decode`, then `Transformer.logits`), so
-  a loss can work from the hidden states without ever holding `[B, T, V]`
-  (`make_factored_forward`).
+  a loss can work from the hidden states without ever holding `[B, T, V]` (`T5.forward`).
 
-With `T5Config.scan_layers` the same parameters are stacked, layer upon layer (`stack_layers`).
+With `T5Config.scan_layers` the same parameters are stacked, layer upon layer
+(`parameters.stack_layers`).
 
-Token id 0 is padding and the first decoder input; every mask follows from `tokens > 0`. The
-relative position bias needs only differences of positions within one row, which packing keeps, so
-the `*_positions` features of a packed batch are not read.
+Token id 0 is padding and the first decoder input; where a batch has no segment ids, every mask
+follows from `tokens > 0`. The relative position bias needs only differences of positions within one
+row, which packing keeps, so the `*_positions` features of a packed batch are not read.
 """
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
@@ -29,8 +29,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from tnt_jax.models import sharded_embedding, sharding
+from tnt_jax.data.feature_converters import ENCODER_DECODER, FeatureLayout
+from tnt_jax.models import parameters, sharded_embedding, sharding
 from tnt_jax.models.factored_logits import FactoredLogits
+from tnt_jax.models.network import DecodingStart
 from tnt_jax.models.t5_config import T5Config
 from tnt_jax.models.t5_layers import Cache, Decoder, Encoder
 from tnt_jax.runtime.array_types import Array, Bool, Float, Int, Key, PyTree
@@ -94,10 +96,11 @@ class Transformer(nn.Module):
         deterministic: bool = True,
     ) -> Float[Array, "B S E"]:
         """Encoder states after the final norm and dropout."""
-        is_token = encoder_input_tokens > 0
+        segment_ids = encoder_segment_ids
+        is_token = (encoder_input_tokens if segment_ids is None else segment_ids) > 0
         mask = _attention_mask(is_token, is_token, jnp.logical_and)
-        if encoder_segment_ids is not None:
-            mask &= _attention_mask(encoder_segment_ids, encoder_segment_ids, jnp.equal)
+        if segment_ids is not None:
+            mask &= _attention_mask(segment_ids, segment_ids, jnp.equal)
         return self.encoder(
             self._embed(encoder_input_tokens), mask=mask, deterministic=deterministic
         )
@@ -184,15 +187,13 @@ class Transformer(nn.Module):
         """Teacher-forced logits: `hidden`, with its arguments, and `logits` in turn."""
         return self.logits(self.hidden(*tokens, **kwargs))
 
-    def start_decoding(self, encoder_input_tokens: Int[Array, "B S"]) -> Memory:
-        """Computes, once, what every `decode_step` reads: cross-attention keys and values.
-
-        Decoding is for layers that are apart: a step that scanned them would cut every weight out
-        of its stack again. See `decoding.decode`.
-        """
-        encoded = self.encode(encoder_input_tokens)
-        mask = (encoder_input_tokens > 0)[:, None, None, :]
-        return Memory(self.decoder.cross_keys_values(encoded), mask)
+    def start_decoding(
+        self, encoder_input_tokens: Int[Array, "B S"], lengths: Int[Array, "B"]
+    ) -> Memory:
+        """Computes, once, what every `decode_step` reads: cross-attention keys and values."""
+        is_token = jnp.arange(encoder_input_tokens.shape[1])[None] < lengths[:, None]
+        encoded = self.encode(encoder_input_tokens, encoder_segment_ids=is_token.astype(jnp.int32))
+        return Memory(self.decoder.cross_keys_values(encoded), is_token[:, None, None, :])
 
     def decode_step(
         self,
@@ -207,8 +208,7 @@ class Transformer(nn.Module):
           tokens: the decoder input at `position` (0 at position 0). N is B, or B times the number
             of beams with the beams of one input next to each other.
           position: of `tokens`, the same in every row.
-          cache: self-attention keys and values of the earlier positions, from `empty_cache` and
-            then from the previous step.
+          cache: self-attention keys and values of the earlier positions, zeros at first.
           memory: from `start_decoding`.
 
         Returns:
@@ -224,68 +224,7 @@ class Transformer(nn.Module):
         return self.logits(hidden)[:, 0], cache
 
 
-def empty_cache(config: T5Config, num_rows: int, max_length: int) -> Cache:
-    """A cache for `Transformer.decode_step`: zeros, `[num_rows, H, max_length, D]` per layer."""
-    zeros = jnp.zeros((num_rows, config.num_heads, max_length, config.head_dim), config.dtype)
-    return tuple((zeros, zeros) for _ in range(config.num_decoder_layers))
-
-
 # ------------------------------------------------------------------------------------ Parameters
-
-_LAYER = re.compile(r"layers_(\d+)")
-_STACKED = "layers"
-
-
-def stack_layers(params: PyTree) -> PyTree:
-    """Parameters as a network with `scan_layers` has them, from those of one without.
-
-    `encoder/layers_0/...`, `encoder/layers_1/...` become `encoder/layers/...` with a first axis of
-    layers, and so in the decoder. Parameters that are stacked already stay as they are.
-
-    Args:
-      params: Arrays, or shapes and dtypes (`jax.ShapeDtypeStruct`).
-    """
-
-    def stack(*layers: Any) -> Any:
-        first = layers[0]
-        if isinstance(first, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct((len(layers), *first.shape), first.dtype)
-        return jnp.stack(layers)
-
-    def of_stack(tree: PyTree) -> PyTree:
-        layers = {int(match[1]): key for key in tree if (match := _LAYER.fullmatch(key))}
-        stacked = {key: value for key, value in tree.items() if key not in layers.values()}
-        if layers:
-            in_order = [tree[layers[i]] for i in sorted(layers)]
-            stacked[_STACKED] = jax.tree.map(stack, *in_order)
-        return stacked
-
-    return _of_stacks(of_stack, params)
-
-
-def unstack_layers(params: PyTree) -> PyTree:
-    """The reverse of `stack_layers`: every layer under a name of its own."""
-
-    def layer_of(leaf: Any, i: int) -> Any:
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
-        return leaf[i]
-
-    def of_stack(tree: PyTree) -> PyTree:
-        apart = {key: value for key, value in tree.items() if key != _STACKED}
-        if _STACKED in tree:
-            num_layers = jax.tree.leaves(tree[_STACKED])[0].shape[0]
-            for i in range(num_layers):
-                layer = functools.partial(layer_of, i=i)
-                apart[f"layers_{i}"] = jax.tree.map(layer, tree[_STACKED])
-        return apart
-
-    return _of_stacks(of_stack, params)
-
-
-def _of_stacks(change: Callable[[PyTree], PyTree], params: PyTree) -> PyTree:
-    stacks = {stack: change(params[stack]) for stack in ("encoder", "decoder") if stack in params}
-    return {**params, **stacks}
 
 
 def _boxed_params(config: T5Config, key: Key[Array, ""]) -> PyTree:
@@ -294,16 +233,6 @@ def _boxed_params(config: T5Config, key: Key[Array, ""]) -> PyTree:
     apart = dataclasses.replace(config, scan_layers=False, remat_policy="none")
     tokens = jnp.ones((1, 1), jnp.int32)
     return Transformer(apart).init(key, tokens, tokens, tokens)["params"]
-
-
-def init(config: T5Config, key: Key[Array, ""]) -> PyTree:
-    """Random float32 parameters by T5X's initializers: a plain dict, arrays unboxed.
-
-    A pure function of the key: call it under `jax.jit` with `out_shardings` for a model that fits
-    no single device. The numbers are the same with and without `scan_layers`.
-    """
-    params = nn.unbox(_boxed_params(config, key))
-    return stack_layers(params) if config.scan_layers else params
 
 
 @functools.lru_cache(maxsize=16)
@@ -319,129 +248,113 @@ def _boxed_shapes(config: T5Config) -> PyTree:
     second for every layer in it, and a file may say that there are many.
     """
     shapes = _traced_shapes(dataclasses.replace(config, num_encoder_layers=1, num_decoder_layers=1))
-    numbers = {"encoder": config.num_encoder_layers, "decoder": config.num_decoder_layers}
-
-    def of_stack(stack: str) -> PyTree:
-        layer = shapes[stack]["layers_0"]
-        return shapes[stack] | {f"layers_{i}": layer for i in range(numbers[stack])}
-
-    return {**shapes, **{stack: of_stack(stack) for stack in numbers}}
+    num_layers = {"encoder": config.num_encoder_layers, "decoder": config.num_decoder_layers}
+    return parameters.repeat_layers(shapes, num_layers)
 
 
-def abstract_params(config: T5Config) -> PyTree:
-    """Shapes and dtypes of `init`'s result, without computing it."""
-    shapes = nn.unbox(_boxed_shapes(config))
-    return stack_layers(shapes) if config.scan_layers else shapes
+# --------------------------------------------------------------------------------------- Network
 
 
-def param_logical_axes(config: T5Config) -> PyTree:
-    """The structure of the parameters, with a tuple of T5X's logical axis names for each."""
-    axes = jax.tree.map(
-        lambda box: box.names,
-        _boxed_shapes(config),
-        is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned),
-    )
-    if not config.scan_layers:
-        return axes
+@dataclasses.dataclass(frozen=True)
+class T5:
+    """A T5 as `network.Network` describes it.
 
-    def of_stack(tree: PyTree) -> PyTree:
-        """Every layer has the axes of the first."""
-        others = {key: value for key, value in tree.items() if not _LAYER.fullmatch(key)}
-        stacked = jax.tree.map(
-            lambda names: ("layers", *names),
-            tree["layers_0"],
-            is_leaf=lambda x: isinstance(x, tuple),
-        )
-        return {**others, _STACKED: stacked}
-
-    return _of_stacks(of_stack, axes)
-
-
-def computed_dtypes(config: T5Config) -> PyTree:
-    """The dtype in which a forward pass reads each parameter.
-
-    Kernels within layers, and an embedding that is not the output matrix as well, are cast to the
-    compute dtype before every use. All else is computed in float32.
+    Attributes:
+      config: The settings of the network.
     """
 
-    def dtype_of(path: tuple[Any, ...], _: Any) -> Any:
-        name = sharding.path_name(path)
-        is_cast = "layers" in name and name.endswith("kernel")
-        if name == "token_embedder/embedding":
-            is_cast = not config.logits_via_embedding
-        return config.dtype if is_cast else jnp.dtype("float32")
+    config: T5Config
 
-    return jax.tree.map_with_path(dtype_of, abstract_params(config))
+    @property
+    def feature_layout(self) -> FeatureLayout:
+        """Inputs for the encoder, targets for the decoder."""
+        return ENCODER_DECODER
 
+    def init(self, key: Key[Array, ""]) -> PyTree:
+        """Random float32 parameters by T5X's initializers."""
+        params = nn.unbox(_boxed_params(self.config, key))
+        return parameters.stack_layers(params) if self.config.scan_layers else params
 
-# --------------------------------------------------------------------------------------- Forward
+    def abstract_params(self) -> PyTree:
+        """Shapes and dtypes of the parameters."""
+        shapes = nn.unbox(_boxed_shapes(self.config))
+        return parameters.stack_layers(shapes) if self.config.scan_layers else shapes
 
+    def logical_axes(self) -> PyTree:
+        """T5X's logical axis names of each parameter."""
+        return parameters.logical_axes(_boxed_shapes(self.config), stacked=self.config.scan_layers)
 
-def make_forward(config: T5Config) -> Callable[..., Float[Array, "B T V"]]:
-    """The model as a function of parameters and a batch.
-
-    Returns:
-      `forward(params, batch, dropout_key=None) -> logits [B, T, V]` in float32, where `batch` is a
-      dict of model features, of which the encoder and decoder tokens and, in a packed batch, the
-      segment ids are read. Without a key there is no dropout.
-    """
-    model = Transformer(config)
+    def computed_dtypes(self) -> PyTree:
+        """The dtype in which a forward pass reads each parameter."""
+        return parameters.computed_dtypes(self.abstract_params(), self.config)
 
     def forward(
+        self,
         params: PyTree,
-        batch: Mapping[str, Int[Array, "B _"]],
-        dropout_key: Key[Array, ""] | None = None,
-    ) -> Float[Array, "B T V"]:
-        logits = _apply(model, params, batch, dropout_key, "__call__")
-        return cast(jax.Array, logits)  # apply returns a pair only if it may change variables
-
-    return forward
-
-
-def make_factored_forward(config: T5Config) -> Callable[..., FactoredLogits]:
-    """As `make_forward`, without the product that ends in logits.
-
-    Returns:
-      `forward(params, batch, dropout_key=None) -> FactoredLogits`. `hidden` is of the compute
-      dtype, or float32 where the logits are scaled; `matrix` is the parameter itself.
-    """
-    model = Transformer(config)
-
-    def forward(
-        params: PyTree,
-        batch: Mapping[str, Int[Array, "B _"]],
+        batch: Mapping[str, Array],
         dropout_key: Key[Array, ""] | None = None,
     ) -> FactoredLogits:
-        hidden = cast(jax.Array, _apply(model, params, batch, dropout_key, "hidden"))
-        if config.scales_logits:
-            hidden = hidden.astype(jnp.float32) * config.emb_dim**-0.5
-        return FactoredLogits(hidden, *output_matrix(config, params))
+        """Teacher-forced logits, not multiplied out.
 
-    return forward
+        Of the batch, the encoder and decoder tokens and, where it is packed, the segment ids are
+        read.
+        """
+        states = Transformer(self.config).apply(
+            {"params": params},
+            batch["encoder_input_tokens"],
+            batch["decoder_input_tokens"],
+            batch["decoder_target_tokens"],
+            encoder_segment_ids=batch.get("encoder_segment_ids"),
+            decoder_segment_ids=batch.get("decoder_segment_ids"),
+            deterministic=dropout_key is None,
+            rngs=None if dropout_key is None else {"dropout": dropout_key},
+            method="hidden",
+        )
+        hidden = cast(jax.Array, states)  # apply returns a pair only if it may change variables
+        if self.config.scales_logits:
+            hidden = hidden.astype(self.hidden_dtype) * self.config.emb_dim**-0.5
+        return FactoredLogits(hidden, *self.output_matrix(params))
 
+    @property
+    def hidden_dtype(self) -> Any:
+        """Float32 where the logits are scaled, else the compute dtype."""
+        return jnp.dtype("float32") if self.config.scales_logits else self.config.dtype
 
-def output_matrix(config: T5Config, params: PyTree) -> tuple[Any, int]:
-    """The output matrix in a tree of parameters, shapes or shardings, and its vocabulary axis."""
-    if config.logits_via_embedding:
-        return params["token_embedder"]["embedding"], 0
-    return params["decoder"]["logits_dense"]["kernel"], 1
+    def output_matrix(self, params: PyTree) -> tuple[Any, int]:
+        """The embedding, if it is tied, or the decoder's own; and the vocabulary axis."""
+        if self.config.logits_via_embedding:
+            return params["token_embedder"]["embedding"], 0
+        return params["decoder"]["logits_dense"]["kernel"], 1
 
+    def start_decoding(
+        self,
+        params: PyTree,
+        input_tokens: Int[Array, "B S"],
+        lengths: Int[Array, "B"],
+        *,
+        num_beams: int,
+        max_length: int,
+    ) -> DecodingStart:
+        """Runs the encoder; the decoder begins with id 0 and an empty cache."""
+        c = self.config
+        memory = Transformer(c).apply(
+            {"params": params}, input_tokens, lengths, method="start_decoding"
+        )
+        num_rows = len(input_tokens) * num_beams
+        zeros = jnp.zeros((num_rows, c.num_heads, max_length, c.head_dim), c.dtype)
+        cache = tuple((zeros, zeros) for _ in range(c.num_decoder_layers))
+        return DecodingStart(jnp.zeros(num_rows, jnp.int32), cache, memory)
 
-def _apply(
-    model: Transformer,
-    params: PyTree,
-    batch: Mapping[str, Array],
-    dropout_key: Key[Array, ""] | None,
-    method: str,
-) -> Any:
-    return model.apply(
-        {"params": params},
-        batch["encoder_input_tokens"],
-        batch["decoder_input_tokens"],
-        batch["decoder_target_tokens"],
-        encoder_segment_ids=batch.get("encoder_segment_ids"),
-        decoder_segment_ids=batch.get("decoder_segment_ids"),
-        deterministic=dropout_key is None,
-        rngs=None if dropout_key is None else {"dropout": dropout_key},
-        method=method,
-    )
+    def decode_step(
+        self,
+        params: PyTree,
+        tokens: Int[Array, "N"],
+        position: Int[Array, ""],
+        cache: Cache,
+        memory: Memory,
+    ) -> tuple[Float[Array, "N V"], Cache]:
+        """Logits of the next token, by the decoder alone."""
+        stepped = Transformer(self.config).apply(
+            {"params": params}, tokens, position, cache, memory, method="decode_step"
+        )
+        return cast(tuple[jax.Array, Cache], stepped)

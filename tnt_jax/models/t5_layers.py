@@ -1,136 +1,22 @@
-"""The layers of a T5, and its two stacks of them.
-
-A stack runs its layers one after the other or, with `T5Config.scan_layers`, in one compiled loop;
-`_run` is the only place that knows. Activations say what their dimensions mean
-(`sharding.constrain`), weights are cast and gathered where they are used (`sharding.gather`), so on
-a mesh with `fsdp` devices the weights of one layer at a time are whole, and activations never move.
-"""
+"""The layers of a T5, and its two stacks of them."""
 
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from tnt_jax.models import adapters, sharding
-from tnt_jax.models.t5_config import ACTIVATIONS, REMAT_POLICIES, T5Config
+from tnt_jax.models import layers, sharding
+from tnt_jax.models.layers import Cache, KeysValues
+from tnt_jax.models.t5_config import T5Config
 from tnt_jax.runtime.array_types import Array, Bool, Float, Int
 
 # T5X's value. Finite, so that a query with nothing to attend to (padding) stays finite as well.
 _MASKED_LOGIT = -1e10
-
-KeysValues = tuple[Float[Array, "_ H _ D"], Float[Array, "_ H _ D"]]
-Cache = tuple[KeysValues, ...]
-Axes = tuple[str, str]  # of a kernel: logical axes of its inputs and outputs
-
-
-def _operand(kernel: Float[Array, "I O"], like: Array, axes: Axes, is_scanned: bool) -> Array:
-    """A kernel as a layer computes with it: whole along `embed`, in the dtype of the other side."""
-    if is_scanned and like.dtype == jnp.bfloat16:
-        # Rounds as the cast does, so nothing changes. But a plain cast is moved out of the loop
-        # by XLA for TPUs, through an optimization_barrier too: it casts the whole stack before
-        # and keeps that, half as large as the parameters, until the loop has ended.
-        kernel = jax.lax.reduce_precision(kernel, exponent_bits=8, mantissa_bits=7)
-    return sharding.gather(kernel, axes, like.dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _product(
-    x: Float[Array, "B T I"], kernel: Float[Array, "I O"], axes: Axes, is_scanned: bool
-) -> Float[Array, "B T O"]:
-    """`x @ kernel` in the dtype of `x`; the kernel's gradient adds up in the kernel's own.
-
-    The sum over a batch is the one place where bfloat16 would lose what float32 parameters are kept
-    for, on every device and between them. And the gathered kernel is not kept for the gradient,
-    whatever `remat_policy` says: it is gathered again.
-    """
-    return x @ _operand(kernel, x, axes, is_scanned)
-
-
-def _product_forward(x, kernel, axes, is_scanned):
-    return x @ _operand(kernel, x, axes, is_scanned), (x, kernel)
-
-
-def _product_backward(axes, is_scanned, kept, gradient):
-    x, kernel = kept
-    of_x = gradient @ _operand(kernel, x, axes, is_scanned).T
-    if _tokens_travel(x, kernel, axes):
-        x = sharding.constrain(x, "group", "length", axes[0])
-        gradient = sharding.constrain(gradient, "group", "length", axes[1])
-    of_kernel = jnp.einsum("bti,bto->io", x, gradient, preferred_element_type=kernel.dtype)
-    return of_x, sharding.constrain(of_kernel, *axes)
-
-
-def _tokens_travel(x: Float[Array, "B T I"], kernel: Float[Array, "I O"], axes: Axes) -> bool:
-    """Whether a `fsdp` group shares its tokens for a kernel's gradient.
-
-    The devices of a group hold a part of the kernel each, and its gradient is a sum over the tokens
-    of all. Either each computes the whole gradient of its tokens and they scatter the sum, or each
-    gets the tokens of the others and computes its part alone. The latter moves less, and needs no
-    memory for whole gradients, where the tokens are few beside the width of the model.
-    """
-    if "embed" not in axes or "fsdp" not in sharding.free_axes():
-        return False
-    width = kernel.shape[axes.index("embed")]
-    num_tokens = x.shape[0] * x.shape[1] // sharding.free_axes().get("data", 1)
-    return num_tokens * x.dtype.itemsize <= width * kernel.dtype.itemsize
-
-
-_product.defvjp(_product_forward, _product_backward)
-
-
-class _Dense(nn.Module):
-    """A product with a kernel, and with the adapter beside it if there is one; no bias."""
-
-    config: T5Config
-    features: int
-    axes: Axes
-    kernel_init: Callable
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
-        shape = x.shape[-1], self.features
-        init = nn.with_logical_partitioning(self.kernel_init, self.axes)
-        is_scanned = self.config.scan_layers
-        product: Any = _product
-        x = x.astype(self.dtype)
-        y = product(x, self.param("kernel", init, shape, jnp.float32), self.axes, is_scanned)
-        if not self.has_variable("params", adapters.ADAPTER_IN):
-            return y
-        for name, axes in (
-            (adapters.ADAPTER_IN, (self.axes[0], "adapter_rank")),
-            (adapters.ADAPTER_OUT, ("adapter_rank", self.axes[1])),
-        ):
-            x = product(x, self.get_variable("params", name), axes, is_scanned)
-        return y + x * self.config.adapter_scale
-
-
-def _dense(
-    config: T5Config,
-    features: int,
-    axes: Axes,
-    kernel_init: Callable | None = None,
-    **kwargs: Any,
-) -> _Dense:
-    if kernel_init is None:
-        kernel_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
-    kwargs.setdefault("dtype", config.dtype)
-    return _Dense(config, features, axes, kernel_init, **kwargs)
-
-
-def _layer_norm(config: T5Config) -> nn.RMSNorm:
-    scale_init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-    return nn.RMSNorm(epsilon=config.layer_norm_epsilon, dtype=config.dtype, scale_init=scale_init)
-
-
-def _dropout(config: T5Config) -> nn.Dropout:
-    """T5's dropout: one mask for all positions of a sequence."""
-    return nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
 
 
 @functools.lru_cache(maxsize=64)
@@ -243,11 +129,11 @@ class _Attention(nn.Module):
         init = functools.partial(
             nn.initializers.variance_scaling, mode="fan_in", distribution="normal"
         )
-        self.query = _dense(c, joined_kv, ("embed", "joined_kv"), init(1.0 / c.head_dim))
-        self.key = _dense(c, joined_kv, ("embed", "joined_kv"), init(1.0))
-        self.value = _dense(c, joined_kv, ("embed", "joined_kv"), init(1.0))
-        self.out = _dense(c, c.emb_dim, ("joined_kv", "embed"), init(1.0))
-        self.dropout = _dropout(c)
+        self.query = layers.dense(c, joined_kv, ("embed", "joined_kv"), init(1.0 / c.head_dim))
+        self.key = layers.dense(c, joined_kv, ("embed", "joined_kv"), init(1.0))
+        self.value = layers.dense(c, joined_kv, ("embed", "joined_kv"), init(1.0))
+        self.out = layers.dense(c, c.emb_dim, ("joined_kv", "embed"), init(1.0))
+        self.dropout = layers.dropout(c)
 
     def _split_heads(self, x: Float[Array, "B T J"]) -> Float[Array, "B H T D"]:
         c = self.config
@@ -282,37 +168,17 @@ class _Attention(nn.Module):
         return self.out(mixed.swapaxes(1, 2).reshape(*x.shape[:2], -1))
 
 
-class _Mlp(nn.Module):
-    """Position-wise MLP; with several activations their outputs gate each other."""
-
-    config: T5Config
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B T E"], *, deterministic: bool) -> Float[Array, "B T E"]:
-        c = self.config
-        names = ["wi"]
-        if len(c.mlp_activations) > 1:
-            names = [f"wi_{i}" for i in range(len(c.mlp_activations))]
-        product = math.prod(
-            ACTIVATIONS[activation](_dense(c, c.mlp_dim, ("embed", "mlp"), name=name)(x))
-            for name, activation in zip(names, c.mlp_activations, strict=True)
-        )
-        hidden = sharding.constrain(cast(jax.Array, product), "batch", "length", "mlp")
-        hidden = _dropout(c)(hidden, deterministic=deterministic)
-        return _dense(c, c.emb_dim, ("mlp", "embed"), name="wo")(hidden)
-
-
 class _EncoderLayer(nn.Module):
     config: T5Config
 
     def setup(self):
         if self.config.relpos_bias_per_layer:
             self.relpos_bias = _RelativePositionBias(self.config, bidirectional=True)
-        self.pre_attention_layer_norm = _layer_norm(self.config)
+        self.pre_attention_layer_norm = layers.layer_norm(self.config)
         self.attention = _Attention(self.config)
-        self.pre_mlp_layer_norm = _layer_norm(self.config)
-        self.mlp = _Mlp(self.config)
-        self.dropout = _dropout(self.config)
+        self.pre_mlp_layer_norm = layers.layer_norm(self.config)
+        self.mlp = layers.Mlp(self.config)
+        self.dropout = layers.dropout(self.config)
 
     def __call__(
         self,
@@ -341,13 +207,13 @@ class _DecoderLayer(nn.Module):
     def setup(self):
         if self.config.relpos_bias_per_layer:
             self.relpos_bias = _RelativePositionBias(self.config, bidirectional=False)
-        self.pre_self_attention_layer_norm = _layer_norm(self.config)
+        self.pre_self_attention_layer_norm = layers.layer_norm(self.config)
         self.self_attention = _Attention(self.config)
-        self.pre_cross_attention_layer_norm = _layer_norm(self.config)
+        self.pre_cross_attention_layer_norm = layers.layer_norm(self.config)
         self.encoder_decoder_attention = _Attention(self.config)
-        self.pre_mlp_layer_norm = _layer_norm(self.config)
-        self.mlp = _Mlp(self.config)
-        self.dropout = _dropout(self.config)
+        self.pre_mlp_layer_norm = layers.layer_norm(self.config)
+        self.mlp = layers.Mlp(self.config)
+        self.dropout = layers.dropout(self.config)
 
     def __call__(
         self,
@@ -392,45 +258,6 @@ class _DecoderLayer(nn.Module):
         return x + self.dropout(y, deterministic=deterministic), keys_values
 
 
-def _layers(config: T5Config, layer: type[nn.Module], num_layers: int) -> Any:
-    """What a stack has as its `layers`: one that stands for all, or a list of them."""
-    return layer(config) if config.scan_layers else [layer(config) for _ in range(num_layers)]
-
-
-def _run(
-    layers: Any, num_layers: int, config: T5Config, x: Float[Array, "B T E"], call: Callable
-) -> Float[Array, "B T E"]:
-    """`x` through all layers, each by `call(layer, x) -> x`, which the remat policy is applied to.
-
-    Dropout draws other masks in a loop than without one: its keys are split from the stack's there,
-    and made from the names of the layers elsewhere.
-    """
-
-    def run_one(layer: nn.Module, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
-        return sharding.constrain(call(layer, x), "batch", "length", "width")
-
-    if config.remat_policy != "none":
-        # A loop keeps what it computes again apart from what it computed first; without one the
-        # compiler would find the two equal, and keep the first.
-        run_one = nn.remat(
-            run_one,
-            policy=REMAT_POLICIES[config.remat_policy],
-            prevent_cse=not config.scan_layers,
-        )
-    if not config.scan_layers:
-        for layer in layers:
-            x = run_one(layer, x)
-        return x
-    run_all = nn.scan(
-        lambda layer, x, _: (run_one(layer, x), None),
-        variable_axes={"params": 0},
-        split_rngs={"params": True, "dropout": True},
-        length=num_layers,
-        metadata_params={nn.PARTITION_NAME: "layers"},
-    )
-    return run_all(layers, x, None)[0]
-
-
 class Encoder(nn.Module):
     """The encoder's layers, from embedded tokens to normalised states."""
 
@@ -441,9 +268,9 @@ class Encoder(nn.Module):
         c = self.config
         if not c.relpos_bias_per_layer:
             self.relpos_bias = _RelativePositionBias(c, bidirectional=True)
-        self.layers = _layers(c, _EncoderLayer, c.num_encoder_layers)
-        self.encoder_norm = _layer_norm(c)
-        self.dropout = _dropout(c)
+        self.layers = layers.make_layers(c, _EncoderLayer, c.num_encoder_layers)
+        self.encoder_norm = layers.layer_norm(c)
+        self.dropout = layers.dropout(c)
         # The last dropout of the encoder alone has a mask per position in T5X.
         self.output_dropout = nn.Dropout(c.dropout_rate)
 
@@ -459,7 +286,7 @@ class Encoder(nn.Module):
             return layer(x, mask=mask, bias=bias(), deterministic=deterministic)
 
         x = self.dropout(x, deterministic=deterministic)
-        x = _run(self.layers, c.num_encoder_layers, c, x, call)
+        x = layers.run_layers(self.layers, c.num_encoder_layers, c, x, call)
         return self.output_dropout(self.encoder_norm(x), deterministic=deterministic)
 
 
@@ -473,12 +300,12 @@ class Decoder(nn.Module):
         c = self.config
         if not c.relpos_bias_per_layer:
             self.relpos_bias = _RelativePositionBias(c, bidirectional=False)
-        self.layers = _layers(c, _DecoderLayer, c.num_decoder_layers)
-        self.decoder_norm = _layer_norm(c)
-        self.dropout = _dropout(c)
+        self.layers = layers.make_layers(c, _DecoderLayer, c.num_decoder_layers)
+        self.decoder_norm = layers.layer_norm(c)
+        self.dropout = layers.dropout(c)
         if not c.logits_via_embedding:
             # Float32 whatever the compute dtype: the loss is worst off in bfloat16.
-            self.logits_dense = _dense(c, c.vocab_size, ("embed", "vocab"), dtype=jnp.float32)
+            self.logits_dense = layers.dense(c, c.vocab_size, ("embed", "vocab"), dtype=jnp.float32)
 
     def __call__(
         self,
@@ -509,7 +336,7 @@ class Decoder(nn.Module):
             return x
 
         x = self.dropout(x, deterministic=deterministic)
-        x = _run(self.layers, c.num_decoder_layers, c, x, call)
+        x = layers.run_layers(self.layers, c.num_decoder_layers, c, x, call)
         return self.dropout(self.decoder_norm(x), deterministic=deterministic)
 
     def cross_keys_values(self, encoded: Float[Array, "B S E"]) -> Cache:

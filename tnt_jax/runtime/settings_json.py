@@ -72,10 +72,7 @@ def _describe(value: Any, outer: tuple[int, ...]) -> Any:
         return {"partial": _describe(value.func, outer), **call}
     if inspect.isclass(value) or inspect.isroutine(value):
         return _describe_function(value, outer)
-    if dataclasses.is_dataclass(value):
-        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return {"class": _qualified_name(type(value)), **named(fields)}
-    if hasattr(value, "sentencepiece_model_file"):  # seqio's vocabulary
+    if hasattr(value, "sentencepiece_model_file"):  # a tokeniser, ours or seqio's
         file = value.sentencepiece_model_file
         try:
             model = _digest(epath.Path(file).read_bytes())
@@ -83,6 +80,9 @@ def _describe(value: Any, outer: tuple[int, ...]) -> Any:
             model = os.fspath(file)
         name = _qualified_name(type(value))
         return {"class": name, "model": model, "extra_ids": value.extra_ids}
+    if dataclasses.is_dataclass(value):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return {"class": _qualified_name(type(value)), **named(fields)}
     if isinstance(value, np.dtype):
         return str(value)
     if hasattr(value, "__array__") and hasattr(value, "dtype"):

@@ -14,8 +14,9 @@ import optax
 from tnt_jax import objectives
 from tnt_jax.checkpoints import digests, pretrained
 from tnt_jax.data import feature_converters
-from tnt_jax.models import sharding, t5
+from tnt_jax.models import families, sharding
 from tnt_jax.models.model import Model
+from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.objectives import fused
 from tnt_jax.runtime.array_types import PyTree
 from tnt_jax.runtime.errors import UsageError
@@ -27,7 +28,7 @@ from tnt_jax.training.trainer import Trainer, copied
 NON_FINITE = ("stop", "skip")
 
 
-def kind_of(name: str, config: t5.T5Config) -> Original:
+def kind_of(name: str, config: NetworkConfig) -> Original:
     """The kind that a setting names.
 
     Raises:
@@ -37,8 +38,8 @@ def kind_of(name: str, config: t5.T5Config) -> Original:
         case "parameters":
             return PARAMETERS
         case "cached":
-            shapes = t5.abstract_params(config)
-            return CachedStates(vocab_axis=t5.output_matrix(config, shapes)[1])
+            network = families.network_of(config)
+            return CachedStates(vocab_axis=network.output_matrix(network.abstract_params())[1])
         case "adapters_off":
             return AdaptersOff()
     raise UsageError(f"ORIGINAL: expected parameters, cached or adapters_off, found {name!r}.")
@@ -46,7 +47,7 @@ def kind_of(name: str, config: t5.T5Config) -> Original:
 
 def make_trainer(
     *,
-    model: t5.T5Config | pretrained.FromCheckpoint,
+    model: NetworkConfig | pretrained.FromCheckpoint,
     initial_checkpoint_path: str | None,
     objective: objectives.TntObjective,
     optimizer: Callable[[], optax.GradientTransformation] | optax.GradientTransformation,
@@ -203,7 +204,7 @@ def bring(
             task_feature_lengths=task_feature_lengths,
             batch_size=batch_size,
         )
-        matrix, _ = t5.output_matrix(model.config, whole)
+        matrix, _ = model.network.output_matrix(whole)
         params = copied(matrix, abstract)
         if is_new and start_params is not None:
             del whole
@@ -233,7 +234,7 @@ def probe(model: Model, params: PyTree) -> np.ndarray:
     examples = [feature_converters.Example(*row, negative_pairs=no_marks) for row in ids]
     devices = math.prod(model.mesh.shape[axis] for axis in sharding.AXIS_RULES["batch"])
     repeated = [examples[row % num_rows] for row in range(-(-num_rows // devices) * devices)]
-    batch = feature_converters.convert_features(repeated, lengths)
+    batch = model.network.feature_layout.convert(repeated, lengths)
     placed = sharding.put_batch(batch, model.mesh)
     return np.asarray(fused.jit_log_likelihoods(model)(params, placed))[:num_rows]
 
@@ -269,11 +270,11 @@ def states_of(
     def of_batch(batch: dict[str, np.ndarray]) -> np.ndarray:
         return np.asarray(model.hidden_states(params, sharding.put_batch(batch, model.mesh)))
 
-    states.compute(examples, of_batch, batch_size)
+    states.compute(examples, of_batch, batch_size, model.network.feature_layout)
     return states
 
 
-def _function_of(config: t5.T5Config) -> str:
+def _function_of(config: NetworkConfig) -> str:
     """A name for everything beside the weights that decides what a network computes."""
     settings = dataclasses.asdict(config)
     for name in ("dropout_rate", "scan_layers", "remat_policy", "adapter_scale"):

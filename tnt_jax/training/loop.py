@@ -47,6 +47,7 @@ class Data:
         task_feature_lengths: Mapping[str, int],
         seed: int,
         pack: bool,
+        feature_layout: feature_converters.FeatureLayout,
     ) -> "Data":
         """The arguments are those of `feature_converters.Batches`."""
         num_negative_ids = feature_converters.max_negative_ids([*examples, *eval_examples])
@@ -57,6 +58,7 @@ class Data:
             seed=seed,
             num_negative_ids=num_negative_ids,
             pack=pack,
+            feature_layout=feature_layout,
         )
         return cls(
             examples=examples,
@@ -309,6 +311,7 @@ class _Evaluation:
             batch_size,
             data.batches.task_feature_lengths,
             data.num_negative_ids,
+            data.batches.feature_layout,
         )
         sums = []
         for number, batch in enumerate(batches):

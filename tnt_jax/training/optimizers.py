@@ -1,8 +1,8 @@
 """Optimizers that know of stacked layers.
 
 Adafactor clips the update of a parameter by its root mean square, and scales it by the parameter's.
-A stack of layers (`T5Config.scan_layers`) is one array, but it is many parameters: here each layer
-has its own.
+A stack of layers (`NetworkConfig.scan_layers`) is one array, but it is many parameters: here each
+layer has its own.
 """
 
 import functools

@@ -176,6 +176,7 @@ class OriginalStates:
         examples: Sequence[feature_converters.Example],
         states_of: Callable[[dict[str, np.ndarray]], np.ndarray],
         batch_size: int,
+        feature_layout: feature_converters.FeatureLayout = feature_converters.ENCODER_DECODER,
     ) -> None:
         """Computes and keeps the states of the examples that have none.
 
@@ -183,6 +184,7 @@ class OriginalStates:
           examples: Any, also those that have states.
           states_of: From a batch of model features to states `[B, T, E]`, on this host.
           batch_size: Rows of a batch.
+          feature_layout: Of the original's network.
 
         Raises:
           UsageError: The folder cannot be written.
@@ -192,7 +194,9 @@ class OriginalStates:
             console.log(f"The original's states are in {self._folder}: nothing to compute.")
             return
         files.check_writable(self._folder / "part", "STATES_DIR")
-        batches = feature_converters.batch_for_eval(todo, batch_size, self._lengths)
+        batches = feature_converters.batch_for_eval(
+            todo, batch_size, self._lengths, feature_layout=feature_layout
+        )
         kept: dict[str, np.ndarray] = {}
         num_batches = -(-len(todo) // batch_size)
         title = f"states of the original, {len(todo)} examples, in batches"

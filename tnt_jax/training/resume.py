@@ -118,7 +118,7 @@ def _describe_vocabulary(vocabulary: Any) -> dict[str, Any]:
         return settings_json.describe(vocabulary)
     # Others are told apart by what they are: what else they hold may be anything.
     kind = type(vocabulary)
-    return {"class": f"{kind.__module__}.{kind.__qualname__}", "size": vocabulary.vocab_size}
+    return {"class": f"{kind.__module__}.{kind.__qualname__}", "size": vocabulary.size}
 
 
 def check_alike(run: Mapping[str, Any], **more: Any) -> None:

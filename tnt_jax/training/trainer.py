@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from tnt_jax import objectives
-from tnt_jax.models import sharding, t5
+from tnt_jax.models import sharding
 from tnt_jax.models.model import Model
 from tnt_jax.runtime.array_types import PyTree
 from tnt_jax.training import train_step
@@ -63,7 +63,7 @@ class Trainer:
         if not self.objective.needs_original:
             return None
         if isinstance(self.original, CachedStates):
-            return t5.output_matrix(self.model.config, self.model.abstract_params)[0]
+            return self.model.network.output_matrix(self.model.abstract_params)[0]
         return self.model.abstract_computed_params
 
     @functools.cached_property
@@ -131,9 +131,10 @@ class Trainer:
             name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in feature_shapes.items()
         }
         if isinstance(self.original, CachedStates) and self.objective.needs_original:
-            config, targets = self.model.config, shapes["decoder_target_tokens"]
-            dtype = jnp.dtype("float32") if config.scales_logits else config.dtype
-            shapes[STATES] = jax.ShapeDtypeStruct((*targets.shape, config.emb_dim), dtype)
+            shapes[STATES] = jax.ShapeDtypeStruct(
+                (*shapes["decoder_target_tokens"].shape, self.model.config.emb_dim),
+                self.model.network.hidden_dtype,
+            )
         where = sharding.batch_sharding(self.model.mesh)
         return {
             name: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)

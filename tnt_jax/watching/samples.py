@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from tnt_jax.data import feature_converters, records, tokenization
+from tnt_jax.data import feature_converters, records
 from tnt_jax.models import decoding, sharding
 from tnt_jax.models.model import Model
 from tnt_jax.runtime import console
@@ -42,7 +42,7 @@ def of_records(path: str, vocabulary: Any) -> list[Prompt]:
       UsageError: The file cannot be read.
     """
     return [
-        Prompt(id=row.id, inputs=tuple(tokenization.encode(vocabulary, row.inputs, add_eos=True)))
+        Prompt(id=row.id, inputs=tuple(vocabulary.prompt_ids(row.inputs)))
         for row in records.read_records(path)
     ]
 
@@ -91,14 +91,12 @@ class Speaker:
             row_keys=self._keys,
         )
         tokens = sharding.fetch(decoded.tokens)[: len(self.prompts)]
-        return [
-            tokenization.decode(self.vocabulary, np.trim_zeros(row, "b").tolist()) for row in tokens
-        ]
+        return [self.vocabulary.decode(np.trim_zeros(row, "b").tolist()) for row in tokens]
 
     @functools.cached_property
     def inputs(self) -> list[str]:
         """The texts of the prompts."""
-        return [tokenization.decode(self.vocabulary, prompt.inputs) for prompt in self.prompts]
+        return [self.vocabulary.decode(prompt.inputs) for prompt in self.prompts]
 
     @property
     def _keys(self) -> jax.Array | None:

@@ -178,7 +178,7 @@ class SeqioEvaluation:
             )
         vocab_sizes = set()
         for task in measured:
-            vocabulary = task.output_features["targets"].vocabulary
+            vocabulary = tasks.tokeniser(task.output_features["targets"].vocabulary)
             vocab_sizes.add(pretrained.check_vocabulary(vocabulary, model.config, checkpoint_path))
         decoder = decoding.within_vocabulary(
             self.decoder or decoding.Decoding(max_length=task_feature_lengths["targets"]),

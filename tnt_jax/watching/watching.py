@@ -3,14 +3,46 @@
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from tnt_jax.data import feature_converters, tokenization
 from tnt_jax.models import decoding
 from tnt_jax.models.model import Model
 from tnt_jax.runtime.array_types import PyTree
 from tnt_jax.runtime.errors import UsageError
-from tnt_jax.watching import metric_writers, profiling, progress_view, samples, seqio_evaluation
+from tnt_jax.watching import metric_writers, profiling, progress_view, samples
+
+# Protocols, so that a run without such an evaluation imports neither seqio nor TensorFlow.
+
+
+@runtime_checkable
+class OpenedEvaluation(Protocol):
+    """An evaluation that is ready: `seqio_evaluation.Opened`."""
+
+    @property
+    def every(self) -> int:
+        """Updates from one evaluation to the next."""
+        ...
+
+    def __call__(self, step: int, params: PyTree, out: metric_writers.Writers) -> dict[str, float]:
+        """Evaluates these parameters; returns the metrics and writes the rest."""
+        ...
+
+
+@runtime_checkable
+class InferenceEvaluation(Protocol):
+    """Settings of an evaluation during training: `seqio_evaluation.SeqioEvaluation`."""
+
+    def open(
+        self,
+        model: Model,
+        *,
+        checkpoint_path: str | None,
+        task_feature_lengths: Mapping[str, int],
+        model_dir: str,
+    ) -> OpenedEvaluation:
+        """Checks the settings and loads what the evaluation needs."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +68,7 @@ class Watch:
     profile_updates: Sequence[int] | None = None
     profile_dir: str | None = None
     wandb_project: str | None = None
-    inference_evaluation: seqio_evaluation.SeqioEvaluation | None = None
+    inference_evaluation: InferenceEvaluation | None = None
 
     def __post_init__(self):
         for name, number in (
@@ -114,7 +146,7 @@ class Prepared:
 
     settings: Watch
     speaker: samples.Speaker | None
-    evaluation: seqio_evaluation.Opened | None
+    evaluation: OpenedEvaluation | None
     traces: profiling.Traces
     model_dir: str
 

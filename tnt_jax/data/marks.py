@@ -1,0 +1,438 @@
+"""From records to examples: texts as token ids, and spans as ids to remove at positions.
+
+A span marks the tokens whose extents (see `tokenization`) it overlaps.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from absl import logging
+
+from tnt_jax.data import feature_converters, records, tokenization
+from tnt_jax.data.tokenization import Extent, Tokeniser
+from tnt_jax.runtime.errors import UsageError
+
+MARKS = ("whole", "first_token")  # what a span makes negative
+
+
+def examples_from_records(
+    rows: Sequence[records.Record],
+    vocabulary: Tokeniser,
+    where: str,
+    marks: str = "whole",
+    loss_until: str = "end",
+) -> list[feature_converters.Example]:
+    """Tokenises and marks records; warns about spans that touch no token.
+
+    Args:
+        rows: the records.
+        vocabulary: of inputs and targets.
+        where: they come from, for the warning.
+        marks: as in `datasets.RecordFiles`.
+        loss_until: as in `datasets.RecordFiles`.
+
+    Raises:
+        UsageError: a record does not fit the vocabulary (`mark_tokens`).
+    """
+    marked = [example_from_record(record, vocabulary, marks, loss_until) for record in rows]
+    log_spans_without_token(sum(number for _, number in marked), where)
+    return [example for example, _ in marked]
+
+
+def example_from_record(
+    record: records.Record, vocabulary: Tokeniser, marks: str, loss_until: str
+) -> tuple[feature_converters.Example, int]:
+    """The tokenised record, and how many of its spans touch no token."""
+    marked = mark_tokens(record, vocabulary, marks)
+    inputs = vocabulary.prompt_ids(record.inputs)
+    example = feature_converters.Example(
+        inputs=np.array(inputs, np.int32),
+        targets=marked.target_ids,
+        negative_pairs=marked.negative_pairs,
+        loss_mask=feature_converters.loss_until(
+            loss_until, marked.target_ids, marked.negative_pairs
+        ),
+        span_numbers=marked.span_numbers,
+        id=record.id,
+    )
+    return example, marked.num_spans_without_token
+
+
+def log_spans_without_token(number: int, where: str) -> None:
+    """Warns about spans that mark nothing; `where` names the data set."""
+    if number:
+        logging.warning(
+            "%s: %d negative spans touch no token (white space, or characters that the vocabulary "
+            "drops) and mark nothing.",
+            where,
+            number,
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MarkedTarget:
+    """A target sequence and what must not be said in it.
+
+    Attributes:
+        target_ids: `[T]` int32, EOS included.
+        negative_pairs: `[M, 2]` int32 rows (position, id), sorted, without repeats.
+        span_numbers: `[T]` int32: of each token the number, from 1, of the first span that marks
+            it; 0 where none does, -1 where the token stands for no text.
+        num_spans_without_token: spans that overlap no token's extent (white space, or characters
+            that the tokeniser's normalisation drops), so that nothing was marked for them.
+    """
+
+    target_ids: np.ndarray
+    negative_pairs: np.ndarray
+    span_numbers: np.ndarray
+    num_spans_without_token: int
+
+
+def mark_tokens(
+    record: records.Record, vocabulary: Tokeniser, marks: str = "whole"
+) -> MarkedTarget:
+    """Turns the marks of a record into token ids to remove per position.
+
+    A token is negative when its extent overlaps a negative span: its own id is removed there. The
+    EOS stands for no text, so spans never mark it. `negative_token_ids` come on top. With the marks
+    "first_token" the first token of each span alone is negative: whatever begins otherwise goes on
+    otherwise.
+
+    With `target_ids` these exact ids are kept. Without them the text is tokenised, and spans are
+    matched in the text as it was given, although the tokeniser may normalise it.
+
+    Raises:
+        UsageError: `target_ids` do not decode to `targets` or go on after the EOS, a removed id or
+            its position does not exist, or there are no such marks.
+    """
+    if marks not in MARKS:
+        raise UsageError(f"marks: expected one of {', '.join(MARKS)}, found {marks!r}.")
+    ids, extents, dropped = _measured(record, vocabulary)
+    pairs = set()
+    span_numbers = [0 if start < end else -1 for start, end in extents]
+    num_spans_without_token = 0
+    for number, span in enumerate(record.negative_spans or (), start=1):
+        touched = [] if dropped.issuperset(range(*span)) else _touched(extents, span)
+        touched = touched[: 1 if marks == "first_token" else None]
+        pairs.update((position, ids[position]) for position in touched)
+        for position in touched:
+            span_numbers[position] = span_numbers[position] or number
+        num_spans_without_token += not touched
+    for position, removed_ids in record.negative_token_ids:
+        if position >= len(ids):
+            raise UsageError(
+                f"record {record.id!r}: negative_token_ids has position {position}, but its "
+                f"targets have {len(ids)} tokens."
+            )
+        for removed_id in removed_ids:
+            if not 0 <= removed_id < vocabulary.size:
+                raise UsageError(
+                    f"record {record.id!r}: negative_token_ids has id {removed_id}, but the "
+                    f"vocabulary has {vocabulary.size} ids."
+                )
+            pairs.add((position, removed_id))
+    return MarkedTarget(
+        target_ids=np.array(ids, np.int32),
+        negative_pairs=np.array(sorted(pairs), np.int32).reshape(-1, 2),
+        span_numbers=np.array(span_numbers, np.int32),
+        num_spans_without_token=num_spans_without_token,
+    )
+
+
+def ids_and_extents(
+    record: records.Record, vocabulary: Tokeniser
+) -> tuple[list[int], list[Extent]]:
+    """Ids of the record's targets, EOS included, and their extents in `record.targets`.
+
+    Raises:
+        UsageError: `target_ids` do not decode to `targets`, or go on after the EOS.
+    """
+    return _measured(record, vocabulary)[:2]
+
+
+def _measured(
+    record: records.Record, vocabulary: Tokeniser
+) -> tuple[list[int], list[Extent], frozenset[int]]:
+    """`ids_and_extents`, and which places within the extents hold what no token says."""
+    if record.target_ids is None:
+        encoded = vocabulary.encode_with_extents(record.targets)
+        end = len(record.targets)
+        ids, extents = [*encoded.ids, vocabulary.end_id], [*encoded.extents, (end, end)]
+        return ids, extents, encoded.silent
+    ids = [int(i) for i in record.target_ids]
+    end = tokenization.find_end(ids, vocabulary.end_ids)
+    if end < len(ids) - 1:
+        raise UsageError(
+            f"record {record.id!r}: target_ids go on after the EOS (id {ids[end]}) at position "
+            f"{end}: expected them to end there, without padding."
+        )
+    text, extents = vocabulary.extents(ids)
+    if text != record.targets:
+        raise UsageError(
+            f"record {record.id!r}: target_ids decode to {text[:60]!r}, but targets is "
+            f"{record.targets[:60]!r}. Expected the vocabulary that the ids were generated "
+            "with; leave target_ids out to have targets tokenised."
+        )
+    return ids, extents, frozenset()
+
+
+def pieces(record: records.Record, vocabulary: Tokeniser) -> list[str]:
+    """The targets cut up, one stretch per token, spaces with what follows them.
+
+    Joined they are the targets; without a token there is none. What stands for no text, and what
+    shares its character with a token before it, gets an empty one.
+
+    Raises:
+        UsageError: as `mark_tokens`.
+    """
+    _, extents = ids_and_extents(record, vocabulary)
+    ends = list(itertools.accumulate((end for _, end in extents), max))
+    starts = [0, *ends][: len(ends)]
+    ends = [*ends[:-1], len(record.targets)][: len(ends)]
+    return [record.targets[start:end] for start, end in zip(starts, ends, strict=True)]
+
+
+def first_token_ids(
+    vocabulary: Tokeniser, prefix_text: str, strings: Sequence[str]
+) -> list[int | None]:
+    """The id of each string's first token when it stands right after `prefix_text`.
+
+    A token boundary lies between prefix and string. After a space or at the start of a text the
+    first token carries the leading space, as in "▁city"; elsewhere, say after "(", it does not.
+    None stands for a string that starts with a lone "▁": that token begins any word.
+
+    Two strings may share a first token. An annotator that removes the first tokens of unsupported
+    values should therefore leave out those that begin a supported one.
+
+    Raises:
+        UsageError: a string is blank.
+    """
+    before = None
+    if prefix_text:
+        before = " " if prefix_text[-1].isspace() else ""
+    first_tokens = [tokens[0] for tokens in _tokens_after(vocabulary, before, strings)]
+    return [first_id if reaches else None for first_id, reaches in first_tokens]
+
+
+def alternative_token_ids(
+    vocabulary: Tokeniser,
+    target_ids: Sequence[int] | np.ndarray,
+    span: Extent,
+    alternatives: Sequence[str],
+    supported: Sequence[str] = (),
+    continuations: "Continuations | None" = None,
+) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """What to remove where a span begins, so that it is not replaced by an alternative.
+
+    The alternatives are tokenised from the boundary where the span's first token begins: with its
+    leading space if it has one, and with the characters that it holds before the span (in
+    "▁(river", a span from "river" on has "(" before it). Where a lone "▁" comes before that token,
+    an alternative such as "▁city" would take the place of the "▁", one such as "▁", "Zoo" goes on
+    after it: each is removed where it would depart. A first token that ends before the
+    alternative's own text begins is not removed: it begins innocent words too. Nor is one that
+    begins a supported text, or that begins an innocent word and not all of the alternative. An
+    unknown token is never removed, for it stands for much else.
+
+    Args:
+        vocabulary: of the targets.
+        target_ids: the generated ids.
+        span: (start, end) in the text of `target_ids`.
+        alternatives: texts that would be just as wrong in the place of the span.
+        supported: texts that would be right there.
+        continuations: with the words that would neither be right nor wrong; None knows none.
+
+    Returns:
+        Entries for `Record.negative_token_ids`: positions and, sorted, the ids to remove there.
+        Empty when the span touches no token.
+
+    Raises:
+        UsageError: an alternative is blank.
+    """
+    text, extents = vocabulary.extents(target_ids)
+    touched = _touched(extents, span)
+    if not touched:
+        return ()
+    place = vocabulary.place_of(target_ids, touched[0])
+    before = place.before + text[extents[touched[0]][0] : span[0]]
+
+    continuations = continuations or Continuations(vocabulary)
+    kept = {
+        (first.is_after_space, first.id)
+        for first in continuations.firsts(before, place.space, supported)
+    }
+    of_words = continuations.innocent_firsts(before, place.space)
+    removed: dict[int, set[int]] = {}
+    for first in continuations.firsts(before, place.space, alternatives):
+        spot = first.is_after_space, first.id
+        if (
+            first.reaches
+            and first.id != vocabulary.unknown_id
+            and spot not in kept
+            and (first.is_whole or spot not in of_words)
+        ):
+            removed.setdefault(place.start + first.is_after_space, set()).add(first.id)
+    return tuple((where, tuple(sorted(ids))) for where, ids in sorted(removed.items()))
+
+
+class _First(NamedTuple):
+    """The token with which a text departs from what was generated.
+
+    Attributes:
+        id: of the token.
+        is_after_space: whether it comes after a lone "▁" that was generated, too.
+        reaches: whether it spells some of the text, rather than what stands before it alone.
+        is_whole: whether it spells all of it.
+    """
+
+    id: int
+    is_after_space: bool
+    reaches: bool
+    is_whole: bool
+
+
+class Continuations:
+    """How texts go on after others; what is the same for many spans is computed once."""
+
+    _MOST_PLACES = 64  # of places whose texts are kept: most spans begin after a space
+
+    def __init__(self, vocabulary: Tokeniser, innocent: Sequence[str] = ()):
+        """Keeps the words that would be neither right nor wrong in the place of any span."""
+        self._vocabulary = vocabulary
+        self._innocent = innocent
+        self._known: dict[tuple[str, int | None], dict[str, _First | None]] = {}
+        self._innocent_firsts: dict[tuple[str, int | None], frozenset[tuple[bool, int]]] = {}
+
+    def firsts(self, before: str, space: int | None, texts: Sequence[str]) -> list[_First]:
+        """The first token of each text; without those texts that come to none.
+
+        Args:
+            before: what stands before them.
+            space: the id of a lone "▁" that comes before, if there is one.
+            texts: that may come.
+        """
+        place = before, space
+        if place not in self._known and len(self._known) >= self._MOST_PLACES:
+            del self._known[next(iter(self._known))]
+        known = self._known.setdefault(place, {})
+        missing = [text for text in dict.fromkeys(texts) if text not in known]
+        for text, tokens in zip(
+            missing, _tokens_after(self._vocabulary, before, missing), strict=True
+        ):
+            num_shared = int(bool(tokens) and tokens[0][0] == space)
+            if len(tokens) == num_shared:
+                known[text] = None
+                continue
+            first_id, reaches = tokens[num_shared]
+            known[text] = _First(first_id, bool(num_shared), reaches, len(tokens) == 1 + num_shared)
+        return [first for first in map(known.__getitem__, texts) if first is not None]
+
+    def innocent_firsts(self, before: str, space: int | None) -> frozenset[tuple[bool, int]]:
+        """Of the first tokens of all innocent words: whether they come after a space, and ids."""
+        place = before, space
+        if place not in self._innocent_firsts:
+            self._innocent_firsts[place] = frozenset(
+                (first.is_after_space, first.id)
+                for first in self.firsts(before, space, self._innocent)
+            )
+        return self._innocent_firsts[place]
+
+
+def spellings(
+    vocabulary: Tokeniser, texts: Sequence[str]
+) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """The ids of each text as it is spelt after a space, but of those that cannot be spelt.
+
+    These are blank, or come to an unknown token, which stands for much else. A text has several
+    spellings where its last piece changes before a punctuation mark ("5" and "5.").
+    """
+    found = zip(texts, vocabulary.spellings(texts), strict=True)
+    spelt_of = {
+        text: tuple(ids for ids in of_text if ids and vocabulary.unknown_id not in ids)
+        for text, of_text in found
+        if text.strip()
+    }
+    return {text: of_text for text, of_text in spelt_of.items() if of_text}
+
+
+class Completions:
+    """What would complete a text: a decoding mask as marks.
+
+    Texts are spelt as `spellings` has them.
+    """
+
+    def __init__(self, vocabulary: Tokeniser):
+        self._vocabulary = vocabulary
+        self._spelt: dict[str, tuple[tuple[int, ...], ...]] = {}
+        # By the texts that came last, which may be a list's thousands, the same for every record.
+        self._last: dict[bool, tuple[tuple[str, ...], dict[tuple[int, ...], set[int]]]] = {}
+
+    def ids(
+        self,
+        target_ids: Sequence[int] | np.ndarray,
+        texts: Sequence[str],
+        supported: Sequence[str] = (),
+        but: Collection[int] = (),
+    ) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """At every position, the ids that would complete one of the texts.
+
+        An id is kept where a supported text has come at least as far with it, from the same place
+        or an earlier one, as in `decoding.Mask`.
+
+        Args:
+            target_ids: the generated ids.
+            texts: that must not come up.
+            supported: texts that may.
+            but: ids that are left out.
+
+        Returns:
+            Entries for `Record.negative_token_ids`: positions and, sorted, the ids to remove there.
+        """
+        completing = self._continuations(tuple(texts), whole=False)
+        kept = self._continuations(tuple(supported), whole=True)
+        longest = max(map(len, (*completing, *kept)), default=0)
+        ids = tuple(int(i) for i in target_ids)
+        found = []
+        for position in range(len(ids)):
+            removed: set[int] = set()
+            for length in range(min(longest, position) + 1):  # what came later counts less
+                prefix = ids[position - length : position]
+                removed |= completing.get(prefix, frozenset())
+                removed -= kept.get(prefix, frozenset())
+            removed.difference_update(but)
+            if removed:
+                found.append((position, tuple(sorted(removed))))
+        return tuple(found)
+
+    def _continuations(
+        self, texts: tuple[str, ...], *, whole: bool
+    ) -> dict[tuple[int, ...], set[int]]:
+        """By the tokens before, the ids that complete a text, or with `whole` any of its ids."""
+        if whole in self._last and self._last[whole][0] == texts:
+            return self._last[whole][1]
+        found: dict[tuple[int, ...], set[int]] = {}
+        if missing := [text for text in texts if text not in self._spelt]:
+            spelt = spellings(self._vocabulary, missing)
+            self._spelt.update((text, spelt.get(text, ())) for text in missing)
+        for tokens in itertools.chain.from_iterable(map(self._spelt.__getitem__, texts)):
+            for length in range(0 if whole else max(len(tokens) - 1, 0), len(tokens)):
+                found.setdefault(tokens[:length], set()).add(tokens[length])
+        self._last[whole] = texts, found
+        return found
+
+
+def _touched(extents: Sequence[Extent], span: Extent) -> list[int]:
+    start, end = span
+    return [i for i, (a, b) in enumerate(extents) if a < b and a < end and start < b]
+
+
+def _tokens_after(
+    vocabulary: Tokeniser, before: str | None, strings: Sequence[str]
+) -> list[list[tuple[int, bool]]]:
+    """`Tokeniser.continuations` of texts that are not blank, without the spaces at their ends."""
+    strings = [string.strip() for string in strings]
+    if not all(strings):
+        raise UsageError("alternatives: expected texts that are not blank, found a blank one.")
+    return vocabulary.continuations(before, strings)
