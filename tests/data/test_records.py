@@ -141,7 +141,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         # Where the value is too long to be shown, what is wrong with it is.
         (
             f'{{"inputs": "x", "target_ids": [{"7, " * 40}"8"]}}',
-            "7, 7, 7, 7... (list). (Expected `int`, got `str` - at `$.target_ids[40]`.)",
+            "... (list). (Expected `int`, got `str` - at `$.target_ids[40]`.)",
         ),
         ('{"inputs": "x", "negative_spans": [3, 4]}', "negative_spans: expected a list of [start"),
         ('{"inputs": "x", "negative_spans": [[0, 1.0]]}', "negative_spans: expected a list"),
