@@ -313,7 +313,7 @@ class SentencePiece:
         known, size = [int(i) for i in ids], self.size
         return [i if i < size else self.unknown_id for i in known[: find_end(known, self.end_ids)]]
 
-    def _piece(self, token_id: int) -> str:
+    def _piece(self, token_id: int | np.integer) -> str:
         """The piece of an id, of which a model's padding rows have none."""
         return self.processor.id_to_piece(int(token_id)) if token_id < self.size else ""
 

@@ -37,7 +37,7 @@ def check_types() -> None:
         except (TypeError, ValueError):  # written in C
             continue
         for name, value in bindings.items():
-            setting = f"{selector.removeprefix(_OURS)}.{name}"
+            setting = f"{_short(selector)}.{name}"
             macros: list[str] = []
             while _is_macro(value):
                 setting = "/".join(value.scopes)
@@ -52,6 +52,11 @@ def check_types() -> None:
                 raise UsageError(
                     f"--gin.{setting}: expected {_type_name(annotation)}, found {value!r}."
                 )
+
+
+def _short(selector: str) -> str:
+    """A full name as gin files and flags give it: ours without package and room."""
+    return ".".join(selector.split(".")[-2:]) if selector.startswith(_OURS) else selector
 
 
 def _is_macro(value: Any) -> bool:
@@ -203,7 +208,7 @@ def check_used(function: Callable[..., Any], flags: Sequence[str]) -> None:
         name = flag.rpartition("/")[2].rpartition(".")[0]
         meant = gin_config._REGISTRY.matching_selectors(name) if name else []
         if meant and all(full.startswith(_OURS) and full not in used for full in meant):
-            known = sorted(n.removeprefix(_OURS) for n in used if n.startswith(_OURS))
+            known = sorted(_short(n) for n in used if n.startswith(_OURS))
             raise UsageError(
                 f"--gin.{flag}: this run makes no {name}, so that the setting would change "
                 f"nothing. What it makes: {', '.join(known)}."
