@@ -7,6 +7,7 @@ Tokens that stand for no text (an end, padding, a lone "▁") have an empty exte
 or ends with what normalisation drops, such as a character of no width.
 """
 
+import abc
 import codecs
 import dataclasses
 import functools
@@ -14,7 +15,7 @@ import io
 import os
 import threading
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -60,51 +61,46 @@ class Place(NamedTuple):
     space: int | None
 
 
-@runtime_checkable
-class Tokeniser(Protocol):
-    """What the project asks of a tokeniser."""
+class Tokeniser(abc.ABC):
+    """What the project asks of a tokeniser.
+
+    Attributes:
+        end_ids: the ids that end an output.
+        end_id: the one of `end_ids` that is written after a text.
+        never_said: the ids that no output may contain, such as padding.
+    """
+
+    end_ids: frozenset[int]
+    end_id: int
+    never_said: frozenset[int]
 
     @property
+    @abc.abstractmethod
     def size(self) -> int:
         """Number of ids. A model may have more rows; ids beyond `size` stand for no text."""
-        ...
 
     @property
+    @abc.abstractmethod
     def unknown_id(self) -> int | None:
         """The id that stands for whatever has no other; None where everything has one."""
-        ...
 
-    @property
-    def end_ids(self) -> frozenset[int]:
-        """The ids that end an output."""
-        ...
-
-    @property
-    def end_id(self) -> int:
-        """The one of `end_ids` that is written after a text."""
-        ...
-
-    @property
-    def never_said(self) -> frozenset[int]:
-        """The ids that no output may contain, such as padding."""
-        ...
-
+    @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without an end."""
-        ...
 
+    @abc.abstractmethod
     def prompt_ids(self, text: str) -> list[int]:
         """The ids of a text as a model takes it as its input."""
-        ...
 
+    @abc.abstractmethod
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of ids up to the first end: the text that `extents` measures."""
-        ...
 
+    @abc.abstractmethod
     def encode_with_extents(self, text: str) -> Encoded:
         """The ids of a text, and which of its characters each stands for."""
-        ...
 
+    @abc.abstractmethod
     def extents(self, ids: Sequence[int] | np.ndarray) -> tuple[str, list[Extent]]:
         """Decodes ids and says which characters each of them stands for.
 
@@ -113,12 +109,12 @@ class Tokeniser(Protocol):
         Returns:
             The text up to the first end, and one (start, end) per id.
         """
-        ...
 
+    @abc.abstractmethod
     def place_of(self, ids: Sequence[int] | np.ndarray, position: int) -> Place:
         """Where an alternative to the token at a position would begin."""
-        ...
 
+    @abc.abstractmethod
     def continuations(
         self, before: str | None, strings: Sequence[str]
     ) -> list[list[tuple[int, bool]]]:
@@ -132,11 +128,10 @@ class Tokeniser(Protocol):
         Returns:
             The ids, each with whether it spells some of the string, rather than of `before` alone.
         """
-        ...
 
+    @abc.abstractmethod
     def spellings(self, texts: Sequence[str]) -> list[list[tuple[int, ...]]]:
         """The ways in which each text is spelt after a space, whatever follows it."""
-        ...
 
 
 def check_vocabulary(vocabulary: Any) -> int:
@@ -172,7 +167,7 @@ _protos: Any = sentencepiece_model_pb2  # protobuf makes its classes when it is 
 
 
 @dataclasses.dataclass(frozen=True)
-class SentencePiece:
+class SentencePiece(Tokeniser):
     """A sentencepiece model, as T5 has it: padding 0, EOS 1, extra ids after the pieces.
 
     Attributes:
@@ -396,7 +391,7 @@ _NUM_BYTES = 256
 
 
 @dataclasses.dataclass(frozen=True)
-class Bytes:
+class Bytes(Tokeniser):
     """ByT5's tokens: UTF-8 bytes, each with the id byte + 3.
 
     Attributes:
@@ -408,7 +403,11 @@ class Bytes:
     end_ids = frozenset([_END_ID])
     end_id = _END_ID
     never_said = frozenset([_PADDING_ID])
-    unknown_id = 2
+
+    @property
+    def unknown_id(self) -> int:
+        """What stands for no byte."""
+        return 2
 
     @property
     def size(self) -> int:
