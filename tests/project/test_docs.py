@@ -192,7 +192,7 @@ COMMANDS = {
     "make": check_make,
     "pip": check_pip,
     "pytest": check_pytest,
-    **dict.fromkeys(("head", "gcloud", "sbatch", "docker", "xpk"), check_other),
+    **dict.fromkeys(("head", "gcloud", "sbatch", "docker", "xpk", "tensorboard"), check_other),
 }
 
 
