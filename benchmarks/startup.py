@@ -9,7 +9,7 @@ other checkout and here in turn, with one compile cache for each, so that a seco
 what the first has compiled. Columns: seconds of user and system time at the other checkout and
 here, the least of all rounds, and their ratio.
 
-Takes 12 minutes on two cores, with `--rounds=2`, and 3 GB of memory.
+Takes about 12 minutes of two cores with `--rounds=2` and 3 GB of memory (estimated, not measured).
 """
 
 import argparse
