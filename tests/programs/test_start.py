@@ -25,7 +25,7 @@ def run(name, gin_files=(), **settings):
 
 rooms.write_world(pathlib.Path())
 with rooms.compiled_cheaply():
-    rooms.train_original("original", 2)
+    rooms.train_original("original", 60, LEARNING_RATE=1e-2)
     run("generate", OUTPUT="original.jsonl", CHECKPOINT_PATH="original")
     run("annotate", OUTPUT="original.annotated.jsonl", RECORDS="original.jsonl")
     rooms.records.write_records("marked.jsonl", rooms.marked_corpus())
