@@ -123,7 +123,7 @@ def placed(mesh, abstract, shardings):
 
 
 def compile_step(mesh, config, batch_size, lengths):
-    """The program of an update, as `tnt_jax.training.assembly` makes it."""
+    """The program of an update, as `tnt_jax.training.trainer` makes it."""
     variant = step.VARIANTS["TNRF, second forward"]
     state, original, batch, key = step.abstract_arguments(config, variant, batch_size, lengths)
     where = sharding.param_shardings(state.params, t5.T5(config).logical_axes(), mesh)

@@ -17,8 +17,8 @@ FOLDER_SETTINGS = {
     "LABEL_FIELD": "unwanted",
     "NUM_FOLDS": 2,
     "NUM_UPDATES": 200,
-    "sequence_values.Training.batch_size": 32,
-    "sequence_values.Training.width": 64,
+    "prefix_values.Training.batch_size": 32,
+    "prefix_values.Training.width": 64,
 }
 
 

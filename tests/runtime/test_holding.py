@@ -167,7 +167,7 @@ def test_a_note_that_is_taken_away_meanwhile_keeps_nobody(tmp_path, monkeypatch)
         said.append(message)
         note.unlink()
 
-    monkeypatch.setattr(holding.run_log, "log", log)
+    monkeypatch.setattr(holding.console, "log", log)
     with holding.folder(tmp_path, "DIR"):
         assert json.loads(note.read_text())["process"] == os.getpid()
     assert [message.partition("waiting")[2] for message in said] == [

@@ -2,7 +2,7 @@
 
 The value of a prefix is the probability that the original, going on from it, ends well. The share
 of good ones among its sampled continuations estimates that without any training, at the price of
-decoding each prefix many times. It is what `sequence_values` is checked against.
+decoding each prefix many times. It is what `prefix_values` is checked against.
 """
 
 from collections.abc import Callable, Sequence

@@ -12,7 +12,7 @@ The item `run` of a checkpoint is a JSON object:
     config          the gin settings, as `operative_config.gin` has them
     changes         what was changed knowingly, and after which update
     position        of the data: the number of the next batch, which is all that there is to know
-    health          the last losses and the updates that were left out (`run_health`)
+    health          the last losses and the updates that were left out (`health`)
 """
 
 import hashlib
