@@ -8,6 +8,8 @@ memory too: "beyond" is the peak without them and without what the process held 
 
 Columns, in MB: the files; the parameters in float32; the largest one; the peak of the resident
 set; beyond. The baseline is `safetensors.numpy.load_file`, transposed, then `jax.device_put`.
+
+Takes about 3 minutes of one core, 8 GB of memory and 3 GB of disk (estimated, not measured).
 """
 
 import argparse

@@ -14,6 +14,8 @@ original's digest and its log-probabilities among it) and every line of `metrics
 After that, one run of `--memory_steps` updates, whose resident memory must not grow.
 
 The exit status is 1 at the first difference, which is named, and its files are kept.
+
+Takes about 2 hours of two cores and 2 GB of memory with `--rounds=20` (estimated, not measured).
 """
 
 import argparse

@@ -13,6 +13,8 @@ The second table is of one update with TNRF, a second forward pass, stacked laye
 microbatches: what is exchanged once, what in the loops, and how much in all.
 
 Needs jax, flax, optax and numpy, and nothing else of what tnt_jax needs.
+
+Takes 3 minutes of one core and 1 GB of memory.
 """
 
 import argparse
