@@ -139,7 +139,7 @@ def test_files_of_annotators(rows):
 
 # --- Settings -------------------------------------------------------------------------------------
 
-GIN_CONFIGS = pathlib.Path(program.__file__).parent.parent / "gin_configs"
+GIN_CONFIGS = pathlib.Path(__file__).parents[2] / "gin_configs"
 # What each program misses comes after its settings were looked at: no run begins.
 NOWHERE = {
     "train": {"RECORDS": "nowhere.jsonl", "INITIAL_CHECKPOINT_PATH": None, "MODEL_DIR": "model"},
