@@ -19,7 +19,7 @@ from helpers.huggingface_model import write_directory
 
 from tnt_jax import convert
 from tnt_jax.checkpoints import pretrained
-from tnt_jax.data import tokenization, vocabularies
+from tnt_jax.data import removed_everywhere, tokenization, vocabularies
 from tnt_jax.data.feature_converters import Example
 from tnt_jax.runtime import errors, failures, files, output_parts, stages
 from tnt_jax.training import original_cache
@@ -231,7 +231,7 @@ def test_what_a_stopped_program_did_is_not_discarded(tmp_path, monkeypatch):
     with output_parts.opened("output.jsonl", [1, 1], work) as again:
         assert again.missing == [1]
         again.add(1, ["b\n"], {})
-        again.join()
+        again.join(removed_everywhere.replacing("output.jsonl", None))
     assert pathlib.Path("output.jsonl").read_text() == "a\nb\n"
 
 
