@@ -14,7 +14,7 @@ import pytest
 from helpers import fake_gcloud
 
 ROOT = pathlib.Path(__file__).parents[2]
-FAKES = ROOT / "tests"
+FAKES = ROOT / "tests" / "helpers"
 
 pytestmark = [
     pytest.mark.skipif(
