@@ -39,7 +39,10 @@ def program(folder, text, name="program"):
 
 @pytest.mark.parametrize(
     ("linter", "files"),
-    [("shellcheck", [*SCRIPTS, ROOT / "tests/fake_host.sh"]), ("hadolint", [ROOT / "Dockerfile"])],
+    [
+        ("shellcheck", [*SCRIPTS, ROOT / "tests/helpers/fake_host.sh"]),
+        ("hadolint", [ROOT / "Dockerfile"]),
+    ],
 )
 def test_linters_find_nothing(linter, files):
     if shutil.which(linter) is None:
