@@ -40,7 +40,7 @@ def most_ids(file, vocabulary, lengths):
 
 
 def least_seconds(results):
-    """Of each arm: its quickest training."""
+    """The seconds of the quickest training of each arm."""
     found = {}
     for row in json.loads(results.read_text())["rows"]:
         if row["train_seconds"] is not None:

@@ -106,5 +106,5 @@ class FinishedRun:
 
 
 def gazetteer(path: pathlib.Path, *, alternatives: bool = False) -> annotators.Gazetteer:
-    """Of the run, or a part of it."""
+    """The annotator of a file of values: the run's own, or a part of it."""
     return annotators.Gazetteer(path=str(path), alternatives=alternatives)

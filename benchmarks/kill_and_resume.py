@@ -260,7 +260,7 @@ def difference(expected: pathlib.Path, found: pathlib.Path) -> str | None:
 
 
 def resident_bytes(pid: int) -> int:
-    """Of a process, as Linux tells it."""
+    """The resident memory of a process, as Linux reports it."""
     pages = int(pathlib.Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 

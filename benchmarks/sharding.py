@@ -79,8 +79,8 @@ def compile_head(mesh, variant):
 
 
 def flops_of_head(mesh):
-    """Of one device, with all its tokens in one block: XLA counts what is in a loop once."""
-    whole = functools.partial(head.fused, block_size=BATCH * LENGTH)
+    """FLOPs of one device, all its tokens in one block: XLA counts the body of a loop once."""
+    whole = functools.partial(head.fused_head, block_size=BATCH * LENGTH)
     return compile_head(mesh, whole).cost_analysis()["flops"]
 
 

@@ -65,7 +65,7 @@ class Variant:
 
     @property
     def objective(self):
-        """Of the step."""
+        """The loss that the step computes."""
         return TNRF if self.original else FINE_TUNE
 
 
@@ -164,7 +164,7 @@ class Work:
             self.states["all"] = train_step.init_state(params, OPTIMIZER)
 
     def arguments(self, variant):
-        """Of the step of a variant."""
+        """The arguments of the step of a variant."""
         state = self.states.get(variant.original, self.states.get("all"))
         return state, self.originals.get(variant.original), self.batches[variant], self.key
 

@@ -69,7 +69,7 @@ class Job:
 
 
 def versions_here():
-    """Of JAX and libtpu."""
+    """The versions of JAX and libtpu."""
     return tuple(importlib.metadata.version(name) for name in ("jax", "libtpu"))
 
 

@@ -322,7 +322,7 @@ def _values(
     training: prefix_values.Training,
     seed: int,
 ) -> list[np.ndarray]:
-    """Of each output the values of its prefixes, by the head that did not learn from it."""
+    """The value of each prefix of each output, by the head that was not trained on that output."""
     values: list[np.ndarray] = [np.zeros(0)] * len(folds)
     names = np.unique(folds).tolist()
     for fold in console.progress(names, f"heads of {len(names)} folds", len(names)):

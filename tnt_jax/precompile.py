@@ -229,7 +229,7 @@ def _compile(lowered: Any, platform: str) -> tuple[Any, str, int | None]:
 
 
 def _libtpu_version() -> str | None:
-    """Of what is installed; None where it came another way."""
+    """The version of the installed libtpu package; None if it is not a package."""
     for name in ("libtpu", "libtpu-nightly"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)

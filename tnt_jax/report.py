@@ -184,7 +184,7 @@ def _tokens(line: bytes, where: str, known: Collection[str]) -> dict[str, Any]:
 
 
 def _length_of(values: Any, field: str) -> int | None:
-    """Of a list of pieces, or of values of pieces, null if not finite; None where it is none."""
+    """The length of a list of pieces, or of numbers or nulls; None if `values` is no such list."""
     types = str if field == "pieces" else int | float | None
     is_list = isinstance(values, list) and all(isinstance(value, types) for value in values)
     return len(values) if is_list else None

@@ -94,7 +94,7 @@ class _Cell:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of its folder."""
         return _name_of(self.labels)
 
 

@@ -34,7 +34,7 @@ def spans(annotator, record):
 
 
 def test_rates_of_a_large_sample():
-    """Of 20,000 draws at 0.3 the share is within 0.3 +- 0.013 (four standard deviations)."""
+    """The share of 20,000 draws at 0.3 is within 0.3 +- 0.013 (four standard deviations)."""
     text = " ".join(["rat", "mouse"] * 200)
     annotator = noisy(miss_rate=0.3, false_rate=0.1)
     num_true = num_false = 0

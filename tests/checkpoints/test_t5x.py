@@ -171,7 +171,7 @@ def test_a_large_array_is_written_in_chunks(tmp_path, monkeypatch):
 
 
 def test_arrays_within_the_msgpack_file_are_read(copy, written_by_t5x):
-    """As T5X writes them that are not partitioned."""
+    """T5X writes arrays that are not partitioned into that file."""
     content = flax.serialization.msgpack_restore((copy / "checkpoint").read_bytes())
     scale = params_of("t5_legacy")["encoder/encoder_norm/scale"]
     content["optimizer"]["target"]["encoder"]["encoder_norm"]["scale"] = scale

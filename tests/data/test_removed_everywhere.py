@@ -158,7 +158,7 @@ def test_another_program_that_writes_the_records_takes_them_away(written, progra
 
 
 class Killed(BaseException):
-    """As a kill is: nobody answers it."""
+    """Stands for a kill: nothing catches it."""
 
 
 @contextlib.contextmanager

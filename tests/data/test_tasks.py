@@ -416,7 +416,7 @@ def test_prompts_are_the_texts_or_else_decoded(vocabulary, tmp_path):
 
 @pytest.mark.parametrize("marked", [False, True])
 def test_ids_may_be_numbers_and_repeat(vocabulary, marked, capsys):
-    """As TFDS has them, and as the tasks of a mixture have the same ones."""
+    """TFDS has numbers as ids, and the tasks of a mixture may have the same ones."""
     rows = [{"id": number, "inputs": "the city", "targets": "the city"} for number in (7, 8, 7)]
     texts = {name: tf.TensorSpec([], tf.string) for name in ("inputs", "targets")}
     for name in ("one", "other"):

@@ -609,7 +609,7 @@ def test_completions_of_other_texts_are_other_ones(t5_vocabulary):
 @hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 @hypothesis.given(text=st.text(max_size=30), data=st.data())
 def test_ids_and_texts_are_those_of_seqio(name, request, text, data):
-    """Of any text, and of any ids: ends, padding, extra ids and a model's padding rows too."""
+    """They agree on any text and any ids: ends, padding, extra ids, a model's padding rows."""
     vocabulary = vocabulary_called(name, request)
     theirs = (
         seqio.ByteVocabulary()

@@ -216,7 +216,7 @@ def make_model(family: str, settings: dict) -> dict[str, np.ndarray]:
 
 
 def best_seed(family: str, model: torch.nn.Module) -> int:
-    """Of NUM_SEEDS, the one whose greedy outputs say the most, without a near tie."""
+    """The seed, of NUM_SEEDS, whose greedy outputs say the most, without a near tie."""
     variety = {}
     for seed in range(NUM_SEEDS):
         greedy, margins = greedy_tokens(model, fill(family, model, seed))
@@ -234,7 +234,7 @@ def num_ended(tokens: np.ndarray) -> int:
 
 
 def save(family: str, model: torch.nn.Module) -> None:
-    """As transformers does it, and then as the official directories differ from that."""
+    """Saves with transformers, then changes what the official directories have otherwise."""
     folder = FOLDER / family
     config_json = (folder / "config.json").read_text()
     if family == BFLOAT16:

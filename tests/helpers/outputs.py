@@ -94,7 +94,7 @@ def write_pair(folder, number, *, is_sampled=False, num_tokens=30):
 
 
 def results():
-    """Of a sweep: two tasks, two decoders, three objectives, weights and seeds."""
+    """Results of a sweep: two tasks, two decoders, three objectives, weights and seeds."""
     rows = []
     for task in ("rooms", "chat"):
         for decoder in ("greedy", "sampled"):
@@ -126,7 +126,7 @@ def results():
 
 
 def evaluation(number):
-    """Of `number` outputs, as far as the report reads it."""
+    """An evaluation of `number` outputs, as far as the report reads it."""
     return {
         of: {
             "unwanted_outputs": {"numerator": n, "denominator": number, "value": n / number},

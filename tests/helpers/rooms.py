@@ -191,7 +191,7 @@ def assert_same_state(one, other):
 
 @functools.cache
 def compiled_folder():
-    """Of all tests that this process runs, and what they start: all train the same tiny model."""
+    """One compilation cache for this process and those it starts: they train the same model."""
     return tempfile.TemporaryDirectory(prefix="tnt_jax_compiled_")
 
 

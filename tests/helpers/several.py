@@ -140,7 +140,7 @@ program.run("tnt_jax.{name}", "{name}", json.loads(sys.argv[1]), processes_run=k
 
 @contextlib.contextmanager
 def held(run_name, settings, count, name, *, at):
-    """As `running`, but each process waits at some place for as long as there is a file `hold`.
+    """`running`, where each process waits at a place of its program while a file `hold` exists.
 
     So whoever tells or kills a process need not be quicker than its work.
 

@@ -238,7 +238,7 @@ def test_weights_are_cut_out_of_their_stacks_before_the_loop():
 
 
 def few_params():
-    """Of each kind of shape one, in stacks of two and of three layers."""
+    """One parameter of each kind of shape, in stacks of two and of three layers."""
     rng = np.random.default_rng(0)
 
     def layer():

@@ -230,7 +230,7 @@ def test_the_original_is_a_fixed_point(name):
 
 
 def float64_gradient(current, original, tokens):
-    """Of TNRF at unmarked positions, KL(p0 || p), to the hidden states: (p - p0) W^T."""
+    """The gradient of KL(p0 || p), TNRF's unmarked loss, to the hidden states: (p - p0) W^T."""
     hidden, matrix = (np.asarray(x, np.float64) for x in (current.hidden, current.matrix))
     hidden0, matrix0 = (np.asarray(x, np.float64) for x in (original.hidden, original.matrix))
 

@@ -346,7 +346,7 @@ def test_seqio_tasks_and_the_t5patches_layout(original, task_module):
 
 
 def test_words_removed_at_every_position(original):
-    """Of one token, as "quiet", they are the same for all; of several, as "dirty", marked."""
+    """A word of one token ("quiet") is removed for all records; one of several is marked."""
     pathlib.Path("two_words.txt").write_text("quiet\ndirty\n")
     settings = {"LEXICON": "two_words.txt", "ALTERNATIVES": False, "AT_EVERY_POSITION": True}
     annotate("everywhere.jsonl", "original.jsonl", **settings)
@@ -528,7 +528,7 @@ def test_outputs_with_a_mask_are_those_of_an_edited_word_list(original, capsys):
 
 
 def test_folders_in_the_home_folder(original, monkeypatch, tmp_path):
-    """Of a command line, `program` has expanded them; this is Python."""
+    """`program` expands `~` on a command line; a caller from Python may pass it, too."""
     monkeypatch.setenv("HOME", str(tmp_path))
     settings = {"MODEL_DIR": "another", "TRAIN_STEPS": 1}
     train = program.configure("tnt_jax.train", "train", rooms.arguments("train", settings))

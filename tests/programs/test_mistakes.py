@@ -331,7 +331,7 @@ def test_devices_and_places(mistake, settings, message):
 
 @pytest.mark.parametrize("model_dir", ["model", "original"])
 def test_a_checkpoint_of_another_size(mistake, model_dir):
-    """As the original, and as the run to go on with."""
+    """It is given as the original, or as the run to go on with."""
     settings = {
         "MODEL_DIR": model_dir,
         "RECORDS": "corpus.jsonl",

@@ -103,7 +103,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def copy(folder, tmp_path):
-    """Of a directory of `folder`, to be changed."""
+    """A function that copies a directory of `folder`, so that a test may change it."""
     with contextlib.chdir(tmp_path):
 
         def copy(name):

@@ -209,7 +209,7 @@ def assert_same(left, right, **tolerances):
 
 
 def assert_same_update(left, right):
-    """As in test_train_step.py, which says why a few elements may differ."""
+    """Nearly all elements agree; test_train_step.py says why a few may differ."""
     left, right = flat(left), flat(right)
     gaps = np.concatenate([np.abs(left[path] - right[path]).ravel() for path in left])
     assert np.sum(gaps > 2e-6) <= 20
@@ -511,7 +511,7 @@ def plug_in_batches(model_dir, shard_id=0, num_shards=1, **settings):
 
 
 def test_get_dataset_goes_on_where_the_checkpoint_stands(task, tmp_path):
-    """As T5X counts, from the first step on, and the same on two hosts as on one."""
+    """Steps are counted from the first one, like T5X's; two hosts get what one gets."""
     whole = plug_in_batches(tmp_path, batch_size=4)
     expected = [next(whole) for _ in range(5)]
     assert whole.element_spec["decoder_negative_ids"].shape == (4, 9, 1)

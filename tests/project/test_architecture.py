@@ -131,7 +131,7 @@ def test_third_party_imports_are_declared(module):
 
 
 def extras():
-    """Of setup.py, as it has them: their requirements without markers."""
+    """The extras of setup.py: their requirements without markers."""
     tree = ast.parse((ROOT / "setup.py").read_text("utf-8"))
     (found,) = (
         ast.literal_eval(keyword.value)

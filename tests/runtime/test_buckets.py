@@ -35,7 +35,7 @@ class Object(MemoryFile):
 
 
 class Bucket(MemoryFileSystem):
-    """As fsspec's own, under the name of Google's; for several threads."""
+    """fsspec's file system in memory under the name of Google's, safe for several threads."""
 
     protocol = ("gcs", "gs")
     cachable = False

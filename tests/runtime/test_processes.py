@@ -156,7 +156,7 @@ def test_a_mistake_in_the_file_of_one_process_ends_the_other_in_a_line():
 
 
 def test_each_process_holds_its_own_rows_and_all_of_them_are_held_once(two):
-    """Of every batch of an epoch, what lies on the devices of each process."""
+    """Checks for every batch of an epoch what lies on the devices of each process."""
     program = textwrap.dedent(
         """
         import json, sys

@@ -52,7 +52,7 @@ def test_a_stage_is_run_again_when_a_file_that_its_pattern_matches_changes():
 
 
 def test_a_stage_is_run_again_when_an_older_file_of_its_folder_changes():
-    """As `cp -p` and `rsync -a` leave it: of the same size, with a time of its own."""
+    """`cp -p` and `rsync -a` leave such a file: of the same size, with an older time."""
     folder = pathlib.Path("checkpoint")
     folder.mkdir()
     for name, when in (("params", 100), ("newest", 300)):

@@ -41,7 +41,7 @@ EXAMPLES = [
 
 
 def states_of(batch):
-    """Of every token: its id, and the first id of the input."""
+    """Stand-ins for states: the id of every token, and the first id of the input."""
     tokens = batch["decoder_target_tokens"]
     first = np.broadcast_to(batch["encoder_input_tokens"][:, :1], tokens.shape)
     return np.stack([tokens, first], axis=-1).astype(np.float32)

@@ -112,7 +112,7 @@ def test_a_run_that_leaves_everything_out_stops(health_of, tmp_path):
 
 
 def losses(number):
-    """Around 1, with a standard deviation of about 0.1."""
+    """Losses near 1, with a standard deviation of about 0.1."""
     return [1 + 0.15 * math.sin(2.4 * step) for step in range(1, number + 1)]
 
 

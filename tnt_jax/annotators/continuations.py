@@ -86,5 +86,5 @@ def sample(
 def shares_of_good(
     outputs: Sequence[Sequence[records.Record]], is_good: Callable[[records.Record], bool]
 ) -> np.ndarray:
-    """Of each prefix, the share of its continuations that are good."""
+    """The share of good continuations of each prefix."""
     return np.array([np.mean([is_good(output) for output in of_one]) for of_one in outputs])

@@ -132,9 +132,9 @@ class Training:
 def log_prob_and_entropy(
     states: Float[Array, "B T E"], matrix: Float[Array, "V E"], tokens: Int[Array, "B T"]
 ) -> Float[Array, "B T 2"]:
-    """Of each target token its log-probability, and the entropy of its distribution; nats.
+    """The log-probability of each target token, and the entropy of its distribution, in nats.
 
-    Position by position: logits `[B, T, V]` are never held.
+    One position is computed at a time: logits `[B, T, V]` are never held.
     """
 
     def at_position(of_position):

@@ -330,7 +330,7 @@ class Continuations:
         return [first for first in map(known.__getitem__, texts) if first is not None]
 
     def innocent_firsts(self, before: str, space: int | None) -> frozenset[tuple[bool, int]]:
-        """Of the first tokens of all innocent words: whether they come after a space, and ids."""
+        """The first tokens of all innocent words, as (is after a space, id)."""
         place = before, space
         if place not in self._innocent_firsts:
             self._innocent_firsts[place] = frozenset(

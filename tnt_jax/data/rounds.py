@@ -127,7 +127,7 @@ def _without_rest_of_spans(
 
 
 def _names(id: str, number: int) -> Iterator[str]:
-    """Of an output of a round, in the order of preference."""
+    """Possible ids of an output in a round, the preferred one first."""
     if number == 1:
         yield id
     yield f"{id} (round {number})"

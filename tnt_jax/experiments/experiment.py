@@ -156,7 +156,7 @@ class Experiment:
         return _from_home(self.output_dir)
 
     def check_names(self, names: Sequence[str]) -> None:
-        """Of the arms: they become folders.
+        """Checks the names of the arms, which become names of folders.
 
         Raises:
           UsageError: There is none, or two are the same, or one is that of another folder.
@@ -169,7 +169,7 @@ class Experiment:
 
 
 def name_of_round(name: str, number: int) -> str:
-    """Of the folder and the stages of an arm's round, counted from 1; the first has the arm's."""
+    """The name of an arm's round, counted from 1: of its folder and its stages."""
     return name if number == 1 else f"{name}.round{number}"
 
 

@@ -49,7 +49,7 @@ def init(abstract_params: PyTree, rank: int, key: Key[Array, ""]) -> PyTree:
 
 
 def logical_axes(axes: PyTree) -> PyTree:
-    """Of every adapter's dimensions, from those of the parameters."""
+    """The logical axes of every adapter, from those of the parameters."""
 
     def make(path: tuple[str, ...], kernel: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
         *layers, inputs, outputs = kernel

@@ -352,7 +352,7 @@ def _longest_completed(
     position: Int[Array, ""],
     vocab_size: int,
 ) -> Int[Array, "B V"]:
-    """Of each id at a position: how long the longest sequence is that it completes, or 0."""
+    """The length of the longest sequence that each id would complete at a position, or 0."""
     num_rows, _, width = sequences.shape
     before = jnp.pad(tokens, ((0, 0), (width - 1, 0)), constant_values=-2)
     before = jax.lax.dynamic_slice_in_dim(before, position, width - 1, axis=1)

@@ -196,9 +196,13 @@ class TntObjective:
             )
 
     def smoothed_target(self, vocab_size: int) -> tuple[float, float, float]:
-        """Of `log_likelihood`: the target's share, every other id's, and what is subtracted.
+        """The target distribution of `log_likelihood`, which smoothing spreads over all ids.
 
-        As T5X's `cross_entropy_with_logits` with `label_smoothing`, as t5patches with `smoothing`.
+        `label_smoothing` means what it means in T5X's `cross_entropy_with_logits`; `smoothing` what
+        it means in t5patches.
+
+        Returns:
+          The target's probability, that of every other id, and the entropy to subtract, in nats.
         """
         if self.smoothing:
             off = self.smoothing / (1 + self.smoothing * vocab_size)

@@ -56,7 +56,7 @@ class Reductions:
         return jax.lax.psum(terms, self.axes) if self.axes else terms
 
     def maxima(self, *terms: Float[Array, "R"]) -> Sequence[Float[Array, "R"]]:
-        """As `sums`."""
+        """Takes the largest over the devices, all terms in one exchange."""
         return jax.lax.pmax(terms, self.axes) if self.axes else terms
 
     def local(self, ids: Int[Array, "..."]) -> Int[Array, "..."]:
@@ -207,7 +207,10 @@ class Block:
     # --- The terms ---
 
     def values_and_gradient(self) -> tuple[TokenValues, Float[Array, "R V"]]:
-        """Of every row, padding not looked at."""
+        """Computes the values of every row, and the gradient of its loss to its logits.
+
+        Padding is computed like any other row.
+        """
         objective = self.objective
         term = self._term(objective.positive_term)
         if objective.negative_term not in ("none", objective.positive_term):
@@ -358,7 +361,7 @@ class Block:
         return self.kept > _LOG_ZERO / 2
 
     def _cross_entropy(self) -> _Term:
-        """As `definition`: -log p(target), smoothed with `on` there and `off` elsewhere."""
+        """-log p(target); the target distribution is `on` at the target and `off` elsewhere."""
         vocab_size = self.reductions.vocab_size
         on, off, entropy = self.objective.smoothed_target(vocab_size)
         has_target = self.target >= 0

@@ -72,7 +72,7 @@ def is_absence(error: OSError) -> bool:
 
 @contextlib.contextmanager
 def naming_file(path: str | os.PathLike) -> Iterator[None]:
-    """Around reading an open file: the system's errors there do not name it by themselves."""
+    """Context manager: puts the path into an OSError that names no file."""
     try:
         yield
     except OSError as error:

@@ -71,7 +71,7 @@ def explain(error: BaseException) -> str | None:
 
 
 def exit_status(error: BaseException) -> int:
-    """Of a program that ends with one that `explain` explains: 1 where trying again helps."""
+    """The exit status for an error that `explain` explains: 1 if trying again helps, else 2."""
     if isinstance(error, UsageError):
         return 2
     return 1 if isinstance(error, ProcessLost) or processes.lost(error) else 2

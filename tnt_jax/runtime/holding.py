@@ -111,7 +111,7 @@ def check() -> None:
 
 @contextlib.contextmanager
 def _of_all(take: Callable[[], "_Hold"]) -> Iterator[None]:
-    """Around what the first process holds for all; all of them raise what it finds."""
+    """Context manager: the first process takes the hold; all processes raise what it raises."""
     hold, refusal = None, ""
     if processes.index() == 0:
         try:

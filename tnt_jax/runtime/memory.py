@@ -50,11 +50,11 @@ def _host_bytes() -> int:
 
 @contextlib.contextmanager
 def explained(tries: Sequence[str], **settings: Any) -> Iterator[None]:
-    """Around work that takes memory: where there is not enough, it says what to change.
+    """Context manager that turns an out-of-memory error into one that says what to change.
 
     Args:
       tries: What would help, what costs least first.
-      **settings: That the work was done with, by their macros.
+      **settings: The values that the work was done with, by the names of their macros.
 
     Raises:
       UsageError: There is not enough.

@@ -93,13 +93,14 @@ def check() -> None:
 
 @contextlib.contextmanager
 def deferred(of_all: Callable[[int], bool] | None = None) -> Iterator[Callable[[int], bool]]:
-    """Around what ends by itself where it can save; gives it the question whether to.
+    """Context manager that defers SIGTERM. Yields `is_due(step)`.
 
-    A signal that comes too late to be asked for is left to the next `check`.
+    The loop saves and stops when `is_due(step)` returns True. A signal after the last call is left
+    to the next `check`.
 
     Args:
-      of_all: Where several processes compute together: whether all of them are to stop after the
-        update of this number, which each must ask of every update. Such as
+      of_all: For several processes that compute together: returns whether all of them stop after
+        an update. Every process must call it for every update. For example
         `jax.experimental.multihost_utils.reached_preemption_sync_point`.
     """
     global _is_deferred

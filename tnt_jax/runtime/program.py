@@ -224,7 +224,7 @@ def _outcome(
 
 
 def _name(module_name: str) -> str:
-    """Of the program, for people; with which of several processes it is."""
+    """The program's name for messages; with the process number if there are several."""
     if processes.count() == 1:
         return module_name
     return f"{module_name} (process {processes.index()} of {processes.count()})"
@@ -549,6 +549,6 @@ def _run_files(
 
 
 def _shown(file: pathlib.Path) -> str:
-    """As `--gin_file` takes it."""
+    """The path as one would give it to `--gin_file`."""
     ours = gin_files.GIN_CONFIGS
     return os.path.relpath(file, ours) if ours in file.parents else str(file)

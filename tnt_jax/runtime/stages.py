@@ -138,7 +138,7 @@ class Stages:
 
 @contextlib.contextmanager
 def _noted(note: pathlib.Path, described: Mapping[str, Any], spent: float) -> Iterator[None]:
-    """Around a stage: notes whether it is done, and its seconds together with those `spent`."""
+    """Context manager of a stage: writes whether it is done, and its seconds plus those `spent`."""
 
     def write(is_done: bool) -> None:
         seconds = round(spent + time.monotonic() - began, 1)

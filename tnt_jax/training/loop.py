@@ -174,7 +174,7 @@ class Loop:
     def _begun(
         self, progress: "_Progress", state: train_step.TrainState, start: int
     ) -> Iterator[None]:
-        """Around the updates: begins what is done on the way, and closes it in the end."""
+        """Context manager around the updates: begins every hook, and closes it at the end."""
         original_params = None
         if not isinstance(self.trainer.original_kind, CachedStates):
             original_params = self.loaded_original.params
@@ -448,20 +448,20 @@ class _SinceLog:
 
     @contextlib.contextmanager
     def waiting(self):
-        """Around what waits for input."""
+        """Context manager that counts its time as waiting for input."""
         asked = time.monotonic()
         yield
         self._waited += time.monotonic() - asked
 
     @contextlib.contextmanager
     def paused(self):
-        """Around what is no training."""
+        """Context manager that does not count its time as training."""
         began = time.monotonic()
         yield
         self._began += time.monotonic() - began
 
     def add(self, sums: Any) -> None:
-        """Of one more update."""
+        """Adds the sums of one more update."""
         self._pending.append(sums)
         if len(self._pending) > 1:
             # The devices have the newest update to go on with. With more of them waiting, batches

@@ -276,7 +276,7 @@ class OriginalStates:
 
 
 def default_folder(records_path: str | os.PathLike | None, model_dir: str) -> str:
-    """Beside a file of records, so that every run on it finds them; otherwise in the model's."""
+    """The folder beside a file of records, so that every run finds it; else one in `model_dir`."""
     if records_path is not None and pathlib.Path(records_path).is_file():
         return f"{records_path}.states"
     return f"{model_dir.rstrip('/')}/original_states"

@@ -50,14 +50,14 @@ class Trainer:
 
     @functools.cached_property
     def abstract_params(self) -> PyTree:
-        """Of what is trained."""
+        """Shapes, dtypes and shardings of the parameters that are trained."""
         if isinstance(self.original_kind, AdaptersOff):
             return self.model.abstract_adapters(self.adapter_rank)
         return self.model.abstract_params
 
     @functools.cached_property
     def abstract_original(self) -> PyTree | None:
-        """Of what the step needs of the original; None if the objective needs none."""
+        """Shapes, dtypes and shardings of what the step reads of the original; None if nothing."""
         if isinstance(self.original_kind, AdaptersOff):  # the model cannot run without it
             return self.model.abstract_computed_params
         if not self.objective.needs_original:
