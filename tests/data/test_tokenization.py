@@ -393,25 +393,31 @@ def test_marked_tokens_cover_the_spans(name, request, text, data):
 # --- Alternatives ---------------------------------------------------------------------------------
 
 
+def first_token_ids(tokeniser, before, strings):
+    """The id of each string's first token; None for a lone "▁", which says nothing yet."""
+    first = [tokens[0] for tokens in tokeniser.continuations(before, strings)]
+    return [first_id if reaches else None for first_id, reaches in first]
+
+
 def test_first_tokens_know_where_they_stand(t5_vocabulary):
-    strings = ["riverside", "city centre", "日本", " Ask "]
-    after_space = marks.first_token_ids(t5_vocabulary, "it is in the ", strings)
+    strings = ["riverside", "city centre", "日本", "Ask"]
+    after_space = first_token_ids(t5_vocabulary, " ", strings)
     assert pieces(t5_vocabulary, [after_space[i] for i in (0, 1, 3)]) == ["▁river", "▁city", "▁Ask"]
     assert after_space[2] is None  # "▁" and then unknown: the "▁" says nothing yet
-    assert marks.first_token_ids(t5_vocabulary, "", strings) == after_space
-    after_bracket = marks.first_token_ids(t5_vocabulary, "it is (", strings)
+    assert first_token_ids(t5_vocabulary, None, strings) == after_space
+    after_bracket = first_token_ids(t5_vocabulary, "", strings)
     assert pieces(t5_vocabulary, after_bracket) == ["riv", "city", "<unk>", "A"]
     # Each equals the token in the whole text.
     for prefix, first_ids in [("it is in the ", after_space), ("it is (", after_bracket)]:
         num_before = len(t5_vocabulary.encode(prefix))
         for index in (0, 1, 3):
-            text = prefix + strings[index].strip()
+            text = prefix + strings[index]
             whole = t5_vocabulary.encode(text)
             assert whole[num_before] == first_ids[index]
 
 
 def test_first_tokens_of_bytes_are_first_bytes():
-    assert marks.first_token_ids(BYTES, "in the ", ["riverside", "日"]) == [
+    assert first_token_ids(BYTES, " ", ["riverside", "日"]) == [
         ord("r") + 3,
         0xE6 + 3,
     ]
@@ -492,7 +498,9 @@ def test_alternatives_make_a_valid_record(small_vocabulary):
 
 def test_a_blank_alternative_is_a_usage_error(small_vocabulary):
     with pytest.raises(UsageError, match="blank"):
-        marks.first_token_ids(small_vocabulary, "", ["city", " "])
+        marks.alternative_token_ids(
+            small_vocabulary, small_vocabulary.encode("the city"), (4, 8), ["city", " "]
+        )
 
 
 # --- What would complete a text -------------------------------------------------------------------

@@ -195,28 +195,6 @@ def pieces(record: records.Record, vocabulary: Tokeniser) -> list[str]:
     return [record.targets[start:end] for start, end in zip(starts, ends, strict=True)]
 
 
-def first_token_ids(
-    vocabulary: Tokeniser, prefix_text: str, strings: Sequence[str]
-) -> list[int | None]:
-    """The id of each string's first token when it stands right after `prefix_text`.
-
-    A token boundary lies between prefix and string. After a space or at the start of a text the
-    first token carries the leading space, as in "▁city"; elsewhere, say after "(", it does not.
-    None stands for a string that starts with a lone "▁": that token begins any word.
-
-    Two strings may share a first token. An annotator that removes the first tokens of unsupported
-    values should therefore leave out those that begin a supported one.
-
-    Raises:
-        UsageError: a string is blank.
-    """
-    before = None
-    if prefix_text:
-        before = " " if prefix_text[-1].isspace() else ""
-    first_tokens = [tokens[0] for tokens in _tokens_after(vocabulary, before, strings)]
-    return [first_id if reaches else None for first_id, reaches in first_tokens]
-
-
 def alternative_token_ids(
     vocabulary: Tokeniser,
     target_ids: Sequence[int] | np.ndarray,
