@@ -170,19 +170,19 @@ def _certificate(
         num_tokens=sum(settings.task_feature_lengths.values()),
         mesh_shape=settings.mesh_shape,
     )
-    network, original_params = opened.network, opened.params
+    compared, original_params = opened.model, opened.params
     current = pretrained.open_checkpoint(settings.checkpoint_path)
-    current_params = current.restore(network.abstract_params)
+    current_params = current.restore(compared.abstract_params)
     # Of the objective only the loss depends, and the loss is not reported: forward KL splits
     # exactly into residual and collateral.
     objective = objectives.TntObjective(negative_term="forward_kl", positive_term="forward_kl")
-    step = jit_token_step(network, objective)
+    step = jit_token_step(compared, objective)
     examples = marks.examples_from_records(rows, vocabulary, "the original's outputs")
     batches = feature_converters.batch_for_eval(
         examples,
         settings.batch_size,
         settings.task_feature_lengths,
-        feature_layout=network.network.feature_layout,
+        feature_layout=compared.network.feature_layout,
     )
     num_batches = -(-len(examples) // settings.batch_size)
     sums: list[dict[str, Any]] = []
@@ -190,7 +190,7 @@ def _certificate(
     for number, batch in enumerate(
         console.progress(batches, "certificate, in batches", num_batches)
     ):
-        placed = sharding.put_batch(batch, network.mesh)
+        placed = sharding.put_batch(batch, compared.mesh)
         of_batch, values = jax.device_get(step(current_params, original_params, placed))
         sums.append(of_batch)
         is_negative = (batch["decoder_negative_ids"] >= 0).any(axis=-1)

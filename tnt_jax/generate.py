@@ -33,6 +33,7 @@ from tnt_jax.annotators import interface
 from tnt_jax.checkpoints import digests, opened_model, pretrained
 from tnt_jax.data import marks, records, removed_everywhere
 from tnt_jax.models import decoding, sharding
+from tnt_jax.models.model import check_seed
 from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime import (
     console,
@@ -43,7 +44,7 @@ from tnt_jax.runtime import (
     program,
     settings_json,
 )
-from tnt_jax.runtime.errors import UsageError, check_seed
+from tnt_jax.runtime.errors import UsageError
 
 _WIDTH_MULTIPLE = 16  # so that files of nearly equal lengths share a compiled program
 _MOST_WIDTHS = 5  # per file: each is a program of its own
@@ -107,8 +108,7 @@ def generate(
         mesh_shape=mesh_shape,
         devices=jax.local_devices(),
     )
-    network = opened.network
-    decoder = decoding.within_vocabulary(decoder, opened.vocab_size, network.config)
+    decoder = decoding.within_vocabulary(decoder, opened.vocab_size, opened.model.config)
     rows = _read(prompts, vocabulary)
     params = opened.params
 
@@ -127,7 +127,7 @@ def generate(
         tokens = [inputs[index] for index in batch.indices]
         of_batch = None if masks is None else masks.of_batch(batch.indices)
         keys = decoding.record_keys(seed, ids) if decoder.temperature else None
-        return network.decode(
+        return opened.model.decode(
             params, tokens, batch.width, decoder, batch_size, row_keys=keys, mask=of_batch
         )
 
@@ -135,7 +135,7 @@ def generate(
     batches_of = list(_in_turn(batches, sizes))
     work = {
         "program": "generate",
-        "model": network.config,
+        "model": opened.model.config,
         "parameters": digests.of_params(params),
         "prompts": records.digest(rows),
         "vocabulary": vocabulary,

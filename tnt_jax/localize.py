@@ -38,9 +38,10 @@ from tnt_jax.data import (
     tokenization,
 )
 from tnt_jax.models import decoding, sharding
+from tnt_jax.models.model import check_seed
 from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime import console, files, holding, memory, operative_config, program
-from tnt_jax.runtime.errors import UsageError, check_seed
+from tnt_jax.runtime.errors import UsageError
 from tnt_jax.training import load_original, original_cache
 
 _WEAK = 0.6  # area under the curve of whole outputs; marks of such heads are mostly wrong
@@ -263,7 +264,7 @@ class _Outputs:
         self._length = max(map(len, self.tokens))
         self.digest = digests.of_params(opened.params)
         self._states = load_original.states_of(
-            opened.network,
+            opened.model,
             opened.params,
             self._examples,
             digest=self.digest,
@@ -271,7 +272,7 @@ class _Outputs:
             task_feature_lengths=lengths,
             batch_size=settings.batch_size,
         )
-        matrix, vocab_axis = opened.network.network.output_matrix(opened.params)
+        matrix, vocab_axis = opened.model.network.output_matrix(opened.params)
         whole = np.asarray(matrix, np.float32)
         self.matrix = jnp.asarray(whole if vocab_axis == 0 else whole.T)
         self._said = np.zeros((len(rows), self._length, 2), np.float32)
@@ -379,11 +380,11 @@ def _check(
         continuations.Prefix(rows[index], tuple(outputs.tokens[index][:length].tolist()))
         for index, length in zip(chosen, lengths, strict=True)
     ]
-    config = opened.network.config
+    config = opened.model.config
     unused = range(opened.vocabulary.size, config.vocab_size)  # they stand for no text
     sampled = continuations.sample(
         prefixes,
-        opened.network,
+        opened.model,
         opened.params,
         opened.vocabulary,
         decoding.Decoding(

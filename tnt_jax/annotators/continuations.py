@@ -26,7 +26,7 @@ class Prefix(NamedTuple):
 
 def sample(
     prefixes: Sequence[Prefix],
-    network: Model,
+    model: Model,
     params: PyTree,
     vocabulary: Any,
     decoder: decoding.Decoding,
@@ -40,7 +40,7 @@ def sample(
 
     Args:
       prefixes: What is given.
-      network: Of the model that goes on.
+      model: The model that continues the prefixes.
       params: Its parameters.
       vocabulary: The tokeniser of inputs and outputs.
       decoder: How to choose tokens; a temperature of 1 samples from the model itself.
@@ -61,7 +61,7 @@ def sample(
             record, tokens = prefixes[index]
             row[: len(tokens)] = tokens
             names.append(f"{record.id}/{len(tokens)}/{number}")
-        decoded = network.decode(
+        decoded = model.decode(
             params,
             [inputs[index] for index, _ in batch],
             input_length,

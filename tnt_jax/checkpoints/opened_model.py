@@ -20,13 +20,13 @@ class OpenedModel:
 
     Attributes:
       source: The checkpoint.
-      network: The network on its mesh.
+      model: The network on its mesh.
       vocabulary: The tokeniser of inputs and outputs.
       vocab_size: Number of ids of the vocabulary; the network may have more embeddings.
     """
 
     source: pretrained.Pretrained
-    network: Model
+    model: Model
     vocabulary: tokenization.Tokeniser
     vocab_size: int
 
@@ -37,7 +37,7 @@ class OpenedModel:
         Raises:
           UsageError: The weights are damaged.
         """
-        return self.source.restore(self.network.abstract_params)
+        return self.source.restore(self.model.abstract_params)
 
 
 def open_model(
@@ -71,7 +71,7 @@ def open_model(
     config = pretrained.config_of(settings, source)
     return OpenedModel(
         source=source,
-        network=Model(config=config, mesh=mesh),
+        model=Model(config=config, mesh=mesh),
         vocabulary=vocabulary,
         vocab_size=pretrained.check_vocabulary(vocabulary, config, source),
     )

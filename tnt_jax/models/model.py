@@ -15,6 +15,7 @@ from tnt_jax.models import adapters, decoding, families, sharding
 from tnt_jax.models.network import Network
 from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime.array_types import PyTree
+from tnt_jax.runtime.errors import UsageError
 
 Forward = Callable[..., Any]  # (params, batch, dropout_key or None) -> FactoredLogits
 
@@ -143,3 +144,9 @@ class Model:
             out_shardings=sharding.shardings_of(self.abstract_adapters(rank)),
         )
         return init(jax.random.key(seed))
+
+
+def check_seed(seed: int) -> None:
+    """Raises a UsageError for a seed that JAX or NumPy does not take."""
+    if not 0 <= seed < 2**31:
+        raise UsageError(f"SEED: expected a whole number from 0 to {2**31 - 1}, found {seed}.")

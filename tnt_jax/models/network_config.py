@@ -46,7 +46,7 @@ _LARGEST_EPSILON = 1.0  # 1e-6; with more, a norm passes on little but its scale
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NetworkConfig:
-    """What the settings of each family have in common; `network.of` makes a network of them.
+    """What the settings of each family have in common; `families.network_of` makes a network.
 
     A config is hashable, so it may be a static argument of `jax.jit`.
 

@@ -79,9 +79,3 @@ def naming_file(path: str | os.PathLike) -> Iterator[None]:
         if error.errno is not None and error.filename is None:
             error.filename = os.fspath(path)
         raise
-
-
-def check_seed(seed: int) -> None:
-    """Raises a UsageError for a seed that JAX or NumPy does not take."""
-    if not 0 <= seed < 2**31:
-        raise UsageError(f"SEED: expected a whole number from 0 to {2**31 - 1}, found {seed}.")

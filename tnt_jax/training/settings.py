@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 import optax
 
 from tnt_jax.models import sharding
-from tnt_jax.runtime.errors import UsageError, check_seed
+from tnt_jax.models.model import check_seed
+from tnt_jax.runtime.errors import UsageError
 from tnt_jax.training import train_step
 
 # What becomes of an update whose loss or gradient is not finite: it stops the run, or is left out.
