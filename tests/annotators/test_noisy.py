@@ -77,7 +77,8 @@ def test_mistakes_depend_on_seed_inputs_and_targets_alone():
 
 def test_mistakes_are_the_same_in_every_process():
     code = (
-        "from tnt_jax import annotators, records\n"
+        "from tnt_jax import annotators\n"
+        "from tnt_jax.data import records\n"
         f"inner = annotators.PythonFunction(function='{HERE}:every_rat')\n"
         "noisy = annotators.Noisy(annotator=inner, miss_rate=0.5, false_rate=0.5)\n"
         "row = records.Record(id='a', inputs='', targets='rat mouse rat cow \u00e9 rat')\n"

@@ -210,7 +210,8 @@ except UsageError as error:
 def test_processes_that_do_not_work_on_the_same_say_so(work, message):
     for index in range(2):
         pathlib.Path(f"host{index}").mkdir(exist_ok=True)
-    with several.Processes(["-c", SCRIPT.replace("{work}", work)], 2, "apart") as run:
+    script = SCRIPT.replace("{work}", work)
+    with several.Processes(["-c", script], 2, "apart", **several.SOON_MISSED) as run:
         first, second = run.end()
     assert second == 2
     assert first not in (0, 75)
@@ -255,7 +256,7 @@ def annotated():
 
 
 @contextlib.contextmanager
-def running_annotate(output, count, name=None, **settings):
+def running_annotate(output, count, name=None, *, is_killed=False, **settings):
     settings = {
         "RECORDS": "outputs.jsonl",
         "OUTPUT": output,
@@ -264,7 +265,7 @@ def running_annotate(output, count, name=None, **settings):
         **settings,
     }
     rooms.RUNS["annotate_python"] = (["runs/annotate_python.gin"], {"VOCABULARY_PATH": "none"})
-    environment = ALONE if count == 1 else {}
+    environment = ALONE if count == 1 else several.SOON_MISSED if is_killed else {}
     with several.running(
         "annotate_python", settings, count, name or f"log{count}", **environment
     ) as run:
@@ -315,7 +316,7 @@ def test_every_record_is_looked_up_once(monkeypatch):
 def test_annotate_that_was_killed_goes_on(annotated, count, done):
     pathlib.Path("killed.jsonl").write_text("of before")
     pathlib.Path("hold").touch()
-    with running_annotate("killed.jsonl", count) as run:
+    with running_annotate("killed.jsonl", count, is_killed=True) as run:
         wait_until(lambda: len(part_files("killed.jsonl")) == len(done), run)
         if count == 2:
             run.wait_for("1 parts of other processes are to come.")

@@ -94,7 +94,7 @@ def test_a_run_that_is_stopped_and_then_loses_a_process_ends_as_the_undisturbed_
             said = f"(process {index} of 2): stopped by SIGTERM: update {step} is saved. The same"
             assert said in run.said(index)
     # One is killed: the other does not wait for ever, and says what has happened.
-    with several.held("train", RUN, 2, "killed", at=step + 10) as run:
+    with several.held("train", RUN, 2, "killed", at=step + 10, **several.SOON_MISSED) as run:
         run.wait_for("Going on from checkpoint")
         run.wait_for(f"update {step + 6} of 30")
         run.send(signal.SIGKILL, index=1)
@@ -246,7 +246,7 @@ def test_a_mistake_in_one_process_does_not_keep_the_others_waiting():
         processes.wait_for_all("work")
         """
     )
-    with several.Processes(["-c", program], 2, "mistake") as run:
+    with several.Processes(["-c", program], 2, "mistake", **several.SOON_MISSED) as run:
         run.processes[1].wait()
         began = time.monotonic()
         left, mistaken = run.end()

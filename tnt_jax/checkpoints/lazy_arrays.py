@@ -22,6 +22,7 @@ from etils import epath
 
 from tnt_jax.models import sharding
 from tnt_jax.models.network_config import MOST_LAYERS
+from tnt_jax.runtime import files
 from tnt_jax.runtime.array_types import PyTree
 from tnt_jax.runtime.errors import UsageError, system_error
 
@@ -194,11 +195,7 @@ def check_sizes(arrays: Mapping[str, LazyArray], folder: epath.Path) -> None:
     stated = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays.values())
     if stated <= _SMALL_BYTES:
         return
-    found = sum(
-        os.path.getsize(os.path.join(place, name))  # noqa: PTH118, PTH202 (many files)
-        for place, _, names in os.walk(folder)
-        for name in names
-    )
+    found = sum(map(os.path.getsize, files.files_below(folder)))
     if stated > found * _MOST_COMPRESSION:
         raise UsageError(
             f"{folder}: its arrays should take {stated:,} bytes, and its files have {found:,}: "

@@ -164,7 +164,8 @@ def _fingerprint(path: str) -> str:
         return _NOT_LOCAL
     found = pathlib.Path(path)
     if found.is_dir():
-        inside = sorted(file for file in found.rglob("*") if file.is_file())
+        paths = map(pathlib.Path, files.files_below(found))
+        inside = [file for file in paths if file.is_file()]  # no link that leads nowhere
         stats = [(str(file.relative_to(found)), file.stat()) for file in inside]
         described = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
         return _digest(repr(described).encode())

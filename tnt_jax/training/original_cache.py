@@ -123,8 +123,11 @@ class OriginalStates:
         self._lengths = dict(task_feature_lengths)
         self._parts: list[_Part] = []
         self._rows: dict[str, tuple[int, int, int]] = {}  # part, first row, number of rows
-        for index in sorted(self._folder.glob("part_*.json")):
-            self._add(index)
+        # `glob` of Python 3.12 finds nothing where the system does not let the folder be read.
+        names = sorted(os.listdir(self._folder)) if self._folder.is_dir() else []  # noqa: PTH208
+        for name in names:
+            if name.startswith("part_") and name.endswith(".json"):
+                self._add(self._folder / name)
 
     def _add(self, index: pathlib.Path) -> None:
         try:
