@@ -14,8 +14,8 @@ from helpers import rooms
 
 _PATIENCE = 240  # seconds: what a test waits for at most
 
-# For tests where a process is killed or ends before the others. Elsewhere JAX's 100 seconds stay: a machine that stands still
-# for ten would end a test whose processes are all well.
+# For tests where a process is killed, or ends before the others. Elsewhere JAX's 100 seconds stay:
+# a machine that stands still for ten would end a test whose processes are all well.
 SOON_MISSED = {"TNT_JAX_HEARTBEAT_SECONDS": "10"}
 
 
