@@ -103,13 +103,15 @@ def compare(rounds):
     config = small(VOCAB_SIZE)
     rng = np.random.default_rng(0)
     tokens = rng.integers(2, LAST_ID, (BATCH_SIZE, SOURCE_LENGTH)).astype(np.int32)
-    settings = decoding.Decoding(max_length=NUM_TOKENS, eos_id=LAST_ID)
+    settings = decoding.Decoding(max_length=NUM_TOKENS, end_ids=(LAST_ID,), banned_ids=(0,))
     with tempfile.TemporaryDirectory() as folder:
         params = write_model(folder, config)
         theirs = transformers_generate(folder, tokens)
 
+    lengths = np.full(BATCH_SIZE, SOURCE_LENGTH)
+
     def ours():
-        return decoding.decode(params, tokens, config=config, decoding=settings).tokens
+        return decoding.decode(params, tokens, lengths, config=config, decoding=settings).tokens
 
     runs = {"tnt_jax": ours}
     if theirs is not None:

@@ -241,8 +241,9 @@ def compare_answers(
     decoded = decoding.decode(
         params,
         batch["encoder_input_tokens"],
+        (batch["encoder_input_tokens"] != 0).sum(axis=1),
         config=ours.config,
-        decoding=decoding.Decoding(max_length=theirs.shape[1]),
+        decoding=decoding.Decoding(max_length=theirs.shape[1], end_ids=(1,), banned_ids=(0,)),
     )
     is_different = np.asarray(decoded.tokens) != theirs
     # From its first difference on, a row is another. Rounding may turn a tie, and nothing else.

@@ -31,7 +31,7 @@ import numpy as np
 
 from tnt_jax.annotators import interface
 from tnt_jax.checkpoints import digests, opened_model, pretrained
-from tnt_jax.data import marks, records, removed_everywhere
+from tnt_jax.data import marks, records, removed_everywhere, tokenization
 from tnt_jax.models import decoding, sharding
 from tnt_jax.models.model import check_seed
 from tnt_jax.models.network_config import NetworkConfig
@@ -108,7 +108,7 @@ def generate(
         mesh_shape=mesh_shape,
         devices=jax.local_devices(),
     )
-    decoder = decoding.within_vocabulary(decoder, opened.vocab_size, opened.model.config)
+    decoder = decoding.within_vocabulary(decoder, vocabulary, opened.model.config)
     rows = _read(prompts, vocabulary)
     params = opened.params
 
@@ -168,7 +168,7 @@ def generate(
                     _output(rows[index], of_row, vocabulary)
                     for index, of_row in zip(batch.indices, tokens, strict=False)  # filler is last
                 ]
-                job.add(part, [row.to_line() for row in made], _counts(made, decoder.eos_id))
+                job.add(part, [row.to_line() for row in made], _counts(made, vocabulary.end_ids))
         job.wait_for_all()
         seconds = time.monotonic() - began
         job.join(
@@ -185,12 +185,12 @@ def _in_turn(batches: Sequence[_Batch], sizes: Sequence[int]) -> Iterator[list[_
     return (list(itertools.islice(left, size)) for size in sizes)
 
 
-def _counts(made: Sequence[records.Record], eos_id: int) -> dict[str, int]:
+def _counts(made: Sequence[records.Record], end_ids: frozenset[int]) -> dict[str, int]:
     generated = [row.target_ids or () for row in made]
     return {
         "outputs": len(generated),
         "tokens": sum(map(len, generated)),
-        "unended": sum(eos_id not in ids for ids in generated),
+        "unended": sum(end_ids.isdisjoint(ids) for ids in generated),
     }
 
 
@@ -375,7 +375,7 @@ def _one_ahead(
 
 
 def _output(row: records.Record, tokens: np.ndarray, vocabulary: Any) -> records.Record:
-    ids = tuple(np.trim_zeros(tokens, "b").tolist())
+    ids = tokenization.said(tokens, vocabulary.end_ids)
     extra = dict(row.extra)
     if row.targets:
         extra.setdefault("reference", row.targets)

@@ -295,11 +295,13 @@ class _Outputs:
     def evidence(self, indices: np.ndarray) -> prefix_values.Evidence:
         """A batch: what is said of a token stands where its prefix does, one position later."""
         tokens = self._padded(indices)
+        lengths = np.array([len(self.tokens[index]) for index in indices])
+        mask = np.arange(self._length) < lengths[:, None]
         return prefix_values.Evidence(
             states=jnp.asarray(self._states_of(indices)),
             tokens=jnp.asarray(np.pad(tokens, ((0, 0), (1, 0)))[:, :-1]),
             said=jnp.asarray(np.pad(self._said[indices], ((0, 0), (1, 0), (0, 0)))[:, :-1]),
-            mask=jnp.asarray((tokens > 0).astype(np.int32)),
+            mask=jnp.asarray(mask.astype(np.int32)),
         )
 
 
@@ -380,17 +382,18 @@ def _check(
         continuations.Prefix(rows[index], tuple(outputs.tokens[index][:length].tolist()))
         for index, length in zip(chosen, lengths, strict=True)
     ]
-    config = opened.model.config
-    unused = range(opened.vocabulary.size, config.vocab_size)  # they stand for no text
     sampled = continuations.sample(
         prefixes,
         opened.model,
         opened.params,
         opened.vocabulary,
-        decoding.Decoding(
-            max_length=original_model.task_feature_lengths["targets"],
-            temperature=check.temperature,
-            banned_ids=tuple(unused),
+        decoding.within_vocabulary(
+            decoding.Decoding(
+                max_length=original_model.task_feature_lengths["targets"],
+                temperature=check.temperature,
+            ),
+            opened.vocabulary,
+            opened.model.config,
         ),
         num_samples=check.num_samples,
         input_length=original_model.task_feature_lengths["inputs"],

@@ -56,6 +56,9 @@ _RUN_FILE = "tnt_jax_run.json"
 # --- Data -----------------------------------------------------------------------------------------
 
 
+_EOS_ID = 1  # of every T5X model
+
+
 class FeatureConverter(seqio.FeatureConverter):
     """Model features of tasks whose features are those of `tasks`: marks and loss mask included.
 
@@ -113,8 +116,10 @@ class FeatureConverter(seqio.FeatureConverter):
                 inputs=inputs,
                 targets=targets,
                 negative_pairs=np.unique(negative_ids, axis=0),
-                loss_mask=loss_mask[: len(targets)],  # T5X may have cut targets already
+                # T5X may have cut targets already, and pads with 0.
+                loss_mask=loss_mask[: len(targets)] * (targets != 0),
                 id=feature_converters.id_of(name),
+                keeps_last_input=len(inputs) > 0 and inputs[-1] == _EOS_ID,
             )
             batch = feature_converters.convert_features(
                 [example], task_feature_lengths, self.num_negative_ids

@@ -56,10 +56,10 @@ def test_two_examples_by_hand():
 def test_what_is_too_long_is_cut_and_counted():
     examples = [
         example([7, 8, 9, 6, 5, 1], [2, 3, 4, 5, 6, 7, 1], [(0, 2), (4, 6), (5, 7), (5, 8)]),
-        example([7, 8, 9, 6, 5], [2, 3, 4, 5, 1]),
+        dataclasses.replace(example([7, 8, 9, 6, 5], [2, 3, 4, 5, 1]), keeps_last_input=False),
     ]
     features = feature_converters.convert_features(examples, LENGTHS, num_negative_ids=1)
-    # An input keeps its EOS where it has one; a target does not end where it is cut.
+    # An input keeps its end where it has one; a target does not end where it is cut.
     assert features["encoder_input_tokens"].tolist() == [[7, 8, 9, 1], [7, 8, 9, 6]]
     assert features["decoder_target_tokens"].tolist() == [[2, 3, 4, 5, 6], [2, 3, 4, 5, 1]]
     assert features["decoder_negative_ids"][0, :, 0].tolist() == [2, -1, -1, -1, 6]
@@ -103,10 +103,11 @@ def test_a_prompt_has_no_targets():
     assert not features["decoder_loss_mask"].any()
 
 
-def test_padding_has_no_loss_wherever_it_stands():
-    padded = [example(targets=[5, 0, 1, 0]), example(targets=[5, 0, 1, 0], loss_mask=[1, 1, 0, 1])]
-    features = feature_converters.convert_features(padded, LENGTHS)
-    assert features["decoder_loss_mask"].tolist() == [[1, 0, 1, 0, 0], [1, 0, 0, 0, 0]]
+def test_id_0_is_a_token_of_a_target_like_any_other():
+    """What fills a row up is known by the length of the target, not by its id."""
+    targets = [example(targets=[5, 0, 2, 0]), example(targets=[5, 0, 2, 0], loss_mask=[1, 1, 0, 1])]
+    features = feature_converters.convert_features(targets, LENGTHS)
+    assert features["decoder_loss_mask"].tolist() == [[1, 1, 1, 1, 0], [1, 1, 0, 1, 0]]
 
 
 def test_too_many_ids_at_a_position_are_a_usage_error():

@@ -49,9 +49,12 @@ def random_params():
 
 
 def decode(sources=SOURCES, keys=None, mask=None, prefixes=None, **settings):
+    settings.setdefault("end_ids", (1,))
+    settings["banned_ids"] = (0, *settings.get("banned_ids", ()))  # as for T5, whose padding is 0
     decoded = decoding.decode(
         random_params(),
         sources,
+        jnp.sum(sources != 0, axis=1),
         keys,
         mask,
         prefixes,
@@ -88,7 +91,7 @@ def chosen(log_probs, tokens):
 
 def test_greedy_takes_the_teacher_forced_argmax():
     for banned in ((), (6, 7)):
-        decoded = decode(max_length=10, eos_id=NEVER, banned_ids=banned)
+        decoded = decode(max_length=10, end_ids=(NEVER,), banned_ids=banned)
         expected = log_probs(SOURCES, decoded.tokens, removed=(0, *banned))
         np.testing.assert_array_equal(decoded.tokens, expected.argmax(-1))
         total = chosen(expected, decoded.tokens).sum(1)
@@ -97,26 +100,26 @@ def test_greedy_takes_the_teacher_forced_argmax():
 
 
 def test_a_row_stops_at_its_eos_and_the_loop_with_the_last_row():
-    free = decode(max_length=10, eos_id=NEVER).tokens
+    free = decode(max_length=10, end_ids=(NEVER,)).tokens
     eos_id = int(free[0, 3])
     ends = [row.tolist().index(eos_id) + 1 for row in free]
     assert ends == [4, 2, 2]
-    decoded = decode(max_length=10, eos_id=eos_id)
+    decoded = decode(max_length=10, end_ids=(eos_id,))
     for row, end in enumerate(ends):
         np.testing.assert_array_equal(decoded.tokens[row], [*free[row, :end], *[0] * (10 - end)])
     assert decoded.num_steps == 4
-    assert decode(SOURCES[1:], max_length=10, eos_id=eos_id).num_steps == 2
+    assert decode(SOURCES[1:], max_length=10, end_ids=(eos_id,)).num_steps == 2
     gained = chosen(log_probs(SOURCES, free), free)
     expected = [row[:end].sum() for row, end in zip(gained, ends, strict=True)]
     np.testing.assert_allclose(decoded.log_prob, expected, atol=1e-4)
 
 
 def test_a_banned_sequence_never_comes_up():
-    free = decode(max_length=10, eos_id=NEVER).tokens
+    free = decode(max_length=10, end_ids=(NEVER,)).tokens
     pair, triple = free[0, 2:4].tolist(), free[1, 4:7].tolist()
     banned = decoding.pad_sequences([[pair], [triple, [7]], []])
     assert banned.shape == (3, 2, 3)
-    tokens = decode(max_length=10, eos_id=NEVER, mask=decoding.Mask(banned)).tokens
+    tokens = decode(max_length=10, end_ids=(NEVER,), mask=decoding.Mask(banned)).tokens
     expected = log_probs(SOURCES, tokens)
     for row, of_row in enumerate(([pair], [triple, [7]], [])):
         for position in range(10):
@@ -161,7 +164,7 @@ def test_nothing_that_a_gazetteer_marks_comes_up(seed, tmp_path):
         )
 
     mask = decoding.Mask(banned=ids_of("banned"), supported=ids_of("supported"))
-    settings = {"max_length": length, "eos_id": NEVER, "temperature": 9.0}
+    settings = {"max_length": length, "end_ids": (NEVER,), "temperature": 9.0}
     settings["banned_ids"] = (1, 6, 7, 8)  # rather words of names
     sources = jnp.asarray(rng.integers(2, 11, (num_rows, 3)))
     keys = decoding.record_keys(seed, [record.id for record in asked])
@@ -210,8 +213,8 @@ def unpadded(sequences):
 
 def test_a_prefix_is_said_and_then_gone_on_from():
     """Greedy after it is the teacher-forced argmax; its own tokens count in the log-probability."""
-    prefixes = jnp.asarray([[3, 9, 3, 7], [5, 0, 0, 0], [0, 0, 0, 0]], jnp.int32)
-    decoded = decode(max_length=10, eos_id=NEVER, prefixes=prefixes)
+    prefixes = jnp.asarray([[3, 9, 3, 7], [5, -1, -1, -1], [-1, -1, -1, -1]], jnp.int32)
+    decoded = decode(max_length=10, end_ids=(NEVER,), prefixes=prefixes)
     expected = log_probs(SOURCES, decoded.tokens)
     best = expected.argmax(-1)
     for row, length in enumerate((4, 1, 0)):
@@ -224,15 +227,15 @@ def test_a_prefix_is_said_and_then_gone_on_from():
 
 def test_an_output_goes_on_from_its_own_prefix_as_it_went_on():
     keys = decoding.record_keys(3, ["a", "b", "c"])
-    free = decode(keys=keys, max_length=10, eos_id=NEVER, temperature=1.0)
+    free = decode(keys=keys, max_length=10, end_ids=(NEVER,), temperature=1.0)
     same = decode(
-        keys=keys, max_length=10, eos_id=NEVER, temperature=1.0, prefixes=free.tokens[:, :6]
+        keys=keys, max_length=10, end_ids=(NEVER,), temperature=1.0, prefixes=free.tokens[:, :6]
     )
     np.testing.assert_array_equal(same.tokens, free.tokens)
     np.testing.assert_allclose(same.log_prob, free.log_prob, atol=1e-5)
     # One that has ended stays ended.
     ended = free.tokens[:, :6]
-    ended = decode(max_length=10, eos_id=int(ended[0, 2]), prefixes=ended).tokens
+    ended = decode(max_length=10, end_ids=(int(ended[0, 2]),), prefixes=ended).tokens
     assert not ended[0, 3:].any()
 
 
@@ -248,11 +251,29 @@ def test_a_prefix_that_does_not_fit_is_an_error(settings, message):
         decode(prefixes=jnp.ones((3, 4), jnp.int32), **settings)
 
 
+def test_id_0_is_an_ordinary_token_where_nobody_bans_it():
+    """Padding is the tokeniser's affair: an output goes on after a 0, also one that is given."""
+    keys = decoding.record_keys(3, ["a", "b", "c"])
+    settings = Decoding(max_length=12, end_ids=(NEVER,), temperature=9.0)
+    lengths = jnp.sum(SOURCES != 0, axis=1)
+
+    def decoded(prefixes=None):
+        given = (random_params(), SOURCES, lengths, keys, None, prefixes)
+        return decoding.decode(*given, config=CONFIG, decoding=settings)
+
+    free = decoded()
+    assert ((free.tokens[:, 1:6] == 0) & (free.tokens[:, 2:7] != 0)).any()
+    assert free.num_steps == 12
+    same = decoded(free.tokens[:, :6])
+    np.testing.assert_array_equal(same.tokens, free.tokens)
+    np.testing.assert_allclose(same.log_prob, free.log_prob, atol=1e-5)
+
+
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
 def test_source_padding_and_filler_rows_change_nothing(settings):
-    narrow = decode(max_length=6, eos_id=3, **settings)
+    narrow = decode(max_length=6, end_ids=(3,), **settings)
     padded = jnp.pad(SOURCES, ((0, 2), (0, 9)))  # two rows without any token
-    wide = decode(padded, max_length=6, eos_id=3, **settings)
+    wide = decode(padded, max_length=6, end_ids=(3,), **settings)
     np.testing.assert_array_equal(wide.tokens[:3], narrow.tokens)
     np.testing.assert_allclose(wide.log_prob[:3], narrow.log_prob, atol=1e-5)
     assert wide.num_steps == narrow.num_steps
@@ -263,7 +284,11 @@ def test_a_step_never_touches_the_encoder_states():
     sources = jnp.ones((3, 37), jnp.int32)  # 37 and 16 meet in no other array
     jaxpr = jax.make_jaxpr(
         lambda: decoding.decode(
-            random_params(), sources, config=CONFIG, decoding=Decoding(max_length=5)
+            random_params(),
+            sources,
+            jnp.full(3, 37),
+            config=CONFIG,
+            decoding=Decoding(max_length=5),
         )
     )()
 
@@ -294,7 +319,7 @@ def test_a_step_never_touches_the_encoder_states():
 def test_a_record_keeps_its_sample_at_any_batch_size_and_order():
     ids = [f"record-{i}" for i in range(12)]
     sources = jnp.tile(SOURCES, (4, 1))
-    settings = {"max_length": 8, "eos_id": NEVER, "temperature": 1.0, "top_p": 0.95}
+    settings = {"max_length": 8, "end_ids": (NEVER,), "temperature": 1.0, "top_p": 0.95}
     together = decode(sources, decoding.record_keys(0, ids), **settings).tokens
     again = decode(sources, decoding.record_keys(0, ids), **settings).tokens
     np.testing.assert_array_equal(again, together)
@@ -335,7 +360,7 @@ def first_tokens(**settings):
     """The first tokens of many records with one source; the same records at every call."""
     keys = jax.random.split(jax.random.key(5), NUM_DRAWS)
     sources = jnp.tile(SOURCES[:1], (NUM_DRAWS, 1))
-    return decode(sources, keys, max_length=1, eos_id=NEVER, **settings).tokens[:, 0]
+    return decode(sources, keys, max_length=1, end_ids=(NEVER,), **settings).tokens[:, 0]
 
 
 def assert_drawn_from(tokens, probs):
@@ -438,7 +463,7 @@ def assert_beams(decoded, expected):
 @pytest.mark.parametrize("alpha", [0.0, 2.0])  # 2 puts short and long close to each other
 def test_enough_beams_find_the_best_of_all_sequences(alpha):
     decoded = decode(
-        max_length=LENGTH, num_beams=64, length_penalty=alpha, eos_id=EOS, banned_ids=BANNED
+        max_length=LENGTH, num_beams=64, length_penalty=alpha, end_ids=(EOS,), banned_ids=BANNED
     )
     assert_beams(decoded, [best_of_all(row, alpha) for row in range(3)])
 
@@ -446,7 +471,11 @@ def test_enough_beams_find_the_best_of_all_sequences(alpha):
 @pytest.mark.parametrize(("num_beams", "alpha"), [(2, 0.6), (3, 2.0)])
 def test_few_beams_find_what_the_search_on_lists_finds(num_beams, alpha):
     decoded = decode(
-        max_length=LENGTH, num_beams=num_beams, length_penalty=alpha, eos_id=EOS, banned_ids=BANNED
+        max_length=LENGTH,
+        num_beams=num_beams,
+        length_penalty=alpha,
+        end_ids=(EOS,),
+        banned_ids=BANNED,
     )
     assert_beams(decoded, [beam_search(row, num_beams, alpha) for row in range(3)])
 
@@ -463,13 +492,12 @@ def test_few_beams_find_what_the_search_on_lists_finds(num_beams, alpha):
         ({"temperature": 1.0, "top_p": 0.0}, "Decoding.top_p must be above 0"),
         ({"temperature": 1.0, "top_k": -1}, "Decoding.top_k must be 0"),
         ({"length_penalty": -0.5}, "Decoding.length_penalty must be 0"),
-        ({"eos_id": 0}, "Decoding.eos_id must be an id other than 0"),
-        ({"banned_ids": (4, 1)}, "Decoding.banned_ids must be without eos_id"),
+        ({"banned_ids": (4, 1)}, "Decoding.banned_ids must be without end_ids"),
         ({"top_k": 5}, "set temperature above 0"),
         ({"top_p": 0.9}, "set temperature above 0"),
         ({"num_beams": 2, "temperature": 1.0}, "set num_beams=1 or temperature=0"),
         ({"temperature": 1.0}, "row_keys"),
-        ({"eos_id": 12}, "vocabulary of 12 ids"),
+        ({"end_ids": (12,)}, "vocabulary of 12 ids"),
         ({"banned_ids": (3, 12)}, "vocabulary of 12 ids"),
         ({"banned_ids": (-1,)}, "vocabulary of 12 ids"),
         ({"temperature": 1.0, "top_k": 13}, "vocabulary of 12 ids"),

@@ -44,8 +44,9 @@ def check_logits_and_greedy_tokens(family, mesh):
     decoded = decoding.decode(
         params,
         batch["encoder_input_tokens"],
+        (batch["encoder_input_tokens"] != 0).sum(axis=1),
         config=model.config,
-        decoding=decoding.Decoding(max_length=max_length),
+        decoding=decoding.Decoding(max_length=max_length, end_ids=(1,), banned_ids=(0,)),
     )
     np.testing.assert_array_equal(decoded.tokens, golden["greedy_tokens"])
 

@@ -209,12 +209,14 @@ def test_an_unknown_policy_is_named(policy):
 @pytest.mark.parametrize("config", [T5_1_0, UMT5], ids=["1.0", "umt5"])
 def test_outputs_are_those_of_layers_apart(config):
     params = random_params(config)
-    settings = decoding.Decoding(max_length=6, num_beams=2)
+    settings = decoding.Decoding(max_length=6, num_beams=2, end_ids=(1,), banned_ids=(0,))
     tokens = SOME_BATCH["encoder_input_tokens"]
-    expected = decoding.decode(params, tokens, config=config, decoding=settings)
+    lengths = (tokens != 0).sum(axis=1)
+    expected = decoding.decode(params, tokens, lengths, config=config, decoding=settings)
     found = decoding.decode(
         parameters.stack_layers(params),
         tokens,
+        lengths,
         config=scanned(config, remat_policy="full"),
         decoding=settings,
     )

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tnt_jax.data import records
+from tnt_jax.data import records, tokenization
 from tnt_jax.models import decoding
 from tnt_jax.models.model import Model
 from tnt_jax.runtime import console
@@ -55,7 +55,7 @@ def sample(
     starts = range(0, len(jobs), batch_size)
     for start in console.progress(starts, f"{len(jobs)} continuations, in batches", len(starts)):
         batch = jobs[start : start + batch_size]
-        given = np.zeros((len(batch), decoder.max_length), np.int32)
+        given = np.full((len(batch), decoder.max_length), -1, np.int32)
         names = []
         for row, (index, number) in zip(given, batch, strict=True):
             record, tokens = prefixes[index]
@@ -71,7 +71,7 @@ def sample(
             prefixes=given,
         )
         for (index, _), row, name in zip(batch, np.asarray(decoded.tokens), names, strict=False):
-            ids = tuple(np.trim_zeros(row, "b").tolist())
+            ids = tokenization.said(row, vocabulary.end_ids)
             found[index].append(
                 records.Record(
                     id=name,

@@ -221,9 +221,8 @@ def _update(
 
 
 def _rows(matrix: Float[Array, "V E"], evidence: Evidence) -> Float[Array, "B T E"]:
-    """The rows of the evidence's tokens; zeros where no token has been said."""
-    rows = matrix[evidence.tokens].astype(jnp.float32)
-    return jnp.where((evidence.tokens > 0)[..., None], rows, 0.0)
+    """The rows of the evidence's tokens; zeros at the first position: no token has been said."""
+    return matrix[evidence.tokens].astype(jnp.float32).at[:, 0].set(0.0)
 
 
 @functools.partial(jax.jit, static_argnames="training")

@@ -20,8 +20,6 @@ import numpy as np
 from tnt_jax.data import packing
 from tnt_jax.runtime.errors import UsageError
 
-EOS_ID = 1  # T5's; tokenization.check_vocabulary makes sure of it
-
 T5PATCHES_MODES = tuple(
     prefix + marks
     for prefix in ("", "corrective_", "negative_and_positive_")
@@ -36,8 +34,8 @@ class Example:
     """One tokenised example of any length.
 
     Attributes:
-        inputs: `[Ti]` int32, EOS included.
-        targets: `[T]` int32, EOS included.
+        inputs: `[Ti]` int32, as the tokeniser makes a prompt.
+        targets: `[T]` int32, the end included.
         negative_pairs: `[M, 2]` int32 rows (position, id): ids to remove at target positions.
             Sorted, without repeats.
         loss_mask: `[T]` int32, 0 where a target token has no loss; None means 1 everywhere.
@@ -45,6 +43,8 @@ class Example:
             that marks it; 0 where none does, -1 where the token stands for no text. None where
             marks are not known as spans. For counting: what is trained on are the pairs.
         id: its name in messages and reports.
+        keeps_last_input: whether inputs that are too long are cut before their last id: T5 was
+            trained with the end there.
     """
 
     inputs: np.ndarray
@@ -53,6 +53,7 @@ class Example:
     loss_mask: np.ndarray | None = None
     span_numbers: np.ndarray | None = None
     id: str = ""
+    keeps_last_input: bool = True
 
 
 def loss_until(end: str, targets: np.ndarray, negative_pairs: np.ndarray) -> np.ndarray | None:
@@ -133,7 +134,7 @@ def convert_features(
     negative_ids = np.full((num_rows, target_length, num_negative_ids), -1, np.int32)
     for example, place in zip(examples, places, strict=True):
         row, offset = place.row, place.target_offset
-        kept_inputs = cut_input(example.inputs, input_length)
+        kept_inputs = cut_input(example.inputs, input_length, example.keeps_last_input)
         here = slice(place.input_offset, place.input_offset + len(kept_inputs))
         inputs[row, here] = kept_inputs
         input_segments[row, here] = place.segment
@@ -153,7 +154,7 @@ def convert_features(
             shifted * (target_segments == _shift_right(target_segments)) if is_packed else shifted
         ),
         "decoder_target_tokens": targets,
-        "decoder_loss_mask": loss_mask * (targets != 0),
+        "decoder_loss_mask": loss_mask,
         "decoder_negative_ids": negative_ids,
     }
     if is_packed:
@@ -220,22 +221,22 @@ def digest(examples: Sequence[Example]) -> str:
 
 
 def pad_inputs(inputs: Sequence[Sequence[int] | np.ndarray], length: int) -> np.ndarray:
-    """Encoder input ids `[B, length]` int32, padded with 0.
+    """Encoder input ids `[B, length]` int32, filled up with 0.
 
-    An input that is cut keeps its EOS as the last token, as T5 was trained (seqio's
+    An input that is cut keeps its last id, the end, as T5 was trained (seqio's
     `append_eos_after_trim`).
     """
     padded = np.zeros((len(inputs), length), np.int32)
     for row, ids in zip(padded, inputs, strict=True):
-        kept = cut_input(np.asarray(ids, np.int32), length)
+        kept = cut_input(np.asarray(ids, np.int32), length, keeps_last=True)
         row[: len(kept)] = kept
     return padded
 
 
-def cut_input(ids: np.ndarray, length: int) -> np.ndarray:
-    """The first ids; of an input that ended, and no longer fits, the last one is its EOS again."""
-    if len(ids) > length and ids[-1] == EOS_ID:
-        return np.append(ids[: length - 1], np.int32(EOS_ID))
+def cut_input(ids: np.ndarray, length: int, keeps_last: bool) -> np.ndarray:
+    """The first ids of an input that is too long; with `keeps_last` its last id is the last."""
+    if len(ids) > length and keeps_last:
+        return np.append(ids[: length - 1], ids[-1])
     return ids[:length]
 
 

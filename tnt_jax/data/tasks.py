@@ -489,9 +489,10 @@ def _load_task(
                 inputs=row["inputs"],
                 targets=row["targets"],
                 negative_pairs=np.unique(pairs, axis=0),
-                loss_mask=loss_mask,
+                loss_mask=loss_mask * (row["targets"] != 0),  # seqio's padding
                 span_numbers=numbers,
                 id=name,
+                keeps_last_input=_has_end(row["inputs"], task),
             )
         )
         num_spans_without_token += int(row.get("num_spans_without_token", 0))
@@ -499,6 +500,11 @@ def _load_task(
         raise UsageError(f"task {task.name!r}: its split {split!r} has no examples.")
     log_spans_without_token(num_spans_without_token, task.name)
     return examples
+
+
+def _has_end(inputs: np.ndarray, task: seqio.Task) -> bool:
+    """Whether inputs end with the EOS of their feature's vocabulary."""
+    return len(inputs) > 0 and inputs[-1] == task.output_features["inputs"].vocabulary.eos_id
 
 
 def _rows(

@@ -154,6 +154,12 @@ def find_end(ids: Sequence[int], end_ids: Collection[int]) -> int:
     return next((place for place, id_ in enumerate(ids) if id_ in end_ids), len(ids))
 
 
+def said(ids: np.ndarray, end_ids: Collection[int]) -> tuple[int, ...]:
+    """The ids of a decoded row: up to its first end, or all where there is none."""
+    row = ids.tolist()
+    return tuple(row[: find_end(row, end_ids) + 1])
+
+
 # ------------------------------------------------------------------------------- sentencepiece
 
 _SPACE = "▁"  # how sentencepiece writes a space inside a piece

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime.array_types import Array, Bool, Float, Int, Key, PyTree
 from tnt_jax.runtime.errors import UsageError
 
-_PAD_ID = 0  # T5's masks know no other padding
+_FILL = 0  # stands after the end of an output, and says nothing
 
 # (last tokens [N], their position, cache) -> (log-probabilities of the next token [N, V], cache)
 _NextLogProbs = Callable[..., tuple[Float[Array, "N V"], PyTree]]
@@ -39,7 +39,7 @@ class Decoding:
         probability, counted after temperature and `top_k`; 1 means all.
       length_penalty: alpha of T5X's brevity penalty: a finished beam of n tokens scores
         log_prob / ((5 + n) / 6)^alpha.
-      eos_id: id that ends a sequence.
+      end_ids: ids that end a sequence; none takes those of the tokeniser (`within_vocabulary`).
       banned_ids: ids removed at every step, the rest renormalised: the exact and free baseline for
         a list of unwanted tokens.
 
@@ -53,12 +53,13 @@ class Decoding:
     top_k: int = 0
     top_p: float = 1.0
     length_penalty: float = 0.6
-    eos_id: int = 1
+    end_ids: tuple[int, ...] = ()
     banned_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
-        # A tuple, so that the settings are hashable: a static argument of jax.jit.
-        object.__setattr__(self, "banned_ids", tuple(int(token) for token in self.banned_ids))
+        # Tuples, so that the settings are hashable: a static argument of jax.jit.
+        for name in ("end_ids", "banned_ids"):
+            object.__setattr__(self, name, tuple(int(token) for token in getattr(self, name)))
         for name, expected, holds in (
             ("max_length", "at least 1", self.max_length >= 1),
             ("num_beams", "at least 1", self.num_beams >= 1),
@@ -66,11 +67,10 @@ class Decoding:
             ("top_k", "0 (off) or above", self.top_k >= 0),
             ("top_p", "above 0 and at most 1 (off)", 0 < self.top_p <= 1),
             ("length_penalty", "0 (off) or above", self.length_penalty >= 0),
-            ("eos_id", "an id other than 0 (padding)", self.eos_id > 0),
             (
                 "banned_ids",
-                "without eos_id, or no output could end",
-                self.eos_id not in self.banned_ids,
+                "without end_ids, or no output could end",
+                not set(self.end_ids).intersection(self.banned_ids),
             ),
         ):
             if not holds:
@@ -87,22 +87,49 @@ class Decoding:
             )
 
 
-def within_vocabulary(decoding: Decoding, vocab_size: int, config: NetworkConfig) -> Decoding:
-    """The same, never with an id that stands for no text.
+@runtime_checkable
+class Vocabulary(Protocol):
+    """What decoding asks of a tokeniser."""
 
-    An embedding may have more rows than its vocabulary, of `vocab_size`, has ids.
+    @property
+    def size(self) -> int:
+        """Number of ids."""
+        ...
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """The ids that end an output."""
+        ...
+
+    @property
+    def never_said(self) -> frozenset[int]:
+        """The ids that no output may contain, such as padding."""
+        ...
+
+
+def within_vocabulary(
+    decoding: Decoding, vocabulary: Vocabulary, config: NetworkConfig
+) -> Decoding:
+    """The same settings with a tokeniser's ends, and never with an id that stands for no text.
+
+    An embedding may have more rows than its vocabulary has ids.
     """
-    unused = range(vocab_size, config.vocab_size)
-    return dataclasses.replace(decoding, banned_ids=(*decoding.banned_ids, *unused))
+    unused = range(vocabulary.size, config.vocab_size)
+    return dataclasses.replace(
+        decoding,
+        end_ids=decoding.end_ids or tuple(sorted(vocabulary.end_ids)),
+        banned_ids=(*decoding.banned_ids, *sorted(vocabulary.never_said), *unused),
+    )
 
 
 class Decoded(NamedTuple):
     """One output per row.
 
     Attributes:
-      tokens: `[B, max_length]`, EOS included, then 0. A row without EOS was cut at `max_length`.
-      log_prob: `[B]`, nats: the sum over `tokens` of the model's log-probabilities, padding and
-        `banned_ids` removed; before temperature, top-k, top-p and length penalty.
+      tokens: `[B, max_length]`, up to the end and with it, then 0. A row without an end was cut at
+        `max_length`.
+      log_prob: `[B]`, nats: the sum over `tokens` of the model's log-probabilities, `banned_ids`
+        removed; before temperature, top-k, top-p and length penalty.
       num_steps: decoding steps taken, at most `max_length`.
     """
 
@@ -139,6 +166,7 @@ class Mask(NamedTuple):
 def decode(
     params: PyTree,
     input_tokens: Int[Array, "B S"],
+    input_lengths: Int[Array, "B"],
     row_keys: Key[Array, "B"] | None = None,
     mask: Mask | None = None,
     prefix_tokens: Int[Array, "B P"] | None = None,
@@ -148,20 +176,20 @@ def decode(
 ) -> Decoded:
     """Decodes a batch.
 
-    Padding (id 0) is removed from every distribution: a generated 0 could not be told from the end
-    of the sequence. A row without any input token is batch filler and comes out empty.
+    A row without any input token is batch filler and comes out empty.
 
     Args:
       params: float32 parameters of the network of `config`, layers stacked or apart.
-      input_tokens: padded with 0 on the right; the width changes no output.
+      input_tokens: filled up on the right; the width changes no output.
+      input_lengths: tokens of each row; what comes after them counts for nothing.
       row_keys: one key per row, for sampling only. The noise of a row depends on its key and the
         position alone, not on the model, the other rows or their order, so an unchanged model
         repeats its sample (bit for bit at one batch size; between batch sizes XLA may sum in
         another order, which can turn a tie within 1e-6 nats).
       mask: what must not come up: it is removed, the rest renormalised. Not for beams.
-      prefix_tokens: how each row's output begins, padded with 0 on the right; rows may differ in
-        length, and one of no tokens is free from the start. They count in `tokens`, `log_prob` and
-        `max_length` as if they had been chosen. Not for beams.
+      prefix_tokens: how each row begins its output, filled up with -1 on the right; rows may differ
+        in length, and one of no tokens is free from the start. They count in `tokens`,
+        `log_prob` and `max_length` as if they had been chosen. Not for beams.
       config: of the model.
       decoding: the settings.
 
@@ -172,10 +200,10 @@ def decode(
       UsageError: sampling without keys, an id or `top_k` beyond the vocabulary, or a prefix that is
         longer than an output may be.
     """
-    largest_id = max(decoding.eos_id, *decoding.banned_ids, decoding.top_k - 1)
-    if largest_id >= config.vocab_size or min(decoding.banned_ids, default=0) < 0:
+    ids = (*decoding.end_ids, *decoding.banned_ids)
+    if max(*ids, decoding.top_k - 1, 0) >= config.vocab_size or min(ids, default=0) < 0:
         raise UsageError(
-            f"Decoding.eos_id, banned_ids and top_k must lie within the vocabulary of "
+            f"Decoding.end_ids, banned_ids and top_k must lie within the vocabulary of "
             f"{config.vocab_size} ids; found {decoding}"
         )
     if decoding.temperature > 0 and row_keys is None:
@@ -197,22 +225,21 @@ def decode(
     config = dataclasses.replace(config, scan_layers=False, remat_policy="none")
     params = parameters.unstack_layers(params)
     network = families.network_of(config)
-    lengths = jnp.sum(input_tokens != _PAD_ID, axis=1)
     start = network.start_decoding(
         params,
         input_tokens,
-        lengths,
+        input_lengths,
         num_beams=decoding.num_beams,
         max_length=decoding.max_length,
     )
     removed = np.zeros((1, config.vocab_size), bool)
-    removed[:, [_PAD_ID, *decoding.banned_ids]] = True
+    removed[:, list(decoding.banned_ids)] = True
 
     def next_log_probs(tokens, position, cache):
         logits, cache = network.decode_step(params, tokens, position, cache, start.memory)
         return jax.nn.log_softmax(jnp.where(removed, -jnp.inf, logits)), cache
 
-    is_filler = lengths == 0
+    is_filler = input_lengths == 0
     if decoding.num_beams > 1:
         return _search_beams(next_log_probs, start, is_filler, decoding)
     if decoding.temperature == 0:
@@ -221,8 +248,12 @@ def decode(
         prefix_tokens = jnp.zeros((len(input_tokens), 0), jnp.int32)
     # As wide as the output, so that every step reads its own column.
     num_free = decoding.max_length - prefix_tokens.shape[1]
-    forced = jnp.pad(prefix_tokens, ((0, 0), (0, num_free)), constant_values=_PAD_ID)
+    forced = jnp.pad(prefix_tokens, ((0, 0), (0, num_free)), constant_values=-1)
     return _decode_rows(next_log_probs, start, is_filler, row_keys, mask, forced, decoding)
+
+
+def _ends(tokens: Int[Array, "*shape"], decoding: Decoding) -> Bool[Array, "*shape"]:
+    return jnp.isin(tokens, np.array(decoding.end_ids, np.int32))
 
 
 def pad_sequences(sequences: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
@@ -258,7 +289,7 @@ def _decode_rows(
     forced: Int[Array, "B L"],
     decoding: Decoding,
 ) -> Decoded:
-    """Greedy without keys, sampling with them; a forced token other than 0 is taken as it is."""
+    """Greedy without keys, sampling with them; a forced token other than -1 is taken as it is."""
     num_rows = is_filler.shape[0]
 
     def step(rows: _Rows) -> _Rows:
@@ -272,15 +303,15 @@ def _decode_rows(
         else:
             chosen = _sample(log_probs, row_keys, rows.position, decoding)
         given = forced[:, rows.position]
-        chosen = jnp.where(given == _PAD_ID, chosen, given)
+        chosen = jnp.where(given < 0, chosen, given)
         gained = jnp.take_along_axis(log_probs, chosen[:, None], axis=1)[:, 0]
-        token = jnp.where(rows.ended, _PAD_ID, chosen).astype(jnp.int32)
+        token = jnp.where(rows.ended, _FILL, chosen).astype(jnp.int32)
         return _Rows(
             position=rows.position + 1,
             tokens=rows.tokens.at[:, rows.position].set(token),
             last=token,
             log_prob=rows.log_prob + jnp.where(rows.ended, 0.0, gained),
-            ended=rows.ended | (token == decoding.eos_id),
+            ended=rows.ended | _ends(token, decoding),
             owed=rows.owed if masked is None else masked.owed_after(chosen),
             cache=cache,
         )
@@ -290,7 +321,7 @@ def _decode_rows(
         step,
         _Rows(
             position=jnp.int32(0),
-            tokens=jnp.full((num_rows, decoding.max_length), _PAD_ID, jnp.int32),
+            tokens=jnp.full((num_rows, decoding.max_length), _FILL, jnp.int32),
             last=start.tokens,
             log_prob=jnp.zeros(num_rows),
             ended=is_filler,
@@ -434,7 +465,7 @@ def _search_beams(
         parent, token = index // vocab_size, index % vocab_size
         tokens = jnp.take_along_axis(beams.live_tokens, parent[:, :, None], axis=1)
         tokens = tokens.at[:, :, position].set(token)
-        ends = token == decoding.eos_id
+        ends = _ends(token, decoding)
 
         ended_log_prob = jnp.where(ends, totals, -jnp.inf)
         best = jnp.argmax(ended_log_prob, axis=1)[:, None]
@@ -466,11 +497,11 @@ def _search_beams(
         step,
         _Beams(
             position=jnp.int32(0),
-            live_tokens=jnp.full((num_rows, num_beams, decoding.max_length), _PAD_ID, jnp.int32),
+            live_tokens=jnp.full((num_rows, num_beams, decoding.max_length), _FILL, jnp.int32),
             # All beams start equal: only the first counts, or every one would be kept N times.
             live_log_prob=jnp.full((num_rows, num_beams), -jnp.inf).at[:, 0].set(0.0),
             last=start.tokens.reshape(num_rows, num_beams),
-            finished_tokens=jnp.full((num_rows, decoding.max_length), _PAD_ID, jnp.int32),
+            finished_tokens=jnp.full((num_rows, decoding.max_length), _FILL, jnp.int32),
             finished_log_prob=jnp.zeros(num_rows),
             finished_score=jnp.where(is_filler, jnp.inf, -jnp.inf),
             cache=start.cache,

@@ -107,13 +107,17 @@ class Model:
           prefixes: Of each, how its output begins, as `decoding.decode` takes it.
         """
         num_fill = batch_size - len(inputs)
-        features = {"tokens": feature_converters.pad_inputs([*inputs, *[()] * num_fill], width)}
+        lengths = [min(len(ids), width) for ids in inputs]
+        features = {
+            "tokens": feature_converters.pad_inputs([*inputs, *[()] * num_fill], width),
+            "lengths": np.array([*lengths, *[0] * num_fill], np.int32),
+        }
         for name, sequences in ({} if mask is None else mask._asdict()).items():
             if sequences is not None:
                 fill = ((0, num_fill), (0, 0), (0, 0))
                 features[name] = np.pad(sequences, fill, constant_values=-1)
         if prefixes is not None:
-            features["prefixes"] = np.pad(prefixes, ((0, num_fill), (0, 0)))
+            features["prefixes"] = np.pad(prefixes, ((0, num_fill), (0, 0)), constant_values=-1)
         placed = sharding.put_batch(features, self.mesh)
         if row_keys is not None:
             filled = jnp.concatenate([row_keys, jnp.repeat(row_keys[:1], num_fill)])
@@ -122,6 +126,7 @@ class Model:
             return decoding.decode(
                 params,
                 placed["tokens"],
+                placed["lengths"],
                 row_keys,
                 mask and decoding.Mask(placed["banned"], placed.get("supported")),
                 placed.get("prefixes"),

@@ -158,7 +158,9 @@ class OriginalStates:
         self._parts.append(part)
 
     def _key(self, example: feature_converters.Example) -> str:
-        kept = feature_converters.cut_input(example.inputs, self._lengths["inputs"])
+        kept = feature_converters.cut_input(
+            example.inputs, self._lengths["inputs"], example.keeps_last_input
+        )
         inputs = np.ascontiguousarray(kept, "<i4")
         targets = np.ascontiguousarray(example.targets[: self._lengths["targets"]], "<i4")
         hashed = hashlib.sha256(f"{len(inputs)} ".encode() + inputs.tobytes() + targets.tobytes())

@@ -91,7 +91,7 @@ class Speaker:
             row_keys=self._keys,
         )
         tokens = sharding.fetch(decoded.tokens)[: len(self.prompts)]
-        return [self.vocabulary.decode(np.trim_zeros(row, "b").tolist()) for row in tokens]
+        return [self.vocabulary.decode(row) for row in tokens]
 
     @functools.cached_property
     def inputs(self) -> list[str]:

@@ -63,7 +63,7 @@ class ModelFunctions:
                 keys = decoding.record_keys(0, [str(index) for index in indices])
             decoded = self._model.decode(
                 params,
-                inputs.tolist(),
+                [np.trim_zeros(row, "b").tolist() for row in inputs],  # seqio pads with 0
                 inputs.shape[1],
                 self._decoder,
                 self._batch_size,
@@ -176,13 +176,14 @@ class SeqioEvaluation:
                 f"{of_setting}: expected a task with metric_fns and a split {self.split!r}, found "
                 f"none among {names}. Give one of them both, or name another task or split."
             )
-        vocab_sizes = set()
+        vocabularies = []
         for task in measured:
             vocabulary = tasks.tokeniser(task.output_features["targets"].vocabulary)
-            vocab_sizes.add(pretrained.check_vocabulary(vocabulary, model.config, source))
+            pretrained.check_vocabulary(vocabulary, model.config, source)
+            vocabularies.append(vocabulary)
         decoder = decoding.within_vocabulary(
             self.decoder or decoding.Decoding(max_length=task_feature_lengths["targets"]),
-            min(vocab_sizes),
+            min(vocabularies, key=lambda vocabulary: vocabulary.size),
             model.config,
         )
         log_dir = epath.Path(model_dir).expanduser() / "inference_eval"

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from tnt_jax.checkpoints import pretrained
-from tnt_jax.data import feature_converters, tokenization
+from tnt_jax.data import feature_converters
 from tnt_jax.models import decoding
 from tnt_jax.models.model import Model
 from tnt_jax.runtime.errors import UsageError
@@ -107,7 +107,7 @@ class Watch:
                 prompts=prompts,
                 decoder=decoding.within_vocabulary(
                     self.sample_decoder or greedy,
-                    tokenization.check_vocabulary(vocabulary),
+                    vocabulary,
                     model.config,
                 ),
                 longest_input=task_feature_lengths["inputs"],
