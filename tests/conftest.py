@@ -3,6 +3,7 @@
 import gc
 import os
 import pathlib
+import tempfile
 
 # Before the first import of JAX or TensorFlow, and inherited by the programs that tests start.
 os.environ.update(
@@ -13,6 +14,17 @@ os.environ.update(
     TRANSFORMERS_OFFLINE="1",
     NO_GCE_CHECK="true",  # otherwise TFDS may wait for a cloud metadata server
 )
+
+# Compiling is most of the time of tests: little is optimised, and nothing is compiled twice, by
+# whichever process. The first one makes the folder, and the others inherit its name.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _compiled = tempfile.TemporaryDirectory(prefix="tnt_jax_compiled_")
+    os.environ.update(
+        JAX_COMPILATION_CACHE_DIR=_compiled.name,
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+        JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
+        JAX_DISABLE_MOST_OPTIMIZATIONS="true",
+    )
 
 import hypothesis
 import jax
@@ -50,11 +62,11 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="module")
-def quick_compilation():
-    """Compiles in half the time, to slower code, until the module ends."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+def optimised():
+    """Compiles to quick code, for what computes longer than it compiles."""
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

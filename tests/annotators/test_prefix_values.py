@@ -13,6 +13,8 @@ from tnt_jax.annotators import prefix_values
 from tnt_jax.annotators.prefix_values import Evidence, Threshold, Training
 from tnt_jax.runtime.errors import UsageError
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 # A chain of words: 0 is the start, 1 ends an output, 5 is the unwanted word. What comes next
 # depends on the last word alone, so a state does not tell whether the unwanted one has been said.
 EOS, BAD = 1, 5

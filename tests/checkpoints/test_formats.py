@@ -29,7 +29,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 @pytest.fixture(scope="module", autouse=True)
 def working_directory(tmp_path_factory):
     folder = tmp_path_factory.mktemp("formats")
-    with contextlib.chdir(folder), rooms.compiled_cheaply():
+    with contextlib.chdir(folder), rooms.devices_seen():
         yield folder
 
 

@@ -210,7 +210,7 @@ CONFIG = t5.T5Config(
 @pytest.mark.parametrize(
     "forward", [t5_inputs.make_forward(CONFIG), t5.T5(CONFIG).forward], ids=["whole", "factored"]
 )
-def test_loss_and_gradient_are_those_of_rows_of_their_own(forward, quick_compilation):
+def test_loss_and_gradient_are_those_of_rows_of_their_own(forward):
     examples = random_examples(60)
     batches = packed_batches(examples, batch_size=4)
     layout, packed = batches.layout(1), batches[1]

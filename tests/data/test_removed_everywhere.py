@@ -18,7 +18,7 @@ def working_directory(tmp_path_factory):
     """The world of `rooms`, an original of one update, and what it is taken to have said."""
     folder = tmp_path_factory.mktemp("world")
     rooms.write_world(folder)
-    with contextlib.chdir(folder), rooms.compiled_cheaply():
+    with contextlib.chdir(folder), rooms.devices_seen():
         for word in ("quiet", "clean"):
             pathlib.Path(f"{word}.txt").write_text(f"{word}\n")
         records.write_records("marked.jsonl", rooms.marked_corpus())

@@ -30,8 +30,8 @@ VOCAB_SIZE = 35
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_cheaply():
-    with rooms.compiled_cheaply():
+def one_device():
+    with rooms.devices_seen():
         yield
 
 

@@ -8,17 +8,15 @@ unwanted words; each is spelt in several tokens, every other word is one token.
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import re
-import tempfile
 
 import gin
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
+from jax.extend import backend
 
 from tnt_jax.checkpoints import pretrained
 from tnt_jax.data import records, tokenization
@@ -189,27 +187,17 @@ def assert_same_state(one, other):
         jax.tree.map(np.testing.assert_array_equal, left, right)
 
 
-@functools.cache
-def compiled_folder():
-    """One compilation cache for this process and those it starts: they train the same model."""
-    return tempfile.TemporaryDirectory(prefix="tnt_jax_compiled_")
-
-
 @contextlib.contextmanager
-def compiled_cheaply():
-    """Compiling is most of the time of a tiny run: little is optimised, and nothing twice."""
-    settings = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": compiled_folder().name,
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: jax.config.values[name] for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    try:
+def devices_seen(number=1):
+    """Programs that are run here see so many of the eight simulated devices.
+
+    For eight of them compiling takes twice the time of one, and each keeps a copy of the
+    parameters.
+    """
+    devices = backend.get_backend().devices()[:number]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for name in ("devices", "local_devices"):
+            monkeypatch.setattr(jax, name, lambda *unused: devices)
+        for name in ("device_count", "local_device_count"):
+            monkeypatch.setattr(jax, name, lambda *unused: number)
         yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()  # it would stay with the folder that it met first

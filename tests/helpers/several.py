@@ -53,11 +53,6 @@ class Processes:
                 "JAX_NUM_PROCESSES": str(count),
                 "JAX_PROCESS_ID": str(index),
                 "JAX_NUM_CPU_DEVICES": "1",
-                # As in `rooms.compiled_cheaply`.
-                "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
-                "JAX_COMPILATION_CACHE_DIR": rooms.compiled_folder().name,
-                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-                "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
                 **environment,
             }
             with log.open("w") as file:

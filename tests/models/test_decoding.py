@@ -18,8 +18,6 @@ from tnt_jax.models import decoding, t5
 from tnt_jax.models.decoding import Decoding
 from tnt_jax.runtime.errors import UsageError
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIG = t5.T5Config(
     vocab_size=12,
     emb_dim=16,

@@ -226,9 +226,10 @@ def test_outputs_are_those_of_layers_apart(config):
 
 def test_weights_are_cut_out_of_their_stacks_before_the_loop():
     config = scanned(T5_1_1)
+    tokens = SOME_BATCH["encoder_input_tokens"]
     traced = jax.jit(
         functools.partial(decoding.decode, config=config, decoding=decoding.Decoding(max_length=4))
-    ).trace(t5.T5(config).abstract_params(), SOME_BATCH["encoder_input_tokens"])
+    ).trace(t5.T5(config).abstract_params(), tokens, (tokens != 0).sum(axis=1))
     (call,) = (eqn for eqn in traced.jaxpr.jaxpr.eqns if "jaxpr" in eqn.params)
     (loop,) = (eqn for eqn in call.params["jaxpr"].eqns if eqn.primitive.name == "while")
     stacked = (3, config.emb_dim, config.num_heads * config.head_dim)

@@ -14,8 +14,6 @@ from tnt_jax.models.factored_logits import FactoredLogits
 from tnt_jax.objectives import fused
 from tnt_jax.runtime.errors import UsageError
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 BATCH, LENGTH, WIDTH, VOCAB_SIZE = 4, 6, 8, 40
 
 

@@ -151,7 +151,7 @@ def working_directory(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     rooms.write_world(folder)
     write_directory(folder / "model", CONFIG, scale=0.3)
-    with contextlib.chdir(folder), rooms.compiled_cheaply():
+    with contextlib.chdir(folder), rooms.devices_seen(8):
         rows = rooms.corpus()
         prompts = [
             records.Record(

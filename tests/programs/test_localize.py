@@ -28,7 +28,7 @@ def working_directory(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     rooms.write_world(folder)
     rng = random.Random(0)
-    with contextlib.chdir(folder), rooms.compiled_cheaply():
+    with contextlib.chdir(folder), rooms.devices_seen():
         corpus = [
             records.Record(
                 id=f"{row.id} {number}",

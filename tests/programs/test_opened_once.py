@@ -16,7 +16,7 @@ def working_directory(tmp_path_factory):
     """The world of `rooms`, an original of one update, and its outputs with marks."""
     folder = tmp_path_factory.mktemp("world")
     rooms.write_world(folder)
-    with contextlib.chdir(folder), rooms.compiled_cheaply():
+    with contextlib.chdir(folder), rooms.devices_seen():
         rows = [dataclasses.replace(row, annotator="by hand") for row in rooms.marked_corpus()]
         records.write_records("original.annotated.jsonl", rows)
         rooms.train_original("original", 1)

@@ -24,7 +24,7 @@ def run(name, gin_files=(), **settings):
     note(name, rooms.run(name, settings, gin_files))
 
 rooms.write_world(pathlib.Path())
-with rooms.compiled_cheaply():
+with rooms.devices_seen():
     rooms.train_original("original", 60, LEARNING_RATE=1e-2)
     run("generate", OUTPUT="original.jsonl", CHECKPOINT_PATH="original")
     run("annotate", OUTPUT="original.annotated.jsonl", RECORDS="original.jsonl")

@@ -18,7 +18,7 @@ from tnt_jax.runtime import stages
 def working_directory(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     rooms.write_world(folder)
-    with contextlib.chdir(folder), rooms.compiled_cheaply():
+    with contextlib.chdir(folder), rooms.devices_seen():
         rooms.train_original("original", 60, LEARNING_RATE=1e-2)
         yield
 

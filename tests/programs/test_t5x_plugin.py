@@ -22,7 +22,7 @@ import pytest
 import seqio
 import tensorflow as tf
 from flax import traverse_util
-from helpers import golden_model, rooms, t5_inputs
+from helpers import golden_model, t5_inputs
 
 from tnt_jax import objectives
 from tnt_jax.checkpoints import digests
@@ -51,10 +51,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture(scope="module", autouse=True)
 def as_t5x_runs(tmp_path_factory):
-    with (
-        jax.numpy_rank_promotion("allow"),
-        rooms.compiled_cheaply(),
-    ):
+    with jax.numpy_rank_promotion("allow"):
         yield
 
 

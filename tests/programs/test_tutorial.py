@@ -21,7 +21,7 @@ def readers_folder(tmp_path_factory):
     """A Hugging Face directory that learned the rooms, two files of prompts, a list of words."""
     folder = tmp_path_factory.mktemp("reader")
     rooms.write_world(folder)
-    with contextlib.chdir(folder), rooms.compiled_cheaply():
+    with contextlib.chdir(folder), rooms.devices_seen():
         rooms.train_original("original", 60, LEARNING_RATE=1e-2)
         convert.convert(input="original", output="model", output_format="huggingface")
         for name, rows in (

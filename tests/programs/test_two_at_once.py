@@ -30,7 +30,7 @@ def working_directory(tmp_path_factory):
     """The world of `rooms`, with its records marked and an original of three updates."""
     folder = tmp_path_factory.mktemp("world")
     rooms.write_world(folder)
-    with contextlib.chdir(folder), rooms.compiled_cheaply():
+    with contextlib.chdir(folder), rooms.devices_seen():
         records.write_records("original.annotated.jsonl", rooms.marked_corpus())
         rooms.train_original("original", 3)
         yield

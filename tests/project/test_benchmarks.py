@@ -102,7 +102,7 @@ def test_each_variant_has_a_process_and_one_that_fails_ends_no_other(
         assert row.endswith(f"| {name} | {of_row} |")
 
 
-def test_a_variant_of_the_step_is_measured(monkeypatch, capsys, quick_compilation):
+def test_a_variant_of_the_step_is_measured(monkeypatch, capsys):
     arguments = ["--size=tiny", "--batch=1", "--lengths=4,4", "--memory_batch=1"]
     arguments += ["--memory_lengths=4,4", "--rounds=1", "--variant=TNRF, cached, half padding"]
     monkeypatch.setattr(sys, "argv", ["step.py", *arguments])

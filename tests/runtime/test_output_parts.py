@@ -426,7 +426,7 @@ def generated():
         for n in range(NUM_PROMPTS)
     )
     records.write_records("prompts.jsonl", prompts)
-    with rooms.compiled_cheaply():
+    with rooms.devices_seen():
         rooms.train_original("model", 1)
         assert rooms.run("generate", {**SAMPLED, "OUTPUT": "sampled.jsonl"}) == 0
     found = records.read_records("sampled.jsonl")

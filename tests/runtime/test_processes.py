@@ -44,7 +44,7 @@ def working_directory(tmp_path_factory):
     """The world of `rooms`, an original, and a run of TNRF in one process."""
     folder = tmp_path_factory.mktemp("world")
     rooms.write_world(folder)
-    with contextlib.chdir(folder), rooms.compiled_cheaply():
+    with contextlib.chdir(folder), rooms.devices_seen():
         records.write_records("original.annotated.jsonl", rooms.marked_corpus())
         rooms.train_original("original", 3)
         assert rooms.run("train", {**RUN, "MODEL_DIR": "alone"}) == 0

@@ -32,7 +32,7 @@ def working_directory(tmp_path_factory):
     """An original, and sentences that stand for its outputs, annotated."""
     folder = tmp_path_factory.mktemp("world")
     rooms.write_world(folder)
-    with contextlib.chdir(folder), rooms.compiled_cheaply():
+    with contextlib.chdir(folder), rooms.devices_seen():
         settings = {"OUTPUT": "annotated.jsonl", "RECORDS": "corpus.jsonl"}
         assert rooms.run("annotate", settings) == 0
         rooms.train_original("original", 10, LOG_EVERY=1)
@@ -268,7 +268,8 @@ def some_examples(number=8):
 @pytest.mark.parametrize("kind", ["parameters", "cached", "adapters_off"])
 def test_the_original_is_a_fixed_point_in_bfloat16(kind, tmp_path):
     """What is kept in bfloat16 is what every use casts to: not a bit of the logits changes."""
-    trainer, sources, update = made(kind, data=2, fsdp=2, model=2)
+    with rooms.devices_seen(8):
+        trainer, sources, update = made(kind, data=2, fsdp=2, model=2)
     examples = some_examples()
     original, start = load_original.load(
         trainer, sources, update, is_new=True, examples=examples, states_folder=str(tmp_path)
@@ -299,9 +300,9 @@ def test_states_are_those_of_the_tokens_that_are_kept(tmp_path):
     long = np.arange(2, 14, dtype=np.int32)
     pairs = np.zeros((0, 2), np.int32)
     examples = [
-        feature_converters.Example(long, long, pairs),
+        feature_converters.Example(long, long, pairs, keeps_last_input=False),
         feature_converters.Example(long[:6], long[:8], pairs),
-        feature_converters.Example(long, long[:3], pairs),
+        feature_converters.Example(long, long[:3], pairs, keeps_last_input=False),
     ]
     states.compute(examples, states_of, batch_size=4)
     assert len(calls) == 1

@@ -50,7 +50,7 @@ def working_directory(tmp_path_factory):
     """The world of `rooms`, an original of three updates, and a run of TNRF, undisturbed."""
     folder = tmp_path_factory.mktemp("world")
     rooms.write_world(folder)
-    with contextlib.chdir(folder), rooms.compiled_cheaply():
+    with contextlib.chdir(folder), rooms.devices_seen(2):
         marked = rooms.marked_corpus()
         records.write_records("original.annotated.jsonl", marked)
         records.write_records("fewer.jsonl", marked[1:])
@@ -219,7 +219,7 @@ def test_a_checkpoint_says_what_its_run_was():
     assert run["position"] == {"next_batch": 6}
     assert run["start"] == {"path": "original", "digest": run["original"]["digest"]}
     assert run["versions"]["jax"] == jax.__version__
-    assert run["computed_on"]["mesh"] == {"data": 8, "fsdp": 1, "model": 1}
+    assert run["computed_on"]["mesh"] == {"data": 2, "fsdp": 1, "model": 1}
     assert run["objective"]["negative_term"] == "reverse_kl"
     assert "DROPOUT_RATE = 0.1" in run["config"]
     assert run["config"] == pathlib.Path("straight/operative_config.gin").read_text()

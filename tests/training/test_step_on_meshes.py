@@ -16,8 +16,6 @@ from tnt_jax.models.model import Model
 from tnt_jax.training import compiled_step, train_step
 from tnt_jax.training.trainer import Trainer
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIG = t5.T5Config(
     vocab_size=40,
     emb_dim=16,

@@ -33,8 +33,6 @@ from helpers.two_matrices import (
 from tnt_jax import objectives
 from tnt_jax.training import train_step
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # ------------------------------------------------------------------------------- T5X's own numbers
 
 # The published classes; those with a reverse term smooth every probability.

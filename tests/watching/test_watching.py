@@ -96,7 +96,7 @@ def working_directory(tmp_path_factory):
     records.write_records(folder / "prompts.jsonl", rooms.corpus()[::3])
     with (
         contextlib.chdir(folder),
-        rooms.compiled_cheaply(),
+        rooms.devices_seen(),
         pytest.MonkeyPatch.context() as patch,
     ):
         patch.syspath_prepend(str(folder))

@@ -463,6 +463,7 @@ def _load_task(
 ) -> list[feature_converters.Example]:
     examples = []
     num_spans_without_token = 0
+    end_ids = _end_ids(task, vocabulary)
     for number, row in enumerate(_rows(task, task_feature_lengths, split, vocabulary)):
         for name in ("inputs", "targets"):
             if name not in row or row[name].ndim != 1 or row[name].dtype.kind != "i":
@@ -492,7 +493,7 @@ def _load_task(
                 loss_mask=loss_mask * (row["targets"] != 0),  # seqio's padding
                 span_numbers=numbers,
                 id=name,
-                keeps_last_input=_has_end(row["inputs"], task),
+                keeps_last_input=bool(np.isin(row["inputs"][-1:], end_ids).any()),
             )
         )
         num_spans_without_token += int(row.get("num_spans_without_token", 0))
@@ -502,9 +503,12 @@ def _load_task(
     return examples
 
 
-def _has_end(inputs: np.ndarray, task: seqio.Task) -> bool:
-    """Whether inputs end with the EOS of their feature's vocabulary."""
-    return len(inputs) > 0 and inputs[-1] == task.output_features["inputs"].vocabulary.eos_id
+def _end_ids(task: seqio.Task, vocabulary: tokenization.Tokeniser | None) -> list[int]:
+    """The ids that end an input: those of `vocabulary`, or of the task's own."""
+    if vocabulary is not None:
+        return sorted(vocabulary.end_ids)
+    feature = task.output_features.get("inputs")
+    return [] if feature is None else [feature.vocabulary.eos_id]
 
 
 def _rows(
