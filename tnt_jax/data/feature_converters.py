@@ -124,28 +124,22 @@ def convert_features(
         UsageError: a length is missing, or an example has more than `K` ids at a position.
     """
     input_length, target_length = _lengths(task_feature_lengths)
-    num_negative_ids = num_negative_ids or max_negative_ids(examples)
     is_packed = places is not None
     if places is None:
-        places = [Place(row, row, 1, 0, 0, target_length) for row in range(len(examples))]
-    num_rows = 1 + max((place.row for place in places), default=-1)
+        places = _rows_of_their_own(examples, target_length)
+    of_loss = _loss_features(examples, places, target_length, num_negative_ids)
+    num_rows = len(of_loss["decoder_target_tokens"])
     inputs, input_segments = np.zeros((2, num_rows, input_length), np.int32)
-    targets, target_segments, loss_mask = np.zeros((3, num_rows, target_length), np.int32)
-    negative_ids = np.full((num_rows, target_length, num_negative_ids), -1, np.int32)
+    target_segments = np.zeros((num_rows, target_length), np.int32)
     for example, place in zip(examples, places, strict=True):
-        row, offset = place.row, place.target_offset
         kept_inputs = cut_input(example.inputs, input_length, example.keeps_last_input)
         here = slice(place.input_offset, place.input_offset + len(kept_inputs))
-        inputs[row, here] = kept_inputs
-        input_segments[row, here] = place.segment
-        kept_targets = example.targets[:target_length]
-        here = slice(offset, offset + len(kept_targets))
-        targets[row, here] = kept_targets
-        target_segments[row, here] = place.segment
-        has_loss = 1 if example.loss_mask is None else example.loss_mask[:target_length]
-        loss_mask[row, here] = has_loss
-        positions, slots, ids = _negative_slots(example, target_length, num_negative_ids)
-        negative_ids[row, offset + positions, slots] = ids
+        inputs[place.row, here] = kept_inputs
+        input_segments[place.row, here] = place.segment
+        num_targets = min(len(example.targets), target_length)
+        here = slice(place.target_offset, place.target_offset + num_targets)
+        target_segments[place.row, here] = place.segment
+    targets = of_loss["decoder_target_tokens"]
     shifted = _shift_right(targets)
     features = {
         "encoder_input_tokens": inputs,
@@ -153,14 +147,43 @@ def convert_features(
         "decoder_input_tokens": (
             shifted * (target_segments == _shift_right(target_segments)) if is_packed else shifted
         ),
-        "decoder_target_tokens": targets,
-        "decoder_loss_mask": loss_mask,
-        "decoder_negative_ids": negative_ids,
+        **of_loss,
     }
     if is_packed:
         features["encoder_segment_ids"] = input_segments
         features["decoder_segment_ids"] = target_segments
     return features
+
+
+def _rows_of_their_own(examples: Sequence[Example], target_length: int) -> list[Place]:
+    return [Place(row, row, 1, 0, 0, target_length) for row in range(len(examples))]
+
+
+def _loss_features(
+    examples: Sequence[Example],
+    places: Sequence[Place],
+    target_length: int,
+    num_negative_ids: int | None,
+) -> dict[str, np.ndarray]:
+    """The features of the loss, which are the same for every family of networks."""
+    num_negative_ids = num_negative_ids or max_negative_ids(examples)
+    num_rows = 1 + max((place.row for place in places), default=-1)
+    targets, loss_mask = np.zeros((2, num_rows, target_length), np.int32)
+    negative_ids = np.full((num_rows, target_length, num_negative_ids), -1, np.int32)
+    for example, place in zip(examples, places, strict=True):
+        row, offset = place.row, place.target_offset
+        kept_targets = example.targets[:target_length]
+        here = slice(offset, offset + len(kept_targets))
+        targets[row, here] = kept_targets
+        has_loss = 1 if example.loss_mask is None else example.loss_mask[:target_length]
+        loss_mask[row, here] = has_loss
+        positions, slots, ids = _negative_slots(example, target_length, num_negative_ids)
+        negative_ids[row, offset + positions, slots] = ids
+    return {
+        "decoder_target_tokens": targets,
+        "decoder_loss_mask": loss_mask,
+        "decoder_negative_ids": negative_ids,
+    }
 
 
 def _negative_slots(
@@ -321,10 +344,18 @@ class FeatureLayout(Protocol):
         """Makes one batch of features; the arguments are those of `convert_features`."""
         ...
 
+    def capacity(self, task_feature_lengths: Mapping[str, int]) -> tuple[int, int]:
+        """Counts the positions of a row: where examples are read, and where targets are."""
+        ...
+
     def sizes(
         self, examples: Sequence[Example], task_feature_lengths: Mapping[str, int]
     ) -> np.ndarray:
-        """Counts the positions that each example takes, `[N, 2]`: of `Ti` and of `T`."""
+        """Counts the positions that each example takes, `[N, 2]`, as `capacity` does."""
+        ...
+
+    def cut_input(self, ids: np.ndarray, length: int, keeps_last: bool = True) -> np.ndarray:
+        """What is kept of an input that is too long; any other is returned as it is."""
         ...
 
 
@@ -341,6 +372,10 @@ class EncoderDecoder:
         """Makes one batch of the features that are listed at the head of this module."""
         return convert_features(examples, task_feature_lengths, num_negative_ids, places)
 
+    def capacity(self, task_feature_lengths: Mapping[str, int]) -> tuple[int, int]:
+        """Positions of the encoder and of the decoder."""
+        return _lengths(task_feature_lengths)
+
     def sizes(
         self, examples: Sequence[Example], task_feature_lengths: Mapping[str, int]
     ) -> np.ndarray:
@@ -348,8 +383,87 @@ class EncoderDecoder:
         sizes = [(len(example.inputs), len(example.targets)) for example in examples]
         return np.minimum(np.array(sizes), _lengths(task_feature_lengths))
 
+    def cut_input(self, ids: np.ndarray, length: int, keeps_last: bool = True) -> np.ndarray:
+        """The first ids of an input that is too long, as `cut_input` has it."""
+        return cut_input(ids, length, keeps_last)
+
+
+class Causal:
+    """Prompt and response share a row; states are gathered where they predict the response.
+
+    Beside the features of the loss, which lie as those of `EncoderDecoder`, with `L` = `Ti` + `T`:
+    `decoder_input_tokens`, the prompt and the response without its last token;
+    `decoder_segment_ids`, 0 where a row is filled up; `decoder_positions`, from 0 in each example,
+    all `[B, L]`; `decoder_target_places` `[B, T]`, where among the `L` the state lies that predicts
+    each target: that of the prompt's last token, then those of the targets before.
+    """
+
+    def convert(
+        self,
+        examples: Sequence[Example],
+        task_feature_lengths: Mapping[str, int],
+        num_negative_ids: int | None = None,
+        places: Sequence[Place] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Makes one batch of features.
+
+        Raises:
+          UsageError: As `convert_features`, or a response without any prompt token to follow.
+        """
+        input_length, target_length = _lengths(task_feature_lengths)
+        length, _ = self.capacity(task_feature_lengths)
+        if places is None:
+            places = _rows_of_their_own(examples, target_length)
+        of_loss = _loss_features(examples, places, target_length, num_negative_ids)
+        num_rows = len(of_loss["decoder_target_tokens"])
+        tokens, segments, positions = np.zeros((3, num_rows, length), np.int32)
+        target_places = np.zeros((num_rows, target_length), np.int32)
+        for example, place in zip(examples, places, strict=True):
+            prompt = self.cut_input(example.inputs, input_length)
+            response = example.targets[:target_length]
+            if len(response) and not len(prompt):
+                raise UsageError(
+                    f"example {example.id!r}: expected a prompt of at least one token, which the "
+                    "response follows, found none. Give it inputs, or a token that begins texts."
+                )
+            row = np.concatenate([prompt, response[:-1]])
+            here = slice(place.input_offset, place.input_offset + len(row))
+            tokens[place.row, here] = row
+            segments[place.row, here] = place.segment
+            positions[place.row, here] = np.arange(len(row))
+            first = place.input_offset + len(prompt) - 1
+            here = slice(place.target_offset, place.target_offset + len(response))
+            target_places[place.row, here] = first + np.arange(len(response))
+        return {
+            "decoder_input_tokens": tokens,
+            "decoder_segment_ids": segments,
+            "decoder_positions": positions,
+            "decoder_target_places": target_places,
+            **of_loss,
+        }
+
+    def capacity(self, task_feature_lengths: Mapping[str, int]) -> tuple[int, int]:
+        """Positions of a row, and of its responses."""
+        input_length, target_length = _lengths(task_feature_lengths)
+        return input_length + target_length, target_length
+
+    def sizes(
+        self, examples: Sequence[Example], task_feature_lengths: Mapping[str, int]
+    ) -> np.ndarray:
+        """Counts the positions of each example, and of its response, `[N, 2]`."""
+        sizes = [(len(example.inputs), len(example.targets)) for example in examples]
+        num_inputs, num_targets = np.minimum(sizes, _lengths(task_feature_lengths)).T
+        return np.stack([num_inputs + np.maximum(num_targets - 1, 0), num_targets], axis=1)
+
+    def cut_input(self, ids: np.ndarray, length: int, keeps_last: bool = True) -> np.ndarray:
+        """The first id, which may begin every text, and the last ones, with the question."""
+        if len(ids) <= length:
+            return ids
+        return np.concatenate([ids[:1], ids[len(ids) - length + 1 :]])
+
 
 ENCODER_DECODER = EncoderDecoder()
+CAUSAL = Causal()
 
 
 class Padding(NamedTuple):
@@ -357,8 +471,8 @@ class Padding(NamedTuple):
 
     num_rows: int
     examples_per_row: float
-    input_padding: float  # share of the encoder's positions that hold no token
-    target_padding: float  # of the decoder's
+    input_padding: float  # share of the positions that hold no token, of the layout's first kind
+    target_padding: float  # of the targets
 
 
 @dataclasses.dataclass
@@ -443,9 +557,8 @@ class Batches:
     def padding(self) -> Padding:
         """How full the rows of the first epoch are."""
         num_rows = self._num_rows(0)
-        input_share, target_share = self._sizes.sum(axis=0) / (
-            num_rows * np.array(_lengths(self.task_feature_lengths))
-        )
+        capacity = np.array(self.feature_layout.capacity(self.task_feature_lengths))
+        input_share, target_share = self._sizes.sum(axis=0) / (num_rows * capacity)
         per_row = len(self.examples) / num_rows
         return Padding(num_rows, per_row, 1 - float(input_share), 1 - float(target_share))
 
@@ -469,7 +582,8 @@ class Batches:
             order = np.random.default_rng([self.seed, epoch]).permutation(len(order))
         if not self.pack:
             return order[:, None]
-        rows = packing.pack(self._sizes[order], _lengths(self.task_feature_lengths))
+        capacity = self.feature_layout.capacity(self.task_feature_lengths)
+        rows = packing.pack(self._sizes[order], capacity)
         return [order[row] for row in rows]
 
 

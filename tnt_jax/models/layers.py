@@ -79,8 +79,13 @@ def _tokens_travel(x: Float[Array, "B T I"], kernel: Float[Array, "I O"], axes: 
 _product.defvjp(_product_forward, _product_backward)
 
 
+def _along_last(vector: Any, like: Array) -> Array:
+    """A vector with as many axes as an array has, for its last one."""
+    return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
+
+
 class Dense(nn.Module):
-    """A product with a kernel, and with the adapter beside it if there is one; no bias.
+    """A product with a kernel, and with the adapter beside it if there is one.
 
     Attributes:
       config: The settings of the network.
@@ -88,6 +93,7 @@ class Dense(nn.Module):
       axes: Logical axes of the kernel.
       kernel_init: An initializer of Flax.
       dtype: Of the computation.
+      use_bias: Whether a bias is added, zero at first.
     """
 
     config: NetworkConfig
@@ -95,6 +101,7 @@ class Dense(nn.Module):
     axes: Axes
     kernel_init: Callable
     dtype: Any
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
@@ -105,6 +112,11 @@ class Dense(nn.Module):
         product: Any = _product
         x = x.astype(self.dtype)
         y = product(x, self.param("kernel", init, shape, jnp.float32), self.axes, is_scanned)
+        if self.use_bias:
+            # A vector of the width of `embed` is too small to be worth gathering.
+            axis = "norm" if self.axes[1] == "embed" else self.axes[1]
+            init = nn.with_logical_partitioning(nn.initializers.zeros, (axis,))
+            y = y + _along_last(self.param("bias", init, shape[1:], jnp.float32), y).astype(y.dtype)
         if not self.has_variable("params", adapters.ADAPTER_IN):
             return y
         for name, axes in (
@@ -133,6 +145,33 @@ def layer_norm(config: NetworkConfig) -> nn.RMSNorm:
     """A norm by the root mean square, with a scale and without a bias."""
     scale_init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
     return nn.RMSNorm(epsilon=config.layer_norm_epsilon, dtype=config.dtype, scale_init=scale_init)
+
+
+class OffsetNorm(nn.Module):
+    """A norm by the root mean square whose scale is what the parameter adds to an offset.
+
+    Computed in float32 throughout. The parameter stays as checkpoints have it: what is added in
+    the layer is neither rounded into it, nor seen by an optimizer that goes by its size.
+
+    Attributes:
+      config: The settings of the network.
+      offset: Added to the scale.
+      axis: Logical axis of the scale.
+    """
+
+    config: NetworkConfig
+    offset: float
+    axis: str = "norm"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*shape E"]) -> Float[Array, "*shape E"]:
+        """Normalises the last axis; the result is in the compute dtype."""
+        init = nn.with_logical_partitioning(nn.initializers.constant(1 - self.offset), (self.axis,))
+        scale: Any = self.param("scale", init, x.shape[-1:], jnp.float32)
+        x = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(mean_square + self.config.layer_norm_epsilon)
+        return (x * _along_last(self.offset + scale, x)).astype(self.config.dtype)
 
 
 def dropout(config: NetworkConfig) -> nn.Dropout:
@@ -167,16 +206,26 @@ def make_layers(config: NetworkConfig, layer: type[nn.Module], num_layers: int) 
 
 
 def run_layers(
-    layers: Any, num_layers: int, config: NetworkConfig, x: Float[Array, "B T E"], call: Callable
+    layers: Any,
+    num_layers: int,
+    config: NetworkConfig,
+    x: Float[Array, "B T E"],
+    call: Callable,
+    per_layer: tuple[Array, ...] = (),
 ) -> Float[Array, "B T E"]:
-    """`x` through all layers, each by `call(layer, x) -> x`, which the remat policy is applied to.
+    """`x` through all layers, each by `call`, which the remat policy is applied to.
+
+    `call(layer, x, *of_layer)` returns `x`; `of_layer` is the layer's own part of each array of
+    `per_layer`, `[num_layers, ...]`.
 
     Dropout draws other masks in a loop than without one: its keys are split from the stack's there,
     and made from the names of the layers elsewhere.
     """
 
-    def run_one(layer: nn.Module, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
-        return sharding.constrain(call(layer, x), "batch", "length", "width")
+    def run_one(
+        layer: nn.Module, x: Float[Array, "B T E"], *of_layer: Array
+    ) -> Float[Array, "B T E"]:
+        return sharding.constrain(call(layer, x, *of_layer), "batch", "length", "width")
 
     if config.remat_policy != "none":
         # A loop keeps what it computes again apart from what it computed first; without one the
@@ -187,14 +236,14 @@ def run_layers(
             prevent_cse=not config.scan_layers,
         )
     if not config.scan_layers:
-        for layer in layers:
-            x = run_one(layer, x)
+        for number, layer in enumerate(layers):
+            x = run_one(layer, x, *(array[number] for array in per_layer))
         return x
     run_all = nn.scan(
-        lambda layer, x, _: (run_one(layer, x), None),
+        lambda layer, x, of_layer: (run_one(layer, x, *of_layer), None),
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
         length=num_layers,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
-    return run_all(layers, x, None)[0]
+    return run_all(layers, x, per_layer)[0]

@@ -33,6 +33,7 @@ AXIS_RULES: Mapping[str, tuple[str, ...]] = {
     "mlp": ("model",),
     "embed": ("fsdp",),
     "norm": (),  # a vector of the width of `embed`, too small to be worth gathering
+    "head_dim": (),
     "relpos_buckets": (),
     "layers": (),
     "adapter_rank": (),

@@ -1,0 +1,212 @@
+"""Decoder-only language models: Llama, Mistral, Qwen, SmolLM, Gemma, OLMo, by switches.
+
+Parameters have T5X's names, in one stack called `decoder`. Prompt and response share a row; the
+loss is on responses alone, so the states that predict their tokens are gathered before the output
+matrix. The rest of the project sees such a model as `CausalLM`, which is a `network.Network`.
+
+Axes: B rows, L positions of prompt and response, R of responses, S of prompts, E `emb_dim`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from tnt_jax.data.feature_converters import CAUSAL, FeatureLayout
+from tnt_jax.models import parameters, sharded_embedding, sharding
+from tnt_jax.models.causal_lm_config import CausalLMConfig
+from tnt_jax.models.causal_lm_layers import Decoder, Sources
+from tnt_jax.models.factored_logits import FactoredLogits, multiply
+from tnt_jax.models.layers import Cache
+from tnt_jax.models.network import DecodingStart
+from tnt_jax.runtime.array_types import Array, Float, Int, Key, PyTree
+
+
+class Memory(NamedTuple):
+    """What every decoding step reads and none changes.
+
+    Attributes:
+      prompts: Keys and values of the prompts, of each layer.
+      last: Where each prompt's last token stands.
+    """
+
+    prompts: Cache
+    last: Int[Array, "B"]
+
+
+class Transformer(nn.Module):
+    """The network from token ids to states."""
+
+    config: CausalLMConfig
+
+    def setup(self):
+        """Binds the submodules; their names are T5X's."""
+        c = self.config
+        # No dtype here: rows are cast after the look-up, so their gradients add up in float32.
+        self.token_embedder = nn.Embed(
+            c.vocab_size,
+            c.emb_dim,
+            embedding_init=nn.with_logical_partitioning(
+                nn.initializers.normal(0.02), ("vocab", "embed")
+            ),
+        )
+        self.decoder = Decoder(c)
+
+    def _embed(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L E"]:
+        c = self.config
+        table: Any = self.token_embedder.embedding
+        rows = sharded_embedding.look_up(table, tokens, jnp.dtype(c.dtype))
+        rows = rows * jnp.asarray(c.emb_dim**0.5, rows.dtype) if c.scales_embedding else rows
+        return sharding.constrain(rows, "batch", "length", "width")
+
+    def __call__(
+        self, tokens: Int[Array, "B L"], sources: Sources, *, deterministic: bool = True
+    ) -> Float[Array, "B L E"]:
+        """Normalised states at all positions."""
+        x = self.decoder(self._embed(tokens), sources, deterministic=deterministic)
+        if self.is_initializing() and not self.config.logits_via_embedding:
+            self.decoder.logits_dense(x)  # so that it has parameters
+        return x
+
+    def prefill(self, tokens: Int[Array, "B S"], lengths: Int[Array, "B"]) -> Cache:
+        """Keys and values of prompts at the left of their rows."""
+        places = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+        is_token = (places < lengths[:, None]).astype(jnp.int32)
+        return self.decoder.prefill(self._embed(tokens), Sources(is_token, places))
+
+    def step(
+        self, tokens: Int[Array, "N"], step: Int[Array, ""], cache: Cache, memory: Memory
+    ) -> tuple[Float[Array, "N 1 E"], Cache]:
+        """States of one position of every row."""
+        return self.decoder.step(
+            self._embed(tokens[:, None]),
+            step=step,
+            last=memory.last,
+            prompts=memory.prompts,
+            cache=cache,
+        )
+
+
+@functools.lru_cache(maxsize=16)
+def _traced_shapes(config: CausalLMConfig) -> PyTree:
+    return jax.eval_shape(functools.partial(_boxed_params, config), jax.random.key(0))
+
+
+def _boxed_params(config: CausalLMConfig, key: Key[Array, ""]) -> PyTree:
+    # Layers apart, whatever the config: a model with stacked layers starts from the same numbers.
+    apart = dataclasses.replace(config, scan_layers=False, remat_policy="none")
+    ones = jnp.ones((1, 1), jnp.int32)
+    return Transformer(apart).init(key, ones, Sources(ones, ones))["params"]
+
+
+def _boxed_shapes(config: CausalLMConfig) -> PyTree:
+    """Shapes of the parameters, with their axes; layers apart, of which one is traced."""
+    shapes = _traced_shapes(dataclasses.replace(config, num_layers=1))
+    return parameters.repeat_layers(shapes, {"decoder": config.num_layers})
+
+
+@dataclasses.dataclass(frozen=True)
+class CausalLM:
+    """A decoder-only language model as `network.Network` describes it.
+
+    Attributes:
+      config: The settings of the network.
+    """
+
+    config: CausalLMConfig
+
+    @property
+    def feature_layout(self) -> FeatureLayout:
+        """Prompt and response in one row."""
+        return CAUSAL
+
+    def init(self, key: Key[Array, ""]) -> PyTree:
+        """Random float32 parameters: kernels and embedding of a standard deviation of 0.02."""
+        params = nn.unbox(_boxed_params(self.config, key))
+        return parameters.stack_layers(params) if self.config.scan_layers else params
+
+    def abstract_params(self) -> PyTree:
+        """Shapes and dtypes of the parameters."""
+        shapes = nn.unbox(_boxed_shapes(self.config))
+        return parameters.stack_layers(shapes) if self.config.scan_layers else shapes
+
+    def logical_axes(self) -> PyTree:
+        """Logical axis names of each parameter."""
+        return parameters.logical_axes(_boxed_shapes(self.config), stacked=self.config.scan_layers)
+
+    def computed_dtypes(self) -> PyTree:
+        """The dtype in which a forward pass reads each parameter."""
+        return parameters.computed_dtypes(self.abstract_params(), self.config)
+
+    def forward(
+        self,
+        params: PyTree,
+        batch: Mapping[str, Array],
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> FactoredLogits:
+        """Teacher-forced logits of the responses' tokens, not multiplied out."""
+        found = Transformer(self.config).apply(
+            {"params": params},
+            batch["decoder_input_tokens"],
+            Sources(batch["decoder_segment_ids"], batch["decoder_positions"]),
+            deterministic=dropout_key is None,
+            rngs=None if dropout_key is None else {"dropout": dropout_key},
+        )
+        states = cast(jax.Array, found)
+        places = batch["decoder_target_places"][:, :, None]
+        hidden = jnp.take_along_axis(states, places, axis=1)
+        hidden = sharding.constrain(hidden, "batch", "length", "width")
+        return FactoredLogits(hidden, *self.output_matrix(params))
+
+    @property
+    def hidden_dtype(self) -> Any:
+        """The compute dtype."""
+        return self.config.dtype
+
+    def output_matrix(self, params: PyTree) -> tuple[Any, int]:
+        """The embedding, if it is tied, or the decoder's own; and the vocabulary axis."""
+        if self.config.logits_via_embedding:
+            return params["token_embedder"]["embedding"], 0
+        return params["decoder"]["logits_dense"]["kernel"], 1
+
+    def start_decoding(
+        self,
+        params: PyTree,
+        input_tokens: Int[Array, "B S"],
+        lengths: Int[Array, "B"],
+        *,
+        num_beams: int,
+        max_length: int,
+    ) -> DecodingStart:
+        """Reads the prompts; the first step begins with the last token of each.
+
+        A prompt's keys and values are kept once, for all of its beams.
+        """
+        c = self.config
+        prompts = Transformer(c).apply({"params": params}, input_tokens, lengths, method="prefill")
+        last = jnp.maximum(lengths - 1, 0)
+        tokens = jnp.take_along_axis(input_tokens, last[:, None], axis=1)[:, 0]
+        num_rows = len(input_tokens) * num_beams
+        zeros = jnp.zeros((num_rows, c.num_kv_heads, max_length, c.head_dim), c.dtype)
+        cache = tuple((zeros, zeros) for _ in range(c.num_layers))
+        memory = Memory(cast(Cache, prompts), last)
+        return DecodingStart(jnp.repeat(tokens, num_beams), cache, memory)
+
+    def decode_step(
+        self,
+        params: PyTree,
+        tokens: Int[Array, "N"],
+        position: Int[Array, ""],
+        cache: Cache,
+        memory: Memory,
+    ) -> tuple[Float[Array, "N V"], Cache]:
+        """Logits of the next token of each row."""
+        stepped = Transformer(self.config).apply(
+            {"params": params}, tokens, position, cache, memory, method="step"
+        )
+        hidden, cache = cast(tuple[jax.Array, Cache], stepped)
+        return multiply(hidden, *self.output_matrix(params))[:, 0], cache

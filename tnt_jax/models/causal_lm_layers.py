@@ -1,0 +1,305 @@
+"""The layers of a decoder-only language model, and the stack of them.
+
+Axes: B rows, L positions, Q positions that ask, K positions that are seen, H heads of keys and
+values, G query heads that share one, D width of a head, P pairs in it, E width of the stream, S
+prompts' positions, N rows of decoding.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from tnt_jax.models import layers, sharding
+from tnt_jax.models.causal_lm_config import CausalLMConfig
+from tnt_jax.models.layers import Cache, KeysValues
+from tnt_jax.runtime.array_types import Array, Bool, Float, Int
+from tnt_jax.runtime.errors import UsageError
+
+# Finite, so that a query with nothing to attend to (filler) stays finite as well.
+_MASKED_LOGIT = -1e10
+_FURTHEST = 2**30  # a window that no position is beyond
+
+
+class Seen(NamedTuple):
+    """Keys and values, and which of them each query sees."""
+
+    keys_values: KeysValues
+    mask: Bool[Array, "B 1 1 Q K"]
+
+
+class Sources(NamedTuple):
+    """Where the layers' positions and masks come from; the same for all layers.
+
+    Attributes:
+      segment_ids: The example of each position, from 1; 0 is filler.
+      positions: Counted from 0 in each example.
+    """
+
+    segment_ids: Int[Array, "B L"]
+    positions: Int[Array, "B L"]
+
+    def mask(self, window: Int[Array, ""]) -> Bool[Array, "B 1 1 L L"]:
+        """A position sees those of its own example, not later, within the window."""
+        asking, seen = self.positions[:, :, None], self.positions[:, None, :]
+        is_same = self.segment_ids[:, :, None] == self.segment_ids[:, None, :]
+        allowed = is_same & (seen <= asking) & (asking - seen < window)
+        return allowed[:, None, None]
+
+
+def rotate(
+    x: Float[Array, "B _ L D"], positions: Int[Array, "B L"], speeds: Float[Array, "P"]
+) -> Float[Array, "B _ L D"]:
+    """Turns the pairs (i, i + D/2) of each head by position times speed; in float32."""
+    angles = jnp.einsum("bl,d->bld", positions.astype(jnp.float32), speeds)[:, None]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    one, other = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([one * cos - other * sin, other * cos + one * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def _norm(config: CausalLMConfig, axis: str = "norm") -> layers.OffsetNorm:
+    return layers.OffsetNorm(config, config.norm_scale_offset, axis)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions."""
+
+    config: CausalLMConfig
+
+    def setup(self):
+        """Binds the submodules; their names are T5X's, and transformers' in `*_norm`."""
+        c = self.config
+        dense = functools.partial(layers.dense, kernel_init=nn.initializers.normal(0.02))
+        has_bias = c.attention_bias != "none"
+        axes = ("embed", "joined_kv")
+        self.query = dense(c, c.num_heads * c.head_dim, axes, use_bias=has_bias)
+        self.key = dense(c, c.num_kv_heads * c.head_dim, axes, use_bias=has_bias)
+        self.value = dense(c, c.num_kv_heads * c.head_dim, axes, use_bias=has_bias)
+        self.out = dense(c, c.emb_dim, ("joined_kv", "embed"), use_bias=c.attention_bias == "all")
+        if c.query_key_norm != "none":
+            self.query_norm = _norm(c, "head_dim")
+            self.key_norm = _norm(c, "head_dim")
+
+    def _heads(self, x: Float[Array, "B L J"], norm: Any) -> Float[Array, "B _ L D"]:
+        """Splits into heads, normalised before or after."""
+        if norm is not None and self.config.query_key_norm == "all_heads":
+            x = norm(x)
+        x = x.reshape(*x.shape[:2], -1, self.config.head_dim).swapaxes(1, 2)
+        if norm is not None and self.config.query_key_norm == "head":
+            x = norm(x)
+        return sharding.constrain(x, "batch", "heads", "length", "width")
+
+    def queries(
+        self, x: Float[Array, "B Q E"], positions: Int[Array, "B Q"], speeds: Float[Array, "P"]
+    ) -> Float[Array, "B H G Q D"]:
+        """Rotated queries, by the head of keys that they ask."""
+        c = self.config
+        norm = None if c.query_key_norm == "none" else self.query_norm
+        rotated = rotate(self._heads(self.query(x), norm), positions, speeds)
+        return rotated.reshape(len(x), c.num_kv_heads, -1, *rotated.shape[2:])
+
+    def keys_values(
+        self, x: Float[Array, "B K E"], positions: Int[Array, "B K"], speeds: Float[Array, "P"]
+    ) -> KeysValues:
+        """Rotated keys, and values, `[B, H, K, D]` both."""
+        _check_heads(self.config)
+        norm = None if self.config.query_key_norm == "none" else self.key_norm
+        keys = rotate(self._heads(self.key(x), norm), positions, speeds)
+        return keys, self._heads(self.value(x), None)
+
+    def __call__(
+        self, queries: Float[Array, "B H G Q D"], seen: Sequence[Seen]
+    ) -> Float[Array, "B Q E"]:
+        """Attends to all that is seen, with one softmax; logits and weights are of float32.
+
+        Where there are more rows of queries than of keys (beams), those of one row of keys are next
+        to each other, and share it.
+        """
+        c = self.config
+        scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
+        logits = []
+        for (keys, _), mask in seen:
+            asked = jnp.einsum(
+                "bnhgqd,bhkd->bnhgqk",
+                queries.reshape(len(keys), -1, *queries.shape[1:]),
+                keys,
+                preferred_element_type=jnp.float32,
+            )
+            masked = jnp.where(mask[:, None], asked * scale, _MASKED_LOGIT)
+            logits.append(masked.reshape(*queries.shape[:-1], -1))
+        weights = jax.nn.softmax(jnp.concatenate(logits, axis=-1)).astype(c.dtype)
+        ends = np.cumsum([part.shape[-1] for part in logits])[:-1]
+        mixed: Any = 0
+        for ((_, values), _), part in zip(seen, jnp.split(weights, ends, axis=-1), strict=True):
+            of_rows = part.reshape(len(values), -1, *part.shape[1:])
+            mixed += jnp.einsum("bnhgqk,bhkd->bnhgqd", of_rows, values).reshape(queries.shape)
+        mixed = mixed.reshape(len(queries), c.num_heads, *queries.shape[3:])
+        mixed = sharding.constrain(mixed, "batch", "heads", "length", "width")
+        return self.out(mixed.swapaxes(1, 2).reshape(len(queries), queries.shape[3], -1))
+
+
+def _check_heads(config: CausalLMConfig) -> None:
+    """Raises a UsageError where the heads of keys cannot be shared out."""
+    num_devices = sharding.free_axes().get("model", 1)
+    if config.num_kv_heads % num_devices:
+        raise UsageError(
+            f"MODEL_DEVICES: expected a number that divides the network's {config.num_kv_heads} "
+            f"heads of keys and values, found {num_devices}. Use FSDP_DEVICES instead."
+        )
+
+
+class _Layer(nn.Module):
+    config: CausalLMConfig
+
+    def setup(self):
+        c = self.config
+        if c.norms != "post":
+            self.pre_self_attention_layer_norm = _norm(c)
+            self.pre_mlp_layer_norm = _norm(c)
+        if c.norms != "pre":
+            self.post_self_attention_layer_norm = _norm(c)
+            self.post_mlp_layer_norm = _norm(c)
+        self.self_attention = Attention(c)
+        self.mlp = layers.Mlp(c)
+        self.dropout = layers.dropout(c)
+
+    def __call__(
+        self,
+        x: Float[Array, "B L E"],
+        attend: Callable[[Attention, Float[Array, "B L E"]], Float[Array, "B L E"]],
+        *,
+        deterministic: bool,
+    ) -> Float[Array, "B L E"]:
+        """One layer, whose attention is `attend(self_attention, normalised stream)`."""
+        c = self.config
+        y = x if c.norms == "post" else self.pre_self_attention_layer_norm(x)
+        y = attend(self.self_attention, y)
+        y = y if c.norms == "pre" else self.post_self_attention_layer_norm(y)
+        x = x + self.dropout(y, deterministic=deterministic)
+        y = x if c.norms == "post" else self.pre_mlp_layer_norm(x)
+        y = self.mlp(y, deterministic=deterministic)
+        y = y if c.norms == "pre" else self.post_mlp_layer_norm(y)
+        return x + self.dropout(y, deterministic=deterministic)
+
+
+class Decoder(nn.Module):
+    """The layers, from embedded tokens to normalised states, and the output matrix."""
+
+    config: CausalLMConfig
+
+    def setup(self):
+        """Binds the submodules; their names are T5X's."""
+        c = self.config
+        self.layers = layers.make_layers(c, _Layer, c.num_layers)
+        self.decoder_norm = _norm(c)
+        self.dropout = layers.dropout(c)
+        kinds = c.layer_kinds
+        self.speeds = np.stack([kind.inverse_frequencies(c.head_dim) for kind in kinds])
+        self.windows = np.array([kind.window or _FURTHEST for kind in kinds], np.int32)
+        if not c.logits_via_embedding:
+            # Float32 whatever the compute dtype: the loss is worst off in bfloat16.
+            self.logits_dense = layers.dense(
+                c,
+                c.vocab_size,
+                ("embed", "vocab"),
+                nn.initializers.normal(0.02),
+                dtype=jnp.float32,
+            )
+
+    def __call__(
+        self, x: Float[Array, "B L E"], sources: Sources, *, deterministic: bool
+    ) -> Float[Array, "B L E"]:
+        """All positions at once: all layers, the norm, and dropout before them."""
+        c = self.config
+
+        def call(layer: _Layer, x: Float[Array, "B L E"], kind: Int[Array, ""]) -> Array:
+            speeds, window = jnp.asarray(self.speeds)[kind], jnp.asarray(self.windows)[kind]
+
+            def attend(attention: Attention, y: Float[Array, "B L E"]) -> Array:
+                keys_values = attention.keys_values(y, sources.positions, speeds)
+                queries = attention.queries(y, sources.positions, speeds)
+                return attention(queries, [Seen(keys_values, sources.mask(window))])
+
+            return layer(x, attend, deterministic=deterministic)
+
+        x = self.dropout(x, deterministic=deterministic)
+        kinds = jnp.asarray(c.kind_of_layers)
+        x = layers.run_layers(self.layers, c.num_layers, c, x, call, (kinds,))
+        return self.decoder_norm(x)
+
+    def prefill(self, x: Float[Array, "B S E"], sources: Sources) -> Cache:
+        """Keys and values of each layer for whole prompts; layers are apart."""
+        c = self.config
+        found = []
+        for layer, kind in zip(self.layers, c.kind_of_layers.tolist(), strict=True):
+            speeds, mask = self.speeds[kind], sources.mask(jnp.asarray(self.windows[kind]))
+
+            def attend(attention: Attention, y: Array, speeds=speeds, mask=mask) -> Array:
+                keys_values = attention.keys_values(y, sources.positions, speeds)
+                found.append(keys_values)
+                queries = attention.queries(y, sources.positions, speeds)
+                return attention(queries, [Seen(keys_values, mask)])
+
+            x = layer(x, attend, deterministic=True)
+        return tuple(found)
+
+    def step(
+        self,
+        x: Float[Array, "N 1 E"],
+        *,
+        step: Int[Array, ""],
+        last: Int[Array, "B"],
+        prompts: Cache,
+        cache: Cache,
+    ) -> tuple[Float[Array, "N 1 E"], Cache]:
+        """One position of every row; layers are apart.
+
+        Args:
+          x: Embedded tokens.
+          step: Its number, and its place in the cache.
+          last: Where each prompt's last token stands, which is what step 0 reads.
+          prompts: Keys and values of the prompts; those before the last token are seen.
+          cache: Keys and values of the steps before.
+
+        Returns:
+          Normalised states, and the cache with this position added.
+        """
+        num_prompts, num_slots = prompts[0][0].shape[2], cache[0][0].shape[2]
+        positions = jnp.repeat(last, len(x) // len(last))[:, None] + step
+        # Of each row of prompts: how far back its places, and those of the cache, lie.
+        back = (last[:, None] + step) - jnp.arange(num_prompts)[None]
+        is_prompt = jnp.arange(num_prompts)[None] < last[:, None]
+        since = step - jnp.arange(num_slots)
+        kept = []
+        for number, (layer, kind) in enumerate(
+            zip(self.layers, self.config.kind_of_layers.tolist(), strict=True)
+        ):
+            speeds, window = self.speeds[kind], int(self.windows[kind])
+            of_prompt = (is_prompt & (back < window))[:, None, None, None]
+            of_cache = ((since >= 0) & (since < window))[None, None, None, None]
+
+            def attend(
+                attention: Attention,
+                y: Array,
+                number=number,
+                speeds=speeds,
+                of_prompt=of_prompt,
+                of_cache=of_cache,
+            ) -> Array:
+                new = attention.keys_values(y, positions, speeds)
+                write = functools.partial(
+                    jax.lax.dynamic_update_slice_in_dim, start_index=step, axis=2
+                )
+                of_steps = (write(cache[number][0], new[0]), write(cache[number][1], new[1]))
+                kept.append(of_steps)
+                queries = attention.queries(y, positions, speeds)
+                seen = [Seen(prompts[number], of_prompt), Seen(of_steps, of_cache)]
+                return attention(queries, seen)
+
+            x = layer(x, attend, deterministic=True)
+        return self.decoder_norm(x), tuple(kept)
