@@ -132,7 +132,9 @@ def convert_features(
     inputs, input_segments = np.zeros((2, num_rows, input_length), np.int32)
     target_segments = np.zeros((num_rows, target_length), np.int32)
     for example, place in zip(examples, places, strict=True):
-        kept_inputs = cut_input(example.inputs, input_length, example.keeps_last_input)
+        kept_inputs = ENCODER_DECODER.cut_input(
+            example.inputs, input_length, example.keeps_last_input
+        )
         here = slice(place.input_offset, place.input_offset + len(kept_inputs))
         inputs[place.row, here] = kept_inputs
         input_segments[place.row, here] = place.segment
@@ -243,24 +245,15 @@ def digest(examples: Sequence[Example]) -> str:
     return hashed.hexdigest()[:16]
 
 
-def pad_inputs(inputs: Sequence[Sequence[int] | np.ndarray], length: int) -> np.ndarray:
-    """Encoder input ids `[B, length]` int32, filled up with 0.
-
-    An input that is cut keeps its last id, the end, as T5 was trained (seqio's
-    `append_eos_after_trim`).
-    """
+def pad_inputs(
+    inputs: Sequence[Sequence[int] | np.ndarray], length: int, feature_layout: "FeatureLayout"
+) -> np.ndarray:
+    """Input ids `[B, length]` int32 at the left of their rows, filled up with 0, cut if need be."""
     padded = np.zeros((len(inputs), length), np.int32)
     for row, ids in zip(padded, inputs, strict=True):
-        kept = cut_input(np.asarray(ids, np.int32), length, keeps_last=True)
+        kept = feature_layout.cut_input(np.asarray(ids, np.int32), length)
         row[: len(kept)] = kept
     return padded
-
-
-def cut_input(ids: np.ndarray, length: int, keeps_last: bool) -> np.ndarray:
-    """The first ids of an input that is too long; with `keeps_last` its last id is the last."""
-    if len(ids) > length and keeps_last:
-        return np.append(ids[: length - 1], ids[-1])
-    return ids[:length]
 
 
 def count_lost(examples: Sequence[Example], task_feature_lengths: Mapping[str, int]) -> CutCounts:
@@ -384,8 +377,13 @@ class EncoderDecoder:
         return np.minimum(np.array(sizes), _lengths(task_feature_lengths))
 
     def cut_input(self, ids: np.ndarray, length: int, keeps_last: bool = True) -> np.ndarray:
-        """The first ids of an input that is too long, as `cut_input` has it."""
-        return cut_input(ids, length, keeps_last)
+        """The first ids, and with `keeps_last` the last one, the end, as T5 was trained.
+
+        That is seqio's `append_eos_after_trim`.
+        """
+        if len(ids) > length and keeps_last:
+            return np.append(ids[: length - 1], ids[-1])
+        return ids[:length]
 
 
 class Causal:

@@ -108,8 +108,9 @@ class Model:
         """
         num_fill = batch_size - len(inputs)
         lengths = [min(len(ids), width) for ids in inputs]
+        layout = self.network.feature_layout
         features = {
-            "tokens": feature_converters.pad_inputs([*inputs, *[()] * num_fill], width),
+            "tokens": feature_converters.pad_inputs([*inputs, *[()] * num_fill], width, layout),
             "lengths": np.array([*lengths, *[0] * num_fill], np.int32),
         }
         for name, sequences in ({} if mask is None else mask._asdict()).items():

@@ -256,13 +256,16 @@ def states_of(
       UsageError: The folder cannot be used.
     """
     states = OriginalStates(
-        states_folder, f"{digest}-{_function_of(model.config)}", task_feature_lengths
+        states_folder,
+        f"{digest}-{_function_of(model.config)}",
+        task_feature_lengths,
+        model.network.feature_layout,
     )
 
     def of_batch(batch: dict[str, np.ndarray]) -> np.ndarray:
         return np.asarray(model.hidden_states(params, sharding.put_batch(batch, model.mesh)))
 
-    states.compute(examples, of_batch, batch_size, model.network.feature_layout)
+    states.compute(examples, of_batch, batch_size)
     return states
 
 

@@ -107,13 +107,20 @@ class OriginalStates:
       folder: Local to this host, or shared by all hosts; made if need be.
       identity: Of the original and of how it is computed.
       task_feature_lengths: Where "inputs" and "targets" are cut.
+      feature_layout: Of the original's network.
 
     Raises:
       UsageError: The folder is in a bucket, or a part of it is damaged.
       OSError: The system does not let a part be read.
     """
 
-    def __init__(self, folder: str, identity: str, task_feature_lengths: Mapping[str, int]):
+    def __init__(
+        self,
+        folder: str,
+        identity: str,
+        task_feature_lengths: Mapping[str, int],
+        feature_layout: feature_converters.FeatureLayout = feature_converters.ENCODER_DECODER,
+    ):
         if "://" in folder:
             raise UsageError(
                 f"STATES_DIR: expected a local folder (they are read row by row), found {folder}. "
@@ -121,6 +128,7 @@ class OriginalStates:
             )
         self._folder = pathlib.Path(folder).expanduser() / re.sub(r"\W+", "-", identity)
         self._lengths = dict(task_feature_lengths)
+        self._layout = feature_layout
         self._parts: list[_Part] = []
         self._rows: dict[str, tuple[int, int, int]] = {}  # part, first row, number of rows
         # `glob` of Python 3.12 finds nothing where the system does not let the folder be read.
@@ -158,7 +166,7 @@ class OriginalStates:
         self._parts.append(part)
 
     def _key(self, example: feature_converters.Example) -> str:
-        kept = feature_converters.cut_input(
+        kept = self._layout.cut_input(
             example.inputs, self._lengths["inputs"], example.keeps_last_input
         )
         inputs = np.ascontiguousarray(kept, "<i4")
@@ -181,7 +189,6 @@ class OriginalStates:
         examples: Sequence[feature_converters.Example],
         states_of: Callable[[dict[str, np.ndarray]], np.ndarray],
         batch_size: int,
-        feature_layout: feature_converters.FeatureLayout = feature_converters.ENCODER_DECODER,
     ) -> None:
         """Computes and keeps the states of the examples that have none.
 
@@ -189,7 +196,6 @@ class OriginalStates:
           examples: Any, also those that have states.
           states_of: From a batch of model features to states `[B, T, E]`, on this host.
           batch_size: Rows of a batch.
-          feature_layout: Of the original's network.
 
         Raises:
           UsageError: The folder cannot be written.
@@ -200,7 +206,7 @@ class OriginalStates:
             return
         files.check_writable(self._folder / "part", "STATES_DIR")
         batches = feature_converters.batch_for_eval(
-            todo, batch_size, self._lengths, feature_layout=feature_layout
+            todo, batch_size, self._lengths, feature_layout=self._layout
         )
         kept: dict[str, np.ndarray] = {}
         num_batches = -(-len(todo) // batch_size)

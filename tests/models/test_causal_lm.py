@@ -1,0 +1,363 @@
+"""Decoder-only networks: by hand, and the same in any rows, in a loop, by steps and on a mesh."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tnt_jax import objectives
+from tnt_jax.data import feature_converters
+from tnt_jax.data.feature_converters import CAUSAL, Example
+from tnt_jax.models import causal_lm, causal_lm_layers, decoding, parameters, sharding
+from tnt_jax.models.causal_lm_config import CausalLMConfig, LayerKind, Llama3Scaling
+from tnt_jax.models.model import Model
+from tnt_jax.runtime.errors import UsageError
+from tnt_jax.training import train_step
+from tnt_jax.training.trainer import Trainer
+
+LLAMA = CausalLMConfig(
+    vocab_size=40,
+    emb_dim=16,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    mlp_dim=24,
+    mlp_activations=("silu", "linear"),
+    logits_via_embedding=True,
+    num_layers=2,
+)
+# Every switch that Llama leaves off.
+MIXED = dataclasses.replace(
+    LLAMA,
+    logits_via_embedding=False,
+    num_layers=3,
+    layer_kinds=(LayerKind(window=3), LayerKind(rope_theta=None), LayerKind(rope_factor=4.0)),
+    layer_pattern=(0, 1, 2),
+    attention_bias="all",
+    query_key_norm="head",
+    norms="pre_and_post",
+    norm_scale_offset=1.0,
+    scales_embedding=True,
+    attention_scale=0.5,
+)
+POST = dataclasses.replace(LLAMA, norms="post", query_key_norm="all_heads", num_kv_heads=4)
+CONFIGS = pytest.mark.parametrize("config", [LLAMA, MIXED, POST], ids=["llama", "mixed", "post"])
+LENGTHS = {"inputs": 8, "targets": 6}
+NOTHING = np.zeros((0, 2), np.int32)
+TNRF = objectives.TntObjective(negative_term="reverse_kl", positive_term="forward_kl")
+
+
+def random_params(config, seed=0):
+    """Parameters away from their initial values, so that a forgotten scale or bias shows."""
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf):
+        is_vector = leaf.ndim == 1
+        size = leaf.shape
+        values = rng.uniform(0.5, 1.5, size) if is_vector else rng.normal(0, 0.3, size)
+        return jnp.asarray(values, jnp.float32)
+
+    return jax.tree.map(draw, causal_lm.CausalLM(config).abstract_params())
+
+
+def examples(sizes=((3, 4), (5, 2), (1, 6), (8, 3), (4, 3)), marks=(), seed=0):
+    rng = np.random.default_rng(seed)
+
+    def ids(number):
+        return rng.integers(0, LLAMA.vocab_size, number).astype(np.int32)  # 0 and 1 as any other
+
+    return [
+        Example(ids(n), targets := ids(m), pairs_of(targets, marks), id=str(i))
+        for i, (n, m) in enumerate(sizes)
+    ]
+
+
+def pairs_of(targets, marks):
+    return np.array([(m, targets[m]) for m in marks if m < len(targets)], np.int32).reshape(-1, 2)
+
+
+def logits_of(config, params, batch):
+    return causal_lm.CausalLM(config).forward(params, jax.tree.map(jnp.asarray, batch)).whole()
+
+
+# --- Rows -----------------------------------------------------------------------------------------
+
+
+def test_a_row_by_hand():
+    prompt, response = np.array([7, 8, 9], np.int32), np.array([4, 0, 5], np.int32)
+    example = Example(prompt, response, np.array([[1, 0]], np.int32))
+    features = CAUSAL.convert([example], {"inputs": 4, "targets": 4})
+    assert {name: rows[0].tolist() for name, rows in features.items()} == {
+        "decoder_input_tokens": [7, 8, 9, 4, 0, 0, 0, 0],
+        "decoder_segment_ids": [1, 1, 1, 1, 1, 0, 0, 0],
+        "decoder_positions": [0, 1, 2, 3, 4, 0, 0, 0],
+        # The prompt's last token predicts the first of the response.
+        "decoder_target_places": [2, 3, 4, 0],
+        "decoder_target_tokens": [4, 0, 5, 0],
+        "decoder_loss_mask": [1, 1, 1, 0],
+        "decoder_negative_ids": [[-1], [0], [-1], [-1]],
+    }
+
+
+def test_a_long_prompt_loses_its_beginning_behind_the_first_token():
+    example = Example(np.arange(10, 20, dtype=np.int32), np.array([1], np.int32), NOTHING)
+    features = CAUSAL.convert([example], {"inputs": 4, "targets": 2})
+    assert features["decoder_input_tokens"][0].tolist() == [10, 17, 18, 19, 0, 0]
+    assert feature_converters.count_lost([example], {"inputs": 4, "targets": 2}).num_inputs == 1
+
+
+def test_a_response_follows_a_prompt():
+    example = Example(np.zeros(0, np.int32), np.array([4], np.int32), NOTHING, id="lonely")
+    with pytest.raises(UsageError, match=r"'lonely': expected a prompt of at least one token"):
+        CAUSAL.convert([example], LENGTHS)
+
+
+@CONFIGS
+def test_packed_rows_have_the_logits_of_rows_of_their_own(config):
+    params, rows = random_params(config), examples()
+    alone = logits_of(config, params, CAUSAL.convert(rows, LENGTHS))
+    batches = feature_converters.Batches(rows, 2, LENGTHS, seed=0, pack=True, feature_layout=CAUSAL)
+    places, packed = batches.layout(0), logits_of(config, params, batches.batch(0))
+    assert len(places) > 2
+    for example, row, _, _, start, number in places:
+        found = packed[row, start : start + number]
+        np.testing.assert_allclose(found, alone[example, :number], atol=2e-5)
+
+
+# --- The network ----------------------------------------------------------------------------------
+
+
+def test_a_rotation_by_hand():
+    """One pair of dimensions at theta 100: at position 3 the second pair turns by 0.3."""
+    speeds = LayerKind(rope_theta=100.0).inverse_frequencies(4)
+    np.testing.assert_allclose(speeds, [1, 0.1], rtol=1e-6)
+    x = jnp.asarray([1.0, 2.0, 3.0, 4.0]).reshape(1, 1, 1, 4)
+    found = causal_lm_layers.rotate(x, jnp.array([[3]]), jnp.asarray(speeds))[0, 0, 0]
+    c, s = np.cos([3, 0.3]), np.sin([3, 0.3])
+    expected = [c[0] - 3 * s[0], 2 * c[1] - 4 * s[1], 3 * c[0] + s[0], 4 * c[1] + 2 * s[1]]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_llama_3_slows_down_what_turns_less_than_once():
+    scaling = Llama3Scaling(
+        factor=8, low_freq_factor=1, high_freq_factor=4, original_max_positions=8192
+    )
+    plain = LayerKind(rope_theta=500_000.0).inverse_frequencies(128)
+    found = LayerKind(rope_theta=500_000.0, rope_llama3=scaling).inverse_frequencies(128)
+    turns = plain * 8192 / (2 * np.pi)
+    np.testing.assert_allclose(found[turns > 4], plain[turns > 4], rtol=1e-6)
+    np.testing.assert_allclose(found[turns < 1], plain[turns < 1] / 8, rtol=1e-6)
+    between = (turns > 1) & (turns < 4)
+    assert between.any()
+    assert (found[between] < plain[between]).all()
+    assert (found[between] > plain[between] / 8).all()
+
+
+def test_a_window_ends_what_is_seen():
+    """Through two layers with a window of 3 a token is seen four positions on, and no further."""
+    config = dataclasses.replace(LLAMA, layer_kinds=(LayerKind(window=3),))
+    params = random_params(config)
+
+    def first_logit(prompt):
+        example = Example(np.array(prompt, np.int32), np.array([1], np.int32), NOTHING)
+        return logits_of(config, params, CAUSAL.convert([example], LENGTHS))[0, 0]
+
+    row = [3, 4, 5, 6, 7, 8]
+    np.testing.assert_array_equal(first_logit(row), first_logit([9, *row[1:]]))
+    assert np.abs(first_logit(row) - first_logit([3, 9, *row[2:]])).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("config", "remat_policy"),
+    [(LLAMA, "none"), (MIXED, "full"), (POST, "minimal")],
+    ids=["llama", "mixed", "post"],
+)
+def test_stacked_layers_have_the_logits_and_gradients_of_layers_apart(config, remat_policy):
+    params, batch = random_params(config), CAUSAL.convert(examples(), LENGTHS)
+    stacked = dataclasses.replace(config, scan_layers=True, remat_policy=remat_policy)
+
+    def total(config, params):
+        return jnp.sum(jnp.sin(logits_of(config, params, batch)))
+
+    expected = jax.jit(jax.value_and_grad(functools.partial(total, config)))(params)
+    found = jax.jit(jax.value_and_grad(functools.partial(total, stacked)))(
+        parameters.stack_layers(params)
+    )
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected[1]))
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other, rtol=0, atol=2e-5 * largest),
+        parameters.unstack_layers(found[1]),
+        expected[1],
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_kv_heads": 3}, "multiple of num_kv_heads"),
+        ({"head_dim": 7}, "head_dim to be even"),
+        ({"norms": "none"}, "norms must be one of pre, pre_and_post, post, not 'none'"),
+        ({"layer_pattern": (0, 1)}, "indices of the 1 layer_kinds"),
+        ({"num_layers": 0}, "num_layers must be a whole number from 1"),
+    ],
+)
+def test_settings_that_no_network_has(changes, message):
+    with pytest.raises(UsageError, match=message):
+        dataclasses.replace(LLAMA, **changes)
+
+
+# --- Decoding -------------------------------------------------------------------------------------
+
+
+def decoded(config, params, prompts, **settings):
+    tokens = np.zeros((len(prompts), 9), np.int32)
+    for row, ids in zip(tokens, prompts, strict=True):
+        row[: len(ids)] = ids
+    lengths = np.array([len(ids) for ids in prompts], np.int32)
+    keys = decoding.record_keys(0, [str(len(ids)) for ids in prompts])
+    settings = {"max_length": LENGTHS["targets"], "end_ids": (39,), **settings}
+    return decoding.decode(
+        params,
+        jnp.asarray(tokens),
+        jnp.asarray(lengths),
+        keys,
+        config=config,
+        decoding=decoding.Decoding(**settings),
+    )
+
+
+@CONFIGS
+def test_steps_are_the_teacher_forced_argmax(config):
+    params, rows = random_params(config), examples()
+    found = decoded(config, params, [row.inputs for row in rows], end_ids=())
+    said = [
+        dataclasses.replace(row, targets=np.asarray(ids))
+        for row, ids in zip(rows, found.tokens, strict=True)
+    ]
+    log_probs = jax.nn.log_softmax(logits_of(config, params, CAUSAL.convert(said, LENGTHS)))
+    np.testing.assert_array_equal(found.tokens, log_probs.argmax(-1))
+    np.testing.assert_allclose(found.log_prob, log_probs.max(-1).sum(1), atol=2e-4)
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"temperature": 1.0}], ids=str)
+def test_a_prompt_among_others_says_what_it_says_alone(settings):
+    params = random_params(MIXED)
+    prompts = [row.inputs for row in examples()]
+    together = decoded(MIXED, params, [*prompts, []], **settings)
+    for row, prompt in enumerate(prompts):
+        alone = decoded(MIXED, params, [prompt], **settings)
+        np.testing.assert_array_equal(together.tokens[row], alone.tokens[0])
+        np.testing.assert_allclose(together.log_prob[row], alone.log_prob[0], atol=1e-5)
+    assert not together.tokens[-1].any()  # filler
+
+
+def test_beams_score_what_they_say():
+    params, rows = random_params(MIXED), examples()
+    found = decoded(MIXED, params, [row.inputs for row in rows], num_beams=4, length_penalty=0.0)
+    said = [
+        dataclasses.replace(row, targets=np.asarray(ids))
+        for row, ids in zip(rows, found.tokens, strict=True)
+    ]
+    log_probs = jax.nn.log_softmax(logits_of(MIXED, params, CAUSAL.convert(said, LENGTHS)))
+    chosen = np.take_along_axis(np.asarray(log_probs), found.tokens[:, :, None], axis=2)[:, :, 0]
+    ended = np.cumsum(np.asarray(found.tokens) == 39, axis=1) > 0
+    is_said = ~np.pad(ended, ((0, 0), (1, 0)))[:, :-1]
+    np.testing.assert_allclose(found.log_prob, (chosen * is_said).sum(1), atol=2e-4)
+    greedy = decoded(MIXED, params, [row.inputs for row in rows])
+    assert (found.log_prob >= greedy.log_prob - 1e-4).all()
+
+
+# --- Training: the one train step -----------------------------------------------------------------
+
+
+def update(config, shape, num_microbatches=1, marks=(1, 3), original_seed=1):
+    devices = jax.devices()[: int(np.prod(list(shape.values())))]
+    model = Model(config=config, mesh=sharding.make_mesh(sharding.MeshShape(**shape), devices))
+    trainer = Trainer(
+        model=model,
+        objective=TNRF,
+        optimizer=optax.adafactor(1e-2, min_dim_size_to_factor=16),
+        num_microbatches=num_microbatches,
+    )
+    place = functools.partial(jax.tree.map, lambda x, like: jax.device_put(x, like.sharding))
+    params = place(random_params(config), model.abstract_params)
+    original = place(random_params(config, original_seed), model.abstract_params)
+    sizes = [(3, 4), (5, 2), (1, 6), (8, 3), (4, 3), (2, 5), (6, 6), (3, 1)]
+    batch = CAUSAL.convert(examples(sizes, marks), LENGTHS)
+    state, sums = trainer.step(
+        trainer.init_state(params),
+        original,
+        sharding.put_batch(batch, model.mesh),
+        jax.device_put(jax.random.key(0), sharding.replicated(model.mesh)),
+    )
+    return jax.tree.map(np.asarray, (state.params, sums))
+
+
+@functools.cache
+def update_on_one_device(config):
+    return update(config, {"data": 1})
+
+
+@pytest.mark.parametrize(
+    ("shape", "num_microbatches"),
+    [
+        ({"data": 2, "fsdp": 2, "model": 2}, 2),
+        ({"fsdp": 4, "model": 2}, 1),
+        ({"data": 1}, 4),
+    ],
+    ids=str,
+)
+def test_eight_devices_and_microbatches_give_the_update_of_one(shape, num_microbatches):
+    expected_params, expected = update_on_one_device(MIXED)
+    params, sums = update(MIXED, shape, num_microbatches)
+    for name in ("loss", "gradient_norm"):
+        np.testing.assert_allclose(sums[name], expected[name], rtol=2e-5)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
+        params,
+        expected_params,
+    )
+
+
+def test_the_original_is_a_fixed_point():
+    _, sums = update(MIXED, {"data": 2, "fsdp": 2, "model": 2}, marks=(), original_seed=0)
+    assert sums["loss"] == sums["gradient_norm"] == 0
+
+
+def test_heads_that_the_mesh_does_not_divide_are_named():
+    config = dataclasses.replace(LLAMA, num_heads=3, num_kv_heads=3)
+    with pytest.raises(UsageError, match=r"MODEL_DEVICES: .* 3 heads of keys and values, found 2"):
+        update(config, {"data": 4, "model": 2})
+
+
+def test_packed_examples_give_the_sums_of_rows_of_their_own():
+    rows = examples(marks=(0, 2))
+    network = causal_lm.CausalLM(MIXED)
+    batches = feature_converters.Batches(rows, 2, LENGTHS, seed=0, pack=True, feature_layout=CAUSAL)
+    packed, chosen = batches.batch(0), [rows[place.example] for place in batches.layout(0)]
+    params, original = random_params(MIXED), random_params(MIXED, 1)
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def gradient(params, batch):
+        return train_step.token_sums(
+            TNRF, network.forward(params, batch), network.forward(original, batch), batch
+        )
+
+    (_, sums), found = gradient(params, jax.tree.map(jnp.asarray, packed))
+    (_, expected_sums), expected = gradient(
+        params, jax.tree.map(jnp.asarray, CAUSAL.convert(chosen, LENGTHS))
+    )
+    for name, value in expected_sums.items():
+        np.testing.assert_allclose(sums[name], value, rtol=1e-5, err_msg=name)
+    size = float(optax.tree.norm(expected))
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * size),
+        found,
+        expected,
+    )

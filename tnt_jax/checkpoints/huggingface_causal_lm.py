@@ -1,0 +1,349 @@
+"""Decoder-only models as Hugging Face has them: their settings and the names of their weights.
+
+`config.json` has two dialects. transformers 5 writes `rope_parameters`, nested by the type of layer
+where there are several; what the hub has from before says `rope_theta` and `rope_scaling`, and in
+Gemma 3 `rope_local_base_freq` and `sliding_window_pattern`. Both are read. A setting that would
+change the function and is not known is refused by name: another network would be computed without
+a word.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tnt_jax.models.causal_lm_config import CausalLMConfig, LayerKind, Llama3Scaling
+from tnt_jax.runtime.errors import UsageError
+
+# ---------------------------------------------------------------------------------- The families
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Family:
+    """What a model type has that its `config.json` does not say, and what it says if asked.
+
+    Attributes:
+      switches: Fields of `CausalLMConfig`.
+      defaults: Of keys that `config.json` may leave out, as transformers has them.
+      biases: What `attention_bias` true stands for; None where the key has no meaning.
+      window_switch: The key that makes `sliding_window` count; None where it always does.
+      is_tied: Whether the output matrix is the embedding where `config.json` does not say.
+    """
+
+    switches: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    biases: str | None = "all"
+    window_switch: str | None = None
+    is_tied: bool = False
+
+
+_GEMMA = {"norm_scale_offset": 1.0, "scales_embedding": True}
+_FAMILIES = {
+    "llama": _Family(),
+    "mistral": _Family(biases=None, defaults={"sliding_window": 4096}),
+    "qwen2": _Family(
+        switches={"attention_bias": "qkv"},
+        biases=None,
+        window_switch="use_sliding_window",
+        defaults={"sliding_window": 4096, "max_window_layers": 28},
+    ),
+    "qwen3": _Family(
+        switches={"query_key_norm": "head"},
+        window_switch="use_sliding_window",
+        defaults={"sliding_window": 4096, "max_window_layers": 28, "head_dim": 128},
+    ),
+    "smollm3": _Family(
+        window_switch="use_sliding_window",
+        defaults={"rope_theta": 2_000_000.0, "no_rope_layer_interval": 4},
+        is_tied=True,
+    ),
+    "gemma": _Family(switches=_GEMMA, defaults={"head_dim": 256}, is_tied=True),
+    "gemma3_text": _Family(
+        switches={**_GEMMA, "query_key_norm": "head", "norms": "pre_and_post"},
+        defaults={
+            "head_dim": 256,
+            "sliding_window": 4096,
+            "query_pre_attn_scalar": 256,
+            "rope_theta": 1_000_000.0,
+            "rope_local_base_freq": 10_000.0,
+            "sliding_window_pattern": 6,
+        },
+        is_tied=True,
+    ),
+    "olmo2": _Family(
+        switches={"query_key_norm": "all_heads", "norms": "post"},
+        defaults={"layer_norm_epsilon": 1e-5},
+    ),
+}
+MODEL_TYPES = tuple(_FAMILIES)
+
+# What may stand in a config.json without a meaning for the function that is computed here.
+_WITHOUT_MEANING = {
+    *("architectures", "model_type", "transformers_version", "_name_or_path", "torch_dtype"),
+    *("dtype", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range"),
+    *("attention_dropout", "tie_word_embeddings", "pretraining_tp", "is_encoder_decoder"),
+    *("max_position_embeddings", "head_dim", "sliding_window", "use_sliding_window"),
+    *("max_window_layers", "layer_types", "rope_theta", "rope_scaling", "rope_parameters"),
+    *("no_rope_layers", "no_rope_layer_interval", "query_pre_attn_scalar", "cache_implementation"),
+    *("rope_local_base_freq", "sliding_window_pattern", "_sliding_window_pattern", "is_decoder"),
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps"),
+    *("num_key_value_heads", "intermediate_size", "hidden_act", "hidden_activation"),
+    *("attention_bias", "mlp_bias", "output_attentions", "output_hidden_states", "return_dict"),
+    *("chunk_size_feed_forward", "id2label", "label2id", "problem_type", "num_labels"),
+    *("rope_interleaved", "transformers.js_config", "quantization_config", "task_specific_params"),
+    *("tokenizer_class", "unk_token_id", "sep_token_id", "decoder_start_token_id"),
+    *("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"),
+    *("add_cross_attention", "cross_attention_hidden_size", "tie_encoder_decoder"),
+    *("is_llama_config", "rope_local_theta", "partial_rotary_factor", "full_attn_every_n_layers"),
+}
+# These have one, and are known with these values alone.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "mlp_bias": (None, False),
+    "is_encoder_decoder": (None, False),
+    "add_cross_attention": (None, False),
+    "attention_dropout": (None, 0, 0.0),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "use_bidirectional_attention": (None, False),
+    "rope_interleaved": (None, False),
+    "quantization_config": (None,),
+    "partial_rotary_factor": (None, 1, 1.0),
+}
+
+
+def _get(config: Mapping[str, Any], key: str, kinds: tuple[type, ...], where: str) -> Any:
+    """A setting of these types; None if it is not there."""
+    value = config.get(key)
+    if value is not None and type(value) not in kinds:  # True is an int as well
+        names = " or ".join(kind.__name__ for kind in kinds)
+        raise UsageError(f"{where}: {key}: expected {names}, found {value!r:.60}.")
+    return value
+
+
+def network_config(config: Mapping[str, Any], where: str, *, is_tied: bool) -> CausalLMConfig:
+    """The network of a `config.json`.
+
+    Args:
+      config: Its fields; `model_type` is one of `MODEL_TYPES`.
+      where: The file, for messages.
+      is_tied: Whether the weights hold no output matrix of their own.
+
+    Raises:
+      UsageError: A setting is missing, of a wrong type, or not known.
+    """
+    family = _FAMILIES[config["model_type"]]
+    _check_known(config, where)
+    given = {**family.defaults, **{key: v for key, v in config.items() if v is not None}}
+
+    def number(key: str) -> Any:
+        return _get(given, key, (int,), where)
+
+    for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+        if number(key) is None:
+            raise UsageError(f"{where}: expected {key!r}, found no such setting.")
+    if number("intermediate_size") is None:
+        raise UsageError(f"{where}: expected 'intermediate_size', found no such setting.")
+    num_heads = number("num_attention_heads")
+    has_bias = _get(given, "attention_bias", (bool,), where)
+    switches = dict(family.switches)
+    if has_bias and family.biases is not None:
+        switches["attention_bias"] = family.biases
+    scalar = _get(given, "query_pre_attn_scalar", (int, float), where)
+    kinds, pattern = _layer_kinds(given, family, where)
+    try:
+        return CausalLMConfig(
+            vocab_size=given["vocab_size"],
+            emb_dim=given["hidden_size"],
+            num_heads=num_heads,
+            num_kv_heads=number("num_key_value_heads") or num_heads,
+            head_dim=number("head_dim") or given["hidden_size"] // max(num_heads, 1),
+            mlp_dim=given["intermediate_size"],
+            mlp_activations=(_activation(given, where), "linear"),
+            logits_via_embedding=is_tied,
+            layer_norm_epsilon=_get(given, "rms_norm_eps", (int, float), where) or 1e-6,
+            num_layers=given["num_hidden_layers"],
+            layer_kinds=kinds,
+            layer_pattern=pattern,
+            attention_scale=None if scalar is None else scalar**-0.5,
+            **switches,
+        )
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}.") from error
+
+
+def _check_known(config: Mapping[str, Any], where: str) -> None:
+    """Raises a UsageError for what would change the function and is not known."""
+    for key, values in _ONLY.items():
+        if config.get(key) not in values:
+            expected = " or ".join(
+                dict.fromkeys("nothing" if v is None else str(v) for v in values)
+            )
+            raise UsageError(
+                f"{where}: {key}: expected {expected}, found {config[key]!r:.60}: such a network "
+                "is not computed here."
+            )
+    unknown = sorted(set(config) - _WITHOUT_MEANING)
+    if unknown:
+        raise UsageError(
+            f"{where}: expected settings of {', '.join(MODEL_TYPES)}, found {', '.join(unknown)}: "
+            "they may change what the network computes."
+        )
+
+
+def _activation(given: Mapping[str, Any], where: str) -> str:
+    name = given.get("hidden_activation") or given.get("hidden_act") or "silu"
+    if given["model_type"].startswith("gemma"):
+        # The first files of Gemma say "gelu" and mean the approximation, as transformers has it.
+        name = {"gelu": "gelu_pytorch_tanh", "silu": "gelu_pytorch_tanh"}.get(name, name)
+    known = {"silu": "silu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_exact", "relu": "relu"}
+    if name not in known:
+        raise UsageError(f"{where}: hidden_act: expected {', '.join(known)}, found {name!r:.60}.")
+    return known[name]
+
+
+# ---------------------------------------------------------------------------------- The layers
+
+
+def _layer_kinds(
+    given: Mapping[str, Any], family: _Family, where: str
+) -> tuple[Sequence[LayerKind], Sequence[int]]:
+    """The kinds of layers, and which each layer is."""
+    num_layers = given["num_hidden_layers"]
+    types = given.get("layer_types") or _layer_types(given, family)
+    if (
+        not isinstance(types, list)
+        or not types
+        or len(types) != num_layers
+        or any(kind not in ("full_attention", "sliding_attention") for kind in types)
+    ):
+        raise UsageError(
+            f"{where}: layer_types: expected full_attention or sliding_attention for each of "
+            f"{num_layers} layers, found {types!r:.80}."
+        )
+    window = _get(given, "sliding_window", (int,), where)
+    no_rope = given.get("no_rope_layers")
+    interval = given.get("no_rope_layer_interval")
+    if no_rope is None and interval:
+        no_rope = [int((i + 1) % interval != 0) for i in range(num_layers)]
+    if no_rope is not None and (not isinstance(no_rope, list) or len(no_rope) != num_layers):
+        raise UsageError(
+            f"{where}: no_rope_layers: expected a number for each of {num_layers} layers, found "
+            f"{no_rope!r:.80}."
+        )
+    kinds: dict[LayerKind, int] = {}
+    pattern = []
+    for i, layer_type in enumerate(types):
+        kind = LayerKind(
+            window=window if layer_type == "sliding_attention" else None,
+            **_rope(given, layer_type, where),
+        )
+        if no_rope is not None and not no_rope[i]:
+            kind = LayerKind(window=kind.window, rope_theta=None)
+        pattern.append(kinds.setdefault(kind, len(kinds)))
+    return tuple(kinds), tuple(pattern)
+
+
+def _layer_types(given: Mapping[str, Any], family: _Family) -> list[str]:
+    """What a file from before `layer_types` means."""
+    num_layers = given["num_hidden_layers"]
+    if given["model_type"] == "gemma3_text":
+        every = given.get("_sliding_window_pattern") or given["sliding_window_pattern"]
+        return [
+            "full_attention" if (i + 1) % every == 0 else "sliding_attention"
+            for i in range(num_layers)
+        ]
+    if given.get("sliding_window") is None:
+        return ["full_attention"] * num_layers
+    if family.window_switch is None:
+        return ["sliding_attention"] * num_layers
+    if not given.get(family.window_switch):
+        return ["full_attention"] * num_layers
+    first = given.get("max_window_layers", 0)
+    return ["sliding_attention" if i >= first else "full_attention" for i in range(num_layers)]
+
+
+def _rope(given: Mapping[str, Any], layer_type: str, where: str) -> dict[str, Any]:
+    """The rotation of a type of layer: fields of `LayerKind`."""
+    stated = given.get("rope_parameters")
+    if stated is None:
+        is_local = given["model_type"] == "gemma3_text" and layer_type == "sliding_attention"
+        theta = given["rope_local_base_freq"] if is_local else given.get("rope_theta", 10_000.0)
+        scaling = {} if is_local else given.get("rope_scaling") or {}
+        stated = {"rope_theta": theta, **scaling} if isinstance(scaling, dict) else scaling
+    elif isinstance(stated, dict) and layer_type in stated:
+        stated = stated[layer_type]
+    if not isinstance(stated, dict):
+        raise UsageError(f"{where}: expected settings of the rotation, found {stated!r:.60}.")
+    kind = stated.get("rope_type", stated.get("type", "default"))
+    known = {
+        "default": (),
+        "linear": ("factor",),
+        "llama3": (
+            *("factor", "low_freq_factor", "high_freq_factor"),
+            "original_max_position_embeddings",
+        ),
+    }
+    allowed = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    if kind not in known or not set(stated) <= {*allowed, *known[kind]}:
+        unknown = sorted(set(stated) - allowed - set(known.get(kind, ())))
+        raise UsageError(
+            f"{where}: rotary positions: expected the type {', '.join(known)}, found "
+            f"{kind!r:.40} with {', '.join(unknown) or 'nothing else'}: such rotations are not "
+            "computed here."
+        )
+    if stated.get("partial_rotary_factor") not in _ONLY["partial_rotary_factor"]:
+        raise UsageError(f"{where}: partial_rotary_factor: expected 1, found {stated!r:.80}.")
+    numbers = {}
+    for key in ("rope_theta", *known[kind]):
+        value = stated.get(key, given.get("rope_theta", 10_000.0) if key == "rope_theta" else None)
+        if type(value) not in (int, float):
+            raise UsageError(f"{where}: {key}: expected a number, found {value!r:.60}.")
+        numbers[key] = value
+    fields: dict[str, Any] = {"rope_theta": float(numbers["rope_theta"])}
+    if kind == "linear":
+        fields["rope_factor"] = float(numbers["factor"])
+    elif kind == "llama3":
+        fields["rope_llama3"] = Llama3Scaling(
+            factor=float(numbers["factor"]),
+            low_freq_factor=float(numbers["low_freq_factor"]),
+            high_freq_factor=float(numbers["high_freq_factor"]),
+            original_max_positions=int(numbers["original_max_position_embeddings"]),
+        )
+    return fields
+
+
+# --------------------------------------------------------------------------------- The names
+
+_WHOLE = {
+    "token_embedder/embedding": "model.embed_tokens.weight",
+    "decoder/decoder_norm/scale": "model.norm.weight",
+    "decoder/logits_dense/kernel": "lm_head.weight",
+}
+_PARTS = {
+    "self_attention": "self_attn",
+    "query": "q_proj",
+    "key": "k_proj",
+    "value": "v_proj",
+    "out": "o_proj",
+    "query_norm": "q_norm",
+    "key_norm": "k_norm",
+    "wi_0": "gate_proj",
+    "wi_1": "up_proj",
+    "wo": "down_proj",
+    "pre_self_attention_layer_norm": "input_layernorm",
+    "post_self_attention_layer_norm": "post_attention_layernorm",
+    "pre_mlp_layer_norm": "pre_feedforward_layernorm",
+    "post_mlp_layer_norm": "post_feedforward_layernorm",
+    "kernel": "weight",
+    "scale": "weight",
+}
+
+
+def weight_name(name: str, config: CausalLMConfig) -> str:
+    """Hugging Face's name of the parameter that we call `name`."""
+    if name in _WHOLE:
+        return _WHOLE[name]
+    _, layer, *path = name.split("/")
+    parts = [_PARTS.get(part, part) for part in path]
+    if path[0] == "pre_mlp_layer_norm" and config.norms == "pre":
+        parts[0] = "post_attention_layernorm"  # the norm after attention is the one before the MLP
+    return ".".join(["model.layers", layer.removeprefix("layers_"), *parts])
