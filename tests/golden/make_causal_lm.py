@@ -192,6 +192,9 @@ def padded(rows):
     return array
 
 
+torch.set_num_threads(1)  # of so little work
+
+
 def main():
     """Makes all of them."""
     shutil.rmtree(FOLDER, ignore_errors=True)

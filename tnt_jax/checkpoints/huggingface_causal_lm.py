@@ -65,7 +65,6 @@ _FAMILIES = {
             "query_pre_attn_scalar": 256,
             "rope_theta": 1_000_000.0,
             "rope_local_base_freq": 10_000.0,
-            "sliding_window_pattern": 6,
         },
         is_tied=True,
     ),
@@ -246,7 +245,8 @@ def _layer_types(given: Mapping[str, Any], family: _Family) -> list[str]:
     """What a file from before `layer_types` means."""
     num_layers = given["num_hidden_layers"]
     if given["model_type"] == "gemma3_text":
-        every = given.get("_sliding_window_pattern") or given["sliding_window_pattern"]
+        # transformers 5 keeps the key of 4 under another name.
+        every = given.get("sliding_window_pattern") or given.get("_sliding_window_pattern") or 6
         return [
             "full_attention" if (i + 1) % every == 0 else "sliding_attention"
             for i in range(num_layers)
