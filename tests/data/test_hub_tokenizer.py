@@ -13,7 +13,9 @@ from helpers import tiny_tokenizers
 from hypothesis import strategies as st
 
 from tnt_jax.data import hub_tokenizer, marks, records, tokenization, vocabularies
+from tnt_jax.runtime import settings_json
 from tnt_jax.runtime.errors import UsageError
+from tnt_jax.training import resume
 
 KINDS = list(tiny_tokenizers.KINDS)
 BYTE_LEVEL = {"gpt2", "qwen", "llama3"}
@@ -485,6 +487,17 @@ def test_a_directory_has_its_tokeniser_and_a_copy_the_same(kind, folders, tokeni
     ).read_bytes()
     assert (tmp_path / "tokenizer_config.json").read_text() == "{}"
     vocabularies.check_same(vocabulary, epath.Path(folders[kind]))
+
+
+def test_runs_tell_tokenizers_apart_by_their_files(tokenisers, folders, tmp_path):
+    described = settings_json.describe(tokenisers["qwen"])
+    tokenisers["qwen"].copy_files(epath.Path(tmp_path))
+    moved = hub_tokenizer.HubTokenizer(str(tmp_path))
+    assert settings_json.describe(moved) == described == resume._describe_vocabulary(moved)
+    (tmp_path / "generation_config.json").unlink()  # one end less
+    changed_ends = hub_tokenizer.HubTokenizer(str(tmp_path))
+    others = [changed_ends, *(tokenisers[kind] for kind in KINDS if kind != "qwen")]
+    assert described not in [*map(settings_json.describe, others)]
 
 
 def test_another_tokenizer_is_not_taken_for_the_models(folders, tokenisers):

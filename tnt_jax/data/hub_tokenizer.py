@@ -8,6 +8,7 @@ has are given names that no text can hold (`_with_hidden_names`).
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import re
@@ -230,6 +231,13 @@ class HubTokenizer(Tokeniser):
     def pieces(self) -> list[str | None]:
         """How the file writes each token, by its id; None for a number that no token has."""
         return [self._loaded.names.get(i) for i in range(self.size)]
+
+    @functools.cached_property
+    def tokenizer_digest(self) -> str:
+        """Of what decides the ids of a text, wherever the files are: runs are compared by it."""
+        digest = hashlib.sha256((epath.Path(self.folder) / TOKENIZER).read_bytes())
+        digest.update(json.dumps([sorted(self.end_ids), self.end_id]).encode())
+        return digest.hexdigest()
 
     def copy_files(self, folder: epath.Path) -> None:
         """Copies what says how text is tokenised into another directory of this kind."""
