@@ -532,7 +532,7 @@ def check_vocabulary(
         another one.
     """
     vocab_size = tokenization.check_vocabulary(vocabulary)
-    vocabularies.check_size(vocab_size, config.vocab_size)
+    vocabularies.check_size(vocabulary, config.vocab_size)
     if source is not None:
         vocabularies.check_same(vocabulary, source.description)
     return vocab_size
