@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-import safetensors.numpy
 from etils import epath
 
 from tnt_jax.checkpoints import huggingface, pretrained
@@ -175,6 +174,6 @@ def write(folder: epath.Path, stored: Mapping[str, LazyArray], config: Mapping[s
       config: From `new_config`.
     """
     tensors = {name: array.load() for name, array in sorted(stored.items())}
-    safetensors.numpy.save_file(tensors, str(folder / WEIGHTS), {"format": "pt"})
+    huggingface.save_safetensors(folder / WEIGHTS, tensors)
     text = json.dumps(config, indent=2, allow_nan=False)
     (folder / CONFIG).write_text(text + "\n")
