@@ -50,6 +50,7 @@ setuptools.setup(
         "tensorflow>=2.21",
         "tensorflow-datasets>=4.9.9",
         "tensorstore>=0.1.74",
+        "tokenizers>=0.22",  # a tokenizer.json, of decoder-only models
     ],
     extras_require={
         # Accelerators: pick the one that the machine has.

@@ -7,6 +7,8 @@ with scanned layers or not), or a model of ours. The program finds out which. Ou
   t5x          OUTPUT/checkpoint_<step>, msgpack and zarr: T5X's legacy format
   t5x_orbax    OUTPUT/checkpoint_<step>/state
   orbax        OUTPUT/checkpoint_<step>/params, a model directory of tnt_jax
+  peft         adapter_config.json, safetensors, a model card: what a run with
+               ORIGINAL="adapters_off" trained, without its original; peft loads it onto that
 
 Parameters and the step are carried over, optimizer state is not. What a checkpoint has no place
 for (config.json, the tokenizer) is written to OUTPUT/huggingface, for the way back.
@@ -16,13 +18,14 @@ Example:
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
 import pathlib
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax.traverse_util
@@ -31,14 +34,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from tnt_jax.checkpoints import huggingface, model_card, orbax, pretrained, t5x
+from tnt_jax.checkpoints import huggingface, model_card, orbax, peft, pretrained, t5x
 from tnt_jax.checkpoints.lazy_arrays import LazyArray
 from tnt_jax.data import vocabularies
 from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime import console, files, holding, program
 from tnt_jax.runtime.errors import UsageError
 
-_FORMATS = ("huggingface", "t5x", "t5x_orbax", "orbax")
+_FORMATS = ("huggingface", "t5x", "t5x_orbax", "orbax", "peft")
+_DIRECTORIES = ("huggingface", "peft")  # the others write a checkpoint among others
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": jnp.dtype(jnp.bfloat16)}
 
 
@@ -59,7 +63,7 @@ def convert(
     Args:
       input: A model, of any kind.
       output: The directory to write, which appears when it is whole.
-      output_format: "huggingface", "t5x", "t5x_orbax" or "orbax".
+      output_format: "huggingface", "t5x", "t5x_orbax", "orbax" or "peft".
       dtype: "float32" or "bfloat16"; None keeps what the input has.
       dry_run: True prints the table of parameters and writes nothing.
       scan_layers: Stacks T5X's layers, as its `scalable_t5` has them.
@@ -81,7 +85,14 @@ def convert(
     is_t5x = output_format in ("t5x", "t5x_orbax")
     if scan_layers and not is_t5x:
         raise UsageError("--scan_layers goes with --output_format=t5x or t5x_orbax.")
+    if vocabulary is not None and output_format == "peft":
+        raise UsageError(
+            "--vocabulary: expected none with --output_format=peft, because the tokenizer is the "
+            f"base model's; found {vocabulary}. Leave it out."
+        )
     source = pretrained.open_checkpoint(input)
+    if output_format == "peft":
+        peft.trained(source)  # before the original is read, all of it
     source.check_original()
     config = pretrained.config_of(model or pretrained.FromCheckpoint(), source)
     weights = {
@@ -95,13 +106,16 @@ def convert(
     if vocabulary is not None:
         pretrained.check_vocabulary(pretrained.vocabulary(vocabulary), config, None)
     target = _target(output, output_format, source.step)
-    laid_out = _laid_out(weights, output_format, scan_layers)
+    if output_format == "peft":
+        laid_out = peft.to_stored(peft.trained(source), weights, _DTYPES[dtype or "float32"])
+    else:
+        laid_out = _laid_out(weights, output_format, scan_layers)
     if dry_run:
         _print_plan(laid_out, source, target)
         return str(target)
 
     files.check_directory(target.parent, "--output")
-    if output_format == "huggingface":
+    if output_format in _DIRECTORIES:
         held = holding.output(target, "--output")
     else:
         held = holding.folder(target.parent, "--output")
@@ -109,6 +123,8 @@ def convert(
         _target(output, output_format, source.step)  # another run may have ended meanwhile
         if output_format == "huggingface":
             _write_huggingface(target, weights, source, settings, numbers, vocabulary)
+        elif output_format == "peft":
+            _write_peft(target, laid_out, source, settings, numbers)
         else:
             _describe(target.parent, source, settings, vocabulary)
             if output_format == "t5x":
@@ -128,7 +144,8 @@ def convert(
             f"T5X's files do not state the activation: {config.mlp_activations} is taken from the "
             "names of the parameters."
         )
-    console.log(f"{target}: {len(weights)} parameters from {source.path} ({source.kind}).")
+    written = len(laid_out) if output_format == "peft" else len(weights)
+    console.log(f"{target}: {written} parameters from {source.path} ({source.kind}).")
     return str(target)
 
 
@@ -158,9 +175,9 @@ def _target(output: str, output_format: str, step: int) -> epath.Path:
     """The directory that will be written; it must not be there yet."""
     folder = epath.Path(output).expanduser()
     folder = folder if "://" in output else folder.absolute()
-    if output_format != "huggingface":
+    if output_format not in _DIRECTORIES:
         pretrained.check_takes_checkpoints(folder, "--output")
-    target = folder if output_format == "huggingface" else folder / f"checkpoint_{step}"
+    target = folder if output_format in _DIRECTORIES else folder / f"checkpoint_{step}"
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(
             f"--output: expected a directory that does not exist or is empty, found {target}. "
@@ -204,13 +221,7 @@ def _write_huggingface(
     evaluation: Mapping[str, Any] | None,
     vocabulary: str | None,
 ) -> None:
-    """Everything into a local directory beside the target, or a temporary one, and then over."""
-    is_remote = "://" in os.fspath(target)
-    parent = pathlib.Path.cwd() if is_remote else pathlib.Path(os.fspath(target.parent))
-    parent.mkdir(parents=True, exist_ok=True)
-    unfinished = epath.Path(parent / f".{target.name}.{os.getpid()}.unfinished")
-    unfinished.mkdir()
-    try:
+    with _moved_when_whole(target, huggingface.CONFIG) as unfinished:
         huggingface.write_weights(unfinished, weights, progress=_progress)
         has_tokenizer = _copy_description(source, unfinished, vocabulary)
         dtypes = sorted({array.dtype.name for array in weights.values()})
@@ -232,11 +243,58 @@ def _write_huggingface(
         (unfinished / "README.md").write_text(card)
         text = json.dumps(settings, indent=2, allow_nan=False)
         (unfinished / huggingface.CONFIG).write_text(text + "\n")
+
+
+def _write_peft(
+    target: epath.Path,
+    laid_out: Mapping[str, LazyArray],
+    source: pretrained.Pretrained,
+    settings: Mapping[str, Any],
+    evaluation: Mapping[str, Any] | None,
+) -> None:
+    adapters = peft.trained(source)
+    base = peft.base_of(adapters)
+    with _moved_when_whole(target, peft.CONFIG) as unfinished:
+        config = peft.new_config(adapters, laid_out, settings["model_type"])
+        peft.write(unfinished, laid_out, config)
+        (dtype,) = {array.dtype.name for array in laid_out.values()}
+        card = model_card.write_of_adapters(
+            name=target.name,
+            base=base.name,
+            is_on_hub=base.revision is not None,
+            dtype=dtype,
+            step=source.step,
+            run=source.run or {},
+            evaluation=evaluation,
+        )
+        (unfinished / "README.md").write_text(card)
+    if not base.is_loadable:
+        console.log(
+            f"Warning: PEFT loads adapters onto a Hugging Face directory, and their original, "
+            f"{base.name} ({adapters.original.kind}), is none that transformers reads. python -m "
+            f"tnt_jax.convert --input={base.name} --output=BASE --output_format=huggingface makes "
+            f"one: name it as base_model_name_or_path in {target / peft.CONFIG}."
+        )
+
+
+@contextlib.contextmanager
+def _moved_when_whole(target: epath.Path, last: str) -> Iterator[epath.Path]:
+    """Yields a local directory beside the target, or a temporary one, and moves it there at last.
+
+    Args:
+      target: The directory that is written, or an empty one.
+      last: The file that goes last into a bucket: with it the directory counts.
+    """
+    is_remote = "://" in os.fspath(target)
+    parent = pathlib.Path.cwd() if is_remote else pathlib.Path(os.fspath(target.parent))
+    parent.mkdir(parents=True, exist_ok=True)
+    unfinished = epath.Path(parent / f".{target.name}.{os.getpid()}.unfinished")
+    unfinished.mkdir()
+    try:
+        yield unfinished
         if is_remote:
             target.mkdir(parents=True, exist_ok=True)
-            # config.json last: with it the directory is a model.
-            files = sorted(unfinished.iterdir(), key=lambda file: file.name == huggingface.CONFIG)
-            for file in files:
+            for file in sorted(unfinished.iterdir(), key=lambda file: file.name == last):
                 file.copy(target / file.name)
         else:
             if target.exists():  # empty

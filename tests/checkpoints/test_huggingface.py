@@ -4,6 +4,7 @@ That transformers computes the same is in `test_parity.py`.
 """
 
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -208,6 +209,18 @@ def test_what_is_written_is_read(dtype, max_shard_bytes, tmp_path):
     for name, array in found.weights.items():
         assert array.dtype == dtype
         np.testing.assert_array_equal(array.load(), arrays[name], err_msg=name)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_whoever_may_read_the_user_s_files_may_read_the_weights(umask, tmp_path):
+    """A server runs as another user than the one who trained."""
+    before = os.umask(umask)
+    try:
+        write_directory(tmp_path)
+    finally:
+        os.umask(before)
+    for file in tmp_path.iterdir():
+        assert file.stat().st_mode & 0o777 == 0o666 & ~umask, file.name
 
 
 def test_the_safetensors_library_reads_the_same(directory):

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -536,12 +537,24 @@ def write_weights(
         shard = WEIGHTS if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
         weight_map |= dict.fromkeys(names, shard)
         tensors = {name: stored[name].load() for name in names}
-        # "pt" is what transformers insists on, whoever wrote the file.
-        safetensors.numpy.save_file(tensors, str(folder / shard), {"format": "pt"})
+        save_safetensors(folder / shard, tensors)
     if len(shards) > 1:
         total = sum(_num_bytes(array) for array in stored.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2, allow_nan=False) + "\n")
+
+
+def save_safetensors(path: epath.Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes a local file of tensors that transformers, too, takes for one.
+
+    Whoever may read other files of this user may read it. The library would leave it to the user
+    alone, and a server that runs as another one could not load the model.
+    """
+    path.touch()
+    mode = os.stat(path).st_mode  # noqa: PTH116 (of a new file, as the user's umask has it)
+    # "pt" is what transformers insists on, whoever wrote the file.
+    safetensors.numpy.save_file(dict(tensors), os.fspath(path), {"format": "pt"})
+    os.chmod(path, mode)  # noqa: PTH101
 
 
 def _num_bytes(array: LazyArray) -> int:

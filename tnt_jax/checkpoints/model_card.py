@@ -1,4 +1,4 @@
-"""The README.md of a model directory: what was done to the model, and what came of it."""
+"""The README.md of a directory: what was done to a model, and what came of it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -59,6 +59,61 @@ def write(
     else:
         parts += ["", "There is no tokenizer here: take the one of the original model.", ""]
     parts += [f"The weights are {dtype}.", ""]
+    return "\n".join(parts)
+
+
+def write_of_adapters(
+    *,
+    name: str,
+    base: str,
+    is_on_hub: bool,
+    dtype: str,
+    step: int,
+    run: Mapping[str, Any],
+    evaluation: Mapping[str, Any] | None,
+) -> str:
+    """The text of a card for adapters in PEFT's format.
+
+    Args:
+      name: Of the adapters.
+      base: The model that they are loaded onto: a name on the hub or a directory.
+      is_on_hub: Whether it is a name.
+      dtype: Of their weights.
+      step: Updates of training.
+      run: What the training run noted.
+      evaluation: From `tnt_jax.evaluate`.
+    """
+    adapters, original = run["adapters"], run["original"]
+    parts = [
+        "---",
+        "library_name: peft",
+        *([f"base_model: {base}"] if is_on_hub else []),
+        "pipeline_tag: text2text-generation",
+        "tags: [lora, t5, tnt_jax, targeted-negative-training]",
+        "---",
+        f"# {name}",
+        "",
+        f"Low-rank adapters of rank {adapters['rank']} and alpha {adapters['alpha']:g} for "
+        f"`{base}`, which they are loaded onto.",
+        "",
+        *_trained(run, original["path"], step),
+        "",
+    ]
+    if evaluation:
+        parts += [*numbers(evaluation), ""]
+    parts += [
+        "## Use",
+        "",
+        "    from peft import PeftModel",
+        "    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer",
+        f'    base = AutoModelForSeq2SeqLM.from_pretrained("{base}")',
+        f'    model = PeftModel.from_pretrained(base, "{name}")',
+        f'    tokenizer = AutoTokenizer.from_pretrained("{base}")',
+        "",
+        f"The adapters are {dtype}. `model.merge_and_unload()` is a model without them that "
+        "computes the same.",
+        "",
+    ]
     return "\n".join(parts)
 
 

@@ -162,7 +162,31 @@ def _from_hub(path: str) -> epath.Path:
         raise UsageError(f"{missing}, nor on the Hugging Face hub: {reason}.") from error
 
 
+def hub_name(folder: epath.Path) -> tuple[str, str] | None:
+    """The hub's name and revision of a model that lies in its cache; None for any other folder."""
+    match = re.search(r"/models--([^/]+)/snapshots/([0-9a-f]{40})/?$", os.fspath(folder))
+    return (match[1].replace("--", "/"), match[2]) if match else None  # no name on the hub has "--"
+
+
 # ------------------------------------------------------------------------------- Opening
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Adapters:
+    """What a run of adapters has trained, and beside what: `W` acts as `W + (alpha / rank) A B`.
+
+    Attributes:
+      original: The model without them.
+      pairs: T5X's name of a kernel `[inputs, outputs]` -> its A `[inputs, rank]` and B
+        `[rank, outputs]`.
+      rank: Of every pair.
+      alpha: They are multiplied by `alpha / rank`.
+    """
+
+    original: "Pretrained"
+    pairs: dict[str, tuple[LazyArray, LazyArray]]
+    rank: int
+    alpha: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -179,6 +203,7 @@ class Pretrained:
       description: Where `config.json`, the tokenizer and what else is no weight may lie.
       output_format: Of `tnt_jax.convert`, which makes more of this kind.
       scan_layers: Whether T5X's layers are stacked. How those of ours are stored, nobody need know.
+      adapters: What a run of adapters has trained, which `weights` have added; None elsewhere.
     """
 
     kind: str
@@ -190,10 +215,9 @@ class Pretrained:
     description: epath.Path
     output_format: str
     scan_layers: bool = False
+    adapters: Adapters | None = None
     # What Orbax can read by itself: the item, the part of it, and the names that are stored there.
     _orbax: tuple[epath.Path, tuple[str, ...], frozenset[str]] | None = None
-    # Of a run of adapters: what they were trained beside.
-    _original: "Pretrained | None" = None
 
     def check_original(self) -> None:
         """Reads the weights that adapters were trained beside.
@@ -201,9 +225,9 @@ class Pretrained:
         Raises:
           UsageError: They are no longer the same.
         """
-        if self._original is None or self.run is None:
+        if self.adapters is None or self.run is None:
             return
-        original, noted = self._original, self.run["original"]["digest"]
+        original, noted = self.adapters.original, self.run["original"]["digest"]
         names = lazy_arrays.shapes(families.network_of(original.config).abstract_params())
         found = digests.of_files({name: original.weights[name] for name in names})
         if found != noted:
@@ -268,7 +292,7 @@ def _opened(folder: epath.Path, within: tuple[epath.Path, ...]) -> Pretrained:
             description=folder,
             output_format=_OUTPUT_FORMATS[kind],
         )
-    orbax_item, run, scan_layers, original = None, None, False, None
+    orbax_item, run, scan_layers, trained = None, None, False, None
     if kind == _OURS:
         stored = orbax.lazy_item(folder / orbax.PARAMS)
         orbax_item = (folder / orbax.PARAMS, (), frozenset(stored))
@@ -276,7 +300,8 @@ def _opened(folder: epath.Path, within: tuple[epath.Path, ...]) -> Pretrained:
         step = _step_of_name(folder)
         if run is not None and "adapters" in run:
             original, orbax_item = _original_of(run, folder, (*within, folder)), None
-            weights = _with_adapters(weights, original, run, folder)
+            trained = _adapters(weights, original, run, folder)
+            weights = _with_adapters(trained)
         elif any(name.endswith(f"/{adapters.ADAPTER_IN}") for name in weights):
             raise UsageError(
                 f"{folder}: it has adapters, and its notes do not say beside which original. Copy "
@@ -318,8 +343,8 @@ def _opened(folder: epath.Path, within: tuple[epath.Path, ...]) -> Pretrained:
         description=description,
         output_format=_OUTPUT_FORMATS[kind],
         scan_layers=scan_layers,
+        adapters=trained,
         _orbax=orbax_item,
-        _original=original,
     )
 
 
@@ -345,12 +370,34 @@ def _original_of(
         ) from error
 
 
-def _with_adapters(
+def _adapters(
     stored: dict[str, LazyArray], original: Pretrained, run: dict[str, Any], folder: epath.Path
-) -> dict[str, LazyArray]:
-    """The original's weights, with what a run has trained beside them added when they are read."""
-    merged = dict(original.weights)
-    scale = run["adapters"]["alpha"] / run["adapters"]["rank"]
+) -> Adapters:
+    """What a run has trained, each pair of the shapes that its kernel asks for."""
+    rank, pairs = run["adapters"]["rank"], {}
+    for name, a in stored.items():
+        module, _, leaf = name.rpartition("/")
+        if leaf == adapters.ADAPTER_IN:
+            kernel, b = f"{module}/kernel", stored.get(f"{module}/{adapters.ADAPTER_OUT}")
+            if kernel not in original.weights:
+                raise UsageError(
+                    f"{folder}: it has an adapter for {kernel}, which {original.path} lacks."
+                )
+            shapes = [a.shape, b.shape if b else ()]
+            rows_and_columns = original.weights[kernel].shape
+            expected = [(*rows_and_columns[:1], rank), (rank, *rows_and_columns[1:])]
+            if b is None or len(rows_and_columns) != 2 or shapes != expected:
+                raise UsageError(
+                    f"{folder}: expected an adapter of rank {rank} for {kernel} of shape "
+                    f"{rows_and_columns}, found arrays of shapes {shapes}: it is damaged."
+                )
+            pairs[kernel] = (a, b)
+    return Adapters(original=original, pairs=pairs, rank=rank, alpha=run["adapters"]["alpha"])
+
+
+def _with_adapters(trained: Adapters) -> dict[str, LazyArray]:
+    """The original's weights, with what was trained beside them added when they are read."""
+    scale = trained.alpha / trained.rank
 
     def added(kernel: LazyArray, a: LazyArray, b: LazyArray) -> LazyArray:
         def read(index: lazy_arrays.Index) -> np.ndarray:
@@ -361,25 +408,8 @@ def _with_adapters(
         source = f"{kernel.source}, with {a.source}"
         return LazyArray(kernel.shape, np.dtype(np.float32), source, read)
 
-    for name, a in stored.items():
-        module, _, leaf = name.rpartition("/")
-        if leaf == adapters.ADAPTER_IN:
-            kernel, b = f"{module}/kernel", stored.get(f"{module}/{adapters.ADAPTER_OUT}")
-            if kernel not in merged:
-                raise UsageError(
-                    f"{folder}: it has an adapter for {kernel}, which {original.path} lacks."
-                )
-            shapes = [a.shape, b.shape if b else ()]
-            rows_and_columns = merged[kernel].shape
-            rank = run["adapters"]["rank"]
-            expected = [(*rows_and_columns[:1], rank), (rank, *rows_and_columns[1:])]
-            if b is None or len(rows_and_columns) != 2 or shapes != expected:
-                raise UsageError(
-                    f"{folder}: expected an adapter of rank {rank} for {kernel} of shape "
-                    f"{rows_and_columns}, found arrays of shapes {shapes}: it is damaged."
-                )
-            merged[kernel] = added(merged[kernel], a, b)
-    return merged
+    weights = trained.original.weights
+    return weights | {name: added(weights[name], *pair) for name, pair in trained.pairs.items()}
 
 
 def _step_of_name(folder: epath.Path) -> int:
@@ -502,7 +532,7 @@ def check_vocabulary(
         another one.
     """
     vocab_size = tokenization.check_vocabulary(vocabulary)
-    vocabularies.check_size(vocab_size, config.vocab_size)
+    vocabularies.check_size(vocabulary, config.vocab_size)
     if source is not None:
         vocabularies.check_same(vocabulary, source.description)
     return vocab_size

@@ -508,7 +508,8 @@ def _end_ids(task: seqio.Task, vocabulary: tokenization.Tokeniser | None) -> lis
     if vocabulary is not None:
         return sorted(vocabulary.end_ids)
     feature = task.output_features.get("inputs")
-    return [] if feature is None else [feature.vocabulary.eos_id]
+    end_id = None if feature is None else feature.vocabulary.eos_id
+    return [] if end_id is None else [end_id]
 
 
 def _rows(

@@ -166,7 +166,7 @@ _SPACE = "▁"  # how sentencepiece writes a space inside a piece
 # Stands before a text that is tokenised as a continuation. A private-use character: in no
 # vocabulary, so it joins no piece.
 _ANCHOR = "\ue000"
-_MARKS_AFTER = tuple(".,;:!?)\"'")  # that a piece may join to the word before
+MARKS_AFTER = tuple(".,;:!?)\"'")  # that a piece may join to the word before
 _OFFSETS = "offset_mapping"  # pieces with their places in the text, in code points
 
 _protos: Any = sentencepiece_model_pb2  # protobuf makes its classes when it is imported
@@ -300,7 +300,7 @@ class SentencePiece(Tokeniser):
         """See `Tokeniser.spellings`."""
         processor = self.processor
         found = [{tuple(ids): None} for ids in processor.encode(list(texts))]  # it takes no tuple
-        for mark in _MARKS_AFTER:
+        for mark in MARKS_AFTER:
             of_mark = processor.encode(mark, out_type=str)[-1]
             spelt = processor.encode([text + mark for text in texts])
             for ids_of_text, ids in zip(found, spelt, strict=True):

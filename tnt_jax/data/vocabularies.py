@@ -2,7 +2,8 @@
 
 Hugging Face's files (`spiece.model`, `tokenizer.json`, `tokenizer_config.json`) become the
 tokeniser with the same ids. A `tokenizer.json` alone, as transformers 5 writes it, holds all of a
-sentencepiece model: its pieces with their scores, and how text is normalised.
+sentencepiece model: its pieces with their scores, and how text is normalised. One of BPE, as
+decoder-only models have, is read as it is (`hub_tokenizer`).
 """
 
 import atexit
@@ -12,13 +13,13 @@ import pathlib
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
 from sentencepiece import sentencepiece_model_pb2
 
-from tnt_jax.data import tokenization
+from tnt_jax.data import hub_tokenizer, tokenization
 from tnt_jax.runtime import console, files
 from tnt_jax.runtime.errors import UsageError, naming_file
 
@@ -28,8 +29,10 @@ _MOST_EXTRA_IDS = 100_000
 _SENTENCEPIECE = "spiece.model"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _EXTRA_ID = re.compile(r"<extra_id_(\d+)>")
-# A model has rows up to here beyond the ids of its vocabulary: 32,128 for T5's 32,100.
+# A model has rows up to here beyond the ids of its vocabulary: 32,128 for T5's 32,100, and 151,936
+# for the 151,665 of Qwen, whose rows are a multiple of more.
 _MOST_PADDING = 128
+_MOST_PADDING_OF_HUB = 1024
 
 _protos: Any = sentencepiece_model_pb2  # protobuf makes its classes when it is imported
 _Pieces = _protos.ModelProto
@@ -61,11 +64,12 @@ def of_directory(folder: epath.Path, extra_ids: int | None = None) -> tokenizati
     """The vocabulary of a directory's tokenizer.
 
     Args:
-      folder: With `spiece.model`, with `tokenizer.json`, or of ByT5, whose tokens are bytes.
+      folder: With `spiece.model`, with `tokenizer.json` (of T5, or BPE as decoder-only models have
+        it), or of ByT5, whose tokens are bytes.
       extra_ids: After the pieces; None takes what the directory says.
 
     Raises:
-      UsageError: There is no tokenizer, or one that is not sentencepiece's unigram model.
+      UsageError: There is no tokenizer, or one of another kind.
     """
     try:
         return _of_directory(folder, extra_ids)
@@ -91,7 +95,15 @@ def _of_directory(folder: epath.Path, extra_ids: int | None) -> tokenization.Tok
             "with."
         )
     tokenizer = _json(folder / "tokenizer.json")
-    if (folder / _SENTENCEPIECE).exists():
+    has_pieces = (folder / _SENTENCEPIECE).exists()
+    if not has_pieces and hub_tokenizer.is_known(tokenizer):
+        if extra_ids:
+            raise UsageError(
+                f"EXTRA_IDS: expected None, for {folder} has all tokens of its model, found "
+                f"{extra_ids}."
+            )
+        return hub_tokenizer.HubTokenizer(str(folder))
+    if has_pieces:
         file = str(folder / _SENTENCEPIECE)
         with naming_file(file):
             content = (folder / _SENTENCEPIECE).read_bytes()
@@ -165,8 +177,8 @@ def _from_tokenizer_json(tokenizer: Mapping[str, Any], where: str) -> _Pieces:
     model = tokenizer.get("model", {})
     if model.get("type") != "Unigram" or model.get("unk_id") != 2:
         raise UsageError(
-            f"{where}: expected sentencepiece's unigram model as T5 has it (Unigram, unknown 2), "
-            f"found {model.get('type')} with unknown {model.get('unk_id')}."
+            f"{where}: expected BPE, or sentencepiece's unigram model as T5 has it (Unigram, "
+            f"unknown 2), found {model.get('type')} with unknown {model.get('unk_id')}."
         )
     kind = _Pieces.SentencePiece
     pieces = _Pieces()
@@ -218,6 +230,9 @@ def _temporary_file(pieces: _Pieces) -> str:
 
 def write(folder: epath.Path, vocabulary: tokenization.Tokeniser) -> None:
     """Writes a vocabulary as the tokenizer files of a directory of Hugging Face's."""
+    if isinstance(vocabulary, hub_tokenizer.HubTokenizer):
+        vocabulary.copy_files(folder)
+        return
     settings: dict[str, Any] = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     if isinstance(vocabulary, tokenization.SentencePiece):
         settings |= {"tokenizer_class": "T5Tokenizer", "extra_ids": vocabulary.extra_ids}
@@ -232,13 +247,16 @@ def write(folder: epath.Path, vocabulary: tokenization.Tokeniser) -> None:
 # ------------------------------------------------------------------------------------- Checking
 
 
-def check_size(vocab_size: int, model_size: int) -> None:
+def check_size(vocabulary: tokenization.Tokeniser, model_size: int) -> None:
     """Raises a UsageError unless a vocabulary and a model's rows can belong together."""
-    if not vocab_size <= model_size <= vocab_size + _MOST_PADDING:
+    is_of_hub = isinstance(vocabulary, hub_tokenizer.HubTokenizer)
+    most = _MOST_PADDING_OF_HUB if is_of_hub else _MOST_PADDING
+    if not vocabulary.size <= model_size <= vocabulary.size + most:
         raise UsageError(
             f"VOCABULARY: expected the vocabulary of a model with {model_size} rows "
-            f"(T5Config.vocab_size): as many ids, or up to {_MOST_PADDING} fewer; found "
-            f"{vocab_size}. Give the vocabulary, and EXTRA_IDS, that the model was trained with."
+            f"(T5Config.vocab_size): as many ids, or up to {most:,} fewer; found "
+            f"{vocabulary.size}. Give the vocabulary, and EXTRA_IDS, that the model was trained "
+            "with."
         )
 
 
@@ -259,7 +277,9 @@ def check_same(vocabulary: tokenization.Tokeniser, folder: epath.Path) -> None:
             )
 
 
-def _pieces(vocabulary: tokenization.Tokeniser) -> list[str]:
+def _pieces(vocabulary: tokenization.Tokeniser) -> Sequence[str | None]:
+    if isinstance(vocabulary, hub_tokenizer.HubTokenizer):
+        return vocabulary.pieces()
     if not isinstance(vocabulary, tokenization.SentencePiece):
         return [f"byte {i}" for i in range(vocabulary.size)]
     return vocabulary.processor.id_to_piece(list(range(vocabulary.size - vocabulary.extra_ids)))

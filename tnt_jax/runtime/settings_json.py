@@ -80,6 +80,8 @@ def _describe(value: Any, outer: tuple[int, ...]) -> Any:
             model = os.fspath(file)
         name = _qualified_name(type(value))
         return {"class": name, "model": model, "extra_ids": value.extra_ids}
+    if hasattr(value, "tokenizer_digest"):  # a tokeniser of a directory
+        return {"class": _qualified_name(type(value)), "model": value.tokenizer_digest}
     if dataclasses.is_dataclass(value):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         return {"class": _qualified_name(type(value)), **named(fields)}

@@ -117,7 +117,7 @@ def describe(
 
 
 def _describe_vocabulary(vocabulary: Any) -> dict[str, Any]:
-    if hasattr(vocabulary, "sentencepiece_model_file"):
+    if hasattr(vocabulary, "sentencepiece_model_file") or hasattr(vocabulary, "tokenizer_digest"):
         return settings_json.describe(vocabulary)
     # Others are told apart by what they are: what else they hold may be anything.
     kind = type(vocabulary)

@@ -1,0 +1,179 @@
+"""Low-rank adapters in the format of Hugging Face's `peft`, beside a model of Hugging Face's.
+
+A directory has `adapter_model.safetensors` and `adapter_config.json`. `PeftModel.from_pretrained`
+puts each pair of matrices onto the module of the base that its name says. It loads a pair onto
+nothing where no module has that name, and servers do so without a word: so every name is compared
+with those of the base before one is written. Neither peft nor torch is needed.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from tnt_jax.checkpoints import huggingface, pretrained
+from tnt_jax.checkpoints.lazy_arrays import LazyArray
+from tnt_jax.runtime.errors import UsageError
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+_PREFIX = "base_model.model."  # PEFT's own modules around the base
+_LORA_A, _LORA_B = ".lora_A.weight", ".lora_B.weight"
+
+# model_type of the base -> what PEFT calls its task.
+_TASK_TYPES: dict[str, str] = dict.fromkeys(("t5", "mt5", "umt5"), "SEQ_2_SEQ_LM")
+
+
+class Base(NamedTuple):
+    """The model that adapters are loaded onto, as transformers finds it.
+
+    Attributes:
+      name: A name on the hub or a directory.
+      revision: Of that name; None for a directory.
+      is_loadable: Whether transformers reads what is there.
+    """
+
+    name: str
+    revision: str | None
+    is_loadable: bool
+
+
+def trained(source: pretrained.Pretrained) -> pretrained.Adapters:
+    """The adapters of a run.
+
+    Raises:
+      UsageError: It trained none, or they are not there.
+    """
+    if source.adapters is None:
+        raise UsageError(
+            "--output_format=peft: expected a run that trained adapters (ORIGINAL='adapters_off'), "
+            f"found a full model at {source.path} ({source.kind}). Use "
+            "--output_format=huggingface."
+        )
+    if not source.adapters.pairs:
+        raise UsageError(
+            f"{source.path}: expected the adapters that its notes tell of, found none: it is "
+            "damaged. Copy the checkpoint again."
+        )
+    return source.adapters
+
+
+def base_of(adapters: pretrained.Adapters) -> Base:
+    """What adapters were trained beside: by its name on the hub where it came from there."""
+    original = adapters.original
+    if found := pretrained.hub_name(original.path):
+        return Base(*found, is_loadable=True)
+    path = str(original.path)
+    is_loadable = original.output_format == "huggingface" and "://" not in path
+    return Base(path, None, is_loadable)
+
+
+def to_stored(
+    adapters: pretrained.Adapters, base: Mapping[str, LazyArray], dtype: np.dtype
+) -> dict[str, LazyArray]:
+    """Adapters under PEFT's names, as PEFT lays them out.
+
+    `base_model.model.MODULE.lora_A.weight` is `[rank, inputs]`, and `.lora_B.weight` is
+    `[outputs, rank]`: each ours, transposed.
+
+    Args:
+      adapters: From a run.
+      base: The parameters of the model that they are loaded onto, by T5X's names, layers apart.
+      dtype: Of the result.
+
+    Raises:
+      UsageError: A module that an adapter is for is none of the base's, or is of another shape; or
+        PEFT would put an adapter onto a module that has none here.
+    """
+    where = str(adapters.original.path)
+    modules = {
+        name.removesuffix(".weight"): array.shape
+        for name, array in huggingface.to_stored(base).items()
+    }
+    stored: dict[str, LazyArray] = {}
+    adapted = set()
+    for kernel, (a, b) in adapters.pairs.items():
+        if kernel not in base:
+            raise UsageError(
+                f"--output_format=peft: expected adapters for modules of {where}, found one for "
+                f"{kernel}, which it does not have. Use the original that they were trained beside."
+            )
+        module = huggingface.weight_name(kernel).removesuffix(".weight")
+        expected = (b.shape[-1], a.shape[0])
+        if modules[module] != expected:
+            raise UsageError(
+                f"--output_format=peft: expected {module} of {where} to be {expected}, as its "
+                f"adapter is, found {modules[module]}. Use the original that they were trained "
+                "beside."
+            )
+        stored[f"{_PREFIX}{module}{_LORA_A}"] = a.transposed().astype(dtype)
+        stored[f"{_PREFIX}{module}{_LORA_B}"] = b.transposed().astype(dtype)
+        adapted.add(module)
+    targets = {_last(module) for module in adapted}
+    missing = [name for name in modules if _last(name) in targets and name not in adapted]
+    if missing:
+        raise UsageError(
+            "--output_format=peft: expected an adapter for every module that is called "
+            f"{', '.join(sorted(targets))}, because PEFT adds one to each; found none for "
+            f"{', '.join(missing[:3])}{' ...' if missing[3:] else ''}. The run is damaged: copy "
+            "its checkpoint again."
+        )
+    return stored
+
+
+def _last(module: str) -> str:
+    return module.rpartition(".")[2]
+
+
+def new_config(
+    adapters: pretrained.Adapters, names: Mapping[str, Any], model_type: str
+) -> dict[str, Any]:
+    """An `adapter_config.json`.
+
+    Args:
+      adapters: From a run.
+      names: What is in `adapter_model.safetensors`, from `to_stored`.
+      model_type: Of the base, as its `config.json` has it.
+    """
+    base = base_of(adapters)
+    modules = {name.removesuffix(_LORA_A) for name in names if name.endswith(_LORA_A)}
+    alpha = float(adapters.alpha)
+    return {
+        "peft_type": "LORA",
+        "task_type": _TASK_TYPES[model_type],
+        "base_model_name_or_path": base.name,
+        "revision": base.revision,  # of the base
+        "r": adapters.rank,
+        "lora_alpha": int(alpha) if alpha.is_integer() else alpha,  # PEFT, too, divides it by r
+        "target_modules": sorted({_last(module) for module in modules}),
+        "bias": "none",
+        "lora_dropout": 0.0,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "auto_mapping": None,
+    }
+
+
+def write(folder: epath.Path, stored: Mapping[str, LazyArray], config: Mapping[str, Any]) -> None:
+    """Writes both files into a local directory; all adapters are in memory meanwhile.
+
+    Args:
+      folder: An existing directory.
+      stored: From `to_stored`.
+      config: From `new_config`.
+    """
+    tensors = {name: array.load() for name, array in sorted(stored.items())}
+    huggingface.save_safetensors(folder / WEIGHTS, tensors)
+    text = json.dumps(config, indent=2, allow_nan=False)
+    (folder / CONFIG).write_text(text + "\n")
