@@ -1,0 +1,117 @@
+"""Against transformers: tiny decoder-only models of every family, and what it computes from them.
+
+golden/README.md says how they were made.
+"""
+
+import json
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from helpers import golden_model
+
+from tnt_jax.checkpoints import huggingface, huggingface_causal_lm
+from tnt_jax.data.feature_converters import CAUSAL, Example
+from tnt_jax.models import causal_lm, decoding
+from tnt_jax.runtime.errors import UsageError
+
+FOLDER = golden_model.FOLDER / "causal_lm"
+EXPECTED = np.load(FOLDER / "expected.npz")
+MODELS = sorted({name.split("/")[0] for name in EXPECTED.files})
+DIALECT_4 = sorted(path.stem for path in FOLDER.glob("*_4.json"))
+PROMPT_LENGTHS = (9, 3, 14, 1)
+LENGTHS = {"inputs": 14, "targets": 20}
+
+
+def settings_of(name):
+    path = FOLDER / f"{name}.json" if name in DIALECT_4 else FOLDER / name / "config.json"
+    return json.loads(path.read_text("utf-8"))
+
+
+def config_of(name, **changes):
+    """With what the weights beside the settings say of the output matrix."""
+    stored = stored_of(name)
+    settings = settings_of(name) | changes
+    is_tied = "lm_head.weight" not in stored
+    return huggingface_causal_lm.network_config(settings, "config.json", is_tied=is_tied)
+
+
+def stored_of(name):
+    folder = epath.Path(FOLDER / name.removesuffix("_4"))
+    return huggingface.read_safetensors(folder / huggingface.WEIGHTS)
+
+
+def params_of(name, config):
+    stored, params = stored_of(name), {}
+    abstract = causal_lm.CausalLM(config).abstract_params()
+    for path, like in flax.traverse_util.flatten_dict(abstract, sep="/").items():
+        array = stored.pop(huggingface_causal_lm.weight_name(path, config)).load()
+        params[path] = jnp.asarray(array.T if path.endswith("kernel") else array)
+        assert params[path].shape == like.shape, path
+    assert not stored  # every weight has its place
+    return flax.traverse_util.unflatten_dict(params, sep="/")
+
+
+def rows_of(name, what):
+    return [row[row >= 0].astype(np.int32) for row in EXPECTED[f"{name.removesuffix('_4')}/{what}"]]
+
+
+def test_every_family_is_here():
+    types = {settings_of(name)["model_type"] for name in MODELS}
+    assert types == set(huggingface_causal_lm.MODEL_TYPES)
+    assert DIALECT_4 == ["gemma3_4", "llama_3_4"]
+
+
+@pytest.mark.parametrize("name", [*MODELS, *DIALECT_4])
+def test_logits_and_greedy_outputs_are_those_of_transformers(name):
+    config = config_of(name)
+    params = params_of(name, config)
+    examples = [
+        Example(row[:length], row[length:], np.zeros((0, 2), np.int32))
+        for row, length in zip(rows_of(name, "rows"), PROMPT_LENGTHS, strict=True)
+    ]
+    batch = jax.tree.map(jnp.asarray, CAUSAL.convert(examples, LENGTHS))
+    logits = np.asarray(causal_lm.CausalLM(config).forward(params, batch).whole())
+    found = logits[np.asarray(batch["decoder_loss_mask"]) > 0]
+    expected = EXPECTED[f"{name.removesuffix('_4')}/logits"]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+    prompts = np.zeros((len(examples), LENGTHS["inputs"]), np.int32)
+    for row, example in zip(prompts, examples, strict=True):
+        row[: len(example.inputs)] = example.inputs
+    decoded = decoding.decode(
+        params,
+        jnp.asarray(prompts),
+        jnp.asarray(PROMPT_LENGTHS),
+        config=config,
+        decoding=decoding.Decoding(max_length=16, end_ids=(1,)),
+    )
+    for said, wanted in zip(decoded.tokens, rows_of(name, "greedy"), strict=True):
+        np.testing.assert_array_equal(said[: len(wanted)], wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("llama", {"num_experts": 8}, "found num_experts: they may change"),
+        ("llama", {"mlp_bias": True}, "mlp_bias: expected nothing or False, found True"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10.0, "factor": 4.0}},
+            "expected the type default, linear, llama3, found 'yarn' with factor",
+        ),
+        ("llama", {"hidden_size": "16"}, "hidden_size: expected int, found '16'"),
+        ("llama", {"num_hidden_layers": None}, "expected 'num_hidden_layers', found no such"),
+        ("llama", {"hidden_act": "xielu"}, "hidden_act: expected silu, .* found 'xielu'"),
+        ("llama", {"num_key_value_heads": 3}, "multiple of num_kv_heads"),
+        ("gemma3", {"layer_types": ["full_attention"]}, "layer_types: expected .* 6 layers"),
+        ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers: expected a number for each of 4"),
+        ("gemma", {"final_logit_softcapping": 30.0}, "final_logit_softcapping: expected nothing"),
+    ],
+)
+def test_settings_that_are_not_known_are_named(name, changes, message):
+    with pytest.raises(UsageError, match=f"config.json: .*{message}"):
+        config_of(name, **changes)
