@@ -47,6 +47,7 @@ MIXED = dataclasses.replace(
 POST = dataclasses.replace(LLAMA, norms="post", query_key_norm="all_heads", num_kv_heads=4)
 CONFIGS = pytest.mark.parametrize("config", [LLAMA, MIXED, POST], ids=["llama", "mixed", "post"])
 LENGTHS = {"inputs": 8, "targets": 6}
+PACKED = {"inputs": 8, "targets": 12}  # several examples in a row
 NOTHING = np.zeros((0, 2), np.int32)
 TNRF = objectives.TntObjective(negative_term="reverse_kl", positive_term="forward_kl")
 
@@ -119,8 +120,8 @@ def test_a_response_follows_a_prompt():
 @CONFIGS
 def test_packed_rows_have_the_logits_of_rows_of_their_own(config):
     params, rows = random_params(config), examples()
-    alone = logits_of(config, params, CAUSAL.convert(rows, LENGTHS))
-    batches = feature_converters.Batches(rows, 2, LENGTHS, seed=0, pack=True, feature_layout=CAUSAL)
+    alone = logits_of(config, params, CAUSAL.convert(rows, PACKED))
+    batches = feature_converters.Batches(rows, 2, PACKED, seed=0, pack=True, feature_layout=CAUSAL)
     places, packed = batches.layout(0), logits_of(config, params, batches.batch(0))
     assert len(places) > 2
     for example, row, _, _, start, number in places:
@@ -252,7 +253,7 @@ def test_a_prompt_among_others_says_what_it_says_alone(settings):
     for row, prompt in enumerate(prompts):
         alone = decoded(MIXED, params, [prompt], **settings)
         np.testing.assert_array_equal(together.tokens[row], alone.tokens[0])
-        np.testing.assert_allclose(together.log_prob[row], alone.log_prob[0], atol=1e-5)
+        np.testing.assert_allclose(together.log_prob[row], alone.log_prob[0], atol=1e-4)
     assert not together.tokens[-1].any()  # filler
 
 
@@ -338,7 +339,7 @@ def test_heads_that_the_mesh_does_not_divide_are_named():
 def test_packed_examples_give_the_sums_of_rows_of_their_own():
     rows = examples(marks=(0, 2))
     network = causal_lm.CausalLM(MIXED)
-    batches = feature_converters.Batches(rows, 2, LENGTHS, seed=0, pack=True, feature_layout=CAUSAL)
+    batches = feature_converters.Batches(rows, 2, PACKED, seed=0, pack=True, feature_layout=CAUSAL)
     packed, chosen = batches.batch(0), [rows[place.example] for place in batches.layout(0)]
     params, original = random_params(MIXED), random_params(MIXED, 1)
 
@@ -351,7 +352,7 @@ def test_packed_examples_give_the_sums_of_rows_of_their_own():
 
     (_, sums), found = gradient(params, jax.tree.map(jnp.asarray, packed))
     (_, expected_sums), expected = gradient(
-        params, jax.tree.map(jnp.asarray, CAUSAL.convert(chosen, LENGTHS))
+        params, jax.tree.map(jnp.asarray, CAUSAL.convert(chosen, PACKED))
     )
     for name, value in expected_sums.items():
         np.testing.assert_allclose(sums[name], value, rtol=1e-5, err_msg=name)

@@ -237,7 +237,8 @@ class Decoder(nn.Module):
         c = self.config
         found = []
         for layer, kind in zip(self.layers, c.kind_of_layers.tolist(), strict=True):
-            speeds, mask = self.speeds[kind], sources.mask(jnp.asarray(self.windows[kind]))
+            speeds = jnp.asarray(self.speeds[kind])
+            mask = sources.mask(jnp.asarray(self.windows[kind]))
 
             def attend(attention: Attention, y: Array, speeds=speeds, mask=mask) -> Array:
                 keys_values = attention.keys_values(y, sources.positions, speeds)
@@ -279,7 +280,7 @@ class Decoder(nn.Module):
         for number, (layer, kind) in enumerate(
             zip(self.layers, self.config.kind_of_layers.tolist(), strict=True)
         ):
-            speeds, window = self.speeds[kind], int(self.windows[kind])
+            speeds, window = jnp.asarray(self.speeds[kind]), int(self.windows[kind])
             of_prompt = (is_prompt & (back < window))[:, None, None, None]
             of_cache = ((since >= 0) & (since < window))[None, None, None, None]
 
