@@ -35,6 +35,8 @@ RUNS_CODE = {
     *("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle"),
     *("yaml", "torch", "subprocess", "runpy", "code", "ctypes"),
 }
+# Starts a program of ours, always the same, with little memory and time and no files, for templates.
+ALLOWED = {"chat": {"subprocess"}}
 
 
 @pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: file.stem)
@@ -45,7 +47,8 @@ def test_no_module_can(file):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             names = [node.module or ""]
-        assert not RUNS_CODE & {name.partition(".")[0] for name in names}, ast.unparse(node)
+        found = RUNS_CODE & {name.partition(".")[0] for name in names}
+        assert found <= ALLOWED.get(file.stem, set()), ast.unparse(node)
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
             assert called not in ("eval", "exec", "compile", "__import__", "os.system"), called
