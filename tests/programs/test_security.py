@@ -35,7 +35,7 @@ RUNS_CODE = {
     *("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle"),
     *("yaml", "torch", "subprocess", "runpy", "code", "ctypes"),
 }
-# Starts a program of ours, always the same, with little memory and time and no files, for templates.
+# It starts a program of ours, always the same, with limits and no files: templates run there.
 ALLOWED = {"chat": {"subprocess"}}
 
 
