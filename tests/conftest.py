@@ -16,8 +16,8 @@ os.environ.update(
 )
 
 # Compiling is most of the time of tests: little is optimised, and nothing is compiled twice, by
-# whichever process. The first one makes the folder, and the others inherit its name.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+# whichever process. The first one makes the folder; pytest's workers inherit its name.
+if "PYTEST_XDIST_WORKER" not in os.environ:
     _compiled = tempfile.TemporaryDirectory(prefix="tnt_jax_compiled_")
     os.environ.update(
         JAX_COMPILATION_CACHE_DIR=_compiled.name,
@@ -47,19 +47,11 @@ SLOW_FILES = {
     *("test_two_at_once", "test_scan_layers", "test_tpu_program", "test_damaged_models"),
     *("test_step_on_meshes", "test_resume", "test_formats", "test_fused", "test_localize"),
     *("test_output_parts", "test_fuzz", "test_paper_experiments", "test_watching", "test_tpu_vm"),
-    *(
-        "test_causal_lm",
-        "test_causal_lm_parity",
-        "test_t5",
-        "test_mistakes",
-        "test_train_step",
-        "test_parity",
-        "test_system_errors",
-    ),
+    *("test_t5", "test_mistakes", "test_train_step", "test_parity", "test_system_errors"),
     *("test_tutorial", "test_packing", "test_prefix_values", "test_security", "test_definition"),
     *("test_decoding", "test_removed_everywhere", "test_release", "test_t5x", "test_benchmarks"),
     *("test_corpora", "test_report_browser", "test_start", "test_t5x_plugin", "test_opened_once"),
-    "test_peft",
+    *("test_peft", "test_causal_lm", "test_causal_lm_parity"),
 }
 
 

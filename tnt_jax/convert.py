@@ -91,8 +91,8 @@ def convert(
             f"base model's; found {vocabulary}. Leave it out."
         )
     source = pretrained.open_checkpoint(input)
-    if output_format == "peft":
-        peft.trained(source)  # before the original is read, all of it
+    # Before the original is read, all of it.
+    adapters = peft.trained(source) if output_format == "peft" else None
     source.check_original()
     config = pretrained.config_of(model or pretrained.FromCheckpoint(), source)
     weights = {
@@ -106,10 +106,10 @@ def convert(
     if vocabulary is not None:
         pretrained.check_vocabulary(pretrained.vocabulary(vocabulary), config, None)
     target = _target(output, output_format, source.step)
-    if output_format == "peft":
-        laid_out = peft.to_stored(peft.trained(source), weights, _DTYPES[dtype or "float32"])
-    else:
+    if adapters is None:
         laid_out = _laid_out(weights, output_format, scan_layers)
+    else:
+        laid_out = peft.to_stored(adapters, weights, _DTYPES[dtype or "float32"])
     if dry_run:
         _print_plan(laid_out, source, target)
         return str(target)
@@ -123,8 +123,8 @@ def convert(
         _target(output, output_format, source.step)  # another run may have ended meanwhile
         if output_format == "huggingface":
             _write_huggingface(target, weights, source, settings, numbers, vocabulary)
-        elif output_format == "peft":
-            _write_peft(target, laid_out, source, settings, numbers)
+        elif adapters is not None:
+            _write_peft(target, laid_out, source, adapters, settings, numbers)
         else:
             _describe(target.parent, source, settings, vocabulary)
             if output_format == "t5x":
@@ -144,7 +144,7 @@ def convert(
             f"T5X's files do not state the activation: {config.mlp_activations} is taken from the "
             "names of the parameters."
         )
-    written = len(laid_out) if output_format == "peft" else len(weights)
+    written = len(weights if adapters is None else laid_out)
     console.log(f"{target}: {written} parameters from {source.path} ({source.kind}).")
     return str(target)
 
@@ -249,10 +249,10 @@ def _write_peft(
     target: epath.Path,
     laid_out: Mapping[str, LazyArray],
     source: pretrained.Pretrained,
+    adapters: pretrained.Adapters,
     settings: Mapping[str, Any],
     evaluation: Mapping[str, Any] | None,
 ) -> None:
-    adapters = peft.trained(source)
     base = peft.base_of(adapters)
     with _moved_when_whole(target, peft.CONFIG) as unfinished:
         config = peft.new_config(adapters, laid_out, settings["model_type"])

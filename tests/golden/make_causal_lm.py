@@ -142,7 +142,10 @@ def greedy(model, rows):
 
 
 def smallest_effect(model, rows):
-    """Of changing one weight, the least of all weights, on the largest change of a logit."""
+    """How far the logits move when one parameter changes: the least of all parameters.
+
+    A parameter for which they hardly move could be misread by another implementation unseen.
+    """
     before = logits_of(model, rows)
     effects = []
     for parameter in model.parameters():

@@ -1,10 +1,10 @@
-"""A small T5 1.0, random parameters of any T5, its logits multiplied out, and batches for it."""
+"""A small T5 1.0, random parameters of any network, a T5's whole logits, and batches for it."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tnt_jax.models import t5
+from tnt_jax.models import families, t5
 
 CONFIG_1_0 = t5.T5Config(
     vocab_size=50,
@@ -30,7 +30,7 @@ def random_params(config, seed=0):
         values = rng.uniform(0.5, 1.5, leaf.shape) if is_scale else rng.normal(0, 0.2, leaf.shape)
         return jnp.asarray(values, jnp.float32)
 
-    return jax.tree.map(draw, t5.T5(config).abstract_params())
+    return jax.tree.map(draw, families.network_of(config).abstract_params())
 
 
 def make_forward(config):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import t5_inputs
 
 from tnt_jax import objectives
 from tnt_jax.data import feature_converters
@@ -50,19 +51,6 @@ LENGTHS = {"inputs": 8, "targets": 6}
 PACKED = {"inputs": 8, "targets": 12}  # several examples in a row
 NOTHING = np.zeros((0, 2), np.int32)
 TNRF = objectives.TntObjective(negative_term="reverse_kl", positive_term="forward_kl")
-
-
-def random_params(config, seed=0):
-    """Parameters away from their initial values, so that a forgotten scale or bias shows."""
-    rng = np.random.default_rng(seed)
-
-    def draw(leaf):
-        is_vector = leaf.ndim == 1
-        size = leaf.shape
-        values = rng.uniform(0.5, 1.5, size) if is_vector else rng.normal(0, 0.3, size)
-        return jnp.asarray(values, jnp.float32)
-
-    return jax.tree.map(draw, causal_lm.CausalLM(config).abstract_params())
 
 
 def examples(sizes=((3, 4), (5, 2), (1, 6), (8, 3), (4, 3)), marks=(), seed=0):
@@ -119,7 +107,7 @@ def test_a_response_follows_a_prompt():
 
 @CONFIGS
 def test_packed_rows_have_the_logits_of_rows_of_their_own(config):
-    params, rows = random_params(config), examples()
+    params, rows = t5_inputs.random_params(config), examples()
     alone = logits_of(config, params, CAUSAL.convert(rows, PACKED))
     batches = feature_converters.Batches(rows, 2, PACKED, seed=0, pack=True, feature_layout=CAUSAL)
     places, packed = batches.layout(0), logits_of(config, params, batches.batch(0))
@@ -161,7 +149,7 @@ def test_llama_3_slows_down_what_turns_less_than_once():
 def test_a_window_ends_what_is_seen():
     """Through two layers with a window of 3 a token is seen four positions on, and no further."""
     config = dataclasses.replace(LLAMA, layer_kinds=(LayerKind(window=3),))
-    params = random_params(config)
+    params = t5_inputs.random_params(config)
 
     def first_logit(prompt):
         example = Example(np.array(prompt, np.int32), np.array([1], np.int32), NOTHING)
@@ -178,7 +166,7 @@ def test_a_window_ends_what_is_seen():
     ids=["llama", "mixed", "post"],
 )
 def test_stacked_layers_have_the_logits_and_gradients_of_layers_apart(config, remat_policy):
-    params, batch = random_params(config), CAUSAL.convert(examples(), LENGTHS)
+    params, batch = t5_inputs.random_params(config), CAUSAL.convert(examples(), LENGTHS)
     stacked = dataclasses.replace(config, scan_layers=True, remat_policy=remat_policy)
 
     def total(config, params):
@@ -234,7 +222,7 @@ def decoded(config, params, prompts, **settings):
 
 @CONFIGS
 def test_steps_are_the_teacher_forced_argmax(config):
-    params, rows = random_params(config), examples()
+    params, rows = t5_inputs.random_params(config), examples()
     found = decoded(config, params, [row.inputs for row in rows], end_ids=())
     said = [
         dataclasses.replace(row, targets=np.asarray(ids))
@@ -247,7 +235,7 @@ def test_steps_are_the_teacher_forced_argmax(config):
 
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"temperature": 1.0}], ids=str)
 def test_a_prompt_among_others_says_what_it_says_alone(settings):
-    params = random_params(MIXED)
+    params = t5_inputs.random_params(MIXED)
     prompts = [row.inputs for row in examples()]
     together = decoded(MIXED, params, [*prompts, []], **settings)
     for row, prompt in enumerate(prompts):
@@ -258,7 +246,7 @@ def test_a_prompt_among_others_says_what_it_says_alone(settings):
 
 
 def test_beams_score_what_they_say():
-    params, rows = random_params(MIXED), examples()
+    params, rows = t5_inputs.random_params(MIXED), examples()
     found = decoded(MIXED, params, [row.inputs for row in rows], num_beams=4, length_penalty=0.0)
     said = [
         dataclasses.replace(row, targets=np.asarray(ids))
@@ -286,8 +274,8 @@ def update(config, shape, num_microbatches=1, marks=(1, 3), original_seed=1):
         num_microbatches=num_microbatches,
     )
     place = functools.partial(jax.tree.map, lambda x, like: jax.device_put(x, like.sharding))
-    params = place(random_params(config), model.abstract_params)
-    original = place(random_params(config, original_seed), model.abstract_params)
+    params = place(t5_inputs.random_params(config), model.abstract_params)
+    original = place(t5_inputs.random_params(config, original_seed), model.abstract_params)
     sizes = [(3, 4), (5, 2), (1, 6), (8, 3), (4, 3), (2, 5), (6, 6), (3, 1)]
     batch = CAUSAL.convert(examples(sizes, marks), LENGTHS)
     state, sums = trainer.step(
@@ -341,7 +329,7 @@ def test_packed_examples_give_the_sums_of_rows_of_their_own():
     network = causal_lm.CausalLM(MIXED)
     batches = feature_converters.Batches(rows, 2, PACKED, seed=0, pack=True, feature_layout=CAUSAL)
     packed, chosen = batches.batch(0), [rows[place.example] for place in batches.layout(0)]
-    params, original = random_params(MIXED), random_params(MIXED, 1)
+    params, original = t5_inputs.random_params(MIXED), t5_inputs.random_params(MIXED, 1)
 
     @jax.jit
     @functools.partial(jax.value_and_grad, has_aux=True)

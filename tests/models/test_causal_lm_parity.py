@@ -3,6 +3,7 @@
 golden/README.md says how they were made.
 """
 
+import functools
 import json
 
 import flax.traverse_util
@@ -93,6 +94,29 @@ def test_logits_and_greedy_outputs_are_those_of_transformers(name):
         np.testing.assert_array_equal(said[: len(wanted)], wanted)
 
 
+def without(settings, *keys):
+    return {key: value for key, value in settings.items() if key not in keys}
+
+
+def test_null_is_not_the_default():
+    """Mistral's later files have no window, and say so by null."""
+    settings = without(settings_of("mistral"), "layer_types")
+    read = functools.partial(huggingface_causal_lm.network_config, where="", is_tied=False)
+    windows = {
+        tuple(kind.window for kind in read(changed).layer_kinds)
+        for changed in (settings | {"sliding_window": None}, without(settings, "sliding_window"))
+    }
+    assert windows == {(None,), (4096,)}
+
+
+def test_what_a_family_s_files_leave_out():
+    read = functools.partial(huggingface_causal_lm.network_config, where="", is_tied=False)
+    for name, epsilon in (("olmo2", 1e-5), ("llama", 1e-6)):
+        assert read(without(settings_of(name), "rms_norm_eps")).layer_norm_epsilon == epsilon
+    assert read(without(settings_of("qwen3"), "head_dim")).head_dim == 128
+    assert read(settings_of("qwen3") | {"head_dim": None}).head_dim == 4
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
@@ -105,6 +129,10 @@ def test_logits_and_greedy_outputs_are_those_of_transformers(name):
         ),
         ("llama", {"hidden_size": "16"}, "hidden_size: expected int, found '16'"),
         ("llama", {"num_hidden_layers": None}, "expected 'num_hidden_layers', found no such"),
+        ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers: expected 1 to 1000, found"),
+        ("llama", {"rope_parameters": {"rope_type": ["llama3"]}}, "rotary positions: expected"),
+        ("gemma3", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar: .* above 0, found 0"),
+        ("mistral", {"sliding_window": 0}, "LayerKind.window: expected 1 or more, found 0"),
         ("llama", {"hidden_act": "xielu"}, "hidden_act: expected silu, .* found 'xielu'"),
         ("llama", {"num_key_value_heads": 3}, "multiple of num_kv_heads"),
         ("gemma3", {"layer_types": ["full_attention"]}, "layer_types: expected .* 6 layers"),

@@ -24,32 +24,31 @@ def run(name, gin_files=(), **settings):
     note(name, rooms.run(name, settings, gin_files))
 
 rooms.write_world(pathlib.Path())
-with rooms.devices_seen():
-    rooms.train_original("original", 60, LEARNING_RATE=1e-2)
-    run("generate", OUTPUT="original.jsonl", CHECKPOINT_PATH="original")
-    run("annotate", OUTPUT="original.annotated.jsonl", RECORDS="original.jsonl")
-    rooms.records.write_records("marked.jsonl", rooms.marked_corpus())
-    run("train", RECORDS="marked.jsonl", MODEL_DIR="patched", TRAIN_STEPS=2, SAMPLE_EVERY=2)
-    run(
-        "evaluate",
-        ORIGINAL_RECORDS="original.annotated.jsonl",
-        CURRENT_RECORDS="original.annotated.jsonl",
-        CHECKPOINT_PATH="patched",
-        OUTPUT="evaluation.json",
-    )
-    run(
-        "pipeline",
-        ARMS="[@tnrf/experiment.Arm()]",
-        TRAIN_STEPS=2,
-        OUTPUT_DIR="pipeline",
-    )
-    from tnt_jax import convert, report
+rooms.train_original("original", 60, LEARNING_RATE=1e-2)
+run("generate", OUTPUT="original.jsonl", CHECKPOINT_PATH="original")
+run("annotate", OUTPUT="original.annotated.jsonl", RECORDS="original.jsonl")
+rooms.records.write_records("marked.jsonl", rooms.marked_corpus())
+run("train", RECORDS="marked.jsonl", MODEL_DIR="patched", TRAIN_STEPS=2, SAMPLE_EVERY=2)
+run(
+    "evaluate",
+    ORIGINAL_RECORDS="original.annotated.jsonl",
+    CURRENT_RECORDS="original.annotated.jsonl",
+    CHECKPOINT_PATH="patched",
+    OUTPUT="evaluation.json",
+)
+run(
+    "pipeline",
+    ARMS="[@tnrf/experiment.Arm()]",
+    TRAIN_STEPS=2,
+    OUTPUT_DIR="pipeline",
+)
+from tnt_jax import convert, report
 
-    convert.convert(input="patched", output="out", output_format="t5x")
-    note("convert")
-    records = "original.annotated.jsonl"
-    report.report(output="report.html", original_records=records, current_records=records)
-    note("report")
+convert.convert(input="patched", output="out", output_format="t5x")
+note("convert")
+records = "original.annotated.jsonl"
+report.report(output="report.html", original_records=records, current_records=records)
+note("report")
 print(json.dumps(found))
 """
 

@@ -94,10 +94,7 @@ def t5_config(config: Mapping[str, Any], where: str, *, is_tied: bool) -> T5Conf
       UsageError: A setting is missing, or is one that this network does not have.
     """
     given = {key: value for key, value in config.items() if value is not None}
-    for key, kinds in _SETTING_TYPES.items():
-        if key in given and type(given[key]) not in kinds:  # True is an int as well
-            names = " or ".join(kind.__name__ for kind in kinds)
-            raise UsageError(f"{where}: {key}: expected {names}, found {given[key]!r:.60}.")
+    files.check_types(given, _SETTING_TYPES, where)
     kind = config["model_type"]
     projection = given.get("feed_forward_proj", "relu" if kind == "t5" else "gated-gelu")
     is_gated = projection.startswith("gated-")

@@ -8,10 +8,13 @@ a word.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tnt_jax.models.causal_lm_config import CausalLMConfig, LayerKind, Llama3Scaling
+from tnt_jax.models.network_config import MOST_LAYERS
+from tnt_jax.runtime import files
 from tnt_jax.runtime.errors import UsageError
 
 # ---------------------------------------------------------------------------------- The families
@@ -19,24 +22,24 @@ from tnt_jax.runtime.errors import UsageError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Family:
-    """What a model type has that its `config.json` does not say, and what it says if asked.
+    """What a model type has that its `config.json` does not say.
 
     Attributes:
       switches: Fields of `CausalLMConfig`.
-      defaults: Of keys that `config.json` may leave out, as transformers has them.
+      defaults: Values of keys that `config.json` may leave out, as transformers has them. null is a
+        value: Mistral's files say `"sliding_window": null` and mean that there is none.
       biases: What `attention_bias` true stands for; None where the key has no meaning.
       window_switch: The key that makes `sliding_window` count; None where it always does.
-      is_tied: Whether the output matrix is the embedding where `config.json` does not say.
     """
 
     switches: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     biases: str | None = "all"
     window_switch: str | None = None
-    is_tied: bool = False
 
 
 _GEMMA = {"norm_scale_offset": 1.0, "scales_embedding": True}
+_QWEN = {"sliding_window": 4096, "max_window_layers": 28}
 _FAMILIES = {
     "llama": _Family(),
     "mistral": _Family(biases=None, defaults={"sliding_window": 4096}),
@@ -44,19 +47,18 @@ _FAMILIES = {
         switches={"attention_bias": "qkv"},
         biases=None,
         window_switch="use_sliding_window",
-        defaults={"sliding_window": 4096, "max_window_layers": 28},
+        defaults=_QWEN,
     ),
     "qwen3": _Family(
         switches={"query_key_norm": "head"},
         window_switch="use_sliding_window",
-        defaults={"sliding_window": 4096, "max_window_layers": 28, "head_dim": 128},
+        defaults={**_QWEN, "head_dim": 128},
     ),
     "smollm3": _Family(
         window_switch="use_sliding_window",
         defaults={"rope_theta": 2_000_000.0, "no_rope_layer_interval": 4},
-        is_tied=True,
     ),
-    "gemma": _Family(switches=_GEMMA, defaults={"head_dim": 256}, is_tied=True),
+    "gemma": _Family(switches=_GEMMA, defaults={"head_dim": 256}),
     "gemma3_text": _Family(
         switches={**_GEMMA, "query_key_norm": "head", "norms": "pre_and_post"},
         defaults={
@@ -66,35 +68,33 @@ _FAMILIES = {
             "rope_theta": 1_000_000.0,
             "rope_local_base_freq": 10_000.0,
         },
-        is_tied=True,
     ),
     "olmo2": _Family(
         switches={"query_key_norm": "all_heads", "norms": "post"},
-        defaults={"layer_norm_epsilon": 1e-5},
+        defaults={"rms_norm_eps": 1e-5},
     ),
 }
 MODEL_TYPES = tuple(_FAMILIES)
 
-# What may stand in a config.json without a meaning for the function that is computed here.
-_WITHOUT_MEANING = {
-    *("architectures", "model_type", "transformers_version", "_name_or_path", "torch_dtype"),
-    *("dtype", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range"),
-    *("attention_dropout", "tie_word_embeddings", "pretraining_tp", "is_encoder_decoder"),
-    *("max_position_embeddings", "head_dim", "sliding_window", "use_sliding_window"),
-    *("max_window_layers", "layer_types", "rope_theta", "rope_scaling", "rope_parameters"),
-    *("no_rope_layers", "no_rope_layer_interval", "query_pre_attn_scalar", "cache_implementation"),
-    *("rope_local_base_freq", "sliding_window_pattern", "_sliding_window_pattern", "is_decoder"),
-    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps"),
-    *("num_key_value_heads", "intermediate_size", "hidden_act", "hidden_activation"),
-    *("attention_bias", "mlp_bias", "output_attentions", "output_hidden_states", "return_dict"),
-    *("chunk_size_feed_forward", "id2label", "label2id", "problem_type", "num_labels"),
-    *("rope_interleaved", "transformers.js_config", "quantization_config", "task_specific_params"),
-    *("tokenizer_class", "unk_token_id", "sep_token_id", "decoder_start_token_id"),
-    *("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"),
-    *("add_cross_attention", "cross_attention_hidden_size", "tie_encoder_decoder"),
-    *("is_llama_config", "rope_local_theta", "partial_rotary_factor", "full_attn_every_n_layers"),
+# What is read, and its types; what is asked of the layers' kinds and of the rotation besides. How
+# large it may be is checked by `CausalLMConfig`.
+_SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size"),
+    *("num_hidden_layers", "num_attention_heads"),
+)
+_SETTING_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(_SIZES, (int,)),
+    **dict.fromkeys(("num_key_value_heads", "head_dim", "sliding_window"), (int,)),
+    **dict.fromkeys(("max_window_layers", "no_rope_layer_interval"), (int,)),
+    **dict.fromkeys(("sliding_window_pattern", "_sliding_window_pattern"), (int,)),
+    **dict.fromkeys(("attention_bias", "use_sliding_window"), (bool,)),
+    **dict.fromkeys(("hidden_act", "hidden_activation"), (str,)),
+    **dict.fromkeys(("rms_norm_eps", "query_pre_attn_scalar"), (float, int)),
+    **dict.fromkeys(("layer_types", "no_rope_layers"), (list,)),
+    **dict.fromkeys(("rope_scaling", "rope_parameters"), (dict,)),
+    **dict.fromkeys(("rope_theta", "rope_local_base_freq"), (float, int)),
 }
-# These have one, and are known with these values alone.
+# These would change the function, and are known with these values alone.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (None, False),
     "is_encoder_decoder": (None, False),
@@ -107,15 +107,17 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "partial_rotary_factor": (None, 1, 1.0),
 }
-
-
-def _get(config: Mapping[str, Any], key: str, kinds: tuple[type, ...], where: str) -> Any:
-    """A setting of these types; None if it is not there."""
-    value = config.get(key)
-    if value is not None and type(value) not in kinds:  # True is an int as well
-        names = " or ".join(kind.__name__ for kind in kinds)
-        raise UsageError(f"{where}: {key}: expected {names}, found {value!r:.60}.")
-    return value
+# These do not change it.
+_WITHOUT_MEANING = {
+    *("architectures", "model_type", "transformers_version", "_name_or_path", "torch_dtype"),
+    *("dtype", "use_cache", "cache_implementation", "initializer_range", "pretraining_tp"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id"),
+    *("decoder_start_token_id", "tokenizer_class", "max_position_embeddings", "is_decoder"),
+    *("tie_word_embeddings", "tie_encoder_decoder", "cross_attention_hidden_size"),
+    *("output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward"),
+    *("id2label", "label2id", "problem_type", "num_labels", "task_specific_params"),
+    "transformers.js_config",
+}
 
 
 def network_config(config: Mapping[str, Any], where: str, *, is_tied: bool) -> CausalLMConfig:
@@ -129,47 +131,49 @@ def network_config(config: Mapping[str, Any], where: str, *, is_tied: bool) -> C
     Raises:
       UsageError: A setting is missing, of a wrong type, or not known.
     """
-    family = _FAMILIES[config["model_type"]]
-    _check_known(config, where)
-    given = {**family.defaults, **{key: v for key, v in config.items() if v is not None}}
-
-    def number(key: str) -> Any:
-        return _get(given, key, (int,), where)
-
-    for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
-        if number(key) is None:
-            raise UsageError(f"{where}: expected {key!r}, found no such setting.")
-    if number("intermediate_size") is None:
-        raise UsageError(f"{where}: expected 'intermediate_size', found no such setting.")
-    num_heads = number("num_attention_heads")
-    has_bias = _get(given, "attention_bias", (bool,), where)
-    switches = dict(family.switches)
-    if has_bias and family.biases is not None:
-        switches["attention_bias"] = family.biases
-    scalar = _get(given, "query_pre_attn_scalar", (int, float), where)
-    kinds, pattern = _layer_kinds(given, family, where)
     try:
-        return CausalLMConfig(
-            vocab_size=given["vocab_size"],
-            emb_dim=given["hidden_size"],
-            num_heads=num_heads,
-            num_kv_heads=number("num_key_value_heads") or num_heads,
-            head_dim=number("head_dim") or given["hidden_size"] // max(num_heads, 1),
-            mlp_dim=given["intermediate_size"],
-            mlp_activations=(_activation(given, where), "linear"),
-            logits_via_embedding=is_tied,
-            layer_norm_epsilon=_get(given, "rms_norm_eps", (int, float), where) or 1e-6,
-            num_layers=given["num_hidden_layers"],
-            layer_kinds=kinds,
-            layer_pattern=pattern,
-            attention_scale=None if scalar is None else scalar**-0.5,
-            **switches,
-        )
+        return _network_config(config, is_tied)
     except UsageError as error:
-        raise UsageError(f"{where}: {error}.") from error
+        raise UsageError(f"{where}: {str(error).removesuffix('.')}.") from error
 
 
-def _check_known(config: Mapping[str, Any], where: str) -> None:
+def _network_config(config: Mapping[str, Any], is_tied: bool) -> CausalLMConfig:
+    family = _FAMILIES[config["model_type"]]
+    _check_known(config)
+    given = {**family.defaults, **config}
+    files.check_types(given, _SETTING_TYPES)
+    for key in _SIZES:
+        if given.get(key) is None:
+            raise UsageError(f"expected {key!r}, found no such setting.")
+    num_layers, num_heads = given["num_hidden_layers"], given["num_attention_heads"]
+    if not 0 < num_layers <= MOST_LAYERS:  # before anything is made for each of them
+        raise UsageError(f"num_hidden_layers: expected 1 to {MOST_LAYERS}, found {num_layers}.")
+    switches = dict(family.switches)
+    if given.get("attention_bias") and family.biases is not None:
+        switches["attention_bias"] = family.biases
+    scalar = given.get("query_pre_attn_scalar")
+    if scalar is not None and not 0 < scalar < math.inf:
+        raise UsageError(f"query_pre_attn_scalar: expected a number above 0, found {scalar}.")
+    kinds, pattern = _layer_kinds(given, family)
+    return CausalLMConfig(
+        vocab_size=given["vocab_size"],
+        emb_dim=given["hidden_size"],
+        num_heads=num_heads,
+        num_kv_heads=given.get("num_key_value_heads") or num_heads,
+        head_dim=given.get("head_dim") or given["hidden_size"] // max(num_heads, 1),
+        mlp_dim=given["intermediate_size"],
+        mlp_activations=(_activation(given), "linear"),
+        logits_via_embedding=is_tied,
+        layer_norm_epsilon=given.get("rms_norm_eps", 1e-6),
+        num_layers=num_layers,
+        layer_kinds=kinds,
+        layer_pattern=pattern,
+        attention_scale=None if scalar is None else scalar**-0.5,
+        **switches,
+    )
+
+
+def _check_known(config: Mapping[str, Any]) -> None:
     """Raises a UsageError for what would change the function and is not known."""
     for key, values in _ONLY.items():
         if config.get(key) not in values:
@@ -177,25 +181,25 @@ def _check_known(config: Mapping[str, Any], where: str) -> None:
                 dict.fromkeys("nothing" if v is None else str(v) for v in values)
             )
             raise UsageError(
-                f"{where}: {key}: expected {expected}, found {config[key]!r:.60}: such a network "
+                f"{key}: expected {expected}, found {config[key]!r:.60}: such a network "
                 "is not computed here."
             )
-    unknown = sorted(set(config) - _WITHOUT_MEANING)
+    unknown = sorted(set(config) - set(_SETTING_TYPES) - set(_ONLY) - _WITHOUT_MEANING)
     if unknown:
         raise UsageError(
-            f"{where}: expected settings of {', '.join(MODEL_TYPES)}, found {', '.join(unknown)}: "
+            f"expected settings of {', '.join(MODEL_TYPES)}, found {', '.join(unknown)}: "
             "they may change what the network computes."
         )
 
 
-def _activation(given: Mapping[str, Any], where: str) -> str:
+def _activation(given: Mapping[str, Any]) -> str:
     name = given.get("hidden_activation") or given.get("hidden_act") or "silu"
     if given["model_type"].startswith("gemma"):
         # The first files of Gemma say "gelu" and mean the approximation, as transformers has it.
         name = {"gelu": "gelu_pytorch_tanh", "silu": "gelu_pytorch_tanh"}.get(name, name)
     known = {"silu": "silu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_exact", "relu": "relu"}
     if name not in known:
-        raise UsageError(f"{where}: hidden_act: expected {', '.join(known)}, found {name!r:.60}.")
+        raise UsageError(f"hidden_act: expected {', '.join(known)}, found {name!r:.60}.")
     return known[name]
 
 
@@ -203,29 +207,25 @@ def _activation(given: Mapping[str, Any], where: str) -> str:
 
 
 def _layer_kinds(
-    given: Mapping[str, Any], family: _Family, where: str
+    given: Mapping[str, Any], family: _Family
 ) -> tuple[Sequence[LayerKind], Sequence[int]]:
     """The kinds of layers, and which each layer is."""
     num_layers = given["num_hidden_layers"]
     types = given.get("layer_types") or _layer_types(given, family)
-    if (
-        not isinstance(types, list)
-        or not types
-        or len(types) != num_layers
-        or any(kind not in ("full_attention", "sliding_attention") for kind in types)
-    ):
+    known = ("full_attention", "sliding_attention")
+    if len(types) != num_layers or any(kind not in known for kind in types):
         raise UsageError(
-            f"{where}: layer_types: expected full_attention or sliding_attention for each of "
+            f"layer_types: expected full_attention or sliding_attention for each of "
             f"{num_layers} layers, found {types!r:.80}."
         )
-    window = _get(given, "sliding_window", (int,), where)
+    window = given.get("sliding_window")
     no_rope = given.get("no_rope_layers")
     interval = given.get("no_rope_layer_interval")
     if no_rope is None and interval:
         no_rope = [int((i + 1) % interval != 0) for i in range(num_layers)]
-    if no_rope is not None and (not isinstance(no_rope, list) or len(no_rope) != num_layers):
+    if no_rope is not None and len(no_rope) != num_layers:
         raise UsageError(
-            f"{where}: no_rope_layers: expected a number for each of {num_layers} layers, found "
+            f"no_rope_layers: expected a number for each of {num_layers} layers, found "
             f"{no_rope!r:.80}."
         )
     kinds: dict[LayerKind, int] = {}
@@ -233,7 +233,7 @@ def _layer_kinds(
     for i, layer_type in enumerate(types):
         kind = LayerKind(
             window=window if layer_type == "sliding_attention" else None,
-            **_rope(given, layer_type, where),
+            **_rope(given, layer_type),
         )
         if no_rope is not None and not no_rope[i]:
             kind = LayerKind(window=kind.window, rope_theta=None)
@@ -257,22 +257,22 @@ def _layer_types(given: Mapping[str, Any], family: _Family) -> list[str]:
         return ["sliding_attention"] * num_layers
     if not given.get(family.window_switch):
         return ["full_attention"] * num_layers
-    first = given.get("max_window_layers", 0)
+    first = given.get("max_window_layers") or 0
     return ["sliding_attention" if i >= first else "full_attention" for i in range(num_layers)]
 
 
-def _rope(given: Mapping[str, Any], layer_type: str, where: str) -> dict[str, Any]:
+def _rope(given: Mapping[str, Any], layer_type: str) -> dict[str, Any]:
     """The rotation of a type of layer: fields of `LayerKind`."""
     stated = given.get("rope_parameters")
     if stated is None:
         is_local = given["model_type"] == "gemma3_text" and layer_type == "sliding_attention"
         theta = given["rope_local_base_freq"] if is_local else given.get("rope_theta", 10_000.0)
         scaling = {} if is_local else given.get("rope_scaling") or {}
-        stated = {"rope_theta": theta, **scaling} if isinstance(scaling, dict) else scaling
-    elif isinstance(stated, dict) and layer_type in stated:
+        stated = {"rope_theta": theta, **scaling}
+    elif layer_type in stated:
         stated = stated[layer_type]
     if not isinstance(stated, dict):
-        raise UsageError(f"{where}: expected settings of the rotation, found {stated!r:.60}.")
+        raise UsageError(f"expected settings of the rotation, found {stated!r:.60}.")
     kind = stated.get("rope_type", stated.get("type", "default"))
     known = {
         "default": (),
@@ -283,29 +283,30 @@ def _rope(given: Mapping[str, Any], layer_type: str, where: str) -> dict[str, An
         ),
     }
     allowed = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-    if kind not in known or not set(stated) <= {*allowed, *known[kind]}:
-        unknown = sorted(set(stated) - allowed - set(known.get(kind, ())))
+    unknown = sorted(set(stated) - allowed - {*known.get(str(kind), ())})
+    if str(kind) not in known or unknown:
         raise UsageError(
-            f"{where}: rotary positions: expected the type {', '.join(known)}, found "
+            f"rotary positions: expected the type {', '.join(known)}, found "
             f"{kind!r:.40} with {', '.join(unknown) or 'nothing else'}: such rotations are not "
             "computed here."
         )
     if stated.get("partial_rotary_factor") not in _ONLY["partial_rotary_factor"]:
-        raise UsageError(f"{where}: partial_rotary_factor: expected 1, found {stated!r:.80}.")
-    numbers = {}
+        raise UsageError(f"partial_rotary_factor: expected 1, found {stated!r:.80}.")
+    stated = {"rope_theta": given.get("rope_theta", 10_000.0), **stated}
+    numbers: dict[str, float] = {}
     for key in ("rope_theta", *known[kind]):
-        value = stated.get(key, given.get("rope_theta", 10_000.0) if key == "rope_theta" else None)
-        if type(value) not in (int, float):
-            raise UsageError(f"{where}: {key}: expected a number, found {value!r:.60}.")
-        numbers[key] = value
-    fields: dict[str, Any] = {"rope_theta": float(numbers["rope_theta"])}
+        value: Any = stated.get(key)
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise UsageError(f"{key}: expected a number, found {value!r:.60}.")
+        numbers[key] = float(value)
+    fields: dict[str, Any] = {"rope_theta": numbers["rope_theta"]}
     if kind == "linear":
-        fields["rope_factor"] = float(numbers["factor"])
+        fields["rope_factor"] = numbers["factor"]
     elif kind == "llama3":
         fields["rope_llama3"] = Llama3Scaling(
-            factor=float(numbers["factor"]),
-            low_freq_factor=float(numbers["low_freq_factor"]),
-            high_freq_factor=float(numbers["high_freq_factor"]),
+            factor=numbers["factor"],
+            low_freq_factor=numbers["low_freq_factor"],
+            high_freq_factor=numbers["high_freq_factor"],
             original_max_positions=int(numbers["original_max_position_embeddings"]),
         )
     return fields

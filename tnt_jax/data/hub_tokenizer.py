@@ -234,7 +234,11 @@ class HubTokenizer(Tokeniser):
 
     @functools.cached_property
     def tokenizer_digest(self) -> str:
-        """Of what decides the ids of a text, wherever the files are: runs are compared by it."""
+        """A hash of the files' content that decides the ids of a text; it names no place.
+
+        Resuming compares it, so that a run may go on where the files have moved, and not with
+        another tokenizer of the same size.
+        """
         digest = hashlib.sha256((epath.Path(self.folder) / TOKENIZER).read_bytes())
         digest.update(json.dumps([sorted(self.end_ids), self.end_id]).encode())
         return digest.hexdigest()

@@ -8,20 +8,20 @@ Axes: B rows, L positions of prompt and response, R of responses, S of prompts, 
 """
 
 import dataclasses
-import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from tnt_jax.data.feature_converters import CAUSAL, FeatureLayout
-from tnt_jax.models import parameters, sharded_embedding, sharding
+from tnt_jax.models import sharded_embedding, sharding
 from tnt_jax.models.causal_lm_config import CausalLMConfig
 from tnt_jax.models.causal_lm_layers import Decoder, Sources
 from tnt_jax.models.factored_logits import FactoredLogits, multiply
 from tnt_jax.models.layers import Cache
+from tnt_jax.models.linen_network import LinenNetwork
 from tnt_jax.models.network import DecodingStart
 from tnt_jax.runtime.array_types import Array, Float, Int, Key, PyTree
 
@@ -91,26 +91,8 @@ class Transformer(nn.Module):
         )
 
 
-@functools.lru_cache(maxsize=16)
-def _traced_shapes(config: CausalLMConfig) -> PyTree:
-    return jax.eval_shape(functools.partial(_boxed_params, config), jax.random.key(0))
-
-
-def _boxed_params(config: CausalLMConfig, key: Key[Array, ""]) -> PyTree:
-    # Layers apart, whatever the config: a model with stacked layers starts from the same numbers.
-    apart = dataclasses.replace(config, scan_layers=False, remat_policy="none")
-    ones = jnp.ones((1, 1), jnp.int32)
-    return Transformer(apart).init(key, ones, Sources(ones, ones))["params"]
-
-
-def _boxed_shapes(config: CausalLMConfig) -> PyTree:
-    """Shapes of the parameters, with their axes; layers apart, of which one is traced."""
-    shapes = _traced_shapes(dataclasses.replace(config, num_layers=1))
-    return parameters.repeat_layers(shapes, {"decoder": config.num_layers})
-
-
 @dataclasses.dataclass(frozen=True)
-class CausalLM:
+class CausalLM(LinenNetwork):
     """A decoder-only language model as `network.Network` describes it.
 
     Attributes:
@@ -118,29 +100,17 @@ class CausalLM:
     """
 
     config: CausalLMConfig
+    stacks: ClassVar = {"decoder": "num_layers"}
 
     @property
     def feature_layout(self) -> FeatureLayout:
         """Prompt and response in one row."""
         return CAUSAL
 
-    def init(self, key: Key[Array, ""]) -> PyTree:
-        """Random float32 parameters: kernels and embedding of a standard deviation of 0.02."""
-        params = nn.unbox(_boxed_params(self.config, key))
-        return parameters.stack_layers(params) if self.config.scan_layers else params
-
-    def abstract_params(self) -> PyTree:
-        """Shapes and dtypes of the parameters."""
-        shapes = nn.unbox(_boxed_shapes(self.config))
-        return parameters.stack_layers(shapes) if self.config.scan_layers else shapes
-
-    def logical_axes(self) -> PyTree:
-        """Logical axis names of each parameter."""
-        return parameters.logical_axes(_boxed_shapes(self.config), stacked=self.config.scan_layers)
-
-    def computed_dtypes(self) -> PyTree:
-        """The dtype in which a forward pass reads each parameter."""
-        return parameters.computed_dtypes(self.abstract_params(), self.config)
+    def boxed_params(self, key: Key[Array, ""]) -> PyTree:
+        """Random float32 parameters in Flax's boxes: all matrices with standard deviation 0.02."""
+        ones = jnp.ones((1, 1), jnp.int32)  # no shape depends on the batch
+        return Transformer(self.config).init(key, ones, Sources(ones, ones))["params"]
 
     def forward(
         self,
@@ -166,12 +136,6 @@ class CausalLM:
     def hidden_dtype(self) -> Any:
         """The compute dtype."""
         return self.config.dtype
-
-    def output_matrix(self, params: PyTree) -> tuple[Any, int]:
-        """The embedding, if it is tied, or the decoder's own; and the vocabulary axis."""
-        if self.config.logits_via_embedding:
-            return params["token_embedder"]["embedding"], 0
-        return params["decoder"]["logits_dense"]["kernel"], 1
 
     def start_decoding(
         self,

@@ -21,17 +21,17 @@ row, which packing keeps, so the `*_positions` features of a packed batch are no
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from tnt_jax.data.feature_converters import ENCODER_DECODER, FeatureLayout
-from tnt_jax.models import parameters, sharded_embedding, sharding
+from tnt_jax.models import sharded_embedding, sharding
 from tnt_jax.models.factored_logits import FactoredLogits
+from tnt_jax.models.linen_network import LinenNetwork
 from tnt_jax.models.network import DecodingStart
 from tnt_jax.models.t5_config import T5Config
 from tnt_jax.models.t5_layers import Cache, Decoder, Encoder
@@ -224,39 +224,11 @@ class Transformer(nn.Module):
         return self.logits(hidden)[:, 0], cache
 
 
-# ------------------------------------------------------------------------------------ Parameters
-
-
-def _boxed_params(config: T5Config, key: Key[Array, ""]) -> PyTree:
-    # Layers apart, whatever the config: so a model with stacked layers starts from the same random
-    # numbers. Parameter shapes do not depend on the batch.
-    apart = dataclasses.replace(config, scan_layers=False, remat_policy="none")
-    tokens = jnp.ones((1, 1), jnp.int32)
-    return Transformer(apart).init(key, tokens, tokens, tokens)["params"]
-
-
-@functools.lru_cache(maxsize=16)
-def _traced_shapes(config: T5Config) -> PyTree:
-    """Once for each network: it traces a forward pass, and every stage of a run asks for it."""
-    return jax.eval_shape(functools.partial(_boxed_params, config), jax.random.key(0))
-
-
-def _boxed_shapes(config: T5Config) -> PyTree:
-    """Shapes of the parameters, with their axes; layers apart.
-
-    All layers of a stack have the same, so one of each stack is traced: a trace takes a third of a
-    second for every layer in it, and a file may say that there are many.
-    """
-    shapes = _traced_shapes(dataclasses.replace(config, num_encoder_layers=1, num_decoder_layers=1))
-    num_layers = {"encoder": config.num_encoder_layers, "decoder": config.num_decoder_layers}
-    return parameters.repeat_layers(shapes, num_layers)
-
-
 # --------------------------------------------------------------------------------------- Network
 
 
 @dataclasses.dataclass(frozen=True)
-class T5:
+class T5(LinenNetwork):
     """A T5 as `network.Network` describes it.
 
     Attributes:
@@ -264,29 +236,17 @@ class T5:
     """
 
     config: T5Config
+    stacks: ClassVar = {"encoder": "num_encoder_layers", "decoder": "num_decoder_layers"}
 
     @property
     def feature_layout(self) -> FeatureLayout:
         """Inputs for the encoder, targets for the decoder."""
         return ENCODER_DECODER
 
-    def init(self, key: Key[Array, ""]) -> PyTree:
-        """Random float32 parameters by T5X's initializers."""
-        params = nn.unbox(_boxed_params(self.config, key))
-        return parameters.stack_layers(params) if self.config.scan_layers else params
-
-    def abstract_params(self) -> PyTree:
-        """Shapes and dtypes of the parameters."""
-        shapes = nn.unbox(_boxed_shapes(self.config))
-        return parameters.stack_layers(shapes) if self.config.scan_layers else shapes
-
-    def logical_axes(self) -> PyTree:
-        """T5X's logical axis names of each parameter."""
-        return parameters.logical_axes(_boxed_shapes(self.config), stacked=self.config.scan_layers)
-
-    def computed_dtypes(self) -> PyTree:
-        """The dtype in which a forward pass reads each parameter."""
-        return parameters.computed_dtypes(self.abstract_params(), self.config)
+    def boxed_params(self, key: Key[Array, ""]) -> PyTree:
+        """Random float32 parameters by T5X's initializers, in Flax's boxes."""
+        tokens = jnp.ones((1, 1), jnp.int32)  # no shape depends on the batch
+        return Transformer(self.config).init(key, tokens, tokens, tokens)["params"]
 
     def forward(
         self,
@@ -319,12 +279,6 @@ class T5:
     def hidden_dtype(self) -> Any:
         """Float32 where the logits are scaled, else the compute dtype."""
         return jnp.dtype("float32") if self.config.scales_logits else self.config.dtype
-
-    def output_matrix(self, params: PyTree) -> tuple[Any, int]:
-        """The embedding, if it is tied, or the decoder's own; and the vocabulary axis."""
-        if self.config.logits_via_embedding:
-            return params["token_embedder"]["embedding"], 0
-        return params["decoder"]["logits_dense"]["kernel"], 1
 
     def start_decoding(
         self,

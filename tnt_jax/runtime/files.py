@@ -357,6 +357,24 @@ def read_object(path: str | os.PathLike, setting: str = "") -> dict[str, Any]:
     return found
 
 
+def check_types(
+    found: Mapping[str, Any], kinds_of: Mapping[str, tuple[type, ...]], where: str = ""
+) -> None:
+    """Raises a UsageError for a value of an object that is of none of its types.
+
+    Args:
+        found: the object; what it does not have, or has as null, is not missed.
+        kinds_of: by the names of values, their types.
+        where: the object comes from, for the message.
+    """
+    for key, kinds in kinds_of.items():
+        value = found.get(key)
+        if value is not None and type(value) not in kinds:  # True is an int as well
+            names = " or ".join(kind.__name__ for kind in kinds)
+            place = f"{where}: {key}" if where else key
+            raise UsageError(f"{place}: expected {names}, found {value!r:.60}.")
+
+
 # ----------------------------------------------------------------------------------- Writing
 
 
