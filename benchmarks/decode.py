@@ -62,7 +62,7 @@ def write_model(folder, config):
         sharding.path_name(path): lazy_arrays.of_array(np.asarray(leaf), "random")
         for path, leaf in jax.tree.leaves_with_path(params)
     }
-    huggingface.write_weights(epath.Path(folder), weights)
+    huggingface.write_weights(epath.Path(folder), weights, config)
     settings = huggingface.new_config(config) | {"dtype": "float32"}
     (pathlib.Path(folder) / "config.json").write_text(json.dumps(settings))
     return params

@@ -96,7 +96,7 @@ def convert(
     source.check_original()
     config = pretrained.config_of(model or pretrained.FromCheckpoint(), source)
     weights = {
-        name: source.weights[name].astype(_DTYPES[dtype] if dtype else source.weights[name].dtype)
+        name: _cast(source.weights[name], dtype, output_format)
         for name in huggingface.parameter_names(config)
     }
     settings = _settings(source, config, is_needed=not is_t5x)
@@ -107,9 +107,9 @@ def convert(
         pretrained.check_vocabulary(pretrained.vocabulary(vocabulary), config, None)
     target = _target(output, output_format, source.step)
     if adapters is None:
-        laid_out = _laid_out(weights, output_format, scan_layers)
+        laid_out = _laid_out(weights, config, output_format, scan_layers)
     else:
-        laid_out = peft.to_stored(adapters, weights, _DTYPES[dtype or "float32"])
+        laid_out = peft.to_stored(adapters, weights, config, _DTYPES[dtype or "float32"])
     if dry_run:
         _print_plan(laid_out, source, target)
         return str(target)
@@ -122,9 +122,9 @@ def convert(
     with held:
         _target(output, output_format, source.step)  # another run may have ended meanwhile
         if output_format == "huggingface":
-            _write_huggingface(target, weights, source, settings, numbers, vocabulary)
+            _write_huggingface(target, weights, config, source, settings, numbers, vocabulary)
         elif adapters is not None:
-            _write_peft(target, laid_out, source, adapters, settings, numbers)
+            _write_peft(target, laid_out, config, source, adapters, numbers)
         else:
             _describe(target.parent, source, settings, vocabulary)
             if output_format == "t5x":
@@ -186,11 +186,19 @@ def _target(output: str, output_format: str, step: int) -> epath.Path:
     return target
 
 
+def _cast(array: LazyArray, dtype: str | None, output_format: str) -> LazyArray:
+    """An array in the type that it is written in; checkpoints have no place for float16."""
+    if dtype is not None:
+        return array.astype(_DTYPES[dtype])
+    is_narrow = array.dtype == np.float16 and output_format != "huggingface"
+    return array.astype(np.dtype(np.float32)) if is_narrow else array
+
+
 def _laid_out(
-    weights: Mapping[str, LazyArray], output_format: str, scan_layers: bool
+    weights: Mapping[str, LazyArray], config: NetworkConfig, output_format: str, scan_layers: bool
 ) -> dict[str, LazyArray]:
     if output_format == "huggingface":
-        return huggingface.to_stored(weights)
+        return huggingface.to_stored(weights, config)
     return t5x.stacked(weights) if scan_layers else dict(weights)
 
 
@@ -216,19 +224,21 @@ def _progress(items):
 def _write_huggingface(
     target: epath.Path,
     weights: Mapping[str, LazyArray],
+    config: NetworkConfig,
     source: pretrained.Pretrained,
     settings: dict[str, Any],
     evaluation: Mapping[str, Any] | None,
     vocabulary: str | None,
 ) -> None:
     with _moved_when_whole(target, huggingface.CONFIG) as unfinished:
-        huggingface.write_weights(unfinished, weights, progress=_progress)
+        huggingface.write_weights(unfinished, weights, config, progress=_progress)
         has_tokenizer = _copy_description(source, unfinished, vocabulary)
         dtypes = sorted({array.dtype.name for array in weights.values()})
         key = "dtype" if "dtype" in settings else "torch_dtype"
         settings = settings | {key: dtypes[-1]}
         settings.pop("_name_or_path", None)
         card = model_card.write(
+            family=huggingface.family_of_network(config),
             name=target.name,
             source=os.fspath(source.path),
             dtype=" and ".join(dtypes),
@@ -248,17 +258,19 @@ def _write_huggingface(
 def _write_peft(
     target: epath.Path,
     laid_out: Mapping[str, LazyArray],
+    network: NetworkConfig,
     source: pretrained.Pretrained,
     adapters: pretrained.Adapters,
-    settings: Mapping[str, Any],
     evaluation: Mapping[str, Any] | None,
 ) -> None:
     base = peft.base_of(adapters)
     with _moved_when_whole(target, peft.CONFIG) as unfinished:
-        config = peft.new_config(adapters, laid_out, settings["model_type"])
+        family = huggingface.family_of_network(network)
+        config = peft.new_config(adapters, laid_out, family)
         peft.write(unfinished, laid_out, config)
         (dtype,) = {array.dtype.name for array in laid_out.values()}
         card = model_card.write_of_adapters(
+            family=family,
             name=target.name,
             base=base.name,
             is_on_hub=base.revision is not None,
@@ -311,7 +323,7 @@ def _copy_description(
     if vocabulary is not None:
         vocabularies.write(folder, pretrained.vocabulary(vocabulary))
     for name in huggingface.OTHER_FILES:
-        is_tokenizer = name not in ("generation_config.json", "LICENSE")
+        is_tokenizer = name in huggingface.TOKENIZER_FILES
         if (source.description / name).exists() and not (vocabulary and is_tokenizer):
             (folder / name).write_bytes((source.description / name).read_bytes())
     if vocabularies.has_tokenizer(folder):

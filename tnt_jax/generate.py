@@ -113,7 +113,7 @@ def generate(
     params = opened.params
 
     longest = task_feature_lengths["inputs"]
-    inputs = [vocabulary.prompt_ids(row.inputs) for row in rows]
+    inputs = [marks.prompt_ids(row, vocabulary) for row in rows]
     num_cut = sum(len(ids) > longest for ids in inputs)
     if num_cut:
         console.log(
@@ -382,6 +382,7 @@ def _output(row: records.Record, tokens: np.ndarray, vocabulary: Any) -> records
     return records.Record(
         id=row.id,
         inputs=row.inputs,
+        messages=row.messages,
         targets=vocabulary.decode(ids),
         target_ids=ids,
         extra=extra,

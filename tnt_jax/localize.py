@@ -223,7 +223,7 @@ def _folds(
     rows: Sequence[records.Record], is_bad: np.ndarray, num_folds: int, seed: int
 ) -> np.ndarray:
     """The fold of each record: by its inputs, so that a head never saw the input before."""
-    digests = [hashlib.sha256(f"{seed}/{row.inputs}".encode()).digest() for row in rows]
+    digests = [hashlib.sha256(f"{seed}/{row.prompt}".encode()).digest() for row in rows]
     folds = np.array([int.from_bytes(digest[:8], "big") % num_folds for digest in digests])
     for fold in range(num_folds):
         labels = is_bad[folds != fold]

@@ -3,6 +3,7 @@
 That transformers computes the same is in `test_parity.py`.
 """
 
+import dataclasses
 import json
 import os
 
@@ -15,7 +16,7 @@ from etils import epath
 from helpers.huggingface_model import TINY, write_directory
 
 from tnt_jax import convert
-from tnt_jax.checkpoints import huggingface, lazy_arrays, pretrained
+from tnt_jax.checkpoints import huggingface, lazy_arrays, pretrained, safetensors_files
 from tnt_jax.models import t5
 from tnt_jax.runtime.errors import UsageError
 
@@ -86,7 +87,7 @@ UMT5_SMALL = FLAN_T5_SMALL | {
 
 
 def config_of(settings, *, is_tied=False):
-    return huggingface.t5_config(settings, "config.json", is_tied=is_tied)
+    return huggingface.network_config(settings, "config.json", is_tied=is_tied)
 
 
 def num_params(config):
@@ -226,7 +227,7 @@ def test_whoever_may_read_the_user_s_files_may_read_the_weights(umask, tmp_path)
 def test_the_safetensors_library_reads_the_same(directory):
     """Its own reader, on what its own writer wrote."""
     expected = safetensors.numpy.load_file(directory / "model.safetensors")
-    found = huggingface.read_safetensors(epath.Path(directory / "model.safetensors"))
+    found = safetensors_files.read(epath.Path(directory / "model.safetensors"))
     assert found.keys() == expected.keys()
     for name, array in found.items():
         np.testing.assert_array_equal(array.load(), expected[name])
@@ -240,12 +241,7 @@ def test_the_safetensors_library_reads_the_same(directory):
 
 def test_tied_weights_by_any_of_their_names(tmp_path):
     """safetensors stores shared tensors once, under whichever name comes first."""
-    config = t5.T5Config(
-        **{
-            **{f: getattr(TINY, f) for f in TINY.__dataclass_fields__},
-            "logits_via_embedding": True,
-        }
-    )
+    config = dataclasses.replace(TINY, logits_via_embedding=True)
     arrays = write_directory(tmp_path, config)
     stored = safetensors.numpy.load_file(tmp_path / "model.safetensors")
     for names in (
@@ -429,14 +425,14 @@ def test_a_damaged_config(directory):
 def test_a_parameter_goes_to_its_devices_part_by_part(directory, monkeypatch):
     """A device's rows of a sharded parameter are read, and never all of it."""
     reads = []
-    real = huggingface._read
+    real = safetensors_files._read
 
     def counted(path, offset, shape, dtype, index):
         part = real(path, offset, shape, dtype, index)
         reads.append((shape, part.shape))
         return part
 
-    monkeypatch.setattr(huggingface, "_read", counted)
+    monkeypatch.setattr(safetensors_files, "_read", counted)
     found = read(directory)
     mesh = jax.make_mesh((1, 8), ("data", "model"))
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("model"))

@@ -298,13 +298,13 @@ def test_a_base_without_the_module_is_refused(folder):
     base = dict(pretrained.open_checkpoint(str(folder / "base")).weights)
     dtype = np.dtype(np.float32)
     kernel = "decoder/layers_1/mlp/wo/kernel"
-    assert peft.to_stored(source.adapters, base, dtype)
+    assert peft.to_stored(source.adapters, base, source.config, dtype)
     wrong = base | {kernel: base[kernel].transposed()}
     with pytest.raises(UsageError, match=r"DenseReluDense\.wo of .*\(12, 20\), .*\(20, 12\)\. Use"):
-        peft.to_stored(source.adapters, wrong, dtype)
+        peft.to_stored(source.adapters, wrong, source.config, dtype)
     del base[kernel]
     with pytest.raises(UsageError, match=rf"found one for {kernel}, which it does not have\. Use"):
-        peft.to_stored(source.adapters, base, dtype)
+        peft.to_stored(source.adapters, base, source.config, dtype)
 
 
 @pytest.mark.parametrize("lost", ["one", "all"])

@@ -33,6 +33,6 @@ def write_directory(folder, config=TINY, dtype=np.float32, same_biases=False, sc
         arrays |= {name: first for name in arrays if name.endswith("rel_embedding")}
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: lazy_arrays.of_array(array, name) for name, array in arrays.items()}
-    huggingface.write_weights(epath.Path(folder), weights, **kwargs)
+    huggingface.write_weights(epath.Path(folder), weights, config, **kwargs)
     (folder / "config.json").write_text(json.dumps(huggingface.new_config(config)))
     return arrays

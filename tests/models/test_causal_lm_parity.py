@@ -14,7 +14,7 @@ import pytest
 from etils import epath
 from helpers import golden_model
 
-from tnt_jax.checkpoints import huggingface, huggingface_causal_lm
+from tnt_jax.checkpoints import huggingface_causal_lm, safetensors_files
 from tnt_jax.data.feature_converters import CAUSAL, Example
 from tnt_jax.models import causal_lm, decoding
 from tnt_jax.runtime.errors import UsageError
@@ -42,7 +42,7 @@ def config_of(name, **changes):
 
 def stored_of(name):
     folder = epath.Path(FOLDER / name.removesuffix("_4"))
-    return huggingface.read_safetensors(folder / huggingface.WEIGHTS)
+    return safetensors_files.read(folder / safetensors_files.WEIGHTS)
 
 
 def params_of(name, config):

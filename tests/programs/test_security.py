@@ -18,7 +18,14 @@ from helpers.huggingface_model import write_directory
 
 import tnt_jax
 from tnt_jax import convert
-from tnt_jax.checkpoints import huggingface, lazy_arrays, orbax, pretrained, t5x
+from tnt_jax.checkpoints import (
+    huggingface,
+    lazy_arrays,
+    orbax,
+    pretrained,
+    safetensors_files,
+    t5x,
+)
 from tnt_jax.data import records, tokenization, vocabularies
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.training import original_cache
@@ -219,7 +226,7 @@ def test_a_header_that_is_too_long(tmp_path):
         file.write((2**40 - 16).to_bytes(8, "little"))
         file.truncate(2**40)  # a hole: it takes no room
     with pytest.raises(UsageError, match=r"a header of 1,099,511,627,760 bytes"):
-        huggingface.read_safetensors(epath.Path(path))
+        safetensors_files.read(epath.Path(path))
 
 
 def test_a_tensor_that_is_not_there(tmp_path):
@@ -228,7 +235,7 @@ def test_a_tensor_that_is_not_there(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(len(content).to_bytes(8, "little") + content)
     with pytest.raises(UsageError, match=r"as its header says, found .* cut short"):
-        huggingface.read_safetensors(epath.Path(path))
+        safetensors_files.read(epath.Path(path))
 
 
 def test_lists_that_claim_to_be_long(tmp_path):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tnt_jax.data import records, tokenization
+from tnt_jax.data import marks, records, tokenization
 from tnt_jax.models import decoding
 from tnt_jax.models.model import Model
 from tnt_jax.runtime import console
@@ -50,7 +50,7 @@ def sample(
       seed: Of sampling. What is sampled depends on it, the record's id and the prefix's length.
     """
     jobs = [(index, number) for index in range(len(prefixes)) for number in range(num_samples)]
-    inputs = [vocabulary.prompt_ids(prefix.record.inputs) for prefix in prefixes]
+    inputs = [marks.prompt_ids(prefix.record, vocabulary) for prefix in prefixes]
     found: list[list[records.Record]] = [[] for _ in prefixes]
     starts = range(0, len(jobs), batch_size)
     for start in console.progress(starts, f"{len(jobs)} continuations, in batches", len(starts)):
@@ -76,6 +76,7 @@ def sample(
                 records.Record(
                     id=name,
                     inputs=prefixes[index].record.inputs,
+                    messages=prefixes[index].record.messages,
                     targets=vocabulary.decode(ids),
                     target_ids=ids,
                 )

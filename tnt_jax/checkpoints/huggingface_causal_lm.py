@@ -7,13 +7,18 @@ change the function and is not known is refused by name: another network would b
 a word.
 """
 
+import contextlib
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from tnt_jax.checkpoints.hub_family import HubFamily
 from tnt_jax.models.causal_lm_config import CausalLMConfig, LayerKind, Llama3Scaling
-from tnt_jax.models.network_config import MOST_LAYERS
+from tnt_jax.models.network_config import COMPUTATION, MOST_LAYERS
 from tnt_jax.runtime import files
 from tnt_jax.runtime.errors import UsageError
 
@@ -312,6 +317,103 @@ def _rope(given: Mapping[str, Any], layer_type: str) -> dict[str, Any]:
     return fields
 
 
+# ---------------------------------------------------------------------------- The way back
+
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "gemma": "GemmaForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+}
+
+
+def new_config(config: CausalLMConfig) -> dict[str, Any]:
+    """A `config.json` for a network that did not come with one, in the older dialect.
+
+    Raises:
+      UsageError: transformers has no such network.
+    """
+    for model_type, family in _FAMILIES.items():
+        settings = _settings_of(config, model_type, family)
+        with contextlib.suppress(UsageError):
+            found = network_config(settings, "", is_tied=config.logits_via_embedding)
+            if _function_of(found) == _function_of(config):
+                return settings
+    raise UsageError(
+        f"expected a network as transformers has it ({', '.join(MODEL_TYPES)}), found switches "
+        f"that go together in none of them: {config}."
+    )
+
+
+def _function_of(config: CausalLMConfig) -> tuple[Any, ...]:
+    """All that decides what a network computes, and nothing of how."""
+    scale = config.attention_scale or config.head_dim**-0.5
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    for name in (*COMPUTATION, "layer_kinds", "layer_pattern", "attention_scale", "adapter_scale"):
+        del fields[name]
+    return (config.kinds, float(np.float32(scale)), *fields.items())
+
+
+def _settings_of(config: CausalLMConfig, model_type: str, family: _Family) -> dict[str, Any]:
+    """The settings of a network, as far as a model type has words for them."""
+    kinds = config.kinds
+    windows = {kind.window for kind in kinds if kind.window is not None}
+    full = next((k for k in kinds if k.window is None and k.rope_theta is not None), kinds[0])
+    names = {"gelu": "gelu_pytorch_tanh", "gelu_exact": "gelu", "swish": "silu"}
+    activation = names.get(config.mlp_activations[0], config.mlp_activations[0])
+    settings: dict[str, Any] = {
+        "architectures": [_ARCHITECTURES[model_type]],
+        "model_type": model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.emb_dim,
+        "intermediate_size": config.mlp_dim,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": activation,
+        "rms_norm_eps": config.layer_norm_epsilon,
+        "tie_word_embeddings": config.logits_via_embedding,
+        "rope_theta": full.rope_theta or 10_000.0,
+    }
+    if model_type.startswith("gemma"):
+        settings["hidden_activation"] = activation
+    if family.biases is not None:
+        settings["attention_bias"] = config.attention_bias == family.biases
+    if full.rope_llama3 is not None:
+        scaling = full.rope_llama3
+        settings["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_positions,
+        }
+    elif full.rope_factor != 1:
+        settings["rope_scaling"] = {"rope_type": "linear", "factor": full.rope_factor}
+    if "sliding_window" in family.defaults or family.window_switch is not None:
+        settings["sliding_window"] = max(windows, default=None)
+    if family.window_switch is not None:
+        settings[family.window_switch] = bool(windows)
+        settings["max_window_layers"] = 0
+    if family.window_switch is not None or model_type == "gemma3_text":
+        settings["layer_types"] = [
+            "full_attention" if kind.window is None else "sliding_attention" for kind in kinds
+        ]
+    if "no_rope_layer_interval" in family.defaults:
+        settings["no_rope_layers"] = [int(kind.rope_theta is not None) for kind in kinds]
+    if model_type == "gemma3_text":
+        local = next((kind.rope_theta for kind in kinds if kind.window is not None), None)
+        settings["rope_local_base_freq"] = local or 10_000.0
+        scale = config.attention_scale or config.head_dim**-0.5
+        settings["query_pre_attn_scalar"] = round(scale**-2, 6)
+    return settings
+
+
 # --------------------------------------------------------------------------------- The names
 
 _WHOLE = {
@@ -348,3 +450,28 @@ def weight_name(name: str, config: CausalLMConfig) -> str:
     if path[0] == "pre_mlp_layer_norm" and config.norms == "pre":
         parts[0] = "post_attention_layernorm"  # the norm after attention is the one before the MLP
     return ".".join(["model.layers", layer.removeprefix("layers_"), *parts])
+
+
+def _is_transposed(name: str) -> bool:
+    return name.endswith("/kernel")
+
+
+# Buffers that old files hold; they follow from the settings.
+_IGNORED = (re.compile(r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq"),)
+
+FAMILY = HubFamily(
+    model_types=MODEL_TYPES,
+    config_class=CausalLMConfig,
+    check=lambda config: None,
+    network_config=network_config,
+    new_config=new_config,
+    weight_name=weight_name,
+    is_transposed=_is_transposed,
+    embeddings=("model.embed_tokens.weight",),
+    ignored=_IGNORED,
+    takes_float16=True,
+    auto_class="AutoModelForCausalLM",
+    pipeline_tag="text-generation",
+    peft_task="CAUSAL_LM",
+    tag="causal-lm",
+)

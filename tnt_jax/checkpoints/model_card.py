@@ -3,11 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
+from tnt_jax.checkpoints.hub_family import HubFamily
+
 _PAPER = "[Targeted Negative Training](https://arxiv.org/abs/2406.13660)"
 
 
 def write(
     *,
+    family: HubFamily,
     name: str,
     source: str,
     dtype: str,
@@ -20,6 +23,7 @@ def write(
     """The text of a model card.
 
     Args:
+      family: Of the network.
       name: Of the model.
       source: The checkpoint that it was written from.
       dtype: Of its weights.
@@ -33,8 +37,8 @@ def write(
     parts = [
         "---",
         "library_name: transformers",
-        "pipeline_tag: text2text-generation",
-        "tags: [t5, tnt_jax, targeted-negative-training]" if run else "tags: [t5, tnt_jax]",
+        f"pipeline_tag: {family.pipeline_tag}",
+        f"tags: [{family.tag}, tnt_jax{', targeted-negative-training' if run else ''}]",
         "---",
         f"# {name}",
         "",
@@ -51,8 +55,8 @@ def write(
     parts += [
         "## Use",
         "",
-        "    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer",
-        f'    model = AutoModelForSeq2SeqLM.from_pretrained("{name}")',
+        f"    from transformers import {family.auto_class}, AutoTokenizer",
+        f'    model = {family.auto_class}.from_pretrained("{name}")',
     ]
     if has_tokenizer:
         parts += [f'    tokenizer = AutoTokenizer.from_pretrained("{name}")', ""]
@@ -64,6 +68,7 @@ def write(
 
 def write_of_adapters(
     *,
+    family: HubFamily,
     name: str,
     base: str,
     is_on_hub: bool,
@@ -75,6 +80,7 @@ def write_of_adapters(
     """The text of a card for adapters in PEFT's format.
 
     Args:
+      family: Of the network.
       name: Of the adapters.
       base: The model that they are loaded onto: a name on the hub or a directory.
       is_on_hub: Whether it is a name.
@@ -88,8 +94,8 @@ def write_of_adapters(
         "---",
         "library_name: peft",
         *([f"base_model: {base}"] if is_on_hub else []),
-        "pipeline_tag: text2text-generation",
-        "tags: [lora, t5, tnt_jax, targeted-negative-training]",
+        f"pipeline_tag: {family.pipeline_tag}",
+        f"tags: [lora, {family.tag}, tnt_jax, targeted-negative-training]",
         "---",
         f"# {name}",
         "",
@@ -105,8 +111,8 @@ def write_of_adapters(
         "## Use",
         "",
         "    from peft import PeftModel",
-        "    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer",
-        f'    base = AutoModelForSeq2SeqLM.from_pretrained("{base}")',
+        f"    from transformers import {family.auto_class}, AutoTokenizer",
+        f'    base = {family.auto_class}.from_pretrained("{base}")',
         f'    model = PeftModel.from_pretrained(base, "{name}")',
         f'    tokenizer = AutoTokenizer.from_pretrained("{base}")',
         "",

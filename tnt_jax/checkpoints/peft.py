@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from tnt_jax.checkpoints import huggingface, pretrained
+from tnt_jax.checkpoints import huggingface, pretrained, safetensors_files
+from tnt_jax.checkpoints.hub_family import HubFamily
 from tnt_jax.checkpoints.lazy_arrays import LazyArray
+from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime.errors import UsageError
 
 CONFIG = "adapter_config.json"
@@ -22,9 +24,6 @@ WEIGHTS = "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."  # PEFT's own modules around the base
 _LORA_A, _LORA_B = ".lora_A.weight", ".lora_B.weight"
-
-# model_type of the base -> what PEFT calls its task.
-_TASK_TYPES: dict[str, str] = dict.fromkeys(("t5", "mt5", "umt5"), "SEQ_2_SEQ_LM")
 
 
 class Base(NamedTuple):
@@ -72,7 +71,10 @@ def base_of(adapters: pretrained.Adapters) -> Base:
 
 
 def to_stored(
-    adapters: pretrained.Adapters, base: Mapping[str, LazyArray], dtype: np.dtype
+    adapters: pretrained.Adapters,
+    base: Mapping[str, LazyArray],
+    config: NetworkConfig,
+    dtype: np.dtype,
 ) -> dict[str, LazyArray]:
     """Adapters under PEFT's names, as PEFT lays them out.
 
@@ -82,6 +84,7 @@ def to_stored(
     Args:
       adapters: From a run.
       base: The parameters of the model that they are loaded onto, by T5X's names, layers apart.
+      config: Of the network.
       dtype: Of the result.
 
     Raises:
@@ -91,7 +94,7 @@ def to_stored(
     where = str(adapters.original.path)
     modules = {
         name.removesuffix(".weight"): array.shape
-        for name, array in huggingface.to_stored(base).items()
+        for name, array in huggingface.to_stored(base, config).items()
     }
     stored: dict[str, LazyArray] = {}
     adapted = set()
@@ -101,7 +104,7 @@ def to_stored(
                 f"--output_format=peft: expected adapters for modules of {where}, found one for "
                 f"{kernel}, which it does not have. Use the original that they were trained beside."
             )
-        module = huggingface.weight_name(kernel).removesuffix(".weight")
+        module = huggingface.weight_name(kernel, config).removesuffix(".weight")
         expected = (b.shape[-1], a.shape[0])
         if modules[module] != expected:
             raise UsageError(
@@ -129,21 +132,21 @@ def _last(module: str) -> str:
 
 
 def new_config(
-    adapters: pretrained.Adapters, names: Mapping[str, Any], model_type: str
+    adapters: pretrained.Adapters, names: Mapping[str, Any], family: HubFamily
 ) -> dict[str, Any]:
     """An `adapter_config.json`.
 
     Args:
       adapters: From a run.
       names: What is in `adapter_model.safetensors`, from `to_stored`.
-      model_type: Of the base, as its `config.json` has it.
+      family: Of the base.
     """
     base = base_of(adapters)
     modules = {name.removesuffix(_LORA_A) for name in names if name.endswith(_LORA_A)}
     alpha = float(adapters.alpha)
     return {
         "peft_type": "LORA",
-        "task_type": _TASK_TYPES[model_type],
+        "task_type": family.peft_task,
         "base_model_name_or_path": base.name,
         "revision": base.revision,  # of the base
         "r": adapters.rank,
@@ -174,6 +177,6 @@ def write(folder: epath.Path, stored: Mapping[str, LazyArray], config: Mapping[s
       config: From `new_config`.
     """
     tensors = {name: array.load() for name, array in sorted(stored.items())}
-    huggingface.save_safetensors(folder / WEIGHTS, tensors)
+    safetensors_files.save(folder / WEIGHTS, tensors)
     text = json.dumps(config, indent=2, allow_nan=False)
     (folder / CONFIG).write_text(text + "\n")

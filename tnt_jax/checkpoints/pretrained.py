@@ -18,7 +18,7 @@ from tnt_jax.checkpoints import digests, huggingface, lazy_arrays, orbax, t5x
 from tnt_jax.checkpoints.lazy_arrays import LazyArray
 from tnt_jax.data import tokenization, vocabularies
 from tnt_jax.models import adapters, families, parameters
-from tnt_jax.models.network_config import NetworkConfig
+from tnt_jax.models.network_config import COMPUTATION, NetworkConfig
 from tnt_jax.runtime import console
 from tnt_jax.runtime.array_types import PyTree
 from tnt_jax.runtime.errors import UsageError, system_error
@@ -321,14 +321,14 @@ def _opened(folder: epath.Path, within: tuple[epath.Path, ...]) -> Pretrained:
     description = _description(folder)
     described = None
     if (description / huggingface.CONFIG).exists():
-        described = huggingface.t5_config(
+        described = huggingface.network_config(
             huggingface.read_config(description),
             str(description / huggingface.CONFIG),
             is_tied="decoder/logits_dense/kernel" not in weights,
         )
     if kind != _OURS and t5x.is_scalable(weights):
         scan_layers = t5x.is_scanned(weights)
-        share_biases = described is None or not described.relpos_bias_per_layer
+        share_biases = not getattr(described, "relpos_bias_per_layer", False)
         weights = t5x.from_scalable(weights, str(folder), share_biases=share_biases)
         orbax_item = None
     config = described or t5x.infer_config(weights, str(folder))
@@ -439,9 +439,6 @@ class FromCheckpoint:
     remat_policy: str = "none"
 
 
-_COMPUTATION = tuple(field.name for field in dataclasses.fields(FromCheckpoint))
-
-
 def config_of(model: NetworkConfig | FromCheckpoint, source: Pretrained | None) -> NetworkConfig:
     """The settings of a network whose weights come from a checkpoint.
 
@@ -459,7 +456,7 @@ def config_of(model: NetworkConfig | FromCheckpoint, source: Pretrained | None) 
                 "INITIAL_CHECKPOINT_PATH is None: choose another file of gin_configs/models."
             )
         return model
-    computation = {name: getattr(model, name) for name in _COMPUTATION}
+    computation = {name: getattr(model, name) for name in COMPUTATION}
     of_checkpoint = dataclasses.replace(source.config, **computation)
     if isinstance(model, FromCheckpoint):
         source.check(
@@ -477,12 +474,7 @@ def _check_same(model: NetworkConfig, of_checkpoint: NetworkConfig, found: Pretr
         return
     differences = [
         f"{name} = {mine!r} ({theirs!r})"
-        for name in (
-            "mlp_activations",
-            "scales_logits",
-            "relpos_max_distance",
-            "layer_norm_epsilon",
-        )
+        for name in type(model).unseen
         if (mine := getattr(model, name)) != (theirs := getattr(of_checkpoint, name))
     ]
     if differences:
@@ -495,12 +487,21 @@ def _check_same(model: NetworkConfig, of_checkpoint: NetworkConfig, found: Pretr
 # ------------------------------------------------------------------------------- The vocabulary
 
 
-def vocabulary(path: str | None, extra_ids: int | None = None) -> tokenization.Tokeniser:
+def vocabulary(
+    path: str | None,
+    extra_ids: int | None = None,
+    chat_template: str | None = "auto",
+    chat_date: str | None = None,
+) -> tokenization.Tokeniser:
     """A vocabulary from a sentencepiece model, or the one that a model comes with.
 
     Args:
       path: A file; or a directory of Hugging Face's, a checkpoint or a model directory of ours.
       extra_ids: After the pieces; None is T5's 100 for a file, and for a directory what it says.
+      chat_template: "auto" is the model's own if it has one: then a text is what a user says, and
+        the model replies. None is no template: the model goes on with the text. Else a file with
+        one. For decoder-only models; T5 has none.
+      chat_date: What a template that writes today's date writes, as YYYY-MM-DD; None is today.
 
     Raises:
       UsageError: There is none.
@@ -512,9 +513,10 @@ def vocabulary(path: str | None, extra_ids: int | None = None) -> tokenization.T
     given = epath.Path(path).expanduser()
     if given.is_file() or path.endswith(".model"):
         return vocabularies.of_file(path, extra_ids)
-    if given.is_dir() and vocabularies.has_tokenizer(given):
-        return vocabularies.of_directory(given, extra_ids)
-    return vocabularies.of_directory(_description(find(path)), extra_ids)
+    is_tokenizer = given.is_dir() and vocabularies.has_tokenizer(given)
+    folder = given if is_tokenizer else _description(find(path))
+    found = vocabularies.of_directory(folder, extra_ids)
+    return vocabularies.with_template(found, chat_template, chat_date)
 
 
 def check_vocabulary(

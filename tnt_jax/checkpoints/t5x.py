@@ -392,7 +392,11 @@ def as_t5x_has_it(
     Raises:
       UsageError: T5X has no such network.
     """
-    assert isinstance(config, T5Config), config
+    if not isinstance(config, T5Config):
+        raise UsageError(
+            "--output_format: T5X's formats are for T5, and this is a decoder-only model: choose "
+            "huggingface, peft or orbax."
+        )
     arrays = dict(arrays)
     if config.logits_via_embedding and not config.scales_logits:
         arrays["decoder/logits_dense/kernel"] = arrays["token_embedder/embedding"].transposed()

@@ -23,13 +23,11 @@ from typing import Any
 
 from etils import epath
 
-from tnt_jax.data import hub_tokenizer, template_process
+from tnt_jax.data import conversations, hub_tokenizer, template_process
 from tnt_jax.runtime import files
 from tnt_jax.runtime.errors import UsageError, naming_file
 
 TEMPLATE = "chat_template.jinja"
-# A template may put a role within the name of a control token ("<|user|>"), so not any text is one.
-ROLES = ("system", "developer", "user", "assistant", "tool")
 Message = Mapping[str, str]
 
 _MOST_BYTES_OF_TEMPLATE = 2**20  # the largest have a twentieth
@@ -51,27 +49,28 @@ Part = tuple[str, bool]
 class ChatTemplate:
     """The chat template of a model.
 
-    Some write today's date: then so does every prompt.
-
     Attributes:
         source: the template, in jinja2's language.
         tokeniser: of the model; its control tokens are those that the template writes.
         where: it comes from, for messages.
+        date: what a template that writes today's date writes, as YYYY-MM-DD, so that a prompt has
+            the same ids tomorrow; None is today.
     """
 
     source: str
     tokeniser: hub_tokenizer.HubTokenizer
     where: str = TEMPLATE
+    date: str | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         # What a copy or another process gets: a renderer of its own.
-        return type(self), (self.source, self.tokeniser, self.where)
+        return type(self), (self.source, self.tokeniser, self.where, self.date)
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
         """The text of a conversation.
 
         Args:
-            messages: each with a "role", one of `ROLES`, and its "content", a text.
+            messages: each with a "role", one of `conversations.ROLES`, and its "content", a text.
             add_generation_prompt: whether the beginning of a reply comes last.
 
         Raises:
@@ -178,7 +177,71 @@ class ChatTemplate:
                 f"{self.where}: expected a chat template without private-use characters, found "
                 f"U+{ord(found[0]):X}. Take it out."
             )
-        return _Renderer(self.source, self.where)
+        return _Renderer(self.source, self.where, self.date)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatTokenizer(hub_tokenizer.HubTokenizer):
+    """The tokeniser of a chat model: prompts are conversations, and a text is what a user says.
+
+    Attributes:
+        folder: as in `HubTokenizer`.
+        source: the chat template, in jinja2's language.
+        where: it comes from, for messages.
+        date: as in `ChatTemplate`.
+    """
+
+    source: str
+    where: str = TEMPLATE
+    date: str | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # What a copy or another process gets: no loaded tokenizer.
+        return type(self), (self.folder, self.source, self.where, self.date)
+
+    @functools.cached_property
+    def template(self) -> ChatTemplate:
+        """The template, which may write this tokeniser's control tokens."""
+        tokeniser = hub_tokenizer.HubTokenizer(self.folder)
+        return ChatTemplate(self.source, tokeniser, self.where, self.date)
+
+    @property
+    def end_id(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The end of the assistant's turn."""
+        return self.template.end_of_turn_id
+
+    def prompt_ids(self, text: str, messages: Sequence[tuple[str, str]] = ()) -> list[int]:
+        """The ids of a conversation, or of one turn of a user who says a text."""
+        turns = messages or [("user", text)]
+        return self.template.prompt_ids(
+            [{"role": role, "content": content} for role, content in turns]
+        )
+
+    @property
+    def _of_prompts(self) -> tuple[str, ...]:
+        return self.source, str(self.date)
+
+
+def has_template(folder: epath.Path) -> bool:
+    """Whether a model's directory has a chat template."""
+    if (folder / TEMPLATE).exists():
+        return True
+    settings = folder / hub_tokenizer.SETTINGS
+    return settings.exists() and bool(files.read_object(settings).get("chat_template"))
+
+
+def of_file(path: str, tokeniser: hub_tokenizer.HubTokenizer) -> ChatTemplate:
+    """A chat template from a file.
+
+    Raises:
+        UsageError: the file is none.
+    """
+    file = epath.Path(path).expanduser()
+    if not file.is_file():
+        raise UsageError(
+            f'CHAT_TEMPLATE: expected "auto", None or a file with a chat template, found {path!r}.'
+        )
+    return ChatTemplate(_read(file), tokeniser, str(file))
 
 
 def of_directory(
@@ -240,12 +303,7 @@ def _check(messages: Sequence[Message]) -> None:
     if not 0 < len(messages) <= most:
         raise UsageError(f"messages: expected 1 to {most:,} of them, found {len(messages):,}.")
     for number, message in enumerate(messages):
-        content = message.get("content") if isinstance(message, Mapping) else None
-        if not isinstance(content, str) or message.get("role") not in ROLES:
-            raise UsageError(
-                f"messages[{number}]: expected a role ({', '.join(ROLES)}) and a content that is a "
-                f"text, found {json.dumps(message, default=str)[:100]}."
-            )
+        conversations.check(message, f"messages[{number}]")
 
 
 def _forms(content: str) -> list[str]:
@@ -294,9 +352,10 @@ class _Renderer:
     Threads may share it. It ends with this object, or when this process does.
     """
 
-    def __init__(self, source: str, where: str):
+    def __init__(self, source: str, where: str, date: str | None):
         self._source = source
         self._where = where
+        self._date = date
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._owner = 0  # the process that started it: a fork of that one starts its own
@@ -308,7 +367,7 @@ class _Renderer:
         Raises:
             UsageError: the template is wrong, refuses, or takes too much.
         """
-        request = {"settings": settings, "now": datetime.datetime.now().isoformat()}
+        request = {"settings": settings, "now": self._date or datetime.datetime.now().isoformat()}
         with self._lock:
             answer = self._ask(json.dumps(request))
         if "texts" in answer:

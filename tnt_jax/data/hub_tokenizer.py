@@ -27,6 +27,7 @@ from tnt_jax.data.tokenization import (
     Place,
     Tokeniser,
     find_end,
+    refuse_messages,
 )
 from tnt_jax.runtime import files
 from tnt_jax.runtime.errors import UsageError
@@ -117,8 +118,9 @@ class HubTokenizer(Tokeniser):
         """See `Tokeniser.encode`. Text that is spelt like a control token stays text."""
         return self._loaded.beginning.encode(text, add_special_tokens=False).ids
 
-    def prompt_ids(self, text: str) -> list[int]:
+    def prompt_ids(self, text: str, messages: Sequence[tuple[str, str]] = ()) -> list[int]:
         """The ids of a text that the model goes on with: behind its BOS, if it has one; no end."""
+        refuse_messages(messages)
         return [*self._loaded.before_text, *self.encode(text)]
 
     def markup_ids(self, parts: Sequence[tuple[str, bool]]) -> list[int]:
@@ -157,6 +159,10 @@ class HubTokenizer(Tokeniser):
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """See `Tokeniser.decode`."""
         return self._loaded.beginning.decode(self._spoken(ids), skip_special_tokens=True)
+
+    def prompt_text(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of a prompt's ids, for people; a conversation goes on behind its ends."""
+        return self._loaded.beginning.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def encode_with_extents(self, text: str) -> Encoded:
         """See `Tokeniser.encode_with_extents`. Nothing is silent: these drop no character."""
@@ -240,8 +246,13 @@ class HubTokenizer(Tokeniser):
         another tokenizer of the same size.
         """
         digest = hashlib.sha256((epath.Path(self.folder) / TOKENIZER).read_bytes())
-        digest.update(json.dumps([sorted(self.end_ids), self.end_id]).encode())
+        digest.update(json.dumps([sorted(self.end_ids), self.end_id, *self._of_prompts]).encode())
         return digest.hexdigest()
+
+    @property
+    def _of_prompts(self) -> tuple[str, ...]:
+        """What decides, beside the tokenizer's files, how a prompt is written."""
+        return ()
 
     def copy_files(self, folder: epath.Path) -> None:
         """Copies what says how text is tokenised into another directory of this kind."""

@@ -47,7 +47,7 @@ def example_from_record(
 ) -> tuple[feature_converters.Example, int]:
     """The tokenised record, and how many of its spans touch no token."""
     marked = mark_tokens(record, vocabulary, marks)
-    inputs = vocabulary.prompt_ids(record.inputs)
+    inputs = prompt_ids(record, vocabulary)
     example = feature_converters.Example(
         inputs=np.array(inputs, np.int32),
         targets=marked.target_ids,
@@ -59,6 +59,18 @@ def example_from_record(
         id=record.id,
     )
     return example, marked.num_spans_without_token
+
+
+def prompt_ids(record: records.Record, vocabulary: Tokeniser) -> list[int]:
+    """The ids of what a model is given: the record's conversation, or its inputs.
+
+    Raises:
+        UsageError: the record has a conversation that the model does not take.
+    """
+    try:
+        return vocabulary.prompt_ids(record.inputs, record.messages)
+    except UsageError as error:
+        raise UsageError(f"record {record.id!r}: {error}") from error
 
 
 def log_spans_without_token(number: int, where: str) -> None:

@@ -6,10 +6,14 @@ Programs exchange records as JSONL, one object a line:
      "target_ids": [...],                       exact generated ids, EOS included
      "negative_spans": [[start, end], ...],     code point offsets into targets, end exclusive
      "negative_token_ids": [[position, [ids]]], further ids removed at a position of target_ids
-     "annotator": "name and settings"}
+     "annotator": "name and settings",
+     "messages": [{"role": "user", "content": "text"}, ...]}       the conversation before the reply
 
-Only `inputs` is required, so a file of prompts is a file of records. Unknown fields are kept. Files
-are local, or in a bucket (`gs://`): whatever `etils.epath` opens.
+Only `inputs` or `messages` is required, so a file of prompts is a file of records. A conversation
+is for a chat model; its texts, one after another, are the `inputs` where there are none. Unknown
+fields are kept. What TRL writes is read as well: `prompt` and `completion`, each a text or
+messages, and `messages` that end with the assistant's turn, which is the `targets`. Files are
+local, or in a bucket (`gs://`): whatever `etils.epath` opens.
 """
 
 import dataclasses
@@ -22,6 +26,7 @@ from typing import Annotated, Any, TypedDict
 
 import msgspec
 
+from tnt_jax.data import conversations
 from tnt_jax.runtime import files
 from tnt_jax.runtime.errors import UsageError, naming_file
 
@@ -32,7 +37,7 @@ class Record:
 
     Attributes:
         id: names the example; unique within a data set.
-        inputs: text for the encoder.
+        inputs: text that the model is given.
         targets: text that the original model produced; empty in a prompt.
         target_ids: the exact generated ids, EOS included. Kept because re-tokenising a sampled text
             can give other ids. None when only the text is known.
@@ -41,6 +46,8 @@ class Record:
         negative_token_ids: (position, ids) pairs: ids to remove at a token position, beside those
             that follow from the spans. Alternatives that would be just as wrong, or earlier marks.
         annotator: who or what made the annotation.
+        messages: (role, content) pairs: the conversation that a chat model is given, in place of
+            `inputs`; () where there is none.
         extra: fields that are not ours, kept from file to file.
 
     Raises:
@@ -54,6 +61,7 @@ class Record:
     negative_spans: tuple[tuple[int, int], ...] | None = None
     negative_token_ids: tuple[tuple[int, tuple[int, ...]], ...] = ()
     annotator: str = ""
+    messages: tuple[tuple[str, str], ...] = ()
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
@@ -73,6 +81,11 @@ class Record:
                     "position in target_ids, counted from 0."
                 )
 
+    @property
+    def prompt(self) -> str:
+        """What the model is given, as one text: two records with the same one ask the same."""
+        return json.dumps(self.messages) if self.messages else self.inputs
+
     @classmethod
     def from_json(cls, fields: Any, where: str) -> "Record":
         """Builds a record from a parsed JSON object.
@@ -87,10 +100,13 @@ class Record:
         """
         if not isinstance(fields, Mapping):
             raise UsageError(f"{where}: expected a JSON object, found {_shown(fields)}.")
+        fields = conversations.as_record(fields, where)
         if fields.get("inputs") is None:
             found = [name for name, value in fields.items() if value is not None]
             raise UsageError(f"{where}: the field 'inputs' is missing; found {sorted(found)[:20]}.")
         known = known_fields(fields, where)
+        if "messages" in known:
+            known["messages"] = tuple((one["role"], one["content"]) for one in known["messages"])
         path, _, line = where.rpartition(":")
         known.setdefault("id", f"{pathlib.PurePath(path).stem}:{line}")
         extra = {name: value for name, value in fields.items() if name not in _EXPECTED}
@@ -112,6 +128,10 @@ class Record:
             ]
         if self.annotator:
             fields["annotator"] = self.annotator
+        if self.messages:
+            fields["messages"] = [
+                {"role": role, "content": content} for role, content in self.messages
+            ]
         return {**fields, **self.extra}
 
     def to_line(self) -> str:
@@ -221,7 +241,7 @@ def read_pairs(
                     f"record {row.id!r} of {path} has no negative_spans: expected annotated "
                     "records (python -m tnt_jax.annotate)."
                 )
-        if one.inputs != other.inputs or one.annotator != other.annotator:
+        if one.prompt != other.prompt or one.annotator != other.annotator:
             raise UsageError(
                 f"record {one.id!r} has other inputs, or another annotator, in {current} than in "
                 f"{original}. Generate and annotate both alike."
@@ -249,6 +269,11 @@ _Offset = TokenId
 _Position = Annotated[int, msgspec.Meta(gt=-(2**31), lt=2**31)]
 
 
+class _Message(TypedDict):
+    role: str
+    content: str
+
+
 class _Fields(TypedDict, total=False):
     """The fields that a record has in JSON."""
 
@@ -259,12 +284,14 @@ class _Fields(TypedDict, total=False):
     negative_spans: tuple[tuple[_Offset, _Offset], ...]
     negative_token_ids: tuple[tuple[_Position, tuple[TokenId, ...]], ...]
     annotator: str
+    messages: tuple[_Message, ...]
 
 
 _EXPECTED = dict.fromkeys(_Fields.__annotations__, "a string of Unicode text") | {
     "target_ids": "a list of token ids",
     "negative_spans": "a list of [start, end] code point offsets",
     "negative_token_ids": "a list of [position, [token ids]]",
+    "messages": 'a list of {"role": ..., "content": ...} with texts',
 }
 
 

@@ -18,33 +18,33 @@ from tnt_jax.data import marks, records, removed_everywhere
 
 
 class Ledger:
-    """The ids to remove for each pair of an input and a prefix of the targets."""
+    """The ids to remove for each pair of a prompt (`Record.prompt`) and a prefix of the targets."""
 
     def __init__(self):
         self._ids: dict[bytes, set[int]] = {}
 
-    def add(self, inputs: str, marked: marks.MarkedTarget) -> None:
+    def add(self, prompt: str, marked: marks.MarkedTarget) -> None:
         """Enters the marks of one output."""
         if not len(marked.negative_pairs):
             return
-        prefixes = list(_prefixes(inputs, marked.target_ids))
+        prefixes = list(_prefixes(prompt, marked.target_ids))
         for position, removed_id in marked.negative_pairs.tolist():
             self._ids.setdefault(prefixes[position], set()).add(removed_id)
 
     def removed(
-        self, inputs: str, target_ids: np.ndarray
+        self, prompt: str, target_ids: np.ndarray
     ) -> tuple[tuple[int, tuple[int, ...]], ...]:
         """What all outputs so far say of the positions of one: for `Record.negative_token_ids`."""
         found = (
             (position, self._ids.get(prefix))
-            for position, prefix in enumerate(_prefixes(inputs, target_ids))
+            for position, prefix in enumerate(_prefixes(prompt, target_ids))
         )
         return tuple((position, tuple(sorted(ids))) for position, ids in found if ids)
 
 
-def _prefixes(inputs: str, target_ids: np.ndarray) -> Iterator[bytes]:
+def _prefixes(prompt: str, target_ids: np.ndarray) -> Iterator[bytes]:
     """A digest of the input and the tokens before each position."""
-    state = hashlib.blake2b(inputs.encode(), digest_size=16)
+    state = hashlib.blake2b(prompt.encode(), digest_size=16)
     state.update(b"\0")
     for token in target_ids.tolist():
         yield state.digest()
@@ -72,12 +72,12 @@ def merge(rounds: Sequence[Sequence[records.Record]], vocabulary: Any) -> list[r
     for number, rows in enumerate(rounds, start=1):
         for row in rows:
             marked = marks.mark_tokens(row, vocabulary)
-            ledger.add(row.inputs, marked)
+            ledger.add(row.prompt, marked)
             first_tokens.add(
-                row.inputs,
+                row.prompt,
                 marks.mark_tokens(row, vocabulary, "first_token") if row.negative_spans else marked,
             )
-            output = row.inputs, marked.target_ids.tobytes()
+            output = row.prompt, marked.target_ids.tobytes()
             if output not in seen:
                 seen.add(output)
                 name = next(name for name in _names(row.id, number) if name not in names)
@@ -110,10 +110,10 @@ def _without_rest_of_spans(
       first_tokens: Of that what one has as the first token of a span, or removes by its id.
       vocabulary: The tokeniser of its ids.
     """
-    removed = ledger.removed(row.inputs, marked.target_ids)
+    removed = ledger.removed(row.prompt, marked.target_ids)
     if not row.negative_spans:
         return removed
-    first = dict(first_tokens.removed(row.inputs, marked.target_ids))
+    first = dict(first_tokens.removed(row.prompt, marked.target_ids))
     spans = dataclasses.replace(row, negative_token_ids=())
     whole = {*map(tuple, marks.mark_tokens(spans, vocabulary).negative_pairs.tolist())}
     left = (

@@ -89,8 +89,20 @@ class Tokeniser(abc.ABC):
         """The ids of a text, without an end."""
 
     @abc.abstractmethod
-    def prompt_ids(self, text: str) -> list[int]:
-        """The ids of a text as a model takes it as its input."""
+    def prompt_ids(self, text: str, messages: Sequence[tuple[str, str]] = ()) -> list[int]:
+        """The ids of a prompt as a model takes it.
+
+        Args:
+            text: the prompt, where there are no messages.
+            messages: (role, content) pairs: a conversation, for a chat model.
+
+        Raises:
+            UsageError: there are messages, and the model has no chat template.
+        """
+
+    def prompt_text(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of a prompt's ids, for people."""
+        return self.decode(ids)
 
     @abc.abstractmethod
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -147,6 +159,15 @@ def check_vocabulary(vocabulary: Any) -> int:
             f"or tokenization.Bytes), found {type(vocabulary).__name__}."
         )
     return vocabulary.size
+
+
+def refuse_messages(messages: Sequence[tuple[str, str]]) -> None:
+    """Raises a UsageError where there are messages, for a tokeniser without a chat template."""
+    if messages:
+        raise UsageError(
+            "messages: expected a model with a chat template, found one without, or "
+            "CHAT_TEMPLATE=None. Give inputs, which are one text, in place of messages."
+        )
 
 
 def find_end(ids: Sequence[int], end_ids: Collection[int]) -> int:
@@ -233,8 +254,9 @@ class SentencePiece(Tokeniser):
         """See `Tokeniser.encode`."""
         return self.processor.encode(text)
 
-    def prompt_ids(self, text: str) -> list[int]:
+    def prompt_ids(self, text: str, messages: Sequence[tuple[str, str]] = ()) -> list[int]:
         """See `Tokeniser.prompt_ids`."""
+        refuse_messages(messages)
         return [*self.encode(text), _END_ID]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -424,8 +446,9 @@ class Bytes(Tokeniser):
         """See `Tokeniser.encode`."""
         return [byte + _NUM_SPECIAL for byte in text.encode()]
 
-    def prompt_ids(self, text: str) -> list[int]:
+    def prompt_ids(self, text: str, messages: Sequence[tuple[str, str]] = ()) -> list[int]:
         """See `Tokeniser.prompt_ids`."""
+        refuse_messages(messages)
         return [*self.encode(text), _END_ID]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:

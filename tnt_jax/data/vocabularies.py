@@ -8,6 +8,8 @@ decoder-only models have, is read as it is (`hub_tokenizer`).
 
 import atexit
 import base64
+import contextlib
+import datetime
 import json
 import pathlib
 import re
@@ -19,7 +21,7 @@ from typing import Any
 from etils import epath
 from sentencepiece import sentencepiece_model_pb2
 
-from tnt_jax.data import hub_tokenizer, tokenization
+from tnt_jax.data import chat, hub_tokenizer, tokenization
 from tnt_jax.runtime import console, files
 from tnt_jax.runtime.errors import UsageError, naming_file
 
@@ -131,6 +133,42 @@ def _of_directory(folder: epath.Path, extra_ids: int | None) -> tokenization.Tok
         stated = settings.get("extra_ids")
         extra_ids = len(numbers) or (T5_EXTRA_IDS if stated is None else int(stated))
     return of_file(file or _temporary_file(pieces), extra_ids)
+
+
+def with_template(
+    vocabulary: tokenization.Tokeniser, chat_template: str | None, date: str | None
+) -> tokenization.Tokeniser:
+    """The same vocabulary, whose prompts are written by a chat template where there is one.
+
+    Args:
+      vocabulary: Of a directory.
+      chat_template: "auto" is the directory's own, if it has one; None is none; else a file.
+      date: What a template that writes today's date writes, as YYYY-MM-DD; None is today.
+
+    Raises:
+      UsageError: The file is none, the date is none, or the vocabulary is not of a chat model.
+    """
+    if date is not None:
+        with contextlib.suppress(ValueError, TypeError):
+            date = datetime.date.fromisoformat(date).isoformat()
+            date = f"{date}T00:00:00"
+        if not (isinstance(date, str) and date.endswith("T00:00:00")):
+            raise UsageError(f"CHAT_DATE: expected a date as YYYY-MM-DD or None, found {date!r}.")
+    if not isinstance(vocabulary, hub_tokenizer.HubTokenizer):
+        if chat_template in ("auto", None):
+            return vocabulary
+        raise UsageError(
+            f'CHAT_TEMPLATE: expected "auto" or None for this model, which is no chat model, '
+            f"found {chat_template!r}."
+        )
+    folder = epath.Path(vocabulary.folder)
+    if chat_template is None or (chat_template == "auto" and not chat.has_template(folder)):
+        return vocabulary
+    if chat_template == "auto":
+        template = chat.of_directory(folder, vocabulary)
+    else:
+        template = chat.of_file(chat_template, vocabulary)
+    return chat.ChatTokenizer(vocabulary.folder, template.source, template.where, date)
 
 
 def _settings(folder: epath.Path) -> Mapping[str, Any]:

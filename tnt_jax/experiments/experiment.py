@@ -239,8 +239,8 @@ class Opened:
             check([row.id for row in evaluation])
         if train is None or evaluation is None:
             return 0
-        inputs = {row.inputs for row in train}
-        num_seen = sum(row.inputs in inputs for row in evaluation)
+        inputs = {row.prompt for row in train}
+        num_seen = sum(row.prompt in inputs for row in evaluation)
         if num_seen:
             console.log(
                 f"EVAL_PROMPTS: {num_seen} of {len(evaluation)} inputs are also in TRAIN_PROMPTS: "

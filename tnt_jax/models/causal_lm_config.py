@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 
@@ -136,6 +137,10 @@ class CausalLMConfig(NetworkConfig):
     norm_scale_offset: float = 0.0
     scales_embedding: bool = False
     attention_scale: float | None = None
+    unseen: ClassVar = (
+        *("mlp_activations", "layer_norm_epsilon", "num_heads", "num_kv_heads", "head_dim"),
+        *("kinds", "norm_scale_offset", "scales_embedding", "attention_scale"),
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -164,3 +169,13 @@ class CausalLMConfig(NetworkConfig):
     def kind_of_layers(self) -> np.ndarray:
         """The kind of every layer, `[num_layers]` int32."""
         return np.resize(np.array(self.layer_pattern, np.int32), self.num_layers)
+
+    @property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of every layer."""
+        return tuple(self.layer_kinds[kind] for kind in self.kind_of_layers)
+
+    @property
+    def total_layers(self) -> int:
+        """Number of layers."""
+        return self.num_layers

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,10 @@ _LARGEST = {
     "head_dim": 2**12,  # 128
     "mlp_dim": 2**20,  # 65,536
 }
+# How a network is computed, which says nothing of what it computes: no checkpoint states it.
+COMPUTATION = (
+    *("dtype", "dropout_rate", "float32_attention_logits", "scan_layers", "remat_policy"),
+)
 _LARGEST_EPSILON = 1.0  # 1e-6; with more, a norm passes on little but its scale
 
 
@@ -72,6 +77,8 @@ class NetworkConfig:
         mesh axis `fsdp`.
       adapter_scale: what multiplies the adapters among the parameters, if any: alpha / rank.
 
+      unseen: the names of the settings that the shape of no parameter shows.
+
     Raises:
       UsageError: a size below 1 or beyond any network's, a rate outside [0, 1), an epsilon outside
         [0, 1], or an unknown activation, dtype or policy.
@@ -91,6 +98,12 @@ class NetworkConfig:
     scan_layers: bool = False
     remat_policy: str = "none"
     adapter_scale: float = 1.0
+    unseen: ClassVar[tuple[str, ...]] = ("mlp_activations", "layer_norm_epsilon")
+
+    @property
+    def total_layers(self) -> int:
+        """Number of layers of all stacks."""
+        raise NotImplementedError
 
     def __post_init__(self):
         family = type(self).__name__

@@ -1,6 +1,7 @@
 """The settings of a T5, beside those that every network has."""
 
 import dataclasses
+from typing import ClassVar
 
 from tnt_jax.models.network_config import MOST_LAYERS, NetworkConfig
 from tnt_jax.runtime.errors import UsageError
@@ -41,6 +42,9 @@ class T5Config(NetworkConfig):
     relpos_bias_per_layer: bool = False
     num_relpos_buckets: int = 32
     relpos_max_distance: int = 128
+    unseen: ClassVar = (
+        *("mlp_activations", "scales_logits", "relpos_max_distance", "layer_norm_epsilon"),
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -58,3 +62,8 @@ class T5Config(NetworkConfig):
         """`scale_decoder_outputs`, or what None stands for."""
         scale = self.scale_decoder_outputs
         return self.logits_via_embedding if scale is None else scale
+
+    @property
+    def total_layers(self) -> int:
+        """Number of layers of both stacks."""
+        return self.num_encoder_layers + self.num_decoder_layers

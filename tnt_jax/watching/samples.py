@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from tnt_jax.data import feature_converters, records
+from tnt_jax.data import feature_converters, marks, records
 from tnt_jax.models import decoding, sharding
 from tnt_jax.models.model import Model
 from tnt_jax.runtime import console
@@ -42,7 +42,7 @@ def read_prompts(path: str, vocabulary: Any) -> list[Prompt]:
       UsageError: The file cannot be read.
     """
     return [
-        Prompt(id=row.id, inputs=tuple(vocabulary.prompt_ids(row.inputs)))
+        Prompt(id=row.id, inputs=tuple(marks.prompt_ids(row, vocabulary)))
         for row in records.read_records(path)
     ]
 
@@ -96,7 +96,7 @@ class Speaker:
     @functools.cached_property
     def inputs(self) -> list[str]:
         """The texts of the prompts."""
-        return [self.vocabulary.decode(prompt.inputs) for prompt in self.prompts]
+        return [self.vocabulary.prompt_text(prompt.inputs) for prompt in self.prompts]
 
     @property
     def _keys(self) -> jax.Array | None:

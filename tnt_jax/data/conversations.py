@@ -1,0 +1,111 @@
+"""Conversations in records: their roles, and the forms in which TRL writes them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tnt_jax.runtime.errors import UsageError
+
+# A template may put a role within the name of a control token ("<|user|>"), so not any text is one.
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_REPLY = "assistant"
+
+
+def as_record(fields: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The fields of an object as a record has them, whichever form they came in.
+
+    Args:
+        fields: of the object; with `inputs`, with `messages`, or with TRL's `prompt`.
+        where: its place, for messages.
+
+    Raises:
+        UsageError: a conversation is none, or what the model replied is given twice.
+    """
+    given = {name for name, value in fields.items() if value is not None}
+    if "inputs" not in given and "prompt" in given:
+        fields = _from_pair(fields, where)
+    elif "messages" not in given:
+        return fields
+    if fields.get("messages") is None:
+        return fields
+    messages = _checked(fields["messages"], f"{where}: messages")
+    reply = None
+    if messages[-1]["role"] == _REPLY:
+        *messages, last = messages
+        reply = last["content"]
+    if reply is not None:
+        if fields.get("targets") is not None:
+            raise UsageError(
+                f"{where}: messages: expected the conversation before the reply, which is in "
+                "targets, found one that ends with the assistant's turn. Leave that turn out, or "
+                "leave targets out."
+            )
+        fields = {**fields, "targets": reply}
+    if not messages:
+        raise UsageError(
+            f"{where}: messages: expected a conversation before the assistant's turn, found none."
+        )
+    fields = {**fields, "messages": messages}
+    if fields.get("inputs") is None:
+        fields = {**fields, "inputs": text_of(messages)}
+    return fields
+
+
+def _from_pair(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """TRL's `prompt` and `completion`, as the fields that we have for them."""
+    prompt, completion = fields["prompt"], fields.get("completion")
+    rest = {name: value for name, value in fields.items() if name not in ("prompt", "completion")}
+    if isinstance(prompt, str):
+        rest["inputs"] = prompt
+    else:
+        rest["messages"] = _checked(prompt, f"{where}: prompt")
+    if isinstance(completion, list):
+        turns = _checked(completion, f"{where}: completion")
+        if len(turns) != 1 or turns[0]["role"] != _REPLY:
+            raise UsageError(
+                f"{where}: completion: expected one turn of the assistant, found "
+                f"{_shown(completion)}. Make a record of each reply."
+            )
+        completion = turns[0]["content"]
+    if completion is not None:
+        if rest.get("targets") is not None:
+            raise UsageError(
+                f"{where}: expected completion or targets, found both. Leave one of them out."
+            )
+        rest["targets"] = completion
+    return rest
+
+
+def _checked(messages: Any, where: str) -> list[dict[str, str]]:
+    """Messages of a role and a text each; other fields of theirs are left out.
+
+    Raises:
+        UsageError: They are none.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise UsageError(
+            f"{where}: expected a list of messages, found {_shown(messages)}: each has a role "
+            f"({', '.join(ROLES)}) and a content that is a text."
+        )
+    for number, message in enumerate(messages):
+        check(message, f"{where}[{number}]")
+    return [{"role": one["role"], "content": one["content"]} for one in messages]
+
+
+def check(message: Any, where: str) -> None:
+    """Raises a UsageError unless this is a message of a role and a text."""
+    content = message.get("content") if isinstance(message, Mapping) else None
+    if not isinstance(content, str) or message.get("role") not in ROLES:
+        raise UsageError(
+            f"{where}: expected a role ({', '.join(ROLES)}) and a content that is a text, found "
+            f"{_shown(message)}."
+        )
+
+
+def text_of(messages: Sequence[Mapping[str, str]]) -> str:
+    """All that is said in a conversation, for whoever looks for words in it."""
+    return "\n\n".join(message["content"] for message in messages)
+
+
+def _shown(value: Any) -> str:
+    return f"{json.dumps(value, default=str):.100}"
