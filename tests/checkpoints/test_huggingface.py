@@ -404,7 +404,7 @@ def test_weights_of_torch(directory):
 @pytest.mark.parametrize(
     ("settings", "found"),
     [
-        ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM"),
+        ({"model_type": "mamba", "architectures": ["MambaForCausalLM"]}, "MambaForCausalLM"),
         ({"model_type": "bart", "is_encoder_decoder": True}, "model_type 'bart'"),
         ({}, "model_type None"),
         ({"model_type": "t5", "is_encoder_decoder": False}, "is_encoder_decoder False"),
