@@ -272,14 +272,18 @@ class _Outputs:
             task_feature_lengths=lengths,
             batch_size=settings.batch_size,
         )
-        matrix, vocab_axis = opened.model.network.output_matrix(opened.params)
+        network = opened.model.network
+        matrix, vocab_axis = network.output_matrix(opened.params)
         whole = np.asarray(matrix, np.float32)
         self.matrix = jnp.asarray(whole if vocab_axis == 0 else whole.T)
         self._said = np.zeros((len(rows), self._length, 2), np.float32)
         for start in range(0, len(rows), settings.batch_size):
             indices = np.arange(start, min(start + settings.batch_size, len(rows)))
             self._said[indices] = prefix_values.log_prob_and_entropy(
-                self._states_of(indices), self.matrix, self._padded(indices)
+                self._states_of(indices),
+                self.matrix,
+                self._padded(indices),
+                softcap=network.final_softcap,
             )
 
     def _states_of(self, indices: np.ndarray) -> np.ndarray:

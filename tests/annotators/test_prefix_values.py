@@ -144,14 +144,20 @@ def test_no_value_depends_on_what_comes_later_or_on_padding():
         np.testing.assert_allclose(cut, whole[: length + 1], atol=1e-6)
 
 
-def test_log_probability_and_entropy_against_scipy():
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_log_probability_and_entropy_against_scipy(softcap):
     rng = np.random.default_rng(0)
     states, matrix = rng.normal(size=(2, 5, 7)), rng.normal(size=(11, 7))
     tokens = rng.integers(11, size=(2, 5))
     found = prefix_values.log_prob_and_entropy(
-        jnp.asarray(states, jnp.float32), jnp.asarray(matrix, jnp.float32), jnp.asarray(tokens)
+        jnp.asarray(states, jnp.float32),
+        jnp.asarray(matrix, jnp.float32),
+        jnp.asarray(tokens),
+        softcap=softcap,
     )
-    log_probs = special.log_softmax(states @ matrix.T, axis=-1)
+    logits = states @ matrix.T
+    logits = logits if softcap is None else softcap * np.tanh(logits / softcap)
+    log_probs = special.log_softmax(logits, axis=-1)
     own = np.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
     expected = np.stack([own, stats.entropy(np.exp(log_probs), axis=-1)], axis=-1)
     np.testing.assert_allclose(found, expected, rtol=1e-5)

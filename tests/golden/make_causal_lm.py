@@ -69,6 +69,15 @@ MODELS = {
     "qwen3": {"model_type": "qwen3", "head_dim": 8, "tie_word_embeddings": True},
     "smollm3": {"model_type": "smollm3", "no_rope_layer_interval": 2},
     "gemma": {"model_type": "gemma", "head_dim": 8, "hidden_act": "gelu_pytorch_tanh"},
+    "gemma2": {
+        "model_type": "gemma2",
+        "head_dim": 8,
+        "query_pre_attn_scalar": 12,
+        "sliding_window": 5,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 5.0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 50.0},
+    },
     "gemma3": {
         "model_type": "gemma3_text",
         "head_dim": 8,
@@ -86,6 +95,7 @@ MODELS = {
 # The same networks, as the hub's files say it.
 DIALECT_4 = {
     "llama_3": {"rope_theta": 100.0, "rope_scaling": {**LLAMA_3, "rope_theta": None}},
+    "gemma2": {"rope_theta": 50.0, "hidden_act": "gelu_pytorch_tanh"},
     "gemma3": {
         "rope_theta": 200.0,
         "rope_local_base_freq": 20.0,
@@ -210,8 +220,8 @@ def main():
         for key in ("rope_parameters", "layer_types", "dtype"):
             config.pop(key, None)
         config |= {key: value for key, value in changes.items() if key != "rope_scaling"}
-        scaling = changes["rope_scaling"]
-        config["rope_scaling"] = {k: v for k, v in scaling.items() if v is not None}
+        if scaling := changes.get("rope_scaling"):
+            config["rope_scaling"] = {k: v for k, v in scaling.items() if v is not None}
         config["torch_dtype"] = "float32"
         (FOLDER / f"{name}_4.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     np.savez_compressed(FOLDER / "expected.npz", **expected)

@@ -17,7 +17,7 @@ from tnt_jax.models import causal_lm, causal_lm_layers, decoding, parameters, sh
 from tnt_jax.models.causal_lm_config import CausalLMConfig, LayerKind, Llama3Scaling
 from tnt_jax.models.model import Model
 from tnt_jax.runtime.errors import UsageError
-from tnt_jax.training import train_step
+from tnt_jax.training import load_original, originals, train_step
 from tnt_jax.training.trainer import Trainer
 
 LLAMA = CausalLMConfig(
@@ -44,6 +44,8 @@ MIXED = dataclasses.replace(
     norm_scale_offset=1.0,
     scales_embedding=True,
     attention_scale=0.5,
+    attention_softcap=1.5,
+    final_softcap=3.0,
 )
 POST = dataclasses.replace(LLAMA, norms="post", query_key_norm="all_heads", num_kv_heads=4)
 CONFIGS = pytest.mark.parametrize("config", [LLAMA, MIXED, POST], ids=["llama", "mixed", "post"])
@@ -193,6 +195,7 @@ def test_stacked_layers_have_the_logits_and_gradients_of_layers_apart(config, re
         ({"norms": "none"}, "norms must be one of pre, pre_and_post, post, not 'none'"),
         ({"layer_pattern": (0, 1)}, "indices of the 1 layer_kinds"),
         ({"num_layers": 0}, "num_layers must be a whole number from 1"),
+        ({"final_softcap": 0.0}, "final_softcap must be a number above 0, or None; found 0.0"),
     ],
 )
 def test_settings_that_no_network_has(changes, message):
@@ -316,6 +319,19 @@ def test_eight_devices_and_microbatches_give_the_update_of_one(shape, num_microb
 def test_the_original_is_a_fixed_point():
     _, sums = update(MIXED, {"data": 2, "fsdp": 2, "model": 2}, marks=(), original_seed=0)
     assert sums["loss"] == sums["gradient_norm"] == 0
+
+
+@CONFIGS
+def test_cached_states_give_the_logits_of_a_second_forward_pass(config):
+    network, params = causal_lm.CausalLM(config), t5_inputs.random_params(config)
+    batch = jax.tree.map(jnp.asarray, CAUSAL.convert(examples(), LENGTHS))
+    expected = network.forward(params, batch)
+    cached = load_original.kind_of("cached", config).logits(
+        network.forward,
+        network.output_matrix(params)[0],
+        batch | {originals.STATES: expected.hidden},
+    )
+    np.testing.assert_array_equal(cached.whole(), expected.whole())
 
 
 def test_heads_that_the_mesh_does_not_divide_are_named():

@@ -3,6 +3,7 @@
 golden/README.md says how they were made.
 """
 
+import dataclasses
 import functools
 import json
 
@@ -63,7 +64,7 @@ def rows_of(name, what):
 def test_every_family_is_here():
     types = {settings_of(name)["model_type"] for name in MODELS}
     assert types == set(huggingface_causal_lm.MODEL_TYPES)
-    assert DIALECT_4 == ["gemma3_4", "llama_3_4"]
+    assert DIALECT_4 == ["gemma2_4", "gemma3_4", "llama_3_4"]
 
 
 @pytest.mark.parametrize("name", [*MODELS, *DIALECT_4])
@@ -109,12 +110,39 @@ def test_null_is_not_the_default():
     assert windows == {(None,), (4096,)}
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_new_config_says_the_same(name):
+    config = config_of(name)
+    settings = huggingface_causal_lm.new_config(config)
+    found = huggingface_causal_lm.network_config(settings, "", is_tied=config.logits_via_embedding)
+    assert found.kinds == config.kinds
+    same = {"layer_kinds": config.layer_kinds, "layer_pattern": config.layer_pattern}
+    assert dataclasses.replace(found, **same) == config
+
+
+def test_softcaps_that_gemma_2_leaves_out_are_its_own_and_null_is_none():
+    settings = settings_of("gemma2")
+    names = ("attn_logit_softcapping", "final_logit_softcapping")
+    read = functools.partial(huggingface_causal_lm.network_config, where="", is_tied=True)
+
+    def softcaps(settings):
+        config = read(settings)
+        return config.attention_softcap, config.final_softcap
+
+    assert softcaps(without(settings, *names)) == (50.0, 30.0)
+    assert softcaps(settings | dict.fromkeys(names)) == (None, None)
+
+
 def test_what_a_family_s_files_leave_out():
     read = functools.partial(huggingface_causal_lm.network_config, where="", is_tied=False)
     for name, epsilon in (("olmo2", 1e-5), ("llama", 1e-6)):
         assert read(without(settings_of(name), "rms_norm_eps")).layer_norm_epsilon == epsilon
     assert read(without(settings_of("qwen3"), "head_dim")).head_dim == 128
     assert read(settings_of("qwen3") | {"head_dim": None}).head_dim == 4
+    left_out = ("head_dim", "sliding_window", "query_pre_attn_scalar", "layer_types")
+    gemma2 = read(without(settings_of("gemma2"), *left_out))
+    assert (gemma2.head_dim, gemma2.attention_scale) == (256, 1 / 16)
+    assert [kind.window for kind in gemma2.kinds] == [4096, None, 4096, None]
 
 
 @pytest.mark.parametrize(
@@ -138,6 +166,10 @@ def test_what_a_family_s_files_leave_out():
         ("gemma3", {"layer_types": ["full_attention"]}, "layer_types: expected .* 6 layers"),
         ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers: expected a number for each of 4"),
         ("gemma", {"final_logit_softcapping": 30.0}, "final_logit_softcapping: expected nothing"),
+        ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: expected nothing"),
+        ("gemma3", {"final_logit_softcapping": -1}, "final_softcap must be .* found -1.0"),
+        ("gemma2", {"attn_logit_softcapping": 0}, "attention_softcap must be .* above 0, or None"),
+        ("gemma2", {"attn_logit_softcapping": True}, "attn_logit_softcapping: expected float"),
     ],
 )
 def test_settings_that_are_not_known_are_named(name, changes, message):

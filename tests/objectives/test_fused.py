@@ -69,6 +69,7 @@ def problem(
     batch=BATCH,
     width=WIDTH,
     vocab_size=VOCAB_SIZE,
+    softcap=None,
 ):
     """Factored logits of both models, and tokens; a third of the positions is padding."""
     random = np.random.default_rng(seed)
@@ -76,7 +77,9 @@ def problem(
 
     def model(hidden, matrix):
         matrix = matrix if vocab_axis == 1 else matrix.T
-        return FactoredLogits(jnp.asarray(hidden, dtype), jnp.asarray(matrix, dtype), vocab_axis)
+        return FactoredLogits(
+            jnp.asarray(hidden, dtype), jnp.asarray(matrix, dtype), vocab_axis, softcap
+        )
 
     hidden = random.normal(size=(*shape, width))
     matrix = random.normal(size=(width, vocab_size)) * scale
@@ -165,6 +168,25 @@ def assert_agree(objective, *inputs, rtol=2e-5, atol=2e-6, **settings):
 @each_objective
 def test_agrees_with_the_definition(objective):
     assert_agree(objective, *problem())
+
+
+def test_capped_logits_by_hand():
+    current, _, _ = problem(softcap=4.0)
+    logits = np.asarray(current.replace(softcap=None).whole(), np.float64)
+    assert np.abs(logits).max() > 8  # so that the bound is felt
+    np.testing.assert_allclose(current.whole(), 4 * np.tanh(logits / 4), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("vocab_axis", [0, 1])
+@pytest.mark.parametrize("name", ["TNRF", "TNSR", "TNJSJ", "UL+LL", "TNRLL", "TNRR smoothed"])
+def test_agrees_with_the_definition_on_capped_logits(name, vocab_axis):
+    assert_agree(OBJECTIVES[name], *problem(10, vocab_axis=vocab_axis, softcap=4.0))
+
+
+def test_each_model_has_its_own_cap():
+    current, original, tokens = problem(11, softcap=4.0)
+    assert_agree(OBJECTIVES["TNRF"], current, original.replace(softcap=2.5), tokens)
+    assert_agree(OBJECTIVES["TNRF"], current.replace(softcap=None), original, tokens)
 
 
 @pytest.mark.parametrize("block_size", [1, 5, 16, 24, 100])
@@ -311,10 +333,11 @@ SHAPES = [(8, 1, 1), (4, 1, 2), (1, 4, 2), (2, 4, 1), (2, 2, 2), (1, 1, 8)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", ["TNRF", "TNRLL smoothed", "TNRF everywhere"])
+@pytest.mark.parametrize("name", ["TNRF", "TNRLL smoothed", "TNRF everywhere", "TNRF capped"])
 def test_eight_devices_give_the_numbers_of_one(name, shape):
     shape = dict(zip(sharding.MESH_AXES, shape, strict=True))
-    inputs = problem(9, batch=8)
+    inputs = problem(9, batch=8, softcap=4.0 if name.endswith("capped") else None)
+    name = name.removesuffix(" capped")
     step, placed = on_mesh(OBJECTIVES[name], shape, *inputs)
     found = step(*placed)
     expected = with_gradients(fused_values, OBJECTIVES[name], *inputs)

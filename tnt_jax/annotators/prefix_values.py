@@ -29,6 +29,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 
+from tnt_jax.models import factored_logits
 from tnt_jax.runtime.array_types import Array, Float, Int, Key, PyTree
 from tnt_jax.runtime.errors import UsageError
 
@@ -128,18 +129,27 @@ class Training:
         return optax.adamw(rate, weight_decay=self.weight_decay)
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="softcap")
 def log_prob_and_entropy(
-    states: Float[Array, "B T E"], matrix: Float[Array, "V E"], tokens: Int[Array, "B T"]
+    states: Float[Array, "B T E"],
+    matrix: Float[Array, "V E"],
+    tokens: Int[Array, "B T"],
+    softcap: float | None = None,
 ) -> Float[Array, "B T 2"]:
     """The log-probability of each target token, and the entropy of its distribution, in nats.
 
     One position is computed at a time: logits `[B, T, V]` are never held.
+
+    Args:
+      states: decoder states.
+      matrix: the output matrix.
+      tokens: the target tokens.
+      softcap: of the logits, as in `FactoredLogits`.
     """
 
     def at_position(of_position):
         states, tokens = of_position
-        log_probs = jax.nn.log_softmax(states.astype(jnp.float32) @ matrix.T)
+        log_probs = jax.nn.log_softmax(factored_logits.multiply(states, matrix, 0, softcap))
         own = jnp.take_along_axis(log_probs, tokens[:, None], axis=1)[:, 0]
         return jnp.stack([own, -jnp.sum(jnp.exp(log_probs) * log_probs, axis=1)], axis=1)
 

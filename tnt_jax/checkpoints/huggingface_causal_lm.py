@@ -35,14 +35,25 @@ class _Family:
         value: Mistral's files say `"sliding_window": null` and mean that there is none.
       biases: What `attention_bias` true stands for; None where the key has no meaning.
       window_switch: The key that makes `sliding_window` count; None where it always does.
+      full_every: Of so many layers the last one sees everything and the others have the window,
+        where no `layer_types` says otherwise; None is not of this kind.
+      softcaps: Keys of `_SOFTCAPS` that transformers computes in this family.
     """
 
     switches: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     biases: str | None = "all"
     window_switch: str | None = None
+    full_every: int | None = None
+    softcaps: tuple[str, ...] = ()
 
 
+# Bounds of logits, and our names. transformers reads none of `gemma`, and in `gemma3_text` the
+# final one alone.
+_SOFTCAPS = {
+    "attn_logit_softcapping": "attention_softcap",
+    "final_logit_softcapping": "final_softcap",
+}
 _GEMMA = {"norm_scale_offset": 1.0, "scales_embedding": True}
 _QWEN = {"sliding_window": 4096, "max_window_layers": 28}
 _FAMILIES = {
@@ -64,8 +75,22 @@ _FAMILIES = {
         defaults={"rope_theta": 2_000_000.0, "no_rope_layer_interval": 4},
     ),
     "gemma": _Family(switches=_GEMMA, defaults={"head_dim": 256}),
+    "gemma2": _Family(
+        switches={**_GEMMA, "norms": "pre_and_post"},
+        full_every=2,
+        softcaps=tuple(_SOFTCAPS),
+        defaults={
+            "head_dim": 256,
+            "sliding_window": 4096,
+            "query_pre_attn_scalar": 256,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+    ),
     "gemma3_text": _Family(
         switches={**_GEMMA, "query_key_norm": "head", "norms": "pre_and_post"},
+        full_every=6,
+        softcaps=("final_logit_softcapping",),
         defaults={
             "head_dim": 256,
             "sliding_window": 4096,
@@ -94,7 +119,7 @@ _SETTING_TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("sliding_window_pattern", "_sliding_window_pattern"), (int,)),
     **dict.fromkeys(("attention_bias", "use_sliding_window"), (bool,)),
     **dict.fromkeys(("hidden_act", "hidden_activation"), (str,)),
-    **dict.fromkeys(("rms_norm_eps", "query_pre_attn_scalar"), (float, int)),
+    **dict.fromkeys(("rms_norm_eps", "query_pre_attn_scalar", *_SOFTCAPS), (float, int)),
     **dict.fromkeys(("layer_types", "no_rope_layers"), (list,)),
     **dict.fromkeys(("rope_scaling", "rope_parameters"), (dict,)),
     **dict.fromkeys(("rope_theta", "rope_local_base_freq"), (float, int)),
@@ -105,8 +130,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (None, False),
     "add_cross_attention": (None, False),
     "attention_dropout": (None, 0, 0.0),
-    "attn_logit_softcapping": (None,),
-    "final_logit_softcapping": (None,),
+    **dict.fromkeys(_SOFTCAPS, (None,)),
     "use_bidirectional_attention": (None, False),
     "rope_interleaved": (None, False),
     "quantization_config": (None,),
@@ -144,7 +168,7 @@ def network_config(config: Mapping[str, Any], where: str, *, is_tied: bool) -> C
 
 def _network_config(config: Mapping[str, Any], is_tied: bool) -> CausalLMConfig:
     family = _FAMILIES[config["model_type"]]
-    _check_known(config)
+    _check_known(config, family)
     given = {**family.defaults, **config}
     files.check_types(given, _SETTING_TYPES)
     for key in _SIZES:
@@ -159,6 +183,9 @@ def _network_config(config: Mapping[str, Any], is_tied: bool) -> CausalLMConfig:
     scalar = given.get("query_pre_attn_scalar")
     if scalar is not None and not 0 < scalar < math.inf:
         raise UsageError(f"query_pre_attn_scalar: expected a number above 0, found {scalar}.")
+    for key in family.softcaps:
+        if given.get(key) is not None:
+            switches[_SOFTCAPS[key]] = float(given[key])
     kinds, pattern = _layer_kinds(given, family)
     return CausalLMConfig(
         vocab_size=given["vocab_size"],
@@ -178,10 +205,10 @@ def _network_config(config: Mapping[str, Any], is_tied: bool) -> CausalLMConfig:
     )
 
 
-def _check_known(config: Mapping[str, Any]) -> None:
+def _check_known(config: Mapping[str, Any], family: _Family) -> None:
     """Raises a UsageError for what would change the function and is not known."""
     for key, values in _ONLY.items():
-        if config.get(key) not in values:
+        if key not in family.softcaps and config.get(key) not in values:
             expected = " or ".join(
                 dict.fromkeys("nothing" if v is None else str(v) for v in values)
             )
@@ -249,9 +276,10 @@ def _layer_kinds(
 def _layer_types(given: Mapping[str, Any], family: _Family) -> list[str]:
     """What a file from before `layer_types` means."""
     num_layers = given["num_hidden_layers"]
-    if given["model_type"] == "gemma3_text":
+    if family.full_every is not None:
         # transformers 5 keeps the key of 4 under another name.
-        every = given.get("sliding_window_pattern") or given.get("_sliding_window_pattern") or 6
+        every = given.get("sliding_window_pattern") or given.get("_sliding_window_pattern")
+        every = every or family.full_every
         return [
             "full_attention" if (i + 1) % every == 0 else "sliding_attention"
             for i in range(num_layers)
@@ -326,6 +354,7 @@ _ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
     "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
 }
@@ -400,7 +429,7 @@ def _settings_of(config: CausalLMConfig, model_type: str, family: _Family) -> di
     if family.window_switch is not None:
         settings[family.window_switch] = bool(windows)
         settings["max_window_layers"] = 0
-    if family.window_switch is not None or model_type == "gemma3_text":
+    if family.window_switch is not None or family.full_every is not None:
         settings["layer_types"] = [
             "full_attention" if kind.window is None else "sliding_attention" for kind in kinds
         ]
@@ -409,8 +438,11 @@ def _settings_of(config: CausalLMConfig, model_type: str, family: _Family) -> di
     if model_type == "gemma3_text":
         local = next((kind.rope_theta for kind in kinds if kind.window is not None), None)
         settings["rope_local_base_freq"] = local or 10_000.0
+    if "query_pre_attn_scalar" in family.defaults:
         scale = config.attention_scale or config.head_dim**-0.5
         settings["query_pre_attn_scalar"] = round(scale**-2, 6)
+    for key in family.softcaps:
+        settings[key] = getattr(config, _SOFTCAPS[key])
     return settings
 
 

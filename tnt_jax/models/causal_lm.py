@@ -130,12 +130,17 @@ class CausalLM(LinenNetwork):
         places = batch["decoder_target_places"][:, :, None]
         hidden = jnp.take_along_axis(states, places, axis=1)
         hidden = sharding.constrain(hidden, "batch", "length", "width")
-        return FactoredLogits(hidden, *self.output_matrix(params))
+        return FactoredLogits(hidden, *self.output_matrix(params), self.final_softcap)
 
     @property
     def hidden_dtype(self) -> Any:
         """The compute dtype."""
         return self.config.dtype
+
+    @property
+    def final_softcap(self) -> float | None:
+        """Gemma 2's."""
+        return self.config.final_softcap
 
     def start_decoding(
         self,
@@ -173,4 +178,5 @@ class CausalLM(LinenNetwork):
             {"params": params}, tokens, position, cache, memory, method="step"
         )
         hidden, cache = cast(tuple[jax.Array, Cache], stepped)
-        return multiply(hidden, *self.output_matrix(params))[:, 0], cache
+        logits = multiply(hidden, *self.output_matrix(params), self.final_softcap)
+        return logits[:, 0], cache

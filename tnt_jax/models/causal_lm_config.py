@@ -104,8 +104,9 @@ class LayerKind:
 class CausalLMConfig(NetworkConfig):
     """Architecture of one decoder-only language model.
 
-    The families differ by switches: llama, mistral, qwen2, qwen3, smollm3, gemma, gemma3_text and
-    olmo2 are all of this class (`checkpoints.huggingface_causal_lm` has their settings).
+    The families differ by switches: llama, mistral, qwen2, qwen3, smollm3, gemma, gemma2,
+    gemma3_text and olmo2 are all of this class (`checkpoints.huggingface_causal_lm` has their
+    settings).
 
     Attributes:
       num_layers: Layers.
@@ -121,10 +122,13 @@ class CausalLMConfig(NetworkConfig):
         without it.
       scales_embedding: Multiplies embedded tokens by the square root of `emb_dim`.
       attention_scale: Multiplies attention logits; None is `head_dim ** -0.5`.
+      attention_softcap: What no attention logit exceeds: `c * tanh(logit / c)` stands in its place;
+        None is no bound.
+      final_softcap: The same for the logits of the vocabulary.
 
     Raises:
       UsageError: As in `NetworkConfig`, or a choice that there is not, heads that do not divide, an
-        odd width of heads, or a pattern that names no kind.
+        odd width of heads, a pattern that names no kind, or a softcap that is not positive.
     """
 
     num_layers: int
@@ -137,9 +141,12 @@ class CausalLMConfig(NetworkConfig):
     norm_scale_offset: float = 0.0
     scales_embedding: bool = False
     attention_scale: float | None = None
+    attention_softcap: float | None = None
+    final_softcap: float | None = None
     unseen: ClassVar = (
         *("mlp_activations", "layer_norm_epsilon", "num_heads", "num_kv_heads", "head_dim"),
         *("kinds", "norm_scale_offset", "scales_embedding", "attention_scale"),
+        *("attention_softcap", "final_softcap"),
     )
 
     def __post_init__(self):
@@ -158,6 +165,13 @@ class CausalLMConfig(NetworkConfig):
                 "CausalLMConfig: expected num_heads to be a multiple of num_kv_heads and head_dim "
                 f"to be even, found {self.num_heads}, {self.num_kv_heads} and {self.head_dim}"
             )
+        for name in ("attention_softcap", "final_softcap"):
+            softcap = getattr(self, name)
+            if softcap is not None and not 0 < softcap < math.inf:
+                raise UsageError(
+                    f"CausalLMConfig.{name} must be a number above 0, or None; found "
+                    f"{softcap!r:.60}"
+                )
         kinds = range(len(self.layer_kinds))
         if not self.layer_pattern or any(kind not in kinds for kind in self.layer_pattern):
             raise UsageError(

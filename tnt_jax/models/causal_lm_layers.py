@@ -16,6 +16,7 @@ from flax import linen as nn
 
 from tnt_jax.models import layers, sharding
 from tnt_jax.models.causal_lm_config import CausalLMConfig
+from tnt_jax.models.factored_logits import cap
 from tnt_jax.models.layers import Cache, KeysValues
 from tnt_jax.runtime.array_types import Array, Bool, Float, Int
 from tnt_jax.runtime.errors import UsageError
@@ -130,7 +131,8 @@ class Attention(nn.Module):
                 keys,
                 preferred_element_type=jnp.float32,
             )
-            masked = jnp.where(mask[:, None], asked * scale, _MASKED_LOGIT)
+            capped = cap(asked * scale, c.attention_softcap)
+            masked = jnp.where(mask[:, None], capped, _MASKED_LOGIT)
             logits.append(masked.reshape(*queries.shape[:-1], -1))
         weights = jax.nn.softmax(jnp.concatenate(logits, axis=-1)).astype(c.dtype)
         ends = np.cumsum([part.shape[-1] for part in logits])[:-1]

@@ -16,19 +16,32 @@ class FactoredLogits(flax.struct.PyTreeNode):
       matrix: `[E, V]`, the output matrix (`vocab_axis=1`), or `[V, E]`, an embedding that serves as
         one (`vocab_axis=0`).
       vocab_axis: Of `matrix`.
+      softcap: What no logit exceeds, as in `cap`; None is no bound.
     """
 
     hidden: Any  # arrays, but trees of shardings are FactoredLogits too
     matrix: Any
     vocab_axis: int = flax.struct.field(pytree_node=False)
+    softcap: float | None = flax.struct.field(pytree_node=False, default=None)
 
     def whole(self) -> Float[Array, "B T V"]:
         """Multiplied out, in float32."""
-        return multiply(self.hidden, self.matrix, self.vocab_axis)
+        return multiply(self.hidden, self.matrix, self.vocab_axis, self.softcap)
 
 
-def multiply(hidden, matrix, vocab_axis):
+def multiply(hidden, matrix, vocab_axis, softcap=None):
     """Logits in float32, from whatever the dtypes are."""
     matrix = matrix.astype(jnp.float32)
     matrix = matrix if vocab_axis == 1 else matrix.T
-    return jnp.matmul(hidden.astype(jnp.float32), matrix)
+    return cap(jnp.matmul(hidden.astype(jnp.float32), matrix), softcap)
+
+
+def cap(logits: Float[Array, "*shape"], softcap: float | None) -> Float[Array, "*shape"]:
+    """Bounds logits smoothly: `softcap * tanh(logits / softcap)`; None leaves them as they are."""
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+
+def slope_of_cap(capped: Float[Array, "*shape"], softcap: float) -> Float[Array, "*shape"]:
+    """The derivative of `cap` where it has these values."""
+    share = capped / softcap
+    return (1 - share) * (1 + share)

@@ -70,6 +70,11 @@ class LinenNetwork(abc.ABC):
         """The dtype in which a forward pass reads each parameter."""
         return parameters.computed_dtypes(self.abstract_params(), self.config)
 
+    @property
+    def final_softcap(self) -> float | None:
+        """None: most networks have no bound."""
+        return None
+
     def output_matrix(self, params: PyTree) -> tuple[Any, int]:
         """The embedding, if it is tied, or the decoder's own; and the vocabulary axis."""
         if self.config.logits_via_embedding:

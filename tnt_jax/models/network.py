@@ -93,6 +93,11 @@ class Network(Protocol):
         """The dtype of the states that `forward` returns: the compute dtype or float32."""
         ...
 
+    @property
+    def final_softcap(self) -> float | None:
+        """What no logit exceeds, as in `factored_logits.cap`; None is no bound."""
+        ...
+
     def output_matrix(self, params: PyTree) -> tuple[Any, int]:
         """The output matrix in a tree of parameters, shapes or shardings, and its vocabulary axis.
 

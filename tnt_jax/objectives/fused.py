@@ -71,7 +71,7 @@ def token_values(
     if original is not None:
         original = jax.lax.stop_gradient(original)
     tokens = (target_tokens, negative_ids, loss_mask)
-    settings = _Settings(objective, block_size, current.vocab_axis)
+    settings = _Settings(objective, block_size, current.vocab_axis, current.softcap)
     loss: Any = _loss
     total, values = loss(
         settings, current.hidden, current.matrix, original, jax.lax.stop_gradient(tokens)
@@ -115,6 +115,7 @@ class _Settings:
     objective: definition.TntObjective
     block_size: int | None
     vocab_axis: int
+    softcap: float | None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -227,7 +228,7 @@ def _on_mesh(settings, hidden, matrix, original, tokens, *, with_gradients):
 
     of_matrix, of_original = of(settings.vocab_axis), None
     if original is not None:
-        of_original = FactoredLogits(rows, of(original.vocab_axis), original.vocab_axis)
+        of_original = original.replace(hidden=rows, matrix=of(original.vocab_axis))
     return jax.shard_map(
         compute,
         in_specs=(rows, of_matrix, of_original, rows),
@@ -338,11 +339,14 @@ def _blocks(settings, vocab_axes, with_gradients, sizes, hidden, matrix, origina
         index = jax.lax.dynamic_slice_in_dim(order, start, rows)
         index = jnp.where(place < num_live, index, num_tokens)
         states = take(hidden, index)
-        logits = factored_logits.multiply(states, matrix, settings.vocab_axis)
+        logits = factored_logits.multiply(states, matrix, settings.vocab_axis, settings.softcap)
         original_logits = None
         if original is not None:
             original_logits = factored_logits.multiply(
-                take(original.hidden, index), original.matrix, original.vocab_axis
+                take(original.hidden, index),
+                original.matrix,
+                original.vocab_axis,
+                original.softcap,
             )
         target, negative, _ = (take(x, index) for x in tokens)
         found, gradient = _in_passes(
@@ -353,6 +357,8 @@ def _blocks(settings, vocab_axes, with_gradients, sizes, hidden, matrix, origina
         values = jax.tree.map(lambda x, y: x.at[index].set(y, mode="drop"), values, found)
         if with_gradients:
             gradient = jnp.where((place < num_live)[:, None], gradient, 0.0)
+            if settings.softcap is not None:
+                gradient *= factored_logits.slope_of_cap(logits, settings.softcap)
             of_hidden, of_matrix = gradients
             columns = "ev" if settings.vocab_axis == 1 else "ve"
             dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)

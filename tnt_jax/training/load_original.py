@@ -36,7 +36,8 @@ def kind_of(name: str, config: NetworkConfig) -> Original:
             return PARAMETERS
         case "cached":
             network = families.network_of(config)
-            return CachedStates(vocab_axis=network.output_matrix(network.abstract_params())[1])
+            _, vocab_axis = network.output_matrix(network.abstract_params())
+            return CachedStates(vocab_axis, network.final_softcap)
         case "adapters_off":
             return AdaptersOff()
     raise UsageError(f"ORIGINAL: expected parameters, cached or adapters_off, found {name!r}.")

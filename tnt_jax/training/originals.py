@@ -73,16 +73,18 @@ class CachedStates(_Apart):
 
     Attributes:
       vocab_axis: Of the output matrix, as in `FactoredLogits`; `original_params` is that matrix.
+      softcap: As in `FactoredLogits`.
     """
 
     vocab_axis: int
+    softcap: float | None = None
 
     def logits(
         self, forward: Forward, original_params: PyTree, batch: Mapping[str, Array]
     ) -> Logits:
         """No forward pass at all."""
         del forward
-        return FactoredLogits(batch[STATES], original_params, self.vocab_axis)
+        return FactoredLogits(batch[STATES], original_params, self.vocab_axis, self.softcap)
 
 
 @dataclasses.dataclass(frozen=True)
