@@ -8,61 +8,15 @@ import hypothesis
 import pytest
 import tokenizers
 from etils import epath
-from helpers import tiny_tokenizers
+from helpers import golden_model, tiny_tokenizers
+from helpers.chat_templates import CONVERSATIONS, TEMPLATES, said
 from hypothesis import strategies as st
 
-from tnt_jax.data import chat, hub_tokenizer
+from tnt_jax.checkpoints import pretrained
+from tnt_jax.data import chat, hub_tokenizer, marks, tokenization, vocabularies
+from tnt_jax.data.records import Record
 from tnt_jax.runtime.errors import UsageError
 
-# Small templates of four families, from what their makers say a prompt looks like.
-CHATML = """\
-{%- if messages[0]['role'] != 'system' %}
-    {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
-{%- endif %}
-{%- for message in messages %}
-    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-{%- endif %}
-"""
-LLAMA_3 = """\
-{{- bos_token }}
-{%- for message in messages %}
-    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
-    {{- message['content'] | trim + '<|eot_id|>' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
-{%- endif %}
-"""
-GEMMA = """\
-{{ bos_token }}
-{%- if messages[0]['role'] == 'system' -%}
-    {{ raise_exception('System role not supported') }}
-{%- endif -%}
-{%- for message in messages -%}
-    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
-        {{ raise_exception('Roles must alternate user/assistant/user/...') }}
-    {%- endif -%}
-    {%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}
-    {{ '<start_of_turn>' + role + '\\n' + message['content'] | trim + '<end_of_turn>\\n' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{ '<start_of_turn>model\\n' }}
-{%- endif -%}
-"""
-MISTRAL = """\
-{{ bos_token }}
-{%- for message in messages %}
-    {%- if message['role'] == 'user' %}
-        {{- ' [INST] ' + message['content'] + ' [/INST]' }}
-    {%- elif message['role'] == 'assistant' %}
-        {{- ' ' + message['content'] + eos_token }}
-    {%- endif %}
-{%- endfor %}
-"""
-TEMPLATES = {"qwen": CHATML, "llama3": LLAMA_3, "gemma": GEMMA, "mistral": MISTRAL}
 END_OF_TURN = {
     "qwen": "<|im_end|>",
     "llama3": "<|eot_id|>",
@@ -70,13 +24,6 @@ END_OF_TURN = {
     "mistral": "</s>",
 }
 kinds = pytest.mark.parametrize("kind", TEMPLATES)
-
-
-def said(*contents, roles=("user", "assistant")):
-    return [
-        {"role": roles[number % len(roles)], "content": content}
-        for number, content in enumerate(contents)
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +112,13 @@ def test_prompts_are_as_the_makers_write_them(kind, messages, expected, template
     ids = templates[kind].prompt_ids(messages)
     assert ids == library.encode(expected, add_special_tokens=False).ids
     assert [library.id_to_token(i) for i in ids].count("<s>") == (kind == "mistral")
+
+
+@kinds
+def test_ids_are_those_of_transformers(kind, templates):
+    expected = json.loads((golden_model.FOLDER / "chat_ids.json").read_text())[kind]
+    for messages, ids in zip(CONVERSATIONS, expected, strict=True):
+        assert templates[kind].prompt_ids(messages) == ids
 
 
 @kinds
@@ -433,3 +387,86 @@ def test_a_process_that_does_not_answer_is_ended(of_source, monkeypatch):
 def test_a_template_cannot_hold_what_stands_for_contents(of_source):
     with pytest.raises(UsageError, match="without private-use characters, found U\\+F0001"):
         of_source("\U000f0001").render(said("Hi"))
+
+
+# --- The tokeniser of a chat model ----------------------------------------------------------------
+
+
+@pytest.fixture
+def vocabulary_of(folders):
+    """Opens the vocabulary of a kind; the process of its template ends with the test."""
+    made = []
+
+    def make(kind="qwen", **settings):
+        made.append(pretrained.vocabulary(str(folders[kind]), **settings))
+        return made[-1]
+
+    yield make
+    for vocabulary in made:
+        if "template" in vars(vocabulary):
+            vocabulary.template._renderer.close()
+
+
+@kinds
+def test_a_text_is_what_a_user_says(kind, vocabulary_of, templates, tokenisers):
+    vocabulary = vocabulary_of(kind)
+    ids = templates[kind].prompt_ids(said("Which hotel?"))
+    assert vocabulary.prompt_ids("Which hotel?") == ids
+    assert marks.prompt_ids(Record(id="", inputs="Which hotel?"), vocabulary) == ids
+    conversation = said("a", "b", "c")
+    pairs = tuple((one["role"], one["content"]) for one in conversation)
+    assert vocabulary.prompt_ids("", pairs) == templates[kind].prompt_ids(conversation)
+    # Whatever is no prompt is as it was.
+    assert vocabulary.encode("Which hotel?") == tokenisers[kind].encode("Which hotel?")
+    assert vocabulary.end_id == templates[kind].end_of_turn_id
+    assert vocabulary.end_ids == tokenisers[kind].end_ids
+
+
+def test_without_the_template_a_model_goes_on_with_a_text(vocabulary_of, tokenisers):
+    vocabulary = vocabulary_of("llama3", chat_template=None)
+    assert vocabulary == tokenisers["llama3"]
+    assert vocabulary.prompt_ids("Hi") == [*vocabulary.prompt_ids(""), *vocabulary.encode("Hi")]
+    record = Record(id="r1", inputs="Hi", messages=(("user", "Hi"),))
+    for other in (vocabulary, tokenization.Bytes()):
+        with pytest.raises(
+            UsageError, match=r"record 'r1': messages: expected a model with a chat"
+        ):
+            marks.prompt_ids(record, other)
+
+
+def test_a_template_of_ones_own(vocabulary_of, tmp_path):
+    own = tmp_path / "own.jinja"
+    own.write_text("<|im_start|>{{ messages[-1].content }}")
+    vocabulary = vocabulary_of(chat_template=str(own))
+    assert vocabulary.prompt_text(vocabulary.prompt_ids("Hi")) == "Hi"
+    assert len(vocabulary.prompt_ids("Hi")) == 1 + len(vocabulary.encode("Hi"))
+    with pytest.raises(
+        UsageError, match=r'CHAT_TEMPLATE: expected "auto", None or a file .*\'no\''
+    ):
+        vocabulary_of(chat_template="no")
+    with pytest.raises(UsageError, match=r"CHAT_TEMPLATE: expected .* no chat model, found 'own'"):
+        vocabularies.with_template(tokenization.Bytes(), "own", None)
+
+
+def test_the_text_of_a_prompt_goes_on_behind_its_ends(vocabulary_of):
+    vocabulary = vocabulary_of()
+    ids = vocabulary.prompt_ids("Which hotel?")
+    assert vocabulary.decode(ids) == "system\nYou are a helpful assistant."
+    assert vocabulary.prompt_text(ids).endswith("\nuser\nWhich hotel?\nassistant\n")
+
+
+def test_the_date_of_prompts_is_a_setting(vocabulary_of, tmp_path):
+    own = tmp_path / "own.jinja"
+    own.write_text("Today is {{ strftime_now('%d %b %Y') }}. {{ messages[-1].content }}")
+    one = vocabulary_of(chat_template=str(own), chat_date="2024-07-26")
+    other = vocabulary_of(chat_template=str(own), chat_date="2025-01-02")
+    assert one.prompt_text(one.prompt_ids("Hi")) == "Today is 26 Jul 2024. Hi"
+    assert other.prompt_text(other.prompt_ids("Hi")) == "Today is 02 Jan 2025. Hi"
+    # A run goes on with the same prompts alone.
+    assert one.tokenizer_digest != other.tokenizer_digest
+    again = pickle.loads(pickle.dumps(one))
+    assert again == one
+    assert again.tokenizer_digest == one.tokenizer_digest
+    for wrong in ("26.7.2024", 5):
+        with pytest.raises(UsageError, match="CHAT_DATE: expected a date as YYYY-MM-DD or None"):
+            vocabulary_of(chat_date=wrong)

@@ -3,11 +3,9 @@
 import dataclasses
 import functools
 import math
-import pathlib
 import time
 import tracemalloc
 
-import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +17,6 @@ from tnt_jax.models import t5, t5_layers
 from tnt_jax.runtime.errors import UsageError
 
 GOLDEN = np.load(golden_model.FOLDER / "t5_logits.npz")
-MODEL_FILES = pathlib.Path(__file__).parents[2] / "gin_configs" / "models"
 
 GOLDEN_CONFIG = golden_model.CONFIG
 
@@ -484,60 +481,6 @@ def test_a_config_is_a_value():
         config = dataclasses.replace(CONFIG_1_0, dtype=dtype, mlp_activations=["relu"])
         assert config == dataclasses.replace(CONFIG_1_0, dtype="bfloat16")
         assert hash(config) == hash(dataclasses.replace(CONFIG_1_0, dtype="bfloat16"))
-
-
-# Parameter counts as published with the checkpoints (T5 and T5 1.1 model cards).
-NUM_PARAMS = {
-    "t5_1_0_tiny": None,
-    "t5_1_0_small": 60_506_624,
-    "t5_1_0_base": 222_903_552,
-    "t5_1_0_large": 737_668_096,
-    "t5_1_0_3b": 2_851_598_336,
-    "t5_1_0_11b": 11_307_321_344,
-    "t5_1_1_tiny": None,
-    "t5_1_1_small": 76_961_152,
-    "t5_1_1_base": 247_577_856,
-    "t5_1_1_large": 783_150_080,
-    "t5_1_1_xl": 2_849_757_184,
-    "t5_1_1_xxl": 11_135_332_352,
-}
-
-
-def num_params(tree):
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
-
-
-def test_every_model_file_is_listed():
-    assert {path.stem for path in MODEL_FILES.glob("*.gin")} == {*NUM_PARAMS, "from_checkpoint"}
-
-
-@pytest.mark.parametrize("name", NUM_PARAMS)
-def test_model_files(name):
-    gin.clear_config()
-    try:
-        gin.parse_config_files_and_bindings([str(MODEL_FILES / f"{name}.gin")], [])
-        config = gin.query_parameter("MODEL/macro.value").scoped_configurable_fn()
-        with gin.unlock_config():
-            gin.parse_config("VOCAB_SIZE = 100\nDTYPE = 'bfloat16'\nDROPOUT_RATE = 0.1")
-            gin.parse_config("SCAN_LAYERS = True\nREMAT_POLICY = 'minimal'")
-        changed = gin.query_parameter("MODEL/macro.value").scoped_configurable_fn()
-    finally:
-        gin.clear_config()
-    assert type(config) is t5.T5Config
-    assert config.vocab_size == 32128
-    assert config.dropout_rate == 0
-    is_large = name.endswith(("_xl", "_xxl", "_3b", "_11b"))
-    assert (config.scan_layers, config.remat_policy) == (is_large, "full" if is_large else "none")
-    assert changed == dataclasses.replace(
-        config,
-        vocab_size=100,
-        dtype="bfloat16",
-        dropout_rate=0.1,
-        scan_layers=True,
-        remat_policy="minimal",
-    )
-    if NUM_PARAMS[name]:
-        assert NUM_PARAMS[name] == num_params(t5.T5(config).abstract_params())
 
 
 def test_a_network_of_many_layers_is_described_in_a_moment():
