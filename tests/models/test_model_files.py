@@ -54,6 +54,8 @@ def test_model_files(name):
         with gin.unlock_config():
             gin.parse_config("VOCAB_SIZE = 100\nDTYPE = 'bfloat16'\nDROPOUT_RATE = 0.1")
             gin.parse_config("SCAN_LAYERS = True\nREMAT_POLICY = 'minimal'")
+            if not name.startswith("t5"):
+                gin.parse_config("ATTENTION = 'splash'")
         changed = gin.query_parameter("MODEL/macro.value").scoped_configurable_fn()
     finally:
         gin.clear_config()
@@ -69,6 +71,7 @@ def test_model_files(name):
         dropout_rate=0.1,
         scan_layers=True,
         remat_policy="minimal",
+        attention="xla" if is_t5 else "splash",
     )
     if NUM_PARAMS[name]:
         assert NUM_PARAMS[name] == num_params(families.network_of(config).abstract_params())

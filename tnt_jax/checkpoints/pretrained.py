@@ -428,6 +428,7 @@ class FromCheckpoint:
       dtype: As in `NetworkConfig`.
       dropout_rate: As in `NetworkConfig`; what a checkpoint says is left aside.
       float32_attention_logits: As in `NetworkConfig`.
+      attention: As in `NetworkConfig`.
       scan_layers: As in `NetworkConfig`; the checkpoint may have it either way.
       remat_policy: As in `NetworkConfig`.
     """
@@ -435,6 +436,7 @@ class FromCheckpoint:
     dtype: str = "float32"
     dropout_rate: float = 0.0
     float32_attention_logits: bool = False
+    attention: str = "xla"
     scan_layers: bool = False
     remat_policy: str = "none"
 

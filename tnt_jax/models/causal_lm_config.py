@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import ClassVar
 
+import jax.numpy as jnp
 import numpy as np
 
 from tnt_jax.models.network_config import MOST_LAYERS, NetworkConfig
@@ -128,7 +129,8 @@ class CausalLMConfig(NetworkConfig):
 
     Raises:
       UsageError: As in `NetworkConfig`, or a choice that there is not, heads that do not divide, an
-        odd width of heads, a pattern that names no kind, or a softcap that is not positive.
+        odd width of heads, a pattern that names no kind, a softcap that is not positive, or a
+        kernel that does not compute all this.
     """
 
     num_layers: int
@@ -172,6 +174,16 @@ class CausalLMConfig(NetworkConfig):
                     f"CausalLMConfig.{name} must be a number above 0, or None; found "
                     f"{softcap!r:.60}"
                 )
+        if self.attention == "cudnn" and self.dtype != jnp.bfloat16:
+            raise UsageError(
+                f"ATTENTION: 'cudnn' computes in bfloat16, found {self.dtype}. Set "
+                "DTYPE='bfloat16', or ATTENTION='xla'."
+            )
+        if self.attention == "cudnn" and self.attention_softcap is not None:
+            raise UsageError(
+                "ATTENTION: 'cudnn' does not bound attention logits, as this network does at "
+                f"{self.attention_softcap:g}. Use ATTENTION='xla'."
+            )
         kinds = range(len(self.layer_kinds))
         if not self.layer_pattern or any(kind not in kinds for kind in self.layer_pattern):
             raise UsageError(

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from tnt_jax.models import attention as whole_rows
 from tnt_jax.models import layers, sharding
 from tnt_jax.models.causal_lm_config import CausalLMConfig
 from tnt_jax.models.factored_logits import cap
@@ -43,13 +44,6 @@ class Sources(NamedTuple):
 
     segment_ids: Int[Array, "B L"]
     positions: Int[Array, "B L"]
-
-    def mask(self, window: Int[Array, ""]) -> Bool[Array, "B 1 1 L L"]:
-        """A position sees those of its own example, not later, within the window."""
-        asking, seen = self.positions[:, :, None], self.positions[:, None, :]
-        is_same = self.segment_ids[:, :, None] == self.segment_ids[:, None, :]
-        allowed = is_same & (seen <= asking) & (asking - seen < window)
-        return allowed[:, None, None]
 
 
 def rotate(
@@ -122,7 +116,6 @@ class Attention(nn.Module):
         to each other, and share it.
         """
         c = self.config
-        scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
         logits = []
         for (keys, _), mask in seen:
             asked = jnp.einsum(
@@ -131,7 +124,7 @@ class Attention(nn.Module):
                 keys,
                 preferred_element_type=jnp.float32,
             )
-            capped = cap(asked * scale, c.attention_softcap)
+            capped = cap(asked * self._scale, c.attention_softcap)
             masked = jnp.where(mask[:, None], capped, _MASKED_LOGIT)
             logits.append(masked.reshape(*queries.shape[:-1], -1))
         weights = jax.nn.softmax(jnp.concatenate(logits, axis=-1)).astype(c.dtype)
@@ -140,9 +133,39 @@ class Attention(nn.Module):
         for ((_, values), _), part in zip(seen, jnp.split(weights, ends, axis=-1), strict=True):
             of_rows = part.reshape(len(values), -1, *part.shape[1:])
             mixed += jnp.einsum("bnhgqk,bhkd->bnhgqd", of_rows, values).reshape(queries.shape)
-        mixed = mixed.reshape(len(queries), c.num_heads, *queries.shape[3:])
+        return self._out(mixed)
+
+    def by_kernel(
+        self,
+        queries: Float[Array, "B H G L D"],
+        keys_values: KeysValues,
+        segment_ids: Int[Array, "B L"],
+        kind: Int[Array, ""],
+    ) -> Float[Array, "B L E"]:
+        """The same where queries and keys are those of whole rows, by the kernel of the config."""
+        c = self.config
+        mixed = whole_rows.by_kernel(
+            c.attention,
+            queries,
+            keys_values,
+            segment_ids,
+            windows=[kind.window for kind in c.layer_kinds],
+            kind=kind,
+            scale=self._scale,
+            softcap=c.attention_softcap,
+        )
+        return self._out(mixed)
+
+    @property
+    def _scale(self) -> float:
+        c = self.config
+        return c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
+
+    def _out(self, mixed: Float[Array, "B H G Q D"]) -> Float[Array, "B Q E"]:
+        """The output of all heads, one after the other at each position."""
+        mixed = mixed.reshape(len(mixed), self.config.num_heads, *mixed.shape[3:])
         mixed = sharding.constrain(mixed, "batch", "heads", "length", "width")
-        return self.out(mixed.swapaxes(1, 2).reshape(len(queries), queries.shape[3], -1))
+        return self.out(mixed.swapaxes(1, 2).reshape(len(mixed), mixed.shape[2], -1))
 
 
 def _check_heads(config: CausalLMConfig) -> None:
@@ -225,7 +248,10 @@ class Decoder(nn.Module):
             def attend(attention: Attention, y: Float[Array, "B L E"]) -> Array:
                 keys_values = attention.keys_values(y, sources.positions, speeds)
                 queries = attention.queries(y, sources.positions, speeds)
-                return attention(queries, [Seen(keys_values, sources.mask(window))])
+                if c.attention != "xla":
+                    return attention.by_kernel(queries, keys_values, sources.segment_ids, kind)
+                mask = whole_rows.mask(*sources, window)
+                return attention(queries, [Seen(keys_values, mask)])
 
             return layer(x, attend, deterministic=deterministic)
 
@@ -240,7 +266,7 @@ class Decoder(nn.Module):
         found = []
         for layer, kind in zip(self.layers, c.kind_of_layers.tolist(), strict=True):
             speeds = jnp.asarray(self.speeds[kind])
-            mask = sources.mask(jnp.asarray(self.windows[kind]))
+            mask = whole_rows.mask(*sources, jnp.asarray(self.windows[kind]))
 
             def attend(attention: Attention, y: Array, speeds=speeds, mask=mask) -> Array:
                 keys_values = attention.keys_values(y, sources.positions, speeds)

@@ -36,10 +36,9 @@ class LinenNetwork(abc.ABC):
 
     def _apart(self, **changes: int) -> "LinenNetwork":
         # Layers apart, whatever the config: a model with stacked layers starts from the same random
-        # numbers.
-        return type(self)(
-            dataclasses.replace(self.config, scan_layers=False, remat_policy="none", **changes)
-        )
+        # numbers. No kernel takes the one position that shapes are traced for.
+        same = {"scan_layers": False, "remat_policy": "none", "attention": "xla"}
+        return type(self)(dataclasses.replace(self.config, **same, **changes))
 
     def _boxed_shapes(self) -> PyTree:
         """Shapes of the parameters, with their axes; layers apart.

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tnt_jax.data import feature_converters
-from tnt_jax.models import adapters, decoding, families, sharding
+from tnt_jax.models import adapters, attention, decoding, families, sharding
 from tnt_jax.models.network import Network
 from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime.array_types import PyTree
@@ -27,10 +27,16 @@ class Model:
     Attributes:
       config: The settings of the network.
       mesh: From `sharding.make_mesh`.
+
+    Raises:
+      UsageError: Attention is to be computed by a kernel that the devices do not have.
     """
 
     config: NetworkConfig
     mesh: Mesh
+
+    def __post_init__(self):
+        attention.check_platform(self.config.attention, self.mesh)
 
     @functools.cached_property
     def network(self) -> Network:

@@ -31,6 +31,9 @@ REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
+# How attention over whole rows is computed; `attention` says what each is.
+ATTENTIONS = ("xla", "splash", "cudnn")
+
 MOST_LAYERS = 1000  # of a stack; T5 has 24, and the deepest transformer that was published 1,000
 
 # The largest size of each kind: far above what networks have, which is in the comments, and small
@@ -44,7 +47,8 @@ _LARGEST = {
 }
 # How a network is computed, which says nothing of what it computes: no checkpoint states it.
 COMPUTATION = (
-    *("dtype", "dropout_rate", "float32_attention_logits", "scan_layers", "remat_policy"),
+    *("dtype", "dropout_rate", "float32_attention_logits", "attention"),
+    *("scan_layers", "remat_policy"),
 )
 _LARGEST_EPSILON = 1.0  # 1e-6; with more, a norm passes on little but its scale
 
@@ -68,6 +72,8 @@ class NetworkConfig:
         are always float32.
       dropout_rate: probability of zeroing; acts only where a call is given a key.
       float32_attention_logits: compute attention logits and softmax in float32 whatever `dtype` is.
+      attention: "xla", "splash" (TPUs) or "cudnn" (NVIDIA GPUs): how attention over whole rows is
+        computed; decoding is always "xla". T5 has no other.
       scan_layers: one compiled loop over the layers of a stack instead of a copy of the program for
         each: compiles in the time of one layer. Their parameters are stacked along a new first
         axis, under `layers` (`parameters.stack_layers`); the function is the same.
@@ -95,6 +101,7 @@ class NetworkConfig:
     dtype: str | np.dtype | type = "float32"
     dropout_rate: float = 0.0
     float32_attention_logits: bool = False
+    attention: str = "xla"
     scan_layers: bool = False
     remat_policy: str = "none"
     adapter_scale: float = 1.0
@@ -124,6 +131,10 @@ class NetworkConfig:
         if dtype not in (jnp.float32, jnp.bfloat16):
             raise UsageError(f"{family}.dtype must be float32 or bfloat16, not {self.dtype!r}")
         object.__setattr__(self, "dtype", dtype)
+        if self.attention not in ATTENTIONS:
+            raise UsageError(
+                f"ATTENTION: expected {', '.join(ATTENTIONS)}, found {self.attention!r:.60}."
+            )
         if self.remat_policy not in REMAT_POLICIES:
             raise UsageError(
                 f"{family}.remat_policy must be one of {', '.join(REMAT_POLICIES)}; "

@@ -11,7 +11,7 @@ how a model stops fitting.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -104,17 +104,19 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     )
 
 
-def free_axes() -> dict[str, int]:
-    """The axes of the mesh in use that have several devices, and how many.
-
-    Those that `jax.shard_map` has taken over are not among them.
-    """
+def automatic_axes() -> dict[str, int]:
+    """The axes of the mesh in use that `jax.shard_map` has not taken over, and their devices."""
     mesh = jax.sharding.get_abstract_mesh()
     return {
         axis: mesh.shape[axis]
         for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind == AxisType.Auto and mesh.shape[axis] > 1
+        if kind == AxisType.Auto
     }
+
+
+def free_axes() -> dict[str, int]:
+    """Those of the `automatic_axes` that have several devices, and how many."""
+    return {axis: size for axis, size in automatic_axes().items() if size > 1}
 
 
 def constrain(x: Array, *logical_axes: str) -> Array:
@@ -130,8 +132,13 @@ def constrain(x: Array, *logical_axes: str) -> Array:
     free = free_axes()
     if not free:
         return x
-    rules = [[axis for axis in AXIS_RULES[name] if axis in free] for name in logical_axes]
-    return jax.lax.with_sharding_constraint(x, _partition_spec(rules))
+    return jax.lax.with_sharding_constraint(x, spec_of(logical_axes, free))
+
+
+def spec_of(logical_axes: Sequence[str], mesh_axes: Container[str]) -> PartitionSpec:
+    """How an activation lies by `AXIS_RULES`, as far as it is over `mesh_axes`."""
+    rules = [[axis for axis in AXIS_RULES[name] if axis in mesh_axes] for name in logical_axes]
+    return _partition_spec(rules)
 
 
 def gather(param: Array, logical_axes: Sequence[str], dtype: Any) -> Array:

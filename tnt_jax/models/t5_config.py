@@ -49,6 +49,11 @@ class T5Config(NetworkConfig):
     def __post_init__(self):
         super().__post_init__()
         self._check_sizes(_LARGEST)
+        if self.attention != "xla":
+            raise UsageError(
+                "ATTENTION: expected 'xla' for a T5, whose relative position bias no kernel takes; "
+                f"found {self.attention!r}."
+            )
         # Half of a direction's buckets hold one distance each, and further ones must follow.
         buckets, distance = self.num_relpos_buckets, self.relpos_max_distance
         if buckets % 4 or distance <= buckets // 2:

@@ -65,6 +65,11 @@ def make_trainer(
     """
     mesh = sharding.make_mesh(update.mesh_shape or sharding.MeshShape(), devices)
     sharding.check_batch_size(update.batch_size, update.num_microbatches, mesh)
+    if update.pack and config.attention == "cudnn":
+        raise UsageError(
+            "ATTENTION: 'cudnn' cannot tell the examples of a row apart, found PACK=True. Set "
+            "PACK=False, or ATTENTION='xla'."
+        )
     kind = kind_of(original_choice.kind, config)
     if isinstance(kind, AdaptersOff):
         scale = original_choice.adapter_alpha / original_choice.adapter_rank

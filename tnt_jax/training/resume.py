@@ -57,7 +57,7 @@ _IDENTITIES = {
 }
 
 # How a network is computed, not what: or compared elsewhere (`orbax`, `adapters`).
-_NOT_OF_THE_MODEL = ("class", "scan_layers", "remat_policy", "adapter_scale")
+_NOT_OF_THE_MODEL = ("class", "attention", "scan_layers", "remat_policy", "adapter_scale")
 
 # Nats for a token, on average. The probe of the same original differs by rounding from machine to
 # machine, most in bfloat16; another activation or a wrong matrix makes several nats.
