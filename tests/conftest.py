@@ -57,6 +57,7 @@ SLOW_FILES = {
         "test_causal_lm_parity",
         "test_chat_main_job",
         "test_attention",
+        "test_damaged_causal_lm",
     ),
 }
 

@@ -195,7 +195,10 @@ def test_stacked_layers_have_the_logits_and_gradients_of_layers_apart(config, re
         ({"norms": "none"}, "norms must be one of pre, pre_and_post, post, not 'none'"),
         ({"layer_pattern": (0, 1)}, "indices of the 1 layer_kinds"),
         ({"num_layers": 0}, "num_layers must be a whole number from 1"),
-        ({"final_softcap": 0.0}, "final_softcap must be a number above 0, or None; found 0.0"),
+        (
+            {"final_softcap": 0.0},
+            "final_softcap must be above 0 and below 1e.06, or None; found 0.0",
+        ),
     ],
 )
 def test_settings_that_no_network_has(changes, message):
