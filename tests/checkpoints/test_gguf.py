@@ -703,6 +703,8 @@ def test_a_file_is_known_by_its_name_or_its_first_bytes(small, tmp_path):
     (tmp_path / "c.bin").write_bytes(b"GGU")
     for other in (tmp_path, tmp_path / "c.bin", tmp_path / "none.gguf"):
         assert not gguf_files.is_gguf(epath.Path(other))
+    with pytest.raises(UsageError, match=r"Of a GGUF file, give the path of the file itself\."):
+        pretrained.find(str(tmp_path))
     with pytest.raises(UsageError, match=r"found a file at .*c.bin\. Of files, only GGUF is read"):
         pretrained.find(str(tmp_path / "c.bin"))
 

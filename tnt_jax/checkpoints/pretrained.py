@@ -47,8 +47,8 @@ def _has_weights(folder: epath.Path) -> bool:
     )
 
 
-# Kind -> whether a path is one, and what was looked for.
-_KINDS: dict[str, tuple[Callable[[epath.Path], bool], str]] = {
+# Kind -> whether a path is one, and what is looked for in a directory.
+_KINDS: dict[str, tuple[Callable[[epath.Path], bool], str | None]] = {
     _HUGGING_FACE: (_has_weights, f"{huggingface.CONFIG} and {huggingface.WEIGHTS} (Hugging Face)"),
     _OURS: (lambda folder: (folder / orbax.PARAMS).is_dir(), "params (tnt_jax)"),
     _T5X: (
@@ -59,7 +59,7 @@ _KINDS: dict[str, tuple[Callable[[epath.Path], bool], str]] = {
         lambda folder: (folder / t5x.ORBAX_ITEM / "_METADATA").is_file(),
         "state/_METADATA (T5X with Orbax)",
     ),
-    _GGUF: (gguf_files.is_gguf, "no GGUF file, which is named itself"),
+    _GGUF: (gguf_files.is_gguf, None),
 }
 _OUTPUT_FORMATS = {
     _HUGGING_FACE: "huggingface",
@@ -137,13 +137,15 @@ def find(path: str) -> epath.Path:
         if (match := re.fullmatch(r"checkpoint_(\d+)", folder.name)) and _is_whole(folder)
     }
     if not steps:
-        looked_for = "; ".join(what for _, what in _KINDS.values())
+        looked_for = "; ".join(what for _, what in _KINDS.values() if what)
         content = sorted(file.name for file in given.iterdir())
         shown = ", ".join(content[:8]) + (" ..." if content[8:] else "")
+        is_near = any(name.lower().endswith(gguf_files.SUFFIX) for name in content)
+        hint = " Of a GGUF file, give the path of the file itself." if is_near else ""
         raise UsageError(
             f"expected a model at {path}, found no kind that is known. Looked there, and in "
             f"checkpoint_<step> folders, for: {looked_for}. The directory has "
-            f"{shown or 'nothing in it'}."
+            f"{shown or 'nothing in it'}.{hint}"
         )
     return steps[max(steps)]
 
