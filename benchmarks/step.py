@@ -32,7 +32,9 @@ import numpy as np
 import report
 
 from tnt_jax import objectives
-from tnt_jax.models import adapters, t5
+from tnt_jax.data import feature_converters
+from tnt_jax.models import adapters, families, t5
+from tnt_jax.models.causal_lm_config import CausalLMConfig, LayerKind
 from tnt_jax.training import compiled_step, optimizers, train_step
 from tnt_jax.training.originals import PARAMETERS, STATES, AdaptersOff, CachedStates
 
@@ -43,6 +45,7 @@ SIZES = {
     "base": (768, 12, 12, 2048),
     "large": (1024, 16, 24, 2816),
 }
+DECODER_ONLY = ("smollm2_135m",)
 FINE_TUNE = objectives.TntObjective(negative_term="none", positive_term="log_likelihood")
 TNRF = objectives.TntObjective(negative_term="reverse_kl", positive_term="forward_kl")
 OPTIMIZER = optimizers.adafactor(1e-3)
@@ -82,7 +85,28 @@ PUBLISHED = {"published fine-tune": "fine-tune", "published TNFF": "TNFF"}
 
 
 def make_config(size, dtype, remat, scan):
-    """T5 1.1 of a size."""
+    """T5 1.1 of a size, or a decoder-only model."""
+    computation = {
+        "dtype": dtype,
+        "remat_policy": remat,
+        "scan_layers": scan,
+        "adapter_scale": ALPHA / RANK,
+    }
+    if size in DECODER_ONLY:
+        return CausalLMConfig(
+            vocab_size=49152,
+            emb_dim=576,
+            num_heads=9,
+            num_kv_heads=3,
+            head_dim=64,
+            num_layers=30,
+            mlp_dim=1536,
+            mlp_activations=("silu", "linear"),
+            logits_via_embedding=True,
+            layer_norm_epsilon=1e-5,
+            layer_kinds=(LayerKind(rope_theta=100_000.0),),
+            **computation,
+        )
     emb_dim, num_heads, num_layers, mlp_dim = SIZES[size]
     return t5.T5Config(
         vocab_size=32128,
@@ -94,10 +118,7 @@ def make_config(size, dtype, remat, scan):
         mlp_dim=mlp_dim,
         mlp_activations=("gelu", "linear"),
         logits_via_embedding=False,
-        dtype=dtype,
-        remat_policy=remat,
-        scan_layers=scan,
-        adapter_scale=ALPHA / RANK,
+        **computation,
     )
 
 
@@ -109,6 +130,14 @@ def make_batch(config, batch_size, lengths, live=1.0, seed=0):
     )
     mask = np.broadcast_to(np.arange(lengths[1]) < live * lengths[1], targets.shape)
     marked = mask & (rng.random(targets.shape) < 0.1)
+    if isinstance(config, CausalLMConfig):
+        examples = []
+        for prompt, response, is_live, is_marked in zip(inputs, targets, mask, marked, strict=True):
+            places = np.flatnonzero(is_marked)
+            pairs = np.stack([places, response[places]], axis=1)
+            examples.append(feature_converters.Example(prompt, response[is_live], pairs))
+        lengths = dict(zip(("inputs", "targets"), lengths, strict=True))
+        return feature_converters.CAUSAL.convert(examples, lengths, num_negative_ids=1)
     return {
         "encoder_input_tokens": inputs,
         "decoder_input_tokens": np.pad(targets, ((0, 0), (1, 0)))[:, :-1] * mask,
@@ -120,8 +149,9 @@ def make_batch(config, batch_size, lengths, live=1.0, seed=0):
 
 def make_step(config, variant):
     """The update, compiled at its first call; the state is given away."""
-    kinds = {"cached": CachedStates(vocab_axis=1), "adapters_off": AdaptersOff()}
-    factored = t5.T5(config).forward
+    vocab_axis = 0 if config.logits_via_embedding else 1
+    kinds = {"cached": CachedStates(vocab_axis=vocab_axis), "adapters_off": AdaptersOff()}
+    factored = families.network_of(config).forward
     return jax.jit(
         functools.partial(
             train_step.train_step,
@@ -140,8 +170,9 @@ class Work:
     def __init__(self, config, variants, batch_size, lengths):
         self.key = jax.random.key(0)
         kinds = {variant.original for variant in variants}
-        params = t5.T5(config).init(self.key)
-        forward = jax.jit(t5.T5(config).forward)
+        network = families.network_of(config)
+        params = network.init(self.key)
+        forward = jax.jit(network.forward)
         self.batches, self.originals, self.states = {}, {}, {}
         for variant in variants:
             batch = jax.tree.map(
@@ -151,10 +182,10 @@ class Work:
                 batch[STATES] = forward(params, batch).hidden
             self.batches[variant] = batch
         if "cached" in kinds:
-            self.originals["cached"] = t5.T5(config).output_matrix(params)[0].copy()
+            self.originals["cached"] = network.output_matrix(params)[0].copy()
         if kinds & {"parameters", "adapters_off"}:
             frozen = jax.tree.map(
-                lambda x, dtype: x.astype(dtype, copy=True), params, t5.T5(config).computed_dtypes()
+                lambda x, dtype: x.astype(dtype, copy=True), params, network.computed_dtypes()
             )
             self.originals |= {"parameters": frozen, "adapters_off": frozen}
         if "adapters_off" in kinds:
@@ -190,17 +221,28 @@ def accounted(config, variant, batch_size, lengths):
 def products(config, variant, batch_size, lengths):
     """Floating-point operations of the products that a step is made of, attention's included."""
     (num_inputs, num_targets), inner = lengths, config.num_heads * config.head_dim
+    head = variant.live * num_targets * config.emb_dim * config.vocab_size
     mlp = (len(config.mlp_activations) + 1) * config.emb_dim * config.mlp_dim
     projection = config.emb_dim * inner
+    if isinstance(config, CausalLMConfig):
+        num_tokens, shared = sum(lengths), config.num_kv_heads / config.num_heads
+        of_layer = (2 + 2 * shared) * projection + mlp + 2 * inner * num_tokens
+        return _of_update(
+            batch_size * config.num_layers * num_tokens * of_layer, batch_size * head, variant
+        )
     encoder = num_inputs * (4 * projection + mlp + 2 * inner * num_inputs)
     decoder = num_targets * (6 * projection + mlp + 2 * inner * (num_inputs + num_targets))
     decoder += num_inputs * 2 * projection  # keys and values of what the encoder has read
     layers = config.num_encoder_layers * encoder + config.num_decoder_layers * decoder
-    head = variant.live * num_targets * config.emb_dim * config.vocab_size
+    return _of_update(batch_size * layers, batch_size * head, variant)
+
+
+def _of_update(layers, head, variant):
+    """Floating-point operations of an update, from the multiply-adds of one forward pass."""
     # A forward pass is one unit of each, a backward pass two: to activations, and to parameters.
     units = {None: (3, 3), "parameters": (4, 4), "cached": (3, 4), "adapters_off": (3, 3)}
     of_layers, of_head = units[variant.original]
-    return 2 * batch_size * (of_layers * layers + of_head * head)
+    return 2 * (of_layers * layers + of_head * head)
 
 
 def of_card(flops, seconds, dtype):
@@ -307,7 +349,9 @@ def main():
     def lengths(text):
         return tuple(map(int, text.split(",")))
 
-    parser.add_argument("--size", default="small,base", help=f"of {', '.join(SIZES)}")
+    parser.add_argument(
+        "--size", default="small,base", help=f"of {', '.join([*SIZES, *DECODER_ONLY])}"
+    )
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lengths", type=lengths, default=(128, 64), help="inputs,targets")
     parser.add_argument("--memory_batch", type=int, default=32, help="that accounted bytes are of")

@@ -1,7 +1,7 @@
-r"""What the TNT step takes of a TPU chip, for every size of T5 1.1: docs/tpu_memory.md.
+r"""What the TNT step takes of a TPU chip, for T5 1.1 and decoder-only models: docs/tpu_memory.md.
 
     python benchmarks/topologies.py    no TPU is needed
-    python benchmarks/topologies.py --sizes=xxl --topologies=v5e:2x4
+    python benchmarks/topologies.py --sizes=xxl,llama_3_1_8b --topologies=v5e:2x4
 
 Each program is compiled by libtpu (`pip install -e '.[tpu]'`, nothing newer) in a process of its
 own. What has been compiled is kept in --results, by the versions of JAX and libtpu: a run that was
@@ -24,7 +24,10 @@ import time
 
 ROOT = pathlib.Path(__file__).parent.parent
 LENGTHS = {"inputs": 512, "targets": 128}
-CHIPS = {"v5e:1x1": 1, "v5e:2x2": 4, "v5e:2x4": 8, "v5e:4x4": 16, "v5p:2x2x1": 4, "v6e:2x4": 8}
+CHIPS = {
+    **{"v5e:1x1": 1, "v5e:2x2": 4, "v5e:2x4": 8, "v5e:4x4": 16, "v5e:4x8": 32},
+    **{"v5p:2x2x1": 4, "v6e:2x4": 8},
+}
 KINDS = ("parameters", "cached", "adapters_off")
 ON_V5E_HOST = tuple(("v5e:2x4", kind) for kind in KINDS)
 # A second tree of parameters takes most: where that fits, the other kinds do.
@@ -41,11 +44,16 @@ JOBS = {
         *ON_OTHER_HOSTS,
         ("v5e:4x4", "parameters"),
     ),
+    "llama_3_2_1b": (("v5e:1x1", "cached"), ("v5e:1x1", "adapters_off"), *ON_OTHER_HOSTS),
+    "llama_3_1_8b": (*ON_V5E_HOST, *ON_OTHER_HOSTS),
+    "gemma_3_27b": (("v5e:4x8", "parameters"), ("v5e:4x8", "adapters_off"), ON_OTHER_HOSTS[0]),
 }
-ROWS = dict.fromkeys(JOBS, 8) | {"xxl": 1}  # of the batch, on each chip
+# Rows of the batch, on each chip.
+ROWS = dict.fromkeys(JOBS, 8) | {"xxl": 1, "llama_3_1_8b": 1, "gemma_3_27b": 1}
+T5_SIZES = ("small", "base", "large", "xl", "xxl")
 BYTES = ("parameters", "original", "optimizer", "batch", "temporaries", "total")
 COLUMNS = (
-    *("T5 1.1", "TPU", "rows", "`ORIGINAL`", *BYTES, "of", "fits", "processor s"),
+    *("model", "TPU", "rows", "`ORIGINAL`", *BYTES, "of", "fits", "processor s"),
     "largest exchanges of a step (MiB on a chip, times)",
 )
 
@@ -81,7 +89,8 @@ def compile_here(job):
     from tnt_jax.models import sharding
     from tnt_jax.training import optimizers, settings
 
-    gin.parse_config_file(str(ROOT / "gin_configs" / "models" / f"t5_1_1_{job.size}.gin"))
+    file = f"t5_1_1_{job.size}" if job.size in T5_SIZES else job.size
+    gin.parse_config_file(str(ROOT / "gin_configs" / "models" / f"{file}.gin"))
     config = gin.query_parameter("MODEL/macro.value").scoped_configurable_fn()
     began = time.process_time()
     found = precompile.compile_step(
@@ -117,7 +126,9 @@ def compile_apart(job):
 def row(job, found):
     """The cells of a program."""
     gib = 2**30
-    name = f"{job.size}, {found['num_params'] / 1e9:.2f} billion" if "bytes" in found else job.size
+    name = f"T5 1.1 {job.size}" if job.size in T5_SIZES else job.size.replace("_", " ")
+    if "bytes" in found:
+        name = f"{name}, {found['num_params'] / 1e9:.2f} billion"
     cells = [name, job.topology, str(job.batch_size), job.original]
     if "bytes" not in found:  # the compiler gave up, and says only how much it wanted
         seconds = f"{found['processor_seconds']:.0f}"
@@ -153,7 +164,7 @@ def write_tables(path, results):
         "Made by `python benchmarks/topologies.py`, which compiles the real programs without any",
         "TPU. GiB of each chip. TNRF, bfloat16, layers stacked and computed again for the gradient",
         '(`REMAT_POLICY = "full"`), Adafactor, everything split over all chips by `fsdp`, rows of',
-        f"{LENGTHS['inputs']} and {LENGTHS['targets']} tokens.",
+        f"{LENGTHS['inputs']} and {LENGTHS['targets']} tokens, one row of both if decoder-only.",
         "[The original](originals.md) explains `ORIGINAL`.",
         "",
         "The memory is what the compiler assigns, and refuses a program by. (JAX's own",

@@ -34,7 +34,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from tnt_jax.checkpoints import huggingface, model_card, orbax, peft, pretrained, t5x
+from tnt_jax.checkpoints import (
+    huggingface,
+    lazy_arrays,
+    model_card,
+    orbax,
+    peft,
+    pretrained,
+    t5x,
+)
 from tnt_jax.checkpoints.lazy_arrays import LazyArray
 from tnt_jax.data import vocabularies
 from tnt_jax.models.network_config import NetworkConfig
@@ -131,6 +139,8 @@ def convert(
                 t5x.write_legacy(target, laid_out, source.step, _progress)
             else:
                 _write_orbax(target, laid_out, source.step, output_format)
+    if dtype == "bfloat16" and adapters is None and not is_t5x:
+        _log_rounding(source, weights)
     if is_t5x:
         console.log("Parameters and step are carried over; optimizer state is not.")
         if not t5x.is_inferred(config):
@@ -162,6 +172,40 @@ def _settings(
     if (source.description / huggingface.CONFIG).exists():
         return huggingface.read_config(source.description)
     return huggingface.new_config(config) if is_needed else {}
+
+
+def _log_rounding(source: pretrained.Pretrained, weights: Mapping[str, LazyArray]) -> None:
+    """Says how much of what a run changed is lost where its weights are rounded to bfloat16."""
+    path = ((source.run or {}).get("original") or {}).get("path")
+    if path is None:
+        return
+    try:
+        original = pretrained.open_checkpoint(path).weights
+    except (UsageError, OSError) as error:
+        console.log(f"Not known is what rounding to bfloat16 did to the patch: {error}")
+        return
+    squares = np.zeros(2)
+    num_changed = num_undone = 0
+    for name in _progress(list(weights), "comparing with the original"):
+        before, after = original[name], source.weights[name]
+        for part in lazy_arrays.parts(after.shape):
+            old, new = (array[part].astype(np.float32) for array in (before, after))
+            rounded = weights[name][part]
+            is_changed = new != old
+            squares += [
+                np.square(difference, dtype=np.float64).sum()
+                for difference in (rounded.astype(np.float32) - new, new - old)
+            ]
+            num_changed += int(is_changed.sum())
+            num_undone += int((is_changed & (rounded == old.astype(rounded.dtype))).sum())
+    if num_changed:
+        lost, patch = np.sqrt(squares)
+        console.log(
+            f"Rounding to bfloat16 moved the weights by {lost / patch:.1%} of what training did "
+            f"(root mean squares), and {num_undone / num_changed:.1%} of the weights that training "
+            "changed are the original's again. --dtype=float32 keeps the patch whole; so does "
+            "--output_format=peft for adapters."
+        )
 
 
 def _read_evaluation(path: str | None) -> dict[str, Any] | None:
@@ -223,8 +267,8 @@ def _print_plan(
     )
 
 
-def _progress(items):
-    return console.progress(items, "writing", len(items))
+def _progress(items, title="writing"):
+    return console.progress(items, title, len(items))
 
 
 def _write_huggingface(

@@ -20,7 +20,7 @@ CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
-def byte_level(folder, pattern, special, *, nfc=False, bos=None, added=(), **settings):
+def byte_level(folder, pattern, special, *, nfc=False, bos=None, added=(), texts=TEXTS, **settings):
     """Writes one with the alphabet of GPT-2 and the regular expression that splits words."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     if nfc:
@@ -31,7 +31,7 @@ def byte_level(folder, pattern, special, *, nfc=False, bos=None, added=(), **set
     )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
-    _train(tokenizer, 400, pre_tokenizers.ByteLevel.alphabet(), [])
+    _train(tokenizer, 400, pre_tokenizers.ByteLevel.alphabet(), [], texts)
     # As in the models: behind the vocabulary.
     tokenizer.add_special_tokens(list(special))
     tokenizer.add_tokens([tokenizers.AddedToken(name, special=False) for name in added])
@@ -75,11 +75,11 @@ def sentencepiece_style(folder, special, *, prefix="prepend", bos=None, fallback
     return _write(folder, tokenizer, bos, settings)
 
 
-def _train(tokenizer, size, alphabet, special):
+def _train(tokenizer, size, alphabet, special, texts=TEXTS):
     trainer = trainers.BpeTrainer(
         vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(TEXTS * 3, trainer)
+    tokenizer.train_from_iterator(texts * 3, trainer)
 
 
 def _write(folder, tokenizer, bos, settings):

@@ -43,7 +43,6 @@ QUANTISED = (
     *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
 )
 _TYPES = (*safetensors_files.DTYPES, *QUANTISED)
-_MOST_DEQUANTISED = 2**24  # numbers at once
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -311,12 +310,10 @@ def _dequantise(
     start = columns.start - of_row.start * block
     within = slice(start, start + columns.stop - columns.start)
     part = np.empty([axis.stop - axis.start for axis in index], np.float32)
-    # Some rows after the other, so that little is in memory twice.
-    step = max(1, _MOST_DEQUANTISED // max(1, math.prod(part.shape[1:])))
-    for first in range(rows.start, rows.stop, step):
-        some = slice(first, min(first + step, rows.stop))
-        content = blocks.read((some, *others, of_row, slice(0, blocks.shape[-1])))
+    for some, *_ in lazy_arrays.parts(part.shape):  # so that little is in memory twice
+        places = slice(rows.start + some.start, rows.start + some.stop)
+        content = blocks.read((places, *others, of_row, slice(0, blocks.shape[-1])))
         with np.errstate(all="ignore"):  # of damaged files; what is no number is seen later
             numbers = gguf.quants.dequantize(content.reshape(*content.shape[:-2], -1), kind)
-        part[first - rows.start : some.stop - rows.start] = numbers[..., within]
+        part[some] = numbers[..., within]
     return part

@@ -11,7 +11,7 @@ import math
 import mmap
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -122,6 +122,16 @@ class LazyArray:
         return dataclasses.replace(
             self, dtype=dtype, read=lambda index: _copied(self.read(index), dtype)
         )
+
+
+def parts(shape: Sequence[int]) -> Iterator[tuple[slice, ...]]:
+    """Indices that go through an array in rows, of some 16 million numbers at a time."""
+    if not shape:
+        yield ()
+        return
+    rows = max(1, 2**24 // max(1, math.prod(shape[1:])))
+    rest = (slice(None),) * (len(shape) - 1)
+    yield from ((slice(i, min(i + rows, shape[0])), *rest) for i in range(0, shape[0], rows))
 
 
 def _copied(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
