@@ -457,6 +457,22 @@ def test_ids_are_those_of_sentencepiece(has_prefix, tmp_path):
         assert found.decode(ids) == processor.decode(ids)
 
 
+def test_scores_say_what_is_joined_and_not_the_order_of_ids(tmp_path):
+    processor = train_sentencepiece(tmp_path / "spm", has_prefix=True)
+    settings = gguf_writer.of_sentencepiece(processor, has_prefix=True)
+    kinds = settings["tokenizer.ggml.token_type"]
+    normal = [i for i, kind in enumerate(kinds) if kind == gguf_writer.NORMAL]
+    order = list(range(len(kinds)))
+    for i, j in zip(normal, random.Random(0).sample(normal, len(normal)), strict=True):
+        order[i] = j
+    for name in ("tokens", "scores"):
+        values = settings[f"tokenizer.ggml.{name}"]
+        settings[f"tokenizer.ggml.{name}"] = [values[i] for i in order]
+    found = vocabulary_of(tmp_path, settings)
+    for text in texts():
+        assert [order[i] for i in found.encode(text)] == processor.encode(text), text
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
