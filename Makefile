@@ -5,11 +5,12 @@
 # make lint         ruff, basedpyright, and which room may import which
 # make docs         the site of docs/, in site/: open site/index.html. Its search needs a server:
 #                   python -m http.server -d site
-# make parity       logits, outputs and conversion against transformers and torch, at T5-small's size
+# make parity       logits, outputs and conversion against transformers, peft and torch: T5 at T5-small's
+#                   size, and tiny models of the decoder-only families
 #
 # Each makes a virtual environment first and installs what it needs, once; nothing outside the
 # project's folder changes. Settings: VENV=.venv, PYTHON=/path/to/python3.12, UV= (use pip);
-# PARITY_PYTHON=/path/to/python, which has torch, transformers and this project, for make parity.
+# PARITY_PYTHON=/path/to/python, which has torch, transformers, peft and this project, for make parity.
 
 VENV ?= .venv
 ifeq ($(origin PYTHON),undefined)
@@ -85,7 +86,7 @@ $(VENV)/.installed-docs: setup.py $(VENV)/bin/python
 # PyPI's torch brings gigabytes of CUDA on Linux: the second choice, where the first is out of reach.
 $(VENV)/.installed-parity: setup.py $(VENV)/bin/python
 	$(INSTALL) --index-url https://download.pytorch.org/whl/cpu torch || $(INSTALL) torch
-	$(INSTALL) --editable . 'transformers>=5.24'
+	$(INSTALL) --editable . 'transformers>=5.24' 'peft>=0.21'
 	touch $@
 
 $(VENV)/bin/python:

@@ -1,14 +1,16 @@
-"""Compares with transformers afresh, in both directions, at the size of T5-small.
+"""Compares with transformers afresh, in both directions: T5 at the size of T5-small, and others.
 
     make parity
 
-needs torch and transformers beside this project, in an environment of its own, which the target
-makes. Weights are random, of sizes as `golden/make_huggingface.py` has them. Of each model
+needs torch, transformers and peft beside this project, in an environment of its own, which the
+target makes. Weights are random, of sizes as `golden/make_huggingface.py` has them. Of each model
 
 * transformers saves a directory, and the logits and greedy outputs of both programs are compared;
 * its parameters are changed a little and saved as a training run saves them, `tnt_jax.convert`
   makes a directory of that, with and without the original's settings, and both are compared again;
 * conversion there and back must give the same bits, in float32 and in bfloat16.
+
+Tiny models of the decoder-only families come after them (`parity_causal_lm.py`), with peft.
 
 Names of models as arguments run these alone. The exit status is 1 if anything differs.
 """
@@ -32,6 +34,7 @@ import jax
 import make_huggingface as reference
 import numpy as np
 import orbax.checkpoint as ocp
+import parity_causal_lm
 import safetensors.torch
 import torch
 import transformers
@@ -79,9 +82,18 @@ def main(names: list[str]) -> int:
     transformers.logging.set_verbosity_warning()
     transformers.logging.disable_progress_bar()
     rows: list[Row] = []
-    for name in names or MODELS:
+    for name in names or (*MODELS, *parity_causal_lm.MODELS):
         with tempfile.TemporaryDirectory() as folder:
-            for what, result, is_right in compare(name, pathlib.Path(folder)):
+            if name in MODELS:
+                found = compare(name, pathlib.Path(folder))
+            else:
+                found = parity_causal_lm.compare(
+                    name,
+                    pathlib.Path(folder),
+                    changed=changed,
+                    tensor_differences=tensor_differences,
+                )
+            for what, result, is_right in found:
                 print(f"{name}: {what}: {result}{'' if is_right else '   DIFFERS'}", flush=True)
                 rows.append((name, what, result, is_right))
     print()

@@ -4,7 +4,7 @@ Reads and writes JSONL. Every output record keeps the prompt's id and other fiel
 `targets` and the exact `target_ids`. A reference text in `targets` moves to `reference`. Sampling
 noise depends only on the seed and the record's id, so two equal models give the same samples.
 
-Prompts of similar lengths are decoded together, the longest first, in a few encoder widths, each
+Prompts of similar lengths are decoded together, the longest first, in a few widths of inputs, each
 of which is compiled once. The outputs do not depend on this; they are written in the order of the
 prompts.
 
@@ -54,7 +54,7 @@ _OUTPUTS_PER_PART = 256  # about so many are lost with a process that is killed
 
 class _Batch(NamedTuple):
     indices: list[int]  # of its prompts
-    width: int  # of the encoder
+    width: int  # of their inputs, in tokens
 
 
 def generate(
@@ -205,7 +205,7 @@ def _log_end(
     new = job.new_counts
     speed = (
         f" With compilation: {new['outputs'] / seconds:.1f} outputs/s, "
-        f"{new['tokens'] / seconds:.0f} tokens/s, in encoder widths of {widths}."
+        f"{new['tokens'] / seconds:.0f} tokens/s, in input widths of {widths}."
     )
     console.log(
         f"{output}: {job.counts['outputs']} outputs, of which {job.counts['unended']} do not end "

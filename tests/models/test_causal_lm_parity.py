@@ -3,8 +3,10 @@
 golden/README.md says how they were made.
 """
 
+import dataclasses
 import functools
 import json
+import shutil
 
 import flax.traverse_util
 import jax
@@ -14,7 +16,13 @@ import pytest
 from etils import epath
 from helpers import golden_model
 
-from tnt_jax.checkpoints import huggingface_causal_lm, safetensors_files
+from tnt_jax import convert
+from tnt_jax.checkpoints import (
+    huggingface,
+    huggingface_causal_lm,
+    pretrained,
+    safetensors_files,
+)
 from tnt_jax.data.feature_converters import CAUSAL, Example
 from tnt_jax.models import causal_lm, decoding
 from tnt_jax.runtime.errors import UsageError
@@ -143,3 +151,46 @@ def test_what_a_family_s_files_leave_out():
 def test_settings_that_are_not_known_are_named(name, changes, message):
     with pytest.raises(UsageError, match=f"config.json: .*{message}"):
         config_of(name, **changes)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_new_config_says_the_same(name):
+    """`make parity` has transformers read it."""
+    config = config_of(name)
+    written = huggingface.new_config(config)
+    assert written["model_type"] == settings_of(name)["model_type"]
+    is_tied = config.logits_via_embedding
+    found = huggingface.network_config(written, "config.json", is_tied=is_tied)
+    assert found.kinds == config.kinds
+    same = {"layer_kinds": config.layer_kinds, "layer_pattern": config.layer_pattern}
+    assert dataclasses.replace(found, **same) == config
+
+
+def test_a_network_that_transformers_lacks_has_no_new_config():
+    config = dataclasses.replace(config_of("olmo2"), norm_scale_offset=1.0)
+    with pytest.raises(UsageError, match=r"expected a network as transformers has it \(llama, mis"):
+        huggingface.new_config(config)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_directory_goes_through_convert_unchanged(name, tmp_path):
+    """To our own format and back: the same tensors, and every setting as it came."""
+    convert.convert(input=str(FOLDER / name), output=str(tmp_path / "a"), output_format="orbax")
+    end = tmp_path / "b"
+    convert.convert(input=str(tmp_path / "a"), output=str(end), output_format="huggingface")
+    before = stored_of(name)
+    after = safetensors_files.read(epath.Path(end / "model.safetensors"))
+    assert before.keys() == after.keys()
+    for tensor in before:
+        np.testing.assert_array_equal(before[tensor].load(), after[tensor].load())
+    written = json.loads((end / "config.json").read_text())
+    assert written == settings_of(name)
+
+
+def test_a_checkpoint_without_its_description_is_refused(tmp_path):
+    convert.convert(input=str(FOLDER / "qwen3"), output=str(tmp_path), output_format="orbax")
+    shutil.rmtree(tmp_path / "huggingface")
+    with pytest.raises(
+        UsageError, match=r"expected .*huggingface/config\.json, which says what a d"
+    ):
+        pretrained.open_checkpoint(str(tmp_path))

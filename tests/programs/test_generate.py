@@ -190,7 +190,7 @@ def test_outputs_do_not_depend_on_the_batches(decoder, monkeypatch, capsys):
     bucketed = outputs("bucketed", **decoder)
     assert len(set(bucketed)) > 10
     printed = capsys.readouterr().out
-    assert re.search(r"\d outputs/s, \d+ tokens/s, in encoder widths of 16, 32\.", printed)
+    assert re.search(r"\d outputs/s, \d+ tokens/s, in input widths of 16, 32\.", printed)
     # As they come, all in one width.
     monkeypatch.setattr(
         generate,

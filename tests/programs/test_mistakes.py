@@ -260,7 +260,7 @@ def test_a_number_that_json_does_not_have_is_not_handed_on(mistake):
         ),
         (
             {"EXTRA_IDS": 100},
-            "VOCABULARY: expected the vocabulary of a model with 38 rows (T5Config.vocab_size): as "
+            "VOCABULARY: expected the vocabulary of a model with 38 rows (vocab_size): as "
             "many ids, or up to 128 fewer; found 138. Give the vocabulary, and EXTRA_IDS, that the "
             "model was trained with.",
         ),
@@ -611,7 +611,7 @@ def test_too_little_memory_for_a_batch_on_the_host(mistake, run_name, settings):
         (
             "generate",
             {"EXTRA_IDS": 100},
-            "VOCABULARY: expected the vocabulary of a model with 38 rows (T5Config.vocab_size): ",
+            "VOCABULARY: expected the vocabulary of a model with 38 rows (vocab_size): ",
         ),
         (
             "generate",

@@ -159,6 +159,8 @@ def _network_config(config: Mapping[str, Any], is_tied: bool) -> CausalLMConfig:
     scalar = given.get("query_pre_attn_scalar")
     if scalar is not None and not 0 < scalar < math.inf:
         raise UsageError(f"query_pre_attn_scalar: expected a number above 0, found {scalar}.")
+    # null has no meaning there.
+    epsilons = (given.get("rms_norm_eps"), family.defaults.get("rms_norm_eps"), 1e-6)
     kinds, pattern = _layer_kinds(given, family)
     return CausalLMConfig(
         vocab_size=given["vocab_size"],
@@ -169,7 +171,7 @@ def _network_config(config: Mapping[str, Any], is_tied: bool) -> CausalLMConfig:
         mlp_dim=given["intermediate_size"],
         mlp_activations=(_activation(given), "linear"),
         logits_via_embedding=is_tied,
-        layer_norm_epsilon=given.get("rms_norm_eps", 1e-6),
+        layer_norm_epsilon=next(x for x in epsilons if x is not None),
         num_layers=num_layers,
         layer_kinds=kinds,
         layer_pattern=pattern,
@@ -379,6 +381,9 @@ def _settings_of(config: CausalLMConfig, model_type: str, family: _Family) -> di
         "rms_norm_eps": config.layer_norm_epsilon,
         "tie_word_embeddings": config.logits_via_embedding,
         "rope_theta": full.rope_theta or 10_000.0,
+        # The defaults of transformers are those of the first model of each family, whose vocabulary
+        # was larger; the tokenizer's files say which ids these are.
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
     }
     if model_type.startswith("gemma"):
         settings["hidden_activation"] = activation
@@ -410,7 +415,7 @@ def _settings_of(config: CausalLMConfig, model_type: str, family: _Family) -> di
         local = next((kind.rope_theta for kind in kinds if kind.window is not None), None)
         settings["rope_local_base_freq"] = local or 10_000.0
         scale = config.attention_scale or config.head_dim**-0.5
-        settings["query_pre_attn_scalar"] = round(scale**-2, 6)
+        settings["query_pre_attn_scalar"] = round(scale**-2)  # transformers wants a whole number
     return settings
 
 

@@ -366,6 +366,13 @@ def _opened(folder: epath.Path, within: tuple[epath.Path, ...]) -> Pretrained:
         share_biases = not getattr(described, "relpos_bias_per_layer", False)
         weights = t5x.from_scalable(weights, str(folder), share_biases=share_biases)
         orbax_item = None
+    if described is None and trained is not None:
+        described = trained.original.config
+    if described is None and not any(name.startswith("encoder/") for name in weights):
+        raise UsageError(
+            f"{folder}: expected {description / huggingface.CONFIG}, which says what a "
+            "decoder-only model computes, found none. Copy the whole model directory."
+        )
     config = described or t5x.infer_config(weights, str(folder))
     huggingface.check_depth(config, len(weights), str(description / huggingface.CONFIG))
     return Pretrained(

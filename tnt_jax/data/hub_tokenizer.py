@@ -481,7 +481,9 @@ def _load(folder: str) -> _Loaded:
         return _read(epath.Path(folder), where)
     except (UsageError, OSError):
         raise
-    except Exception as error:  # what the package raises has no type of its own
+    except BaseException as error:  # what the package raises has no type of its own
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         reason = (str(error).splitlines() or [""])[0]
         raise UsageError(
             f"{where}: expected a tokenizer as the package tokenizers writes it, found one that "

@@ -292,7 +292,7 @@ def check_size(vocabulary: tokenization.Tokeniser, model_size: int) -> None:
     if not vocabulary.size <= model_size <= vocabulary.size + most:
         raise UsageError(
             f"VOCABULARY: expected the vocabulary of a model with {model_size} rows "
-            f"(T5Config.vocab_size): as many ids, or up to {most:,} fewer; found "
+            f"(vocab_size): as many ids, or up to {most:,} fewer; found "
             f"{vocabulary.size}. Give the vocabulary, and EXTRA_IDS, that the model was trained "
             "with."
         )

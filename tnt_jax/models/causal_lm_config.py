@@ -14,6 +14,7 @@ _LARGEST = {
     "num_layers": MOST_LAYERS,
     "num_kv_heads": 2**12,  # 8; as many as `num_heads` where no query head shares its keys
 }
+_MOST_POSITIONS = 2**30  # 10 million; no sequence is longer
 _CHOICES = {
     "attention_bias": ("none", "qkv", "all"),
     "query_key_norm": ("none", "head", "all_heads"),
@@ -43,7 +44,11 @@ class Llama3Scaling:
 
     def __post_init__(self):
         low, high = self.low_freq_factor, self.high_freq_factor
-        if not (self.factor >= 1 and 0 < low < high and self.original_max_positions > 0):
+        if not (
+            self.factor >= 1
+            and 0 < low < high
+            and 0 < self.original_max_positions <= _MOST_POSITIONS
+        ):
             raise UsageError(
                 "Llama3Scaling: expected factor of at least 1, 0 < low_freq_factor < "
                 f"high_freq_factor and original_max_positions above 0; found {self}."
@@ -70,8 +75,10 @@ class LayerKind:
     rope_llama3: Llama3Scaling | None = None
 
     def __post_init__(self):
-        if self.window is not None and self.window < 1:
-            raise UsageError(f"LayerKind.window: expected 1 or more, found {self.window!r}.")
+        if self.window is not None and not 1 <= self.window <= _MOST_POSITIONS:
+            raise UsageError(
+                f"LayerKind.window: expected 1 to {_MOST_POSITIONS:,}, found {self.window!r:.60}."
+            )
         theta = self.rope_theta
         if not (theta is None or 1 < theta < math.inf) or not 0 < self.rope_factor < math.inf:
             raise UsageError(
