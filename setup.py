@@ -29,6 +29,7 @@ setuptools.setup(
         "bokeh>=3.9",  # the report has its JavaScript in it
         "etils[epath]>=1.9",
         "flax>=0.12.8",
+        "gguf>=0.17",  # the quantised types of GGUF files; imported when one is opened
         "gin-config>=0.5",
         "importlib_resources>=6",  # TFDS prepares no data set without it, and does not declare it
         "jax>=0.10.2",

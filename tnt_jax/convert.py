@@ -154,6 +154,12 @@ def convert(
             f"T5X's files do not state the activation: {config.mlp_activations} is taken from the "
             "names of the parameters."
         )
+    noted = ((source.run or {}).get("original") or {}).get("quantisation")
+    if quantisation := source.quantisation or noted:
+        console.log(
+            f"The weights come from {quantisation}: the original that a patch keeps to is the "
+            "quantised one."
+        )
     written = len(weights if adapters is None else laid_out)
     console.log(f"{target}: {written} parameters from {source.path} ({source.kind}).")
     return str(target)
@@ -289,6 +295,7 @@ def _write_huggingface(
             stored_dtype=" and ".join(
                 sorted({source.weights[name].dtype.name for name in weights})
             ),
+            quantisation=source.quantisation,
             step=source.step,
             run=source.run,
             evaluation=evaluation,
@@ -318,6 +325,7 @@ def _write_peft(
             name=target.name,
             base=base.name,
             is_on_hub=base.revision is not None,
+            is_loadable=base.is_loadable,
             dtype=dtype,
             step=source.step,
             run=source.run or {},

@@ -425,14 +425,14 @@ def test_a_damaged_config(directory):
 def test_a_parameter_goes_to_its_devices_part_by_part(directory, monkeypatch):
     """A device's rows of a sharded parameter are read, and never all of it."""
     reads = []
-    real = safetensors_files._read
+    real = lazy_arrays._read_file
 
     def counted(path, offset, shape, dtype, index):
         part = real(path, offset, shape, dtype, index)
         reads.append((shape, part.shape))
         return part
 
-    monkeypatch.setattr(safetensors_files, "_read", counted)
+    monkeypatch.setattr(lazy_arrays, "_read_file", counted)
     found = read(directory)
     mesh = jax.make_mesh((1, 8), ("data", "model"))
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("model"))

@@ -138,7 +138,7 @@ def arguments(run_name, settings, gin_files=()):
 
 def run(run_name, settings, gin_files=()):
     """Runs a program in this process, as `python -m` does; returns its exit status."""
-    return _run(run_name, arguments(run_name, settings, gin_files))
+    return run_program(run_name, arguments(run_name, settings, gin_files))
 
 
 def run_with_marks(run_name, settings, path):
@@ -146,10 +146,11 @@ def run_with_marks(run_name, settings, path):
     settings |= {"ANNOTATOR": "@annotators.Spans", "annotators.Spans.path": path}
     settings |= {"annotators.Spans.unmatched": "leave_out"}
     given = arguments(run_name, settings)
-    return _run(run_name, [argument for argument in given if "Lexicon" not in argument])
+    return run_program(run_name, [argument for argument in given if "Lexicon" not in argument])
 
 
-def _run(run_name, given):
+def run_program(run_name, given):
+    """Runs a program in this process with a command line; returns its exit status."""
     name = run_name.partition("_")[0]
     with pytest.raises(SystemExit) as stopped:
         program.run(f"tnt_jax.{name}", name, given)

@@ -13,7 +13,7 @@ JOB = """
 import json, pathlib, sys
 from helpers import rooms
 
-HEAVY = ("tensorflow", "tensorflow_datasets", "tensorflow_text", "keras", "seqio", "clu")
+HEAVY = ("tensorflow", "tensorflow_datasets", "tensorflow_text", "keras", "seqio", "clu", "gguf")
 found = {}
 
 def note(name, status=0):

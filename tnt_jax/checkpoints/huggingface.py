@@ -137,23 +137,43 @@ def read(folder: epath.Path) -> Model:
     family = family_of(settings["model_type"])
     assert family is not None
     stored = safetensors_files.read_directory(folder, family.auto_class)
-    _check_types(stored, family, folder)
+    return of_tensors(stored, settings, str(folder), str(folder / CONFIG))
+
+
+def of_tensors(
+    stored: Mapping[str, LazyArray], settings: Mapping[str, Any], where: str, config_file: str
+) -> Model:
+    """The model of tensors that are named and laid out as Hugging Face has them.
+
+    Args:
+      stored: The tensors.
+      settings: Of a `config.json`.
+      where: The tensors are, for messages.
+      config_file: Where the settings are, for messages.
+
+    Raises:
+      UsageError: They do not belong together.
+    """
+    family = family_of(settings["model_type"])
+    assert family is not None
+    stored = dict(stored)
+    _check_types(stored, family, where)
     for name in (*family.embeddings, _HEAD):
         if name in stored and len(stored[name].shape) != 2:
             raise UsageError(
-                f"{folder}: expected {stored[name].source} to be a matrix, found the shape "
+                f"{where}: expected {stored[name].source} to be a matrix, found the shape "
                 f"{stored[name].shape}: it is damaged, or of another architecture than its "
                 f"{CONFIG} says."
             )
-    embedding = _embedding(stored, family, folder)
+    embedding = _embedding(stored, family, where)
     head = stored.get(_HEAD)
     # As transformers: weights that say the same twice are tied, unless the settings deny it.
     is_tied = head is None or (
         settings.get("tie_word_embeddings") is not False
         and safetensors_files.are_equal(head, embedding)
     )
-    config = network_config(settings, str(folder / CONFIG), is_tied=is_tied)
-    check_depth(config, len(stored), str(folder / CONFIG))
+    config = network_config(settings, config_file, is_tied=is_tied)
+    check_depth(config, len(stored), config_file)
     for alias in (*family.embeddings, *([_HEAD] if is_tied else [])):
         stored.pop(alias, None)
     stored[family.embeddings[0]] = embedding
@@ -170,11 +190,11 @@ def read(folder: epath.Path) -> Model:
     return Model(config, weights | unexpected)
 
 
-def _check_types(stored: Mapping[str, LazyArray], family: HubFamily, folder: epath.Path) -> None:
+def _check_types(stored: Mapping[str, LazyArray], family: HubFamily, where: str) -> None:
     found = next((name for name, a in stored.items() if a.dtype == np.float16), None)
     if found is not None and not family.takes_float16:
         raise UsageError(
-            f"{folder}: expected numbers of type F32 or BF16, found F16 ({found}). T5's "
+            f"{where}: expected numbers of type F32 or BF16, found F16 ({found}). T5's "
             "activations overflow in float16, and its rounding is in the weights for good: take "
             "the float32 or bfloat16 files of this model. If there are none, transformers saves it "
             "as float32: from_pretrained(..., dtype=torch.float32).save_pretrained(...)."
@@ -199,19 +219,19 @@ def parameter_names(config: NetworkConfig) -> list[str]:
     return list(lazy_arrays.shapes(parameters.unstack_layers(shapes)))
 
 
-def _embedding(stored: Mapping[str, LazyArray], family: HubFamily, folder: epath.Path) -> LazyArray:
+def _embedding(stored: Mapping[str, LazyArray], family: HubFamily, where: str) -> LazyArray:
     copies = [stored[name] for name in family.embeddings if name in stored]
     if not copies and _HEAD in stored:
         copies = [stored[_HEAD]]  # tied weights may be stored by any of their names
     if not copies:
         raise UsageError(
-            f"{folder}: expected the embedding as {family.embeddings[0]}, found no such tensor "
+            f"{where}: expected the embedding as {family.embeddings[0]}, found no such tensor "
             f"among the {len(stored)} there ({', '.join(sorted(stored)[:4])} ...)."
         )
     for copy in copies[1:]:
         if not safetensors_files.are_equal(copies[0], copy):
             raise UsageError(
-                f"{folder}: expected one embedding, found {copy.source} other than "
+                f"{where}: expected one embedding, found {copy.source} other than "
                 f"{copies[0].source}. T5 has one for both of its stacks."
             )
     return copies[0]

@@ -349,7 +349,7 @@ def _rope(given: Mapping[str, Any], layer_type: str) -> dict[str, Any]:
 
 # ---------------------------------------------------------------------------- The way back
 
-_ARCHITECTURES = {
+ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
@@ -397,7 +397,7 @@ def _settings_of(config: CausalLMConfig, model_type: str, family: _Family) -> di
     names = {"gelu": "gelu_pytorch_tanh", "gelu_exact": "gelu", "swish": "silu"}
     activation = names.get(config.mlp_activations[0], config.mlp_activations[0])
     settings: dict[str, Any] = {
-        "architectures": [_ARCHITECTURES[model_type]],
+        "architectures": [ARCHITECTURES[model_type]],
         "model_type": model_type,
         "vocab_size": config.vocab_size,
         "hidden_size": config.emb_dim,

@@ -24,7 +24,7 @@ from tnt_jax.models import sharding
 from tnt_jax.models.network_config import MOST_LAYERS
 from tnt_jax.runtime import files
 from tnt_jax.runtime.array_types import PyTree
-from tnt_jax.runtime.errors import UsageError, system_error
+from tnt_jax.runtime.errors import UsageError, naming_file, system_error
 
 ITS_OWN_SETTINGS = "its own settings"  # what a checkpoint says, or shows, of its network
 
@@ -104,6 +104,17 @@ class LazyArray:
         shape = (*self.shape[:axis], outer, inner, *self.shape[axis + 1 :])
         return dataclasses.replace(self, shape=shape, read=read)
 
+    def reordered(self, axis: int, order: np.ndarray) -> "LazyArray":
+        """The same parts along an axis in another order: the one at `i` was at `order[i]`."""
+
+        def read(index: Index) -> np.ndarray:
+            wanted = order[index[axis]]
+            first, last = int(wanted.min()), int(wanted.max())
+            part = self.read((*index[:axis], slice(first, last + 1), *index[axis + 1 :]))
+            return part.take(wanted - first, axis)
+
+        return dataclasses.replace(self, read=read)
+
     def astype(self, dtype: np.dtype) -> "LazyArray":
         """The same elements, converted when they are read."""
         if dtype == self.dtype:
@@ -138,6 +149,34 @@ def _copied(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
 def of_array(array: np.ndarray, source: str) -> LazyArray:
     """A view of an array that is in memory all the same."""
     return LazyArray(array.shape, array.dtype, source, lambda index: np.array(array[index]))
+
+
+def of_file(
+    path: epath.Path, offset: int, shape: tuple[int, ...], dtype: np.dtype, source: str
+) -> LazyArray:
+    """A view of the array whose elements begin at an offset of a file, row after row."""
+    return LazyArray(
+        shape, dtype, source, functools.partial(_read_file, path, offset, shape, dtype)
+    )
+
+
+def _read_file(
+    path: epath.Path, offset: int, shape: tuple[int, ...], dtype: np.dtype, index: Index
+) -> np.ndarray:
+    """A part of the array that begins at an offset: its rows are read, and the part is of them."""
+    if not shape:  # one number, which has no rows
+        return _read_file(path, offset, (1,), dtype, (slice(0, 1),)).reshape(())
+    rows, *rest = index
+    row_bytes = math.prod(shape[1:]) * dtype.itemsize
+    num_bytes = (rows.stop - rows.start) * row_bytes
+    with path.open("rb") as file, naming_file(path):
+        file.seek(offset + rows.start * row_bytes)
+        content = file.read(num_bytes)
+    if len(content) != num_bytes:
+        raise UsageError(f"{path}: it has become shorter since it was opened. Copy it again.")
+    part = np.frombuffer(content, dtype).reshape(rows.stop - rows.start, *shape[1:])
+    within = (slice(None), *rest)
+    return part if part[within].shape == part.shape else part[within].copy()
 
 
 # What TensorStore raises, for whatever reason.

@@ -15,6 +15,7 @@ def write(
     source: str,
     dtype: str,
     stored_dtype: str,
+    quantisation: str | None,
     step: int,
     run: Mapping[str, Any] | None,
     evaluation: Mapping[str, Any] | None,
@@ -28,6 +29,7 @@ def write(
       source: The checkpoint that it was written from.
       dtype: Of its weights.
       stored_dtype: Of the weights in `source`.
+      quantisation: Of the weights in `source`; None where there is none.
       step: Updates of training.
       run: What the training run noted; None says that nothing was trained here.
       evaluation: From `tnt_jax.evaluate`.
@@ -47,7 +49,9 @@ def write(
         parts += [*_trained(run, original, step), ""]
     else:
         change = "no weight was changed"
-        if dtype != stored_dtype:
+        if quantisation is not None:
+            change = f"weights are stored as {dtype} instead of {quantisation}, otherwise unchanged"
+        elif dtype != stored_dtype:
             change = f"weights are stored as {dtype} instead of {stored_dtype}, otherwise unchanged"
         parts += [f"Converted by tnt_jax from `{source}`; {change}.", ""]
     if evaluation:
@@ -72,6 +76,7 @@ def write_of_adapters(
     name: str,
     base: str,
     is_on_hub: bool,
+    is_loadable: bool,
     dtype: str,
     step: int,
     run: Mapping[str, Any],
@@ -84,12 +89,15 @@ def write_of_adapters(
       name: Of the adapters.
       base: The model that they are loaded onto: a name on the hub or a directory.
       is_on_hub: Whether it is a name.
+      is_loadable: Whether transformers reads what is there.
       dtype: Of their weights.
       step: Updates of training.
       run: What the training run noted.
       evaluation: From `tnt_jax.evaluate`.
     """
     adapters, original = run["adapters"], run["original"]
+    made = "" if is_loadable else f"--input={base} --output=BASE --output_format=huggingface"
+    loaded = "BASE" if made else base
     parts = [
         "---",
         "library_name: peft",
@@ -112,9 +120,10 @@ def write_of_adapters(
         "",
         "    from peft import PeftModel",
         f"    from transformers import {family.auto_class}, AutoTokenizer",
-        f'    base = {family.auto_class}.from_pretrained("{base}")',
+        *([f"    # BASE: python -m tnt_jax.convert {made}"] if made else []),
+        f'    base = {family.auto_class}.from_pretrained("{loaded}")',
         f'    model = PeftModel.from_pretrained(base, "{name}")',
-        f'    tokenizer = AutoTokenizer.from_pretrained("{base}")',
+        f'    tokenizer = AutoTokenizer.from_pretrained("{loaded}")',
         "",
         f"The adapters are {dtype}. `model.merge_and_unload()` is a model without them that "
         "computes the same.",
@@ -137,6 +146,8 @@ def _trained(run: Mapping[str, Any], original: str | None, step: int) -> list[st
     if original:
         digest = run["original"]["digest"]
         lines.append(f"| original | `{original}` (digest of its parameters {digest}) |")
+        if quantisation := run["original"].get("quantisation"):
+            lines.append(f"| its weights, which the patch keeps to | {quantisation}, dequantised |")
     settings = {
         "at marked tokens": objective.get("negative_term"),
         "elsewhere": objective.get("positive_term"),

@@ -66,7 +66,7 @@ def base_of(adapters: pretrained.Adapters) -> Base:
     if found := pretrained.hub_name(original.path):
         return Base(*found, is_loadable=True)
     path = str(original.path)
-    is_loadable = original.output_format == "huggingface" and "://" not in path
+    is_loadable = (original.path / huggingface.CONFIG).exists() and "://" not in path
     return Base(path, None, is_loadable)
 
 

@@ -1,6 +1,7 @@
 """A model from wherever it is: what kind of checkpoint, which network, which vocabulary.
 
-Kinds are found by what a directory holds (`_KINDS`); the user names a path and nothing else.
+Kinds are found by what a directory holds, or a file is (`_KINDS`); the user names a path and
+nothing else.
 """
 
 import dataclasses
@@ -14,7 +15,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from tnt_jax.checkpoints import digests, huggingface, lazy_arrays, orbax, t5x
+from tnt_jax.checkpoints import (
+    digests,
+    gguf_files,
+    gguf_models,
+    huggingface,
+    lazy_arrays,
+    orbax,
+    t5x,
+)
 from tnt_jax.checkpoints.lazy_arrays import LazyArray
 from tnt_jax.data import tokenization, vocabularies
 from tnt_jax.models import adapters, families, parameters
@@ -26,6 +35,7 @@ from tnt_jax.runtime.errors import UsageError, system_error
 # ----------------------------------------------------------------------------- Kinds of checkpoint
 
 _HUGGING_FACE, _OURS, _T5X, _T5X_ORBAX = "Hugging Face", "tnt_jax", "T5X", "T5X (Orbax)"
+_GGUF = "GGUF"
 
 
 def _has_weights(folder: epath.Path) -> bool:
@@ -37,8 +47,8 @@ def _has_weights(folder: epath.Path) -> bool:
     )
 
 
-# Kind -> whether a directory is one, and what was looked for.
-_KINDS: dict[str, tuple[Callable[[epath.Path], bool], str]] = {
+# Kind -> whether a path is one, and what is looked for in a directory.
+_KINDS: dict[str, tuple[Callable[[epath.Path], bool], str | None]] = {
     _HUGGING_FACE: (_has_weights, f"{huggingface.CONFIG} and {huggingface.WEIGHTS} (Hugging Face)"),
     _OURS: (lambda folder: (folder / orbax.PARAMS).is_dir(), "params (tnt_jax)"),
     _T5X: (
@@ -49,12 +59,14 @@ _KINDS: dict[str, tuple[Callable[[epath.Path], bool], str]] = {
         lambda folder: (folder / t5x.ORBAX_ITEM / "_METADATA").is_file(),
         "state/_METADATA (T5X with Orbax)",
     ),
+    _GGUF: (gguf_files.is_gguf, None),
 }
 _OUTPUT_FORMATS = {
     _HUGGING_FACE: "huggingface",
     _OURS: "orbax",
     _T5X: "t5x",
     _T5X_ORBAX: "t5x_orbax",
+    _GGUF: "huggingface",
 }
 
 
@@ -110,7 +122,12 @@ def find(path: str) -> epath.Path:
     if given.is_file() and given.name == t5x.CHECKPOINT_FILE:
         given = given.parent  # T5X takes the path of the file as well
     if not given.is_dir():
-        raise UsageError(f"expected a directory with a model, found a file at {path}.")
+        if _kind(given):
+            return given
+        raise UsageError(
+            f"expected a directory with a model, found a file at {path}. Of files, only GGUF is "
+            "read."
+        )
     _check_may_look(f"{given}/.")
     if _kind(given):
         return given
@@ -120,13 +137,15 @@ def find(path: str) -> epath.Path:
         if (match := re.fullmatch(r"checkpoint_(\d+)", folder.name)) and _is_whole(folder)
     }
     if not steps:
-        looked_for = "; ".join(what for _, what in _KINDS.values())
+        looked_for = "; ".join(what for _, what in _KINDS.values() if what)
         content = sorted(file.name for file in given.iterdir())
         shown = ", ".join(content[:8]) + (" ..." if content[8:] else "")
+        is_near = any(name.lower().endswith(gguf_files.SUFFIX) for name in content)
+        hint = " Of a GGUF file, give the path of the file itself." if is_near else ""
         raise UsageError(
             f"expected a model at {path}, found no kind that is known. Looked there, and in "
             f"checkpoint_<step> folders, for: {looked_for}. The directory has "
-            f"{shown or 'nothing in it'}."
+            f"{shown or 'nothing in it'}.{hint}"
         )
     return steps[max(steps)]
 
@@ -201,9 +220,10 @@ class Pretrained:
       step: Of the checkpoint, 0 where it does not say.
       run: What a training run of ours has noted, None elsewhere.
       description: Where `config.json`, the tokenizer and what else is no weight may lie.
-      output_format: Of `tnt_jax.convert`, which makes more of this kind.
+      output_format: Of `tnt_jax.convert`, which makes more of this kind, or of the nearest.
       scan_layers: Whether T5X's layers are stacked. How those of ours are stored, nobody need know.
       adapters: What a run of adapters has trained, which `weights` have added; None elsewhere.
+      quantisation: The types of the blocks that weights were read from; None where there are none.
     """
 
     kind: str
@@ -216,6 +236,7 @@ class Pretrained:
     output_format: str
     scan_layers: bool = False
     adapters: Adapters | None = None
+    quantisation: str | None = None
     # What Orbax can read by itself: the item, the part of it, and the names that are stored there.
     _orbax: tuple[epath.Path, tuple[str, ...], frozenset[str]] | None = None
 
@@ -266,8 +287,9 @@ def open_checkpoint(path: str) -> Pretrained:
     """Opens what a setting names; no weight is read yet.
 
     Args:
-      path: A directory of Hugging Face's or its name on the hub; a checkpoint of ours or of T5X's,
-        or a model directory for its newest. Local, or anything that `etils.epath` opens.
+      path: A directory of Hugging Face's or its name on the hub; a GGUF file; a checkpoint of ours
+        or of T5X's, or a model directory for its newest. Local, or anything that `etils.epath`
+        opens.
 
     Raises:
       UsageError: There is none, or it is damaged or of another architecture.
@@ -291,6 +313,19 @@ def _opened(folder: epath.Path, within: tuple[epath.Path, ...]) -> Pretrained:
             run=None,
             description=folder,
             output_format=_OUTPUT_FORMATS[kind],
+        )
+    if kind == _GGUF:
+        model, quantisation = gguf_models.read(folder)
+        return Pretrained(
+            kind=kind,
+            path=folder,
+            config=model.config,
+            weights=model.weights,
+            step=0,
+            run=None,
+            description=_description(folder),
+            output_format=_OUTPUT_FORMATS[kind],
+            quantisation=quantisation,
         )
     orbax_item, run, scan_layers, trained = None, None, False, None
     if kind == _OURS:
@@ -505,7 +540,8 @@ def vocabulary(
     """A vocabulary from a sentencepiece model, or the one that a model comes with.
 
     Args:
-      path: A file; or a directory of Hugging Face's, a checkpoint or a model directory of ours.
+      path: A file of sentencepiece's or GGUF; or a directory of Hugging Face's, a checkpoint or a
+        model directory of ours.
       extra_ids: After the pieces; None is T5's 100 for a file, and for a directory what it says.
       chat_template: "auto" is the model's own if it has one: then a text is what a user says, and
         the model replies. None is no template: the model goes on with the text. Else a file with
@@ -520,10 +556,14 @@ def vocabulary(
             "VOCABULARY_PATH: expected a sentencepiece model or a directory, found None."
         )
     given = epath.Path(path).expanduser()
-    if given.is_file() or path.endswith(".model"):
+    if gguf_files.is_gguf(given):
+        folder = gguf_models.tokenizer(given)
+    elif given.is_file() or path.endswith(".model"):
         return vocabularies.of_file(path, extra_ids)
-    is_tokenizer = given.is_dir() and vocabularies.has_tokenizer(given)
-    folder = given if is_tokenizer else _description(find(path))
+    elif given.is_dir() and vocabularies.has_tokenizer(given):
+        folder = given
+    else:
+        folder = _description(find(path))
     found = vocabularies.of_directory(folder, extra_ids)
     return vocabularies.with_template(found, chat_template, chat_date)
 
@@ -545,12 +585,14 @@ def check_vocabulary(
     vocab_size = tokenization.check_vocabulary(vocabulary)
     vocabularies.check_size(vocabulary, config.vocab_size)
     if source is not None:
-        vocabularies.check_same(vocabulary, source.description)
+        vocabularies.check_same(vocabulary, source.description, str(source.path))
     return vocab_size
 
 
 def _description(folder: epath.Path) -> epath.Path:
     """Where a checkpoint's `config.json` and tokenizer lie, if it has any."""
+    if _kind(folder) == _GGUF:
+        return gguf_models.description(folder)
     return folder if _kind(folder) == _HUGGING_FACE else folder.parent / orbax.DESCRIPTION
 
 

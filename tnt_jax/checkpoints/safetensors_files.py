@@ -1,6 +1,5 @@
 """Directories of safetensors files: tensors by their names, whichever network they are of."""
 
-import functools
 import json
 import math
 import os
@@ -78,7 +77,7 @@ def read_directory(folder: epath.Path, auto_class: str) -> dict[str, LazyArray]:
 _MOST_HEADER_BYTES = 100_000_000  # as the safetensors library has it
 
 # The types of parameters that networks are trained in.
-_DTYPES = {
+DTYPES = {
     "F32": np.dtype(np.float32),
     "BF16": jnp.dtype(jnp.bfloat16),
     "F16": np.dtype(np.float16),
@@ -118,7 +117,7 @@ def read(path: epath.Path) -> dict[str, LazyArray]:
             f"{path}: expected {expected_size} bytes, as its header says, found {size}: the file "
             f"is {'cut short' if size < expected_size else 'damaged'}. Copy it again."
         )
-    other = {kind for kind, *_ in entries.values() if kind not in _DTYPES}
+    other = {kind for kind, *_ in entries.values() if kind not in DTYPES}
     if other:
         named = next(name for name, (kind, *_) in entries.items() if kind in other)
         raise UsageError(
@@ -127,14 +126,14 @@ def read(path: epath.Path) -> dict[str, LazyArray]:
         )
     arrays = {}
     for name, (kind, shape, start, end) in entries.items():
-        dtype = _DTYPES[kind]
+        dtype = DTYPES[kind]
         if end - start != math.prod(shape) * dtype.itemsize:
             raise UsageError(
                 f"{path}: {name} of shape {shape} and type {kind} cannot fill {end - start} bytes: "
                 "the file is damaged. Copy it again."
             )
-        reader = functools.partial(_read, path, first + start, shape, dtype)
-        arrays[name] = LazyArray(shape, dtype, f"{path.name}: {name}", reader)
+        source = f"{path.name}: {name}"
+        arrays[name] = lazy_arrays.of_file(path, first + start, shape, dtype, source)
     return arrays
 
 
@@ -148,29 +147,6 @@ def _check_offsets(entries: Mapping[str, tuple[str, tuple[int, ...], int, int]])
         if start != position or end < start:
             raise ValueError(f"{name} is at {start} to {end}, after what ends at {position}")
         position = end
-
-
-def _read(
-    path: epath.Path,
-    offset: int,
-    shape: tuple[int, ...],
-    dtype: np.dtype,
-    index: lazy_arrays.Index,
-) -> np.ndarray:
-    """A part of the tensor that begins at an offset: its rows are read, and the part is of them."""
-    if not shape:  # one number, which has no rows
-        return _read(path, offset, (1,), dtype, (slice(0, 1),)).reshape(())
-    rows, *rest = index
-    row_bytes = math.prod(shape[1:]) * dtype.itemsize
-    num_bytes = (rows.stop - rows.start) * row_bytes
-    with path.open("rb") as file, naming_file(path):
-        file.seek(offset + rows.start * row_bytes)
-        content = file.read(num_bytes)
-    if len(content) != num_bytes:
-        raise UsageError(f"{path}: it has become shorter since it was opened. Copy it again.")
-    part = np.frombuffer(content, dtype).reshape(rows.stop - rows.start, *shape[1:])
-    within = (slice(None), *rest)
-    return part if part[within].shape == part.shape else part[within].copy()
 
 
 # --------------------------------------------------------------------------------- Writing

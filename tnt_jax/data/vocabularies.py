@@ -298,8 +298,17 @@ def check_size(vocabulary: tokenization.Tokeniser, model_size: int) -> None:
         )
 
 
-def check_same(vocabulary: tokenization.Tokeniser, folder: epath.Path) -> None:
-    """Raises a UsageError where a model comes with a tokenizer that has other pieces."""
+def check_same(
+    vocabulary: tokenization.Tokeniser, folder: epath.Path, where: str | None = None
+) -> None:
+    """Raises a UsageError where a model comes with a tokenizer that has other pieces.
+
+    Args:
+      vocabulary: Of inputs and targets.
+      folder: With the tokenizer of the model.
+      where: The model is, for the message; None is the folder.
+    """
+    where = where or str(folder)
     if not has_tokenizer(folder):
         return
     own = of_directory(folder)
@@ -309,9 +318,9 @@ def check_same(vocabulary: tokenization.Tokeniser, folder: epath.Path) -> None:
     for i in range(num_shared):
         if pieces[i] != own_pieces[i]:
             raise UsageError(
-                f"VOCABULARY_PATH: expected the vocabulary of the model in {folder}, found "
+                f"VOCABULARY_PATH: expected the vocabulary of the model in {where}, found "
                 f"another: id {i} is {own_pieces[i]!r} there and {pieces[i]!r} here. Set "
-                f"VOCABULARY_PATH to {folder}."
+                f"VOCABULARY_PATH to {where}."
             )
 
 

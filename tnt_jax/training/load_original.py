@@ -182,6 +182,8 @@ def load(
         "digest": digests.of_params(whole),
         "probe": probe(model, whole).tolist(),
     }
+    if sources.original_source is not None and sources.original_source.quantisation is not None:
+        identity["quantisation"] = sources.original_source.quantisation
     if isinstance(trainer.original_kind, AdaptersOff):
         if starts_elsewhere:
             raise UsageError(
