@@ -20,7 +20,8 @@ import report
 
 from tnt_jax import objectives, precompile
 from tnt_jax.checkpoints import pretrained
-from tnt_jax.data import datasets, feature_converters
+from tnt_jax.data import datasets
+from tnt_jax.data.examples import max_negative_ids
 from tnt_jax.training import settings
 
 ARMS = {
@@ -36,7 +37,7 @@ FINE_TUNE = objectives.TntObjective(negative_term="none", positive_term="log_lik
 def most_ids(file, vocabulary, lengths):
     """The largest number of ids to remove at a position of a training file."""
     dataset = datasets.RecordFiles(files=str(file), vocabulary=vocabulary)
-    return feature_converters.max_negative_ids(dataset.load(lengths))
+    return max_negative_ids(dataset.load(lengths))
 
 
 def least_seconds(results):

@@ -26,7 +26,8 @@ import optax
 import report
 
 from tnt_jax import objectives
-from tnt_jax.data import feature_converters
+from tnt_jax.data.batches import Batches, batch_for_eval
+from tnt_jax.data.examples import Example
 from tnt_jax.models import sharding, t5
 from tnt_jax.runtime import prefetch
 from tnt_jax.training import train_step
@@ -63,7 +64,7 @@ def make_examples(num_examples, seed=0):
         is_marked = number % 3 == 0 and num_targets > 1
         pairs = [(0, targets[0]), (0, targets[0] % (VOCAB_SIZE - 3) + 2)] if is_marked else []
         pairs = np.unique(np.array(pairs, np.int32).reshape(-1, 2), axis=0)
-        examples.append(feature_converters.Example(inputs, targets, pairs, id=str(number)))
+        examples.append(Example(inputs, targets, pairs, id=str(number)))
     return examples
 
 
@@ -71,7 +72,7 @@ class Run:
     """A model in training, on the next batch at every update."""
 
     def __init__(self, examples, lengths, pack):
-        self.batches = feature_converters.Batches(examples, BATCH_SIZE, lengths, seed=0, pack=pack)
+        self.batches = Batches(examples, BATCH_SIZE, lengths, seed=0, pack=pack)
         self.mesh = sharding.make_mesh(sharding.MeshShape())
         settings = {"forward": t5.T5(CONFIG).forward, "objective": OBJECTIVE}
         self.original = t5.T5(CONFIG).init(jax.random.key(0))
@@ -106,9 +107,7 @@ def compare(examples, lengths, rounds):
     same = [examples[place.example] for layout in layouts for place in layout]
     num_ids = runs["packed"].batches.num_negative_ids
     losses = {
-        "unpacked": runs["unpacked"].mean_loss(
-            feature_converters.batch_for_eval(same, BATCH_SIZE, lengths, num_ids)
-        ),
+        "unpacked": runs["unpacked"].mean_loss(batch_for_eval(same, BATCH_SIZE, lengths, num_ids)),
         "packed": runs["packed"].mean_loss([runs["packed"].batches[k] for k in range(2)]),
     }
     times = report.interleave(

@@ -32,7 +32,8 @@ import numpy as np
 import report
 
 from tnt_jax import objectives
-from tnt_jax.data import feature_converters
+from tnt_jax.data.examples import Example
+from tnt_jax.data.layouts import CAUSAL
 from tnt_jax.models import adapters, families, t5
 from tnt_jax.models.causal_lm_config import CausalLMConfig, LayerKind
 from tnt_jax.training import compiled_step, optimizers, train_step
@@ -135,9 +136,9 @@ def make_batch(config, batch_size, lengths, live=1.0, seed=0):
         for prompt, response, is_live, is_marked in zip(inputs, targets, mask, marked, strict=True):
             places = np.flatnonzero(is_marked)
             pairs = np.stack([places, response[places]], axis=1)
-            examples.append(feature_converters.Example(prompt, response[is_live], pairs))
+            examples.append(Example(prompt, response[is_live], pairs))
         lengths = dict(zip(("inputs", "targets"), lengths, strict=True))
-        return feature_converters.CAUSAL.convert(examples, lengths, num_negative_ids=1)
+        return CAUSAL.convert(examples, lengths, num_negative_ids=1)
     return {
         "encoder_input_tokens": inputs,
         "decoder_input_tokens": np.pad(targets, ((0, 0), (1, 0)))[:, :-1] * mask,

@@ -26,7 +26,8 @@ from etils import epath
 
 from tnt_jax import convert
 from tnt_jax.checkpoints import digests, orbax, pretrained
-from tnt_jax.data import feature_converters
+from tnt_jax.data.examples import Example
+from tnt_jax.data.layouts import CAUSAL
 from tnt_jax.models import adapters, decoding, parameters, sharding
 from tnt_jax.models.model import Model
 
@@ -130,11 +131,11 @@ def answers(what: str, model: torch.nn.Module, ours: Model, params, rows: list) 
     lengths = reference.PROMPT_LENGTHS
     nothing = np.zeros((0, 2), np.int32)
     examples = [
-        feature_converters.Example(np.array(row[:n]), np.array(row[n:]), nothing)
+        Example(np.array(row[:n]), np.array(row[n:]), nothing)
         for row, n in zip(rows, lengths, strict=True)
     ]
     sizes = {"inputs": max(lengths), "targets": max(reference.RESPONSE_LENGTHS)}
-    batch = feature_converters.CAUSAL.convert(examples, sizes)
+    batch = CAUSAL.convert(examples, sizes)
     logits = np.asarray(jax.jit(ours.forward)(params, batch).whole())
     logits = logits[batch["decoder_loss_mask"] > 0]
     scale, difference = abs(theirs).max(), abs(logits - theirs).max()

@@ -22,7 +22,8 @@ import numpy as np
 
 from tnt_jax import objectives
 from tnt_jax.checkpoints import opened_model, pretrained
-from tnt_jax.data import feature_converters, marks, records, tokenization
+from tnt_jax.data import marks, records, tokenization
+from tnt_jax.data.batches import batch_for_eval
 from tnt_jax.evaluation import text_metrics
 from tnt_jax.models import sharding
 from tnt_jax.models.network_config import NetworkConfig
@@ -178,7 +179,7 @@ def _certificate(
     objective = objectives.TntObjective(negative_term="forward_kl", positive_term="forward_kl")
     step = jit_token_step(compared, objective)
     examples = marks.examples_from_records(rows, vocabulary, "the original's outputs")
-    batches = feature_converters.batch_for_eval(
+    batches = batch_for_eval(
         examples,
         settings.batch_size,
         settings.task_feature_lengths,

@@ -31,12 +31,13 @@ from tnt_jax import annotators
 from tnt_jax.annotators import continuations, prefix_values
 from tnt_jax.checkpoints import digests, opened_model, pretrained
 from tnt_jax.data import (
-    feature_converters,
     marks,
     records,
     removed_everywhere,
     tokenization,
 )
+from tnt_jax.data.examples import Example
+from tnt_jax.data.layouts import count_lost
 from tnt_jax.models import decoding, sharding
 from tnt_jax.models.model import check_seed
 from tnt_jax.models.network_config import NetworkConfig
@@ -254,7 +255,7 @@ class _Outputs:
         # One more, so that an output cut at the length has a state after its last token too.
         lengths = dict(settings.task_feature_lengths)
         lengths["targets"] += 1
-        lost = feature_converters.count_lost(self._examples, lengths)
+        lost = count_lost(self._examples, lengths)
         if lost.num_inputs or lost.num_targets:
             console.log(
                 f"{lost.num_inputs} inputs and {lost.num_targets} targets are cut "
@@ -309,9 +310,7 @@ class _Outputs:
         )
 
 
-def _ended(
-    example: feature_converters.Example, vocabulary: tokenization.Tokeniser
-) -> feature_converters.Example:
+def _ended(example: Example, vocabulary: tokenization.Tokeniser) -> Example:
     """With an EOS, also where decoding was cut: the state there is the one after all the text."""
     if len(example.targets) and example.targets[-1] in vocabulary.end_ids:
         return example

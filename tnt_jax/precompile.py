@@ -31,7 +31,7 @@ import jax
 
 from tnt_jax import objectives, train
 from tnt_jax.checkpoints import pretrained
-from tnt_jax.data import feature_converters
+from tnt_jax.data.batches import feature_shapes
 from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime import console, files, program
 from tnt_jax.runtime.errors import UsageError
@@ -168,7 +168,7 @@ def compile_step(
         devices=devices,
     )
     batch = trainer.abstract_batch(
-        feature_converters.feature_shapes(
+        feature_shapes(
             update.task_feature_lengths,
             update.batch_size,
             num_negative_ids,

@@ -45,7 +45,10 @@ from t5x import (  # pyright: ignore[reportMissingImports]  # T5X is on no packa
 
 from tnt_jax import objectives
 from tnt_jax.checkpoints import digests
-from tnt_jax.data import feature_converters, tasks
+from tnt_jax.data import tasks
+from tnt_jax.data.batches import Batches
+from tnt_jax.data.examples import Example, id_of, max_negative_ids
+from tnt_jax.data.layouts import convert_features
 from tnt_jax.runtime.array_types import PyTree
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.training import train_step
@@ -62,7 +65,7 @@ _EOS_ID = 1  # of every T5X model
 class FeatureConverter(seqio.FeatureConverter):
     """Model features of tasks whose features are those of `tasks`: marks and loss mask included.
 
-    Examples are padded or cut as `feature_converters.convert_features` does. For an input that is
+    Examples are padded or cut as `convert_features` does. For an input that is
     cut to keep its EOS, `DatasetConfig.trim_output_features` must be False.
     """
 
@@ -112,18 +115,16 @@ class FeatureConverter(seqio.FeatureConverter):
         lengths = self.get_model_feature_lengths(task_feature_lengths)
 
         def convert_one(name, inputs, targets, negative_ids, loss_mask):
-            example = feature_converters.Example(
+            example = Example(
                 inputs=inputs,
                 targets=targets,
                 negative_pairs=np.unique(negative_ids, axis=0),
                 # T5X may have cut targets already, and pads with 0.
                 loss_mask=loss_mask[: len(targets)] * (targets != 0),
-                id=feature_converters.id_of(name),
+                id=id_of(name),
                 keeps_last_input=len(inputs) > 0 and inputs[-1] == _EOS_ID,
             )
-            batch = feature_converters.convert_features(
-                [example], task_feature_lengths, self.num_negative_ids
-            )
+            batch = convert_features([example], task_feature_lengths, self.num_negative_ids)
             return [batch[feature][0] for feature in self.MODEL_FEATURES]
 
         def convert(fields):
@@ -201,7 +202,7 @@ def get_dataset(
         split=cfg.split,
         mixture_or_task_module=cfg.module,
     ).load(cfg.task_feature_lengths)
-    needed = feature_converters.max_negative_ids(examples)
+    needed = max_negative_ids(examples)
     if needed > converter.num_negative_ids:
         raise UsageError(
             f"NUM_NEGATIVE_IDS (FeatureConverter.num_negative_ids): {cfg.mixture_or_task_name!r} "
@@ -215,7 +216,7 @@ def get_dataset(
     )
     rows_of_host = cfg.batch_size // num_shards
     return _Batches(
-        feature_converters.Batches(
+        Batches(
             examples,
             cfg.batch_size,
             cfg.task_feature_lengths,
@@ -231,7 +232,7 @@ def get_dataset(
 class _Batches(dataset_iterator.DatasetIterator):
     """The rows of one host, from batch `start` on. Saves nothing: `start` follows from the run."""
 
-    def __init__(self, batches: feature_converters.Batches, rows: slice, start: int):
+    def __init__(self, batches: Batches, rows: slice, start: int):
         self._batches, self._rows = batches, rows
         self._start = self._next = start
 

@@ -30,7 +30,9 @@ from etils import epath
 
 from tnt_jax import objectives
 from tnt_jax.checkpoints import pretrained
-from tnt_jax.data import feature_converters
+from tnt_jax.data.batches import Batches
+from tnt_jax.data.examples import Example, check_token_ids, digest
+from tnt_jax.data.layouts import are_all_covered, count_lost
 from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime import (
     console,
@@ -68,7 +70,7 @@ class Dataset(Protocol):
         """Ids to remove at every position, whatever the marks."""
         ...
 
-    def load(self, task_feature_lengths: Mapping[str, int]) -> list[feature_converters.Example]:
+    def load(self, task_feature_lengths: Mapping[str, int]) -> list[Example]:
         """All examples, tokenised and marked."""
         ...
 
@@ -196,12 +198,12 @@ def train(
 
 def _read_examples(
     dataset: Dataset, task_feature_lengths: Mapping[str, int], sources: load_original.Sources
-) -> list[feature_converters.Example]:
+) -> list[Example]:
     """All examples of a data set, whose ids are those of the network."""
     config = sources.model.config
     pretrained.check_vocabulary(dataset.vocabulary, config, sources.original_source)
     examples = dataset.load(task_feature_lengths)
-    feature_converters.check_token_ids(examples, config.vocab_size)
+    check_token_ids(examples, config.vocab_size)
     return examples
 
 
@@ -229,7 +231,7 @@ def _describe_run(
     )
     resume.check_alike(
         run,
-        eval_dataset=feature_converters.digest(data.eval_examples),
+        eval_dataset=digest(data.eval_examples),
         train_steps=schedule.train_steps,
         eval_every=schedule.eval_every,
         checkpoint_every=schedule.checkpoint_every,
@@ -277,7 +279,7 @@ def _next(model_dir: str) -> str:
 
 
 def _check_marks(
-    examples: Sequence[feature_converters.Example],
+    examples: Sequence[Example],
     trainer: Trainer,
     task_feature_lengths: Mapping[str, int],
 ) -> None:
@@ -286,7 +288,7 @@ def _check_marks(
     if objective.negative_term == "none":
         return
     num_marked = sum(bool(len(example.negative_pairs)) for example in examples)
-    cut = feature_converters.count_lost(examples, task_feature_lengths)
+    cut = count_lost(examples, task_feature_lengths)
     num_marks = sum(len(example.negative_pairs) for example in examples)
     if num_marks == cut.num_marks and not objective.removed_everywhere:
         raise UsageError(
@@ -299,7 +301,7 @@ def _check_marks(
             f"removed_everywhere has id {max(objective.removed_everywhere)}, but the model has "
             f"{num_embeddings} embeddings. Expected ids of its own vocabulary."
         )
-    if feature_converters.are_all_covered(examples, task_feature_lengths):
+    if are_all_covered(examples, task_feature_lengths):
         raise UsageError(
             f"negative spans cover all text of all {len(examples)} examples (within "
             "TASK_FEATURE_LENGTHS and LOSS_UNTIL), so that nothing holds the model to its "
@@ -323,7 +325,7 @@ def _with_removed(
     return dataclasses.replace(objective, removed_everywhere=tuple(sorted(both)))
 
 
-def _log_padding(batches: feature_converters.Batches) -> None:
+def _log_padding(batches: Batches) -> None:
     found = batches.padding()
     how = f"Packed, {found.examples_per_row:.1f} examples a row" if batches.pack else "Not packed"
     console.log(

@@ -18,7 +18,8 @@ from helpers import gguf_writer, golden_model, rooms, tiny_tokenizers
 from tnt_jax import convert
 from tnt_jax.checkpoints import gguf_files, lazy_arrays, pretrained
 from tnt_jax.data import hub_tokenizer
-from tnt_jax.data.feature_converters import CAUSAL, Example
+from tnt_jax.data.examples import Example
+from tnt_jax.data.layouts import CAUSAL
 from tnt_jax.models import families
 from tnt_jax.runtime.errors import UsageError
 

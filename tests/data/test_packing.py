@@ -13,14 +13,16 @@ from helpers import t5_inputs
 from hypothesis import strategies as st
 
 from tnt_jax import objectives
-from tnt_jax.data import feature_converters, packing
-from tnt_jax.data.feature_converters import Place
+from tnt_jax.data import packing
+from tnt_jax.data.batches import Batches
+from tnt_jax.data.examples import Example
+from tnt_jax.data.layouts import Place, convert_features
 from tnt_jax.models import t5
 from tnt_jax.training import train_step
 
 
 def example(inputs, targets, pairs=(), loss_mask=None, name=""):
-    return feature_converters.Example(
+    return Example(
         inputs=np.array(inputs, np.int32),
         targets=np.array(targets, np.int32),
         negative_pairs=np.array(pairs, np.int32).reshape(-1, 2),
@@ -98,7 +100,7 @@ def test_rows_of_short_and_of_long_examples_are_mixed():
 
 
 def test_two_examples_in_a_row_by_hand():
-    batches = feature_converters.Batches(
+    batches = Batches(
         [
             example([7, 8, 1], [3, 9, 4, 1], [(1, 6), (1, 9), (2, 4)]),
             example([8, 1], [5, 1], [(0, 5)], loss_mask=[0, 1]),
@@ -131,7 +133,7 @@ LENGTHS = {"inputs": 14, "targets": 16}
 
 
 def packed_batches(examples, batch_size=3, **settings):
-    return feature_converters.Batches(examples, batch_size, LENGTHS, seed=3, pack=True, **settings)
+    return Batches(examples, batch_size, LENGTHS, seed=3, pack=True, **settings)
 
 
 def test_a_layout_says_where_every_example_lies():
@@ -150,7 +152,7 @@ def test_a_layout_says_where_every_example_lies():
                 first_input = features["encoder_input_tokens"][place.row, place.input_offset]
                 assert first_input == source.inputs[0]
                 # As if it were alone.
-                alone = feature_converters.convert_features([source], LENGTHS, 3)
+                alone = convert_features([source], LENGTHS, 3)
                 for name in ("decoder_input_tokens", "decoder_loss_mask", "decoder_negative_ids"):
                     expected = alone[name][0, : place.num_targets]
                     np.testing.assert_array_equal(features[name][place.row, here], expected)
@@ -215,7 +217,7 @@ def test_loss_and_gradient_are_those_of_rows_of_their_own(forward):
     batches = packed_batches(examples, batch_size=4)
     layout, packed = batches.layout(1), batches[1]
     assert len(layout) > 2 * 4  # more than two in a row
-    alone = feature_converters.convert_features(
+    alone = convert_features(
         [examples[place.example] for place in layout], LENGTHS, batches.num_negative_ids
     )
     assert (alone["decoder_negative_ids"] >= 0).sum(axis=-1).max() == 3

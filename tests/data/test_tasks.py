@@ -9,13 +9,14 @@ import tensorflow_datasets as tfds
 
 from tnt_jax.data import (
     datasets,
-    feature_converters,
     marks,
     paper_tasks,
     records,
     tasks,
     tokenization,
 )
+from tnt_jax.data.batches import Batches
+from tnt_jax.data.t5patches_layout import T5PATCHES_MODES, t5patches_target
 from tnt_jax.runtime.errors import UsageError
 
 LENGTHS = {"inputs": 32, "targets": 24}
@@ -372,7 +373,7 @@ def test_the_t5patches_layout_is_read_in_its_modes(vocabulary):
         {"inputs": [7, 8, 5, 1], "negative_targets": [3, 9, 1], "corrected_targets": [3, 8, 4, 1]},
         {"inputs": [8, 1], "negative_targets": [4, 1], "corrected_targets": [4, 1]},
     ]
-    for mode in feature_converters.T5PATCHES_MODES:
+    for mode in T5PATCHES_MODES:
         seqio.TaskRegistry.add(
             mode,
             source=of_rows(
@@ -385,7 +386,7 @@ def test_the_t5patches_layout_is_read_in_its_modes(vocabulary):
             output_features=tasks.record_features(vocabulary),
         )
         for row, example in zip(rows, tasks.load_examples(mode, LENGTHS, "train"), strict=True):
-            targets, pairs, loss_mask = feature_converters.t5patches_target(
+            targets, pairs, loss_mask = t5patches_target(
                 np.array(row["negative_targets"]), np.array(row["corrected_targets"]), mode
             )
             np.testing.assert_array_equal(example.targets, targets)
@@ -457,7 +458,7 @@ def test_the_tasks_of_the_paper_run_on_mock_data(vocabulary, name):
     prefix = {"xsum_summaries": "summarize: ", "civil_comments_replies": "reply: "}[name]
     assert all(p.inputs.startswith(prefix) and len(p.inputs) > len(prefix) for p in prompts)
     assert all(p.targets for p in prompts)
-    batches = feature_converters.Batches(examples, 4, LENGTHS, seed=0)
+    batches = Batches(examples, 4, LENGTHS, seed=0)
     features = batches[0]
     assert features["encoder_input_tokens"].shape == (4, 32)
     assert (features["decoder_negative_ids"] == -1).all()

@@ -17,8 +17,9 @@ import pytest
 from helpers import t5_inputs
 
 from tnt_jax import objectives
-from tnt_jax.data import feature_converters
-from tnt_jax.data.feature_converters import CAUSAL, Example
+from tnt_jax.data.batches import Batches
+from tnt_jax.data.examples import Example
+from tnt_jax.data.layouts import CAUSAL
 from tnt_jax.models import attention, causal_lm, sharding
 from tnt_jax.models.causal_lm_config import CausalLMConfig, LayerKind
 from tnt_jax.models.model import Model
@@ -180,9 +181,7 @@ def packed():
     marks = np.zeros((0, 2), np.int32)
     examples = [Example(ids(n), ids(m), marks) for n, m in sizes]
     lengths = {"inputs": 10, "targets": 12}
-    batches = feature_converters.Batches(
-        examples, 8, lengths, seed=0, pack=True, feature_layout=CAUSAL
-    )
+    batches = Batches(examples, 8, lengths, seed=0, pack=True, feature_layout=CAUSAL)
     batch = batches.batch(0)
     assert batch["decoder_segment_ids"].max() > 1
     return batch

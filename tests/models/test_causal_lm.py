@@ -11,8 +11,9 @@ import pytest
 from helpers import t5_inputs
 
 from tnt_jax import objectives
-from tnt_jax.data import feature_converters
-from tnt_jax.data.feature_converters import CAUSAL, Example
+from tnt_jax.data.batches import Batches
+from tnt_jax.data.examples import Example
+from tnt_jax.data.layouts import CAUSAL, count_lost
 from tnt_jax.models import causal_lm, causal_lm_layers, decoding, parameters, sharding
 from tnt_jax.models.causal_lm_config import CausalLMConfig, LayerKind, Llama3Scaling
 from tnt_jax.models.model import Model
@@ -98,7 +99,7 @@ def test_a_long_prompt_loses_its_beginning_behind_the_first_token():
     example = Example(np.arange(10, 20, dtype=np.int32), np.array([1], np.int32), NOTHING)
     features = CAUSAL.convert([example], {"inputs": 4, "targets": 2})
     assert features["decoder_input_tokens"][0].tolist() == [10, 17, 18, 19, 0, 0]
-    assert feature_converters.count_lost([example], {"inputs": 4, "targets": 2}).num_inputs == 1
+    assert count_lost([example], {"inputs": 4, "targets": 2}).num_inputs == 1
 
 
 def test_a_response_follows_a_prompt():
@@ -111,7 +112,7 @@ def test_a_response_follows_a_prompt():
 def test_packed_rows_have_the_logits_of_rows_of_their_own(config):
     params, rows = t5_inputs.random_params(config), examples()
     alone = logits_of(config, params, CAUSAL.convert(rows, PACKED))
-    batches = feature_converters.Batches(rows, 2, PACKED, seed=0, pack=True, feature_layout=CAUSAL)
+    batches = Batches(rows, 2, PACKED, seed=0, pack=True, feature_layout=CAUSAL)
     places, packed = batches.layout(0), logits_of(config, params, batches.batch(0))
     assert len(places) > 2
     for example, row, _, _, start, number in places:
@@ -346,7 +347,7 @@ def test_heads_that_the_mesh_does_not_divide_are_named():
 def test_packed_examples_give_the_sums_of_rows_of_their_own():
     rows = examples(marks=(0, 2))
     network = causal_lm.CausalLM(MIXED)
-    batches = feature_converters.Batches(rows, 2, PACKED, seed=0, pack=True, feature_layout=CAUSAL)
+    batches = Batches(rows, 2, PACKED, seed=0, pack=True, feature_layout=CAUSAL)
     packed, chosen = batches.batch(0), [rows[place.example] for place in batches.layout(0)]
     params, original = t5_inputs.random_params(MIXED), t5_inputs.random_params(MIXED, 1)
 

@@ -23,7 +23,8 @@ from tnt_jax.checkpoints import (
     pretrained,
     safetensors_files,
 )
-from tnt_jax.data.feature_converters import CAUSAL, Example
+from tnt_jax.data.examples import Example
+from tnt_jax.data.layouts import CAUSAL
 from tnt_jax.models import causal_lm, decoding
 from tnt_jax.runtime.errors import UsageError
 

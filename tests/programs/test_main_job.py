@@ -18,7 +18,8 @@ from helpers import outputs, rooms
 
 from tnt_jax import pipeline
 from tnt_jax.checkpoints import digests
-from tnt_jax.data import feature_converters, records, removed_everywhere, tokenization
+from tnt_jax.data import records, removed_everywhere, tokenization
+from tnt_jax.data.batches import Batches
 from tnt_jax.experiments import experiment
 from tnt_jax.runtime import program
 from tnt_jax.training import run_checkpoints
@@ -421,7 +422,7 @@ def test_a_pipeline_does_what_is_not_done(original, capsys, monkeypatch):
     )
 
     # Interrupted before its sixth update, the last checkpoint being that of the fourth.
-    whole_batch = feature_converters.Batches.batch
+    whole_batch = Batches.batch
 
     def interrupted_batch(self, k):
         if k == 5:
@@ -429,7 +430,7 @@ def test_a_pipeline_does_what_is_not_done(original, capsys, monkeypatch):
         return whole_batch(self, k)
 
     with monkeypatch.context() as patch:
-        patch.setattr(feature_converters.Batches, "batch", interrupted_batch)
+        patch.setattr(Batches, "batch", interrupted_batch)
         assert rooms.run("pipeline", settings) == 130
     assert stages(capsys.readouterr().out) == ([*of_original, "TNRF: train"], [])
 

@@ -15,7 +15,8 @@ from helpers import golden_model, rooms
 
 from tnt_jax import convert, objectives
 from tnt_jax.checkpoints import huggingface, pretrained
-from tnt_jax.data.feature_converters import CAUSAL, Example
+from tnt_jax.data.examples import Example
+from tnt_jax.data.layouts import CAUSAL
 from tnt_jax.models import sharding
 from tnt_jax.models.model import Model
 from tnt_jax.training.trainer import Trainer, copied

@@ -26,7 +26,8 @@ from helpers import golden_model, t5_inputs
 
 from tnt_jax import objectives
 from tnt_jax.checkpoints import digests
-from tnt_jax.data import feature_converters, records, tasks
+from tnt_jax.data import records, tasks
+from tnt_jax.data.batches import batch_for_eval
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.training import train_step
 
@@ -451,7 +452,7 @@ def test_the_feature_converter_gives_our_model_features(task):
     dataset = utils.get_dataset(dataset_config(), 0, 1, t5x_plugin.FeatureConverter, num_epochs=1)
     found = list(dataset.as_numpy_iterator())
     examples = tasks.load_examples(task, LENGTHS, "train")
-    expected = feature_converters.batch_for_eval(examples, 5, LENGTHS, 1)
+    expected = batch_for_eval(examples, 5, LENGTHS, 1)
     for one, other in zip(found, expected, strict=True):
         assert one.keys() == other.keys()
         for name in one:

@@ -178,7 +178,9 @@ def test_tests_have_the_libraries_that_users_get():
 def test_numerics_need_only_jax_flax_and_optax():
     # And with the makers of batches, benchmarks/packing.py.
     numerics = [
-        "data.feature_converters",
+        "data.batches",
+        "data.examples",
+        "data.layouts",
         "data.packing",
         "runtime.prefetch",
         "training.train_step",

@@ -161,16 +161,17 @@ def test_each_process_holds_its_own_rows_and_all_of_them_are_held_once(two):
         """
         import json, sys
         import numpy as np
-        from tnt_jax.data import feature_converters
+        from tnt_jax.data.batches import Batches
+        from tnt_jax.data.examples import Example
         from tnt_jax.models import sharding
         from tnt_jax.runtime import processes
 
         processes.start("test", processes.Kind.TOGETHER)
         examples = [
-            feature_converters.Example(np.array([7]), np.array([number + 2]), np.zeros((0, 2), int))
+            Example(np.array([7]), np.array([number + 2]), np.zeros((0, 2), int))
             for number in range(16)
         ]
-        batches = feature_converters.Batches(examples, 8, {"inputs": 1, "targets": 1}, seed=3)
+        batches = Batches(examples, 8, {"inputs": 1, "targets": 1}, seed=3)
         mesh = sharding.make_mesh(sharding.MeshShape())
         held = []
         for number in range(2):

@@ -20,7 +20,7 @@ from helpers.huggingface_model import write_directory
 from tnt_jax import convert
 from tnt_jax.checkpoints import pretrained
 from tnt_jax.data import removed_everywhere, tokenization, vocabularies
-from tnt_jax.data.feature_converters import Example
+from tnt_jax.data.examples import Example
 from tnt_jax.runtime import errors, failures, files, output_parts, stages
 from tnt_jax.training import original_cache
 

@@ -16,7 +16,8 @@ from helpers import rooms, t5_inputs
 
 from tnt_jax import convert, objectives
 from tnt_jax.checkpoints import pretrained
-from tnt_jax.data import feature_converters
+from tnt_jax.data.examples import Example
+from tnt_jax.data.layouts import convert_features
 from tnt_jax.models import adapters, sharding, t5
 from tnt_jax.models.model import Model
 from tnt_jax.runtime.errors import UsageError
@@ -255,7 +256,7 @@ def some_examples(number=8):
 
     def example(i):
         targets = random.integers(2, 40, random.integers(2, 7)).astype(np.int32)
-        return feature_converters.Example(
+        return Example(
             inputs=random.integers(2, 40, 5).astype(np.int32),
             targets=targets,
             negative_pairs=np.array([[0, targets[0]]], np.int32),
@@ -274,10 +275,8 @@ def test_the_original_is_a_fixed_point_in_bfloat16(kind, tmp_path):
     original, start = load_original.load(
         trainer, sources, update, is_new=True, examples=examples, states_folder=str(tmp_path)
     )
-    unmarked = [
-        feature_converters.Example(e.inputs, e.targets, e.negative_pairs[:0]) for e in examples
-    ]
-    batch = feature_converters.convert_features(unmarked, LENGTHS, 1)
+    unmarked = [Example(e.inputs, e.targets, e.negative_pairs[:0]) for e in examples]
+    batch = convert_features(unmarked, LENGTHS, 1)
     batch = original.with_states(batch, [(e, row, 0) for row, e in enumerate(examples)])
     batch = sharding.put_batch(batch, trainer.model.mesh)
     _, sums = trainer.step(trainer.init_state(start), original.params, batch, jax.random.key(0))
@@ -300,9 +299,9 @@ def test_states_are_those_of_the_tokens_that_are_kept(tmp_path):
     long = np.arange(2, 14, dtype=np.int32)
     pairs = np.zeros((0, 2), np.int32)
     examples = [
-        feature_converters.Example(long, long, pairs, keeps_last_input=False),
-        feature_converters.Example(long[:6], long[:8], pairs),
-        feature_converters.Example(long, long[:3], pairs, keeps_last_input=False),
+        Example(long, long, pairs, keeps_last_input=False),
+        Example(long[:6], long[:8], pairs),
+        Example(long, long[:3], pairs, keeps_last_input=False),
     ]
     states.compute(examples, states_of, batch_size=4)
     assert len(calls) == 1
@@ -311,7 +310,7 @@ def test_states_are_those_of_the_tokens_that_are_kept(tmp_path):
     # Another process finds them, and adds what is new.
     later = OriginalStates(str(tmp_path), "one", LENGTHS)
     assert later.missing(examples) == []
-    more = feature_converters.Example(long[:2], long, pairs)
+    more = Example(long[:2], long, pairs)
     assert later.missing([*examples, more]) == [more]
     feature = later.feature([(examples[2], 1, 2)], (2, 6))
     np.testing.assert_array_equal(feature[..., 0], [[0] * 6, [0, 0, *long[:3], 0]])
@@ -350,7 +349,7 @@ def test_an_input_that_is_cut_is_no_shorter_input(tmp_path):
     states = OriginalStates(str(tmp_path), "one", {"inputs": 4, "targets": 4})
     pairs, targets = np.zeros((0, 2), np.int32), np.array([9], np.int32)
     examples = [
-        feature_converters.Example(np.array(ids, np.int32), targets, pairs)
+        Example(np.array(ids, np.int32), targets, pairs)
         for ids in ([5, 6, 7, 8, 9, 1], [5, 6, 7, 8])
     ]
     assert len(states.missing(examples)) == 2
@@ -380,7 +379,7 @@ def test_an_adapter_adds_its_product_to_the_kernel():
     added = structure.unflatten(
         [0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
     )
-    batch = feature_converters.convert_features(some_examples(), LENGTHS, 1)
+    batch = convert_features(some_examples(), LENGTHS, 1)
     batch = jax.tree.map(jnp.asarray, batch)
     forward = t5_inputs.make_forward(config)
 

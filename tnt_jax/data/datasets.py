@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 
 from absl import logging
 
-from tnt_jax.data import feature_converters, marks, records, removed_everywhere, tokenization
+from tnt_jax.data import marks, records, removed_everywhere, tokenization
+from tnt_jax.data.examples import Example, select_clean
+from tnt_jax.data.layouts import count_lost
 from tnt_jax.runtime import console
 from tnt_jax.runtime.errors import UsageError
 
@@ -38,7 +40,7 @@ class RecordFiles:
         """What the annotator of the records removes at every position of all of them."""
         return removed_everywhere.of_records(self.files)
 
-    def load(self, task_feature_lengths: Mapping[str, int]) -> list[feature_converters.Example]:
+    def load(self, task_feature_lengths: Mapping[str, int]) -> list[Example]:
         """Reads, tokenises and marks all records.
 
         Raises:
@@ -50,7 +52,7 @@ class RecordFiles:
             rows, self.vocabulary, self.files, self.marks, self.loss_until
         )
         if self.clean_per_marked is not None:
-            selection = feature_converters.select_clean(examples, self.clean_per_marked, self.seed)
+            selection = select_clean(examples, self.clean_per_marked, self.seed)
             console.log(
                 f"{self.files}: all {selection.num_marked} examples with marks and "
                 f"{selection.num_clean_kept} of {selection.num_clean} without (clean_per_marked)."
@@ -80,12 +82,12 @@ def check_trainable(
 
 
 def log_lost(
-    examples: Sequence[feature_converters.Example],
+    examples: Sequence[Example],
     task_feature_lengths: Mapping[str, int],
     where: str,
 ) -> None:
     """Warns about what the feature lengths cut off; `where` names the data set."""
-    lost = feature_converters.count_lost(examples, task_feature_lengths)
+    lost = count_lost(examples, task_feature_lengths)
     if any(lost):
         logging.warning(
             "%s: with TASK_FEATURE_LENGTHS %s, %d inputs and %d targets of %d examples are cut; "

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from absl import logging
 
-from tnt_jax.data import feature_converters, records, tokenization
+from tnt_jax.data import records, tokenization
+from tnt_jax.data.examples import Example, loss_mask_until
 from tnt_jax.data.tokenization import Extent, Tokeniser
 from tnt_jax.runtime.errors import UsageError
 
@@ -24,7 +25,7 @@ def examples_from_records(
     where: str,
     marks: str = "whole",
     loss_until: str = "end",
-) -> list[feature_converters.Example]:
+) -> list[Example]:
     """Tokenises and marks records; warns about spans that touch no token.
 
     Args:
@@ -44,17 +45,15 @@ def examples_from_records(
 
 def example_from_record(
     record: records.Record, vocabulary: Tokeniser, marks: str, loss_until: str
-) -> tuple[feature_converters.Example, int]:
+) -> tuple[Example, int]:
     """The tokenised record, and how many of its spans touch no token."""
     marked = mark_tokens(record, vocabulary, marks)
     inputs = prompt_ids(record, vocabulary)
-    example = feature_converters.Example(
+    example = Example(
         inputs=np.array(inputs, np.int32),
         targets=marked.target_ids,
         negative_pairs=marked.negative_pairs,
-        loss_mask=feature_converters.loss_until(
-            loss_until, marked.target_ids, marked.negative_pairs
-        ),
+        loss_mask=loss_mask_until(loss_until, marked.target_ids, marked.negative_pairs),
         span_numbers=marked.span_numbers,
         id=record.id,
     )

@@ -26,8 +26,10 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from tnt_jax.data import datasets, feature_converters, records, tokenization
+from tnt_jax.data import datasets, records, tokenization
+from tnt_jax.data.examples import Example, id_of
 from tnt_jax.data.marks import example_from_record, log_spans_without_token
+from tnt_jax.data.t5patches_layout import t5patches_target
 from tnt_jax.runtime import console
 from tnt_jax.runtime.errors import UsageError, system_error
 
@@ -135,7 +137,7 @@ def tokenize_and_mark(
 
     def marked(name, inputs, targets, target_ids, spans, pairs):
         record = records.Record(
-            id=feature_converters.id_of(name),
+            id=id_of(name),
             inputs=inputs.decode(),
             targets=targets.decode(),
             target_ids=tuple(target_ids.tolist()) or None,
@@ -188,22 +190,20 @@ def t5patches_mode(mode: str) -> Callable[[tf.data.Dataset], tf.data.Dataset]:
     """Returns a seqio preprocessor that reads the layout which google/t5patches published.
 
     It takes `inputs`, `negative_targets` and `corrected_targets`, all token ids, and makes
-    `targets`, `negative_ids` and `loss_mask`: `feature_converters.t5patches_target` says how.
+    `targets`, `negative_ids` and `loss_mask`: `t5patches_target` says how.
 
     Args:
-        mode: one of `feature_converters.T5PATCHES_MODES`.
+        mode: one of `T5PATCHES_MODES`.
 
     Raises:
         UsageError: no such mode.
     """
     nothing = np.zeros(0, np.int32)
-    feature_converters.t5patches_target(nothing, nothing, mode)  # fail here on a misspelt mode
+    t5patches_target(nothing, nothing, mode)  # fail here on a misspelt mode
 
     def of_fields(fields):
         targets, negative_ids, loss_mask = tf.numpy_function(
-            lambda negative, corrected: feature_converters.t5patches_target(
-                negative, corrected, mode
-            ),
+            lambda negative, corrected: t5patches_target(negative, corrected, mode),
             [fields["negative_targets"], fields["corrected_targets"]],
             [tf.int32] * 3,
         )
@@ -247,7 +247,7 @@ def record_task(
     }
 
     def dataset_fn(split, shuffle_files, seed=None):
-        del shuffle_files, seed  # tnt_jax shuffles examples: feature_converters.Batches
+        del shuffle_files, seed  # tnt_jax shuffles examples: Batches
         file = files[split]
         rows = datasets.check_trainable(records.read_records(file), file, annotated)
 
@@ -313,7 +313,7 @@ def load_examples(
     task_feature_lengths: Mapping[str, int],
     split: str,
     vocabulary: tokenization.Tokeniser | None = None,
-) -> list[feature_converters.Example]:
+) -> list[Example]:
     """Reads one epoch of a task or mixture into memory, unshuffled and uncut.
 
     The epoch of a mixture holds every example at least once, and the examples of its tasks in the
@@ -445,7 +445,7 @@ class SeqioDataset:
         """Nothing: a task has no place for it."""
         return ()
 
-    def load(self, task_feature_lengths: Mapping[str, int]) -> list[feature_converters.Example]:
+    def load(self, task_feature_lengths: Mapping[str, int]) -> list[Example]:
         """Reads one epoch into memory: see `load_examples`."""
         tokenization.check_vocabulary(self.vocabulary)
         examples = load_examples(
@@ -460,7 +460,7 @@ def _load_task(
     task_feature_lengths: Mapping[str, int],
     split: str,
     vocabulary: tokenization.Tokeniser | None,
-) -> list[feature_converters.Example]:
+) -> list[Example]:
     examples = []
     num_spans_without_token = 0
     end_ids = _end_ids(task, vocabulary)
@@ -486,7 +486,7 @@ def _load_task(
                 f"0 or 1, found {loss_mask.tolist()}."
             )
         examples.append(
-            feature_converters.Example(
+            Example(
                 inputs=row["inputs"],
                 targets=row["targets"],
                 negative_pairs=np.unique(pairs, axis=0),
@@ -578,7 +578,7 @@ def _reading(task: seqio.Task) -> Iterator[None]:
 
 def _row_id(row: Mapping[str, Any], task: seqio.Task, split: str, number: int) -> str:
     if "id" in row:
-        return feature_converters.id_of(row["id"])
+        return id_of(row["id"])
     return _place(task, split, number)
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from tnt_jax.data.feature_converters import CAUSAL, FeatureLayout
+from tnt_jax.data.layouts import CAUSAL, FeatureLayout
 from tnt_jax.models import sharded_embedding, sharding
 from tnt_jax.models.causal_lm_config import CausalLMConfig
 from tnt_jax.models.causal_lm_layers import Decoder, Sources

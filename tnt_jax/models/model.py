@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from tnt_jax.data import feature_converters
+from tnt_jax.data.layouts import pad_inputs
 from tnt_jax.models import adapters, attention, decoding, families, sharding
 from tnt_jax.models.network import Network
 from tnt_jax.models.network_config import NetworkConfig
@@ -116,7 +116,7 @@ class Model:
         lengths = [min(len(ids), width) for ids in inputs]
         layout = self.network.feature_layout
         features = {
-            "tokens": feature_converters.pad_inputs([*inputs, *[()] * num_fill], width, layout),
+            "tokens": pad_inputs([*inputs, *[()] * num_fill], width, layout),
             "lengths": np.array([*lengths, *[0] * num_fill], np.int32),
         }
         for name, sequences in ({} if mask is None else mask._asdict()).items():

@@ -11,7 +11,7 @@ Axes: `B` rows, `S` input positions, `T` target positions, `E` width of the stat
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from tnt_jax.data.feature_converters import FeatureLayout
+from tnt_jax.data.layouts import FeatureLayout
 from tnt_jax.models.factored_logits import FactoredLogits
 from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime.array_types import Array, Float, Int, Key, PyTree

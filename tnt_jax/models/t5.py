@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from tnt_jax.data.feature_converters import ENCODER_DECODER, FeatureLayout
+from tnt_jax.data.layouts import ENCODER_DECODER, FeatureLayout
 from tnt_jax.models import sharded_embedding, sharding
 from tnt_jax.models.factored_logits import FactoredLogits
 from tnt_jax.models.linen_network import LinenNetwork

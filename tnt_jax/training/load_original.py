@@ -12,7 +12,7 @@ import numpy as np
 
 from tnt_jax import objectives
 from tnt_jax.checkpoints import digests, pretrained
-from tnt_jax.data import feature_converters
+from tnt_jax.data.examples import Example
 from tnt_jax.models import families, sharding
 from tnt_jax.models.model import Model
 from tnt_jax.models.network_config import NetworkConfig
@@ -140,7 +140,7 @@ class LoadedOriginal:
     def with_states(
         self,
         batch: dict[str, np.ndarray],
-        placed: Sequence[tuple[feature_converters.Example, int, int]],
+        placed: Sequence[tuple[Example, int, int]],
     ) -> dict[str, np.ndarray]:
         """A batch with the original's states of its examples, if they are cached."""
         if self.states is None:
@@ -155,7 +155,7 @@ def load(
     update: settings.Update,
     *,
     is_new: bool,
-    examples: Sequence[feature_converters.Example],
+    examples: Sequence[Example],
     states_folder: str,
 ) -> tuple[LoadedOriginal, PyTree | None]:
     """Reads the original once, and makes of it what the step needs and where training starts.
@@ -231,7 +231,7 @@ def probe(model: Model, params: PyTree) -> np.ndarray:
     random = np.random.default_rng(0)
     ids = random.integers(2, model.config.vocab_size, (num_rows, 2, 16), dtype=np.int32)
     no_marks = np.zeros((0, 2), np.int32)
-    examples = [feature_converters.Example(*row, negative_pairs=no_marks) for row in ids]
+    examples = [Example(*row, negative_pairs=no_marks) for row in ids]
     devices = math.prod(model.mesh.shape[axis] for axis in sharding.AXIS_RULES["batch"])
     repeated = [examples[row % num_rows] for row in range(-(-num_rows // devices) * devices)]
     batch = model.network.feature_layout.convert(repeated, lengths)
@@ -242,7 +242,7 @@ def probe(model: Model, params: PyTree) -> np.ndarray:
 def states_of(
     model: Model,
     params: PyTree,
-    examples: Sequence[feature_converters.Example],
+    examples: Sequence[Example],
     *,
     digest: str,
     states_folder: str,

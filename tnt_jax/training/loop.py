@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from tnt_jax.data import feature_converters
+from tnt_jax.data.batches import Batches, batch_for_eval
+from tnt_jax.data.examples import Example, digest, max_negative_ids
+from tnt_jax.data.layouts import FeatureLayout
 from tnt_jax.models import sharding
 from tnt_jax.runtime import holding, preemption, prefetch, processes
 from tnt_jax.runtime.array_types import PyTree
@@ -33,29 +35,29 @@ class Data:
       num_negative_ids: Of a position, at most: one for both, for each is a program of its own.
     """
 
-    examples: Sequence[feature_converters.Example]
-    eval_examples: Sequence[feature_converters.Example]
-    batches: feature_converters.Batches
+    examples: Sequence[Example]
+    eval_examples: Sequence[Example]
+    batches: Batches
     num_negative_ids: int
 
     def describe(self) -> dict[str, Any]:
         """For the checkpoint: which data it was."""
         return {
             "num_examples": len(self.examples),
-            "digest": feature_converters.digest(self.examples),
+            "digest": digest(self.examples),
         }
 
 
 def make_data(
-    examples: Sequence[feature_converters.Example],
-    eval_examples: Sequence[feature_converters.Example],
+    examples: Sequence[Example],
+    eval_examples: Sequence[Example],
     update: settings.Update,
     seed: int,
-    feature_layout: feature_converters.FeatureLayout,
+    feature_layout: FeatureLayout,
 ) -> Data:
     """Makes batches of examples, in an order that the seed decides."""
-    num_negative_ids = feature_converters.max_negative_ids([*examples, *eval_examples])
-    batches = feature_converters.Batches(
+    num_negative_ids = max_negative_ids([*examples, *eval_examples])
+    batches = Batches(
         examples,
         update.batch_size,
         update.task_feature_lengths,
@@ -385,7 +387,7 @@ class _Evaluation(hooks.Hook):
         """The metrics of all of the evaluation's examples, as `eval/METRIC`."""
         loop, data = self._loop, self._loop.data
         batch_size = data.batches.batch_size
-        batches = feature_converters.batch_for_eval(
+        batches = batch_for_eval(
             data.eval_examples,
             batch_size,
             data.batches.task_feature_lengths,

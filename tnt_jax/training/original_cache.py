@@ -31,7 +31,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from tnt_jax.data import feature_converters
+from tnt_jax.data.batches import batch_for_eval
+from tnt_jax.data.examples import Example
+from tnt_jax.data.layouts import ENCODER_DECODER, FeatureLayout
 from tnt_jax.runtime import console, files
 from tnt_jax.runtime.errors import UsageError, naming_file, system_error
 
@@ -119,7 +121,7 @@ class OriginalStates:
         folder: str,
         identity: str,
         task_feature_lengths: Mapping[str, int],
-        feature_layout: feature_converters.FeatureLayout = feature_converters.ENCODER_DECODER,
+        feature_layout: FeatureLayout = ENCODER_DECODER,
     ):
         if "://" in folder:
             raise UsageError(
@@ -165,7 +167,7 @@ class OriginalStates:
         self._rows |= rows
         self._parts.append(part)
 
-    def _key(self, example: feature_converters.Example) -> str:
+    def _key(self, example: Example) -> str:
         kept = self._layout.cut_input(
             example.inputs, self._lengths["inputs"], example.keeps_last_input
         )
@@ -174,9 +176,7 @@ class OriginalStates:
         hashed = hashlib.sha256(f"{len(inputs)} ".encode() + inputs.tobytes() + targets.tobytes())
         return hashed.hexdigest()[:32]
 
-    def missing(
-        self, examples: Iterable[feature_converters.Example]
-    ) -> list[feature_converters.Example]:
+    def missing(self, examples: Iterable[Example]) -> list[Example]:
         """Those without states, each content once; the same on every host."""
         unique = {self._key(example): example for example in examples}
         is_missing: np.ndarray = np.array([key not in self._rows for key in unique], bool)
@@ -186,7 +186,7 @@ class OriginalStates:
 
     def compute(
         self,
-        examples: Sequence[feature_converters.Example],
+        examples: Sequence[Example],
         states_of: Callable[[dict[str, np.ndarray]], np.ndarray],
         batch_size: int,
     ) -> None:
@@ -205,9 +205,7 @@ class OriginalStates:
             console.log(f"The original's states are in {self._folder}: nothing to compute.")
             return
         files.check_writable(self._folder / "part", "STATES_DIR")
-        batches = feature_converters.batch_for_eval(
-            todo, batch_size, self._lengths, feature_layout=self._layout
-        )
+        batches = batch_for_eval(todo, batch_size, self._lengths, feature_layout=self._layout)
         kept: dict[str, np.ndarray] = {}
         num_batches = -(-len(todo) // batch_size)
         title = f"states of the original, {len(todo)} examples, in batches"
@@ -245,12 +243,12 @@ class OriginalStates:
             unfinished.write_text(json.dumps({"dtype": str(array.dtype), "keys": keys}), "utf-8")
         self._add(index)
 
-    def of(self, example: feature_converters.Example) -> np.ndarray:
+    def of(self, example: Example) -> np.ndarray:
         """States `[number of target tokens, E]` of an example, read from the file."""
         _, _, number = self._place(example)
         return self.feature([(example, 0, 0)], (1, number))[0]
 
-    def _place(self, example: feature_converters.Example) -> tuple[int, int, int]:
+    def _place(self, example: Example) -> tuple[int, int, int]:
         """The part where an example is, its first row, and the number of rows."""
         place = self._rows[self._key(example)]
         number = min(len(example.targets), self._lengths["targets"])
@@ -261,7 +259,7 @@ class OriginalStates:
 
     def feature(
         self,
-        placed: Iterable[tuple[feature_converters.Example, int, int]],
+        placed: Iterable[tuple[Example, int, int]],
         shape: tuple[int, int],
     ) -> np.ndarray:
         """The states of a batch `[B, T, E]`, 0 at padding.

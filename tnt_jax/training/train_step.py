@@ -75,7 +75,7 @@ def train_step(
       state: Of the model being trained.
       original_params: What `original_kind` needs of the frozen original, which runs without dropout
         and gets no gradient. None where the objective needs no original.
-      batch: Model features of `feature_converters`, `[B, ...]`.
+      batch: Model features of `data.layouts`, `[B, ...]`.
       key: Of the run, the same for every step: dropout uses `fold_in(key, step)`.
       forward: `forward(params, batch, dropout_key or None) -> logits [B, T, V]`; or their factors,
         from which `fused` works.

@@ -12,7 +12,8 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from tnt_jax.data import feature_converters, marks, records
+from tnt_jax.data import marks, records
+from tnt_jax.data.examples import Example
 from tnt_jax.models import decoding, sharding
 from tnt_jax.models.model import Model
 from tnt_jax.runtime import console
@@ -47,7 +48,7 @@ def read_prompts(path: str, vocabulary: Any) -> list[Prompt]:
     ]
 
 
-def choose_prompts(examples: Sequence[feature_converters.Example], number: int) -> list[Prompt]:
+def choose_prompts(examples: Sequence[Example], number: int) -> list[Prompt]:
     """Prompts from all over the data, half of them of examples with marks if there are as many."""
     marked = [example for example in examples if len(example.negative_pairs)]
     clean = [example for example in examples if not len(example.negative_pairs)]

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from tnt_jax.checkpoints import pretrained
-from tnt_jax.data import feature_converters
+from tnt_jax.data.examples import Example
 from tnt_jax.models import decoding
 from tnt_jax.models.model import Model
 from tnt_jax.runtime.errors import UsageError
@@ -72,7 +72,7 @@ class Watch:
         model: Model,
         *,
         vocabulary: Any,
-        examples: Sequence[feature_converters.Example],
+        examples: Sequence[Example],
         task_feature_lengths: Mapping[str, int],
         source: pretrained.Pretrained | None,
         model_dir: str,

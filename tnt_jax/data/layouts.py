@@ -1,4 +1,4 @@
-"""From examples of token ids to the arrays that the model takes, batch by batch.
+"""From examples of token ids to the arrays that a network takes.
 
 Axes: `B` examples, `Ti` input tokens, `T` target tokens, `K` removed ids per position. Model
 features are int32: `encoder_input_tokens` `[B, Ti]`; `decoder_input_tokens`,
@@ -9,76 +9,13 @@ In a packed batch several examples share a row, and `B` counts rows. `encoder_se
 and `decoder_segment_ids` `[B, T]` number the examples of a row from 1, with 0 at padding.
 """
 
-import dataclasses
-import functools
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from tnt_jax.data import packing
+from tnt_jax.data.examples import Example, max_negative_ids
 from tnt_jax.runtime.errors import UsageError
-
-T5PATCHES_MODES = tuple(
-    prefix + marks
-    for prefix in ("", "corrective_", "negative_and_positive_")
-    for marks in ("first", "diff", "full")
-)
-
-LOSS_UNTIL = ("end", "first_negative")
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Example:
-    """One tokenised example of any length.
-
-    Attributes:
-        inputs: `[Ti]` int32, as the tokeniser makes a prompt.
-        targets: `[T]` int32, the end included.
-        negative_pairs: `[M, 2]` int32 rows (position, id): ids to remove at target positions.
-            Sorted, without repeats.
-        loss_mask: `[T]` int32, 0 where a target token has no loss; None means 1 everywhere.
-        span_numbers: `[T]` int32: of each target token the number, from 1, of the negative span
-            that marks it; 0 where none does, -1 where the token stands for no text. None where
-            marks are not known as spans. For counting: what is trained on are the pairs.
-        id: its name in messages and reports.
-        keeps_last_input: whether inputs that are too long are cut before their last id: T5 was
-            trained with the end there.
-    """
-
-    inputs: np.ndarray
-    targets: np.ndarray
-    negative_pairs: np.ndarray
-    loss_mask: np.ndarray | None = None
-    span_numbers: np.ndarray | None = None
-    id: str = ""
-    keeps_last_input: bool = True
-
-
-def loss_until(end: str, targets: np.ndarray, negative_pairs: np.ndarray) -> np.ndarray | None:
-    """The loss mask of a target that counts up to an end.
-
-    Args:
-        end: one of LOSS_UNTIL. "first_negative" leaves no loss after the first token that is
-            itself removed, for what follows a mistake is the consequence of it. Ids that are
-            removed beside another token are no mistake of the target's.
-        targets: `[T]` token ids.
-        negative_pairs: `[M, 2]` rows (position, id), sorted.
-
-    Returns:
-        `[T]` int32; None where all tokens count.
-
-    Raises:
-        UsageError: no such end.
-    """
-    if end not in LOSS_UNTIL:
-        raise UsageError(f"loss_until: expected one of {', '.join(LOSS_UNTIL)}, found {end!r}.")
-    positions, ids = negative_pairs.T
-    mistakes = positions[ids == targets[positions]]
-    if end == "end" or not len(mistakes):
-        return None
-    return (np.arange(len(targets)) <= mistakes[0]).astype(np.int32)
 
 
 class CutCounts(NamedTuple):
@@ -207,44 +144,6 @@ def _shift_right(rows: np.ndarray) -> np.ndarray:
     return np.pad(rows, ((0, 0), (1, 0)))[:, :-1]
 
 
-def feature_shapes(
-    task_feature_lengths: Mapping[str, int],
-    batch_size: int,
-    num_negative_ids: int,
-    *,
-    pack: bool,
-    feature_layout: "FeatureLayout",
-) -> dict[str, tuple[int, ...]]:
-    """Shapes of the features of a batch, int32 all, without making one."""
-    nothing = np.zeros(0, np.int32)
-    example = Example(nothing, nothing, negative_pairs=nothing.reshape(0, 2))
-    batches = Batches(
-        [example],
-        1,
-        task_feature_lengths,
-        seed=0,
-        num_negative_ids=num_negative_ids,
-        pack=pack,
-        feature_layout=feature_layout,
-    )
-    return {name: (batch_size, *rows.shape[1:]) for name, rows in batches.batch(0).items()}
-
-
-def id_of(value: Any) -> str:
-    """The id of an example as a task of seqio has it: a text, or a number."""
-    return value.decode() if isinstance(value, bytes) else str(value)
-
-
-def digest(examples: Sequence[Example]) -> str:
-    """A fingerprint of a data set: 16 hexadecimal digits; the order counts."""
-    hashed = hashlib.sha256()
-    for example in examples:
-        arrays = (example.inputs, example.targets, example.negative_pairs, example.loss_mask)
-        for array in arrays:
-            hashed.update(b"-" if array is None else f"{array.shape} ".encode() + array.tobytes())
-    return hashed.hexdigest()[:16]
-
-
 def pad_inputs(
     inputs: Sequence[Sequence[int] | np.ndarray], length: int, feature_layout: "FeatureLayout"
 ) -> np.ndarray:
@@ -293,29 +192,6 @@ def are_all_covered(examples: Sequence[Example], task_feature_lengths: Mapping[s
             return False
         has_spans |= bool((numbers > 0).any())
     return has_spans
-
-
-def max_negative_ids(examples: Sequence[Example]) -> int:
-    """The smallest `K` that holds every mark of the examples; at least 1."""
-    return max(
-        (int(np.bincount(e.negative_pairs[:, 0]).max()) for e in examples if len(e.negative_pairs)),
-        default=1,
-    )
-
-
-def check_token_ids(examples: Sequence[Example], num_embeddings: int) -> None:
-    """Raises a UsageError when an id has no embedding: JAX would silently take another row's."""
-    for example in examples:
-        for name, ids in [
-            ("inputs", example.inputs),
-            ("targets", example.targets),
-            ("negative_pairs", example.negative_pairs[:, 1]),
-        ]:
-            if ids.size and not 0 <= ids.min() <= ids.max() < num_embeddings:
-                raise UsageError(
-                    f"example {example.id!r}: {name} has ids from {ids.min()} to {ids.max()}, but "
-                    f"the model has {num_embeddings} embeddings. Expected its own vocabulary."
-                )
 
 
 @runtime_checkable
@@ -461,234 +337,9 @@ class Causal:
 
 
 ENCODER_DECODER = EncoderDecoder()
+
+
 CAUSAL = Causal()
-
-
-class Padding(NamedTuple):
-    """How full the rows of an epoch are."""
-
-    num_rows: int
-    examples_per_row: float
-    input_padding: float  # share of the positions that hold no token, of the layout's first kind
-    target_padding: float  # of the targets
-
-
-@dataclasses.dataclass
-class Batches:
-    """An endless sequence of batches: batch k depends on the examples, the seed and k alone.
-
-    Every epoch is a permutation of all examples by (seed, epoch), and batches run on from one epoch
-    into the next: each example is seen exactly once per epoch, whatever the batch size. Nothing
-    needs to be saved to resume, and every host builds the same global batch.
-
-    Packing puts as many whole examples into a row as fit, within the permutation of one epoch. The
-    batch size counts rows, so a packed batch has as many positions as an unpacked one, and more
-    examples. How many rows an epoch has depends on its permutation: to find batch k, the epochs
-    before it are packed as well, 4 microseconds for each example, once.
-
-    Attributes:
-        examples: the data set.
-        batch_size: rows in a global batch.
-        task_feature_lengths: "inputs" and "targets", in tokens.
-        seed: of the order.
-        num_negative_ids: `K`; None takes what the data set needs.
-        shuffle: False keeps the order of `examples` (of each row's largest example, if packed).
-        pack: True puts several examples into a row.
-        feature_layout: of the network that the batches are for.
-
-    Raises:
-        UsageError: there are no examples, or a setting is not positive.
-    """
-
-    examples: Sequence[Example]
-    batch_size: int
-    task_feature_lengths: Mapping[str, int]
-    seed: int
-    num_negative_ids: int | None = None
-    shuffle: bool = True
-    pack: bool = False
-    feature_layout: FeatureLayout = ENCODER_DECODER
-
-    def __post_init__(self):
-        if not self.examples:
-            raise UsageError("expected a data set with examples, found none.")
-        if self.batch_size < 1:
-            raise UsageError(f"BATCH_SIZE: expected a positive number, found {self.batch_size}.")
-        if self.num_negative_ids is None:
-            self.num_negative_ids = max_negative_ids(self.examples)
-        self._sizes = self.feature_layout.sizes(self.examples, self.task_feature_lengths)
-        # Both serve many batches. The loop's thread asks and the user may, so the caches are ones
-        # that threads can share.
-        self._rows = functools.lru_cache(maxsize=2)(self._rows_of_epoch)
-        self._num_rows = functools.lru_cache(maxsize=None)(lambda epoch: len(self._rows(epoch)))
-
-    def batch(self, k: int) -> dict[str, np.ndarray]:
-        """Batch k, counted from 0: its model features."""
-        places = self.layout(k)
-        return self.feature_layout.convert(
-            [self.examples[place.example] for place in places],
-            self.task_feature_lengths,
-            self.num_negative_ids,
-            places if self.pack else None,
-        )
-
-    __getitem__ = batch
-
-    def layout(self, k: int) -> list[Place]:
-        """Which examples batch k has, and where each of them lies; row by row.
-
-        What is kept for each example, such as an array `[T, E]` of the original's decoder states,
-        goes to `[row, target_offset : target_offset + num_targets]` of an array `[B, T, E]`.
-        """
-        places = []
-        for row, indices in enumerate(self._members(k)):
-            input_offset = target_offset = 0
-            for segment, index in enumerate(indices, start=1):
-                num_inputs, num_targets = self._sizes[index].tolist()
-                places.append(
-                    Place(int(index), row, segment, input_offset, target_offset, num_targets)
-                )
-                input_offset += num_inputs
-                target_offset += num_targets
-        return places
-
-    def padding(self) -> Padding:
-        """How full the rows of the first epoch are."""
-        num_rows = self._num_rows(0)
-        capacity = np.array(self.feature_layout.capacity(self.task_feature_lengths))
-        input_share, target_share = self._sizes.sum(axis=0) / (num_rows * capacity)
-        per_row = len(self.examples) / num_rows
-        return Padding(num_rows, per_row, 1 - float(input_share), 1 - float(target_share))
-
-    def _members(self, k: int) -> list[np.ndarray]:
-        """The indices of the examples of each row of batch k."""
-        epoch, start = 0, k * self.batch_size  # the row at which the batch starts in the epoch
-        if not self.pack:
-            epoch, start = divmod(start, len(self.examples))
-        while start >= self._num_rows(epoch):
-            start -= self._num_rows(epoch)
-            epoch += 1
-        members: list[np.ndarray] = []
-        while len(members) < self.batch_size:
-            members.extend(self._rows(epoch)[start : start + self.batch_size - len(members)])
-            epoch, start = epoch + 1, 0
-        return members
-
-    def _rows_of_epoch(self, epoch: int) -> Sequence[np.ndarray] | np.ndarray:
-        order = np.arange(len(self.examples))
-        if self.shuffle:
-            order = np.random.default_rng([self.seed, epoch]).permutation(len(order))
-        if not self.pack:
-            return order[:, None]
-        capacity = self.feature_layout.capacity(self.task_feature_lengths)
-        rows = packing.pack(self._sizes[order], capacity)
-        return [order[row] for row in rows]
-
-
-def batch_for_eval(
-    examples: Sequence[Example],
-    batch_size: int,
-    task_feature_lengths: Mapping[str, int],
-    num_negative_ids: int | None = None,
-    feature_layout: FeatureLayout = ENCODER_DECODER,
-) -> Iterator[dict[str, np.ndarray]]:
-    """Every example once, in order; the last batch is filled up with rows whose loss mask is 0."""
-    num_negative_ids = num_negative_ids or max_negative_ids(examples)
-    nothing = np.zeros(0, np.int32)
-    filler = Example(nothing, nothing, negative_pairs=nothing.reshape(0, 2))
-    for start in range(0, len(examples), batch_size):
-        chosen = [*examples[start : start + batch_size], *[filler] * batch_size][:batch_size]
-        yield feature_layout.convert(chosen, task_feature_lengths, num_negative_ids)
-
-
-class Selection(NamedTuple):
-    """What `select_clean` kept."""
-
-    examples: list[Example]
-    num_marked: int
-    num_clean: int  # of which there were
-    num_clean_kept: int
-
-
-def select_clean(
-    examples: Sequence[Example], clean_per_marked: int | float, seed: int
-) -> Selection:
-    """Keeps every example with a mark, and a sample of the others, in their order.
-
-    An original that mostly behaves produces few unwanted tokens: training on all of its outputs
-    spends most updates on examples that only ask it to stay as it is.
-
-    Args:
-        examples: the data set.
-        clean_per_marked: at most this many unmarked examples for each marked one.
-        seed: of the sample.
-
-    Raises:
-        UsageError: no example has a mark, or `clean_per_marked` is negative.
-    """
-    if clean_per_marked < 0:
-        raise UsageError(f"clean_per_marked: expected 0 or more, found {clean_per_marked}.")
-    clean = [index for index, example in enumerate(examples) if not len(example.negative_pairs)]
-    num_marked = len(examples) - len(clean)
-    if not num_marked:
-        raise UsageError(
-            f"clean_per_marked={clean_per_marked} needs marked examples, but none of the "
-            f"{len(examples)} has a negative token. Were they annotated?"
-        )
-    num_clean_kept = min(len(clean), round(clean_per_marked * num_marked))
-    rng = np.random.default_rng(seed)
-    dropped = set(rng.permutation(clean)[num_clean_kept:].tolist())
-    return Selection(
-        examples=[example for index, example in enumerate(examples) if index not in dropped],
-        num_marked=num_marked,
-        num_clean=len(clean),
-        num_clean_kept=num_clean_kept,
-    )
-
-
-def t5patches_target(
-    negative_targets: np.ndarray, corrected_targets: np.ndarray, mode: str
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Reads one example of the layout that google/t5patches published, in one of its modes.
-
-    The two sequences are compared position by position. `first` and `diff` mark the first or every
-    difference in `negative_targets`, `full` marks every token. `corrective_*` has no marks: it
-    trains on `corrected_targets`, with loss at the first, at every difference or everywhere.
-    `negative_and_positive_*` takes an example for negative, in mode `*`, when `negative_targets`
-    has at least as many tokens, else for positive: `corrected_targets` with loss everywhere.
-
-    t5patches also weights one padding position where one sequence is the beginning of the other;
-    padding has no loss here.
-
-    Args:
-        negative_targets: ids; zeros at the end are padding.
-        corrected_targets: ids, likewise.
-        mode: one of `T5PATCHES_MODES`.
-
-    Returns:
-        Targets `[T]`, negative pairs `[M, 2]` and loss mask `[T]`, as in `Example`.
-
-    Raises:
-        UsageError: no such mode.
-    """
-    if mode not in T5PATCHES_MODES:
-        raise UsageError(f"t5patches mode: expected one of {T5PATCHES_MODES}, found {mode!r}.")
-    negative = np.trim_zeros(np.asarray(negative_targets, np.int32), "b")
-    corrected = np.trim_zeros(np.asarray(corrected_targets, np.int32), "b")
-    kind, _, marks = mode.rpartition("_")
-    if kind == "negative_and_positive":
-        kind, marks = ("", marks) if len(negative) >= len(corrected) else ("corrective", "full")
-    targets, other = (corrected, negative) if kind == "corrective" else (negative, corrected)
-    chosen = targets != np.pad(other, (0, len(targets)))[: len(targets)]
-    if marks == "first":
-        chosen &= np.cumsum(chosen) == 1
-    elif marks == "full":
-        chosen[:] = True
-    if kind == "corrective":
-        return targets, np.zeros((0, 2), np.int32), chosen.astype(np.int32)
-    positions = np.flatnonzero(chosen)
-    pairs = np.stack([positions, targets[positions]], axis=1).astype(np.int32)
-    return targets, pairs, np.ones_like(targets)
 
 
 def _lengths(task_feature_lengths: Mapping[str, int]) -> tuple[int, int]:

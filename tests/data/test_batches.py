@@ -8,12 +8,21 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from tnt_jax.data import feature_converters
+from tnt_jax.data.batches import Batches, batch_for_eval
+from tnt_jax.data.examples import (
+    Example,
+    check_token_ids,
+    loss_mask_until,
+    max_negative_ids,
+    select_clean,
+)
+from tnt_jax.data.layouts import are_all_covered, convert_features, count_lost
+from tnt_jax.data.t5patches_layout import T5PATCHES_MODES, t5patches_target
 from tnt_jax.runtime.errors import UsageError
 
 
 def example(inputs=(1,), targets=(1,), pairs=(), loss_mask=None, name=""):
-    return feature_converters.Example(
+    return Example(
         inputs=np.array(inputs, np.int32),
         targets=np.array(targets, np.int32),
         negative_pairs=np.array(pairs, np.int32).reshape(-1, 2),
@@ -29,7 +38,7 @@ LENGTHS = {"inputs": 4, "targets": 5}
 
 
 def test_two_examples_by_hand():
-    features = feature_converters.convert_features(
+    features = convert_features(
         [
             example([7, 8, 1], [3, 9, 4, 1], [(1, 6), (1, 9), (2, 4)]),
             example([8, 1], [5, 1], loss_mask=[0, 1]),
@@ -58,12 +67,12 @@ def test_what_is_too_long_is_cut_and_counted():
         example([7, 8, 9, 6, 5, 1], [2, 3, 4, 5, 6, 7, 1], [(0, 2), (4, 6), (5, 7), (5, 8)]),
         dataclasses.replace(example([7, 8, 9, 6, 5], [2, 3, 4, 5, 1]), keeps_last_input=False),
     ]
-    features = feature_converters.convert_features(examples, LENGTHS, num_negative_ids=1)
+    features = convert_features(examples, LENGTHS, num_negative_ids=1)
     # An input keeps its end where it has one; a target does not end where it is cut.
     assert features["encoder_input_tokens"].tolist() == [[7, 8, 9, 1], [7, 8, 9, 6]]
     assert features["decoder_target_tokens"].tolist() == [[2, 3, 4, 5, 6], [2, 3, 4, 5, 1]]
     assert features["decoder_negative_ids"][0, :, 0].tolist() == [2, -1, -1, -1, 6]
-    assert feature_converters.count_lost(examples, LENGTHS) == (2, 1, 2, 0)
+    assert count_lost(examples, LENGTHS) == (2, 1, 2, 0)
 
 
 def with_spans(targets, numbers, loss_mask=None):
@@ -77,7 +86,7 @@ def test_spans_are_lost_with_their_last_token():
         with_spans([2, 3, 4, 5, 6, 7, 8, 9, 1], [0, 0, 0, 0, -1, 1, 1, 2, -1]),
         example(targets=[2, 3, 4, 5, 6, 7, 1], pairs=[(5, 7)]),  # not known as spans
     ]
-    assert feature_converters.count_lost(examples, LENGTHS).num_spans == 2
+    assert count_lost(examples, LENGTHS).num_spans == 2
 
 
 def test_spans_that_cover_everything():
@@ -85,7 +94,7 @@ def test_spans_that_cover_everything():
     silent = with_spans([1], [-1])
 
     def are_covered(*examples):
-        return feature_converters.are_all_covered(examples, LENGTHS)
+        return are_all_covered(examples, LENGTHS)
 
     assert are_covered(covered, silent)
     assert not are_covered(silent)  # nothing is marked: another mistake
@@ -98,7 +107,7 @@ def test_spans_that_cover_everything():
 
 
 def test_a_prompt_has_no_targets():
-    features = feature_converters.convert_features([example([7, 1], [])], LENGTHS, 1)
+    features = convert_features([example([7, 1], [])], LENGTHS, 1)
     assert not features["decoder_target_tokens"].any()
     assert not features["decoder_loss_mask"].any()
 
@@ -106,33 +115,31 @@ def test_a_prompt_has_no_targets():
 def test_id_0_is_a_token_of_a_target_like_any_other():
     """What fills a row up is known by the length of the target, not by its id."""
     targets = [example(targets=[5, 0, 2, 0]), example(targets=[5, 0, 2, 0], loss_mask=[1, 1, 0, 1])]
-    features = feature_converters.convert_features(targets, LENGTHS)
+    features = convert_features(targets, LENGTHS)
     assert features["decoder_loss_mask"].tolist() == [[1, 1, 1, 1, 0], [1, 1, 0, 1, 0]]
 
 
 def test_too_many_ids_at_a_position_are_a_usage_error():
     pairs = [(0, 2), (0, 3), (0, 4), (1, 2)]
     with pytest.raises(UsageError, match=r"'e' has 3 negative ids .* num_negative_ids is 2"):
-        feature_converters.convert_features(
-            [example(targets=[5, 1], pairs=pairs, name="e")], LENGTHS, 2
-        )
-    assert feature_converters.max_negative_ids([example(), example(pairs=pairs)]) == 3
-    assert feature_converters.max_negative_ids([example()]) == 1
+        convert_features([example(targets=[5, 1], pairs=pairs, name="e")], LENGTHS, 2)
+    assert max_negative_ids([example(), example(pairs=pairs)]) == 3
+    assert max_negative_ids([example()]) == 1
 
 
 @pytest.mark.parametrize("lengths", [{"inputs": 4}, {"inputs": 4, "targets": 0}])
 def test_missing_lengths_are_a_usage_error(lengths):
     with pytest.raises(UsageError, match=r"TASK_FEATURE_LENGTHS: expected .* found \{'inputs': 4"):
-        feature_converters.convert_features([example()], lengths, 1)
+        convert_features([example()], lengths, 1)
 
 
 def test_ids_without_embedding_are_a_usage_error():
     examples = [example(), example([4, 1], [1], [(0, 8)], name="e")]
-    feature_converters.check_token_ids(examples, num_embeddings=9)
+    check_token_ids(examples, num_embeddings=9)
     with pytest.raises(UsageError, match=r"'e': negative_pairs has ids from 8 to 8, .* 8 embedd"):
-        feature_converters.check_token_ids(examples, num_embeddings=8)
+        check_token_ids(examples, num_embeddings=8)
     with pytest.raises(UsageError, match=r"'e': inputs has ids from 1 to 4"):
-        feature_converters.check_token_ids(examples, num_embeddings=4)
+        check_token_ids(examples, num_embeddings=4)
 
 
 # --- Batches --------------------------------------------------------------------------------------
@@ -149,7 +156,7 @@ def seen(batches, ks):
 
 @pytest.mark.parametrize(("num_examples", "batch_size"), [(12, 4), (10, 4), (3, 8), (1, 2)])
 def test_every_example_is_seen_once_per_epoch(num_examples, batch_size):
-    batches = feature_converters.Batches(numbered(num_examples), batch_size, LENGTHS, seed=3)
+    batches = Batches(numbered(num_examples), batch_size, LENGTHS, seed=3)
     num_epochs = 4 * batch_size
     order = seen(batches, range(num_epochs * num_examples // batch_size))
     epochs = order.reshape(num_epochs, num_examples)
@@ -158,7 +165,7 @@ def test_every_example_is_seen_once_per_epoch(num_examples, batch_size):
 
 def test_every_epoch_and_every_seed_has_its_own_order():
     orders = [
-        tuple(seen(feature_converters.Batches(numbered(12), 12, LENGTHS, seed=seed), [epoch]))
+        tuple(seen(Batches(numbered(12), 12, LENGTHS, seed=seed), [epoch]))
         for seed in (0, 1)
         for epoch in range(4)
     ]
@@ -166,34 +173,34 @@ def test_every_epoch_and_every_seed_has_its_own_order():
 
 
 def test_batch_k_does_not_depend_on_what_was_read_before():
-    straight = feature_converters.Batches(numbered(7), 4, LENGTHS, seed=0)
+    straight = Batches(numbered(7), 4, LENGTHS, seed=0)
     all_batches = [straight[k] for k in range(9)]
     for k in (8, 0, 5):
-        resumed = feature_converters.Batches(numbered(7), 4, LENGTHS, seed=0)
+        resumed = Batches(numbered(7), 4, LENGTHS, seed=0)
         for name, value in resumed.batch(k).items():
             np.testing.assert_array_equal(value, all_batches[k][name])
 
 
 def test_without_shuffling_the_order_is_kept():
-    batches = feature_converters.Batches(numbered(5), 3, LENGTHS, seed=0, shuffle=False)
+    batches = Batches(numbered(5), 3, LENGTHS, seed=0, shuffle=False)
     assert seen(batches, range(3)).tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3]
 
 
 def test_the_number_of_negative_ids_is_that_of_the_data_not_of_the_batch():
     examples = [*numbered(6), example(targets=[5, 1], pairs=[(0, 2), (0, 3), (0, 5)])]
-    batches = feature_converters.Batches(examples, 2, LENGTHS, seed=0)
+    batches = Batches(examples, 2, LENGTHS, seed=0)
     assert {batches[k]["decoder_negative_ids"].shape for k in range(7)} == {(2, 5, 3)}
 
 
 def test_batches_need_examples_and_rows():
     with pytest.raises(UsageError, match="found none"):
-        feature_converters.Batches([], 2, LENGTHS, seed=0)
+        Batches([], 2, LENGTHS, seed=0)
     with pytest.raises(UsageError, match="BATCH_SIZE"):
-        feature_converters.Batches(numbered(1), 0, LENGTHS, seed=0)
+        Batches(numbered(1), 0, LENGTHS, seed=0)
 
 
 def test_evaluation_reads_everything_once_and_fills_up_with_masked_rows():
-    batches = list(feature_converters.batch_for_eval(numbered(5), 3, LENGTHS))
+    batches = list(batch_for_eval(numbered(5), 3, LENGTHS))
     assert len(batches) == 2
     inputs, masks = (
         np.concatenate([batch[name] for batch in batches])
@@ -211,26 +218,25 @@ def test_clean_examples_are_sampled_and_marked_ones_kept():
     examples = [
         example([n + 2, 1], pairs=[(0, 1)] * (n % 10 == 0), name=str(n)) for n in range(100)
     ]
-    kept = feature_converters.select_clean(examples, 2.5, seed=0)
+    kept = select_clean(examples, 2.5, seed=0)
     assert kept[1:] == (10, 90, 25)
     names = [int(e.id) for e in kept.examples]
     assert len(names) == 35
     assert names == sorted(names)
     assert set(range(0, 100, 10)) <= set(names)
     again, other = (
-        [e.id for e in feature_converters.select_clean(examples, 2.5, seed=seed).examples]
-        for seed in (0, 1)
+        [e.id for e in select_clean(examples, 2.5, seed=seed).examples] for seed in (0, 1)
     )
     assert again == [str(n) for n in names] != other
-    assert len(feature_converters.select_clean(examples, 50, seed=0).examples) == 100
-    assert len(feature_converters.select_clean(examples, 0, seed=0).examples) == 10
+    assert len(select_clean(examples, 50, seed=0).examples) == 100
+    assert len(select_clean(examples, 0, seed=0).examples) == 10
 
 
 def test_mining_needs_marks_and_a_ratio():
     with pytest.raises(UsageError, match="none of the 3 has a negative token"):
-        feature_converters.select_clean([example()] * 3, 2, seed=0)
+        select_clean([example()] * 3, 2, seed=0)
     with pytest.raises(UsageError, match="expected 0 or more, found -1"):
-        feature_converters.select_clean([example(pairs=[(0, 1)])], -1, seed=0)
+        select_clean([example(pairs=[(0, 1)])], -1, seed=0)
 
 
 # --- The published T5Patches layout ---------------------------------------------------------------
@@ -266,9 +272,7 @@ EQUAL = ([3, 1], [3, 1])
     ],
 )
 def test_t5patches_modes_by_hand(mode, sequences, targets, negative_positions, loss_mask):
-    found_targets, pairs, found_mask = feature_converters.t5patches_target(
-        *(np.array(ids) for ids in sequences), mode
-    )
+    found_targets, pairs, found_mask = t5patches_target(*(np.array(ids) for ids in sequences), mode)
     assert found_targets.tolist() == targets
     assert pairs.tolist() == [[position, targets[position]] for position in negative_positions]
     assert found_mask.tolist() == loss_mask
@@ -276,11 +280,9 @@ def test_t5patches_modes_by_hand(mode, sequences, targets, negative_positions, l
 
 @hypothesis.given(*[st.lists(st.integers(1, 4), min_size=1, max_size=6)] * 2)
 def test_t5patches_padding_changes_nothing(negative, corrected):
-    for mode in feature_converters.T5PATCHES_MODES:
+    for mode in T5PATCHES_MODES:
         plain, padded = (
-            feature_converters.t5patches_target(
-                np.array(negative + zeros), np.array(corrected + zeros[1:]), mode
-            )
+            t5patches_target(np.array(negative + zeros), np.array(corrected + zeros[1:]), mode)
             for zeros in ([], [0, 0, 0])
         )
         for left, right in zip(plain, padded, strict=True):
@@ -290,12 +292,12 @@ def test_t5patches_padding_changes_nothing(negative, corrected):
 def test_an_unknown_t5patches_mode_is_a_usage_error():
     message = "expected one of ('first', 'diff', 'full', 'corrective_first'"
     with pytest.raises(UsageError, match=re.escape(message)):
-        feature_converters.t5patches_target(np.array([1]), np.array([1]), "second")
+        t5patches_target(np.array([1]), np.array([1]), "second")
 
 
 def test_neither_records_nor_batches_import_a_framework():
     code = (
-        "import sys; from tnt_jax.data import feature_converters, records;"
+        "import sys; from tnt_jax.data import batches, records, t5patches_layout;"
         "print([m for m in ('tensorflow', 'seqio', 'jax', 'gin') if m in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -318,11 +320,11 @@ def test_neither_records_nor_batches_import_a_framework():
 )
 def test_loss_until_the_first_negative(pairs, expected):
     one = example(targets=[5, 6, 7, 8, 1], pairs=pairs)
-    found = feature_converters.loss_until("first_negative", one.targets, one.negative_pairs)
+    found = loss_mask_until("first_negative", one.targets, one.negative_pairs)
     assert (found if found is None else found.tolist()) == expected
-    assert feature_converters.loss_until("end", one.targets, one.negative_pairs) is None
+    assert loss_mask_until("end", one.targets, one.negative_pairs) is None
 
 
 def test_loss_until_what_is_unknown():
     with pytest.raises(UsageError, match="loss_until: expected one of end, first_negative, found"):
-        feature_converters.loss_until("first", np.array([1]), np.zeros((0, 2), np.int32))
+        loss_mask_until("first", np.array([1]), np.zeros((0, 2), np.int32))
