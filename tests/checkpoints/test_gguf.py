@@ -26,12 +26,19 @@ from tnt_jax.runtime.errors import UsageError
 gguf = pytest.importorskip("gguf", reason="needs GGUF's types: pip install gguf")
 
 GOLDEN = golden_model.FOLDER / "causal_lm"
+GEMMA_2 = json.loads((GOLDEN / "gemma2" / "config.json").read_text())
 # What a GGUF file has no words for, in the golden models: the settings that they get instead.
 OTHERWISE = {
     "smollm3": {"no_rope_layers": None, "no_rope_layer_interval": 4},
+    "gemma2": {"query_pre_attn_scalar": 8},
     "gemma3": {"query_pre_attn_scalar": 8},
 }
 STATED = {
+    "gemma2": {
+        "attention.sliding_window": 5,
+        "attn_logit_softcapping": GEMMA_2["attn_logit_softcapping"],
+        "final_logit_softcapping": GEMMA_2["final_logit_softcapping"],
+    },
     "gemma3": {
         "attention.sliding_window": 5,
         "attention.sliding_window_pattern": 3,
@@ -40,7 +47,7 @@ STATED = {
     "mistral": {"attention.sliding_window": 5},
 }
 EXACT = ("llama", "llama_3", "mistral", "qwen2", "qwen3", "smollm3")
-GEMMA = ("gemma", "gemma3")
+GEMMA = ("gemma", "gemma2", "gemma3")
 
 
 def golden(name, tmp_path):

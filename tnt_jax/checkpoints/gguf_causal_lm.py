@@ -52,6 +52,12 @@ _ARCHITECTURES = {
         settings={"use_sliding_window": False, "no_rope_layer_interval": 4},
     ),
     "gemma": _Architecture(model_type="gemma", norm_offset=1.0, settings=_GELU),
+    "gemma2": _Architecture(
+        model_type="gemma2",
+        norm_offset=1.0,
+        settings=_GELU,
+        ffn_norm="pre_feedforward_layernorm",
+    ),
     "gemma3": _Architecture(
         model_type="gemma3_text",
         norm_offset=1.0,
@@ -72,7 +78,7 @@ _OTHERS = {
     "context_length": "max_position_embeddings",
     "attention.head_count_kv": "num_key_value_heads",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    # Networks that have these are refused with the settings of Hugging Face's name.
+    # Networks other than Gemma 2 are refused with these, by the settings of Hugging Face's name.
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
 }
@@ -91,8 +97,8 @@ _OF_ROPE = (
     *("rope.scaling.factor", "rope.scaling.original_context_length"),
 )
 _WINDOW, _PATTERN = "attention.sliding_window", "attention.sliding_window_pattern"
-_LAYERS_OF_GEMMA_3_27B = 62  # whose logits are scaled by another width than a head's
-_PATTERN_OF_GEMMA_3 = 6  # the last of so many layers sees everything
+_LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}  # whose logits are scaled by another width
+_FULL_EVERY = {"gemma2": 2, "gemma3_text": 6}  # the last of so many layers sees everything
 
 _EMBEDDING, _HEAD, _ROPE_FREQS = "token_embd.weight", "output.weight", "rope_freqs.weight"
 
@@ -162,10 +168,14 @@ def _config_of(file: GgufFile) -> dict[str, Any]:
         config["attention_bias"] = any(name.endswith("attn_q.bias") for name in file.tensors)
     if config["model_type"] == "mistral" and config.pop("attention_bias"):
         raise UsageError("expected a model with a window to have no biases, found attn_q.bias.")
-    if name == "gemma3":
-        is_largest = config["num_hidden_layers"] == _LAYERS_OF_GEMMA_3_27B
+    if name in _LAYERS_OF_27B:
+        is_largest = config["num_hidden_layers"] == _LAYERS_OF_27B[name]
         of_all = config["hidden_size"] // config["num_attention_heads"]
         config["query_pre_attn_scalar"] = of_all if is_largest else config["head_dim"]
+    if name == "gemma2":  # llama.cpp computes with these where a file states none
+        config.setdefault("attn_logit_softcapping", 50.0)
+        config.setdefault("final_logit_softcapping", 30.0)
+    if name == "gemma3":
         config["rope_local_base_freq"] = given.get("rope.freq_base_swa", 10_000.0)
     config["rope_theta"] = given.get("rope.freq_base", 10_000.0)
     if scaling := _rope_scaling(given, prefix):
@@ -222,17 +232,19 @@ def _window(
         if pattern is not None:
             raise UsageError(f"{prefix}{_PATTERN}: expected none, found {pattern!r:.60}.")
         return {} if window is None else {"sliding_window": window}
-    if model_type != "gemma3_text":
+    if model_type not in _FULL_EVERY:
         for key in (_WINDOW, _PATTERN):
             if key in given:
                 raise UsageError(f"{prefix}{key}: expected none, found {given[key]!r:.60}.")
         return {}
+    if window is None and model_type == "gemma2":
+        window = 4096  # as llama.cpp has it
     if window is None:
         is_local = [False] * num_layers
     elif isinstance(pattern, np.ndarray):
         is_local = [bool(one) for one in pattern]
     else:
-        every = _PATTERN_OF_GEMMA_3 if pattern is None else pattern
+        every = _FULL_EVERY[model_type] if pattern is None else pattern
         if type(every) is not int or every < 1:
             raise UsageError(f"{prefix}{_PATTERN}: expected a number, found {every!r:.60}.")
         is_local = [(i + 1) % every != 0 for i in range(num_layers)]
