@@ -21,6 +21,12 @@ from tnt_jax.models.model import Model
 FOLDER = golden_model.FOLDER / "causal_lm"
 # One with every part of a config.json in the one dialect and in the other.
 MODELS = {"gemma3": None, "gemma3_4": "gemma3", "llama_3_4": "llama_3", "smollm3": None}
+# The settings that are damaged: of the first model all, then those that it lacks.
+DAMAGED = {
+    "gemma3_4": {"rope_theta", "rope_local_base_freq", "rope_scaling", "sliding_window_pattern"},
+    "llama_3_4": {"rope_theta", "rope_scaling", "attention_bias"},
+    "smollm3": {"no_rope_layers", "no_rope_layer_interval", "use_sliding_window"},
+}
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
 VALUES = (
     *({}, [], None, True, "", "x" * 10_000, -1, 0, 1e9, float("inf"), float("nan"), 10**30, 2**40),
@@ -76,12 +82,14 @@ def test_every_setting(name):
     whole = json.loads((folder / "config.json").read_text())
     assert outcome(read, folder) == "works"
     for place in places(whole):
+        if place and place[0] not in DAMAGED.get(name, whole):
+            continue
         for new in VALUES:
             (folder / "config.json").write_text(json.dumps(changed(whole, place, new)))
             message = outcome(read, folder)
             if place and place[0] in SIZES:
                 assert message != "works", (place, str(new)[:20])
-    for key in whole:
+    for key in DAMAGED.get(name, whole):
         others = {other: value for other, value in whole.items() if other != key}
         (folder / "config.json").write_text(json.dumps(others))
         message = outcome(read, folder)

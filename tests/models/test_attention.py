@@ -279,7 +279,7 @@ found = precompile.compile_step(
     objective=objectives.TntObjective(negative_term="none", positive_term="log_likelihood"),
     update=settings.Update(
         batch_size=8, task_feature_lengths={"inputs": 448, "targets": 65}, pack=True,
-        optimizer=optimizers.adafactor(1e-3), num_microbatches=2,
+        optimizer=optimizers.adafactor(1e-3),
         mesh_shape=sharding.MeshShape(data=2, fsdp=2, model=2),
     ),
     original_choice=settings.OriginalChoice(path=None),
@@ -293,7 +293,7 @@ assert found["fits"], found
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'jax[tpu]'"
 )
 def test_splash_is_compiled_for_a_tpu_that_is_not_here(tmp_path):
-    """Of packed rows, in microbatches: the kernel, and no logits of all pairs of positions."""
+    """Of packed rows: the kernel, and no logits of all pairs of positions."""
     completed = subprocess.run(
         [sys.executable, "-c", COMPILE],
         env={name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"},
