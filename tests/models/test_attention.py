@@ -290,6 +290,9 @@ assert found["fits"], found
 
 
 @pytest.mark.skipif(
+    sys.version_info >= (3, 12), reason="takes minutes: the oldest Python that we test compiles it"
+)
+@pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'jax[tpu]'"
 )
 def test_splash_is_compiled_for_a_tpu_that_is_not_here(tmp_path):
