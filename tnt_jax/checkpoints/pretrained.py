@@ -368,7 +368,8 @@ def _opened(folder: epath.Path, within: tuple[epath.Path, ...]) -> Pretrained:
         orbax_item = None
     if described is None and trained is not None:
         described = trained.original.config
-    if described is None and not any(name.startswith("encoder/") for name in weights):
+    is_t5 = kind != _OURS or any(name.startswith("encoder/") for name in weights)
+    if described is None and not is_t5:
         raise UsageError(
             f"{folder}: expected {description / huggingface.CONFIG}, which says what a "
             "decoder-only model computes, found none. Copy the whole model directory."
