@@ -35,6 +35,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from tnt_jax.checkpoints import (
+    digests,
     huggingface,
     lazy_arrays,
     model_card,
@@ -176,13 +177,15 @@ def _settings(
 
 def _log_rounding(source: pretrained.Pretrained, weights: Mapping[str, LazyArray]) -> None:
     """Says how much of what a run changed is lost where its weights are rounded to bfloat16."""
-    path = ((source.run or {}).get("original") or {}).get("path")
-    if path is None:
+    noted = (source.run or {}).get("original") or {}
+    if noted.get("path") is None:
         return
     try:
-        original = pretrained.open_checkpoint(path).weights
-    except (UsageError, OSError) as error:
-        console.log(f"Not known is what rounding to bfloat16 did to the patch: {error}")
+        original = pretrained.open_checkpoint(noted["path"]).weights
+        if digests.of_files({name: original[name] for name in weights}) != noted["digest"]:
+            raise UsageError(f"{noted['path']} has other weights now than the run started from.")
+    except (KeyError, UsageError, OSError) as error:
+        console.log(f"What rounding to bfloat16 did to the patch cannot be said: {error}")
         return
     squares = np.zeros(2)
     num_changed = num_undone = 0

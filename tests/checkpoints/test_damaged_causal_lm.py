@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 from helpers import golden_model, tiny_tokenizers
 from helpers.chat_templates import TEMPLATES
-from helpers.mutations import outcome
+from helpers.mutations import outcome, places, with_change
 
 from tnt_jax.checkpoints import pretrained
 from tnt_jax.data import tokenization
@@ -58,24 +58,6 @@ def read(path):
     opened.restore(Model(config=config, mesh=MESH).abstract_params)
 
 
-def places(value, path=()):
-    """Where in a value others are, itself first; of a list the first two."""
-    yield path
-    keys = list(value) if isinstance(value, dict) else []
-    for key in keys or (range(len(value))[:2] if isinstance(value, list) else ()):
-        yield from places(value[key], (*path, key))
-
-
-def changed(value, place, new):
-    if not place:
-        return new
-    part = value = json.loads(json.dumps(value))
-    for key in place[:-1]:
-        part = part[key]
-    part[place[-1]] = new
-    return value
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_every_setting(name):
     folder = copy_of(name)
@@ -85,7 +67,7 @@ def test_every_setting(name):
         if place and place[0] not in DAMAGED.get(name, whole):
             continue
         for new in VALUES:
-            (folder / "config.json").write_text(json.dumps(changed(whole, place, new)))
+            (folder / "config.json").write_text(json.dumps(with_change(whole, place, new)))
             message = outcome(read, folder)
             if place and place[0] in SIZES:
                 assert message != "works", (place, str(new)[:20])
@@ -142,7 +124,7 @@ def test_every_setting_of_a_tokenizer(kind):
         looked_at = places({k: v for k, v in whole.items() if k != "model"})
         for place in looked_at:
             for new in VALUES:
-                (folder / name).write_text(json.dumps(changed(whole, place, new)))
+                (folder / name).write_text(json.dumps(with_change(whole, place, new)))
                 outcome(tokenise)
         (folder / name).write_text(json.dumps(whole))
     assert outcome(tokenise) == "works"

@@ -6,7 +6,6 @@ is not there. Random damage is in `test_fuzz.py`, and what is said of whole file
 """
 
 import contextlib
-import copy
 import dataclasses
 import json
 import pathlib
@@ -24,7 +23,7 @@ import safetensors.numpy
 import tensorstore as ts
 from etils import epath
 from helpers.huggingface_model import TINY, write_directory
-from helpers.mutations import outcome
+from helpers.mutations import LACKING, outcome, places, with_change
 
 from tnt_jax import convert
 from tnt_jax.checkpoints import lazy_arrays, orbax, pretrained
@@ -349,32 +348,6 @@ VALUES = (
     DEEP,
 )
 FEW_VALUES = ({}, None, "x" * 10_000, -1, 1e9, 10**30, DEEP)
-LACKING = object()
-
-
-def changed(value, place, new):
-    """A value of JSON's kinds with another in one place of it, or without what is there."""
-    if not place:
-        return new
-    value = copy.deepcopy(value)
-    part = value
-    for key in place[:-1]:
-        part = part[key]
-    if new is LACKING:
-        del part[place[-1]]
-    else:
-        part[place[-1]] = new
-    return value
-
-
-def places(value, path=()):
-    """Where in a value others are, itself first; of a list the first two."""
-    yield path
-    keys = list(value) if isinstance(value, dict) else []
-    if isinstance(value, list):
-        keys = list(range(len(value)))[:2]
-    for key in keys:
-        yield from places(value[key], (*path, key))
 
 
 def all_changes(value, under=(), values=VALUES):
@@ -382,7 +355,7 @@ def all_changes(value, under=(), values=VALUES):
     for place in places(value):
         if place[: len(under)] == under[: len(place)]:
             for new in (*values, *([LACKING] if place else [])):
-                yield place, new, changed(value, place, new)
+                yield place, new, with_change(value, place, new)
 
 
 def outcomes_of(file, read, under=(), values=VALUES):

@@ -103,10 +103,7 @@ def test_gemma_s_norms(name, tmp_path):
     assert file.config == dataclasses.replace(
         directory.config, attention_scale=file.config.attention_scale
     )
-    scale = directory.config.attention_scale or directory.config.head_dim**-0.5
-    np.testing.assert_allclose(
-        file.config.attention_scale or file.config.head_dim**-0.5, scale, rtol=1e-7
-    )
+    np.testing.assert_allclose(file.config.logit_scale, directory.config.logit_scale, rtol=1e-7)
     for weight, array in directory.weights.items():
         apart = 1.2e-7 if weight.endswith("scale") else 0
         np.testing.assert_allclose(file.weights[weight].load(), array.load(), rtol=0, atol=apart)
@@ -129,7 +126,7 @@ def test_norms_that_were_bfloat16_come_back_exactly(tmp_path):
     ids=["Llama 3.1 8B", "Llama 3.2 1B", "golden"],
 )
 def test_the_scaling_of_llama_3(theta, width, factor, context, tmp_path):
-    """Of all sizes of contexts: the factors say it."""
+    """The factors in the file say which context length the model was first trained with."""
     config = write_scaled(tmp_path, theta, width, factor, context)
     (kind,) = set(pretrained.open_checkpoint(str(tmp_path / "model.gguf")).config.kinds)
     found, expected = kind.rope_llama3, config["rope_parameters"]
@@ -282,7 +279,7 @@ def half(two):
 
 
 def of_q4_k(block):
-    """As ggml-quants.c has it: eight runs of 32, each with a scale and a minimum of 6 bits."""
+    """Dequantises a block by hand: eight runs of 32 numbers, each with a scale and a minimum."""
     d, least, q, bits = half(block[:2]), half(block[2:4]), block[4:16].astype(int), block[16:]
     numbers = []
     for run in range(8):
@@ -298,7 +295,7 @@ def of_q4_k(block):
 
 
 def of_q6_k(block):
-    """As ggml-quants.c has it: 16 scales of runs of 16, and 6 bits in two places."""
+    """Dequantises a block by hand: 16 runs of 16 numbers, each of 6 bits that lie in two places."""
     low, high = block[:128].astype(int), block[128:192].astype(int)
     scales, d = block[192:208].view(np.int8), half(block[208:210])
     numbers = np.zeros(256, np.float32)

@@ -352,7 +352,7 @@ def test_tensors_that_are_not_one_after_the_other(offsets, message, directory):
 @pytest.mark.parametrize("shard", [None, 3, "../../etc/passwd"])
 def test_an_index_that_names_no_files(shard, tmp_path):
     write_directory(tmp_path, max_shard_bytes=3000)
-    (tmp_path / huggingface.INDEX).write_text(json.dumps({"weight_map": {"a": shard}}))
+    (tmp_path / safetensors_files.INDEX).write_text(json.dumps({"weight_map": {"a": shard}}))
     with pytest.raises(UsageError, match=r"expected the names of files in this directory, found"):
         read(tmp_path)
 
@@ -370,10 +370,10 @@ def test_a_shard_that_is_missing(tmp_path):
 
 def test_a_tensor_that_its_shard_does_not_hold(tmp_path):
     write_directory(tmp_path, max_shard_bytes=3000)
-    index = json.loads((tmp_path / huggingface.INDEX).read_text())
+    index = json.loads((tmp_path / safetensors_files.INDEX).read_text())
     index["weight_map"]["lm_head.weight"], lost = sorted(set(index["weight_map"].values()))[:2]
     index["weight_map"] = dict.fromkeys(index["weight_map"], lost)
-    (tmp_path / huggingface.INDEX).write_text(json.dumps(index))
+    (tmp_path / safetensors_files.INDEX).write_text(json.dumps(index))
     with pytest.raises(UsageError, match=f"{lost}: .*promises .* and \\d+ more; not found"):
         read(tmp_path)
 

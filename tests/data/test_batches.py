@@ -6,11 +6,11 @@ import sys
 import hypothesis
 import numpy as np
 import pytest
+from helpers.examples import example
 from hypothesis import strategies as st
 
 from tnt_jax.data.batches import Batches, batch_for_eval
 from tnt_jax.data.examples import (
-    Example,
     check_token_ids,
     loss_mask_until,
     max_negative_ids,
@@ -19,17 +19,6 @@ from tnt_jax.data.examples import (
 from tnt_jax.data.layouts import are_all_covered, convert_features, count_lost
 from tnt_jax.data.t5patches_layout import T5PATCHES_MODES, t5patches_target
 from tnt_jax.runtime.errors import UsageError
-
-
-def example(inputs=(1,), targets=(1,), pairs=(), loss_mask=None, name=""):
-    return Example(
-        inputs=np.array(inputs, np.int32),
-        targets=np.array(targets, np.int32),
-        negative_pairs=np.array(pairs, np.int32).reshape(-1, 2),
-        loss_mask=None if loss_mask is None else np.array(loss_mask, np.int32),
-        id=name,
-    )
-
 
 LENGTHS = {"inputs": 4, "targets": 5}
 

@@ -10,25 +10,15 @@ import numpy as np
 import optax
 import pytest
 from helpers import t5_inputs
+from helpers.examples import example
 from hypothesis import strategies as st
 
 from tnt_jax import objectives
 from tnt_jax.data import packing
 from tnt_jax.data.batches import Batches
-from tnt_jax.data.examples import Example
 from tnt_jax.data.layouts import Place, convert_features
 from tnt_jax.models import t5
 from tnt_jax.training import train_step
-
-
-def example(inputs, targets, pairs=(), loss_mask=None, name=""):
-    return Example(
-        inputs=np.array(inputs, np.int32),
-        targets=np.array(targets, np.int32),
-        negative_pairs=np.array(pairs, np.int32).reshape(-1, 2),
-        loss_mask=None if loss_mask is None else np.array(loss_mask, np.int32),
-        id=name,
-    )
 
 
 def random_examples(num_examples, seed=0, longest=9, vocab_size=40):

@@ -103,3 +103,31 @@ def changed_bytes(content: bytes, chance: random.Random) -> bytes:
                 [b"\x00", b"\xff", b"\x7f", b"[", b"{", b'"', b"\n", b"\\u", b"9"]
             )
             return content[:start] + filler * max(1, len(stretch)) + content[end:]
+
+
+LACKING = object()
+
+
+def with_change(value, place, new):
+    """A value of JSON's kinds with another in one place of it, or without what is there."""
+    if not place:
+        return new
+    value = copy.deepcopy(value)
+    part = value
+    for key in place[:-1]:
+        part = part[key]
+    if new is LACKING:
+        del part[place[-1]]
+    else:
+        part[place[-1]] = new
+    return value
+
+
+def places(value, path=()):
+    """Where in a value others are, itself first; of a list the first two."""
+    yield path
+    keys = list(value) if isinstance(value, dict) else []
+    if isinstance(value, list):
+        keys = list(range(len(value)))[:2]
+    for key in keys:
+        yield from places(value[key], (*path, key))

@@ -15,28 +15,23 @@ import numpy as np
 import optax
 import pytest
 from helpers import t5_inputs
+from helpers.tiny_llama import LLAMA
 
 from tnt_jax import objectives
 from tnt_jax.data.batches import Batches
 from tnt_jax.data.examples import Example
 from tnt_jax.data.layouts import CAUSAL
 from tnt_jax.models import attention, causal_lm, sharding
-from tnt_jax.models.causal_lm_config import CausalLMConfig, LayerKind
+from tnt_jax.models.causal_lm_config import LayerKind
 from tnt_jax.models.model import Model
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.training import load_original, settings, train_step
 
 BATCH, KEY_HEADS, SHARED_BY = 2, 2, 3
 SCALE = 0.3
-NETWORK = CausalLMConfig(
-    vocab_size=40,
-    emb_dim=16,
-    num_heads=4,
-    num_kv_heads=2,
+NETWORK = dataclasses.replace(
+    LLAMA,
     head_dim=64,
-    mlp_dim=24,
-    mlp_activations=("silu", "linear"),
-    logits_via_embedding=True,
     num_layers=3,
     layer_kinds=(LayerKind(window=3), LayerKind(), LayerKind(window=3, rope_theta=100.0)),
     layer_pattern=(0, 1, 2),
@@ -154,7 +149,7 @@ def test_splash_is_the_definition(length, head_dim, window, softcap, monkeypatch
 
 @pytest.mark.parametrize("window", [None, 20])
 def test_cudnn_is_the_definition_where_rows_hold_one_example(window, monkeypatch):
-    """As JAX has the same function for every device."""
+    """JAX's function is the same on every device, so its XLA version stands for cuDNN here."""
     monkeypatch.setattr(
         jax.nn,
         "dot_product_attention",
@@ -296,7 +291,7 @@ assert found["fits"], found
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'jax[tpu]'"
 )
 def test_splash_is_compiled_for_a_tpu_that_is_not_here(tmp_path):
-    """Of packed rows: the kernel, and no logits of all pairs of positions."""
+    """The program of packed rows has the kernel, and no logits of all pairs of positions."""
     completed = subprocess.run(
         [sys.executable, "-c", COMPILE],
         env={name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"},

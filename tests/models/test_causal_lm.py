@@ -9,29 +9,19 @@ import numpy as np
 import optax
 import pytest
 from helpers import t5_inputs
+from helpers.tiny_llama import LLAMA
 
 from tnt_jax import objectives
 from tnt_jax.data.batches import Batches
 from tnt_jax.data.examples import Example
 from tnt_jax.data.layouts import CAUSAL, count_lost
 from tnt_jax.models import causal_lm, causal_lm_layers, decoding, parameters, sharding
-from tnt_jax.models.causal_lm_config import CausalLMConfig, LayerKind, Llama3Scaling
+from tnt_jax.models.causal_lm_config import LayerKind, Llama3Scaling
 from tnt_jax.models.model import Model
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.training import load_original, originals, train_step
 from tnt_jax.training.trainer import Trainer
 
-LLAMA = CausalLMConfig(
-    vocab_size=40,
-    emb_dim=16,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    mlp_dim=24,
-    mlp_activations=("silu", "linear"),
-    logits_via_embedding=True,
-    num_layers=2,
-)
 # Every switch that Llama leaves off.
 MIXED = dataclasses.replace(
     LLAMA,

@@ -191,7 +191,7 @@ def test_data_and_states_without_pickle(tmp_path):
 @pytest.mark.parametrize("shard", ["..", ".", "", "a/../../b", "/etc/hosts", "a\0b", "a\\b"])
 def test_shards(tmp_path, shard):
     write_directory(tmp_path, max_shard_bytes=3000)
-    (tmp_path / huggingface.INDEX).write_text(json.dumps({"weight_map": {"a": shard}}))
+    (tmp_path / safetensors_files.INDEX).write_text(json.dumps({"weight_map": {"a": shard}}))
     with pytest.raises(UsageError, match="expected the names of files in this directory, found"):
         huggingface.read(epath.Path(tmp_path))
 

@@ -26,7 +26,7 @@ class HubFamily:
       is_transposed: Whether that parameter is stored the other way round.
       embeddings: Names of the embedding, of which one is enough; the first is the one we write.
       ignored: Names of what files hold although nothing reads it.
-      takes_float16: Whether its networks compute well with weights that were rounded to float16.
+      why_not_float16: What is wrong with weights that were rounded to float16; None if nothing is.
       auto_class: The class of transformers that loads it.
       pipeline_tag: The hub's name of what it does.
       peft_task: PEFT's.
@@ -42,7 +42,7 @@ class HubFamily:
     is_transposed: Callable[[str], bool]
     embeddings: tuple[str, ...]
     ignored: tuple[re.Pattern[str], ...]
-    takes_float16: bool
+    why_not_float16: str | None
     auto_class: str
     pipeline_tag: str
     peft_task: str

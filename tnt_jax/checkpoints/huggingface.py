@@ -19,35 +19,20 @@ from tnt_jax.checkpoints import (
 )
 from tnt_jax.checkpoints.hub_family import HubFamily
 from tnt_jax.checkpoints.lazy_arrays import LazyArray
+from tnt_jax.data import hub_tokenizer
 from tnt_jax.models import families, parameters
 from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime import files
 from tnt_jax.runtime.errors import UsageError
 
 CONFIG = "config.json"
-WEIGHTS = safetensors_files.WEIGHTS
-INDEX = safetensors_files.INDEX
 # Everything else that belongs to a model; a file that is not there is not missed.
-TOKENIZER_FILES = (
-    "spiece.model",
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
-OTHER_FILES = ("generation_config.json", *TOKENIZER_FILES, "LICENSE")
+TOKENIZER_FILES = ("spiece.model", "vocab.json", "merges.txt", *hub_tokenizer.FILES)
+OTHER_FILES = (hub_tokenizer.GENERATION, *TOKENIZER_FILES, "LICENSE")
 
 _FAMILIES = (huggingface_t5.FAMILY, huggingface_causal_lm.FAMILY)
+_FAMILY_OF = {model_type: family for family in _FAMILIES for model_type in family.model_types}
 _HEAD = "lm_head.weight"
-
-
-def family_of(model_type: Any) -> HubFamily | None:
-    """The family of a `model_type`; None for one that is not known."""
-    return next((family for family in _FAMILIES if model_type in family.model_types), None)
 
 
 def family_of_network(config: NetworkConfig) -> HubFamily:
@@ -67,8 +52,7 @@ def read_config(folder: epath.Path) -> dict[str, Any]:
     path = folder / CONFIG
     config = files.read_object(path)
     model_type = config.get("model_type")
-    family = family_of(model_type)
-    if family is None:
+    if not isinstance(model_type, str) or model_type not in _FAMILY_OF:
         kind = f"model_type {model_type!r:.60}"
         architectures = config.get("architectures")
         if isinstance(architectures, list):
@@ -80,7 +64,7 @@ def read_config(folder: epath.Path) -> dict[str, Any]:
             "architecture."
         )
     try:
-        family.check(config)
+        _FAMILY_OF[model_type].check(config)
     except UsageError as error:
         raise UsageError(f"{path}: {error}. tnt_jax trains no other architecture.") from None
     return config
@@ -97,9 +81,7 @@ def network_config(config: Mapping[str, Any], where: str, *, is_tied: bool) -> N
     Raises:
       UsageError: A setting is missing, or is one that this network does not have.
     """
-    family = family_of(config["model_type"])
-    assert family is not None
-    return family.network_config(config, where, is_tied=is_tied)
+    return _FAMILY_OF[config["model_type"]].network_config(config, where, is_tied=is_tied)
 
 
 def new_config(config: NetworkConfig) -> dict[str, Any]:
@@ -134,9 +116,8 @@ def read(folder: epath.Path) -> Model:
       UsageError: Something is missing, cut short, or of a kind that is not read.
     """
     settings = read_config(folder)
-    family = family_of(settings["model_type"])
-    assert family is not None
-    stored = safetensors_files.read_directory(folder, family.auto_class)
+    auto_class = _FAMILY_OF[settings["model_type"]].auto_class
+    stored = safetensors_files.read_directory(folder, auto_class)
     return of_tensors(stored, settings, str(folder), str(folder / CONFIG))
 
 
@@ -154,8 +135,7 @@ def of_tensors(
     Raises:
       UsageError: They do not belong together.
     """
-    family = family_of(settings["model_type"])
-    assert family is not None
+    family = _FAMILY_OF[settings["model_type"]]
     stored = dict(stored)
     _check_types(stored, family, where)
     for name in (*family.embeddings, _HEAD):
@@ -192,12 +172,12 @@ def of_tensors(
 
 def _check_types(stored: Mapping[str, LazyArray], family: HubFamily, where: str) -> None:
     found = next((name for name, a in stored.items() if a.dtype == np.float16), None)
-    if found is not None and not family.takes_float16:
+    if found is not None and family.why_not_float16 is not None:
         raise UsageError(
-            f"{where}: expected numbers of type F32 or BF16, found F16 ({found}). T5's "
-            "activations overflow in float16, and its rounding is in the weights for good: take "
-            "the float32 or bfloat16 files of this model. If there are none, transformers saves it "
-            "as float32: from_pretrained(..., dtype=torch.float32).save_pretrained(...)."
+            f"{where}: expected numbers of type F32 or BF16, found F16 ({found}). "
+            f"{family.why_not_float16}: take the float32 or bfloat16 files of this model. If there "
+            "are none, transformers saves it as float32: from_pretrained(..., dtype=torch.float32)"
+            ".save_pretrained(...)."
         )
 
 
@@ -232,7 +212,7 @@ def _embedding(stored: Mapping[str, LazyArray], family: HubFamily, where: str) -
         if not safetensors_files.are_equal(copies[0], copy):
             raise UsageError(
                 f"{where}: expected one embedding, found {copy.source} other than "
-                f"{copies[0].source}. T5 has one for both of its stacks."
+                f"{copies[0].source}. Such a model has one."
             )
     return copies[0]
 

@@ -382,11 +382,10 @@ def new_config(config: CausalLMConfig) -> dict[str, Any]:
 
 def _function_of(config: CausalLMConfig) -> tuple[Any, ...]:
     """All that decides what a network computes, and nothing of how."""
-    scale = config.attention_scale or config.head_dim**-0.5
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     for name in (*COMPUTATION, "layer_kinds", "layer_pattern", "attention_scale", "adapter_scale"):
         del fields[name]
-    return (config.kinds, float(np.float32(scale)), *fields.items())
+    return (config.kinds, float(np.float32(config.logit_scale)), *fields.items())
 
 
 def _settings_of(config: CausalLMConfig, model_type: str, family: _Family) -> dict[str, Any]:
@@ -444,8 +443,8 @@ def _settings_of(config: CausalLMConfig, model_type: str, family: _Family) -> di
         local = next((kind.rope_theta for kind in kinds if kind.window is not None), None)
         settings["rope_local_base_freq"] = local or 10_000.0
     if "query_pre_attn_scalar" in family.defaults:
-        scale = config.attention_scale or config.head_dim**-0.5
-        settings["query_pre_attn_scalar"] = round(scale**-2)  # transformers wants a whole number
+        # transformers wants a whole number.
+        settings["query_pre_attn_scalar"] = round(config.logit_scale**-2)
     for key in family.softcaps:
         settings[key] = getattr(config, _SOFTCAPS[key])
     return settings
@@ -506,7 +505,7 @@ FAMILY = HubFamily(
     is_transposed=_is_transposed,
     embeddings=("model.embed_tokens.weight",),
     ignored=_IGNORED,
-    takes_float16=True,
+    why_not_float16=None,
     auto_class="AutoModelForCausalLM",
     pipeline_tag="text-generation",
     peft_task="CAUSAL_LM",

@@ -211,7 +211,9 @@ FAMILY = HubFamily(
     is_transposed=_is_transposed,
     embeddings=_EMBEDDINGS,
     ignored=_IGNORED,
-    takes_float16=False,  # its activations overflow
+    why_not_float16=(
+        "T5's activations overflow in float16, and its rounding is in the weights for good"
+    ),
     auto_class="AutoModelForSeq2SeqLM",
     pipeline_tag="text2text-generation",
     peft_task="SEQ_2_SEQ_LM",

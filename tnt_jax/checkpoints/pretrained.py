@@ -25,6 +25,7 @@ from tnt_jax.checkpoints import (
     t5x,
 )
 from tnt_jax.checkpoints.lazy_arrays import LazyArray
+from tnt_jax.checkpoints.safetensors_files import INDEX, WEIGHTS
 from tnt_jax.data import tokenization, vocabularies
 from tnt_jax.models import adapters, families, parameters
 from tnt_jax.models.network_config import COMPUTATION, NetworkConfig
@@ -40,7 +41,12 @@ _GGUF = "GGUF"
 
 def _has_weights(folder: epath.Path) -> bool:
     """A config.json and weights of any kind: one that is not read gets an error of its own."""
-    names = (huggingface.WEIGHTS, huggingface.INDEX, "pytorch_model.bin", "flax_model.msgpack")
+    names = (
+        WEIGHTS,
+        INDEX,
+        "pytorch_model.bin",
+        "flax_model.msgpack",
+    )
     has_weights = any((folder / name).exists() for name in names)
     return (folder / huggingface.CONFIG).exists() and (
         has_weights or not (folder / orbax.DESCRIPTION).exists()
@@ -49,7 +55,10 @@ def _has_weights(folder: epath.Path) -> bool:
 
 # Kind -> whether a path is one, and what is looked for in a directory.
 _KINDS: dict[str, tuple[Callable[[epath.Path], bool], str | None]] = {
-    _HUGGING_FACE: (_has_weights, f"{huggingface.CONFIG} and {huggingface.WEIGHTS} (Hugging Face)"),
+    _HUGGING_FACE: (
+        _has_weights,
+        f"{huggingface.CONFIG} and {WEIGHTS} (Hugging Face)",
+    ),
     _OURS: (lambda folder: (folder / orbax.PARAMS).is_dir(), "params (tnt_jax)"),
     _T5X: (
         lambda folder: (folder / t5x.CHECKPOINT_FILE).is_file(),
@@ -173,7 +182,7 @@ def _from_hub(path: str) -> epath.Path:
         raise UsageError(
             f"{missing}. If it is a model of the Hugging Face hub: pip install huggingface-hub."
         ) from None
-    files = [huggingface.CONFIG, "*.safetensors", huggingface.INDEX, *huggingface.OTHER_FILES]
+    files = [huggingface.CONFIG, "*.safetensors", INDEX, *huggingface.OTHER_FILES]
     try:
         return epath.Path(huggingface_hub.snapshot_download(path, allow_patterns=files))
     except Exception as error:  # of the hub's, of its HTTP client's or of the network's
@@ -302,20 +311,11 @@ def _opened(folder: epath.Path, within: tuple[epath.Path, ...]) -> Pretrained:
     """Opens a checkpoint, for adapters in those `within`, each beside the next."""
     kind = _kind(folder)
     assert kind is not None
-    if kind == _HUGGING_FACE:
-        model = huggingface.read(folder)
-        return Pretrained(
-            kind=kind,
-            path=folder,
-            config=model.config,
-            weights=model.weights,
-            step=0,
-            run=None,
-            description=folder,
-            output_format=_OUTPUT_FORMATS[kind],
-        )
-    if kind == _GGUF:
-        model, quantisation = gguf_models.read(folder)
+    if kind in (_HUGGING_FACE, _GGUF):
+        if kind == _GGUF:
+            model, quantisation = gguf_models.read(folder)
+        else:
+            model, quantisation = huggingface.read(folder), None
         return Pretrained(
             kind=kind,
             path=folder,

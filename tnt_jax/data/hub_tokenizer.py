@@ -39,7 +39,6 @@ GENERATION = "generation_config.json"
 FILES = (
     TOKENIZER,
     SETTINGS,
-    GENERATION,
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
@@ -256,7 +255,7 @@ class HubTokenizer(Tokeniser):
 
     def copy_files(self, folder: epath.Path) -> None:
         """Copies what says how text is tokenised into another directory of this kind."""
-        for name in FILES:
+        for name in (*FILES, GENERATION):
             source = epath.Path(self.folder) / name
             if source.exists() and not (folder / name).exists():
                 (folder / name).write_bytes(source.read_bytes())

@@ -8,7 +8,6 @@ decoder-only models have, is read as it is (`hub_tokenizer`).
 
 import atexit
 import base64
-import contextlib
 import datetime
 import json
 import pathlib
@@ -148,12 +147,12 @@ def with_template(
     Raises:
       UsageError: The file is none, the date is none, or the vocabulary is not of a chat model.
     """
-    if date is not None:
-        with contextlib.suppress(ValueError, TypeError):
-            date = datetime.date.fromisoformat(date).isoformat()
-            date = f"{date}T00:00:00"
-        if not (isinstance(date, str) and date.endswith("T00:00:00")):
-            raise UsageError(f"CHAT_DATE: expected a date as YYYY-MM-DD or None, found {date!r}.")
+    try:
+        date = None if date is None else datetime.date.fromisoformat(date).isoformat()
+    except (TypeError, ValueError):
+        raise UsageError(
+            f"CHAT_DATE: expected a date as YYYY-MM-DD or None, found {date!r:.60}."
+        ) from None
     if not isinstance(vocabulary, hub_tokenizer.HubTokenizer):
         if chat_template in ("auto", None):
             return vocabulary

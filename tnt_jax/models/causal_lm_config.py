@@ -205,6 +205,12 @@ class CausalLMConfig(NetworkConfig):
         return np.resize(np.array(self.layer_pattern, np.int32), self.num_layers)
 
     @property
+    def logit_scale(self) -> float:
+        """What attention logits are multiplied by."""
+        scale = self.attention_scale
+        return self.head_dim**-0.5 if scale is None else scale
+
+    @property
     def kinds(self) -> tuple[LayerKind, ...]:
         """The kind of every layer."""
         return tuple(self.layer_kinds[kind] for kind in self.kind_of_layers)

@@ -124,7 +124,7 @@ class Attention(nn.Module):
                 keys,
                 preferred_element_type=jnp.float32,
             )
-            capped = cap(asked * self._scale, c.attention_softcap)
+            capped = cap(asked * c.logit_scale, c.attention_softcap)
             masked = jnp.where(mask[:, None], capped, _MASKED_LOGIT)
             logits.append(masked.reshape(*queries.shape[:-1], -1))
         weights = jax.nn.softmax(jnp.concatenate(logits, axis=-1)).astype(c.dtype)
@@ -151,15 +151,10 @@ class Attention(nn.Module):
             segment_ids,
             windows=[kind.window for kind in c.layer_kinds],
             kind=kind,
-            scale=self._scale,
+            scale=c.logit_scale,
             softcap=c.attention_softcap,
         )
         return self._out(mixed)
-
-    @property
-    def _scale(self) -> float:
-        c = self.config
-        return c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
 
     def _out(self, mixed: Float[Array, "B H G Q D"]) -> Float[Array, "B Q E"]:
         """The output of all heads, one after the other at each position."""
