@@ -4,4 +4,4 @@ Importing the package imports nothing else. Each module imports only what it nee
 need JAX, Flax and Optax (docs/architecture.md).
 """
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"

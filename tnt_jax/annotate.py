@@ -23,12 +23,11 @@ Example:
 import collections
 import dataclasses
 import functools
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tnt_jax import annotators
-from tnt_jax.annotators import beam_jobs, phrases
+from tnt_jax.annotators import beam_jobs, innocent
 from tnt_jax.data import marks, records, removed_everywhere, tokenization
 from tnt_jax.runtime import (
     console,
@@ -92,7 +91,7 @@ def annotate(
         continuations=(
             None
             if vocabulary is None
-            else marks.Continuations(vocabulary, innocent_words(input, annotator))
+            else marks.Continuations(vocabulary, innocent.words(input, annotator))
         ),
     )
     if beam_options is None:
@@ -158,28 +157,6 @@ def _write_rest(
             f"{output}: {counts['left out']} of {counts.total()} records are left out: the "
             "annotator does not know them."
         )
-
-
-def innocent_words(
-    input: str, annotator: annotators.Annotator, num_records: int = 20_000
-) -> tuple[str, ...]:
-    """The ordinary words of outputs: those outside of all that the annotator may call unwanted.
-
-    Args:
-      input: A JSONL file (or glob) of records with targets.
-      annotator: One without `innocent_words` knows none.
-      num_records: The first so many records are read. A word counts that is in a thousandth of
-        them, and in two: a rarer one may be an unwanted one, misspelt.
-    """
-    if not hasattr(annotator, "innocent_words"):
-        return ()
-    counts: collections.Counter[str] = collections.Counter()
-    num_read = 0
-    for row in itertools.islice(records.iterate(input), num_records):
-        num_read += 1
-        counts.update(set(annotator.innocent_words(row.targets)))  # pyright: ignore
-    least = max(2, num_read / 1000)
-    return phrases.forms(sorted(word for word, count in counts.items() if count >= least))
 
 
 def mark(

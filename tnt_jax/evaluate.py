@@ -64,6 +64,7 @@ def evaluate(
     original_records: str,
     current_records: str,
     vocabulary: Any,
+    mask_records: str | None = None,
     certificate: Certificate | None = None,
     tokens_output: str | None = None,
     num_token_records: int = 200,
@@ -76,6 +77,9 @@ def evaluate(
       original_records: Annotated outputs of the original.
       current_records: Annotated outputs of the patched model, for the same ids.
       vocabulary: The tokeniser, for counting tokens.
+      mask_records: Annotated outputs of the original while what is unwanted is masked (`generate`
+        with MASK), for the same ids. Where the mask knows all that is unwanted they are the best
+        that an update can reach: what the original says instead. None compares with none.
       certificate: Settings for running the models; None compares texts alone.
       tokens_output: The JSONL file to write the certificate of every token to: of each record its
         `id`, the `pieces` of its targets and, of each piece, the values of `TOKEN_VALUES` in nats
@@ -90,7 +94,11 @@ def evaluate(
       UsageError: The files do not belong together, a record is not annotated, or another run writes
         this output.
     """
-    reads = {"ORIGINAL_RECORDS": original_records, "CURRENT_RECORDS": current_records}
+    reads = {
+        "ORIGINAL_RECORDS": original_records,
+        "CURRENT_RECORDS": current_records,
+        "MASK_RECORDS": mask_records,
+    }
     operative_config.check_writable(output, "OUTPUT", reads)
     if tokens_output is not None:
         files.check_writable(tokens_output, "TOKENS_OUTPUT", reads)
@@ -105,11 +113,15 @@ def evaluate(
         result: dict[str, Any] = {
             "original": _of_outputs(original, vocabulary),
             "current": _of_outputs(current, vocabulary),
-            "comparison": dataclasses.asdict(
-                text_metrics.compare([r.targets for r in original], [r.targets for r in current])
-            ),
+            "comparison": _compare(original, current),
             "annotator": current[0].annotator,
         }
+        if mask_records is not None:
+            _, masked = records.read_pairs(original_records, mask_records)
+            result["mask"] = _of_outputs(masked, vocabulary) | {
+                "comparison": _compare(original, masked),
+                "to_current": _compare(masked, current),
+            }
         result["cut"] = 1 - _ratio(
             result["current"]["unwanted_outputs"]["value"],
             result["original"]["unwanted_outputs"]["value"],
@@ -136,6 +148,14 @@ def evaluate(
                 _rows(result), columns=columns, title=f"{output}: {len(original)} outputs"
             )
         return result
+
+
+def _compare(rows: Sequence[records.Record], other: Sequence[records.Record]) -> dict[str, Any]:
+    spans = [row.negative_spans or () for row in rows]
+    comparison = text_metrics.compare(
+        [row.targets for row in rows], [row.targets for row in other], spans
+    )
+    return dataclasses.asdict(comparison)
 
 
 def _of_outputs(rows: Sequence[records.Record], vocabulary: Any) -> dict[str, Any]:
@@ -237,8 +257,10 @@ def _rows(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             ("unwanted outputs", "unwanted_outputs"),
             ("unwanted tokens", "unwanted_tokens"),
             ("repeated word", "repeated_word"),
+            ("repeated phrase", "repeated_phrase"),
             ("unknown token", "unknown_token"),
             ("distinct outputs", "distinct_outputs"),
+            ("distinct trigrams", "distinct_trigrams"),
         )
     ]
     rows += [
@@ -247,6 +269,15 @@ def _rows(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("ROUGE-L to the original", "", f"{comparison['rouge_l']:.1f}"),
         ("unchanged outputs", "", f"{comparison['exact_match']['value']:.1%}"),
     ]
+    if (clean := comparison["unchanged_clean"]) is not None:
+        rows.append(("unchanged among clean ones", "", f"{clean['value']:.1%}"))
+    if (mask := result.get("mask")) is not None:
+        to_mask = mask["to_current"]
+        rows += [
+            ("BLEU of the mask to the original", "", f"{mask['comparison']['bleu']:.1f}"),
+            ("BLEU to the mask", "", f"{to_mask['bleu']:.1f}"),
+            ("the mask's outputs", "", f"{to_mask['exact_match']['value']:.1%}"),
+        ]
     if "certificate" in result:
         parts = result["certificate"]
         rows += [

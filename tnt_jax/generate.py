@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from tnt_jax.annotators import interface
+from tnt_jax.annotators import innocent, interface
 from tnt_jax.checkpoints import digests, opened_model, pretrained
 from tnt_jax.data import marks, records, removed_everywhere, tokenization
 from tnt_jax.models import decoding, sharding
@@ -49,6 +49,7 @@ from tnt_jax.runtime.errors import UsageError
 _WIDTH_MULTIPLE = 16  # so that files of nearly equal lengths share a compiled program
 _MOST_WIDTHS = 5  # per file: each is a program of its own
 _BATCHES_PER_WIDTH = 4  # a program is worth compiling for so many batches
+_MASK_AT = ("end", "start")
 _OUTPUTS_PER_PART = 256  # about so many are lost with a process that is killed
 
 
@@ -70,6 +71,8 @@ def generate(
     mesh_shape: sharding.MeshShape | None = None,
     seed: int = 0,
     mask: interface.Annotator | None = None,
+    mask_at: str = "end",
+    mask_innocent: str | None = None,
 ) -> None:
     """Writes one record for every prompt, in order.
 
@@ -86,6 +89,13 @@ def generate(
       seed: Of sampling.
       mask: An annotator that knows beforehand what it would mark (`interface.Mask`: `Lexicon`,
         `Gazetteer`): its texts never come up as the vocabulary spells them. None masks nothing.
+      mask_at: "end" removes the token that would complete a text. "start" removes the first token
+        of each text, unless a text that is right begins with it: what alternatives are removed by
+        where a mark begins. It reads better where a first token is most of a word, and takes away
+        innocent words where it is not.
+      mask_innocent: With "start", a file of records with outputs of the model: a token that begins
+        an ordinary word of theirs, and is not all of a masked text, is not removed, as `annotate`
+        removes none on account of an alternative. None knows no such word.
 
     Raises:
       UsageError: A setting, the prompts or the checkpoint does not fit.
@@ -96,6 +106,8 @@ def generate(
             f"{dict(task_feature_lengths)}."
         )
     check_seed(seed)
+    if mask_at not in _MASK_AT:
+        raise UsageError(f"MASK_AT: expected one of {', '.join(_MASK_AT)}, found {mask_at!r}.")
     operative_config.check_writable(
         output, "OUTPUT", {"PROMPTS": prompts if isinstance(prompts, str) else None}
     )
@@ -119,7 +131,17 @@ def generate(
         console.log(
             f"{num_cut} of {len(rows)} inputs are cut at {longest} tokens (TASK_FEATURE_LENGTHS)."
         )
-    masks = None if mask is None else _Masks.of(rows, mask, vocabulary)
+    masks = (
+        None
+        if mask is None
+        else _Masks.of(
+            rows,
+            mask,
+            vocabulary,
+            mask_at,
+            innocent.words(mask_innocent, mask) if mask_innocent and mask_at == "start" else (),
+        )
+    )
     batches = _plan([len(ids) for ids in inputs], batch_size, longest)
 
     def start(batch: _Batch) -> decoding.Decoded:
@@ -228,17 +250,36 @@ class _Masks(NamedTuple):
     supported: "_Texts"
 
     @classmethod
-    def of(cls, rows: Sequence[records.Record], mask: Any, vocabulary: Any) -> "_Masks":
+    def of(
+        cls,
+        rows: Sequence[records.Record],
+        mask: Any,
+        vocabulary: Any,
+        mask_at: str = "end",
+        innocent_words: Sequence[str] = (),
+    ) -> "_Masks":
         """All that a mask says of all prompts."""
         if not isinstance(mask, interface.Mask):
             raise UsageError(
                 "MASK: expected an annotator that knows beforehand what it would mark (Lexicon, "
                 f"Gazetteer), found {type(mask).__name__}."
             )
-        return cls(
-            banned=_Texts.of(map(mask.banned, rows), vocabulary),
-            supported=_Texts.of(map(mask.supported, rows), vocabulary),
-        )
+        if mask_at == "end":
+            return cls(
+                _Texts.of(map(mask.banned, rows), vocabulary),
+                _Texts.of(map(mask.supported, rows), vocabulary),
+            )
+        start = functools.partial(_start, vocabulary=vocabulary)
+        spelt = marks.spellings(vocabulary, innocent_words).values()
+        of_words = set(map(start, itertools.chain.from_iterable(spelt)))
+
+        def start_of_banned(ids: tuple[int, ...]) -> tuple[int, ...]:
+            first = start(ids)
+            return () if first in of_words and first != ids else first
+
+        supported = _Texts.of(map(mask.supported, rows), vocabulary, start)
+        banned = _Texts.of(map(mask.banned, rows), vocabulary, start_of_banned)
+        return cls(banned.without(supported), supported.none())
 
     def of_batch(self, indices: Sequence[int]) -> decoding.Mask:
         """Those of some prompts, with the same shapes for all of them."""
@@ -269,8 +310,13 @@ class _Texts(NamedTuple):
     list_of: np.ndarray
 
     @classmethod
-    def of(cls, texts_of_rows: Iterable[Sequence[str]], vocabulary: Any) -> "_Texts":
-        """Those of all prompts."""
+    def of(
+        cls,
+        texts_of_rows: Iterable[Sequence[str]],
+        vocabulary: Any,
+        part: Callable[[tuple[int, ...]], tuple[int, ...]] = lambda ids: ids,
+    ) -> "_Texts":
+        """Those of all prompts, or of each spelling the part that a function returns of it."""
         number_of: dict[str, int] = {}  # of each text
         list_of: dict[bytes, int] = {}  # of the texts' numbers
         found, last, current = [], None, 0
@@ -281,6 +327,10 @@ class _Texts(NamedTuple):
                 last, current = texts, list_of.setdefault(key, len(list_of))
             found.append(current)
         ids_of = marks.spellings(vocabulary, list(number_of))
+        ids_of = {
+            text: tuple(some for ids in spelt if (some := part(ids)))
+            for text, spelt in ids_of.items()
+        }
         ordered = sorted(set(itertools.chain.from_iterable(ids_of.values())))
         place_of = {ids: place for place, ids in enumerate(ordered)}
         # A text that cannot be spelt has no place.
@@ -296,6 +346,25 @@ class _Texts(NamedTuple):
             lists=[of_list.astype(np.int32) for of_list in lists],
             list_of=np.array(found, np.int32),
         )
+
+    def without(self, others: "_Texts") -> "_Texts":
+        """These but for what is among others of the same prompt."""
+        ids_of = [tuple(row[row >= 0].tolist()) for row in others.spelt]
+        left_out = [{ids_of[place] for place in of_list} for of_list in others.lists]
+        own_ids = [tuple(row[row >= 0].tolist()) for row in self.spelt]
+        pairs = list(zip(self.list_of.tolist(), others.list_of.tolist(), strict=True))
+        number_of = {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
+        lists = [
+            np.array([k for k in self.lists[own] if own_ids[k] not in left_out[other]], np.int32)
+            for own, other in number_of
+        ]
+        return self._replace(
+            lists=lists, list_of=np.array([number_of[pair] for pair in pairs], np.int32)
+        )
+
+    def none(self) -> "_Texts":
+        """No text of any prompt."""
+        return self._replace(lists=[np.zeros(0, np.int32)], list_of=np.zeros_like(self.list_of))
 
     @property
     def most(self) -> int:
@@ -315,6 +384,12 @@ class _Texts(NamedTuple):
         lengths = np.array([len(of_list) for of_list in self.lists])
         lists = np.concatenate([*self.lists, np.zeros(0, np.int32)])
         return {"spelt": self.spelt, "lists": lists, "lengths": lengths, "list_of": self.list_of}
+
+
+def _start(ids: tuple[int, ...], vocabulary: Any) -> tuple[int, ...]:
+    """Up to the first token that is more than a space, which begins all words alike."""
+    number = next((n for n in range(1, len(ids)) if vocabulary.decode(ids[:n]).strip()), len(ids))
+    return ids[:number]
 
 
 def _plan(lengths: Sequence[int], batch_size: int, longest: int) -> list[_Batch]:

@@ -10,11 +10,13 @@ Example, the quickstart:
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tnt_jax.data import records
+from tnt_jax.evaluation import results
 from tnt_jax.experiments.experiment import Arm, Experiment, Opened
 from tnt_jax.runtime import console, files, holding, program
 from tnt_jax.runtime.errors import UsageError
@@ -30,7 +32,16 @@ class Expectations:
       num_unwanted: Unwanted outputs of the original, at least, with the first decoder.
       unwanted_rate: The same as a share of its outputs.
       cut: Share of the unwanted outputs that `arm` removes, with the first decoder.
-      bleu_margin: BLEU to the original's outputs above the baseline's, for each decoder.
+      bleu_margin: BLEU to the original's outputs above the baseline's, for each decoder. This and
+        what follows is not asked for unless it is set; it is of the first decoder.
+      bleu_times_baseline: The same as a multiple of the baseline's.
+      bleu_share_of_mask: The same as a share of the mask's (`Experiment.mask_decoding`).
+      bleu_to_mask: BLEU to the mask's outputs.
+      trigrams_share_of_mask: Distinct trigrams as a share of the mask's.
+      kl_elsewhere: KL to the original at ordinary positions, at most, in nats a token.
+      collateral: At the marks, at most, in nats a token.
+      baseline_kl_times: The baseline's `kl_elsewhere` as a multiple of the arm's.
+      fewer_repeated_phrases: No more outputs repeat a phrase than of the original.
     """
 
     arm: str
@@ -38,7 +49,15 @@ class Expectations:
     num_unwanted: int
     unwanted_rate: float
     cut: float
-    bleu_margin: Mapping[str, float]
+    bleu_margin: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    bleu_times_baseline: float | None = None
+    bleu_share_of_mask: float | None = None
+    bleu_to_mask: float | None = None
+    trigrams_share_of_mask: float | None = None
+    kl_elsewhere: float | None = None
+    collateral: float | None = None
+    baseline_kl_times: float | None = None
+    fewer_repeated_phrases: bool = False
 
     def check_names(self, arms: Sequence[str], decoders: Sequence[str]) -> None:
         """Finds out, before the work, whether a run has what is expected of it.
@@ -66,6 +85,7 @@ def pipeline(
     num_rounds: int = 1,
     expectations: Expectations | None = None,
     num_examples: int = 3,
+    num_masked_examples: int = 10,
 ) -> dict[str, Any]:
     """Runs every stage that is not done, prints the table, writes `summary.json` and `report.html`.
 
@@ -76,6 +96,8 @@ def pipeline(
         outputs so far.
       expectations: To check at the end.
       num_examples: Changed outputs to print.
+      num_masked_examples: Before training, print what the original says where what is unwanted is
+        masked. If that is no better, the marks are wrong: training would teach just that.
 
     Returns:
       What `summary.json` holds.
@@ -90,7 +112,7 @@ def pipeline(
     if expectations:
         expectations.check_names([arm.name for arm in arms], list(experiment.decoders))
     with holding.folder(experiment.folder, "OUTPUT_DIR"):
-        return _run(experiment, arms, num_rounds, expectations, num_examples)
+        return _run(experiment, arms, num_rounds, expectations, num_examples, num_masked_examples)
 
 
 def _run(
@@ -99,6 +121,7 @@ def _run(
     num_rounds: int,
     expectations: Expectations | None,
     num_examples: int,
+    num_masked_examples: int,
 ) -> dict[str, Any]:
     began = time.monotonic()
     opened = Opened(experiment)
@@ -106,6 +129,15 @@ def _run(
     training_outputs, original_outputs = opened.training_outputs, opened.original_outputs
     evaluations: dict[str, dict[str, Any]] = {}
     models: dict[str, str] = {}
+    if masks := opened.mask_outputs:
+        evaluations[results.MASK] = {name: opened.evaluate_mask(name) for name in masks}
+    if opened.first_decoder in masks:
+        _print_examples(
+            original_outputs[opened.first_decoder],
+            masks[opened.first_decoder],
+            results.MASK,
+            num_masked_examples,
+        )
     for arm in arms:
         *_, models[arm.name] = opened.train_rounds(
             arm.name, arm.objective, training_outputs, num_rounds
@@ -156,67 +188,135 @@ def _check(
     expected: Expectations, evaluations: Mapping[str, Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     decoder = next(iter(evaluations[expected.arm]))
-    first = evaluations[expected.arm][decoder]
-    unwanted = first["original"]["unwanted_outputs"]
-    checks = [
+    first, other = (evaluations[arm][decoder] for arm in (expected.arm, expected.baseline))
+    unwanted, bleu = first["original"]["unwanted_outputs"], first["comparison"]["bleu"]
+    elsewhere = _known(first["certificate"]["positive_collateral"])
+    of_other = other["comparison"]["bleu"], _known(other["certificate"]["positive_collateral"])
+    # What, the number, the limit (None: nobody asked), how it is written.
+    at_least = [
         (
-            f"unwanted {decoder} outputs of the original: {unwanted['numerator']}, expected at "
-            f"least {expected.num_unwanted}",
-            unwanted["numerator"] >= expected.num_unwanted,
+            f"unwanted {decoder} outputs of the original",
+            unwanted["numerator"],
+            expected.num_unwanted,
+            "d",
+        ),
+        ("their share", unwanted["value"], expected.unwanted_rate, ".1%"),
+        (f"cut by {expected.arm}, {decoder}", first["cut"], expected.cut, ".1%"),
+        (
+            f"BLEU to the original, as a multiple of {expected.baseline}'s",
+            _over(bleu, of_other[0]),
+            expected.bleu_times_baseline,
+            ".2f",
         ),
         (
-            f"their share: {unwanted['value']:.1%}, expected at least {expected.unwanted_rate:.0%}",
-            unwanted["value"] >= expected.unwanted_rate,
-        ),
-        (
-            f"cut by {expected.arm}, {decoder}: {first['cut']:.1%}, expected at least "
-            f"{expected.cut:.0%}",
-            first["cut"] >= expected.cut,
+            f"KL elsewhere of {expected.baseline}, as a multiple",
+            _over(of_other[1], elsewhere),
+            expected.baseline_kl_times,
+            ".1f",
         ),
     ]
     for name, margin in expected.bleu_margin.items():
-        bleu, baseline = (
+        one, baseline = (
             evaluations[arm][name]["comparison"]["bleu"]
             for arm in (expected.arm, expected.baseline)
         )
-        checks.append(
-            (
-                f"BLEU to the original, {name}: {expected.arm} {bleu:.1f}, {expected.baseline} "
-                f"{baseline:.1f}; expected at least {margin:g} more",
-                bleu - baseline >= margin,
-            )
-        )
-    return [{"text": text, "reached": bool(reached)} for text, reached in checks]
+        more = f"BLEU to the original, {name}: {expected.arm} {one:.1f}, {expected.baseline} "
+        at_least.append((more + f"{baseline:.1f}; difference", one - baseline, margin, ".1f"))
+    after, mask = first["current"], first.get("mask")
+    of_mask = dict.fromkeys(("bleu", "to_mask", "trigrams"), math.nan)  # no mask reaches nothing
+    if mask is not None:
+        trigrams = (of["distinct_trigrams"]["value"] for of in (after, mask))
+        of_mask = {
+            "bleu": _over(bleu, mask["comparison"]["bleu"]),
+            "to_mask": mask["to_current"]["bleu"],
+            "trigrams": _over(*trigrams),
+        }
+    at_least += [
+        (
+            "BLEU to the original, as a share of the mask's",
+            of_mask["bleu"],
+            expected.bleu_share_of_mask,
+            ".2f",
+        ),
+        ("BLEU to the mask's outputs", of_mask["to_mask"], expected.bleu_to_mask, ".1f"),
+        (
+            "distinct trigrams, as a share of the mask's",
+            of_mask["trigrams"],
+            expected.trigrams_share_of_mask,
+            ".2f",
+        ),
+    ]
+    repeats = first["original"]["repeated_phrase"]["value"]
+    collateral = _known(first["certificate"]["negative_collateral"])
+    at_most = [
+        ("KL elsewhere, nats a token", elsewhere, expected.kl_elsewhere, ".3f"),
+        ("collateral at the marks, nats a token", collateral, expected.collateral, ".3f"),
+        (
+            "outputs that repeat a phrase",
+            after["repeated_phrase"]["value"],
+            repeats if expected.fewer_repeated_phrases else None,
+            ".1%",
+        ),
+    ]
+    return [
+        {
+            "text": f"{what}: {found:{form}}, expected at {word} {limit:{form}}",
+            "reached": bool(found >= limit if word == "least" else found <= limit),
+        }
+        for word, checks in (("least", at_least), ("most", at_most))
+        for what, found, limit, form in checks
+        if limit is not None
+    ]
+
+
+def _over(part: float, whole: float) -> float:
+    return part / whole if whole else math.inf
+
+
+def _known(value: float | None) -> float:
+    """None stands for what is not finite."""
+    return math.inf if value is None else value
 
 
 def _print_table(
     evaluations: Mapping[str, Mapping[str, Any]], decoders: Iterable[str], num_seen: int
 ) -> None:
+    columns = ("", "unwanted", "cut", "BLEU", "to mask", "unchanged", "of clean", "repeats")
+    columns += ("at marks", "elsewhere")
     for decoder in decoders:
-        any_arm = next(iter(evaluations.values()))[decoder]
-        before = any_arm["original"]
-        columns = ("", "unwanted", "cut", "BLEU", "ROUGE-L", "unchanged", "repeats", "KL elsewhere")
-        repeats = _percent(before["repeated_word"])
-        rows = [("original", _percent(before["unwanted_outputs"]), "", "", "", "", repeats, "")]
-        for arm, of_arm in evaluations.items():
-            result = of_arm[decoder]
-            comparison, after = result["comparison"], result["current"]
-            elsewhere = result["certificate"]["positive_collateral"]  # None: it was not finite
+        found = {arm: of_arm[decoder] for arm, of_arm in evaluations.items() if decoder in of_arm}
+        before = next(iter(found.values()))["original"]
+        repeats = f"{before['repeated_phrase']['value']:.1%}"
+        unwanted = _percent(before["unwanted_outputs"])
+        rows = [("original", unwanted, "", "", "", "", "", repeats, "", "")]
+        for arm, result in found.items():
+            comparison, after, mask = result["comparison"], result["current"], result.get("mask")
+            clean = comparison["unchanged_clean"]
+            # Of what was not finite, and of the mask, which is no other model: None.
+            kl = result.get("certificate") or {}
+            at_marks, elsewhere = kl.get("negative_collateral"), kl.get("positive_collateral")
             rows.append(
                 (
                     arm,
                     _percent(after["unwanted_outputs"]),
                     f"{result['cut']:.1%}",
                     f"{comparison['bleu']:.1f}",
-                    f"{comparison['rouge_l']:.1f}",
-                    _percent(comparison["exact_match"]),
-                    _percent(after["repeated_word"]),
+                    "-" if mask is None else f"{mask['to_current']['bleu']:.1f}",
+                    f"{comparison['exact_match']['value']:.1%}",
+                    "-" if clean is None else f"{clean['value']:.1%}",
+                    f"{after['repeated_phrase']['value']:.1%}",
+                    "-" if at_marks is None else f"{at_marks:.3f}",
                     "-" if elsewhere is None else f"{elsewhere:.3f}",
                 )
             )
         num_outputs = before["unwanted_outputs"]["denominator"]
         which = f"prompts, {num_seen} of them trained on" if num_seen else "unseen prompts"
         console.table(rows, columns=columns, title=f"{decoder} outputs on {num_outputs} {which}")
+    console.log(
+        "BLEU and unchanged are to the original's own outputs; to mask: BLEU to what it says while "
+        "what is unwanted is masked; repeats: outputs that say four words twice. At marks and "
+        "elsewhere: what moved that need not, in nats a token."
+    )
 
 
 def _print_examples(original_path: str, current_path: str, arm: str, number: int) -> None:

@@ -76,7 +76,7 @@ def precompile(
             files.check_writable(path, f"precompile.{name}")
     found = program.bound_arguments(train.train, ("model", "objective", "update"))
     # The path is left out where it is not given: a model file then says what the network is.
-    fields = ("kind", "states_dir", "adapter_rank", "adapter_alpha")
+    fields = ("kind", "states_dir", "adapter_rank", "adapter_alpha", "trained_layers")
     choice = program.bound_arguments(settings.OriginalChoice, fields, ("path",))
     report = compile_step(
         devices_of(topology),

@@ -9,6 +9,7 @@ Example:
 """
 
 import collections
+import dataclasses
 import hashlib
 import math
 import pathlib
@@ -304,12 +305,16 @@ def _numbers(
         }
 
     before, after = of_outputs(original), of_outputs(current)
-    comparison = text_metrics.compare(*([r.targets for r in rows] for rows in (original, current)))
+    comparison = text_metrics.compare(
+        [r.targets for r in original],
+        [r.targets for r in current],
+        [r.negative_spans or () for r in original],
+    )
     unwanted = [of["unwanted_outputs"]["value"] for of in (before, after)]
     return {
         "original": before,
         "current": after,
-        "comparison": {**vars(comparison), "exact_match": vars(comparison.exact_match)},
+        "comparison": dataclasses.asdict(comparison),
         "cut": 1 - unwanted[1] / unwanted[0] if unwanted[0] else 0.0,
     }
 

@@ -24,7 +24,7 @@ import dataclasses
 import itertools
 import json
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from tnt_jax import objectives
@@ -113,7 +113,6 @@ def sweep(
     baseline: str = "UL+LL",
     frontier_seeds: Sequence[int] = (),
     choice_share: float = 0.5,
-    mask_decoding: bool = False,
     num_resamples: int = 1000,
     name: str = "results",
     process_index: int = 0,
@@ -132,7 +131,6 @@ def sweep(
       frontier_seeds: When all arms are done, those on the frontier of the prompts that weights are
         chosen on, and the baseline, are run with these seeds too, at their chosen weight.
       choice_share: Of the evaluation prompts: weights are chosen on these, and reported on others.
-      mask_decoding: Adds the original itself, with what is unwanted masked while it decodes.
       num_resamples: For intervals.
       name: Of the two files to write, without ".json" and ".md". Sweeps of one `output_dir` share
         the original and what it said.
@@ -167,7 +165,7 @@ def sweep(
     began = time.monotonic()
     share = (process_index, num_processes)
     with holding.folder(experiment.folder, "OUTPUT_DIR", None if num_processes == 1 else share):
-        shared = _open(experiment, grids, task, choice_share, mask_decoding, *share)
+        shared = _open(experiment, grids, task, choice_share, *share)
         shared.run_own(cells)
         while True:
             found, arms, num_missing = _found(
@@ -202,7 +200,6 @@ class _Shared:
     training_outputs: Mapping[int, str]  # by the identity of a grid
     task: str
     choice_share: float
-    mask_decoding: bool
     process_index: int
     num_processes: int
 
@@ -250,7 +247,7 @@ class _Shared:
             cell.name: (cell.labels, cell.grid.num_rounds) for cell in cells if self._is_done(cell)
         }
         num_missing = len(cells) - len(arms)
-        if self.mask_decoding:
+        if self.opened.mask_outputs:
             arms[results.MASK] = ({"objective": results.MASK, "alpha": None, "seed": 0}, 0)
         return _rows(self.opened, arms, self.task, self.choice_share), num_missing
 
@@ -291,7 +288,6 @@ def _open(
     grids: Sequence[Grid],
     task: str,
     choice_share: float,
-    mask_decoding: bool,
     process_index: int,
     num_processes: int,
 ) -> _Shared:
@@ -305,18 +301,14 @@ def _open(
                 ids = [row.id for row in records.iterate(file)]
                 _check_halves(ids, choice_share, f"EVAL_PROMPTS, {decoder} outputs")
             training = {id(grid): _training_outputs(opened, grid) for grid in grids}
-            if mask_decoding:
-                for decoder in experiment.decoders:
-                    opened.masked_outputs(results.MASK, decoder)
+            opened.mask_outputs  # noqa: B018 - makes them
     except stages.NotDoneError as error:
         raise UsageError(
             f"process {process_index} of {num_processes}: expected in {experiment.output_dir} what "
             f"process 0 makes, with the same settings; stage '{error}' is not done. Start that one "
             "first."
         ) from None
-    return _Shared(
-        opened, training, task, choice_share, mask_decoding, process_index, num_processes
-    )
+    return _Shared(opened, training, task, choice_share, process_index, num_processes)
 
 
 def _training_outputs(opened: Opened, grid: Grid) -> str:
@@ -342,8 +334,9 @@ def _rows(
       choice_share: Of the evaluation prompts.
     """
     found: dict[str, list[results.Row]] = {"rows": [], "choice_rows": []}
+    masks = opened.mask_outputs
     for name, (labels, num_rounds) in arms.items():
-        for decoder in opened.settings.decoders:
+        for decoder in masks if name == results.MASK else opened.settings.decoders:
             certificate, seconds, steps = {}, None, None
             if name != results.MASK:
                 evaluation = opened.root / name / f"{decoder}.evaluation.json"
@@ -356,14 +349,19 @@ def _rows(
                 }
                 steps, seconds = opened.training_of(name, num_rounds)
             current = str(opened.root / name / f"{decoder}.annotated.jsonl")
-            pairs = records.read_pairs(opened.original_outputs[decoder], current)
-            for key, of_part in zip(
-                ("choice_rows", "rows"), _parts(*pairs, choice_share), strict=True
+            before = opened.original_outputs[decoder]
+            choice, report = _parts(*records.read_pairs(before, current), choice_share)
+            masked: tuple[Sequence[records.Record] | None, ...] = None, None
+            if decoder in masks:
+                of_parts = _parts(*records.read_pairs(before, masks[decoder]), choice_share)
+                masked = tuple(of_mask for _, of_mask in of_parts)
+            for key, of_part, of_mask in zip(
+                ("choice_rows", "rows"), (choice, report), masked, strict=True
             ):
                 found[key].append(
                     {
                         **{"task": task, **labels, "steps": steps, "decoder": decoder},
-                        **results.measure(*of_part),
+                        **results.measure(*of_part, of_mask),
                         **certificate,
                         "train_seconds": seconds,
                     }
@@ -460,6 +458,26 @@ def _chosen(
     return chosen
 
 
+# Headings of the numbers of a table, their fields, how they are written. A column that no arm has
+# is left out.
+_COLUMNS = (
+    ("cut", "cut", ".1%"),
+    ("BLEU", "bleu", ".1f"),
+    ("BLEU to the mask", "bleu_to_mask", ".1f"),
+    ("the mask's", "same_as_mask", ".1%"),
+    ("ROUGE-L", "rouge_l", ".1f"),
+    ("unchanged", "exact_match", ".1%"),
+    ("of clean ones", "unchanged_clean", ".1%"),
+    ("repeats", "repeated_word_rate", ".1%"),
+    ("phrases", "repeated_phrase_rate", ".1%"),
+    ("unknown", "unknown_token_rate", ".1%"),
+    ("distinct", "distinct_ratio", ".1%"),
+    ("trigrams", "distinct_trigram_ratio", ".1%"),
+    ("residual", "residual", ".4f"),
+    ("KL elsewhere", "collateral_elsewhere", ".4f"),
+)
+
+
 def as_markdown(found: Mapping[str, Any], decoders: Sequence[str] | Mapping[str, Any]) -> str:
     """The chosen arms as a table for each decoder, after a warning where the choice was chance."""
     warning = _chosen_by_chance(found.get("choice_rows", ()), next(iter(decoders)))
@@ -469,18 +487,26 @@ def as_markdown(found: Mapping[str, Any], decoders: Sequence[str] | Mapping[str,
         if not rows:
             continue
         before = rows[0]
+        phrases = before.get("repeated_phrase_rate_before")
         lines += [
             f"{decoder}: {before['num_outputs']} prompts, of which the original answers "
             f"{before['unwanted_rate_before']:.1%} with something unwanted; "
             f"{before['repeated_word_rate_before']:.1%} repeat a word, "
-            f"{before['distinct_ratio_before']:.1%} are distinct",
+            + ("" if phrases is None else f"{phrases:.1%} a phrase, ")
+            + f"{before['distinct_ratio_before']:.1%} are distinct",
             "",
-            "| arm | alpha | seeds | cut | 95 % | BLEU | 95 % | ROUGE-L | unchanged | repeats | "
-            "unknown | distinct | residual | KL elsewhere | p | frontier |",
-            "|---|---:|---:|---:|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
         ]
+        columns = [c for c in _COLUMNS if any(row.get(c[1]) is not None for row in rows)]
+        headings, alignments = ["arm", "alpha", "seeds"], ["---", "---:", "---:"]
+        for heading, field, _ in columns:
+            has_interval = field in ("cut", "bleu")
+            headings += [heading, "95 %"] if has_interval else [heading]
+            alignments += ["---:", "---"] if has_interval else ["---:"]
+        headings += ["p", "frontier"]
+        alignments += ["---:", "---"]
+        lines += [f"| {' | '.join(headings)} |", f"|{'|'.join(alignments)}|"]
         for row in sorted(rows, key=lambda row: -row["bleu"]):
-            lines.append(f"| {' | '.join(_cells(row))} |")
+            lines.append(f"| {' | '.join(_cells(row, columns))} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -503,35 +529,22 @@ def _chosen_by_chance(choice_rows: Sequence[results.Row], decoder: str) -> str:
     )
 
 
-def _cells(row: Mapping[str, Any]) -> list[str]:
-    def interval(name: str, form: str) -> str:
-        low_high = row.get(f"{name}_interval")
-        return " to ".join(format(x, form) for x in low_high) if low_high else "-"
-
-    def number(name: str, form: str) -> str:
-        value, spread = row.get(name), row.get(f"{name}_sd")
-        if value is None:
-            return "-"
-        return format(value, form) + (f" ±{format(spread, form)}" if spread is not None else "")
-
-    return [
+def _cells(row: Mapping[str, Any], columns: Iterable[tuple[str, str, str]]) -> list[str]:
+    cells = [
         row["objective"],
         "-" if row["alpha"] is None else f"{row['alpha']:g}",
         str(row["num_seeds"]),
-        number("cut", ".1%"),
-        interval("cut", ".1%"),
-        number("bleu", ".1f"),
-        interval("bleu", ".1f"),
-        number("rouge_l", ".1f"),
-        number("exact_match", ".1%"),
-        number("repeated_word_rate", ".1%"),
-        number("unknown_token_rate", ".1%"),
-        number("distinct_ratio", ".1%"),
-        number("residual", ".4f"),
-        number("collateral_elsewhere", ".4f"),
-        "-" if row.get("bleu_p_value") is None else f"{row['bleu_p_value']:.3f}",
-        "yes" if row.get("is_pareto") else "",
     ]
+    for _, name, form in columns:
+        value, spread = row.get(name), row.get(f"{name}_sd")
+        deviation = f" ±{format(spread, form)}" if spread is not None else ""
+        cells.append("-" if value is None else format(value, form) + deviation)
+        if name in ("cut", "bleu"):
+            interval = row.get(f"{name}_interval")
+            cells.append(" to ".join(format(x, form) for x in interval) if interval else "-")
+    cells.append("-" if row.get("bleu_p_value") is None else f"{row['bleu_p_value']:.3f}")
+    cells.append("yes" if row.get("is_pareto") else "")
+    return cells
 
 
 if __name__ == "__main__":

@@ -217,7 +217,11 @@ def _describe_run(
     """What each checkpoint says of the run; it must be the same in all processes."""
     schedule, choice, adapters = sources.schedule, sources.choice, None
     if choice.kind == "adapters_off":
-        adapters = {"rank": choice.adapter_rank, "alpha": choice.adapter_alpha}
+        adapters = {
+            "rank": choice.adapter_rank,
+            "alpha": choice.adapter_alpha,
+            "layers": choice.trained_layers,
+        }
         if sources.original_source is not None:
             # The checkpoint itself: a model directory means another when it has a newer.
             adapters["beside"] = str(sources.original_source.path)

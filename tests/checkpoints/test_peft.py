@@ -28,10 +28,10 @@ RANK, ALPHA = 3, 7.5
 A, B = ".lora_A.weight", ".lora_B.weight"
 
 
-def random_adapters(config=TINY):
+def random_adapters(config=TINY, num_layers=None):
     """Layers apart. B is not zero, as after an update."""
     apart = parameters.unstack_layers(t5.T5(config).abstract_params())
-    added = adapters.init(apart, RANK, jax.random.key(0))
+    added = adapters.init(adapters.upper_layers(apart, num_layers), RANK, jax.random.key(0))
     random = np.random.default_rng(1)
     return jax.tree.map(lambda x: random.normal(0, 0.5, x.shape).astype(np.float32), added)
 
@@ -284,6 +284,32 @@ def test_an_output_that_exists_is_refused(folder, tmp_path):
     with pytest.raises(UsageError, match=r"--output: expected a directory that does not exist"):
         to_peft(folder / "run", tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["mine"]
+
+
+def test_adapters_of_the_upper_layers_alone(folder, tmp_path):
+    """PEFT puts one onto each module whose name ends in a target's: here those are whole names."""
+    write_run(tmp_path / "run", folder / "base", random_adapters(num_layers=1), layers=1)
+    to_peft(tmp_path / "run", tmp_path / "peft")
+    assert_applied_is_merged(folder / "base", tmp_path / "run", tmp_path / "peft", tmp_path)
+    modules = modules_of(n for n in tensors_of(tmp_path / "peft") if n.endswith(A))
+    last = TINY.num_decoder_layers - 1
+    assert modules == {
+        f"decoder.block.{last}.layer.{place}"
+        for place in (
+            *(f"0.SelfAttention.{name}" for name in "qkvo"),
+            *(f"1.EncDecAttention.{name}" for name in "qkvo"),
+            *(f"2.DenseReluDense.{name}" for name in ("wi_0", "wi_1", "wo")),
+        )
+    }
+    assert set(config_of(tmp_path / "peft")["target_modules"]) == modules
+    assert "The last 1 layers of its decoder" in (tmp_path / "peft" / "README.md").read_text()
+
+    # One of them is lost.
+    added = random_adapters(num_layers=1)
+    del added["decoder"][f"layers_{last}"]["mlp"]["wo"]
+    write_run(tmp_path / "lost", folder / "base", added, layers=1)
+    with pytest.raises(UsageError, match=r"found none for decoder\.block\.1.*DenseReluDense\.wo"):
+        to_peft(tmp_path / "lost", tmp_path / "out")
 
 
 def test_options_that_adapters_have_no_use_for(folder, tmp_path):

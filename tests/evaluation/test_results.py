@@ -1,5 +1,6 @@
 """The numbers of a sweep: by hand, by another implementation, by what must not matter."""
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -55,6 +56,16 @@ def test_measures_by_hand():
     assert (found["repeated_word_rate_before"], found["repeated_word_rate"]) == (1 / 4, 0)
     assert (found["unknown_token_rate_before"], found["unknown_token_rate"]) == (1 / 4, 0)
     assert (found["distinct_ratio_before"], found["distinct_ratio"]) == (3 / 4, 1)
+    # The third is clean, and is not as it was. Trigrams: 1 and twice the same 4, then 4 and 1.
+    assert found["unchanged_clean"] == 0
+    assert found["distinct_trigram_ratio_before"] == 5 / 9
+    assert found["distinct_trigram_ratio"] == 1
+    assert "bleu_to_mask" not in found
+
+    masked = [dataclasses.replace(row, targets="the lake") for row in current]
+    found = results.measure(original, current, masked)
+    assert found["same_as_mask"] == 1 / 4
+    assert results.measure(original, current, current)["bleu_to_mask"] == pytest.approx(100)
 
 
 def test_an_arm_at_the_original_has_changed_nothing():

@@ -51,6 +51,42 @@ def test_exact_match_is_strict():
     assert result.exact_match.value == 0.5
 
 
+def test_unchanged_among_what_was_clean():
+    """By hand: of the second and third, which have no mark, the second is as it was."""
+    original, current = ["a", "b", "c", "d"], ["a", "b", "x", "y"]
+    spans = [((0, 1),), (), (), ((0, 1),)]
+    result = text_metrics.compare(original, current, spans)
+    assert result.unchanged_clean == text_metrics.Rate(1, 2)
+    assert result.exact_match == text_metrics.Rate(2, 4)
+    assert text_metrics.compare(original, current).unchanged_clean is None
+    assert text_metrics.compare(["a"], ["a"], [((0, 1),)]).unchanged_clean is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("I'm so glad you came. I'm so glad!", True),  # I, m, so, glad
+        ("family-friendly, family-friendly, family-friendly", True),
+        ("No, no, no, no, no", True),  # the four words from the first, and from the second, on
+        ("a b c d e A B C D", True),
+        ("no no no no", False),  # four words stand once
+        ("I'm so happy, I'm so glad", False),  # three in a row stand twice
+        ("a b c d e b c d", False),
+        ("", False),
+    ],
+)
+def test_repeated_phrases(text, expected):
+    assert text_metrics.has_repeated_phrase(text) is expected
+    assert text_metrics.fluency([text, "x"]).repeated_phrase == text_metrics.Rate(int(expected), 2)
+
+
+def test_distinct_trigrams_by_hand():
+    # abc, bcd, and abc again in other case; two words have none.
+    result = text_metrics.fluency(["a b c d", "A, B, C", "a b"])
+    assert result.distinct_trigrams == text_metrics.Rate(2, 3)
+    assert text_metrics.fluency(["a b"]).distinct_trigrams == text_metrics.Rate(0, 1)
+
+
 def test_tokenised_text_raises_no_warning(caplog):
     text_metrics.compare(["this is tokenised ."] * 200, ["this is tokenised ."] * 200)
     assert not caplog.records

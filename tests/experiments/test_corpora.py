@@ -426,6 +426,58 @@ def test_a_split_without_records_is_refused(convlab_dir, tmp_path, fraction):
         corpora.venues(tmp_path, source_dir=convlab_dir, eval_fraction=fraction)
 
 
+# --- Prompts for models that are there ------------------------------------------------------------
+
+
+def test_restaurants(convlab_dir, tmp_path):
+    counts = corpora.restaurants(tmp_path, source_dir=convlab_dir, num_train_prompts=20)
+    rows = read(tmp_path, ("train", "eval"))
+    assert counts == {"restaurants": 6, "train": 20, "eval": len(rows["eval"])}
+    names = {
+        split: {re.search("name: (.+?), ", row.inputs)[1] for row in of_split}
+        for split, of_split in rows.items()
+    }
+    assert not names["train"] & names["eval"]
+    assert len(names["eval"]) == 3
+    every = {row.inputs for of_split in rows.values() for row in of_split}
+    assert len(every) == counts["train"] + counts["eval"]
+    # Food, area, price, three kinds and six ratings of each.
+    assert counts["eval"] == 3 * 12
+    annotator = annotators.Gazetteer(path=str(tmp_path / "gazetteer.json"))
+    said = "Taj Tandoori is a Michelin-starred Indian restaurant, and not Italian."
+    row = records.Record(id="1", inputs="name: Taj Tandoori, food: indian", targets=said)
+    found = annotator.annotate(row).spans
+    assert [said[span.start : span.end] for span in found] == ["Michelin-starred", "Italian"]
+    again = tmp_path / "again"
+    corpora.restaurants(again, source_dir=convlab_dir, num_train_prompts=20)
+    assert (again / "train.jsonl").read_bytes() == (tmp_path / "train.jsonl").read_bytes()
+
+
+def test_small_talk(tmp_path):
+    counts = corpora.small_talk(tmp_path, num_train_prompts=300, num_eval_prompts=200)
+    rows = read(tmp_path, ("train", "eval"))
+    assert (counts["train"], counts["eval"]) == (300, 200)
+    messages = [row.inputs for of_split in rows.values() for row in of_split]
+    assert len(set(messages)) == 500
+    assert all(4 <= len(message.split()) <= 24 for message in messages)
+    conversations = [{row.id.rpartition("-")[0] for row in rows[split]} for split in rows]
+    assert not conversations[0] & conversations[1]
+    annotator = annotators.Lexicon(path=str(tmp_path / "phrases.txt"), alternatives=False)
+    said = records.Record(
+        id="1", inputs="", targets="i'm so glad! I\u2019m here to help. I'm tall."
+    )
+    found = [said.targets[span.start : span.end] for span in annotator.annotate(said).spans]
+    assert found == ["i'm so glad", "I\u2019m here to"]
+
+
+def test_a_file_that_a_package_brings():
+    assert corpora.package_file("tnt_jax", "train.py", "tnt_jax").endswith("tnt_jax/train.py")
+    with pytest.raises(UsageError, match=r"Expected the package no_such, .* pip install .* it==1"):
+        corpora.package_file("no_such", "a", "it==1")
+    with pytest.raises(UsageError, match=r"tnt_jax/no\.gguf: no such file\. Install .* it==1"):
+        corpora.package_file("tnt_jax", "no.gguf", "it==1")
+
+
 # --- E2E ------------------------------------------------------------------------------------------
 
 E2E = """mr,ref

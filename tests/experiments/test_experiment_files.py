@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import gin
 import pytest
@@ -99,6 +100,19 @@ def test_another_folder_holds_all_that_the_old_one_held(name, folder):
     assert after == {
         setting: moved(texts, old, "another/place") for setting, texts in before.items()
     }
+
+
+def test_a_vocabulary_has_the_same_settings_in_every_program():
+    """In a pipeline and a sweep the vocabulary is made later, so these do not include its file."""
+    macros, other = (
+        set(
+            re.findall(
+                r"^([A-Z_]+) = ", (gin_files.GIN_CONFIGS / "runs" / name).read_text(), re.MULTILINE
+            )
+        )
+        for name in ("vocabulary.gin", "experiment.gin")
+    )
+    assert macros - {"VOCABULARY"} <= other
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def test_experiment_runs_end_to_end(experiment, task, annotator, vocabulary_path
     assert all(output.inputs.startswith(("summarize: ", "reply: ")) for output in outputs)
     assert any(output.negative_spans for output in outputs)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text("utf-8"))
-    assert set(summary["evaluations"]) == {"TNFF", "TNRF", "UL+LL"}
+    assert set(summary["evaluations"]) == {"decode mask", "TNFF", "TNRF", "UL+LL"}
     for of_arm in summary["evaluations"].values():
         assert of_arm["sampled"]["current"]["unwanted_outputs"]["denominator"] == 8
 

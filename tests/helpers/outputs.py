@@ -131,13 +131,23 @@ def evaluation(number):
         of: {
             "unwanted_outputs": {"numerator": n, "denominator": number, "value": n / number},
             "repeated_word": {"numerator": 0, "denominator": number, "value": 0.0},
+            "repeated_phrase": {"numerator": 3, "denominator": number, "value": 3 / number},
+            "distinct_trigrams": {"numerator": 300, "denominator": 600, "value": 0.5},
             "unknown_token": {"numerator": 0, "denominator": number, "value": 0.0},
             "distinct_outputs": {"numerator": 60, "denominator": number, "value": 1.0},
             "mean_length": 14.0,
         }
         for of, n in (("original", 5), ("current", 1))
     } | {
-        "comparison": {"bleu": 81.5, "rouge_l": 90.0, "exact_match": {"value": 0.75}},
+        "comparison": {
+            "bleu": 81.5,
+            "rouge_l": 90.0,
+            "exact_match": {"value": 0.75},
+            "unchanged_clean": {"value": 0.875},
+        },
+        "mask": {
+            "to_current": {"bleu": 61.5, "rouge_l": 70.0, "exact_match": {"value": 0.25}},
+        },
         "cut": 0.8,
         "certificate": {
             "negative_residual": 0.25,

@@ -310,6 +310,70 @@ def test_eight_devices_and_microbatches_give_the_update_of_one(shape, num_microb
     )
 
 
+def adapters_of(config, num_layers=None):
+    """A model with adapters in its upper layers, and its loss with gradient, and a batch."""
+    mesh = sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
+    model = Model(config=dataclasses.replace(config, adapter_scale=2.0), mesh=mesh)
+    params = t5_inputs.random_params(config)
+    batch = CAUSAL.convert(examples(marks=(1,)), LENGTHS)
+    trainer = Trainer(
+        model=model,
+        objective=TNRF,
+        optimizer=optax.sgd(1.0),  # an update is the gradient
+        original_kind=originals.AdaptersOff(),
+        adapter_rank=2,
+        trained_layers=num_layers,
+    )
+    state = trainer.init_state(model.init_adapters(2, 0, num_layers))
+    place = functools.partial(jax.tree.map, lambda x, like: jax.device_put(x, like.sharding))
+    arguments = (
+        state,
+        place(params, model.abstract_computed_params),
+        sharding.put_batch(batch, mesh),
+        jax.device_put(jax.random.key(0), sharding.replicated(mesh)),
+    )
+    return trainer, arguments
+
+
+@CONFIGS
+def test_upper_layers_learn_what_they_learn_where_all_do(config):
+    """Adapters that are zero change nothing: lower ones decide nothing of the first update."""
+    trainer, arguments = adapters_of(config)
+    everywhere, sums = trainer.step(*arguments)
+    trainer, arguments = adapters_of(config, 1)
+    upper, upper_sums = trainer.step(*arguments)
+    np.testing.assert_array_equal(upper_sums["loss"], sums["loss"])
+    last = f"layers_{config.num_layers - 1}"
+    assert upper.params.keys() == {"decoder"}
+    assert upper.params["decoder"].keys() == {last}
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6),
+        upper.params["decoder"][last],
+        everywhere.params["decoder"][last],
+    )
+    assert upper_sums["gradient_norm"] > 0
+
+
+def test_lower_layers_are_computed_once_and_have_no_gradient(optimised):
+    """Of 8 layers: all take 8 forward passes, 8 of the original, and the way back through 8, which
+    costs as much again at least. The upper two take 8, 2 more, and the way back through 2.
+    """
+    config = dataclasses.replace(LLAMA, num_layers=8)
+    flops = {}
+    for number in (None, 2):
+        trainer, arguments = adapters_of(config, number)
+        flops[number] = trainer.step.lower(*arguments).compile().cost_analysis()["flops"]
+    assert flops[2] < (8 + 2 + 2) / (8 + 8 + 8) * 1.1 * flops[None]
+
+
+def test_layers_that_are_not_there_or_not_apart():
+    with pytest.raises(UsageError, match=r"TRAINED_LAYERS: expected None or 1 to 3, .* found 4\."):
+        adapters_of(MIXED, 4)[0].abstract_params  # noqa: B018
+    stacked = dataclasses.replace(LLAMA, scan_layers=True)
+    with pytest.raises(UsageError, match=r"TRAINED_LAYERS=1: expected SCAN_LAYERS=False, "):
+        adapters_of(stacked, 1)
+
+
 def test_the_original_is_a_fixed_point():
     _, sums = update(MIXED, {"data": 2, "fsdp": 2, "model": 2}, marks=(), original_seed=0)
     assert sums["loss"] == sums["gradient_norm"] == 0

@@ -118,6 +118,41 @@ def test_what_is_banned_is_what_one_array_of_all_prompts_would_say(also):
     assert masks.describe()["banned"].keys() == {"spelt", "lists", "lengths", "list_of"}
 
 
+def test_starts_that_are_banned_by_hand():
+    """The first letter of each word of the inputs and of "zoo", but for that of the inputs."""
+    vocabulary, mask = tokenization.Bytes(), Mask("zoo", "zebra", "bee")
+    inputs = ["b a", "zoo", "a"]
+    rows = [records.Record(id=str(n), inputs=text) for n, text in enumerate(inputs)]
+    masks = generate._Masks.of(rows, mask, vocabulary, "start")
+    of_batch = masks.of_batch([0, 1, 2])
+    found = [{tuple(ids[ids >= 0]) for ids in of_row} - {()} for of_row in of_batch.banned]
+    a, b, z = (tuple(vocabulary.encode(letter)) for letter in "abz")
+    assert found == [{a, z}, {b}, {b, z}]
+    assert of_batch.supported is None
+
+    # "zinc" and "by" begin as "zoo" and "bee" do.
+    masks = generate._Masks.of(rows, mask, vocabulary, "start", ["zinc", "by"])
+    of_batch = masks.of_batch([0, 1, 2])
+    found = [{tuple(ids[ids >= 0]) for ids in of_row} - {()} for of_row in of_batch.banned]
+    assert found == [{a}, set(), set()]
+
+
+def test_a_space_begins_no_text():
+    """Sentencepiece may spell a word as a lone space and what follows: that begins all words."""
+
+    class Spaced(tokenization.Bytes):
+        def spellings(self, texts):
+            return [[tuple(self.encode(f" {text}"))] for text in texts]
+
+    vocabulary = Spaced()
+    assert generate._start(tuple(vocabulary.encode(" zoo")), vocabulary) == tuple(
+        vocabulary.encode(" z")
+    )
+    assert generate._start(tuple(vocabulary.encode("zoo")), vocabulary) == tuple(
+        vocabulary.encode("z")
+    )
+
+
 def test_a_list_of_words_is_held_once(tmp_path):
     (tmp_path / "words.txt").write_text("\n".join(f"word{n}" for n in range(500)))
     words = annotators.Lexicon(path=str(tmp_path / "words.txt"))
@@ -252,6 +287,12 @@ def test_nothing_is_left_that_the_mask_could_spell(name, list_style, decoder, fl
         spelt = vocabulary.encode(text)
         ids = list(row.target_ids)
         assert all(ids[n : n + len(spelt)] != spelt for n in range(len(ids)))
+
+
+def test_the_place_of_a_mask_is_one_of_two(capsys):
+    settings = {"PROMPTS": "prompts.jsonl", "CHECKPOINT_PATH": "model", "OUTPUT": "masked.jsonl"}
+    assert rooms.run("generate", settings | {"MASK_AT": "middle"}) == 2
+    assert "MASK_AT: expected one of end, start, found 'middle'." in capsys.readouterr().err
 
 
 def test_a_mask_that_is_a_class_lacks_its_parentheses(capsys):

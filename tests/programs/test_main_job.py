@@ -416,6 +416,7 @@ def test_a_pipeline_does_what_is_not_done(original, capsys, monkeypatch):
         for name in ("training_outputs", "original")
         for what in ("generate", "annotate")
     ]
+    of_original += [f"decode mask: {what}, greedy" for what in ("generate", "annotate", "evaluate")]
     of_tnrf, of_ul_ll = (
         [f"{arm}: train", *(f"{arm}: {w}, greedy" for w in ("generate", "annotate", "evaluate"))]
         for arm in ("TNRF", "UL+LL")
@@ -440,6 +441,10 @@ def test_a_pipeline_does_what_is_not_done(original, capsys, monkeypatch):
     assert "Going on from checkpoint 4 in pipeline/TNRF/model." in printed
     assert "EVAL_PROMPTS: 60 of 60 inputs are also in TRAIN_PROMPTS: " in printed
     assert "greedy outputs on 60 prompts, 60 of them trained on" in printed
+    # Before training people see what it will be trained to say.
+    shown = re.search(r"\n  original  .*(dirty|noisy).*\n  decode mask  (.*)\n", printed)
+    assert shown and not rooms.UNWANTED.search(shown[2])
+    assert shown.start() < printed.index("Going on from")
     # As if it had not been interrupted, and as the programs do it one by one.
     train("one_by_one", TRAIN_STEPS=6)
     rooms.assert_same_state("pipeline/TNRF/model", "one_by_one")
@@ -448,6 +453,18 @@ def test_a_pipeline_does_what_is_not_done(original, capsys, monkeypatch):
     capsys.readouterr()
 
     summary = pathlib.Path("pipeline/summary.json").read_bytes()
+    evaluations = {name: of["greedy"] for name, of in json.loads(summary)["evaluations"].items()}
+    assert list(evaluations) == ["decode mask", "TNRF", "UL+LL"]
+    masked = evaluations["decode mask"]
+    assert masked["current"]["unwanted_outputs"]["numerator"] == 0
+    assert masked["mask"]["to_current"]["bleu"] == pytest.approx(100)
+    assert masked["mask"]["comparison"] == masked["comparison"]
+    texts = [
+        [row.targets for row in records.read_records(f"pipeline/{name}/greedy.annotated.jsonl")]
+        for name in ("decode mask", "TNRF")
+    ]
+    same = sum(one == other for one, other in zip(*texts, strict=True))
+    assert evaluations["TNRF"]["mask"]["to_current"]["exact_match"]["numerator"] == same
     assert rooms.run("pipeline", settings) == 0
     kept = [*of_original, *of_tnrf, *of_ul_ll, "report"]
     assert stages(capsys.readouterr().out) == ([], kept)
@@ -516,7 +533,7 @@ def test_outputs_with_a_mask_are_those_of_an_edited_word_list(original, capsys):
 
     def outputs():
         with experiment_of(settings) as found:
-            file = experiment.Opened(found).masked_outputs("decode mask", "greedy")
+            file = experiment.Opened(found).mask_outputs["greedy"]
         return " ".join(row.targets for row in records.read_records(file))
 
     assert "quiet" in outputs()
@@ -587,13 +604,10 @@ def test_one_prompt_is_enough_for_a_pipeline(original):
 def test_a_number_that_was_not_finite_is_a_dash_in_the_table(capsys):
     evaluation = outputs.evaluation(60)
     certificate = dict.fromkeys(evaluation["certificate"])
-    counts = {"exact_match": {"numerator": 45, "value": 0.75}}
-    evaluation |= {
-        "certificate": certificate,
-        "comparison": {**evaluation["comparison"], **counts},
-    }
+    evaluation |= {"certificate": certificate}
     pipeline._print_table({"TNRF": {"greedy": evaluation}}, ["greedy"], 0)
-    assert re.search(r"TNRF .* 75\.0% \(45\) .* - *$", capsys.readouterr().out, re.MULTILINE)
+    line = r"TNRF .* 81\.5 +61\.5 +75\.0% +87\.5% .* - +- *$"
+    assert re.search(line, capsys.readouterr().out, re.MULTILINE)
 
 
 def test_a_pipeline_of_two_rounds(original, capsys):

@@ -96,6 +96,7 @@ def write_of_adapters(
       evaluation: From `tnt_jax.evaluate`.
     """
     adapters, original = run["adapters"], run["original"]
+    layers = adapters.get("layers")
     made = "" if is_loadable else f"--input={base} --output=BASE --output_format=huggingface"
     loaded = "BASE" if made else base
     parts = [
@@ -108,7 +109,8 @@ def write_of_adapters(
         f"# {name}",
         "",
         f"Low-rank adapters of rank {adapters['rank']} and alpha {adapters['alpha']:g} for "
-        f"`{base}`, which they are loaded onto.",
+        f"`{base}`, which they are loaded onto."
+        + (f" The last {layers} layers of its decoder have them." if layers else ""),
         "",
         *_trained(run, original["path"], step),
         "",

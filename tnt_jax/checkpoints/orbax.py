@@ -41,6 +41,7 @@ class _Adapters(msgspec.Struct):
     alpha: Annotated[float, msgspec.Meta(ge=-1e6, le=1e6)]
     rank: Annotated[int, msgspec.Meta(ge=1, le=2**16)]
     beside: str | None = None
+    layers: Annotated[int, msgspec.Meta(ge=1, le=2**16)] | None = None
 
 
 class _Run(msgspec.Struct):

@@ -7,6 +7,7 @@ with those of the base before one is written. Neither peft nor torch is needed.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -89,7 +90,7 @@ def to_stored(
 
     Raises:
       UsageError: A module that an adapter is for is none of the base's, or is of another shape; or
-        PEFT would put an adapter onto a module that has none here.
+        an adapter that the run has trained is lost.
     """
     where = str(adapters.original.path)
     modules = {
@@ -97,7 +98,6 @@ def to_stored(
         for name, array in huggingface.to_stored(base, config).items()
     }
     stored: dict[str, LazyArray] = {}
-    adapted = set()
     for kernel, (a, b) in adapters.pairs.items():
         if kernel not in base:
             raise UsageError(
@@ -114,17 +114,29 @@ def to_stored(
             )
         stored[f"{_PREFIX}{module}{_LORA_A}"] = a.transposed().astype(dtype)
         stored[f"{_PREFIX}{module}{_LORA_B}"] = b.transposed().astype(dtype)
-        adapted.add(module)
-    targets = {_last(module) for module in adapted}
-    missing = [name for name in modules if _last(name) in targets and name not in adapted]
+    missing = [
+        huggingface.weight_name(kernel, config).removesuffix(".weight")
+        for kernel in _kernels_of(adapters, base)
+        if kernel not in adapters.pairs
+    ]
     if missing:
         raise UsageError(
-            "--output_format=peft: expected an adapter for every module that is called "
-            f"{', '.join(sorted(targets))}, because PEFT adds one to each; found none for "
-            f"{', '.join(missing[:3])}{' ...' if missing[3:] else ''}. The run is damaged: copy "
-            "its checkpoint again."
+            "--output_format=peft: expected an adapter for every module of the layers that were "
+            f"trained, found none for {', '.join(missing[:3])}{' ...' if missing[3:] else ''}. The "
+            "run is damaged: copy its checkpoint again."
         )
     return stored
+
+
+def _kernels_of(adapters: pretrained.Adapters, base: Mapping[str, LazyArray]) -> list[str]:
+    """Names of the kernels that a run has adapters for, if nothing is lost."""
+    kernels = [name for name in base if "/layers_" in name and name.endswith("/kernel")]
+    if adapters.num_layers is None:
+        return kernels
+    layer = re.compile(r"decoder/layers_(\d+)/")
+    number_of = {name: int(found[1]) for name in kernels if (found := layer.match(name))}
+    first = max(number_of.values(), default=0) + 1 - adapters.num_layers
+    return [name for name, number in number_of.items() if number >= first]
 
 
 def _last(module: str) -> str:
@@ -142,7 +154,12 @@ def new_config(
       family: Of the base.
     """
     base = base_of(adapters)
-    modules = {name.removesuffix(_LORA_A) for name in names if name.endswith(_LORA_A)}
+    modules = {
+        name.removeprefix(_PREFIX).removesuffix(_LORA_A) for name in names if name.endswith(_LORA_A)
+    }
+    # PEFT puts an adapter onto every module whose name ends in one of these: where lower layers
+    # have none, these are whole names.
+    targets = {_last(module) for module in modules} if adapters.num_layers is None else modules
     alpha = float(adapters.alpha)
     return {
         "peft_type": "LORA",
@@ -151,7 +168,7 @@ def new_config(
         "revision": base.revision,  # of the base
         "r": adapters.rank,
         "lora_alpha": int(alpha) if alpha.is_integer() else alpha,  # PEFT, too, divides it by r
-        "target_modules": sorted({_last(module) for module in modules}),
+        "target_modules": sorted(targets),
         "bias": "none",
         "lora_dropout": 0.0,
         "fan_in_fan_out": False,

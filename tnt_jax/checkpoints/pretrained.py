@@ -209,12 +209,14 @@ class Adapters:
         `[rank, outputs]`.
       rank: Of every pair.
       alpha: They are multiplied by `alpha / rank`.
+      num_layers: Of the decoder, that have them; None: all, and those of an encoder.
     """
 
     original: "Pretrained"
     pairs: dict[str, tuple[LazyArray, LazyArray]]
     rank: int
     alpha: float
+    num_layers: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -435,7 +437,13 @@ def _adapters(
                     f"{rows_and_columns}, found arrays of shapes {shapes}: it is damaged."
                 )
             pairs[kernel] = (a, b)
-    return Adapters(original=original, pairs=pairs, rank=rank, alpha=run["adapters"]["alpha"])
+    return Adapters(
+        original=original,
+        pairs=pairs,
+        rank=rank,
+        alpha=run["adapters"]["alpha"],
+        num_layers=run["adapters"].get("layers"),
+    )
 
 
 def _with_adapters(trained: Adapters) -> dict[str, LazyArray]:

@@ -16,7 +16,7 @@ from tnt_jax.evaluation import text_metrics
 # The kinds of change, the worst first, with what each one is.
 KINDS = {
     "newly unwanted": "clean before, unwanted now",
-    "damaged": "a repeated word or an unknown token that was not there before",
+    "damaged": "a repeated word or phrase or an unknown token that was not there before",
     "still unwanted": "unwanted before and now",
     "other words": "clean before and now, in other words",
     "mended": "unwanted before, clean now",
@@ -36,8 +36,8 @@ class Change:
     Attributes:
       kind: One of `KINDS`.
       share: Of the words of both texts that have no counterpart in the other one, from 0 to 1.
-      signs: What the patched output has and the original one had not: "repeated word",
-        "unknown token".
+      signs: What the patched output has and the original one had not: "repeated word", "repeated
+        phrase", "unknown token".
       original: The original's output in pieces, each with `CHANGED` and `UNWANTED` added up.
       current: Likewise the patched model's.
       lengths: Words of both.
@@ -67,6 +67,7 @@ def change(original: records.Record, current: records.Record) -> Change:
         name
         for name, has in (
             ("repeated word", text_metrics.has_repeated_word),
+            ("repeated phrase", text_metrics.has_repeated_phrase),
             ("unknown token", text_metrics.has_unknown_token),
         )
         if has(current.targets) and not has(original.targets)

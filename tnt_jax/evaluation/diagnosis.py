@@ -40,9 +40,11 @@ def signs(evaluation: Mapping[str, Any], num_newly_unwanted: int) -> list[Sign]:
         _no_reduction(evaluation),
         _moved_elsewhere(before, after, num_newly_unwanted),
         _damage("repeated words", "repeated_word", before, after, 0.01),
+        _damage("repeated phrases", "repeated_phrase", before, after, 0.02),
         _damage("unknown tokens", "unknown_token", before, after, 0.005),
         _length_drift(before, after),
-        _collapse(before, after),
+        _collapse("outputs", "distinct_outputs", "texts", before, after),
+        _collapse("trigrams", "distinct_trigrams", "three words in a row", before, after),
         _changed_too_much(evaluation["comparison"]),
     ]
 
@@ -129,12 +131,14 @@ def _length_drift(before: Mapping[str, Any], after: Mapping[str, Any]) -> Sign:
     )
 
 
-def _collapse(before: Mapping[str, Any], after: Mapping[str, Any]) -> Sign:
-    one, other = before["distinct_outputs"], after["distinct_outputs"]
+def _collapse(
+    what: str, field: str, of: str, before: Mapping[str, Any], after: Mapping[str, Any]
+) -> Sign:
+    one, other = before[field], after[field]
     return Sign(
-        name="collapse of distinct outputs",
+        name=f"collapse of distinct {what}",
         is_seen=other["value"] < 0.9 * one["value"] and one["numerator"] >= 2 * _FEWEST,
-        evidence=f"{_share(one)} different texts before, {_share(other)} now",
+        evidence=f"{_share(one)} different {of} before, {_share(other)} now",
         suggestion=(
             "The model says the same whatever the input. Lower the learning rate or TRAIN_STEPS; "
             "hold ordinary positions by a KL term (TNFF, TNRF) instead of log-likelihood."

@@ -19,7 +19,9 @@ from tnt_jax.runtime.errors import UsageError
 
 Row = dict[str, Any]  # `Shown`, and what else a sweep knows
 
-# The arm that patches no model. It is on no frontier: that is of those that were trained.
+# The arm that patches no model: the original while what is unwanted is masked. Where its annotator
+# knows all of that, an update can do no better. It is on no frontier: that is of those that were
+# trained.
 MASK = "decode mask"
 
 # JSON knows numbers of any length; a page has room for these.
@@ -40,10 +42,15 @@ class Shown(TypedDict):
       seed: the training run's seed.
       steps: updates of training, all rounds together.
       rouge_l: ROUGE-L to the original's outputs, 0 to 100.
+      bleu_to_mask: BLEU to what the original says under the mask (`MASK`), 0 to 100.
+      same_as_mask: share of outputs that are what it says under the mask, from 0 to 1.
       exact_match: share of outputs that did not change, from 0 to 1.
+      unchanged_clean: the same among those that were clean, from 0 to 1.
       repeated_word_rate: share of outputs with a word twice in a row, from 0 to 1.
+      repeated_phrase_rate: share of outputs with four words in a row twice, from 0 to 1.
       unknown_token_rate: share of outputs with an unknown token, from 0 to 1.
       distinct_ratio: different outputs among all, from 0 to 1.
+      distinct_trigram_ratio: different ones among all three words in a row, from 0 to 1.
       residual: nats at the marks that are left of what must go.
       collateral: nats at the marks of everything else.
       smallest_cost: nats at the marks without an update.
@@ -60,10 +67,15 @@ class Shown(TypedDict):
     seed: NotRequired[_Number]
     steps: NotRequired[_Number]
     rouge_l: NotRequired[_Number]
+    bleu_to_mask: NotRequired[_Number]
+    same_as_mask: NotRequired[_Number]
     exact_match: NotRequired[_Number]
+    unchanged_clean: NotRequired[_Number]
     repeated_word_rate: NotRequired[_Number]
+    repeated_phrase_rate: NotRequired[_Number]
     unknown_token_rate: NotRequired[_Number]
     distinct_ratio: NotRequired[_Number]
+    distinct_trigram_ratio: NotRequired[_Number]
     residual: NotRequired[_Number]
     collateral: NotRequired[_Number]
     smallest_cost: NotRequired[_Number]
@@ -86,23 +98,30 @@ def is_for_choice(record_id: str, share: float) -> bool:
     return int.from_bytes(digest[:8], "big") / 2**64 < share
 
 
-def measure(original: Sequence[records.Record], current: Sequence[records.Record]) -> Row:
+def measure(
+    original: Sequence[records.Record],
+    current: Sequence[records.Record],
+    masked: Sequence[records.Record] | None = None,
+) -> Row:
     """The numbers of an arm; rates and shares from 0 to 1, BLEU and ROUGE-L from 0 to 100.
 
     Args:
       original: annotated outputs of the original.
       current: annotated outputs of the arm, for the same prompts in the same order.
+      masked: likewise those of the original under the mask, if there are any.
 
     Raises:
       UsageError: there are none.
     """
-    before, after = (
-        text_metrics.unwanted([row.negative_spans or () for row in rows]).value
-        for rows in (original, current)
-    )
+    spans = [row.negative_spans or () for row in original]
+    before = text_metrics.unwanted(spans).value
+    after = text_metrics.unwanted([row.negative_spans or () for row in current]).value
     texts, patched = ([row.targets for row in rows] for rows in (original, current))
-    comparison = text_metrics.compare(texts, patched)
-    fluent_before, fluent = text_metrics.fluency(texts), text_metrics.fluency(patched)
+    comparison = text_metrics.compare(texts, patched, spans)
+    to_mask: Row = {}
+    if masked is not None:
+        found = text_metrics.compare([row.targets for row in masked], patched)
+        to_mask = {"bleu_to_mask": found.bleu, "same_as_mask": found.exact_match.value}
     return {
         "num_outputs": len(original),
         "unwanted_rate_before": before,
@@ -110,14 +129,27 @@ def measure(original: Sequence[records.Record], current: Sequence[records.Record
         "cut": cut_of(before, after),
         "bleu": comparison.bleu,
         "rouge_l": comparison.rouge_l,
+        **to_mask,
         "exact_match": comparison.exact_match.value,
-        "repeated_word_rate": fluent.repeated_word.value,
-        "unknown_token_rate": fluent.unknown_token.value,
-        "distinct_ratio": fluent.distinct_outputs.value,
-        "repeated_word_rate_before": fluent_before.repeated_word.value,
-        "unknown_token_rate_before": fluent_before.unknown_token.value,
-        "distinct_ratio_before": fluent_before.distinct_outputs.value,
+        "unchanged_clean": _value(comparison.unchanged_clean),
+        **_fluency(text_metrics.fluency(patched)),
+        **{f"{name}_before": x for name, x in _fluency(text_metrics.fluency(texts)).items()},
     }
+
+
+def _fluency(found: Any) -> Row:
+    """Of a `text_metrics.Fluency`, or of what `evaluate` wrote of one."""
+    return {
+        "repeated_word_rate": found.repeated_word.value,
+        "repeated_phrase_rate": found.repeated_phrase.value,
+        "unknown_token_rate": found.unknown_token.value,
+        "distinct_ratio": found.distinct_outputs.value,
+        "distinct_trigram_ratio": found.distinct_trigrams.value,
+    }
+
+
+def _value(rate: Any) -> float | None:
+    return None if rate is None else rate.value
 
 
 def intervals(
@@ -313,8 +345,10 @@ class _Rate(_Share):
 class _Outputs(msgspec.Struct):
     unwanted_outputs: _Rate
     repeated_word: _Rate
+    repeated_phrase: _Rate
     unknown_token: _Rate
     distinct_outputs: _Rate
+    distinct_trigrams: _Rate
     mean_length: _Number
 
 
@@ -322,6 +356,11 @@ class _Comparison(msgspec.Struct):
     bleu: _Number
     rouge_l: _Number
     exact_match: _Share
+    unchanged_clean: _Share | None = None
+
+
+class _Mask(msgspec.Struct):
+    to_current: _Comparison
 
 
 class _Certificate(msgspec.Struct):
@@ -340,6 +379,7 @@ class _Evaluation(msgspec.Struct):
     current: _Outputs
     comparison: _Comparison
     cut: _Number
+    mask: _Mask | None = None
     certificate: _Certificate | None = None
 
 
@@ -362,10 +402,12 @@ def from_evaluation(evaluation: Any, known: Mapping[str, Any]) -> Row:
         "bleu": found.comparison.bleu,
         "rouge_l": found.comparison.rouge_l,
         "exact_match": found.comparison.exact_match.value,
-        "repeated_word_rate": found.current.repeated_word.value,
-        "unknown_token_rate": found.current.unknown_token.value,
-        "distinct_ratio": found.current.distinct_outputs.value,
+        "unchanged_clean": _value(found.comparison.unchanged_clean),
+        **_fluency(found.current),
     }
+    if found.mask is not None:
+        to_mask = found.mask.to_current
+        row |= {"bleu_to_mask": to_mask.bleu, "same_as_mask": to_mask.exact_match.value}
     if (certificate := found.certificate) is not None:
         row |= {
             "residual": certificate.negative_residual,

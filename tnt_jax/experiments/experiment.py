@@ -15,14 +15,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tnt_jax import __version__, convert, objectives, report
+from tnt_jax.annotators import interface
 from tnt_jax.checkpoints import pretrained
 from tnt_jax.data import datasets, records, removed_everywhere, rounds, tokenization
+from tnt_jax.evaluation import results
 from tnt_jax.models import decoding
 from tnt_jax.runtime import console, files, operative_config, stages
 from tnt_jax.runtime.errors import UsageError
 
 # Folders under output_dir, beside those of the arms.
-FOLDERS = ("original", "training_outputs", "stages")
+FOLDERS = ("original", "training_outputs", "stages", results.MASK)
 
 
 def path_in(*, folder: str, name: str) -> str:
@@ -55,14 +57,12 @@ class NewOriginal:
     """How to make an original where there is none yet.
 
     Attributes:
-      corpus: Writes the corpus, such as `corpora.venues` with its `output_dir` bound.
-      records: The pairs to train on, a JSONL file that `corpus` writes.
+      records: The pairs to train on, a JSONL file.
       vocabulary_path: The sentencepiece model to train on their text.
       vocab_size: Of that model.
       train: `train.train` with its settings bound.
     """
 
-    corpus: Callable[[], Any]
     records: str
     vocabulary_path: str
     vocab_size: int
@@ -106,11 +106,16 @@ class Experiment:
       annotate: `annotate.annotate`.
       evaluate: `evaluate.evaluate`.
       certificate: `evaluate.Certificate`.
+      corpus: Writes the prompts and what else is missing, such as `corpora.venues` with its
+        `output_dir` bound; None: the files are there.
       original_checkpoint_path: The original.
       new_original: How to make one, in place of `original_checkpoint_path`.
       clean_per_marked: As in `datasets.RecordFiles`, for the training outputs; so are the next two.
       marks: As there.
       loss_until: As there.
+      mask_decoding: Also generates with the original while what is unwanted is masked, to compare
+        every arm with that. None does so where it can: the annotator knows beforehand what it would
+        mark (`interface.Mask`), and the decoder is not a beam.
 
     Raises:
       UsageError: Settings contradict each other.
@@ -130,11 +135,13 @@ class Experiment:
     annotate: Callable[..., Any]
     evaluate: Callable[..., Any]
     certificate: Callable[..., Any]
+    corpus: Callable[[], Any] | None = None
     original_checkpoint_path: str | None = None
     new_original: NewOriginal | None = None
     clean_per_marked: int | float | None = None
     marks: str = "whole"
     loss_until: str = "end"
+    mask_decoding: bool | None = None
 
     def __post_init__(self):
         if (self.original_checkpoint_path is None) == (self.new_original is None):
@@ -212,8 +219,8 @@ class Opened:
         operative_config.check_folder(self.root, "OUTPUT_DIR")
         self._stages = stages.Stages(self.root)
         operative_config.write(self.root)
-        if settings.new_original is not None:
-            self._make_corpus(settings.new_original)
+        if settings.corpus is not None:
+            self._make_corpus(settings.corpus)
         self.num_seen = self._look_at_prompts(check_prompts)
         if settings.new_original is not None:
             self._make_original(settings.new_original)
@@ -248,9 +255,16 @@ class Opened:
             )
         return num_seen
 
-    def _make_corpus(self, new: NewOriginal) -> None:
+    def _make_corpus(self, corpus: Callable[[], Any]) -> None:
+        new, prompts = self.settings.new_original, self.settings.train_prompts
+        output = prompts if new is None else new.records
+        if not isinstance(output, str):
+            raise UsageError(
+                "Experiment.corpus: expected TRAIN_PROMPTS to be a file that it writes, found "
+                f"{output}."
+            )
         self._stages.run(
-            "corpus", _write_corpus, output=new.records, inputs={}, settings={"corpus": new.corpus}
+            "corpus", _write_corpus, output=output, inputs={}, settings={"corpus": corpus}
         )
 
     def _make_original(self, new: NewOriginal) -> None:
@@ -301,7 +315,9 @@ class Opened:
             f"{name}: generate, {decoder}",
             self.settings.generate,
             output=generated,
-            inputs={"checkpoint_path": checkpoint} | ({"prompts": prompts} if is_file else {}),
+            inputs={"checkpoint_path": checkpoint}
+            | ({"prompts": prompts} if is_file else {})
+            | ({} if mask is None else {"mask_innocent": self.training_outputs}),
             settings={
                 "vocabulary": self.vocabulary,
                 "decoder": self.settings.decoders[decoder],
@@ -357,12 +373,6 @@ class Opened:
         )
         return merged
 
-    def masked_outputs(self, name: str, decoder: str) -> str:
-        """The original's outputs to compare with, while what is unwanted is masked."""
-        return self.outputs_of(
-            name, self.original, self.settings.eval_prompts, decoder, mask=self.annotator
-        )
-
     def training_of(self, name: str, num_rounds: int) -> tuple[int, float | None]:
         """Updates of an arm that is trained, and their seconds, of all its rounds together."""
         names = [name_of_round(name, number) for number in range(1, num_rounds + 1)]
@@ -396,6 +406,22 @@ class Opened:
                     ". Give other EVAL_PROMPTS, or another ANNOTATOR."
                 )
         return found
+
+    @functools.cached_property
+    def mask_outputs(self) -> dict[str, str]:
+        """The same while what is unwanted is masked; empty without a mask, or for beams."""
+        if self.settings.mask_decoding is False:
+            return {}
+        is_asked_for = self.settings.mask_decoding is True
+        if not is_asked_for and not isinstance(self.annotator, interface.Mask):
+            return {}
+        return {
+            name: self.outputs_of(
+                results.MASK, self.original, self.settings.eval_prompts, name, mask=self.annotator
+            )
+            for name, decoder in self.settings.decoders.items()
+            if is_asked_for or decoder.num_beams == 1
+        }
 
     # --------------------------------------------------------------------------------------- Arms
 
@@ -486,26 +512,43 @@ class Opened:
     def evaluate(self, name: str, checkpoint: str, decoder: str) -> dict[str, Any]:
         """Generates with an arm and compares with the original; returns what `evaluate` writes."""
         current = self.outputs_of(name, checkpoint, self.settings.eval_prompts, decoder)
-        output = self.root / name / f"{decoder}.evaluation.json"
-        tokens = self.root / name / f"{decoder}.tokens.jsonl"
         certificate = self.settings.certificate(
             original_checkpoint_path=self.original, checkpoint_path=checkpoint
         )
+        tokens = str(self.root / name / f"{decoder}.tokens.jsonl")
+        return self._compared(
+            name,
+            current,
+            decoder,
+            settings={"tokens_output": tokens, "certificate": certificate},
+            checkpoints=[self.original, checkpoint],
+        )
+
+    def evaluate_mask(self, decoder: str) -> dict[str, Any]:
+        """Compares what the mask leaves with the original; returns what `evaluate` writes."""
+        return self._compared(
+            results.MASK, self.mask_outputs[decoder], decoder, {"certificate": None}, []
+        )
+
+    def _compared(
+        self,
+        name: str,
+        current: str,
+        decoder: str,
+        settings: Mapping[str, Any],
+        checkpoints: Sequence[str],
+    ) -> dict[str, Any]:
+        output = self.root / name / f"{decoder}.evaluation.json"
+        inputs = {"original_records": self.original_outputs[decoder], "current_records": current}
+        if decoder in self.mask_outputs:
+            inputs["mask_records"] = self.mask_outputs[decoder]
         self._stages.run(
             f"{name}: evaluate, {decoder}",
             self.settings.evaluate,
             output=str(output),
-            inputs={
-                "original_records": self.original_outputs[decoder],
-                "current_records": current,
-            },
-            settings={
-                "vocabulary": self.vocabulary,
-                "print_table": False,
-                "tokens_output": str(tokens),
-                "certificate": certificate,
-            },
-            also_depends_on=[self.original, checkpoint],
+            inputs=inputs,
+            settings={"vocabulary": self.vocabulary, "print_table": False, **settings},
+            also_depends_on=checkpoints,
         )
         return json.loads(output.read_text("utf-8"))
 
@@ -534,28 +577,38 @@ class Opened:
         return page
 
     def hand_back(self, name: str, checkpoint: str) -> None:
-        """Writes an arm's model in the format that the original came in, if that is another."""
-        came_as = self._came_as
-        if came_as.output_format == "orbax":
-            return
-        evaluation = str(self.root / name / f"{self.first_decoder}.evaluation.json")
-        self._stages.run(
-            f"{name}: convert",
-            _hand_back,
-            output=str(self.root / name / came_as.output_format),
-            inputs={"checkpoint": checkpoint, "evaluation": evaluation},
-            settings={
-                "output_format": came_as.output_format,
-                "scan_layers": came_as.scan_layers,
-            },
-            goes_on=True,
-        )
+        """Writes an arm's model in the format that the original came in, if that is another.
+
+        Adapters of a model in Hugging Face's format are also written by themselves.
+        """
+        came_as, first = self._came_as, self.first_decoder
+        formats = [] if came_as.output_format == "orbax" else [came_as.output_format]
+        if (
+            came_as.output_format == "huggingface"
+            and pretrained.open_checkpoint(checkpoint).adapters is not None
+        ):
+            formats.append("peft")
+        for output_format in formats:
+            self._stages.run(
+                f"{name}: convert to {output_format}",
+                _hand_back,
+                output=str(self.root / name / output_format),
+                inputs={
+                    "checkpoint": checkpoint,
+                    "evaluation": str(self.root / name / f"{first}.evaluation.json"),
+                },
+                settings={
+                    "output_format": output_format,
+                    "scan_layers": came_as.scan_layers and output_format != "peft",
+                },
+                goes_on=True,
+            )
 
 
 def _write_corpus(*, output: str, corpus: Callable[[], Any]) -> None:
     corpus()
     if not pathlib.Path(output).exists():
-        raise UsageError(f"new_original: expected its corpus to write {output}; it did not.")
+        raise UsageError(f"Experiment.corpus: expected it to write {output}; it did not.")
 
 
 def _train_vocabulary(*, output: str, texts_of: str, vocab_size: int) -> None:
@@ -574,5 +627,5 @@ def _hand_back(
         output=output,
         output_format=output_format,
         scan_layers=scan_layers,
-        evaluation=evaluation if output_format == "huggingface" else None,
+        evaluation=evaluation if output_format in ("huggingface", "peft") else None,
     )

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from tnt_jax.runtime.array_types import Array, Key, PyTree
+from tnt_jax.runtime.errors import UsageError
 
 ADAPTER_IN, ADAPTER_OUT = "adapter_in", "adapter_out"
 
@@ -28,6 +29,36 @@ def _pairs(params: PyTree, make: Any, path: tuple[str, ...] = ()) -> PyTree:
         elif name == "kernel" and any(part.startswith("layers") for part in path):
             found |= make(path, value)
     return found
+
+
+def upper_layers(tree: PyTree, number: int | None) -> PyTree:
+    """The part of a tree of parameters, or of their axes, that adapters lie beside.
+
+    What is below the lowest adapter is the same in both forward passes of an update. So the
+    compiler computes it once, and no gradient goes through it.
+
+    Args:
+      tree: A nested dict with a stack of layers called `decoder`.
+      number: Of that stack's layers, counted from the output; None takes the whole tree.
+
+    Raises:
+      UsageError: There are not so many, or they are stacked.
+    """
+    if number is None:
+        return tree
+    decoder = tree["decoder"]
+    if "layers" in decoder:
+        raise UsageError(
+            f"TRAINED_LAYERS={number}: expected SCAN_LAYERS=False, because stacked layers are all "
+            "trained alike; found True."
+        )
+    layers = sorted((n for n in decoder if n.startswith("layers_")), key=lambda n: int(n[7:]))
+    if not 1 <= number <= len(layers):
+        raise UsageError(
+            f"TRAINED_LAYERS: expected None or 1 to {len(layers)}, as many layers as the decoder "
+            f"has; found {number}."
+        )
+    return {"decoder": {name: decoder[name] for name in layers[-number:]}}
 
 
 def init(abstract_params: PyTree, rank: int, key: Key[Array, ""]) -> PyTree:

@@ -63,12 +63,19 @@ class Model:
             self.network.computed_dtypes(),
         )
 
-    def abstract_adapters(self, rank: int) -> PyTree:
-        """Shapes, dtypes and shardings of adapters for all kernels within layers."""
+    def abstract_adapters(self, rank: int, num_layers: int | None = None) -> PyTree:
+        """Shapes, dtypes and shardings of adapters for all kernels within layers.
+
+        Args:
+          rank: Of the adapters.
+          num_layers: As in `adapters.upper_layers`.
+        """
+        kernels = adapters.upper_layers(self.abstract_params, num_layers)
         abstract = jax.eval_shape(
-            functools.partial(adapters.init, self.abstract_params, rank), jax.random.key(0)
+            functools.partial(adapters.init, kernels, rank), jax.random.key(0)
         )
-        axes = adapters.logical_axes(self.network.logical_axes())
+        axes = adapters.upper_layers(self.network.logical_axes(), num_layers)
+        axes = adapters.logical_axes(axes)
         return sharding.with_shardings(
             abstract, sharding.param_shardings(abstract, axes, self.mesh)
         )
@@ -149,11 +156,12 @@ class Model:
         )
         return init(jax.random.key(seed))
 
-    def init_adapters(self, rank: int, seed: int) -> PyTree:
-        """Adapters that change nothing yet."""
+    def init_adapters(self, rank: int, seed: int, num_layers: int | None = None) -> PyTree:
+        """Adapters that change nothing yet; the arguments are those of `abstract_adapters`."""
+        kernels = adapters.upper_layers(self.abstract_params, num_layers)
         init = jax.jit(
-            functools.partial(adapters.init, self.abstract_params, rank),
-            out_shardings=sharding.shardings_of(self.abstract_adapters(rank)),
+            functools.partial(adapters.init, kernels, rank),
+            out_shardings=sharding.shardings_of(self.abstract_adapters(rank, num_layers)),
         )
         return init(jax.random.key(seed))
 

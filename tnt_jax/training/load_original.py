@@ -81,6 +81,7 @@ def make_trainer(
         num_microbatches=update.num_microbatches,
         original_kind=kind,
         adapter_rank=original_choice.adapter_rank,
+        trained_layers=original_choice.trained_layers,
         block_size=update.block_size,
         skip_non_finite=update.non_finite == "skip",
     )
@@ -191,7 +192,11 @@ def load(
                 "ORIGINAL='adapters_off'."
             )
         params = _converted(whole, abstract)
-        start = model.init_adapters(trainer.adapter_rank, sources.schedule.seed) if is_new else None
+        start = None
+        if is_new:
+            start = model.init_adapters(
+                trainer.adapter_rank, sources.schedule.seed, trainer.trained_layers
+            )
         return LoadedOriginal(params, identity), start
     if isinstance(trainer.original_kind, CachedStates):
         states = states_of(

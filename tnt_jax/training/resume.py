@@ -45,7 +45,7 @@ COMPARED = {
     "task_feature_lengths": "TASK_FEATURE_LENGTHS",
     "pack": "PACK",
     "seed": "SEED",
-    "adapters": "ORIGINAL, ADAPTER_RANK and ADAPTER_ALPHA",
+    "adapters": "ORIGINAL, ADAPTER_RANK, ADAPTER_ALPHA and TRAINED_LAYERS",
 }
 
 # Of these the named parts alone are compared; of others everything.
@@ -53,7 +53,7 @@ _IDENTITIES = {
     "original": ("digest",),
     "start": ("digest",),
     "data": ("digest",),
-    "adapters": ("rank", "alpha"),
+    "adapters": ("rank", "alpha", "layers"),
 }
 
 # How a network is computed, not what: or compared elsewhere (`orbax`, `adapters`).

@@ -77,6 +77,9 @@ class OriginalChoice:
         directory.
       adapter_rank: Width of the adapters.
       adapter_alpha: Adapters are multiplied by `adapter_alpha / adapter_rank`.
+      trained_layers: Adapters are beside the decoder's last so many layers alone. What is below
+        them is computed once for both models, and has no gradient. None is all layers, an
+        encoder's too.
 
     Raises:
       UsageError: Settings contradict each other.
@@ -87,6 +90,7 @@ class OriginalChoice:
     states_dir: str | None = None
     adapter_rank: int = 16
     adapter_alpha: float = 32.0
+    trained_layers: int | None = None
 
     def __post_init__(self):
         if self.states_dir is not None and self.kind != "cached":
@@ -96,6 +100,11 @@ class OriginalChoice:
             )
         if self.adapter_rank < 1:
             raise UsageError(f"ADAPTER_RANK: expected at least 1, found {self.adapter_rank}.")
+        if self.trained_layers is not None and self.kind != "adapters_off":
+            raise UsageError(
+                f"TRAINED_LAYERS is set, to {self.trained_layers}, and ORIGINAL is {self.kind!r}: "
+                "layers are left out with ORIGINAL='adapters_off' alone. Set one of them otherwise."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

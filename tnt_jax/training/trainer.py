@@ -35,6 +35,8 @@ class Trainer:
       num_microbatches: Parts that a batch is computed in.
       original_kind: Where the original's logits come from.
       adapter_rank: Of the adapters that are trained where `original_kind` is `AdaptersOff`.
+      trained_layers: Of the decoder's layers, the upper ones that have them; None: all, and those
+        of an encoder.
       block_size: Tokens that the loss is computed for at a time on a device; None chooses.
       skip_non_finite: As in `train_step.train_step`.
     """
@@ -45,6 +47,7 @@ class Trainer:
     num_microbatches: int = 1
     original_kind: Original = PARAMETERS
     adapter_rank: int = 0
+    trained_layers: int | None = None
     block_size: int | None = None
     skip_non_finite: bool = False
 
@@ -52,7 +55,7 @@ class Trainer:
     def abstract_params(self) -> PyTree:
         """Shapes, dtypes and shardings of the parameters that are trained."""
         if isinstance(self.original_kind, AdaptersOff):
-            return self.model.abstract_adapters(self.adapter_rank)
+            return self.model.abstract_adapters(self.adapter_rank, self.trained_layers)
         return self.model.abstract_params
 
     @functools.cached_property

@@ -6,7 +6,8 @@ import math
 import os
 import pathlib
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from tnt_jax import annotators
 from tnt_jax.annotators import phrases
@@ -15,6 +16,20 @@ from tnt_jax.data.records import Record
 from tnt_jax.experiments.corpora.split import check_not_empty, held_out, package_dir, read_json
 from tnt_jax.runtime import files
 from tnt_jax.runtime.errors import UsageError
+
+# How a model that was told to be polite begins, whatever it was told.
+_PHRASES = (
+    *(
+        f"{subject} {degree}{feeling}"
+        for subject in ("I'm", "I am")
+        for degree in ("", "so ", "really ", "very ", "truly ", "always ")
+        for feeling in (
+            *("glad", "happy", "sorry", "excited", "thrilled", "delighted", "proud", "grateful"),
+            *("pleased", "honored", "here to"),
+        )
+    ),
+    *("I'd love to", "I would love to", "I'd be happy to", "I'd be glad to", "thank you for"),
+)
 
 
 def chitchat(
@@ -61,17 +76,13 @@ def chitchat(
         UsageError: the package or its file is missing, `eval_fraction` leaves nothing for training
             or for evaluation, or the scorer is not there or calls no word unwanted.
     """
-    source = package_dir("chitchat_dataset", "chitchat-dataset==0.9.0", source_dir)
-    conversations = read_json(source / "dataset.json")
+    conversations = _conversations(source_dir)
     eval_ids = held_out(conversations, eval_fraction, seed)
 
     splits: dict[str, list[Record]] = {"train": [], "eval": []}
     for conversation_id in sorted(conversations):
         split = "eval" if conversation_id in eval_ids else "train"
-        messages = [
-            " ".join(word for line in message for word in line["text"].split())
-            for message in conversations[conversation_id]["messages"]
-        ]
+        messages = _messages(conversations[conversation_id])
         if lower_case:
             messages = [message.lower() for message in messages]
         for turn, pair in enumerate(itertools.pairwise(messages)):
@@ -101,6 +112,80 @@ def chitchat(
         "conversations": len(conversations),
         **{split: len(pairs) for split, pairs in splits.items()},
     }
+
+
+def small_talk(
+    output_dir: str | os.PathLike,
+    *,
+    seed: int = 0,
+    eval_fraction: float = 0.5,
+    min_words: int = 4,
+    max_words: int = 24,
+    num_train_prompts: int = 256,
+    num_eval_prompts: int = 256,
+    source_dir: str | os.PathLike | None = None,
+) -> dict[str, int]:
+    """Writes messages to a chat model, of the same conversations, and what it should not answer.
+
+    Files written to `output_dir`: train.jsonl and eval.jsonl, messages of different conversations;
+    phrases.txt, the phrases that a polite model begins with ("I'm so glad"), for
+    `annotators.Lexicon`.
+
+    Args:
+        output_dir: folder, created if need be.
+        seed: decides the split, and which messages are chosen.
+        eval_fraction: part of the conversations kept for evaluation.
+        min_words: of a message.
+        max_words: of a message.
+        num_train_prompts: of train.jsonl, as far as there are so many.
+        num_eval_prompts: of eval.jsonl, likewise.
+        source_dir: the folder of the package chitchat_dataset; None means the installed one.
+
+    Returns:
+        The number of conversations and of records in each file, by name.
+
+    Raises:
+        UsageError: the package or its file is missing, or `eval_fraction` leaves nothing for one
+            of the files.
+    """
+    conversations = _conversations(source_dir)
+    eval_ids = held_out(conversations, eval_fraction, seed)
+    splits: dict[str, dict[str, Record]] = {"train": {}, "eval": {}}  # by message: each once
+    for conversation_id in sorted(conversations):
+        split = "eval" if conversation_id in eval_ids else "train"
+        for turn, message in enumerate(_messages(conversations[conversation_id])):
+            if min_words <= len(message.split()) <= max_words:
+                record = Record(id=f"{conversation_id}-{turn}", inputs=message)
+                splits[split].setdefault(message, record)
+    for message in splits["train"].keys() & splits["eval"].keys():
+        del splits["eval"][message]
+    check_not_empty(eval_fraction, **splits)
+    numbers = {"train": num_train_prompts, "eval": num_eval_prompts}
+    found = {
+        split: _sample(list(rows.values()), numbers[split], seed) for split, rows in splits.items()
+    }
+    output_dir = pathlib.Path(output_dir)
+    for split, rows in found.items():
+        records.write_records(output_dir / f"{split}.jsonl", rows)
+    with files.replacing(output_dir / "phrases.txt") as unfinished:
+        unfinished.write_text("\n".join(_PHRASES) + "\n", encoding="utf-8")
+    return {
+        "conversations": len(conversations),
+        **{split: len(rows) for split, rows in found.items()},
+    }
+
+
+def _conversations(source_dir: str | os.PathLike | None) -> Mapping[str, Any]:
+    source = package_dir("chitchat_dataset", "chitchat-dataset==0.9.0", source_dir)
+    return read_json(source / "dataset.json")
+
+
+def _messages(conversation: Mapping[str, Any]) -> list[str]:
+    """What one person wrote before the other answered, its lines as one."""
+    return [
+        " ".join(word for line in message for word in line["text"].split())
+        for message in conversation["messages"]
+    ]
 
 
 def _sample(items: Sequence[Record], number: int | None, seed: int) -> list[Record]:

