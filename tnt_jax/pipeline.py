@@ -198,7 +198,7 @@ def _check(
             f"unwanted {decoder} outputs of the original",
             unwanted["numerator"],
             expected.num_unwanted,
-            "d",
+            "g",
         ),
         ("their share", unwanted["value"], expected.unwanted_rate, ".1%"),
         (f"cut by {expected.arm}, {decoder}", first["cut"], expected.cut, ".1%"),
@@ -331,10 +331,10 @@ def _print_examples(original_path: str, current_path: str, arm: str, number: int
         spans = ", ".join(
             repr(before.targets[slice(*span)]) for span in before.negative_spans or ()
         )
-        console.log(
-            f"\n  input     {before.inputs}\n  original  {before.targets}\n"
-            f"  {arm:<8}  {after.targets}\n  unwanted  {spans}"
-        )
+        lines = {"input": before.inputs, "original": before.targets, arm: after.targets}
+        lines["unwanted"] = spans
+        width = max(map(len, lines))
+        console.log("\n" + "\n".join(f"  {name:<{width}}  {text}" for name, text in lines.items()))
 
 
 def _percent(rate: Mapping[str, Any]) -> str:

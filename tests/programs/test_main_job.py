@@ -442,7 +442,7 @@ def test_a_pipeline_does_what_is_not_done(original, capsys, monkeypatch):
     assert "EVAL_PROMPTS: 60 of 60 inputs are also in TRAIN_PROMPTS: " in printed
     assert "greedy outputs on 60 prompts, 60 of them trained on" in printed
     # Before training people see what it will be trained to say.
-    shown = re.search(r"\n  original  .*(dirty|noisy).*\n  decode mask  (.*)\n", printed)
+    shown = re.search(r"\n  original     .*(dirty|noisy).*\n  decode mask  (.*)\n", printed)
     assert shown and not rooms.UNWANTED.search(shown[2])
     assert shown.start() < printed.index("Going on from")
     # As if it had not been interrupted, and as the programs do it one by one.
@@ -608,6 +608,44 @@ def test_a_number_that_was_not_finite_is_a_dash_in_the_table(capsys):
     pipeline._print_table({"TNRF": {"greedy": evaluation}}, ["greedy"], 0)
     line = r"TNRF .* 81\.5 +61\.5 +75\.0% +87\.5% .* - +- *$"
     assert re.search(line, capsys.readouterr().out, re.MULTILINE)
+
+
+def test_what_a_run_should_reach():
+    """Limits that the numbers of `outputs.evaluation` reach exactly, and others just beyond."""
+    arm, baseline = outputs.evaluation(60), outputs.evaluation(60)
+    arm["certificate"] |= {"negative_collateral": 0.5}
+    arm["mask"] |= {"comparison": {"bleu": 163.0}, "distinct_trigrams": {"value": 0.25}}
+    baseline["comparison"] = {**baseline["comparison"], "bleu": 40.75}
+    baseline["certificate"] = {**baseline["certificate"], "positive_collateral": 0.5}
+    evaluations = {"A": {"greedy": arm}, "B": {"greedy": baseline}}
+    reached = {
+        "num_unwanted": 5,
+        "unwanted_rate": 5 / 60,
+        "cut": 0.8,
+        "bleu_margin": {"greedy": 81.5 - 40.75},
+        "bleu_times_baseline": 2.0,
+        "bleu_share_of_mask": 0.5,
+        "bleu_to_mask": 61.5,
+        "trigrams_share_of_mask": 2.0,
+        "kl_elsewhere": 0.125,
+        "collateral": 0.5,
+        "baseline_kl_times": 4.0,
+    }
+
+    def missed(**changed):
+        expected = pipeline.Expectations(arm="A", baseline="B", **{**reached, **changed})
+        return [c["text"] for c in pipeline._check(expected, evaluations) if not c["reached"]]
+
+    assert missed(fewer_repeated_phrases=True) == []
+    for name, limit in reached.items():
+        is_most = name in ("kl_elsewhere", "collateral")
+        beyond = {"greedy": limit["greedy"] * 1.01} if name == "bleu_margin" else limit * 1.01
+        assert len(missed(**{name: limit * 0.99 if is_most else beyond})) == 1, name
+    arm["current"] = {**arm["current"], "repeated_phrase": {"value": 0.5}}
+    assert "50.0%, expected at most 5.0%" in missed(fewer_repeated_phrases=True)[0]
+    # What is asked of a mask that is not there is not reached.
+    del arm["mask"]
+    assert len(missed()) == 3
 
 
 def test_a_pipeline_of_two_rounds(original, capsys):
