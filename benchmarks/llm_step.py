@@ -31,12 +31,15 @@ from tnt_jax.models import decoding, families, parameters
 
 LENGTHS = (128, 64)
 RATE = 1e-5
+UPPER = "TNRF, adapters_off, upper 10 layers"
+VARIANTS = step.VARIANTS | {UPPER: step.Variant("adapters_off", trained_layers=10)}
 # Ours -> what torch does with the same rows.
 COUNTERPARTS = {
     "fine-tune": "full",
     "TNRF, second forward": "full",
     "TNRF, cached": "full",
     "TNRF, adapters_off": "lora",
+    UPPER: "lora",
 }
 
 
@@ -92,12 +95,12 @@ def updates(batch_size, rounds, torch):
     config = step.make_config("smollm2_135m", "float32", "none", False)
     for name, kind in COUNTERPARTS.items():
         names = dict.fromkeys(["fine-tune", name])
-        work = step.Work(config, [step.VARIANTS[one] for one in names], batch_size, LENGTHS)
+        work = step.Work(config, [VARIANTS[one] for one in names], batch_size, LENGTHS)
         runs = {
             one: functools.partial(
                 seconds_of,
                 functools.partial(
-                    work.update, step.VARIANTS[one], step.make_step(config, step.VARIANTS[one])
+                    work.update, VARIANTS[one], step.make_step(config, VARIANTS[one])
                 ),
             )
             for one in names

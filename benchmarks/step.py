@@ -60,12 +60,13 @@ class Variant:
     """A step.
 
     `original` is None for plain fine-tuning, `live` the part that is no padding; with `has_logits`
-    the head is the usual one, of logits that are held.
+    the head is the usual one, of logits that are held. Adapters may be in `trained_layers` alone.
     """
 
     original: str | None
     live: float = 1.0
     has_logits: bool = False
+    trained_layers: int | None = None
 
     @property
     def objective(self):
@@ -189,21 +190,27 @@ class Work:
                 lambda x, dtype: x.astype(dtype, copy=True), params, network.computed_dtypes()
             )
             self.originals |= {"parameters": frozen, "adapters_off": frozen}
-        if "adapters_off" in kinds:
-            pairs = adapters.init(params, RANK, self.key)
-            self.states["adapters_off"] = train_step.init_state(pairs, OPTIMIZER)
+        for variant in variants:
+            if variant.original == "adapters_off":
+                beside = adapters.upper_layers(params, variant.trained_layers)
+                pairs = adapters.init(beside, RANK, self.key)
+                self.states[variant] = train_step.init_state(pairs, OPTIMIZER)
         if kinds - {"adapters_off"}:
             self.states["all"] = train_step.init_state(params, OPTIMIZER)
 
     def arguments(self, variant):
         """The arguments of the step of a variant."""
-        state = self.states.get(variant.original, self.states.get("all"))
+        state = self.states[self._whose(variant)]
         return state, self.originals.get(variant.original), self.batches[variant], self.key
+
+    def _whose(self, variant):
+        """The key of a variant's state."""
+        return variant if variant in self.states else "all"
 
     def update(self, variant, step):
         """One update; the state is shared by all variants that train all parameters."""
         state, sums = step(*self.arguments(variant))
-        self.states[variant.original if variant.original in self.states else "all"] = state
+        self.states[self._whose(variant)] = state
         return sums["loss"]
 
 
