@@ -32,6 +32,7 @@ import numpy as np
 from tnt_jax.annotators import innocent, interface
 from tnt_jax.checkpoints import digests, opened_model, pretrained
 from tnt_jax.data import marks, records, removed_everywhere, tokenization
+from tnt_jax.data.examples import BEGINNING
 from tnt_jax.models import decoding, sharding
 from tnt_jax.models.model import check_seed
 from tnt_jax.models.network_config import NetworkConfig
@@ -294,7 +295,7 @@ class _Masks(NamedTuple):
 
 
 class _Texts(NamedTuple):
-    """Texts of each prompt, as they are spelt after a space.
+    """Texts of each prompt, as `marks.spellings` has them.
 
     Prompts with the same texts share a list of them, and a list is of numbers: what decoding takes
     has every text of every row, which for all prompts at once may be more than a host holds.
@@ -349,9 +350,9 @@ class _Texts(NamedTuple):
 
     def without(self, others: "_Texts") -> "_Texts":
         """These but for what is among others of the same prompt."""
-        ids_of = [tuple(row[row >= 0].tolist()) for row in others.spelt]
+        ids_of = [tuple(row[row != -1].tolist()) for row in others.spelt]
         left_out = [{ids_of[place] for place in of_list} for of_list in others.lists]
-        own_ids = [tuple(row[row >= 0].tolist()) for row in self.spelt]
+        own_ids = [tuple(row[row != -1].tolist()) for row in self.spelt]
         pairs = list(zip(self.list_of.tolist(), others.list_of.tolist(), strict=True))
         number_of = {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
         lists = [
@@ -388,7 +389,9 @@ class _Texts(NamedTuple):
 
 def _start(ids: tuple[int, ...], vocabulary: Any) -> tuple[int, ...]:
     """Up to the first token that is more than a space, which begins all words alike."""
-    number = next((n for n in range(1, len(ids)) if vocabulary.decode(ids[:n]).strip()), len(ids))
+    first = int(ids[:1] == (BEGINNING,))
+    numbers = range(first + 1, len(ids))
+    number = next((n for n in numbers if vocabulary.decode(ids[first:n]).strip()), len(ids))
     return ids[:number]
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import tokenizers
 from etils import epath
 
+from tnt_jax.data.examples import BEGINNING
 from tnt_jax.data.tokenization import (
     MARKS_AFTER,
     Encoded,
@@ -220,18 +221,26 @@ class HubTokenizer(Tokeniser):
     def spellings(self, texts: Sequence[str]) -> list[list[tuple[int, ...]]]:
         """See `Tokeniser.spellings`."""
 
-        def encode(text: str) -> list[int]:
-            return self._loaded.continuing.encode(text, add_special_tokens=False).ids
+        def spelt(tokenizer: Any, space: str) -> list[dict[tuple[int, ...], None]]:
+            def encode(text: str) -> list[int]:
+                return tokenizer.encode(text, add_special_tokens=False).ids
 
-        found = [{tuple(encode(" " + text)): None} for text in texts]
-        for mark in MARKS_AFTER:
-            of_mark = encode(mark)
-            for text, ids_of_text in zip(texts, found, strict=True):
-                ids = encode(" " + text + mark)
-                if ids[-len(of_mark) :] == of_mark:
-                    ids = ids[: -len(of_mark)]  # the mark is a token of its own
-                ids_of_text[tuple(ids)] = None
-        return [list(ids_of_text) for ids_of_text in found]
+            found = [{tuple(encode(space + text)): None} for text in texts]
+            for mark in MARKS_AFTER:
+                of_mark = self._loaded.continuing.encode(mark, add_special_tokens=False).ids
+                for text, ids_of_text in zip(texts, found, strict=True):
+                    ids = encode(space + text + mark)
+                    if ids[-len(of_mark) :] == of_mark:
+                        ids = ids[: -len(of_mark)]  # the mark is a token of its own
+                    ids_of_text[tuple(ids)] = None
+            return found
+
+        after_space = spelt(self._loaded.continuing, " ")
+        at_beginning = spelt(self._loaded.beginning, "")
+        return [
+            [*after, *((BEGINNING, *ids) for ids in first if ids not in after)]
+            for after, first in zip(after_space, at_beginning, strict=True)
+        ]
 
     def pieces(self) -> list[str | None]:
         """How the file writes each token, by its id; None for a number that no token has."""

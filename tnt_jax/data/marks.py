@@ -12,7 +12,7 @@ import numpy as np
 from absl import logging
 
 from tnt_jax.data import records, tokenization
-from tnt_jax.data.examples import Example, loss_mask_until
+from tnt_jax.data.examples import BEGINNING, Example, loss_mask_until
 from tnt_jax.data.tokenization import Extent, Tokeniser
 from tnt_jax.runtime.errors import UsageError
 
@@ -335,7 +335,8 @@ def spellings(
     """The ids of each text as it is spelt after a space, but of those that cannot be spelt.
 
     These are blank, or come to an unknown token, which stands for much else. A text has several
-    spellings where its last piece changes before a punctuation mark ("5" and "5.").
+    spellings where its last piece changes before a punctuation mark ("5" and "5."), or where it is
+    spelt in another way at the beginning of an output: these begin with `BEGINNING`.
     """
     found = zip(texts, vocabulary.spellings(texts), strict=True)
     spelt_of = {
@@ -390,6 +391,10 @@ class Completions:
                 prefix = ids[position - length : position]
                 removed |= completing.get(prefix, frozenset())
                 removed -= kept.get(prefix, frozenset())
+            if position < longest:
+                prefix = (BEGINNING, *ids[:position])
+                removed |= completing.get(prefix, frozenset())
+                removed -= kept.get(prefix, frozenset())
             removed.difference_update(but)
             if removed:
                 found.append((position, tuple(sorted(removed))))
@@ -406,7 +411,8 @@ class Completions:
             spelt = spellings(self._vocabulary, missing)
             self._spelt.update((text, spelt.get(text, ())) for text in missing)
         for tokens in itertools.chain.from_iterable(map(self._spelt.__getitem__, texts)):
-            for length in range(0 if whole else max(len(tokens) - 1, 0), len(tokens)):
+            least = int(tokens[:1] == (BEGINNING,))  # which is no id
+            for length in range(least if whole else max(len(tokens) - 1, 0), len(tokens)):
                 found.setdefault(tokens[:length], set()).add(tokens[length])
         self._last[whole] = texts, found
         return found

@@ -143,7 +143,11 @@ class Tokeniser(abc.ABC):
 
     @abc.abstractmethod
     def spellings(self, texts: Sequence[str]) -> list[list[tuple[int, ...]]]:
-        """The ways in which each text is spelt after a space, whatever follows it."""
+        """The ways in which each text is spelt after a space, whatever follows it.
+
+        Where it is spelt in another way at the beginning of an output, that comes after them,
+        behind `examples.BEGINNING`.
+        """
 
 
 def check_vocabulary(vocabulary: Any) -> int:

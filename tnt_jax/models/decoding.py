@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tnt_jax.data.examples import BEGINNING
 from tnt_jax.models import families, parameters
 from tnt_jax.models.network import DecodingStart
 from tnt_jax.models.network_config import NetworkConfig
@@ -148,7 +149,8 @@ def record_keys(seed: int, record_ids: Sequence[str]) -> Key[Array, "B"]:
 class Mask(NamedTuple):
     """What must not come up in each output, and what may although it holds some of that.
 
-    Both are sequences of ids, as `pad_sequences` fills them up. The id that would complete a banned
+    Both are sequences of ids, as `pad_sequences` fills them up; one that begins with
+    `examples.BEGINNING` is meant where an output begins. The id that would complete a banned
     sequence is removed, unless a supported one has come at least as far from the same place or an
     earlier one: then what goes on with that is all that may follow, until it is whole. So "rice
     boat" can be said where "rice" cannot. `marks.Completions` removes by the same rule.
@@ -385,10 +387,10 @@ def _longest_completed(
 ) -> Int[Array, "B V"]:
     """The length of the longest sequence that each id would complete at a position, or 0."""
     num_rows, _, width = sequences.shape
-    before = jnp.pad(tokens, ((0, 0), (width - 1, 0)), constant_values=-2)
+    before = jnp.pad(tokens, ((0, 0), (width - 1, 0)), constant_values=BEGINNING)
     before = jax.lax.dynamic_slice_in_dim(before, position, width - 1, axis=1)
     prefix, last = sequences[..., :-1], sequences[..., -1]
-    is_next = jnp.all((prefix < 0) | (prefix == before[:, None]), axis=2) & (last >= 0)
+    is_next = jnp.all((prefix == -1) | (prefix == before[:, None]), axis=2) & (last >= 0)
     columns = jnp.where(is_next, last, vocab_size)
     lengths = jnp.sum(sequences >= 0, axis=2, dtype=jnp.int32)
     none = jnp.zeros((num_rows, vocab_size), jnp.int32)
