@@ -6,11 +6,12 @@ import json
 import pathlib
 import re
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from helpers import rooms, tiny_tokenizers
+from helpers import rooms, several, tiny_tokenizers
 from helpers.chat_templates import TEMPLATES
 
 from tnt_jax import convert
@@ -118,6 +119,21 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(original):
     train("parts", TRAIN_STEPS=3, **settings)
     train("parts", TRAIN_STEPS=6, **settings)
     rooms.assert_same_state("whole", "parts")
+
+
+def test_two_processes_learn_what_one_learns(original):
+    """Packed, with parameters that both hold a half of, beside a second tree; four devices here."""
+    settings = LENGTHS | TOKENIZER | {"PACK": True, "BATCH_SIZE": 4, "TRAIN_STEPS": 3}
+    run("train", **settings, LOG_EVERY=1, MODEL_DIR="alone")
+    of_both = {**settings, "LOG_EVERY": 1, "FSDP_DEVICES": 2, "MODEL_DIR": "two"}
+    with several.running("train", of_both, 2, "two") as both:
+        assert both.end() == [0, 0], both.said(1)
+    logs = [pathlib.Path(name, "metrics.jsonl").read_text() for name in ("two", "alone")]
+    losses = [[json.loads(line)["loss"] for line in log.splitlines()] for log in logs]
+    assert len(losses[0]) == 3
+    np.testing.assert_allclose(*losses, rtol=1e-3)
+    ours, theirs = rooms.saved("two"), rooms.saved("alone")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), ours, theirs)
 
 
 def test_what_is_handed_back_says_the_same(patched):
