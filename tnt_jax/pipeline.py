@@ -129,8 +129,8 @@ def _run(
     training_outputs, original_outputs = opened.training_outputs, opened.original_outputs
     evaluations: dict[str, dict[str, Any]] = {}
     models: dict[str, str] = {}
-    if masks := opened.mask_outputs:
-        evaluations[results.MASK] = {name: opened.evaluate_mask(name) for name in masks}
+    masks = opened.mask_outputs
+    of_masks = {name: opened.evaluate_mask(name) for name in masks}
     if opened.first_decoder in masks:
         _print_examples(
             original_outputs[opened.first_decoder],
@@ -147,6 +147,8 @@ def _run(
         }
         opened.hand_back(arm.name, models[arm.name])
 
+    if of_masks:
+        evaluations[results.MASK] = of_masks
     checks = _check(expectations, evaluations) if expectations else []
     schedule = experiment.schedule(start_path=None)
     training = {

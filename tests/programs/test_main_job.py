@@ -454,7 +454,7 @@ def test_a_pipeline_does_what_is_not_done(original, capsys, monkeypatch):
 
     summary = pathlib.Path("pipeline/summary.json").read_bytes()
     evaluations = {name: of["greedy"] for name, of in json.loads(summary)["evaluations"].items()}
-    assert list(evaluations) == ["decode mask", "TNRF", "UL+LL"]
+    assert list(evaluations) == ["TNRF", "UL+LL", "decode mask"]
     masked = evaluations["decode mask"]
     assert masked["current"]["unwanted_outputs"]["numerator"] == 0
     assert masked["mask"]["to_current"]["bleu"] == pytest.approx(100)
