@@ -19,6 +19,7 @@ Example:
 """
 
 import collections
+import dataclasses
 import functools
 import itertools
 import math
@@ -54,6 +55,34 @@ _MASK_AT = ("end", "start")
 _OUTPUTS_PER_PART = 256  # about so many are lost with a process that is killed
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MaskPlace:
+    """Which token of a masked text is removed.
+
+    Attributes:
+      at: "end" removes the token that would complete a text. "start" removes the first token of
+        each text, unless a text that is right begins with it: what alternatives are removed by
+        where a mark begins. It reads better where a first token is most of a word, and takes away
+        innocent words where it is not.
+      innocent: With "start", a file of records with outputs of the model: a token that begins an
+        ordinary word of theirs, and is not all of a masked text, is not removed, as `annotate`
+        removes none on account of an alternative. None knows no such word.
+
+    Raises:
+      UsageError: `at` is something else.
+    """
+
+    at: str = "end"
+    innocent: str | None = None
+
+    def __post_init__(self):
+        if self.at not in _MASK_AT:
+            raise UsageError(f"MASK_AT: expected one of {', '.join(_MASK_AT)}, found {self.at!r}.")
+
+
+AT_THE_END = MaskPlace()
+
+
 class _Batch(NamedTuple):
     indices: list[int]  # of its prompts
     width: int  # of their inputs, in tokens
@@ -72,8 +101,7 @@ def generate(
     mesh_shape: sharding.MeshShape | None = None,
     seed: int = 0,
     mask: interface.Annotator | None = None,
-    mask_at: str = "end",
-    mask_innocent: str | None = None,
+    mask_place: MaskPlace = AT_THE_END,
 ) -> None:
     """Writes one record for every prompt, in order.
 
@@ -90,13 +118,7 @@ def generate(
       seed: Of sampling.
       mask: An annotator that knows beforehand what it would mark (`interface.Mask`: `Lexicon`,
         `Gazetteer`): its texts never come up as the vocabulary spells them. None masks nothing.
-      mask_at: "end" removes the token that would complete a text. "start" removes the first token
-        of each text, unless a text that is right begins with it: what alternatives are removed by
-        where a mark begins. It reads better where a first token is most of a word, and takes away
-        innocent words where it is not.
-      mask_innocent: With "start", a file of records with outputs of the model: a token that begins
-        an ordinary word of theirs, and is not all of a masked text, is not removed, as `annotate`
-        removes none on account of an alternative. None knows no such word.
+      mask_place: Which token of a masked text is removed.
 
     Raises:
       UsageError: A setting, the prompts or the checkpoint does not fit.
@@ -107,8 +129,6 @@ def generate(
             f"{dict(task_feature_lengths)}."
         )
     check_seed(seed)
-    if mask_at not in _MASK_AT:
-        raise UsageError(f"MASK_AT: expected one of {', '.join(_MASK_AT)}, found {mask_at!r}.")
     operative_config.check_writable(
         output, "OUTPUT", {"PROMPTS": prompts if isinstance(prompts, str) else None}
     )
@@ -132,17 +152,7 @@ def generate(
         console.log(
             f"{num_cut} of {len(rows)} inputs are cut at {longest} tokens (TASK_FEATURE_LENGTHS)."
         )
-    masks = (
-        None
-        if mask is None
-        else _Masks.of(
-            rows,
-            mask,
-            vocabulary,
-            mask_at,
-            innocent.words(mask_innocent, mask) if mask_innocent and mask_at == "start" else (),
-        )
-    )
+    masks = None if mask is None else _Masks.of(rows, mask, vocabulary, mask_place)
     batches = _plan([len(ids) for ids in inputs], batch_size, longest)
 
     def start(batch: _Batch) -> decoding.Decoded:
@@ -256,8 +266,7 @@ class _Masks(NamedTuple):
         rows: Sequence[records.Record],
         mask: Any,
         vocabulary: Any,
-        mask_at: str = "end",
-        innocent_words: Sequence[str] = (),
+        place: MaskPlace = AT_THE_END,
     ) -> "_Masks":
         """All that a mask says of all prompts."""
         if not isinstance(mask, interface.Mask):
@@ -265,12 +274,13 @@ class _Masks(NamedTuple):
                 "MASK: expected an annotator that knows beforehand what it would mark (Lexicon, "
                 f"Gazetteer), found {type(mask).__name__}."
             )
-        if mask_at == "end":
+        if place.at == "end":
             return cls(
                 _Texts.of(map(mask.banned, rows), vocabulary),
                 _Texts.of(map(mask.supported, rows), vocabulary),
             )
         start = functools.partial(_start, vocabulary=vocabulary)
+        innocent_words = innocent.words(place.innocent, mask) if place.innocent else ()
         spelt = marks.spellings(vocabulary, innocent_words).values()
         of_words = set(map(start, itertools.chain.from_iterable(spelt)))
 

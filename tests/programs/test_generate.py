@@ -93,6 +93,9 @@ class Mask:
     def supported(self, record):
         return (record.inputs,)
 
+    def innocent_words(self, text):
+        return text.split()
+
 
 @pytest.mark.parametrize("also", [(), ("b", "longest", "")])
 def test_what_is_banned_is_what_one_array_of_all_prompts_would_say(also):
@@ -118,12 +121,12 @@ def test_what_is_banned_is_what_one_array_of_all_prompts_would_say(also):
     assert masks.describe()["banned"].keys() == {"spelt", "lists", "lengths", "list_of"}
 
 
-def test_starts_that_are_banned_by_hand():
+def test_starts_that_are_banned_by_hand(tmp_path):
     """The first letter of each word of the inputs and of "zoo", but for that of the inputs."""
     vocabulary, mask = tokenization.Bytes(), Mask("zoo", "zebra", "bee")
     inputs = ["b a", "zoo", "a"]
     rows = [records.Record(id=str(n), inputs=text) for n, text in enumerate(inputs)]
-    masks = generate._Masks.of(rows, mask, vocabulary, "start")
+    masks = generate._Masks.of(rows, mask, vocabulary, generate.MaskPlace(at="start"))
     of_batch = masks.of_batch([0, 1, 2])
     found = [{tuple(ids[ids >= 0]) for ids in of_row} - {()} for of_row in of_batch.banned]
     a, b, z = (tuple(vocabulary.encode(letter)) for letter in "abz")
@@ -131,7 +134,10 @@ def test_starts_that_are_banned_by_hand():
     assert of_batch.supported is None
 
     # "zinc" and "by" begin as "zoo" and "bee" do.
-    masks = generate._Masks.of(rows, mask, vocabulary, "start", ["zinc", "by"])
+    outputs = [records.Record(id=str(n), inputs="", targets="zinc by zinc by") for n in range(2)]
+    records.write_records(tmp_path / "outputs.jsonl", outputs)
+    place = generate.MaskPlace(at="start", innocent=str(tmp_path / "outputs.jsonl"))
+    masks = generate._Masks.of(rows, mask, vocabulary, place)
     of_batch = masks.of_batch([0, 1, 2])
     found = [{tuple(ids[ids >= 0]) for ids in of_row} - {()} for of_row in of_batch.banned]
     assert found == [{a}, set(), set()]

@@ -7,7 +7,9 @@ from tnt_jax.annotators import interface, phrases
 from tnt_jax.data import records
 
 
-def words(input: str, annotator: interface.Annotator, num_records: int = 20_000) -> tuple[str, ...]:
+def words(
+    input: str, annotator: interface.Annotator | interface.Mask, num_records: int = 20_000
+) -> tuple[str, ...]:
     """The ordinary words of outputs: those outside of all that the annotator may call unwanted.
 
     Args:

@@ -19,6 +19,7 @@ from tnt_jax.annotators import interface
 from tnt_jax.checkpoints import pretrained
 from tnt_jax.data import datasets, records, removed_everywhere, rounds, tokenization
 from tnt_jax.evaluation import results
+from tnt_jax.generate import MaskPlace
 from tnt_jax.models import decoding
 from tnt_jax.runtime import console, files, operative_config, stages
 from tnt_jax.runtime.errors import UsageError
@@ -116,6 +117,7 @@ class Experiment:
       mask_decoding: Also generates with the original while what is unwanted is masked, to compare
         every arm with that. None does so where it can: the annotator knows beforehand what it would
         mark (`interface.Mask`), and the decoder is not a beam.
+      mask_place: `generate.MaskPlace`, for that.
 
     Raises:
       UsageError: Settings contradict each other.
@@ -142,6 +144,7 @@ class Experiment:
     marks: str = "whole"
     loss_until: str = "end"
     mask_decoding: bool | None = None
+    mask_place: Callable[..., Any] = MaskPlace
 
     def __post_init__(self):
         if (self.original_checkpoint_path is None) == (self.new_original is None):
@@ -315,18 +318,22 @@ class Opened:
             f"{name}: generate, {decoder}",
             self.settings.generate,
             output=generated,
-            inputs={"checkpoint_path": checkpoint}
-            | ({"prompts": prompts} if is_file else {})
-            | ({} if mask is None else {"mask_innocent": self.training_outputs}),
+            inputs={"checkpoint_path": checkpoint} | ({"prompts": prompts} if is_file else {}),
             settings={
                 "vocabulary": self.vocabulary,
                 "decoder": self.settings.decoders[decoder],
             }
             | ({} if is_file else {"prompts": prompts})
-            | ({} if mask is None else {"mask": mask}),
+            | ({} if mask is None else self._masking(mask)),
+            also_depends_on=[] if mask is None else [self.training_outputs],
             version="" if mask is None else mask.description,  # as of `_annotated`
         )
         return self._annotated(name, generated, decoder, self.annotator)
+
+    def _masking(self, mask: Any) -> dict[str, Any]:
+        """Settings of `generate` for a mask; ordinary words are those of the training outputs."""
+        place = self.settings.mask_place(innocent=self.training_outputs)
+        return {"mask": mask, "mask_place": place}
 
     def _annotated(self, name: str, generated: str, label: str, annotator: Any) -> str:
         output = str(self.root / name / f"{label}.annotated.jsonl")
