@@ -11,7 +11,7 @@ The interpreter of --torch_python has torch, transformers and peft; it runs in a
 started once and takes turns with ours. Without it, our lines alone are printed. "times torch" is
 the median of the ratios of neighbouring updates.
 
-Takes ten minutes of one core with --rounds=5, torch's part included.
+Takes 10 minutes of one core with `--rounds=5`, and about 12 GB of memory (memory estimated).
 """
 
 import argparse

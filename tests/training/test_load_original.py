@@ -175,7 +175,7 @@ def test_adapters_beside_another_original_are_refused():
 def test_other_adapters_on_a_restart_are_refused(capfd):
     train("alpha", ORIGINAL="adapters_off", ADAPTER_ALPHA=32.0)
     train("alpha", status=2, ORIGINAL="adapters_off", ADAPTER_ALPHA=320.0, TRAIN_STEPS=9)
-    assert "ADAPTER_RANK and ADAPTER_ALPHA" in capfd.readouterr().err
+    assert "ADAPTER_RANK, ADAPTER_ALPHA and TRAINED_LAYERS" in capfd.readouterr().err
 
 
 def test_a_folder_of_states_that_nobody_reads_is_refused(capfd):

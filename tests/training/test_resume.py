@@ -340,8 +340,15 @@ def original_of(**changes):
             "adapters",
             {"rank": 4, "alpha": 8.0, "beside": "a"},
             None,
-            "adapters (ORIGINAL, ADAPTER_RANK and ADAPTER_ALPHA) was {'rank': 4, 'alpha': 8.0}, is "
-            "none",
+            "adapters (ORIGINAL, ADAPTER_RANK, ADAPTER_ALPHA and TRAINED_LAYERS) was {'rank': 4, "
+            "'alpha': 8.0}, is none",
+        ),
+        (
+            "adapters",
+            {"rank": 4, "alpha": 8.0},
+            {"rank": 4, "alpha": 8.0, "layers": 2},
+            "adapters (ORIGINAL, ADAPTER_RANK, ADAPTER_ALPHA and TRAINED_LAYERS): layers was None, "
+            "is 2",
         ),
         (
             "original",
@@ -395,6 +402,7 @@ def test_differences_are_named(name, before, now, difference):
             },
         ),
         ("adapters", {"rank": 4, "alpha": 8.0, "beside": "a"}, {"rank": 4, "alpha": 8.0}),
+        ("adapters", {"rank": 4, "alpha": 8.0}, {"rank": 4, "alpha": 8.0, "layers": None}),
     ],
 )
 def test_what_makes_no_other_run_is_let_pass(name, before, now):

@@ -59,8 +59,8 @@ def explain(error: BaseException) -> str | None:
         return _of_path(error)
     if isinstance(error, ValueError) and "embedded null" in str(error):
         return "expected a path, found a text with a null character in it."
-    if isinstance(error, UnicodeEncodeError) and "surrogates" in error.reason:
-        return f"expected Unicode text, found half a surrogate pair: {error}."
+    if isinstance(error, UnicodeEncodeError) and "surrogates" in str(error):
+        return f"expected Unicode text, found half a surrogate pair: {_one_line(error)}."
     *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
     # gin refused a setting, or found a required argument missing. Any other TypeError at a call
     # through gin is a call that we wrote wrong.

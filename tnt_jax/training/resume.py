@@ -320,9 +320,14 @@ def _difference(name: str, before: Any, now: Any) -> str | None:
 
 
 def _compared(name: str, value: Any) -> Any:
-    """The part of a value that makes it another run's; where something lies does not."""
+    """The part of a value that makes it another run's; where something lies does not.
+
+    A setting that is None is as one that an older version did not have.
+    """
     parts = _IDENTITIES.get(name)
-    return value if parts is None or value is None else {part: value[part] for part in parts}
+    if parts is None or value is None:
+        return value
+    return {part: value[part] for part in parts if value.get(part) is not None}
 
 
 def _said(name: str, value: Any) -> str:
