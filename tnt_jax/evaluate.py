@@ -78,8 +78,8 @@ def evaluate(
       current_records: Annotated outputs of the patched model, for the same ids.
       vocabulary: The tokeniser, for counting tokens.
       mask_records: Annotated outputs of the original while what is unwanted is masked (`generate`
-        with MASK), for the same ids. Where the mask knows all that is unwanted they are the best
-        that an update can reach: what the original says instead. None compares with none.
+        with MASK), for the same ids: what the original says instead, which an update aims at.
+        None compares with none.
       certificate: Settings for running the models; None compares texts alone.
       tokens_output: The JSONL file to write the certificate of every token to: of each record its
         `id`, the `pieces` of its targets and, of each piece, the values of `TOKEN_VALUES` in nats

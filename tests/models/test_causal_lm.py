@@ -355,8 +355,10 @@ def test_upper_layers_learn_what_they_learn_where_all_do(config):
 
 
 def test_lower_layers_are_computed_once_and_have_no_gradient(optimised):
-    """Of 8 layers: all take 8 forward passes, 8 of the original, and the way back through 8, which
-    costs as much again at least. The upper two take 8, 2 more, and the way back through 2.
+    """Counted in forward passes of one layer, for a model of 8.
+
+    Adapters everywhere: 8 for the model, 8 for its original, and at least 8 for the gradient.
+    Adapters in the upper 2: 8 for the model, 2 for its original, and 2 for the gradient.
     """
     config = dataclasses.replace(LLAMA, num_layers=8)
     flops = {}

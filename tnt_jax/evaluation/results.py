@@ -19,9 +19,8 @@ from tnt_jax.runtime.errors import UsageError
 
 Row = dict[str, Any]  # `Shown`, and what else a sweep knows
 
-# The arm that patches no model: the original while what is unwanted is masked. Where its annotator
-# knows all of that, an update can do no better. It is on no frontier: that is of those that were
-# trained.
+# The arm that patches no model: the original while what is unwanted is masked. Others are compared
+# with it. It is on no frontier: that is of those that were trained.
 MASK = "decode mask"
 
 # JSON knows numbers of any length; a page has room for these.
@@ -138,7 +137,7 @@ def measure(
 
 
 def _fluency(found: Any) -> Row:
-    """Of a `text_metrics.Fluency`, or of what `evaluate` wrote of one."""
+    """The columns of `text_metrics.Fluency`, from an object with the same fields."""
     return {
         "repeated_word_rate": found.repeated_word.value,
         "repeated_phrase_rate": found.repeated_phrase.value,

@@ -313,6 +313,14 @@ class Opened:
           mask: An annotator: what it knows is masked.
         """
         is_file = isinstance(prompts, str)
+        masking: dict[str, Any] = {}
+        words_of: list[str] = []
+        if mask is not None:
+            place = self.settings.mask_place()
+            if place.at == "start":  # ordinary words are those of the training outputs
+                words_of = [self.training_outputs]
+                place = dataclasses.replace(place, innocent=self.training_outputs)
+            masking = {"mask": mask, "mask_place": place}
         generated = str(self.root / name / f"{decoder}.jsonl")
         self._stages.run(
             f"{name}: generate, {decoder}",
@@ -324,16 +332,11 @@ class Opened:
                 "decoder": self.settings.decoders[decoder],
             }
             | ({} if is_file else {"prompts": prompts})
-            | ({} if mask is None else self._masking(mask)),
-            also_depends_on=[] if mask is None else [self.training_outputs],
+            | masking,
+            also_depends_on=words_of,
             version="" if mask is None else mask.description,  # as of `_annotated`
         )
         return self._annotated(name, generated, decoder, self.annotator)
-
-    def _masking(self, mask: Any) -> dict[str, Any]:
-        """Settings of `generate` for a mask; ordinary words are those of the training outputs."""
-        place = self.settings.mask_place(innocent=self.training_outputs)
-        return {"mask": mask, "mask_place": place}
 
     def _annotated(self, name: str, generated: str, label: str, annotator: Any) -> str:
         output = str(self.root / name / f"{label}.annotated.jsonl")

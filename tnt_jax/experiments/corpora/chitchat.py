@@ -11,9 +11,14 @@ from typing import Any
 
 from tnt_jax import annotators
 from tnt_jax.annotators import phrases
-from tnt_jax.data import records
 from tnt_jax.data.records import Record
-from tnt_jax.experiments.corpora.split import check_not_empty, held_out, package_dir, read_json
+from tnt_jax.experiments.corpora.split import (
+    check_not_empty,
+    held_out,
+    package_dir,
+    read_json,
+    write_splits,
+)
 from tnt_jax.runtime import files
 from tnt_jax.runtime.errors import UsageError
 
@@ -106,12 +111,7 @@ def chitchat(
             lexicon_threshold,
             lexicon_min_count,
         )
-    for split, pairs in splits.items():
-        records.write_records(output_dir / f"{split}.jsonl", pairs)
-    return {
-        "conversations": len(conversations),
-        **{split: len(pairs) for split, pairs in splits.items()},
-    }
+    return {"conversations": len(conversations), **write_splits(output_dir, splits)}
 
 
 def small_talk(
@@ -125,7 +125,7 @@ def small_talk(
     num_eval_prompts: int = 256,
     source_dir: str | os.PathLike | None = None,
 ) -> dict[str, int]:
-    """Writes messages to a chat model, of the same conversations, and what it should not answer.
+    """Writes messages of the same conversations for a chat model, and phrases that it overuses.
 
     Files written to `output_dir`: train.jsonl and eval.jsonl, messages of different conversations;
     phrases.txt, the phrases that a polite model begins with ("I'm so glad"), for
@@ -164,15 +164,10 @@ def small_talk(
     found = {
         split: _sample(list(rows.values()), numbers[split], seed) for split, rows in splits.items()
     }
-    output_dir = pathlib.Path(output_dir)
-    for split, rows in found.items():
-        records.write_records(output_dir / f"{split}.jsonl", rows)
-    with files.replacing(output_dir / "phrases.txt") as unfinished:
+    counts = write_splits(output_dir, found)
+    with files.replacing(pathlib.Path(output_dir) / "phrases.txt") as unfinished:
         unfinished.write_text("\n".join(_PHRASES) + "\n", encoding="utf-8")
-    return {
-        "conversations": len(conversations),
-        **{split: len(rows) for split, rows in found.items()},
-    }
+    return {"conversations": len(conversations), **counts}
 
 
 def _conversations(source_dir: str | os.PathLike | None) -> Mapping[str, Any]:

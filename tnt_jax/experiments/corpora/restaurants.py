@@ -8,13 +8,18 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tnt_jax.data import records
 from tnt_jax.data.records import Record
-from tnt_jax.experiments.corpora.split import check_not_empty, held_out, package_dir, read_json
+from tnt_jax.experiments.corpora.split import (
+    check_not_empty,
+    held_out,
+    package_dir,
+    read_json,
+    write_splits,
+)
 from tnt_jax.runtime import files
 
 _INSTRUCTION = "Write one sentence that describes this restaurant."
-# What nobody said of most of these restaurants. A prompt names one of the first two lists at most.
+# What a prompt may state beside what the database has. They are ours.
 _KINDS = ("pub", "coffee shop", "restaurant")
 _RATINGS = ("1 out of 5", "3 out of 5", "5 out of 5", "low", "average", "high")
 # What a sentence may claim of a restaurant in a word, and its other names.
@@ -119,13 +124,11 @@ def restaurants(
             Record(id=f"{split}-{k}", inputs=prompt) for k, prompt in enumerate(prompts[:number])
         ]
     check_not_empty(eval_fraction, **splits)
-    output_dir = pathlib.Path(output_dir)
-    for split, rows in splits.items():
-        records.write_records(output_dir / f"{split}.jsonl", rows)
-    with files.replacing(output_dir / "gazetteer.json") as unfinished:
+    counts = write_splits(output_dir, splits)
+    with files.replacing(pathlib.Path(output_dir) / "gazetteer.json") as unfinished:
         text = json.dumps(_CLAIMS, indent=2, ensure_ascii=False)
         unfinished.write_text(text + "\n", encoding="utf-8")
-    return {"restaurants": len(found), **{split: len(rows) for split, rows in splits.items()}}
+    return {"restaurants": len(found), **counts}
 
 
 def _statements(row: Mapping[str, Any]) -> list[str]:

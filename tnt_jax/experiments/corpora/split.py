@@ -5,9 +5,10 @@ import json
 import os
 import pathlib
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from tnt_jax.data import records
 from tnt_jax.runtime.errors import UsageError
 
 
@@ -62,6 +63,15 @@ def read_json(path: pathlib.Path) -> Any:
             f"{path}: no such file. Expected the folder of the package as pip installs it; set "
             "source_dir to that folder, or leave it out to use the installed package."
         ) from None
+
+
+def write_splits(
+    output_dir: str | os.PathLike, splits: Mapping[str, Sequence[records.Record]]
+) -> dict[str, int]:
+    """Writes the records of each split to NAME.jsonl; returns how many each has."""
+    for name, rows in splits.items():
+        records.write_records(pathlib.Path(output_dir) / f"{name}.jsonl", rows)
+    return {name: len(rows) for name, rows in splits.items()}
 
 
 def held_out(items: Collection[str], fraction: float, seed: int) -> set[str]:
