@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 import shutil
@@ -396,3 +397,39 @@ def test_an_adapter_adds_its_product_to_the_kernel():
     found, wanted = forward(together, batch), forward(merged(params, added), batch)
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
     assert float(jnp.abs(found - forward(params, batch)).max()) > 0.1
+
+
+# ------------------------------------------------------------------------------ What is compiled
+
+
+def an_optimizer():
+    return optax.adam(RATE)
+
+
+RATE = 1e-3
+
+
+def test_runs_with_equal_settings_share_what_is_compiled(monkeypatch):
+    def step(optimizer, **changed):
+        update = settings.Update(
+            batch_size=8, task_feature_lengths={"inputs": 4, "targets": 4}, optimizer=optimizer
+        )
+        return load_original.make_trainer(
+            config=CONFIG,
+            objective=objectives.named("TNFF"),
+            original_choice=settings.OriginalChoice(path=None),
+            update=dataclasses.replace(update, **changed),
+        ).step
+
+    first = step(an_optimizer)
+    assert step(an_optimizer) is first
+    # A setting, a number that the optimizer's own settings do not show, another function.
+    assert step(an_optimizer, num_microbatches=2) is not first
+    assert step(an_optimizer, max_gradient_norm=1.0) is not first
+    assert step(lambda: optax.adam(RATE)) is not first
+    monkeypatch.setitem(globals(), "RATE", 1e-2)
+    assert step(an_optimizer) is not first
+    assert step(functools.partial(optax.adam, 1e-3)) is step(functools.partial(optax.adam, 1e-3))
+    assert step(functools.partial(optax.adam, 1e-3)) is not step(
+        functools.partial(optax.adam, 2e-3)
+    )

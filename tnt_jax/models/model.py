@@ -85,15 +85,10 @@ class Model:
         """`forward(params, batch, dropout_key or None) -> FactoredLogits`."""
         return self.network.forward
 
-    @functools.cached_property
+    @property
     def hidden_states(self) -> Callable[..., jax.Array]:
         """`(params, batch) -> states [B, T, E]` of the decoder, whole on every device."""
-        return jax.jit(
-            sharding.traced_on(
-                self.mesh, lambda params, batch: self.forward(params, batch, None).hidden
-            ),
-            out_shardings=sharding.replicated(self.mesh),
-        )
+        return _jit_hidden_states(self)
 
     def decode(
         self,
@@ -150,20 +145,35 @@ class Model:
 
     def init(self, seed: int) -> PyTree:
         """Random parameters; no device ever holds more than its own part."""
-        init = jax.jit(
-            self.network.init,
-            out_shardings=sharding.shardings_of(self.abstract_params),
-        )
-        return init(jax.random.key(seed))
+        return _jit_init(self)(jax.random.key(seed))
 
     def init_adapters(self, rank: int, seed: int, num_layers: int | None = None) -> PyTree:
         """Adapters that change nothing yet; the arguments are those of `abstract_adapters`."""
-        kernels = adapters.upper_layers(self.abstract_params, num_layers)
-        init = jax.jit(
-            functools.partial(adapters.init, kernels, rank),
-            out_shardings=sharding.shardings_of(self.abstract_adapters(rank, num_layers)),
-        )
-        return init(jax.random.key(seed))
+        return _jit_init_adapters(self, rank, num_layers)(jax.random.key(seed))
+
+
+@sharding.keep_compiled
+def _jit_hidden_states(model: Model) -> Callable[..., jax.Array]:
+    return jax.jit(
+        sharding.traced_on(
+            model.mesh, lambda params, batch: model.forward(params, batch, None).hidden
+        ),
+        out_shardings=sharding.replicated(model.mesh),
+    )
+
+
+@sharding.keep_compiled
+def _jit_init(model: Model) -> Callable[..., PyTree]:
+    return jax.jit(model.network.init, out_shardings=sharding.shardings_of(model.abstract_params))
+
+
+@sharding.keep_compiled
+def _jit_init_adapters(model: Model, rank: int, num_layers: int | None) -> Callable[..., PyTree]:
+    kernels = adapters.upper_layers(model.abstract_params, num_layers)
+    return jax.jit(
+        functools.partial(adapters.init, kernels, rank),
+        out_shardings=sharding.shardings_of(model.abstract_adapters(rank, num_layers)),
+    )
 
 
 def check_seed(seed: int) -> None:

@@ -310,6 +310,11 @@ def _dict_keys(path: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple(part.key for part in path if isinstance(part, jax.tree_util.DictKey))
 
 
+# Keeps what a function returns, a function that is compiled, for its latest arguments: called again
+# with equal ones, nothing is traced or compiled again. Few are kept, for each takes memory.
+keep_compiled = functools.lru_cache(maxsize=4)
+
+
 def traced_on(mesh: Mesh, function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
     """The function with its settings, traced with the mesh that `sharding.constrain` looks for."""
 

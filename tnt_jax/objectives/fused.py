@@ -79,6 +79,7 @@ def token_values(
     return total, jax.lax.stop_gradient(values)
 
 
+@sharding.keep_compiled
 def jit_log_likelihoods(model: Model) -> Callable[..., Float[Array, "B T"]]:
     """Compiles `(params, batch) -> log p(target)` of each token of a batch, in nats.
 

@@ -1,13 +1,18 @@
 """The settings of a training run, as values that are passed on whole."""
 
 import dataclasses
+import functools
+import inspect
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import optax
 
 from tnt_jax.models import sharding
 from tnt_jax.models.model import check_seed
+from tnt_jax.runtime import settings_json
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.training import train_step
 
@@ -57,11 +62,31 @@ class Update:
             raise UsageError(f"MAX_GRADIENT_NORM: expected None or more than 0, found {norm}.")
 
     def make_optimizer(self) -> optax.GradientTransformation:
-        """The optimizer, with clipping by the norm over all parameters before anything else."""
-        made = self.optimizer() if callable(self.optimizer) else self.optimizer
+        """The optimizer, with clipping by the norm over all parameters before anything else.
+
+        Optimizers are compared by identity: one that is made as the last run's was, with the same
+        numbers in it, is that one, so that what was compiled for it serves again.
+        """
+        made = self.optimizer
+        if callable(made):
+            maker = made.func if isinstance(made, functools.partial) else made
+            made = made()
+            key = inspect.unwrap(maker), json.dumps(settings_json.describe(made))
+            made = _made.setdefault(key, made)
         if self.max_gradient_norm is None:
             return made
-        return optax.chain(optax.clip_by_global_norm(self.max_gradient_norm), made)
+        return _clipped(made, self.max_gradient_norm)
+
+
+# By what made them, and by all numbers that they hold.
+_made: dict[tuple[Any, str], optax.GradientTransformation] = {}
+
+
+@functools.lru_cache(maxsize=4)
+def _clipped(
+    optimizer: optax.GradientTransformation, largest_norm: float | int
+) -> optax.GradientTransformation:
+    return optax.chain(optax.clip_by_global_norm(largest_norm), optimizer)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

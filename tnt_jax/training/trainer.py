@@ -87,12 +87,7 @@ class Trainer:
 
     def init_state(self, params: PyTree) -> train_step.TrainState:
         """The state before the first update; takes over (donates) `params`."""
-        init = jax.jit(
-            functools.partial(train_step.init_state, optimizer=self.optimizer),
-            out_shardings=sharding.shardings_of(self.abstract_state),
-            donate_argnums=0,
-        )
-        return init(params)
+        return _jit_init_state(self)(params)
 
     @functools.cached_property
     def step(self) -> Callable[..., tuple[train_step.TrainState, train_step.Sums]]:
@@ -100,31 +95,7 @@ class Trainer:
 
         The original is an argument with a sharding of its own: never captured, never donated.
         """
-        state = sharding.shardings_of(self.abstract_state)
-        replicated = sharding.replicated(self.model.mesh)
-        specs = jax.tree.map(lambda where: where.spec, state.params)
-        return jax.jit(
-            sharding.traced_on(
-                self.model.mesh,
-                train_step.train_step,
-                forward=self.model.forward,
-                objective=self.objective,
-                optimizer=self.optimizer,
-                num_microbatches=self.num_microbatches,
-                original_kind=self.original_kind,
-                block_size=self.block_size,
-                place_gradients=lambda tree: jax.lax.with_sharding_constraint(tree, specs),
-                skip_non_finite=self.skip_non_finite,
-            ),
-            in_shardings=(
-                state,
-                sharding.shardings_of(self.abstract_original),
-                sharding.batch_sharding(self.model.mesh),
-                replicated,
-            ),
-            out_shardings=(state, replicated),
-            donate_argnums=0,
-        )
+        return _jit_step(self)
 
     def abstract_batch(
         self, feature_shapes: Mapping[str, tuple[int, ...]]
@@ -171,6 +142,48 @@ class Trainer:
         return tries
 
 
+# The functions that are compiled for a run belong to its settings: the next run with the same ones,
+# a sweep's next seed, compiles nothing.
+
+
+@sharding.keep_compiled
+def _jit_init_state(trainer: Trainer) -> Callable[..., train_step.TrainState]:
+    return jax.jit(
+        functools.partial(train_step.init_state, optimizer=trainer.optimizer),
+        out_shardings=sharding.shardings_of(trainer.abstract_state),
+        donate_argnums=0,
+    )
+
+
+@sharding.keep_compiled
+def _jit_step(trainer: Trainer) -> Callable[..., tuple[train_step.TrainState, train_step.Sums]]:
+    state = sharding.shardings_of(trainer.abstract_state)
+    mesh = trainer.model.mesh
+    specs = jax.tree.map(lambda where: where.spec, state.params)
+    return jax.jit(
+        sharding.traced_on(
+            mesh,
+            train_step.train_step,
+            forward=trainer.model.forward,
+            objective=trainer.objective,
+            optimizer=trainer.optimizer,
+            num_microbatches=trainer.num_microbatches,
+            original_kind=trainer.original_kind,
+            block_size=trainer.block_size,
+            place_gradients=lambda tree: jax.lax.with_sharding_constraint(tree, specs),
+            skip_non_finite=trainer.skip_non_finite,
+        ),
+        in_shardings=(
+            state,
+            sharding.shardings_of(trainer.abstract_original),
+            sharding.batch_sharding(mesh),
+            sharding.replicated(mesh),
+        ),
+        out_shardings=(state, sharding.replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
 def jit_eval_step(
     model: Model,
     objective: objectives.TntObjective,
@@ -191,6 +204,7 @@ def jit_token_step(
     return _jit_for_eval(train_step.token_step, model, objective, kind, block_size)
 
 
+@sharding.keep_compiled
 def _jit_for_eval(
     step: Callable[..., Any],
     model: Model,
