@@ -63,6 +63,13 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def nothing_compiled_is_kept():
+    """What a file has compiled, the next one has no use for: it is half of a worker's memory."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="module")
 def optimised():
     """Compiles to quick code, for what computes longer than it compiles."""
