@@ -284,19 +284,20 @@ def _print_table(
     evaluations: Mapping[str, Mapping[str, Any]], decoders: Iterable[str], num_seen: int
 ) -> None:
     columns = ("", "unwanted", "cut", "BLEU", "to mask", "unchanged", "of clean", "repeats")
-    columns += ("at marks", "elsewhere")
+    columns += ("at marks", "elsewhere", "unrelated")
     for decoder in decoders:
         found = {arm: of_arm[decoder] for arm, of_arm in evaluations.items() if decoder in of_arm}
         before = next(iter(found.values()))["original"]
         repeats = f"{before['repeated_phrase']['value']:.1%}"
         unwanted = _percent(before["unwanted_outputs"])
-        rows = [("original", unwanted, "", "", "", "", "", repeats, "", "")]
+        rows: list[tuple[str, ...]] = [("original", unwanted, *[""] * 5, repeats, *[""] * 3)]
         for arm, result in found.items():
             comparison, after, mask = result["comparison"], result["current"], result.get("mask")
             clean = comparison["unchanged_clean"]
             # Of what was not finite, and of the mask, which is no other model: None.
             kl = result.get("certificate") or {}
-            at_marks, elsewhere = kl.get("negative_collateral"), kl.get("positive_collateral")
+            nats = [kl.get("negative_collateral"), kl.get("positive_collateral")]
+            nats.append((result.get("unrelated") or {}).get("kl"))
             rows.append(
                 (
                     arm,
@@ -307,8 +308,7 @@ def _print_table(
                     f"{comparison['exact_match']['value']:.1%}",
                     "-" if clean is None else f"{clean['value']:.1%}",
                     f"{after['repeated_phrase']['value']:.1%}",
-                    "-" if at_marks is None else f"{at_marks:.3f}",
-                    "-" if elsewhere is None else f"{elsewhere:.3f}",
+                    *("-" if value is None else f"{value:.3f}" for value in nats),
                 )
             )
         num_outputs = before["unwanted_outputs"]["denominator"]
@@ -316,8 +316,8 @@ def _print_table(
         console.table(rows, columns=columns, title=f"{decoder} outputs on {num_outputs} {which}")
     console.log(
         "BLEU and unchanged are to the original's own outputs; to mask: BLEU to what it says while "
-        "what is unwanted is masked; repeats: outputs that say four words twice. At marks and "
-        "elsewhere: what moved that need not, in nats a token."
+        "what is unwanted is masked; repeats: outputs that say four words twice. The last three "
+        "are what moved that need not, in nats a token."
     )
 
 

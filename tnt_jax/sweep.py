@@ -337,7 +337,7 @@ def _rows(
     masks = opened.mask_outputs
     for name, (labels, num_rounds) in arms.items():
         for decoder in masks if name == results.MASK else opened.settings.decoders:
-            certificate, seconds, steps = {}, None, None
+            certificate, seconds, steps, unrelated = {}, None, None, None
             if name != results.MASK:
                 evaluation = opened.root / name / f"{decoder}.evaluation.json"
                 parts = json.loads(evaluation.read_text("utf-8"))["certificate"]
@@ -348,6 +348,7 @@ def _rows(
                     "collateral_elsewhere": parts["positive_collateral"],
                 }
                 steps, seconds = opened.training_of(name, num_rounds)
+                unrelated = opened.unrelated(name) if decoder == opened.first_decoder else None
             current = str(opened.root / name / f"{decoder}.annotated.jsonl")
             before = opened.original_outputs[decoder]
             choice, report = _parts(*records.read_pairs(before, current), choice_share)
@@ -363,10 +364,15 @@ def _rows(
                         **{"task": task, **labels, "steps": steps, "decoder": decoder},
                         **results.measure(*of_part, of_mask),
                         **certificate,
+                        **({} if unrelated is None else _of_unrelated(unrelated)),
                         "train_seconds": seconds,
                     }
                 )
     return found
+
+
+def _of_unrelated(found: Mapping[str, Any]) -> results.Row:
+    return results.unrelated(found["kl"], found["unchanged"]["value"])
 
 
 Pairs = tuple[list[records.Record], list[records.Record]]
@@ -475,6 +481,8 @@ _COLUMNS = (
     ("trigrams", "distinct_trigram_ratio", ".1%"),
     ("residual", "residual", ".4f"),
     ("KL elsewhere", "collateral_elsewhere", ".4f"),
+    ("KL unrelated", "unrelated_kl", ".4f"),
+    ("unrelated unchanged", "unrelated_unchanged", ".1%"),
 )
 
 

@@ -31,6 +31,7 @@ HEALTHY = {
     "comparison": {"bleu": 72.0, "rouge_l": 81.0},
     "cut": 0.9,
     "certificate": {"negative_residual": 0.02, "negative_smallest_cost": 1.4},
+    "unrelated": {"kl": 0.05, "unchanged": rate(60, 80)},
 }
 
 
@@ -69,6 +70,8 @@ def test_a_healthy_update_has_no_sign():
         ({"comparison__bleu": 31.0}, "low BLEU or ROUGE-L", "alpha too high"),
         ({"comparison__rouge_l": 41.0}, "low BLEU or ROUGE-L", "alpha too high"),
         ({"num_newly_unwanted": 12}, "unwanted elsewhere", "alternatives"),
+        ({"unrelated__kl": 0.3}, "leak into other tasks", "not trained on"),
+        ({"unrelated__kl": None}, "leak into other tasks", "not trained on"),
     ],
 )
 def test_signs(changed, name, advice):

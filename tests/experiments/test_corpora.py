@@ -432,7 +432,13 @@ def test_a_split_without_records_is_refused(convlab_dir, tmp_path, fraction):
 def test_restaurants(convlab_dir, tmp_path):
     counts = corpora.restaurants(tmp_path, source_dir=convlab_dir, num_train_prompts=20)
     rows = read(tmp_path, ("train", "eval"))
-    assert counts == {"restaurants": 6, "train": 20, "eval": len(rows["eval"])}
+    unrelated = records.read_records(tmp_path / "unrelated.jsonl")
+    assert counts == {
+        **{"restaurants": 6, "train": 20},
+        **{"eval": len(rows["eval"]), "unrelated": len(unrelated)},
+    }
+    assert len({row.inputs for row in unrelated}) == len(unrelated) == 80
+    assert not any("restaurant" in row.inputs for row in unrelated)
     names = {
         split: {re.search("name: (.+?), ", row.inputs)[1] for row in of_split}
         for split, of_split in rows.items()

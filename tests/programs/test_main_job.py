@@ -591,14 +591,32 @@ def test_a_pipeline_whose_annotator_knows_no_output_trains_nothing(original, cap
     assert not list(pathlib.Path("unknown").glob("*/model"))
 
 
-def test_one_prompt_is_enough_for_a_pipeline(original):
+def test_one_prompt_is_enough_for_a_pipeline_and_unrelated_ones_have_numbers_of_their_own(
+    original, capsys
+):
     records.write_records("one.jsonl", rooms.corpus()[:1])
-    settings = {"EVAL_PROMPTS": "one.jsonl", "ARMS": "[@tnrf/experiment.Arm()]"}
-    assert rooms.run("pipeline", {**PIPELINE, **settings, "OUTPUT_DIR": "one"}) == 0
+    settings = {
+        **{"EVAL_PROMPTS": "one.jsonl", "UNRELATED_PROMPTS": "corpus.jsonl"},
+        **{"ARMS": "[@tnrf/experiment.Arm()]", "OUTPUT_DIR": "one"},
+    }
+    assert rooms.run("pipeline", {**PIPELINE, **settings}) == 0
     summary = json.loads(pathlib.Path("one/summary.json").read_text())
     evaluation = summary["evaluations"]["TNRF"]["greedy"]
     assert evaluation["current"]["unwanted_outputs"]["denominator"] == 1
     assert pathlib.Path("one/report.html").exists()
+    # They are what an evaluation on the same prompts has.
+    settings |= {"EVAL_PROMPTS": "corpus.jsonl", "OUTPUT_DIR": "all"}
+    assert rooms.run("pipeline", {**PIPELINE, **settings}) == 0
+    summary = json.loads(pathlib.Path("all/summary.json").read_text())
+    of_all = summary["evaluations"]["TNRF"]["greedy"]
+    unrelated = {
+        "kl": of_all["certificate"]["positive_collateral"],
+        "unchanged": of_all["comparison"]["exact_match"],
+    }
+    assert unrelated["kl"] > 0
+    assert evaluation["unrelated"] == of_all["unrelated"] == unrelated
+    line = re.findall(r"^ *TNRF .*%.*$", capsys.readouterr().out, re.MULTILINE)[-1]
+    assert line.split()[-1] == f"{unrelated['kl']:.3f}"
 
 
 def test_a_number_that_was_not_finite_is_a_dash_in_the_table(capsys):
@@ -606,7 +624,7 @@ def test_a_number_that_was_not_finite_is_a_dash_in_the_table(capsys):
     certificate = dict.fromkeys(evaluation["certificate"])
     evaluation |= {"certificate": certificate}
     pipeline._print_table({"TNRF": {"greedy": evaluation}}, ["greedy"], 0)
-    line = r"TNRF .* 81\.5 +61\.5 +75\.0% +87\.5% .* - +- *$"
+    line = r"TNRF .* 81\.5 +61\.5 +75\.0% +87\.5% .* - +- +- *$"
     assert re.search(line, capsys.readouterr().out, re.MULTILINE)
 
 

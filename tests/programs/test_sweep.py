@@ -268,9 +268,12 @@ def test_too_few_prompts_are_refused_before_the_first_stage(
 
 def test_the_fewest_prompts_are_enough(working_directory):
     records.write_records("few.jsonl", some_rooms(1, 2))
-    sweep("fewest", EVAL_PROMPTS="few.jsonl", OBJECTIVES="['UL+LL']", ALPHAS="[2.0]")
+    settings = {"EVAL_PROMPTS": "few.jsonl", "OBJECTIVES": "['UL+LL']", "ALPHAS": "[2.0]"}
+    sweep("fewest", UNRELATED_PROMPTS="few.jsonl", **settings)
     (row,) = results("fewest")["chosen"]
     assert row["num_outputs"] == 2
+    assert row["unrelated_kl"] == row["collateral_elsewhere"] > 0
+    assert "KL unrelated" in pathlib.Path("fewest/results.md").read_text()
     assert len(row["cut_interval"]) == len(row["bleu_interval"]) == 2
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 _FEWEST = 5  # outputs: fewer are chance
+_LEAK = 0.1  # nats a token, on prompts of other tasks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ def signs(evaluation: Mapping[str, Any], num_newly_unwanted: int) -> list[Sign]:
 
     Args:
       evaluation: With "original", "current", "comparison" and "cut"; "certificate" where there is
-        one.
+        one, "unrelated" where there were prompts of other tasks.
       num_newly_unwanted: Outputs that are unwanted now and were clean before.
     """
     before, after = evaluation["original"], evaluation["current"]
@@ -46,6 +47,7 @@ def signs(evaluation: Mapping[str, Any], num_newly_unwanted: int) -> list[Sign]:
         _collapse("outputs", "distinct_outputs", "texts", before, after),
         _collapse("trigrams", "distinct_trigrams", "three words in a row", before, after),
         _changed_too_much(evaluation["comparison"]),
+        *_leak(evaluation.get("unrelated")),
     ]
 
 
@@ -158,6 +160,25 @@ def _changed_too_much(comparison: Mapping[str, Any]) -> Sign:
             "as well: compare them with another arm rather than with 100."
         ),
     )
+
+
+def _leak(unrelated: Mapping[str, Any] | None) -> list[Sign]:
+    if unrelated is None:
+        return []
+    kl, unchanged = unrelated["kl"], unrelated["unchanged"]
+    shown = "no finite number of" if kl is None else f"{kl:.3f}"
+    return [
+        Sign(
+            name="leak into other tasks",
+            is_seen=kl is None or kl > _LEAK,
+            evidence=f"on unrelated prompts {shown} nats a token; {_share(unchanged)} unchanged",
+            suggestion=(
+                "The update changes what it was not trained on. Lower the learning rate or "
+                "TRAIN_STEPS, use a KL term at ordinary positions (TNFF, TNRF), or train adapters "
+                "in the upper layers alone (TRAINED_LAYERS)."
+            ),
+        )
+    ]
 
 
 def _share(rate: Mapping[str, Any]) -> str:

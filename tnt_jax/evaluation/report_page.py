@@ -72,6 +72,8 @@ _COLUMNS = (
     ("residual", "residual", _NATS),
     ("collateral", "collateral", _NATS),
     ("KL elsewhere", "collateral_elsewhere", _NATS),
+    ("KL unrelated", "unrelated_kl", _NATS),
+    ("unrelated unchanged", "unrelated_unchanged", _PERCENT),
 )
 
 

@@ -54,6 +54,8 @@ class Shown(TypedDict):
       collateral: nats at the marks of everything else.
       smallest_cost: nats at the marks without an update.
       collateral_elsewhere: KL to the original at ordinary positions, in nats.
+      unrelated_kl: KL to the original on prompts of other tasks, in nats.
+      unrelated_unchanged: share of outputs to these that did not change, from 0 to 1.
     """
 
     task: str
@@ -79,6 +81,8 @@ class Shown(TypedDict):
     collateral: NotRequired[_Number]
     smallest_cost: NotRequired[_Number]
     collateral_elsewhere: NotRequired[_Number]
+    unrelated_kl: NotRequired[_Number]
+    unrelated_unchanged: NotRequired[_Number]
 
 
 # What a report shows, and how it tells two updates apart whose seeds may differ.
@@ -371,6 +375,11 @@ class _Certificate(msgspec.Struct):
     positive_collateral: _Number | None
 
 
+class _Unrelated(msgspec.Struct):
+    kl: _Number | None
+    unchanged: _Share
+
+
 class _Evaluation(msgspec.Struct):
     """What a report shows of an evaluation."""
 
@@ -380,6 +389,7 @@ class _Evaluation(msgspec.Struct):
     cut: _Number
     mask: _Mask | None = None
     certificate: _Certificate | None = None
+    unrelated: _Unrelated | None = None
 
 
 def from_evaluation(evaluation: Any, known: Mapping[str, Any]) -> Row:
@@ -414,7 +424,14 @@ def from_evaluation(evaluation: Any, known: Mapping[str, Any]) -> Row:
             "smallest_cost": certificate.negative_smallest_cost,
             "collateral_elsewhere": certificate.positive_collateral,
         }
+    if found.unrelated is not None:
+        row |= unrelated(found.unrelated.kl, found.unrelated.unchanged.value)
     return {**dict.fromkeys(SHOWN), **row, **known}
+
+
+def unrelated(kl: float | None, unchanged: float) -> Row:
+    """The columns of prompts of other tasks."""
+    return {"unrelated_kl": kl, "unrelated_unchanged": unchanged}
 
 
 def num_outputs(evaluation: Any) -> int:

@@ -107,6 +107,8 @@ class Experiment:
       annotate: `annotate.annotate`.
       evaluate: `evaluate.evaluate`.
       certificate: `evaluate.Certificate`.
+      unrelated_prompts: Prompts of other tasks, of which nothing is learned: an update should not
+        change what is said to them. They are answered with the first decoder. None: there are none.
       corpus: Writes the prompts and what else is missing, such as `corpora.venues` with its
         `output_dir` bound; None: the files are there.
       original_checkpoint_path: The original.
@@ -137,6 +139,7 @@ class Experiment:
     annotate: Callable[..., Any]
     evaluate: Callable[..., Any]
     certificate: Callable[..., Any]
+    unrelated_prompts: Any = None
     corpus: Callable[[], Any] | None = None
     original_checkpoint_path: str | None = None
     new_original: NewOriginal | None = None
@@ -181,6 +184,11 @@ class Experiment:
 def name_of_round(name: str, number: int) -> str:
     """The name of an arm's round, counted from 1: of its folder and its stages."""
     return name if number == 1 else f"{name}.round{number}"
+
+
+def _unrelated_name(name: str) -> str:
+    """The same of what a model says to `Experiment.unrelated_prompts`."""
+    return f"{name}.unrelated"
 
 
 def _from_home(path: str) -> str:
@@ -525,33 +533,71 @@ class Opened:
         certificate = self.settings.certificate(
             original_checkpoint_path=self.original, checkpoint_path=checkpoint
         )
+        inputs = {"original_records": self.original_outputs[decoder], "current_records": current}
+        if decoder in self.mask_outputs:
+            inputs["mask_records"] = self.mask_outputs[decoder]
         tokens = str(self.root / name / f"{decoder}.tokens.jsonl")
-        return self._compared(
+        found = self._compared(
             name,
-            current,
             decoder,
+            inputs,
             settings={"tokens_output": tokens, "certificate": certificate},
             checkpoints=[self.original, checkpoint],
         )
+        if decoder == self.first_decoder and self.settings.unrelated_prompts is not None:
+            self._evaluate_unrelated(name, checkpoint, certificate)
+            found["unrelated"] = self.unrelated(name)
+        return found
+
+    def _evaluate_unrelated(self, name: str, checkpoint: str, certificate: Any) -> None:
+        """The same on prompts of other tasks."""
+        decoder, prompts = self.first_decoder, self.settings.unrelated_prompts
+        before, after = (
+            self.outputs_of(_unrelated_name(of), path, prompts, decoder)
+            for of, path in (("original", self.original), (name, checkpoint))
+        )
+        self._compared(
+            _unrelated_name(name),
+            decoder,
+            {"original_records": before, "current_records": after},
+            settings={"certificate": certificate},
+            checkpoints=[self.original, checkpoint],
+        )
+
+    def unrelated(self, name: str) -> dict[str, Any] | None:
+        """What an arm changed on prompts of other tasks, if it was evaluated on any.
+
+        Returns:
+          "kl", to the original in nats a token, and "unchanged", the share of outputs.
+        """
+        file = self.root / _unrelated_name(name) / f"{self.first_decoder}.evaluation.json"
+        if self.settings.unrelated_prompts is None or not file.exists():
+            return None
+        found = json.loads(file.read_text("utf-8"))
+        return {
+            "kl": found["certificate"]["positive_collateral"],
+            "unchanged": found["comparison"]["exact_match"],
+        }
 
     def evaluate_mask(self, decoder: str) -> dict[str, Any]:
         """Compares what the mask leaves with the original; returns what `evaluate` writes."""
-        return self._compared(
-            results.MASK, self.mask_outputs[decoder], decoder, {"certificate": None}, []
-        )
+        masked = self.mask_outputs[decoder]
+        inputs = {
+            "original_records": self.original_outputs[decoder],
+            "current_records": masked,
+            "mask_records": masked,
+        }
+        return self._compared(results.MASK, decoder, inputs, {"certificate": None}, [])
 
     def _compared(
         self,
         name: str,
-        current: str,
         decoder: str,
+        inputs: Mapping[str, str],
         settings: Mapping[str, Any],
         checkpoints: Sequence[str],
     ) -> dict[str, Any]:
         output = self.root / name / f"{decoder}.evaluation.json"
-        inputs = {"original_records": self.original_outputs[decoder], "current_records": current}
-        if decoder in self.mask_outputs:
-            inputs["mask_records"] = self.mask_outputs[decoder]
         self._stages.run(
             f"{name}: evaluate, {decoder}",
             self.settings.evaluate,

@@ -54,7 +54,7 @@ function choose() {
 // --- Charts ---------------------------------------------------------------------------------------
 
 const MARKERS = ["circle", "square", "triangle", "diamond", "inverted_triangle", "star", "hex", "triangle_pin", "square_pin"];
-const PERCENTAGES = ["cut", "unwanted_rate_after", "same_as_mask", "exact_match", "unchanged_clean", "repeated_word_rate", "repeated_phrase_rate", "unknown_token_rate", "distinct_ratio", "distinct_trigram_ratio"];
+const PERCENTAGES = ["cut", "unwanted_rate_after", "same_as_mask", "exact_match", "unchanged_clean", "repeated_word_rate", "repeated_phrase_rate", "unknown_token_rate", "distinct_ratio", "distinct_trigram_ratio", "unrelated_unchanged"];
 const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const series = () => color("--series").split(" ");
 let views = [];

@@ -12,6 +12,7 @@ from typing import Any
 from tnt_jax import annotators
 from tnt_jax.annotators import phrases
 from tnt_jax.data.records import Record
+from tnt_jax.experiments.corpora.instructions import instructions
 from tnt_jax.experiments.corpora.split import (
     check_not_empty,
     held_out,
@@ -128,8 +129,8 @@ def small_talk(
     """Writes messages of the same conversations for a chat model, and phrases that it overuses.
 
     Files written to `output_dir`: train.jsonl and eval.jsonl, messages of different conversations;
-    phrases.txt, the phrases that a polite model begins with ("I'm so glad"), for
-    `annotators.Lexicon`.
+    unrelated.jsonl, prompts of other kinds; phrases.txt, the phrases that a polite model begins
+    with ("I'm so glad"), for `annotators.Lexicon`.
 
     Args:
         output_dir: folder, created if need be.
@@ -164,7 +165,7 @@ def small_talk(
     found = {
         split: _sample(list(rows.values()), numbers[split], seed) for split, rows in splits.items()
     }
-    counts = write_splits(output_dir, found)
+    counts = write_splits(output_dir, found | {"unrelated": instructions()})
     with files.replacing(pathlib.Path(output_dir) / "phrases.txt") as unfinished:
         unfinished.write_text("\n".join(_PHRASES) + "\n", encoding="utf-8")
     return {"conversations": len(conversations), **counts}

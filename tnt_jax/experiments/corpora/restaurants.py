@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tnt_jax.data.records import Record
+from tnt_jax.experiments.corpora.instructions import instructions
 from tnt_jax.experiments.corpora.split import (
     check_not_empty,
     held_out,
@@ -87,8 +88,9 @@ def restaurants(
     Names and what is stated come from the venues of ConvLab-3 (Apache-2.0); kinds and ratings are
     ours. A restaurant is in one of the two files.
 
-    Files written to `output_dir`: train.jsonl and eval.jsonl, prompts; gazetteer.json, what a
-    sentence may claim of a restaurant in a word, for `annotators.Gazetteer`.
+    Files written to `output_dir`: train.jsonl and eval.jsonl, prompts; unrelated.jsonl, prompts of
+    other kinds; gazetteer.json, what a sentence may claim of a restaurant in a word, for
+    `annotators.Gazetteer`.
 
     Args:
         output_dir: folder, created if need be.
@@ -124,7 +126,7 @@ def restaurants(
             Record(id=f"{split}-{k}", inputs=prompt) for k, prompt in enumerate(prompts[:number])
         ]
     check_not_empty(eval_fraction, **splits)
-    counts = write_splits(output_dir, splits)
+    counts = write_splits(output_dir, splits | {"unrelated": instructions()})
     with files.replacing(pathlib.Path(output_dir) / "gazetteer.json") as unfinished:
         text = json.dumps(_CLAIMS, indent=2, ensure_ascii=False)
         unfinished.write_text(text + "\n", encoding="utf-8")
