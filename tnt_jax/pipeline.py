@@ -17,7 +17,7 @@ from typing import Any
 
 from tnt_jax.data import records
 from tnt_jax.evaluation import results
-from tnt_jax.experiments.experiment import Arm, Experiment, Opened
+from tnt_jax.experiments.experiment import Arm, Changes, Experiment, Opened
 from tnt_jax.runtime import console, files, holding, program
 from tnt_jax.runtime.errors import UsageError
 
@@ -140,7 +140,7 @@ def _run(
         )
     for arm in arms:
         *_, models[arm.name] = opened.train_rounds(
-            arm.name, arm.objective, training_outputs, num_rounds
+            arm.name, arm.objective, training_outputs, num_rounds, Changes(dataset=arm.dataset)
         )
         evaluations[arm.name] = {
             decoder: opened.evaluate(arm.name, models[arm.name], decoder) for decoder in decoders

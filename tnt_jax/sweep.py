@@ -1,13 +1,13 @@
-r"""Compares objectives, weights and seeds from one original: who cuts how much, at what change.
+r"""Compares objectives, weights, learning rates and seeds: who cuts how much, at what change.
 
-Every arm trains on the same annotated outputs and is evaluated on the same prompts, as in
-`pipeline`. A sweep that was stopped resumes. Several processes may share one (NUM_PROCESSES,
-PROCESS_INDEX); each takes its own part of the arms.
+Every arm starts from one original, trains on the same annotated outputs and is evaluated on the
+same prompts, as in `pipeline`. A sweep that was stopped resumes. Several processes may share one
+(NUM_PROCESSES, PROCESS_INDEX); each takes its own part of the arms.
 
 It writes `results.json` and, as tables, `results.md`. In `results.json`, "rows" has each arm,
-weight, seed and decoder on the prompts that were not used to choose weights; "choice_rows" has the
-same on the prompts that were; "chosen" has each arm at its chosen weight, averaged over seeds, with
-intervals over prompts. "steps" and "train_seconds" count all rounds of an arm.
+weight, rate, seed and decoder on the prompts that were not used to choose weights; "choice_rows"
+has the same on the prompts that were; "chosen" has each arm at its chosen weight and rate, averaged
+over seeds, with intervals over prompts. "steps" and "train_seconds" count all rounds of an arm.
 
 When all arms are done, those on the frontier of cut and BLEU can be run with further seeds
 (FRONTIER_SEEDS).
@@ -34,19 +34,21 @@ from tnt_jax.experiments.experiment import Changes, Experiment, Opened
 from tnt_jax.runtime import console, files, holding, program, stages
 from tnt_jax.runtime.errors import UsageError
 
-_ARM = ("decoder", "objective")  # of one weight each: rows that have these alike
+_ARM = ("decoder", "objective")  # of one weight and rate each: rows that have these alike
 _FEWEST = 5  # unwanted outputs to choose weights by: fewer are chance
 _FEWEST_TO_REPORT = 2  # prompts: what one says has no interval
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Grid:
-    """Arms: every objective with every weight and every seed, trained alike.
+    """Arms: every objective with every weight, learning rate and seed, trained alike.
 
     Attributes:
       objectives: By the names of `objectives.TERMS`.
       alphas: Weights of the negative term.
       seeds: Of the order of examples, and of dropout.
+      rates: What the experiment's learning rate is multiplied by. As the weight, one is chosen for
+        every objective.
       variant: What is special, for tables; "" is nothing.
       objective_settings: Further arguments of `objectives.TntObjective`.
       train: Further arguments of `train.train`.
@@ -62,6 +64,7 @@ class Grid:
     objectives: Sequence[str]
     alphas: Sequence[float]
     seeds: Sequence[int] = (0,)
+    rates: Sequence[float] = (1.0,)
     variant: str = ""
     objective_settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     train: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -80,6 +83,7 @@ class _Cell:
     grid: Grid
     objective: str
     alpha: float
+    rate: float
     seed: int
 
     @property
@@ -89,6 +93,7 @@ class _Cell:
         return {
             "objective": self.objective + variant,
             "alpha": float(self.alpha),
+            "rate": None if self.rate == 1 else float(self.rate),
             "seed": self.seed,
         }
 
@@ -101,7 +106,8 @@ class _Cell:
 def _name_of(row: Mapping[str, Any]) -> str:
     if row["alpha"] is None:
         return row["objective"]
-    return f"{row['objective']}, alpha {row['alpha']:g}, seed {row['seed']}"
+    rate = "" if row["rate"] is None else f", rate {row['rate']:g}"
+    return f"{row['objective']}, alpha {row['alpha']:g}{rate}, seed {row['seed']}"
 
 
 def sweep(
@@ -124,12 +130,12 @@ def sweep(
       experiment: What the arms share.
       task: Its name, for tables.
       grids: The arms.
-      cut: Share of unwanted outputs that is enough: of the weights that reach it the one with the
-        most BLEU is chosen, by the outputs of the first decoder.
+      cut: Share of unwanted outputs that is enough: of the weights and rates that reach it those
+        with the most BLEU are chosen, by the outputs of the first decoder.
       baseline: The arm that others are tested against: an objective, and its variant after a comma
         ("UL+LL, 400 updates"). Where there is no such arm, nothing is tested.
       frontier_seeds: When all arms are done, those on the frontier of the prompts that weights are
-        chosen on, and the baseline, are run with these seeds too, at their chosen weight.
+        chosen on, and the baseline, are run with these seeds too, at what was chosen for them.
       choice_share: Of the evaluation prompts: weights are chosen on these, and reported on others.
       num_resamples: For intervals.
       name: Of the two files to write, without ".json" and ".md". Sweeps of one `output_dir` share
@@ -152,9 +158,9 @@ def sweep(
             f"found {process_index}."
         )
     cells = [
-        _Cell(grid, name, alpha, seed)
+        _Cell(grid, *of_cell)
         for grid in grids
-        for name, alpha, seed in itertools.product(grid.objectives, grid.alphas, grid.seeds)
+        for of_cell in itertools.product(grid.objectives, grid.alphas, grid.rates, grid.seeds)
     ]
     experiment.check_names([cell.name for cell in cells])
     for grid in grids:
@@ -213,6 +219,9 @@ class _Shared:
     def _run(self, cell: _Cell) -> None:
         """Trains and evaluates; a cell that is done costs the time to see that."""
         grid = cell.grid
+        update = grid.update
+        if cell.rate != 1:
+            update = {**update, "learning_rate_factor": float(cell.rate)}
         objective = objectives.named(
             cell.objective, negative_weight=float(cell.alpha), **grid.objective_settings
         )
@@ -223,7 +232,7 @@ class _Shared:
             grid.num_rounds,
             Changes(
                 train=grid.train,
-                update=grid.update,
+                update=update,
                 schedule={"seed": cell.seed, **grid.schedule},
                 dataset=grid.dataset,
             ),
@@ -248,7 +257,8 @@ class _Shared:
         }
         num_missing = len(cells) - len(arms)
         if self.opened.mask_outputs:
-            arms[results.MASK] = ({"objective": results.MASK, "alpha": None, "seed": 0}, 0)
+            labels = {"objective": results.MASK, "alpha": None, "rate": None, "seed": 0}
+            arms[results.MASK] = (labels, 0)
         return _rows(self.opened, arms, self.task, self.choice_share), num_missing
 
 
@@ -266,19 +276,19 @@ def _found(
     """
     rows, num_missing = shared.rows(cells)
     # Seeds that are added for the frontier do not choose.
-    weights = results.choose(_of_decoder(rows["choice_rows"], shared.opened.first_decoder), cut)
+    choices = results.choose(_of_decoder(rows["choice_rows"], shared.opened.first_decoder), cut)
     if frontier_seeds and not num_missing:
         best = {
             row["objective"]
-            for row in results.over_seeds(_of_weights(rows["choice_rows"], weights), _ARM)
+            for row in results.over_seeds(_of_choices(rows["choice_rows"], choices), _ARM)
             if row.get("is_pareto")
         }
-        again = _with_seeds(cells, weights, {baseline, *best}, frontier_seeds)
+        again = _with_seeds(cells, choices, {baseline, *best}, frontier_seeds)
         shared.run_own(again, ", of the frontier")
         cells = [*cells, *again]
         rows, num_missing = shared.rows(cells)
-    of_weights = _of_weights(rows["rows"], weights)
-    chosen = _chosen(shared.opened, of_weights, baseline, shared.choice_share, num_resamples)
+    of_choices = _of_choices(rows["rows"], choices)
+    chosen = _chosen(shared.opened, of_choices, baseline, shared.choice_share, num_resamples)
     settings = {"task": shared.task, "cut": cut, "choice_share": shared.choice_share}
     return {**rows, "chosen": chosen, "settings": settings}, cells, num_missing
 
@@ -414,25 +424,25 @@ def _of_decoder(rows: Sequence[results.Row], decoder: str) -> list[results.Row]:
     return [row for row in rows if row["decoder"] == decoder]
 
 
-def _of_weights(
-    rows: Sequence[results.Row], weights: Mapping[str, float | None]
+def _of_choices(
+    rows: Sequence[results.Row], choices: Mapping[str, results.Choice]
 ) -> list[results.Row]:
-    """Those of arms at their chosen weight."""
-    return [row for row in rows if weights.get(row["objective"]) == row["alpha"]]
+    """Those of arms at their chosen weight and rate."""
+    return [row for row in rows if choices.get(row["objective"]) == results.Choice.of_row(row)]
 
 
 def _with_seeds(
     cells: Sequence[_Cell],
-    weights: Mapping[str, float | None],
+    choices: Mapping[str, results.Choice],
     arms: Collection[str],
     seeds: Sequence[int],
 ) -> list[_Cell]:
-    """The runs of some arms, at their chosen weight, with seeds that they have not had."""
+    """The runs of some arms, at what was chosen for them, with seeds that they have not had."""
     done = {cell.name for cell in cells}
     found = {}
     for cell in cells:
         arm = cell.labels["objective"]
-        if arm in arms and weights[arm] == cell.alpha:
+        if arm in arms and choices[arm] == results.Choice.of_row(cell.labels):
             of_seeds = (dataclasses.replace(cell, seed=seed) for seed in seeds)
             found |= {again.name: again for again in of_seeds if again.name not in done}
     return list(found.values())
@@ -445,7 +455,7 @@ def _chosen(
     choice_share: float,
     num_resamples: int,
 ) -> list[results.Row]:
-    """Every arm at its chosen weight, on the prompts that no weight was chosen on."""
+    """Every arm at its chosen weight and rate, on the prompts that neither was chosen on."""
     chosen = results.over_seeds(rows, _ARM)
     for decoder in opened.settings.decoders:
         of_decoder = _of_decoder(chosen, decoder)
@@ -505,7 +515,9 @@ def as_markdown(found: Mapping[str, Any], decoders: Sequence[str] | Mapping[str,
             "",
         ]
         columns = [c for c in _COLUMNS if any(row.get(c[1]) is not None for row in rows)]
-        headings, alignments = ["arm", "alpha", "seeds"], ["---", "---:", "---:"]
+        has_rates = any(row.get("rate") is not None for row in rows)
+        headings = ["arm", "alpha", *(["rate"] if has_rates else []), "seeds"]
+        alignments = ["---", *["---:"] * (len(headings) - 1)]
         for heading, field, _ in columns:
             has_interval = field in ("cut", "bleu")
             headings += [heading, "95 %"] if has_interval else [heading]
@@ -514,7 +526,7 @@ def as_markdown(found: Mapping[str, Any], decoders: Sequence[str] | Mapping[str,
         alignments += ["---:", "---"]
         lines += [f"| {' | '.join(headings)} |", f"|{'|'.join(alignments)}|"]
         for row in sorted(rows, key=lambda row: -row["bleu"]):
-            lines.append(f"| {' | '.join(_cells(row, columns))} |")
+            lines.append(f"| {' | '.join(_cells(row, columns, has_rates))} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -523,8 +535,8 @@ def _chosen_by_chance(choice_rows: Sequence[results.Row], decoder: str) -> str:
     """A warning where so little was unwanted that weights say nothing; "" where there is enough."""
     rows = _of_decoder(choice_rows, decoder)
     num_arms = len({row["objective"] for row in rows})
-    num_weights = len({(row["objective"], row["alpha"]) for row in rows})
-    if num_weights == num_arms:  # nothing was chosen
+    num_choices = len({(row["objective"], results.Choice.of_row(row)) for row in rows})
+    if num_choices == num_arms:  # nothing was chosen
         return ""
     number = rows[0]["num_outputs"]
     unwanted = round(rows[0]["unwanted_rate_before"] * number)
@@ -537,10 +549,13 @@ def _chosen_by_chance(choice_rows: Sequence[results.Row], decoder: str) -> str:
     )
 
 
-def _cells(row: Mapping[str, Any], columns: Iterable[tuple[str, str, str]]) -> list[str]:
+def _cells(
+    row: Mapping[str, Any], columns: Iterable[tuple[str, str, str]], has_rates: bool
+) -> list[str]:
     cells = [
         row["objective"],
         "-" if row["alpha"] is None else f"{row['alpha']:g}",
+        *([f"{row['rate'] or 1:g}" if row["alpha"] is not None else "-"] if has_rates else []),
         str(row["num_seeds"]),
     ]
     for _, name, form in columns:

@@ -159,6 +159,44 @@ def test_mining_keeps_marked_records(vocabulary, tmp_path):
     assert sorted(len(e.negative_pairs) > 0 for e in examples) == [False] * 8 + [True] * 32
 
 
+def test_clean_outputs_alone(vocabulary, tmp_path, capsys):
+    """Clean is where nothing that was said is marked, by a span or by an earlier round."""
+    path = str(tmp_path / "rows.jsonl")
+    text = TEXTS[0]
+    said = vocabulary.prompt_ids(text)
+    other = next(i for i in said if i != said[2])
+    rows = [
+        records.Record(id=name, inputs="a", targets=text, negative_spans=spans, **more)
+        for name, spans, more in (
+            ("clean", (), {}),
+            ("span", ((0, 3),), {}),
+            ("earlier round", (), {"negative_token_ids": ((2, (said[2],)),)}),
+            ("alternative alone", (), {"negative_token_ids": ((2, (other,)),)}),
+        )
+    ]
+    records.write_records(path, rows)
+    examples = datasets.RecordFiles(files=path, vocabulary=vocabulary, only_clean=True)
+    assert [e.id for e in examples.load(LENGTHS)] == ["clean", "alternative alone"]
+    assert "2 of 4 examples, those in which nothing is marked; 2 are left out" in (
+        capsys.readouterr().out
+    )
+    records.write_records(path, rows[1:3])
+    with pytest.raises(UsageError, match="something is marked in all 2 of them"):
+        examples.load(LENGTHS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"annotated": False}, "only_clean needs annotated records"),
+        ({"clean_per_marked": 3}, "expected clean_per_marked=None, found 3"),
+    ],
+)
+def test_clean_outputs_alone_with_what_contradicts_it(vocabulary, settings, message):
+    with pytest.raises(UsageError, match=message):
+        datasets.RecordFiles(files="x", vocabulary=vocabulary, only_clean=True, **settings)
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

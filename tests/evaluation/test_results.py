@@ -141,8 +141,20 @@ def test_the_choice_of_a_weight():
         row("B", 9.0, 0.6, 50.0),  # none is enough: the one that cuts most
         row("decode mask", None, 0.99, 97.0),
     ]
+    expected = {"A": (2.0, None), "B": (9.0, None), "decode mask": (None, None)}
     for order in (rows, rows[::-1]):
-        assert results.choose(order, 0.75) == {"A": 2.0, "B": 9.0, "decode mask": None}
+        assert results.choose(order, 0.75) == expected
+
+
+def test_the_choice_of_a_weight_and_a_rate():
+    rows = [
+        row("A", 1.0, 0.9, 50.0),
+        row("A", 1.0, 0.8, 70.0, rate=0.3),  # the best, if seeds are averaged within the rate alone
+        row("A", 1.0, 0.8, 72.0, rate=0.3, seed=1),
+        row("A", 2.0, 0.9, 60.0, rate=0.3),
+        row("A", 1.0, 0.7, 99.0, rate=0.1),
+    ]
+    assert results.choose(rows, 0.75) == {"A": (1.0, 0.3)}
 
 
 @pytest.mark.parametrize(

@@ -29,9 +29,16 @@ TERMS = {
     "UL+LL": ("unlikelihood", "log_likelihood"),
     "NL+KL": ("negative_likelihood", "forward_kl"),
     "UL+KL": ("unlikelihood", "forward_kl"),
+    "NPO+LL": ("negative_preference", "log_likelihood"),
+    "NPO+KL": ("negative_preference", "forward_kl"),
+    "FTPO": ("final_token_preference", "none"),
+    "FTPO+KL": ("final_token_preference", "forward_kl"),
     "fine-tune": ("none", "log_likelihood"),
 }
-BASELINE_TERMS = ("negative_likelihood", "unlikelihood", "log_likelihood", "none")
+BASELINE_TERMS = (
+    *("negative_likelihood", "unlikelihood", "log_likelihood", "none"),
+    *("negative_preference", "final_token_preference"),
+)
 PURE_DIVERGENCES = [name for name, pair in TERMS.items() if not set(pair) & set(BASELINE_TERMS)]
 
 seeds = st.integers(0, 2**32 - 1)
@@ -171,8 +178,54 @@ def float64_term(name, current, original, removed, target_tokens, floor=1e-6):
             return np.maximum(log_m, -10.3), np.where(log_m > -10.3, within, 0)
         if name == "unlikelihood":
             return residual, residual_gradient
+        if name == "negative_preference":  # the authors' formula, of masses, with beta 0.1
+            log_m0 = log_sum_exp(log_p0, removed)
+            log_ratio = log_sum_exp(log_p, removed) - log_m0
+            within = np.where(removed, np.exp(log_p - log_sum_exp(log_p, removed)) - p, -p)
+            share = 1 / (1 + np.exp(-0.1 * log_ratio))
+            return 20 * np.logaddexp(0, 0.1 * log_ratio), 2 * share * within
+        if name == "final_token_preference":
+            return float64_final_token_preference(z, z0, removed)
+        if name == "none":
+            return np.zeros_like(m), np.zeros_like(z)
     is_target = np.arange(z.shape[-1]) == np.asarray(target_tokens)[..., None]
     return -np.where(is_target, log_p, 0).sum(axis=-1, keepdims=True), p - is_target
+
+
+def float64_final_token_preference(z, z0, removed):
+    """FTPO as its authors' trainer has it, row by row; its gradient by the rules of calculus."""
+    losses, gradients = np.zeros((*z.shape[:-1], 1)), np.zeros_like(z)
+    for row in np.ndindex(z.shape[:-1]):
+        y, y0, is_removed = z[row], z0[row], removed[row]
+        likeliest = sorted(np.flatnonzero(~is_removed), key=lambda i: (-y0[i], i))[:20]
+        least = y0.max() + math.log(0.01)
+        chosen = [i for i in likeliest if y0[i] >= min(least, y0[likeliest[0]])]
+        rejected = np.flatnonzero(is_removed)
+        if not len(rejected):
+            continue
+        top = y[rejected].max()
+        total = np.exp(y[rejected] - top).sum()
+        gaps = y[chosen] - top - math.log(total)
+        weights = np.clip((2 - gaps) / 2, 0, 1)
+        of_weights = np.where((gaps > 0) & (gaps < 2), -0.5, 0)
+        lost = np.logaddexp(0, 2 - gaps)
+        of_lost = -1 / (1 + np.exp(gaps - 2))
+        if weights.sum():
+            numerator, denominator = (weights * lost).sum(), weights.sum()
+            losses[row] += numerator / denominator
+            slopes = (of_weights * lost + weights * of_lost) / denominator
+            slopes -= numerator * of_weights / denominator**2
+            gradients[row][chosen] += slopes
+            gradients[row][rejected] -= slopes.sum() * np.exp(y[rejected] - top) / total
+        moved, targets = y - y0, [*chosen, *rejected]
+        others = np.setdiff1d(np.arange(len(y)), targets)
+        excess = np.maximum(np.abs(moved[targets]) - 0.5, 0)
+        losses[row] += 0.05 * (excess**2).mean()
+        gradients[row][targets] += 0.1 * excess * np.sign(moved[targets]) / len(targets)
+        if len(others):
+            losses[row] += 0.4 * (moved[others] ** 2).mean()
+            gradients[row][others] += 0.8 * moved[others] / len(others)
+    return losses, gradients
 
 
 def float64_losses_and_gradient(name, batch):
@@ -190,7 +243,7 @@ def float64_losses_and_gradient(name, batch):
 
 def relative_error(found, expected):
     found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
-    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    return np.linalg.norm(found - expected) / (np.linalg.norm(expected) or 1.0)
 
 
 ACCURACY_CASES = {
@@ -247,10 +300,79 @@ def test_hand_numbers():
         "TNJSJ": log(2),
         "NL+LL": -log(2),
         "UL+LL": log(2),
+        "NPO+LL": 20 * log(2),
+        "FTPO": log(1 + 2 * math.exp(2)),
         "fine-tune": log(2),
     }.items():
         losses, _ = losses_and_gradient(objective_named(name), **batch)
         np.testing.assert_allclose(losses, expected, rtol=1e-6, err_msg=name)
+
+
+def test_negative_preference_by_hand():
+    """-2/beta log sigmoid(-beta log(p/p0)): with p/p0 = 1/2 and beta 1/2, 4 log(1 + sqrt(1/2))."""
+    batch = batch_of_probabilities([0.5, 0.25, 0.25], [0.25, 0.5, 0.25], removed_id=0)
+    objective = objective_named("NPO+LL", npo_beta=0.5)
+    losses, gradient = losses_and_gradient(objective, **batch)
+    np.testing.assert_allclose(losses, 2.139200, rtol=1e-6)
+    # 2 sqrt(p) / (sqrt(p) + sqrt(p0)) = 2 / (1 + sqrt(2)) of the gradient of log p.
+    slope = 0.8284271
+    np.testing.assert_allclose(
+        gradient[0, 0, :3], [0.75 * slope, -0.5 * slope, -0.25 * slope], rtol=1e-5
+    )
+
+
+def test_two_removed_ids_are_preferred_to_as_their_mass():
+    batch = batch_of_probabilities([0.25, 0.25, 0.5], [0.125, 0.125, 0.75], removed_id=0)
+    batch["negative_ids"] = batch["negative_ids"].at[..., 1].set(1)
+    losses, _ = losses_and_gradient(objective_named("NPO+LL", npo_beta=0.5), **batch)
+    np.testing.assert_allclose(losses, 2.139200, rtol=1e-6)  # the masses are 1/4 and 1/2
+    # Chosen is id 2 alone: log of 0.75 over 0.25, 1.0986, is short of 2 by 0.9014.
+    ftpo = objectives.FinalTokenPreference(target_weight=0.0, rest_weight=0.0)
+    losses, _ = losses_and_gradient(objective_named("FTPO", ftpo=ftpo), **batch)
+    np.testing.assert_allclose(losses, math.log1p(math.exp(2) / 3), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("rejected_logit", "expected"),
+    [
+        # Gaps 1.5 and 0.2, weights 0.25 and 0.9: 0.25 x 0.974077 + 0.9 x 1.952978 over 1.15.
+        # Of the targets id 0 moved by 2: 0.05 x 1.5^2 / 3; of 26 others one did: 0.4 x 0.36 / 26.
+        (1.0, 1.740173 + 0.0375 + 0.0055385),
+        # Gaps 7.5 and 6.2: both have won. 0.05 x 7.5^2 / 3.
+        (-5.0, 0.9375 + 0.0055385),
+        # Gaps 0.5 and -0.8, weights 0.75 and 1: 0.75 x 1.701413 + 2.859033 over 1.75.
+        (2.0, 2.362910 + 0.05 * 0.25 / 3 + 0.0055385),
+    ],
+)
+def test_final_token_preference_by_hand(rejected_logit, expected):
+    """Ids 1 and 2 are chosen; id 3 has e^-7 of the likeliest one's probability, less than 0.01."""
+    batch = batch_of_probabilities([1.0], [1.0], removed_id=0)
+    for model, logits in (
+        ("original", [3.0, 2.0, 1.0, -4.0]),
+        ("current", [rejected_logit, 2.5, 1.2, -3.4]),
+    ):
+        batch[model] = batch[model].at[..., :4].set(jnp.array(logits))
+    losses, _ = losses_and_gradient(objective_named("FTPO"), **batch)
+    np.testing.assert_allclose(losses, expected, rtol=2e-6)
+
+
+def test_the_likeliest_id_that_stays_is_chosen_however_rare():
+    batch = batch_of_probabilities([1.0], [1.0], removed_id=0)
+    # In both models id 1 is 20 nats below the removed id: softplus(2 + 20).
+    for model in ("original", "current"):
+        batch[model] = batch[model].at[..., :3].set(jnp.array([3.0, -17.0, -18.0]))
+    losses, gradient = losses_and_gradient(objective_named("FTPO"), **batch)
+    np.testing.assert_allclose(losses, 22.0, rtol=1e-6)
+    np.testing.assert_allclose(gradient[0, 0, :3], [1, -1, 0], atol=1e-6)
+
+
+def test_no_loss_at_ordinary_positions():
+    batch = random_batch(5)
+    losses, gradient = losses_and_gradient(objective_named("FTPO"), **batch)
+    is_marked = (np.asarray(batch["negative_ids"]) >= 0).any(axis=-1)
+    assert is_marked.any() and not is_marked.all()
+    assert (losses[is_marked] > 0).all() and (losses[~is_marked] == 0).all()
+    assert (gradient[~is_marked] == 0).all()
 
 
 def test_residual_weight_multiplies_what_is_still_said():
@@ -648,6 +770,13 @@ def test_fine_tuning_ignores_marks():
             {"positive_term": "log_likelihood", "smoothing": 1e-6, "label_smoothing": 0.1},
             "Set one of them to 0",
         ),
+        ({"npo_beta": 0.0, "negative_term": "negative_preference"}, "npo_beta must be above 0"),
+        ({"npo_beta": 0.5}, "npo_beta belongs to negative_term='negative_preference'"),
+        (
+            {"ftpo": objectives.FinalTokenPreference(margin=3.0)},
+            "ftpo belongs to negative_term='final_token_preference'",
+        ),
+        ({"negative_term": "none", "positive_term": "none"}, "nothing would be trained"),
         ({"removed_everywhere": (-1,)}, "removed_everywhere must be a tuple of token ids"),
         ({"removed_everywhere_counts_as": "both"}, "must be one of positive, negative"),
         ({"removed_everywhere": (1,), "negative_term": "none"}, "empty removed_everywhere"),
@@ -657,6 +786,20 @@ def test_impossible_settings_are_refused(settings, message):
     terms = {"negative_term": "forward_kl", "positive_term": "forward_kl"}
     with pytest.raises(UsageError, match=message):
         objectives.TntObjective(**(terms | settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_chosen": 0}, "ftpo: num_chosen must be at least 1; got 0"),
+        ({"min_p": 0.0}, "ftpo: min_p must be above 0"),
+        ({"margin": 0.0}, "ftpo: margin must be above 0"),
+        ({"rest_weight": -1.0}, "ftpo: rest_weight must be 0 or more"),
+    ],
+)
+def test_impossible_settings_of_ftpo_are_refused(settings, message):
+    with pytest.raises(UsageError, match=message):
+        objectives.FinalTokenPreference(**settings)
 
 
 @pytest.mark.parametrize("name", sorted(set(TERMS) - {"fine-tune", "NL+LL", "UL+LL"}))
@@ -670,4 +813,6 @@ def test_every_pair_of_terms_can_be_built():
     for negative_term, positive_term in itertools.product(
         objectives.NEGATIVE_TERMS, objectives.POSITIVE_TERMS
     ):
+        if negative_term == positive_term == "none":
+            continue
         objectives.TntObjective(negative_term=negative_term, positive_term=positive_term)

@@ -23,6 +23,9 @@ def objective_of(negative_term, positive_term, **settings):
     )
 
 
+# A device of eight has 5 of 40 ids: the 7 likeliest are never all on one.
+FEW = objectives.FinalTokenPreference(num_chosen=7, min_p=1e-3, target_weight=0.3, margin=3.0)
+
 OBJECTIVES = {
     "TNFF": objective_of("forward_kl", "forward_kl"),
     "TNRR": objective_of("reverse_kl", "reverse_kl"),
@@ -42,6 +45,16 @@ OBJECTIVES = {
     "UL+LL": objective_of("unlikelihood", "log_likelihood", z_loss=1e-3),
     "NL+KL": objective_of("negative_likelihood", "forward_kl"),
     "UL+KL": objective_of("unlikelihood", "forward_kl"),
+    "NPO+KL": objective_of("negative_preference", "forward_kl", npo_beta=0.7),
+    "FTPO": objective_of("final_token_preference", "none", ftpo=FEW),
+    "FTPO+LL": objective_of("final_token_preference", "log_likelihood", ftpo=FEW),
+    "FTPO everywhere": objective_of(
+        "final_token_preference",
+        "forward_kl",
+        ftpo=objectives.FinalTokenPreference(num_chosen=30, min_p=0.2),
+        removed_everywhere=tuple(range(3, 15)),
+        removed_everywhere_counts_as="negative",
+    ),
     "fine-tune": objective_of("none", "log_likelihood", label_smoothing=0.2),
     "anchor": objective_of("none", "reverse_kl"),
     "TNFF smoothed": objective_of("forward_kl", "forward_kl", smoothing=1e-3),
@@ -332,8 +345,19 @@ def on_mesh(objective, shape, current, original, tokens, **settings):
 SHAPES = [(8, 1, 1), (4, 1, 2), (1, 4, 2), (2, 4, 1), (2, 2, 2), (1, 1, 8)]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", ["TNRF", "TNRLL smoothed", "TNRF everywhere", "TNRF capped"])
+ON_MESHES = {
+    **dict.fromkeys(["TNRF", "TNRLL smoothed", "TNRF everywhere", "TNRF capped"], SHAPES),
+    "NPO+KL": [(2, 2, 2)],
+    "FTPO": [(1, 4, 2), (2, 4, 1), (1, 1, 8)],
+    "FTPO everywhere": [(2, 2, 2)],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [(name, shape) for name, shapes in ON_MESHES.items() for shape in shapes],
+    ids=str,
+)
 def test_eight_devices_give_the_numbers_of_one(name, shape):
     shape = dict(zip(sharding.MESH_AXES, shape, strict=True))
     inputs = problem(9, batch=8, softcap=4.0 if name.endswith("capped") else None)
@@ -347,6 +371,18 @@ def test_eight_devices_give_the_numbers_of_one(name, shape):
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-6 * largest)
 
     jax.tree.map(assert_close, found, expected)
+
+
+def test_of_equal_logits_eight_devices_choose_the_same():
+    """All logits of the original are 0: chosen are the first ids that stay, on several devices."""
+    current, original, tokens = problem(12, batch=8)
+    original = original.replace(matrix=jnp.zeros_like(original.matrix))
+    step, placed = on_mesh(OBJECTIVES["FTPO"], {"model": 8}, current, original, tokens)
+    expected, values, _ = with_gradients(dense, OBJECTIVES["FTPO"], current, original, tokens)
+    found, found_values, _ = step(*placed)
+    assert expected > 0
+    np.testing.assert_allclose(found, expected, rtol=2e-5)
+    np.testing.assert_allclose(found_values.losses, values.losses, rtol=2e-5, atol=2e-6)
 
 
 def largest_in_loop(compiled):

@@ -6,6 +6,8 @@ import pathlib
 import re
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 from helpers import rooms
 
@@ -140,6 +142,55 @@ def test_the_frontier_is_run_with_other_seeds(swept):
         assert row["alpha"] == chosen[name]
         assert row["num_seeds"] == 1 + (name in again)
         assert len(row["cut_interval"]) == len(row["bleu_interval"]) == 2
+
+
+def test_a_learning_rate_is_chosen_as_a_weight_is(working_directory):
+    """Every rival is trained at both rates; half of one is exactly the other."""
+    settings = {"OBJECTIVES": "['NPO+KL', 'FTPO']", "ALPHAS": "[2.0]", "RATES": "[0.5, 1.0]"}
+    sweep("rates", **settings)
+    found = results("rates")
+    arms = [(row["objective"], row["alpha"], row["rate"]) for row in found["rows"]]
+    assert arms == [(name, 2.0, rate) for name in ("NPO+KL", "FTPO") for rate in (0.5, None)]
+    chosen = {row["objective"]: row for row in found["chosen"]}
+    assert list(chosen) == ["NPO+KL", "FTPO"]
+    for name, row in chosen.items():
+        same = [other for other in found["rows"] if other["objective"] == name]
+        assert row["num_seeds"] == 1
+        assert (row["cut"], row["bleu"]) in [(other["cut"], other["bleu"]) for other in same]
+    settings = {
+        "MODEL_DIR": "half_the_rate",
+        "RECORDS": "rates/training_outputs/greedy.annotated.jsonl",
+        "NEGATIVE_WEIGHT": 2.0,
+        "TRAIN_STEPS": 6,
+        "LEARNING_RATE": rooms.UPDATES["LEARNING_RATE"] / 2,
+    }
+    assert rooms.run("train", settings, ["objectives/npo_kl.gin"]) == 0
+    half = rooms.saved("rates/NPO+KL, alpha 2, rate 0.5, seed 0/model")
+    whole = rooms.saved("rates/NPO+KL, alpha 2, seed 0/model")
+    expected = rooms.saved("half_the_rate")
+    jax.tree.map(np.testing.assert_array_equal, half, expected)
+    leaves = zip(jax.tree.leaves(half), jax.tree.leaves(whole), strict=True)
+    assert any((one != other).any() for one, other in leaves)
+
+
+def test_filtered_arms_train_on_clean_outputs_alone(working_directory, capsys):
+    """In a sweep, in a pipeline, and in `train`: the same model."""
+    clean = {"sweep.Grid.dataset": '{"only_clean": True}', "sweep.Grid.variant": "'clean'"}
+    sweep("filtered", OBJECTIVES="['KL', 'LL']", ALPHAS="[1.0]", **clean)
+    assert [row["objective"] for row in results("filtered")["rows"]] == ["KL, clean", "LL, clean"]
+    training_outputs = "filtered/training_outputs/greedy.annotated.jsonl"
+    rows = records.read_records(training_outputs)
+    num_clean = sum(not row.negative_spans for row in rows)
+    assert 0 < num_clean < len(rows)
+    said = f"{num_clean} of {len(rows)} examples, those in which nothing is marked"
+    assert said in capsys.readouterr().out
+    settings = {"OUTPUT_DIR": "filtered_pipeline", "TRAIN_STEPS": 6, "MASK_DECODING": False}
+    arms = {"ARMS": "[@filtered_kl/experiment.Arm()]"}
+    assert rooms.run("pipeline", settings | arms) == 0
+    settings = {"MODEL_DIR": "filtered_train", "RECORDS": training_outputs, "TRAIN_STEPS": 6}
+    assert rooms.run("train", settings | {"ONLY_CLEAN": True}, ["objectives/distill.gin"]) == 0
+    rooms.assert_same_state("filtered/KL, clean, alpha 1, seed 0/model", "filtered_train")
+    rooms.assert_same_state("filtered_pipeline/filtered KL/model", "filtered_train")
 
 
 def test_updates_and_seconds_are_of_all_rounds(working_directory):

@@ -23,6 +23,12 @@ class Point:
     label: str = "p"
 
 
+@dataclasses.dataclass(frozen=True)
+class LaterPoint:
+    x: float
+    added: float = dataclasses.field(default=2.0, metadata={"omit_default": True})
+
+
 class Holder:
     def __init__(self, content):
         self.content = content
@@ -46,6 +52,12 @@ CYCLE.append(CYCLE)
 class Voice:
     pitch: int
     words: tuple = ("hello",)
+
+
+def test_a_setting_that_was_added_changes_nothing_while_it_has_its_default():
+    named = {"class": f"{__name__}.LaterPoint"}
+    assert settings_json.describe(LaterPoint(1.0)) == {**named, "x": 1.0}
+    assert settings_json.describe(LaterPoint(1.0, 3.0)) == {**named, "x": 1.0, "added": 3.0}
 
 
 def greet(*, style):

@@ -350,6 +350,24 @@ def original_of(**changes):
             "adapters (ORIGINAL, ADAPTER_RANK, ADAPTER_ALPHA and TRAINED_LAYERS): layers was None, "
             "is 2",
         ),
+        (  # of a run that an older version began, and of one that this one began
+            "objective",
+            {"negative_weight": 1.0},
+            {"negative_weight": 1.0, "residual_weight": 1.0, "npo_beta": 0.5},
+            "objective (the objective's file): npo_beta was None, is 0.5",
+        ),
+        (
+            "objective",
+            {"negative_weight": 1.0, "npo_beta": 0.5},
+            {"negative_weight": 1.0},
+            "objective (the objective's file): npo_beta was 0.5, is None",
+        ),
+        (
+            "optimizer",
+            {"function": "adam", "max_gradient_norm": None},
+            {"function": "adam", "max_gradient_norm": None, "learning_rate_factor": 0.5},
+            "optimizer (OPTIMIZER and its settings): learning_rate_factor was None, is 0.5",
+        ),
         (
             "original",
             None,
@@ -390,6 +408,7 @@ def test_differences_are_named(name, before, now, difference):
         ("original", original_of(), original_of(probe=[[-1.01, -2.0], [-3.0, -4.0]])),
         ("start", {"path": "a", "digest": "00"}, {"path": "b", "digest": "00"}),
         # How it is computed, and settings that an older version had not.
+        ("objective", {"negative_weight": 1.0}, {"negative_weight": 1.0, "residual_weight": 1.0}),
         (
             "model",
             {"emb_dim": 8, "scan_layers": False, "remat_policy": "none", "adapter_scale": 0.0},

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from absl import logging
 
 from tnt_jax.data import marks, records, removed_everywhere, tokenization
-from tnt_jax.data.examples import Example, select_clean
+from tnt_jax.data.examples import Example, says_removed, select_clean
 from tnt_jax.data.layouts import count_lost
 from tnt_jax.runtime import console
 from tnt_jax.runtime.errors import UsageError
@@ -26,6 +26,11 @@ class RecordFiles:
         marks: "whole": every token of a span is negative; "first_token": its first one alone.
         loss_until: "end": all of a target is trained on; "first_negative": nothing after its first
             negative token.
+        only_clean: leaves out every example in which something unwanted was said, for filtered
+            fine-tuning and filtered distillation.
+
+    Raises:
+        UsageError: settings contradict each other.
     """
 
     files: str
@@ -35,6 +40,20 @@ class RecordFiles:
     annotated: bool = True
     marks: str = "whole"
     loss_until: str = "end"
+    # Notes of finished stages do not have it: `settings_json.describe`.
+    only_clean: bool = dataclasses.field(default=False, metadata={"omit_default": True})
+
+    def __post_init__(self):
+        if self.only_clean and not self.annotated:
+            raise UsageError(
+                "only_clean needs annotated records, to know which are clean; found "
+                "annotated=False. Set one of them otherwise."
+            )
+        if self.only_clean and self.clean_per_marked is not None:
+            raise UsageError(
+                "only_clean leaves out all examples with marks; expected clean_per_marked=None, "
+                f"found {self.clean_per_marked}. Set one of them otherwise."
+            )
 
     def removed_everywhere(self) -> tuple[int, ...]:
         """What the annotator of the records removes at every position of all of them."""
@@ -51,6 +70,8 @@ class RecordFiles:
         examples = marks.examples_from_records(
             rows, self.vocabulary, self.files, self.marks, self.loss_until
         )
+        if self.only_clean:
+            examples = _clean(rows, examples, self.files)
         if self.clean_per_marked is not None:
             selection = select_clean(examples, self.clean_per_marked, self.seed)
             console.log(
@@ -60,6 +81,32 @@ class RecordFiles:
             examples = selection.examples
         log_lost(examples, task_feature_lengths, self.files)
         return examples
+
+
+def _clean(
+    rows: Sequence[records.Record], examples: Sequence[Example], files: str
+) -> list[Example]:
+    """The examples in which nothing unwanted was said; says how many others there were.
+
+    Raises:
+        UsageError: something unwanted was said in all of them.
+    """
+    kept = [
+        example
+        for row, example in zip(rows, examples, strict=True)
+        # A span may have no token, and a token may be marked without a span: by earlier rounds.
+        if not row.negative_spans and not says_removed(example)
+    ]
+    if not kept:
+        raise UsageError(
+            f"{files}: only_clean needs examples without marks, but something is marked in all "
+            f"{len(examples)} of them. Give outputs to more prompts, or train on the marks."
+        )
+    console.log(
+        f"{files}: {len(kept)} of {len(examples)} examples, those in which nothing is marked; "
+        f"{len(examples) - len(kept)} are left out (only_clean)."
+    )
+    return kept
 
 
 def check_trainable(

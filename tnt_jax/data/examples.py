@@ -70,6 +70,12 @@ def loss_mask_until(end: str, targets: np.ndarray, negative_pairs: np.ndarray) -
     return (np.arange(len(targets)) <= mistakes[0]).astype(np.int32)
 
 
+def says_removed(example: Example) -> bool:
+    """Whether a target token is itself to be removed, not only others in its place."""
+    positions, ids = example.negative_pairs.T
+    return bool((ids == example.targets[positions]).any())
+
+
 def id_of(value: Any) -> str:
     """The id of an example as a task of seqio has it: a text, or a number."""
     return value.decode() if isinstance(value, bytes) else str(value)

@@ -55,6 +55,7 @@ class Comparison:
 _PERCENT, _NUMBER, _NATS = "{:.1%}", "{:.1f}", "{:.3f}"
 _COLUMNS = (
     ("alpha", "alpha", "{:g}"),
+    ("rate", "rate", "{:g}"),
     ("steps", "steps", "{:g}"),
     ("unwanted", "unwanted_rate_after", _PERCENT),
     ("cut", "cut", _PERCENT),
@@ -142,7 +143,8 @@ def _point(row: results.Row) -> dict[str, Any]:
 
 
 def _name(row: results.Row) -> str:
-    return row["objective"] + ("" if row["alpha"] is None else f" {row['alpha']:g}")
+    alpha = "" if row["alpha"] is None else f" {row['alpha']:g}"
+    return row["objective"] + alpha + ("" if row["rate"] is None else f", rate x {row['rate']:g}")
 
 
 def _shown(row: results.Row) -> dict[str, str]:

@@ -7,7 +7,7 @@ reported is of the other. A report shows rows of sweeps and of evaluations.
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
 
 import msgspec
 import numpy as np
@@ -38,6 +38,7 @@ class Shown(TypedDict):
       unwanted_rate_after: the same of the patched model.
       bleu: BLEU to the original's outputs, 0 to 100.
       alpha: the objective's `negative_weight`.
+      rate: what a sweep multiplied the learning rate by, unless that was 1.
       seed: the training run's seed.
       steps: updates of training, all rounds together.
       rouge_l: ROUGE-L to the original's outputs, 0 to 100.
@@ -65,6 +66,7 @@ class Shown(TypedDict):
     unwanted_rate_after: _Number
     bleu: _Number
     alpha: NotRequired[_Number]
+    rate: NotRequired[_Number]
     seed: NotRequired[_Number]
     steps: NotRequired[_Number]
     rouge_l: NotRequired[_Number]
@@ -87,7 +89,7 @@ class Shown(TypedDict):
 
 # What a report shows, and how it tells two updates apart whose seeds may differ.
 SHOWN = (*Shown.__annotations__, "cut")
-SETTINGS = ("task", "objective", "decoder", "alpha", "steps")
+SETTINGS = ("task", "objective", "decoder", "alpha", "rate", "steps")
 
 
 def cut_of(before: float, after: float) -> float:
@@ -226,28 +228,40 @@ def _first(arms: Mapping[str, Any], name: str) -> list[str]:
     return sorted(arms, key=lambda other: other != name)
 
 
-def choose(rows: Sequence[Row], cut: float) -> dict[str, float | None]:
-    """Chooses a weight for every arm: among those that cut enough, the one with the most BLEU.
+class Choice(NamedTuple):
+    """What is chosen for an arm: `Shown` says what the two are; None where a row has none."""
 
-    Where none cuts enough it is the one that cuts most. Seeds are averaged first.
+    alpha: float | None
+    rate: float | None
+
+    @classmethod
+    def of_row(cls, row: Row) -> "Choice":
+        """What a row was trained with."""
+        return cls(row["alpha"], row.get("rate"))
+
+
+def choose(rows: Sequence[Row], cut: float) -> dict[str, Choice]:
+    """Chooses weight and rate for every arm: of those that cut enough, the ones with the most BLEU.
+
+    Where none cut enough it is those that cut most. Seeds are averaged first.
 
     Args:
       rows: those of one decoder, on the prompts that weights are chosen on.
       cut: the cut that is enough.
 
     Returns:
-      The weight of each objective; None where it has no weight.
+      The choice of each objective.
     """
-    by_arm: dict[str, dict[Any, list[Row]]] = {}
+    by_arm: dict[str, dict[Choice, list[Row]]] = {}
     for row in rows:
-        by_arm.setdefault(row["objective"], {}).setdefault(row["alpha"], []).append(row)
+        by_arm.setdefault(row["objective"], {}).setdefault(Choice.of_row(row), []).append(row)
 
     def worth(of_weight: Sequence[Row]) -> tuple[bool, float]:
         mean_cut = _mean(of_weight, "cut")
         is_enough = mean_cut >= cut
         return is_enough, _mean(of_weight, "bleu") if is_enough else mean_cut
 
-    return {arm: max(found, key=lambda alpha: worth(found[alpha])) for arm, found in by_arm.items()}
+    return {arm: max(found, key=lambda one: worth(found[one])) for arm, found in by_arm.items()}
 
 
 def _mean(rows: Sequence[Row], key: str) -> float:
@@ -294,7 +308,7 @@ def _averaged(group: Sequence[Row]) -> Row:
     merged["num_seeds"] = len(group)
     for name in group[0]:
         values = [row[name] for row in group if row.get(name) is not None]
-        if name not in ("alpha", "seed") and values and isinstance(values[0], float):
+        if name not in ("alpha", "rate", "seed") and values and isinstance(values[0], float):
             merged[name] = float(np.mean(values))
             merged[f"{name}_sd"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return merged

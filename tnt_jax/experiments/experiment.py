@@ -47,10 +47,12 @@ class Arm:
     Attributes:
       name: In tables, and of its folder.
       objective: The loss per token.
+      dataset: Further arguments of `datasets.RecordFiles`, such as `{"only_clean": True}`.
     """
 
     name: str
     objective: objectives.TntObjective
+    dataset: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -43,8 +43,10 @@ _DIVERGENCES = (
     "jensen_shannon",
     "jensen_shannon_split",
 )
-NEGATIVE_TERMS = (*_DIVERGENCES, "negative_likelihood", "unlikelihood", "none")
-POSITIVE_TERMS = ("forward_kl", "reverse_kl", "jensen_shannon", "log_likelihood")
+_PREFERENCES = ("negative_preference", "final_token_preference")
+NEGATIVE_TERMS = (*_DIVERGENCES, "negative_likelihood", "unlikelihood", *_PREFERENCES, "none")
+POSITIVE_TERMS = ("forward_kl", "reverse_kl", "jensen_shannon", "log_likelihood", "none")
+_WITH_ORIGINAL = (*_DIVERGENCES, *_PREFERENCES)
 _SPLIT_TERMS = ("forward_kl", "reverse_kl_split", "jensen_shannon_split")
 _SMOOTHABLE_TERMS = ("forward_kl", "reverse_kl", "log_likelihood", "none")
 
@@ -62,6 +64,64 @@ class Certificate(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class FinalTokenPreference:
+    """Final-token preference optimisation (FTPO): chosen ids are preferred to the removed ones.
+
+    Of the logits `z` of the current model and `z0` of the original, with the chosen ids `C`, the
+    targets `T = C + S` and all other ids `N`:
+
+        gap_c   z_c - log of the sum of e^(z_r) over r in S; of one removed id, z_c - z_r
+        w_c     (margin - gap_c) / margin, between 0 and 1; its gradient counts
+        loss    sum of w_c softplus(margin - gap_c) / sum of w_c, over C; 0 where all w_c are 0
+                + target_weight * mean over T of max(|z_j - z0_j| - target_slack, 0)^2
+                + rest_weight * mean over N of (z_j - z0_j)^2
+
+    `C` is the `num_chosen` likeliest ids outside `S` of the original, without those of less than
+    `min_p` times the probability of its likeliest id, removed or not; the likeliest outside `S` is
+    in `C` in any case.
+
+    Source: Paech, Roush, Goldfeder and Shwartz-Ziv, "Antislop: A Comprehensive Framework for
+    Identifying and Eliminating Repetitive Patterns in Language Models" (arXiv 2510.15061), and
+    `core/ftpo_trainer.py` and `configs/default.yaml` of github.com/sam-paech/auto-antislop, which
+    has these numbers: 20 candidates of a position, `min_p` 0.01, `clip_epsilon_logits` 2,
+    `lambda_mse_target` 0.05, `tau_mse_target` 0.5, `lambda_mse` 0.4. What differs: a position has
+    one rejected id there. The weighted mean is over a batch there, here over a position. Where all
+    chosen ids have won, that code gives all of them the weight 1; the text says that they no longer
+    contribute, and here they do not. That code leaves out positions where fewer than four ids pass.
+
+    Attributes:
+      num_chosen: Chosen ids of a position, at most.
+      min_p: Least probability of a chosen id, as a share of the original's largest one.
+      margin: Of the logit of a chosen id over that of the removed ones: then it has won.
+      target_weight: Of the squared change of the logits of chosen and removed ids.
+      target_slack: By which these may change at no cost.
+      rest_weight: Of the squared change of all other logits.
+
+    Raises:
+      UsageError: A number is out of range.
+    """
+
+    num_chosen: int = 20
+    min_p: float = 0.01
+    margin: float = 2.0
+    target_weight: float = 0.05
+    target_slack: float = 0.5
+    rest_weight: float = 0.4
+
+    def __post_init__(self):
+        for name, is_valid, allowed in (
+            ("num_chosen", self.num_chosen >= 1, "at least 1"),
+            ("min_p", 0 < self.min_p <= 1, "above 0, and at most 1"),
+            ("margin", 0 < self.margin < math.inf, "above 0, and finite"),
+            ("target_weight", 0 <= self.target_weight < math.inf, "0 or more, and finite"),
+            ("target_slack", 0 <= self.target_slack < math.inf, "0 or more, and finite"),
+            ("rest_weight", 0 <= self.rest_weight < math.inf, "0 or more, and finite"),
+        ):
+            if not is_valid:
+                raise UsageError(f"ftpo: {name} must be {allowed}; got {getattr(self, name)!r}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TntObjective:
     """A loss per target token: one term at negative positions, one at positive positions.
 
@@ -74,8 +134,16 @@ class TntObjective:
         jensen_shannon_split  -log(1 - m) + JS(p_new, q)                         negative only
         negative_likelihood   max(log m, -10.3)                                  negative only
         unlikelihood          -log(1 - m)                                        negative only
+        negative_preference   2/beta softplus(beta log(m / p0(S)))               negative only
+        final_token_preference  see `FinalTokenPreference`                       negative only
         log_likelihood        -log p(target)                                     positive only
-        none                  marks are ignored: plain fine-tuning               negative only
+        none                  0. As negative term, marks are ignored: these positions have the
+                              positive term, as in plain fine-tuning
+
+    `negative_preference` is negative preference optimisation (NPO), -2/beta log sigmoid(-beta log
+    p/p0), of the removed ids of a position in place of a whole answer: Zhang, Lin, Bai and Mei,
+    "Negative Preference Optimization" (arXiv 2404.05868, equation 3). Its gradient is that of
+    `log m`, times 2 m^beta / (m^beta + p0(S)^beta): 1 at the original, and 0 as `m` vanishes.
 
     Attributes:
       negative_term: The term at negative positions; one of `NEGATIVE_TERMS`.
@@ -94,6 +162,8 @@ class TntObjective:
       label_smoothing: Of `log_likelihood`, as in T5X: the target keeps `1 - label_smoothing`, the
         other ids share the rest, and the entropy of that target is subtracted.
       z_loss: Of `log_likelihood`, as in T5X: adds `z_loss * logsumexp(logits)**2`.
+      npo_beta: Of `negative_preference`, its authors' beta: the larger, the sooner it lets go.
+      ftpo: Of `final_token_preference`.
       removed_everywhere: Ids in `S` at every position, whatever the marks. With a divergence this
         distils a decoding mask into the weights.
       removed_everywhere_counts_as: "positive" or "negative": what a position is that has no mark.
@@ -111,6 +181,11 @@ class TntObjective:
     smoothing: float = 0.0
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    # Notes of finished stages do not have these: `settings_json.describe`.
+    npo_beta: float = dataclasses.field(default=0.1, metadata={"omit_default": True})
+    ftpo: FinalTokenPreference = dataclasses.field(
+        default=FinalTokenPreference(), metadata={"omit_default": True}
+    )
     removed_everywhere: tuple[int, ...] = ()
     removed_everywhere_counts_as: str = "positive"
 
@@ -131,6 +206,7 @@ class TntObjective:
             ("smoothing", 0 <= self.smoothing < 1, "at least 0 and below 1"),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "at least 0 and below 1"),
             ("z_loss", 0 <= self.z_loss < math.inf, "0 or more, and finite"),
+            ("npo_beta", 0 < self.npo_beta < math.inf, "above 0, and finite"),
             (
                 "removed_everywhere",
                 isinstance(self.removed_everywhere, tuple)
@@ -155,6 +231,7 @@ class TntObjective:
                     f"{name}={getattr(self, name)} with positive_term={self.positive_term!r}. "
                     f"Set {name}=0, or change positive_term."
                 )
+        self._check_preferences()
         if self.smoothing:
             for term in (self.negative_term, self.positive_term):
                 if term not in _SMOOTHABLE_TERMS:
@@ -176,10 +253,26 @@ class TntObjective:
                 "removed_everywhere."
             )
 
+    def _check_preferences(self):
+        if self.negative_term == self.positive_term == "none":
+            raise UsageError(
+                "negative_term and positive_term are both 'none': nothing would be trained. Choose "
+                "another negative_term, or another positive_term."
+            )
+        for name, term, default in (
+            ("npo_beta", "negative_preference", TntObjective.npo_beta),
+            ("ftpo", "final_token_preference", FinalTokenPreference()),
+        ):
+            if getattr(self, name) != default and self.negative_term != term:
+                raise UsageError(
+                    f"{name} belongs to negative_term={term!r}; got {name}={getattr(self, name)} "
+                    f"with {self.negative_term!r}. Leave {name} out, or change negative_term."
+                )
+
     @property
     def needs_original(self) -> bool:
-        """Whether a term is a divergence, so that `token_losses` needs the original's logits."""
-        return self.negative_term in _DIVERGENCES or self.positive_term in _DIVERGENCES
+        """Whether a term compares with the original, so that `token_losses` needs its logits."""
+        return self.negative_term in _WITH_ORIGINAL or self.positive_term in _WITH_ORIGINAL
 
     def check(self, *, has_original: bool, vocab_size: int) -> None:
         """Raises a UsageError unless `token_losses` can be computed from what there is."""
@@ -187,7 +280,7 @@ class TntObjective:
             raise UsageError(
                 f"negative_term={self.negative_term!r} with positive_term={self.positive_term!r} "
                 "compares with the original model, but there are no original logits. Give the "
-                "original's parameters, or choose terms without a divergence."
+                "original's parameters, or choose terms that do without."
             )
         if max(self.removed_everywhere, default=-1) >= vocab_size:
             raise UsageError(
@@ -316,9 +409,35 @@ class TntObjective:
                 return jnp.maximum(log_removed, LOG_LIKELIHOOD_FLOOR)
             case "unlikelihood":
                 return _residual(current, removed)
+            case "negative_preference":
+                log_ratio = _log_masses(current, removed)[0] - _log_masses(original, removed)[0]
+                return 2 / self.npo_beta * jax.nn.softplus(self.npo_beta * log_ratio)
+            case "final_token_preference":
+                return self._final_token_preference(current, original, removed)
             case "log_likelihood":
                 return self._cross_entropy(current, target_tokens)
+            case "none":
+                return jnp.zeros(target_tokens.shape)
         raise AssertionError(name)
+
+    def _final_token_preference(self, current, original, removed):
+        """The three parts of `FinalTokenPreference`."""
+        settings, moved = self.ftpo, current - original
+        chosen = _chosen_ids(original, removed, settings)
+        targets = chosen | removed
+        of_removed = jax.nn.logsumexp(jnp.where(removed, current, LOG_ZERO), axis=-1, keepdims=True)
+        short = settings.margin - (current - of_removed)
+        weights = jnp.where(chosen, jax.lax.clamp(0.0, short / settings.margin, 1.0), 0.0)
+        total = weights.sum(axis=-1)
+        preference = (weights * jax.nn.softplus(short)).sum(axis=-1) / jnp.where(
+            total > 0, total, 1.0
+        )
+        excess = jnp.maximum(jnp.abs(moved) - settings.target_slack, 0.0)
+        return (
+            preference
+            + settings.target_weight * _mean_of(excess**2, targets)
+            + settings.rest_weight * _mean_of(moved**2, ~targets)
+        )
 
     def _smoothed(self, original, kept):
         """Log of `(p_new + s) / (1 + s V)`."""
@@ -439,6 +558,22 @@ def _residual(logits, removed):
     return jax.nn.softplus(_removed_log_odds(logits, removed))
 
 
+def _chosen_ids(original, removed, settings):
+    """The mask `[B, T, V]` of the ids that `FinalTokenPreference` prefers; of equals, the first."""
+    kept = jnp.where(removed, LOG_ZERO, original)
+    values, ids = jax.lax.top_k(kept, min(settings.num_chosen, kept.shape[-1]))
+    least = original.max(axis=-1, keepdims=True) + math.log(settings.min_p)
+    is_chosen = values >= jnp.minimum(least, values[..., :1])
+    return jax.vmap(jax.vmap(lambda i, x: jnp.zeros(kept.shape[-1], bool).at[i].set(x)))(
+        ids, is_chosen
+    )
+
+
+def _mean_of(x, ids):
+    """The mean of `x` over the `ids` of each position; 0 where there are none."""
+    return jnp.where(ids, x, 0.0).sum(axis=-1) / jnp.maximum(ids.sum(axis=-1), 1)
+
+
 def _kl(log_a, log_b):
     """KL(a || b) summed over the last axis, for distributions given by their logarithms.
 
@@ -487,6 +622,13 @@ TERMS = {
     "UL+LL": ("unlikelihood", "log_likelihood"),
     "NL+KL": ("negative_likelihood", "forward_kl"),
     "UL+KL": ("unlikelihood", "forward_kl"),
+    "NPO+LL": ("negative_preference", "log_likelihood"),
+    "NPO+KL": ("negative_preference", "forward_kl"),
+    "FTPO": ("final_token_preference", "none"),
+    "FTPO+KL": ("final_token_preference", "forward_kl"),
+    # Marks are ignored: for arms that are trained on clean outputs alone (`only_clean`).
+    "LL": ("none", "log_likelihood"),
+    "KL": ("none", "forward_kl"),
 }
 
 

@@ -15,8 +15,9 @@ Products are float32 of float32 inputs, at JAX's default precision, as in T5X: a
 bfloat16 and adds up in float32 unless `JAX_DEFAULT_MATMUL_PRECISION` asks for more.
 
 On a mesh every device has a part of the vocabulary and a part of the tokens (`_Layout`). Devices
-that share tokens add up per-row vectors in the loop, nothing larger; devices that share the
-vocabulary need not take equally many blocks, and exchange nothing until the loop has ended.
+that share tokens add up per-row vectors in the loop, nothing larger (FTPO also collects the largest
+few logits of a row); devices that share the vocabulary need not take equally many blocks, and
+exchange nothing until the loop has ended.
 """
 
 import dataclasses

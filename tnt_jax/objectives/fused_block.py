@@ -59,14 +59,35 @@ class Reductions:
         """Takes the largest over the devices, all terms in one exchange."""
         return jax.lax.pmax(terms, self.axes) if self.axes else terms
 
+    @property
+    def first_id(self) -> Int[Array, ""]:
+        """The id of this device's first column."""
+        place = jnp.int32(0)
+        for axis in self.axes:
+            place = place * jax.lax.axis_size(axis) + jax.lax.axis_index(axis)
+        return place * self.size
+
     def local(self, ids: Int[Array, "..."]) -> Int[Array, "..."]:
         """Ids as columns of this device's part; those of other devices and padding are -1."""
         if self.axes:
-            first = jnp.int32(0)
-            for axis in self.axes:
-                first = first * jax.lax.axis_size(axis) + jax.lax.axis_index(axis)
-            ids = jnp.where(ids >= 0, ids - first * self.size, -1)
+            ids = jnp.where(ids >= 0, ids - self.first_id, -1)
         return jnp.where((ids >= 0) & (ids < self.size), ids, -1)
+
+    def top(
+        self, logits: Float[Array, "R V"], number: int
+    ) -> tuple[Float[Array, "R _"], Int[Array, "R _"]]:
+        """The largest logits of each row and their ids, largest first; of equals the first id.
+
+        A device sends its own largest ones, never the row.
+        """
+        values, columns = jax.lax.top_k(logits, min(number, self.size))
+        ids = columns + self.first_id
+        if not self.axes:
+            return values, ids
+        for axis in reversed(self.axes):  # in the order of ids, so that equals stay in it
+            values, ids = (jax.lax.all_gather(x, axis, axis=1, tiled=True) for x in (values, ids))
+        values, places = jax.lax.top_k(values, min(number, self.vocab_size))
+        return values, jnp.take_along_axis(ids, places, axis=1)
 
 
 class _Term(NamedTuple):
@@ -166,6 +187,7 @@ class Block:
         kept, removed, *others = (x[:, None] for x in self.reductions.sums(*sums))
         kept, removed = jnp.log(kept), jnp.log(removed)
         self.log_odds = (top_removed - top) + removed - kept
+        self.logit_of_removed = top_removed + removed  # of all of S together
         self.log_removed, self.log_rest = _log_masses(self.log_odds)
         self.residual = jax.nn.softplus(self.log_odds)
         self.log_q = (self.kept - top) - kept
@@ -273,9 +295,80 @@ class Block:
                 )
             case "unlikelihood":
                 return unlikelihood
+            case "negative_preference":  # of log m, times 2 sigmoid(beta log(m / p0(S)))
+                return self._negative_preference()
+            case "final_token_preference":
+                return self._final_token_preference()
             case "log_likelihood":
                 return self._cross_entropy()
+            case "none":
+                return jax.tree.map(jnp.zeros_like, unlikelihood)
         raise AssertionError(name)
+
+    def _negative_preference(self) -> _Term:
+        beta = self.objective.npo_beta
+        x = beta * (self.log_removed - _log_masses(self.original_log_odds)[0])
+        slope = 2 * jax.nn.sigmoid(x)
+        within = jnp.exp(self.log_within) - self.p_removed
+        value = 2 / beta * jax.nn.softplus(x)
+        return _Term(value[:, 0], -slope * self.rest * self.q, slope * within)
+
+    def _final_token_preference(self) -> _Term:
+        """The three parts of `definition.FinalTokenPreference`."""
+        settings, chosen = self.objective.ftpo, self._chosen()
+        short = settings.margin - (self.kept - self.logit_of_removed)
+        ratio = short / settings.margin
+        weights = jnp.where(chosen, jnp.clip(ratio, 0.0, 1.0), 0.0)
+        is_sloped = chosen & (ratio > 0) & (ratio < 1)
+        lost, pull = jax.nn.softplus(short), weights * jax.nn.sigmoid(short)
+        moved = self.kept - self.original_kept  # 0 on S
+        excess, excess_removed = (
+            jnp.sign(x) * jnp.maximum(jnp.abs(x) - settings.target_slack, 0.0)
+            for x in (jnp.where(chosen, moved, 0.0), self.of_removed - self.original_of_removed)
+        )
+        others = jnp.where(chosen, 0.0, moved)
+        sums = self.reductions.sums(
+            *(
+                x.sum(axis=1)
+                for x in (
+                    *(weights, weights * lost, pull),
+                    *(jnp.where(is_sloped, lost, 0.0), is_sloped.astype(jnp.float32)),
+                    *(chosen.astype(jnp.float32), (self.ids >= 0).astype(jnp.float32)),
+                    *(excess**2, excess_removed**2, others**2),
+                )
+            )
+        )
+        total, lost_sum, pull_sum, sloped_sum, num_sloped, num_chosen, num_removed, *squares = (
+            x[:, None] for x in sums
+        )
+        # The mean L of the lost has to a gap the slope -(w_c sigmoid(margin - gap_c) + (lost_c - L)
+        # [0 < w_c < 1] / margin) / sum of w; to a removed logit minus their sum, by its share of S.
+        total = jnp.where(total > 0, total, 1.0)
+        mean = lost_sum / total
+        of_weights = jnp.where(is_sloped, lost - mean, 0.0) / settings.margin
+        sum_of_slopes = pull_sum + (sloped_sum - num_sloped * mean) / settings.margin
+        num_targets = num_chosen + num_removed
+        of_target = settings.target_weight / num_targets
+        of_other = settings.rest_weight / jnp.maximum(self.reductions.vocab_size - num_targets, 1.0)
+        value = mean + of_target * (squares[0] + squares[1]) + of_other * squares[2]
+        return _Term(
+            value[:, 0],
+            2 * (of_target * excess + of_other * others) - (pull + of_weights) / total,
+            2 * of_target * excess_removed + sum_of_slopes / total * jnp.exp(self.log_within),
+        )
+
+    def _chosen(self) -> Bool[Array, "R V"]:
+        """Which columns are ids that `definition.FinalTokenPreference` prefers."""
+        settings = self.objective.ftpo
+        _, _, top, top_removed = (m[:, None] for m in self.maxima)
+        values, ids = self.reductions.top(self.original_kept, settings.num_chosen)
+        least = jnp.minimum(jnp.maximum(top, top_removed) + math.log(settings.min_p), top)
+        column = jax.lax.broadcasted_iota(jnp.int32, self.kept.shape, 1) + self.reductions.first_id
+        last, last_id = values[:, -1:], ids[:, -1:]
+        is_first = (self.original_kept > last) | (
+            (self.original_kept == last) & (column <= last_id)
+        )
+        return (self.original_kept >= least) & is_first
 
     def _reverse_within_kept(self) -> Float[Array, "R"]:
         """KL(q || p_new)."""

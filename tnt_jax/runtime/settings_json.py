@@ -27,6 +27,8 @@ def describe(value: Any) -> Any:
     and classes come with what gin binds to them (within the scope of `@scope/name`) and with the
     variables that they close over, which is where an optax schedule keeps its numbers. The
     description of a vocabulary depends on what is in its model file and not on where that lies.
+    A field of a dataclass whose metadata has "omit_default" is left out where it has its default:
+    so a setting may be added, and what was described before is described alike.
 
     Args:
         value: anything. A kind of object that this does not know is described by its class and
@@ -84,6 +86,9 @@ def _describe(value: Any, outer: tuple[int, ...]) -> Any:
         return {"class": _qualified_name(type(value)), "model": value.tokenizer_digest}
     if dataclasses.is_dataclass(value):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        for field in dataclasses.fields(value):
+            if field.metadata.get("omit_default") and fields[field.name] == field.default:
+                del fields[field.name]
         return {"class": _qualified_name(type(value)), **named(fields)}
     if isinstance(value, np.dtype):
         return str(value)

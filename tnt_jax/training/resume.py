@@ -15,6 +15,7 @@ The item `run` of a checkpoint is a JSON object:
     health          the last losses and the updates that were left out (`health`)
 """
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -25,6 +26,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from tnt_jax import objectives
 from tnt_jax.checkpoints import digests
 from tnt_jax.runtime import console, operative_config, processes, settings_json
 from tnt_jax.runtime.array_types import PyTree
@@ -59,6 +61,13 @@ _IDENTITIES = {
 # How a network is computed, not what: or compared elsewhere (`orbax`, `adapters`).
 _NOT_OF_THE_MODEL = ("class", "attention", "scan_layers", "remat_policy", "adapter_scale")
 
+# What objectives of older versions did not have: where it is left out, it has its default.
+_ADDED_TO_OBJECTIVES = {
+    field.name
+    for field in dataclasses.fields(objectives.TntObjective)
+    if field.metadata.get("omit_default")
+}
+
 # Nats for a token, on average. The probe of the same original differs by rounding from machine to
 # machine, most in bfloat16; another activation or a wrong matrix makes several nats.
 _PROBE_TOLERANCE = 0.1
@@ -86,6 +95,8 @@ def describe(
       adapters: Their settings and what they lie beside; None where there are none.
     """
     optimizer = settings_json.describe(update.optimizer)
+    if update.learning_rate_factor != 1:
+        optimizer |= {"learning_rate_factor": update.learning_rate_factor}
     run = {
         "objective": settings_json.describe(trainer.objective),
         "model": settings_json.describe(trainer.model.config),
@@ -309,7 +320,8 @@ def _difference(name: str, before: Any, now: Any) -> str | None:
     if isinstance(was, dict) and isinstance(found, dict) and "digest" not in was:
         keys = was.keys() | found.keys()
         if name in ("model", "objective"):  # other versions have other settings
-            keys = (was.keys() & found.keys()).difference(_NOT_OF_THE_MODEL)
+            added = _ADDED_TO_OBJECTIVES & (was.keys() | found.keys())
+            keys = (was.keys() & found.keys() | added).difference(_NOT_OF_THE_MODEL)
         changed = [
             f"{key} was {_short(was.get(key))}, is {_short(found.get(key))}"
             for key in sorted(keys)

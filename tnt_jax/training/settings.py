@@ -35,6 +35,9 @@ class Update:
       max_gradient_norm: A gradient whose norm is larger is scaled down to it; None scales none.
       non_finite: What becomes of an update whose loss or gradient is not finite: "stop" ends the
         run, "skip" leaves the update out and counts it.
+      learning_rate_factor: Multiplies what the optimizer adds to the parameters. For Adam,
+        Adafactor and all that multiply by the learning rate at last, weight decay included, that is
+        to multiply the learning rate, be it a number or a schedule.
 
     Raises:
       UsageError: A number or a name is not possible.
@@ -49,6 +52,10 @@ class Update:
     block_size: int | None = None
     max_gradient_norm: float | int | None = None
     non_finite: str = "stop"
+    # Notes of finished stages do not have it: `settings_json.describe`.
+    learning_rate_factor: float | int = dataclasses.field(
+        default=1.0, metadata={"omit_default": True}
+    )
 
     def __post_init__(self):
         if self.block_size is not None and self.block_size < 1:
@@ -60,6 +67,11 @@ class Update:
         norm = self.max_gradient_norm
         if norm is not None and not 0 < norm < math.inf:
             raise UsageError(f"MAX_GRADIENT_NORM: expected None or more than 0, found {norm}.")
+        if not 0 < self.learning_rate_factor < math.inf:
+            raise UsageError(
+                "learning_rate_factor: expected more than 0, and finite, found "
+                f"{self.learning_rate_factor}."
+            )
 
     def make_optimizer(self) -> optax.GradientTransformation:
         """The optimizer, with clipping by the norm over all parameters before anything else.
@@ -73,9 +85,7 @@ class Update:
             made = made()
             key = inspect.unwrap(maker), json.dumps(settings_json.describe(made))
             made = _made.setdefault(key, made)
-        if self.max_gradient_norm is None:
-            return made
-        return _clipped(made, self.max_gradient_norm)
+        return _surrounded(made, self.learning_rate_factor, self.max_gradient_norm)
 
 
 # By what made them, and by all numbers that they hold.
@@ -83,10 +93,16 @@ _made: dict[tuple[Any, str], optax.GradientTransformation] = {}
 
 
 @functools.lru_cache(maxsize=4)
-def _clipped(
-    optimizer: optax.GradientTransformation, largest_norm: float | int
+def _surrounded(
+    optimizer: optax.GradientTransformation,
+    learning_rate_factor: float,
+    largest_norm: float | int | None,
 ) -> optax.GradientTransformation:
-    return optax.chain(optax.clip_by_global_norm(largest_norm), optimizer)
+    if learning_rate_factor != 1:
+        optimizer = optax.chain(optimizer, optax.scale(learning_rate_factor))
+    if largest_norm is not None:
+        optimizer = optax.chain(optax.clip_by_global_norm(largest_norm), optimizer)
+    return optimizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
