@@ -4,7 +4,8 @@ For DPO a line has `prompt`, `rejected` (an output of the original in which some
 `chosen` (what was said to the same prompt under the mask, or by a patched model, if nothing is
 marked in that). For KTO it has `prompt`, `completion` and `label`: false for outputs in which
 something is marked, true for all others. A prompt is a text, or messages where the record has them;
-then so are the outputs.
+then so are the outputs. TRL applies a chat template to messages alone: AS_MESSAGES makes a message
+of a text, for a model that was given it through its template.
 
 Example:
     python -m tnt_jax.preferences --gin_file=runs/preferences.gin \
@@ -13,6 +14,7 @@ Example:
 """
 
 import collections
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -25,7 +27,12 @@ FORMATS = ("dpo", "kto")
 
 
 def preferences(
-    *, output: str, original_records: str, chosen_records: str | None, output_format: str = "dpo"
+    *,
+    output: str,
+    original_records: str,
+    chosen_records: str | None,
+    output_format: str = "dpo",
+    as_messages: bool = False,
 ) -> dict[str, int]:
     """Writes the file, and says what was left out.
 
@@ -36,6 +43,7 @@ def preferences(
         output belongs to the one of the original's with the same id, whose prompt must be the same.
         None, for KTO, writes the original's outputs alone.
       output_format: "dpo" or "kto".
+      as_messages: Writes a prompt that is a text as the message of a user.
 
     Returns:
       How many lines there are ("written"), and how many outputs were left out, by the reason.
@@ -57,6 +65,8 @@ def preferences(
     operative_config.check_writable(output, "OUTPUT", reads)
     original = _annotated(original_records, "ORIGINAL_RECORDS")
     others = [] if chosen_records is None else _annotated(chosen_records, "CHOSEN_RECORDS")
+    if as_messages:
+        original, others = ([_with_messages(row) for row in rows] for rows in (original, others))
     left_out: collections.Counter[str] = collections.Counter()
     if output_format == "dpo":
         lines = list(_pairs(original, others, left_out))
@@ -87,6 +97,10 @@ def _annotated(path: str, setting: str) -> list[records.Record]:
                 "records (python -m tnt_jax.annotate)."
             )
     return rows
+
+
+def _with_messages(row: records.Record) -> records.Record:
+    return dataclasses.replace(row, messages=row.messages or (("user", row.inputs),))
 
 
 def _pairs(

@@ -73,6 +73,21 @@ def test_pairs_by_id_and_what_is_left_out(capsys):
     )
 
 
+def test_a_text_as_the_message_of_a_user():
+    write("original.jsonl", *ORIGINAL[:2])
+    write("chosen.jsonl", *CHOSEN[1:3])
+    preferences.preferences(
+        output="pairs.jsonl",
+        original_records="original.jsonl",
+        chosen_records="chosen.jsonl",
+        as_messages=True,
+    )
+    found = lines("pairs.jsonl")
+    assert found[0]["prompt"] == [{"role": "user", "content": "the pub"}]
+    assert found[0]["rejected"] == [{"role": "assistant", "content": "a dirty pub"}]
+    assert found[1] == {"prompt": CHAT, "chosen": REPLIES[0], "rejected": REPLIES[1]}
+
+
 def test_every_output_is_judged_once():
     write("original.jsonl", *ORIGINAL[:3])
     write("chosen.jsonl", *CHOSEN[1:3], ("g", "the inn", "an inn", None))
@@ -138,7 +153,7 @@ def test_records_that_nobody_annotated_are_refused():
     pathlib.Path("chosen.jsonl").write_text(
         '{"id": "a", "inputs": "the pub", "targets": "a pub"}\n'
     )
-    with pytest.raises(preferences.UsageError, match="CHOSEN_RECORDS: record 'a' of chosen.jsonl"):
+    with pytest.raises(preferences.UsageError, match="CHOSEN_RECORDS: record 'a' of chosen"):
         preferences.preferences(
             output="pairs.jsonl", original_records="original.jsonl", chosen_records="chosen.jsonl"
         )
