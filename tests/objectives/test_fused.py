@@ -11,7 +11,7 @@ import pytest
 from tnt_jax import objectives
 from tnt_jax.models import sharding
 from tnt_jax.models.factored_logits import FactoredLogits
-from tnt_jax.objectives import fused
+from tnt_jax.objectives import fused, fused_block
 from tnt_jax.runtime.errors import UsageError
 
 BATCH, LENGTH, WIDTH, VOCAB_SIZE = 4, 6, 8, 40
@@ -374,15 +374,27 @@ def test_eight_devices_give_the_numbers_of_one(name, shape):
 
 
 def test_of_equal_logits_eight_devices_choose_the_same():
-    """All logits of the original are 0: chosen are the first ids that stay, on several devices."""
+    """All logits of the original are 0: chosen are the first ids that stay, of several devices."""
     current, original, tokens = problem(12, batch=8)
     original = original.replace(matrix=jnp.zeros_like(original.matrix))
-    step, placed = on_mesh(OBJECTIVES["FTPO"], {"model": 8}, current, original, tokens)
+    step, placed = on_mesh(OBJECTIVES["FTPO"], {"fsdp": 4, "model": 2}, current, original, tokens)
     expected, values, _ = with_gradients(dense, OBJECTIVES["FTPO"], current, original, tokens)
-    found, found_values, _ = step(*placed)
     assert expected > 0
-    np.testing.assert_allclose(found, expected, rtol=2e-5)
-    np.testing.assert_allclose(found_values.losses, values.losses, rtol=2e-5, atol=2e-6)
+    of_one = with_gradients(fused_values, OBJECTIVES["FTPO"], current, original, tokens)
+    for found, found_values, _ in (step(*placed), of_one):
+        np.testing.assert_allclose(found, expected, rtol=2e-5)
+        np.testing.assert_allclose(found_values.losses, values.losses, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("size", [7, 40, 41, 300])
+@pytest.mark.parametrize("number", [1, 5, 7])
+def test_the_largest_logits_are_those_of_a_sort(size, number):
+    """With many equals: the first of them come first."""
+    logits = np.random.default_rng(size).integers(0, 9, (3, size)).astype(np.float32)
+    values, ids = fused_block.Reductions((), size).top(jnp.asarray(logits), number)
+    expected = np.argsort(-logits, axis=1, kind="stable")[:, :number]
+    np.testing.assert_array_equal(ids, expected)
+    np.testing.assert_array_equal(values, np.take_along_axis(logits, expected, axis=1))
 
 
 def largest_in_loop(compiled):
