@@ -375,7 +375,8 @@ def test_eight_devices_give_the_numbers_of_one(name, shape):
 
 def test_of_equal_logits_eight_devices_choose_the_same():
     """All logits of the original are 0: chosen are the first ids that stay, of several devices."""
-    current, original, tokens = problem(12, batch=8)
+    # So few tokens that two axes of the mesh split the vocabulary.
+    current, original, tokens = problem(12, batch=4)
     original = original.replace(matrix=jnp.zeros_like(original.matrix))
     step, placed = on_mesh(OBJECTIVES["FTPO"], {"fsdp": 4, "model": 2}, current, original, tokens)
     expected, values, _ = with_gradients(dense, OBJECTIVES["FTPO"], current, original, tokens)
