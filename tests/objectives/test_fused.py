@@ -44,6 +44,8 @@ OBJECTIVES = {
     "UL+KL": objective_of("unlikelihood", "forward_kl"),
     "fine-tune": objective_of("none", "log_likelihood", label_smoothing=0.2),
     "anchor": objective_of("none", "reverse_kl"),
+    "UNDIAL": objective_of("forward_kl", "none", negative_strength=0.9),
+    "UNDIAL+KL": objective_of("forward_kl", "forward_kl", negative_strength=1 - np.exp(-10.0)),
     "TNFF smoothed": objective_of("forward_kl", "forward_kl", smoothing=1e-3),
     "TNRR smoothed": objective_of("reverse_kl", "reverse_kl", smoothing=1e-3),
     "TNRLL smoothed": objective_of("reverse_kl", "log_likelihood", smoothing=1e-3),
@@ -70,8 +72,12 @@ def problem(
     width=WIDTH,
     vocab_size=VOCAB_SIZE,
     softcap=None,
+    strengths=None,
 ):
-    """Factored logits of both models, and tokens; a third of the positions is padding."""
+    """Factored logits of both models, and tokens; a third of the positions is padding.
+
+    Of the marks some have each of `strengths`; None is without them.
+    """
     random = np.random.default_rng(seed)
     shape = batch, LENGTH
 
@@ -101,6 +107,9 @@ def problem(
         "negative_ids": jnp.asarray(ids, jnp.int32),
         "loss_mask": jnp.asarray(mask),
     }
+    if strengths is not None:
+        of_ids = random.choice(strengths, size=ids.shape)
+        tokens["negative_strengths"] = jnp.asarray(of_ids, jnp.float32)
     return current, original, tokens
 
 
@@ -113,15 +122,17 @@ def dense(objective, current, original, tokens):
         **tokens,
     )
     ids = tokens["negative_ids"]
+    strengths = objective.strengths(ids, tokens.get("negative_strengths"))
     if objective.negative_term == "none":
         ids = jnp.full_like(ids, -1)
     everywhere = objective.removed_everywhere
-    mass = objectives.removed_mass(current_logits, ids, everywhere)
+    mass = objectives.removed_mass(current_logits, ids, everywhere, strengths)
     parts = objectives.certificate(
         current_logits=current_logits,
         original_logits=original_logits,
         negative_ids=ids,
         removed_everywhere=everywhere,
+        negative_strengths=strengths,
     )
     is_real = tokens["loss_mask"] != 0
     others = (jnp.where(is_real, x, 0.0) for x in (mass, *parts))
@@ -168,6 +179,31 @@ def assert_agree(objective, *inputs, rtol=2e-5, atol=2e-6, **settings):
 @each_objective
 def test_agrees_with_the_definition(objective):
     assert_agree(objective, *problem())
+
+
+# Hardly any, half, nearly all, all: each id has one of its own, and some have two.
+STRENGTHS = (1e-3, 0.5, 0.9999, 1.0)
+
+
+@pytest.mark.parametrize("num_ids", [3, 12])
+@each_objective
+def test_agrees_with_the_definition_on_strengths(objective, num_ids):
+    assert_agree(objective, *problem(12, num_ids=num_ids, strengths=STRENGTHS))
+
+
+@each_objective
+def test_a_strength_of_1_is_removal_bit_by_bit(objective):
+    """The program is another one, and no number of it: neither fused nor by the definition."""
+    current, original, tokens = problem(13)
+    ones = {"negative_strengths": jnp.ones(tokens["negative_ids"].shape, jnp.float32)}
+    if objective.negative_strength != 1:
+        pytest.skip("no mark of it has strength 1")
+    for function in (fused_values, dense):
+        found, expected = (
+            with_gradients(function, objective, current, original, each)
+            for each in (tokens | ones, tokens)
+        )
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def test_capped_logits_by_hand():
@@ -226,9 +262,10 @@ def test_agrees_in_bfloat16(name):
         assert np.linalg.norm(one - other) <= 4e-3 * np.linalg.norm(other)
 
 
+@pytest.mark.parametrize("strengths", [None, STRENGTHS], ids=["removal", "strengths"])
 @each_objective
-def test_finite_at_gaps_of_ten_thousand(objective):
-    inputs = problem(4, scale=3000.0)
+def test_finite_at_gaps_of_ten_thousand(objective, strengths):
+    inputs = problem(4, scale=3000.0, strengths=strengths)
     assert float(jnp.ptp(inputs[0].whole())) > 2e4
     total, values, gradients = with_gradients(fused_values, objective, *inputs)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((total, values, gradients)))
@@ -333,11 +370,19 @@ SHAPES = [(8, 1, 1), (4, 1, 2), (1, 4, 2), (2, 4, 1), (2, 2, 2), (1, 1, 8)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", ["TNRF", "TNRLL smoothed", "TNRF everywhere", "TNRF capped"])
+@pytest.mark.parametrize(
+    "name",
+    ["TNRF", "TNRLL smoothed", "TNRF everywhere", "TNRF capped", "TNRF graded", "UL+KL graded"],
+)
 def test_eight_devices_give_the_numbers_of_one(name, shape):
     shape = dict(zip(sharding.MESH_AXES, shape, strict=True))
-    inputs = problem(9, batch=8, softcap=4.0 if name.endswith("capped") else None)
-    name = name.removesuffix(" capped")
+    inputs = problem(
+        9,
+        batch=8,
+        softcap=4.0 if name.endswith("capped") else None,
+        strengths=STRENGTHS if name.endswith("graded") else None,
+    )
+    name = name.removesuffix(" capped").removesuffix(" graded")
     step, placed = on_mesh(OBJECTIVES[name], shape, *inputs)
     found = step(*placed)
     expected = with_gradients(fused_values, OBJECTIVES[name], *inputs)

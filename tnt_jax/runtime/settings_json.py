@@ -26,7 +26,9 @@ def describe(value: Any) -> Any:
     Never an address in memory, never a side effect such as calling what gin would call. Functions
     and classes come with what gin binds to them (within the scope of `@scope/name`) and with the
     variables that they close over, which is where an optax schedule keeps its numbers. The
-    description of a vocabulary depends on what is in its model file and not on where that lies.
+    description of a vocabulary depends on what is in its model file and not on where that lies. A
+    dataclass's field with `metadata={"described_if_set": True}` is left out where it has its
+    default: one that was added later, without which what is there by then stays as it was.
 
     Args:
         value: anything. A kind of object that this does not know is described by its class and
@@ -83,7 +85,12 @@ def _describe(value: Any, outer: tuple[int, ...]) -> Any:
     if hasattr(value, "tokenizer_digest"):  # a tokeniser of a directory
         return {"class": _qualified_name(type(value)), "model": value.tokenizer_digest}
     if dataclasses.is_dataclass(value):
-        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        fields = {
+            field.name: getattr(value, field.name)
+            for field in dataclasses.fields(value)
+            if not field.metadata.get("described_if_set")
+            or getattr(value, field.name) != field.default
+        }
         return {"class": _qualified_name(type(value)), **named(fields)}
     if isinstance(value, np.dtype):
         return str(value)

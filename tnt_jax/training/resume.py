@@ -87,7 +87,10 @@ def describe(
     """
     optimizer = settings_json.describe(update.optimizer)
     run = {
-        "objective": settings_json.describe(trainer.objective),
+        "objective": {
+            **settings_json.describe(trainer.objective),
+            "negative_strength": trainer.objective.negative_strength,
+        },
         "model": settings_json.describe(trainer.model.config),
         "optimizer": {**optimizer, "max_gradient_norm": update.max_gradient_norm},
         "data": dict(data),
@@ -297,6 +300,8 @@ def _difference(name: str, before: Any, now: Any) -> str | None:
     now = json.loads(json.dumps(now))
     label = f"{name} ({COMPARED[name]})"
     was, found = _compared(name, before), _compared(name, now)
+    if name == "objective":  # a version without strengths removed
+        was = {"negative_strength": 1.0, **was}
     if was == found:
         gap = _probe_gap(before, now) if name == "original" else 0.0
         if gap <= _PROBE_TOLERANCE:
