@@ -366,6 +366,12 @@ def original_of(**changes):
             "model's settings, or the versions of what computes)",
         ),
         (
+            "objective",
+            {"z_loss": 0.0},
+            {"z_loss": 0.0, "negative_strength": 0.5},
+            "objective (the objective's file): negative_strength was 1.0, is 0.5",
+        ),
+        (
             "start",
             {"path": "a", "digest": "00"},
             {"path": None, "digest": "11"},
@@ -403,6 +409,8 @@ def test_differences_are_named(name, before, now, difference):
         ),
         ("adapters", {"rank": 4, "alpha": 8.0, "beside": "a"}, {"rank": 4, "alpha": 8.0}),
         ("adapters", {"rank": 4, "alpha": 8.0}, {"rank": 4, "alpha": 8.0, "layers": None}),
+        # A run from before there were strengths.
+        ("objective", {"z_loss": 0.0}, {"z_loss": 0.0, "negative_strength": 1.0}),
     ],
 )
 def test_what_makes_no_other_run_is_let_pass(name, before, now):
