@@ -129,6 +129,8 @@ def test_of_several_strengths_the_largest_is_kept():
         marked = marks.mark_tokens(row, VOCABULARY)
         assert marked.negative_pairs.tolist() == [[1, *b], [1, *c]]
         assert marked.negative_strengths.tolist() == [0.75, 0.5]
+    for row in rounds.merge([second, first], VOCABULARY):  # in whatever order
+        assert marks.mark_tokens(row, VOCABULARY).negative_strengths.tolist() == [0.75, 0.5]
     # What goes altogether goes, whoever says so.
     certain = rounds.merge([first, [record("5", "ab", [(1, 2)])]], VOCABULARY)
     assert certain[1].negative_token_ids == ((1, b), (1, c, 0.5))

@@ -135,16 +135,22 @@ def test_undial_elsewhere():
     assert undial.negative_strength == with_kl.negative_strength == 1 - math.exp(-10)
 
 
-def test_a_baseline_mixes_the_losses_with_and_without_the_mark():
-    batch = batch_of([0.5, 0.5], [0.2, 0.8], removed_id=0, strengths=jnp.full((1, 1, 1), 0.25))
+def test_a_baseline_mixes_the_losses_with_and_without_its_marks():
+    """Both marks hold, or none does; m is 0.3 with them."""
+    batch = batch_of([0.5, 0.25, 0.25], [0.2, 0.7, 0.1], removed_id=0)
+    batch |= {"ids": jnp.array([[[0, 2, -1]]]), "strengths": jnp.array([[[0.25, 0.125, 0.9]]])}
     log = math.log
-    with_mark = {"unlikelihood": -log(0.8), "negative_likelihood": log(0.2)}
-    of_mark = {"unlikelihood": [0.2, -0.2], "negative_likelihood": [0.8, -0.8]}
+    with_marks = {"unlikelihood": -log(0.7), "negative_likelihood": log(0.3)}
+    of_marks = {
+        "unlikelihood": [0.2, -0.3, 0.1],
+        "negative_likelihood": [0.2 / 0.3 - 0.2, -0.7, 0.1 / 0.3 - 0.1],
+    }
     for term in BASELINES:
         objective = objective_of(term, negative_weight=2.0)
         losses, gradient = losses_and_gradient(objective, batch)
-        np.testing.assert_allclose(losses, 0.25 * 2 * with_mark[term] + 0.75 * -log(0.2), rtol=1e-6)
-        wanted = 0.25 * 2 * np.array(of_mark[term]) + 0.75 * np.array([-0.8, 0.8])
+        wanted = 0.25 * 2 * with_marks[term] + 0.75 * -log(0.2)
+        np.testing.assert_allclose(losses, wanted, rtol=1e-6)
+        wanted = 0.25 * 2 * np.array(of_marks[term]) + 0.75 * np.array([-0.8, 0.7, 0.1])
         np.testing.assert_allclose(gradient[0, 0], wanted, rtol=1e-5)
 
 

@@ -256,7 +256,8 @@ def test_microbatches_take_their_own_strengths():
     strengths = random.uniform(0.1, 1.0, batch["decoder_negative_ids"].shape).astype(np.float32)
     batch["decoder_negative_strengths"] = strengths
     sums = microbatched_or_not(batch, 4, optax.sgd(0.1))
-    assert sums["negative_loss"] != step_of(small_batch())[1]["negative_loss"]
+    del batch["decoder_negative_strengths"]
+    assert sums["negative_loss"] < 0.9 * step_of(batch)[1]["negative_loss"]
 
 
 def microbatched_or_not(batch, num_microbatches, optimizer):
