@@ -186,7 +186,7 @@ def mark(
     annotation = annotator.annotate(row)
     if annotation is None:
         return None
-    removed: dict[int, set[int]] = {}
+    removed: dict[int, dict[int, float]] = {}  # by position, ids and strengths
     has_alternatives = any(span.alternatives for span in annotation.spans)
     if vocabulary is not None and (has_alternatives or annotation.banned):
         unmarked = dataclasses.replace(row, negative_spans=None, negative_token_ids=())
@@ -200,19 +200,20 @@ def mark(
                 annotation.supported,
                 continuations,
             ):
-                removed.setdefault(position, set()).update(of_position)
+                strengths = removed.setdefault(position, {})
+                for i in of_position:
+                    strengths[i] = max(span.strength, strengths.get(i, 0.0))
         completions = completions or marks.Completions(vocabulary)
         for position, of_position in completions.ids(
             ids, annotation.banned, annotation.supported, removed_everywhere
         ):
-            removed.setdefault(position, set()).update(of_position)
+            removed.setdefault(position, {}).update(dict.fromkeys(of_position, 1.0))
     return dataclasses.replace(
         row,
-        negative_spans=tuple((span.start, span.end) for span in annotation.spans),
-        negative_token_ids=tuple(
-            (position, tuple(sorted(of_position)))
-            for position, of_position in sorted(removed.items())
+        negative_spans=tuple(
+            records.with_strength(span.start, span.end, span.strength) for span in annotation.spans
         ),
+        negative_token_ids=marks.token_id_entries(removed),
         annotator=annotator.description,
     )
 

@@ -7,7 +7,8 @@ head that saw it, or another output for the same input, in training.
 
 Every record also gets `values`, one for each prefix of its tokens, beginning with the empty one.
 A bad record gets `blame`: the share of the fall that each token caused and, as the last entry, the
-share that no token is blamed for. `OUTPUT.values.json` says how good the values are.
+share that no token is blamed for. With BLAME_AS_STRENGTH, a mark has its tokens' blame as its
+strength. `OUTPUT.values.json` says how good the values are.
 
 The outputs should be samples (TEMPERATURE=1.0 in `generate`): then a value estimates how the
 original's continuations end. Without LABEL_FIELD, an output is bad if it has negative_spans; they
@@ -45,6 +46,7 @@ from tnt_jax.runtime import console, files, holding, memory, operative_config, p
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.training import load_original, original_cache
 
+_LEAST_STRENGTH = 0.01  # of a mark whose tokens have less blame, or none: it stays a mark
 _WEAK = 0.6  # area under the curve of whole outputs; marks of such heads are mostly wrong
 
 
@@ -116,6 +118,7 @@ def localize(
     num_folds: int = 4,
     seed: int = 0,
     check: MonteCarlo | None = None,
+    blame_as_strength: bool = False,
 ) -> dict[str, Any]:
     """Writes every record of `input` with its marks, in order, and how good the values are.
 
@@ -131,6 +134,8 @@ def localize(
       num_folds: Parts that the inputs are split in; each is valued by a head of the others.
       seed: Of heads, folds, and the check's prefixes and samples.
       check: Compares values with sampled continuations; None does not.
+      blame_as_strength: Whether the strength of a mark is the blame of its tokens together, and
+        0.01 where that is less; False marks with 1.
 
     Returns:
       What was written to `<output>.values.json`.
@@ -166,12 +171,21 @@ def localize(
         source = label_field or f"negative_spans of {rows[0].annotator or 'unknown'}"
         name = (
             f"SequenceValues({source}, original={outputs.digest}, {threshold}, {training}, "
-            f"num_folds={num_folds}, seed={seed})"
+            f"num_folds={num_folds}, seed={seed}"
+            f"{', blame_as_strength=True' if blame_as_strength else ''})"
         )
         marked = [
-            dataclasses.replace(mark(row, marks, vocabulary), annotator=name, extra=extra)
-            for row, marks, extra in zip(
-                rows, found, _extra_fields(rows, is_bad, values, label_field is None), strict=True
+            dataclasses.replace(
+                mark(row, marks, vocabulary, prefix_values.blame(v) if blame_as_strength else None),
+                annotator=name,
+                extra=extra,
+            )
+            for row, marks, v, extra in zip(
+                rows,
+                found,
+                values,
+                _extra_fields(rows, is_bad, values, label_field is None),
+                strict=True,
             )
         ]
         holding.check()
@@ -428,7 +442,12 @@ def _check(
 # ---------------------------------------------------------------------------------- The marks
 
 
-def mark(row: records.Record, is_negative: np.ndarray, vocabulary: Any) -> records.Record:
+def mark(
+    row: records.Record,
+    is_negative: np.ndarray,
+    vocabulary: Any,
+    blame: np.ndarray | None = None,
+) -> records.Record:
     """The record with these tokens marked, its earlier marks replaced.
 
     A token that stands for no text, such as the lone space before a word, is removed by its id; the
@@ -438,23 +457,40 @@ def mark(row: records.Record, is_negative: np.ndarray, vocabulary: Any) -> recor
       row: Of an output.
       is_negative: Whether each of its first tokens is; `Threshold.negative` makes it of `values`.
       vocabulary: The tokeniser.
+      blame: Of each of these tokens (`prefix_values.blame`), for the strengths of marks; None marks
+        with 1.
     """
+
+    def strength(positions: list[int]) -> float:
+        if blame is None:
+            return 1.0
+        return _short(np.clip(blame[positions].sum(), _LEAST_STRENGTH, 1.0))
+
     ids, extents = marks.ids_and_extents(row, vocabulary)
-    spans: list[tuple[int, int]] = []
-    without_text: list[tuple[int, tuple[int, ...]]] = []
+    spans: list[tuple[int, int, list[int]]] = []  # the last are the tokens that are blamed for it
+    without_text: list[int] = []
     for position in np.flatnonzero(is_negative).tolist():
         start, end = extents[position]
         if start == end:
-            without_text.append((position, (ids[position],)))
+            without_text.append(position)
             start, end = next((e for e in extents[position:] if e[0] < e[1]), (start, end))
         if start == end:
             continue
         if spans and start <= spans[-1][1]:  # pieces of one word
-            spans[-1] = (spans[-1][0], max(end, spans[-1][1]))
+            first, last, positions = spans[-1]
+            spans[-1] = (first, max(end, last), [*positions, position])
         else:
-            spans.append((start, end))
+            spans.append((start, end, [position]))
     return dataclasses.replace(
-        row, negative_spans=tuple(spans), negative_token_ids=tuple(without_text)
+        row,
+        negative_spans=tuple(
+            records.with_strength(start, end, strength(positions))
+            for start, end, positions in spans
+        ),
+        negative_token_ids=tuple(
+            records.with_strength(position, (ids[position],), strength([position]))
+            for position in without_text
+        ),
     )
 
 

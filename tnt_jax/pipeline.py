@@ -330,9 +330,7 @@ def _print_examples(original_path: str, current_path: str, arm: str, number: int
         if before.negative_spans and not current[before.id].negative_spans
     ]
     for before, after in changed[:number]:
-        spans = ", ".join(
-            repr(before.targets[slice(*span)]) for span in before.negative_spans or ()
-        )
+        spans = ", ".join(repr(before.targets[slice(*span)]) for span in before.offsets)
         lines = {"input": before.inputs, "original": before.targets, arm: after.targets}
         lines["unwanted"] = spans
         width = max(map(len, lines))

@@ -54,6 +54,7 @@ def precompile(
     *,
     topology: str = "local",
     num_negative_ids: int = 1,
+    has_strengths: bool = False,
     output: str | None = None,
     program_text: str | None = None,
 ) -> dict[str, Any]:
@@ -62,6 +63,7 @@ def precompile(
     Args:
       topology: Which devices, as above.
       num_negative_ids: Ids removed at a position, at most; a run takes them from its data.
+      has_strengths: Whether marks of the data have strengths below 1.
       output: A JSON file for the numbers; None writes none.
       program_text: A file for the compiled program as text; None writes none.
 
@@ -82,6 +84,7 @@ def precompile(
         devices_of(topology),
         original_choice=settings.OriginalChoice(**{"path": None, **choice}),
         num_negative_ids=num_negative_ids,
+        has_strengths=has_strengths,
         program_text=program_text,
         **found,
     )
@@ -140,6 +143,7 @@ def compile_step(
     update: settings.Update,
     original_choice: settings.OriginalChoice,
     num_negative_ids: int = 1,
+    has_strengths: bool = False,
     program_text: str | None = None,
 ) -> dict[str, Any]:
     """Compiles a step for devices.
@@ -151,6 +155,7 @@ def compile_step(
       update: How an update is computed.
       original_choice: Which model is the original, and where its logits come from.
       num_negative_ids: Largest number of ids removed at a position.
+      has_strengths: Whether marks have strengths below 1.
       program_text: A file for the compiled program as text; None writes none.
 
     Returns:
@@ -174,6 +179,7 @@ def compile_step(
             num_negative_ids,
             pack=update.pack,
             feature_layout=trainer.model.network.feature_layout,
+            has_strengths=has_strengths,
         )
     )
     report: dict[str, Any] = {

@@ -47,7 +47,13 @@ from tnt_jax import objectives
 from tnt_jax.checkpoints import digests
 from tnt_jax.data import tasks
 from tnt_jax.data.batches import Batches
-from tnt_jax.data.examples import Example, id_of, max_negative_ids
+from tnt_jax.data.examples import (
+    Example,
+    have_strengths,
+    id_of,
+    max_negative_ids,
+    unique_pairs,
+)
 from tnt_jax.data.layouts import convert_features
 from tnt_jax.runtime.array_types import PyTree
 from tnt_jax.runtime.errors import UsageError
@@ -87,7 +93,11 @@ class FeatureConverter(seqio.FeatureConverter):
     PACKING_FEATURE_DTYPES = types.MappingProxyType({})
 
     def __init__(
-        self, pack: bool = False, use_custom_packing_ops: bool = False, num_negative_ids: int = 1
+        self,
+        pack: bool = False,
+        use_custom_packing_ops: bool = False,
+        num_negative_ids: int = 1,
+        has_strengths: bool = False,
     ):
         """Makes a converter.
 
@@ -95,6 +105,7 @@ class FeatureConverter(seqio.FeatureConverter):
           pack: Must be False.
           use_custom_packing_ops: Belongs to packing; T5X gives it.
           num_negative_ids: `K`, the most ids to remove at one position.
+          has_strengths: Whether there is a feature for strengths of marks below 1.
 
         Raises:
           UsageError: Packing was asked for.
@@ -108,34 +119,50 @@ class FeatureConverter(seqio.FeatureConverter):
         # What is too long is cut below, after seqio would have refused it.
         super().__init__(pack=False, apply_length_check=False)
         self.num_negative_ids = num_negative_ids
+        self.has_strengths = has_strengths
+        if has_strengths:
+            spec = seqio.FeatureConverter.FeatureSpec(dtype=tf.float32, rank=2)
+            self.MODEL_FEATURES = types.MappingProxyType(
+                {**type(self).MODEL_FEATURES, "decoder_negative_strengths": spec}
+            )
 
     def _convert_features(
         self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
     ) -> tf.data.Dataset:
         lengths = self.get_model_feature_lengths(task_feature_lengths)
 
-        def convert_one(name, inputs, targets, negative_ids, loss_mask):
+        def convert_one(name, inputs, targets, negative_ids, strengths, loss_mask):
+            pairs, strengths = unique_pairs(negative_ids, strengths)
             example = Example(
                 inputs=inputs,
                 targets=targets,
-                negative_pairs=np.unique(negative_ids, axis=0),
+                negative_pairs=pairs,
+                negative_strengths=strengths if self.has_strengths else None,
                 # T5X may have cut targets already, and pads with 0.
                 loss_mask=loss_mask[: len(targets)] * (targets != 0),
                 id=id_of(name),
                 keeps_last_input=len(inputs) > 0 and inputs[-1] == _EOS_ID,
             )
-            batch = convert_features([example], task_feature_lengths, self.num_negative_ids)
+            batch = convert_features(
+                [example],
+                task_feature_lengths,
+                self.num_negative_ids,
+                has_strengths=self.has_strengths,
+            )
             return [batch[feature][0] for feature in self.MODEL_FEATURES]
 
         def convert(fields):
             targets = fields["targets"]
+            negative_ids = fields.get("negative_ids", tf.zeros([0, 2], tf.int32))
+            of_all = tf.ones(tf.shape(negative_ids)[:1])
             arrays = tf.numpy_function(
                 convert_one,
                 [
                     fields.get("id", ""),
                     fields["inputs"],
                     targets,
-                    fields.get("negative_ids", tf.zeros([0, 2], tf.int32)),
+                    negative_ids,
+                    fields.get("negative_strengths", of_all),
                     fields.get("loss_mask", tf.ones_like(targets)),
                 ],
                 [spec.dtype for spec in self.MODEL_FEATURES.values()],
@@ -209,6 +236,11 @@ def get_dataset(
             f"has {needed} ids to remove at one position, found {converter.num_negative_ids}. Set "
             f"it to {needed}."
         )
+    if have_strengths(examples) and not converter.has_strengths:
+        raise UsageError(
+            f"HAS_STRENGTHS (FeatureConverter.has_strengths): {cfg.mixture_or_task_name!r} has "
+            "marks of a strength below 1, found False. Set it to True."
+        )
     logging.info(
         "%d of %d examples have marks.",
         sum(bool(len(example.negative_pairs)) for example in examples),
@@ -223,6 +255,7 @@ def get_dataset(
             seed=cfg.seed,
             num_negative_ids=converter.num_negative_ids,
             shuffle=cfg.shuffle,
+            has_strengths=converter.has_strengths,
         ),
         rows=slice(shard_id * rows_of_host, (shard_id + 1) * rows_of_host),
         start=_num_updates_done(epath.Path(model_dir)),

@@ -312,9 +312,15 @@ def _check_marks(
             "original: expected some text that may stay. Mark the unwanted words alone, and leave "
             "clean outputs in the file."
         )
+    num_graded = sum(
+        int((example.negative_strengths < 1).sum())
+        for example in examples
+        if example.negative_strengths is not None
+    )
+    graded = f" {num_graded} of them have a strength below 1." if num_graded else ""
     console.log(
         f"{num_marked} of {len(examples)} examples have marks: {num_marks} ids to remove, of which "
-        f"{cut.num_marks} lie beyond TASK_FEATURE_LENGTHS and are not learned from."
+        f"{cut.num_marks} lie beyond TASK_FEATURE_LENGTHS and are not learned from.{graded}"
     )
 
 

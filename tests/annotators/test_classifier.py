@@ -50,6 +50,28 @@ def test_words_go_until_the_score_is_below_the_threshold():
         assert marked(annotator, text) == expected
 
 
+def test_a_mark_is_as_sure_as_the_score_before_it_was_taken_out():
+    text = "You silly fool, an idiot!"
+    annotator = annotators.Classifier(scorer=f"{HERE}:worst_word", threshold=0.3, confidence=True)
+    spans = annotator.annotate(records.Record(id="a", inputs="", targets=text)).spans
+    assert [(text[s.start : s.end], s.strength) for s in spans] == [
+        ("silly", 0.4),
+        ("fool", 0.6),
+        ("idiot", 0.9),
+    ]
+    assert annotator.description.endswith("threshold=0.3, confidence=True)")
+    certain = annotators.Classifier(scorer=f"{HERE}:worst_word", threshold=0.3)
+    assert certain.description.endswith("threshold=0.3)")
+    whole = annotators.Classifier(scorer=f"{HERE}:constant", confidence=True)
+    (span,) = whole.annotate(records.Record(id="a", inputs="", targets=text)).spans
+    assert (span.start, span.end, span.strength) == (0, len(text), 0.7)
+    counting = annotators.Classifier(scorer=f"{HERE}:count_of_bad", threshold=2, confidence=True)
+    with pytest.raises(
+        UsageError, match="record 'a': expected test_classifier:count_of_bad to give"
+    ):
+        marked(counting, "bad one, bad two")
+
+
 def test_of_words_that_do_alike_the_first_goes():
     annotator = annotators.Classifier(scorer=f"{HERE}:count_of_bad", threshold=2)
     assert marked(annotator, "bad one, bad two, bad three") == ["bad", "bad"]

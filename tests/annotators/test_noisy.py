@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from tnt_jax import annotators
 from tnt_jax.annotators import interface
 from tnt_jax.data import records
+from tnt_jax.runtime import settings_json
 from tnt_jax.runtime.errors import UsageError
 
 HERE = __name__
@@ -44,6 +46,42 @@ def test_rates_of_a_large_sample():
             num_false += text[start:end] == "mouse"
     assert num_true / 20_000 == pytest.approx(0.7, abs=0.013)
     assert num_false / 20_000 == pytest.approx(0.1, abs=0.0085)
+
+
+def test_confidence_is_the_probability_that_a_mark_is_right():
+    """Of as many right marks as false ones; each of ten bins has 1,000 to 3,000 of 20,000 marks."""
+    text, num_marks = " ".join(["rat", "mouse"] * 100), 20_000
+    for draws, share_of_pairs in ((1, None), (2, 5 / 6), (3, 19 / 20)):
+        annotator = noisy(false_rate=1, confidence=draws)
+        strengths = {"rat": [], "mouse": []}
+        for number in range(num_marks // 200):
+            for span in annotator.annotate(row(text, inputs=str(number))).spans:
+                strengths[text[span.start : span.end]].append(span.strength)
+        right, false = map(np.array, strengths.values())
+        assert len(right) == len(false) == num_marks // 2
+        if share_of_pairs is None:
+            assert {*right, *false} == {0.5}
+            continue
+        assert (right > false).mean() == pytest.approx(share_of_pairs, abs=0.02)
+        for low in np.arange(0, 1, 0.25):
+            of_right, of_false = (((x > low) & (x <= low + 0.25)).sum() for x in (right, false))
+            inside = [x[(x > low) & (x <= low + 0.25)] for x in (right, false)]
+            mean = np.concatenate(inside).mean()
+            assert of_right / (of_right + of_false) == pytest.approx(mean, abs=0.03)
+
+
+def test_confidence_changes_no_mark():
+    text = row(" ".join(["rat", "mouse"] * 50))
+    settings = {"miss_rate": 0.3, "false_rate": 0.2}
+    with_it, without = noisy(**settings, confidence=2), noisy(**settings)
+    assert spans(with_it, text) == spans(without, text)
+    assert {span.strength for span in without.annotate(text).spans} == {1.0}
+    assert "confidence" not in without.description
+    assert with_it.description.endswith("seed=0, confidence=2)")
+    assert "confidence" not in settings_json.describe(without)  # what is there is not made again
+    assert settings_json.describe(with_it)["confidence"] == 2
+    with pytest.raises(UsageError, match=r"Noisy\.confidence: expected None, or a number of draws"):
+        noisy(confidence=0)
 
 
 def test_the_ends_of_the_rates():

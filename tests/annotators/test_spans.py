@@ -225,8 +225,19 @@ def test_merged_spans_keep_the_alternatives_of_their_start():
     assert interface.merged(spans) == (Span(start=0, end=5, alternatives=("a", "b", "c")),)
 
 
+def unsure(inputs, targets):
+    return [(0, 2, 0.5), (1, 4, 0.75), (5, 6)]
+
+
+def test_a_function_may_say_how_sure_it_is():
+    found = annotators.PythonFunction(function=f"{HERE}:unsure").annotate(record("1234567"))
+    # Of spans that overlap the surest counts.
+    assert found.spans == (Span(start=0, end=4, strength=0.75), Span(start=5, end=6))
+
+
 BAD = {
     "none": None,
+    "unsure": [(0, 1, 0.0)],
     "floats": [(0.0, 1.0)],
     "booleans": [(False, True)],
     "triples": [(0, 1, 2)],
@@ -249,6 +260,7 @@ def bad(inputs, targets):
         ("floats", "pairs of integers or Span objects for record 'a', found (0.0, 1.0)"),
         ("booleans", "found (False, True)"),
         ("triples", "found (0, 1, 2)"),
+        ("unsure", "expected a strength above 0 and at most 1 for record 'a', found (0, 1, 0.0)."),
         ("numbers", "found 3"),
         (
             "beyond",

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from tnt_jax.data.batches import Batches, batch_for_eval
 from tnt_jax.data.examples import (
     check_token_ids,
+    digest,
     loss_mask_until,
     max_negative_ids,
     select_clean,
+    unique_pairs,
 )
 from tnt_jax.data.layouts import are_all_covered, convert_features, count_lost
 from tnt_jax.data.t5patches_layout import T5PATCHES_MODES, t5patches_target
@@ -49,6 +51,31 @@ def test_two_examples_by_hand():
     for name, value in expected.items():
         assert features[name].dtype == np.int32
         np.testing.assert_array_equal(features[name], value, err_msg=name)
+
+
+def test_strengths_lie_beside_their_ids():
+    pairs, strengths = unique_pairs(
+        np.array([[2, 4], [1, 9], [1, 6], [1, 9]]), np.array([0.5, 0.25, 1.0, 0.75])
+    )
+    assert pairs.tolist() == [[1, 6], [1, 9], [2, 4]]
+    assert strengths.tolist() == [1.0, 0.75, 0.5]  # of an id that is marked twice the larger
+    assert unique_pairs(pairs, np.ones(3))[1] is None
+    graded = example([7, 1], [3, 9, 4, 1], pairs)
+    graded = dataclasses.replace(graded, negative_strengths=strengths)
+    plain = example([8, 1], [5, 1], [(0, 5)])
+    features = convert_features([graded, plain], {"inputs": 4, "targets": 2})
+    assert features["decoder_negative_strengths"].dtype == np.float32
+    np.testing.assert_array_equal(
+        features["decoder_negative_strengths"], [[[1, 1], [1, 0.75]], [[1, 1], [1, 1]]]
+    )
+    # The feature is one of the data set's: there for all batches of it, or for none.
+    of_data = Batches([graded, plain], 1, LENGTHS, seed=0, shuffle=False)
+    assert all("decoder_negative_strengths" in of_data[k] for k in (0, 1))
+    assert "decoder_negative_strengths" not in convert_features([plain], LENGTHS)
+    assert all(
+        "decoder_negative_strengths" in b for b in batch_for_eval([plain, graded], 1, LENGTHS)
+    )
+    assert digest([graded]) != digest([dataclasses.replace(graded, negative_strengths=None)])
 
 
 def test_what_is_too_long_is_cut_and_counted():

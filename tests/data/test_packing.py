@@ -21,7 +21,7 @@ from tnt_jax.models import t5
 from tnt_jax.training import train_step
 
 
-def random_examples(num_examples, seed=0, longest=9, vocab_size=40):
+def random_examples(num_examples, seed=0, longest=9, vocab_size=40, strengths=None):
     """Marks of none to three ids at a position, a loss mask now and then, one EOS at the end."""
     rng = np.random.default_rng(seed)
     examples = []
@@ -36,6 +36,9 @@ def random_examples(num_examples, seed=0, longest=9, vocab_size=40):
         ]
         mask = rng.integers(0, 2, len(targets)) if index % 3 == 0 else None
         examples.append(example(inputs, targets, pairs, mask, name=str(index)))
+        if strengths is not None:
+            of_pairs = rng.choice(strengths, len(pairs))
+            examples[-1] = dataclasses.replace(examples[-1], negative_strengths=of_pairs)
     return examples
 
 
@@ -200,10 +203,16 @@ CONFIG = t5.T5Config(
 
 
 @pytest.mark.parametrize(
-    "forward", [t5_inputs.make_forward(CONFIG), t5.T5(CONFIG).forward], ids=["whole", "factored"]
+    ("forward", "strengths"),
+    [
+        (t5_inputs.make_forward(CONFIG), None),
+        (t5.T5(CONFIG).forward, None),
+        (t5.T5(CONFIG).forward, (0.2, 0.9, 1.0)),
+    ],
+    ids=["whole", "factored", "factored, strengths"],
 )
-def test_loss_and_gradient_are_those_of_rows_of_their_own(forward):
-    examples = random_examples(60)
+def test_loss_and_gradient_are_those_of_rows_of_their_own(forward, strengths):
+    examples = random_examples(60, strengths=strengths)
     batches = packed_batches(examples, batch_size=4)
     layout, packed = batches.layout(1), batches[1]
     assert len(layout) > 2 * 4  # more than two in a row

@@ -44,6 +44,25 @@ def test_a_full_record_is_read_as_written(tmp_path):
     assert record.to_json() == FULL_LINE
 
 
+def test_strengths_are_read_as_written_and_1_is_no_strength(tmp_path):
+    fields = {
+        "id": "a",
+        "inputs": "x",
+        "targets": "abcd",
+        "negative_spans": [[0, 1], [1, 2, 0.25], [2, 3, 1], [3, 4, 1.0]],
+        "negative_token_ids": [[0, [7, 8], 0.5], [0, [9]], [1, [7], 1]],
+    }
+    path = write_lines(tmp_path / "a.jsonl", json.dumps(fields))
+    (record,) = records.read_records(path)
+    assert record.negative_spans == ((0, 1), (1, 2, 0.25), (2, 3), (3, 4))
+    assert record.negative_token_ids == ((0, (7, 8), 0.5), (0, (9,)), (1, (7,)))
+    assert record.offsets == ((0, 1), (1, 2), (2, 3), (3, 4))
+    assert record.to_json() == fields | {
+        "negative_spans": [[0, 1], [1, 2, 0.25], [2, 3], [3, 4]],
+        "negative_token_ids": [[0, [7, 8], 0.5], [0, [9]], [1, [7]]],
+    }
+
+
 def test_not_annotated_and_nothing_unwanted_stay_apart(tmp_path):
     path = tmp_path / "a.jsonl"
     annotated = records.Record(id="a", inputs="x", targets="y", negative_spans=())
@@ -172,6 +191,34 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
             "negative_token_ids has position -1",
         ),
         ('{"inputs": "x", "id": "first:1"}', "the id 'first:1' was used before, at"),
+        *(
+            (
+                f'{{"id": "a", "inputs": "", "targets": "abc", "negative_spans": [[0, 2, {one}]]}}',
+                f"record 'a': negative_spans has the strength {shown} in [0, 2, {value}]: expected "
+                "a number above 0 and at most 1.",
+            )
+            for one, value, shown in (
+                ("0", "0", "0 (int)"),
+                ("1.5", "1.5", "1.5 (float)"),
+                ("-0.5", "-0.5", "-0.5 (float)"),
+                ("true", "True", "True (bool)"),
+                ('"0.5"', "'0.5'", "'0.5' (str)"),
+                ("null", "None", "None (NoneType)"),
+            )
+        ),
+        (
+            '{"inputs": "x", "targets": "abc", "negative_spans": [[0, 2, NaN]]}',
+            "negative_spans: expected finite numbers, found NaN",
+        ),
+        (
+            '{"inputs": "x", "targets": "abc", "negative_spans": [[0, 2, 0.5, 1]]}',
+            "negative_spans: expected a list of [start, end] code point offsets, or [start, end, "
+            "strength], found",
+        ),
+        (
+            '{"id": "a", "inputs": "x", "negative_token_ids": [[0, [5], 2]]}',
+            "record 'a': negative_token_ids has the strength 2 (int) in [0, (5,), 2]: expected",
+        ),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, message):

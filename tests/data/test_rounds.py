@@ -115,6 +115,27 @@ def test_a_merge_keeps_what_is_removed_by_its_id_within_a_span():
     assert pairs == [[[1, *b], [2, *c]], [[1, *y], [2, *z]], [[1, *y], [2, *z]]]
 
 
+def test_of_several_strengths_the_largest_is_kept():
+    b, c = ids("b"), ids("c")
+    first = [record("1", "ab", [(1, 2, 0.25)]), record("2", "ac", [(1, 2, 0.5)])]
+    second = [record("3", "ab", [(1, 2, 0.75)]), record("4", "ad")]
+    merged = rounds.merge([first, second], VOCABULARY)
+    assert [row.id for row in merged] == ["1", "2", "4 (round 2)"]
+    # Its own span says less than the later round: the entry adds to it.
+    both = ((1, b, 0.75), (1, c, 0.5))
+    assert [row.negative_token_ids for row in merged] == [both] * 3
+    assert [row.negative_spans for row in merged] == [((1, 2, 0.25),), ((1, 2, 0.5),), ()]
+    for row in merged:
+        marked = marks.mark_tokens(row, VOCABULARY)
+        assert marked.negative_pairs.tolist() == [[1, *b], [1, *c]]
+        assert marked.negative_strengths.tolist() == [0.75, 0.5]
+    for row in rounds.merge([second, first], VOCABULARY):  # in whatever order
+        assert marks.mark_tokens(row, VOCABULARY).negative_strengths.tolist() == [0.75, 0.5]
+    # What goes altogether goes, whoever says so.
+    certain = rounds.merge([first, [record("5", "ab", [(1, 2)])]], VOCABULARY)
+    assert certain[1].negative_token_ids == ((1, b), (1, c, 0.5))
+
+
 def test_ids_that_are_removed_everywhere_are_brought_together(tmp_path):
     paths = [str(tmp_path / f"{name}.jsonl") for name in ("a", "b", "c", "merged")]
     for path, ids in zip(paths, ([5, 3], None, [4, 3]), strict=False):

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import re
 
@@ -85,6 +86,10 @@ def assert_same_examples(left, right):
         for name in ("inputs", "targets", "negative_pairs"):
             np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
             assert getattr(one, name).dtype == np.int32
+        if one.negative_strengths is None:
+            assert other.negative_strengths is None
+        else:
+            np.testing.assert_array_equal(one.negative_strengths, other.negative_strengths)
 
 
 # --- Records as a data set ------------------------------------------------------------------------
@@ -148,6 +153,56 @@ def test_files_and_tasks_give_the_same_examples(vocabulary, tmp_path):
     ):
         assert dataset.vocabulary.encode("the city") == vocabulary.encode("the city")
         assert_same_examples(dataset.load(LENGTHS), from_files)
+
+
+def test_strengths_go_through_tasks(vocabulary, tmp_path):
+    path = str(tmp_path / "rows.jsonl")
+    rows = [
+        dataclasses.replace(
+            row,
+            negative_spans=tuple((*span, 0.25) for span in row.negative_spans[:1])
+            + row.negative_spans[1:],
+            negative_token_ids=tuple((*entry, 0.5) for entry in row.negative_token_ids),
+        )
+        for row in annotated_records(vocabulary)
+    ]
+    records.write_records(path, rows)
+    from_files = datasets.RecordFiles(files=path, vocabulary=vocabulary).load(LENGTHS)
+    found = {
+        s for e in from_files if e.negative_strengths is not None for s in e.negative_strengths
+    }
+    assert found == {0.25, 0.5, 1.0}
+    for example, row in zip(from_files, rows, strict=True):
+        assert (example.negative_strengths is None) == (not row.negative_spans)
+    tasks.record_task("graded", {"train": path}, vocabulary)
+    assert_same_examples(
+        tasks.SeqioDataset(mixture_or_task_name="graded").load(LENGTHS), from_files
+    )
+
+
+def test_strengths_of_your_own_task(vocabulary):
+    row = {"inputs": [7, 1], "targets": [5, 6, 1], "negative_ids": [[1, 6], [0, 5], [1, 6]]}
+    signature = {
+        "inputs": INTS,
+        "targets": INTS,
+        "negative_ids": tf.TensorSpec([None, 2], tf.int32),
+    }
+    signature["negative_strengths"] = tf.TensorSpec([None], tf.float32)
+
+    def load(name, strengths):
+        seqio.TaskRegistry.add(
+            name,
+            source=of_rows([row | {"negative_strengths": strengths}], **signature),
+            output_features=tasks.record_features(vocabulary),
+        )
+        return tasks.load_examples(name, LENGTHS, "train")
+
+    (example,) = load("own", [0.25, 1.0, 0.5])
+    assert example.negative_pairs.tolist() == [[0, 5], [1, 6]]
+    assert example.negative_strengths.tolist() == [1.0, 0.5]
+    for name, strengths in (("none", [0.0, 1, 1]), ("nan", [np.nan, 1, 1]), ("few", [1.0])):
+        with pytest.raises(UsageError, match="a number above 0 and at most 1 for each of 3 rows"):
+            load(name, strengths)
 
 
 def test_mining_keeps_marked_records(vocabulary, tmp_path):

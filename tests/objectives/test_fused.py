@@ -36,6 +36,7 @@ OBJECTIVES = {
     "TNSF": objective_of("reverse_kl_split", "forward_kl", removed_token_floor=1e-2),
     "TNJJ": objective_of("jensen_shannon", "jensen_shannon"),
     "TNJSJ": objective_of("jensen_shannon_split", "jensen_shannon"),
+    "TNRF floor": objective_of("reverse_kl", "forward_kl", removed_token_floor=0.5),
     "TNFF residual x 3": objective_of("forward_kl", "forward_kl", residual_weight=3.0),
     "TNSF residual x 3": objective_of("reverse_kl_split", "forward_kl", residual_weight=3.0),
     "TNJSJ residual x 3": objective_of(
@@ -57,6 +58,8 @@ OBJECTIVES = {
     ),
     "fine-tune": objective_of("none", "log_likelihood", label_smoothing=0.2),
     "anchor": objective_of("none", "reverse_kl"),
+    "UNDIAL": objective_of("forward_kl", "none", negative_strength=0.9),
+    "UNDIAL+KL": objective_of("forward_kl", "forward_kl", negative_strength=1 - np.exp(-10.0)),
     "TNFF smoothed": objective_of("forward_kl", "forward_kl", smoothing=1e-3),
     "TNRR smoothed": objective_of("reverse_kl", "reverse_kl", smoothing=1e-3),
     "TNRLL smoothed": objective_of("reverse_kl", "log_likelihood", smoothing=1e-3),
@@ -83,8 +86,12 @@ def problem(
     width=WIDTH,
     vocab_size=VOCAB_SIZE,
     softcap=None,
+    strengths=None,
 ):
-    """Factored logits of both models, and tokens; a third of the positions is padding."""
+    """Factored logits of both models, and tokens; a third of the positions is padding.
+
+    Of the marks some have each of `strengths`; None is without them.
+    """
     random = np.random.default_rng(seed)
     shape = batch, LENGTH
 
@@ -114,6 +121,10 @@ def problem(
         "negative_ids": jnp.asarray(ids, jnp.int32),
         "loss_mask": jnp.asarray(mask),
     }
+    if strengths is not None:
+        tokens["loss_mask"] = tokens["loss_mask"].at[0].set(1)  # where ids have two strengths
+        of_ids = random.choice(strengths, size=ids.shape)
+        tokens["negative_strengths"] = jnp.asarray(of_ids, jnp.float32)
     return current, original, tokens
 
 
@@ -126,15 +137,17 @@ def dense(objective, current, original, tokens):
         **tokens,
     )
     ids = tokens["negative_ids"]
+    strengths = objective.strengths(ids, tokens.get("negative_strengths"))
     if objective.negative_term == "none":
         ids = jnp.full_like(ids, -1)
     everywhere = objective.removed_everywhere
-    mass = objectives.removed_mass(current_logits, ids, everywhere)
+    mass = objectives.removed_mass(current_logits, ids, everywhere, strengths)
     parts = objectives.certificate(
         current_logits=current_logits,
         original_logits=original_logits,
         negative_ids=ids,
         removed_everywhere=everywhere,
+        negative_strengths=strengths,
     )
     is_real = tokens["loss_mask"] != 0
     others = (jnp.where(is_real, x, 0.0) for x in (mass, *parts))
@@ -181,6 +194,47 @@ def assert_agree(objective, *inputs, rtol=2e-5, atol=2e-6, **settings):
 @each_objective
 def test_agrees_with_the_definition(objective):
     assert_agree(objective, *problem())
+
+
+# Hardly any, half, nearly all, all: each id has one of its own, and some have two.
+STRENGTHS = (1e-3, 0.5, 0.9999, 1.0)
+GRADED = (
+    "TNFF residual x 3",
+    "TNRF",
+    "TNRF floor",
+    "TNRR smoothed",
+    "TNSR",
+    "TNJJ",
+    "TNJSJ",
+    "TNRLL",
+)
+GRADED += ("TNRF everywhere", "TNSR everywhere, as negative", "NL+LL", "UL+KL", "fine-tune")
+GRADED += ("UNDIAL",)
+each_graded = pytest.mark.parametrize("name", GRADED)
+
+
+@each_graded
+def test_agrees_with_the_definition_on_strengths(name):
+    assert_agree(OBJECTIVES[name], *problem(12, strengths=STRENGTHS))
+
+
+@pytest.mark.parametrize("name", ["TNRF", "UL+KL"])
+def test_agrees_with_the_definition_on_strengths_of_many_ids(name):
+    assert_agree(OBJECTIVES[name], *problem(12, num_ids=12, strengths=STRENGTHS))
+
+
+@pytest.mark.parametrize("name", [name for name in GRADED if name != "UNDIAL"])
+def test_a_strength_of_1_is_removal_bit_by_bit(name):
+    """The program is another one, and no number of it: neither fused nor by the definition."""
+    objective = OBJECTIVES[name]
+    current, original, tokens = problem(12)
+    ones = {"negative_strengths": jnp.ones(tokens["negative_ids"].shape, jnp.float32)}
+    for function in (fused_values, dense):
+        found, expected = (
+            with_gradients(function, objective, current, original, each)
+            for each in (tokens | ones, tokens)
+        )
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def test_capped_logits_by_hand():
@@ -239,9 +293,14 @@ def test_agrees_in_bfloat16(name):
         assert np.linalg.norm(one - other) <= 4e-3 * np.linalg.norm(other)
 
 
+@each_graded
+def test_strengths_are_finite_at_gaps_of_ten_thousand(name):
+    test_finite_at_gaps_of_ten_thousand(OBJECTIVES[name], STRENGTHS)
+
+
 @each_objective
-def test_finite_at_gaps_of_ten_thousand(objective):
-    inputs = problem(4, scale=3000.0)
+def test_finite_at_gaps_of_ten_thousand(objective, strengths=None):
+    inputs = problem(4, scale=3000.0, strengths=strengths)
     assert float(jnp.ptp(inputs[0].whole())) > 2e4
     total, values, gradients = with_gradients(fused_values, objective, *inputs)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((total, values, gradients)))
@@ -359,12 +418,19 @@ ON_MESHES = {
     ids=str,
 )
 def test_eight_devices_give_the_numbers_of_one(name, shape):
-    shape = dict(zip(sharding.MESH_AXES, shape, strict=True))
     inputs = problem(9, batch=8, softcap=4.0 if name.endswith("capped") else None)
-    name = name.removesuffix(" capped")
-    step, placed = on_mesh(OBJECTIVES[name], shape, *inputs)
+    assert_same_on_mesh(OBJECTIVES[name.removesuffix(" capped")], shape, inputs)
+
+
+@pytest.mark.parametrize("name", ["TNRF", "UL+KL"])
+def test_eight_devices_give_the_numbers_of_one_on_strengths(name):
+    assert_same_on_mesh(OBJECTIVES[name], (2, 2, 2), problem(9, batch=8, strengths=STRENGTHS))
+
+
+def assert_same_on_mesh(objective, shape, inputs):
+    step, placed = on_mesh(objective, dict(zip(sharding.MESH_AXES, shape, strict=True)), *inputs)
     found = step(*placed)
-    expected = with_gradients(fused_values, OBJECTIVES[name], *inputs)
+    expected = with_gradients(fused_values, objective, *inputs)
 
     def assert_close(one, other):  # to the rounding of sums whose parts cancel
         largest = max(1.0, float(jnp.abs(other).max()))

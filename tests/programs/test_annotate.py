@@ -7,7 +7,8 @@ import pathlib
 import gin
 import pytest
 
-from tnt_jax.data import records
+from tnt_jax import annotate, annotators
+from tnt_jax.data import records, tokenization
 from tnt_jax.runtime import program
 
 ROWS = [
@@ -38,7 +39,7 @@ def run(tmp_path, monkeypatch, capsys):
         if stopped.value.code != 0:
             return capsys.readouterr().err
         return [
-            (row.id, [row.targets[start:end] for start, end in row.negative_spans])
+            (row.id, [row.targets[start:end] for start, end in row.offsets])
             for row in records.read_records(tmp_path / "annotated.jsonl")
         ]
 
@@ -73,6 +74,38 @@ def test_spans(run, tmp_path):
         ("b", ["stupid idiot"])
     ]
     assert "record 'a': expected its id among the 1" in run("spans", {"SPANS": "marks.jsonl"})
+
+
+def test_the_share_of_people_who_marked_a_span(run, tmp_path):
+    """Files of marks may give strengths, and records keep them."""
+    marks = {"id": "b", "negative_spans": [[10, 16, 0.67], [17, 22, 1]]}
+    (tmp_path / "marks.jsonl").write_text(json.dumps(marks))
+    run("spans", {"SPANS": "marks.jsonl", "UNMATCHED": "leave_out"})
+    (row,) = records.read_records(tmp_path / "annotated.jsonl")
+    assert row.negative_spans == ((10, 16, 0.67), (17, 22))
+
+
+class Unsure:
+    """Marks "stupid" with an alternative, and bans "kind" everywhere."""
+
+    description = "Unsure()"
+
+    def annotate(self, record):
+        del record
+        span = annotators.Span(start=10, end=16, alternatives=("silly", "kind"), strength=0.5)
+        return annotators.Annotation(spans=(span,), banned=("kind",))
+
+    def everywhere(self):
+        return ()
+
+
+def test_alternatives_are_as_sure_as_their_span():
+    row = annotate.mark(ROWS[1], Unsure(), tokenization.Bytes())
+    assert row.negative_spans == ((10, 16, 0.5),)
+    of_first = {ids: strength for where, ids, *strength in row.negative_token_ids if where == 10}
+    assert of_first == {(ord("k") + 3, ord("s") + 3): [0.5]}
+    # What is banned goes altogether, where it would be complete: here nowhere.
+    assert {where for where, *_ in row.negative_token_ids} == {10}
 
 
 def test_python_function(run):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from helpers import rooms
 
+from tnt_jax import localize as localize_program
 from tnt_jax.data import marks, records, tokenization
 
 FOLDER_SETTINGS = {
@@ -128,6 +129,25 @@ def test_marks_are_what_training_removes(localized):
         pairs = marks.mark_tokens(row, vocabulary()).negative_pairs
         assert bool(len(pairs)) == bool(row.negative_spans)
     assert removed <= {"\u2581"}
+
+
+def test_blame_as_strength():
+    """Pieces of a word add up; a lone space has its own; no mark is below 0.01."""
+    row = records.Record(id="a", inputs="", targets="dirty and noisy")
+    ids, extents = marks.ids_and_extents(row, vocabulary())
+    is_negative = np.zeros(len(ids), bool)
+    first = [i for i, (a, b) in enumerate(extents) if a < b and b <= 5]
+    last = [i for i, (a, b) in enumerate(extents) if a >= 10 and a < b]
+    is_negative[[*first, *last]] = True
+    blame = np.zeros(len(ids) + 1)
+    blame[first] = 0.6 / len(first)
+    found = localize_program.mark(row, is_negative, vocabulary(), blame)
+    assert found.negative_spans == ((0, 5, 0.6), (10, 15, 0.01))
+    blame[last] = 1.0  # rounding may take a sum above 1
+    found = localize_program.mark(row, is_negative, vocabulary(), blame)
+    assert found.negative_spans == ((0, 5, 0.6), (10, 15))
+    certain = localize_program.mark(row, is_negative, vocabulary())
+    assert certain.negative_spans == ((0, 5), (10, 15))
 
 
 def test_the_same_again_is_the_same_bytes(localized, capsys):

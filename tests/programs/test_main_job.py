@@ -135,6 +135,36 @@ def test_training_takes_the_mass_from_the_marks(patched):
     assert spoken[True] < 5
 
 
+def test_training_goes_as_far_as_strengths_say(original, capsys):
+    """Marks of 0.99 leave a hundredth; those of 1 are removal, in every bit of the run."""
+    for name, strength in (("graded", 0.99), ("certain", 1.0)):
+        rows = [
+            dataclasses.replace(
+                row,
+                negative_spans=tuple((*span, strength) for span in row.negative_spans),
+                negative_token_ids=(),
+            )
+            for row in records.read_records("original.annotated.jsonl")
+        ]
+        records.write_records(f"{name}.jsonl", rows)
+    plain = [dataclasses.replace(row, negative_spans=row.offsets) for row in rows]
+    records.write_records("plain.jsonl", plain)
+    assert pathlib.Path("plain.jsonl").read_bytes() == pathlib.Path("certain.jsonl").read_bytes()
+    capsys.readouterr()
+    train("graded", RECORDS="graded.jsonl", LOG_EVERY=1)
+    assert " of them have a strength below 1." in capsys.readouterr().out
+    updates = [line for line in metrics_of("graded") if "loss" in line]
+    first, last = updates[0], updates[-1]
+    assert first["negative_residual"] == last["negative_residual"] == 0  # nothing goes altogether
+    # Before the first update p is p0.
+    assert first["negative_collateral"] == pytest.approx(first["negative_smallest_cost"], rel=1e-4)
+    assert last["negative_collateral"] < 0.5 * last["negative_smallest_cost"]
+    assert first["negative_mass"] > 0.9
+    result = evaluate("graded.json", "graded.jsonl", "graded", ORIGINAL_RECORDS="graded.jsonl")
+    assert result["certificate"]["negative_residual"] == 0
+    assert result["certificate"]["negative_smallest_cost"] > 0
+
+
 def test_evaluation_counts_what_the_files_hold(patched):
     sharded = {"FSDP_DEVICES": 2, "MODEL_DEVICES": 2}
     result = evaluate("evaluation.json", "patched.annotated.jsonl", "patched", **sharded)

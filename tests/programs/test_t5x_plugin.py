@@ -462,6 +462,31 @@ def test_the_feature_converter_gives_our_model_features(task):
     assert cut[0, -1] == 1  # 13 bytes and EOS in 12 places: EOS stays
 
 
+def test_the_feature_converter_gives_strengths_where_it_is_told_to(task):
+    row = {"id": "a", "inputs": "ab", "targets": "cde", "negative_spans": [[1, 2]]}
+    row["negative_span_strengths"] = [0.25]
+    seqio.TaskRegistry.add(
+        "graded",
+        source=seqio.FunctionDataSource(
+            lambda split, shuffle_files, seed=None: tf.data.Dataset.from_tensors(row),
+            splits=("train",),
+        ),
+        preprocessors=[tasks.tokenize_and_mark],
+        output_features=tasks.record_features(VOCABULARY),
+    )
+    config = dataset_config(mixture_or_task_name="graded", batch_size=1)
+    try:
+        converter = functools.partial(t5x_plugin.FeatureConverter, has_strengths=True)
+        (found,) = utils.get_dataset(config, 0, 1, converter, 1).as_numpy_iterator()
+        expected = np.ones((1, 9, 1), np.float32)
+        expected[0, 1] = 0.25
+        np.testing.assert_array_equal(found["decoder_negative_strengths"], expected)
+        with pytest.raises(UsageError, match=r"HAS_STRENGTHS .* 'graded' has marks of a strength"):
+            t5x_plugin.get_dataset(config, 0, 1, t5x_plugin.FeatureConverter, model_dir="/nowhere")
+    finally:
+        seqio.TaskRegistry.remove("graded")
+
+
 def test_the_feature_converter_takes_mixtures_and_plain_tasks(task):
     """Features that a task lacks: nothing is marked, and there is loss everywhere; an int as id."""
     seqio.TaskRegistry.add(

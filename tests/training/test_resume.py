@@ -354,13 +354,13 @@ def original_of(**changes):
             "objective",
             {"negative_weight": 1.0},
             {"negative_weight": 1.0, "residual_weight": 1.0, "npo_beta": 0.5},
-            "objective (the objective's file): npo_beta was None, is 0.5",
+            "objective (the objective's file): npo_beta was 0.1, is 0.5",
         ),
         (
             "objective",
             {"negative_weight": 1.0, "npo_beta": 0.5},
             {"negative_weight": 1.0},
-            "objective (the objective's file): npo_beta was 0.5, is None",
+            "objective (the objective's file): npo_beta was 0.5, is 0.1",
         ),
         (
             "optimizer",
@@ -382,6 +382,12 @@ def original_of(**changes):
             "original (INITIAL_CHECKPOINT_PATH) has the parameters that it had, but computes "
             "otherwise: its log-probabilities of a probe batch differ by 0.25 nats a token (the "
             "model's settings, or the versions of what computes)",
+        ),
+        (
+            "objective",
+            {"z_loss": 0.0},
+            {"z_loss": 0.0, "negative_strength": 0.5},
+            "objective (the objective's file): negative_strength was 1.0, is 0.5",
         ),
         (
             "start",
@@ -422,6 +428,8 @@ def test_differences_are_named(name, before, now, difference):
         ),
         ("adapters", {"rank": 4, "alpha": 8.0, "beside": "a"}, {"rank": 4, "alpha": 8.0}),
         ("adapters", {"rank": 4, "alpha": 8.0}, {"rank": 4, "alpha": 8.0, "layers": None}),
+        # A run from before there were strengths.
+        ("objective", {"z_loss": 0.0}, {"z_loss": 0.0, "negative_strength": 1.0}),
     ],
 )
 def test_what_makes_no_other_run_is_let_pass(name, before, now):

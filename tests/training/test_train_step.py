@@ -247,7 +247,20 @@ def test_the_update_follows_the_mean_over_tokens():
     ids=["2, sgd", "4, sgd", "4, adafactor"],
 )
 def test_microbatches_give_the_update_of_the_whole_batch(num_microbatches, optimizer):
+    microbatched_or_not(small_batch(), num_microbatches, optimizer)
+
+
+def test_microbatches_take_their_own_strengths():
     batch = small_batch()
+    random = np.random.default_rng(8)
+    strengths = random.uniform(0.1, 1.0, batch["decoder_negative_ids"].shape).astype(np.float32)
+    batch["decoder_negative_strengths"] = strengths
+    sums = microbatched_or_not(batch, 4, optax.sgd(0.1))
+    del batch["decoder_negative_strengths"]
+    assert sums["negative_loss"] < 0.9 * step_of(batch)[1]["negative_loss"]
+
+
+def microbatched_or_not(batch, num_microbatches, optimizer):
     # No two microbatches hold equally many tokens, and the last of four holds padding alone.
     batch["decoder_loss_mask"] = np.repeat([[1], [1], [1], [0], [0], [1], [1], [0]], 5, axis=1)
     batch["decoder_loss_mask"][1, 1:] = 0
@@ -257,6 +270,7 @@ def test_microbatches_give_the_update_of_the_whole_batch(num_microbatches, optim
     found_state, found_sums = step_of(batch, optimizer=optimizer, num_microbatches=num_microbatches)
     assert_trees_close(found_state, state, rtol=1e-6, atol=1e-6)
     assert_trees_close(found_sums, sums, rtol=1e-6)
+    return sums
 
 
 DIVERGENCES = [

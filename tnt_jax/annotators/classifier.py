@@ -1,5 +1,6 @@
 """An annotator that asks a scorer of whole texts, and finds the words that carry the score."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,13 +27,17 @@ class Classifier:
       threshold: of the score; 0.5 where the scorer gives probabilities.
       scorer: "module:function": from a list of texts to one score each, higher where a text is more
         likely unwanted. Known by default: that of the package alt-profanity-check.
+      confidence: whether a word's strength is the score of the text before the word was taken out
+        of it. The scores have to be probabilities then.
 
     Raises:
-      UsageError: the scorer is not there, or gives something else than one finite number a text.
+      UsageError: the scorer is not there, or gives something else than one finite number a text,
+        or than probabilities where these are needed.
     """
 
     threshold: int | float = 0.5
     scorer: str = "profanity_check:predict_prob"
+    confidence: bool = dataclasses.field(default=False, metadata={"omit_default": True})
 
     def __post_init__(self):
         if not math.isfinite(self.threshold):
@@ -48,7 +53,8 @@ class Classifier:
     def description(self) -> str:
         """Name, scorer with its version, and threshold."""
         scorer = python_function.identity(self.scorer, _SETTING)
-        return f"Classifier({scorer}, threshold={self.threshold})"
+        confidence = ", confidence=True" if self.confidence else ""
+        return f"Classifier({scorer}, threshold={self.threshold}{confidence})"
 
     def score(self, texts: Sequence[str]) -> list[float]:
         """The score of each text."""
@@ -71,21 +77,41 @@ class Classifier:
         """Marks the words of the targets that carry their score."""
         text = record.targets
         extents = phrases.extents(text)
-        if not extents or self.score([text])[0] < self.threshold:
+        whole = self.score([text])[0] if extents else -math.inf
+        if whole < self.threshold:
             return Annotation(spans=())
         alone = dict(zip(extents, self.score([text[a:b] for a, b in extents]), strict=True))
         left, removed = list(extents), []
-        score = math.inf
+        strengths: dict[tuple[int, int], float] = {}
+        score = whole
         while left and score >= self.threshold:
+            before = score
             scores = self.score([_without(text, sorted([*removed, word])) for word in left])
             score, _, word = min(
                 (score, -alone[word], word) for score, word in zip(scores, left, strict=True)
             )
             left.remove(word)
             removed.append(word)
+            strengths[word] = self._strength(before, record)
         if not left:
-            return Annotation(spans=(Span(start=0, end=len(text)),))
-        return Annotation(spans=tuple(Span(start=start, end=end) for start, end in sorted(removed)))
+            strengths = {(0, len(text)): self._strength(whole, record)}
+        return Annotation(
+            spans=tuple(
+                Span(start=start, end=end, strength=strength)
+                for (start, end), strength in sorted(strengths.items())
+            )
+        )
+
+    def _strength(self, score: float, record: Record) -> float:
+        """That of a word which was taken out of a text with this score."""
+        if not self.confidence:
+            return 1.0
+        if not 0 < score <= 1:
+            raise UsageError(
+                f"Classifier.confidence: record {record.id!r}: expected {self.scorer} to give "
+                f"probabilities, above 0 where it marks, found {score}. Set it to False."
+            )
+        return score
 
     def everywhere(self) -> tuple[str, ...]:
         """Nothing: the scorer knows texts, not words."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from tnt_jax.data.records import Record, counted_otherwise
+from tnt_jax.data.records import Record, counted_otherwise, is_strength
 from tnt_jax.runtime.errors import UsageError
 
 _HOW_SPANS_ARE = (
@@ -28,11 +28,14 @@ class Span:
       end: code point offset after its last character.
       alternatives: texts that would be just as wrong from `start` on, in every casing that the text
         may take there (`words.forms`).
+      strength: how much of its probability goes, above 0 and at most 1: less than 1 where the
+        annotator is unsure. Its alternatives have it, too.
     """
 
     start: int
     end: int
     alternatives: tuple[str, ...] = ()
+    strength: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +93,8 @@ class Mask(Protocol):
 def merged(spans: Iterable[Span]) -> tuple[Span, ...]:
     """The spans sorted, those that overlap made one.
 
-    One that holds several has the alternatives of those that begin where it does.
+    One that holds several has the alternatives of those that begin where it does, and the largest
+    of their strengths.
     """
     disjoint: list[Span] = []
     for span in sorted(spans, key=lambda span: (span.start, span.end)):
@@ -103,21 +107,31 @@ def merged(spans: Iterable[Span]) -> tuple[Span, ...]:
             start=before.start,
             end=max(before.end, span.end),
             alternatives=tuple(dict.fromkeys((*before.alternatives, *more))),
+            strength=max(before.strength, span.strength),
         )
     return tuple(disjoint)
 
 
 def checked_spans(found: Iterable[Any], record: Record, where: str) -> tuple[Span, ...]:
-    """Pairs and spans as sorted and disjoint spans within the record's targets."""
+    """Pairs, triples with a strength, and spans as sorted and disjoint spans within the targets."""
     spans = []
     for item in found:
-        pair = (item.start, item.end) if isinstance(item, Span) else item
+        pair, strength = (item.start, item.end) if isinstance(item, Span) else item, 1.0
+        if isinstance(item, Span):
+            strength = item.strength
+        elif isinstance(item, tuple | list) and len(item) == 3:
+            pair, strength = item[:2], item[2]
         # NumPy's integers are integers to __index__; booleans and floats are none.
         is_pair = isinstance(pair, tuple | list) and len(pair) == 2
         if not is_pair or any(isinstance(i, bool) or not hasattr(i, "__index__") for i in pair):
             raise UsageError(
                 f"{where}: expected (start, end) pairs of integers or Span objects for record "
                 f"{record.id!r}, found {item!r}."
+            )
+        if not is_strength(strength):
+            raise UsageError(
+                f"{where}: expected a strength above 0 and at most 1 for record {record.id!r}, "
+                f"found {item!r}."
             )
         start, end = (int(i) for i in pair)
         if not 0 <= start < end <= len(record.targets):
@@ -127,7 +141,9 @@ def checked_spans(found: Iterable[Any], record: Record, where: str) -> tuple[Spa
                 f"{counted_otherwise(record.targets, start, end)} {_HOW_SPANS_ARE}."
             )
         alternatives = item.alternatives if isinstance(item, Span) else ()
-        spans.append(Span(start=start, end=end, alternatives=alternatives))
+        spans.append(
+            Span(start=start, end=end, alternatives=alternatives, strength=float(strength))
+        )
     return merged(spans)
 
 

@@ -21,9 +21,9 @@ class PythonFunction:
     """Marks what a function of the user's says.
 
     Attributes:
-      function: "module:function": from (inputs, targets) to an iterable of (start, end) pairs or
-        `annotators.Span` objects, in any order; those that overlap become one. It must give the
-        same for the same texts.
+      function: "module:function": from (inputs, targets) to an iterable of (start, end) pairs,
+        (start, end, strength) triples or `annotators.Span` objects, in any order; those that
+        overlap become one. It must give the same for the same texts.
 
     Raises:
       UsageError: there is no such function, or it gives something else.

@@ -13,7 +13,7 @@ from tnt_jax.data.records import Record
 from tnt_jax.runtime import files
 from tnt_jax.runtime.errors import UsageError
 
-_Offsets = tuple[tuple[int, int], ...]
+_Offsets = tuple[records.Span, ...]
 _MATCHES = ("id", "text")
 _UNMATCHED = ("error", "leave_out")
 
@@ -39,7 +39,8 @@ class Spans:
                  characters, such as "[8, 9, 10]"; neighbours make one span), as in the SemEval-2021
                  task on toxic spans
         others   JSONL: `negative_spans`, with `id` or `targets` to say whose they are; records that
-                 someone marked by hand are such a file
+                 someone marked by hand are such a file. A span may have a strength, such as the
+                 share of people who marked it: [8, 11, 0.67]
 
     Attributes:
       path: the file.
@@ -162,7 +163,7 @@ def _read_jsonl(file: TextFile) -> Iterator[_Mark]:
             id=known.get("id"),
             inputs=known.get("inputs"),
             targets=known.get("targets"),
-            offsets=known.get("negative_spans", ()),
+            offsets=tuple(span.entry for span in known.get("negative_spans", ())),
         )
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tnt_jax.data import packing
-from tnt_jax.data.examples import Example, max_negative_ids
+from tnt_jax.data.examples import Example, have_strengths, max_negative_ids
 from tnt_jax.data.layouts import ENCODER_DECODER, FeatureLayout, Place
 from tnt_jax.runtime.errors import UsageError
 
@@ -20,8 +20,12 @@ def feature_shapes(
     *,
     pack: bool,
     feature_layout: "FeatureLayout",
+    has_strengths: bool = False,
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes of the features of a batch, int32 all, without making one."""
+    """Shapes of the features of a batch, without making one.
+
+    All are int32 but `decoder_negative_strengths`, which is float32.
+    """
     nothing = np.zeros(0, np.int32)
     example = Example(nothing, nothing, negative_pairs=nothing.reshape(0, 2))
     batches = Batches(
@@ -32,6 +36,7 @@ def feature_shapes(
         num_negative_ids=num_negative_ids,
         pack=pack,
         feature_layout=feature_layout,
+        has_strengths=has_strengths,
     )
     return {name: (batch_size, *rows.shape[1:]) for name, rows in batches.batch(0).items()}
 
@@ -64,6 +69,7 @@ class Batches:
         task_feature_lengths: "inputs" and "targets", in tokens.
         seed: of the order.
         num_negative_ids: `K`; None takes what the data set needs.
+        has_strengths: whether batches have strengths of marks; None has them if an example does.
         shuffle: False keeps the order of `examples` (of each row's largest example, if packed).
         pack: True puts several examples into a row.
         feature_layout: of the network that the batches are for.
@@ -80,6 +86,7 @@ class Batches:
     shuffle: bool = True
     pack: bool = False
     feature_layout: FeatureLayout = ENCODER_DECODER
+    has_strengths: bool | None = None
 
     def __post_init__(self):
         if not self.examples:
@@ -88,6 +95,8 @@ class Batches:
             raise UsageError(f"BATCH_SIZE: expected a positive number, found {self.batch_size}.")
         if self.num_negative_ids is None:
             self.num_negative_ids = max_negative_ids(self.examples)
+        if self.has_strengths is None:
+            self.has_strengths = have_strengths(self.examples)
         self._sizes = self.feature_layout.sizes(self.examples, self.task_feature_lengths)
         # Both serve many batches. The loop's thread asks and the user may, so the caches are ones
         # that threads can share.
@@ -102,6 +111,7 @@ class Batches:
             self.task_feature_lengths,
             self.num_negative_ids,
             places if self.pack else None,
+            self.has_strengths,
         )
 
     __getitem__ = batch
@@ -163,11 +173,16 @@ def batch_for_eval(
     task_feature_lengths: Mapping[str, int],
     num_negative_ids: int | None = None,
     feature_layout: FeatureLayout = ENCODER_DECODER,
+    has_strengths: bool | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Every example once, in order; the last batch is filled up with rows whose loss mask is 0."""
     num_negative_ids = num_negative_ids or max_negative_ids(examples)
+    if has_strengths is None:
+        has_strengths = have_strengths(examples)
     nothing = np.zeros(0, np.int32)
     filler = Example(nothing, nothing, negative_pairs=nothing.reshape(0, 2))
     for start in range(0, len(examples), batch_size):
         chosen = [*examples[start : start + batch_size], *[filler] * batch_size][:batch_size]
-        yield feature_layout.convert(chosen, task_feature_lengths, num_negative_ids)
+        yield feature_layout.convert(
+            chosen, task_feature_lengths, num_negative_ids, has_strengths=has_strengths
+        )

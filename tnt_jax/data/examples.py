@@ -27,6 +27,7 @@ class Example:
         targets: `[T]` int32, the end included.
         negative_pairs: `[M, 2]` int32 rows (position, id): ids to remove at target positions.
             Sorted, without repeats.
+        negative_strengths: `[M]` float64 in (0, 1], of each of these rows; None where all are 1.
         loss_mask: `[T]` int32, 0 where a target token has no loss; None means 1 everywhere.
         span_numbers: `[T]` int32: of each target token the number, from 1, of the negative span
             that marks it; 0 where none does, -1 where the token stands for no text. None where
@@ -39,6 +40,7 @@ class Example:
     inputs: np.ndarray
     targets: np.ndarray
     negative_pairs: np.ndarray
+    negative_strengths: np.ndarray | None = None
     loss_mask: np.ndarray | None = None
     span_numbers: np.ndarray | None = None
     id: str = ""
@@ -76,6 +78,25 @@ def says_removed(example: Example) -> bool:
     return bool((ids == example.targets[positions]).any())
 
 
+def unique_pairs(
+    pairs: np.ndarray, strengths: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Marks as an `Example` has them: sorted, each once, with the largest of its strengths.
+
+    Args:
+        pairs: `[N, 2]` rows (position, id).
+        strengths: `[N]` in (0, 1]; None where all are 1.
+    """
+    found, places = np.unique(
+        np.asarray(pairs, np.int32).reshape(-1, 2), axis=0, return_inverse=True
+    )
+    if strengths is None:
+        return found, None
+    largest = np.zeros(len(found))
+    np.maximum.at(largest, places.reshape(-1), strengths)
+    return found, None if (largest == 1).all() else largest
+
+
 def id_of(value: Any) -> str:
     """The id of an example as a task of seqio has it: a text, or a number."""
     return value.decode() if isinstance(value, bytes) else str(value)
@@ -88,6 +109,8 @@ def digest(examples: Sequence[Example]) -> str:
         arrays = (example.inputs, example.targets, example.negative_pairs, example.loss_mask)
         for array in arrays:
             hashed.update(b"-" if array is None else f"{array.shape} ".encode() + array.tobytes())
+        if example.negative_strengths is not None:  # or the digests of other data would change
+            hashed.update(b"strengths " + example.negative_strengths.tobytes())
     return hashed.hexdigest()[:16]
 
 
@@ -97,6 +120,11 @@ def max_negative_ids(examples: Sequence[Example]) -> int:
         (int(np.bincount(e.negative_pairs[:, 0]).max()) for e in examples if len(e.negative_pairs)),
         default=1,
     )
+
+
+def have_strengths(examples: Sequence[Example]) -> bool:
+    """Whether any mark of the examples has a strength below 1."""
+    return any(example.negative_strengths is not None for example in examples)
 
 
 def check_token_ids(examples: Sequence[Example], num_embeddings: int) -> None:

@@ -5,6 +5,9 @@ features are int32: `encoder_input_tokens` `[B, Ti]`; `decoder_input_tokens`,
 `decoder_target_tokens` and `decoder_loss_mask` `[B, T]`, padded with 0; `decoder_negative_ids`
 `[B, T, K]`, padded with -1. A position is negative when it has any id. NumPy only.
 
+Where marks have strengths, `decoder_negative_strengths` `[B, T, K]`, float32 and padded with 1, has
+them; without the feature all are 1.
+
 In a packed batch several examples share a row, and `B` counts rows. `encoder_segment_ids` `[B, Ti]`
 and `decoder_segment_ids` `[B, T]` number the examples of a row from 1, with 0 at padding.
 """
@@ -14,7 +17,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from tnt_jax.data.examples import Example, max_negative_ids
+from tnt_jax.data.examples import Example, have_strengths, max_negative_ids
 from tnt_jax.runtime.errors import UsageError
 
 
@@ -43,6 +46,7 @@ def convert_features(
     task_feature_lengths: Mapping[str, int],
     num_negative_ids: int | None = None,
     places: Sequence[Place] | None = None,
+    has_strengths: bool | None = None,
 ) -> dict[str, np.ndarray]:
     """Pads or cuts examples to one shape.
 
@@ -53,6 +57,7 @@ def convert_features(
         task_feature_lengths: `Ti` under "inputs" and `T` under "targets".
         num_negative_ids: `K`; None takes what these examples need.
         places: where each example lies in a packed batch; None gives each a row of its own.
+        has_strengths: whether there is a feature of strengths; None has it if an example needs it.
 
     Returns:
         The model features listed at the head of this module.
@@ -64,7 +69,7 @@ def convert_features(
     is_packed = places is not None
     if places is None:
         places = _rows_of_their_own(examples, target_length)
-    of_loss = _loss_features(examples, places, target_length, num_negative_ids)
+    of_loss = _loss_features(examples, places, target_length, num_negative_ids, has_strengths)
     num_rows = len(of_loss["decoder_target_tokens"])
     inputs, input_segments = np.zeros((2, num_rows, input_length), np.int32)
     target_segments = np.zeros((num_rows, target_length), np.int32)
@@ -103,12 +108,16 @@ def _loss_features(
     places: Sequence[Place],
     target_length: int,
     num_negative_ids: int | None,
+    has_strengths: bool | None,
 ) -> dict[str, np.ndarray]:
     """The features of the loss, which are the same for every family of networks."""
     num_negative_ids = num_negative_ids or max_negative_ids(examples)
+    if has_strengths is None:
+        has_strengths = have_strengths(examples)
     num_rows = 1 + max((place.row for place in places), default=-1)
     targets, loss_mask = np.zeros((2, num_rows, target_length), np.int32)
     negative_ids = np.full((num_rows, target_length, num_negative_ids), -1, np.int32)
+    strengths = np.ones(negative_ids.shape if has_strengths else 0, np.float32)
     for example, place in zip(examples, places, strict=True):
         row, offset = place.row, place.target_offset
         kept_targets = example.targets[:target_length]
@@ -118,11 +127,16 @@ def _loss_features(
         loss_mask[row, here] = has_loss
         positions, slots, ids = _negative_slots(example, target_length, num_negative_ids)
         negative_ids[row, offset + positions, slots] = ids
-    return {
+        if example.negative_strengths is not None:
+            strengths[row, offset + positions, slots] = example.negative_strengths[: len(ids)]
+    features = {
         "decoder_target_tokens": targets,
         "decoder_loss_mask": loss_mask,
         "decoder_negative_ids": negative_ids,
     }
+    if has_strengths:
+        features["decoder_negative_strengths"] = strengths
+    return features
 
 
 def _negative_slots(
@@ -200,7 +214,8 @@ class FeatureLayout(Protocol):
 
     `Ti` and `T` are the task feature lengths of "inputs" and "targets". Whatever the family, the
     features of the loss are `decoder_target_tokens`, `decoder_loss_mask` and `decoder_negative_ids`
-    as `convert_features` has them: `[B, T]`, `[B, T]` and `[B, T, K]`.
+    as `convert_features` has them: `[B, T]`, `[B, T]` and `[B, T, K]`; and where there are any,
+    `decoder_negative_strengths` `[B, T, K]`.
     """
 
     def convert(
@@ -209,6 +224,7 @@ class FeatureLayout(Protocol):
         task_feature_lengths: Mapping[str, int],
         num_negative_ids: int | None = None,
         places: Sequence[Place] | None = None,
+        has_strengths: bool | None = None,
     ) -> dict[str, np.ndarray]:
         """Makes one batch of features; the arguments are those of `convert_features`."""
         ...
@@ -237,9 +253,12 @@ class EncoderDecoder:
         task_feature_lengths: Mapping[str, int],
         num_negative_ids: int | None = None,
         places: Sequence[Place] | None = None,
+        has_strengths: bool | None = None,
     ) -> dict[str, np.ndarray]:
         """Makes one batch of the features that are listed at the head of this module."""
-        return convert_features(examples, task_feature_lengths, num_negative_ids, places)
+        return convert_features(
+            examples, task_feature_lengths, num_negative_ids, places, has_strengths
+        )
 
     def capacity(self, task_feature_lengths: Mapping[str, int]) -> tuple[int, int]:
         """Positions of the encoder and of the decoder."""
@@ -278,6 +297,7 @@ class Causal:
         task_feature_lengths: Mapping[str, int],
         num_negative_ids: int | None = None,
         places: Sequence[Place] | None = None,
+        has_strengths: bool | None = None,
     ) -> dict[str, np.ndarray]:
         """Makes one batch of features.
 
@@ -288,7 +308,7 @@ class Causal:
         length, _ = self.capacity(task_feature_lengths)
         if places is None:
             places = _rows_of_their_own(examples, target_length)
-        of_loss = _loss_features(examples, places, target_length, num_negative_ids)
+        of_loss = _loss_features(examples, places, target_length, num_negative_ids, has_strengths)
         num_rows = len(of_loss["decoder_target_tokens"])
         tokens, segments, positions = np.zeros((3, num_rows, length), np.int32)
         target_places = np.zeros((num_rows, target_length), np.int32)

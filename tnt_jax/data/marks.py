@@ -5,14 +5,14 @@ A span marks the tokens whose extents (see `tokenization`) it overlaps.
 
 import dataclasses
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from absl import logging
 
 from tnt_jax.data import records, tokenization
-from tnt_jax.data.examples import BEGINNING, Example, loss_mask_until
+from tnt_jax.data.examples import BEGINNING, Example, loss_mask_until, unique_pairs
 from tnt_jax.data.tokenization import Extent, Tokeniser
 from tnt_jax.runtime.errors import UsageError
 
@@ -53,6 +53,7 @@ def example_from_record(
         inputs=np.array(inputs, np.int32),
         targets=marked.target_ids,
         negative_pairs=marked.negative_pairs,
+        negative_strengths=marked.negative_strengths,
         loss_mask=loss_mask_until(loss_until, marked.target_ids, marked.negative_pairs),
         span_numbers=marked.span_numbers,
         id=record.id,
@@ -94,12 +95,14 @@ class MarkedTarget:
             it; 0 where none does, -1 where the token stands for no text.
         num_spans_without_token: spans that overlap no token's extent (white space, or characters
             that the tokeniser's normalisation drops), so that nothing was marked for them.
+        negative_strengths: `[M]` float64, of each pair; None where all are 1.
     """
 
     target_ids: np.ndarray
     negative_pairs: np.ndarray
     span_numbers: np.ndarray
     num_spans_without_token: int
+    negative_strengths: np.ndarray | None = None
 
 
 def mark_tokens(
@@ -110,7 +113,7 @@ def mark_tokens(
     A token is negative when its extent overlaps a negative span: its own id is removed there. The
     EOS stands for no text, so spans never mark it. `negative_token_ids` come on top. With the marks
     "first_token" the first token of each span alone is negative: whatever begins otherwise goes on
-    otherwise.
+    otherwise. A span's tokens have its strength; an id with several at a position has the largest.
 
     With `target_ids` these exact ids are kept. Without them the text is tokenised, and spans are
     matched in the text as it was given, although the tokeniser may normalise it.
@@ -122,17 +125,21 @@ def mark_tokens(
     if marks not in MARKS:
         raise UsageError(f"marks: expected one of {', '.join(MARKS)}, found {marks!r}.")
     ids, extents, dropped = _measured(record, vocabulary)
-    pairs = set()
+    pairs: list[tuple[int, int]] = []
+    strengths: list[float] = []
     span_numbers = [0 if start < end else -1 for start, end in extents]
     num_spans_without_token = 0
-    for number, span in enumerate(record.negative_spans or (), start=1):
+    for number, mark in enumerate(record.negative_spans or (), start=1):
+        span = (mark[0], mark[1])
         touched = [] if dropped.issuperset(range(*span)) else _touched(extents, span)
         touched = touched[: 1 if marks == "first_token" else None]
-        pairs.update((position, ids[position]) for position in touched)
+        pairs += [(position, ids[position]) for position in touched]
+        strengths += [records.strength_of(mark)] * len(touched)
         for position in touched:
             span_numbers[position] = span_numbers[position] or number
         num_spans_without_token += not touched
-    for position, removed_ids in record.negative_token_ids:
+    for entry in record.negative_token_ids:
+        position, removed_ids = entry[0], entry[1]
         if position >= len(ids):
             raise UsageError(
                 f"record {record.id!r}: negative_token_ids has position {position}, but its "
@@ -144,12 +151,33 @@ def mark_tokens(
                     f"record {record.id!r}: negative_token_ids has id {removed_id}, but the "
                     f"vocabulary has {vocabulary.size} ids."
                 )
-            pairs.add((position, removed_id))
+            pairs.append((position, removed_id))
+            strengths.append(records.strength_of(entry))
+    is_graded = any(strength != 1 for strength in strengths)
+    negative_pairs, of_pairs = unique_pairs(
+        np.array(pairs, np.int32), np.array(strengths) if is_graded else None
+    )
     return MarkedTarget(
         target_ids=np.array(ids, np.int32),
-        negative_pairs=np.array(sorted(pairs), np.int32).reshape(-1, 2),
+        negative_pairs=negative_pairs,
+        negative_strengths=of_pairs,
         span_numbers=np.array(span_numbers, np.int32),
         num_spans_without_token=num_spans_without_token,
+    )
+
+
+def token_id_entries(removed: Mapping[int, Mapping[int, float]]) -> tuple[records.TokenIds, ...]:
+    """Entries for `Record.negative_token_ids`, one for each strength that a position has.
+
+    Args:
+        removed: by position, the ids to remove there and their strengths.
+    """
+    return tuple(
+        records.with_strength(
+            position, tuple(sorted(i for i, s in ids.items() if s == strength)), strength
+        )
+        for position, ids in sorted(removed.items())
+        for strength in sorted({*ids.values()}, reverse=True)
     )
 
 

@@ -9,6 +9,9 @@ Programs exchange records as JSONL, one object a line:
      "annotator": "name and settings",
      "messages": [{"role": "user", "content": "text"}, ...]}       the conversation before the reply
 
+A mark may have a strength s above 0 and at most 1, as `[start, end, s]` or `[position, [ids], s]`:
+then the share 1 - s of the original's probability stays. Without one it is 1, which is removal.
+
 Only `inputs` or `messages` is required, so a file of prompts is a file of records. A conversation
 is for a chat model; its texts, one after another, are the `inputs` where there are none. Unknown
 fields are kept. What TRL writes is read as well: `prompt` and `completion`, each a text or
@@ -30,6 +33,20 @@ from tnt_jax.data import conversations
 from tnt_jax.runtime import files
 from tnt_jax.runtime.errors import UsageError, naming_file
 
+Span = tuple[int, int] | tuple[int, int, float]  # start, end, and a strength below 1
+# Position, ids, and a strength below 1.
+TokenIds = tuple[int, tuple[int, ...]] | tuple[int, tuple[int, ...], float]
+
+
+def strength_of(mark: Span | TokenIds) -> float:
+    """The strength of an entry of `negative_spans` or `negative_token_ids`."""
+    return mark[2] if len(mark) == 3 else 1.0
+
+
+def with_strength(first: Any, second: Any, strength: float) -> tuple[Any, ...]:
+    """An entry of `negative_spans` or `negative_token_ids`; a strength of 1 is not written."""
+    return (first, second) if strength == 1 else (first, second, float(strength))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Record:
@@ -42,30 +59,33 @@ class Record:
         target_ids: the exact generated ids, EOS included. Kept because re-tokenising a sampled text
             can give other ids. None when only the text is known.
         negative_spans: unwanted stretches of `targets`, as (start, end) in Unicode code points, end
-            exclusive. None means not annotated yet, () means nothing is unwanted.
+            exclusive, or (start, end, strength). None means not annotated yet, () means nothing is
+            unwanted.
         negative_token_ids: (position, ids) pairs: ids to remove at a token position, beside those
             that follow from the spans. Alternatives that would be just as wrong, or earlier marks.
+            With a strength: (position, ids, strength). A position may have several entries; where
+            an id has several strengths, the largest counts.
         annotator: who or what made the annotation.
         messages: (role, content) pairs: the conversation that a chat model is given, in place of
             `inputs`; () where there is none.
         extra: fields that are not ours, kept from file to file.
 
     Raises:
-        UsageError: a span or a position lies outside the targets.
+        UsageError: a span or a position lies outside the targets, or a strength outside (0, 1].
     """
 
     id: str
     inputs: str
     targets: str = ""
     target_ids: tuple[int, ...] | None = None
-    negative_spans: tuple[tuple[int, int], ...] | None = None
-    negative_token_ids: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    negative_spans: tuple[Span, ...] | None = None
+    negative_token_ids: tuple[TokenIds, ...] = ()
     annotator: str = ""
     messages: tuple[tuple[str, str], ...] = ()
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        for start, end in self.negative_spans or ():
+        for start, end in self.offsets:
             if not 0 <= start < end <= len(self.targets):
                 raise UsageError(
                     f"record {self.id!r}: negative_spans has [{start}, {end}], but targets has "
@@ -73,13 +93,28 @@ class Record:
                     "A span is [start, end] with 0 <= start < end <= length, counted in Unicode "
                     "code points (not bytes), end exclusive."
                 )
-        for position, _ in self.negative_token_ids:
+        for name, marks in (
+            ("negative_spans", self.negative_spans or ()),
+            ("negative_token_ids", self.negative_token_ids),
+        ):
+            for mark in marks:
+                if not is_strength(strength_of(mark)):
+                    raise UsageError(
+                        f"record {self.id!r}: {name} has the strength {_shown(mark[-1])} in "
+                        f"{ascii(list(mark))[:60]}: expected a number above 0 and at most 1."
+                    )
+        for position, *_ in self.negative_token_ids:
             # Without target_ids the length is known, and checked, only after tokenisation.
             if position < 0 or (self.target_ids is not None and position >= len(self.target_ids)):
                 raise UsageError(
                     f"record {self.id!r}: negative_token_ids has position {position}; expected a "
                     "position in target_ids, counted from 0."
                 )
+
+    @property
+    def offsets(self) -> tuple[tuple[int, int], ...]:
+        """The negative spans as (start, end), whatever their strength; () if not annotated."""
+        return tuple((span[0], span[1]) for span in self.negative_spans or ())
 
     @property
     def prompt(self) -> str:
@@ -107,6 +142,9 @@ class Record:
         known = known_fields(fields, where)
         if "messages" in known:
             known["messages"] = tuple((one["role"], one["content"]) for one in known["messages"])
+        for name in ("negative_spans", "negative_token_ids"):
+            if name in known:
+                known[name] = tuple(mark.entry for mark in known[name])
         path, _, line = where.rpartition(":")
         known.setdefault("id", f"{pathlib.PurePath(path).stem}:{line}")
         extra = {name: value for name, value in fields.items() if name not in _EXPECTED}
@@ -121,10 +159,14 @@ class Record:
         if self.target_ids is not None:
             fields["target_ids"] = [int(i) for i in self.target_ids]
         if self.negative_spans is not None:
-            fields["negative_spans"] = [[int(s), int(e)] for s, e in self.negative_spans]
+            fields["negative_spans"] = [
+                list(with_strength(int(span[0]), int(span[1]), strength_of(span)))
+                for span in self.negative_spans
+            ]
         if self.negative_token_ids:
             fields["negative_token_ids"] = [
-                [int(position), [int(i) for i in ids]] for position, ids in self.negative_token_ids
+                list(with_strength(int(entry[0]), [int(i) for i in entry[1]], strength_of(entry)))
+                for entry in self.negative_token_ids
             ]
         if self.annotator:
             fields["annotator"] = self.annotator
@@ -269,6 +311,44 @@ _Offset = TokenId
 _Position = Annotated[int, msgspec.Meta(gt=-(2**31), lt=2**31)]
 
 
+class SpanFields(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
+    """A span in JSON, with or without a strength, which a `Record` checks."""
+
+    start: _Offset
+    end: _Offset
+    strength: Any = 1.0
+
+    @property
+    def entry(self) -> Span:
+        """What a `Record` has of it."""
+        return _entry(self.start, self.end, self.strength)
+
+
+class TokenIdsFields(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
+    """Ids at a position in JSON, with or without a strength, which a `Record` checks."""
+
+    position: _Position
+    ids: tuple[TokenId, ...]
+    strength: Any = 1.0
+
+    @property
+    def entry(self) -> TokenIds:
+        """What a `Record` has of it."""
+        return _entry(self.position, self.ids, self.strength)
+
+
+def is_strength(value: Any) -> bool:
+    """Whether a value is a number above 0 and at most 1."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and 0 < value <= 1  # which NaN is not
+
+
+def _entry(first: Any, second: Any, strength: Any) -> Any:
+    if is_strength(strength):
+        return with_strength(first, second, strength)
+    return (first, second, strength)
+
+
 class _Message(TypedDict):
     role: str
     content: str
@@ -281,16 +361,16 @@ class _Fields(TypedDict, total=False):
     inputs: str
     targets: str
     target_ids: tuple[TokenId, ...]
-    negative_spans: tuple[tuple[_Offset, _Offset], ...]
-    negative_token_ids: tuple[tuple[_Position, tuple[TokenId, ...]], ...]
+    negative_spans: tuple[SpanFields, ...]
+    negative_token_ids: tuple[TokenIdsFields, ...]
     annotator: str
     messages: tuple[_Message, ...]
 
 
 _EXPECTED = dict.fromkeys(_Fields.__annotations__, "a string of Unicode text") | {
     "target_ids": "a list of token ids",
-    "negative_spans": "a list of [start, end] code point offsets",
-    "negative_token_ids": "a list of [position, [token ids]]",
+    "negative_spans": "a list of [start, end] code point offsets, or [start, end, strength]",
+    "negative_token_ids": "a list of [position, [token ids]], or [position, [token ids], strength]",
     "messages": 'a list of {"role": ..., "content": ...} with texts',
 }
 

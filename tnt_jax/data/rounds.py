@@ -18,28 +18,38 @@ from tnt_jax.data import marks, records, removed_everywhere
 
 
 class Ledger:
-    """The ids to remove for each pair of a prompt (`Record.prompt`) and a prefix of the targets."""
+    """The ids to remove for each pair of a prompt (`Record.prompt`) and a prefix of the targets.
+
+    Of the strengths that outputs give an id, the largest is kept.
+    """
 
     def __init__(self):
-        self._ids: dict[bytes, set[int]] = {}
+        self._ids: dict[bytes, dict[int, float]] = {}
 
     def add(self, prompt: str, marked: marks.MarkedTarget) -> None:
         """Enters the marks of one output."""
         if not len(marked.negative_pairs):
             return
         prefixes = list(_prefixes(prompt, marked.target_ids))
-        for position, removed_id in marked.negative_pairs.tolist():
-            self._ids.setdefault(prefixes[position], set()).add(removed_id)
+        for (position, removed_id), strength in strengths_of(marked).items():
+            ids = self._ids.setdefault(prefixes[position], {})
+            ids[removed_id] = max(strength, ids.get(removed_id, 0.0))
 
-    def removed(
-        self, prompt: str, target_ids: np.ndarray
-    ) -> tuple[tuple[int, tuple[int, ...]], ...]:
-        """What all outputs so far say of the positions of one: for `Record.negative_token_ids`."""
+    def removed(self, prompt: str, target_ids: np.ndarray) -> dict[int, dict[int, float]]:
+        """What all outputs so far say of the positions of one: by position, ids and strengths."""
         found = (
             (position, self._ids.get(prefix))
             for position, prefix in enumerate(_prefixes(prompt, target_ids))
         )
-        return tuple((position, tuple(sorted(ids))) for position, ids in found if ids)
+        return {position: ids for position, ids in found if ids}
+
+
+def strengths_of(marked: marks.MarkedTarget) -> dict[tuple[int, int], float]:
+    """The strength of each (position, id)."""
+    pairs = [(position, removed_id) for position, removed_id in marked.negative_pairs.tolist()]
+    if marked.negative_strengths is None:
+        return dict.fromkeys(pairs, 1.0)
+    return dict(zip(pairs, marked.negative_strengths.tolist(), strict=True))
 
 
 def _prefixes(prompt: str, target_ids: np.ndarray) -> Iterator[bytes]:
@@ -100,7 +110,7 @@ def _without_rest_of_spans(
     ledger: Ledger,
     first_tokens: Ledger,
     vocabulary: Any,
-) -> tuple[tuple[int, tuple[int, ...]], ...]:
+) -> tuple[records.TokenIds, ...]:
     """Without what the spans say anyway and a setting may not want: tokens after a span's first.
 
     Args:
@@ -112,18 +122,19 @@ def _without_rest_of_spans(
     """
     removed = ledger.removed(row.prompt, marked.target_ids)
     if not row.negative_spans:
-        return removed
-    first = dict(first_tokens.removed(row.prompt, marked.target_ids))
+        return marks.token_id_entries(removed)
+    first = first_tokens.removed(row.prompt, marked.target_ids)
     spans = dataclasses.replace(row, negative_token_ids=())
-    whole = {*map(tuple, marks.mark_tokens(spans, vocabulary).negative_pairs.tolist())}
-    left = (
-        (
-            position,
-            tuple(i for i in ids if (position, i) not in whole or i in first.get(position, ())),
-        )
-        for position, ids in removed
-    )
-    return tuple((position, ids) for position, ids in left if ids)
+    whole = strengths_of(marks.mark_tokens(spans, vocabulary))
+    left = {
+        position: {
+            i: strength
+            for i, strength in ids.items()
+            if strength > whole.get((position, i), 0.0) or i in first.get(position, ())
+        }
+        for position, ids in removed.items()
+    }
+    return marks.token_id_entries(left)
 
 
 def _names(id: str, number: int) -> Iterator[str]:

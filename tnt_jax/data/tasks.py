@@ -2,7 +2,8 @@
 
 Any seqio task can be trained on whose features are `inputs` and `targets` (token ids) and, where
 something is unwanted, `negative_ids`: rows (position, id) of ids to remove at target positions. A
-feature `loss_mask` is used if there is one. `record_task` makes such a task from files of records.
+feature `loss_mask` is used if there is one, and so is `negative_strengths`, a number in (0, 1] for
+each of these rows. `record_task` makes such a task from files of records.
 Your own task takes any seqio source, say `seqio.TfdsDataSource("your_data:1.0.0")`, renames its
 fields to those of a record, and goes on with
 
@@ -27,7 +28,7 @@ import seqio
 import tensorflow as tf
 
 from tnt_jax.data import datasets, records, tokenization
-from tnt_jax.data.examples import Example, id_of
+from tnt_jax.data.examples import Example, id_of, unique_pairs
 from tnt_jax.data.marks import example_from_record, log_spans_without_token
 from tnt_jax.data.t5patches_layout import t5patches_target
 from tnt_jax.runtime import console
@@ -105,6 +106,9 @@ def record_features(
         "inputs": seqio.Feature(vocabulary),
         "targets": seqio.Feature(vocabulary),
         "negative_ids": seqio.Feature(vocabulary, add_eos=False, rank=2),
+        "negative_strengths": seqio.Feature(
+            vocabulary, add_eos=False, required=False, dtype=tf.float32
+        ),
         "loss_mask": seqio.Feature(vocabulary, add_eos=False, required=False),
     }
 
@@ -122,62 +126,89 @@ def tokenize_and_mark(
     Args:
         dataset: of `inputs` and `targets` (strings) and, where there are any, `id` (string),
             `target_ids` `[T]` (empty means not known), `negative_spans` `[N, 2]` and
-            `negative_token_ids` `[N, 2]` rows (position, id). Other fields stay.
+            `negative_token_ids` `[N, 2]` rows (position, id), and the strengths of both, `[N]`, as
+            `negative_span_strengths` and `negative_token_strengths` (empty means 1). Other fields
+            stay.
         output_features: of the task.
         marks: as in `datasets.RecordFiles`.
         loss_until: as in `datasets.RecordFiles`.
 
     Returns:
-        A data set of `inputs`, `targets` and `negative_ids` (token ids, EOS included) and
-        `loss_mask`, with the texts as `inputs_pretokenized` and `targets_pretokenized`, and, to
-        count what is lost, `span_numbers` and `num_spans_without_token`.
+        A data set of `inputs`, `targets` and `negative_ids` (token ids, EOS included),
+        `negative_strengths` and `loss_mask`, with the texts as `inputs_pretokenized` and
+        `targets_pretokenized`, and, to count what is lost, `span_numbers` and
+        `num_spans_without_token`.
         Where a record has a mistake, iteration fails with the message of a UsageError.
     """
     vocabulary = tokeniser(output_features["targets"].vocabulary)
 
-    def marked(name, inputs, targets, target_ids, spans, pairs):
+    def with_strengths(marks, strengths, name, field):
+        if len(strengths) not in (0, len(marks)):
+            raise UsageError(
+                f"record {name!r}: {field}: expected a strength for each of {len(marks)} marks, "
+                f"found {len(strengths)}."
+            )
+        strengths = strengths.astype(float).tolist() or [1.0] * len(marks)
+        return zip(marks.tolist(), strengths, strict=True)
+
+    def marked(name, inputs, targets, target_ids, spans, pairs, span_strengths, token_strengths):
+        name = id_of(name)
+        spans = with_strengths(spans, span_strengths, name, "negative_span_strengths")
+        pairs = with_strengths(pairs, token_strengths, name, "negative_token_strengths")
         record = records.Record(
-            id=id_of(name),
+            id=name,
             inputs=inputs.decode(),
             targets=targets.decode(),
             target_ids=tuple(target_ids.tolist()) or None,
-            negative_spans=tuple(map(tuple, spans.tolist())),
-            negative_token_ids=tuple((position, (i,)) for position, i in pairs.tolist()),
+            negative_spans=tuple(
+                records.with_strength(start, end, strength) for (start, end), strength in spans
+            ),
+            negative_token_ids=tuple(
+                records.with_strength(position, (i,), strength) for (position, i), strength in pairs
+            ),
         )
         example, num_spans_without_token = example_from_record(
             record, vocabulary, marks, loss_until
         )
-        loss_mask = example.loss_mask
+        loss_mask, strengths = example.loss_mask, example.negative_strengths
+        if strengths is None:
+            strengths = np.ones(len(example.negative_pairs))
         return (
             example.inputs,
             example.targets,
             example.negative_pairs,
+            strengths.astype(np.float32),
             np.ones_like(example.targets) if loss_mask is None else loss_mask,
             example.span_numbers,
             np.int32(num_spans_without_token),
         )
 
     def of_fields(fields):
-        ints = {
-            name: tf.cast(fields[name], tf.int32) if name in fields else tf.zeros(shape, tf.int32)
-            for name, shape in [
-                ("target_ids", [0]),
-                ("negative_spans", [0, 2]),
-                ("negative_token_ids", [0, 2]),
+        numbers = {
+            name: tf.cast(fields[name], dtype) if name in fields else tf.zeros(shape, dtype)
+            for name, shape, dtype in [
+                ("target_ids", [0], tf.int32),
+                ("negative_spans", [0, 2], tf.int32),
+                ("negative_token_ids", [0, 2], tf.int32),
+                ("negative_span_strengths", [0], tf.float32),
+                ("negative_token_strengths", [0], tf.float32),
             ]
         }
-        inputs, targets, negative_ids, loss_mask, span_numbers, num_without = tf.numpy_function(
-            marked,
-            [fields.get("id", ""), fields["inputs"], fields["targets"], *ints.values()],
-            [tf.int32] * 6,
+        inputs, targets, negative_ids, strengths, loss_mask, span_numbers, num_without = (
+            tf.numpy_function(
+                marked,
+                [fields.get("id", ""), fields["inputs"], fields["targets"], *numbers.values()],
+                [*[tf.int32] * 3, tf.float32, *[tf.int32] * 3],
+            )
         )
         return {
-            **{name: value for name, value in fields.items() if name not in ints},
+            **{name: value for name, value in fields.items() if name not in numbers},
             "inputs_pretokenized": fields["inputs"],
             "targets_pretokenized": fields["targets"],
             "inputs": tf.ensure_shape(inputs, [None]),
             "targets": tf.ensure_shape(targets, [None]),
             "negative_ids": tf.ensure_shape(negative_ids, [None, 2]),
+            "negative_strengths": tf.ensure_shape(strengths, [None]),
             "loss_mask": tf.ensure_shape(loss_mask, [None]),
             "span_numbers": tf.ensure_shape(span_numbers, [None]),
             "num_spans_without_token": tf.ensure_shape(num_without, []),
@@ -244,6 +275,8 @@ def record_task(
         "target_ids": tf.TensorSpec([None], tf.int32),
         "negative_spans": tf.TensorSpec([None, 2], tf.int32),
         "negative_token_ids": tf.TensorSpec([None, 2], tf.int32),
+        "negative_span_strengths": tf.TensorSpec([None], tf.float32),
+        "negative_token_strengths": tf.TensorSpec([None], tf.float32),
     }
 
     def dataset_fn(split, shuffle_files, seed=None):
@@ -253,14 +286,21 @@ def record_task(
 
         def of_rows():
             for record in rows:
-                pairs = [(where, i) for where, ids in record.negative_token_ids for i in ids]
+                entries = record.negative_token_ids
+                pairs = [(entry[0], i) for entry in entries for i in entry[1]]
                 yield {
                     "id": record.id,
                     "inputs": record.inputs,
                     "targets": record.targets,
                     "target_ids": record.target_ids or (),
-                    "negative_spans": np.reshape(record.negative_spans or (), (-1, 2)),
+                    "negative_spans": np.reshape(record.offsets, (-1, 2)),
                     "negative_token_ids": np.reshape(pairs, (-1, 2)),
+                    "negative_span_strengths": [
+                        records.strength_of(span) for span in record.negative_spans or ()
+                    ],
+                    "negative_token_strengths": [
+                        records.strength_of(entry) for entry in entries for _ in entry[1]
+                    ],
                 }
 
         return tf.data.Dataset.from_generator(of_rows, output_signature=shapes)
@@ -470,6 +510,7 @@ def _load_task(
                 raise _feature_error(task, name, sorted(row))
         num_targets = len(row["targets"])
         pairs = row.get("negative_ids", np.zeros((0, 2), np.int32))
+        strengths = row.get("negative_strengths")
         loss_mask = row.get("loss_mask", np.ones(num_targets, np.int32))
         numbers = row.get("span_numbers")
         if numbers is not None and len(numbers) != num_targets:
@@ -480,6 +521,15 @@ def _load_task(
                 f"task {task.name!r}, {name!r}: negative_ids has position {pairs[:, 0].max()}, but "
                 f"there are {num_targets} targets. Expected rows (position, id)."
             )
+        if strengths is not None and not (
+            len(strengths) == len(pairs) and ((strengths > 0) & (strengths <= 1)).all()
+        ):
+            raise UsageError(
+                f"task {task.name!r}, {name!r}: negative_strengths: expected a number above 0 and "
+                f"at most 1 for each of {len(pairs)} rows of negative_ids, found "
+                f"{np.asarray(strengths).tolist()[:20]}."
+            )
+        pairs, strengths = unique_pairs(pairs, strengths)
         if len(loss_mask) != num_targets or not np.isin(loss_mask, (0, 1)).all():
             raise UsageError(
                 f"task {task.name!r}, {name!r}: loss_mask: expected {num_targets} values, each "
@@ -489,7 +539,8 @@ def _load_task(
             Example(
                 inputs=row["inputs"],
                 targets=row["targets"],
-                negative_pairs=np.unique(pairs, axis=0),
+                negative_pairs=pairs,
+                negative_strengths=strengths,
                 loss_mask=loss_mask * (row["targets"] != 0),  # seqio's padding
                 span_numbers=numbers,
                 id=name,

@@ -76,8 +76,8 @@ def change(original: records.Record, current: records.Record) -> Change:
         kind=_kind(original, current, signs),
         share=1 - matcher.ratio(),
         signs=signs,
-        original=segments(original.targets, changed[0], original.negative_spans or ()),
-        current=segments(current.targets, changed[1], current.negative_spans or ()),
+        original=segments(original.targets, changed[0], original.offsets),
+        current=segments(current.targets, changed[1], current.offsets),
         lengths=(len(before), len(after)),
     )
 

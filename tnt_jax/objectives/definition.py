@@ -5,6 +5,11 @@ the original model, `p` the current one, `S` the set of removed ids (empty at an
 `m = p(S)`, and `q` is `p` restricted to the ids outside `S` and renormalised. The desired
 distribution `p_new` is the same restriction of `p0`.
 
+A mark may have a strength s in (0, 1]: `p_new(v)` is proportional to `p0(v) (1 - s_v)`. Ids of
+strength 1 are `S`. Ids of a smaller one are not in `S`: they are ordinary ids of an original whose
+logits there are lowered by `log(1 - s)`, and `p0` in what follows is that original's. Where one id
+has several strengths at a position, the largest counts.
+
 Everything is computed in float32 from logits, never from `1 - p`, so `p0(S)` and `p(S)` may round
 to 1: no value and no gradient is NaN or Inf for finite logits (gaps of 1e4 are tested) and any `S`
 that leaves one id.
@@ -13,6 +18,12 @@ Source: Zhang, Ranganath and Tafvizi, "Towards Minimal Targeted Updates of Langu
 Targeted Negative Training" (arXiv 2406.13660). With `smoothing` set as they set it, the losses and
 their gradients are those of google/t5patches, whose forward terms are cross-entropies: larger by
 the entropy of the target, which has no gradient.
+
+UNDIAL: Dong, Lin, Belkin, Huerta and Vulić, "UNDIAL: Self-Distillation with Adjusted Logits for
+Robust Unlearning in Large Language Models" (arXiv 2402.10052). Its target at a marked token `y` is
+`softmax(z0 - beta onehot(y))`, which is `p_new` of strength `1 - exp(-beta)`; its loss is the
+cross-entropy with it, larger than forward KL by the entropy of the target. Its authors mark every
+token of the texts to forget and train on no others.
 """
 
 import dataclasses
@@ -50,12 +61,18 @@ _WITH_ORIGINAL = (*_DIVERGENCES, *_PREFERENCES)
 _SPLIT_TERMS = ("forward_kl", "reverse_kl_split", "jensen_shannon_split")
 _SMOOTHABLE_TERMS = ("forward_kl", "reverse_kl", "log_likelihood", "none")
 
+# UNDIAL's beta where none is given: the middle one of those that its authors suggest, 3, 10 and 30.
+UNDIAL_BETA = 10.0
+
 
 class Certificate(NamedTuple):
     """What an update has left undone and what it cost, in nats, each `[B, T]`.
 
     `residual + collateral` is `KL(p_new || p)`. Without removed ids `residual` and `smallest_cost`
     are 0 and `collateral` is `KL(p0 || p)`.
+
+    Ids of a strength below 1 may stay, so they count among everything else. `smallest_cost` is then
+    `KL(p_new || p0)` with the original as it is, not lowered: more than `-log(1 - p0(S))`.
     """
 
     residual: Float[Array, "B T"]  # -log(1 - p(S)): mass still on what must go
@@ -145,6 +162,11 @@ class TntObjective:
     "Negative Preference Optimization" (arXiv 2404.05868, equation 3). Its gradient is that of
     `log m`, times 2 m^beta / (m^beta + p0(S)^beta): 1 at the original, and 0 as `m` vanishes.
 
+    A divergence takes marks of a strength below 1 through `p_new`; such a position is negative as
+    any other with a mark. The other negative terms have no `p_new`. There, a strength is the
+    probability that the mark is right: a position whose strongest mark has strength s has the loss
+    `s * (that with its marks) + (1 - s) * (that without them)`.
+
     Attributes:
       negative_term: The term at negative positions; one of `NEGATIVE_TERMS`.
       positive_term: The term at positive positions; one of `POSITIVE_TERMS`.
@@ -164,8 +186,10 @@ class TntObjective:
       z_loss: Of `log_likelihood`, as in T5X: adds `z_loss * logsumexp(logits)**2`.
       npo_beta: Of `negative_preference`, its authors' beta: the larger, the sooner it lets go.
       ftpo: Of `final_token_preference`.
-      removed_everywhere: Ids in `S` at every position, whatever the marks. With a divergence this
-        distils a decoding mask into the weights.
+      negative_strength: Multiplies the strength of every mark: those of the batch, or 1. UNDIAL is
+        `1 - exp(-beta)` with forward KL.
+      removed_everywhere: Ids in `S` at every position, whatever the marks: of strength 1. With a
+        divergence this distils a decoding mask into the weights.
       removed_everywhere_counts_as: "positive" or "negative": what a position is that has no mark.
         Marks make it negative, and so does a target token that is itself removed everywhere.
 
@@ -186,6 +210,7 @@ class TntObjective:
     ftpo: FinalTokenPreference = dataclasses.field(
         default=FinalTokenPreference(), metadata={"omit_default": True}
     )
+    negative_strength: float = dataclasses.field(default=1.0, metadata={"omit_default": True})
     removed_everywhere: tuple[int, ...] = ()
     removed_everywhere_counts_as: str = "positive"
 
@@ -207,6 +232,11 @@ class TntObjective:
             ("label_smoothing", 0 <= self.label_smoothing < 1, "at least 0 and below 1"),
             ("z_loss", 0 <= self.z_loss < math.inf, "0 or more, and finite"),
             ("npo_beta", 0 < self.npo_beta < math.inf, "above 0, and finite"),
+            (
+                "negative_strength",
+                not isinstance(self.negative_strength, bool) and 0 < self.negative_strength <= 1,
+                "above 0 and at most 1",
+            ),
             (
                 "removed_everywhere",
                 isinstance(self.removed_everywhere, tuple)
@@ -246,6 +276,17 @@ class TntObjective:
                     f"smoothing={self.smoothing}, label_smoothing={self.label_smoothing}. Set one "
                     f"of them to 0."
                 )
+        if self.negative_term == self.positive_term == "none":
+            raise UsageError(
+                "negative_term='none' with positive_term='none' leaves no loss at any position. "
+                "Choose another term for one of them."
+            )
+        if self.negative_strength != 1 and self.negative_term == "none":
+            raise UsageError(
+                "negative_term='none' ignores everything marked; got "
+                f"negative_strength={self.negative_strength}. Set negative_strength=1, or choose "
+                "another negative_term."
+            )
         if self.removed_everywhere and self.negative_term == "none":
             raise UsageError(
                 "negative_term='none' ignores everything marked or removed, but removed_everywhere "
@@ -320,6 +361,25 @@ class TntObjective:
         is_marked = jnp.broadcast_to((negative_ids >= 0).any(axis=-1), target_tokens.shape)
         return is_marked | jnp.isin(target_tokens, jnp.asarray(self.removed_everywhere, jnp.int32))
 
+    def strengths(
+        self,
+        negative_ids: Int[Array, "#B #T K"],
+        negative_strengths: Float[Array, "#B #T K"] | None,
+    ) -> Float[Array, "#B #T K"] | None:
+        """The strengths of marks as this objective takes them; None where all are 1."""
+        if self.negative_term == "none":
+            return None
+        if negative_strengths is not None:
+            return self.negative_strength * negative_strengths.astype(jnp.float32)
+        if self.negative_strength == 1:
+            return None
+        return jnp.full(negative_ids.shape, self.negative_strength, jnp.float32)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether strengths mix the losses with and without marks, as no `p_new` takes them."""
+        return self.negative_term not in (*_DIVERGENCES, "none")
+
     def token_losses(
         self,
         *,
@@ -328,6 +388,7 @@ class TntObjective:
         target_tokens: Int[Array, "B T"],
         negative_ids: Int[Array, "#B #T K"],
         loss_mask: Int[Array, "B T"],
+        negative_strengths: Float[Array, "#B #T K"] | None = None,
     ) -> Float[Array, "B T"]:
         """Returns the loss of every target token, in nats, unreduced.
 
@@ -339,6 +400,8 @@ class TntObjective:
           negative_ids: Ids to remove at each position, padded with -1; `[1, 1, K]` holds for all.
             Every id is below `V`: larger ones are ignored here and refused by the data code.
           loss_mask: 1 at real tokens, 0 at padding, whose logits may be anything, even NaN.
+          negative_strengths: Of the `negative_ids`, in (0, 1]; None is 1 for all. What it holds at
+            padding is not looked at.
 
         Returns:
           float32 losses, 0 where `loss_mask` is 0. Their sum over all devices and microbatches,
@@ -350,23 +413,43 @@ class TntObjective:
         """
         self.check(has_original=original_logits is not None, vocab_size=current_logits.shape[-1])
         is_real = loss_mask != 0
+        strengths = self.strengths(negative_ids, negative_strengths)
+        if strengths is not None and self.mixes:
+            certain = dataclasses.replace(self, negative_strength=1.0)
+            share, unsure_ids = share_with_marks(negative_ids, strengths)
+            with_marks, without = (
+                certain.token_losses(
+                    current_logits=current_logits,
+                    original_logits=original_logits,
+                    target_tokens=target_tokens,
+                    negative_ids=ids,
+                    loss_mask=loss_mask,
+                )
+                for ids in (negative_ids, unsure_ids)
+            )
+            return share * with_marks + (1 - share) * without
 
         def usable(logits):  # float32: tokens pushed towards zero are where bfloat16 is worst
             return jnp.where(is_real[..., None], logits.astype(jnp.float32), 0.0)
 
         current = usable(current_logits)
         original = jax.lax.stop_gradient(usable(original_logits)) if self.needs_original else None
-        removed = jnp.zeros(current.shape, bool)
+        removed, lowered = jnp.zeros(current.shape, bool), original
         if self.negative_term != "none":
-            removed |= removed_mask(negative_ids, current.shape[-1], self.removed_everywhere)
+            removed |= removed_mask(
+                negative_ids, current.shape[-1], self.removed_everywhere, strengths
+            )
+            if original is not None:
+                lowered = _lowered(original, negative_ids, strengths)
 
-        losses = self._term(self.positive_term, current, original, removed, target_tokens)
+        models = current, original, lowered
+        losses = self._term(self.positive_term, models, removed, target_tokens)
         if self.negative_term != "none":
             # One evaluation serves both where they agree; XLA would not merge the two backwards.
             negative_losses = (
                 losses
                 if self.negative_term == self.positive_term
-                else self._term(self.negative_term, current, original, removed, target_tokens)
+                else self._term(self.negative_term, models, removed, target_tokens)
             )
             losses = jnp.where(
                 self.is_negative(target_tokens, negative_ids),
@@ -375,8 +458,9 @@ class TntObjective:
             )
         return jnp.where(is_real, losses, 0.0)
 
-    def _term(self, name, current, original, removed, target_tokens):
+    def _term(self, name, models, removed, target_tokens):
         """The term called `name` at every position, `[B, T]`; its formula is in the class."""
+        current, unlowered, original = models
         kept = ~removed
         match name:
             case "forward_kl" if self.smoothing:
@@ -388,7 +472,7 @@ class TntObjective:
             case "reverse_kl" if self.smoothing:
                 return _kl(jax.nn.log_softmax(current), self._smoothed(original, kept))
             case "reverse_kl":
-                return self._floored_reverse_kl(current, original, removed)
+                return self._floored_reverse_kl(current, unlowered, original, removed)
             case "reverse_kl_split":
                 return self.residual_weight * _residual(current, removed) + _kl(
                     _log_probs_within(current, kept), _log_probs_within(original, kept)
@@ -417,7 +501,7 @@ class TntObjective:
             case "log_likelihood":
                 return self._cross_entropy(current, target_tokens)
             case "none":
-                return jnp.zeros(target_tokens.shape)
+                return jnp.zeros(target_tokens.shape, jnp.float32)
         raise AssertionError(name)
 
     def _final_token_preference(self, current, original, removed):
@@ -444,14 +528,15 @@ class TntObjective:
         desired = jnp.exp(_log_probs_within(original, kept))
         return jnp.log(desired + self.smoothing) - math.log1p(self.smoothing * desired.shape[-1])
 
-    def _floored_reverse_kl(self, current, original, removed):
+    def _floored_reverse_kl(self, current, unlowered, original, removed):
         """KL(p || p_e) by the chain rule: of the bit "in S or not", then within either side of it.
 
-        Summed over ids instead, its gradient would lose every digit as m approaches 1.
+        Summed over ids instead, its gradient would lose every digit as m approaches 1. The floor is
+        at most p0(S) of the original that is not lowered, which is the smaller one.
         """
         log_removed, log_rest = _log_masses(current, removed)
         log_floor = jnp.minimum(
-            _log_masses(original, removed)[0], math.log(self.removed_token_floor)
+            _log_masses(unlowered, removed)[0], math.log(self.removed_token_floor)
         )
         of_bit = _kl(
             jnp.stack([log_removed, log_rest], axis=-1),
@@ -476,13 +561,33 @@ class TntObjective:
         return losses
 
 
+def share_with_marks(
+    negative_ids: Int[Array, "B T K"], strengths: Float[Array, "#B #T K"]
+) -> tuple[Float[Array, "B T"], Int[Array, "B T K"]]:
+    """How much the loss with all marks counts at each position, for a term without `p_new`.
+
+    Returns:
+      The largest strength of a position, 1 where there is no mark; and the ids without those of
+      positions where it is below 1.
+    """
+    of_marks = jnp.where(negative_ids >= 0, strengths, 0.0).max(axis=-1)
+    share = jnp.where((negative_ids >= 0).any(axis=-1), of_marks, 1.0)
+    return share, jnp.where(share[..., None] < 1, -1, negative_ids)
+
+
 def removed_mask(
-    negative_ids: Int[Array, "B T K"], vocab_size: int, removed_everywhere: tuple[int, ...] = ()
+    negative_ids: Int[Array, "B T K"],
+    vocab_size: int,
+    removed_everywhere: tuple[int, ...] = (),
+    negative_strengths: Float[Array, "#B #T K"] | None = None,
 ) -> Bool[Array, "B T V"]:
     """The set `S` of every position: its `negative_ids` (-1 is padding) and `removed_everywhere`.
 
-    Ids that are not below `vocab_size` are ignored; `TntObjective.check` refuses them.
+    Ids that are not below `vocab_size` are ignored; `TntObjective.check` refuses them. Ids of a
+    strength below 1 are not in `S`.
     """
+    if negative_strengths is not None:
+        negative_ids = jnp.where(negative_strengths < 1, -1, negative_ids)
     everywhere = jnp.asarray(removed_everywhere, jnp.int32)
     removed_row = jnp.zeros(vocab_size, bool).at[everywhere].set(True, mode="drop")
 
@@ -498,11 +603,16 @@ def desired_log_probs(
     original_logits: Float[Array, "B T V"],
     negative_ids: Int[Array, "#B #T K"],
     removed_everywhere: tuple[int, ...] = (),
+    negative_strengths: Float[Array, "#B #T K"] | None = None,
 ) -> Float[Array, "B T V"]:
-    """Log `p_new` in float32: the original without the removed ids, renormalised; -inf on those."""
+    """Log `p_new` in float32: the original without the removed ids, renormalised; -inf on those.
+
+    With `negative_strengths` (None is 1 for all) it is proportional to `p0(v) (1 - s_v)`.
+    """
     original = original_logits.astype(jnp.float32)
-    kept = ~removed_mask(negative_ids, original.shape[-1], removed_everywhere)
-    return jnp.where(kept, _log_probs_within(original, kept), -jnp.inf)
+    kept = ~removed_mask(negative_ids, original.shape[-1], removed_everywhere, negative_strengths)
+    lowered = _lowered(original, negative_ids, negative_strengths)
+    return jnp.where(kept, _log_probs_within(lowered, kept), -jnp.inf)
 
 
 def certificate(
@@ -511,14 +621,20 @@ def certificate(
     original_logits: Float[Array, "B T V"],
     negative_ids: Int[Array, "#B #T K"],
     removed_everywhere: tuple[int, ...] = (),
+    negative_strengths: Float[Array, "#B #T K"] | None = None,
 ) -> Certificate:
     """Splits `KL(p_new || p)` exactly; see `Certificate`. At padding its values mean nothing."""
     current, original = (x.astype(jnp.float32) for x in (current_logits, original_logits))
-    removed = removed_mask(negative_ids, current.shape[-1], removed_everywhere)
+    removed = removed_mask(negative_ids, current.shape[-1], removed_everywhere, negative_strengths)
+    lowered = _lowered(original, negative_ids, negative_strengths)
+    log_p_new = _log_probs_within(lowered, ~removed)
+    smallest_cost = _residual(original, removed)
+    if negative_strengths is not None:  # as KL(p_new || p0) splits, too
+        smallest_cost += _kl(log_p_new, _log_probs_within(original, ~removed))
     return Certificate(
         residual=_residual(current, removed),
-        collateral=_kl(_log_probs_within(original, ~removed), _log_probs_within(current, ~removed)),
-        smallest_cost=_residual(original, removed),
+        collateral=_kl(log_p_new, _log_probs_within(current, ~removed)),
+        smallest_cost=smallest_cost,
     )
 
 
@@ -526,11 +642,38 @@ def removed_mass(
     logits: Float[Array, "B T V"],
     negative_ids: Int[Array, "#B #T K"],
     removed_everywhere: tuple[int, ...] = (),
+    negative_strengths: Float[Array, "#B #T K"] | None = None,
 ) -> Float[Array, "B T"]:
-    """p(S), the probability still on what must go, in float32; 0 where nothing is removed."""
+    """p(S), the probability still on what must go, in float32; 0 where nothing is removed.
+
+    With strengths it is the sum of `s_v p(v)`, which at `p_new` is not 0.
+    """
     logits = logits.astype(jnp.float32)
-    removed = removed_mask(negative_ids, logits.shape[-1], removed_everywhere)
-    return jax.nn.sigmoid(_removed_log_odds(logits, removed))
+    removed = removed_mask(negative_ids, logits.shape[-1], removed_everywhere, negative_strengths)
+    mass = jax.nn.sigmoid(_removed_log_odds(logits, removed))
+    if negative_strengths is None:
+        return mass
+    strengths = _strength_of_each(negative_ids, negative_strengths, logits.shape[-1])
+    return mass + (jnp.where(removed, 0.0, strengths) * jax.nn.softmax(logits)).sum(axis=-1)
+
+
+def _strength_of_each(negative_ids, strengths, vocab_size):
+    """The largest strength of each id at each position, `[B, T, V]`; 0 where there is no mark."""
+
+    def scatter(ids, of_ids):
+        ids = jnp.where(ids < 0, vocab_size, ids)  # a negative index would count from the end
+        return jnp.zeros(vocab_size).at[ids].max(of_ids, mode="drop")
+
+    arrays = jnp.broadcast_arrays(negative_ids, strengths.astype(jnp.float32))
+    return jax.vmap(jax.vmap(scatter))(*arrays)
+
+
+def _lowered(original, negative_ids, strengths):
+    """The original's logits, lowered by log(1 - s) at ids of a strength s below 1."""
+    if strengths is None:
+        return original
+    of_each = _strength_of_each(negative_ids, strengths, original.shape[-1])
+    return original + jnp.log1p(-jnp.where(of_each < 1, of_each, 0.0))
 
 
 def _log_probs_within(logits, ids):
@@ -626,14 +769,23 @@ TERMS = {
     "NPO+KL": ("negative_preference", "forward_kl"),
     "FTPO": ("final_token_preference", "none"),
     "FTPO+KL": ("final_token_preference", "forward_kl"),
+    "UNDIAL": ("forward_kl", "none"),
+    "UNDIAL+KL": ("forward_kl", "forward_kl"),
     # Marks are ignored: for arms that are trained on clean outputs alone (`only_clean`).
     "LL": ("none", "log_likelihood"),
     "KL": ("none", "forward_kl"),
 }
 
+# What an arm sets beside its terms, where nothing else is asked for.
+SETTINGS = {
+    name: {"negative_strength": 1 - math.exp(-UNDIAL_BETA)} for name in ("UNDIAL", "UNDIAL+KL")
+}
+
 
 def named(name: str, **settings: Any) -> TntObjective:
-    """The objective of a name in `TERMS`.
+    """The objective of a name in `TERMS`, with its `SETTINGS` but for those that are given.
+
+    UNDIAL's beta is given as `negative_strength=1 - math.exp(-beta)`.
 
     Raises:
       UsageError: There is no such name.
@@ -641,4 +793,5 @@ def named(name: str, **settings: Any) -> TntObjective:
     if name not in TERMS:
         raise UsageError(f"objective: expected one of {', '.join(TERMS)}, found {name!r}.")
     negative_term, positive_term = TERMS[name]
+    settings = {**SETTINGS.get(name, {}), **settings}
     return TntObjective(negative_term=negative_term, positive_term=positive_term, **settings)

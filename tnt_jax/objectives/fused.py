@@ -46,6 +46,7 @@ def token_values(
     target_tokens: Int[Array, "B T"],
     negative_ids: Int[Array, "#B #T K"],
     loss_mask: Int[Array, "B T"],
+    negative_strengths: Float[Array, "#B #T K"] | None = None,
     block_size: int | None = None,
 ) -> tuple[Float[Array, ""], TokenValues]:
     """The sum of the losses, which has a gradient, and the values per token, which have none.
@@ -61,6 +62,7 @@ def token_values(
       target_tokens: As in `TntObjective.token_losses`, and so are the next two.
       negative_ids: Padded with -1.
       loss_mask: 1 at real tokens; those of 0 are skipped.
+      negative_strengths: As in `TntObjective.token_losses`; None is 1 for all.
       block_size: Tokens that a device computes at a time; None chooses, where there are many 256 on
         a CPU and 512 elsewhere.
 
@@ -68,10 +70,14 @@ def token_values(
       UsageError: As `TntObjective.token_losses`.
     """
     objective.check(has_original=original is not None, vocab_size=_vocab_size(current))
-    negative_ids = jnp.broadcast_to(negative_ids, (*target_tokens.shape, negative_ids.shape[-1]))
+    strengths = objective.strengths(negative_ids, negative_strengths)
+    shape = (*target_tokens.shape, negative_ids.shape[-1])
+    negative_ids = jnp.broadcast_to(negative_ids, shape)
+    if strengths is not None:
+        strengths = jnp.broadcast_to(strengths, shape)
     if original is not None:
         original = jax.lax.stop_gradient(original)
-    tokens = (target_tokens, negative_ids, loss_mask)
+    tokens = (target_tokens, negative_ids, loss_mask, strengths)
     settings = _Settings(objective, block_size, current.vocab_axis, current.softcap)
     loss: Any = _loss
     total, values = loss(
@@ -321,7 +327,7 @@ def _blocks(settings, vocab_axes, with_gradients, sizes, hidden, matrix, origina
     Returns:
       TokenValues of `[N]`, and the float32 gradients to `hidden` and `matrix`, or None.
     """
-    target_tokens, _, loss_mask = tokens
+    target_tokens, _, loss_mask, _ = tokens
     num_tokens, (_, embed) = len(target_tokens), hidden.shape
     rows = min(settings.block_size or sizes.of_block(num_tokens), num_tokens)
     # Without an original one pass is as quick; over a mesh each would be an exchange.
@@ -350,11 +356,11 @@ def _blocks(settings, vocab_axes, with_gradients, sizes, hidden, matrix, origina
                 original.vocab_axis,
                 original.softcap,
             )
-        target, negative, _ = (take(x, index) for x in tokens)
+        target, negative, _, strengths = jax.tree.map(lambda x: take(x, index), tokens)
         found, gradient = _in_passes(
             lambda *part: Block(settings.objective, reductions, *part).values_and_gradient(),
             rows_of_pass,
-            (logits, original_logits, target, negative),
+            (logits, original_logits, target, negative, strengths),
         )
         values = jax.tree.map(lambda x, y: x.at[index].set(y, mode="drop"), values, found)
         if with_gradients:

@@ -26,7 +26,7 @@ class TokenValues(NamedTuple):
 
     Attributes:
       losses: As `TntObjective.token_losses`.
-      removed_mass: p(S), as `definition.removed_mass`.
+      removed_mass: As `definition.removed_mass`.
       residual: As in `definition.Certificate`; this and what follows is None without an original.
       collateral: Likewise.
       smallest_cost: Likewise.
@@ -104,27 +104,60 @@ class _Term(NamedTuple):
     of_removed: Float[Array, "R K"]
 
 
+class _Graded(NamedTuple):
+    """The marks of a strength below 1, each once.
+
+    Attributes:
+      ids: The columns that this device has, -1 elsewhere.
+      strengths: Of them, 0 elsewhere.
+      logits: The original's there, not lowered; None without an original.
+    """
+
+    ids: Int[Array, "R K"]
+    strengths: Float[Array, "R K"]
+    logits: Float[Array, "R K"] | None
+
+
 class Block:
     """The objective on a block of tokens; `R` rows, `V` this device's part of the vocabulary.
 
     Names are those of `definition`: `q` is p outside `S`, `p_new` the original there, `d` their
     log-ratio log q - log p_new. All that lives on `S` is gathered into `[R, K]`; there `q` and
-    `p_new` are 0 and whatever multiplies them is finite.
+    `p_new` are 0 and whatever multiplies them is finite. Marks of a strength below 1 are not in
+    `S`: the original's logits are lowered there, and what is asked of them is gathered as well.
     """
 
-    def __init__(self, objective, reductions, logits, original_logits, target_tokens, negative_ids):
+    def __init__(
+        self,
+        objective,
+        reductions,
+        logits,
+        original_logits,
+        target_tokens,
+        negative_ids,
+        strengths=None,
+    ):
         self.objective = objective
         self.reductions = reductions
         self.target = reductions.local(target_tokens)
         is_negative = objective.is_negative(target_tokens[:, None], negative_ids[:, None])
         self.is_negative = is_negative[:, 0]
+        self.mixed, self.graded = None, None
+        if strengths is not None:
+            if objective.mixes:
+                self.mixed = self._mix(
+                    logits, original_logits, target_tokens, negative_ids, strengths
+                )
+            negative_ids, self.graded = self._split(negative_ids, strengths, original_logits)
+            if original_logits is not None:
+                original_logits = self._lowered(original_logits, self.graded)
         self.ids = self._removed_ids(negative_ids)
         self.has_original = original_logits is not None
         self.logits = logits
         self.kept = self._without_removed(logits)
         self.of_removed = self._at_removed(logits)
         maxima = [self.kept.max(axis=1), self.of_removed.max(axis=1)]
-        if self.has_original:
+        if original_logits is not None:
             self.original_kept = self._without_removed(original_logits)
             self.original_of_removed = self._at_removed(original_logits)
             maxima += [
@@ -149,22 +182,47 @@ class Block:
             ids = jnp.concatenate([jnp.where(is_everywhere, -1, ids), of_all], axis=1)
         return self.reductions.local(ids)
 
-    def _put(self, x: Float[Array, "R V"], values: Float[Array, "R K"]) -> Float[Array, "R V"]:
-        """`x` with the values at the columns `ids`."""
-        if self.ids.shape[1] > _FEW_IDS:
-            columns = jnp.where(self.ids < 0, x.shape[1], self.ids)
-            return jax.vmap(lambda row, i, v: row.at[i].set(v, mode="drop"))(x, columns, values)
-        column = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
-        for k in range(self.ids.shape[1]):
-            x = jnp.where(column == self.ids[:, k, None], values[:, k, None], x)
-        return x
-
     def _without_removed(self, logits: Float[Array, "R V"]) -> Float[Array, "R V"]:
-        return self._put(logits, jnp.full(self.ids.shape, _LOG_ZERO))
+        return _put(logits, self.ids, jnp.full(self.ids.shape, _LOG_ZERO))
 
     def _at_removed(self, logits: Float[Array, "R V"]) -> Float[Array, "R K"]:
-        found = jnp.take_along_axis(logits, jnp.maximum(self.ids, 0), axis=1)
-        return jnp.where(self.ids < 0, _LOG_ZERO, found)
+        return _at(logits, self.ids)
+
+    # --- Marks of a strength below 1 ---
+
+    def _split(
+        self,
+        negative_ids: Int[Array, "R K"],
+        strengths: Float[Array, "R K"],
+        original_logits: Float[Array, "R V"] | None,
+    ) -> tuple[Int[Array, "R K"], _Graded]:
+        """The ids of strength 1, and the others: an id that is marked twice has the larger one."""
+        is_same = negative_ids[:, :, None] == negative_ids[:, None, :]
+        strengths = jnp.where(is_same, strengths[:, None, :], 0.0).max(axis=2)
+        everywhere = jnp.asarray(self.objective.removed_everywhere, jnp.int32)
+        is_removed = (strengths >= 1) | jnp.isin(negative_ids, everywhere)
+        is_left_out = is_removed | jnp.tril(is_same, -1).any(axis=2)
+        ids = self.reductions.local(jnp.where(is_left_out, -1, negative_ids))
+        logits = None if original_logits is None else _at(original_logits, ids)
+        graded = _Graded(ids, jnp.where(ids < 0, 0.0, strengths), logits)
+        return jnp.where(is_removed, negative_ids, -1), graded
+
+    @staticmethod
+    def _lowered(logits: Float[Array, "R V"], graded: _Graded) -> Float[Array, "R V"]:
+        lowered = _at(logits, graded.ids) + jnp.log1p(-graded.strengths)
+        return _put(logits, graded.ids, lowered)
+
+    def _mix(self, logits, original_logits, target_tokens, negative_ids, strengths):
+        """Losses and gradient of a term without `p_new`: with all marks, and without, mixed."""
+        share, unsure_ids = definition.share_with_marks(negative_ids[:, None], strengths[:, None])
+        (with_marks, of_marks), (without, of_none) = (
+            Block(
+                self.objective, self.reductions, logits, original_logits, target_tokens, ids
+            ).losses_and_gradient()
+            for ids in (negative_ids, unsure_ids[:, 0])
+        )
+        losses = share[:, 0] * with_marks + (1 - share[:, 0]) * without
+        return losses, share * of_marks + (1 - share) * of_none
 
     # --- What all terms read ---
 
@@ -184,6 +242,11 @@ class Block:
                 _sum_exp(self.original_of_removed, tops[1]),
                 _growth(self.original_kept - tops[0], shift).sum(axis=1),
             ]
+            if (
+                self.graded is not None and self.graded.logits is not None
+            ):  # by how much they have been lowered, in all
+                taken = self.graded.strengths * jnp.exp(self.graded.logits - tops[0])
+                sums.append(taken.sum(axis=1))
         kept, removed, *others = (x[:, None] for x in self.reductions.sums(*sums))
         kept, removed = jnp.log(kept), jnp.log(removed)
         self.log_odds = (top_removed - top) + removed - kept
@@ -202,6 +265,11 @@ class Block:
         self.original_log_odds = (tops[1] - tops[0]) + removed0 - kept0
         self.log_p_new = (self.original_kept - tops[0]) - kept0
         self.original_log_within = (self.original_of_removed - tops[1]) - removed0
+        self.unlowered_log_odds = self.original_log_odds
+        if self.graded is not None:
+            # Log of the original's normaliser outside S over that of the lowered one.
+            self.log_taken = jnp.log1p(others[3] / others[0])
+            self.unlowered_log_odds = self.original_log_odds - self.log_taken
         # How much the normaliser has grown. Near the original the difference of two logarithms
         # would leave few digits of it, and none of the gradient.
         growth = others[2] / others[0]
@@ -226,6 +294,28 @@ class Block:
         """KL(p_new || q)."""
         return self._sum(_kl(self.p_new, self.q, self.d))
 
+    @property
+    def smallest_cost(self) -> Float[Array, "R"]:
+        """KL(p_new || p0); outside `S` all ratios but those of graded ids are the same one."""
+        cost = jax.nn.softplus(self.unlowered_log_odds)[:, 0]
+        if self.graded is None:
+            return cost
+        p_new = jnp.exp(_at(self.log_p_new, self.graded.ids))
+        ratio = -jnp.log1p(-self.graded.strengths) - self.log_taken
+        within = jnp.where(self.graded.ids < 0, 0.0, _kl(p_new, p_new * jnp.exp(ratio), ratio))
+        of_graded, mass = self.reductions.sums(within.sum(axis=1), p_new.sum(axis=1))
+        rest = jnp.maximum(1 - mass, 0.0)
+        log_ratio = -self.log_taken[:, 0]
+        return cost + (of_graded + _kl(rest, rest * jnp.exp(log_ratio), log_ratio))
+
+    @property
+    def removed_mass(self) -> Float[Array, "R"]:
+        """p(S), and of the other marks the probability times the strength."""
+        if self.graded is None:
+            return self.mass[:, 0]
+        p = jnp.exp(_at(self.log_q, self.graded.ids) + self.log_rest)
+        return self.mass[:, 0] + self._sum(self.graded.strengths * p)
+
     # --- The terms ---
 
     def values_and_gradient(self) -> tuple[TokenValues, Float[Array, "R V"]]:
@@ -233,6 +323,18 @@ class Block:
 
         Padding is computed like any other row.
         """
+        losses, gradient = self.losses_and_gradient() if self.mixed is None else self.mixed
+        values = TokenValues(losses=losses, removed_mass=self.removed_mass)
+        if self.has_original:
+            values = values._replace(
+                residual=self.residual[:, 0],
+                collateral=self.collateral,
+                smallest_cost=self.smallest_cost,
+            )
+        return values, gradient
+
+    def losses_and_gradient(self) -> tuple[Float[Array, "R"], Float[Array, "R V"]]:
+        """Computes the losses of `values_and_gradient`, and their gradient, alone."""
         objective = self.objective
         term = self._term(objective.positive_term)
         if objective.negative_term not in ("none", objective.positive_term):
@@ -248,14 +350,7 @@ class Block:
                 term,
                 other,
             )
-        values = TokenValues(losses=term.value, removed_mass=self.mass[:, 0])
-        if self.has_original:
-            values = values._replace(
-                residual=self.residual[:, 0],
-                collateral=self.collateral,
-                smallest_cost=jax.nn.softplus(self.original_log_odds)[:, 0],
-            )
-        return values, self._put(term.of_kept, term.of_removed)
+        return term.value, _put(term.of_kept, self.ids, term.of_removed)
 
     def _term(self, name: str) -> _Term:
         """Formulas of the values are in `TntObjective`, those of the gradients beside them here."""
@@ -302,7 +397,7 @@ class Block:
             case "log_likelihood":
                 return self._cross_entropy()
             case "none":
-                return jax.tree.map(jnp.zeros_like, unlikelihood)
+                return _Term(*map(jnp.zeros_like, unlikelihood))
         raise AssertionError(name)
 
     def _negative_preference(self) -> _Term:
@@ -377,7 +472,7 @@ class Block:
     def _floored_reverse_kl(self) -> _Term:
         """KL(p || p_e) by the chain rule; its gradient is p (log p - log p_e - KL)."""
         floor = math.log(self.objective.removed_token_floor)
-        log_floor = jnp.minimum(_log_masses(self.original_log_odds)[0], floor)
+        log_floor = jnp.minimum(_log_masses(self.unlowered_log_odds)[0], floor)
         log_rest_of_floor = jnp.log1p(-jnp.exp(log_floor))
         of_removed_bit = self.log_removed - log_floor
         of_kept_bit = self.log_rest - log_rest_of_floor
@@ -493,6 +588,25 @@ def _top(x: Float[Array, "R V"], number: int) -> tuple[Float[Array, "R K"], Int[
     values, places = jax.lax.top_k(found, number)
     columns = jnp.take_along_axis(best, places // width, axis=1) * width + places % width
     return values, columns
+
+
+def _put(
+    x: Float[Array, "R V"], ids: Int[Array, "R K"], values: Float[Array, "R K"]
+) -> Float[Array, "R V"]:
+    """`x` with the values at the columns `ids`."""
+    if ids.shape[1] > _FEW_IDS:
+        columns = jnp.where(ids < 0, x.shape[1], ids)
+        return jax.vmap(lambda row, i, v: row.at[i].set(v, mode="drop"))(x, columns, values)
+    column = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    for k in range(ids.shape[1]):
+        x = jnp.where(column == ids[:, k, None], values[:, k, None], x)
+    return x
+
+
+def _at(x: Float[Array, "R V"], ids: Int[Array, "R K"]) -> Float[Array, "R K"]:
+    """What `x` has at the columns `ids`, `_LOG_ZERO` where they are -1."""
+    found = jnp.take_along_axis(x, jnp.maximum(ids, 0), axis=1)
+    return jnp.where(ids < 0, _LOG_ZERO, found)
 
 
 def _sum_exp(logits: Float[Array, "R _"], top: Float[Array, "R 1"]) -> Float[Array, "R"]:

@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from tnt_jax.data.batches import Batches, batch_for_eval
-from tnt_jax.data.examples import Example, digest, max_negative_ids
+from tnt_jax.data.examples import Example, digest, have_strengths, max_negative_ids
 from tnt_jax.data.layouts import FeatureLayout
 from tnt_jax.models import sharding
 from tnt_jax.runtime import holding, preemption, prefetch, processes
@@ -33,12 +33,14 @@ class Data:
       eval_examples: To evaluate on; may be empty.
       batches: Of `examples`, by number.
       num_negative_ids: Of a position, at most: one for both, for each is a program of its own.
+      has_strengths: Whether any mark of either has a strength below 1.
     """
 
     examples: Sequence[Example]
     eval_examples: Sequence[Example]
     batches: Batches
     num_negative_ids: int
+    has_strengths: bool
 
     def describe(self) -> dict[str, Any]:
         """For the checkpoint: which data it was."""
@@ -57,6 +59,7 @@ def make_data(
 ) -> Data:
     """Makes batches of examples, in an order that the seed decides."""
     num_negative_ids = max_negative_ids([*examples, *eval_examples])
+    has_strengths = have_strengths([*examples, *eval_examples])
     batches = Batches(
         examples,
         update.batch_size,
@@ -65,12 +68,14 @@ def make_data(
         num_negative_ids=num_negative_ids,
         pack=update.pack,
         feature_layout=feature_layout,
+        has_strengths=has_strengths,
     )
     return Data(
         examples=examples,
         eval_examples=eval_examples,
         batches=batches,
         num_negative_ids=num_negative_ids,
+        has_strengths=has_strengths,
     )
 
 
@@ -393,6 +398,7 @@ class _Evaluation(hooks.Hook):
             data.batches.task_feature_lengths,
             data.num_negative_ids,
             data.batches.feature_layout,
+            data.has_strengths,
         )
         sums = []
         for number, batch in enumerate(batches):

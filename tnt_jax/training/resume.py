@@ -63,7 +63,7 @@ _NOT_OF_THE_MODEL = ("class", "attention", "scan_layers", "remat_policy", "adapt
 
 # What objectives of older versions did not have: where it is left out, it has its default.
 _ADDED_TO_OBJECTIVES = {
-    field.name
+    field.name: settings_json.describe(field.default)
     for field in dataclasses.fields(objectives.TntObjective)
     if field.metadata.get("omit_default")
 }
@@ -320,8 +320,8 @@ def _difference(name: str, before: Any, now: Any) -> str | None:
     if isinstance(was, dict) and isinstance(found, dict) and "digest" not in was:
         keys = was.keys() | found.keys()
         if name in ("model", "objective"):  # other versions have other settings
-            added = _ADDED_TO_OBJECTIVES & (was.keys() | found.keys())
-            keys = (was.keys() & found.keys() | added).difference(_NOT_OF_THE_MODEL)
+            was, found = ({**_ADDED_TO_OBJECTIVES, **of} for of in (was, found))
+            keys = (was.keys() & found.keys()).difference(_NOT_OF_THE_MODEL)
         changed = [
             f"{key} was {_short(was.get(key))}, is {_short(found.get(key))}"
             for key in sorted(keys)

@@ -303,6 +303,7 @@ def token_values(
         target_tokens=batch["decoder_target_tokens"],
         negative_ids=batch["decoder_negative_ids"],
         loss_mask=batch["decoder_loss_mask"],
+        negative_strengths=batch.get("decoder_negative_strengths"),
     )
 
 
@@ -339,7 +340,16 @@ def _sums(
     return sums
 
 
-def _whole_values(objective, logits, original_logits, *, target_tokens, negative_ids, loss_mask):
+def _whole_values(
+    objective,
+    logits,
+    original_logits,
+    *,
+    target_tokens,
+    negative_ids,
+    loss_mask,
+    negative_strengths,
+):
     """`fused.token_values` by the definition."""
     losses = objective.token_losses(
         current_logits=logits,
@@ -347,13 +357,16 @@ def _whole_values(objective, logits, original_logits, *, target_tokens, negative
         target_tokens=target_tokens,
         negative_ids=negative_ids,
         loss_mask=loss_mask,
+        negative_strengths=negative_strengths,
     )
+    strengths = objective.strengths(negative_ids, negative_strengths)
     if objective.negative_term == "none":  # ignores marks, and so do the metrics
         negative_ids = jnp.full_like(negative_ids, -1)
     everywhere = objective.removed_everywhere
     logits = jax.lax.stop_gradient(logits)
     values = TokenValues(
-        jax.lax.stop_gradient(losses), objectives.removed_mass(logits, negative_ids, everywhere)
+        jax.lax.stop_gradient(losses),
+        objectives.removed_mass(logits, negative_ids, everywhere, strengths),
     )
     if original_logits is not None:
         parts = objectives.certificate(
@@ -361,6 +374,7 @@ def _whole_values(objective, logits, original_logits, *, target_tokens, negative
             original_logits=original_logits,
             negative_ids=negative_ids,
             removed_everywhere=everywhere,
+            negative_strengths=strengths,
         )
         values = values._replace(**parts._asdict())
     return losses.sum(), values

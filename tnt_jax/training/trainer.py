@@ -101,8 +101,10 @@ class Trainer:
         self, feature_shapes: Mapping[str, tuple[int, ...]]
     ) -> dict[str, jax.ShapeDtypeStruct]:
         """Model features as the step takes them, the original's states among them if it does."""
+        floats = ("decoder_negative_strengths",)
         shapes = {
-            name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in feature_shapes.items()
+            name: jax.ShapeDtypeStruct(shape, jnp.float32 if name in floats else jnp.int32)
+            for name, shape in feature_shapes.items()
         }
         if isinstance(self.original_kind, CachedStates) and self.objective.needs_original:
             shapes[STATES] = jax.ShapeDtypeStruct(
