@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from tnt_jax.annotators import phrases, python_function
+from tnt_jax.annotators import python_function
 from tnt_jax.annotators.interface import Annotation, Span
+from tnt_jax.data import words
 from tnt_jax.data.records import Record
 from tnt_jax.runtime.errors import UsageError
 
@@ -70,7 +71,7 @@ class Classifier:
     def annotate(self, record: Record) -> Annotation:
         """Marks the words of the targets that carry their score."""
         text = record.targets
-        extents = phrases.extents(text)
+        extents = words.extents(text)
         if not extents or self.score([text])[0] < self.threshold:
             return Annotation(spans=())
         alone = dict(zip(extents, self.score([text[a:b] for a, b in extents]), strict=True))
@@ -87,9 +88,8 @@ class Classifier:
             return Annotation(spans=(Span(start=0, end=len(text)),))
         return Annotation(spans=tuple(Span(start=start, end=end) for start, end in sorted(removed)))
 
-    def everywhere(self) -> tuple[str, ...]:
+    def everywhere(self) -> None:
         """Nothing: the scorer knows texts, not words."""
-        return ()
 
 
 def _without(text: str, removed: Sequence[tuple[int, int]]) -> str:

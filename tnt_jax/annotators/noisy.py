@@ -7,9 +7,10 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tnt_jax.annotators import phrases
 from tnt_jax.annotators.interface import Annotation, Annotator, Span, merged
+from tnt_jax.data import words
 from tnt_jax.data.records import Record
+from tnt_jax.data.token_automaton import Listed
 from tnt_jax.runtime.errors import UsageError
 
 
@@ -56,7 +57,7 @@ class Noisy:
             return None
         misses, falsely = self._random("miss", record), self._random("false", record)
         spans = [span for span in found.spans if misses.random() >= self.miss_rate]
-        for start, end in phrases.extents(record.targets):
+        for start, end in words.extents(record.targets):
             is_false = falsely.random() < self.false_rate  # drawn for each word, marked or not
             if is_false and not any(start < s.end and s.start < end for s in found.spans):
                 spans.append(Span(start=start, end=end))
@@ -67,7 +68,7 @@ class Noisy:
         of_other = getattr(self.annotator, "innocent_words", None)
         return of_other(text) if of_other else ()
 
-    def everywhere(self) -> tuple[str, ...]:
+    def everywhere(self) -> Listed | None:
         """What the other annotator removes everywhere."""
         return self.annotator.everywhere()
 
