@@ -134,12 +134,13 @@ class Automaton:
         base: `[S]` int32: the state after the same character where no listed phrase was under way.
         sets: the phrases in each set of mentions.
         ended: of each state the phrases that would be mentioned if the text ended.
-        retreats: of each state where it stands if what is under way comes to nothing longer, and
-            the mentions that are made then; itself at a base.
+        retreats: of each state where it stands if what comes next is in no phrase that is under way
+            from where the first one is, and the mentions that are made then; itself at a base.
         states: what they stand for.
         paths: of each node the words that lead to it.
         phrase_of: the number of each phrase, by the keys of its words.
         begun: of each phrase the states in which it is under way, as their numbers.
+        amid: of these the ones that it leads on from without an end of the word before.
         class_of: of what a character comes to, its class.
         others: the classes of characters in no listed word, by `words.kinds`.
         broken: the class of what is no character.
@@ -156,6 +157,7 @@ class Automaton:
     paths: tuple[tuple[str, ...], ...]
     phrase_of: Mapping[tuple[str, ...], int]
     begun: tuple[tuple[int, ...], ...]
+    amid: tuple[tuple[int, ...], ...]
     class_of: Mapping[str, int]
     others: tuple[int, ...]
     broken: int
@@ -356,6 +358,7 @@ class _Compiler:
             node, of_state = self._feed(state.node, *self._pending(state))
             ended.append(of_state + self._phrases.ended(node))
         retreats = [(number[state], of) for state, of in map(self._retreated, left)]
+        begun = [self._begun(path) for path in self._phrases.phrase_of]
         return Automaton(
             next_state=np.array(next_state, np.int32),
             made=np.array(made, np.int32),
@@ -366,7 +369,11 @@ class _Compiler:
             states=tuple(left),
             paths=tuple(self._phrases.paths),
             phrase_of=self._phrases.phrase_of,
-            begun=tuple(self._begun(path, number) for path in self._phrases.phrase_of),
+            begun=tuple(tuple(sorted(number[state] for state in of)) for of in begun),
+            amid=tuple(
+                tuple(sorted(number[state] for state, is_amid in of.items() if is_amid))
+                for of in begun
+            ),
             class_of={text: 4 + place for place, (text, _) in enumerate(classes)},
             others=(0, 1, 2, 3),
             broken=self._class_of_broken(classes),
@@ -413,22 +420,27 @@ class _Compiler:
             after, more = self._after_word(state.kind, state._replace(node=node), state.last)
         return after, made + more
 
-    def _begun(self, path: Sequence[str], number: Mapping[State, int]) -> tuple[int, ...]:
-        """The states in which a phrase is under way, as it may be written."""
-        ways: dict[State, frozenset[State]] = {State("gap", 0): frozenset()}
+    def _begun(self, path: Sequence[str]) -> dict[State, bool]:
+        """The states in which a phrase is under way, as it may be written: `begun` and `amid`."""
+        start = State("gap", 0)
+        ways: dict[State, dict[State, bool]] = {start: {}}
         for place, word in enumerate(path):
             gaps = ("", " ", *words.HYPHENS) if place else ("",)
-            after: dict[State, frozenset[State]] = {}
+            after: dict[State, dict[State, bool]] = {}
             for (state, passed), gap in itertools.product(ways.items(), gaps):
                 found = self._written(state, gap, word)
-                if found and found[-1] != state:
-                    node, made = self._feed(found[-1].node, *self._pending(found[-1]))
-                    if not made and self._phrases.paths[node] == tuple(path[: place + 1]):
-                        known = after.get(found[-1], frozenset())
-                        after[found[-1]] = known | passed | {state, *found[:-1]}
+                node, made = self._feed(found[-1].node, *self._pending(found[-1]))
+                if not made and self._phrases.paths[node] == tuple(path[: place + 1]):
+                    amid = dict.fromkeys(found[:-1], True)
+                    known = after.get(found[-1], {})
+                    after[found[-1]] = {state: state.kind == "gap"} | known | passed | amid
             ways = after
-        states = frozenset().union(*ways.values()) - {State("gap", 0)}
-        return tuple(sorted(number[state] for state in states))
+        states: dict[State, bool] = {}
+        for passed in ways.values():
+            for state, is_amid in passed.items():
+                states[state] = states.get(state, False) or is_amid
+        states.pop(start, None)
+        return states
 
     def _written(self, state: State, gap: str, word: str) -> list[State]:
         """The states while a word is written after a gap."""

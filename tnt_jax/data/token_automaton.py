@@ -271,21 +271,22 @@ class TokenAutomaton:
         ended = is_unwanted[_padded(automaton.ended)].any(1)
         made = is_unwanted[_padded(automaton.sets)].any(1)
         # A text that may be said, and is under way, may still make right what is wrong so far.
-        leads = np.zeros(len(ended), bool)
-        is_begun = np.zeros(len(ended), bool)
-        for states, is_wrong in zip(automaton.begun, is_unwanted[:-1].tolist(), strict=True):
-            (is_begun if is_wrong else leads)[list(states)] = True
+        leads, is_shared, is_begun = np.zeros((3, len(ended)), bool)
+        for begun, amid, is_wrong in zip(
+            automaton.begun, automaton.amid, is_unwanted[:-1].tolist(), strict=True
+        ):
+            (is_begun if is_wrong else is_shared)[list(begun)] = True
+            leads[list(() if is_wrong else amid)] = True
         after = np.array([state for state, _ in automaton.retreats])
         loses = is_unwanted[_padded([of for _, of in automaton.retreats])].any(1)
-        hopes = leads
-        while True:
-            more = leads | (~loses & hopes[after])
-            if (more == hopes).all():
-                break
-            hopes = more
+        hopes = _grown(leads, after, ~loses)
+        # Or the word that is under way ends here.
+        space = automaton.others[words.SPACE]
+        hopes = _grown(hopes, automaton.next_state[:, space], ~made[automaton.made[:, space]])
         wrong = ended & ~hopes
         if self.removes_starts:
-            is_shared = leads if innocent is None else leads | innocent.states(automaton)
+            if innocent is not None:
+                is_shared = is_shared | innocent.states(automaton)
             wrong = wrong | (is_begun & ~is_shared)
         return np.concatenate([[False], wrong, ended, made, is_unwanted[:-1]])
 
@@ -433,6 +434,15 @@ def _compiled(
     return TokenAutomaton.of(
         texts, vocabulary, case_sensitive=case_sensitive, removes_starts=removes_starts
     )
+
+
+def _grown(those: np.ndarray, after: np.ndarray, passes: np.ndarray) -> np.ndarray:
+    """Those states, and all from which one may pass to one of them."""
+    while True:
+        more = those | (passes & those[after])
+        if (more == those).all():
+            return those
+        those = more
 
 
 def _padded(groups: Sequence[Collection[int]]) -> np.ndarray:
