@@ -6,7 +6,6 @@ import re
 import unicodedata
 
 import hypothesis
-import numpy as np
 import pytest
 import tokenizers
 from etils import epath

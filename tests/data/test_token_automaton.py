@@ -67,7 +67,7 @@ def vocabularies(tmp_path_factory):
         for kind in ("gpt2", "llama2", "mistral")
     }
     said = ["the city centre (a b) is in the cafe, 4.5 don't it's a place", "a b abc city"]
-    tokenization.train_sentencepiece([*said, "caf\u00e9 '$"], root / "small.model", vocab_size=40)
+    tokenization.train_sentencepiece([*said, "caf\u00e9 '$"], root / "small.model", vocab_size=35)
     with (root / "fallback.model").open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(said),
@@ -157,7 +157,7 @@ def test_no_adversary_says_what_a_gazetteer_marks(kind, vocabularies, tmp_path):
     near = tempting(vocabulary, entries)
 
     readings, ids, has_ended = masking.begin(len(rows)), [[] for _ in rows], [False] * len(rows)
-    num_to_mend = num_compared = 0
+    num_compared = 0
     for _ in range(10):
         is_left = can_be_said & ~np.asarray(removed(mask, readings, jnp.asarray(can_be_said)))
         chosen = []
@@ -170,7 +170,6 @@ def test_no_adversary_says_what_a_gazetteer_marks(kind, vocabularies, tmp_path):
                 here &= can_be_said[row, : vocabulary.size]
                 np.testing.assert_array_equal(here, is_left[row, : vocabulary.size])
                 num_compared += 1
-            num_to_mend += is_to_mend and not has_ended[row]
             some = [token for token in near if is_left[row, token]]
             left = some if some and rng.random() < 0.8 else np.flatnonzero(is_left[row]).tolist()
             token = vocabulary.end_id if has_ended[row] else rng.choice(left)
@@ -197,11 +196,15 @@ def test_a_longer_text_that_may_be_said_is_all_that_may_follow():
     flags = compiled.flags(["rice boat"])[None]
     mask = masking.Mask(masking.Tables.of(compiled, vocabulary.size), flags)
 
+    @jax.jit
+    def removed_at(readings):
+        return masking.removed(mask, readings, jnp.ones((1, vocabulary.size), bool))[0]
+
     def left_after(text):
-        readings = masking.begin(1)
+        reading = BEGINNING
         for token in vocabulary.encode(text):
-            readings = masking.read(mask.tables, readings, jnp.array([token]))
-        removed = masking.removed(mask, readings, jnp.ones((1, vocabulary.size), bool))[0]
+            reading = compiled.read(reading, token)
+        removed = removed_at(masking.Readings(*map(jnp.atleast_1d, reading)))
         return {chr(i - 3) for i in np.flatnonzero(~removed).tolist() if 3 <= i < 3 + 128}
 
     assert {"e", "E", "x", " "} <= left_after("ric")

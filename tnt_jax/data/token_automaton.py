@@ -268,8 +268,8 @@ class TokenAutomaton:
         is_unwanted = np.ones(len(automaton.phrase_of) + 1, bool)
         is_unwanted[automaton.numbers(allowed)] = False
         is_unwanted[-1] = False  # stands for no phrase
-        ended = is_unwanted[_padded(automaton.ended)].any(1)
-        made = is_unwanted[_padded(automaton.sets)].any(1)
+        ended = np.any(is_unwanted[_padded(automaton.ended)], axis=1)
+        made = np.any(is_unwanted[_padded(automaton.sets)], axis=1)
         # A text that may be said, and is under way, may still make right what is wrong so far.
         leads, is_shared, is_begun = np.zeros((3, len(ended)), bool)
         for begun, amid, is_wrong in zip(
@@ -278,7 +278,7 @@ class TokenAutomaton:
             (is_begun if is_wrong else is_shared)[list(begun)] = True
             leads[list(() if is_wrong else amid)] = True
         after = np.array([state for state, _ in automaton.retreats])
-        loses = is_unwanted[_padded([of for _, of in automaton.retreats])].any(1)
+        loses = np.any(is_unwanted[_padded([of for _, of in automaton.retreats])], axis=1)
         hopes = _grown(leads, after, ~loses)
         # Or the word that is under way ends here.
         space = automaton.others[words.SPACE]

@@ -225,7 +225,7 @@ def removed(mask: Mask, readings: Readings, can_be_said: Bool[Array, "B V"]) -> 
         tokens, is_wrong = _listed(listing, place, flags, num_ids)
         found = found.at[rows, tokens].set(is_wrong, mode="drop")
     # What a first character makes is wrong with every token that it begins.
-    made = _flags_of(flags, tables.made[after])
+    made = _flags_of(flags, jnp.asarray(tables.made)[after])
     by_class = jnp.pad(made, ((0, 0), (0, 1)))
     is_made = functools.partial(jnp.take, by_class, tables.first_class, axis=1)
     of_first = jax.lax.cond(jnp.any(made), is_made, lambda: nothing)
