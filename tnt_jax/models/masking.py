@@ -173,7 +173,7 @@ def _read(
     def emit(number, goes_on, state, is_bad):
         is_said = goes_on & (number >= 0)
         if flags is not None:
-            made = tables.made[state, number]
+            made = jnp.asarray(tables.made)[state, number]
             is_bad |= is_said & _flags_of(flags, made)
         return jnp.where(is_said, jnp.asarray(tables.next_state)[state, number], state), is_bad
 
