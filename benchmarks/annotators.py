@@ -33,8 +33,7 @@ import time
 import report
 
 from tnt_jax import annotators
-from tnt_jax.annotators import phrases
-from tnt_jax.data import records
+from tnt_jax.data import records, words
 from tnt_jax.experiments import corpora
 
 PACKAGES = ("numpy", "scikit-learn", "alt-profanity-check")
@@ -103,8 +102,8 @@ def count_words(posts):
     """For each word: how often it is wholly inside marks, and how often it is there."""
     counts = collections.defaultdict(lambda: [0, 0])
     for text, marked in posts:
-        for start, end in phrases.extents(text):
-            count = counts[phrases.key(text[start:end])]
+        for start, end in words.extents(text):
+            count = counts[words.key(text[start:end])]
             count[0] += marked.issuperset(range(start, end))
             count[1] += 1
     return counts

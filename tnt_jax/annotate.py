@@ -7,9 +7,9 @@ A token is not removed for an alternative if it also begins an ordinary word of 
 "▁the" begins both "the" and "the gardenia". Alternatives, and texts to remove at every position,
 become token ids, so they need the model's vocabulary.
 
-Texts to remove at every position are removed where the next token would complete one. If a text is
-one token and the same for every record, its id goes to a separate file
-(`<output>.everywhere.json`), which `train` reads with the records.
+Texts to remove at every position are removed where the next token would complete one, however the
+text is cut up. If a token completes one wherever it stands, and in every record, its id goes to a
+separate file (`<output>.everywhere.json`), which `train` reads with the records.
 
 Until all records are marked, the finished parts are in `OUTPUT.parts/`. After a stop, the same
 command marks what is missing. Several processes share the work, or Apache Beam marks large files
@@ -27,8 +27,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tnt_jax import annotators
-from tnt_jax.annotators import beam_jobs, innocent
+from tnt_jax.annotators import beam_jobs, innocent, phrases
 from tnt_jax.data import marks, records, removed_everywhere, tokenization
+from tnt_jax.data.token_automaton import Listed
 from tnt_jax.runtime import (
     console,
     holding,
@@ -53,8 +54,8 @@ def annotate(
 ) -> None:
     """Writes every record of `input` with its marks, in order, but for those it does not know.
 
-    Where the annotator has texts to remove at every position of every record, the ids of those
-    that are one token go to `<output>.everywhere.json`, not into each record
+    Where the annotator has texts to remove at every position of every record, the ids that
+    complete one wherever they stand go to `<output>.everywhere.json`, not into each record
     (`removed_everywhere`).
 
     Args:
@@ -76,7 +77,7 @@ def annotate(
     operative_config.check_writable(output, "OUTPUT", {"RECORDS": input})
     if vocabulary is not None:
         tokenization.check_vocabulary(vocabulary)
-    elif annotator.everywhere():
+    elif annotator.everywhere() is not None:
         raise UsageError(
             "the annotator removes texts at every position: expected a vocabulary to turn them "
             "into token ids, found None. Set annotate.vocabulary."
@@ -171,9 +172,9 @@ def mark(
 
     Earlier `negative_token_ids` are replaced, as the spans are. None where the annotator does not
     know the record. A token that begins one of the innocent words of `continuations` is not removed
-    on account of an alternative that it does not spell out. What is banned at every position needs
-    no mark for the ids that are `removed_everywhere`. `continuations` and `completions` keep what
-    is the same for many records.
+    on account of an alternative that it does not spell out. What is unwanted at every position
+    needs no mark for the ids that are `removed_everywhere`. `continuations` and `completions` keep
+    what is the same for many records.
 
     Raises:
       UsageError: The record is a prompt, or its ids are of another vocabulary.
@@ -188,7 +189,7 @@ def mark(
         return None
     removed: dict[int, dict[int, float]] = {}  # by position, ids and strengths
     has_alternatives = any(span.alternatives for span in annotation.spans)
-    if vocabulary is not None and (has_alternatives or annotation.banned):
+    if vocabulary is not None and (has_alternatives or annotation.unwanted):
         unmarked = dataclasses.replace(row, negative_spans=None, negative_token_ids=())
         ids = marks.mark_tokens(unmarked, vocabulary).target_ids
         for span in annotation.spans:
@@ -203,11 +204,12 @@ def mark(
                 strengths = removed.setdefault(position, {})
                 for i in of_position:
                     strengths[i] = max(span.strength, strengths.get(i, 0.0))
-        completions = completions or marks.Completions(vocabulary)
-        for position, of_position in completions.ids(
-            ids, annotation.banned, annotation.supported, removed_everywhere
-        ):
-            removed.setdefault(position, {}).update(dict.fromkeys(of_position, 1.0))
+        if annotation.unwanted:
+            completions = completions or marks.Completions(vocabulary)
+            for position, of_position in completions.ids(
+                ids, annotation.unwanted, removed_everywhere
+            ):
+                removed.setdefault(position, {}).update(dict.fromkeys(of_position, 1.0))
     return dataclasses.replace(
         row,
         negative_spans=tuple(
@@ -223,8 +225,8 @@ class _Everywhere:
     """An annotator's texts to remove at every position of every record, in a vocabulary."""
 
     texts: tuple[str, ...]
-    ids: frozenset[int]  # of the spellings that are one token
-    longer: tuple[str, ...]
+    ids: frozenset[int]  # that complete one wherever they stand
+    longer: tuple[str, ...]  # of which there is no such id
     unspelt: tuple[str, ...]  # they would take an unknown token
 
     def to_write(self, annotator: annotators.Annotator) -> removed_everywhere.Ids | None:
@@ -240,14 +242,27 @@ class _Everywhere:
 
 
 def _everywhere(annotator: annotators.Annotator, vocabulary: Any) -> _Everywhere:
-    texts = annotator.everywhere()
-    spelt = marks.spellings(vocabulary, texts) if texts else {}
+    listed = annotator.everywhere()
+    if listed is None:
+        return _Everywhere((), frozenset(), (), ())
+    compiled = listed.compiled(vocabulary)
+    ids, held = compiled.removed_everywhere()
+    unspelt = [text for text in listed.texts if not _can_spell(vocabulary, text, listed)]
     return _Everywhere(
-        texts,
-        ids=frozenset(ids[0] for of_text in spelt.values() for ids in of_text if len(ids) == 1),
-        longer=tuple(text for text, of_text in spelt.items() if len(of_text[0]) > 1),
-        unspelt=tuple(text for text in texts if text not in spelt),
+        listed.texts,
+        ids=frozenset(ids.tolist()),
+        longer=tuple(
+            text
+            for text in listed.texts
+            if text not in unspelt and held.isdisjoint(compiled.automaton.numbers([text]))
+        ),
+        unspelt=tuple(unspelt),
     )
+
+
+def _can_spell(vocabulary: Any, text: str, listed: Listed) -> bool:
+    ways = phrases.forms([text], case_sensitive=listed.case_sensitive)
+    return any(vocabulary.unknown_id not in vocabulary.encode(way) for way in ways)
 
 
 def _log_everywhere(output: str, everywhere: _Everywhere) -> None:

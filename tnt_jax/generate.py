@@ -24,7 +24,7 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,8 +33,8 @@ import numpy as np
 from tnt_jax.annotators import innocent, interface
 from tnt_jax.checkpoints import digests, opened_model, pretrained
 from tnt_jax.data import marks, records, removed_everywhere, tokenization
-from tnt_jax.data.examples import BEGINNING
-from tnt_jax.models import decoding, sharding
+from tnt_jax.data.token_automaton import Innocent, Listed
+from tnt_jax.models import decoding, masking, sharding
 from tnt_jax.models.model import check_seed
 from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime import (
@@ -60,13 +60,13 @@ class MaskPlace:
     """Which token of a masked text is removed.
 
     Attributes:
-      at: "end" removes the token that would complete a text. "start" removes the first token of
-        each text, unless a text that is right begins with it: what alternatives are removed by
-        where a mark begins. It reads better where a first token is most of a word, and takes away
-        innocent words where it is not.
-      innocent: With "start", a file of records with outputs of the model: a token that begins an
-        ordinary word of theirs, and is not all of a masked text, is not removed, as `annotate`
-        removes none on account of an alternative. None knows no such word.
+      at: "end" removes the token that would complete a text. "start" also removes the token with
+        which a text begins, unless a text that is right may begin so: what alternatives are removed
+        by where a mark begins. It reads better where a first token is most of a word, and takes
+        away innocent words where it is not.
+      innocent: With "start", a file of records with outputs of the model: while an ordinary word of
+        theirs may begin as a masked text does, nothing is removed that does not complete the text.
+        None knows no such word.
 
     Raises:
       UsageError: `at` is something else.
@@ -117,7 +117,7 @@ def generate(
       mesh_shape: Devices of this process per mesh axis; None puts all on `data`.
       seed: Of sampling.
       mask: An annotator that knows beforehand what it would mark (`interface.Mask`: `Lexicon`,
-        `Gazetteer`): its texts never come up as the vocabulary spells them. None masks nothing.
+        `Gazetteer`): its texts never come up, however they are cut up. None masks nothing.
       mask_place: Which token of a masked text is removed.
 
     Raises:
@@ -152,7 +152,12 @@ def generate(
         console.log(
             f"{num_cut} of {len(rows)} inputs are cut at {longest} tokens (TASK_FEATURE_LENGTHS)."
         )
-    masks = None if mask is None else _Masks.of(rows, mask, vocabulary, mask_place)
+    masks = None
+    if mask is not None:
+        masks = _Masks.of(rows, mask, vocabulary, mask_place, opened.model.config.vocab_size)
+        # Once, and not for every batch.
+        on_devices = jax.device_put(masks.tables, sharding.replicated(opened.model.mesh))
+        masks = masks._replace(tables=on_devices)
     batches = _plan([len(ids) for ids in inputs], batch_size, longest)
 
     def start(batch: _Batch) -> decoding.Decoded:
@@ -173,7 +178,7 @@ def generate(
         "prompts": records.digest(rows),
         "vocabulary": vocabulary,
         "decoder": decoder,
-        "mask": None if masks is None else masks.describe(),
+        "mask": None if masks is None else {"at": mask_place.at, **masks.describe()},
         "task_feature_lengths": task_feature_lengths,
         "batch_size": batch_size,
         "seed": seed,
@@ -255,10 +260,21 @@ def _read(prompts: Any, vocabulary: Any) -> list[records.Record]:
 
 
 class _Masks(NamedTuple):
-    """What must not come up in each output, and what may although it holds some of that."""
+    """What must not come up in each output.
 
-    banned: "_Texts"
-    supported: "_Texts"
+    Attributes:
+      tables: Of the list, on the devices.
+      flags: `[D, F]`, what is wrong, once for all prompts in which the same may be said.
+      flags_of: `[N]`, those of each prompt.
+      listed: What the flags belong to.
+      innocent: Words that may begin as listed texts do.
+    """
+
+    tables: masking.Tables
+    flags: np.ndarray
+    flags_of: np.ndarray
+    listed: tuple[Listed, ...]
+    innocent: tuple[str, ...]
 
     @classmethod
     def of(
@@ -267,142 +283,42 @@ class _Masks(NamedTuple):
         mask: Any,
         vocabulary: Any,
         place: MaskPlace = AT_THE_END,
+        num_ids: int = 0,
     ) -> "_Masks":
-        """All that a mask says of all prompts."""
+        """All that a mask says of all prompts, for a model of at least so many ids."""
         if not isinstance(mask, interface.Mask):
             raise UsageError(
                 "MASK: expected an annotator that knows beforehand what it would mark (Lexicon, "
                 f"Gazetteer), found {type(mask).__name__}."
             )
-        if place.at == "end":
-            return cls(
-                _Texts.of(map(mask.banned, rows), vocabulary),
-                _Texts.of(map(mask.supported, rows), vocabulary),
-            )
-        start = functools.partial(_start, vocabulary=vocabulary)
-        innocent_words = innocent.words(place.innocent, mask) if place.innocent else ()
-        spelt = marks.spellings(vocabulary, innocent_words).values()
-        of_words = set(map(start, itertools.chain.from_iterable(spelt)))
-
-        def start_of_banned(ids: tuple[int, ...]) -> tuple[int, ...]:
-            first = start(ids)
-            return () if first in of_words and first != ids else first
-
-        supported = _Texts.of(map(mask.supported, rows), vocabulary, start)
-        banned = _Texts.of(map(mask.banned, rows), vocabulary, start_of_banned)
-        return cls(banned.without(supported), supported.none())
-
-    def of_batch(self, indices: Sequence[int]) -> decoding.Mask:
-        """Those of some prompts, with the same shapes for all of them."""
-        return decoding.Mask(
-            banned=self.banned.of_batch(indices),
-            supported=self.supported.of_batch(indices) if self.supported.most else None,
+        is_at_start = place.at == "start"
+        number_of: dict[Listed, int] = {}
+        flags_of = [number_of.setdefault(mask.unwanted(row), len(number_of)) for row in rows]
+        (first, *_) = number_of or (Listed(()),)
+        compiled = first.compiled(vocabulary, removes_starts=is_at_start)
+        words = innocent.words(place.innocent, mask) if is_at_start and place.innocent else ()
+        known = Innocent(words, case_sensitive=first.case_sensitive)
+        flags = [compiled.flags(listed.allowed, known) for listed in number_of]
+        return cls(
+            tables=masking.Tables.of(compiled, max(num_ids, vocabulary.size)),
+            flags=np.stack(flags or [compiled.flags(())]),
+            flags_of=np.array(flags_of, np.int32),
+            listed=tuple(number_of),
+            innocent=words,
         )
+
+    def of_batch(self, indices: Sequence[int]) -> masking.Mask:
+        """Those of some prompts."""
+        return masking.Mask(self.tables, self.flags[self.flags_of[list(indices)]])
 
     def describe(self) -> dict[str, Any]:
-        """All of it, in few arrays."""
-        return {"banned": self.banned.describe(), "supported": self.supported.describe()}
-
-
-class _Texts(NamedTuple):
-    """Texts of each prompt, as `marks.spellings` has them.
-
-    Prompts with the same texts share a list of them, and a list is of numbers: what decoding takes
-    has every text of every row, which for all prompts at once may be more than a host holds.
-
-    Attributes:
-      spelt: `[T, W]` of all texts, in order, as `decoding.pad_sequences` fills them up.
-      lists: Of rows of `spelt`, each in order.
-      list_of: `[N]`, the list of each prompt.
-    """
-
-    spelt: np.ndarray
-    lists: list[np.ndarray]
-    list_of: np.ndarray
-
-    @classmethod
-    def of(
-        cls,
-        texts_of_rows: Iterable[Sequence[str]],
-        vocabulary: Any,
-        part: Callable[[tuple[int, ...]], tuple[int, ...]] = lambda ids: ids,
-    ) -> "_Texts":
-        """Those of all prompts, or of each spelling the part that a function returns of it."""
-        number_of: dict[str, int] = {}  # of each text
-        list_of: dict[bytes, int] = {}  # of the texts' numbers
-        found, last, current = [], None, 0
-        for texts in texts_of_rows:
-            if texts is not last:  # a word list's are the same for every prompt
-                numbers = {number_of.setdefault(text, len(number_of)) for text in texts}
-                key = np.array(sorted(numbers), np.int32).tobytes()
-                last, current = texts, list_of.setdefault(key, len(list_of))
-            found.append(current)
-        ids_of = marks.spellings(vocabulary, list(number_of))
-        ids_of = {
-            text: tuple(some for ids in spelt if (some := part(ids)))
-            for text, spelt in ids_of.items()
+        """All that decides what is removed."""
+        return {
+            "texts": self.listed[0].texts if self.listed else (),
+            "allowed": [listed.allowed for listed in self.listed],
+            "of": self.flags_of,
+            "innocent": self.innocent,
         }
-        ordered = sorted(set(itertools.chain.from_iterable(ids_of.values())))
-        place_of = {ids: place for place, ids in enumerate(ordered)}
-        # A text that cannot be spelt has no place.
-        places = [[place_of[ids] for ids in ids_of.get(text, ())] for text in number_of]
-        lists = [
-            np.unique(
-                [place for number in np.frombuffer(key, np.int32) for place in places[number]]
-            )
-            for key in list_of
-        ]
-        return cls(
-            spelt=decoding.pad_sequences([ordered])[0],
-            lists=[of_list.astype(np.int32) for of_list in lists],
-            list_of=np.array(found, np.int32),
-        )
-
-    def without(self, others: "_Texts") -> "_Texts":
-        """These but for what is among others of the same prompt."""
-        ids_of = [tuple(row[row != -1].tolist()) for row in others.spelt]
-        left_out = [{ids_of[place] for place in of_list} for of_list in others.lists]
-        own_ids = [tuple(row[row != -1].tolist()) for row in self.spelt]
-        pairs = list(zip(self.list_of.tolist(), others.list_of.tolist(), strict=True))
-        number_of = {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
-        lists = [
-            np.array([k for k in self.lists[own] if own_ids[k] not in left_out[other]], np.int32)
-            for own, other in number_of
-        ]
-        return self._replace(
-            lists=lists, list_of=np.array([number_of[pair] for pair in pairs], np.int32)
-        )
-
-    def none(self) -> "_Texts":
-        """No text of any prompt."""
-        return self._replace(lists=[np.zeros(0, np.int32)], list_of=np.zeros_like(self.list_of))
-
-    @property
-    def most(self) -> int:
-        """How many texts a prompt has at most."""
-        return max(map(len, self.lists), default=0)
-
-    def of_batch(self, indices: Sequence[int]) -> np.ndarray:
-        """Those of some prompts, `[B, M, W]`; M is the same for all of them, and at least 1."""
-        padded = np.full((len(indices), max(1, self.most), self.spelt.shape[1]), -1, np.int32)
-        for row, index in zip(padded, indices, strict=True):
-            chosen = self.lists[self.list_of[index]]
-            row[: len(chosen)] = self.spelt[chosen]
-        return padded
-
-    def describe(self) -> dict[str, np.ndarray]:
-        """All of it, in few arrays."""
-        lengths = np.array([len(of_list) for of_list in self.lists])
-        lists = np.concatenate([*self.lists, np.zeros(0, np.int32)])
-        return {"spelt": self.spelt, "lists": lists, "lengths": lengths, "list_of": self.list_of}
-
-
-def _start(ids: tuple[int, ...], vocabulary: Any) -> tuple[int, ...]:
-    """Up to the first token that is more than a space, which begins all words alike."""
-    first = int(ids[:1] == (BEGINNING,))
-    numbers = range(first + 1, len(ids))
-    number = next((n for n in numbers if vocabulary.decode(ids[first:n]).strip()), len(ids))
-    return ids[:number]
 
 
 def _plan(lengths: Sequence[int], batch_size: int, longest: int) -> list[_Batch]:

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from tnt_jax import annotators
 from tnt_jax.data import records
+from tnt_jax.data.text_automaton import Automaton
+from tnt_jax.data.token_automaton import Listed
 from tnt_jax.runtime.errors import UsageError
 
 
@@ -154,17 +156,18 @@ def test_a_capital_does_not_hide_the_listed_form(gazetteer):
 
 def test_lexicon_everywhere_is_all_that_it_would_mark(lexicon):
     settings = {"at_every_position": True}
-    assert lexicon("rat", "Fool").everywhere() == ()
-    assert lexicon("rat", "Fool", case_sensitive=True, **settings).everywhere() == ("rat", "Fool")
+    assert lexicon("rat", "Fool").everywhere() is None
+    everywhere = lexicon("rat", "Fool", case_sensitive=True, **settings).everywhere()
+    assert everywhere == Listed(("rat", "Fool"), case_sensitive=True)
     annotator = lexicon("rat", "Fool", inflections=True, **settings)
     everywhere = annotator.everywhere()
-    assert {"rat", "Rat", "RAT", "ratting", "Fool", "FOOL", "Fools"} <= set(everywhere)
-    assert len(set(everywhere)) == len(everywhere)
-    assert all(marked(annotator, text) == [text] for text in everywhere)
+    assert {"rat", "ratting", "Fool", "Fools"} <= set(everywhere.texts)
+    assert len(set(everywhere.texts)) == len(everywhere.texts)
+    assert all(marked(annotator, text) == [text] for text in everywhere.texts)
     # What it marks is the same; nothing may come up in any record, whatever that says.
     assert marked(annotator, "a rat and a cat") == ["rat"]
-    assert annotate(annotator, "", "a cat").banned == everywhere
-    assert annotate(lexicon("rat"), "", "a cat").banned == ()
+    assert annotate(annotator, "", "a cat").unwanted == everywhere
+    assert annotate(lexicon("rat"), "", "a cat").unwanted is None
 
 
 def test_lexicon_marks_also_what_the_inputs_say(lexicon):
@@ -232,14 +235,15 @@ def test_a_name_shared_with_a_supported_value_is_no_alternative(gazetteer):
 def test_gazetteer_at_every_position_bans_what_is_not_supported(gazetteer):
     values = {"area": {"north": ["northern"], "south": []}, "food": ["thai"]}
     annotator = gazetteer(values, at_every_position=True)
-    assert annotator.everywhere() == ()  # it depends on the inputs
-    banned = {
-        inputs: annotate(annotator, inputs, "it is good").banned for inputs in ("north, thai", "")
+    assert annotator.everywhere() is None  # it depends on the inputs
+    unwanted = {
+        inputs: annotate(annotator, inputs, "it is good").unwanted for inputs in ("north, thai", "")
     }
-    assert set(banned["north, thai"]) == {"south", "South", "SOUTH"}
-    assert {"north", "Northern", "SOUTH", "thai"} <= set(banned[""])
+    assert all(set(of.texts) == {"north", "northern", "south", "thai"} for of in unwanted.values())
+    assert set(unwanted["north, thai"].allowed) == {"north", "northern", "thai"}
+    assert unwanted[""].allowed == ()
     plain = gazetteer(values)
-    assert annotate(plain, "", "it is good").banned == ()
+    assert annotate(plain, "", "it is good").unwanted is None
     assert marked(annotator, "thai in the south") == marked(plain, "thai in the south")
 
 
@@ -270,20 +274,44 @@ def test_what_is_marked_is_what_is_banned(lexicon, gazetteer, listed, list_style
     everywhere = {"at_every_position": True}
     for annotator in (lexicon(listed, **everywhere), gazetteer({"value": [listed]}, **everywhere)):
         assert all(marked(annotator, spelt) == [spelt] for spelt in spellings)
-        assert spellings <= set(annotator.banned(row))
-        assert spellings <= set(annotator.annotate(row).banned)
-        assert all(marked(annotator, spelt) == [spelt] for spelt in annotator.banned(row))
+        for unwanted in (annotator.unwanted(row), annotator.annotate(row).unwanted):
+            assert all(is_found(unwanted, spelt) for spelt in spellings)
+            assert not is_found(unwanted, text[:-1])
     supporting = gazetteer({"value": [listed, "other"]})
     assert spellings <= set(annotate(supporting, listed, "other").supported)
+    supported = supporting.unwanted(records.Record(id="a", inputs=listed))
+    assert supported.allowed == (listed,)
+
+
+def is_found(unwanted, text):
+    """Whether the automaton of a list finds something in a text."""
+    automaton = Automaton.of(unwanted.texts, case_sensitive=unwanted.case_sensitive)
+    return bool(automaton.read(text)[1])
 
 
 @pytest.mark.parametrize("listed", LISTED)
 def test_a_case_sensitive_list_bans_what_it_marks(lexicon, listed):
     annotator = lexicon(listed, case_sensitive=True)
-    banned = annotator.banned(records.Record(id="a", inputs="", targets=""))
-    assert {listed, listed.replace("-", " "), listed.replace("'", "\u2019")} <= set(banned)
-    assert all(marked(annotator, spelt) == [spelt] for spelt in banned)
-    assert listed.swapcase() not in banned
+    unwanted = annotator.unwanted(records.Record(id="a", inputs="", targets=""))
+    for spelt in (listed, listed.replace("-", " "), listed.replace("'", "\u2019")):
+        assert is_found(unwanted, spelt) and marked(annotator, spelt) == [spelt]
+    assert not is_found(unwanted, listed.swapcase())
+
+
+def test_a_value_that_is_denied_is_not_supported(gazetteer):
+    """ "familyFriendly: no" says nothing for "family-friendly", "yes" does."""
+    values = {"family": {"family-friendly": ["familyFriendly"]}, "food": ["no", "thai"]}
+    plain, told = gazetteer(values), gazetteer(values, denials=("no", "not at all"))
+    text = "a family-friendly place"
+    for inputs in ("familyFriendly: no", "familyFriendly[no], thai", "familyFriendly = NOT at all"):
+        assert marked(plain, text, inputs) == []
+        assert marked(told, text, inputs) == ["family-friendly"]
+        assert "family-friendly" not in told.unwanted(records.Record(id="a", inputs=inputs)).allowed
+    for inputs in ("familyFriendly: yes", "familyFriendly, no", "familyFriendly: none"):
+        assert marked(told, text, inputs) == []
+    # It is stated elsewhere.
+    assert marked(told, text, "familyFriendly: no. It is family friendly.") == []
+    assert "denials=no|not at all" in told.description
 
 
 def test_description_names_settings_and_content_but_not_the_folder(lexicon, gazetteer, tmp_path):

@@ -154,7 +154,8 @@ def test_what_goes_at_every_position_stays(tmp_path):
     gazetteer = annotators.Gazetteer(path=str(tmp_path / "values.json"), at_every_position=True)
     record = row("in the south", inputs="north")
     found = annotators.Noisy(annotator=gazetteer, miss_rate=1).annotate(record)
-    assert found.banned == gazetteer.annotate(record).banned == ("south", "South", "SOUTH")
+    assert found.unwanted == gazetteer.annotate(record).unwanted
+    assert found.unwanted.texts == ("north", "south") and found.unwanted.allowed == ("north",)
 
 
 def test_description_and_mistakes():

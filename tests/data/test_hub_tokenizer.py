@@ -6,8 +6,6 @@ import re
 import unicodedata
 
 import hypothesis
-import jax.numpy as jnp
-import numpy as np
 import pytest
 import tokenizers
 from etils import epath
@@ -15,8 +13,6 @@ from helpers import tiny_tokenizers
 from hypothesis import strategies as st
 
 from tnt_jax.data import hub_tokenizer, marks, records, tokenization, vocabularies
-from tnt_jax.data.examples import BEGINNING
-from tnt_jax.models import decoding
 from tnt_jax.runtime import settings_json
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.training import resume
@@ -385,40 +381,6 @@ def test_alternatives_are_removed_where_they_would_begin(kind, tokenisers):
         if tokeniser.decode([ids[0], whole[where]]).strip() != "the":  # a lone space says nothing
             expected.setdefault(where, set()).add(whole[where])
     assert {where: {*some} for where, some in removed} == expected
-
-
-@kinds
-def test_spellings_are_those_after_a_space(kind, tokenisers):
-    tokeniser = tokenisers[kind]
-    found = marks.spellings(tokeniser, ["riverside", "42", "日本"])
-    for text, ways in found.items():
-        for suffix in ("", ".", ") x"):
-            ids = tuple(tokeniser.encode(f"it is {text}{suffix}"))
-            assert any(ids[i : i + len(way)] == way for way in ways for i in range(1, len(ids)))
-
-
-@kinds
-def test_what_begins_an_output_is_spelt_as_it_begins(kind, tokenisers):
-    """A mask and marks at every position know it there, and nowhere else."""
-    tokeniser = tokenisers[kind]
-    completions = marks.Completions(tokeniser)
-    for text in ("riverside", "42", "日本"):
-        said = tokeniser.encode(text)
-        ways = marks.spellings(tokeniser, [text])[text]
-        assert tuple(said) in {way[1:] if way[0] == BEGINNING else way for way in ways}
-        removed = dict(completions.ids(said, [text]))
-        assert said[-1] in removed[len(said) - 1]
-        # In the middle of a word it is another one.
-        within = [*tokeniser.encode("x"), *said]
-        if all(way[0] == BEGINNING for way in ways if way[-len(said) :] == tuple(said)):
-            assert said[-1] not in dict(completions.ids(within, [text])).get(len(within) - 1, ())
-        mask = decoding.pad_sequences([ways])
-        for before, ids in ((said, said[:-1]), (within, within[:-1])):
-            rows = jnp.pad(jnp.array([ids], jnp.int32), ((0, 0), (0, 3)))
-            position = jnp.array(len(ids))
-            found = decoding._longest_completed(mask, rows, position, tokeniser.size)[0]
-            expected = dict(completions.ids(before, [text])).get(len(ids), ())
-            assert set(np.flatnonzero(found).tolist()) == set(expected)
 
 
 # --- Files ----------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from helpers import t5_inputs
 
 from tnt_jax import annotators
 from tnt_jax.data import records
-from tnt_jax.models import decoding, t5
+from tnt_jax.data.token_automaton import Listed
+from tnt_jax.models import decoding, masking, t5
 from tnt_jax.models.decoding import Decoding
 from tnt_jax.runtime.errors import UsageError
 
@@ -112,56 +113,91 @@ def test_a_row_stops_at_its_eos_and_the_loop_with_the_last_row():
     np.testing.assert_allclose(decoded.log_prob, expected, atol=1e-4)
 
 
-def test_a_banned_sequence_never_comes_up():
+class Words:
+    """Each id is a word; those that end an output or fill it up say nothing."""
+
+    size = CONFIG.vocab_size
+    says_broken = True
+    run_ids = frozenset()
+    token_bytes = tuple(b"" if i in (0, NEVER) else f" w{i}".encode() for i in range(size))
+
+
+def text_of(ids):
+    return " ".join(f"w{token}" for token in ids if token not in (0, NEVER))
+
+
+def says_any(ids, texts):
+    return any(f" {text} " in f" {text_of(ids)} " for text in texts)
+
+
+def mask_of(listed_of_rows):
+    """A mask of one list for all rows, of which each may say something else."""
+    compiled = listed_of_rows[0].compiled(Words)
+    flags = np.stack([compiled.flags(listed.allowed) for listed in listed_of_rows])
+    return masking.Mask(masking.Tables.of(compiled, CONFIG.vocab_size), flags)
+
+
+def test_a_banned_text_never_comes_up():
     free = decode(max_length=10, end_ids=(NEVER,)).tokens
-    pair, triple = free[0, 2:4].tolist(), free[1, 4:7].tolist()
-    banned = decoding.pad_sequences([[pair], [triple, [7]], []])
-    assert banned.shape == (3, 2, 3)
-    tokens = decode(max_length=10, end_ids=(NEVER,), mask=decoding.Mask(banned)).tokens
+    banned = [free[0, 2:4].tolist(), free[1, 4:7].tolist()]
+    texts = tuple(map(text_of, banned))
+    mask = mask_of([Listed(texts), Listed(texts), Listed(texts, allowed=texts)])
+    tokens = decode(max_length=10, end_ids=(NEVER,), mask=mask).tokens
     expected = log_probs(SOURCES, tokens)
-    for row, of_row in enumerate(([pair], [triple, [7]], [])):
-        for position in range(10):
-            before = tokens[row, :position].tolist()
-            for *prefix, last in of_row:
-                if not prefix or before[-len(prefix) :] == prefix:
-                    expected[row, position, last] = -np.inf
+    for row, position in itertools.product((0, 1), range(10)):
+        before = tokens[row, :position].tolist()
+        for *prefix, last in banned:
+            if before[-len(prefix) :] == prefix:
+                expected[row, position, last] = -np.inf
     np.testing.assert_array_equal(tokens, expected.argmax(-1))
     # The row that bans nothing says what it said; the others go on where they must part.
     np.testing.assert_array_equal(tokens[2], free[2])
     assert (tokens[0, :3] == free[0, :3]).all() and tokens[0, 3] != free[0, 3]
 
 
+def test_a_banned_text_never_comes_up_in_beams():
+    settings = {"max_length": 8, "end_ids": (10,), "banned_ids": (NEVER,), "num_beams": 4}
+    free = decode(**settings)
+    texts = (text_of(free.tokens[0, 2:4]), text_of(free.tokens[1, 1:3]))
+    mask = mask_of([Listed(texts), Listed(texts), Listed(texts, allowed=texts)])
+    masked = decode(mask=mask, **settings)
+    assert says_any(free.tokens[0], texts) and says_any(free.tokens[1], texts)
+    assert not says_any(masked.tokens[0], texts) and not says_any(masked.tokens[1], texts)
+    np.testing.assert_array_equal(masked.tokens[2], free.tokens[2])
+    # What each step removes is of the beam that is gone on from: the sum is of what was left.
+    left = log_probs(SOURCES, masked.tokens, removed=(0, NEVER))
+    for row, position in itertools.product((0, 1), range(8)):
+        for token in range(1, NEVER):
+            said = [*masked.tokens[row, :position].tolist(), token]
+            if any(f" {text_of(said)} ".endswith(f" {text} ") for text in texts):
+                left[row, position, token] = -np.inf
+    left = left - np.log(np.exp(left).sum(-1, keepdims=True))
+    ends = [row.index(10) + 1 if 10 in row else 8 for row in masked.tokens.tolist()]
+    expected = [of[:end].sum() for of, end in zip(chosen(left, masked.tokens), ends, strict=True)]
+    np.testing.assert_allclose(masked.log_prob, expected, atol=1e-4)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_nothing_that_a_gazetteer_marks_comes_up(seed, tmp_path):
-    """Ids are words. Names begin, end and hold one another; some of each row are supported."""
+    """Names begin, end and hold one another; some of each row are supported."""
     rng = np.random.default_rng(seed)
     num_rows, length = 200, 16
-
-    def text_of(ids):
-        return " ".join(f"w{token}" for token in ids if token not in (0, NEVER))
-
-    rows, listed, asked = [], [], []
-    for number in range(num_rows):
-        names = {tuple(rng.integers(2, 6, rng.integers(1, 4)).tolist()) for _ in range(6)}
-        names = rng.permutation(sorted(map(text_of, names))).tolist()
-        values = {first: [other] for first, other in zip(names[::2], names[1::2], strict=False)}
-        path = tmp_path / f"{number}.json"
-        path.write_text(json.dumps({"name": values}))
-        rows.append(annotators.Gazetteer(path=str(path)))
-        listed.append([tuple(int(word[1:]) for word in name.split()) for name in names])
-        # Of a value that is stated by its first name the other one is supported, too.
-        inputs = " ; ".join([*values][: int(rng.integers(0, 3))])
-        asked.append(records.Record(id=str(number), inputs=inputs))
-
-    def ids_of(method):
-        return decoding.pad_sequences(
-            [
-                [name for name in names if text_of(name) in getattr(annotator, method)(record)]
-                for annotator, names, record in zip(rows, listed, asked, strict=True)
-            ]
+    names = rng.permutation(
+        ["w2", "w2 w3", "w3 w4", "w4", "w2 w3 w4", "w5 w2", "w5", "w3 w5", "w4 w2 w2", "w3"]
+    ).tolist()
+    values = {first: [other] for first, other in zip(names[::2], names[1::2], strict=False)}
+    path = tmp_path / "names.json"
+    path.write_text(json.dumps({"name": values}))
+    gazetteer = annotators.Gazetteer(path=str(path))
+    # Of a value that is stated by its first name the other one is supported, too.
+    asked = [
+        records.Record(
+            id=str(number),
+            inputs=" ; ".join(rng.permutation([*values])[: int(rng.integers(0, 3))]),
         )
-
-    mask = decoding.Mask(banned=ids_of("banned"), supported=ids_of("supported"))
+        for number in range(num_rows)
+    ]
+    listed = [gazetteer.unwanted(record) for record in asked]
     settings = {"max_length": length, "end_ids": (NEVER,), "temperature": 9.0}
     settings["banned_ids"] = (1, 6, 7, 8)  # rather words of names
     sources = jnp.asarray(rng.integers(2, 11, (num_rows, 3)))
@@ -170,43 +206,32 @@ def test_nothing_that_a_gazetteer_marks_comes_up(seed, tmp_path):
     def marked(tokens):
         """How many names are marked, but for what more tokens could have made another one."""
         number = 0
-        for annotator, record, ids in zip(rows, asked, tokens, strict=True):
+        for record, ids in zip(asked, tokens, strict=True):
             targets = text_of(ids)
-            spans = annotator.annotate(dataclasses.replace(record, targets=targets)).spans
+            spans = gazetteer.annotate(dataclasses.replace(record, targets=targets)).spans
             is_cut = NEVER not in ids
             number += sum(not is_cut or targets[s.end :].count(" ") >= 2 for s in spans)
         return number
 
     assert marked(decode(sources, keys, **settings).tokens) > 30
-    with_all = decode(sources, keys, mask=mask, **settings).tokens
+    with_all = decode(sources, keys, mask=mask_of(listed), **settings).tokens
     assert marked(with_all) == 0
     # Without what is supported, the same texts are banned; what holds one of them is out of reach.
-    with_banned = decode(sources, keys, mask=decoding.Mask(mask.banned), **settings).tokens
+    without = [of._replace(allowed=()) for of in listed]
+    with_banned = decode(sources, keys, mask=mask_of(without), **settings).tokens
     assert marked(with_banned) == 0
 
     def num_said(tokens):
         """How many supported names are said that hold an unsupported one."""
         return sum(
-            any(part in row_banned for part in parts_of(name)) and name in parts_of(row)
-            for row, row_banned, row_supported in zip(
-                tokens.tolist(), unpadded(mask.banned), unpadded(mask.supported), strict=True
-            )
-            for name in row_supported
+            says_any(row, [name])
+            and any(f" {part} " in f" {name} " for part in {*of.texts} - {*of.allowed})
+            for row, of in zip(tokens, listed, strict=True)
+            for name in of.allowed
         )
 
     assert num_said(with_all) >= 3
     assert num_said(with_banned) == 0
-
-
-def parts_of(ids):
-    """All stretches of a sequence."""
-    return {
-        tuple(ids[start:end]) for start in range(len(ids)) for end in range(start + 1, len(ids) + 1)
-    }
-
-
-def unpadded(sequences):
-    return [[tuple(i for i in ids if i >= 0) for ids in row] for row in sequences.tolist()]
 
 
 def test_a_prefix_is_said_and_then_gone_on_from():

@@ -8,6 +8,8 @@ import pathlib
 import re
 
 import hypothesis
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import golden_model, rooms
@@ -16,7 +18,8 @@ from hypothesis import strategies as st
 
 from tnt_jax import annotators, generate
 from tnt_jax.data import records, tokenization
-from tnt_jax.models import decoding, sharding
+from tnt_jax.data.token_automaton import Listed
+from tnt_jax.models import masking, sharding
 
 # --- The plan -------------------------------------------------------------------------------------
 
@@ -82,81 +85,70 @@ def test_the_next_batch_is_begun_before_one_is_fetched():
 
 
 class Mask:
-    """Bans the words of the inputs, and of `also`; supports the inputs."""
+    """Bans some words, but for those of the inputs; supports the inputs as a whole."""
 
-    def __init__(self, *also):
-        self.also = also
+    def __init__(self, *words, inputs=()):
+        self.words = tuple(dict.fromkeys((*words, *inputs)))
 
-    def banned(self, record):
-        return (*record.inputs.split(), *self.also)
-
-    def supported(self, record):
-        return (record.inputs,)
+    def unwanted(self, record):
+        return Listed(self.words, tuple(text for text in self.words if text == record.inputs))
 
     def innocent_words(self, text):
         return text.split()
 
 
-@pytest.mark.parametrize("also", [(), ("b", "longest", "")])
-def test_what_is_banned_is_what_one_array_of_all_prompts_would_say(also):
-    vocabulary, mask = tokenization.Bytes(), Mask(*also)
-    inputs = ["b a", "", "a b", "longer a", "a a c", "b \u00fc"]
+def removed_after(masks, row, vocabulary, text):
+    """What a mask removes after a text of a row, as bytes."""
+    mask = masks.of_batch([row])
+    ids = jnp.array(vocabulary.encode(text))
+
+    @jax.jit
+    def removed_at_end(tables, flags):
+        def read(place, readings):
+            return masking.read(tables, readings, ids[place][None])
+
+        readings = jax.lax.fori_loop(0, len(ids), read, masking.begin(1))
+        everything = jnp.ones((1, vocabulary.size), bool)
+        return masking.removed(masking.Mask(tables, flags), readings, everything)[0]
+
+    removed = removed_at_end(*mask)
+    return {chr(i - 3) for i in np.flatnonzero(removed).tolist() if 3 <= i < 259}
+
+
+def test_prompts_in_which_the_same_may_be_said_share_it():
+    vocabulary = tokenization.Bytes()
+    inputs = ["b a", "", "c", "b a", "c"]
     rows = [records.Record(id=str(n), inputs=text) for n, text in enumerate(inputs)]
-    masks = generate._Masks.of(rows, mask, vocabulary)
-    expected = {
-        name: decoding.pad_sequences(
-            [
-                sorted({tuple(vocabulary.encode(text)) for text in texts(row) if text})
-                for row in rows
-            ]
-        )
-        for name, texts in (("banned", mask.banned), ("supported", mask.supported))
-    }
-    for indices in ([0, 1, 2, 3, 4, 5], [4, 1], [1]):
-        of_batch = masks.of_batch(indices)
-        for name in expected:
-            np.testing.assert_array_equal(getattr(of_batch, name), expected[name][indices])
-    assert len(masks.banned.lists) == 5  # "b a" and "a b" ban the same
-    assert len(masks.supported.lists) == 6
-    assert masks.describe()["banned"].keys() == {"spelt", "lists", "lengths", "list_of"}
+    masks = generate._Masks.of(rows, Mask("a", inputs=("b a", "c")), vocabulary)
+    assert masks.flags_of.tolist() == [0, 1, 2, 0, 2] and len(masks.flags) == 3
+    flags = masks.of_batch([4, 0, 2]).flags
+    np.testing.assert_array_equal(flags, masks.flags[[2, 0, 2]])
+    assert removed_after(masks, 1, vocabulary, "x ") == {"a", "A", "c", "C"}
+    assert removed_after(masks, 4, vocabulary, "x ") == {"a", "A"}
+    # "b a" holds what may not be said by itself.
+    assert removed_after(masks, 1, vocabulary, "b ") == {"a", "A", "c", "C"}
+    assert removed_after(masks, 0, vocabulary, "b ") == {"c", "C"}
 
 
 def test_starts_that_are_banned_by_hand(tmp_path):
-    """The first letter of each word of the inputs and of "zoo", but for that of the inputs."""
-    vocabulary, mask = tokenization.Bytes(), Mask("zoo", "zebra", "bee")
-    inputs = ["b a", "zoo", "a"]
-    rows = [records.Record(id=str(n), inputs=text) for n, text in enumerate(inputs)]
+    """What begins a word, but for the words of the inputs."""
+    vocabulary = tokenization.Bytes()
+    mask = Mask("zoo", "zebra", "bee", inputs=("zoo", "a"))
+    rows = [records.Record(id=str(n), inputs=text) for n, text in enumerate(["b", "zoo", "a"])]
     masks = generate._Masks.of(rows, mask, vocabulary, generate.MaskPlace(at="start"))
-    of_batch = masks.of_batch([0, 1, 2])
-    found = [{tuple(ids[ids >= 0]) for ids in of_row} - {()} for of_row in of_batch.banned]
-    a, b, z = (tuple(vocabulary.encode(letter)) for letter in "abz")
-    assert found == [{a, z}, {b}, {b, z}]
-    assert of_batch.supported is None
+    starts = [removed_after(masks, row, vocabulary, "x ") for row in range(3)]
+    assert starts == [{*"azbAZB"}, {*"abAB"}, {*"bzBZ"}]
+    # Where "zoo" may be said, "zebra" is removed where they part.
+    assert removed_after(masks, 1, vocabulary, "z") == {"e", "E"}
 
     # "zinc" and "by" begin as "zoo" and "bee" do.
     outputs = [records.Record(id=str(n), inputs="", targets="zinc by zinc by") for n in range(2)]
     records.write_records(tmp_path / "outputs.jsonl", outputs)
     place = generate.MaskPlace(at="start", innocent=str(tmp_path / "outputs.jsonl"))
     masks = generate._Masks.of(rows, mask, vocabulary, place)
-    of_batch = masks.of_batch([0, 1, 2])
-    found = [{tuple(ids[ids >= 0]) for ids in of_row} - {()} for of_row in of_batch.banned]
-    assert found == [{a}, set(), set()]
-
-
-def test_a_space_begins_no_text():
-    """Sentencepiece may spell a word as a lone space and what follows: that begins all words."""
-
-    class Spaced(tokenization.Bytes):
-        def spellings(self, texts):
-            return [[tuple(self.encode(f" {text}"))] for text in texts]
-
-    vocabulary = Spaced()
-    assert generate._start(tuple(vocabulary.encode(" zoo")), vocabulary) == tuple(
-        vocabulary.encode(" z")
-    )
-    assert generate._start(tuple(vocabulary.encode("zoo")), vocabulary) == tuple(
-        vocabulary.encode("z")
-    )
+    starts = [removed_after(masks, row, vocabulary, "x ") for row in range(3)]
+    assert starts == [{*"aA"}, {*"aA"}, set()]
+    assert removed_after(masks, 0, vocabulary, "z") == {*"eEoO"}
 
 
 def test_a_list_of_words_is_held_once(tmp_path):
@@ -164,10 +156,9 @@ def test_a_list_of_words_is_held_once(tmp_path):
     words = annotators.Lexicon(path=str(tmp_path / "words.txt"))
     rows = [records.Record(id=str(n), inputs="") for n in range(5000)]
     masks = generate._Masks.of(rows, words, tokenization.Bytes())
-    assert masks.of_batch([3, 4999]).banned.shape == (2, 1500, 7)  # in three forms
-    assert masks.of_batch([3, 4999]).supported is None
-    described = [array for texts in masks.describe().values() for array in texts.values()]
-    assert sum(array.nbytes for array in described) < 100_000
+    assert len(masks.flags) == 1 and masks.of_batch([3, 4999]).flags.shape[0] == 2
+    tables = [masks.flags, *jax.tree.leaves(masks.tables)]
+    assert sum(array.nbytes for array in tables) < 4_000_000
 
 
 # --- The outputs ----------------------------------------------------------------------------------
@@ -264,11 +255,12 @@ def test_eight_devices_give_the_tokens_of_one(decoder, monkeypatch):
 
 @pytest.mark.parametrize("list_style", [str.upper, str.title])
 @pytest.mark.parametrize("name", ["Lexicon", "Gazetteer"])
-@pytest.mark.parametrize("decoder", [{}, {"TEMPERATURE": 1.0}], ids=["greedy", "sampling"])
-def test_nothing_is_left_that_the_mask_could_spell(name, list_style, decoder, fluent):
+@pytest.mark.parametrize(
+    "decoder", [{}, {"TEMPERATURE": 1.0}, {"NUM_BEAMS": 2}], ids=["greedy", "sampling", "beams"]
+)
+def test_nothing_is_left_of_what_a_mask_has(name, list_style, decoder, fluent):
     """A list in another case than the outputs, which say one of its words in every sentence."""
     listed = [list_style(word) for word in rooms.STATES.values()]
-    vocabulary = tokenization.SentencePiece("vocabulary.model", extra_ids=0)
     if name == "Lexicon":
         pathlib.Path("listed").write_text("\n".join(listed))
     else:
@@ -285,14 +277,10 @@ def test_nothing_is_left_that_the_mask_could_spell(name, list_style, decoder, fl
         assert rooms.run("generate", settings | decoder | more) == 0
         for row in records.read_records("masked.jsonl"):
             for span in annotator.annotate(row).spans:
-                yield row, row.targets[span.start : span.end]
+                yield row.targets[span.start : span.end]
 
     assert len([*marked_texts({})]) >= 30  # of 60 outputs
-    for row, text in marked_texts(mask):
-        # Other tokens than those that spell a text after a space may come together to it.
-        spelt = vocabulary.encode(text)
-        ids = list(row.target_ids)
-        assert all(ids[n : n + len(spelt)] != spelt for n in range(len(ids)))
+    assert [*marked_texts(mask)] == []
 
 
 def test_the_place_of_a_mask_is_one_of_two(capsys):

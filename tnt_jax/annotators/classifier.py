@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from tnt_jax.annotators import phrases, python_function
+from tnt_jax.annotators import python_function
 from tnt_jax.annotators.interface import Annotation, Span
+from tnt_jax.data import words
 from tnt_jax.data.records import Record
 from tnt_jax.runtime.errors import UsageError
 
@@ -76,7 +77,7 @@ class Classifier:
     def annotate(self, record: Record) -> Annotation:
         """Marks the words of the targets that carry their score."""
         text = record.targets
-        extents = phrases.extents(text)
+        extents = words.extents(text)
         whole = self.score([text])[0] if extents else -math.inf
         if whole < self.threshold:
             return Annotation(spans=())
@@ -113,9 +114,8 @@ class Classifier:
             )
         return score
 
-    def everywhere(self) -> tuple[str, ...]:
+    def everywhere(self) -> None:
         """Nothing: the scorer knows texts, not words."""
-        return ()
 
 
 def _without(text: str, removed: Sequence[tuple[int, int]]) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from tnt_jax.annotators import phrases
 from tnt_jax.annotators.interface import Annotation, Span, merged
+from tnt_jax.data import words
 from tnt_jax.data.records import Record
 from tnt_jax.runtime.errors import UsageError, system_error
 
@@ -35,7 +36,7 @@ class Entities:
     Attributes:
       model: a spaCy model: an installed package, or a folder.
       types: labels of the entities to look at.
-      whole_words: compare word by word (`tnt_jax.annotators.phrases`), not character by character,
+      whole_words: compare word by word (`tnt_jax.data.words`), not character by character,
         and let no stretch of stop words support more than an entity of stop words.
 
     Raises:
@@ -78,9 +79,8 @@ class Entities:
             )
         )
 
-    def everywhere(self) -> tuple[str, ...]:
+    def everywhere(self) -> None:
         """Nothing: a name that is wrong for one record is right for another."""
-        return ()
 
 
 @cache
@@ -127,12 +127,12 @@ def characters_support(inputs: str, entity: str, stop_words: Collection[str]) ->
 
 def words_support(inputs: str, entity: str, stop_words: Collection[str]) -> bool:
     """The rule on whole words; of an entity of stop words alone all must occur together."""
-    parts = [entity[start:end] for start, end in phrases.extents(entity)]
+    parts = [entity[start:end] for start, end in words.extents(entity)]
     names = [
         part
         for part in parts
         if re.search(r"\w", part)
-        and phrases.key(part) != "'s"
+        and words.key(part) != "'s"
         and not _is_stop_word(part, stop_words)
     ]
     return bool(phrases.Phrases((text, None) for text in names or [entity]).values_in(inputs))

@@ -1,6 +1,6 @@
 """Marks known values that the inputs do not state: a name of a restaurant, a wrong price.
 
-`tnt_jax.annotators.phrases` says what a word is.
+`tnt_jax.data.words` says what a word is.
 """
 
 import json
@@ -11,6 +11,7 @@ from functools import cached_property
 from tnt_jax.annotators import phrases
 from tnt_jax.annotators.interface import Annotation, TextFile
 from tnt_jax.data.records import Record
+from tnt_jax.data.token_automaton import Listed
 from tnt_jax.runtime import files
 from tnt_jax.runtime.errors import UsageError
 
@@ -19,7 +20,8 @@ from tnt_jax.runtime.errors import UsageError
 class Gazetteer:
     """Marks mentions of known values that the inputs do not state.
 
-    A value is supported when any of its names occurs in the inputs, also within a longer name. Of
+    A value is supported when any of its names occurs in the inputs, also within a longer name, and
+    is not denied there, as "family-friendly: no" denies it. Of
     mentions that overlap in the targets the first to start wins, then the longest, and it is marked
     unless a value of that name, of whatever type, is supported. Letter case does not count.
 
@@ -28,6 +30,8 @@ class Gazetteer:
 
     Attributes:
       path: the file.
+      denials: values that deny what stands before them, such as "no". A name in the inputs that is
+        followed by one of `:`, `=`, `[` and `(`, and then by such a value, supports nothing there.
       alternatives: give each span all other names that are not supported, of every type.
       at_every_position: no name that is not supported may be completed at any position, which
         distils a decoding mask into the weights.
@@ -37,6 +41,7 @@ class Gazetteer:
     """
 
     path: str
+    denials: tuple[str, ...] = ()
     alternatives: bool = True
     at_every_position: bool = False
 
@@ -59,9 +64,28 @@ class Gazetteer:
     def description(self) -> str:
         """Name, file with digest, and settings."""
         return (
-            f"Gazetteer({self._file.identity}, alternatives={self.alternatives}, "
+            f"Gazetteer({self._file.identity}, "
+            + (f"denials={'|'.join(self.denials)}, " if self.denials else "")
+            + f"alternatives={self.alternatives}, "
             f"at_every_position={self.at_every_position})"
         )
+
+    @cached_property
+    def _all_names(self) -> tuple[str, ...]:
+        return tuple(self._values_by_name)
+
+    @cached_property
+    def _denials(self) -> phrases.Phrases:
+        return phrases.Phrases((f"{mark} {text}", text) for text in self.denials for mark in ":=[(")
+
+    def _supported_in(self, inputs: str) -> set[Hashable]:
+        """The values that inputs state and do not deny."""
+        return {
+            value
+            for _, end, values in self._phrases.mentions(inputs)
+            if not self._denials.begins(inputs[end:])
+            for value in values
+        }
 
     def _names(self, supported: set[Hashable]) -> tuple[list[str], list[str]]:
         """Those of supported values, and the others."""
@@ -72,7 +96,7 @@ class Gazetteer:
 
     def annotate(self, record: Record) -> Annotation:
         """Marks every mention in the targets that the inputs do not support."""
-        supported = self._phrases.values_in(record.inputs)
+        supported = self._supported_in(record.inputs)
         mentions = [
             (start, end)
             for start, end, values in self._phrases.longest_mentions(record.targets)
@@ -83,24 +107,22 @@ class Gazetteer:
         return Annotation(
             spans=tuple(others.span(record.targets, start, end) for start, end in mentions),
             supported=phrases.forms(supported_names),
-            banned=phrases.forms(other_names) if self.at_every_position else (),
+            unwanted=self._listed(supported_names) if self.at_every_position else None,
         )
 
-    def banned(self, record: Record) -> tuple[str, ...]:
-        """What would be marked in any targets of a record: for masks while decoding."""
-        return phrases.forms(self._names(self._phrases.values_in(record.inputs))[1])
+    def unwanted(self, record: Record) -> Listed:
+        """All names, but for those that the inputs support."""
+        return self._listed(self._names(self._supported_in(record.inputs))[0])
 
-    def supported(self, record: Record) -> tuple[str, ...]:
-        """The names that the inputs support, which may hold others: for masks while decoding."""
-        return phrases.forms(self._names(self._phrases.values_in(record.inputs))[0])
+    def _listed(self, supported_names: list[str]) -> Listed:
+        return Listed(self._all_names, tuple(supported_names))
 
     def innocent_words(self, text: str) -> list[str]:
         """The words of a text that are in no value's name."""
         return self._phrases.outside(text)
 
-    def everywhere(self) -> tuple[str, ...]:
+    def everywhere(self) -> None:
         """Nothing: a value that is wrong for one record is right for another."""
-        return ()
 
 
 def _named_values(file: TextFile) -> list[tuple[str, tuple[str, str]]]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from tnt_jax.data.records import Record, counted_otherwise, is_strength
+from tnt_jax.data.token_automaton import Listed
 from tnt_jax.runtime.errors import UsageError
 
 _HOW_SPANS_ARE = (
@@ -45,14 +46,14 @@ class Annotation:
     Attributes:
       spans: sorted and disjoint; empty when nothing is unwanted.
       supported: texts that remain right in this record, in every casing. A token that begins one of
-        them must not be removed on account of an alternative, or of a banned text within it.
-      banned: texts that must not come up anywhere in the targets. What would complete one is
+        them must not be removed on account of an alternative.
+      unwanted: texts that must not come up anywhere in the targets. What would complete one is
         removed at every position, whether or not it was going to come up: a decoding mask as marks.
     """
 
     spans: tuple[Span, ...]
     supported: tuple[str, ...] = ()
-    banned: tuple[str, ...] = ()
+    unwanted: Listed | None = None
 
 
 @runtime_checkable
@@ -72,7 +73,7 @@ class Annotator(Protocol):
         """
         ...
 
-    def everywhere(self) -> tuple[str, ...]:
+    def everywhere(self) -> Listed | None:
         """Texts to remove at every position of every record; usually none."""
         ...
 
@@ -81,12 +82,11 @@ class Annotator(Protocol):
 class Mask(Protocol):
     """An annotator that knows beforehand what it would mark: it can mask while decoding."""
 
-    def banned(self, record: Record) -> tuple[str, ...]:
-        """The texts that would be marked in any targets of a record, in all their forms."""
-        ...
+    def unwanted(self, record: Record) -> Listed:
+        """The texts that would be marked in any targets of a record.
 
-    def supported(self, record: Record) -> tuple[str, ...]:
-        """The texts that would not be marked although they may hold a banned one."""
+        The list is the same for all records; which of it may come up depends on the inputs.
+        """
         ...
 
 

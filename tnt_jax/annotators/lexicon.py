@@ -1,4 +1,4 @@
-"""Marks listed words and phrases. `tnt_jax.annotators.phrases` says what a word is."""
+"""Marks listed words and phrases. `tnt_jax.data.words` says what a word is."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -6,6 +6,7 @@ from functools import cached_property
 from tnt_jax.annotators import phrases
 from tnt_jax.annotators.interface import Annotation, TextFile
 from tnt_jax.data.records import Record
+from tnt_jax.data.token_automaton import Listed
 from tnt_jax.runtime.errors import UsageError
 
 
@@ -79,31 +80,24 @@ class Lexicon:
                 others.span(record.targets, start, end)
                 for start, end, _ in self._phrases.longest_mentions(record.targets)
             ),
-            banned=self.everywhere(),
+            unwanted=self.everywhere(),
         )
-
-    @cached_property
-    def _spellings(self) -> tuple[str, ...]:
-        return phrases.forms(self._texts, case_sensitive=self.case_sensitive)
 
     @cached_property
     def _others(self) -> phrases.Alternatives:
         return phrases.Alternatives.from_texts(self._texts, case_sensitive=self.case_sensitive)
 
-    def banned(self, record: Record) -> tuple[str, ...]:
-        """What would be marked in any targets of a record: for masks while decoding."""
-        del record  # whatever the inputs hold
-        return self._spellings
-
-    def supported(self, record: Record) -> tuple[str, ...]:
-        """Nothing: all entries are marked, those within longer ones too."""
+    def unwanted(self, record: Record) -> Listed:
+        """All entries with their inflections, whatever the inputs hold."""
         del record
-        return ()
+        return Listed(self._texts, case_sensitive=self.case_sensitive)
 
     def innocent_words(self, text: str) -> list[str]:
         """The words of a text that are in no entry."""
         return self._phrases.outside(text)
 
-    def everywhere(self) -> tuple[str, ...]:
-        """All entries with their inflections, in every form that would be marked."""
-        return self._spellings if self.at_every_position else ()
+    def everywhere(self) -> Listed | None:
+        """All entries with their inflections."""
+        if not self.at_every_position:
+            return None
+        return Listed(self._texts, case_sensitive=self.case_sensitive)

@@ -7,9 +7,10 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from tnt_jax.annotators import phrases
 from tnt_jax.annotators.interface import Annotation, Annotator, Span, merged
+from tnt_jax.data import words
 from tnt_jax.data.records import Record
+from tnt_jax.data.token_automaton import Listed
 from tnt_jax.runtime.errors import UsageError
 
 
@@ -74,7 +75,7 @@ class Noisy:
             if misses.random() >= self.miss_rate:
                 is_sure = self.confidence is None
                 spans.append(span if is_sure else dataclasses.replace(span, strength=strength))
-        for start, end in phrases.extents(record.targets):
+        for start, end in words.extents(record.targets):
             # Both are drawn for each word, marked or not.
             is_false, strength = falsely.random() < self.false_rate, self._strength(sure, min)
             if is_false and not any(start < s.end and s.start < end for s in found.spans):
@@ -95,7 +96,7 @@ class Noisy:
         of_other = getattr(self.annotator, "innocent_words", None)
         return of_other(text) if of_other else ()
 
-    def everywhere(self) -> tuple[str, ...]:
+    def everywhere(self) -> Listed | None:
         """What the other annotator removes everywhere."""
         return self.annotator.everywhere()
 

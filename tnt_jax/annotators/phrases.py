@@ -1,44 +1,12 @@
-"""What a word is, and finding listed phrases word by word.
-
-A word is a run of letters, digits, marks and underscores; an apostrophe joins ("don't" does not
-hold "don") unless it starts a possessive 's ("idiot's" holds "idiot"), and `.`, `,` and `:` join
-digits ("4.5" does not hold "4"). Every other visible character is a word of its own, except that a
-hyphen between words counts as a space ("half-ass" holds "ass", "4-star" is "4 star"). Runs of white
-space are one space. Canonically equivalent strings and the two apostrophes are equal. A script
-written without spaces is out of reach: its runs of letters are single words.
-"""
+"""Finding listed phrases word by word; `tnt_jax.data.words` says what a word is."""
 
 import functools
 import re
-import unicodedata
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from tnt_jax.annotators.interface import Span
-
-# `\w` leaves out combining marks (accents of decomposed text, vowel signs of Indic scripts);
-# without them "cafe" would be found in "cafe\u0301".
-_MARKS = "".join(c for c in map(chr, range(0x300, 0x1F000)) if unicodedata.category(c)[0] == "M")
-_LETTER = rf"[\w{_MARKS}]"
-_APOSTROPHE = r"['\u2019]"
-_HYPHEN = r"[-\u2010\u2011]"
-_WORD = re.compile(
-    rf"{_LETTER}+(?:{_APOSTROPHE}(?![sS]\b){_LETTER}+|(?<=\d)[.,:](?=\d){_LETTER}+)*"
-    rf"|{_APOSTROPHE}[sS]\b"
-    rf"|(?<!{_LETTER}){_HYPHEN}|{_HYPHEN}(?!{_LETTER})"  # between words it is a space
-    rf"|[^\w\s{_MARKS}\-\u2010\u2011]"
-)
-
-
-def extents(text: str) -> list[tuple[int, int]]:
-    """The (start, end) of each word."""
-    return [match.span() for match in _WORD.finditer(text)]
-
-
-def key(word: str, *, case_sensitive: bool = False) -> str:
-    """What equal words have in common."""
-    composed = unicodedata.normalize("NFC", word).replace("\u2019", "'")
-    return composed if case_sensitive else composed.casefold()
+from tnt_jax.data import words
 
 
 class Phrases:
@@ -60,17 +28,17 @@ class Phrases:
     def _words(self, text: str) -> list[tuple[str, int, int]]:
         """The (comparison key, start, end) of each word."""
         return [
-            (key(text[start:end], case_sensitive=self._case_sensitive), start, end)
-            for start, end in extents(text)
+            (words.key(text[start:end], case_sensitive=self._case_sensitive), start, end)
+            for start, end in words.extents(text)
         ]
 
     def _mentions_from(
-        self, words: list[tuple[str, int, int]], first: int
+        self, found: list[tuple[str, int, int]], first: int
     ) -> Iterator[tuple[int, set]]:
         """Phrases from word `first` on, shortest first: (index after the last word, values)."""
         node = self._root
-        for index in range(first, len(words)):
-            node = node.get(words[index][0])
+        for index in range(first, len(found)):
+            node = node.get(found[index][0])
             if node is None:
                 return
             if None in node:
@@ -78,15 +46,15 @@ class Phrases:
 
     def longest_mentions(self, text: str) -> Iterator[tuple[int, int, set]]:
         """Disjoint mentions from left to right, the longest at each place: (start, end, values)."""
-        words = self._words(text)
+        found = self._words(text)
         first = 0
-        while first < len(words):
-            mentions = list(self._mentions_from(words, first))
+        while first < len(found):
+            mentions = list(self._mentions_from(found, first))
             if not mentions:
                 first += 1
                 continue
             last, values = mentions[-1]
-            yield words[first][1], words[last - 1][2], values
+            yield found[first][1], found[last - 1][2], values
             first = last
 
     def outside(self, text: str) -> list[str]:
@@ -94,19 +62,24 @@ class Phrases:
         mentions = [(start, end) for start, end, _ in self.longest_mentions(text)]
         return [
             text[start:end].lower()
-            for start, end in extents(text)
+            for start, end in words.extents(text)
             if not any(first <= start < last for first, last in mentions)
         ]
 
+    def mentions(self, text: str) -> Iterator[tuple[int, int, set]]:
+        """All mentions, also those within longer ones: (start, end, values)."""
+        found = self._words(text)
+        for first in range(len(found)):
+            for last, values in self._mentions_from(found, first):
+                yield found[first][1], found[last - 1][2], values
+
     def values_in(self, text: str) -> set:
         """The values of all phrases in the text, also of those within longer ones."""
-        words = self._words(text)
-        return {
-            value
-            for first in range(len(words))
-            for _, values in self._mentions_from(words, first)
-            for value in values
-        }
+        return {value for _, _, values in self.mentions(text) for value in values}
+
+    def begins(self, text: str) -> bool:
+        """Whether a phrase is what the text begins with."""
+        return next(self._mentions_from(self._words(text), 0), None) is not None
 
     def values_of(self, phrase: str) -> frozenset:
         """The values that a phrase of the trie names."""
@@ -164,8 +137,8 @@ def forms(
 def _forms(text: str, case_sensitive: bool) -> tuple[str, ...]:
     joints = (
         text,
-        re.sub(rf"(?<={_LETTER}){_HYPHEN}(?={_LETTER})", " ", text),
-        re.sub(rf"(?<={_LETTER})\s+(?={_LETTER})", "-", text),
+        re.sub(rf"(?<={words.LETTER}){words.HYPHEN}(?={words.LETTER})", " ", text),
+        re.sub(rf"(?<={words.LETTER})\s+(?={words.LETTER})", "-", text),
     )
     found = []
     for joined in joints:
@@ -191,8 +164,8 @@ def _casings(text: str) -> tuple[str, ...]:
 def _capitalised(text: str) -> str:
     """With a capital on each word, but for a possessive 's."""
     letters = list(text)
-    for start, end in extents(text):
-        if key(text[start:end]) != "'s":
+    for start, end in words.extents(text):
+        if words.key(text[start:end]) != words.POSSESSIVE:
             letters[start] = letters[start].upper()
     return "".join(letters)
 

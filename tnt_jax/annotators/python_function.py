@@ -50,9 +50,8 @@ class PythonFunction:
             )
         return Annotation(spans=checked_spans(found, record, f"{_SETTING}: {self.function}"))
 
-    def everywhere(self) -> tuple[str, ...]:
+    def everywhere(self) -> None:
         """Nothing: the function marks places."""
-        return ()
 
 
 @cache

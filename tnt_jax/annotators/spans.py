@@ -134,9 +134,8 @@ class Spans:
             spans=checked_spans(mark.offsets, record, f"{mark.where}: negative_spans")
         )
 
-    def everywhere(self) -> tuple[str, ...]:
+    def everywhere(self) -> None:
         """Nothing: people marked places."""
-        return ()
 
 
 # -----------------------------------------------------------------------------

@@ -14,9 +14,6 @@ from tnt_jax.runtime.errors import UsageError
 
 LOSS_UNTIL = ("end", "first_negative")
 
-# In a sequence of ids that must not come up, before the first: it is meant where an output begins.
-BEGINNING = -2
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Example:

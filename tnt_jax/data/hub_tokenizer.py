@@ -20,9 +20,7 @@ import numpy as np
 import tokenizers
 from etils import epath
 
-from tnt_jax.data.examples import BEGINNING
 from tnt_jax.data.tokenization import (
-    MARKS_AFTER,
     Encoded,
     Extent,
     Place,
@@ -218,29 +216,25 @@ class HubTokenizer(Tokeniser):
             )
         return found
 
-    def spellings(self, texts: Sequence[str]) -> list[list[tuple[int, ...]]]:
-        """See `Tokeniser.spellings`."""
-
-        def spelt(tokenizer: Any, space: str) -> list[dict[tuple[int, ...], None]]:
-            def encode(text: str) -> list[int]:
-                return tokenizer.encode(text, add_special_tokens=False).ids
-
-            found = [{tuple(encode(space + text)): None} for text in texts]
-            for mark in MARKS_AFTER:
-                of_mark = self._loaded.continuing.encode(mark, add_special_tokens=False).ids
-                for text, ids_of_text in zip(texts, found, strict=True):
-                    ids = encode(space + text + mark)
-                    if ids[-len(of_mark) :] == of_mark:
-                        ids = ids[: -len(of_mark)]  # the mark is a token of its own
-                    ids_of_text[tuple(ids)] = None
-            return found
-
-        after_space = spelt(self._loaded.continuing, " ")
-        at_beginning = spelt(self._loaded.beginning, "")
+    @property
+    def token_bytes(self) -> list[bytes]:
+        """See `Tokeniser.token_bytes`."""
+        loaded = self._loaded
+        pieces = [loaded.piece(i) for i in range(self.size)]
+        if loaded.is_byte_level:
+            return [_bytes_of(piece) for piece in pieces]
+        matches = ((piece, _BYTE.fullmatch(piece)) for piece in pieces)
         return [
-            [*after, *((BEGINNING, *ids) for ids in first if ids not in after)]
-            for after, first in zip(after_space, at_beginning, strict=True)
+            bytes([int(match[1], 16)]) if match else piece.replace("▁", " ").encode()
+            for piece, match in matches
         ]
+
+    @property
+    def run_ids(self) -> frozenset[int]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """See `Tokeniser.run_ids`: `_units_of_run` reads them."""
+        if self._loaded.is_byte_level:
+            return frozenset()
+        return frozenset(i for i in range(self.size) if _BYTE.fullmatch(self._loaded.piece(i)))
 
     def pieces(self) -> list[str | None]:
         """How the file writes each token, by its id; None for a number that no token has."""

@@ -12,11 +12,13 @@ import numpy as np
 from absl import logging
 
 from tnt_jax.data import records, tokenization
-from tnt_jax.data.examples import BEGINNING, Example, loss_mask_until, unique_pairs
+from tnt_jax.data.examples import Example, loss_mask_until, unique_pairs
+from tnt_jax.data.token_automaton import BEGINNING, Listed, Reading
 from tnt_jax.data.tokenization import Extent, Tokeniser
 from tnt_jax.runtime.errors import UsageError
 
 MARKS = ("whole", "first_token")  # what a span makes negative
+_MOST_LISTS = 256  # of which is kept what may be said: records with the same inputs have the same
 
 
 def examples_from_records(
@@ -357,93 +359,43 @@ class Continuations:
         return self._innocent_firsts[place]
 
 
-def spellings(
-    vocabulary: Tokeniser, texts: Sequence[str]
-) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """The ids of each text as it is spelt after a space, but of those that cannot be spelt.
-
-    These are blank, or come to an unknown token, which stands for much else. A text has several
-    spellings where its last piece changes before a punctuation mark ("5" and "5."), or where it is
-    spelt in another way at the beginning of an output: these begin with `BEGINNING`.
-    """
-    found = zip(texts, vocabulary.spellings(texts), strict=True)
-    spelt_of = {
-        text: tuple(ids for ids in of_text if ids and vocabulary.unknown_id not in ids)
-        for text, of_text in found
-        if text.strip()
-    }
-    return {text: of_text for text, of_text in spelt_of.items() if of_text}
-
-
 class Completions:
-    """What would complete a text: a decoding mask as marks.
-
-    Texts are spelt as `spellings` has them.
-    """
+    """What would complete a text: a decoding mask as marks."""
 
     def __init__(self, vocabulary: Tokeniser):
         self._vocabulary = vocabulary
-        self._spelt: dict[str, tuple[tuple[int, ...], ...]] = {}
-        # By the texts that came last, which may be a list's thousands, the same for every record.
-        self._last: dict[bool, tuple[tuple[str, ...], dict[tuple[int, ...], set[int]]]] = {}
+        # Of the last lists: what is wrong for an output, and what is removed where it stands.
+        self._known: dict[Listed, tuple[np.ndarray, dict[Reading, frozenset[int]]]] = {}
 
     def ids(
-        self,
-        target_ids: Sequence[int] | np.ndarray,
-        texts: Sequence[str],
-        supported: Sequence[str] = (),
-        but: Collection[int] = (),
+        self, target_ids: Sequence[int] | np.ndarray, listed: Listed, but: Collection[int] = ()
     ) -> tuple[tuple[int, tuple[int, ...]], ...]:
-        """At every position, the ids that would complete one of the texts.
+        """At every position, the ids that would complete one of the texts, however it is cut up.
 
-        An id is kept where a supported text has come at least as far with it, from the same place
-        or an earlier one, as in `decoding.Mask`.
+        They are what `masking.Mask` removes there, but that nothing has to be made whole.
 
         Args:
             target_ids: the generated ids.
-            texts: that must not come up.
-            supported: texts that may.
+            listed: texts that must not come up.
             but: ids that are left out.
 
         Returns:
             Entries for `Record.negative_token_ids`: positions and, sorted, the ids to remove there.
         """
-        completing = self._continuations(tuple(texts), whole=False)
-        kept = self._continuations(tuple(supported), whole=True)
-        longest = max(map(len, (*completing, *kept)), default=0)
-        ids = tuple(int(i) for i in target_ids)
-        found = []
-        for position in range(len(ids)):
-            removed: set[int] = set()
-            for length in range(min(longest, position) + 1):  # what came later counts less
-                prefix = ids[position - length : position]
-                removed |= completing.get(prefix, frozenset())
-                removed -= kept.get(prefix, frozenset())
-            if position < longest:
-                prefix = (BEGINNING, *ids[:position])
-                removed |= completing.get(prefix, frozenset())
-                removed -= kept.get(prefix, frozenset())
-            removed.difference_update(but)
-            if removed:
+        compiled = listed.compiled(self._vocabulary)
+        if listed not in self._known:
+            if len(self._known) >= _MOST_LISTS:
+                del self._known[next(iter(self._known))]
+            self._known[listed] = compiled.flags(listed.allowed), {}
+        flags, removed_at = self._known[listed]
+        reading, found = BEGINNING, []
+        for position, token in enumerate(int(i) for i in target_ids):
+            if reading not in removed_at:
+                removed_at[reading] = frozenset(compiled.removed(reading, flags).tolist())
+            if removed := removed_at[reading].difference(but):
                 found.append((position, tuple(sorted(removed))))
+            reading = compiled.read(reading, token)
         return tuple(found)
-
-    def _continuations(
-        self, texts: tuple[str, ...], *, whole: bool
-    ) -> dict[tuple[int, ...], set[int]]:
-        """By the tokens before, the ids that complete a text, or with `whole` any of its ids."""
-        if whole in self._last and self._last[whole][0] == texts:
-            return self._last[whole][1]
-        found: dict[tuple[int, ...], set[int]] = {}
-        if missing := [text for text in texts if text not in self._spelt]:
-            spelt = spellings(self._vocabulary, missing)
-            self._spelt.update((text, spelt.get(text, ())) for text in missing)
-        for tokens in itertools.chain.from_iterable(map(self._spelt.__getitem__, texts)):
-            least = int(tokens[:1] == (BEGINNING,))  # which is no id
-            for length in range(least if whole else max(len(tokens) - 1, 0), len(tokens)):
-                found.setdefault(tokens[:length], set()).add(tokens[length])
-        self._last[whole] = texts, found
-        return found
 
 
 def _touched(extents: Sequence[Extent], span: Extent) -> list[int]:

@@ -68,11 +68,15 @@ class Tokeniser(abc.ABC):
         end_ids: the ids that end an output.
         end_id: the one of `end_ids` that is written after a text.
         never_said: the ids that no output may contain, such as padding.
+        says_broken: whether bytes that form no character are decoded, as "\ufffd", or left out.
+        run_ids: ids of single bytes of which a run is text as a whole, or none of it is.
     """
 
     end_ids: frozenset[int]
     end_id: int
     never_said: frozenset[int]
+    says_broken: bool = True
+    run_ids: frozenset[int] = frozenset()
 
     @property
     @abc.abstractmethod
@@ -141,12 +145,12 @@ class Tokeniser(abc.ABC):
             The ids, each with whether it spells some of the string, rather than of `before` alone.
         """
 
+    @property
     @abc.abstractmethod
-    def spellings(self, texts: Sequence[str]) -> list[list[tuple[int, ...]]]:
-        """The ways in which each text is spelt after a space, whatever follows it.
+    def token_bytes(self) -> Sequence[bytes]:
+        """What each id adds to the bytes of a text in UTF-8; nothing for one that says nothing.
 
-        Where it is spelt in another way at the beginning of an output, that comes after them,
-        behind `examples.BEGINNING`.
+        A space that decoding leaves out at the beginning of a text is there.
         """
 
 
@@ -191,7 +195,6 @@ _SPACE = "▁"  # how sentencepiece writes a space inside a piece
 # Stands before a text that is tokenised as a continuation. A private-use character: in no
 # vocabulary, so it joins no piece.
 _ANCHOR = "\ue000"
-MARKS_AFTER = tuple(".,;:!?)\"'")  # that a piece may join to the word before
 _OFFSETS = "offset_mapping"  # pieces with their places in the text, in code points
 
 _protos: Any = sentencepiece_model_pb2  # protobuf makes its classes when it is imported
@@ -322,18 +325,19 @@ class SentencePiece(Tokeniser):
             )
         return found
 
-    def spellings(self, texts: Sequence[str]) -> list[list[tuple[int, ...]]]:
-        """See `Tokeniser.spellings`."""
+    @property
+    def token_bytes(self) -> list[bytes]:
+        """See `Tokeniser.token_bytes`."""
         processor = self.processor
-        found = [{tuple(ids): None} for ids in processor.encode(list(texts))]  # it takes no tuple
-        for mark in MARKS_AFTER:
-            of_mark = processor.encode(mark, out_type=str)[-1]
-            spelt = processor.encode([text + mark for text in texts])
-            for ids_of_text, ids in zip(found, spelt, strict=True):
-                if ids and processor.id_to_piece(ids[-1]).lstrip(_SPACE) == of_mark.lstrip(_SPACE):
-                    ids = ids[:-1]  # the mark is a token of its own
-                ids_of_text[tuple(ids)] = None
-        return [list(ids_of_text) for ids_of_text in found]
+        ids = range(self.size)
+        found = [processor.id_to_piece(i).replace(_SPACE, " ").encode() for i in ids]
+        for i in ids:
+            if processor.is_control(i):
+                found[i] = b""
+            elif processor.is_byte(i):
+                found[i] = bytes([int(processor.id_to_piece(i)[3:5], 16)])  # <0xNN>
+        found[self.unknown_id] = processor.decode_ids([self.unknown_id]).encode()
+        return found
 
     def _spoken(self, ids: Sequence[int] | np.ndarray) -> list[int]:
         """The ids up to the first end; those of a model's padding rows are unknown."""
@@ -435,6 +439,7 @@ class Bytes(Tokeniser):
     end_ids = frozenset([_END_ID])
     end_id = _END_ID
     never_said = frozenset([_PADDING_ID])
+    says_broken = False
 
     @property
     def unknown_id(self) -> int:
@@ -483,9 +488,11 @@ class Bytes(Tokeniser):
         del before  # no token holds more than a byte
         return [[(i, True) for i in self.encode(string)] for string in strings]
 
-    def spellings(self, texts: Sequence[str]) -> list[list[tuple[int, ...]]]:
-        """See `Tokeniser.spellings`."""
-        return [[tuple(self.encode(text))] for text in texts]
+    @property
+    def token_bytes(self) -> list[bytes]:
+        """See `Tokeniser.token_bytes`."""
+        own = [bytes([byte]) for byte in range(_NUM_BYTES)]
+        return [b""] * _NUM_SPECIAL + own + [b""] * self.extra_ids
 
 
 def _byte_extents(ids: Sequence[int] | np.ndarray) -> tuple[str, list[Extent]]:

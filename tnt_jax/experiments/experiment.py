@@ -429,7 +429,7 @@ class Opened:
 
     @functools.cached_property
     def mask_outputs(self) -> dict[str, str]:
-        """The same while what is unwanted is masked; empty without a mask, or for beams."""
+        """The same while what is unwanted is masked; empty without a mask."""
         if self.settings.mask_decoding is False:
             return {}
         is_asked_for = self.settings.mask_decoding is True
@@ -439,8 +439,7 @@ class Opened:
             name: self.outputs_of(
                 results.MASK, self.original, self.settings.eval_prompts, name, mask=self.annotator
             )
-            for name, decoder in self.settings.decoders.items()
-            if is_asked_for or decoder.num_beams == 1
+            for name in self.settings.decoders
         }
 
     # --------------------------------------------------------------------------------------- Arms

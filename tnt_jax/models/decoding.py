@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tnt_jax.data.examples import BEGINNING
-from tnt_jax.models import families, parameters
+from tnt_jax.models import families, masking, parameters
+from tnt_jax.models.masking import Mask
 from tnt_jax.models.network import DecodingStart
 from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime.array_types import Array, Bool, Float, Int, Key, PyTree
@@ -146,24 +146,6 @@ def record_keys(seed: int, record_ids: Sequence[str]) -> Key[Array, "B"]:
     return jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
 
 
-class Mask(NamedTuple):
-    """What must not come up in each output, and what may although it holds some of that.
-
-    Both are sequences of ids, as `pad_sequences` fills them up; one that begins with
-    `examples.BEGINNING` is meant where an output begins. The id that would complete a banned
-    sequence is removed, unless a supported one has come at least as far from the same place or an
-    earlier one: then what goes on with that is all that may follow, until it is whole. So "rice
-    boat" can be said where "rice" cannot. `marks.Completions` removes by the same rule.
-
-    Attributes:
-      banned: of each row, sequences that must not come up.
-      supported: of each row, sequences that may; None where there are none.
-    """
-
-    banned: Int[Array | np.ndarray, "B M W"]
-    supported: Int[Array | np.ndarray, "B Q X"] | None = None
-
-
 @functools.partial(jax.jit, static_argnames=("config", "decoding"))
 def decode(
     params: PyTree,
@@ -188,7 +170,7 @@ def decode(
         position alone, not on the model, the other rows or their order, so an unchanged model
         repeats its sample (bit for bit at one batch size; between batch sizes XLA may sum in
         another order, which can turn a tie within 1e-6 nats).
-      mask: what must not come up: it is removed, the rest renormalised. Not for beams.
+      mask: what must not come up: it is removed, the rest renormalised.
       prefix_tokens: how each row begins its output, filled up with -1 on the right; rows may differ
         in length, and one of no tokens is free from the start. They count in `tokens`,
         `log_prob` and `max_length` as if they had been chosen. Not for beams.
@@ -210,13 +192,11 @@ def decode(
         )
     if decoding.temperature > 0 and row_keys is None:
         raise UsageError("sampling (Decoding.temperature above 0) needs one key per row: row_keys")
-    if decoding.num_beams > 1:
-        for name, given in (("masks", mask), ("prefixes", prefix_tokens)):
-            if given is not None:
-                raise UsageError(
-                    f"{name} are for one output at a time: expected Decoding.num_beams=1, found "
-                    f"{decoding.num_beams}"
-                )
+    if decoding.num_beams > 1 and prefix_tokens is not None:
+        raise UsageError(
+            "prefixes are for one output at a time: expected Decoding.num_beams=1, found "
+            f"{decoding.num_beams}"
+        )
     if prefix_tokens is not None and prefix_tokens.shape[1] > decoding.max_length:
         raise UsageError(
             f"expected prefixes of at most Decoding.max_length={decoding.max_length} tokens, found "
@@ -243,7 +223,7 @@ def decode(
 
     is_filler = input_lengths == 0
     if decoding.num_beams > 1:
-        return _search_beams(next_log_probs, start, is_filler, decoding)
+        return _search_beams(next_log_probs, start, is_filler, mask, decoding)
     if decoding.temperature == 0:
         row_keys = None
     if prefix_tokens is None:
@@ -258,15 +238,12 @@ def _ends(tokens: Int[Array, "*shape"], decoding: Decoding) -> Bool[Array, "*sha
     return jnp.isin(tokens, np.array(decoding.end_ids, np.int32))
 
 
-def pad_sequences(sequences: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
-    """Sequences of ids of each row as `[B, M, W]` int32, filled up with -1 on the left."""
-    most = max((len(of_row) for of_row in sequences), default=0)
-    longest = max((len(ids) for of_row in sequences for ids in of_row), default=0)
-    padded = np.full((len(sequences), max(most, 1), max(longest, 1)), -1, np.int32)
-    for row, of_row in enumerate(sequences):
-        for number, ids in enumerate(of_row):
-            padded[row, number, padded.shape[2] - len(ids) :] = ids
-    return padded
+def _masked(
+    mask: Mask, readings: masking.Readings, log_probs: Float[Array, "B V"]
+) -> Float[Array, "B V"]:
+    """The log-probabilities of what a mask leaves."""
+    removed = masking.removed(mask, readings, log_probs > -jnp.inf)
+    return jax.nn.log_softmax(jnp.where(removed, -jnp.inf, log_probs))
 
 
 # --------------------------------------------------------------------------- Greedy and sampling
@@ -278,7 +255,7 @@ class _Rows(NamedTuple):
     last: Int[Array, "B"]
     log_prob: Float[Array, "B"]
     ended: Bool[Array, "B"]
-    owed: Int[Array, "B"]
+    readings: masking.Readings
     cache: PyTree
 
 
@@ -296,10 +273,8 @@ def _decode_rows(
 
     def step(rows: _Rows) -> _Rows:
         log_probs, cache = next_log_probs(rows.last, rows.position, rows.cache)
-        masked = None
         if mask is not None:
-            masked = _masked(mask, rows.tokens, rows.position, rows.owed, log_probs.shape[-1])
-            log_probs = jax.nn.log_softmax(jnp.where(masked.removed, -jnp.inf, log_probs))
+            log_probs = _masked(mask, rows.readings, log_probs)
         if row_keys is None:
             chosen = jnp.argmax(log_probs, axis=-1)
         else:
@@ -314,7 +289,7 @@ def _decode_rows(
             last=token,
             log_prob=rows.log_prob + jnp.where(rows.ended, 0.0, gained),
             ended=rows.ended | _ends(token, decoding),
-            owed=rows.owed if masked is None else masked.owed_after(chosen),
+            readings=_read(mask, rows.readings, chosen),
             cache=cache,
         )
 
@@ -327,74 +302,17 @@ def _decode_rows(
             last=start.tokens,
             log_prob=jnp.zeros(num_rows),
             ended=is_filler,
-            owed=jnp.zeros(num_rows, jnp.int32),
+            readings=masking.begin(num_rows),
             cache=start.cache,
         ),
     )
     return Decoded(rows.tokens, rows.log_prob, rows.position)
 
 
-class _Masked(NamedTuple):
-    """What a mask says of the next id of each row.
-
-    Attributes:
-      removed: the ids that may not come.
-      owed: how long the sequence is, with each id as its last, that must become whole: one that is
-        supported, and has a banned one in it so far; 0 for none.
-    """
-
-    removed: Bool[Array, "B V"]
-    owed: Int[Array, "B V"]
-
-    def owed_after(self, chosen: Int[Array, "B"]) -> Int[Array, "B"]:
-        """What is owed once an id of each row is chosen."""
-        return jnp.take_along_axis(self.owed, chosen[:, None], axis=1)[:, 0]
-
-
-def _masked(
-    mask: Mask,
-    tokens: Int[Array, "B L"],
-    position: Int[Array, ""],
-    owed: Int[Array, "B"],
-    vocab_size: int,
-) -> _Masked:
-    banned = _longest_completed(mask.banned, tokens, position, vocab_size)
-    if mask.supported is None:
-        return _Masked(banned > 0, jnp.zeros_like(banned))
-    whole = _longest_completed(mask.supported, tokens, position, vocab_size)
-    width = mask.supported.shape[2]
-    begun = jnp.concatenate(
-        [  # without the last n ids, filled up on the left
-            jnp.pad(mask.supported, ((0, 0), (0, 0), (n, 0)), constant_values=-1)[..., :width]
-            for n in range(width)
-        ],
-        axis=1,
-    )
-    supported = _longest_completed(begun, tokens, position, vocab_size)
-    goes_on = (owed[:, None] == 0) | (supported > owed[:, None])
-    removed = (banned > supported) | ~goes_on
-    # Where nothing else is left, a longer banned sequence holds the supported one.
-    removed = jnp.where(jnp.all(removed, axis=1, keepdims=True), ~goes_on, removed)
-    length = jnp.maximum(banned, jnp.where(owed > 0, owed + 1, 0)[:, None])
-    return _Masked(removed, jnp.where(whole < length, length, 0))
-
-
-def _longest_completed(
-    sequences: Int[Array | np.ndarray, "B M W"],
-    tokens: Int[Array, "B L"],
-    position: Int[Array, ""],
-    vocab_size: int,
-) -> Int[Array, "B V"]:
-    """The length of the longest sequence that each id would complete at a position, or 0."""
-    num_rows, _, width = sequences.shape
-    before = jnp.pad(tokens, ((0, 0), (width - 1, 0)), constant_values=BEGINNING)
-    before = jax.lax.dynamic_slice_in_dim(before, position, width - 1, axis=1)
-    prefix, last = sequences[..., :-1], sequences[..., -1]
-    is_next = jnp.all((prefix == -1) | (prefix == before[:, None]), axis=2) & (last >= 0)
-    columns = jnp.where(is_next, last, vocab_size)
-    lengths = jnp.sum(sequences >= 0, axis=2, dtype=jnp.int32)
-    none = jnp.zeros((num_rows, vocab_size), jnp.int32)
-    return none.at[jnp.arange(num_rows)[:, None], columns].max(lengths, mode="drop")
+def _read(
+    mask: Mask | None, readings: masking.Readings, tokens: Int[Array, "B"]
+) -> masking.Readings:
+    return readings if mask is None else masking.read(mask.tables, readings, tokens)
 
 
 def _sample(
@@ -430,6 +348,7 @@ class _Beams(NamedTuple):
     finished_tokens: Int[Array, "B L"]  # the best finished beam
     finished_log_prob: Float[Array, "B"]
     finished_score: Float[Array, "B"]  # -inf while there is none
+    readings: masking.Readings  # of the live ones, one after the other
     cache: PyTree
 
 
@@ -437,6 +356,7 @@ def _search_beams(
     next_log_probs: _NextLogProbs,
     start: DecodingStart,
     is_filler: Bool[Array, "B"],
+    mask: Mask | None,
     decoding: Decoding,
 ) -> Decoded:
     """The best beam by the semantics of t5x/decoding.py `beam_search`.
@@ -446,6 +366,8 @@ def _search_beams(
     row is settled when no live beam can beat it. If none ever finishes, the best live beam counts.
     """
     num_rows, num_beams = is_filler.shape[0], decoding.num_beams
+    if mask is not None:
+        mask = mask._replace(flags=jnp.repeat(mask.flags, num_beams, axis=0))
 
     def penalty(length):
         return ((5.0 + length) / 6.0) ** decoding.length_penalty
@@ -459,6 +381,8 @@ def _search_beams(
     def step(beams: _Beams) -> _Beams:
         position = beams.position
         log_probs, cache = next_log_probs(beams.last.reshape(-1), position, beams.cache)
+        if mask is not None:
+            log_probs = _masked(mask, beams.readings, log_probs)
         vocab_size = log_probs.shape[-1]
         log_probs = log_probs.reshape(num_rows, num_beams, vocab_size)
         totals = (beams.live_log_prob[:, :, None] + log_probs).reshape(num_rows, -1)
@@ -483,14 +407,17 @@ def _search_beams(
             by_row = x.reshape(num_rows, num_beams, *x.shape[1:])
             return jax.vmap(lambda row, parents: row[parents])(by_row, parent).reshape(x.shape)
 
+        last = jnp.take_along_axis(token, kept, axis=1)
+        readings = jax.tree.map(follow_parents, beams.readings)
         return _Beams(
             position=position + 1,
             live_tokens=jnp.take_along_axis(tokens, kept[:, :, None], axis=1),
             live_log_prob=live_log_prob,
-            last=jnp.take_along_axis(token, kept, axis=1),
+            last=last,
             finished_tokens=jnp.where(better[:, None], ended_tokens, beams.finished_tokens),
             finished_log_prob=jnp.where(better, ended_log_prob, beams.finished_log_prob),
             finished_score=jnp.where(better, ended_score, beams.finished_score),
+            readings=_read(mask, readings, last.reshape(-1)),
             cache=jax.tree.map(follow_parents, cache),
         )
 
@@ -506,6 +433,7 @@ def _search_beams(
             finished_tokens=jnp.full((num_rows, decoding.max_length), _FILL, jnp.int32),
             finished_log_prob=jnp.zeros(num_rows),
             finished_score=jnp.where(is_filler, jnp.inf, -jnp.inf),
+            readings=masking.begin(num_rows * num_beams),
             cache=start.cache,
         ),
     )

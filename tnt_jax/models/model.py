@@ -121,10 +121,8 @@ class Model:
             "tokens": pad_inputs([*inputs, *[()] * num_fill], width, layout),
             "lengths": np.array([*lengths, *[0] * num_fill], np.int32),
         }
-        for name, sequences in ({} if mask is None else mask._asdict()).items():
-            if sequences is not None:
-                fill = ((0, num_fill), (0, 0), (0, 0))
-                features[name] = np.pad(sequences, fill, constant_values=-1)
+        if mask is not None:
+            features["flags"] = np.pad(np.asarray(mask.flags), ((0, num_fill), (0, 0)))
         if prefixes is not None:
             features["prefixes"] = np.pad(prefixes, ((0, num_fill), (0, 0)), constant_values=-1)
         placed = sharding.put_batch(features, self.mesh)
@@ -137,7 +135,7 @@ class Model:
                 placed["tokens"],
                 placed["lengths"],
                 row_keys,
-                mask and decoding.Mask(placed["banned"], placed.get("supported")),
+                mask and mask._replace(flags=placed["flags"]),
                 placed.get("prefixes"),
                 config=self.config,
                 decoding=decoder,

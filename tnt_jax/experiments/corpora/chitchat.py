@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tnt_jax import annotators
-from tnt_jax.annotators import phrases
+from tnt_jax.data import words
 from tnt_jax.data.records import Record
 from tnt_jax.experiments.corpora.instructions import instructions
 from tnt_jax.experiments.corpora.split import (
@@ -196,7 +196,7 @@ def _write_lexicon(
 ) -> None:
     """The words of texts that a scorer calls unwanted."""
     counts = collections.Counter(
-        word for text in texts for word in {text[a:b].lower() for a, b in phrases.extents(text)}
+        word for text in texts for word in {text[a:b].lower() for a, b in words.extents(text)}
     )
     listed = sorted(word for word, count in counts.items() if count >= min_count)
     scores = annotators.Classifier(scorer=scorer).score(listed)
