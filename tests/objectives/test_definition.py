@@ -776,7 +776,6 @@ def test_fine_tuning_ignores_marks():
             {"ftpo": objectives.FinalTokenPreference(margin=3.0)},
             "ftpo belongs to negative_term='final_token_preference'",
         ),
-        ({"negative_term": "none", "positive_term": "none"}, "nothing would be trained"),
         ({"removed_everywhere": (-1,)}, "removed_everywhere must be a tuple of token ids"),
         ({"removed_everywhere_counts_as": "both"}, "must be one of positive, negative"),
         ({"removed_everywhere": (1,), "negative_term": "none"}, "empty removed_everywhere"),

@@ -295,11 +295,6 @@ class TntObjective:
             )
 
     def _check_preferences(self):
-        if self.negative_term == self.positive_term == "none":
-            raise UsageError(
-                "negative_term and positive_term are both 'none': nothing would be trained. Choose "
-                "another negative_term, or another positive_term."
-            )
         for name, term, default in (
             ("npo_beta", "negative_preference", TntObjective.npo_beta),
             ("ftpo", "final_token_preference", FinalTokenPreference()),
