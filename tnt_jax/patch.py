@@ -111,6 +111,8 @@ def patch(
       UsageError: A flag, a file or the model does not fit; `output` holds another patch; the model
         says nothing unwanted, or too rarely.
     """
+    if files.is_remote(output):
+        raise UsageError(f"--output: expected a local folder, found {output}.")
     asked = _Asked(
         model=os.path.expanduser(model),  # noqa: PTH111 - a name of the hub stays one
         prompts=prompts,
@@ -168,8 +170,6 @@ class _Asked:
                 f"--prompts: expected a file of prompts, or --records, which has its own; found "
                 f"{found}{'' if self.prompts is None else ' and --records'}."
             )
-        if files.is_remote(self.root) or "://" in str(self.root):
-            raise UsageError(f"--output: expected a local folder, found {self.root}.")
         if self.unwanted.file is not None and not pathlib.Path(self.unwanted.file).is_file():
             raise UsageError(
                 f"--{self.unwanted.kind}: expected a file, found nothing at {self.unwanted.file}."
@@ -365,7 +365,8 @@ class _Patch:
         parts = self._texts.parts
         self._texts.write_words(self._root)
         some = parts.train[: choices.PILOT]
-        self._write_prompts("train", some, self._asked.unwanted.are_outputs_given)
+        if not (self._root / "prompts" / "train.jsonl").is_file():  # more of them, where it goes on
+            self._write_prompts("train", some, self._asked.unwanted.are_outputs_given)
         self._write_prompts("report", parts.report)
         experiment, _, _ = self._first_settings()
         vocabulary = experiment.vocabulary()

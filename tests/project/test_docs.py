@@ -21,7 +21,7 @@ import gin
 import pytest
 from helpers.doc_pages import MARKDOWN, ROOT, blocks, commands
 
-from tnt_jax import convert
+from tnt_jax import convert, patch
 from tnt_jax.models import sharding
 from tnt_jax.runtime import program
 
@@ -36,6 +36,9 @@ TRAIN = [
     f"--gin_file={name}"
     for name in ("models/from_checkpoint.gin", "objectives/tnrf.gin", "runs/train.gin")
 ]
+
+# Programs with flags of their own, which become settings.
+WITH_FLAGS = {"tnt_jax.convert": convert, "tnt_jax.patch": patch}
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -96,8 +99,8 @@ def check_program(module, arguments):
         for key in call.keywords
         if key.arg in ("flags", "needs_all")
     }
-    if module == "tnt_jax.convert":
-        arguments = convert.gin_arguments(arguments)
+    if module in WITH_FLAGS:
+        arguments = WITH_FLAGS[module].gin_arguments(arguments)
     program.configure(
         *map(ast.literal_eval, call.args[:2]),
         arguments,
