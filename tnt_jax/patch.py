@@ -201,8 +201,9 @@ class _Asked:
             "prompts": texts.digest,
             "unwanted": {
                 "kind": self.unwanted.kind,
-                "name": getattr(self.unwanted, self.unwanted.kind),
-                "content": stages.fingerprint(self.unwanted.file) if self.unwanted.file else None,
+                "what": stages.fingerprint(self.unwanted.file)
+                if self.unwanted.file
+                else getattr(self.unwanted, self.unwanted.kind),
             },
             "machine": {
                 "platform": device.platform,
@@ -236,12 +237,15 @@ class _Asked:
             flags += [f"--gin.{setting}" for setting in self.settings]
             experiment, _, _ = _configure(gin, flags)
             experiment.annotator()
-        vocabulary, config = experiment.vocabulary(), opened.config
-        pretrained.check_vocabulary(vocabulary, config, opened)
-        is_t5 = not _is_decoder_only(config)
-        if self.output_format == "t5x" and not is_t5:
+        pretrained.check_vocabulary(experiment.vocabulary(), opened.config, opened)
+        if self.output_format == "t5x" and _is_decoder_only(opened.config):
             raise UsageError(
                 f"--format=t5x: expected a T5, found a decoder-only model at {self.model}."
+            )
+        kind = gin.given.get("ORIGINAL")
+        if self.output_format == "peft" and kind not in (None, "adapters_off"):
+            raise UsageError(
+                f"--format=peft: expected ORIGINAL='adapters_off', found {kind!r}. Leave one out."
             )
 
 
@@ -279,9 +283,8 @@ def _check_folder(root: pathlib.Path, inputs: Mapping[str, Any]) -> dict[str, An
 
 
 def _short(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return f"--{value.get('kind')} {value.get('name')} ({value.get('content')})"
-    return str(value)
+    is_unwanted = isinstance(value, Mapping)
+    return f"--{value.get('kind')} ({value.get('what')})" if is_unwanted else str(value)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -437,24 +440,15 @@ class _Patch:
         if self._asked.unwanted.are_outputs_given:
             encode = opened.vocabulary.encode
             lengths = lengths + [len(encode(row.targets)) + 1 for row in parts.train]
-        given = self._gin.given
-        if self._asked.output_format == "peft" and "ORIGINAL" not in given:
-            given = {**given, "ORIGINAL": "adapters_off"}
         self._chosen = choices.after_pilot(
-            given,
+            self._gin.given,
             self._prompt_lengths,
             lengths,
             self._num_unended,
             self._network,
             self._machine,
+            needs_adapters=self._asked.output_format == "peft",
         )
-        if self._asked.output_format == "peft" and "ORIGINAL" not in self._gin.given:
-            self._chosen = [
-                dataclasses.replace(choice, is_given=False, reason="--format=peft")
-                if choice.macro == "ORIGINAL"
-                else choice
-                for choice in self._chosen
-            ]
         available = len(parts.train)
         if self._asked.unwanted.are_outputs_given:
             number, reason = available, "all that are marked"
@@ -546,7 +540,7 @@ class _Patch:
                 f"Not fulfilled: {found.reason}. The largest cut was {found.best.cut:.1%} with "
                 f"weight {found.best.weight:g} after {found.best.updates} updates, which is taken."
             )
-            for line in self._what_else():
+            for line in self._what_else(found.reason):
                 console.say(f"           {line}")
         return found
 
@@ -556,12 +550,12 @@ class _Patch:
             f"cut of {look.cut:.1%}"
         )
 
-    def _what_else(self) -> list[str]:
-        """What would help where the wish is not fulfilled."""
+    def _what_else(self, reason: str) -> list[str]:
+        """What would help where the wish is not fulfilled, and the search ended for a reason."""
         kind = self._asked.unwanted.kind
         tries = [
             "--gin.NUM_ROUNDS=2: learn from what the patched model still says, too",
-            "--time: more updates and larger weights" if self._is_time_over() else "",
+            "--time: more updates and larger weights" if reason == search.TIME_IS_OVER else "",
             "more --prompts: more that is marked",
         ]
         if kind in ("words", "values"):
@@ -574,9 +568,6 @@ class _Patch:
         else:
             tries.append("alternatives: name what would be just as wrong (docs/howto_mark.md)")
         return [f"What else would help: {line}" for line in tries if line]
-
-    def _is_time_over(self) -> bool:
-        return time.monotonic() - self._began > 0.8 * self._asked.seconds
 
     # ---------------------------------------------------------------------------------- The end
 

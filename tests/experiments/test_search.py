@@ -62,9 +62,10 @@ def test_a_run_that_ends_without_it_is_followed_by_a_larger_weight_from_the_orig
 
 
 def test_a_run_whose_cut_no_longer_rises_is_not_gone_on_with(cuts):
-    looked = cuts({10: [0.5, 0.5, 0.4, 0.5, 1.0], 30: [0.9] * 5})
-    assert taken(found()) == (30, 5, True)
-    assert [weight for weight, _, _ in looked] == [10] * 4 + [30]
+    longer = dataclasses.replace(PLAN, updates=range(5, 55, 5))
+    looked = cuts({10: [0.1, 0.5, 0.5, 0.4, 0.5, 0.5, 0.2, 0.5, 1.0, 1.0], 30: [0.9] * 10})
+    assert taken(found(longer)) == (30, 5, True)
+    assert [weight for weight, _, _ in looked] == [10] * 8 + [30]
 
 
 def test_a_run_that_has_not_begun_to_cut_goes_on(cuts):

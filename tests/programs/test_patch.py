@@ -482,6 +482,10 @@ LINES = "".join(f"prompt {number}\n" for number in range(100))
         ({"gin_file": "none.gin"}, "--gin_file: no gin file 'none.gin'"),
         ({"gin.ARMS": "[]"}, "ARMS: expected one arm to train, found none."),
         ({"output": "gs://bucket/out"}, "--output: expected a local folder, found "),
+        (
+            {"format": "peft", "gin.ORIGINAL": "cached"},
+            "--format=peft: expected ORIGINAL='adapters_off', found 'cached'. Leave one out.",
+        ),
         ({"output": "model/out"}, "--output: expected a folder outside the model's, found "),
     ],
 )
@@ -520,7 +524,7 @@ def test_the_folder_of_another_patch_is_refused(patched, capsys):
     shutil.copytree("model", "other_model", dirs_exist_ok=True)
     other = file("other_words.txt", "dirty\n")
     for flags, what in (
-        ({"words": other}, "another list of what is unwanted: --words words.txt"),
+        ({"words": other}, r"another list of what is unwanted: --words \("),
         ({"model": "other_model"}, "another model: "),
         ({"prompts": file("less.txt", LINES)}, "other prompts: "),
     ):
@@ -533,6 +537,15 @@ def test_the_folder_of_another_patch_is_refused(patched, capsys):
     pathlib.Path("full").mkdir(exist_ok=True)
     file("full/notes.txt", "mine")
     assert "found other files in " in mistake(capsys, "full")
+
+
+def test_the_same_files_under_other_paths_are_the_same_patch(patched):
+    again = done(
+        str(patched.folder.absolute()),
+        **{name: str(pathlib.Path(path).absolute()) for name, path in T5.items()},
+        **QUICK,
+    )
+    assert again.numbers["cut"] == patched.numbers["cut"]
 
 
 def test_a_list_that_has_changed_is_refused(capsys):

@@ -9,7 +9,7 @@ import gin
 import pytest
 from helpers import doc_pages, rooms
 
-from tnt_jax import convert
+from tnt_jax import convert, patch
 from tnt_jax.data import records
 from tnt_jax.runtime import program
 
@@ -51,17 +51,20 @@ def test_the_tutorial_works_as_it_stands():
     assert numbers["unwanted_before"] > 0.3
     assert numbers["cut"] > 0.5
     assert pathlib.Path("patched/report.html").stat().st_size > 100_000
-    # The model that was handed back, read anew, says what the report says of it.
+    # The model that was handed back, read anew, says what the report says of it, or goes on.
     handed_back = {row.id: row.targets for row in records.read_records("patched_outputs.jsonl")}
     compared = records.read_records("patched/TNFF/greedy.jsonl")
-    assert {row.id: row.targets for row in compared} == handed_back
+    assert {row.id for row in compared} == handed_back.keys()
+    assert all(handed_back[row.id].startswith(row.targets) for row in compared)
     # The same in steps.
     rooms.assert_same_state("patched/TNFF/model", "runs/mine/TNFF/model")
 
 
 def run(words):
-    name = words[2].removeprefix("tnt_jax.")
+    name, arguments = words[2].removeprefix("tnt_jax."), words[3:]
+    if name == "patch":
+        arguments = patch.gin_arguments(arguments)
     with pytest.raises(SystemExit) as stopped:
-        program.run(words[2], name, words[3:])
+        program.run(words[2], name, arguments)
     gin.clear_config()
     assert stopped.value.code == 0, words

@@ -16,6 +16,7 @@ _MULTIPLE = 8  # lengths are rounded up, so that runs of nearly equal texts shar
 LONGEST_INPUT = 512
 LONGEST_OUTPUT = 128
 _NEARLY_ALL = 0.95  # of the outputs are learned from whole: a few run on without an end
+_MORE = 1.25  # as long: what the patched model says may be longer, and unwanted there
 # Outputs
 PILOT = 64
 MARKED_WANTED = 200
@@ -241,6 +242,8 @@ def after_pilot(
     num_unended: int,
     network: Network,
     machine: Machine,
+    *,
+    needs_adapters: bool = False,
 ) -> list[Choice]:
     """Lengths again, and the update.
 
@@ -251,18 +254,23 @@ def after_pilot(
       num_unended: Those that did not end.
       network: The original's.
       machine: This one.
+      needs_adapters: Whether adapters are what is asked for, of a T5 as well.
     """
     ended = sorted(output_lengths)
     nearly_all = ended[math.ceil(_NEARLY_ALL * len(ended)) - 1]
-    longest = min(_up(nearly_all), LONGEST_OUTPUT)
-    num_within = sum(length <= longest for length in ended)
-    reason = f"{num_within} of {len(ended)} outputs have no more tokens"
+    longest = min(_up(math.ceil(nearly_all * _MORE)), LONGEST_OUTPUT)
+    reason = f"95 % of {len(ended)} outputs have up to {nearly_all} tokens: a quarter more"
     if longest == LONGEST_OUTPUT and num_unended:
         reason = f"{num_unended} of {len(ended)} outputs do not end within {longest} tokens"
     of_output = _take(given, "longest output", "MAX_LENGTH", longest, reason)
     lengths = _lengths(given, prompt_lengths, of_output)
     generate = _generate_batch(given, sum(lengths.value.values()), network, machine)
-    return [lengths, of_output, generate, *update(given, lengths.value, network, machine)]
+    return [
+        lengths,
+        of_output,
+        generate,
+        *update(given, lengths.value, network, machine, needs_adapters),
+    ]
 
 
 def training_outputs(pilot: Counts, available: int) -> tuple[int, str]:
@@ -301,7 +309,11 @@ def too_rare(found: Counts, available: int, wanted: int) -> str:
 
 
 def update(
-    given: Mapping[str, Any], lengths: Mapping[str, int], network: Network, machine: Machine
+    given: Mapping[str, Any],
+    lengths: Mapping[str, int],
+    network: Network,
+    machine: Machine,
+    needs_adapters: bool = False,
 ) -> list[Choice]:
     """What is trained, and how.
 
@@ -310,9 +322,10 @@ def update(
       lengths: Tokens of "inputs" and "targets".
       network: The original's.
       machine: This one.
+      needs_adapters: Whether adapters are what is asked for.
     """
     full_batch = _BATCH_DECODER_ONLY if network.is_decoder_only else _BATCH_ENCODER_DECODER
-    kind = _kind(given, lengths, network, machine)
+    kind = _kind(given, lengths, network, machine, needs_adapters)
     trained_layers = None
     if kind.value == "adapters_off" and network.is_decoder_only:
         trained_layers = math.ceil(network.num_layers / 3)
@@ -391,10 +404,14 @@ def update(
 
 
 def _kind(
-    given: Mapping[str, Any], lengths: Mapping[str, int], network: Network, machine: Machine
+    given: Mapping[str, Any],
+    lengths: Mapping[str, int],
+    network: Network,
+    machine: Machine,
+    needs_adapters: bool,
 ) -> Choice:
     """All parameters of a T5, beside a second tree or cached states, or adapters: what fits."""
-    if network.is_decoder_only:
+    if network.is_decoder_only or needs_adapters:
         reason = "adapters: the model holds its own original"
         return _take(given, "what is trained", "ORIGINAL", "adapters_off", reason)
     room = _room_of_all(machine)

@@ -18,7 +18,8 @@ from tnt_jax.experiments.experiment import Arm, Changes, Opened
 from tnt_jax.runtime import stages
 
 FOLDER = "looks"
-_NO_MORE = 3  # looks without a larger cut, after which a run is over
+TIME_IS_OVER = "the time was over"
+_NO_MORE = 6  # looks without a larger cut, an epoch and a half, after which a run is over
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,7 +116,7 @@ def search(
         for after, updates in zip([0, *plan.updates], plan.updates, strict=False):
             began = time.monotonic()
             if looks and began + longest_leg > plan.deadline:
-                return _found(looks, plan, "the time was over")
+                return _found(looks, plan, TIME_IS_OVER)
             look = _look(
                 opened, Arm(name=arm.name, objective=objective), after, updates, plan, before
             )
