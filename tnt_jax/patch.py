@@ -329,8 +329,8 @@ class _Patch:
         for note in self._texts.notes:
             self.say(note)
         self.say(
-            f"{len(parts.train)} prompts to learn from, {len(parts.choice)} to choose by, "
-            f"{len(parts.report)} to report on."
+            f"{len(parts.train)} prompts to learn from, up to {len(parts.choice)} to choose by, up "
+            f"to {len(parts.report)} to report on."
         )
         # What the model says, and how often it is unwanted.
         opened, pilot = self._pilot()
@@ -345,7 +345,7 @@ class _Patch:
         experiment, arm, num_rounds = _configure(self._gin)
         self.say(
             f"Taken: weight {found.best.weight:g}, {found.best.updates} updates. Now the "
-            f"{len(parts.report)} prompts that nothing was chosen by."
+            f"{self._num_report} prompts that nothing was chosen by."
         )
         outcome = pipeline.run_stages(experiment, [arm], num_rounds)
         output_format = None if self._asked.output_format == "same" else self._asked.output_format
@@ -368,9 +368,11 @@ class _Patch:
         parts = self._texts.parts
         self._texts.write_words(self._root)
         some = parts.train[: choices.PILOT]
-        if not (self._root / "prompts" / "train.jsonl").is_file():  # more of them, where it goes on
+        if not (
+            self._root / "prompts" / "train.jsonl"
+        ).is_file():  # where it goes on they are there
             self._write_prompts("train", some, self._asked.unwanted.are_outputs_given)
-        self._write_prompts("report", parts.report)
+            self._write_prompts("report", parts.report)
         experiment, _, _ = self._first_settings()
         vocabulary = experiment.vocabulary()
         rows = [*parts.train, *parts.choice, *parts.report]
@@ -457,8 +459,12 @@ class _Patch:
         self._note("outputs to learn from", number, reason, "--prompts")
         to_choose = choices.num_to_choose_by(len(parts.choice), pilot)
         self._choice_prompts = self._write_prompts("choice", parts.choice[:to_choose])
-        reason = f"the wish is measured on them; {len(parts.report)} others are for the report"
+        reason = "enough to measure the wish on"
         self._note("prompts to choose by", to_choose, reason, "--eval_prompts")
+        self._num_report = choices.num_to_report_on(len(parts.report), pilot)
+        self._write_prompts("report", parts.report[: self._num_report])
+        reason = "enough for the numbers at the end"
+        self._note("prompts to report on", self._num_report, reason, "--eval_prompts")
         for choice in self._chosen:
             self._print(choice.what, choice.value, choice.reason, choice.flag)
         return number
@@ -524,7 +530,7 @@ class _Patch:
             f"{self._asked.cut:.1%} counts as fulfilled with a cut of {enough:.1%} there: one "
             "standard error more."
         )
-        last = 2.5 * len(self._texts.parts.report) * len(before) * self._seconds_per_output
+        last = 2.5 * self._num_report * len(before) * self._seconds_per_output
         plan = search.Plan(
             enough=enough,
             weights=weights,
@@ -651,10 +657,10 @@ class _Patch:
         stages.note_path(self._root, f"{name}: train").unlink(missing_ok=True)
         batch_size = next(each.value for each in self._chosen if each.macro == "BATCH_SIZE")
         when = choices.looks(Counts(outputs=number, marked=round(pilot.share * number)), batch_size)
-        of_output, parts = self._seconds_per_output, self._texts.parts
+        of_output = self._seconds_per_output
         num_choice = sum(1 for _ in records.iterate(self._choice_prompts))
         made = 0 if self._asked.unwanted.are_outputs_given else number
-        once = of_output * (made + num_choice + 2 * len(parts.report))
+        once = of_output * (made + num_choice + 2 * self._num_report)
         of_look = when.period * of_update + num_choice * of_output
         most = once + when.number * len(pipeline_gin.WEIGHTS) * of_look
         self.say(

@@ -50,9 +50,9 @@ def values(found):
     [
         (60, False, (12, 12)),
         (512, False, (102, 102)),
-        (10_000, False, (256, 256)),
+        (10_000, False, (512, 512)),
         (9, True, (4, 5)),
-        (2_000, True, (256, 1_744)),
+        (2_000, True, (512, 1_488)),
     ],
 )
 def test_a_fifth_is_kept_back_for_each_or_half_of_those_that_the_user_keeps_back(
@@ -73,6 +73,10 @@ def test_as_many_are_looked_at_as_have_64_unwanted_ones():
     assert choices.num_to_choose_by(1000, Counts(outputs=100, marked=90)) == 72
     assert choices.num_to_choose_by(1000, Counts(outputs=64, marked=64)) == 64
     assert choices.num_to_choose_by(50, Counts(outputs=64, marked=64)) == 50
+    # The report is of 256 at least.
+    assert choices.num_to_report_on(1000, Counts(outputs=100, marked=90)) == 256
+    assert choices.num_to_report_on(1000, Counts(outputs=64, marked=8)) == 512
+    assert choices.num_to_report_on(300, Counts(outputs=64, marked=8)) == 300
 
 
 # --- Lengths --------------------------------------------------------------------------------------

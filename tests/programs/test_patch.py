@@ -164,7 +164,9 @@ def test_it_prints_choices_looks_a_table_examples_and_how_to_load_it(patched):
 
 def test_the_model_that_is_handed_back_says_what_the_report_says(patched):
     assert patched.numbers["model"] == str(patched.folder.absolute() / "TNFF" / "huggingface")
+    by_name = {choice["what"]: choice["value"] for choice in patched.numbers["choices"]}
     settings = {
+        "MAX_LENGTH": by_name["longest output"],
         "CHECKPOINT_PATH": patched.numbers["model"],
         "PROMPTS": "patched/prompts/report.jsonl",
         "OUTPUT": "again.jsonl",

@@ -25,9 +25,9 @@ _FEWEST_OUTPUTS = 256
 CLEAN_PER_MARKED = 3
 # Prompts that are kept back, as shares of all, and at most so many.
 _SHARE_OF_CHOICE, _SHARE_OF_REPORT = 0.2, 0.2
-_MOST_TO_CHOOSE, _MOST_TO_REPORT = 256, 256
-_UNWANTED_TO_CHOOSE = 64
-_FEWEST_TO_CHOOSE = 64
+_MOST_KEPT_BACK = 512
+_UNWANTED_KEPT_BACK = 64
+_FEWEST_TO_CHOOSE, _FEWEST_TO_REPORT = 64, 256
 _FEWEST_PROMPTS = 60
 # Training
 # Of a device's memory, for what is counted here; the rest is the compiler's, and others'.
@@ -155,7 +155,7 @@ def split_sizes(num_prompts: int, has_eval_prompts: bool) -> tuple[int, int]:
                 f"--eval_prompts: expected at least 4 different prompts, half to choose by and "
                 f"half to report on, found {num_prompts}. Give more."
             )
-        choice = min(num_prompts // 2, _MOST_TO_CHOOSE)
+        choice = min(num_prompts // 2, _MOST_KEPT_BACK)
         return choice, num_prompts - choice
     if num_prompts < _FEWEST_PROMPTS:
         raise UsageError(
@@ -163,15 +163,24 @@ def split_sizes(num_prompts: int, has_eval_prompts: bool) -> tuple[int, int]:
             f"choose by and to report on, found {num_prompts}. Give more: a few hundred are good."
         )
     return (
-        min(round(_SHARE_OF_CHOICE * num_prompts), _MOST_TO_CHOOSE),
-        min(round(_SHARE_OF_REPORT * num_prompts), _MOST_TO_REPORT),
+        min(round(_SHARE_OF_CHOICE * num_prompts), _MOST_KEPT_BACK),
+        min(round(_SHARE_OF_REPORT * num_prompts), _MOST_KEPT_BACK),
     )
 
 
 def num_to_choose_by(available: int, pilot: Counts) -> int:
     """How many choice prompts are looked at: enough that about 64 are unwanted, at least 64."""
-    wanted = math.ceil(_UNWANTED_TO_CHOOSE / pilot.share) if pilot.marked else available
-    return min(available, max(_FEWEST_TO_CHOOSE, wanted))
+    return _num_kept_back(available, pilot, _FEWEST_TO_CHOOSE)
+
+
+def num_to_report_on(available: int, pilot: Counts) -> int:
+    """How many prompts the numbers at the end are of: as for the choice, but at least 256."""
+    return _num_kept_back(available, pilot, _FEWEST_TO_REPORT)
+
+
+def _num_kept_back(available: int, pilot: Counts, fewest: int) -> int:
+    wanted = math.ceil(_UNWANTED_KEPT_BACK / pilot.share) if pilot.marked else available
+    return min(available, max(fewest, wanted))
 
 
 # ------------------------------------------------------------------------------- Before the pilot
