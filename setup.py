@@ -22,6 +22,7 @@ setuptools.setup(
     packages=[*setuptools.find_packages(include=["tnt_jax", "tnt_jax.*"]), "tnt_jax.gin_configs"],
     package_dir={"tnt_jax.gin_configs": "gin_configs"},
     package_data={"tnt_jax.evaluation": ["page/*"], "tnt_jax.gin_configs": ["**/*.gin"]},
+    entry_points={"console_scripts": ["tnt-patch = tnt_jax.patch:main"]},
     python_requires=">=3.11",
     # Python 3.11 resolves to JAX 0.10 and Python 3.12 to JAX 0.12: both must work.
     install_requires=[

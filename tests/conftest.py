@@ -52,7 +52,7 @@ SLOW_FILES = {
     *("test_decoding", "test_removed_everywhere", "test_release", "test_t5x", "test_benchmarks"),
     *("test_corpora", "test_report_browser", "test_start", "test_t5x_plugin", "test_opened_once"),
     *("test_peft", "test_causal_lm", "test_causal_lm_parity", "test_chat_main_job"),
-    *("test_damaged_causal_lm", "test_attention", "test_gguf", "test_smollm2"),
+    *("test_damaged_causal_lm", "test_attention", "test_gguf", "test_smollm2", "test_patch"),
 }
 
 

@@ -11,6 +11,7 @@ Example, the quickstart:
 
 import dataclasses
 import math
+import pathlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -115,15 +116,46 @@ def pipeline(
         return _run(experiment, arms, num_rounds, expectations, num_examples, num_masked_examples)
 
 
-def _run(
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What the stages of a pipeline came to.
+
+    Attributes:
+      opened: The experiment, whose files are there.
+      evaluations: What `evaluate` wrote, by arm and decoder.
+      models: The checkpoint of each arm.
+      checks: Of expectations, in words.
+      summary: What `summary.json` holds.
+      page: The report.
+    """
+
+    opened: Opened
+    evaluations: Mapping[str, Mapping[str, Any]]
+    models: Mapping[str, str]
+    checks: Sequence[Mapping[str, Any]]
+    summary: dict[str, Any]
+    page: pathlib.Path
+
+
+def run_stages(
     experiment: Experiment,
     arms: Sequence[Arm],
-    num_rounds: int,
-    expectations: Expectations | None,
-    num_examples: int,
-    num_masked_examples: int,
-) -> dict[str, Any]:
-    began = time.monotonic()
+    num_rounds: int = 1,
+    expectations: Expectations | None = None,
+    num_masked_examples: int = 0,
+) -> Outcome:
+    """Runs every stage that is not done, and prints no table; OUTPUT_DIR is held by the caller.
+
+    Args:
+      experiment: As in `pipeline`, and so are the others.
+      arms: What to compare.
+      num_rounds: Of every arm.
+      expectations: To check at the end.
+      num_masked_examples: To print before training.
+
+    Raises:
+      UsageError: A stage found a mistake.
+    """
     opened = Opened(experiment)
     decoders = experiment.decoders
     training_outputs, original_outputs = opened.training_outputs, opened.original_outputs
@@ -165,25 +197,46 @@ def _run(
         "num_rounds": num_rounds,
         "training": training,
     }
-    root, first_decoder = opened.root, opened.first_decoder
-    files.write_json(str(root / "summary.json"), summary)
-    page = opened.report([arm.name for arm in arms])
-    _print_table(evaluations, decoders, opened.num_seen)
+    files.write_json(str(opened.root / "summary.json"), summary)
+    return Outcome(
+        opened=opened,
+        evaluations=evaluations,
+        models=models,
+        checks=checks,
+        summary=summary,
+        page=opened.report([arm.name for arm in arms]),
+    )
+
+
+def _run(
+    experiment: Experiment,
+    arms: Sequence[Arm],
+    num_rounds: int,
+    expectations: Expectations | None,
+    num_examples: int,
+    num_masked_examples: int,
+) -> dict[str, Any]:
+    began = time.monotonic()
+    found = run_stages(experiment, arms, num_rounds, expectations, num_masked_examples)
+    opened, root = found.opened, found.opened.root
+    first_decoder = opened.first_decoder
+    _print_table(found.evaluations, experiment.decoders, opened.num_seen)
     best = expectations.arm if expectations else arms[0].name
     _print_examples(
-        original_outputs[first_decoder],
+        opened.original_outputs[first_decoder],
         str(root / best / f"{first_decoder}.annotated.jsonl"),
         best,
         num_examples,
     )
-    for check in checks:
+    for check in found.checks:
         console.log(f"{'reached' if check['reached'] else 'MISSED '}  {check['text']}")
     console.log(
-        f"Everything is in {root}: the patched model in {models[best]}, the numbers in "
+        f"Everything is in {root}: the patched model in {found.models[best]}, the numbers in "
         f"{root / 'summary.json'}. {time.monotonic() - began:.0f} seconds."
     )
-    console.log(f"Open {page.resolve().as_uri()} in a browser: before and after, output by output.")
-    return summary
+    page = found.page.resolve().as_uri()
+    console.log(f"Open {page} in a browser: before and after, output by output.")
+    return found.summary
 
 
 def _check(

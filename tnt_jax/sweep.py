@@ -56,8 +56,8 @@ class Grid:
       schedule: Further arguments of `settings.Schedule`.
       dataset: Further arguments of `datasets.RecordFiles`.
       annotator: Makes the annotator of the training outputs, if it is not the experiment's.
-      training_decoders: That make the training outputs; empty is the first. Of several, outputs are
-        brought together as those of rounds are.
+      training_decoders: That make the training outputs; empty is those of the experiment. Outputs
+        of several are brought together as those of rounds are.
       num_rounds: Of generating, annotating and training.
     """
 
@@ -323,8 +323,10 @@ def _open(
 
 def _training_outputs(opened: Opened, grid: Grid) -> str:
     """The annotated file that a grid's arms learn from."""
+    if not grid.training_decoders and grid.annotator is None:
+        return opened.training_outputs
     return opened.training_outputs_by(
-        grid.training_decoders or [opened.first_decoder],
+        grid.training_decoders or opened.training_decoders,
         grid.annotator() if grid.annotator else None,
     )
 

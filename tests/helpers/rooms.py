@@ -54,6 +54,12 @@ def corpus():
     ]
 
 
+def turned(row):
+    """A room asked for in the other order: "acorn small"."""
+    inputs = " ".join(reversed(row.inputs.split()))
+    return dataclasses.replace(row, id=f"{row.id} turned", inputs=inputs)
+
+
 def marked_corpus():
     """The rooms, with the unwanted words marked."""
     return [

@@ -21,7 +21,7 @@ import gin
 import pytest
 from helpers.doc_pages import MARKDOWN, ROOT, blocks, commands
 
-from tnt_jax import convert
+from tnt_jax import convert, patch
 from tnt_jax.models import sharding
 from tnt_jax.runtime import program
 
@@ -36,6 +36,12 @@ TRAIN = [
     f"--gin_file={name}"
     for name in ("models/from_checkpoint.gin", "objectives/tnrf.gin", "runs/train.gin")
 ]
+
+# The tutorial's, which the command before it writes: tests/programs/test_tutorial.py runs both.
+WRITTEN_BY_PATCH = "patched/pipeline.gin"
+
+# Programs with flags of their own, which become settings.
+WITH_FLAGS = {"tnt_jax.convert": convert, "tnt_jax.patch": patch}
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -84,7 +90,7 @@ def check_python(words):
 def check_program(module, arguments):
     """Every flag, gin file and setting resolves. Not run: minutes, and a model of the reader's."""
     source = (ROOT / f"{module.replace('.', '/')}.py").read_text("utf-8")
-    if "--help" in arguments:
+    if "--help" in arguments or WRITTEN_BY_PATCH in " ".join(arguments):
         return
     (call,) = (
         node
@@ -96,8 +102,8 @@ def check_program(module, arguments):
         for key in call.keywords
         if key.arg in ("flags", "needs_all")
     }
-    if module == "tnt_jax.convert":
-        arguments = convert.gin_arguments(arguments)
+    if module in WITH_FLAGS:
+        arguments = WITH_FLAGS[module].gin_arguments(arguments)
     program.configure(
         *map(ast.literal_eval, call.args[:2]),
         arguments,
@@ -279,7 +285,9 @@ def test_gin_files_named_in_text_are_there(page):
         for name in re.findall(r"[\w./]+\.gin\b", code):
             name = name.removeprefix("gin_configs/")
             found = [*(ROOT / "gin_configs").rglob(pathlib.Path(name).name)]
-            is_written = name.endswith(("operative_config.gin", "block.gin", "NAME.gin"))
+            is_written = name.endswith(
+                ("operative_config.gin", "block.gin", "NAME.gin", WRITTEN_BY_PATCH)
+            )
             assert is_written or any(str(path).endswith(name) for path in found), code
 
 

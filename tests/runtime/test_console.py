@@ -129,6 +129,23 @@ def clock(monkeypatch):
     return clock
 
 
+def test_what_is_logged_can_go_to_a_file_and_what_is_said_and_how_far_it_is_stays(
+    clock, tmp_path, capsys
+):
+    file = tmp_path / "log.txt"
+    with console.logging_to(file):
+        console.log("one\x1b[2J")
+        console.say("two")
+        for _ in console.progress(range(3), "reading"):
+            clock.now += 20
+    console.log("three")
+    assert file.read_text() == "one\\x1b[2J\nreading: 3 in 1:00\n"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "two"
+    assert lines[1].startswith("reading: 1/3 ")
+    assert lines[-1] == "three"
+
+
 def test_quick_work_prints_one_line(clock, capsys):
     assert list(console.progress([1, 2, 3], "reading")) == [1, 2, 3]
     assert capsys.readouterr().out == "reading: 3 in 0:00\n"

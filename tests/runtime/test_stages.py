@@ -94,6 +94,23 @@ def test_what_was_half_deleted_is_neither_kept_nor_gone_on_from(monkeypatch, the
     assert counted(then) == {str(number): f"of {then}" for number in range(then)}
 
 
+def counted_in_legs(up_to, after):
+    settings = {"output": "output", "inputs": {}, "settings": {"up_to": up_to}, "goes_on": True}
+    stages.Stages(pathlib.Path("root")).run(
+        "count", count_up, **settings, earlier_settings={"up_to": after} if after else None
+    )
+    return {file.name: file.read_text() for file in pathlib.Path("output").iterdir()}
+
+
+def test_a_leg_goes_on_from_the_last_one_and_from_nothing_else():
+    assert counted_in_legs(1, 0) == {"0": "of 1"}
+    assert counted_in_legs(2, 1) == {"0": "of 1", "1": "of 2"}
+    assert counted_in_legs(2, 1) == {"0": "of 1", "1": "of 2"}  # done
+    assert counted(2) == {"0": "of 1", "1": "of 2"}  # the same stage, told in one
+    # After 2 and not after 1: made anew, in one.
+    assert counted_in_legs(4, 1) == {str(number): "of 4" for number in range(4)}
+
+
 NOW = [0.0]  # what a stage closes over would be one of its settings
 
 

@@ -100,7 +100,7 @@ class Experiment:
       eval_prompts: Other inputs, for the evaluation.
       vocabulary: Makes the vocabulary; called when its file is there.
       annotator: Makes the annotator; called when its files are there.
-      decoders: By name. The first one generates the training outputs, all are evaluated.
+      decoders: By name; all are evaluated.
       train: `train.train` with its settings bound; so are the next seven.
       original_choice: `settings.OriginalChoice`.
       update: `settings.Update`.
@@ -122,6 +122,10 @@ class Experiment:
         every arm with that. None does so where it can: the annotator knows beforehand what it would
         mark (`interface.Mask`), and the decoder is not a beam.
       mask_place: `generate.MaskPlace`, for that.
+      training_decoders: The names of those that make the training outputs; empty is the first. Of
+        several, outputs are brought together as those of rounds are.
+      training_records: A file of annotated outputs to learn from, instead of the original's outputs
+        for `train_prompts`; None: those.
 
     Raises:
       UsageError: Settings contradict each other.
@@ -150,6 +154,8 @@ class Experiment:
     loss_until: str = "end"
     mask_decoding: bool | None = None
     mask_place: Callable[..., Any] = MaskPlace
+    training_decoders: Sequence[str] = ()
+    training_records: str | None = None
 
     def __post_init__(self):
         if (self.original_checkpoint_path is None) == (self.new_original is None):
@@ -159,6 +165,11 @@ class Experiment:
             )
         if not self.decoders:
             raise UsageError("Experiment.decoders: expected at least one, found none.")
+        if strange := [name for name in self.training_decoders if name not in self.decoders]:
+            raise UsageError(
+                f"TRAINING_DECODERS: expected some of DECODERS, {', '.join(self.decoders)}; found "
+                f"{', '.join(strange)}."
+            )
         if files.is_remote(self.output_dir):
             raise UsageError(
                 "OUTPUT_DIR: expected a local folder, for programs share its many files; found "
@@ -246,8 +257,13 @@ class Opened:
 
     @property
     def first_decoder(self) -> str:
-        """The one that generates training outputs."""
+        """The name of the decoder whose numbers count first."""
         return next(iter(self.settings.decoders))
+
+    @property
+    def training_decoders(self) -> Sequence[str]:
+        """The names of the decoders that make the training outputs."""
+        return self.settings.training_decoders or [self.first_decoder]
 
     def _look_at_prompts(self, check: Callable[[Sequence[str]], None] | None) -> int:
         """`num_seen`, and what is wrong with prompts in files, before the work."""
@@ -311,7 +327,13 @@ class Opened:
     # ------------------------------------------------------------------------------------ Outputs
 
     def outputs_of(
-        self, name: str, checkpoint: str, prompts: Any, decoder: str, mask: Any | None = None
+        self,
+        name: str,
+        checkpoint: str,
+        prompts: Any,
+        decoder: str,
+        mask: Any | None = None,
+        identity: str | None = None,
     ) -> str:
         """Generates and annotates; returns the annotated file.
 
@@ -321,6 +343,8 @@ class Opened:
           prompts: A file (or glob) of records, or a `tasks.SeqioDataset`.
           decoder: Its name.
           mask: An annotator: what it knows is masked.
+          identity: Which model it is, where outputs are kept whose checkpoint is not; None: its
+            files tell.
         """
         is_file = isinstance(prompts, str)
         masking: dict[str, Any] = {}
@@ -331,20 +355,23 @@ class Opened:
                 words_of = [self.training_outputs]
                 place = dataclasses.replace(place, innocent=self.training_outputs)
             masking = {"mask": mask, "mask_place": place}
+        of_model = {"checkpoint_path": checkpoint}
         generated = str(self.root / name / f"{decoder}.jsonl")
         self._stages.run(
             f"{name}: generate, {decoder}",
             self.settings.generate,
             output=generated,
-            inputs={"checkpoint_path": checkpoint} | ({"prompts": prompts} if is_file else {}),
+            inputs=({} if identity else of_model) | ({"prompts": prompts} if is_file else {}),
             settings={
                 "vocabulary": self.vocabulary,
                 "decoder": self.settings.decoders[decoder],
             }
             | ({} if is_file else {"prompts": prompts})
+            | (of_model if identity else {})
             | masking,
             also_depends_on=words_of,
-            version="" if mask is None else mask.description,  # as of `_annotated`
+            # As of `_annotated`.
+            version=(identity or "") + ("" if mask is None else mask.description),
         )
         return self._annotated(name, generated, decoder, self.annotator)
 
@@ -403,10 +430,15 @@ class Opened:
         known = [of_round for of_round in seconds if of_round is not None]
         return steps, round(sum(known), 1) if len(known) == len(seconds) else None
 
+    def seconds(self, stage: str) -> float | None:
+        """How long a stage took, if it is done."""
+        return self._stages.seconds(stage)
+
     @functools.cached_property
     def training_outputs(self) -> str:
-        """The original's outputs to learn from, annotated."""
-        return self.training_outputs_by([self.first_decoder])
+        """The outputs to learn from, annotated."""
+        given = self.settings.training_records
+        return self.training_outputs_by(self.training_decoders) if given is None else given
 
     @functools.cached_property
     def original_outputs(self) -> dict[str, str]:
@@ -452,6 +484,7 @@ class Opened:
         *,
         changes: Changes | None = None,
         start: str | None = None,
+        after: int = 0,
     ) -> str:
         """Trains an arm on annotated outputs; returns its newest checkpoint.
 
@@ -461,9 +494,45 @@ class Opened:
           files: Of annotated records.
           changes: Settings that differ from those of the experiment.
           start: A checkpoint to start from instead of the original.
+          after: Where this is not the first leg of a run: after how many updates the last one
+            ended. It is gone on from: the checkpoint is that of a run in one leg, bit for bit.
         """
-        model_dir, shared = str(self.root / name / "model"), self.settings
-        changes = changes or Changes()
+        model_dir = str(self.root / name / "model")
+        settings = self._training(objective, files, changes or Changes(), start)
+        last_leg = dataclasses.replace(settings["schedule"], train_steps=after or 1)
+        self._stages.run(
+            f"{name}: train",
+            self.settings.train,
+            output=model_dir,
+            output_name="model_dir",
+            inputs={},
+            settings=settings,
+            also_depends_on=self._read_by_training(files, start),
+            goes_on=True,
+            earlier_settings={**settings, "schedule": last_leg} if after else None,
+        )
+        return str(pretrained.find(model_dir))
+
+    def describe_training(
+        self, objective: objectives.TntObjective, files: str, changes: Changes
+    ) -> str:
+        """A digest of all that decides what `train` makes of the original."""
+        described = stages.describe(
+            self.settings.train,
+            self._training(objective, files, changes, None),
+            self._read_by_training(files, None),
+        )
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+
+    def _read_by_training(self, files: str, start: str | None) -> list[str]:
+        checkpoints = [self.original] if start is None else [self.original, start]
+        return [*checkpoints, files, *removed_everywhere.files_of(files)]
+
+    def _training(
+        self, objective: objectives.TntObjective, files: str, changes: Changes, start: str | None
+    ) -> dict[str, Any]:
+        """The arguments of `train.train`, but for the folder."""
+        shared = self.settings
         dataset = datasets.RecordFiles(
             **{
                 "files": files,
@@ -474,25 +543,14 @@ class Opened:
                 **changes.dataset,
             }
         )
-        checkpoints = [self.original] if start is None else [self.original, start]
-        self._stages.run(
-            f"{name}: train",
-            shared.train,
-            output=model_dir,
-            output_name="model_dir",
-            inputs={},
-            settings={
-                "objective": objective,
-                "dataset": dataset,
-                "original_choice": shared.original_choice(path=self.original),
-                "update": shared.update(**changes.update),
-                "schedule": shared.schedule(**{**changes.schedule, "start_path": start}),
-                **changes.train,
-            },
-            also_depends_on=[*checkpoints, files, *removed_everywhere.files_of(files)],
-            goes_on=True,
-        )
-        return str(pretrained.find(model_dir))
+        return {
+            "objective": objective,
+            "dataset": dataset,
+            "original_choice": shared.original_choice(path=self.original),
+            "update": shared.update(**changes.update),
+            "schedule": shared.schedule(**{**changes.schedule, "start_path": start}),
+            **changes.train,
+        }
 
     def train_rounds(
         self,
@@ -518,10 +576,10 @@ class Opened:
         all_files = [files]
         for number in range(2, num_rounds + 1):
             of_round = name_of_round(name, number)
-            outputs = self.outputs_of(
-                of_round, checkpoints[-1], self.settings.train_prompts, self.first_decoder
-            )
-            all_files.append(outputs)
+            all_files += [
+                self.outputs_of(of_round, checkpoints[-1], self.settings.train_prompts, decoder)
+                for decoder in self.training_decoders
+            ]
             merged = self._merged(of_round, all_files, "rounds")
             checkpoints.append(
                 self.train(of_round, objective, merged, changes=changes, start=checkpoints[-1])
@@ -638,28 +696,38 @@ class Opened:
 
         Adapters of a model in Hugging Face's format are also written by themselves.
         """
-        came_as, first = self._came_as, self.first_decoder
-        formats = [] if came_as.output_format == "orbax" else [came_as.output_format]
-        if (
-            came_as.output_format == "huggingface"
-            and pretrained.open_checkpoint(checkpoint).adapters is not None
-        ):
+        came_as = self._came_as.output_format
+        formats = [] if came_as == "orbax" else [came_as]
+        if came_as == "huggingface" and pretrained.open_checkpoint(checkpoint).adapters is not None:
             formats.append("peft")
         for output_format in formats:
-            self._stages.run(
-                f"{name}: convert to {output_format}",
-                _hand_back,
-                output=str(self.root / name / output_format),
-                inputs={
-                    "checkpoint": checkpoint,
-                    "evaluation": str(self.root / name / f"{first}.evaluation.json"),
-                },
-                settings={
-                    "output_format": output_format,
-                    "scan_layers": came_as.scan_layers and output_format != "peft",
-                },
-                goes_on=True,
-            )
+            self.hand_over(name, checkpoint, output_format)
+
+    def hand_over(self, name: str, checkpoint: str, output_format: str | None = None) -> str:
+        """Writes an arm's model in a format; returns where it is.
+
+        Args:
+          name: Of the arm.
+          checkpoint: Its model.
+          output_format: Of `convert.convert`; None is that which the original came in.
+        """
+        output_format = output_format or self._came_as.output_format
+        if output_format == "orbax":
+            return str(self.root / name / "model")
+        is_stacked = self._came_as.scan_layers and output_format in ("t5x", "t5x_orbax")
+        output = str(self.root / name / output_format)
+        self._stages.run(
+            f"{name}: convert to {output_format}",
+            _hand_back,
+            output=output,
+            inputs={
+                "checkpoint": checkpoint,
+                "evaluation": str(self.root / name / f"{self.first_decoder}.evaluation.json"),
+            },
+            settings={"output_format": output_format, "scan_layers": is_stacked},
+            goes_on=True,
+        )
+        return output
 
 
 def _write_corpus(*, output: str, corpus: Callable[[], Any]) -> None:

@@ -4,6 +4,8 @@ On several hosts only the first one prints and writes. Importing this needs neit
 TensorFlow, so that a program which only handles text starts at once.
 """
 
+import contextlib
+import pathlib
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence, Sized
@@ -33,10 +35,39 @@ def is_first_process() -> bool:
 _OBEYED = {i: f"\\x{i:02x}" for i in (*range(32), *range(127, 160)) if chr(i) not in "\t\n"}
 
 
+_log_file: pathlib.Path | None = None
+
+
 def log(message: str) -> None:
-    """Prints one line on stdout at once; what a terminal would obey in it is spelt out."""
+    """Prints one line on stdout at once; what a terminal would obey in it is spelt out.
+
+    Within `logging_to` the line goes to that file instead.
+    """
+    if _log_file is None:
+        say(message)
+    elif is_first_process():
+        with _log_file.open("a", encoding="utf-8") as file:
+            file.write(message.translate(_OBEYED) + "\n")
+
+
+def say(message: str) -> None:
+    """Prints one line as `log` does, also within `logging_to`."""
     if is_first_process():
         print(message.translate(_OBEYED), flush=True)
+
+
+@contextlib.contextmanager
+def logging_to(path: pathlib.Path) -> Iterator[None]:
+    """Context manager: what programs `log` goes to the end of a file; stdout is for `say`.
+
+    What is shown of a work that goes on, bars and their lines, stays on stdout.
+    """
+    global _log_file
+    before, _log_file = _log_file, path
+    try:
+        yield
+    finally:
+        _log_file = before
 
 
 def progress(iterable: Iterable[Any], description: str, total: int | None = None) -> Iterator[Any]:
@@ -81,7 +112,7 @@ def _plain_progress(iterable: Iterable[Any], description: str, total: int | None
             if total:
                 left = (now - start) / count * max(total - count, 0)
                 line += f"/{total} ({100 * count // total} %), {duration(left)} left"
-            log(line)
+            say(line)
             last_time, last_count = now, count
     log(f"{description}: {count} in {duration(time.monotonic() - start)}")
 

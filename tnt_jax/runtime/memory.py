@@ -31,7 +31,7 @@ def check_batch(batch_size: int, num_tokens: int) -> None:
       UsageError: It does not fit.
     """
     # Of targets there are ids, inputs, masks and marks; a row is a few objects of Python as well.
-    needed, found = batch_size * (200 + 16 * num_tokens), _host_bytes()
+    needed, found = batch_size * (200 + 16 * num_tokens), host_bytes()
     if needed > found:
         raise UsageError(
             f"out of memory with BATCH_SIZE={batch_size} and {num_tokens} tokens in a row "
@@ -40,8 +40,8 @@ def check_batch(batch_size: int, num_tokens: int) -> None:
         )
 
 
-def _host_bytes() -> int:
-    """Memory of this machine, or of this process's share of it where there is such a limit."""
+def host_bytes() -> int:
+    """Bytes of memory of this machine, or of this process's share where there is such a limit."""
     found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
         found = min(found, int(pathlib.Path("/sys/fs/cgroup/memory.max").read_text("utf-8")))

@@ -47,6 +47,28 @@ def note_path(root: pathlib.Path, name: str) -> pathlib.Path:
     return root / "stages" / f"{name.replace(': ', '_').replace(', ', '_')}.json"
 
 
+def describe(
+    function: Callable[..., Any],
+    settings: Mapping[str, Any],
+    paths: Sequence[str],
+    version: str = "",
+) -> dict[str, Any]:
+    """What a stage is made of, a JSON value: two that are equal make the same.
+
+    Args:
+      function: That makes it.
+      settings: Arguments.
+      paths: Files (or globs) and directories that it depends on.
+      version: For what the settings do not show.
+    """
+    return {
+        "function": settings_json.describe(function),
+        "settings": settings_json.describe(dict(settings)),
+        "version": version,
+        "inputs": {path: fingerprint(path) for path in paths},
+    }
+
+
 class Stages:
     """Runs stages, and remembers with what settings and inputs each one was run."""
 
@@ -66,6 +88,7 @@ class Stages:
         also_depends_on: Sequence[str] = (),
         version: str = "",
         goes_on: bool = False,
+        earlier_settings: Mapping[str, Any] | None = None,
     ) -> None:
         """Calls `function(output_name=output, **inputs, **settings)` unless that has been done.
 
@@ -80,6 +103,8 @@ class Stages:
           version: A text whose change makes it run again, for what the settings do not show.
           goes_on: Whether `function` goes on from what it finds in `output`, a directory. So what
             other settings left there is deleted first.
+          earlier_settings: With these, too, `function` left what it goes on from: a first leg of
+            the way. None: there was none.
 
         Raises:
           UsageError: There is something to go on from, and it is not known what made it; or another
@@ -89,12 +114,8 @@ class Stages:
         preemption.check()
         holding.check()
         note = note_path(self._root, name)
-        described = {
-            "function": settings_json.describe(function),
-            "settings": settings_json.describe(dict(settings)),
-            "version": version,
-            "inputs": {path: _fingerprint(path) for path in (*inputs.values(), *also_depends_on)},
-        }
+        paths = (*inputs.values(), *also_depends_on)
+        described = describe(function, settings, paths, version)
         before: dict[str, Any] = {}
         # A note that is there and may not be read is none that is missing: that ends the run.
         with contextlib.suppress(FileNotFoundError, ValueError), naming_file(note):
@@ -108,7 +129,10 @@ class Stages:
             return
         if _only_done.get():
             raise NotDoneError(name)
-        if goes_on and not is_same and is_there:
+        is_leg = earlier_settings is not None and before.get("described") == json.loads(
+            json.dumps({**described, "settings": settings_json.describe(dict(earlier_settings))})
+        )
+        if goes_on and not is_same and not is_leg and is_there:
             if not before:
                 raise UsageError(
                     f"{name}: expected nothing, or what this run made, in {output}; found "
@@ -118,7 +142,8 @@ class Stages:
             files.write_json(str(note), {"described": None, "done": False})
             shutil.rmtree(output)
         console.log(f"[{self._number_of(name)}] {name}")
-        spent = before.get("seconds") if goes_on and is_same and is_there else None
+        is_gone_on_from = goes_on and (is_same or is_leg) and is_there
+        spent = before.get("seconds") if is_gone_on_from else None
         spent = spent if isinstance(spent, int | float) else 0.0
         with _noted(note, described, spent):
             function(**{output_name: output}, **inputs, **settings)
@@ -158,7 +183,7 @@ def _noted(note: pathlib.Path, described: Mapping[str, Any], spent: float) -> It
     write(True)
 
 
-def _fingerprint(path: str) -> str:
+def fingerprint(path: str) -> str:
     """Changes when the file, a file in the folder, or one that the pattern matches, does."""
     if files.is_remote(path):
         return _NOT_LOCAL

@@ -1,0 +1,256 @@
+"""What `patch` chooses: each rule against cases worked out by hand."""
+
+import dataclasses
+import math
+
+import pytest
+
+from tnt_jax.experiments import choices
+from tnt_jax.experiments.choices import Counts
+from tnt_jax.runtime.errors import UsageError
+
+# A T5 of 60 million parameters, and SmolLM2 135M.
+SMALL_T5 = choices.Network(
+    is_decoder_only=False,
+    num_layers=12,
+    num_params=60_000_000,
+    emb_dim=512,
+    num_heads=8,
+    vocab_size=32_128,
+)
+SMOL = choices.Network(
+    is_decoder_only=True,
+    num_layers=30,
+    num_params=134_500_000,
+    emb_dim=576,
+    num_heads=9,
+    vocab_size=49_152,
+)
+LAPTOP = choices.Machine(platform="cpu", num_devices=1, num_bytes=16 * 2**30)
+LENGTHS = {"inputs": 64, "targets": 32}
+
+
+def by_macro(found):
+    return {choice.macro: choice for choice in found}
+
+
+def chosen(network=SMALL_T5, machine=LAPTOP, lengths=None, **given):
+    return by_macro(choices.update(given, lengths or LENGTHS, network, machine))
+
+
+def values(found):
+    return {macro: choice.value for macro, choice in found.items()}
+
+
+# --- Prompts --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("number", "is_kept_back", "expected"),
+    [
+        (60, False, (12, 12)),
+        (512, False, (102, 102)),
+        (10_000, False, (512, 512)),
+        (9, True, (4, 5)),
+        (2_000, True, (512, 1_488)),
+    ],
+)
+def test_a_fifth_is_kept_back_for_each_or_half_of_those_that_the_user_keeps_back(
+    number, is_kept_back, expected
+):
+    assert choices.split_sizes(number, is_kept_back) == expected
+
+
+@pytest.mark.parametrize(("number", "is_kept_back"), [(59, False), (3, True)])
+def test_too_few_prompts_are_refused(number, is_kept_back):
+    with pytest.raises(UsageError, match=rf"expected at least .* found {number}\."):
+        choices.split_sizes(number, is_kept_back)
+
+
+def test_as_many_are_looked_at_as_have_64_unwanted_ones():
+    # A quarter is unwanted: 64 of 256. Nine tenths are: 71.1 of them have 64, so 72.
+    assert choices.num_to_choose_by(1000, Counts(outputs=64, marked=16)) == 256
+    assert choices.num_to_choose_by(1000, Counts(outputs=100, marked=90)) == 72
+    assert choices.num_to_choose_by(1000, Counts(outputs=64, marked=64)) == 64
+    assert choices.num_to_choose_by(50, Counts(outputs=64, marked=64)) == 50
+    # The report is of 256 at least.
+    assert choices.num_to_report_on(1000, Counts(outputs=100, marked=90)) == 256
+    assert choices.num_to_report_on(1000, Counts(outputs=64, marked=8)) == 512
+    assert choices.num_to_report_on(300, Counts(outputs=64, marked=8)) == 300
+
+
+# --- Lengths --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("longest_prompt", "longest_output", "expected"),
+    [(8, 6, (8, 8)), (9, 7, (16, 16)), (511, 100, (512, 128)), (3_000, 128, (512, 128))],
+)
+def test_lengths_are_those_of_the_texts_rounded_up_to_eight(
+    longest_prompt, longest_output, expected
+):
+    found = by_macro(
+        choices.after_pilot({}, [3, longest_prompt], [longest_output, 2], 0, SMALL_T5, LAPTOP)
+    )
+    inputs, targets = expected
+    assert found["TASK_FEATURE_LENGTHS"].value == {"inputs": inputs, "targets": targets}
+    assert found["MAX_LENGTH"].value == targets
+    is_cut = longest_prompt > 512
+    assert ("1 are cut at 512" in found["TASK_FEATURE_LENGTHS"].reason) == is_cut
+
+
+def test_a_few_outputs_that_run_on_make_no_difference():
+    # 95 % of 64 outputs are 61.
+    def longest(lengths, num_unended=0):
+        found = by_macro(choices.after_pilot({}, [9], lengths, num_unended, SMALL_T5, LAPTOP))
+        return found["MAX_LENGTH"].value, found["MAX_LENGTH"].reason
+
+    reason = "95 % of 64 outputs have up to 30 tokens: a quarter more"
+    assert longest([30] * 61 + [128] * 3, 3) == (40, reason)
+    assert longest([30] * 60 + [128] * 4, 4) == (
+        128,
+        "4 of 64 outputs do not end within 128 tokens",
+    )
+
+
+def test_what_the_user_sets_is_not_chosen_and_others_follow_it():
+    given = {"MAX_LENGTH": 16, "BATCH_SIZE": 24, "LEARNING_RATE": None}
+    found = by_macro(choices.after_pilot(given, [9], [40], 0, SMALL_T5, LAPTOP))
+    assert found["TASK_FEATURE_LENGTHS"].value == {"inputs": 16, "targets": 16}
+    assert {macro for macro, choice in found.items() if choice.is_given} == given.keys()
+    assert found["BATCH_SIZE"].value == 24
+    assert {found[macro].reason for macro in given} == {"given"}
+    assert by_macro(choices.before_pilot(given, [9], SMALL_T5, LAPTOP))["MAX_LENGTH"].value == 16
+
+
+# --- How many outputs -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("marked", "available", "expected"),
+    [
+        (32, 10_000, 400),  # half of them: 200 of 400
+        (64, 10_000, 256),  # all of them, and at least 256
+        (8, 10_000, 1_600),  # an eighth
+        (32, 300, 300),  # what there is
+        (1, 10_000, 10_000),  # 200 of 12,800
+    ],
+)
+def test_as_many_outputs_as_have_200_marked_ones(marked, available, expected):
+    assert choices.training_outputs(Counts(outputs=64, marked=marked), available)[0] == expected
+
+
+def test_what_is_too_rare_is_refused_with_what_would_do():
+    # One of 64, and perhaps three more: 4 of 64 are 6 of 100 prompts. 20 take 1,280.
+    with pytest.raises(UsageError, match=r"too rare: 1 of 64 .* about 1280 prompts"):
+        choices.training_outputs(Counts(outputs=64, marked=1), 100)
+
+
+# --- The update -----------------------------------------------------------------------------------
+
+
+def test_a_t5_trains_all_parameters_where_they_fit():
+    found = values(chosen())
+    assert found["ORIGINAL"] == "parameters"
+    assert found["BATCH_SIZE"] == 16
+    assert (found["OPTIMIZER"], found["LEARNING_RATE"]) == ("@optimizers.adafactor", 1e-3)
+    assert found["NUM_MICROBATCHES"] == 1
+    assert found["REMAT_POLICY"] == "none"
+    assert "TRAINED_LAYERS" not in found
+    assert "MAX_GRADIENT_NORM" not in found
+
+
+def test_a_t5_that_does_not_fit_twice_has_cached_states_and_a_larger_one_adapters():
+    # 3 x 240 MB of parameters, gradients and original; 60 % of the memory may be used.
+    row = choices._bytes_of_row(LENGTHS, 12, SMALL_T5)
+    three = 3 * 4 * 60_000_000 + row
+    two = 2 * 4 * 60_000_000 + 4 * 32_128 * 512 + row
+
+    def kind(needed):
+        machine = dataclasses.replace(LAPTOP, num_bytes=math.ceil(needed / 0.6))
+        return chosen(machine=machine)["ORIGINAL"].value
+
+    assert kind(three + 1) == "parameters"
+    assert kind(three - 1) == "cached"
+    assert kind(two + 1) == "cached"
+    assert kind(two - 1) == "adapters_off"
+
+
+def test_a_t5_trains_adapters_where_they_are_asked_for():
+    found = by_macro(choices.update({}, LENGTHS, SMALL_T5, LAPTOP, needs_adapters=True))
+    assert found["ORIGINAL"].value == "adapters_off"
+    assert found["TRAINED_LAYERS"].value is None
+    assert found["OPTIMIZER"].value == "@optax.adam"
+
+
+def test_a_decoder_only_model_trains_adapters_in_its_upper_third():
+    found = chosen(SMOL)
+    assert found["ORIGINAL"].value == "adapters_off"
+    assert found["TRAINED_LAYERS"].value == 10
+    assert found["BATCH_SIZE"].value == 8
+    assert found["MAX_GRADIENT_NORM"].value == 1.0
+    # Constant behind five updates: a run to 20 is the beginning of one to 40.
+    assert found["LEARNING_RATE"].value == "@optax.linear_schedule()"
+    assert "optax.linear_schedule.transition_steps = 5" in found["LEARNING_RATE"].bindings
+    of_31 = chosen(dataclasses.replace(SMOL, num_layers=31))
+    assert of_31["TRAINED_LAYERS"].value == 11
+
+
+def test_a_batch_that_does_not_fit_is_computed_in_parts_and_one_row_again():
+    row = choices._bytes_of_row(LENGTHS, 10, SMOL)
+
+    def with_room_for(rows):
+        needed = 4 * SMOL.num_params + rows * row
+        return values(chosen(SMOL, dataclasses.replace(LAPTOP, num_bytes=int(needed / 0.6) + 1)))
+
+    assert [with_room_for(rows)["NUM_MICROBATCHES"] for rows in (8, 7, 4, 3, 1)] == [1, 2, 2, 4, 8]
+    assert with_room_for(1)["REMAT_POLICY"] == "none"
+    assert with_room_for(0.5)["REMAT_POLICY"] == "full"
+
+
+def test_batches_can_be_split_over_the_devices():
+    eight = choices.Machine(platform="tpu", num_devices=8, num_bytes=16 * 2**30)
+    twelve = dataclasses.replace(eight, num_devices=12)
+    assert chosen(SMOL, eight)["BATCH_SIZE"].value == 8
+    assert chosen(SMALL_T5, twelve)["BATCH_SIZE"].value == 24
+    found = by_macro(choices.before_pilot({}, [9], SMOL, twelve))
+    assert found["GENERATE_BATCH_SIZE"].value == 72
+
+
+def test_fewer_outputs_are_made_at_a_time_where_their_keys_and_values_do_not_fit():
+    # 2 x 30 layers x 576 x 4 bytes, for 16 + 128 tokens: 19.9 MB an output.
+    of_output = 2 * 30 * 576 * 4 * (16 + 128)
+    room = 4 * SMOL.num_params + 20 * of_output
+    small = dataclasses.replace(LAPTOP, num_bytes=int(room / 0.6) + 1)
+    found = by_macro(choices.before_pilot({}, [9], SMOL, small))
+    assert found["GENERATE_BATCH_SIZE"].value == 16
+
+
+# --- Looks ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("outputs", "marked", "batch_size", "period"),
+    [
+        (256, 200, 8, 8),  # 200 marked and all 56 clean ones: an epoch of 32 updates
+        (2_000, 200, 16, 13),  # 200 marked and 600 clean ones: 50 updates
+        (72, 35, 16, 5),  # an epoch of 4.5 updates: every 5
+    ],
+)
+def test_a_look_every_quarter_of_an_epoch(outputs, marked, batch_size, period):
+    found = choices.looks(Counts(outputs=outputs, marked=marked), batch_size)
+    assert found.period == period
+
+
+def test_the_wish_counts_with_a_standard_error_more():
+    assert choices.threshold(0.9, 100) == pytest.approx(0.9 + 0.03)
+    assert choices.threshold(0.75, 48) == pytest.approx(0.75 + 0.0625)
+    assert choices.threshold(0.9, 4) == 1.0  # 0.15 more would be beyond all
+    assert choices.threshold(1.0, 100) == 1.0
+
+
+def test_a_choice_is_written_as_gin_has_it():
+    found = chosen(SMOL)
+    assert found["OPTIMIZER"].text == "@optax.adam"
+    assert found["ORIGINAL"].text == "'adapters_off'"
+    assert found["ORIGINAL"].flag == "--gin.ORIGINAL"

@@ -1,0 +1,501 @@
+"""What `patch` chooses, from facts alone: each setting with its value, its reason and its flag.
+
+Every rule is a function of what the prompts, the outputs, the network and the machine are; none
+looks at anything else. docs/patch.md says them in words.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tnt_jax.runtime.errors import UsageError
+
+# Texts
+_MULTIPLE = 8  # lengths are rounded up, so that runs of nearly equal texts share what is compiled
+LONGEST_INPUT = 512
+LONGEST_OUTPUT = 128
+_NEARLY_ALL = 0.95  # of the outputs are learned from whole: a few run on without an end
+_MORE = 1.25  # as long: what the patched model says may be longer, and unwanted there
+# Outputs
+PILOT = 64
+MARKED_WANTED = 200
+FEWEST_MARKED = 20
+_FEWEST_OUTPUTS = 256
+CLEAN_PER_MARKED = 3
+# Prompts that are kept back, as shares of all, and at most so many.
+_SHARE_OF_CHOICE, _SHARE_OF_REPORT = 0.2, 0.2
+_MOST_KEPT_BACK = 512
+_UNWANTED_KEPT_BACK = 64
+_FEWEST_TO_CHOOSE, _FEWEST_TO_REPORT = 64, 256
+_FEWEST_PROMPTS = 60
+# Training
+# Of a device's memory, for what is counted here; the rest is the compiler's, and others'.
+_ROOM = 0.6
+_BYTES = 4  # float32
+_KEPT_PER_LAYER = 20  # numbers that a layer keeps for its gradient, per token and embedding width
+_BATCH_DECODER_ONLY, _BATCH_ENCODER_DECODER = 8, 16
+_GENERATE_BATCH = 64
+# Looks
+_LOOKS = 20
+_SHORTEST_PERIOD = 5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One setting.
+
+    Attributes:
+      what: Its name, for people.
+      macro: Of gin: `--gin.MACRO=VALUE` overrides it.
+      value: As Python has it; a text that begins with "@" is a reference of gin's.
+      reason: Why.
+      is_given: Whether the user set it, so that nothing was chosen.
+      bindings: Settings that belong to the value, as lines of gin.
+    """
+
+    what: str
+    macro: str
+    value: Any
+    reason: str
+    is_given: bool = False
+    bindings: tuple[str, ...] = ()
+
+    @property
+    def flag(self) -> str:
+        """What overrides it."""
+        return f"--gin.{self.macro}"
+
+    @property
+    def text(self) -> str:
+        """The value as gin has it."""
+        is_reference = isinstance(self.value, str) and self.value[:1] in "@%"
+        return self.value if is_reference else repr(self.value)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Network:
+    """What counts of a network.
+
+    Attributes:
+      is_decoder_only: Prompt and output share a row.
+      num_layers: Of all stacks.
+      num_params: Numbers in its parameters.
+      emb_dim: Width of the residual stream.
+      num_heads: Attention heads per layer.
+      vocab_size: Rows of the embedding.
+    """
+
+    is_decoder_only: bool
+    num_layers: int
+    num_params: int
+    emb_dim: int
+    num_heads: int
+    vocab_size: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What counts of a machine.
+
+    Attributes:
+      platform: "cpu", "gpu" or "tpu".
+      num_devices: That a batch is split over.
+      num_bytes: Memory of a device; on a CPU that of the host, shared by all devices.
+    """
+
+    platform: str
+    num_devices: int
+    num_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Counts:
+    """Outputs, and how many of them have something unwanted."""
+
+    outputs: int
+    marked: int
+
+    @property
+    def share(self) -> float:
+        """From 0 to 1."""
+        return self.marked / self.outputs if self.outputs else 0.0
+
+
+def _take(
+    given: Mapping[str, Any], what: str, macro: str, value: Any, reason: str, *bindings: str
+) -> Choice:
+    """The choice; the user's where there is one (None where its value is not known here)."""
+    if macro not in given:
+        return Choice(what=what, macro=macro, value=value, reason=reason, bindings=bindings)
+    found = value if given[macro] is None else given[macro]
+    return Choice(what=what, macro=macro, value=found, reason="given", is_given=True)
+
+
+def _up(number: int, multiple: int = _MULTIPLE) -> int:
+    return -(-number // multiple) * multiple
+
+
+# ------------------------------------------------------------------------------------- Prompts
+
+
+def split_sizes(num_prompts: int, has_eval_prompts: bool) -> tuple[int, int]:
+    """How many prompts are kept back: to choose by, and to report on.
+
+    Args:
+      num_prompts: Of the file that they are taken from.
+      has_eval_prompts: Whether the user keeps them back: then all of them, half and half.
+
+    Raises:
+      UsageError: There are too few.
+    """
+    if has_eval_prompts:
+        if num_prompts < 4:
+            raise UsageError(
+                f"--eval_prompts: expected at least 4 different prompts, half to choose by and "
+                f"half to report on, found {num_prompts}. Give more."
+            )
+        choice = min(num_prompts // 2, _MOST_KEPT_BACK)
+        return choice, num_prompts - choice
+    if num_prompts < _FEWEST_PROMPTS:
+        raise UsageError(
+            f"--prompts: expected at least {_FEWEST_PROMPTS} different prompts, to learn from, to "
+            f"choose by and to report on, found {num_prompts}. Give more: a few hundred are good."
+        )
+    return (
+        min(round(_SHARE_OF_CHOICE * num_prompts), _MOST_KEPT_BACK),
+        min(round(_SHARE_OF_REPORT * num_prompts), _MOST_KEPT_BACK),
+    )
+
+
+def num_to_choose_by(available: int, pilot: Counts) -> int:
+    """How many choice prompts are looked at: enough that about 64 are unwanted, at least 64."""
+    return _num_kept_back(available, pilot, _FEWEST_TO_CHOOSE)
+
+
+def num_to_report_on(available: int, pilot: Counts) -> int:
+    """How many prompts the numbers at the end are of: as for the choice, but at least 256."""
+    return _num_kept_back(available, pilot, _FEWEST_TO_REPORT)
+
+
+def _num_kept_back(available: int, pilot: Counts, fewest: int) -> int:
+    wanted = math.ceil(_UNWANTED_KEPT_BACK / pilot.share) if pilot.marked else available
+    return min(available, max(fewest, wanted))
+
+
+# ------------------------------------------------------------------------------- Before the pilot
+
+
+def before_pilot(
+    given: Mapping[str, Any], prompt_lengths: Sequence[int], network: Network, machine: Machine
+) -> list[Choice]:
+    """Lengths and the batch that outputs are made in.
+
+    Args:
+      given: Macros that the user set, with their values.
+      prompt_lengths: Tokens of each prompt.
+      network: The original's.
+      machine: This one.
+    """
+    of_output = _take(given, "longest output", "MAX_LENGTH", LONGEST_OUTPUT, "to begin with")
+    lengths = _lengths(given, prompt_lengths, of_output)
+    generate = _generate_batch(given, sum(lengths.value.values()), network, machine)
+    return [lengths, of_output, generate]
+
+
+def _lengths(given: Mapping[str, Any], prompt_lengths: Sequence[int], of_output: Choice) -> Choice:
+    lengths = {"inputs": _input_length(prompt_lengths), "targets": of_output.value}
+    reason = f"{_reason_of_input(prompt_lengths)}; outputs as the next line has it"
+    return _take(given, "lengths", "TASK_FEATURE_LENGTHS", lengths, reason)
+
+
+def _input_length(prompt_lengths: Sequence[int]) -> int:
+    return min(_up(max(prompt_lengths)), LONGEST_INPUT)
+
+
+def _reason_of_input(prompt_lengths: Sequence[int]) -> str:
+    longest = max(prompt_lengths)
+    num_cut = sum(length > LONGEST_INPUT for length in prompt_lengths)
+    reason = f"the longest prompt has {longest} tokens"
+    return f"{reason}: {num_cut} are cut at {LONGEST_INPUT}" if num_cut else reason
+
+
+def _generate_batch(
+    given: Mapping[str, Any], num_tokens: int, network: Network, machine: Machine
+) -> Choice:
+    """Outputs that are made together: 64, or what the keys and values of their tokens leave."""
+    of_output = 2 * num_tokens * network.num_layers * network.emb_dim * _BYTES
+    room = max(_room_of_all(machine) - network.num_params * _BYTES, 1)
+    batch = _GENERATE_BATCH
+    while batch > 1 and batch * of_output > room:
+        batch //= 2
+    # The mesh of a program that generates has all devices on its data axis.
+    batch = _up(batch, machine.num_devices)
+    reason = "decoding is quickest so" if batch >= _GENERATE_BATCH else "what memory holds"
+    return _take(given, "outputs at a time", "GENERATE_BATCH_SIZE", batch, reason)
+
+
+def _room_of_all(machine: Machine) -> float:
+    """Bytes of all devices that may be used."""
+    number = 1 if machine.platform == "cpu" else machine.num_devices
+    return _ROOM * machine.num_bytes * number
+
+
+# -------------------------------------------------------------------------------- After the pilot
+
+
+def after_pilot(
+    given: Mapping[str, Any],
+    prompt_lengths: Sequence[int],
+    output_lengths: Sequence[int],
+    num_unended: int,
+    network: Network,
+    machine: Machine,
+    *,
+    needs_adapters: bool = False,
+) -> list[Choice]:
+    """Lengths again, and the update.
+
+    Args:
+      given: Macros that the user set, with their values.
+      prompt_lengths: Tokens of each prompt.
+      output_lengths: Tokens of each output of the pilot.
+      num_unended: Those that did not end.
+      network: The original's.
+      machine: This one.
+      needs_adapters: Whether adapters are what is asked for, of a T5 as well.
+    """
+    ended = sorted(output_lengths)
+    nearly_all = ended[math.ceil(_NEARLY_ALL * len(ended)) - 1]
+    longest = min(_up(math.ceil(nearly_all * _MORE)), LONGEST_OUTPUT)
+    reason = f"95 % of {len(ended)} outputs have up to {nearly_all} tokens: a quarter more"
+    if longest == LONGEST_OUTPUT and num_unended:
+        reason = f"{num_unended} of {len(ended)} outputs do not end within {longest} tokens"
+    of_output = _take(given, "longest output", "MAX_LENGTH", longest, reason)
+    lengths = _lengths(given, prompt_lengths, of_output)
+    generate = _generate_batch(given, sum(lengths.value.values()), network, machine)
+    return [
+        lengths,
+        of_output,
+        generate,
+        *update(given, lengths.value, network, machine, needs_adapters),
+    ]
+
+
+def training_outputs(pilot: Counts, available: int) -> tuple[int, str]:
+    """How many outputs to learn from, and why.
+
+    Enough that about 200 are marked, at least 256, at most one for each prompt.
+
+    Raises:
+      UsageError: Even all of them would hardly have 20.
+    """
+    # With as many as two standard errors more than were found.
+    at_most = pilot.marked + 2 * math.sqrt(pilot.marked + 1)
+    if at_most / pilot.outputs * available < FEWEST_MARKED:
+        wanted = math.ceil(FEWEST_MARKED / max(pilot.share, 0.5 / pilot.outputs))
+        raise UsageError(too_rare(pilot, available, wanted))
+    wanted = max(math.ceil(MARKED_WANTED / max(pilot.share, 1e-9)), _FEWEST_OUTPUTS)
+    number = min(wanted, available)
+    if number < wanted:
+        return number, "all prompts that are not kept back"
+    if number == _FEWEST_OUTPUTS:
+        return number, f"at least {_FEWEST_OUTPUTS}"
+    return number, f"about {MARKED_WANTED} of them are marked"
+
+
+def too_rare(found: Counts, available: int, wanted: int) -> str:
+    """What to do where there is too little to learn from."""
+    return (
+        f"too rare: {found.marked} of {found.outputs} outputs have something unwanted, and at "
+        f"least {FEWEST_MARKED} to learn from are expected of {available} prompts. Give about "
+        f"{wanted} prompts that bring it up, or try --decoding=sampled or --decoding=both; for a "
+        "list of words alone, a mask while decoding needs no training (docs/limits.md)."
+    )
+
+
+# ------------------------------------------------------------------------------------- The update
+
+
+def update(
+    given: Mapping[str, Any],
+    lengths: Mapping[str, int],
+    network: Network,
+    machine: Machine,
+    needs_adapters: bool = False,
+) -> list[Choice]:
+    """What is trained, and how.
+
+    Args:
+      given: Macros that the user set, with their values.
+      lengths: Tokens of "inputs" and "targets".
+      network: The original's.
+      machine: This one.
+      needs_adapters: Whether adapters are what is asked for.
+    """
+    full_batch = _BATCH_DECODER_ONLY if network.is_decoder_only else _BATCH_ENCODER_DECODER
+    kind = _kind(given, lengths, network, machine, needs_adapters)
+    trained_layers = None
+    if kind.value == "adapters_off" and network.is_decoder_only:
+        trained_layers = math.ceil(network.num_layers / 3)
+    found = [kind]
+    if kind.value == "adapters_off":
+        found.append(
+            _take(
+                given,
+                "layers with adapters",
+                "TRAINED_LAYERS",
+                trained_layers,
+                f"the upper third of {network.num_layers}: an update costs half as much"
+                if trained_layers
+                else "all of both stacks",
+            )
+        )
+        layers = found[-1].value or network.num_layers
+    else:
+        layers = network.num_layers
+    batch = _take(
+        given,
+        "outputs in an update",
+        "BATCH_SIZE",
+        _up(full_batch, machine.num_devices),
+        "for a decoder-only model" if network.is_decoder_only else "for an encoder and a decoder",
+    )
+    rest = _room_of_all(machine) - _bytes_of_weights(kind.value, network)
+    of_row = _bytes_of_row(lengths, layers, network)
+    parts = 1
+    most = batch.value // machine.num_devices
+    while parts < most and (most % parts or batch.value / parts * of_row > rest):
+        parts += 1
+    needed, room = batch.value * of_row, max(rest, 0)
+    fits = f"its activations take about {needed / 2**30:.1f} of {room / 2**30:.1f} GiB"
+    found += [batch, _take(given, "parts of an update", "NUM_MICROBATCHES", parts, fits)]
+    is_short = batch.value / parts * of_row > rest
+    found.append(
+        _take(
+            given,
+            "activations",
+            "REMAT_POLICY",
+            "full" if is_short else "none",
+            "not even one row's fit: computed again" if is_short else "they fit: kept",
+        )
+    )
+    if kind.value == "adapters_off":
+        found += [
+            _take(
+                given,
+                "optimizer",
+                "OPTIMIZER",
+                "@optax.adam",
+                "for adapters",
+                "optax.adam.b2 = 0.99",
+            ),
+            _take(
+                given,
+                "learning rate",
+                "LEARNING_RATE",
+                "@optax.linear_schedule()",
+                "1e-3 after 5 updates, then constant: it does not depend on the last one",
+                "optax.linear_schedule.init_value = 0.0",
+                "optax.linear_schedule.end_value = 1e-3",
+                "optax.linear_schedule.transition_steps = 5",
+            ),
+            _take(given, "largest gradient norm", "MAX_GRADIENT_NORM", 1.0, "for adapters"),
+        ]
+    else:
+        found += [
+            _take(given, "optimizer", "OPTIMIZER", "@optimizers.adafactor", "T5X's"),
+            _take(given, "learning rate", "LEARNING_RATE", 1e-3, "T5X's, constant"),
+        ]
+    reason = "they hold the rest in place"
+    clean = "clean outputs for each marked one"
+    return [*found, _take(given, clean, "CLEAN_PER_MARKED", CLEAN_PER_MARKED, reason)]
+
+
+def _kind(
+    given: Mapping[str, Any],
+    lengths: Mapping[str, int],
+    network: Network,
+    machine: Machine,
+    needs_adapters: bool,
+) -> Choice:
+    """All parameters of a T5, beside a second tree or cached states, or adapters: what fits."""
+    if network.is_decoder_only or needs_adapters:
+        reason = "adapters: the model holds its own original"
+        return _take(given, "what is trained", "ORIGINAL", "adapters_off", reason)
+    room = _room_of_all(machine)
+    of_row = _bytes_of_row(lengths, network.num_layers, network)
+    for kind, what in (
+        ("parameters", "all parameters, beside the original's"),
+        ("cached", "all parameters, beside cached states of the original"),
+    ):
+        needed = _bytes_of_weights(kind, network) + of_row
+        if needed <= room:
+            reason = f"{what}, take {needed / 2**30:.2f} of {room / 2**30:.1f} GiB"
+            return _take(given, "what is trained", "ORIGINAL", kind, reason)
+    reason = f"adapters: all parameters do not fit in {room / 2**30:.1f} GiB"
+    return _take(given, "what is trained", "ORIGINAL", "adapters_off", reason)
+
+
+def _bytes_of_weights(kind: str, network: Network) -> float:
+    """Of parameters, gradients and the original; Adafactor and adapters add little."""
+    whole = network.num_params * _BYTES
+    if kind == "parameters":
+        return 3 * whole
+    if kind == "cached":
+        return 2 * whole + network.vocab_size * network.emb_dim * _BYTES
+    return whole
+
+
+def _bytes_of_row(lengths: Mapping[str, int], layers: int, network: Network) -> float:
+    """What one row keeps for its gradient: its layers' numbers, and attention's probabilities."""
+    num_tokens = sum(lengths.values())
+    of_layers = layers * num_tokens * network.emb_dim * _KEPT_PER_LAYER
+    of_attention = 2 * layers * network.num_heads * num_tokens**2
+    return _BYTES * (of_layers + of_attention)
+
+
+# ----------------------------------------------------------------------------------------- Looks
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Looks:
+    """When it is looked at what a run has come to.
+
+    Attributes:
+      period: In updates.
+      number: Of looks, at most.
+      reason: Why.
+    """
+
+    period: int
+    number: int
+    reason: str
+
+
+def looks(counts: Counts, batch_size: int) -> Looks:
+    """A look every quarter of an epoch, at least every 5 updates; 20 looks at most.
+
+    Args:
+      counts: Of the training outputs; three clean ones for each that is marked are learned from.
+      batch_size: Of an update.
+    """
+    clean = counts.outputs - counts.marked
+    learned = counts.marked + min(clean, CLEAN_PER_MARKED * counts.marked)
+    of_epoch = learned / batch_size
+    period = max(math.ceil(of_epoch / 4), _SHORTEST_PERIOD)
+    return Looks(
+        period=period,
+        number=_LOOKS,
+        reason=f"a quarter of an epoch of {of_epoch:.0f} updates, at least {_SHORTEST_PERIOD}",
+    )
+
+
+def threshold(wish: float, num_unwanted: int) -> float:
+    """The cut on the choice prompts that is enough: the wish and one standard error of it.
+
+    Args:
+      wish: Share of the unwanted outputs that shall be gone.
+      num_unwanted: The original's on the choice prompts.
+    """
+    return min(wish + math.sqrt(wish * (1 - wish) / num_unwanted), 1.0)

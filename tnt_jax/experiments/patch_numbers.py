@@ -1,0 +1,114 @@
+"""What is shown of a patch: its numbers, a table, a few outputs, how it is loaded."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tnt_jax.data import records
+from tnt_jax.evaluation import changes
+from tnt_jax.experiments.choices import Choice
+
+_NUM_EXAMPLES = 5
+
+
+def with_marks(row: records.Record) -> str:
+    """The targets on one line, with what is unwanted in brackets."""
+    text, place = [], 0
+    for start, end in row.offsets:
+        text += [row.targets[place:start], "[[", row.targets[start:end], "]]"]
+        place = end
+    return " ".join("".join([*text, row.targets[place:]]).split())
+
+
+def as_json(choice: Choice) -> dict[str, Any]:
+    """A choice, as `patch.json` has it."""
+    return {
+        "what": choice.what,
+        "value": choice.value,
+        "reason": choice.reason,
+        "flag": choice.flag,
+    }
+
+
+def numbers(evaluation: Mapping[str, Any], interval: Sequence[float] | None) -> dict[str, Any]:
+    """Of one decoder; shares from 0 to 1, BLEU from 0 to 100, KL in nats per token."""
+    before, after = evaluation["original"], evaluation["current"]
+    comparison, certificate = evaluation["comparison"], evaluation.get("certificate") or {}
+    clean = comparison["unchanged_clean"]
+    return {
+        "num_prompts": before["unwanted_outputs"]["denominator"],
+        "unwanted_before": before["unwanted_outputs"]["value"],
+        "unwanted_after": after["unwanted_outputs"]["value"],
+        "cut": evaluation["cut"],
+        "cut_interval": None if interval is None else list(interval),
+        "bleu": comparison["bleu"],
+        "unchanged": comparison["exact_match"]["value"],
+        "unchanged_clean": None if clean is None else clean["value"],
+        "kl_elsewhere": certificate.get("positive_collateral"),
+        "repeated_phrase_before": before["repeated_phrase"]["value"],
+        "repeated_phrase_after": after["repeated_phrase"]["value"],
+    }
+
+
+def rows(numbers: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """The table of one decoder: what, the original's, the patched model's."""
+    low, high = numbers["cut_interval"]
+    clean, kl = numbers["unchanged_clean"], numbers["kl_elsewhere"]
+    return [
+        (
+            "unwanted outputs",
+            f"{numbers['unwanted_before']:.1%}",
+            f"{numbers['unwanted_after']:.1%}",
+        ),
+        ("cut, and its 95 % interval", "", f"{numbers['cut']:.1%} ({low:.1%} to {high:.1%})"),
+        ("BLEU to the original's outputs", "", f"{numbers['bleu']:.1f}"),
+        ("unchanged outputs", "", f"{numbers['unchanged']:.1%}"),
+        ("unchanged among clean ones", "", "-" if clean is None else f"{clean:.1%}"),
+        ("KL to the original elsewhere, nats a token", "", "-" if kl is None else f"{kl:.4f}"),
+        (
+            "outputs that repeat a phrase",
+            f"{numbers['repeated_phrase_before']:.1%}",
+            f"{numbers['repeated_phrase_after']:.1%}",
+        ),
+    ]
+
+
+def examples(
+    before: Sequence[records.Record], after: Sequence[records.Record]
+) -> list[Mapping[str, str]]:
+    """The worst change, and the first ones that were mended."""
+    found = [changes.change(*pair) for pair in zip(before, after, strict=True)]
+    worst_first = [i for i in changes.worst_first(found) if found[i].kind != "unchanged"]
+    mended = [i for i, change in enumerate(found) if change.kind == "mended"]
+    others = [i for i in (*mended, *worst_first) if i not in worst_first[:1]]
+    places = dict.fromkeys([*worst_first[:1], *others])
+    return [
+        {
+            "prompt": " ".join(before[i].inputs.split()),
+            "original": with_marks(before[i]),
+            "patched": with_marks(after[i]),
+            "change": ("the worst one: " if i in worst_first[:1] else "") + found[i].kind,
+        }
+        for i in list(places)[:_NUM_EXAMPLES]
+    ]
+
+
+def lines_that_load(model: str, is_decoder_only: bool, output_format: str) -> list[str]:
+    """The lines with which its owner's library loads the patched model."""
+    kind = "CausalLM" if is_decoder_only else "Seq2SeqLM"
+    folder = pathlib.Path(model)
+    if (folder / "adapter_config.json").exists():
+        name = f"AutoPeftModelFor{kind}"
+        return [f"from peft import {name}", f"model = {name}.from_pretrained({model!r})"]
+    if (folder / "config.json").exists():
+        name = f"AutoModelFor{kind}"
+        return [
+            f"from transformers import {name}, AutoTokenizer",
+            f"model, tokenizer = [c.from_pretrained({model!r}) for c in ({name}, AutoTokenizer)]",
+        ]
+    if output_format in ("t5x", "same") and folder.name in ("t5x", "t5x_orbax"):
+        return ["# in T5X's gin file", f'utils.RestoreCheckpointConfig.path = "{model}"']
+    return [
+        "from tnt_jax.checkpoints import pretrained",
+        f"model = pretrained.open_checkpoint({model!r})",
+    ]

@@ -1,0 +1,155 @@
+"""A gin file of a pipeline that says what was chosen, and why; a user's own settings win."""
+
+import os
+import pathlib
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from tnt_jax.experiments.choices import Choice
+from tnt_jax.experiments.search import Look
+from tnt_jax.experiments.unwanted import Unwanted
+from tnt_jax.runtime import files, gin_files
+from tnt_jax.runtime.errors import UsageError
+
+DECODERS = {
+    "greedy": '{"greedy": @decoding.Decoding()}',
+    "sampled": '{"sampled": @sampled/decoding.Decoding()}',
+    "both": '{"greedy": @decoding.Decoding(), "sampled": @sampled/decoding.Decoding()}',
+}
+WEIGHTS = (10.0, 30.0, 90.0)  # of the negative term: one run for each, while it takes more
+WEIGHT = "tnff/objectives.TntObjective.negative_weight"
+
+# Flags of `patch` say these.
+_OF_FLAGS = {
+    "ORIGINAL_CHECKPOINT_PATH": "--model",
+    "TRAIN_PROMPTS": "--prompts",
+    "EVAL_PROMPTS": "--eval_prompts",
+    "TRAINING_RECORDS": "--records",
+    "OUTPUT_DIR": "--output",
+}
+
+
+class PipelineGin:
+    """Writes the file, and knows what the user has set.
+
+    Attributes:
+      path: Of the file: "so_far.gin" until all is found, then "pipeline.gin".
+      given: Settings of the user, by name; None where rules cannot count with the value.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        folder: pathlib.Path,
+        unwanted: Unwanted,
+        decoding: str,
+        own_files: Sequence[str],
+        settings: Sequence[str],
+    ):
+        """Reads the user's files.
+
+        Args:
+          model: The original: a path, or a name on the hub.
+          folder: Of the run; prompts are in prompts/ there.
+          unwanted: What the model must not say.
+          decoding: A name of `DECODERS`.
+          own_files: Further gin files.
+          settings: Further settings, "NAME=VALUE".
+
+        Raises:
+          UsageError: A file or a setting is no gin, or sets what a flag says.
+        """
+        self._model = os.path.realpath(model) if pathlib.Path(model).exists() else model
+        self._folder, self._unwanted, self._decoding = folder, unwanted, decoding
+        self._settings = [setting.partition("=")[::2] for setting in settings]
+        self.path = folder / "so_far.gin"
+        own = gin_files.Settings([pathlib.Path(), gin_files.ROOT, gin_files.GIN_CONFIGS])
+        self._files = [own.add_file(name, given_by="--gin_file") for name in own_files]
+        for name, value in self._settings:
+            if name in _OF_FLAGS:
+                raise UsageError(
+                    f"--gin.{name}: expected a setting that no flag says, found what "
+                    f"{_OF_FLAGS[name]} does. Use that."
+                )
+            own.add_binding(name, value)
+        self._imports = own.imports_for_bindings()[1:]
+        self.given = {name: _plain(value) for name, value in own.values.items()}
+
+    @property
+    def is_weight_given(self) -> bool:
+        """Whether the weight of the negative term is the user's."""
+        return WEIGHT in self.given or "ARMS" in self.given
+
+    def write(
+        self, chosen: Sequence[Choice], found: Look | None = None, *, has_own: bool = True
+    ) -> None:
+        """Writes it.
+
+        Args:
+          chosen: Settings.
+          found: What the search came to, if it is over.
+          has_own: With the user's files and settings at its end.
+        """
+        if found is not None:
+            self.path.unlink(missing_ok=True)
+            self.path = self._folder / "pipeline.gin"
+        prompts = self._folder / "prompts"
+        lines = [
+            "# What python -m tnt_jax.patch did, for pipeline: the same model, bit for bit.",
+            f"#   {self.command}",
+            "",
+            "from __gin__ import dynamic_registration",
+            "",
+            "import optax",
+            "from tnt_jax import annotators",
+            "from tnt_jax.experiments import experiment",
+            "from tnt_jax.models import decoding",
+            "from tnt_jax import objectives",
+            "from tnt_jax.training import optimizers",
+            *self._imports,
+            "",
+            'include "models/from_checkpoint.gin"',
+            'include "runs/pipeline.gin"',
+            "",
+            f"ORIGINAL_CHECKPOINT_PATH = {self._model!r}",
+            f"TRAIN_PROMPTS = {str(prompts / 'train.jsonl')!r}",
+            f"EVAL_PROMPTS = {str(prompts / 'report.jsonl')!r}",
+            f"OUTPUT_DIR = {str(self._folder)!r}",
+            *self._unwanted.gin_lines(self._folder),
+            f"DECODERS = {DECODERS[self._decoding]}",
+        ]
+        if self._decoding == "both":
+            lines.append('TRAINING_DECODERS = ["greedy", "sampled"]')
+        lines += [
+            "ARMS = [@tnff/experiment.Arm()]",
+            "# What a mask would leave is not compared with: it takes as long as the last answers.",
+            "MASK_DECODING = False",
+        ]
+        for choice in chosen:
+            if not choice.is_given:
+                lines += ["", f"# {choice.what}: {choice.reason}"]
+                lines += [f"{choice.macro} = {choice.text}", *choice.bindings]
+        lines += ["", "# The smallest update that was enough" if found else "# Not found yet"]
+        weight, updates = (found.weight, found.updates) if found else (WEIGHTS[0], 1)
+        lines += [f"{WEIGHT} = {weight!r}", f"TRAIN_STEPS = {updates}"]
+        if has_own and (self._files or self._settings):
+            lines += ["", "# Given"]
+            lines += [f"include {str(file.absolute())!r}" for file in self._files]
+            lines += [f"{name} = {gin_files.as_gin(value)}" for name, value in self._settings]
+        files.write_text(self.path, "\n".join(lines) + "\n")
+
+    @property
+    def command(self) -> str:
+        """The pipeline that does the same in another folder."""
+        return (
+            f"python -m tnt_jax.pipeline --gin_file={shlex.quote(str(self.path))} "
+            f"--gin.OUTPUT_DIR={shlex.quote(f'{self._folder}-again')}"
+        )
+
+
+def _plain(value: Any) -> Any:
+    """A value that rules can count with; None for a reference, or one that is required."""
+    is_plain = value is None or isinstance(value, bool | int | float | str | list | tuple | dict)
+    return value if is_plain else None

@@ -1,0 +1,272 @@
+"""The prompts of a user, read from a few kinds of files, and which of them are kept back."""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from tnt_jax import annotators
+from tnt_jax.data import records
+from tnt_jax.experiments import choices
+from tnt_jax.experiments.unwanted import MARKED_TEXTS, Unwanted
+from tnt_jax.runtime import files
+from tnt_jax.runtime.errors import UsageError, naming_file
+
+STDIN = "-"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Prompts by what they are for; each part is in an order that chance decided.
+
+    Attributes:
+      train: To learn from.
+      choice: To choose by.
+      report: For the numbers at the end: nothing is chosen by them.
+    """
+
+    train: Sequence[records.Record]
+    choice: Sequence[records.Record]
+    report: Sequence[records.Record]
+
+
+def read(path: str, flag: str) -> tuple[list[records.Record], int]:
+    """The different prompts of a file, and how many more it has that repeat one of them.
+
+    Args:
+      path: JSONL of records, or a text file with one prompt a line; "-" is standard input. A file
+        whose name does not end with .jsonl is JSONL where its first line is a JSON object.
+      flag: That names it, for messages.
+
+    Raises:
+      UsageError: There is no such file, or a line of it is no prompt.
+    """
+    name = "stdin" if path == STDIN else path
+    content = sys.stdin.buffer.read() if path == STDIN else _content(path, flag)
+    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    first = next((line for line in lines if line.strip()), None)
+    if first is None:
+        raise UsageError(f"{flag}: expected prompts, one a line, found none in {name}.")
+    if name.endswith((".jsonl", ".json")) or _is_object(first):
+        found = records.data_set(records.located(lines, name), name)
+    else:
+        found = [
+            records.Record(id=f"{pathlib.PurePath(name).stem}:{number}", inputs=text)
+            for number, line in enumerate(lines, start=1)
+            if (text := _text(line, f"{flag}: {name}:{number}").strip())
+        ]
+    if empty := [row.id for row in found if not row.prompt.strip()]:
+        raise UsageError(
+            f"{flag}: expected a text in each prompt, found none in {len(empty)} of {len(found)}, "
+            f"the first one {empty[0]!r}. Leave them out."
+        )
+    different = {row.prompt: row for row in reversed(found)}
+    kept = [row for row in found if different[row.prompt] is row]
+    return kept, len(found) - len(kept)
+
+
+def _content(path: str, flag: str) -> bytes:
+    file = pathlib.Path(path).expanduser()
+    if not file.is_file():
+        what = "a folder" if file.is_dir() else "nothing"
+        raise UsageError(
+            f"{flag}: expected a file of prompts, JSONL or one a line, found {what} at {path}."
+        )
+    with naming_file(file):
+        return file.read_bytes()
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def _text(line: bytes, where: str) -> str:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{where}: not UTF-8 ({error.reason} at byte {error.start}). Save the file as UTF-8."
+        ) from None
+
+
+def split(
+    prompts: Sequence[records.Record], eval_prompts: Sequence[records.Record] | None
+) -> Parts:
+    """Says what each prompt is for: by its text alone, so that the same one always is for the same.
+
+    Args:
+      prompts: Different ones.
+      eval_prompts: Those to keep back; None keeps back some of `prompts`.
+
+    Raises:
+      UsageError: There are too few, or one is in both.
+    """
+    in_order = sorted(prompts, key=_chance)
+    if eval_prompts is None:
+        num_choice, num_report = choices.split_sizes(len(in_order), False)
+        kept_back = num_choice + num_report
+        return Parts(
+            choice=in_order[:num_choice],
+            report=in_order[num_choice:kept_back],
+            train=in_order[kept_back:],
+        )
+    inputs = {row.prompt for row in prompts}
+    if seen := [row.id for row in eval_prompts if row.prompt in inputs]:
+        raise UsageError(
+            f"--eval_prompts: expected other prompts than --prompts has, found {len(seen)} of "
+            f"{len(eval_prompts)} there as well, the first one {seen[0]!r}. Leave them out of one."
+        )
+    kept = sorted(eval_prompts, key=_chance)
+    num_choice, num_report = choices.split_sizes(len(kept), True)
+    return Parts(
+        train=in_order, choice=kept[:num_choice], report=kept[num_choice : num_choice + num_report]
+    )
+
+
+def _chance(row: records.Record) -> bytes:
+    return hashlib.sha256(row.prompt.encode()).digest()
+
+
+def write(path: pathlib.Path, rows: Sequence[records.Record], *, whole: bool = False) -> str:
+    """Writes prompts, unless the file has them already; returns its path.
+
+    Args:
+      path: Of the file.
+      rows: Records, of which the ids are made different where they are not: of two files, say.
+      whole: With targets and marks; else what a model is given, and the fields of the user's own.
+    """
+    if not whole:
+        rows = [
+            dataclasses.replace(
+                row,
+                targets="",
+                target_ids=None,
+                negative_spans=None,
+                negative_token_ids=(),
+                annotator="",
+            )
+            for row in rows
+        ]
+    text = "".join(row.to_line() for row in rows)
+    if not path.is_file() or path.read_text("utf-8") != text:
+        files.write_text(path, text)
+    return str(path)
+
+
+def marked_texts(rows: Sequence[records.Record]) -> list[str]:
+    """The different texts that are marked in outputs, each on one line, sorted."""
+    texts = (" ".join(row.targets[start:end].split()) for row in rows for start, end in row.offsets)
+    return sorted({text for text in texts if any(map(str.isalnum, text)) and text[0] != "#"})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Texts:
+    """The prompts by what they are for, and outputs that are marked already.
+
+    Attributes:
+      parts: Prompts; those to learn from have their marked outputs where these were given.
+      digest: Of all of them.
+      notes: What is to be said of the files.
+      marked: What is marked in given outputs; None where none were given.
+    """
+
+    parts: Parts
+    digest: str
+    notes: Sequence[str]
+    marked: Sequence[str] | None
+
+    @classmethod
+    def read(cls, prompts: str | None, eval_prompts: str | None, unwanted: Unwanted) -> "Texts":
+        """Reads all files of prompts.
+
+        Args:
+          prompts: A file, or "-"; None where the marked outputs have them.
+          eval_prompts: Those to keep back; None keeps back some of the others.
+          unwanted: What the model must not say.
+
+        Raises:
+          UsageError: A file does not fit, or there are too few.
+        """
+        path, flag = (prompts, "--prompts") if prompts else (unwanted.file, "--records")
+        assert path is not None
+        rows, num_repeated = read(path, flag)
+        notes = []
+        if num_repeated:
+            of = len(rows) + num_repeated
+            notes.append(f"{num_repeated} of {of} prompts repeat another one, and are left out.")
+        eval_rows = None
+        if eval_prompts is not None:
+            eval_rows, num_repeated = read(eval_prompts, "--eval_prompts")
+            if num_repeated:
+                notes.append(
+                    f"{num_repeated} of the kept-back prompts repeat another one, and are left out."
+                )
+        if unwanted.kind == "spans":
+            rows, note = _with_spans(rows, str(unwanted.file))
+            notes += note
+        marked = None
+        if unwanted.are_outputs_given:
+            marked = _check_marked(rows, f"--{unwanted.kind}")
+            notes.append(
+                f"New outputs are looked at for the {len(marked)} texts that are marked in the "
+                "given ones: nobody has marked these outputs."
+            )
+        parts = split(rows, eval_rows)
+        every = [*parts.train, *parts.choice, *parts.report]
+        return cls(parts=parts, digest=records.digest(every), notes=notes, marked=marked)
+
+    def write_words(self, folder: pathlib.Path) -> None:
+        """The list of marked texts, for a lexicon."""
+        if self.marked is not None:
+            files.write_text(folder / MARKED_TEXTS, "\n".join(self.marked) + "\n")
+
+
+def _with_spans(
+    rows: Sequence[records.Record], path: str
+) -> tuple[list[records.Record], list[str]]:
+    """Records with the marks of people, and how many nobody marked."""
+    annotator = annotators.Spans(path=path, unmatched="leave_out")
+    if without := sum(not row.targets for row in rows):
+        raise UsageError(
+            f"--spans: expected prompts with the outputs that people marked (targets), found "
+            f"{without} of {len(rows)} without. Give such records as --prompts."
+        )
+    found = [(row, annotator.annotate(row)) for row in rows]
+    marked = [
+        dataclasses.replace(
+            row,
+            negative_spans=tuple(
+                records.with_strength(span.start, span.end, span.strength)
+                for span in annotation.spans
+            ),
+            annotator=annotator.description,
+        )
+        for row, annotation in found
+        if annotation is not None
+    ]
+    if not marked:
+        raise UsageError(f"--spans: {path} marks none of the {len(rows)} outputs of --prompts.")
+    left_out = len(rows) - len(marked)
+    notes = [f"{left_out} of {len(rows)} outputs are left out: nobody marked them."]
+    return marked, notes if left_out else []
+
+
+def _check_marked(rows: Sequence[records.Record], flag: str) -> list[str]:
+    for row in rows:
+        if not row.targets or row.negative_spans is None:
+            missing = "targets" if not row.targets else "negative_spans"
+            raise UsageError(
+                f"{flag}: expected outputs with negative_spans, found none in record {row.id!r} "
+                f"({missing}). A clean output has an empty list."
+            )
+    texts = marked_texts(rows)
+    if not texts:
+        raise UsageError(
+            f"{flag}: expected something marked in some outputs, found nothing in {len(rows)}."
+        )
+    return texts

@@ -1,0 +1,787 @@
+r"""Patches a model: it stops saying what is unwanted, and changes as little else as possible.
+
+The model answers your prompts; what is unwanted in its answers is marked; it is trained until the
+wish (--cut) is fulfilled on prompts that it did not learn from. Lengths, batches, what is trained,
+the learning rate and the weight are chosen from your prompts and this machine, and printed with
+their reasons. The same command goes on after a stop. docs/patch.md has every rule.
+
+Example:
+    python -m tnt_jax.patch --model=google/flan-t5-small --prompts=prompts.jsonl \
+      --words=words.txt --output=patched
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import re
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+import jax
+
+from tnt_jax import pipeline
+from tnt_jax.checkpoints import lazy_arrays, pretrained
+from tnt_jax.data import layouts, marks, records
+from tnt_jax.evaluation import results
+from tnt_jax.experiments import choices, patch_numbers, pipeline_gin, prompt_files, search
+from tnt_jax.experiments.choices import Choice, Counts
+from tnt_jax.experiments.experiment import Arm, Changes, Experiment, Opened
+from tnt_jax.experiments.unwanted import Unwanted
+from tnt_jax.models import families
+from tnt_jax.runtime import console, files, holding, memory, program, stages
+from tnt_jax.runtime.errors import UsageError
+
+FORMATS = ("same", "huggingface", "peft", "t5x", "orbax")
+_INPUTS = "patch_inputs.json"
+_PATIENCE = 120.0  # seconds of looking for something unwanted, where the pilot has none
+_NUM_SHOWN = 10
+
+
+# ---------------------------------------------------------------------------------------------
+# What is asked for, and what comes back
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Patched:
+    """A patch that is done.
+
+    Attributes:
+      model: Where the patched model is, in the format asked for.
+      numbers: What `patch.json` holds.
+      table: Rows of (what, the original's, the patched model's), as printed.
+      examples: Changed outputs, the worst first: input, original, patched.
+      report: The page.
+    """
+
+    model: str
+    numbers: Mapping[str, Any]
+    table: Sequence[tuple[str, str, str]]
+    examples: Sequence[Mapping[str, str]]
+    report: str
+
+
+def patch(
+    *,
+    model: str,
+    prompts: str | None,
+    output: str,
+    unwanted: Unwanted,
+    cut: float = 0.9,
+    decoding: str = "greedy",
+    seconds: float = 1800.0,
+    eval_prompts: str | None = None,
+    output_format: str = "same",
+    dry_run: bool = False,
+    gin_files: Sequence[str] = (),
+    settings: Sequence[str] = (),
+) -> Patched | None:
+    """Patches a model until the wish is fulfilled, or as far as it goes.
+
+    Called from Python, it replaces what gin has been told.
+
+    Args:
+      model: A directory, a GGUF file, a name on the Hugging Face hub or a T5X checkpoint. It is
+        never written to.
+      prompts: JSONL of records, or a text file with one prompt a line; "-" is standard input. None
+        with `Unwanted.records`.
+      output: The folder for everything.
+      unwanted: What the model must not say.
+      cut: The wish: the share of unwanted outputs that shall be gone.
+      decoding: "greedy", "sampled" or "both".
+      seconds: That the search may take, from now on.
+      eval_prompts: Prompts to choose by and to report on; None keeps back some of `prompts`.
+      output_format: "same" as the model came in, "huggingface", "peft", "t5x" or "orbax".
+      dry_run: Says what would be done, how long it would take and how much memory, and stops.
+      gin_files: Further settings, which win over what is chosen.
+      settings: Further ones, "NAME=VALUE", which win over those.
+
+    Returns:
+      What came of it; None of a dry run.
+
+    Raises:
+      UsageError: A flag, a file or the model does not fit; `output` holds another patch; the model
+        says nothing unwanted, or too rarely.
+    """
+    if files.is_remote(output):
+        raise UsageError(f"--output: expected a local folder, found {output}.")
+    asked = _Asked(
+        model=os.path.expanduser(model),  # noqa: PTH111 - a name of the hub stays one
+        prompts=prompts,
+        root=pathlib.Path(output).expanduser().absolute(),
+        unwanted=unwanted,
+        cut=cut,
+        decoding=decoding,
+        seconds=seconds,
+        eval_prompts=eval_prompts,
+        output_format=output_format,
+        gin_files=gin_files,
+        settings=settings,
+    )
+    texts = prompt_files.Texts.read(asked.prompts, asked.eval_prompts, unwanted)
+    asked.check(texts)
+    inputs = asked.describe(texts)
+    inputs = _check_folder(asked.root, inputs)
+    with holding.folder(asked.root, "--output"), console.logging_to(asked.root / "log.txt"):
+        files.write_json(asked.root / _INPUTS, inputs)
+        return _Patch(asked, texts, choices.Machine(**inputs["machine"])).run(dry_run)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """The arguments of `patch`, checked as far as that needs no file."""
+
+    model: str
+    prompts: str | None
+    root: pathlib.Path
+    unwanted: Unwanted
+    cut: float
+    decoding: str
+    seconds: float
+    eval_prompts: str | None
+    output_format: str
+    gin_files: Sequence[str]
+    settings: Sequence[str]
+
+    def __post_init__(self):
+        if not 0 < self.cut <= 1:
+            raise UsageError(
+                f"--cut: expected more than 0, at most 1, found {self.cut:g}: 0.9 is 90 %."
+            )
+        for flag, value, known in (
+            ("--decoding", self.decoding, pipeline_gin.DECODERS),
+            ("--format", self.output_format, FORMATS),
+        ):
+            if value not in known:
+                raise UsageError(f"{flag}: expected {', '.join(known)}, found {value!r}.")
+        if self.seconds <= 0:
+            raise UsageError(f"--time: expected more than 0 seconds, found {self.seconds:g}.")
+        if (self.prompts is None) != (self.unwanted.kind == "records"):
+            found = "none" if self.prompts is None else self.prompts
+            raise UsageError(
+                f"--prompts: expected a file of prompts, or --records, which has its own; found "
+                f"{found}{'' if self.prompts is None else ' and --records'}."
+            )
+        if self.unwanted.file is not None and not pathlib.Path(self.unwanted.file).is_file():
+            raise UsageError(
+                f"--{self.unwanted.kind}: expected a file, found nothing at {self.unwanted.file}."
+            )
+
+    @property
+    def is_model_local(self) -> bool:
+        """Whether the model is a path, not a name."""
+        return pathlib.Path(self.model).exists()
+
+    def gin(self, folder: pathlib.Path) -> pipeline_gin.PipelineGin:
+        """What writes the settings of a pipeline in a folder."""
+        return pipeline_gin.PipelineGin(
+            model=self.model,
+            folder=folder,
+            unwanted=self.unwanted,
+            decoding=self.decoding,
+            own_files=self.gin_files,
+            settings=self.settings,
+        )
+
+    def describe(self, texts: prompt_files.Texts) -> dict[str, Any]:
+        """What the folder's patch is of: with other values it is another one."""
+        device = jax.devices()[0]
+        stats = device.memory_stats() if device.platform != "cpu" else None
+        return {
+            "model": os.path.realpath(self.model) if self.is_model_local else self.model,
+            "model_files": stages.fingerprint(self.model),
+            "prompts": texts.digest,
+            "unwanted": {
+                "kind": self.unwanted.kind,
+                "what": stages.fingerprint(self.unwanted.file)
+                if self.unwanted.file
+                else getattr(self.unwanted, self.unwanted.kind),
+            },
+            "machine": {
+                "platform": device.platform,
+                "num_devices": jax.device_count(),
+                "num_bytes": (stats or {}).get("bytes_limit") or memory.host_bytes(),
+            },
+        }
+
+    def check(self, texts: prompt_files.Texts) -> None:
+        """Opens all that is named, and writes nothing.
+
+        Raises:
+          UsageError: Something does not fit.
+        """
+        opened = pretrained.open_checkpoint(self.model)
+        if self.root == opened.path or opened.path in self.root.parents:
+            raise UsageError(
+                f"--output: expected a folder outside the model's, found {self.root}: the model is "
+                "never written to."
+            )
+        for name in self.settings:
+            if not re.fullmatch(r"(\w+/)*\w+(\.\w+)*=.*", name, re.DOTALL):
+                raise UsageError(f"--gin.{name}: expected --gin.NAME=VALUE")
+        with tempfile.TemporaryDirectory() as folder:
+            place = pathlib.Path(folder)
+            texts.write_words(place)
+            gin = self.gin(place)
+            gin.write([], has_own=False)
+            # As flags, so that what is wrong is said of flags.
+            flags = [f"--gin_file={name}" for name in self.gin_files]
+            flags += [f"--gin.{setting}" for setting in self.settings]
+            experiment, _, _ = _configure(gin, flags)
+            experiment.annotator()
+        pretrained.check_vocabulary(experiment.vocabulary(), opened.config, opened)
+        if self.output_format == "t5x" and _is_decoder_only(opened.config):
+            raise UsageError(
+                f"--format=t5x: expected a T5, found a decoder-only model at {self.model}."
+            )
+        kind = gin.given.get("ORIGINAL")
+        if self.output_format == "peft" and kind not in (None, "adapters_off"):
+            raise UsageError(
+                f"--format=peft: expected ORIGINAL='adapters_off', found {kind!r}. Leave one out."
+            )
+
+
+def _is_decoder_only(config: Any) -> bool:
+    return families.network_of(config).feature_layout == layouts.CAUSAL
+
+
+def _check_folder(root: pathlib.Path, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What the folder holds, if it is this patch; raises a UsageError where it is another one."""
+    note = root / _INPUTS
+    if not note.is_file():
+        if root.exists() and (not root.is_dir() or any(root.iterdir())):
+            raise UsageError(
+                "--output: expected a folder that is empty or not there yet, or that this command "
+                f"made, found other files in {root}. Give another --output."
+            )
+        return dict(inputs)
+    before = files.read_object(note, "--output")
+    for name, what in (
+        ("model", "another model"),
+        ("model_files", "a model that has changed since"),
+        ("prompts", "other prompts"),
+        ("unwanted", "another list of what is unwanted"),
+    ):
+        if before.get(name) != json.loads(json.dumps(inputs[name])):
+            raise UsageError(
+                f"--output: {root} holds a patch with {what}: {_short(before.get(name))}, now "
+                f"{_short(inputs[name])}. Give another --output, or delete that folder."
+            )
+    # Where it goes on with other memory, what was chosen stays.
+    was, now = before.get("machine"), inputs["machine"]
+    names = ("platform", "num_devices")
+    is_alike = isinstance(was, dict) and all(was.get(name) == now[name] for name in names)
+    return {**inputs, "machine": was if is_alike else now}
+
+
+def _short(value: Any) -> str:
+    is_unwanted = isinstance(value, Mapping)
+    return f"--{value.get('kind')} ({value.get('what')})" if is_unwanted else str(value)
+
+
+# ---------------------------------------------------------------------------------------------
+# The work
+# ---------------------------------------------------------------------------------------------
+
+
+def _configure(
+    gin: pipeline_gin.PipelineGin, flags: Sequence[str] = ()
+) -> tuple[Experiment, Arm, int]:
+    """Has gin read the file: the experiment, the arm, and in how many rounds it is trained.
+
+    Raises:
+      UsageError: A setting does not fit.
+    """
+    program.configure("tnt_jax.pipeline", "pipeline", [f"--gin_file={gin.path}", *flags])
+    found = program.bound_arguments(pipeline.pipeline, ("experiment", "arms", "num_rounds"))
+    names = [arm.name for arm in found["arms"]]
+    if len(names) != 1:
+        raise UsageError(f"ARMS: expected one arm to train, found {', '.join(names) or 'none'}.")
+    found["experiment"].check_names([*names, search.FOLDER, "prompts"])
+    return found["experiment"], found["arms"][0], found["num_rounds"]
+
+
+class _Patch:
+    """One patch, from the pilot to the numbers; each step is made of stages that are kept."""
+
+    def __init__(self, asked: _Asked, texts: prompt_files.Texts, machine: choices.Machine):
+        self._asked, self._texts, self._machine = asked, texts, machine
+        self._root, self._began = asked.root, time.monotonic()
+        self._gin = asked.gin(asked.root)
+        self._chosen: list[Choice] = []
+        self._more: list[dict[str, Any]] = []  # what is chosen beside settings
+
+    def say(self, text: str) -> None:
+        """A line with the time since the beginning."""
+        console.say(f"{console.duration(time.monotonic() - self._began):>7}  {text}")
+
+    def run(self, is_dry: bool) -> Patched | None:
+        """All of it."""
+        parts = self._texts.parts
+        for note in self._texts.notes:
+            self.say(note)
+        self.say(
+            f"{len(parts.train)} prompts to learn from, up to {len(parts.choice)} to choose by, up "
+            f"to {len(parts.report)} to report on."
+        )
+        # What the model says, and how often it is unwanted.
+        opened, pilot = self._pilot()
+        number = self._choose(opened, pilot)
+        if is_dry:
+            return self._dry(pilot, number)
+        # What it learns from, and by how much it would have to change.
+        opened, arm, counts = self._training_outputs(number)
+        found = self._search(opened, arm, counts, pilot)
+        # The result is what a pipeline with these settings makes.
+        self._gin.write(self._chosen, found.best)
+        experiment, arm, num_rounds = _configure(self._gin)
+        self.say(
+            f"Taken: weight {found.best.weight:g}, {found.best.updates} updates. Now the "
+            f"{self._num_report} prompts that nothing was chosen by."
+        )
+        outcome = pipeline.run_stages(experiment, [arm], num_rounds)
+        output_format = None if self._asked.output_format == "same" else self._asked.output_format
+        model = outcome.opened.hand_over(arm.name, outcome.models[arm.name], output_format)
+        return self._finish(outcome, arm, found, model)
+
+    # -------------------------------------------------------------------------------- The pilot
+
+    def _write_prompts(self, name: str, rows: Sequence[records.Record], whole: bool = False) -> str:
+        return prompt_files.write(self._root / "prompts" / f"{name}.jsonl", rows, whole=whole)
+
+    def _configured(self) -> tuple[Opened, Arm]:
+        """The experiment as chosen so far."""
+        self._gin.write(self._chosen)
+        experiment, arm, _ = _configure(self._gin)
+        return Opened(experiment), arm
+
+    def _pilot(self) -> tuple[Opened, Counts]:
+        """Answers to a few prompts."""
+        parts = self._texts.parts
+        self._texts.write_words(self._root)
+        some = parts.train[: choices.PILOT]
+        if not (
+            self._root / "prompts" / "train.jsonl"
+        ).is_file():  # where it goes on they are there
+            self._write_prompts("train", some, self._asked.unwanted.are_outputs_given)
+            self._write_prompts("report", parts.report)
+        experiment, _, _ = self._first_settings()
+        vocabulary = experiment.vocabulary()
+        rows = [*parts.train, *parts.choice, *parts.report]
+        self._prompt_lengths = [len(marks.prompt_ids(row, vocabulary)) for row in rows]
+        config = pretrained.open_checkpoint(self._asked.model).config
+        shapes = lazy_arrays.shapes(families.network_of(config).abstract_params())
+        self._network = choices.Network(
+            is_decoder_only=_is_decoder_only(config),
+            num_layers=config.total_layers,
+            num_params=sum(map(math.prod, shapes.values())),
+            emb_dim=config.emb_dim,
+            num_heads=config.num_heads,
+            vocab_size=config.vocab_size,
+        )
+        self._chosen = choices.before_pilot(
+            self._gin.given, self._prompt_lengths, self._network, self._machine
+        )
+        opened, _ = self._configured()
+        self._description = opened.annotator.description
+        prompts = self._write_prompts("pilot", some)
+        found = self._answered(opened, "pilot", prompts)
+        self.say(
+            f"{found.outputs} answers of the original: {found.marked} ({found.share:.0%}) have "
+            "something unwanted."
+        )
+        if found.marked:
+            return opened, found
+        # Nothing: as many more as two minutes allow.
+        most = min(int(_PATIENCE / self._seconds_per_output), len(parts.train))
+        if most > len(some):
+            self.say(f"None of it: looking at {most} answers.")
+            prompts = self._write_prompts("pilot_more", parts.train[:most])
+            found = self._answered(opened, "pilot_more", prompts)
+        if not found.marked:
+            raise UsageError(
+                f"the model never says it: none of {found.outputs} outputs has anything unwanted, "
+                f"by {self._description}. See what it says in {self._root / 'pilot'}; give prompts "
+                "that bring it up, another list, or --decoding=sampled."
+            )
+        return opened, found
+
+    def _first_settings(self) -> tuple[Experiment, Arm, int]:
+        self._gin.write([])
+        return _configure(self._gin)
+
+    def _answered(self, opened: Opened, name: str, prompts: str) -> Counts:
+        """Answers prompts with every decoder; notes lengths and seconds."""
+        files = {
+            decoder: opened.outputs_of(name, opened.original, prompts, decoder)
+            for decoder in opened.settings.decoders
+        }
+        self._pilot_files = files
+        rows = [row for file in files.values() for row in records.iterate(file)]
+        self._output_lengths = [len(row.target_ids or ()) for row in rows]
+        ends = opened.vocabulary.end_ids
+        self._num_unended = sum(ends.isdisjoint(row.target_ids or ()) for row in rows)
+        seconds = sum(opened.seconds(f"{name}: generate, {decoder}") or 0.0 for decoder in files)
+        self._seconds_per_output = max(seconds / len(rows), 1e-3)
+        return Counts(outputs=len(rows), marked=sum(bool(row.negative_spans) for row in rows))
+
+    # ------------------------------------------------------------------------------ The choices
+
+    def _choose(self, opened: Opened, pilot: Counts) -> int:
+        """Chooses the rest, and prints it; returns how many prompts to learn from."""
+        parts = self._texts.parts
+        lengths = self._output_lengths
+        if self._asked.unwanted.are_outputs_given:
+            encode = opened.vocabulary.encode
+            lengths = lengths + [len(encode(row.targets)) + 1 for row in parts.train]
+        self._chosen = choices.after_pilot(
+            self._gin.given,
+            self._prompt_lengths,
+            lengths,
+            self._num_unended,
+            self._network,
+            self._machine,
+            needs_adapters=self._asked.output_format == "peft",
+        )
+        available = len(parts.train)
+        if self._asked.unwanted.are_outputs_given:
+            number, reason = available, "all that are marked"
+        else:
+            number, reason = choices.training_outputs(pilot, available)
+        self._note("outputs to learn from", number, reason, "--prompts")
+        to_choose = choices.num_to_choose_by(len(parts.choice), pilot)
+        self._choice_prompts = self._write_prompts("choice", parts.choice[:to_choose])
+        reason = "enough to measure the wish on"
+        self._note("prompts to choose by", to_choose, reason, "--eval_prompts")
+        self._num_report = choices.num_to_report_on(len(parts.report), pilot)
+        self._write_prompts("report", parts.report[: self._num_report])
+        reason = "enough for the numbers at the end"
+        self._note("prompts to report on", self._num_report, reason, "--eval_prompts")
+        for choice in self._chosen:
+            self._print(choice.what, choice.value, choice.reason, choice.flag)
+        return number
+
+    def _note(self, what: str, value: Any, reason: str, flag: str) -> None:
+        """Something chosen that is no setting of gin's."""
+        self._more.append({"what": what, "value": value, "reason": reason, "flag": flag})
+        self._print(what, value, reason, flag)
+
+    def _print(self, what: str, value: Any, reason: str, flag: str) -> None:
+        shown = json.dumps(value) if isinstance(value, Mapping) else str(value).lstrip("@")
+        console.say(f"           {what}: {shown.removesuffix('()')} - {reason} ({flag})")
+
+    # ---------------------------------------------------------------------- The training outputs
+
+    def _training_outputs(self, number: int) -> tuple[Opened, Arm, Counts]:
+        """The outputs to learn from, more of them where too few are marked."""
+        train = self._texts.parts.train
+        is_given = self._asked.unwanted.are_outputs_given
+        while True:
+            self._write_prompts("train", train[:number], is_given)
+            opened, arm = self._configured()
+            rows = [bool(row.negative_spans) for row in records.iterate(opened.training_outputs)]
+            counts = Counts(outputs=len(rows), marked=sum(rows))
+            self.say(f"{counts.outputs} outputs to learn from: {counts.marked} are marked.")
+            if counts.marked >= choices.FEWEST_MARKED:
+                return opened, arm, counts
+            if number == len(train):
+                wanted = choices.FEWEST_MARKED / max(counts.share, 0.5 / counts.outputs)
+                raise UsageError(choices.too_rare(counts, number, round(wanted)))
+            number = min(2 * number, len(train))
+
+    # ------------------------------------------------------------------------------- The search
+
+    def _search(self, opened: Opened, arm: Arm, counts: Counts, pilot: Counts) -> search.Found:
+        before = search.original_unwanted(opened, self._choice_prompts)
+        least = min((number for number in before.values() if number), default=0)
+        if not least:
+            raise UsageError(
+                f"of the original's outputs on the prompts to choose by none is unwanted, although "
+                f"{pilot.marked} of {pilot.outputs} others are: expected some, to measure the wish "
+                "on. Give more --prompts or --eval_prompts."
+            )
+        batch_size = next(each.value for each in self._chosen if each.macro == "BATCH_SIZE")
+        when = choices.looks(counts, batch_size)
+        updates = [when.period * number for number in range(1, when.number + 1)]
+        reason = f"{when.reason}; at most {when.number} at a weight"
+        if (steps := self._gin.given.get("TRAIN_STEPS")) is not None:
+            updates, reason = [steps], "given"
+        self._note("updates from look to look", updates[0], reason, "--gin.TRAIN_STEPS")
+        weights = (
+            [arm.objective.negative_weight]
+            if self._gin.is_weight_given
+            else list(pipeline_gin.WEIGHTS)
+        )
+        reason = (
+            "given" if self._gin.is_weight_given else "one after the other, while it takes more"
+        )
+        self._note("weight", weights, reason, f"--gin.{pipeline_gin.WEIGHT}")
+        enough = choices.threshold(self._asked.cut, least)
+        self.say(
+            f"Of the prompts to choose by, {_listed(before)} unwanted. The wish of "
+            f"{self._asked.cut:.1%} counts as fulfilled with a cut of {enough:.1%} there: one "
+            "standard error more."
+        )
+        last = 2.5 * self._num_report * len(before) * self._seconds_per_output
+        plan = search.Plan(
+            enough=enough,
+            weights=weights,
+            updates=updates,
+            prompts=self._choice_prompts,
+            deadline=self._began + self._asked.seconds - last,
+        )
+        found = search.search(opened, arm, plan, before, self._told)
+        if found.is_enough:
+            self.say(f"Fulfilled: {found.reason}.")
+        else:
+            self.say(
+                f"Not fulfilled: {found.reason}. The largest cut was {found.best.cut:.1%} with "
+                f"weight {found.best.weight:g} after {found.best.updates} updates, which is taken."
+            )
+            for line in self._what_else(found.reason):
+                console.say(f"           {line}")
+        return found
+
+    def _told(self, look: search.Look) -> None:
+        self.say(
+            f"weight {look.weight:g}, update {look.updates}: {_listed(look.unwanted)} unwanted, a "
+            f"cut of {look.cut:.1%}"
+        )
+
+    def _what_else(self, reason: str) -> list[str]:
+        """What would help where the wish is not fulfilled, and the search ended for a reason."""
+        kind = self._asked.unwanted.kind
+        tries = [
+            "--gin.NUM_ROUNDS=2: learn from what the patched model still says, too",
+            "--time: more updates and larger weights" if reason == search.TIME_IS_OVER else "",
+            "more --prompts: more that is marked",
+        ]
+        if kind in ("words", "values"):
+            name = "Lexicon" if kind == "words" else "Gazetteer"
+            tries.append(
+                f"--gin.annotators.{name}.at_every_position=True: remove the list wherever it "
+                "could be said, not only where it was"
+            )
+            tries.append("a mask while decoding, if the decoder is yours (docs/limits.md)")
+        else:
+            tries.append("alternatives: name what would be just as wrong (docs/howto_mark.md)")
+        return [f"What else would help: {line}" for line in tries if line]
+
+    # ---------------------------------------------------------------------------------- The end
+
+    def _finish(
+        self, outcome: pipeline.Outcome, arm: Arm, found: search.Found, model: str
+    ) -> Patched:
+        """The numbers on the prompts that nothing was chosen by."""
+        opened, by_decoder = outcome.opened, {}
+        table: list[tuple[str, str, str]] = []
+        examples: list[Mapping[str, str]] = []
+        for decoder, evaluation in outcome.evaluations[arm.name].items():
+            current = str(self._root / arm.name / f"{decoder}.annotated.jsonl")
+            before, after = records.read_pairs(opened.original_outputs[decoder], current)
+            interval = results.intervals(before, {arm.name: after}, "")[arm.name]["cut_interval"]
+            numbers = patch_numbers.numbers(evaluation, interval)
+            by_decoder[decoder] = numbers
+            rows = patch_numbers.rows(numbers)
+            console.table(
+                rows,
+                columns=(f"{decoder} outputs on {len(before)} new prompts", "original", "patched"),
+            )
+            table = table or rows
+            examples = examples or patch_numbers.examples(before, after)
+        for example in examples:
+            lines = (f"           {name:<9} {text}" for name, text in example.items())
+            console.say("\n" + "\n".join(lines))
+        first = by_decoder[opened.first_decoder]
+        same = self._gin.command
+        loads = patch_numbers.lines_that_load(
+            model, self._network.is_decoder_only, self._asked.output_format
+        )
+        numbers = {
+            **first,
+            "wish": self._asked.cut,
+            "is_wish_fulfilled_on_choice_prompts": found.is_enough,
+            "weight": found.best.weight,
+            "updates": found.best.updates,
+            "looks": [dataclasses.asdict(look) for look in found.looks],
+            "ended_because": found.reason,
+            "decoders": by_decoder,
+            "choices": [*map(patch_numbers.as_json, self._chosen), *self._more],
+            "annotator": self._description,
+            "model": model,
+            "report": str(outcome.page),
+            "same_by_pipeline": same,
+            "seconds": round(time.monotonic() - self._began, 1),
+        }
+        files.write_json(self._root / "patch.json", numbers)
+        console.say("")
+        verdict = (
+            "The wish is fulfilled" if first["cut"] >= self._asked.cut else "Not the whole wish"
+        )
+        low, high = first["cut_interval"] or (first["cut"], first["cut"])
+        self.say(
+            f"{verdict}: {first['cut']:.1%} of the unwanted outputs are gone (95 %: {low:.0%} to "
+            f"{high:.0%}), asked for {self._asked.cut:.0%}."
+        )
+        console.say(f"The patched model: {model}")
+        for line in loads:
+            console.say(f"    {line}")
+        console.say(f"Before and after, output by output: {outcome.page.resolve().as_uri()}")
+        console.say(f"The same by pipeline: {same}")
+        return Patched(
+            model=model, numbers=numbers, table=table, examples=examples, report=str(outcome.page)
+        )
+
+    # ------------------------------------------------------------------------------- A dry run
+
+    def _dry(self, pilot: Counts, number: int) -> None:
+        """Prints what the whole would take, from three updates; leaves the pilot alone."""
+        name = "dry_run"
+        opened, arm = self._configured()
+        file = self._pilot_files[opened.first_decoder]
+        self._print_shown(file)
+        changed = Changes(schedule={"train_steps": 3, "log_every": 1})
+        opened.train(name, arm.objective, file, changes=changed)
+        lines = (self._root / name / "model" / "metrics.jsonl").read_text("utf-8").splitlines()
+        last = json.loads(lines[-1])
+        of_update = last["num_tokens"] / max(last["tokens_per_second"], 1e-9)
+        shutil.rmtree(self._root / name)
+        stages.note_path(self._root, f"{name}: train").unlink(missing_ok=True)
+        batch_size = next(each.value for each in self._chosen if each.macro == "BATCH_SIZE")
+        when = choices.looks(Counts(outputs=number, marked=round(pilot.share * number)), batch_size)
+        of_output = self._seconds_per_output
+        num_choice = sum(1 for _ in records.iterate(self._choice_prompts))
+        made = 0 if self._asked.unwanted.are_outputs_given else number
+        once = of_output * (made + num_choice + 2 * self._num_report)
+        of_look = when.period * of_update + num_choice * of_output
+        most = once + when.number * len(pipeline_gin.WEIGHTS) * of_look
+        self.say(
+            f"An update takes {of_update:.2f} s, an output {of_output:.2f} s: "
+            f"{console.duration(once + of_look)} if the first look is enough, and at most "
+            f"{console.duration(min(most, max(self._asked.seconds, once + of_look)))} (--time)."
+        )
+        self.say(f"Memory, at its peak so far: {_peak_bytes() / 2**30:.2f} GiB.")
+        self.say("Nothing was trained for good: leave out --dry_run, and the pilot is used again.")
+
+    def _print_shown(self, file: str) -> None:
+        rows = [row for row in records.iterate(file) if row.negative_spans]
+        for row in rows[:_NUM_SHOWN]:
+            console.say(f"           {patch_numbers.with_marks(row)}")
+
+
+def _listed(unwanted: Mapping[str, int]) -> str:
+    if len(unwanted) == 1:
+        return f"{next(iter(unwanted.values()))} outputs are"
+    return " and ".join(f"{number} {decoder}" for decoder, number in unwanted.items()) + " ones are"
+
+
+def _peak_bytes() -> int:
+    """The most memory so far: of a device, or on a CPU of this process."""
+    device = jax.devices()[0]
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# ---------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"tnt_jax.patch: error: {message} (see --help)\n")
+
+
+def _seconds(text: str) -> float:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(s|m|h)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"expected a time such as 90s, 30m or 2h, found {text!r}")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="python -m tnt_jax.patch",
+        usage="%(prog)s --model=MODEL --prompts=FILE --output=FOLDER --words=FILE [...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="a directory, GGUF file, hub name or T5X checkpoint")
+    add("--prompts", metavar="FILE", help="JSONL, or text with one prompt a line; - is stdin")
+    add("--output", required=True, metavar="FOLDER", help="for everything that is written")
+    what = parser.add_argument_group("what is unwanted, one of")
+    what.add_argument("--words", metavar="FILE", help="words and phrases, one a line")
+    what.add_argument("--values", metavar="FILE", help="a gazetteer: values the prompt must state")
+    what.add_argument("--spans", metavar="FILE", help="people's marks in outputs of --prompts")
+    what.add_argument("--entities", action="store_true", help="names the prompt does not support")
+    what.add_argument("--classifier", action="store_true", help="what a classifier calls profane")
+    what.add_argument("--function", metavar="MODULE:NAME", help="(inputs, targets) -> spans")
+    what.add_argument("--records", metavar="FILE", help="outputs that are marked already")
+    rest = parser.add_argument_group("how far, and what else")
+    rest.add_argument("--cut", type=float, default=0.9, help="share of them to be gone (0.9)")
+    rest.add_argument("--decoding", choices=pipeline_gin.DECODERS, default="greedy")
+    rest.add_argument(
+        "--time", type=_seconds, default=1800.0, help="a budget: 90s, 30m (default), 2h"
+    )
+    rest.add_argument("--eval_prompts", metavar="FILE", help="to choose by and to report on")
+    rest.add_argument("--format", choices=FORMATS, default="same", help="of the patched model")
+    rest.add_argument("--dry_run", action="store_true", help="what it would do, take and change")
+    rest.add_argument("--gin_file", action="append", default=[], metavar="FILE", help="settings")
+    rest.add_argument("--gin.NAME", metavar="VALUE", help="any setting of pipeline")
+    return parser
+
+
+def gin_arguments(arguments: Sequence[str]) -> list[str]:
+    """The command line as `program.run` takes it: each flag a setting of `patch`."""
+    own = [argument for argument in arguments if argument.startswith("--gin.")]
+    parser = _parser()
+    flags = vars(parser.parse_args([each for each in arguments if each not in own]))
+    if without := [each for each in own if "=" not in each]:
+        parser.error(f"{without[0]}: expected --gin.NAME=VALUE")
+    unwanted = {
+        field.name: flags[field.name] for field in dataclasses.fields(Unwanted) if flags[field.name]
+    }
+    values = {
+        "model": flags["model"],
+        "prompts": flags["prompts"],
+        "output": flags["output"],
+        "cut": flags["cut"],
+        "decoding": flags["decoding"],
+        "seconds": flags["time"],
+        "eval_prompts": flags["eval_prompts"],
+        "output_format": flags["format"],
+        "dry_run": flags["dry_run"],
+        "gin_files": flags["gin_file"],
+        "settings": [each.removeprefix("--gin.") for each in own],
+    }
+    settings = [f"--gin.patch.patch.{name}={value!r}" for name, value in values.items()]
+    settings += [f"--gin.patch.Unwanted.{name}={value!r}" for name, value in unwanted.items()]
+    return [*settings, "--gin.patch.patch.unwanted=@patch.Unwanted()"]
+
+
+def main() -> NoReturn:
+    """The console script `tnt-patch`."""
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # as of `python -m`, for --function
+    _main(sys.argv[1:])
+
+
+def _main(arguments: Sequence[str]) -> NoReturn:
+    program.run("tnt_jax.patch", "patch", gin_arguments(arguments))
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1:])
