@@ -8,7 +8,7 @@ import gin
 import pytest
 
 from tnt_jax import annotate, annotators
-from tnt_jax.data import records, tokenization
+from tnt_jax.data import records, token_automaton, tokenization
 from tnt_jax.runtime import program
 
 ROWS = [
@@ -93,10 +93,10 @@ class Unsure:
     def annotate(self, record):
         del record
         span = annotators.Span(start=10, end=16, alternatives=("silly", "kind"), strength=0.5)
-        return annotators.Annotation(spans=(span,), banned=("kind",))
+        return annotators.Annotation(spans=(span,), unwanted=token_automaton.Listed(("kind",)))
 
     def everywhere(self):
-        return ()
+        return None
 
 
 def test_alternatives_are_as_sure_as_their_span():
