@@ -484,18 +484,34 @@ class _Patch:
         """The outputs to learn from, more of them where too few are marked."""
         train = self._texts.parts.train
         is_given = self._asked.unwanted.are_outputs_given
+        file = self._root / "prompts" / "train.jsonl"
+        # Where it goes on, it is known whether there were to be more.
+        number = max(number, sum(1 for _ in records.iterate(file)))
         while True:
             self._write_prompts("train", train[:number], is_given)
             opened, arm = self._configured()
             rows = [bool(row.negative_spans) for row in records.iterate(opened.training_outputs)]
             counts = Counts(outputs=len(rows), marked=sum(rows))
             self.say(f"{counts.outputs} outputs to learn from: {counts.marked} are marked.")
-            if counts.marked >= choices.FEWEST_MARKED:
+            more = number
+            if not is_given:
+                stages_of = [f"training_outputs: generate, {d}" for d in opened.training_decoders]
+                seconds = sum(opened.seconds(name) or 0.0 for name in stages_of)
+                more = choices.more_training_outputs(
+                    dataclasses.replace(counts, outputs=number),
+                    len(train),
+                    max(seconds / number, 1e-6),
+                    self._asked.seconds,
+                )
+            if counts.marked < choices.FEWEST_MARKED:
+                if number == len(train):
+                    wanted = choices.FEWEST_MARKED / max(counts.share, 0.5 / counts.outputs)
+                    raise UsageError(choices.too_rare(counts, number, round(wanted)))
+                more = max(more, min(2 * number, len(train)))
+            if more == number:
                 return opened, arm, counts
-            if number == len(train):
-                wanted = choices.FEWEST_MARKED / max(counts.share, 0.5 / counts.outputs)
-                raise UsageError(choices.too_rare(counts, number, round(wanted)))
-            number = min(2 * number, len(train))
+            self.say(f"They are cheap, or too few: {more} are made.")
+            number = more
 
     # ------------------------------------------------------------------------------- The search
 
@@ -515,6 +531,8 @@ class _Patch:
         if (steps := self._gin.given.get("TRAIN_STEPS")) is not None:
             updates, reason = [steps], "given"
         self._note("updates from look to look", updates[0], reason, "--gin.TRAIN_STEPS")
+        self._add_learning_rate(when)
+        opened, arm = self._configured()
         weights = (
             [arm.objective.negative_weight]
             if self._gin.is_weight_given
@@ -549,6 +567,11 @@ class _Patch:
             for line in self._what_else(found.reason):
                 console.say(f"           {line}")
         return found
+
+    def _add_learning_rate(self, when: choices.Looks) -> None:
+        rate = choices.learning_rate(self._gin.given, self._chosen, when)
+        self._chosen = [*self._chosen, rate]
+        self._print(rate.what, rate.value, rate.reason, rate.flag)
 
     def _told(self, look: search.Look) -> None:
         self.say(
@@ -645,6 +668,9 @@ class _Patch:
     def _dry(self, pilot: Counts, number: int) -> None:
         """Prints what the whole would take, from three updates; leaves the pilot alone."""
         name = "dry_run"
+        batch_size = next(each.value for each in self._chosen if each.macro == "BATCH_SIZE")
+        when = choices.looks(Counts(outputs=number, marked=round(pilot.share * number)), batch_size)
+        self._add_learning_rate(when)
         opened, arm = self._configured()
         file = self._pilot_files[opened.first_decoder]
         self._print_shown(file)
@@ -655,8 +681,6 @@ class _Patch:
         of_update = last["num_tokens"] / max(last["tokens_per_second"], 1e-9)
         shutil.rmtree(self._root / name)
         stages.note_path(self._root, f"{name}: train").unlink(missing_ok=True)
-        batch_size = next(each.value for each in self._chosen if each.macro == "BATCH_SIZE")
-        when = choices.looks(Counts(outputs=number, marked=round(pilot.share * number)), batch_size)
         of_output = self._seconds_per_output
         num_choice = sum(1 for _ in records.iterate(self._choice_prompts))
         made = 0 if self._asked.unwanted.are_outputs_given else number

@@ -114,7 +114,7 @@ def test_a_few_outputs_that_run_on_make_no_difference():
 
 
 def test_what_the_user_sets_is_not_chosen_and_others_follow_it():
-    given = {"MAX_LENGTH": 16, "BATCH_SIZE": 24, "LEARNING_RATE": None}
+    given = {"MAX_LENGTH": 16, "BATCH_SIZE": 24, "OPTIMIZER": None}
     found = by_macro(choices.after_pilot(given, [9], [40], 0, SMALL_T5, LAPTOP))
     assert found["TASK_FEATURE_LENGTHS"].value == {"inputs": 16, "targets": 16}
     assert {macro for macro, choice in found.items() if choice.is_given} == given.keys()
@@ -140,6 +140,21 @@ def test_as_many_outputs_as_have_200_marked_ones(marked, available, expected):
     assert choices.training_outputs(Counts(outputs=64, marked=marked), available)[0] == expected
 
 
+@pytest.mark.parametrize(
+    ("seconds_per_output", "expected"),
+    [
+        (0.001, 10_000),  # 180 seconds would be enough for 180,000, and 1,000 marked are of 10,000
+        (0.1, 1_800),
+        (0.5, 1_000),  # 360 are fewer than there are
+        (0.15, 1_000),  # 1,200 are hardly more
+    ],
+)
+def test_where_outputs_are_cheap_more_of_them_are_learned_from(seconds_per_output, expected):
+    found = Counts(outputs=1_000, marked=100)
+    assert choices.more_training_outputs(found, 20_000, seconds_per_output, 1_800) == expected
+    assert choices.more_training_outputs(found, 1_700, 0.001, 1_800) == 1_700
+
+
 def test_what_is_too_rare_is_refused_with_what_would_do():
     # One of 64, and perhaps three more: 4 of 64 are 6 of 100 prompts. 20 take 1,280.
     with pytest.raises(UsageError, match=r"too rare: 1 of 64 .* about 1280 prompts"):
@@ -153,11 +168,11 @@ def test_a_t5_trains_all_parameters_where_they_fit():
     found = values(chosen())
     assert found["ORIGINAL"] == "parameters"
     assert found["BATCH_SIZE"] == 16
-    assert (found["OPTIMIZER"], found["LEARNING_RATE"]) == ("@optimizers.adafactor", 1e-3)
+    assert found["OPTIMIZER"] == "@optax.adam"
     assert found["NUM_MICROBATCHES"] == 1
     assert found["REMAT_POLICY"] == "none"
     assert "TRAINED_LAYERS" not in found
-    assert "MAX_GRADIENT_NORM" not in found
+    assert found["MAX_GRADIENT_NORM"] == 1.0
 
 
 def test_a_t5_that_does_not_fit_twice_has_cached_states_and_a_larger_one_adapters():
@@ -170,6 +185,11 @@ def test_a_t5_that_does_not_fit_twice_has_cached_states_and_a_larger_one_adapter
         machine = dataclasses.replace(LAPTOP, num_bytes=math.ceil(needed / 0.6))
         return chosen(machine=machine)["ORIGINAL"].value
 
+    # Adam has two more.
+    five = three + 2 * 4 * 60_000_000
+    for needed, optimizer in ((five + 1, "@optax.adam"), (five - 1, "@optimizers.adafactor")):
+        machine = dataclasses.replace(LAPTOP, num_bytes=math.ceil(needed / 0.6))
+        assert values(chosen(machine=machine))["OPTIMIZER"] == optimizer
     assert kind(three + 1) == "parameters"
     assert kind(three - 1) == "cached"
     assert kind(two + 1) == "cached"
@@ -189,9 +209,6 @@ def test_a_decoder_only_model_trains_adapters_in_its_upper_third():
     assert found["TRAINED_LAYERS"].value == 10
     assert found["BATCH_SIZE"].value == 8
     assert found["MAX_GRADIENT_NORM"].value == 1.0
-    # Constant behind five updates: a run to 20 is the beginning of one to 40.
-    assert found["LEARNING_RATE"].value == "@optax.linear_schedule()"
-    assert "optax.linear_schedule.transition_steps = 5" in found["LEARNING_RATE"].bindings
     of_31 = chosen(dataclasses.replace(SMOL, num_layers=31))
     assert of_31["TRAINED_LAYERS"].value == 11
 
@@ -235,11 +252,38 @@ def test_fewer_outputs_are_made_at_a_time_where_their_keys_and_values_do_not_fit
         (256, 200, 8, 8),  # 200 marked and all 56 clean ones: an epoch of 32 updates
         (2_000, 200, 16, 13),  # 200 marked and 600 clean ones: 50 updates
         (72, 35, 16, 5),  # an epoch of 4.5 updates: every 5
+        (9_000, 1_000, 16, 40),  # one of 250: every 62.5 would be too seldom
     ],
 )
 def test_a_look_every_quarter_of_an_epoch(outputs, marked, batch_size, period):
     found = choices.looks(Counts(outputs=outputs, marked=marked), batch_size)
     assert found.period == period
+
+
+@pytest.mark.parametrize(
+    ("network", "given", "peak"),
+    [
+        (SMOL, {}, "1e-3"),
+        (SMALL_T5, {}, "3e-4"),
+        (SMALL_T5, {"OPTIMIZER": "@optimizers.adafactor"}, "1e-3"),
+    ],
+)
+def test_the_learning_rate_halves_with_the_looks_and_knows_no_end(network, given, peak):
+    def rate(period):
+        of_looks = choices.Looks(period=period, number=20, reason="")
+        of_update = choices.update(given, LENGTHS, network, LAPTOP)
+        return choices.learning_rate(given, of_update, of_looks)
+
+    assert rate(40).value == "@optax.warmup_exponential_decay_schedule()"
+    bindings = dict(line.split(" = ") for line in rate(40).bindings)
+    assert {name.rpartition(".")[2]: float(value) for name, value in bindings.items()} == {
+        "init_value": 0,
+        "peak_value": float(peak),
+        "warmup_steps": 5,
+        "transition_steps": 160,
+        "decay_rate": 0.5,
+    }
+    assert any(line.endswith("transition_steps = 80") for line in rate(8).bindings)
 
 
 def test_the_wish_counts_with_a_standard_error_more():

@@ -19,7 +19,8 @@ _NEARLY_ALL = 0.95  # of the outputs are learned from whole: a few run on withou
 _MORE = 1.25  # as long: what the patched model says may be longer, and unwanted there
 # Outputs
 PILOT = 64
-MARKED_WANTED = 200
+MARKED_WANTED, MARKED_AFFORDED = 200, 1000
+_SHARE_OF_TIME = 0.1  # that outputs to learn from may take, beyond those that are wanted
 FEWEST_MARKED = 20
 _FEWEST_OUTPUTS = 256
 CLEAN_PER_MARKED = 3
@@ -36,9 +37,10 @@ _BYTES = 4  # float32
 _KEPT_PER_LAYER = 20  # numbers that a layer keeps for its gradient, per token and embedding width
 _BATCH_DECODER_ONLY, _BATCH_ENCODER_DECODER = 8, 16
 _GENERATE_BATCH = 64
+_WARM_UP, _FEWEST_TO_HALVE = 5, 80  # updates
 # Looks
 _LOOKS = 20
-_SHORTEST_PERIOD = 5
+_SHORTEST_PERIOD, _LONGEST_PERIOD = 5, 40
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -304,6 +306,26 @@ def training_outputs(pilot: Counts, available: int) -> tuple[int, str]:
     return number, f"about {MARKED_WANTED} of them are marked"
 
 
+def more_training_outputs(
+    found: Counts, available: int, seconds_per_output: float, seconds: float
+) -> int:
+    """How many outputs to learn from, where they turn out to be cheap: with up to 1000 marked ones.
+
+    Args:
+      found: Those that there are.
+      available: Prompts.
+      seconds_per_output: That they took.
+      seconds: The budget, of which a tenth may go into it.
+
+    Returns:
+      As many as there are, unless it is well worth making them anew.
+    """
+    wanted = math.ceil(MARKED_AFFORDED / max(found.share, 1e-9))
+    affordable = int(_SHARE_OF_TIME * seconds / seconds_per_output)
+    number = min(wanted, affordable, available)
+    return number if number > 1.5 * found.outputs else found.outputs
+
+
 def too_rare(found: Counts, available: int, wanted: int) -> str:
     """What to do where there is too little to learn from."""
     return (
@@ -381,32 +403,19 @@ def update(
         )
     )
     if kind.value == "adapters_off":
-        found += [
-            _take(
-                given,
-                "optimizer",
-                "OPTIMIZER",
-                "@optax.adam",
-                "for adapters",
-                "optax.adam.b2 = 0.99",
-            ),
-            _take(
-                given,
-                "learning rate",
-                "LEARNING_RATE",
-                "@optax.linear_schedule()",
-                "1e-3 after 5 updates, then constant: it does not depend on the last one",
-                "optax.linear_schedule.init_value = 0.0",
-                "optax.linear_schedule.end_value = 1e-3",
-                "optax.linear_schedule.transition_steps = 5",
-            ),
-            _take(given, "largest gradient norm", "MAX_GRADIENT_NORM", 1.0, "for adapters"),
-        ]
+        adam = "for adapters"
+    elif _bytes_with_adam(kind.value, network) + of_row <= _room_of_all(machine):
+        adam = "its two moments fit"
     else:
-        found += [
-            _take(given, "optimizer", "OPTIMIZER", "@optimizers.adafactor", "T5X's"),
-            _take(given, "learning rate", "LEARNING_RATE", 1e-3, "T5X's, constant"),
-        ]
+        adam = ""
+    if adam:
+        b2 = "optax.adam.b2 = 0.99"
+        found.append(_take(given, "optimizer", "OPTIMIZER", "@optax.adam", adam, b2))
+    else:
+        reason = "Adam's moments do not fit"
+        found.append(_take(given, "optimizer", "OPTIMIZER", "@optimizers.adafactor", reason))
+    norm = "so that one strange batch does little"
+    found.append(_take(given, "largest gradient norm", "MAX_GRADIENT_NORM", 1.0, norm))
     reason = "they hold the rest in place"
     clean = "clean outputs for each marked one"
     return [*found, _take(given, clean, "CLEAN_PER_MARKED", CLEAN_PER_MARKED, reason)]
@@ -437,8 +446,12 @@ def _kind(
     return _take(given, "what is trained", "ORIGINAL", "adapters_off", reason)
 
 
+def _bytes_with_adam(kind: str, network: Network) -> float:
+    return _bytes_of_weights(kind, network) + 2 * network.num_params * _BYTES
+
+
 def _bytes_of_weights(kind: str, network: Network) -> float:
-    """Of parameters, gradients and the original; Adafactor and adapters add little."""
+    """Of parameters, gradients and the original; Adafactor and adapters add little to it."""
     whole = network.num_params * _BYTES
     if kind == "parameters":
         return 3 * whole
@@ -474,7 +487,7 @@ class Looks:
 
 
 def looks(counts: Counts, batch_size: int) -> Looks:
-    """A look every quarter of an epoch, at least every 5 updates; 20 looks at most.
+    """A look every quarter of an epoch, every 5 to 40 updates; 20 looks at most.
 
     Args:
       counts: Of the training outputs; three clean ones for each that is marked are learned from.
@@ -483,11 +496,46 @@ def looks(counts: Counts, batch_size: int) -> Looks:
     clean = counts.outputs - counts.marked
     learned = counts.marked + min(clean, CLEAN_PER_MARKED * counts.marked)
     of_epoch = learned / batch_size
-    period = max(math.ceil(of_epoch / 4), _SHORTEST_PERIOD)
+    period = min(max(math.ceil(of_epoch / 4), _SHORTEST_PERIOD), _LONGEST_PERIOD)
     return Looks(
         period=period,
         number=_LOOKS,
-        reason=f"a quarter of an epoch of {of_epoch:.0f} updates, at least {_SHORTEST_PERIOD}",
+        reason=f"a quarter of an epoch of {of_epoch:.0f} updates, {_SHORTEST_PERIOD} to "
+        f"{_LONGEST_PERIOD}",
+    )
+
+
+def learning_rate(given: Mapping[str, Any], chosen: Sequence[Choice], of_looks: Looks) -> Choice:
+    """The learning rate: five updates of warming up, then half as much every epoch.
+
+    It does not depend on the last update: what a run has come to after some updates is what a run
+    of so many would end with.
+
+    Args:
+      given: Macros that the user set, with their values.
+      chosen: What `update` chose.
+      of_looks: When it is looked at what a run has come to.
+    """
+    value = {choice.macro: choice.value for choice in chosen}
+    if value["ORIGINAL"] == "adapters_off":
+        peak, what = 1e-3, "adapters"
+    elif value["OPTIMIZER"] == "@optimizers.adafactor":
+        peak, what = 1e-3, "Adafactor"
+    else:
+        peak, what = 3e-4, "Adam, of all parameters"
+    halving = max(4 * of_looks.period, _FEWEST_TO_HALVE)
+    schedule = "optax.warmup_exponential_decay_schedule"
+    return _take(
+        given,
+        "learning rate",
+        "LEARNING_RATE",
+        f"@{schedule}()",
+        f"{peak:g} for {what}, after {_WARM_UP} updates; half as much every {halving} updates",
+        f"{schedule}.init_value = 0.0",
+        f"{schedule}.peak_value = {peak!r}",
+        f"{schedule}.warmup_steps = {_WARM_UP}",
+        f"{schedule}.transition_steps = {halving}",
+        f"{schedule}.decay_rate = 0.5",
     )
 
 
