@@ -161,7 +161,7 @@ SPAN_RULE = (
         (
             record(negative_spans=[5, 2]),
             "bad.jsonl:2: negative_spans: expected a list of [start, end] code point offsets, "
-            "found [5, 2] (list).",
+            "or [start, end, strength], found [5, 2] (list).",
         ),
         (
             '{"inputs": "a"',
