@@ -556,7 +556,7 @@ class _Patch:
             prompts=self._choice_prompts,
             deadline=self._began + self._asked.seconds - last,
         )
-        found = search.search(opened, arm, plan, before, self._told)
+        found = self._searched(opened, arm, plan, before)
         if found.is_enough:
             self.say(f"Fulfilled: {found.reason}.")
         else:
@@ -566,6 +566,30 @@ class _Patch:
             )
             for line in self._what_else(found.reason):
                 console.say(f"           {line}")
+        return found
+
+    def _searched(
+        self, opened: Opened, arm: Arm, plan: search.Plan, before: dict[str, int]
+    ) -> search.Found:
+        """The search, or what it came to if it was over: its time does not begin anew."""
+        note = self._root / "search.json"
+        of_what = {
+            "training": opened.describe_training(arm.objective, opened.training_outputs, Changes()),
+            "enough": plan.enough,
+            "weights": list(plan.weights),
+            "updates": list(plan.updates),
+            "before": before,
+            "seconds": self._asked.seconds,
+        }
+        if note.is_file():
+            value = files.read_object(note, "--output")
+            if value.get("of") == of_what:
+                found = search.read_found(value["found"])
+                for look in found.looks:
+                    self._told(look)
+                return found
+        found = search.search(opened, arm, plan, before, self._told)
+        files.write_json(note, {"of": of_what, "found": dataclasses.asdict(found)})
         return found
 
     def _add_learning_rate(self, when: choices.Looks) -> None:

@@ -227,6 +227,17 @@ def test_stopped_wherever_and_started_again_it_ends_in_the_same_files(patched, m
     rooms.assert_same_state("stopped/TNFF/model", "patched/TNFF/model")
 
 
+def test_a_search_whose_time_was_over_is_not_begun_anew():
+    """One look, and no time for a second; the same command; and one with more time."""
+    flags = {**QUICK, "cut": 1.0, "gin.TRAIN_STEPS": 2}  # one look at each of three weights
+    little = done("no_time", **flags, time="0.01s").numbers
+    assert (len(little["looks"]), little["ended_because"]) == (1, "the time was over")
+    assert done("no_time", **flags, time="0.01s").numbers["looks"] == little["looks"]
+    more = done("no_time", **flags, time="1h").numbers["looks"]
+    assert [look["weight"] for look in more] == [10, 30, 90]
+    assert more[0] == little["looks"][0]
+
+
 def test_a_sigterm_in_a_leg_and_the_same_command(patched):
     flags = [f"--{name}={value}" for name, value in (T5 | QUICK).items()]
     command = [sys.executable, "-m", "tnt_jax.patch", "--output=terminated", *flags]

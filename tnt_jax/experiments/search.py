@@ -9,7 +9,7 @@ again from the original: so one weight and one number of updates say what the re
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tnt_jax.data import records
@@ -74,6 +74,12 @@ class Found:
     is_enough: bool
     looks: Sequence[Look]
     reason: str
+
+
+def read_found(value: Mapping[str, Any]) -> Found:
+    """What a search came to, from JSON as `dataclasses.asdict` makes it."""
+    looks = [Look(**look) for look in value["looks"]]
+    return Found(**{**value, "looks": looks, "best": Look(**value["best"])})
 
 
 def unwanted_in(file: str) -> int:
