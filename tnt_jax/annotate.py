@@ -247,7 +247,7 @@ def _everywhere(annotator: annotators.Annotator, vocabulary: Any) -> _Everywhere
         return _Everywhere((), frozenset(), (), ())
     compiled = listed.compiled(vocabulary)
     ids, held = compiled.removed_everywhere()
-    unspelt = [text for text in listed.texts if not _can_spell(vocabulary, text, listed)]
+    unspelt = {text for text in listed.texts if not _can_spell(vocabulary, text, listed)}
     return _Everywhere(
         listed.texts,
         ids=frozenset(ids.tolist()),
@@ -256,7 +256,7 @@ def _everywhere(annotator: annotators.Annotator, vocabulary: Any) -> _Everywhere
             for text in listed.texts
             if text not in unspelt and held.isdisjoint(compiled.automaton.numbers([text]))
         ),
-        unspelt=tuple(unspelt),
+        unspelt=tuple(text for text in listed.texts if text in unspelt),
     )
 
 

@@ -368,9 +368,8 @@ class _Patch:
         parts = self._texts.parts
         self._texts.write_words(self._root)
         some = parts.train[: choices.PILOT]
-        if not (
-            self._root / "prompts" / "train.jsonl"
-        ).is_file():  # where it goes on they are there
+        is_begun = (self._root / "prompts" / "train.jsonl").is_file()
+        if not is_begun:  # where it goes on they are there
             self._write_prompts("train", some, self._asked.unwanted.are_outputs_given)
             self._write_prompts("report", parts.report)
         experiment, _, _ = self._first_settings()
@@ -673,7 +672,7 @@ class _Patch:
         verdict = (
             "The wish is fulfilled" if first["cut"] >= self._asked.cut else "Not the whole wish"
         )
-        low, high = first["cut_interval"] or (first["cut"], first["cut"])
+        low, high = first["cut_interval"]
         self.say(
             f"{verdict}: {first['cut']:.1%} of the unwanted outputs are gone (95 %: {low:.0%} to "
             f"{high:.0%}), asked for {self._asked.cut:.0%}."

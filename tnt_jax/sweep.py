@@ -376,15 +376,11 @@ def _rows(
                         **{"task": task, **labels, "steps": steps, "decoder": decoder},
                         **results.measure(*of_part, of_mask),
                         **certificate,
-                        **({} if unrelated is None else _of_unrelated(unrelated)),
+                        **({} if unrelated is None else results.unrelated(unrelated)),
                         "train_seconds": seconds,
                     }
                 )
     return found
-
-
-def _of_unrelated(found: Mapping[str, Any]) -> results.Row:
-    return results.unrelated(found["kl"], found["unchanged"]["value"])
 
 
 Pairs = tuple[list[records.Record], list[records.Record]]

@@ -49,7 +49,7 @@ def test_rates_of_a_large_sample():
 
 
 def test_confidence_is_the_probability_that_a_mark_is_right():
-    """Of as many right marks as false ones; each of ten bins has 1,000 to 3,000 of 20,000 marks."""
+    """Right and false marks are equally many: each of ten bins has 1,000 to 3,000 of 20,000."""
     text, num_marks = " ".join(["rat", "mouse"] * 100), 20_000
     for draws, share_of_pairs in ((1, None), (2, 5 / 6), (3, 19 / 20)):
         annotator = noisy(false_rate=1, confidence=draws)

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import sentencepiece
 from helpers import tiny_tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
@@ -68,23 +67,11 @@ def vocabularies(tmp_path_factory):
     }
     said = ["the city centre (a b) is in the cafe, 4.5 don't it's a place", "a b abc city"]
     tokenization.train_sentencepiece([*said, "caf\u00e9 '$"], root / "small.model", vocab_size=35)
-    with (root / "fallback.model").open("wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(said),
-            model_writer=file,
-            vocab_size=300,
-            pad_id=0,
-            eos_id=1,
-            unk_id=2,
-            bos_id=-1,
-            byte_fallback=True,
-            hard_vocab_limit=False,
-            minloglevel=2,
-        )
+    fallback = tiny_tokenizers.byte_fallback_sentencepiece(root / "fallback.model", said, 300)
     return found | {
         "bytes": tokenization.Bytes(extra_ids=3),
         "sentencepiece": tokenization.SentencePiece(str(root / "small.model"), extra_ids=2),
-        "fallback": tokenization.SentencePiece(str(root / "fallback.model")),
+        "fallback": tokenization.SentencePiece(str(fallback)),
     }
 
 

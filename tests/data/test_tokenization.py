@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import seqio
+from helpers import tiny_tokenizers
 from hypothesis import strategies as st
 
 from tnt_jax.data import marks, records, tokenization
@@ -35,18 +36,7 @@ def small_vocabulary(tmp_path_factory):
 def byte_fallback_vocabulary(tmp_path_factory):
     """What users may bring: unknown characters spelt in bytes."""
     path = tmp_path_factory.mktemp("vocabulary") / "fallback.model"
-    with path.open("wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(TEXTS),
-            model_writer=file,
-            vocab_size=305,
-            pad_id=0,
-            eos_id=1,
-            unk_id=2,
-            bos_id=-1,
-            byte_fallback=True,
-            minloglevel=2,
-        )
+    tiny_tokenizers.byte_fallback_sentencepiece(path, TEXTS, 305)
     return tokenization.SentencePiece(str(path))
 
 

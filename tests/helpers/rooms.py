@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.extend import backend
 
+from tnt_jax import convert
 from tnt_jax.checkpoints import pretrained
 from tnt_jax.data import records, tokenization
 from tnt_jax.runtime import program
@@ -175,6 +176,18 @@ def train_original(model_dir, train_steps, **settings):
         **settings,
     }
     assert run("train", settings, ["objectives/fine_tune.gin"]) == 0
+
+
+def make_hub_model(folder):
+    """A directory of Hugging Face's that learned the rooms in both orders; returns what it learned.
+
+    "original" is the same model as ours; "corpus.jsonl" is written anew.
+    """
+    rows = [*corpus(), *map(turned, corpus())]
+    records.write_records("corpus.jsonl", rows)
+    train_original("original", 80, LEARNING_RATE=1e-2)
+    convert.convert(input="original", output=folder, output_format="huggingface")
+    return rows
 
 
 def saved(path, item="params"):

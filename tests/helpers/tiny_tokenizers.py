@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -73,6 +74,24 @@ def sentencepiece_style(folder, special, *, prefix="prepend", bos=None, fallback
     ]
     tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
     return _write(folder, tokenizer, bos, settings)
+
+
+def byte_fallback_sentencepiece(path, texts, vocab_size):
+    """Writes a sentencepiece model that spells unknown characters in bytes."""
+    with path.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=file,
+            vocab_size=vocab_size,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            byte_fallback=True,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
+    return path
 
 
 def _train(tokenizer, size, alphabet, special, texts=TEXTS):

@@ -34,10 +34,7 @@ def working_directory(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     rooms.write_world(folder)
     with contextlib.chdir(folder), rooms.devices_seen():
-        rows = [*rooms.corpus(), *map(rooms.turned, rooms.corpus())]
-        records.write_records("corpus.jsonl", rows)
-        rooms.train_original("original", 80, LEARNING_RATE=1e-2)
-        convert.convert(input="original", output="model", output_format="huggingface")
+        rows = rooms.make_hub_model("model")
         pathlib.Path("prompts.txt").write_text("".join(row.inputs + "\n" for row in rows))
         yield
 

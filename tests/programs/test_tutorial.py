@@ -9,7 +9,7 @@ import gin
 import pytest
 from helpers import doc_pages, rooms
 
-from tnt_jax import convert, patch
+from tnt_jax import patch
 from tnt_jax.data import records
 from tnt_jax.runtime import program
 
@@ -22,10 +22,7 @@ def readers_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reader")
     rooms.write_world(folder)
     with contextlib.chdir(folder), rooms.devices_seen():
-        rows = [*rooms.corpus(), *map(rooms.turned, rooms.corpus())]
-        records.write_records("corpus.jsonl", rows)
-        rooms.train_original("original", 80, LEARNING_RATE=1e-2)
-        convert.convert(input="original", output="model", output_format="huggingface")
+        rows = rooms.make_hub_model("model")
         lines = [json.dumps({"inputs": row.inputs}) + "\n" for row in rows]
         pathlib.Path("prompts.jsonl").write_text("".join(lines))
         for file in ("original", "corpus.jsonl", "vocabulary.model", "tiny.gin"):

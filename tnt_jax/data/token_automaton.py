@@ -229,23 +229,10 @@ class TokenAutomaton:
 
     def read(self, reading: Reading, token: int) -> Reading:
         """Where an output stands after one more token."""
-        state, within = reading
-        tables, utf8 = self.automaton, self.utf8
-        for byte in self.token_bytes[token] if token < len(self.token_bytes) else ():
-            if utf8.breaks[within, byte] and self.says_broken:
-                state = tables.next_state[state, tables.broken]
-            if (number := utf8.class_of[within, byte]) >= 0:
-                state = tables.next_state[state, number]
-            within = utf8.next_state[within, byte]
-        return Reading(int(state), int(within))
+        content = self.token_bytes[token] if token < len(self.token_bytes) else ()
+        return self._trace(reading, content)[0]
 
     # --------------------------------------------------------------------------------------- Flags
-
-    @property
-    def num_flags(self) -> int:
-        """How many flags there are."""
-        automaton = self.automaton
-        return 1 + 2 * len(automaton.states) + len(automaton.sets) + len(automaton.phrase_of)
 
     @property
     def first_ended(self) -> int:

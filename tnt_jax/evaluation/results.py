@@ -439,13 +439,13 @@ def from_evaluation(evaluation: Any, known: Mapping[str, Any]) -> Row:
             "collateral_elsewhere": certificate.positive_collateral,
         }
     if found.unrelated is not None:
-        row |= unrelated(found.unrelated.kl, found.unrelated.unchanged.value)
+        row |= unrelated(evaluation["unrelated"])
     return {**dict.fromkeys(SHOWN), **row, **known}
 
 
-def unrelated(kl: float | None, unchanged: float) -> Row:
-    """The columns of prompts of other tasks."""
-    return {"unrelated_kl": kl, "unrelated_unchanged": unchanged}
+def unrelated(found: Mapping[str, Any]) -> Row:
+    """The columns of prompts of other tasks, from what an evaluation says of these."""
+    return {"unrelated_kl": found["kl"], "unrelated_unchanged": found["unchanged"]["value"]}
 
 
 def num_outputs(evaluation: Any) -> int:

@@ -451,7 +451,10 @@ def _bytes_with_adam(kind: str, network: Network) -> float:
 
 
 def _bytes_of_weights(kind: str, network: Network) -> float:
-    """Of parameters, gradients and the original; Adafactor and adapters add little to it."""
+    """Bytes that training takes before it sees a row: parameters, their gradients, the original.
+
+    What Adafactor or adapters take beside these is little, and left out.
+    """
     whole = network.num_params * _BYTES
     if kind == "parameters":
         return 3 * whole
@@ -506,10 +509,10 @@ def looks(counts: Counts, batch_size: int) -> Looks:
 
 
 def learning_rate(given: Mapping[str, Any], chosen: Sequence[Choice], of_looks: Looks) -> Choice:
-    """The learning rate: five updates of warming up, then half as much every epoch.
+    """The learning rate: five updates of warming up, then half as much every four looks.
 
-    It does not depend on the last update: what a run has come to after some updates is what a run
-    of so many would end with.
+    Where four looks are less than 80 updates, it is half as much every 80. It does not depend on
+    the last update: what a run has come to after some updates is what a run of so many ends with.
 
     Args:
       given: Macros that the user set, with their values.

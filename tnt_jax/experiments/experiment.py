@@ -119,8 +119,8 @@ class Experiment:
       marks: As there.
       loss_until: As there.
       mask_decoding: Also generates with the original while what is unwanted is masked, to compare
-        every arm with that. None does so where it can: the annotator knows beforehand what it would
-        mark (`interface.Mask`), and the decoder is not a beam.
+        every arm with that. None does so where the annotator knows beforehand what it would mark
+        (`interface.Mask`).
       mask_place: `generate.MaskPlace`, for that.
       training_decoders: The names of those that make the training outputs; empty is the first. Of
         several, outputs are brought together as those of rounds are.
@@ -462,10 +462,10 @@ class Opened:
     @functools.cached_property
     def mask_outputs(self) -> dict[str, str]:
         """The same while what is unwanted is masked; empty without a mask."""
-        if self.settings.mask_decoding is False:
-            return {}
-        is_asked_for = self.settings.mask_decoding is True
-        if not is_asked_for and not isinstance(self.annotator, interface.Mask):
+        is_made = self.settings.mask_decoding
+        if is_made is None:
+            is_made = isinstance(self.annotator, interface.Mask)
+        if not is_made:
             return {}
         return {
             name: self.outputs_of(

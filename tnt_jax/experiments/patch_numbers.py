@@ -30,8 +30,16 @@ def as_json(choice: Choice) -> dict[str, Any]:
     }
 
 
-def numbers(evaluation: Mapping[str, Any], interval: Sequence[float] | None) -> dict[str, Any]:
-    """Of one decoder; shares from 0 to 1, BLEU from 0 to 100, KL in nats per token."""
+def numbers(evaluation: Mapping[str, Any], cut_interval: Sequence[float]) -> dict[str, Any]:
+    """What `patch.json` says of the outputs of one decoder.
+
+    Args:
+      evaluation: What `evaluate` wrote about them.
+      cut_interval: The 95 % interval of their cut.
+
+    Returns:
+      Shares from 0 to 1, BLEU from 0 to 100, KL in nats per token.
+    """
     before, after = evaluation["original"], evaluation["current"]
     comparison, certificate = evaluation["comparison"], evaluation.get("certificate") or {}
     clean = comparison["unchanged_clean"]
@@ -40,7 +48,7 @@ def numbers(evaluation: Mapping[str, Any], interval: Sequence[float] | None) -> 
         "unwanted_before": before["unwanted_outputs"]["value"],
         "unwanted_after": after["unwanted_outputs"]["value"],
         "cut": evaluation["cut"],
-        "cut_interval": None if interval is None else list(interval),
+        "cut_interval": list(cut_interval),
         "bleu": comparison["bleu"],
         "unchanged": comparison["exact_match"]["value"],
         "unchanged_clean": None if clean is None else clean["value"],

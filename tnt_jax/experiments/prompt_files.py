@@ -137,7 +137,7 @@ def write(path: pathlib.Path, rows: Sequence[records.Record], *, whole: bool = F
 
     Args:
       path: Of the file.
-      rows: Records, of which the ids are made different where they are not: of two files, say.
+      rows: Records.
       whole: With targets and marks; else what a model is given, and the fields of the user's own.
     """
     if not whole:

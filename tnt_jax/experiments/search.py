@@ -114,7 +114,6 @@ def search(
       told: Is called after each look.
     """
     looks: list[Look] = []
-    reason = "the updates were over"
     longest_leg = 0.0
     for weight in plan.weights:
         objective = dataclasses.replace(arm.objective, negative_weight=weight)
@@ -134,15 +133,12 @@ def search(
                 return _found(looks, plan, "the cut was enough")
             if _has_stopped_rising(of_run):
                 break
-        reason = f"no weight up to {weight:g} was enough"
-    return _found(looks, plan, reason)
+    return _found(looks, plan, f"no weight up to {plan.weights[-1]:g} was enough")
 
 
 def _found(looks: Sequence[Look], plan: Plan, reason: str) -> Found:
-    # Of equal cuts the first: the smaller update.
+    # Of equal cuts the first: the smaller update. One that is enough is the last, and the largest.
     best = max(looks, key=lambda look: look.cut)
-    if looks[-1].cut >= plan.enough:
-        best = looks[-1]
     return Found(best=best, is_enough=best.cut >= plan.enough, looks=looks, reason=reason)
 
 
