@@ -46,7 +46,7 @@ JOBS = {
     ),
     "llama_3_2_1b": (("v5e:1x1", "cached"), ("v5e:1x1", "adapters_off"), *ON_OTHER_HOSTS),
     "llama_3_1_8b": (*ON_V5E_HOST, *ON_OTHER_HOSTS),
-    "gemma_3_27b": (("v5e:4x8", "parameters"), ("v5e:4x8", "adapters_off"), ON_OTHER_HOSTS[0]),
+    "gemma_3_27b": (("v5e:4x8", "parameters"), ("v5e:4x8", "adapters_off"), *ON_OTHER_HOSTS),
 }
 # Rows of the batch, on each chip.
 ROWS = dict.fromkeys(JOBS, 8) | {"xxl": 1, "llama_3_1_8b": 1, "gemma_3_27b": 1}
