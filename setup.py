@@ -14,7 +14,7 @@ README = ROOT / "README.md"
 setuptools.setup(
     name="tnt_jax",
     version=VERSION,
-    description="Targeted Negative Training: make a T5 model stop saying what was marked.",
+    description="Targeted Negative Training: make a language model stop saying what was marked.",
     long_description=README.read_text("utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -122,7 +122,9 @@ setuptools.setup(
             # The compiler for TPUs, which needs none: tests/project/test_tpu_program.py. JAX pins
             # the one that users get; by its own name pip would bring the newest.
             "jax[tpu]>=0.10.2; platform_system == 'Linux' and platform_machine == 'x86_64'",
+            "ipykernel>=6",  # with nbclient: runs docs/notebooks in tests/programs/test_tutorial.py
             "markdown-it-py>=3",  # reads README.md and docs/: tests/project/test_docs.py
+            "nbclient>=0.10",
             # Drives a Chromium that is there already: tests/programs/test_report_browser.py.
             "playwright>=1.55",
             "pytest>=9.0",

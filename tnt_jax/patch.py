@@ -341,11 +341,10 @@ class _Patch:
         opened, arm, counts = self._training_outputs(number)
         found = self._search(opened, arm, counts, pilot)
         # The result is what a pipeline with these settings makes.
-        self._gin.write(self._chosen, found.best)
+        self._gin.write(self._chosen, found)
         experiment, arm, num_rounds = _configure(self._gin)
         self.say(
-            f"Taken: weight {found.best.weight:g}, {found.best.updates} updates. Now the "
-            f"{self._num_report} prompts that nothing was chosen by."
+            f"Taken: {found.best}. Now the {self._num_report} prompts that nothing was chosen by."
         )
         outcome = pipeline.run_stages(experiment, [arm], num_rounds)
         output_format = None if self._asked.output_format == "same" else self._asked.output_format
@@ -515,7 +514,8 @@ class _Patch:
     # ------------------------------------------------------------------------------- The search
 
     def _search(self, opened: Opened, arm: Arm, counts: Counts, pilot: Counts) -> search.Found:
-        before = search.original_unwanted(opened, self._choice_prompts)
+        of_original = search.original_outputs(opened, self._choice_prompts)
+        before = {name: search.unwanted_in(file) for name, file in of_original.items()}
         least = min((number for number in before.values() if number), default=0)
         if not least:
             raise UsageError(
@@ -532,15 +532,9 @@ class _Patch:
         self._note("updates from look to look", updates[0], reason, "--gin.TRAIN_STEPS")
         self._add_learning_rate(when)
         opened, arm = self._configured()
-        weights = (
-            [arm.objective.negative_weight]
-            if self._gin.is_weight_given
-            else list(pipeline_gin.WEIGHTS)
-        )
-        reason = (
-            "given" if self._gin.is_weight_given else "one after the other, while it takes more"
-        )
-        self._note("weight", weights, reason, f"--gin.{pipeline_gin.WEIGHT}")
+        attempts, reason = self._attempts(arm)
+        shown = "; ".join(map(str, attempts))
+        self._note("attempts", shown, reason, f"--gin.{pipeline_gin.WEIGHT}")
         enough = choices.threshold(self._asked.cut, least)
         self.say(
             f"Of the prompts to choose by, {_listed(before)} unwanted. The wish of "
@@ -550,34 +544,47 @@ class _Patch:
         last = 2.5 * self._num_report * len(before) * self._seconds_per_output
         plan = search.Plan(
             enough=enough,
-            weights=weights,
+            attempts=attempts,
             updates=updates,
             prompts=self._choice_prompts,
             deadline=self._began + self._asked.seconds - last,
         )
-        found = self._searched(opened, arm, plan, before)
+        found = self._searched(opened, arm, plan, of_original)
         if found.is_enough:
             self.say(f"Fulfilled: {found.reason}.")
         else:
             self.say(
-                f"Not fulfilled: {found.reason}. The largest cut was {found.best.cut:.1%} with "
-                f"weight {found.best.weight:g} after {found.best.updates} updates, which is taken."
+                f"Not fulfilled: {found.reason}. The largest cut was {found.best.cut:.1%}, of "
+                f"{found.best}, which is taken."
             )
             for line in self._what_else(found.reason):
                 console.say(f"           {line}")
         return found
 
+    def _attempts(self, arm: Arm) -> tuple[Sequence[search.Attempt], str]:
+        """What is tried, one after the other, and why."""
+        if self._gin.is_weight_given:
+            return [search.Attempt(weight=arm.objective.negative_weight)], "given"
+        # Nobody would mark what a round says, or the pipeline makes rounds of its own.
+        has_rounds = (
+            not self._asked.unwanted.are_outputs_given and "NUM_ROUNDS" not in self._gin.given
+        )
+        return (
+            search.ROUNDS if has_rounds else search.WEIGHTS,
+            "one after the other, while it takes more",
+        )
+
     def _searched(
-        self, opened: Opened, arm: Arm, plan: search.Plan, before: dict[str, int]
+        self, opened: Opened, arm: Arm, plan: search.Plan, before: Mapping[str, str]
     ) -> search.Found:
         """The search, or what it came to if it was over: its time does not begin anew."""
         note = self._root / "search.json"
         of_what = {
             "training": opened.describe_training(arm.objective, opened.training_outputs, Changes()),
             "enough": plan.enough,
-            "weights": list(plan.weights),
+            "attempts": [str(attempt) for attempt in plan.attempts],
             "updates": list(plan.updates),
-            "before": before,
+            "before": {name: stages.fingerprint(file) for name, file in before.items()},
             "seconds": self._asked.seconds,
         }
         if note.is_file():
@@ -598,16 +605,15 @@ class _Patch:
 
     def _told(self, look: search.Look) -> None:
         self.say(
-            f"weight {look.weight:g}, update {look.updates}: {_listed(look.unwanted)} unwanted, a "
-            f"cut of {look.cut:.1%}"
+            f"{look}: {_listed(look.unwanted)} unwanted, a cut of {look.cut:.1%}; BLEU to the "
+            f"original's outputs {look.bleu:.1f}"
         )
 
     def _what_else(self, reason: str) -> list[str]:
         """What would help where the wish is not fulfilled, and the search ended for a reason."""
         kind = self._asked.unwanted.kind
         tries = [
-            "--gin.NUM_ROUNDS=2: learn from what the patched model still says, too",
-            "--time: more updates and larger weights" if reason == search.TIME_IS_OVER else "",
+            "--time: more updates, rounds and weights" if reason == search.TIME_IS_OVER else "",
             "more --prompts: more that is marked",
         ]
         if kind in ("words", "values"):
@@ -655,7 +661,8 @@ class _Patch:
             **first,
             "wish": self._asked.cut,
             "is_wish_fulfilled_on_choice_prompts": found.is_enough,
-            "weight": found.best.weight,
+            "weight": found.best.attempt.weight,
+            "round": found.best.attempt.round,
             "updates": found.best.updates,
             "looks": [dataclasses.asdict(look) for look in found.looks],
             "ended_because": found.reason,
@@ -663,6 +670,7 @@ class _Patch:
             "choices": [*map(patch_numbers.as_json, self._chosen), *self._more],
             "annotator": self._description,
             "model": model,
+            "loads": loads,
             "report": str(outcome.page),
             "same_by_pipeline": same,
             "seconds": round(time.monotonic() - self._began, 1),
@@ -709,7 +717,7 @@ class _Patch:
         made = 0 if self._asked.unwanted.are_outputs_given else number
         once = of_output * (made + num_choice + 2 * self._num_report)
         of_look = when.period * of_update + num_choice * of_output
-        most = once + when.number * len(pipeline_gin.WEIGHTS) * of_look
+        most = once + when.number * len(search.ROUNDS) * of_look
         self.say(
             f"An update takes {of_update:.2f} s, an output {of_output:.2f} s: "
             f"{console.duration(once + of_look)} if the first look is enough, and at most "

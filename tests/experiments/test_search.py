@@ -1,4 +1,4 @@
-"""The search for the smallest update, over runs whose cuts are written down."""
+"""The search for the smallest update, over attempts whose cuts are written down."""
 
 import dataclasses
 import time
@@ -13,78 +13,151 @@ ARM = experiment.Arm(
     name="TNFF",
     objective=objectives.TntObjective(negative_term="forward_kl", positive_term="forward_kl"),
 )
+FIRST, SECOND = search.Attempt(weight=10), search.Attempt(weight=30, round=2)
 PLAN = search.Plan(
-    enough=0.8, weights=(10, 30), updates=(5, 10, 15, 20, 25), prompts="", deadline=float("inf")
+    enough=0.8,
+    attempts=(FIRST, SECOND),
+    updates=(5, 10, 15, 20, 25),
+    prompts="choice",
+    deadline=float("inf"),
 )
 
 
+class Experiment:
+    """Notes what is trained and said, and takes as long as is set; what models say is written down.
+
+    Takes the place of `experiment.Opened`.
+    """
+
+    def __init__(self, clock, cuts, seconds_of_training=0.0, seconds_of_outputs=0.0):
+        self.clock, self.cuts = clock, cuts
+        self.of_training, self.of_outputs = seconds_of_training, seconds_of_outputs
+        self.trained, self.rounds = [], []
+        self.training_outputs, self.training_decoders = "outputs", ("greedy",)
+
+    def seconds(self, stage):
+        assert stage == "training_outputs: generate, greedy"
+        return self.of_outputs
+
+    def further_round(self, name, checkpoint, files, identity):
+        self.clock.now += self.of_outputs
+        self.rounds.append((name, checkpoint, identity))
+        return [*files, name], " and ".join([*files, name])
+
+
 @pytest.fixture
-def cuts(monkeypatch):
-    """Sets the cut of each look by weight; returns what was looked at."""
-    looked = []
+def run(monkeypatch):
+    """Runs a search whose attempts have these cuts, by their weight."""
 
-    def set_cuts(by_weight, seconds=0.0):
-        def look(opened, arm, after, updates, plan, before):
-            looked.append((arm.objective.negative_weight, after, updates))
-            clock.now += seconds
-            cut = by_weight[arm.objective.negative_weight][plan.updates.index(updates)]
-            return search.Look(
-                weight=arm.objective.negative_weight, updates=updates, cut=cut, unwanted={}
-            )
-
+    def run(cuts, plan=PLAN, **seconds):
         clock = types.SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
-        monkeypatch.setattr(search, "_look", look)
+        opened = Experiment(clock, cuts, **seconds)
+
+        def leg(self, attempt, after, updates):
+            clock.now += opened.of_training
+            opened.trained.append((attempt.weight, after, updates, self._files[attempt.round - 1]))
+            cut = cuts[attempt.weight][plan.updates.index(updates)]
+            look = search.Look(attempt=attempt, updates=updates, cut=cut, bleu=0, unwanted={})
+            self._looks.append(look)
+            self._seconds_of_training.append(opened.of_training)
+            self._longest_leg = max(self._longest_leg, opened.of_training)
+            return look
+
+        monkeypatch.setattr(search._Search, "_leg", leg)
+        monkeypatch.setattr(
+            search._Search, "_model", lambda self, *model: (f"checkpoint_{model[1]}", str(model[0]))
+        )
         monkeypatch.setattr(search, "time", clock)
-        return looked
+        return search.search(opened, ARM, plan, {}), opened
 
     assert search.time is time
-    return set_cuts
-
-
-def found(plan=PLAN):
-    return search.search(None, ARM, plan, {"greedy": 10})
+    return run
 
 
 def taken(outcome):
-    return outcome.best.weight, outcome.best.updates, outcome.is_enough
+    return outcome.best.attempt.weight, outcome.best.updates, outcome.is_enough
 
 
-def test_the_first_look_that_is_enough_is_taken(cuts):
-    looked = cuts({10: [0.1, 0.5, 0.8, 1.0, 1.0]})
-    assert taken(found()) == (10, 15, True)
-    assert looked == [(10, 0, 5), (10, 5, 10), (10, 10, 15)]
+def test_the_first_look_that_is_enough_is_taken(run):
+    outcome, opened = run({10: [0.1, 0.5, 0.8, 1.0, 1.0]})
+    assert taken(outcome) == (10, 15, True)
+    assert outcome.files == "outputs"
+    assert opened.trained == [
+        (10, 0, 5, "outputs"),
+        (10, 5, 10, "outputs"),
+        (10, 10, 15, "outputs"),
+    ]
 
 
-def test_a_run_that_ends_without_it_is_followed_by_a_larger_weight_from_the_original(cuts):
-    looked = cuts({10: [0.1, 0.2, 0.3, 0.4, 0.5], 30: [0.6, 0.9, 1, 1, 1]})
-    assert taken(found()) == (30, 10, True)
-    assert looked[5:] == [(30, 0, 5), (30, 5, 10)]
+def test_an_attempt_that_ends_without_it_is_followed_by_the_next_one_from_the_original(run):
+    outcome, opened = run({10: [0.1, 0.2, 0.3, 0.4, 0.5], 30: [0.6, 0.9, 1, 1, 1]})
+    assert taken(outcome) == (30, 10, True)
+    together = "outputs and looks/round 2"
+    assert opened.trained[5:] == [(30, 0, 5, together), (30, 5, 10, together)]
+    assert outcome.files == together
+    # What the last look's model says to the prompts that it learned from.
+    assert opened.rounds == [("looks/round 2", "checkpoint_25", "weight 10")]
 
 
-def test_a_run_whose_cut_no_longer_rises_is_not_gone_on_with(cuts):
+def test_attempts_of_one_round_learn_from_the_same_outputs(run):
+    attempts = (FIRST, search.Attempt(weight=30))
+    cuts = {10: [0.1] * 5, 30: [0.9] * 5}
+    outcome, opened = run(cuts, dataclasses.replace(PLAN, attempts=attempts))
+    assert taken(outcome) == (30, 5, True)
+    assert opened.rounds == []
+    assert {files for *_, files in opened.trained} == {"outputs"}
+
+
+def test_an_attempt_whose_cut_no_longer_rises_is_not_gone_on_with(run):
     longer = dataclasses.replace(PLAN, updates=range(5, 55, 5))
-    looked = cuts({10: [0.1, 0.5, 0.5, 0.4, 0.5, 0.5, 0.2, 0.5, 1.0, 1.0], 30: [0.9] * 10})
-    assert taken(found(longer)) == (30, 5, True)
-    assert [weight for weight, _, _ in looked] == [10] * 8 + [30]
+    cuts = {10: [0.1, 0.5, 0.5, 0.4, 0.5, 0.5, 1.0, 1.0, 1.0, 1.0], 30: [0.9] * 10}
+    outcome, opened = run(cuts, longer)
+    assert taken(outcome) == (30, 5, True)
+    assert [weight for weight, *_ in opened.trained] == [10] * 6 + [30]
 
 
-def test_a_run_that_has_not_begun_to_cut_goes_on(cuts):
-    cuts({10: [0.0, 0.0, 0.0, 0.0, 0.9]})
-    assert taken(found()) == (10, 25, True)
+def test_an_attempt_that_has_not_begun_to_cut_goes_on(run):
+    assert taken(run({10: [0.0, 0.0, 0.0, 0.0, 0.9]})[0]) == (10, 25, True)
 
 
-def test_where_none_is_enough_the_largest_cut_is_taken_and_of_equal_ones_the_smaller_update(cuts):
-    cuts({10: [0.1, 0.6, 0.7, 0.7, 0.7], 30: [0.2, 0.7, 0.3, 0.3, 0.3]})
-    outcome = found()
+def test_where_none_is_enough_the_largest_cut_is_taken_and_of_equal_ones_the_smaller_update(run):
+    outcome, _ = run({10: [0.1, 0.6, 0.7, 0.7, 0.7], 30: [0.2, 0.7, 0.3, 0.3, 0.3]})
     assert taken(outcome) == (10, 15, False)
-    assert outcome.reason == "no weight up to 30 was enough"
+    assert outcome.files == "outputs"
+    assert outcome.reason == "no attempt up to round 2, weight 30 was enough"
 
 
-def test_no_leg_begins_that_would_end_after_the_time(cuts):
-    looked = cuts({10: [0.1, 0.2, 0.3, 0.4, 0.5], 30: [0.9] * 5}, seconds=10)
-    outcome = found(dataclasses.replace(PLAN, deadline=35))
-    assert taken(outcome) == (10, 15, False)
+NOT_ENOUGH = {10: [0.1, 0.2, 0.3, 0.4, 0.5], 30: [0.9] * 5}
+
+
+@pytest.mark.parametrize(
+    ("deadline", "num_looks"),
+    [
+        (-1, 1),  # the first one always is made: without it there is nothing to take
+        # After two legs a third one ends at 30, and the best of the first two, the second, is
+        # trained again until 50.
+        (49, 2),
+        (50, 3),
+        (90, 5),
+    ],
+)
+def test_no_leg_begins_that_would_end_after_the_time(run, deadline, num_looks):
+    plan = dataclasses.replace(PLAN, deadline=deadline)
+    outcome, opened = run(NOT_ENOUGH, plan, seconds_of_training=10, seconds_of_outputs=100)
+    assert len(opened.trained) == num_looks
+    assert taken(outcome) == (10, 5 * num_looks, False)
     assert outcome.reason == "the time was over"
-    assert len(looked) == 3
-    # The first one always does: without it there is nothing to take.
-    assert taken(found(dataclasses.replace(PLAN, deadline=-1))) == (10, 5, False)
+    assert opened.rounds == []
+
+
+def test_a_round_counts_the_time_of_its_outputs(run):
+    """Five legs end at 50; outputs take 100, a leg 10, and the best is trained again in 50."""
+    for deadline, is_enough in ((209, False), (210, True)):
+        plan = dataclasses.replace(PLAN, deadline=deadline)
+        outcome, _ = run(NOT_ENOUGH, plan, seconds_of_training=10, seconds_of_outputs=100)
+        assert outcome.is_enough == is_enough
+
+
+def test_what_was_found_is_read_as_it_was_written(run):
+    outcome, _ = run(NOT_ENOUGH)
+    assert search.read_found(dataclasses.asdict(outcome)) == outcome

@@ -218,9 +218,25 @@ def test_agrees_with_the_definition_on_strengths(name):
     assert_agree(OBJECTIVES[name], *problem(12, strengths=STRENGTHS))
 
 
+@pytest.mark.parametrize("num_ids", [12, 60])
 @pytest.mark.parametrize("name", ["TNRF", "UL+KL"])
-def test_agrees_with_the_definition_on_strengths_of_many_ids(name):
-    assert_agree(OBJECTIVES[name], *problem(12, num_ids=12, strengths=STRENGTHS))
+def test_agrees_with_the_definition_on_strengths_of_many_ids(name, num_ids):
+    """A few ids are compared with each other, and many are sorted."""
+    assert_agree(OBJECTIVES[name], *problem(12, num_ids=num_ids, strengths=STRENGTHS))
+
+
+@each_objective
+def test_agrees_with_the_definition_on_many_ids(objective):
+    """More than there are in the vocabulary: most are there several times."""
+    assert_agree(objective, *problem(3, num_ids=60))
+
+
+def test_memory_is_linear_in_the_ids_of_a_position():
+    """To compare 4,096 ids with each other in 24 rows would take 400 MB."""
+    objective = OBJECTIVES["TNRF"]
+    current, original, tokens = problem(num_ids=4096)
+    compiled = with_gradients.lower(fused_values, objective, current, original, tokens).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 20e6
 
 
 @pytest.mark.parametrize("name", [name for name in GRADED if name != "UNDIAL"])

@@ -87,6 +87,16 @@ def contents(folder):
     return {str(path): path.read_bytes() for path in files}
 
 
+def look_name(look):
+    attempt = look["attempt"]
+    of_round = "" if attempt["round"] == 1 else f"round {attempt['round']}, "
+    return f"TNFF, {of_round}weight {attempt['weight']:g}, update {look['updates']}"
+
+
+def taken(numbers):
+    return {name: numbers[name] for name in ("weight", "round", "updates")}
+
+
 def unwanted(rows):
     return sum(bool(rooms.UNWANTED.search(row.targets)) for row in rows)
 
@@ -130,15 +140,12 @@ def test_it_takes_the_first_look_that_is_enough(patched):
     before = unwanted(patched.records("choice/greedy.jsonl"))
     cuts = []
     for look in looks:
-        name = f"looks/TNFF, weight {look['weight']:g}, update {look['updates']}/greedy.jsonl"
+        name = f"looks/{look_name(look)}/greedy.jsonl"
         cuts.append(1 - unwanted(patched.records(name)) / before)
         assert look["cut"] == pytest.approx(cuts[-1])
     enough = 0.75 + (0.75 * 0.25 / before) ** 0.5
     assert [cut >= enough for cut in cuts] == [False] * (len(cuts) - 1) + [True]
-    assert (patched.numbers["weight"], patched.numbers["updates"]) == (
-        looks[-1]["weight"],
-        looks[-1]["updates"],
-    )
+    assert taken(patched.numbers) == {**looks[-1]["attempt"], "updates": looks[-1]["updates"]}
 
 
 def test_it_prints_choices_looks_a_table_examples_and_how_to_load_it(patched):
@@ -226,12 +233,12 @@ def test_stopped_wherever_and_started_again_it_ends_in_the_same_files(patched, m
 
 def test_a_search_whose_time_was_over_is_not_begun_anew():
     """One look, and no time for a second; the same command; and one with more time."""
-    flags = {**QUICK, "cut": 1.0, "gin.TRAIN_STEPS": 2}  # one look at each of three weights
+    flags = {**QUICK, "cut": 1.0, "gin.TRAIN_STEPS": 2}  # one look at each of three attempts
     little = done("no_time", **flags, time="0.01s").numbers
     assert (len(little["looks"]), little["ended_because"]) == (1, "the time was over")
     assert done("no_time", **flags, time="0.01s").numbers["looks"] == little["looks"]
     more = done("no_time", **flags, time="1h").numbers["looks"]
-    assert [look["weight"] for look in more] == [10, 30, 90]
+    assert [look["attempt"]["round"] for look in more] == [1, 2, 3]
     assert more[0] == little["looks"][0]
 
 
@@ -287,9 +294,9 @@ ONE_LOOK = {**QUICK, **WEIGHT, "gin.TRAIN_STEPS": 2}
 def test_a_wish_that_is_not_fulfilled_is_said_plainly():
     found = done("little", **WEIGHT, **{"gin.TRAIN_STEPS": 2, "gin.settings.Schedule.seed": 7})
     assert found.numbers["is_wish_fulfilled_on_choice_prompts"] is False
-    assert [(look["weight"], look["updates"]) for look in found.numbers["looks"]] == [(3, 2)]
-    assert "Not fulfilled: no weight up to 3 was enough." in found.printed
-    assert "What else would help: --gin.NUM_ROUNDS=2" in found.printed
+    (look,) = found.numbers["looks"]
+    assert (look["attempt"], look["updates"]) == ({"weight": 3, "round": 1}, 2)
+    assert "Not fulfilled: no attempt up to weight 3 was enough." in found.printed
     assert "at_every_position=True" in found.printed
     assert "Not the whole wish: " in found.printed
     # What was given is what was done.

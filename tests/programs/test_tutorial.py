@@ -6,7 +6,10 @@ import pathlib
 import shutil
 
 import gin
+import nbclient
+import nbformat
 import pytest
+import traitlets.config
 from helpers import doc_pages, rooms
 
 from tnt_jax import patch
@@ -14,6 +17,7 @@ from tnt_jax.data import records
 from tnt_jax.runtime import program
 
 TUTORIAL = doc_pages.ROOT / "docs" / "tutorial.md"
+NOTEBOOK = doc_pages.ROOT / "docs" / "notebooks" / "patch.ipynb"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,6 +59,29 @@ def test_the_tutorial_works_as_it_stands():
     assert all(handed_back[row.id].startswith(row.targets) for row in compared)
     # The same in steps.
     rooms.assert_same_state("patched/TNFF/model", "runs/mine/TNFF/model")
+
+
+def test_the_notebook_works_as_it_stands():
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    changes = {
+        '"google/flan-t5-small"': '"model"',
+        "settings = []": "settings = ['LEARNING_RATE=3e-3']",
+    }
+    for cell in notebook.cells:
+        for of_reader, ours in changes.items():
+            cell.source = cell.source.replace(of_reader, ours)
+    settings = traitlets.config.Config({"ConnectionFileMixin": {"transport": "ipc"}})
+    nbclient.NotebookClient(notebook, timeout=600, config=settings).execute(cwd=pathlib.Path.cwd())
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    said = "".join(output.get("text", "") for output in outputs)
+    numbers = json.loads(pathlib.Path("patched/patch.json").read_text())
+    assert f"{numbers['cut']:.1%} of the unwanted outputs are gone" in said
+    assert "from transformers import AutoModelForSeq2SeqLM" in said
+    shown = [output["data"] for output in outputs if "data" in output]
+    assert any(f"'cut': {numbers['cut']}" in data.get("text/plain", "") for data in shown)
+    # A line, its points, and the star.
+    (drawn,) = (text for data in shown if "Scatter" in (text := str(data)))
+    assert "BLEU to the original" in drawn
 
 
 def run(words):

@@ -576,15 +576,33 @@ class Opened:
         all_files = [files]
         for number in range(2, num_rounds + 1):
             of_round = name_of_round(name, number)
-            all_files += [
-                self.outputs_of(of_round, checkpoints[-1], self.settings.train_prompts, decoder)
-                for decoder in self.training_decoders
-            ]
-            merged = self._merged(of_round, all_files, "rounds")
+            all_files, merged = self.further_round(of_round, checkpoints[-1], all_files)
             checkpoints.append(
                 self.train(of_round, objective, merged, changes=changes, start=checkpoints[-1])
             )
         return checkpoints
+
+    def further_round(
+        self, name: str, checkpoint: str, files: Sequence[str], identity: str | None = None
+    ) -> tuple[list[str], str]:
+        """Generates with a model on the prompts to learn from, and annotates.
+
+        Args:
+          name: Of the round's folder.
+          checkpoint: Of the model.
+          files: Of the rounds before.
+          identity: As in `outputs_of`.
+
+        Returns:
+          The files of all rounds, and one file with all their outputs.
+        """
+        prompts = self.settings.train_prompts
+        more = [
+            self.outputs_of(name, checkpoint, prompts, decoder, identity=identity)
+            for decoder in self.training_decoders
+        ]
+        all_files = [*files, *more]
+        return all_files, self._merged(name, all_files, "rounds")
 
     def evaluate(self, name: str, checkpoint: str, decoder: str) -> dict[str, Any]:
         """Generates with an arm and compares with the original; returns what `evaluate` writes."""

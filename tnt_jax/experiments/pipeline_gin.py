@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tnt_jax.experiments.choices import Choice
-from tnt_jax.experiments.search import Look
+from tnt_jax.experiments.search import ROUNDS, Found
 from tnt_jax.experiments.unwanted import Unwanted
 from tnt_jax.runtime import files, gin_files
 from tnt_jax.runtime.errors import UsageError
@@ -17,7 +17,6 @@ DECODERS = {
     "sampled": '{"sampled": @sampled/decoding.Decoding()}',
     "both": '{"greedy": @decoding.Decoding(), "sampled": @sampled/decoding.Decoding()}',
 }
-WEIGHTS = (10.0, 30.0, 90.0)  # of the negative term: one run for each, while it takes more
 WEIGHT = "tnff/objectives.TntObjective.negative_weight"
 
 # Flags of `patch` say these.
@@ -83,7 +82,7 @@ class PipelineGin:
         return WEIGHT in self.given or "ARMS" in self.given
 
     def write(
-        self, chosen: Sequence[Choice], found: Look | None = None, *, has_own: bool = True
+        self, chosen: Sequence[Choice], found: Found | None = None, *, has_own: bool = True
     ) -> None:
         """Writes it.
 
@@ -131,9 +130,14 @@ class PipelineGin:
             if not choice.is_given:
                 lines += ["", f"# {choice.what}: {choice.reason}"]
                 lines += [f"{choice.macro} = {choice.text}", *choice.bindings]
-        lines += ["", "# The smallest update that was enough" if found else "# Not found yet"]
-        weight, updates = (found.weight, found.updates) if found else (WEIGHTS[0], 1)
-        lines += [f"{WEIGHT} = {weight!r}", f"TRAIN_STEPS = {updates}"]
+        attempt, updates = (found.best.attempt, found.best.updates) if found else (ROUNDS[0], 1)
+        lines += ["", f"# {_about(found)}"]
+        lines += [f"{WEIGHT} = {attempt.weight!r}", f"TRAIN_STEPS = {updates}"]
+        if found and attempt.round > 1:
+            lines += [
+                f"# The outputs of {attempt.round} rounds together",
+                f"TRAINING_RECORDS = {found.files!r}",
+            ]
         if has_own and (self._files or self._settings):
             lines += ["", "# Given"]
             lines += [f"include {str(file.absolute())!r}" for file in self._files]
@@ -147,6 +151,12 @@ class PipelineGin:
             f"python -m tnt_jax.pipeline --gin_file={shlex.quote(str(self.path))} "
             f"--gin.OUTPUT_DIR={shlex.quote(f'{self._folder}-again')}"
         )
+
+
+def _about(found: Found | None) -> str:
+    if found is None:
+        return "Not found yet"
+    return "The smallest update that was enough" if found.is_enough else "The largest cut"
 
 
 def _plain(value: Any) -> Any:

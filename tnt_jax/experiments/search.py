@@ -1,9 +1,11 @@
-"""The smallest update that fulfils a wish: weights one after another, each looked at on its way.
+"""The smallest update that fulfils a wish: attempts one after another, each looked at on its way.
 
-At each weight a run starts from the original and goes on in legs. After each leg the model answers
-the choice prompts, which it is not trained on. The first look whose cut is enough ends the search.
-A run that ends without it, or whose cut no longer rises, is followed by one with a larger weight,
-again from the original: so one weight and one number of updates say what the result is.
+An attempt starts from the original and goes on in legs. After each leg the model answers the choice
+prompts, which it is not trained on. The first look whose cut is enough ends the search. An attempt
+that ends without it, or whose cut no longer rises, is followed by the next one: with a larger
+weight, or with what the last attempt still said to learn from as well (a round). Each starts from
+the original again: so one file of outputs, one weight and one number of updates say what the result
+is.
 """
 
 import contextlib
@@ -13,13 +15,36 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tnt_jax.data import records
-from tnt_jax.evaluation import results
+from tnt_jax.evaluation import results, text_metrics
 from tnt_jax.experiments.experiment import Arm, Changes, Opened
 from tnt_jax.runtime import stages
 
 FOLDER = "looks"
 TIME_IS_OVER = "the time was over"
-_NO_MORE = 6  # looks without a larger cut, an epoch and a half, after which a run is over
+_NO_MORE = 4  # looks without a larger cut, an epoch, after which an attempt is over
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One way to train.
+
+    Attributes:
+      weight: Of the negative term.
+      round: 1 learns from outputs of the original; a further one also from those that the last
+        attempt of the round before came to, on the same prompts.
+    """
+
+    weight: float
+    round: int = 1
+
+    def __str__(self) -> str:
+        first = "" if self.round == 1 else f"round {self.round}, "
+        return f"{first}weight {self.weight:g}"
+
+
+# What is tried where outputs can be made and marked, and where people marked those that there are.
+ROUNDS = (Attempt(weight=10.0), Attempt(weight=10.0, round=2), Attempt(weight=30.0, round=3))
+WEIGHTS = (Attempt(weight=10.0), Attempt(weight=30.0), Attempt(weight=90.0))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,14 +53,14 @@ class Plan:
 
     Attributes:
       enough: The cut on the choice prompts that ends the search.
-      weights: Of the negative term, one run for each, in this order.
-      updates: After how many there is a look, in each run.
+      attempts: In this order; rounds count up from 1.
+      updates: After how many there is a look, in each attempt.
       prompts: The file of choice prompts.
-      deadline: On the clock of `time.monotonic`: no leg begins that would probably end later.
+      deadline: On the clock of `time.monotonic`: nothing begins that would probably end later.
     """
 
     enough: float
-    weights: Sequence[float]
+    attempts: Sequence[Attempt]
     updates: Sequence[int]
     prompts: str
     deadline: float
@@ -43,20 +68,25 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Look:
-    """What a run had come to.
+    """What an attempt had come to.
 
     Attributes:
-      weight: Of the negative term.
+      attempt: Which one.
       updates: So far.
       cut: Share of the original's unwanted outputs that was gone, with the decoder where it was
         least.
+      bleu: To the original's outputs on the same prompts, 0 to 100; of the first decoder.
       unwanted: Unwanted outputs on the choice prompts, by decoder.
     """
 
-    weight: float
+    attempt: Attempt
     updates: int
     cut: float
+    bleu: float
     unwanted: dict[str, int]
+
+    def __str__(self) -> str:
+        return f"{self.attempt}, update {self.updates}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,12 +95,14 @@ class Found:
 
     Attributes:
       best: The look that is taken: the first that is enough, or the one with the largest cut.
+      files: The outputs that it learned from.
       is_enough: Whether it is.
       looks: All, in their order.
       reason: Why the search ended.
     """
 
     best: Look
+    files: str
     is_enough: bool
     looks: Sequence[Look]
     reason: str
@@ -78,8 +110,11 @@ class Found:
 
 def read_found(value: Mapping[str, Any]) -> Found:
     """What a search came to, from JSON as `dataclasses.asdict` makes it."""
-    looks = [Look(**look) for look in value["looks"]]
-    return Found(**{**value, "looks": looks, "best": Look(**value["best"])})
+
+    def look(of: Mapping[str, Any]) -> Look:
+        return Look(**{**of, "attempt": Attempt(**of["attempt"])})
+
+    return Found(**{**value, "looks": [*map(look, value["looks"])], "best": look(value["best"])})
 
 
 def unwanted_in(file: str) -> int:
@@ -87,10 +122,10 @@ def unwanted_in(file: str) -> int:
     return sum(bool(row.negative_spans) for row in records.iterate(file))
 
 
-def original_unwanted(opened: Opened, prompts: str) -> dict[str, int]:
-    """The original's unwanted outputs on prompts, by decoder, that cuts are shares of."""
+def original_outputs(opened: Opened, prompts: str) -> dict[str, str]:
+    """The original's annotated outputs on prompts, by decoder, that looks are compared with."""
     return {
-        decoder: unwanted_in(opened.outputs_of("choice", opened.original, prompts, decoder))
+        decoder: opened.outputs_of("choice", opened.original, prompts, decoder)
         for decoder in opened.settings.decoders
     }
 
@@ -99,81 +134,173 @@ def search(
     opened: Opened,
     arm: Arm,
     plan: Plan,
-    before: dict[str, int],
+    before: Mapping[str, str],
     told: Callable[[Look], Any] = lambda look: None,
 ) -> Found:
     """Runs until a look is enough.
 
-    What was done before is kept: looks, by what they are made of. A leg that was stopped goes on.
+    What was done before is kept: looks and rounds, by what they are made of. A leg that was stopped
+    goes on.
 
     Args:
       opened: The experiment; its folder is held.
-      arm: To train; its weight is that of the run.
+      arm: To train; its weight is that of the attempt.
       plan: What is looked for.
-      before: The original's unwanted outputs on the choice prompts, by decoder.
+      before: The original's outputs on the choice prompts, by decoder.
       told: Is called after each look.
     """
-    looks: list[Look] = []
-    longest_leg = 0.0
-    for weight in plan.weights:
-        objective = dataclasses.replace(arm.objective, negative_weight=weight)
-        of_run: list[Look] = []
-        for after, updates in zip([0, *plan.updates], plan.updates, strict=False):
-            began = time.monotonic()
-            if looks and began + longest_leg > plan.deadline:
-                return _found(looks, plan, TIME_IS_OVER)
-            look = _look(
-                opened, Arm(name=arm.name, objective=objective), after, updates, plan, before
+    return _Search(opened, arm, plan, before).run(told)
+
+
+class _Search:
+    """Looks so far, what they learned from, and how long their legs took."""
+
+    def __init__(self, opened: Opened, arm: Arm, plan: Plan, before: Mapping[str, str]):
+        self._opened, self._arm, self._plan, self._before = opened, arm, plan, before
+        self._unwanted = {decoder: unwanted_in(file) for decoder, file in before.items()}
+        self._of_rounds = [opened.training_outputs]  # what each round brought
+        self._files = [opened.training_outputs]  # what each round learns from
+        self._looks: list[Look] = []
+        self._seconds_of_training: list[float] = []  # of the leg before each look
+        self._longest_leg = 0.0
+
+    def run(self, told: Callable[[Look], Any]) -> Found:
+        """Attempt after attempt."""
+        plan = self._plan
+        for attempt in plan.attempts:
+            if attempt.round > len(self._files):
+                if self._is_time_over(self._seconds_of_outputs()):
+                    return self._found(TIME_IS_OVER)
+                self._begin_round(attempt.round)
+            of_attempt: list[Look] = []
+            for after, updates in zip([0, *plan.updates], plan.updates, strict=False):
+                if self._is_time_over():
+                    return self._found(TIME_IS_OVER)
+                look = self._leg(attempt, after, updates)
+                of_attempt.append(look)
+                told(look)
+                if look.cut >= plan.enough:
+                    return self._found("the cut was enough")
+                if _has_stopped_rising(of_attempt):
+                    break
+        *_, last = plan.attempts
+        return self._found(f"no attempt up to {last} was enough")
+
+    def _found(self, reason: str) -> Found:
+        best = self._looks[self._place_of_best()]
+        return Found(
+            best=best,
+            files=self._files[best.attempt.round - 1],
+            is_enough=best.cut >= self._plan.enough,
+            looks=self._looks,
+            reason=reason,
+        )
+
+    def _place_of_best(self) -> int:
+        # Of equal cuts the first: the smaller update. One that is enough is the last, and largest.
+        cuts = [look.cut for look in self._looks]
+        return cuts.index(max(cuts))
+
+    # ------------------------------------------------------------------------------------ Time
+
+    def _is_time_over(self, seconds_before: float = 0.0) -> bool:
+        """Whether one more leg, after so many seconds, would probably end too late.
+
+        The best look so far is trained again once another leg has made room for its own model.
+        """
+        if not self._looks:  # without one there is nothing to take
+            return False
+        best = self._place_of_best()
+        first = best
+        while first and self._looks[first - 1].attempt == self._looks[best].attempt:
+            first -= 1
+        again = sum(self._seconds_of_training[first : best + 1])
+        ends = time.monotonic() + seconds_before + self._longest_leg + again
+        return ends > self._plan.deadline
+
+    def _seconds_of_outputs(self) -> float:
+        """How long the outputs of a round will take: as long as those of the original."""
+        opened = self._opened
+        names = [f"training_outputs: generate, {name}" for name in opened.training_decoders]
+        return sum(opened.seconds(name) or 0.0 for name in names)
+
+    # ------------------------------------------------------------------------------------ Work
+
+    def _objective(self, attempt: Attempt) -> Any:
+        return dataclasses.replace(self._arm.objective, negative_weight=attempt.weight)
+
+    def _model(self, attempt: Attempt, updates: int) -> tuple[str, str]:
+        """A checkpoint, and what it is made of: it makes room for the next one."""
+        identity = self._opened.describe_training(
+            self._objective(attempt), self._files[attempt.round - 1], _up_to(updates)
+        )
+        name = f"checkpoint_{updates}"
+        return str(self._opened.root / self._arm.name / "model" / name), identity
+
+    def _begin_round(self, number: int) -> None:
+        """Brings what the last look's model says to the prompts to learn from."""
+        last = self._looks[-1]
+        checkpoint, identity = self._model(last.attempt, last.updates)
+        self._of_rounds, merged = self._opened.further_round(
+            f"{FOLDER}/round {number}", checkpoint, self._of_rounds, identity
+        )
+        self._files.append(merged)
+
+    def _leg(self, attempt: Attempt, after: int, updates: int) -> Look:
+        """Trains from one look to the next, and looks."""
+        began = time.monotonic()
+        checkpoint, identity = self._model(attempt, updates)
+        name = f"{FOLDER}/{self._arm.name}, {attempt}, update {updates}"
+
+        def outputs() -> dict[str, str]:
+            opened, prompts = self._opened, self._plan.prompts
+            return {
+                decoder: opened.outputs_of(name, checkpoint, prompts, decoder, identity=identity)
+                for decoder in opened.settings.decoders
+            }
+
+        made, seconds_of_training = None, self._longest_leg  # not known where it was kept
+        with contextlib.suppress(stages.NotDoneError), stages.only_done():
+            made = outputs()
+        if made is None:
+            self._opened.train(
+                self._arm.name,
+                self._objective(attempt),
+                self._files[attempt.round - 1],
+                changes=_up_to(updates),
+                after=after,
             )
-            longest_leg = max(longest_leg, time.monotonic() - began)
-            of_run.append(look)
-            looks.append(look)
-            told(look)
-            if look.cut >= plan.enough:
-                return _found(looks, plan, "the cut was enough")
-            if _has_stopped_rising(of_run):
-                break
-    return _found(looks, plan, f"no weight up to {plan.weights[-1]:g} was enough")
+            seconds_of_training = time.monotonic() - began
+            made = outputs()
+        self._longest_leg = max(self._longest_leg, time.monotonic() - began)
+        self._seconds_of_training.append(seconds_of_training)
+        self._looks.append(self._look(attempt, updates, made))
+        return self._looks[-1]
+
+    def _look(self, attempt: Attempt, updates: int, made: Mapping[str, str]) -> Look:
+        unwanted = {decoder: unwanted_in(file) for decoder, file in made.items()}
+        first = self._opened.first_decoder
+        pairs = zip(*records.read_pairs(self._before[first], made[first]), strict=True)
+        texts = [(before.targets, after.targets) for before, after in pairs]
+        return Look(
+            attempt=attempt,
+            updates=updates,
+            cut=min(
+                results.cut_of(before, unwanted[name])
+                for name, before in self._unwanted.items()
+                if before
+            ),
+            bleu=text_metrics.compare(*map(list, zip(*texts, strict=True))).bleu,
+            unwanted=unwanted,
+        )
 
 
-def _found(looks: Sequence[Look], plan: Plan, reason: str) -> Found:
-    # Of equal cuts the first: the smaller update. One that is enough is the last, and the largest.
-    best = max(looks, key=lambda look: look.cut)
-    return Found(best=best, is_enough=best.cut >= plan.enough, looks=looks, reason=reason)
+def _up_to(updates: int) -> Changes:
+    return Changes(schedule={"train_steps": updates})
 
 
-def _has_stopped_rising(of_run: Sequence[Look]) -> bool:
+def _has_stopped_rising(of_attempt: Sequence[Look]) -> bool:
     """Whether something was cut, and the last looks are no better than the best before them."""
-    cuts = [look.cut for look in of_run]
+    cuts = [look.cut for look in of_attempt]
     best_before = max(cuts[:-_NO_MORE], default=0.0)
     return best_before > 0 and max(cuts[-_NO_MORE:]) <= best_before
-
-
-def _look(
-    opened: Opened, arm: Arm, after: int, updates: int, plan: Plan, before: dict[str, int]
-) -> Look:
-    """Trains from one look to the next, and looks."""
-    changes = Changes(schedule={"train_steps": updates})
-    weight, files = arm.objective.negative_weight, opened.training_outputs
-    # The checkpoint makes room for the next one: what it said is known by what made it.
-    identity = opened.describe_training(arm.objective, files, changes)
-    checkpoint = str(opened.root / arm.name / "model" / f"checkpoint_{updates}")
-
-    def outputs() -> dict[str, str]:
-        name = f"{FOLDER}/{arm.name}, weight {weight:g}, update {updates}"
-        return {
-            decoder: opened.outputs_of(name, checkpoint, plan.prompts, decoder, identity=identity)
-            for decoder in opened.settings.decoders
-        }
-
-    made: dict[str, str] | None = None
-    with contextlib.suppress(stages.NotDoneError), stages.only_done():
-        made = outputs()
-    if made is None:
-        opened.train(arm.name, arm.objective, files, changes=changes, after=after)
-        made = outputs()
-    unwanted = {decoder: unwanted_in(file) for decoder, file in made.items()}
-    cut = min(
-        results.cut_of(before[name], number) for name, number in unwanted.items() if before[name]
-    )
-    return Look(weight=weight, updates=updates, cut=cut, unwanted=unwanted)

@@ -7,7 +7,7 @@ may hold some columns only (`Reductions`), in as few passes over them as there a
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ _LOG_ZERO = definition.LOG_ZERO
 # With up to so many ids per position, "is it one of them" is asked of every element of a block, at
 # no memory; beyond, a mask is scattered.
 _FEW_IDS = 8
+# Up to so many per position are compared with each other.
+_FEW_TO_COMPARE = 32
 
 
 class TokenValues(NamedTuple):
@@ -173,8 +175,7 @@ class Block:
         """The columns of `S` that this device has, each once; -1 elsewhere."""
         if self.objective.negative_term == "none":
             return jnp.full((len(negative_ids), 1), -1, jnp.int32)
-        is_repeated = jnp.tril(negative_ids[:, :, None] == negative_ids[:, None, :], -1).any(axis=2)
-        ids = jnp.where(is_repeated, -1, negative_ids)
+        ids, _ = _each_once(negative_ids)
         if everywhere := self.objective.removed_everywhere:
             is_everywhere = jnp.isin(ids, jnp.asarray(everywhere, jnp.int32))
             shape = len(ids), len(set(everywhere))
@@ -197,12 +198,10 @@ class Block:
         original_logits: Float[Array, "R V"] | None,
     ) -> tuple[Int[Array, "R K"], _Graded]:
         """The ids of strength 1, and the others: an id that is marked twice has the larger one."""
-        is_same = negative_ids[:, :, None] == negative_ids[:, None, :]
-        strengths = jnp.where(is_same, strengths[:, None, :], 0.0).max(axis=2)
+        negative_ids, strengths = _each_once(negative_ids, strengths)
         everywhere = jnp.asarray(self.objective.removed_everywhere, jnp.int32)
         is_removed = (strengths >= 1) | jnp.isin(negative_ids, everywhere)
-        is_left_out = is_removed | jnp.tril(is_same, -1).any(axis=2)
-        ids = self.reductions.local(jnp.where(is_left_out, -1, negative_ids))
+        ids = self.reductions.local(jnp.where(is_removed, -1, negative_ids))
         logits = None if original_logits is None else _at(original_logits, ids)
         graded = _Graded(ids, jnp.where(ids < 0, 0.0, strengths), logits)
         return jnp.where(is_removed, negative_ids, -1), graded
@@ -569,6 +568,28 @@ class Block:
 
         column = jax.lax.broadcasted_iota(jnp.int32, self.kept.shape, 1)
         return _Term(value, of(self.rest * self.q, column), of(self.p_removed, self.ids))
+
+
+def _each_once(
+    ids: Int[Array, "R K"], strengths: Float[Array, "R K"] | None = None
+) -> tuple[Int[Array, "R K"], Any]:
+    """Ids of which the first stays and its repeats are -1, each with the largest of its strengths.
+
+    Many ids are sorted; to compare them with each other would take `[R, K, K]`.
+    """
+    if ids.shape[1] <= _FEW_TO_COMPARE:
+        is_same = ids[:, :, None] == ids[:, None, :]
+        is_repeated = jnp.tril(is_same, -1).any(axis=2)
+        if strengths is not None:
+            strengths = jnp.where(is_same, strengths[:, None, :], 0.0).max(axis=2)
+    else:
+        if strengths is None:
+            ids = jnp.sort(ids, axis=1)
+        else:
+            ids, weakness = jax.lax.sort((ids, -strengths), dimension=1, num_keys=2)
+            strengths = -weakness
+        is_repeated = jnp.pad(ids[:, 1:] == ids[:, :-1], ((0, 0), (1, 0)))
+    return jnp.where(is_repeated, -1, ids), strengths
 
 
 def _top(x: Float[Array, "R V"], number: int) -> tuple[Float[Array, "R K"], Int[Array, "R K"]]:
