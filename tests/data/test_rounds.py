@@ -57,6 +57,15 @@ def test_what_was_said_before_is_kept_once_with_all_marks():
     assert row.negative_token_ids == ((0, ids("az")), (1, ids("b")))
 
 
+def test_clean_outputs_of_later_rounds_can_be_left_out():
+    """Those of the first round stay; the marks of all are still of all."""
+    first = [record("1", "ab", [(1, 2)]), record("2", "xy")]
+    second = [record("1", "ac", [(1, 2)]), record("2", "xz"), record("3", "ad")]
+    merged = rounds.merge([first, second], VOCABULARY, keep_clean=False)
+    assert [row.id for row in merged] == ["1", "2", "1 (round 2)"]
+    assert removed(merged) == removed(rounds.merge([first, second], VOCABULARY)[:3])
+
+
 def test_no_name_is_given_twice_where_a_round_was_merged_before():
     """Outputs of two decoders are brought together as rounds are, and a second round follows."""
     decoders = rounds.merge([[record("1", "ab")], [record("1", "ac")]], VOCABULARY)

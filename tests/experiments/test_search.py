@@ -39,7 +39,8 @@ class Experiment:
         assert stage == "training_outputs: generate, greedy"
         return self.of_outputs
 
-    def further_round(self, name, checkpoint, files, identity):
+    def further_round(self, name, checkpoint, files, *, identity, keep_clean):
+        assert not keep_clean
         self.clock.now += self.of_outputs
         self.rounds.append((name, checkpoint, identity))
         return [*files, name], " and ".join([*files, name])

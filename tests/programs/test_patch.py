@@ -5,6 +5,7 @@ import dataclasses
 import io
 import itertools
 import json
+import math
 import os
 import pathlib
 import re
@@ -21,6 +22,7 @@ from helpers.chat_templates import TEMPLATES
 
 from tnt_jax import convert, patch
 from tnt_jax.data import records
+from tnt_jax.experiments import choices, search
 from tnt_jax.runtime import preemption, program, stages
 
 # Flags of a quick patch: what is given is not chosen.
@@ -195,6 +197,23 @@ def test_the_pipeline_that_it_prints_makes_the_same_bits(patched):
         ).read_bytes()
 
 
+def test_so_does_that_of_a_later_round(monkeypatch):
+    """Whichever look is enough or the best one, here the last is taken: of the third round."""
+    monkeypatch.setattr(choices, "threshold", lambda *of: math.inf)
+    monkeypatch.setattr(search._Search, "_place_of_best", lambda self: len(self._looks) - 1)
+    found = done("rounds", **QUICK, **{"gin.TRAIN_STEPS": 2})
+    assert taken(found.numbers) == {"weight": 90, "round": 3, "updates": 2}
+    learned = found.records("looks/round 3/rounds.merged.jsonl")
+    later = [row for row in learned if "(round " in row.id]
+    assert len(learned) - len(later) == 72
+    # What is said again is there once, and of what is new only what is unwanted.
+    assert all(row.negative_spans for row in later)
+    line = found.printed[found.printed.index("The same by pipeline: ") :].splitlines()[0]
+    words = shlex.split(line.removeprefix("The same by pipeline: "))
+    assert rooms.run_program("pipeline", words[3:]) == 0
+    rooms.assert_same_state("rounds/TNFF/model", "rounds-again/TNFF/model")
+
+
 def results_of(folder):
     """All that a patch came to, but for paths and times."""
     folder = pathlib.Path(folder)
@@ -204,7 +223,7 @@ def results_of(folder):
         (folder / "pipeline.gin").read_text().replace(str(folder.absolute()), "")
     )
     numbers = json.loads((folder / "patch.json").read_text())
-    changing = ("seconds", "model", "report", "same_by_pipeline")
+    changing = ("seconds", "model", "loads", "report", "same_by_pipeline")
     found["patch.json"] = {name: x for name, x in numbers.items() if name not in changing}
     return found
 
@@ -231,9 +250,10 @@ def test_stopped_wherever_and_started_again_it_ends_in_the_same_files(patched, m
     rooms.assert_same_state("stopped/TNFF/model", "patched/TNFF/model")
 
 
-def test_a_search_whose_time_was_over_is_not_begun_anew():
+def test_a_search_whose_time_was_over_is_not_begun_anew(monkeypatch):
     """One look, and no time for a second; the same command; and one with more time."""
-    flags = {**QUICK, "cut": 1.0, "gin.TRAIN_STEPS": 2}  # one look at each of three attempts
+    monkeypatch.setattr(choices, "threshold", lambda *of: math.inf)
+    flags = {**QUICK, "gin.TRAIN_STEPS": 2}  # one look at each of three attempts
     little = done("no_time", **flags, time="0.01s").numbers
     assert (len(little["looks"]), little["ended_because"]) == (1, "the time was over")
     assert done("no_time", **flags, time="0.01s").numbers["looks"] == little["looks"]

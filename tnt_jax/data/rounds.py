@@ -61,7 +61,9 @@ def _prefixes(prompt: str, target_ids: np.ndarray) -> Iterator[bytes]:
         state.update(int(token).to_bytes(4, "little"))
 
 
-def merge(rounds: Sequence[Sequence[records.Record]], vocabulary: Any) -> list[records.Record]:
+def merge(
+    rounds: Sequence[Sequence[records.Record]], vocabulary: Any, *, keep_clean: bool = True
+) -> list[records.Record]:
     """All outputs of several rounds, each with the marks that any of them has at its prefixes.
 
     An output that came up in several rounds is kept once. A record of a later round has the number
@@ -71,6 +73,9 @@ def merge(rounds: Sequence[Sequence[records.Record]], vocabulary: Any) -> list[r
     Args:
       rounds: Annotated records of every round, the first original's first.
       vocabulary: The tokeniser of its ids.
+      keep_clean: Whether to keep outputs of later rounds that have no mark. Nothing is marked in
+        them, also where the original would go on with what is unwanted and the model of that round
+        does not: there they teach it again.
 
     Raises:
       UsageError: A mark does not fit its targets.
@@ -88,7 +93,8 @@ def merge(rounds: Sequence[Sequence[records.Record]], vocabulary: Any) -> list[r
                 marks.mark_tokens(row, vocabulary, "first_token") if row.negative_spans else marked,
             )
             output = row.prompt, marked.target_ids.tobytes()
-            if output not in seen:
+            is_kept = number == 1 or keep_clean or row.negative_spans
+            if is_kept and output not in seen:
                 seen.add(output)
                 name = next(name for name in _names(row.id, number) if name not in names)
                 names.add(name)
@@ -145,9 +151,13 @@ def _names(id: str, number: int) -> Iterator[str]:
     yield from (f"{id} (round {number}, {count})" for count in itertools.count(2))
 
 
-def merge_files(*, output: str, rounds: Sequence[str], vocabulary: Any) -> None:
+def merge_files(
+    *, output: str, rounds: Sequence[str], vocabulary: Any, keep_clean: bool = True
+) -> None:
     """`merge` for files of records, and for the ids that belong to them (`removed_everywhere`)."""
     ids = {id_ for path in rounds for id_ in removed_everywhere.of_records(path)}
     everywhere = removed_everywhere.Ids(ids, {"rounds": list(rounds)}) if ids else None
-    merged = merge([records.read_records(path) for path in rounds], vocabulary)
+    merged = merge(
+        [records.read_records(path) for path in rounds], vocabulary, keep_clean=keep_clean
+    )
     removed_everywhere.write_records(output, merged, everywhere)

@@ -408,14 +408,17 @@ class Opened:
         together = " and ".join(pathlib.Path(file).name.split(".annotated")[0] for file in files)
         return self._merged(name, files, together)
 
-    def _merged(self, name: str, files: Sequence[str], label: str) -> str:
+    def _merged(
+        self, name: str, files: Sequence[str], label: str, *, keep_clean: bool = True
+    ) -> str:
         merged = str(self.root / name / f"{label}.merged.jsonl")
+        only_marked = {} if keep_clean else {"keep_clean": False}
         self._stages.run(
             f"{name}: merge, {label}",
             rounds.merge_files,
             output=merged,
             inputs={},
-            settings={"rounds": list(files), "vocabulary": self.vocabulary},
+            settings={"rounds": list(files), "vocabulary": self.vocabulary, **only_marked},
             also_depends_on=[*files, *itertools.chain(*map(removed_everywhere.files_of, files))],
         )
         return merged
@@ -583,15 +586,22 @@ class Opened:
         return checkpoints
 
     def further_round(
-        self, name: str, checkpoint: str, files: Sequence[str], identity: str | None = None
+        self,
+        name: str,
+        checkpoint: str,
+        files: Sequence[str],
+        *,
+        identity: str | None = None,
+        keep_clean: bool = True,
     ) -> tuple[list[str], str]:
         """Generates with a model on the prompts to learn from, and annotates.
 
         Args:
           name: Of the round's folder.
           checkpoint: Of the model.
-          files: Of the rounds before.
+          files: Of the rounds before, the original's first.
           identity: As in `outputs_of`.
+          keep_clean: As in `rounds.merge`.
 
         Returns:
           The files of all rounds, and one file with all their outputs.
@@ -602,7 +612,7 @@ class Opened:
             for decoder in self.training_decoders
         ]
         all_files = [*files, *more]
-        return all_files, self._merged(name, all_files, "rounds")
+        return all_files, self._merged(name, all_files, "rounds", keep_clean=keep_clean)
 
     def evaluate(self, name: str, checkpoint: str, decoder: str) -> dict[str, Any]:
         """Generates with an arm and compares with the original; returns what `evaluate` writes."""

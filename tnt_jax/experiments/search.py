@@ -3,9 +3,8 @@
 An attempt starts from the original and goes on in legs. After each leg the model answers the choice
 prompts, which it is not trained on. The first look whose cut is enough ends the search. An attempt
 that ends without it, or whose cut no longer rises, is followed by the next one: with a larger
-weight, or with what the last attempt still said to learn from as well (a round). Each starts from
-the original again: so one file of outputs, one weight and one number of updates say what the result
-is.
+weight, and with what the last one still said to learn from as well (a round). Each starts from the
+original again: so one file of outputs, one weight and one number of updates say what the result is.
 """
 
 import contextlib
@@ -30,8 +29,8 @@ class Attempt:
 
     Attributes:
       weight: Of the negative term.
-      round: 1 learns from outputs of the original; a further one also from those that the last
-        attempt of the round before came to, on the same prompts.
+      round: 1 learns from outputs of the original; a further one also from what the attempt before
+        still said to the same prompts, where that is unwanted.
     """
 
     weight: float
@@ -43,7 +42,7 @@ class Attempt:
 
 
 # What is tried where outputs can be made and marked, and where people marked those that there are.
-ROUNDS = (Attempt(weight=10.0), Attempt(weight=10.0, round=2), Attempt(weight=30.0, round=3))
+ROUNDS = (Attempt(weight=10.0), Attempt(weight=30.0, round=2), Attempt(weight=90.0, round=3))
 WEIGHTS = (Attempt(weight=10.0), Attempt(weight=30.0), Attempt(weight=90.0))
 
 
@@ -242,7 +241,11 @@ class _Search:
         last = self._looks[-1]
         checkpoint, identity = self._model(last.attempt, last.updates)
         self._of_rounds, merged = self._opened.further_round(
-            f"{FOLDER}/round {number}", checkpoint, self._of_rounds, identity
+            f"{FOLDER}/round {number}",
+            checkpoint,
+            self._of_rounds,
+            identity=identity,
+            keep_clean=False,
         )
         self._files.append(merged)
 
