@@ -124,8 +124,10 @@ def arguments(folder: pathlib.Path, gin_files: list[str], **settings: object) ->
     ]
 
 
-def train(command: list[str], num_devices: int, log: pathlib.Path, cache: pathlib.Path) -> None:
-    """`python -m tnt_jax.train` in a process that has imported what it needs."""
+def run(
+    name: str, command: list[str], num_devices: int, log: pathlib.Path, cache: pathlib.Path
+) -> None:
+    """`python -m tnt_jax.<name>` in a process that has imported what it needs."""
     with log.open("ab") as file:
         for number in (1, 2):
             os.dup2(file.fileno(), number)
@@ -136,25 +138,26 @@ def train(command: list[str], num_devices: int, log: pathlib.Path, cache: pathli
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    program.run("tnt_jax.train", "train", command)
+    program.run(f"tnt_jax.{name}", name, command)
 
 
 class Runs:
     """Starts runs, each in a process of its own."""
 
-    def __init__(self, folder: pathlib.Path):
-        self._folder = folder
+    def __init__(self, folder: pathlib.Path, program: str = "train"):
+        self._folder, self._program = folder, program
         # A server that has imported the packages forks: a run starts at once.
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(
-            ["tnt_jax.train", "tnt_jax.data.datasets", "orbax.checkpoint"]
+            [f"tnt_jax.{program}", "tnt_jax.data.datasets", "orbax.checkpoint"]
         )
 
     def start(self, command: list[str], num_devices: int, name: str) -> multiprocessing.Process:
         """Starts a run, whose output goes to `<name>.log`."""
         log = self._folder / f"{name}.log"
         process = self._context.Process(
-            target=train, args=(command, num_devices, log, self._folder / "compiled")
+            target=run,
+            args=(self._program, command, num_devices, log, self._folder / "compiled"),
         )
         process.start()
         return process
@@ -173,6 +176,20 @@ class Runs:
 # --------------------------------------------------------------------------------------- Killing
 
 
+def kill(process: multiprocessing.Process, chance: random.Random) -> str | None:
+    """Kills a run, or tells it to stop; returns which, None if it was over before."""
+    if not process.is_alive():
+        process.join()
+        return None
+    number = chance.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM))
+    os.kill(process.pid, number)
+    process.join()
+    # 0: too late. -SIGTERM: before the program had begun.
+    if number == signal.SIGTERM and process.exitcode not in (75, 0, -signal.SIGTERM):
+        sys.exit(f"told to stop, a run ended with {process.exitcode}")
+    return "told at" if number == signal.SIGTERM else "killed at"
+
+
 def kill_somewhere(
     process: multiprocessing.Process, model_dir: pathlib.Path, seconds: float, chance: random.Random
 ) -> str:
@@ -186,21 +203,14 @@ def kill_somewhere(
             seen |= {path.name for path in model_dir.glob("checkpoint_*tmp*")}
             time.sleep(0.001)
         process.join(chance.uniform(0, 0.05))
-    if not process.is_alive():
-        process.join()
+    how = kill(process, chance)
+    if how is None:
         return ""
-    number = chance.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM))
-    os.kill(process.pid, number)
-    process.join()
-    # 0: too late. -SIGTERM: before the program had begun.
-    if number == signal.SIGTERM and process.exitcode not in (75, 0, -signal.SIGTERM):
-        sys.exit(f"told to stop, a run ended with {process.exitcode}: {model_dir}")
     newest = max((step for step, _ in whole_checkpoints(model_dir)), default=0)
     half = len(list(model_dir.glob("checkpoint_*tmp*")))
     steps = [line["step"] for line in lines_of(model_dir / "metrics.jsonl")]
     written = f", {half} half-written" if half else ""
-    how = "told at " if number == signal.SIGTERM else ""
-    return f"{how}update {max(steps, default=0)} (checkpoint {newest}{written})"
+    return f"{how} update {max(steps, default=0)} (checkpoint {newest}{written})"
 
 
 def whole_checkpoints(model_dir: pathlib.Path) -> list[tuple[int, pathlib.Path]]:
@@ -348,7 +358,7 @@ def main(argv: list[str] | None = None) -> None:
 
     chance = random.Random(flags.seed)
     rows = []
-    columns = ("devices", "round", "killed at", "result")
+    columns = ("devices", "round", "stopped", "result")
     began = time.monotonic()
     for num_devices in flags.devices:
         straight = folder / f"straight_{num_devices}"

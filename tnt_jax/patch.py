@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 
 import jax
 
-from tnt_jax import pipeline
+from tnt_jax import localize, pipeline
 from tnt_jax.checkpoints import lazy_arrays, pretrained
 from tnt_jax.data import layouts, marks, records
 from tnt_jax.evaluation import results
@@ -236,7 +236,8 @@ class _Asked:
             flags = [f"--gin_file={name}" for name in self.gin_files]
             flags += [f"--gin.{setting}" for setting in self.settings]
             experiment, _, _ = _configure(gin, flags)
-            experiment.annotator()
+            if not self.unwanted.labels:  # whose list of words is still to be found
+                experiment.annotator()
         pretrained.check_vocabulary(experiment.vocabulary(), opened.config, opened)
         if self.output_format == "t5x" and _is_decoder_only(opened.config):
             raise UsageError(
@@ -328,8 +329,9 @@ class _Patch:
         parts = self._texts.parts
         for note in self._texts.notes:
             self.say(note)
+        what = "outputs" if self._asked.unwanted.are_outputs_given else "prompts"
         self.say(
-            f"{len(parts.train)} prompts to learn from, up to {len(parts.choice)} to choose by, up "
+            f"{len(parts.train)} {what} to learn from, up to {len(parts.choice)} to choose by, up "
             f"to {len(parts.report)} to report on."
         )
         # What the model says, and how often it is unwanted.
@@ -364,9 +366,12 @@ class _Patch:
 
     def _pilot(self) -> tuple[Opened, Counts]:
         """Answers to a few prompts."""
+        if self._asked.unwanted.labels:
+            self._localize(self._asked.unwanted.labels)
         parts = self._texts.parts
         self._texts.write_words(self._root)
-        some = parts.train[: choices.PILOT]
+        different = list({row.prompt: row for row in parts.train}.values())
+        some = different[: choices.PILOT]
         is_begun = (self._root / "prompts" / "train.jsonl").is_file()
         if not is_begun:  # where it goes on they are there
             self._write_prompts("train", some, self._asked.unwanted.are_outputs_given)
@@ -399,10 +404,10 @@ class _Patch:
         if found.marked:
             return opened, found
         # Nothing: as many more as two minutes allow.
-        most = min(int(_PATIENCE / self._seconds_per_output), len(parts.train))
+        most = min(int(_PATIENCE / self._seconds_per_output), len(different))
         if most > len(some):
             self.say(f"None of it: looking at {most} answers.")
-            prompts = self._write_prompts("pilot_more", parts.train[:most])
+            prompts = self._write_prompts("pilot_more", different[:most])
             found = self._answered(opened, "pilot_more", prompts)
         if not found.marked:
             raise UsageError(
@@ -411,6 +416,36 @@ class _Patch:
                 "that bring it up, another list, or --decoding=sampled."
             )
         return opened, found
+
+    def _localize(self, field: str) -> None:
+        """Finds which tokens made outputs bad, in those to learn from."""
+        rows = self._texts.parts.train
+        labelled = self._write_prompts("labelled", rows, whole=True)
+        experiment, _, _ = self._first_settings()
+        vocabulary = experiment.vocabulary()
+        lengths = [len(marks.prompt_ids(row, vocabulary)) for row in rows]
+        output = str(self._root / "prompts" / "localized.jsonl")
+        num_bad = sum(bool(row.extra[field]) for row in rows)
+        self.say(
+            f"{num_bad} of {len(rows)} outputs are labelled bad. Looking for what made them so."
+        )
+        stages.Stages(self._root).run(
+            "labels: localize",
+            localize.localize,
+            output=output,
+            inputs={"input": labelled},
+            settings={
+                "original_model": localize.OriginalModel(
+                    checkpoint_path=self._asked.model,
+                    model=pretrained.FromCheckpoint(),
+                    task_feature_lengths=choices.longest_lengths(lengths),
+                ),
+                "vocabulary": vocabulary,
+                "label_field": field,
+            },
+        )
+        self._texts, note = self._texts.with_marks_found(records.read_records(output))
+        self.say(note)
 
     def _first_settings(self) -> tuple[Experiment, Arm, int]:
         self._gin.write([])
@@ -784,6 +819,7 @@ def _parser() -> _Parser:
     what.add_argument("--entities", action="store_true", help="names the prompt does not support")
     what.add_argument("--classifier", action="store_true", help="what a classifier calls profane")
     what.add_argument("--function", metavar="MODULE:NAME", help="(inputs, targets) -> spans")
+    what.add_argument("--labels", metavar="FIELD", help="true where the output of a prompt is bad")
     what.add_argument("--records", metavar="FILE", help="outputs that are marked already")
     rest = parser.add_argument_group("how far, and what else")
     rest.add_argument("--cut", type=float, default=0.9, help="share of them to be gone (0.9)")

@@ -4,12 +4,14 @@ import contextlib
 import json
 import pathlib
 import random
+import re
 
 import numpy as np
 import pytest
 from helpers import rooms
 
 from tnt_jax import localize as localize_program
+from tnt_jax import patch
 from tnt_jax.data import marks, records, tokenization
 
 FOLDER_SETTINGS = {
@@ -236,3 +238,33 @@ def test_mistakes_are_told_in_a_line(settings, message, capfd):
     records.write_records("good.jsonl", good)
     assert rooms.run("localize", FOLDER_SETTINGS | settings) != 0
     assert message in capfd.readouterr().err
+
+
+def test_patch_learns_from_labels_of_whole_outputs():
+    """Several outputs of each of 60 prompts; those of a prompt are all learned from, or none."""
+    flags = {
+        "model": "original",
+        "prompts": "labelled.jsonl",
+        "labels": "unwanted",
+        "output": "patched",
+        "cut": 0.5,
+        "gin.VOCABULARY_PATH": "vocabulary.model",
+        "gin.EXTRA_IDS": 0,
+        "gin.OPTIMIZER": "@optax.adam",
+        "gin.LEARNING_RATE": 3e-3,
+    }
+    arguments = patch.gin_arguments([f"--{name}={value}" for name, value in flags.items()])
+    assert rooms.run_program("patch", arguments) == 0
+    learned = records.read_records("patched/prompts/train.jsonl")
+    prompts = {row.inputs for row in learned}
+    assert len(prompts) == 36
+    labelled = [row for row in records.read_records("labelled.jsonl") if row.inputs in prompts]
+    assert len(learned) == len({(row.inputs, row.targets) for row in labelled})
+    assert all(row.extra["unwanted"] for row in learned if row.negative_spans)
+    # Found from labels alone; good states are not among them.
+    found = pathlib.Path("patched/marked_texts.txt").read_text()
+    assert {"dirty", "noisy"} <= set(re.findall(r"\w+", found))
+    assert not {"clean", "quiet"} & set(re.findall(r"\w+", found))
+    numbers = json.loads(pathlib.Path("patched/patch.json").read_text())
+    assert numbers["unwanted_before"] > 0.2
+    assert numbers["cut"] > 0.5

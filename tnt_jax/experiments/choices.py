@@ -211,6 +211,11 @@ def _lengths(given: Mapping[str, Any], prompt_lengths: Sequence[int], of_output:
     return _take(given, "lengths", "TASK_FEATURE_LENGTHS", lengths, reason)
 
 
+def longest_lengths(prompt_lengths: Sequence[int]) -> dict[str, int]:
+    """Tokens of inputs and targets, before it is known how long outputs are."""
+    return {"inputs": _input_length(prompt_lengths), "targets": LONGEST_OUTPUT}
+
+
 def _input_length(prompt_lengths: Sequence[int]) -> int:
     return min(_up(max(prompt_lengths)), LONGEST_INPUT)
 

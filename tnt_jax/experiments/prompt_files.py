@@ -1,5 +1,6 @@
 """The prompts of a user, read from a few kinds of files, and which of them are kept back."""
 
+import collections
 import dataclasses
 import hashlib
 import json
@@ -32,13 +33,16 @@ class Parts:
     report: Sequence[records.Record]
 
 
-def read(path: str, flag: str) -> tuple[list[records.Record], int]:
+def read(
+    path: str, flag: str, *, are_outputs_given: bool = False
+) -> tuple[list[records.Record], int]:
     """The different prompts of a file, and how many more it has that repeat one of them.
 
     Args:
       path: JSONL of records, or a text file with one prompt a line; "-" is standard input. A file
         whose name does not end with .jsonl is JSONL where its first line is a JSON object.
       flag: That names it, for messages.
+      are_outputs_given: Whether a prompt is there once for each of its outputs.
 
     Raises:
       UsageError: There is no such file, or a line of it is no prompt.
@@ -62,8 +66,12 @@ def read(path: str, flag: str) -> tuple[list[records.Record], int]:
             f"{flag}: expected a text in each prompt, found none in {len(empty)} of {len(found)}, "
             f"the first one {empty[0]!r}. Leave them out."
         )
-    different = {row.prompt: row for row in reversed(found)}
-    kept = [row for row in found if different[row.prompt] is row]
+
+    def what(row: records.Record) -> tuple[str, ...]:
+        return (row.prompt, row.targets) if are_outputs_given else (row.prompt,)
+
+    different = {what(row): row for row in reversed(found)}
+    kept = [row for row in found if different[what(row)] is row]
     return kept, len(found) - len(kept)
 
 
@@ -100,20 +108,20 @@ def split(
     """Says what each prompt is for: by its text alone, so that the same one always is for the same.
 
     Args:
-      prompts: Different ones.
+      prompts: Where outputs are given, a prompt may have several: all are to learn from, or none.
       eval_prompts: Those to keep back; None keeps back some of `prompts`.
 
     Raises:
       UsageError: There are too few, or one is in both.
     """
-    in_order = sorted(prompts, key=_chance)
+    in_order = _by_prompt(prompts)
     if eval_prompts is None:
         num_choice, num_report = choices.split_sizes(len(in_order), False)
         kept_back = num_choice + num_report
         return Parts(
-            choice=in_order[:num_choice],
-            report=in_order[num_choice:kept_back],
-            train=in_order[kept_back:],
+            choice=[rows[0] for rows in in_order[:num_choice]],
+            report=[rows[0] for rows in in_order[num_choice:kept_back]],
+            train=[row for rows in in_order[kept_back:] for row in rows],
         )
     inputs = {row.prompt for row in prompts}
     if seen := [row.id for row in eval_prompts if row.prompt in inputs]:
@@ -121,15 +129,25 @@ def split(
             f"--eval_prompts: expected other prompts than --prompts has, found {len(seen)} of "
             f"{len(eval_prompts)} there as well, the first one {seen[0]!r}. Leave them out of one."
         )
-    kept = sorted(eval_prompts, key=_chance)
+    kept = [rows[0] for rows in _by_prompt(eval_prompts)]
     num_choice, num_report = choices.split_sizes(len(kept), True)
     return Parts(
-        train=in_order, choice=kept[:num_choice], report=kept[num_choice : num_choice + num_report]
+        train=[row for rows in in_order for row in rows],
+        choice=kept[:num_choice],
+        report=kept[num_choice : num_choice + num_report],
     )
 
 
-def _chance(row: records.Record) -> bytes:
-    return hashlib.sha256(row.prompt.encode()).digest()
+def _by_prompt(rows: Sequence[records.Record]) -> list[list[records.Record]]:
+    """The records of each prompt, in an order of prompts that chance decided."""
+    found: dict[str, list[records.Record]] = {}
+    for row in rows:
+        found.setdefault(row.prompt, []).append(row)
+    return [found[prompt] for prompt in sorted(found, key=_chance)]
+
+
+def _chance(prompt: str) -> bytes:
+    return hashlib.sha256(prompt.encode()).digest()
 
 
 def write(path: pathlib.Path, rows: Sequence[records.Record], *, whole: bool = False) -> str:
@@ -158,10 +176,29 @@ def write(path: pathlib.Path, rows: Sequence[records.Record], *, whole: bool = F
     return str(path)
 
 
-def marked_texts(rows: Sequence[records.Record]) -> list[str]:
-    """The different texts that are marked in outputs, each on one line, sorted."""
-    texts = (" ".join(row.targets[start:end].split()) for row in rows for start, end in row.offsets)
-    return sorted({text for text in texts if any(map(str.isalnum, text)) and text[0] != "#"})
+def marked_texts(rows: Sequence[records.Record], least_share: float = 0.0) -> list[str]:
+    """The different texts that are marked in outputs, each on one line, sorted.
+
+    Args:
+      rows: Outputs with their marks.
+      least_share: Of the outputs that say a text, so many must have it marked.
+    """
+    num_marked = collections.Counter(
+        text
+        for row in rows
+        for text in {_on_a_line(row.targets[start:end]) for start, end in row.offsets}
+        if any(map(str.isalnum, text)) and text[0] != "#"
+    )
+    said = [_on_a_line(row.targets) for row in rows] if least_share else []
+    return sorted(
+        text
+        for text, number in num_marked.items()
+        if number >= least_share * sum(text in output for output in said)
+    )
+
+
+def _on_a_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -172,7 +209,8 @@ class Texts:
       parts: Prompts; those to learn from have their marked outputs where these were given.
       digest: Of all of them.
       notes: What is to be said of the files.
-      marked: What is marked in given outputs; None where none were given.
+      marked: What is marked in given outputs; None where none were given, or their marks are still
+        to be found.
     """
 
     parts: Parts
@@ -194,11 +232,12 @@ class Texts:
         """
         path, flag = (prompts, "--prompts") if prompts else (unwanted.file, "--records")
         assert path is not None
-        rows, num_repeated = read(path, flag)
+        are_given = unwanted.are_outputs_given
+        rows, num_repeated = read(path, flag, are_outputs_given=are_given)
         notes = []
         if num_repeated:
-            of = len(rows) + num_repeated
-            notes.append(f"{num_repeated} of {of} prompts repeat another one, and are left out.")
+            of, what = len(rows) + num_repeated, "outputs" if are_given else "prompts"
+            notes.append(f"{num_repeated} of {of} {what} repeat another one, and are left out.")
         eval_rows = None
         if eval_prompts is not None:
             eval_rows, num_repeated = read(eval_prompts, "--eval_prompts")
@@ -210,20 +249,63 @@ class Texts:
             rows, note = _with_spans(rows, str(unwanted.file))
             notes += note
         marked = None
-        if unwanted.are_outputs_given:
+        if unwanted.labels:
+            _check_labels(rows, unwanted.labels)
+        elif are_given:
             marked = _check_marked(rows, f"--{unwanted.kind}")
-            notes.append(
-                f"New outputs are looked at for the {len(marked)} texts that are marked in the "
-                "given ones: nobody has marked these outputs."
-            )
+            notes.append(_about_new_outputs(len(marked)))
         parts = split(rows, eval_rows)
         every = [*parts.train, *parts.choice, *parts.report]
         return cls(parts=parts, digest=records.digest(every), notes=notes, marked=marked)
+
+    def with_marks_found(self, rows: Sequence[records.Record]) -> tuple["Texts", str]:
+        """With the outputs to learn from as they were marked, and what is to be said of that.
+
+        In new outputs a text counts as unwanted where it is marked in half of the given outputs
+        that say it: what `localize` marks is right more often than not, and no more.
+
+        Args:
+          rows: Those outputs, with marks.
+
+        Raises:
+          UsageError: Nothing was found that is mostly unwanted.
+        """
+        marked = marked_texts(rows, least_share=0.5)
+        if not marked:
+            raise UsageError(
+                "--labels: expected words that make outputs bad, found none: what is said in bad "
+                f"outputs is as often said in good ones ({len(rows)} outputs). Give more labelled "
+                "outputs, several for each prompt, or say what is unwanted by --words or --spans."
+            )
+        return (
+            dataclasses.replace(
+                self, parts=dataclasses.replace(self.parts, train=rows), marked=marked
+            ),
+            _about_new_outputs(len(marked)),
+        )
 
     def write_words(self, folder: pathlib.Path) -> None:
         """The list of marked texts, for a lexicon."""
         if self.marked is not None:
             files.write_text(folder / MARKED_TEXTS, "\n".join(self.marked) + "\n")
+
+
+def _about_new_outputs(num_marked: int) -> str:
+    return (
+        f"New outputs are looked at for the {num_marked} texts that are marked in the given ones: "
+        "nobody has marked these outputs."
+    )
+
+
+def _check_labels(rows: Sequence[records.Record], field: str) -> None:
+    for row in rows:
+        label = row.extra.get(field)
+        if not row.targets or label not in (0, 1):
+            found = f"{field}={label!r}" if row.targets else "no targets"
+            raise UsageError(
+                f"--labels: expected outputs (targets) whose field {field!r} is true where they "
+                f"are bad and false where they are good, found {found} in record {row.id!r}."
+            )
 
 
 def _with_spans(

@@ -20,6 +20,8 @@ class Unwanted:
       entities: Names that the prompt does not support.
       classifier: The words that make a classifier call an output unwanted.
       function: "module:function", from (inputs, targets) to (start, end) pairs.
+      labels: The field of the prompts' records that is true where their `targets` are bad: which
+        tokens made them so is found (`localize`).
       records: Outputs that are marked already; their prompts are the prompts.
 
     Raises:
@@ -32,6 +34,7 @@ class Unwanted:
     entities: bool = False
     classifier: bool = False
     function: str | None = None
+    labels: str | None = None
     records: str | None = None
 
     def __post_init__(self):
@@ -57,7 +60,7 @@ class Unwanted:
     @property
     def are_outputs_given(self) -> bool:
         """Whether the outputs to learn from are given, and not made."""
-        return self.kind in ("spans", "records")
+        return self.kind in ("spans", "labels", "records")
 
     def gin_lines(self, folder: pathlib.Path) -> list[str]:
         """The annotator, as settings of a pipeline.
