@@ -28,6 +28,7 @@ from typing import Any, NoReturn
 import jax
 
 from tnt_jax import localize, pipeline
+from tnt_jax.annotators import prefix_values
 from tnt_jax.checkpoints import lazy_arrays, pretrained
 from tnt_jax.data import layouts, marks, records
 from tnt_jax.evaluation import results
@@ -429,6 +430,8 @@ class _Patch:
         self.say(
             f"{num_bad} of {len(rows)} outputs are labelled bad. Looking for what made them so."
         )
+        training = prefix_values.Training()
+        num_updates = choices.head_updates(len(rows), training.batch_size)
         stages.Stages(self._root).run(
             "labels: localize",
             localize.localize,
@@ -442,6 +445,7 @@ class _Patch:
                 ),
                 "vocabulary": vocabulary,
                 "label_field": field,
+                "training": dataclasses.replace(training, num_updates=num_updates),
             },
         )
         self._texts, note = self._texts.with_marks_found(records.read_records(output))

@@ -50,15 +50,16 @@ class Experiment:
 def run(monkeypatch):
     """Runs a search whose attempts have these cuts, by their weight."""
 
-    def run(cuts, plan=PLAN, **seconds):
+    def run(cuts, plan=PLAN, bleu=None, **seconds):
         clock = types.SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
         opened = Experiment(clock, cuts, **seconds)
 
         def leg(self, attempt, after, updates):
             clock.now += opened.of_training
             opened.trained.append((attempt.weight, after, updates, self._files[attempt.round - 1]))
-            cut = cuts[attempt.weight][plan.updates.index(updates)]
-            look = search.Look(attempt=attempt, updates=updates, cut=cut, bleu=0, unwanted={})
+            place = plan.updates.index(updates)
+            cut, score = cuts[attempt.weight][place], bleu[place] if bleu else 0.0
+            look = search.Look(attempt=attempt, updates=updates, cut=cut, bleu=score, unwanted={})
             self._looks.append(look)
             self._seconds_of_training.append(opened.of_training)
             self._longest_leg = max(self._longest_leg, opened.of_training)
@@ -79,22 +80,41 @@ def taken(outcome):
     return outcome.best.attempt.weight, outcome.best.updates, outcome.is_enough
 
 
-def test_the_first_look_that_is_enough_is_taken(run):
-    outcome, opened = run({10: [0.1, 0.5, 0.8, 1.0, 1.0]})
-    assert taken(outcome) == (10, 15, True)
+def test_the_first_look_that_is_enough_and_two_more_are_the_last(run):
+    outcome, opened = run({10: [0.1, 0.8, 0.9, 1.0, 1.0]})
+    assert taken(outcome) == (10, 10, True)
     assert outcome.files == "outputs"
+    assert outcome.reason == "the cut was enough"
     assert opened.trained == [
         (10, 0, 5, "outputs"),
         (10, 5, 10, "outputs"),
         (10, 10, 15, "outputs"),
+        (10, 15, 20, "outputs"),
     ]
+
+
+def test_of_those_that_are_enough_the_one_nearest_to_the_original_is_taken(run):
+    cuts = {10: [0.1, 0.8, 0.9, 0.79, 1.0]}
+    assert taken(run(cuts, bleu=[70, 40, 50, 60, 80])[0]) == (10, 15, True)
+    assert taken(run(cuts, bleu=[70, 50, 50, 60, 80])[0]) == (10, 10, True)
+
+
+def test_an_attempt_may_end_before_two_more(run):
+    assert taken(run({10: [0.1, 0.1, 0.1, 0.1, 0.8]})[0]) == (10, 25, True)
+
+
+def test_where_the_time_is_over_after_the_first_that_is_enough_it_is_taken(run):
+    plan = dataclasses.replace(PLAN, deadline=49)  # as in the test of the time below
+    outcome, opened = run({10: [0.1, 0.8, 1, 1, 1]}, plan, seconds_of_training=10)
+    assert (len(opened.trained), taken(outcome)) == (2, (10, 10, True))
+    assert outcome.reason == "the cut was enough"
 
 
 def test_an_attempt_that_ends_without_it_is_followed_by_the_next_one_from_the_original(run):
     outcome, opened = run({10: [0.1, 0.2, 0.3, 0.4, 0.5], 30: [0.6, 0.9, 1, 1, 1]})
     assert taken(outcome) == (30, 10, True)
     together = "outputs and looks/round 2"
-    assert opened.trained[5:] == [(30, 0, 5, together), (30, 5, 10, together)]
+    assert opened.trained[5:7] == [(30, 0, 5, together), (30, 5, 10, together)]
     assert outcome.files == together
     # What the last look's model says to the prompts that it learned from.
     assert opened.rounds == [("looks/round 2", "checkpoint_25", "weight 10")]
@@ -114,7 +134,7 @@ def test_an_attempt_whose_cut_no_longer_rises_is_not_gone_on_with(run):
     cuts = {10: [0.1, 0.5, 0.5, 0.4, 0.5, 0.5, 1.0, 1.0, 1.0, 1.0], 30: [0.9] * 10}
     outcome, opened = run(cuts, longer)
     assert taken(outcome) == (30, 5, True)
-    assert [weight for weight, *_ in opened.trained] == [10] * 6 + [30]
+    assert [weight for weight, *_ in opened.trained] == [10] * 6 + [30] * 3
 
 
 def test_an_attempt_that_has_not_begun_to_cut_goes_on(run):

@@ -247,6 +247,7 @@ def test_patch_learns_from_labels_of_whole_outputs():
         "prompts": "labelled.jsonl",
         "labels": "unwanted",
         "output": "patched",
+        "decoding": "sampled",
         "cut": 0.5,
         "gin.VOCABULARY_PATH": "vocabulary.model",
         "gin.EXTRA_IDS": 0,

@@ -38,6 +38,8 @@ _KEPT_PER_LAYER = 20  # numbers that a layer keeps for its gradient, per token a
 _BATCH_DECODER_ONLY, _BATCH_ENCODER_DECODER = 8, 16
 _GENERATE_BATCH = 64
 _WARM_UP, _FEWEST_TO_HALVE = 5, 80  # updates
+# Heads that find what made an output bad
+_EPOCHS_OF_HEADS, _FEWEST_OF_HEADS, _MOST_OF_HEADS = 40, 200, 1000  # updates, the last two
 # Looks
 _LOOKS = 20
 _SHORTEST_PERIOD, _LONGEST_PERIOD = 5, 40
@@ -214,6 +216,12 @@ def _lengths(given: Mapping[str, Any], prompt_lengths: Sequence[int], of_output:
 def longest_lengths(prompt_lengths: Sequence[int]) -> dict[str, int]:
     """Tokens of inputs and targets, before it is known how long outputs are."""
     return {"inputs": _input_length(prompt_lengths), "targets": LONGEST_OUTPUT}
+
+
+def head_updates(num_outputs: int, batch_size: int) -> int:
+    """For how many updates `localize` trains each of its heads: 40 epochs, 200 to 1,000."""
+    updates = _EPOCHS_OF_HEADS * num_outputs // batch_size
+    return min(max(updates, _FEWEST_OF_HEADS), _MOST_OF_HEADS)
 
 
 def _input_length(prompt_lengths: Sequence[int]) -> int:

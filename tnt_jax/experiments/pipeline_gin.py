@@ -156,7 +156,8 @@ class PipelineGin:
 def _about(found: Found | None) -> str:
     if found is None:
         return "Not found yet"
-    return "The smallest update that was enough" if found.is_enough else "The largest cut"
+    enough = "Of the looks that were enough the nearest to the original"
+    return enough if found.is_enough else "The largest cut"
 
 
 def _plain(value: Any) -> Any:

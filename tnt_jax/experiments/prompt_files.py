@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from tnt_jax import annotators
-from tnt_jax.data import records
+from tnt_jax.data import records, words
 from tnt_jax.experiments import choices
 from tnt_jax.experiments.unwanted import MARKED_TEXTS, Unwanted
 from tnt_jax.runtime import files
@@ -176,29 +176,34 @@ def write(path: pathlib.Path, rows: Sequence[records.Record], *, whole: bool = F
     return str(path)
 
 
-def marked_texts(rows: Sequence[records.Record], least_share: float = 0.0) -> list[str]:
-    """The different texts that are marked in outputs, each on one line, sorted.
+def marked_texts(rows: Sequence[records.Record]) -> list[str]:
+    """The different texts that are marked in outputs, each on one line, sorted."""
+    texts = (" ".join(row.targets[start:end].split()) for row in rows for start, end in row.offsets)
+    return sorted({text for text in texts if any(map(str.isalnum, text)) and text[0] != "#"})
 
-    Args:
-      rows: Outputs with their marks.
-      least_share: Of the outputs that say a text, so many must have it marked.
+
+def words_mostly_marked(rows: Sequence[records.Record]) -> list[str]:
+    """The words that are marked, in part at least, in half of the outputs that say them, sorted.
+
+    And in two outputs: what `localize` marks is right more often than not, and no more.
     """
-    num_marked = collections.Counter(
-        text
-        for row in rows
-        for text in {_on_a_line(row.targets[start:end]) for start, end in row.offsets}
-        if any(map(str.isalnum, text)) and text[0] != "#"
-    )
-    said = [_on_a_line(row.targets) for row in rows] if least_share else []
+    num_said: collections.Counter[str] = collections.Counter()
+    num_marked: collections.Counter[str] = collections.Counter()
+    for row in rows:
+        said = [(row.targets[a:b].lower(), a, b) for a, b in words.extents(row.targets)]
+        num_said.update({word for word, _, _ in said})
+        num_marked.update(
+            {
+                word
+                for word, a, b in said
+                if any(a < end and start < b for start, end in row.offsets)
+            }
+        )
     return sorted(
-        text
-        for text, number in num_marked.items()
-        if number >= least_share * sum(text in output for output in said)
+        word
+        for word, number in num_marked.items()
+        if number >= max(num_said[word] / 2, 2) and any(map(str.isalnum, word))
     )
-
-
-def _on_a_line(text: str) -> str:
-    return " ".join(text.split())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -261,16 +266,13 @@ class Texts:
     def with_marks_found(self, rows: Sequence[records.Record]) -> tuple["Texts", str]:
         """With the outputs to learn from as they were marked, and what is to be said of that.
 
-        In new outputs a text counts as unwanted where it is marked in half of the given outputs
-        that say it: what `localize` marks is right more often than not, and no more.
-
         Args:
           rows: Those outputs, with marks.
 
         Raises:
           UsageError: Nothing was found that is mostly unwanted.
         """
-        marked = marked_texts(rows, least_share=0.5)
+        marked = words_mostly_marked(rows)
         if not marked:
             raise UsageError(
                 "--labels: expected words that make outputs bad, found none: what is said in bad "

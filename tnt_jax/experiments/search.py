@@ -1,8 +1,10 @@
-"""The smallest update that fulfils a wish: attempts one after another, each looked at on its way.
+"""The smallest change that fulfils a wish: attempts one after another, each looked at on its way.
 
 An attempt starts from the original and goes on in legs. After each leg the model answers the choice
-prompts, which it is not trained on. The first look whose cut is enough ends the search. An attempt
-that ends without it, or whose cut no longer rises, is followed by the next one: with a larger
+prompts, which it is not trained on. When a look's cut is enough, two more are made, for a model
+comes back to the original where it may as its learning rate falls; of those that are enough that
+with the highest BLEU to the original's outputs is taken, and the search is over. An attempt
+that ends without one, or whose cut no longer rises, is followed by the next one: with a larger
 weight, and with what the last one still said to learn from as well (a round). Each starts from the
 original again: so one file of outputs, one weight and one number of updates say what the result is.
 """
@@ -19,8 +21,9 @@ from tnt_jax.experiments.experiment import Arm, Changes, Opened
 from tnt_jax.runtime import stages
 
 FOLDER = "looks"
-TIME_IS_OVER = "the time was over"
+TIME_IS_OVER, _ENOUGH = "the time was over", "the cut was enough"
 _NO_MORE = 4  # looks without a larger cut, an epoch, after which an attempt is over
+_TO_SETTLE = 2  # looks after the first one that is enough
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +54,7 @@ class Plan:
     """What is looked for, and how far.
 
     Attributes:
-      enough: The cut on the choice prompts that ends the search.
+      enough: The cut on the choice prompts that is looked for.
       attempts: In this order; rounds count up from 1.
       updates: After how many there is a look, in each attempt.
       prompts: The file of choice prompts.
@@ -93,7 +96,8 @@ class Found:
     """What a search came to.
 
     Attributes:
-      best: The look that is taken: the first that is enough, or the one with the largest cut.
+      best: The look that is taken: of those that are enough the one with the highest BLEU, else
+        the one with the largest cut; of equals the first.
       files: The outputs that it learned from.
       is_enough: Whether it is.
       looks: All, in their order.
@@ -178,27 +182,33 @@ class _Search:
                 look = self._leg(attempt, after, updates)
                 of_attempt.append(look)
                 told(look)
-                if look.cut >= plan.enough:
-                    return self._found("the cut was enough")
-                if _has_stopped_rising(of_attempt):
+                is_enough = [look.cut >= plan.enough for look in of_attempt]
+                if any(is_enough[: len(is_enough) - _TO_SETTLE]):
                     break
+                if not any(is_enough) and _has_stopped_rising(of_attempt):
+                    break
+            if any(look.cut >= plan.enough for look in of_attempt):
+                return self._found(_ENOUGH)
         *_, last = plan.attempts
         return self._found(f"no attempt up to {last} was enough")
 
     def _found(self, reason: str) -> Found:
         best = self._looks[self._place_of_best()]
+        is_enough = best.cut >= self._plan.enough
         return Found(
             best=best,
             files=self._files[best.attempt.round - 1],
-            is_enough=best.cut >= self._plan.enough,
+            is_enough=is_enough,
             looks=self._looks,
-            reason=reason,
+            reason=_ENOUGH if is_enough else reason,
         )
 
     def _place_of_best(self) -> int:
-        # Of equal cuts the first: the smaller update. One that is enough is the last, and largest.
-        cuts = [look.cut for look in self._looks]
-        return cuts.index(max(cuts))
+        places = range(len(self._looks))
+        enough = [i for i in places if self._looks[i].cut >= self._plan.enough]
+        if enough:
+            return max(enough, key=lambda i: self._looks[i].bleu)
+        return max(places, key=lambda i: self._looks[i].cut)
 
     # ------------------------------------------------------------------------------------ Time
 
