@@ -265,6 +265,20 @@ def test_a_search_whose_time_was_over_is_not_begun_anew(monkeypatch):
     assert more[0] == little["looks"][0]
 
 
+def test_a_round_that_there_was_no_time_for_is_begun_by_a_later_command(monkeypatch):
+    """The model that it needs has made room for the one that was taken."""
+    monkeypatch.setattr(choices, "threshold", lambda *of: math.inf)
+    with monkeypatch.context() as first:
+        first.setattr(search._Search, "_seconds_of_outputs", lambda self: math.inf)
+        little = done("later", **QUICK).numbers
+    assert little["ended_because"] == "the time was over"
+    assert {look["attempt"]["round"] for look in little["looks"]} == {1}
+    assert little["updates"] < little["looks"][-1]["updates"]
+    more = done("later", **QUICK, time="1h").numbers["looks"]
+    assert more[: len(little["looks"])] == little["looks"]
+    assert {look["attempt"]["round"] for look in more} == {1, 2, 3}
+
+
 def test_a_sigterm_in_a_leg_and_the_same_command(patched):
     flags = [f"--{name}={value}" for name, value in (T5 | QUICK).items()]
     command = [sys.executable, "-m", "tnt_jax.patch", "--output=terminated", *flags]

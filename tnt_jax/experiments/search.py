@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from tnt_jax.data import records
 from tnt_jax.evaluation import results, text_metrics
@@ -24,6 +24,7 @@ FOLDER = "looks"
 TIME_IS_OVER, _ENOUGH = "the time was over", "the cut was enough"
 _NO_MORE = 4  # looks without a larger cut, an epoch, after which an attempt is over
 _TO_SETTLE = 2  # looks after the first one that is enough
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -246,45 +247,60 @@ class _Search:
         name = f"checkpoint_{updates}"
         return str(self._opened.root / self._arm.name / "model" / name), identity
 
+    def _kept_or_made(self, make: Callable[[], _T], train: Callable[[], Any]) -> _T:
+        """What is made with a model; unless all of it was kept, the model is trained before."""
+        with contextlib.suppress(stages.NotDoneError), stages.only_done():
+            return make()
+        train()
+        return make()
+
+    def _train(self, attempt: Attempt, after: int, updates: int) -> None:
+        self._opened.train(
+            self._arm.name,
+            self._objective(attempt),
+            self._files[attempt.round - 1],
+            changes=_up_to(updates),
+            after=after,
+        )
+
     def _begin_round(self, number: int) -> None:
         """Brings what the last look's model says to the prompts to learn from."""
-        last = self._looks[-1]
+        last, places = self._looks[-1], [0, *self._plan.updates]
+        after = places[places.index(last.updates) - 1]
         checkpoint, identity = self._model(last.attempt, last.updates)
-        self._of_rounds, merged = self._opened.further_round(
-            f"{FOLDER}/round {number}",
-            checkpoint,
-            self._of_rounds,
-            identity=identity,
-            keep_clean=False,
+        self._of_rounds, merged = self._kept_or_made(
+            lambda: self._opened.further_round(
+                f"{FOLDER}/round {number}",
+                checkpoint,
+                self._of_rounds,
+                identity=identity,
+                keep_clean=False,
+            ),
+            # A command before this one may have ended here, and trained the best look's model.
+            lambda: self._train(last.attempt, after, last.updates),
         )
         self._files.append(merged)
 
     def _leg(self, attempt: Attempt, after: int, updates: int) -> Look:
         """Trains from one look to the next, and looks."""
         began = time.monotonic()
+        opened, prompts = self._opened, self._plan.prompts
         checkpoint, identity = self._model(attempt, updates)
         name = f"{FOLDER}/{self._arm.name}, {attempt}, update {updates}"
+        seconds_of_training = self._longest_leg  # not known where it was kept
 
-        def outputs() -> dict[str, str]:
-            opened, prompts = self._opened, self._plan.prompts
-            return {
+        def train() -> None:
+            nonlocal seconds_of_training
+            self._train(attempt, after, updates)
+            seconds_of_training = time.monotonic() - began
+
+        made = self._kept_or_made(
+            lambda: {
                 decoder: opened.outputs_of(name, checkpoint, prompts, decoder, identity=identity)
                 for decoder in opened.settings.decoders
-            }
-
-        made, seconds_of_training = None, self._longest_leg  # not known where it was kept
-        with contextlib.suppress(stages.NotDoneError), stages.only_done():
-            made = outputs()
-        if made is None:
-            self._opened.train(
-                self._arm.name,
-                self._objective(attempt),
-                self._files[attempt.round - 1],
-                changes=_up_to(updates),
-                after=after,
-            )
-            seconds_of_training = time.monotonic() - began
-            made = outputs()
+            },
+            train,
+        )
         self._longest_leg = max(self._longest_leg, time.monotonic() - began)
         self._seconds_of_training.append(seconds_of_training)
         self._looks.append(self._look(attempt, updates, made))
