@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import types
 
 import jax
 import jax.numpy as jnp
@@ -215,3 +216,22 @@ def test_innocent_words_that_hold_a_listed_text_are_said():
         assert not len(removed)
         reading = compiled.read(reading, token)
     assert compiled.removed(reading, flags).tolist() == vocabulary.encode("Bb")
+
+
+@pytest.mark.parametrize("can_spell", [False, True])
+def test_nothing_leads_to_a_text_that_the_vocabulary_cannot_spell_from_there(can_spell):
+    """What may begin "parkside" stays if a token goes on; else it is what it says."""
+    said = [b"the", b" park", b"s", b" a", b" parkside", b"z", *([b"ide"] if can_spell else [])]
+    vocabulary = types.SimpleNamespace(token_bytes=tuple(said), run_ids=(), says_broken=False)
+    compiled = TokenAutomaton.of(("park", "parks", "parkside"), vocabulary)
+    flags = compiled.flags(["parkside"])
+    reading = compiled.read(BEGINNING, 0)
+    removed = [said[i] for i in compiled.removed(reading, flags)]
+    assert removed == ([] if can_spell else [b" park"])
+    if can_spell:
+        for token in (1, 2):
+            reading = compiled.read(reading, token)
+        mask = masking.Mask(masking.Tables.of(compiled, len(said)), flags[None])
+        at = masking.Readings(*map(jnp.atleast_1d, reading))
+        left = ~masking.removed(mask, at, jnp.ones((1, len(said)), bool))[0]
+        assert [said[i] for i in np.flatnonzero(left)] == [b"ide"]

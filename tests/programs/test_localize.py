@@ -240,7 +240,7 @@ def test_mistakes_are_told_in_a_line(settings, message, capfd):
     assert message in capfd.readouterr().err
 
 
-def test_patch_learns_from_labels_of_whole_outputs():
+def test_patch_learns_from_labels_of_whole_outputs(optimised):
     """Several outputs of each of 60 prompts; those of a prompt are all learned from, or none."""
     flags = {
         "model": "original",

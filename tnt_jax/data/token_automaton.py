@@ -275,7 +275,31 @@ class TokenAutomaton:
             if innocent is not None:
                 is_shared = is_shared | innocent.states(automaton)
             wrong = wrong | (is_begun & ~is_shared)
-        return np.concatenate([[False], wrong, ended, made, is_unwanted[:-1]])
+        flags = np.concatenate([[False], wrong, ended, made, is_unwanted[:-1]])
+        # There is no hope where no token goes on: a vocabulary may not spell the rest from there.
+        hopeful = np.flatnonzero(ended & ~wrong).tolist()
+        while stuck := [state for state in hopeful if not self._goes_on(state, flags)]:
+            flags[1 + np.array(stuck)] = True
+            hopeful = [state for state in hopeful if state not in stuck]
+        return flags
+
+    def _goes_on(self, state: int, flags: np.ndarray) -> bool:
+        """Whether a token may follow that goes on with what is under way."""
+        others, num_states = self.others.at(state), len(self.automaton.states)
+        is_wrong = flags[others.ends] | flags[others.made]
+        # What a first character makes is wrong with every token that it begins.
+        made = self.automaton.made[state]
+        of_first = np.append(flags[1 + 2 * num_states + made] & (made > 0), False)
+        is_wrong |= of_first[self.first_classes[others.tokens]]
+        return not np.all(is_wrong) or bool(np.any(self.live[state][self._within_parts]))
+
+    @functools.cached_property
+    def _within_parts(self) -> np.ndarray:
+        """The states within a character that tokens lead to which are a part of one."""
+        is_part = (self.first_classes == self.automaton.next_state.shape[1]) & (
+            self.ends_within > 0
+        )
+        return np.unique(self.ends_within[is_part])
 
     # ------------------------------------------------------------------------------------- Removed
 
