@@ -71,8 +71,16 @@ TELL = "import os, signal, time; os.kill(os.getpid(), signal.SIGTERM)"
         failures.explain = explain
         raise ValueError
         """,
+        # Where a library takes it for an error of its own.
+        f"""
+        from tnt_jax.runtime.errors import UsageError
+        try:
+            {TELL}; time.sleep(300)
+        except BaseException as error:
+            raise UsageError("found it damaged") from error
+        """,
     ],
-    ids=["asleep", "garbage collector", "del", "error"],
+    ids=["asleep", "garbage collector", "del", "error", "taken for an error"],
 )
 def test_it_stops_at_once(tmp_path, work):
     done = run(tmp_path, work)

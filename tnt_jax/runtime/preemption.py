@@ -81,14 +81,17 @@ def _raise_again() -> None:
     sys.unraisablehook = hook
 
 
-def check() -> None:
+def check(message: str = "what was begun is done") -> None:
     """To be called between two things of which each is whole.
+
+    Args:
+      message: What can be said of the work.
 
     Raises:
       Preempted: A signal came while `deferred`, and nothing has answered it.
     """
     if _has_come and not _is_deferred:
-        raise Preempted("what was begun is done")
+        raise Preempted(message)
 
 
 @contextlib.contextmanager

@@ -180,6 +180,10 @@ def run(
         status, message = _outcome(
             module_name, function_name, given, flags, needs_all, processes_run, status_of
         )
+        if status:
+            # What the signal raised, a library on the way may have taken for an error of its own:
+            # TensorStore does, and a whole checkpoint would be called damaged.
+            preemption.check("nothing is half written")
     except preemption.Preempted as stopped:  # also while an error was being explained
         status = preemption.EXIT_STATUS
         message = f"stopped by SIGTERM: {stopped}. The same command goes on."
