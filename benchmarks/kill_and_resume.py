@@ -176,7 +176,9 @@ class Runs:
 # --------------------------------------------------------------------------------------- Killing
 
 
-def kill(process: multiprocessing.Process, chance: random.Random) -> str | None:
+def kill(
+    process: multiprocessing.Process, output: pathlib.Path, chance: random.Random
+) -> str | None:
     """Kills a run, or tells it to stop; returns which, None if it was over before."""
     if not process.is_alive():
         process.join()
@@ -186,7 +188,7 @@ def kill(process: multiprocessing.Process, chance: random.Random) -> str | None:
     process.join()
     # 0: too late. -SIGTERM: before the program had begun.
     if number == signal.SIGTERM and process.exitcode not in (75, 0, -signal.SIGTERM):
-        sys.exit(f"told to stop, a run ended with {process.exitcode}")
+        sys.exit(f"told to stop, a run ended with {process.exitcode}: {output}")
     return "told at" if number == signal.SIGTERM else "killed at"
 
 
@@ -203,7 +205,7 @@ def kill_somewhere(
             seen |= {path.name for path in model_dir.glob("checkpoint_*tmp*")}
             time.sleep(0.001)
         process.join(chance.uniform(0, 0.05))
-    how = kill(process, chance)
+    how = kill(process, model_dir, chance)
     if how is None:
         return ""
     newest = max((step for step, _ in whole_checkpoints(model_dir)), default=0)

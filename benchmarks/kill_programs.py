@@ -11,7 +11,7 @@ written, but for times, must be those of the undisturbed run, bit by bit.
 The exit status is 1 at the first difference, which is named, and its files are kept.
 `kill_and_resume.py` does this to `train` alone, on several devices, with its metrics and memory.
 
-Takes 10 minutes of two cores and 2 GB of memory with `--rounds=10`.
+Takes 10 minutes of two cores with `--rounds=10`, and about 2 GB (memory estimated).
 """
 
 import argparse
@@ -170,7 +170,7 @@ def check(name: str, program: Program, folder: pathlib.Path, rounds: int, seed: 
             began = time.monotonic()
             process = runs.start(program.command(output), 1, output.name)
             process.join(chance.uniform(0, seconds))
-            how = kill_and_resume.kill(process, chance)
+            how = kill_and_resume.kill(process, output, chance)
             if how is not None:
                 moments.append(f"{how} {time.monotonic() - began:.1f} s")
         runs.finish(program.command(output), 1, output.name)

@@ -8,7 +8,7 @@ what is unwanted is gone there, and what that costs elsewhere. The last line is 
 to the original of what `patch` took, as a multiple of the smallest one in the grid (with its own)
 whose cut is at least --cut. The grid may look at these prompts, `patch` did not.
 
-Takes 12 minutes of two cores and 2 GB of memory on the quickstart's T5 (9 cells).
+Takes 5 minutes of two cores on the quickstart's T5 (9 cells), and about 2 GB (memory estimated).
 """
 
 import argparse

@@ -412,6 +412,7 @@ class Opened:
         self, name: str, files: Sequence[str], label: str, *, keep_clean: bool = True
     ) -> str:
         merged = str(self.root / name / f"{label}.merged.jsonl")
+        # Not described where it is the default: so merges of before it are known again.
         only_marked = {} if keep_clean else {"keep_clean": False}
         self._stages.run(
             f"{name}: merge, {label}",

@@ -145,6 +145,7 @@ class Block:
         is_negative = objective.is_negative(target_tokens[:, None], negative_ids[:, None])
         self.is_negative = is_negative[:, 0]
         self.mixed, self.graded = None, None
+        negative_ids, strengths = _each_once(negative_ids, strengths)
         if strengths is not None:
             if objective.mixes:
                 self.mixed = self._mix(
@@ -172,10 +173,10 @@ class Block:
     # --- The set S ---
 
     def _removed_ids(self, negative_ids: Int[Array, "R _"]) -> Int[Array, "R K"]:
-        """The columns of `S` that this device has, each once; -1 elsewhere."""
+        """The columns of `S` that this device has, -1 elsewhere; of ids each once."""
         if self.objective.negative_term == "none":
             return jnp.full((len(negative_ids), 1), -1, jnp.int32)
-        ids, _ = _each_once(negative_ids)
+        ids = negative_ids
         if everywhere := self.objective.removed_everywhere:
             is_everywhere = jnp.isin(ids, jnp.asarray(everywhere, jnp.int32))
             shape = len(ids), len(set(everywhere))
@@ -197,8 +198,7 @@ class Block:
         strengths: Float[Array, "R K"],
         original_logits: Float[Array, "R V"] | None,
     ) -> tuple[Int[Array, "R K"], _Graded]:
-        """The ids of strength 1, and the others: an id that is marked twice has the larger one."""
-        negative_ids, strengths = _each_once(negative_ids, strengths)
+        """The ids of strength 1, and the others; each is there once."""
         everywhere = jnp.asarray(self.objective.removed_everywhere, jnp.int32)
         is_removed = (strengths >= 1) | jnp.isin(negative_ids, everywhere)
         ids = self.reductions.local(jnp.where(is_removed, -1, negative_ids))
