@@ -44,6 +44,16 @@ class Example:
     keeps_last_input: bool = True
 
 
+def take(examples: Sequence[Example], indices: np.ndarray) -> list[Example]:
+    """Some of the examples, in the order of their indices."""
+    return [examples[index] for index in indices.tolist()]
+
+
+def lengths_of(examples: Sequence[Example]) -> np.ndarray:
+    """Counts the ids of inputs and targets of each example, `[N, 2]`, uncut."""
+    return np.array([(len(example.inputs), len(example.targets)) for example in examples])
+
+
 def loss_mask_until(end: str, targets: np.ndarray, negative_pairs: np.ndarray) -> np.ndarray | None:
     """The loss mask of a target that counts up to an end.
 

@@ -233,10 +233,13 @@ class FeatureLayout(Protocol):
         """Counts the positions of a row: where examples are read, and where targets are."""
         ...
 
-    def sizes(
-        self, examples: Sequence[Example], task_feature_lengths: Mapping[str, int]
-    ) -> np.ndarray:
-        """Counts the positions that each example takes, `[N, 2]`, as `capacity` does."""
+    def sizes(self, lengths: np.ndarray, task_feature_lengths: Mapping[str, int]) -> np.ndarray:
+        """Counts the positions that each example takes, `[N, 2]`, as `capacity` does.
+
+        Args:
+            lengths: `[N, 2]`, ids of inputs and targets of each, before anything is cut.
+            task_feature_lengths: where they are cut.
+        """
         ...
 
     def cut_input(self, ids: np.ndarray, length: int, keeps_last: bool = True) -> np.ndarray:
@@ -264,12 +267,9 @@ class EncoderDecoder:
         """Positions of the encoder and of the decoder."""
         return _lengths(task_feature_lengths)
 
-    def sizes(
-        self, examples: Sequence[Example], task_feature_lengths: Mapping[str, int]
-    ) -> np.ndarray:
+    def sizes(self, lengths: np.ndarray, task_feature_lengths: Mapping[str, int]) -> np.ndarray:
         """Counts the input and target tokens of each example that are kept, `[N, 2]`."""
-        sizes = [(len(example.inputs), len(example.targets)) for example in examples]
-        return np.minimum(np.array(sizes), _lengths(task_feature_lengths))
+        return np.minimum(lengths, _lengths(task_feature_lengths))
 
     def cut_input(self, ids: np.ndarray, length: int, keeps_last: bool = True) -> np.ndarray:
         """The first ids, and with `keeps_last` the last one, the end, as T5 was trained.
@@ -341,12 +341,9 @@ class Causal:
         input_length, target_length = _lengths(task_feature_lengths)
         return input_length + target_length, target_length
 
-    def sizes(
-        self, examples: Sequence[Example], task_feature_lengths: Mapping[str, int]
-    ) -> np.ndarray:
+    def sizes(self, lengths: np.ndarray, task_feature_lengths: Mapping[str, int]) -> np.ndarray:
         """Counts the positions of each example, and of its response, `[N, 2]`."""
-        sizes = [(len(example.inputs), len(example.targets)) for example in examples]
-        num_inputs, num_targets = np.minimum(sizes, _lengths(task_feature_lengths)).T
+        num_inputs, num_targets = np.minimum(lengths, _lengths(task_feature_lengths)).T
         return np.stack([num_inputs + np.maximum(num_targets - 1, 0), num_targets], axis=1)
 
     def cut_input(self, ids: np.ndarray, length: int, keeps_last: bool = True) -> np.ndarray:

@@ -105,7 +105,8 @@ def describe(
         "vocabulary": _describe_vocabulary(vocabulary),
         "batch_size": update.batch_size,
         "task_feature_lengths": dict(update.task_feature_lengths),
-        "pack": update.pack,
+        # Earlier versions packed every epoch anew, and wrote True: that is another order.
+        "pack": "planned once" if update.pack else False,
         "seed": seed,
         "computed_on": {
             "devices": jax.device_count(),
