@@ -7,7 +7,14 @@ from typing import NamedTuple
 import numpy as np
 
 from tnt_jax.data import packing, shuffling
-from tnt_jax.data.examples import Example, have_strengths, lengths_of, max_negative_ids, take
+from tnt_jax.data.examples import (
+    Example,
+    ExampleTable,
+    have_strengths,
+    lengths_of,
+    max_negative_ids,
+    take,
+)
 from tnt_jax.data.layouts import ENCODER_DECODER, FeatureLayout, Place
 from tnt_jax.runtime.errors import UsageError
 
@@ -111,13 +118,25 @@ class Batches:
         self._num_rows = len(self.examples if self._rows is None else self._rows)
 
     def _planned(self) -> packing.Rows:
-        """Which examples share a row."""
+        """Which examples share a row: planned now, or kept with the examples."""
         capacity = self.feature_layout.capacity(self.task_feature_lengths)
-        order = None
-        if self.shuffle:  # or a window of examples that are alike would pack badly
-            num_examples = len(self.examples)
-            order = shuffling.rows_at(np.arange(num_examples), num_examples, seed=0, epoch=0)
-        return packing.pack(self._sizes(lengths_of(self.examples)), capacity, order=order)
+        num_examples = len(self.examples)
+
+        def plan() -> np.ndarray:
+            order = None
+            if self.shuffle:  # or a window of examples that are alike would pack badly
+                order = shuffling.rows_at(np.arange(num_examples), num_examples, seed=0, epoch=0)
+            rows = packing.pack(self._sizes(lengths_of(self.examples)), capacity, order=order)
+            return np.concatenate([rows.starts, rows.members], dtype=np.int64)
+
+        if not isinstance(self.examples, ExampleTable):
+            found = plan()
+        else:
+            layout, lengths = type(self.feature_layout).__name__, dict(self.task_feature_lengths)
+            found = self.examples.kept(
+                f"packing {packing.WINDOW} {layout} {sorted(lengths.items())} {self.shuffle}", plan
+            )
+        return packing.Rows(found[-num_examples:], found[:-num_examples])
 
     def _sizes(self, lengths: np.ndarray) -> np.ndarray:
         return self.feature_layout.sizes(lengths, self.task_feature_lengths)

@@ -1,6 +1,7 @@
 """Which examples share a row, so that short ones leave little padding. NumPy only."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,7 @@ class Rows(Sequence[np.ndarray]):
     def __len__(self) -> int:
         return len(self.starts) - 1
 
-    def __getitem__(self, row):
+    def __getitem__(self, row: Any) -> Any:
         """The examples of a row."""
         return self.members[self.starts[row] : self.starts[row + 1]]
 

@@ -58,8 +58,8 @@ def make_data(
     feature_layout: FeatureLayout,
 ) -> Data:
     """Makes batches of examples, in an order that the seed decides."""
-    num_negative_ids = max_negative_ids([*examples, *eval_examples])
-    has_strengths = have_strengths([*examples, *eval_examples])
+    num_negative_ids = max(map(max_negative_ids, (examples, eval_examples)))
+    has_strengths = any(map(have_strengths, (examples, eval_examples)))
     batches = Batches(
         examples,
         update.batch_size,
