@@ -85,11 +85,17 @@ class RecordFiles:
             UsageError: a file, a record or the vocabulary has a mistake.
         """
         tokenization.check_vocabulary(self.vocabulary)
-        folders = self._folders(model_dir)
+        folders = self.folders(model_dir)
         examples = self.make(task_feature_lengths, folders) if folders else None
         if examples is not None:
             is_clean = (examples.column("flags") & IS_CLEAN) > 0
         else:
+            if folders:
+                console.log(
+                    f"{self.files}: {' and '.join(folders)} cannot be written, so examples are "
+                    "made in memory, by every process and at every start. Set EXAMPLES_DIR to a "
+                    "local folder."
+                )
             examples, is_clean = self._in_memory()
         if self.only_clean:
             examples = _clean(examples, is_clean, self.files)
@@ -126,7 +132,7 @@ class RecordFiles:
             folders: the first one that has them, or else the first one that can be written.
 
         Returns:
-            The examples; None, and says so, where no folder can be written.
+            The examples; None where no folder can be written.
 
         Raises:
             UsageError: as `load`, or what is in a folder is damaged.
@@ -143,17 +149,17 @@ class RecordFiles:
                 place = folder
                 break
         if place is None:
-            console.log(
-                f"{self.files}: {' and '.join(folders)} cannot be written, so examples are made in "
-                "memory, by every process and at every start. Set EXAMPLES_DIR to a local folder."
-            )
             return None
         examples = example_maker.open_or_make(plan, place)
         marks.log_spans_without_token(examples.about["num_spans_without_token"], self.files)
         return examples
 
-    def _folders(self, model_dir: str | None) -> list[str]:
-        """Where examples may be kept; none where they are made in memory."""
+    def folders(self, model_dir: str | None = None) -> list[str]:
+        """Where examples may be kept; none where they are made in memory.
+
+        Raises:
+            UsageError: `examples_dir` is no local folder, or no digest tells the tokeniser.
+        """
         is_known = isinstance(self.vocabulary, tokenization.Bytes) or any(
             hasattr(self.vocabulary, name)
             for name in ("sentencepiece_model_file", "tokenizer_digest")

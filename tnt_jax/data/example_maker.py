@@ -37,11 +37,12 @@ from tnt_jax.data.examples import COLUMNS
 from tnt_jax.runtime import console, files, processes, settings_json
 from tnt_jax.runtime.errors import UsageError, naming_file
 
-_FORMAT = 1
+_FORMAT = 1  # to be raised where the same records come to other examples, or other files
 _BYTES_PER_PART = 2**22  # of records: about a second's work
 _MOST_PARTS = 4096
 _MOST_PROCESSES = 16
 _AGAIN = 0.1  # seconds between two looks at what others have made
+_JOINED = 99_999  # the number by which whoever joins the parts locks that
 _MISTAKEN = 2  # the status of a process that has found a mistake of the user's
 
 # The tokenisers that another process can be told of: with their fields alone.
@@ -261,16 +262,24 @@ class _Work:
         Raises:
             UsageError: an id is used twice, or there is no record.
         """
+        while not self.whole.exists():
+            with self._claimed(_JOINED) as is_ours:
+                if is_ours and not self.whole.exists():
+                    self._join()
+                    break
+            time.sleep(_AGAIN)  # somebody else joins them
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _join(self) -> None:
         beside = self.whole.with_name(f".{self.whole.name}.{uuid.uuid4().hex}.unfinished")
         try:
             self._write_whole(beside)
             beside.rename(self.whole)
         except OSError:
-            if not (self.whole / ABOUT).exists():
+            if not (self.whole / ABOUT).exists():  # where there are no locks
                 raise
         finally:
             shutil.rmtree(beside, ignore_errors=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _write_whole(self, folder: pathlib.Path) -> None:
         folder.mkdir(parents=True)

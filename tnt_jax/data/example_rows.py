@@ -147,9 +147,9 @@ class _Block:
         self, vocabulary: tokenization.Tokeniser, settings: Mapping[str, Any]
     ) -> list["_Line"]:
         """The records of which nothing is needed but to look spans up."""
-        spellings = vocabulary.spellings
+        written = vocabulary.written
         is_known = settings["marks"] in marks.MARKS and settings["loss_until"] in LOSS_UNTIL
-        if spellings is None or not is_known:  # which `marks` refuses
+        if written is None or not is_known:  # which `marks` refuses
             return []
         found = []
         for place, (number, line) in enumerate(self._lines):
@@ -175,7 +175,7 @@ class _Block:
             line.ids = next(encoded) if given is None else _spoken(given, vocabulary)
         for line, inputs in zip(found, encoded, strict=True):
             line.inputs = inputs
-        return [line for line in found if line.is_spelt(spellings, vocabulary)]
+        return [line for line in found if line.is_spelt(written, vocabulary)]
 
 
 @dataclasses.dataclass
@@ -200,13 +200,13 @@ class _Line:
     shift: int = 0
     text: str = ""
 
-    def is_spelt(self, spellings: Sequence[str], vocabulary: tokenization.Tokeniser) -> bool:
+    def is_spelt(self, written: Sequence[str], vocabulary: tokenization.Tokeniser) -> bool:
         """Whether the pieces of the targets, one after another, are the targets."""
         if self.ids is None:
             return False
         self.text = self.quick.targets
         try:
-            spelt = "".join(map(spellings.__getitem__, self.ids))
+            spelt = "".join(map(written.__getitem__, self.ids))
         except IndexError:
             return False
         if self.quick.target_ids is not None:
@@ -280,7 +280,7 @@ class _Plain:
         self._position = np.arange(len(self._row)) - self._first[self._row]
 
         # Where the characters of each token begin and end, without the spaces at its ends, if the
-        # spellings of all records stand one after another.
+        # written of all records stand one after another.
         before, core, after = vocabulary.shapes[self._targets].T
         ends = np.cumsum(before + core + after)
         core_ends = ends - after

@@ -98,7 +98,7 @@ class Tokeniser(abc.ABC):
         return [self.encode(text) for text in texts]
 
     @property
-    def spellings(self) -> Sequence[str] | None:
+    def written(self) -> Sequence[str] | None:
         """How each id is written, with its spaces, if a prompt is a text's ids and the end.
 
         Half a surrogate pair stands for what is not written so. None where there are none.
@@ -107,7 +107,7 @@ class Tokeniser(abc.ABC):
 
     @property
     def shapes(self) -> np.ndarray:
-        """Of each of `spellings` the numbers of spaces before, of characters, of spaces after.
+        """Of each of `written` the numbers of spaces before, of characters, of spaces after.
 
         `[V, 3]`; 0 for ids that are not written.
         """
@@ -300,7 +300,7 @@ class SentencePiece(Tokeniser):
     def encode_with_extents(self, text: str) -> Encoded:
         """See `Tokeniser.encode_with_extents`."""
         ids = self.encode(text)
-        spelt = "".join(map(self.spellings.__getitem__, ids))
+        spelt = "".join(map(self.written.__getitem__, ids))
         if (found := self._read_off(ids, spelt, text)) is not None:
             return Encoded(ids, found, frozenset())
         words = " ".join(text.split())
@@ -324,7 +324,7 @@ class SentencePiece(Tokeniser):
         """See `Tokeniser.extents`."""
         spoken = self._spoken(ids)
         text = self.processor.decode_ids(spoken)
-        spelt = "".join(map(self.spellings.__getitem__, spoken))
+        spelt = "".join(map(self.written.__getitem__, spoken))
         extents = self._read_off(spoken, spelt, text)
         if extents is None:
             decoded = self.processor.decode(spoken, return_type=_OFFSETS)
@@ -377,8 +377,8 @@ class SentencePiece(Tokeniser):
         return found
 
     @functools.cached_property
-    def spellings(self) -> list[str]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """See `Tokeniser.spellings`."""
+    def written(self) -> list[str]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """See `Tokeniser.written`."""
         processor = self.processor
         return [
             _NOT_WRITTEN
@@ -393,7 +393,7 @@ class SentencePiece(Tokeniser):
     @functools.cached_property
     def shapes(self) -> np.ndarray:  # pyright: ignore[reportIncompatibleMethodOverride]
         """See `Tokeniser.shapes`."""
-        written = ["" if piece == _NOT_WRITTEN else piece for piece in self.spellings]
+        written = ["" if piece == _NOT_WRITTEN else piece for piece in self.written]
         return np.array(
             [
                 (
@@ -417,7 +417,7 @@ class SentencePiece(Tokeniser):
 
         Args:
             ids: the tokens, without an end.
-            spelt: their `spellings`, one after another.
+            spelt: their `written`, one after another.
             text: whose tokens they are.
         """
         # A space stands before the first word of a text; a model may have been trained without.
