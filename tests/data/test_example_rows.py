@@ -1,5 +1,7 @@
 """Many records at a time become what each becomes alone."""
 
+import ast
+import csv
 import dataclasses
 import json
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 from hypothesis import strategies as st
 
 from tnt_jax.data import example_rows, marks, records, tokenization
-from tnt_jax.data.examples import from_bytes, row_digest, to_bytes
+from tnt_jax.data.examples import COLUMNS, from_bytes, row_digest, to_bytes
 from tnt_jax.data.layouts import columns_of
 from tnt_jax.runtime.errors import UsageError
 
@@ -144,13 +146,30 @@ def test_most_records_need_no_look_of_their_own(vocabulary, monkeypatch):
     assert found.columns[:, 2].tolist() == [1, 1, 1]
 
 
+def test_a_token_that_two_spans_mark_is_the_first_ones(tmp_path):
+    """So the second one is not lost where that token is cut, and the first has another."""
+    path = tmp_path / "whole.model"
+    texts = ["is house", "the house is"]
+    tokenization.train_sentencepiece(
+        texts, path, vocab_size=9, user_defined_symbols=["house", "is"]
+    )
+    vocabulary = tokenization.SentencePiece(str(path))
+    row = {"inputs": "the", "targets": "ishouse", "negative_spans": [[0, 4], [5, 7]]}
+    ids = vocabulary.encode("ishouse")
+    assert [vocabulary.processor.id_to_piece(i) for i in ids[-2:]] == ["is", "house"]
+    for length in range(1, len(ids) + 2):
+        example, _ = marks.example_from_record(
+            records.Record.from_json(row, "f.jsonl:1"), vocabulary, "whole", "end"
+        )
+        found = example_rows.rows_of(
+            [json.dumps(row).encode()], "f.jsonl", 1, vocabulary, length, SETTINGS
+        )
+        assert found.columns[0].tolist() == columns_of(example, length, True)
+    assert found.columns[0, COLUMNS.index("lost_spans")] == 0
+
+
 def test_real_posts(shared_data):
     """Every post of SemEval-2021's trial data, with T5's vocabulary."""
-    import ast
-    import csv
-
-    from tnt_jax.data.examples import COLUMNS
-
     vocabulary = tokenization.SentencePiece(
         str(shared_data / "data" / "t5_vocab" / "sentencepiece.model"), 100
     )
