@@ -157,6 +157,7 @@ def test_a_token_that_two_spans_mark_is_the_first_ones(tmp_path):
     row = {"inputs": "the", "targets": "ishouse", "negative_spans": [[0, 4], [5, 7]]}
     ids = vocabulary.encode("ishouse")
     assert [vocabulary.processor.id_to_piece(i) for i in ids[-2:]] == ["is", "house"]
+    found = None
     for length in range(1, len(ids) + 2):
         example, _ = marks.example_from_record(
             records.Record.from_json(row, "f.jsonl:1"), vocabulary, "whole", "end"
@@ -165,7 +166,7 @@ def test_a_token_that_two_spans_mark_is_the_first_ones(tmp_path):
             [json.dumps(row).encode()], "f.jsonl", 1, vocabulary, length, SETTINGS
         )
         assert found.columns[0].tolist() == columns_of(example, length, True)
-    assert found.columns[0, COLUMNS.index("lost_spans")] == 0
+    assert found is not None and found.columns[0, COLUMNS.index("lost_spans")] == 0
 
 
 def test_real_posts(shared_data):
