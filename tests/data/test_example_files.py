@@ -43,7 +43,7 @@ def record(number):
     spans = [[m, m + 3] for m in range(len(text)) if text.startswith("bad", m)]
     fields["negative_spans"] = [[*span, 0.5] for span in spans] if number % 7 == 0 else spans
     if number % 5 == 0:
-        fields["negative_token_ids"] = [[0, [9, 11]]]
+        fields["negative_token_ids"] = [[0, [9, 11]], [1, [7], -0.5]]  # the latter is raised
     return fields
 
 

@@ -214,14 +214,24 @@ class Transformer(nn.Module):
         Returns:
           The logits and the cache with this position added.
         """
-        hidden, cache = self.decoder.step(
+        hidden, cache = self.step_states(tokens, position, cache, memory)
+        return self.logits(hidden)[:, 0], cache
+
+    def step_states(
+        self,
+        tokens: Int[Array, "N"],
+        position: Int[Array, ""],
+        cache: Cache,
+        memory: Memory,
+    ) -> tuple[Float[Array, "N 1 E"], Cache]:
+        """The decoder state of which `decode_step` makes logits, and the cache."""
+        return self.decoder.step(
             self._embed(tokens[:, None]),
             memory.keys_values,
             position=position,
             cross_mask=memory.mask,
             cache=cache,
         )
-        return self.logits(hidden)[:, 0], cache
 
 
 # --------------------------------------------------------------------------------------- Network
@@ -271,9 +281,12 @@ class T5(LinenNetwork):
             method="hidden",
         )
         hidden = cast(jax.Array, states)  # apply returns a pair only if it may change variables
+        return FactoredLogits(self._scaled(hidden), *self.output_matrix(params))
+
+    def _scaled(self, hidden: jax.Array) -> jax.Array:
         if self.config.scales_logits:
             hidden = hidden.astype(self.hidden_dtype) * self.config.emb_dim**-0.5
-        return FactoredLogits(hidden, *self.output_matrix(params))
+        return hidden
 
     @property
     def hidden_dtype(self) -> Any:
@@ -312,3 +325,18 @@ class T5(LinenNetwork):
             {"params": params}, tokens, position, cache, memory, method="decode_step"
         )
         return cast(tuple[jax.Array, Cache], stepped)
+
+    def decode_states(
+        self,
+        params: PyTree,
+        tokens: Int[Array, "N"],
+        position: Int[Array, ""],
+        cache: Cache,
+        memory: Memory,
+    ) -> tuple[Float[Array, "N E"], Cache]:
+        """The state of one position of every row, scaled as `forward` scales it."""
+        stepped = Transformer(self.config).apply(
+            {"params": params}, tokens, position, cache, memory, method="step_states"
+        )
+        hidden, cache = cast(tuple[jax.Array, Cache], stepped)
+        return self._scaled(hidden)[:, 0], cache
