@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -156,7 +156,7 @@ def load(
     update: settings.Update,
     *,
     is_new: bool,
-    examples: Sequence[Example],
+    examples: Iterable[Example],
     states_folder: str,
 ) -> tuple[LoadedOriginal, PyTree | None]:
     """Reads the original once, and makes of it what the step needs and where training starts.
@@ -247,7 +247,7 @@ def probe(model: Model, params: PyTree) -> np.ndarray:
 def states_of(
     model: Model,
     params: PyTree,
-    examples: Sequence[Example],
+    examples: Iterable[Example],
     *,
     digest: str,
     states_folder: str,

@@ -23,7 +23,7 @@ import operator
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from io import BufferedReader
 
 import jax
@@ -186,7 +186,7 @@ class OriginalStates:
 
     def compute(
         self,
-        examples: Sequence[Example],
+        examples: Iterable[Example],
         states_of: Callable[[dict[str, np.ndarray]], np.ndarray],
         batch_size: int,
     ) -> None:
