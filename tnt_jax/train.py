@@ -168,8 +168,7 @@ def train(
             keeps_whole=bool(watch_hooks),
         )
         start = resume.begin(trainer, saved, run, load, sources, keep.allow_changes, model_dir)
-        if objective.needs_original:
-            _warn_about(trainer, path)
+        _warn_about(trainer, path)
         operative_config.write(model_dir)
         files.write_json(f"{model_dir}/run.json", run)
         pretrained.describe(model_dir, trainer.model.config, dataset.vocabulary, source)
@@ -349,6 +348,8 @@ def _log_padding(batches: Batches) -> None:
 
 
 def _warn_about(trainer: Trainer, original_path: str | None) -> None:
+    if not trainer.objective.needs_original:
+        return
     if original_path is None:
         console.log(
             "Warning: INITIAL_CHECKPOINT_PATH is None, so the original is a random model: there is "
