@@ -238,6 +238,12 @@ def test_a_run_of_upper_layers_is_read_as_the_model_that_it_is(upper_layers, cap
     train("upper-stopped", status=2, **upper_layers | {"TRAINED_LAYERS": None}, TRAIN_STEPS=9)
     with pytest.raises(UsageError, match="found a full model"):
         convert.convert(input="upper", output="none", output_format="peft")
+    # Attention has 8 kernels, the MLP 3, and there are 3 norms: none is taken from the original.
+    shutil.copytree("upper", "upper-damaged")
+    shutil.rmtree("upper-damaged/checkpoint_6/params")
+    shutil.copytree("original/checkpoint_10/params", "upper-damaged/checkpoint_6/params")
+    with pytest.raises(UsageError, match="expected the 14 parameters of the last 1 layers"):
+        pretrained.open_checkpoint("upper-damaged")
 
 
 def test_a_further_round_of_upper_layers(upper_layers, capfd):

@@ -343,7 +343,7 @@ def _opened(folder: epath.Path, within: tuple[epath.Path, ...]) -> Pretrained:
                 trained = _adapters(weights, beside, run, folder)
                 weights = _with_adapters(trained)
             else:
-                weights = beside.weights | weights
+                weights = beside.weights | _upper_layers(weights, beside, run, folder)
         elif any(name.endswith(f"/{adapters.ADAPTER_IN}") for name in weights):
             raise UsageError(
                 f"{folder}: it has adapters, and its notes do not say beside which original. Copy "
@@ -458,6 +458,22 @@ def _adapters(
         alpha=run["adapters"]["alpha"],
         num_layers=run["adapters"].get("layers"),
     )
+
+
+def _upper_layers(
+    stored: dict[str, LazyArray], original: Pretrained, run: dict[str, Any], folder: epath.Path
+) -> dict[str, LazyArray]:
+    """The layers that a run has trained: all of them, and nothing else."""
+    number = run["upper_layers"]["layers"]
+    params = families.network_of(original.config).abstract_params()
+    names = lazy_arrays.shapes(adapters.upper_layers(params, number)).keys()
+    if stored.keys() != names:
+        raise UsageError(
+            f"{folder}: expected the {len(names)} parameters of the last {number} layers of "
+            f"{original.path}, found {len(stored)}, {len(stored.keys() & names)} of them these: it "
+            "is damaged. Copy the checkpoint again."
+        )
+    return stored
 
 
 def _with_adapters(trained: Adapters) -> dict[str, LazyArray]:
