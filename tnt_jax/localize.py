@@ -10,6 +10,12 @@ A bad record gets `blame`: the share of the fall that each token caused and, as 
 share that no token is blamed for. With BLAME_AS_STRENGTH, a mark has its tokens' blame as its
 strength. `OUTPUT.values.json` says how good the values are.
 
+With LOOK_AHEAD=k, every record, good or bad, gets strengths for the k likeliest next tokens at each
+position (`look_ahead`): a token after which fewer texts end well is lowered, one after which more
+do is raised. They are `negative_token_ids`, which make no output bad. Marks that were given stay.
+Spans that were found only show where something was found: they have the strength 0.01, unless
+BLAME_AS_STRENGTH says otherwise, and the larger strength of a token counts.
+
 The outputs should be samples (TEMPERATURE=1.0 in `generate`): then a value estimates how the
 original's continuations end. Without LABEL_FIELD, an output is bad if it has negative_spans; they
 are kept as `given_spans` and compared with the marks found.
@@ -29,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tnt_jax import annotators
-from tnt_jax.annotators import continuations, prefix_values
+from tnt_jax.annotators import continuations, look_ahead, prefix_values
 from tnt_jax.checkpoints import digests, opened_model, pretrained
 from tnt_jax.data import (
     marks,
@@ -119,6 +125,7 @@ def localize(
     seed: int = 0,
     check: MonteCarlo | None = None,
     blame_as_strength: bool = False,
+    ahead: look_ahead.LookAhead | None = None,
 ) -> dict[str, Any]:
     """Writes every record of `input` with its marks, in order, and how good the values are.
 
@@ -136,6 +143,7 @@ def localize(
       check: Compares values with sampled continuations; None does not.
       blame_as_strength: Whether the strength of a mark is the blame of its tokens together, and
         0.01 where that is less; False marks with 1.
+      ahead: How to make strengths of the values of next tokens; None makes none.
 
     Returns:
       What was written to `<output>.values.json`.
@@ -162,8 +170,10 @@ def localize(
             TASK_FEATURE_LENGTHS=original_model.task_feature_lengths,
         ):
             opened = original_model.open(vocabulary)
-            outputs = _Outputs(rows, opened, original_model, folder)
-            values = _values(outputs, ~is_bad, folds, training, seed)
+            outputs = _Outputs(rows, opened, original_model, folder, ahead is not None)
+            heads = _heads(outputs, ~is_bad, folds, training, seed)
+            all_values = _values(outputs, heads)
+        values = all_values if ahead is None else [of_row[:-1] for of_row in all_values]
         found = [
             threshold.negative(v) if bad else np.zeros(len(v) - 1, bool)
             for v, bad in zip(values, is_bad, strict=True)
@@ -172,11 +182,18 @@ def localize(
         name = (
             f"SequenceValues({source}, original={outputs.digest}, {threshold}, {training}, "
             f"num_folds={num_folds}, seed={seed}"
-            f"{', blame_as_strength=True' if blame_as_strength else ''})"
+            f"{', blame_as_strength=True' if blame_as_strength else ''}"
+            f"{f', {ahead}' if ahead else ''})"
         )
         marked = [
             dataclasses.replace(
-                mark(row, marks, vocabulary, prefix_values.blame(v) if blame_as_strength else None),
+                mark(
+                    row,
+                    marks,
+                    vocabulary,
+                    prefix_values.blame(v) if blame_as_strength else None,
+                    is_sure=ahead is None,
+                ),
                 annotator=name,
                 extra=extra,
             )
@@ -188,11 +205,31 @@ def localize(
                 strict=True,
             )
         ]
-        holding.check()
-        removed_everywhere.write_records(output, marked, None)
         result = _quality(values, is_bad, found)
         if label_field is None:
             result["agreement"] = _agreement(rows, marked, vocabulary)
+        holding.check()
+        if ahead is None:
+            removed_everywhere.write_records(output, marked, None)
+        else:
+            strengths = look_ahead.Strengths(
+                outputs,
+                opened.model,
+                opened.params,
+                vocabulary,
+                heads=heads,
+                values=all_values,
+                settings=ahead,
+                batch_size=original_model.batch_size,
+                input_length=original_model.task_feature_lengths["inputs"],
+            )
+            ids = ()
+            if label_field is None:  # what was given is known, and stays
+                ids = removed_everywhere.of_records(input)
+                marked = map(_with_marks_of, marked, rows)
+            everywhere = removed_everywhere.Ids(ids, {}) if ids else None
+            removed_everywhere.write_records(output, strengths.add_to(marked), everywhere)
+            result["look_ahead"] = strengths.numbers()
         if check is not None:
             result["monte_carlo"] = _check(
                 check, rows, outputs, values, opened, original_model, seed
@@ -252,7 +289,10 @@ def _folds(
 
 
 class _Outputs:
-    """The outputs as the head reads them."""
+    """The outputs as the head reads them.
+
+    With `is_ended` there is one more position: after the end of each output.
+    """
 
     def __init__(
         self,
@@ -260,15 +300,16 @@ class _Outputs:
         opened: opened_model.OpenedModel,
         settings: OriginalModel,
         folder: str,
+        is_ended: bool = False,
     ):
         unmarked = [
             dataclasses.replace(row, negative_spans=None, negative_token_ids=()) for row in rows
         ]
         tokenized = marks.examples_from_records(unmarked, opened.vocabulary, "the records")
-        self._examples = [_ended(example, opened.vocabulary) for example in tokenized]
+        self._examples = [_ended(example, opened.vocabulary, is_ended) for example in tokenized]
         # One more, so that an output cut at the length has a state after its last token too.
         lengths = dict(settings.task_feature_lengths)
-        lengths["targets"] += 1
+        lengths["targets"] += 1 + is_ended
         lost = count_lost(self._examples, lengths)
         if lost.num_inputs or lost.num_targets:
             console.log(
@@ -297,23 +338,32 @@ class _Outputs:
             self._said[indices] = prefix_values.log_prob_and_entropy(
                 self._states_of(indices),
                 self.matrix,
-                self._padded(indices),
+                self.padded(indices),
                 softcap=network.final_softcap,
             )
+
+    def prompts(self, indices: np.ndarray) -> list[np.ndarray]:
+        """The ids of the inputs."""
+        return [self._examples[index].inputs for index in indices]
 
     def _states_of(self, indices: np.ndarray) -> np.ndarray:
         placed = [(self._examples[index], row, 0) for row, index in enumerate(indices)]
         return self._states.feature(placed, (len(indices), self._length))
 
-    def _padded(self, indices: np.ndarray) -> np.ndarray:
+    def padded(self, indices: np.ndarray) -> np.ndarray:
+        """Their tokens `[B, T]`, filled up with 0."""
         tokens = np.zeros((len(indices), self._length), np.int32)
         for row, index in zip(tokens, indices, strict=True):
             row[: len(self.tokens[index])] = self.tokens[index]
         return tokens
 
+    def said(self, indices: np.ndarray) -> np.ndarray:
+        """Of each token, the log-probability, and the entropy of where it stands `[B, T, 2]`."""
+        return self._said[indices]
+
     def evidence(self, indices: np.ndarray) -> prefix_values.Evidence:
         """A batch: what is said of a token stands where its prefix does, one position later."""
-        tokens = self._padded(indices)
+        tokens = self.padded(indices)
         lengths = np.array([len(self.tokens[index]) for index in indices])
         mask = np.arange(self._length) < lengths[:, None]
         return prefix_values.Evidence(
@@ -324,37 +374,48 @@ class _Outputs:
         )
 
 
-def _ended(example: Example, vocabulary: tokenization.Tokeniser) -> Example:
-    """With an EOS, also where decoding was cut: the state there is the one after all the text."""
-    if len(example.targets) and example.targets[-1] in vocabulary.end_ids:
-        return example
-    ended = np.append(example.targets, np.int32(vocabulary.end_id))
-    return dataclasses.replace(example, targets=ended)
+def _ended(example: Example, vocabulary: tokenization.Tokeniser, is_twice: bool) -> Example:
+    """With an EOS, also where decoding was cut: the state there is the one after all the text.
+
+    With one more, the state there is the one after the first EOS.
+    """
+    has_end = len(example.targets) > 0 and example.targets[-1] in vocabulary.end_ids
+    more = [vocabulary.end_id] * (int(not has_end) + int(is_twice))
+    ended = np.append(example.targets, np.array(more, np.int32))
+    return dataclasses.replace(example, targets=ended) if more else example
 
 
 # --------------------------------------------------------------------------------- The values
 
 
-def _values(
+def _heads(
     outputs: _Outputs,
     is_good: np.ndarray,
     folds: np.ndarray,
     training: prefix_values.Training,
     seed: int,
-) -> list[np.ndarray]:
-    """The value of each prefix of each output, by the head that was not trained on that output."""
-    values: list[np.ndarray] = [np.zeros(0)] * len(folds)
+) -> look_ahead.Heads:
+    """For each fold a head that was not trained on its outputs."""
+    heads = {}
     names = np.unique(folds).tolist()
     for fold in console.progress(names, f"heads of {len(names)} folds", len(names)):
         others = np.flatnonzero(folds != fold)
-        params = prefix_values.fit(
+        heads[fold] = prefix_values.fit(
             lambda chosen, others=others: outputs.evidence(others[chosen]),
             is_good[others],
             outputs.matrix,
             training,
             seed,
         )
-        own = np.flatnonzero(folds == fold)
+    return look_ahead.Heads(heads, folds, training)
+
+
+def _values(outputs: _Outputs, heads: look_ahead.Heads) -> list[np.ndarray]:
+    """The value of each prefix of each output, by the head that was not trained on that output."""
+    training = heads.training
+    values: list[np.ndarray] = [np.zeros(0)] * len(heads.folds)
+    for fold, params in heads.params.items():
+        own = np.flatnonzero(heads.folds == fold)
         for start in range(0, len(own), training.batch_size):
             indices = own[start : start + training.batch_size]
             of_batch = prefix_values.values(
@@ -433,7 +494,12 @@ def _check(
     return {
         **compared._asdict(),
         "prefixes": [
-            {"id": rows[i].id, "num_tokens": n, "value": _short(value), "share": float(share)}
+            {
+                "id": rows[i].id,
+                "num_tokens": n,
+                "value": prefix_values.short(value),
+                "share": float(share),
+            }
             for i, n, value, share in zip(chosen, lengths, of_head, shares, strict=True)
         ],
     }
@@ -447,6 +513,8 @@ def mark(
     is_negative: np.ndarray,
     vocabulary: Any,
     blame: np.ndarray | None = None,
+    *,
+    is_sure: bool = True,
 ) -> records.Record:
     """The record with these tokens marked, its earlier marks replaced.
 
@@ -457,14 +525,14 @@ def mark(
       row: Of an output.
       is_negative: Whether each of its first tokens is; `Threshold.negative` makes it of `values`.
       vocabulary: The tokeniser.
-      blame: Of each of these tokens (`prefix_values.blame`), for the strengths of marks; None marks
-        with 1.
+      blame: Of each of these tokens (`prefix_values.blame`), for the strengths of marks.
+      is_sure: Without blame, whether marks have the strength 1; False gives them the least.
     """
 
     def strength(positions: list[int]) -> float:
         if blame is None:
-            return 1.0
-        return _short(np.clip(blame[positions].sum(), _LEAST_STRENGTH, 1.0))
+            return 1.0 if is_sure else _LEAST_STRENGTH
+        return prefix_values.short(np.clip(blame[positions].sum(), _LEAST_STRENGTH, 1.0))
 
     ids, extents = marks.ids_and_extents(row, vocabulary)
     spans: list[tuple[int, int, list[int]]] = []  # the last are the tokens that are blamed for it
@@ -494,6 +562,12 @@ def mark(
     )
 
 
+def _with_marks_of(row: records.Record, given: records.Record) -> records.Record:
+    """The record with what was given to remove, in place of what was found."""
+    extra = {name: value for name, value in row.extra.items() if name != "given_spans"}
+    return dataclasses.replace(given, annotator=row.annotator, extra=extra)
+
+
 def _extra_fields(
     rows: Sequence[records.Record],
     is_bad: np.ndarray,
@@ -502,9 +576,9 @@ def _extra_fields(
 ) -> Iterator[dict[str, Any]]:
     """What each record gets beside its marks."""
     for row, bad, of_row in zip(rows, is_bad, values, strict=True):
-        extra = {**row.extra, "values": [_short(value) for value in of_row]}
+        extra = {**row.extra, "values": [prefix_values.short(value) for value in of_row]}
         if bad:
-            extra["blame"] = [_short(share) for share in prefix_values.blame(of_row)]
+            extra["blame"] = [prefix_values.short(share) for share in prefix_values.blame(of_row)]
         if keep_spans:
             extra["given_spans"] = [list(span) for span in row.negative_spans or ()]
         yield extra
@@ -526,10 +600,6 @@ def _agreement(
         if before.negative_spans
     ]
     return prefix_values.agreement(*zip(*bad, strict=True))._asdict()
-
-
-def _short(value: Any) -> float:
-    return float(f"{float(value):.4g}")
 
 
 def _print(output: str, result: Mapping[str, Any]) -> None:

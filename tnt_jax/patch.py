@@ -756,11 +756,12 @@ class _Patch:
         made = 0 if self._asked.unwanted.are_outputs_given else number
         once = of_output * (made + num_choice + 2 * self._num_report)
         of_look = when.period * of_update + num_choice * of_output
+        least = once + (1 + search.NO_MORE) * of_look
         most = once + when.number * len(search.ROUNDS) * of_look
         self.say(
             f"An update takes {of_update:.2f} s, an output {of_output:.2f} s: "
-            f"{console.duration(once + of_look)} if the first look is enough, and at most "
-            f"{console.duration(min(most, max(self._asked.seconds, once + of_look)))} (--time)."
+            f"{console.duration(least)} if the first look is the best one, and at most "
+            f"{console.duration(min(most, max(self._asked.seconds, least)))} (--time)."
         )
         self.say(f"Memory, at its peak so far: {_peak_bytes() / 2**30:.2f} GiB.")
         self.say("Nothing was trained for good: leave out --dry_run, and the pilot is used again.")

@@ -58,6 +58,8 @@ class Grid:
       annotator: Makes the annotator of the training outputs, if it is not the experiment's.
       training_decoders: That make the training outputs; empty is those of the experiment. Outputs
         of several are brought together as those of rounds are.
+      localize: `localize.localize` with its settings bound: arms learn from what it makes of the
+        annotated training outputs, such as strengths that look ahead. None: from these themselves.
       num_rounds: Of generating, annotating and training.
     """
 
@@ -73,6 +75,7 @@ class Grid:
     dataset: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     annotator: Callable[[], Any] | None = None
     training_decoders: Sequence[str] = ()
+    localize: Callable[..., Any] | None = None
     num_rounds: int = 1
 
 
@@ -166,6 +169,11 @@ def sweep(
     for grid in grids:
         if grid.num_rounds < 1:
             raise UsageError(f"Grid.num_rounds: expected at least 1, found {grid.num_rounds}.")
+        if grid.num_rounds > 1 and grid.localize is not None:
+            raise UsageError(
+                "Grid.localize: expected num_rounds=1, found "
+                f"{grid.num_rounds}: values are those of the original's own outputs."
+            )
         for objective in grid.objectives:
             objectives.named(objective)  # a misspelt one is known now
     began = time.monotonic()
@@ -323,12 +331,15 @@ def _open(
 
 def _training_outputs(opened: Opened, grid: Grid) -> str:
     """The annotated file that a grid's arms learn from."""
-    if not grid.training_decoders and grid.annotator is None:
-        return opened.training_outputs
-    return opened.training_outputs_by(
-        grid.training_decoders or opened.training_decoders,
-        grid.annotator() if grid.annotator else None,
+    files = (
+        opened.training_outputs
+        if not grid.training_decoders and grid.annotator is None
+        else opened.training_outputs_by(
+            grid.training_decoders or opened.training_decoders,
+            grid.annotator() if grid.annotator else None,
+        )
     )
+    return files if grid.localize is None else opened.localized(files, grid.localize)
 
 
 def _rows(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from tnt_jax.annotators import prefix_values
+from tnt_jax.annotators import look_ahead, prefix_values
 from tnt_jax.annotators.prefix_values import Evidence, Threshold, Training
 from tnt_jax.runtime.errors import UsageError
 
@@ -244,3 +244,63 @@ def test_estimates_take_the_noise_of_samples_out():
     halved = prefix_values.compare_estimates(0.5 + (true - 0.5) / 2, shares, 8)
     assert halved.explained == pytest.approx(0.75, abs=0.02)
     assert prefix_values.compare_estimates(true, np.full(20_000, 1.0), 8).explained is None
+
+
+# --- Looking ahead --------------------------------------------------------------------------------
+
+
+@functools.cache
+def looked_ahead():
+    """Texts, and for each of the six words at each position its probability and value."""
+    texts = outputs(60, seed=1)
+    everything = evidence(texts)
+    never = jnp.zeros(len(CHAIN), bool).at[0].set(True)
+    candidates = look_ahead.next_candidates(everything.states, MATRIX, never, num_tokens=5)
+    states = jnp.eye(len(CHAIN))[candidates.ids]
+    values = look_ahead.next_values(
+        head(), everything, MATRIX, candidates, states, training=TRAINING
+    )
+    return texts, candidates, np.asarray(values)
+
+
+def test_candidates_are_the_likeliest_and_never_what_no_output_has():
+    texts, candidates, _ = looked_ahead()
+    for row, text in enumerate(texts):
+        for position, word in enumerate([0, *text]):
+            ids = np.asarray(candidates.ids[row, position])
+            probs = np.exp(np.asarray(candidates.log_probs[row, position]))
+            assert set(ids.tolist()) == {1, 2, 3, 4, 5}
+            np.testing.assert_allclose(probs, CHAIN[word][ids], atol=1e-6)
+            assert (np.diff(probs) <= 1e-6).all()
+
+
+def test_the_value_of_a_next_word_is_that_of_the_text_with_it():
+    texts, candidates, values = looked_ahead()
+    for row, number in itertools.product(range(3), range(5)):
+        ids = np.asarray(candidates.ids[row, :, number])
+        for position in range(len(texts[row]) + 1):
+            continued = [*texts[row][:position], int(ids[position])]
+            (expected,) = values_of(head(), [continued])
+            np.testing.assert_allclose(values[row, position, number], expected[-1], atol=1e-5)
+
+
+def test_learned_values_come_near_to_the_nearest_texts():
+    """On clean prefixes, the probabilities of the next word that they lead to."""
+    texts, candidates, values = looked_ahead()
+    exact = exact_values() | {EOS: 1.0, BAD: 0.0}
+    before, after = [], []
+    for row, text in enumerate(texts):
+        for position, word in enumerate([0, *text]):
+            if BAD in text[:position]:
+                break
+            ids = np.asarray(candidates.ids[row, position])
+            kept = ids != EOS  # the chain's head has seen no text with its end
+            probs = CHAIN[word][ids] * kept
+            probs /= probs.sum()
+            strengths = look_ahead.LookAhead().strengths(probs, values[row, position])
+            found = probs * (1 - strengths)
+            true = probs * [exact[i] for i in ids.tolist()]
+            before.append(np.abs(probs - true / true.sum()).sum())
+            after.append(np.abs(found / found.sum() - true / true.sum()).sum())
+    assert np.mean(after) < 0.25 * np.mean(before)
+    assert np.mean(before) > 0.2

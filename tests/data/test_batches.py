@@ -15,6 +15,7 @@ from tnt_jax.data.examples import (
     digest,
     loss_mask_until,
     max_negative_ids,
+    says_removed,
     select_clean,
     unique_pairs,
 )
@@ -60,6 +61,8 @@ def test_strengths_lie_beside_their_ids():
     assert pairs.tolist() == [[1, 6], [1, 9], [2, 4]]
     assert strengths.tolist() == [1.0, 0.75, 0.5]  # of an id that is marked twice the larger
     assert unique_pairs(pairs, np.ones(3))[1] is None
+    below_0 = unique_pairs(np.array([[1, 9], [1, 6], [1, 9]]), np.array([-3.0, -2.0, -1.0]))[1]
+    assert below_0.tolist() == [-2.0, -1.0]
     graded = example([7, 1], [3, 9, 4, 1], pairs)
     graded = dataclasses.replace(graded, negative_strengths=strengths)
     plain = example([8, 1], [5, 1], [(0, 5)])
@@ -339,6 +342,16 @@ def test_loss_until_the_first_negative(pairs, expected):
     found = loss_mask_until("first_negative", one.targets, one.negative_pairs)
     assert (found if found is None else found.tolist()) == expected
     assert loss_mask_until("end", one.targets, one.negative_pairs) is None
+
+
+def test_what_is_raised_is_no_mistake():
+    one = example(targets=[5, 6, 7, 8, 1], pairs=[(1, 6), (3, 8)])
+    marks = one.targets, one.negative_pairs
+    found = loss_mask_until("first_negative", *marks, np.array([-2.0, 0.5]))
+    assert found.tolist() == [1, 1, 1, 1, 0]
+    for strengths, expected in (([-2.0, 0.5], True), ([-2.0, -1.0], False)):
+        graded = dataclasses.replace(one, negative_strengths=np.array(strengths))
+        assert says_removed(graded) == expected
 
 
 def test_loss_until_what_is_unknown():

@@ -50,16 +50,29 @@ def test_strengths_are_read_as_written_and_1_is_no_strength(tmp_path):
         "inputs": "x",
         "targets": "abcd",
         "negative_spans": [[0, 1], [1, 2, 0.25], [2, 3, 1], [3, 4, 1.0]],
-        "negative_token_ids": [[0, [7, 8], 0.5], [0, [9]], [1, [7], 1]],
+        "negative_token_ids": [
+            [0, [7, 8], 0.5],
+            [0, [9]],
+            [1, [7], 1],
+            [2, [7], -99],
+            [2, [8], -0.5],
+        ],
     }
     path = write_lines(tmp_path / "a.jsonl", json.dumps(fields))
     (record,) = records.read_records(path)
     assert record.negative_spans == ((0, 1), (1, 2, 0.25), (2, 3), (3, 4))
-    assert record.negative_token_ids == ((0, (7, 8), 0.5), (0, (9,)), (1, (7,)))
+    raised = ((2, (7,), -99.0), (2, (8,), -0.5))
+    assert record.negative_token_ids == ((0, (7, 8), 0.5), (0, (9,)), (1, (7,)), *raised)
     assert record.offsets == ((0, 1), (1, 2), (2, 3), (3, 4))
     assert record.to_json() == fields | {
         "negative_spans": [[0, 1], [1, 2, 0.25], [2, 3], [3, 4]],
-        "negative_token_ids": [[0, [7, 8], 0.5], [0, [9]], [1, [7]]],
+        "negative_token_ids": [
+            [0, [7, 8], 0.5],
+            [0, [9]],
+            [1, [7]],
+            [2, [7], -99.0],
+            [2, [8], -0.5],
+        ],
     }
 
 
@@ -218,6 +231,15 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         (
             '{"id": "a", "inputs": "x", "negative_token_ids": [[0, [5], 2]]}',
             "record 'a': negative_token_ids has the strength 2 (int) in [0, (5,), 2]: expected",
+        ),
+        *(
+            (
+                f'{{"id": "a", "inputs": "x", "negative_token_ids": [[0, [5], {one}]]}}',
+                f"record 'a': negative_token_ids has the strength {one} (int) in [0, (5,), {one}]: "
+                "expected a number above 0 and at most 1, or one from -99 to below 0, which raises "
+                "the ids.",
+            )
+            for one in ("0", "-100")
         ),
     ],
 )

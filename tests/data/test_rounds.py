@@ -140,6 +140,14 @@ def test_of_several_strengths_the_largest_is_kept():
         assert marked.negative_strengths.tolist() == [0.75, 0.5]
     for row in rounds.merge([second, first], VOCABULARY):  # in whatever order
         assert marks.mark_tokens(row, VOCABULARY).negative_strengths.tolist() == [0.75, 0.5]
+    # What is raised stays so, unless another output lowers it.
+    d = ids("d")
+    raised = record("6", "ad", further=((1, d, -2.0), (1, b, -3.0), (0, d, -4.0)))
+    for rows in ([first, [raised]], [[raised], first]):
+        for row in rounds.merge(rows, VOCABULARY):
+            marked = marks.mark_tokens(row, VOCABULARY)
+            found = zip(*marked.negative_pairs.T.tolist(), marked.negative_strengths, strict=True)
+            assert list(found) == [(0, *d, -4.0), (1, *b, 0.25), (1, *c, 0.5), (1, *d, -2.0)]
     # What goes altogether goes, whoever says so.
     certain = rounds.merge([first, [record("5", "ab", [(1, 2)])]], VOCABULARY)
     assert certain[1].negative_token_ids == ((1, b), (1, c, 0.5))

@@ -201,7 +201,7 @@ def test_strengths_of_your_own_task(vocabulary):
     assert example.negative_pairs.tolist() == [[0, 5], [1, 6]]
     assert example.negative_strengths.tolist() == [1.0, 0.5]
     for name, strengths in (("none", [0.0, 1, 1]), ("nan", [np.nan, 1, 1]), ("few", [1.0])):
-        with pytest.raises(UsageError, match="a number above 0 and at most 1 for each of 3 rows"):
+        with pytest.raises(UsageError, match="a number from -99 to 1, but not 0, for each of 3 "):
             load(name, strengths)
 
 

@@ -81,26 +81,31 @@ def taken(outcome):
     return outcome.best.attempt.weight, outcome.best.updates, outcome.is_enough
 
 
-def test_the_first_look_that_is_enough_and_two_more_are_the_last(run):
-    outcome, opened = run({10: [0.1, 0.8, 0.9, 1.0, 1.0]})
+LONGER = dataclasses.replace(PLAN, updates=range(5, 55, 5))
+
+
+def test_four_looks_that_are_enough_and_no_nearer_to_the_original_end_the_search(run):
+    outcome, opened = run({10: [0.1, 0.8, 0.9, *[1.0] * 7]}, LONGER)
     assert taken(outcome) == (10, 10, True)
     assert outcome.files == "outputs"
     assert outcome.reason == "the cut was enough"
-    assert opened.trained == [
-        (10, 0, 5, "outputs"),
-        (10, 5, 10, "outputs"),
-        (10, 10, 15, "outputs"),
-        (10, 15, 20, "outputs"),
-    ]
+    assert opened.trained == [(10, k, k + 5, "outputs") for k in range(0, 30, 5)]
+
+
+def test_while_looks_come_nearer_to_the_original_it_goes_on(run):
+    bleu = [70, 40, 39, 38, 37, 41, 40, 40, 99, 40]
+    outcome, opened = run({10: [0.1, *[0.8] * 7, 0.7, 0.8]}, LONGER, bleu)
+    assert taken(outcome) == (10, 30, True)
+    assert len(opened.trained) == 10  # that of 99 is not enough, and counts for nothing
 
 
 def test_of_those_that_are_enough_the_one_nearest_to_the_original_is_taken(run):
-    cuts = {10: [0.1, 0.8, 0.9, 0.79, 1.0]}
-    assert taken(run(cuts, bleu=[70, 40, 50, 60, 80])[0]) == (10, 15, True)
-    assert taken(run(cuts, bleu=[70, 50, 50, 60, 80])[0]) == (10, 10, True)
+    cuts = {10: [0.1, 0.8, 0.9, 0.79, 0.8]}
+    assert taken(run(cuts, bleu=[70, 40, 50, 60, 45])[0]) == (10, 15, True)
+    assert taken(run(cuts, bleu=[70, 50, 50, 60, 50])[0]) == (10, 10, True)
 
 
-def test_an_attempt_may_end_before_two_more(run):
+def test_an_attempt_may_end_with_the_first_that_is_enough(run):
     assert taken(run({10: [0.1, 0.1, 0.1, 0.1, 0.8]})[0]) == (10, 25, True)
 
 
@@ -131,11 +136,10 @@ def test_attempts_of_one_round_learn_from_the_same_outputs(run):
 
 
 def test_an_attempt_whose_cut_no_longer_rises_is_not_gone_on_with(run):
-    longer = dataclasses.replace(PLAN, updates=range(5, 55, 5))
     cuts = {10: [0.1, 0.5, 0.5, 0.4, 0.5, 0.5, 1.0, 1.0, 1.0, 1.0], 30: [0.9] * 10}
-    outcome, opened = run(cuts, longer)
+    outcome, opened = run(cuts, LONGER)
     assert taken(outcome) == (30, 5, True)
-    assert [weight for weight, *_ in opened.trained] == [10] * 6 + [30] * 3
+    assert [weight for weight, *_ in opened.trained] == [10] * 6 + [30] * 5
 
 
 def test_an_attempt_that_has_not_begun_to_cut_goes_on(run):

@@ -19,6 +19,8 @@ POSITIVE = {"reverse_kl_split": "reverse_kl", "jensen_shannon_split": "jensen_sh
 
 each_divergence = pytest.mark.parametrize("term", DIVERGENCES)
 each_seed = pytest.mark.parametrize("seed", range(3))
+# Of strengths: what only lowers ids, and what raises some of them up to tenfold.
+each_range = pytest.mark.parametrize("smallest", [0.01, -9.0], ids=["lowered", "raised"])
 
 
 def objective_of(term, **settings):
@@ -66,13 +68,13 @@ def random_batch(seed, smallest=0.01, largest=0.99):
 
 def strength_of_each(batch):
     """Float64 `[B, T, V]`, by going through all marks."""
-    found = np.zeros((*SHAPE, VOCAB_SIZE))
+    found = np.full((*SHAPE, VOCAB_SIZE), -np.inf)
     for place in np.ndindex(*SHAPE, NUM_IDS):
         removed_id, where = int(batch["ids"][place]), place[:2]
         if removed_id >= 0:
             strength = float(batch["strengths"][place])
             found[where][removed_id] = max(found[where][removed_id], strength)
-    return found
+    return np.where(found > -np.inf, found, 0.0)
 
 
 def probabilities(logits):
@@ -176,9 +178,10 @@ def test_the_certificate_by_hand():
 # --- What must always hold ------------------------------------------------------------------------
 
 
+@each_range
 @each_seed
-def test_identities(seed):
-    batch = random_batch(seed)
+def test_identities(seed, smallest):
+    batch = random_batch(seed, smallest)
     p_new, p0, p = desired(batch), *map(probabilities, (batch["original"], batch["current"]))
     marks = batch["ids"], (), batch["strengths"]
     found = objectives.desired_log_probs(batch["original"], *marks)
@@ -193,13 +196,15 @@ def test_identities(seed):
     np.testing.assert_allclose(parts.residual + parts.collateral, kl(p_new, p), rtol=1e-4)
     np.testing.assert_allclose(parts.smallest_cost, kl(p_new, p0), rtol=1e-4, atol=1e-6)
     mass = objectives.removed_mass(batch["current"], *marks)
-    np.testing.assert_allclose(mass, (strength_of_each(batch) * p).sum(axis=-1), rtol=1e-5)
+    lowered = np.maximum(strength_of_each(batch), 0)  # what is raised is not to be removed
+    np.testing.assert_allclose(mass, (lowered * p).sum(axis=-1), rtol=1e-5)
 
 
+@each_range
 @each_seed
-def test_removal_beside_strengths_splits_the_certificate(seed):
+def test_removal_beside_strengths_splits_the_certificate(seed, smallest):
     """Ids 0 and 1 go everywhere, by the objective's setting and by a mark of strength 1."""
-    batch = random_batch(seed)
+    batch = random_batch(seed, smallest)
     batch["ids"] = batch["ids"].at[..., 3].set(1)
     batch["strengths"] = batch["strengths"].at[..., 3].set(1.0)
     kept = np.ones(VOCAB_SIZE)
@@ -219,10 +224,11 @@ def test_removal_beside_strengths_splits_the_certificate(seed):
     np.testing.assert_allclose(parts.smallest_cost, kl(p_new, p0), rtol=1e-4, atol=1e-6)
 
 
+@each_range
 @each_divergence
 @each_seed
-def test_the_desired_distribution_is_the_fixed_point(term, seed):
-    batch = random_batch(seed)
+def test_the_desired_distribution_is_the_fixed_point(term, seed, smallest):
+    batch = random_batch(seed, smallest)
     p_new = jnp.asarray(np.log(desired(batch)), jnp.float32)
     losses, gradient = losses_and_gradient(objective_of(term), batch | {"current": p_new})
     np.testing.assert_allclose(losses, 0, atol=1e-9)
@@ -231,11 +237,12 @@ def test_the_desired_distribution_is_the_fixed_point(term, seed):
     assert (moved > losses).all()
 
 
+@each_range
 @each_divergence
 @each_seed
-def test_a_strength_is_a_lowered_logit_of_the_original(term, seed):
+def test_a_strength_is_another_logit_of_the_original(term, seed, smallest):
     """Ids of a strength below 1 are ordinary ids; `m` of those that go is not touched."""
-    batch = random_batch(seed)
+    batch = random_batch(seed, smallest)
     removed = batch["ids"].at[..., :3].set(-1)  # the last of each position goes
     both = batch | {"strengths": batch["strengths"].at[..., 3].set(1.0)}
     of_graded = batch | {"ids": batch["ids"].at[..., 3].set(-1)}
@@ -248,6 +255,44 @@ def test_a_strength_is_a_lowered_logit_of_the_original(term, seed):
     is_marked = np.asarray((removed >= 0).any(axis=-1))  # the others have one term or the other
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one[is_marked], other[is_marked], rtol=1e-4, atol=1e-6)
+
+
+@each_seed
+def test_the_gradient_of_forward_kl_is_what_is_too_much(seed):
+    """p - p_new, to the logits, wherever ids are lowered, raised or go."""
+    batch = random_batch(seed, smallest=-9.0)
+    batch["strengths"] = batch["strengths"].at[..., 3].set(1.0)
+    found = losses_and_gradient(objective_of("forward_kl"), batch)[1]
+    expected = probabilities(batch["current"]) - desired(batch)
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+
+
+@each_divergence
+def test_a_strength_of_0_changes_nothing(term):
+    """Also beside one that does, and for an id that has another: the larger one counts."""
+    batch = random_batch(7, smallest=-9.0)
+    batch["ids"] = jnp.where(batch["ids"] == 5, -1, batch["ids"]).at[..., 2].set(5)
+    none = losses_and_gradient(objective_of(term), batch | {"ids": batch["ids"].at[..., 2].set(-1)})
+    zero = {"strengths": batch["strengths"].at[..., 2].set(0.0)}
+    found = losses_and_gradient(objective_of(term), batch | zero)
+    is_marked = np.asarray((batch["ids"].at[..., 2].set(-1) >= 0).any(axis=-1))
+    for one, other in zip(found, none, strict=True):
+        np.testing.assert_allclose(one[is_marked], other[is_marked], rtol=1e-5, atol=1e-7)
+    marks = batch["ids"], (), zero["strengths"].at[..., 3].set(0.0)
+    both = batch["ids"].at[..., 3].set(batch["ids"][..., 1]), (), marks[2]
+    for of_marks in (marks, both):
+        expected = desired(batch | {"ids": of_marks[0], "strengths": of_marks[2]})
+        log_probs = objectives.desired_log_probs(batch["original"], *of_marks)
+        np.testing.assert_allclose(jnp.exp(log_probs), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("term", BASELINES)
+def test_a_baseline_ignores_what_is_raised(term):
+    batch = random_batch(8, smallest=-9.0)
+    lowered = batch | {"ids": jnp.where(batch["strengths"] > 0, batch["ids"], -1)}
+    found, expected = (losses_and_gradient(objective_of(term), x) for x in (batch, lowered))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert (lowered["ids"] != batch["ids"]).any()
 
 
 def test_the_floor_of_the_reverse_kl_does_not_raise_what_was_rarer():

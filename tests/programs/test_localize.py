@@ -269,3 +269,115 @@ def test_patch_learns_from_labels_of_whole_outputs(optimised):
     numbers = json.loads(pathlib.Path("patched/patch.json").read_text())
     assert numbers["unwanted_before"] > 0.2
     assert numbers["cut"] > 0.5
+
+
+# --- Looking ahead --------------------------------------------------------------------------------
+
+AHEAD = {"LOOK_AHEAD": 6, "OUTPUT": "ahead.jsonl"}
+
+
+@pytest.fixture(scope="module")
+def looked_ahead():
+    return localize(**AHEAD)
+
+
+def strengths_of(row, piece):
+    """Of what may follow the first token that is this piece: by piece, strengths."""
+    pieces = vocabulary().processor
+    place = row.target_ids.index(pieces.piece_to_id(piece)) + 1
+    return {
+        pieces.id_to_piece(i): records.strength_of(mark)
+        for mark in row.negative_token_ids
+        for i in mark[1]
+        if mark[0] == place
+    }
+
+
+def test_every_output_gets_strengths_where_it_is_decided(looked_ahead):
+    """After "and" a lone space leads to "dirty" or "noisy", and "clean" is a token of its own.
+
+    Of the texts a share g is good: the space goes, and "clean" is raised by 1 / g.
+    """
+    rows, quality = looked_ahead
+    decided = [row for row in rows if row.target_ids.count(vocabulary().encode("and")[0])]
+    assert len(decided) > 0.9 * len(rows)
+    found = [strengths_of(row, "\u2581and") for row in decided]
+    num_good = sum(not row.extra["unwanted"] for row in rows)
+    for label in (True, False):
+        of_label = [
+            of_row
+            for of_row, row in zip(found, decided, strict=True)
+            if row.extra["unwanted"] == label
+        ]
+        for piece, expected in (("\u2581", 1.0), ("\u2581clean", 1 - len(rows) / num_good)):
+            mean = np.mean([of_row.get(piece, 0.0) for of_row in of_label])
+            assert mean == pytest.approx(expected, abs=0.15)
+    assert quality["look_ahead"]["num_lowered"] > 0 < quality["look_ahead"]["num_raised"]
+    assert 0.9 < quality["look_ahead"]["probability_looked_at"] <= 1
+    assert quality["look_ahead"]["difference_of_values"] < 0.1
+
+
+def test_looking_ahead_leaves_the_labels_and_the_values_as_they_are(looked_ahead, localized):
+    """Of spans it says where, with the least strength; heads have seen one position more."""
+    for row, plain in zip(looked_ahead[0], localized[0], strict=True):
+        assert bool(row.negative_spans) <= row.extra["unwanted"]
+        assert all(records.strength_of(span) == 0.01 for span in row.negative_spans)
+        assert len(row.extra["values"]) == len(plain.extra["values"])
+        assert all(entry[0] < len(row.target_ids) for entry in row.negative_token_ids)
+    assert "LookAhead(num_tokens=6, least_strength=-9.0" in looked_ahead[0][0].annotator
+    assert looked_ahead[1]["auc_at_end"] > 0.95
+
+
+def test_looking_ahead_again_is_the_same_bytes(looked_ahead):
+    first = pathlib.Path("ahead.jsonl").read_bytes()
+    localize(**AHEAD | {"OUTPUT": "ahead_again.jsonl"})
+    assert pathlib.Path("ahead_again.jsonl").read_bytes() == first
+
+
+def test_marks_that_are_given_stay(looked_ahead):
+    settings = {"RECORDS": "marked.jsonl", "LABEL_FIELD": None, "OUTPUT": "given_ahead.jsonl"}
+    rows, quality = localize(**AHEAD | settings)
+    assert quality["agreement"]["precision"] > 0.8
+    for row, before in zip(rows, records.read_records("marked.jsonl"), strict=True):
+        assert row.negative_spans == before.negative_spans
+        assert "given_spans" not in row.extra
+        given = marks.mark_tokens(before, vocabulary()).negative_pairs.tolist()
+        now = marks.mark_tokens(row, vocabulary())
+        strengths = dict(
+            zip(map(tuple, now.negative_pairs.tolist()), now.negative_strengths, strict=True)
+        )
+        assert all(strengths[tuple(pair)] == 1 for pair in given)
+        assert len(strengths) > len(given)
+
+
+def test_what_looks_ahead_is_trained_on(looked_ahead, optimised):
+    """Graded removal from labels alone: with a lone space gone, hardly any room is unwanted."""
+    settings = {"RECORDS": "ahead.jsonl", "MODEL_DIR": "patched_ahead", "TRAIN_STEPS": 120}
+    settings |= {"objectives.TntObjective.negative_term": "forward_kl"}
+    assert rooms.run("train", settings) == 0
+    sampled = {"CHECKPOINT_PATH": "patched_ahead", "OUTPUT": "after.jsonl", "TEMPERATURE": 1.0}
+    assert rooms.run("generate", sampled | {"PROMPTS": "labelled.jsonl", "BATCH_SIZE": 96}) == 0
+    marked = {"RECORDS": "after.jsonl", "OUTPUT": "after_marked.jsonl", "ALTERNATIVES": False}
+    assert rooms.run("annotate", marked) == 0
+    rates = [
+        np.mean([bool(row.negative_spans) for row in records.read_records(path)])
+        for path in ("marked.jsonl", "after_marked.jsonl")
+    ]
+    assert rates[1] < 0.25 * rates[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"LOOK_AHEAD": -1}, "LookAhead.num_tokens must be at least 1; found -1"),
+        ({"LOOK_AHEAD": 999}, "LOOK_AHEAD: expected at most the 37 tokens that the model can say"),
+        (
+            {"LOOK_AHEAD": 2, "look_ahead.settings_of.least_strength": -200},
+            "LookAhead.least_strength must be from -99 to 0; found -200",
+        ),
+    ],
+)
+def test_mistakes_in_looking_ahead_are_told_in_a_line(settings, message, capfd):
+    assert rooms.run("localize", FOLDER_SETTINGS | settings | {"OUTPUT": "mistaken.jsonl"}) != 0
+    assert message in capfd.readouterr().err
+    assert not pathlib.Path("mistaken.jsonl").exists()

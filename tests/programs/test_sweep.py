@@ -95,6 +95,46 @@ def test_what_an_annotator_removes_everywhere_is_removed_in_its_arms(swept):
     rooms.assert_same_state("everywhere/TNFF, alpha 1, seed 0/model", "everywhere_by_itself")
 
 
+LOOK_AHEAD = """
+from __gin__ import dynamic_registration
+
+from tnt_jax import localize
+from tnt_jax import sweep
+from tnt_jax.annotators import look_ahead
+from tnt_jax.annotators import prefix_values
+from tnt_jax.checkpoints import pretrained
+
+sweep.Grid.localize = @localize.localize
+localize.localize:
+  original_model = @localize.OriginalModel()
+  training = @prefix_values.Training()
+  num_folds = 2
+  ahead = @look_ahead.settings_of()
+look_ahead.settings_of.num_tokens = 4
+prefix_values.Training.num_updates = 10
+localize.OriginalModel:
+  checkpoint_path = %ORIGINAL_CHECKPOINT_PATH
+  model = %MODEL
+  task_feature_lengths = %TASK_FEATURE_LENGTHS
+"""
+
+
+def test_an_arm_learns_from_what_looks_ahead(swept):
+    """From the marks and the strengths beside them, as `train` does with the same file."""
+    pathlib.Path("ahead.gin").write_text(LOOK_AHEAD)
+    settings = {**SWEEP, "OBJECTIVES": "['TNFF']", "ALPHAS": "[1.0]", "OUTPUT_DIR": "ahead"}
+    assert rooms.run("sweep", settings, ["ahead.gin"]) == 0
+    (found,) = pathlib.Path("ahead/training_outputs").glob("*.localized-*.jsonl")
+    (given,) = pathlib.Path("ahead/training_outputs").glob("greedy.annotated.jsonl")
+    rows, before = map(records.read_records, (found, given))
+    assert [row.negative_spans for row in rows] == [row.negative_spans for row in before]
+    assert any(len(entry) == 3 for row in rows for entry in row.negative_token_ids)
+    settings = {"MODEL_DIR": "ahead_by_itself", "RECORDS": found, "TRAIN_STEPS": 6}
+    settings["objectives.TntObjective.negative_weight"] = 1.0
+    assert rooms.run("train", settings, ["objectives/tnff.gin"]) == 0
+    rooms.assert_same_state("ahead/TNFF, alpha 1, seed 0/model", "ahead_by_itself")
+
+
 def test_a_mask_leaves_nothing_of_what_it_knows(swept):
     """Both unwanted words are spelt in several tokens: it takes sequences to ban them."""
     (row,) = (row for row in swept["rows"] if row["objective"] == "decode mask")
@@ -346,6 +386,10 @@ def test_prompts_whose_outputs_the_annotator_does_not_know_do_not_count(working_
         ({"ALPHAS": "[1.0, 1.0]"}, "expected arms whose names differ"),
         ({"CHOICE_SHARE": 1.0}, "CHOICE_SHARE: expected more than 0"),
         ({"sweep.Grid.num_rounds": 0}, "Grid.num_rounds: expected at least 1, found 0."),
+        (
+            {"sweep.Grid.num_rounds": 2, "sweep.Grid.localize": "@rounds.merge_files"},
+            "Grid.localize: expected num_rounds=1, found 2",
+        ),
         ({"PROCESS_INDEX": 2, "NUM_PROCESSES": 2}, "PROCESS_INDEX: expected 0 to 1"),
     ],
     ids=str,

@@ -19,7 +19,12 @@ GIN_CONFIGS = ROOT / "gin_configs"
 
 # Rooms whose modules read text alone, and start without JAX; and those in them that do not.
 TEXT_ROOMS = {"runtime", "annotators", "evaluation"}
-NEED_JAX = {"annotators.prefix_values", "runtime.array_types", "runtime.processes"}
+NEED_JAX = {
+    "annotators.look_ahead",
+    "annotators.prefix_values",
+    "runtime.array_types",
+    "runtime.processes",
+}
 # What a machine for numerics need not have.
 NOT_FOR_NUMERICS = (
     "tensorflow", "tensorflow_datasets", "seqio", "gin", "sentencepiece", "jaxtyping", "beartype",

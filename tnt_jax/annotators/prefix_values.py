@@ -51,6 +51,18 @@ class Evidence(NamedTuple):
     mask: Int[Array, "B T"]
 
 
+class Past(NamedTuple):
+    """What the head knows of the prefix before the position that it is asked about.
+
+    Attributes:
+      states: decoder states there.
+      so_far: each feature's largest value up to there.
+    """
+
+    states: Float[Array, "B T E"]
+    so_far: Float[Array, "B T _"]
+
+
 class ValueHead(nn.Module):
     """Logits of values.
 
@@ -69,17 +81,35 @@ class ValueHead(nn.Module):
 
     @nn.compact
     def __call__(
-        self, evidence: Evidence, rows: Float[Array, "B T E"], *, is_training: bool = False
-    ) -> Float[Array, "B T"]:
-        """The logit at every position, from the evidence and the rows of its tokens."""
+        self,
+        evidence: Evidence,
+        rows: Float[Array, "B T E"],
+        past: Past | None = None,
+        *,
+        is_training: bool = False,
+    ) -> tuple[Float[Array, "B T"], Float[Array, "B T _"]]:
+        """The logit at every position, from the evidence and the rows of its tokens.
+
+        Args:
+          evidence: of a row of positions, each of which follows the one before it.
+          rows: of the output matrix.
+          past: of each position by itself, where they do not follow each other; None: they do.
+          is_training: whether features are left out.
+
+        Returns:
+          The logits, and each feature's largest value so far, as `Past` has it.
+        """
         drop = nn.Dropout(self.dropout, deterministic=not is_training)
         states = evidence.states.astype(jnp.float32)
-        before = jnp.pad(states, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+        if past is None:
+            before = jnp.pad(states, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+        else:
+            before = past.states.astype(jnp.float32)
         vectors = [nn.LayerNorm()(x) for x in (states, before, rows)]
         now = nn.relu(nn.Dense(self.width)(drop(jnp.concatenate([*vectors, evidence.said], -1))))
-        so_far = jax.lax.cummax(now, axis=1)
+        so_far = jax.lax.cummax(now, axis=1) if past is None else jnp.maximum(past.so_far, now)
         hidden = nn.relu(nn.Dense(self.width)(drop(jnp.concatenate([now, so_far], -1))))
-        return nn.Dense(1)(hidden)[..., 0]
+        return nn.Dense(1)(hidden)[..., 0], so_far
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -188,7 +218,7 @@ def fit(
     rng = np.random.default_rng(seed)
     labels = np.asarray(is_good, np.float32)
     first = evidence_of(np.zeros(1, int))
-    params = jax.jit(training.head.init)(init_key, first, _rows(matrix, first))["params"]
+    params = jax.jit(training.head.init)(init_key, first, rows_of(matrix, first))["params"]
     opt_state = training.optimizer.init(params)
     for number in range(training.num_updates):
         chosen = rng.integers(len(labels), size=training.batch_size)
@@ -216,13 +246,14 @@ def _update(
     training: Training,
 ) -> tuple[PyTree, Any]:
     def mean_loss(params):
-        logits: Any = training.head.apply(
+        found: Any = training.head.apply(
             {"params": params},
             evidence,
-            _rows(matrix, evidence),
+            rows_of(matrix, evidence),
             is_training=True,
             rngs={"dropout": key},
         )
+        logits, _ = found
         losses = value_losses(logits, is_good, evidence.mask)
         return jnp.sum(losses) / jnp.sum(evidence.mask).astype(jnp.float32)
 
@@ -230,8 +261,8 @@ def _update(
     return optax.apply_updates(params, updates), opt_state
 
 
-def _rows(matrix: Float[Array, "V E"], evidence: Evidence) -> Float[Array, "B T E"]:
-    """The rows of the evidence's tokens; zeros at the first position: no token has been said."""
+def rows_of(matrix: Float[Array, "V E"], evidence: Evidence) -> Float[Array, "B T E"]:
+    """The matrix's rows of the evidence's tokens; zeros at the first position: none is said."""
     return matrix[evidence.tokens].astype(jnp.float32).at[:, 0].set(0.0)
 
 
@@ -240,8 +271,8 @@ def values(
     params: PyTree, evidence: Evidence, matrix: Float[Array, "V E"], *, training: Training
 ) -> Float[Array, "B T"]:
     """The value of every prefix, from 0 to 1; what stands at padding means nothing."""
-    logits: Any = training.head.apply({"params": params}, evidence, _rows(matrix, evidence))
-    return jax.nn.sigmoid(logits)
+    found: Any = training.head.apply({"params": params}, evidence, rows_of(matrix, evidence))
+    return jax.nn.sigmoid(found[0])
 
 
 # ------------------------------------------------------------------------------------- The marks
@@ -281,6 +312,11 @@ class Threshold:
         if self.at_least_one and len(before) and not is_negative.any():
             is_negative[np.argmax(before - after)] = True
         return is_negative
+
+
+def short(number: Any) -> float:
+    """A number as records have it: four digits."""
+    return float(f"{float(number):.4g}")
 
 
 def blame(values: np.ndarray) -> np.ndarray:

@@ -24,7 +24,8 @@ class Example:
         targets: `[T]` int32, the end included.
         negative_pairs: `[M, 2]` int32 rows (position, id): ids to remove at target positions.
             Sorted, without repeats.
-        negative_strengths: `[M]` float64 in (0, 1], of each of these rows; None where all are 1.
+        negative_strengths: `[M]` float64, of each of these rows: at most 1 and not 0; below 0
+            raises the id. None where all are 1.
         loss_mask: `[T]` int32, 0 where a target token has no loss; None means 1 everywhere.
         span_numbers: `[T]` int32: of each target token the number, from 1, of the negative span
             that marks it; 0 where none does, -1 where the token stands for no text. None where
@@ -44,7 +45,12 @@ class Example:
     keeps_last_input: bool = True
 
 
-def loss_mask_until(end: str, targets: np.ndarray, negative_pairs: np.ndarray) -> np.ndarray | None:
+def loss_mask_until(
+    end: str,
+    targets: np.ndarray,
+    negative_pairs: np.ndarray,
+    strengths: np.ndarray | None = None,
+) -> np.ndarray | None:
     """The loss mask of a target that counts up to an end.
 
     Args:
@@ -53,6 +59,7 @@ def loss_mask_until(end: str, targets: np.ndarray, negative_pairs: np.ndarray) -
             removed beside another token are no mistake of the target's.
         targets: `[T]` token ids.
         negative_pairs: `[M, 2]` rows (position, id), sorted.
+        strengths: `[M]`, of each; None where all are 1. An id that is raised is no mistake.
 
     Returns:
         `[T]` int32; None where all tokens count.
@@ -62,8 +69,7 @@ def loss_mask_until(end: str, targets: np.ndarray, negative_pairs: np.ndarray) -
     """
     if end not in LOSS_UNTIL:
         raise UsageError(f"loss_until: expected one of {', '.join(LOSS_UNTIL)}, found {end!r}.")
-    positions, ids = negative_pairs.T
-    mistakes = positions[ids == targets[positions]]
+    mistakes = _removed_targets(targets, negative_pairs, strengths)
     if end == "end" or not len(mistakes):
         return None
     return (np.arange(len(targets)) <= mistakes[0]).astype(np.int32)
@@ -71,8 +77,19 @@ def loss_mask_until(end: str, targets: np.ndarray, negative_pairs: np.ndarray) -
 
 def says_removed(example: Example) -> bool:
     """Whether a target token is itself to be removed, not only others in its place."""
-    positions, ids = example.negative_pairs.T
-    return bool((ids == example.targets[positions]).any())
+    found = _removed_targets(example.targets, example.negative_pairs, example.negative_strengths)
+    return bool(len(found))
+
+
+def _removed_targets(
+    targets: np.ndarray, negative_pairs: np.ndarray, strengths: np.ndarray | None
+) -> np.ndarray:
+    """The positions whose target token is itself to be removed, or lowered."""
+    positions, ids = negative_pairs.T
+    is_mistake = ids == targets[positions]
+    if strengths is not None:
+        is_mistake &= strengths > 0
+    return positions[is_mistake]
 
 
 def unique_pairs(
@@ -82,14 +99,14 @@ def unique_pairs(
 
     Args:
         pairs: `[N, 2]` rows (position, id).
-        strengths: `[N]` in (0, 1]; None where all are 1.
+        strengths: `[N]`, at most 1; None where all are 1.
     """
     found, places = np.unique(
         np.asarray(pairs, np.int32).reshape(-1, 2), axis=0, return_inverse=True
     )
     if strengths is None:
         return found, None
-    largest = np.zeros(len(found))
+    largest = np.full(len(found), -np.inf)
     np.maximum.at(largest, places.reshape(-1), strengths)
     return found, None if (largest == 1).all() else largest
 

@@ -56,7 +56,9 @@ def example_from_record(
         targets=marked.target_ids,
         negative_pairs=marked.negative_pairs,
         negative_strengths=marked.negative_strengths,
-        loss_mask=loss_mask_until(loss_until, marked.target_ids, marked.negative_pairs),
+        loss_mask=loss_mask_until(
+            loss_until, marked.target_ids, marked.negative_pairs, marked.negative_strengths
+        ),
         span_numbers=marked.span_numbers,
         id=record.id,
     )

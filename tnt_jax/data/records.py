@@ -11,6 +11,7 @@ Programs exchange records as JSONL, one object a line:
 
 A mark may have a strength s above 0 and at most 1, as `[start, end, s]` or `[position, [ids], s]`:
 then the share 1 - s of the original's probability stays. Without one it is 1, which is removal.
+In `negative_token_ids` it may be from -99 to below 0, which raises the ids: 1 - s is above 1.
 
 Only `inputs` or `messages` is required, so a file of prompts is a file of records. A conversation
 is for a chat model; its texts, one after another, are the `inputs` where there are none. Unknown
@@ -36,6 +37,9 @@ from tnt_jax.runtime.errors import UsageError, naming_file
 Span = tuple[int, int] | tuple[int, int, float]  # start, end, and a strength below 1
 # Position, ids, and a strength below 1.
 TokenIds = tuple[int, tuple[int, ...]] | tuple[int, tuple[int, ...], float]
+
+# No id is raised more than a hundredfold: a larger factor is a quotient with nearly 0 below.
+LEAST_STRENGTH = -99.0
 
 
 def strength_of(mark: Span | TokenIds) -> float:
@@ -63,15 +67,16 @@ class Record:
             unwanted.
         negative_token_ids: (position, ids) pairs: ids to remove at a token position, beside those
             that follow from the spans. Alternatives that would be just as wrong, or earlier marks.
-            With a strength: (position, ids, strength). A position may have several entries; where
-            an id has several strengths, the largest counts.
+            With a strength: (position, ids, strength). One below 0 raises the ids. A position may
+            have several entries; where an id has several strengths, the largest counts.
         annotator: who or what made the annotation.
         messages: (role, content) pairs: the conversation that a chat model is given, in place of
             `inputs`; () where there is none.
         extra: fields that are not ours, kept from file to file.
 
     Raises:
-        UsageError: a span or a position lies outside the targets, or a strength outside (0, 1].
+        UsageError: a span or a position lies outside the targets, or a strength outside what
+            `is_strength` and `is_strength_of_ids` take.
     """
 
     id: str
@@ -93,15 +98,21 @@ class Record:
                     "A span is [start, end] with 0 <= start < end <= length, counted in Unicode "
                     "code points (not bytes), end exclusive."
                 )
-        for name, marks in (
-            ("negative_spans", self.negative_spans or ()),
-            ("negative_token_ids", self.negative_token_ids),
+        for name, marks, is_valid, allowed in (
+            ("negative_spans", self.negative_spans or (), is_strength, ""),
+            (
+                "negative_token_ids",
+                self.negative_token_ids,
+                is_strength_of_ids,
+                f", or one from {LEAST_STRENGTH:g} to below 0, which raises the ids",
+            ),
         ):
             for mark in marks:
-                if not is_strength(strength_of(mark)):
+                if not is_valid(strength_of(mark)):
                     raise UsageError(
                         f"record {self.id!r}: {name} has the strength {_shown(mark[-1])} in "
-                        f"{ascii(list(mark))[:60]}: expected a number above 0 and at most 1."
+                        f"{ascii(list(mark))[:60]}: expected a number above 0 and at most 1"
+                        f"{allowed}."
                     )
         for position, *_ in self.negative_token_ids:
             # Without target_ids the length is known, and checked, only after tokenisation.
@@ -343,8 +354,14 @@ def is_strength(value: Any) -> bool:
     return is_number and 0 < value <= 1  # which NaN is not
 
 
+def is_strength_of_ids(value: Any) -> bool:
+    """Whether a value is a number from `LEAST_STRENGTH` to 1, but not 0, which marks nothing."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and value != 0 and LEAST_STRENGTH <= value <= 1
+
+
 def _entry(first: Any, second: Any, strength: Any) -> Any:
-    if is_strength(strength):
+    if is_strength_of_ids(strength):
         return with_strength(first, second, strength)
     return (first, second, strength)
 

@@ -33,7 +33,7 @@ class Ledger:
         prefixes = list(_prefixes(prompt, marked.target_ids))
         for (position, removed_id), strength in strengths_of(marked).items():
             ids = self._ids.setdefault(prefixes[position], {})
-            ids[removed_id] = max(strength, ids.get(removed_id, 0.0))
+            ids[removed_id] = max(strength, ids.get(removed_id, strength))
 
     def removed(self, prompt: str, target_ids: np.ndarray) -> dict[int, dict[int, float]]:
         """What all outputs so far say of the positions of one: by position, ids and strengths."""

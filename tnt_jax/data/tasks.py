@@ -2,7 +2,7 @@
 
 Any seqio task can be trained on whose features are `inputs` and `targets` (token ids) and, where
 something is unwanted, `negative_ids`: rows (position, id) of ids to remove at target positions. A
-feature `loss_mask` is used if there is one, and so is `negative_strengths`, a number in (0, 1] for
+feature `loss_mask` is used if there is one, and so is `negative_strengths`, a number up to 1 for
 each of these rows. `record_task` makes such a task from files of records.
 Your own task takes any seqio source, say `seqio.TfdsDataSource("your_data:1.0.0")`, renames its
 fields to those of a record, and goes on with
@@ -522,12 +522,13 @@ def _load_task(
                 f"there are {num_targets} targets. Expected rows (position, id)."
             )
         if strengths is not None and not (
-            len(strengths) == len(pairs) and ((strengths > 0) & (strengths <= 1)).all()
+            len(strengths) == len(pairs)
+            and all(map(records.is_strength_of_ids, np.asarray(strengths).tolist()))
         ):
             raise UsageError(
-                f"task {task.name!r}, {name!r}: negative_strengths: expected a number above 0 and "
-                f"at most 1 for each of {len(pairs)} rows of negative_ids, found "
-                f"{np.asarray(strengths).tolist()[:20]}."
+                f"task {task.name!r}, {name!r}: negative_strengths: expected a number from "
+                f"{records.LEAST_STRENGTH:g} to 1, but not 0, for each of {len(pairs)} rows of "
+                f"negative_ids, found {np.asarray(strengths).tolist()[:20]}."
             )
         pairs, strengths = unique_pairs(pairs, strengths)
         if len(loss_mask) != num_targets or not np.isin(loss_mask, (0, 1)).all():

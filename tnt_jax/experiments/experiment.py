@@ -408,6 +408,27 @@ class Opened:
         together = " and ".join(pathlib.Path(file).name.split(".annotated")[0] for file in files)
         return self._merged(name, files, together)
 
+    def localized(self, outputs: str, localize: Callable[..., Any]) -> str:
+        """Annotated outputs of the original with what `localize` adds to them; returns the file.
+
+        Args:
+          outputs: The file of annotated outputs.
+          localize: `localize.localize` with its settings bound.
+        """
+        described = json.dumps(stages.describe(localize, {}, []), sort_keys=True)
+        digest = hashlib.sha256(described.encode()).hexdigest()[:8]
+        name = f"{pathlib.Path(outputs).stem}.localized-{digest}"
+        found = str(self.root / "training_outputs" / f"{name}.jsonl")
+        self._stages.run(
+            f"training_outputs: localize, {name}",
+            localize,
+            output=found,
+            inputs={"input": outputs},
+            settings={"vocabulary": self.vocabulary},
+            also_depends_on=[self.original, *removed_everywhere.files_of(outputs)],
+        )
+        return found
+
     def _merged(
         self, name: str, files: Sequence[str], label: str, *, keep_clean: bool = True
     ) -> str:

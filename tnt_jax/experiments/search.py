@@ -1,12 +1,13 @@
 """The smallest change that fulfils a wish: attempts one after another, each looked at on its way.
 
 An attempt starts from the original and goes on in legs. After each leg the model answers the choice
-prompts, which it is not trained on. When a look's cut is enough, two more are made, for a model
-comes back to the original where it may as its learning rate falls; of those that are enough that
-with the highest BLEU to the original's outputs is taken, and the search is over. An attempt
-that ends without one, or whose cut no longer rises, is followed by the next one: with a larger
-weight, and with what the last one still said to learn from as well (a round). Each starts from the
-original again: so one file of outputs, one weight and one number of updates say what the result is.
+prompts, which it is not trained on. While a look's cut is not enough, a larger one is better; of
+those that are enough a higher BLEU to the original's outputs, for a model comes back to the
+original where it may as its learning rate falls. An attempt ends when looks bring nothing better.
+If a look was enough, the best one is taken, and the search is over; else the next attempt follows,
+which learns from what the last one still said as well (a round), later with a larger weight. Each
+starts from the original again: so one file of outputs, one weight and one number of updates say
+what the result is.
 """
 
 import contextlib
@@ -22,8 +23,7 @@ from tnt_jax.runtime import stages
 
 FOLDER = "looks"
 TIME_IS_OVER, _ENOUGH = "the time was over", "the cut was enough"
-_NO_MORE = 4  # looks without a larger cut, an epoch, after which an attempt is over
-_TO_SETTLE = 2  # looks after the first one that is enough
+NO_MORE = 4  # looks that bring nothing better, an epoch, after which an attempt is over
 _T = TypeVar("_T")
 
 
@@ -46,8 +46,8 @@ class Attempt:
 
 
 # What is tried where outputs can be made and marked, and where people marked those that there are.
-ROUNDS = (Attempt(weight=10.0), Attempt(weight=30.0, round=2), Attempt(weight=90.0, round=3))
-WEIGHTS = (Attempt(weight=10.0), Attempt(weight=30.0), Attempt(weight=90.0))
+ROUNDS = (Attempt(weight=30.0), Attempt(weight=30.0, round=2), Attempt(weight=90.0, round=3))
+WEIGHTS = (Attempt(weight=30.0), Attempt(weight=90.0))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,10 +183,7 @@ class _Search:
                 look = self._leg(attempt, after, updates)
                 of_attempt.append(look)
                 told(look)
-                is_enough = [look.cut >= plan.enough for look in of_attempt]
-                if any(is_enough[: len(is_enough) - _TO_SETTLE]):
-                    break
-                if not any(is_enough) and _has_stopped_rising(of_attempt):
+                if self._brings_no_more(of_attempt):
                     break
             if any(look.cut >= plan.enough for look in of_attempt):
                 return self._found(_ENOUGH)
@@ -194,7 +191,7 @@ class _Search:
         return self._found(f"no attempt up to {last} was enough")
 
     def _found(self, reason: str) -> Found:
-        best = self._looks[self._place_of_best()]
+        best = max(self._looks, key=self._rank)
         is_enough = best.cut >= self._plan.enough
         return Found(
             best=best,
@@ -204,12 +201,16 @@ class _Search:
             reason=_ENOUGH if is_enough else reason,
         )
 
-    def _place_of_best(self) -> int:
-        places = range(len(self._looks))
-        enough = [i for i in places if self._looks[i].cut >= self._plan.enough]
-        if enough:
-            return max(enough, key=lambda i: self._looks[i].bleu)
-        return max(places, key=lambda i: self._looks[i].cut)
+    def _rank(self, look: Look) -> tuple[bool, float]:
+        """Of two looks, that with the larger one is better."""
+        is_enough = look.cut >= self._plan.enough
+        return is_enough, look.bleu if is_enough else look.cut
+
+    def _brings_no_more(self, of_attempt: Sequence[Look]) -> bool:
+        """Whether something was cut, and the last looks are no better than the best before them."""
+        before, last = of_attempt[:-NO_MORE], of_attempt[-NO_MORE:]
+        best = max(map(self._rank, before), default=(False, 0.0))
+        return best > (False, 0.0) and max(map(self._rank, last)) <= best
 
     # ------------------------------------------------------------------------------------ Time
 
@@ -220,7 +221,7 @@ class _Search:
         """
         if not self._looks:  # without one there is nothing to take
             return False
-        best = self._place_of_best()
+        best = self._looks.index(max(self._looks, key=self._rank))
         first = best
         while first and self._looks[first - 1].attempt == self._looks[best].attempt:
             first -= 1
@@ -326,10 +327,3 @@ class _Search:
 
 def _up_to(updates: int) -> Changes:
     return Changes(schedule={"train_steps": updates})
-
-
-def _has_stopped_rising(of_attempt: Sequence[Look]) -> bool:
-    """Whether something was cut, and the last looks are no better than the best before them."""
-    cuts = [look.cut for look in of_attempt]
-    best_before = max(cuts[:-_NO_MORE], default=0.0)
-    return best_before > 0 and max(cuts[-_NO_MORE:]) <= best_before

@@ -211,9 +211,20 @@ class CausalLM(LinenNetwork):
         memory: Memory,
     ) -> tuple[Float[Array, "N V"], Cache]:
         """Logits of the next token of each row."""
+        states, cache = self.decode_states(params, tokens, position, cache, memory)
+        return multiply(states, *self.output_matrix(params), self.final_softcap), cache
+
+    def decode_states(
+        self,
+        params: PyTree,
+        tokens: Int[Array, "N"],
+        position: Int[Array, ""],
+        cache: Cache,
+        memory: Memory,
+    ) -> tuple[Float[Array, "N E"], Cache]:
+        """The state of one position of every row."""
         stepped = Transformer(self.config).apply(
             {"params": params}, tokens, position, cache, memory, method="step"
         )
         hidden, cache = cast(tuple[jax.Array, Cache], stepped)
-        logits = multiply(hidden, *self.output_matrix(params), self.final_softcap)
-        return logits[:, 0], cache
+        return hidden[:, 0], cache

@@ -178,3 +178,17 @@ class Network(Protocol):
           Logits in float32, and the cache with this position added.
         """
         ...
+
+    def decode_states(
+        self,
+        params: PyTree,
+        tokens: Int[Array, "N"],
+        position: Int[Array, ""],
+        cache: PyTree,
+        memory: PyTree,
+    ) -> tuple[Float[Array, "N E"], PyTree]:
+        """Computes the states of which `decode_step` makes logits, with its arguments.
+
+        They are those of `forward`'s `hidden` after the same tokens, to rounding.
+        """
+        ...

@@ -221,14 +221,24 @@ class Transformer(nn.Module):
         Returns:
           The logits and the cache with this position added.
         """
-        hidden, cache = self.decoder.step(
+        hidden, cache = self.step_states(tokens, position, cache, memory)
+        return self.logits(hidden)[:, 0], cache
+
+    def step_states(
+        self,
+        tokens: Int[Array, "N"],
+        position: Int[Array, ""],
+        cache: Cache,
+        memory: Memory,
+    ) -> tuple[Float[Array, "N 1 E"], Cache]:
+        """The decoder state of which `decode_step` makes logits, and the cache."""
+        return self.decoder.step(
             self._embed(tokens[:, None]),
             memory.keys_values,
             position=position,
             cross_mask=memory.mask,
             cache=cache,
         )
-        return self.logits(hidden)[:, 0], cache
 
 
 # --------------------------------------------------------------------------------------- Network
@@ -280,9 +290,7 @@ class T5(LinenNetwork):
             rngs=None if dropout_key is None else {"dropout": dropout_key},
             method="decode" if encoded else "hidden",
         )
-        if self.config.scales_logits:
-            hidden = hidden.astype(self.hidden_dtype) * self.config.emb_dim**-0.5
-        return FactoredLogits(hidden, *self.output_matrix(params))
+        return FactoredLogits(self._scaled(hidden), *self.output_matrix(params))
 
     def _states(
         self, params: PyTree, batch: Mapping[str, Array], *encoded: Array, **kwargs: Any
@@ -323,6 +331,11 @@ class T5(LinenNetwork):
             states[LOWER_STATES] = self._states(params, batch, encoded, stop=stop, method="decode")
         return states
 
+    def _scaled(self, hidden: jax.Array) -> jax.Array:
+        if self.config.scales_logits:
+            hidden = hidden.astype(self.hidden_dtype) * self.config.emb_dim**-0.5
+        return hidden
+
     @property
     def hidden_dtype(self) -> Any:
         """Float32 where the logits are scaled, else the compute dtype."""
@@ -360,3 +373,18 @@ class T5(LinenNetwork):
             {"params": params}, tokens, position, cache, memory, method="decode_step"
         )
         return cast(tuple[jax.Array, Cache], stepped)
+
+    def decode_states(
+        self,
+        params: PyTree,
+        tokens: Int[Array, "N"],
+        position: Int[Array, ""],
+        cache: Cache,
+        memory: Memory,
+    ) -> tuple[Float[Array, "N E"], Cache]:
+        """The state of one position of every row, scaled as `forward` scales it."""
+        stepped = Transformer(self.config).apply(
+            {"params": params}, tokens, position, cache, memory, method="step_states"
+        )
+        hidden, cache = cast(tuple[jax.Array, Cache], stepped)
+        return self._scaled(hidden)[:, 0], cache

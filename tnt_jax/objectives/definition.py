@@ -5,10 +5,11 @@ the original model, `p` the current one, `S` the set of removed ids (empty at an
 `m = p(S)`, and `q` is `p` restricted to the ids outside `S` and renormalised. The desired
 distribution `p_new` is the same restriction of `p0`.
 
-A mark may have a strength s in (0, 1]: `p_new(v)` is proportional to `p0(v) (1 - s_v)`. Ids of
+A mark may have a strength s, at most 1: `p_new(v)` is proportional to `p0(v) (1 - s_v)`. Ids of
 strength 1 are `S`. Ids of a smaller one are not in `S`: they are ordinary ids of an original whose
-logits there are lowered by `log(1 - s)`, and `p0` in what follows is that original's. Where one id
-has several strengths at a position, the largest counts.
+logits there are changed by `log(1 - s)`, and `p0` in what follows is that original's. A strength
+above 0 lowers an id, one below 0 raises it, and 0 does nothing. Where one id has several strengths
+at a position, the largest counts.
 
 Everything is computed in float32 from logits, never from `1 - p`, so `p0(S)` and `p(S)` may round
 to 1: no value and no gradient is NaN or Inf for finite logits (gaps of 1e4 are tested) and any `S`
@@ -165,7 +166,7 @@ class TntObjective:
     A divergence takes marks of a strength below 1 through `p_new`; such a position is negative as
     any other with a mark. The other negative terms have no `p_new`. There, a strength is the
     probability that the mark is right: a position whose strongest mark has strength s has the loss
-    `s * (that with its marks) + (1 - s) * (that without them)`.
+    `s * (that with its marks) + (1 - s) * (that without them)`. They ignore marks that raise an id.
 
     Attributes:
       negative_term: The term at negative positions; one of `NEGATIVE_TERMS`.
@@ -395,8 +396,8 @@ class TntObjective:
           negative_ids: Ids to remove at each position, padded with -1; `[1, 1, K]` holds for all.
             Every id is below `V`: larger ones are ignored here and refused by the data code.
           loss_mask: 1 at real tokens, 0 at padding, whose logits may be anything, even NaN.
-          negative_strengths: Of the `negative_ids`, in (0, 1]; None is 1 for all. What it holds at
-            padding is not looked at.
+          negative_strengths: Of the `negative_ids`, finite and at most 1; None is 1 for all. What
+            it holds at padding is not looked at.
 
         Returns:
           float32 losses, 0 where `loss_mask` is 0. Their sum over all devices and microbatches,
@@ -411,6 +412,7 @@ class TntObjective:
         strengths = self.strengths(negative_ids, negative_strengths)
         if strengths is not None and self.mixes:
             certain = dataclasses.replace(self, negative_strength=1.0)
+            negative_ids = jnp.where(strengths > 0, negative_ids, -1)
             share, unsure_ids = share_with_marks(negative_ids, strengths)
             with_marks, without = (
                 certain.token_losses(
@@ -435,7 +437,8 @@ class TntObjective:
                 negative_ids, current.shape[-1], self.removed_everywhere, strengths
             )
             if original is not None:
-                lowered = _lowered(original, negative_ids, strengths)
+                changed = _lowered(original, negative_ids, strengths)
+                lowered = jnp.where(removed, original, changed)
 
         models = current, original, lowered
         losses = self._term(self.positive_term, models, removed, target_tokens)
@@ -527,7 +530,7 @@ class TntObjective:
         """KL(p || p_e) by the chain rule: of the bit "in S or not", then within either side of it.
 
         Summed over ids instead, its gradient would lose every digit as m approaches 1. The floor is
-        at most p0(S) of the original that is not lowered, which is the smaller one.
+        at most p0(S) of the original as it is: lowering other ids would raise it.
         """
         log_removed, log_rest = _log_masses(current, removed)
         log_floor = jnp.minimum(
@@ -641,7 +644,7 @@ def removed_mass(
 ) -> Float[Array, "B T"]:
     """p(S), the probability still on what must go, in float32; 0 where nothing is removed.
 
-    With strengths it is the sum of `s_v p(v)`, which at `p_new` is not 0.
+    With strengths it is the sum of `s_v p(v)`, which at `p_new` is not 0. Raised ids count as 0.
     """
     logits = logits.astype(jnp.float32)
     removed = removed_mask(negative_ids, logits.shape[-1], removed_everywhere, negative_strengths)
@@ -649,7 +652,8 @@ def removed_mass(
     if negative_strengths is None:
         return mass
     strengths = _strength_of_each(negative_ids, negative_strengths, logits.shape[-1])
-    return mass + (jnp.where(removed, 0.0, strengths) * jax.nn.softmax(logits)).sum(axis=-1)
+    strengths = jnp.where(removed, 0.0, jnp.maximum(strengths, 0.0))
+    return mass + (strengths * jax.nn.softmax(logits)).sum(axis=-1)
 
 
 def _strength_of_each(negative_ids, strengths, vocab_size):
@@ -657,14 +661,15 @@ def _strength_of_each(negative_ids, strengths, vocab_size):
 
     def scatter(ids, of_ids):
         ids = jnp.where(ids < 0, vocab_size, ids)  # a negative index would count from the end
-        return jnp.zeros(vocab_size).at[ids].max(of_ids, mode="drop")
+        largest = jnp.full(vocab_size, -jnp.inf).at[ids].max(of_ids, mode="drop")
+        return jnp.where(largest > -jnp.inf, largest, 0.0)
 
     arrays = jnp.broadcast_arrays(negative_ids, strengths.astype(jnp.float32))
     return jax.vmap(jax.vmap(scatter))(*arrays)
 
 
 def _lowered(original, negative_ids, strengths):
-    """The original's logits, lowered by log(1 - s) at ids of a strength s below 1."""
+    """The original's logits, changed by log(1 - s) at ids of a strength s below 1."""
     if strengths is None:
         return original
     of_each = _strength_of_each(negative_ids, strengths, original.shape[-1])

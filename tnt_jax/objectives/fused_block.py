@@ -107,7 +107,7 @@ class _Term(NamedTuple):
 
 
 class _Graded(NamedTuple):
-    """The marks of a strength below 1, each once.
+    """The marks of a strength below 1, each once; of one below 0, the id is raised.
 
     Attributes:
       ids: The columns that this device has, -1 elsewhere.
@@ -148,8 +148,9 @@ class Block:
         negative_ids, strengths = _each_once(negative_ids, strengths)
         if strengths is not None:
             if objective.mixes:
+                certain_ids = jnp.where(strengths > 0, negative_ids, -1)
                 self.mixed = self._mix(
-                    logits, original_logits, target_tokens, negative_ids, strengths
+                    logits, original_logits, target_tokens, certain_ids, strengths
                 )
             negative_ids, self.graded = self._split(negative_ids, strengths, original_logits)
             if original_logits is not None:
@@ -313,7 +314,7 @@ class Block:
         if self.graded is None:
             return self.mass[:, 0]
         p = jnp.exp(_at(self.log_q, self.graded.ids) + self.log_rest)
-        return self.mass[:, 0] + self._sum(self.graded.strengths * p)
+        return self.mass[:, 0] + self._sum(jnp.maximum(self.graded.strengths, 0.0) * p)
 
     # --- The terms ---
 
@@ -581,7 +582,7 @@ def _each_once(
         is_same = ids[:, :, None] == ids[:, None, :]
         is_repeated = jnp.tril(is_same, -1).any(axis=2)
         if strengths is not None:
-            strengths = jnp.where(is_same, strengths[:, None, :], 0.0).max(axis=2)
+            strengths = jnp.where(is_same, strengths[:, None, :], -jnp.inf).max(axis=2)
     else:
         if strengths is None:
             ids = jnp.sort(ids, axis=1)
