@@ -37,7 +37,7 @@ from tnt_jax.data.layouts import CAUSAL
 from tnt_jax.models import adapters, families, t5
 from tnt_jax.models.causal_lm_config import CausalLMConfig, LayerKind
 from tnt_jax.training import compiled_step, optimizers, train_step
-from tnt_jax.training.originals import PARAMETERS, STATES, AdaptersOff, CachedStates
+from tnt_jax.training.originals import STATES, Original, part_of
 
 # emb_dim, num_heads, layers of each stack, mlp_dim
 SIZES = {
@@ -60,7 +60,8 @@ class Variant:
     """A step.
 
     `original` is None for plain fine-tuning, `live` the part that is no padding; with `has_logits`
-    the head is the usual one, of logits that are held. Adapters may be in `trained_layers` alone.
+    the head is the usual one, of logits that are held. With `trained_layers`, the decoder's last
+    ones alone are trained or have adapters.
     """
 
     original: str | None
@@ -72,6 +73,15 @@ class Variant:
     def objective(self):
         """The loss that the step computes."""
         return TNRF if self.original else FINE_TUNE
+
+    def kind(self, config):
+        """Where the original's logits come from, and what is trained."""
+        name = self.original or "parameters"
+        return Original(
+            has_adapters=name.startswith("adapters"),
+            trained_layers=self.trained_layers,
+            cached_from=config if name.endswith("cached") else None,
+        )
 
 
 FIRST = "fine-tune"
@@ -151,16 +161,17 @@ def make_batch(config, batch_size, lengths, live=1.0, seed=0):
 
 def make_step(config, variant):
     """The update, compiled at its first call; the state is given away."""
-    vocab_axis = 0 if config.logits_via_embedding else 1
-    kinds = {"cached": CachedStates(vocab_axis=vocab_axis), "adapters_off": AdaptersOff()}
-    factored = families.network_of(config).forward
+    kind = variant.kind(config)
+    factored = functools.partial(
+        families.network_of(config).forward, trained_layers=kind.begins_above
+    )
     return jax.jit(
         functools.partial(
             train_step.train_step,
             forward=(lambda *of: factored(*of).whole()) if variant.has_logits else factored,
             objective=variant.objective,
             optimizer=OPTIMIZER,
-            original_kind=kinds.get(variant.original, PARAMETERS),
+            original_kind=kind,
         ),
         donate_argnums=0,
     )
@@ -171,37 +182,39 @@ class Work:
 
     def __init__(self, config, variants, batch_size, lengths):
         self.key = jax.random.key(0)
-        kinds = {variant.original for variant in variants}
         network = families.network_of(config)
         params = network.init(self.key)
-        forward = jax.jit(network.forward)
+        forward, lower = jax.jit(network.forward), jax.jit(network.lower_states, static_argnums=2)
+        dtypes = network.computed_dtypes()
         self.batches, self.originals, self.states = {}, {}, {}
         for variant in variants:
             batch = jax.tree.map(
                 jax.numpy.asarray, make_batch(config, batch_size, lengths, variant.live)
             )
-            if variant.original == "cached":
-                batch[STATES] = forward(params, batch).hidden
-            self.batches[variant] = batch
-        if "cached" in kinds:
-            self.originals["cached"] = network.output_matrix(params)[0].copy()
-        if kinds & {"parameters", "adapters_off"}:
-            frozen = jax.tree.map(
-                lambda x, dtype: x.astype(dtype, copy=True), params, network.computed_dtypes()
-            )
-            self.originals |= {"parameters": frozen, "adapters_off": frozen}
-        for variant in variants:
-            if variant.original == "adapters_off":
-                beside = adapters.upper_layers(params, variant.trained_layers)
-                pairs = adapters.init(beside, RANK, self.key)
-                self.states[variant] = train_step.init_state(pairs, OPTIMIZER)
-        if kinds - {"adapters_off"}:
+            kind, needs_original = variant.kind(config), variant.objective.needs_original
+            features = kind.features(needs_original=needs_original)
+            found = {STATES: forward(params, batch).hidden} if STATES in features else {}
+            if features.keys() - {STATES}:
+                found |= lower(params, batch, variant.trained_layers)
+            self.batches[variant] = batch | found
+            trained = adapters.upper_layers(params, variant.trained_layers)
+            read = kind.read_params(params, trained, needs_original=needs_original)
+            if read is not None:
+                copy = functools.partial(jax.numpy.array, copy=True)
+                read = jax.tree.map(copy, read, part_of(dtypes, read))
+            self.originals[variant] = read
+            if kind.has_adapters:
+                trained = adapters.init(trained, RANK, self.key)
+            if not kind.is_apart:
+                trained = jax.tree.map(jax.numpy.copy, trained)
+                self.states[variant] = train_step.init_state(trained, OPTIMIZER)
+        if any(variant.kind(config).is_apart for variant in variants):
             self.states["all"] = train_step.init_state(params, OPTIMIZER)
 
     def arguments(self, variant):
         """The arguments of the step of a variant."""
         state = self.states[self._whose(variant)]
-        return state, self.originals.get(variant.original), self.batches[variant], self.key
+        return state, self.originals[variant], self.batches[variant], self.key
 
     def _whose(self, variant):
         """The key of a variant's state."""

@@ -319,7 +319,7 @@ class _Outputs:
         self.tokens = [example.targets[: lengths["targets"]] for example in self._examples]
         self._length = max(map(len, self.tokens))
         self.digest = digests.of_params(opened.params)
-        self._states = load_original.states_of(
+        (self._states,) = load_original.states_of(
             opened.model,
             opened.params,
             self._examples,
@@ -327,7 +327,7 @@ class _Outputs:
             states_folder=folder,
             task_feature_lengths=lengths,
             batch_size=settings.batch_size,
-        )
+        ).values()
         network = opened.model.network
         matrix, vocab_axis = network.output_matrix(opened.params)
         whole = np.asarray(matrix, np.float32)

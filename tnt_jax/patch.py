@@ -245,7 +245,7 @@ class _Asked:
                 f"--format=t5x: expected a T5, found a decoder-only model at {self.model}."
             )
         kind = gin.given.get("ORIGINAL")
-        if self.output_format == "peft" and kind not in (None, "adapters_off"):
+        if self.output_format == "peft" and kind not in (None, "adapters_off", "adapters_cached"):
             raise UsageError(
                 f"--format=peft: expected ORIGINAL='adapters_off', found {kind!r}. Leave one out."
             )

@@ -173,10 +173,10 @@ def train(
             examples=itertools.chain(examples, eval_examples),
             states_folder=original_choice.states_dir
             or original_cache.default_folder(getattr(dataset, "files", None), model_dir),
+            keeps_whole=bool(watch_hooks),
         )
         start = resume.begin(trainer, saved, run, load, sources, keep.allow_changes, model_dir)
-        if objective.needs_original:
-            _warn_about(trainer, path)
+        _warn_about(trainer, path)
         operative_config.write(model_dir)
         files.write_json(f"{model_dir}/run.json", run)
         pretrained.describe(model_dir, trainer.model.config, dataset.vocabulary, source)
@@ -229,23 +229,25 @@ def _describe_run(
     update: settings.Update,
 ) -> dict[str, Any]:
     """What each checkpoint says of the run; it must be the same in all processes."""
-    schedule, choice, adapters = sources.schedule, sources.choice, None
-    if choice.kind == "adapters_off":
-        adapters = {
-            "rank": choice.adapter_rank,
-            "alpha": choice.adapter_alpha,
-            "layers": choice.trained_layers,
-        }
+    schedule, choice = sources.schedule, sources.choice
+    part: dict[str, dict[str, Any]] = {}
+    if not trainer.original_kind.is_apart:
+        of_part: dict[str, Any] = {"layers": choice.trained_layers}
         if sources.original_source is not None:
             # The checkpoint itself: a model directory means another when it has a newer.
-            adapters["beside"] = str(sources.original_source.path)
+            of_part["beside"] = str(sources.original_source.path)
+        if choice.has_adapters:
+            part = {"adapters": {"rank": choice.adapter_rank, "alpha": choice.adapter_alpha}}
+            part["adapters"] |= of_part
+        else:
+            part = {"upper_layers": of_part}
     run = resume.describe(
         trainer,
         update=update,
         seed=schedule.seed,
         data=data.describe(),
         vocabulary=dataset.vocabulary,
-        adapters=adapters,
+        part=part,
     )
     resume.check_alike(
         run,
@@ -356,6 +358,8 @@ def _log_padding(batches: Batches) -> None:
 
 
 def _warn_about(trainer: Trainer, original_path: str | None) -> None:
+    if not trainer.objective.needs_original:
+        return
     if original_path is None:
         console.log(
             "Warning: INITIAL_CHECKPOINT_PATH is None, so the original is a random model: there is "

@@ -19,7 +19,7 @@ from tnt_jax.models import causal_lm, causal_lm_layers, decoding, parameters, sh
 from tnt_jax.models.causal_lm_config import LayerKind, Llama3Scaling
 from tnt_jax.models.model import Model
 from tnt_jax.runtime.errors import UsageError
-from tnt_jax.training import load_original, originals, train_step
+from tnt_jax.training import originals, train_step
 from tnt_jax.training.trainer import Trainer
 
 # Every switch that Llama leaves off.
@@ -320,9 +320,8 @@ def adapters_of(config, num_layers=None):
         model=model,
         objective=TNRF,
         optimizer=optax.sgd(1.0),  # an update is the gradient
-        original_kind=originals.AdaptersOff(),
+        original_kind=originals.Original(has_adapters=True, trained_layers=num_layers),
         adapter_rank=2,
-        trained_layers=num_layers,
     )
     state = trainer.init_state(model.init_adapters(2, 0, num_layers))
     place = functools.partial(jax.tree.map, lambda x, like: jax.device_put(x, like.sharding))
@@ -386,9 +385,9 @@ def test_cached_states_give_the_logits_of_a_second_forward_pass(config):
     network, params = causal_lm.CausalLM(config), t5_inputs.random_params(config)
     batch = jax.tree.map(jnp.asarray, CAUSAL.convert(examples(), LENGTHS))
     expected = network.forward(params, batch)
-    cached = load_original.kind_of("cached", config).logits(
+    cached = originals.Original(cached_from=config).logits(
         network.forward,
-        network.output_matrix(params)[0],
+        network.upper_params(params, 0),
         batch | {originals.STATES: expected.hidden},
     )
     np.testing.assert_array_equal(cached.whole(), expected.whole())

@@ -44,12 +44,12 @@ def states_of(batch):
     """Stand-ins for states: the id of every token, and the first id of the input."""
     tokens = batch["decoder_target_tokens"]
     first = np.broadcast_to(batch["encoder_input_tokens"][:, :1], tokens.shape)
-    return np.stack([tokens, first], axis=-1).astype(np.float32)
+    return {"states": np.stack([tokens, first], axis=-1).astype(np.float32)}
 
 
 def computed(folder, examples=EXAMPLES[:4]):
     states = original_cache.OriginalStates(folder, "one", LENGTHS)
-    states.compute(examples, states_of, batch_size=4)
+    original_cache.compute({"states": states}, examples, states_of, batch_size=4)
     return states
 
 
@@ -201,7 +201,7 @@ def test_rows_that_no_part_has(whole, tmp_path, monkeypatch, place):
     monkeypatch.chdir(tmp_path)
     (index,) = pathlib.Path("states/one").glob("*.json")
     about = json.loads(index.read_text())
-    about["keys"][original_cache.OriginalStates("states", "one", LENGTHS)._key(EXAMPLES[3])] = place
+    about["keys"][original_cache.OriginalStates("states", "one", LENGTHS).key(EXAMPLES[3])] = place
     index.write_text(json.dumps(about))
     assert message_of(read_states, "states").startswith(f"{index}: expected states of the original")
 
@@ -292,10 +292,10 @@ MANY_PARTS = """
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
     original_cache._TOKENS_PER_PART = 4
     states = original_cache.OriginalStates("many", "one", LENGTHS)
-    states.compute(EXAMPLES, states_of, batch_size=2)
+    original_cache.compute({"states": states}, EXAMPLES, states_of, batch_size=2)
     assert len(os.listdir("many/one")) // 2 > 128
     again = original_cache.OriginalStates("many", "one", LENGTHS)
-    assert again.missing(EXAMPLES) == []
+    assert again.missing([again.key(example) for example in EXAMPLES]) == set()
     rows = list(enumerate(EXAMPLES))
     random.Random(0).shuffle(rows)
     for start in range(0, len(rows), 100):

@@ -18,13 +18,13 @@ from helpers import rooms, t5_inputs
 from tnt_jax import convert, objectives
 from tnt_jax.checkpoints import pretrained
 from tnt_jax.data.examples import Example
-from tnt_jax.data.layouts import convert_features
+from tnt_jax.data.layouts import Place, convert_features
 from tnt_jax.models import adapters, sharding, t5
 from tnt_jax.models.model import Model
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.training import load_original, original_cache, settings
 from tnt_jax.training.original_cache import OriginalStates
-from tnt_jax.training.originals import AdaptersOff
+from tnt_jax.training.originals import Original
 
 # --------------------------------------------------------------------------------- Whole programs
 
@@ -181,14 +181,15 @@ def test_other_adapters_on_a_restart_are_refused(capfd):
 
 def test_a_folder_of_states_that_nobody_reads_is_refused(capfd):
     train("forgotten", status=2, STATES_DIR="somewhere")
-    assert "states are kept with ORIGINAL='cached' alone" in capfd.readouterr().err
+    assert "states are kept with ORIGINAL='cached' or 'adapters_cached'" in capfd.readouterr().err
 
 
 def test_adapters_without_their_original_are_refused():
-    train("to-lose", ORIGINAL="adapters_off", INITIAL_CHECKPOINT_PATH="adapters-base")
-    pathlib.Path("adapters-base").rename("elsewhere")
+    shutil.copytree("original", "base-to-lose")
+    train("to-lose", ORIGINAL="adapters_off", INITIAL_CHECKPOINT_PATH="base-to-lose")
+    shutil.rmtree("base-to-lose")
     with pytest.raises(
-        UsageError, match=r"adapters for an original that the run noted as .*adapters-base"
+        UsageError, match=r"adapters for an original that the run noted as .*base-to-lose"
     ):
         pretrained.open_checkpoint("to-lose")
 
@@ -206,9 +207,74 @@ def test_adapters_after_a_stop():
     rooms.assert_same_state("adapters-stopped", "adapters-straight")
 
 
+@pytest.fixture(scope="module")
+def upper_layers(base_of_adapters):
+    """A run that trained the decoder alone, beside what its encoder said once."""
+    settings = {"ORIGINAL": "cached", "TRAINED_LAYERS": 1, "STATES_DIR": "upper-states"}
+    settings |= {"LEARNING_RATE": 1e-2, "INITIAL_CHECKPOINT_PATH": "adapters-base"}
+    train("upper", **settings, TRAIN_STEPS=6, SAMPLE_EVERY=6)
+    return settings
+
+
+def test_a_run_of_upper_layers_is_read_as_the_model_that_it_is(upper_layers, capfd):
+    params, trained, original = (
+        traverse_util.flatten_dict(tree, sep="/")
+        for tree in (restored("upper"), rooms.saved("upper"), rooms.saved("original"))
+    )
+    assert {name.split("/")[1] for name in trained} == {"layers_0"}
+    assert params.keys() == original.keys()
+    for name, leaf in params.items():
+        np.testing.assert_array_equal(leaf, trained.get(name, original[name]))
+    assert any((leaf != original[name]).any() for name, leaf in trained.items())
+    # What the model that is trained says, by all of its layers.
+    assert len(pathlib.Path("upper/samples.jsonl").read_text().splitlines()) > 0
+    # A stop, and a second forward pass instead of what is kept, change nothing.
+    train("upper-stopped", **upper_layers, TRAIN_STEPS=3)
+    train("upper-stopped", **upper_layers, TRAIN_STEPS=6)
+    assert capfd.readouterr().out.count("nothing to compute") == 2
+    rooms.assert_same_state("upper-stopped", "upper")
+    computed = {**upper_layers, "ORIGINAL": "parameters", "STATES_DIR": None}
+    train("upper-computed", **computed, TRAIN_STEPS=6)
+    np.testing.assert_allclose(metrics("upper-computed"), metrics("upper"), rtol=2e-5, atol=1e-8)
+    train("upper-stopped", status=2, **upper_layers | {"TRAINED_LAYERS": None}, TRAIN_STEPS=9)
+    with pytest.raises(UsageError, match="found a full model"):
+        convert.convert(input="upper", output="none", output_format="peft")
+    # Attention has 8 kernels, the MLP 3, and there are 3 norms: none is taken from the original.
+    shutil.copytree("upper", "upper-damaged")
+    shutil.rmtree("upper-damaged/checkpoint_6/params")
+    shutil.copytree("original/checkpoint_10/params", "upper-damaged/checkpoint_6/params")
+    with pytest.raises(UsageError, match="expected the 14 parameters of the last 1 layers"):
+        pretrained.open_checkpoint("upper-damaged")
+
+
+def test_a_further_round_of_upper_layers(upper_layers, capfd):
+    """What lies below must be the original's, for it is not stored."""
+    train("second", **upper_layers, START_CHECKPOINT_PATH="upper")
+    assert metrics("second")[0] == pytest.approx(metrics("upper")[-1], rel=0.5)
+    assert metrics("second")[0] < metrics("upper")[0] / 2
+    train("whole", LEARNING_RATE=1e-2)
+    capfd.readouterr()
+    train("third", status=2, **upper_layers, START_CHECKPOINT_PATH="whole")
+    assert (
+        "expected a model that differs from the original in these layers" in capfd.readouterr().err
+    )
+
+
+def test_adapters_with_cached_states_are_the_same_run():
+    settings = {"ADAPTER_RANK": 2, "TRAINED_LAYERS": 1, "LEARNING_RATE": 1e-2}
+    train("adapters-computed", ORIGINAL="adapters_off", PACK=True, **settings)
+    train("adapters-cached", ORIGINAL="adapters_cached", PACK=True, **settings)
+    found, wanted = metrics("adapters-cached"), metrics("adapters-computed")
+    np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=1e-8)
+    # One may go on with what the other has begun.
+    train("adapters-computed", ORIGINAL="adapters_cached", PACK=True, **settings, TRAIN_STEPS=5)
+    convert.convert(input="adapters-cached", output="lora", output_format="peft")
+
+
 def test_an_unknown_kind_is_refused(capfd):
     train("unknown", status=2, ORIGINAL="cache")
-    assert "expected parameters, cached or adapters_off, found 'cache'" in capfd.readouterr().err
+    found = "expected one of parameters, cached, adapters_off, adapters_cached; found 'cache'"
+    assert found in capfd.readouterr().err
 
 
 # -------------------------------------------------------------------------------- The step's parts
@@ -267,7 +333,11 @@ def some_examples(number=8):
     return [example(i) for i in range(number)]
 
 
-@pytest.mark.parametrize("kind", ["parameters", "cached", "adapters_off"])
+def in_rows_of_their_own(examples):
+    return [(e, Place(row, row, 1, 0, 0, len(e.targets))) for row, e in enumerate(examples)]
+
+
+@pytest.mark.parametrize("kind", settings.ORIGINALS)
 def test_the_original_is_a_fixed_point_in_bfloat16(kind, tmp_path):
     """What is kept in bfloat16 is what every use casts to: not a bit of the logits changes."""
     with rooms.devices_seen(8):
@@ -278,7 +348,7 @@ def test_the_original_is_a_fixed_point_in_bfloat16(kind, tmp_path):
     )
     unmarked = [Example(e.inputs, e.targets, e.negative_pairs[:0]) for e in examples]
     batch = convert_features(unmarked, LENGTHS, 1)
-    batch = original.with_states(batch, [(e, row, 0) for row, e in enumerate(examples)])
+    batch = original.with_states(batch, in_rows_of_their_own(examples))
     batch = sharding.put_batch(batch, trainer.model.mesh)
     _, sums = trainer.step(trainer.init_state(start), original.params, batch, jax.random.key(0))
     assert sums["loss"] == sums["gradient_norm"] == 0
@@ -295,7 +365,7 @@ def test_states_are_those_of_the_tokens_that_are_kept(tmp_path):
 
     def states_of(batch):
         calls.append(batch)
-        return batch["decoder_target_tokens"][..., None].astype(np.float32)
+        return {"states": batch["decoder_target_tokens"][..., None].astype(np.float32)}
 
     long = np.arange(2, 14, dtype=np.int32)
     pairs = np.zeros((0, 2), np.int32)
@@ -304,21 +374,22 @@ def test_states_are_those_of_the_tokens_that_are_kept(tmp_path):
         Example(long[:6], long[:8], pairs),
         Example(long, long[:3], pairs, keeps_last_input=False),
     ]
-    states.compute(examples, states_of, batch_size=4)
+    original_cache.compute({"states": states}, examples, states_of, batch_size=4)
     assert len(calls) == 1
     np.testing.assert_array_equal(states.of(examples[0])[:, 0], long[:8])
     np.testing.assert_array_equal(states.of(examples[1])[:, 0], long[:8])
     # Another process finds them, and adds what is new.
     later = OriginalStates(str(tmp_path), "one", LENGTHS)
-    assert later.missing(examples) == []
+    keys = [later.key(example) for example in examples]
+    assert later.missing(keys) == set()
     more = Example(long[:2], long, pairs)
-    assert later.missing([*examples, more]) == [more]
+    assert later.missing([*keys, later.key(more)]) == {later.key(more)}
     feature = later.feature([(examples[2], 1, 2)], (2, 6))
     np.testing.assert_array_equal(feature[..., 0], [[0] * 6, [0, 0, *long[:3], 0]])
     # A part without its JSON was not finished, and does not count.
     for index in tmp_path.rglob("*.json"):
         index.unlink()
-    assert len(OriginalStates(str(tmp_path), "one", LENGTHS).missing(examples)) == 2
+    assert OriginalStates(str(tmp_path), "one", LENGTHS).missing(keys) == {*keys}
 
 
 def test_states_of_another_network_are_computed_again(tmp_path, capsys):
@@ -353,7 +424,7 @@ def test_an_input_that_is_cut_is_no_shorter_input(tmp_path):
         Example(np.array(ids, np.int32), targets, pairs)
         for ids in ([5, 6, 7, 8, 9, 1], [5, 6, 7, 8])
     ]
-    assert len(states.missing(examples)) == 2
+    assert len(states.missing([states.key(example) for example in examples])) == 2
 
 
 def test_states_in_a_bucket_are_refused():
@@ -367,7 +438,7 @@ def test_anything_but_an_adapter_is_not_trained_beside_the_original():
     params = {"layers_0": {"query": {"kernel": jnp.ones((2, 2))}}}
     trained = {"layers_0": {"query": {"bias": jnp.ones(2)}}}
     with pytest.raises(UsageError, match="found 1 other parameters to train: layers_0/query/bias"):
-        AdaptersOff().current_params(trained, params)
+        Original(has_adapters=True).current_params(trained, params)
 
 
 def test_an_adapter_adds_its_product_to_the_kernel():
@@ -393,7 +464,7 @@ def test_an_adapter_adds_its_product_to_the_kernel():
             for name, value in tree.items()
         }
 
-    together = AdaptersOff().current_params(added, params)
+    together = Original(has_adapters=True).current_params(added, params)
     found, wanted = forward(together, batch), forward(merged(params, added), batch)
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
     assert float(jnp.abs(found - forward(params, batch)).max()) > 0.1

@@ -44,6 +44,11 @@ class _Adapters(msgspec.Struct):
     layers: Annotated[int, msgspec.Meta(ge=1, le=2**16)] | None = None
 
 
+class _UpperLayers(msgspec.Struct):
+    layers: Annotated[int, msgspec.Meta(ge=1, le=2**16)]
+    beside: str | None = None
+
+
 class _Run(msgspec.Struct):
     """What is read of a run's notes by others than the run itself."""
 
@@ -51,7 +56,9 @@ class _Run(msgspec.Struct):
     objective: dict[str, Any] | None = None
     model: dict[str, Any] | None = None
     data: dict[str, Any] | None = None
-    adapters: _Adapters | msgspec.UnsetType = msgspec.UNSET  # a run without them says nothing
+    # A run without these says nothing of them.
+    adapters: _Adapters | msgspec.UnsetType = msgspec.UNSET
+    upper_layers: _UpperLayers | msgspec.UnsetType = msgspec.UNSET
 
 
 def read_run(checkpoint: epath.Path) -> dict[str, Any] | None:
@@ -66,8 +73,9 @@ def read_run(checkpoint: epath.Path) -> dict[str, Any] | None:
         reader = ocp.JsonCheckpointHandler()
         run: Any = reader.restore(checkpoint / "run", args=ocp.args.JsonRestore())
         checked = msgspec.convert(run, _Run)
-        if checked.adapters is not msgspec.UNSET and checked.original is None:
-            raise ValueError("adapters without an original")
+        for name in ("adapters", "upper_layers"):
+            if getattr(checked, name) is not msgspec.UNSET and checked.original is None:
+                raise ValueError(f"{name} without an original")
         return dict(run)
 
 

@@ -234,6 +234,7 @@ class Pretrained:
       output_format: Of `tnt_jax.convert`, which makes more of this kind, or of the nearest.
       scan_layers: Whether T5X's layers are stacked. How those of ours are stored, nobody need know.
       adapters: What a run of adapters has trained, which `weights` have added; None elsewhere.
+      beside: The original, where a run has trained adapters or layers of it; None elsewhere.
       quantisation: The types of the blocks that weights were read from; None where there are none.
     """
 
@@ -247,25 +248,26 @@ class Pretrained:
     output_format: str
     scan_layers: bool = False
     adapters: Adapters | None = None
+    beside: "Pretrained | None" = None
     quantisation: str | None = None
     # What Orbax can read by itself: the item, the part of it, and the names that are stored there.
     _orbax: tuple[epath.Path, tuple[str, ...], frozenset[str]] | None = None
 
     def check_original(self) -> None:
-        """Reads the weights that adapters were trained beside.
+        """Reads the weights that adapters or layers were trained beside.
 
         Raises:
           UsageError: They are no longer the same.
         """
-        if self.adapters is None or self.run is None:
+        if self.beside is None or self.run is None:
             return
-        original, noted = self.adapters.original, self.run["original"]["digest"]
+        original, noted = self.beside, self.run["original"]["digest"]
         names = lazy_arrays.shapes(families.network_of(original.config).abstract_params())
         found = digests.of_files({name: original.weights[name] for name in names})
         if found != noted:
             raise UsageError(
-                f"{self.path}: its adapters were trained beside weights with the digest {noted}, "
-                f"but {original.path} has {found} now. Bring back what was there."
+                f"{self.path}: its {_part(self.run)} were trained beside weights with the digest "
+                f"{noted}, but {original.path} has {found} now. Bring back what was there."
             )
 
     def check(self, abstract_params: PyTree, setting: str = "the model settings") -> None:
@@ -329,16 +331,19 @@ def _opened(folder: epath.Path, within: tuple[epath.Path, ...]) -> Pretrained:
             output_format=_OUTPUT_FORMATS[kind],
             quantisation=quantisation,
         )
-    orbax_item, run, scan_layers, trained = None, None, False, None
+    orbax_item, run, scan_layers, trained, beside = None, None, False, None, None
     if kind == _OURS:
         stored = orbax.lazy_item(folder / orbax.PARAMS)
         orbax_item = (folder / orbax.PARAMS, (), frozenset(stored))
         weights, run = lazy_arrays.layers_apart(stored), orbax.read_run(folder)
         step = _step_of_name(folder)
-        if run is not None and "adapters" in run:
-            original, orbax_item = _original_of(run, folder, (*within, folder)), None
-            trained = _adapters(weights, original, run, folder)
-            weights = _with_adapters(trained)
+        if run is not None and _part(run) is not None:
+            beside, orbax_item = _original_of(run, folder, (*within, folder)), None
+            if "adapters" in run:
+                trained = _adapters(weights, beside, run, folder)
+                weights = _with_adapters(trained)
+            else:
+                weights = beside.weights | _upper_layers(weights, beside, run, folder)
         elif any(name.endswith(f"/{adapters.ADAPTER_IN}") for name in weights):
             raise UsageError(
                 f"{folder}: it has adapters, and its notes do not say beside which original. Copy "
@@ -368,8 +373,8 @@ def _opened(folder: epath.Path, within: tuple[epath.Path, ...]) -> Pretrained:
         share_biases = not getattr(described, "relpos_bias_per_layer", False)
         weights = t5x.from_scalable(weights, str(folder), share_biases=share_biases)
         orbax_item = None
-    if described is None and trained is not None:
-        described = trained.original.config
+    if described is None and beside is not None:
+        described = beside.config
     is_t5 = kind != _OURS or any(name.startswith("encoder/") for name in weights)
     if described is None and not is_t5:
         raise UsageError(
@@ -389,19 +394,28 @@ def _opened(folder: epath.Path, within: tuple[epath.Path, ...]) -> Pretrained:
         output_format=_OUTPUT_FORMATS[kind],
         scan_layers=scan_layers,
         adapters=trained,
+        beside=beside,
         _orbax=orbax_item,
     )
+
+
+def _part(run: dict[str, Any]) -> str | None:
+    """What a run has trained of a model, in words; None where that is the whole model."""
+    if "adapters" in run:
+        return "adapters"
+    return "upper layers" if "upper_layers" in run else None
 
 
 def _original_of(
     run: dict[str, Any], folder: epath.Path, within: tuple[epath.Path, ...]
 ) -> Pretrained:
-    """What a run of adapters was trained beside."""
-    path = run["adapters"].get("beside") or run["original"]["path"]
+    """What the adapters or layers of a run were trained beside."""
+    part, of_part = _part(run), run.get("adapters") or run["upper_layers"]
+    path = of_part.get("beside") or run["original"]["path"]
     if path is None:
         raise UsageError(
-            f"{folder}: it has adapters beside a random initialisation, which no file holds. Train "
-            "adapters with an INITIAL_CHECKPOINT_PATH."
+            f"{folder}: it has {part} beside a random initialisation, which no file holds. Train "
+            f"{part} with an INITIAL_CHECKPOINT_PATH."
         )
     try:
         found = find(path)
@@ -410,7 +424,7 @@ def _original_of(
         return _opened(found, within)
     except UsageError as error:
         raise UsageError(
-            f"{folder}: it has adapters for an original that the run noted as {path} (digest "
+            f"{folder}: it has {part} for an original that the run noted as {path} (digest "
             f"{run['original']['digest']}): {error}"
         ) from error
 
@@ -444,6 +458,22 @@ def _adapters(
         alpha=run["adapters"]["alpha"],
         num_layers=run["adapters"].get("layers"),
     )
+
+
+def _upper_layers(
+    stored: dict[str, LazyArray], original: Pretrained, run: dict[str, Any], folder: epath.Path
+) -> dict[str, LazyArray]:
+    """The layers that a run has trained: all of them, and nothing else."""
+    number = run["upper_layers"]["layers"]
+    params = families.network_of(original.config).abstract_params()
+    names = lazy_arrays.shapes(adapters.upper_layers(params, number)).keys()
+    if stored.keys() != names:
+        raise UsageError(
+            f"{folder}: expected the {len(names)} parameters of the last {number} layers of "
+            f"{original.path}, found {len(stored)}, {len(stored.keys() & names)} of them these: it "
+            "is damaged. Copy the checkpoint again."
+        )
+    return stored
 
 
 def _with_adapters(trained: Adapters) -> dict[str, LazyArray]:

@@ -371,10 +371,10 @@ def update(
     full_batch = _BATCH_DECODER_ONLY if network.is_decoder_only else _BATCH_ENCODER_DECODER
     kind = _kind(given, lengths, network, machine, needs_adapters)
     trained_layers = None
-    if kind.value == "adapters_off" and network.is_decoder_only:
+    if kind.value.startswith("adapters") and network.is_decoder_only:
         trained_layers = math.ceil(network.num_layers / 3)
     found = [kind]
-    if kind.value == "adapters_off":
+    if kind.value.startswith("adapters"):
         found.append(
             _take(
                 given,
@@ -415,7 +415,7 @@ def update(
             "not even one row's fit: computed again" if is_short else "they fit: kept",
         )
     )
-    if kind.value == "adapters_off":
+    if kind.value.startswith("adapters"):
         adam = "for adapters"
     elif _bytes_with_adam(kind.value, network) + of_row <= _room_of_all(machine):
         adam = "its two moments fit"
@@ -533,7 +533,7 @@ def learning_rate(given: Mapping[str, Any], chosen: Sequence[Choice], of_looks: 
       of_looks: When it is looked at what a run has come to.
     """
     value = {choice.macro: choice.value for choice in chosen}
-    if value["ORIGINAL"] == "adapters_off":
+    if value["ORIGINAL"].startswith("adapters"):
         peak, what = 1e-3, "adapters"
     elif value["OPTIMIZER"] == "@optimizers.adafactor":
         peak, what = 1e-3, "Adafactor"

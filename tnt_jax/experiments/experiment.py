@@ -317,7 +317,7 @@ class Opened:
                 "dataset": dataset,
                 # A model from nothing has no original, and no adapters.
                 "original_choice": self.settings.original_choice(
-                    path=None, kind="parameters", states_dir=None
+                    path=None, kind="parameters", states_dir=None, trained_layers=None
                 ),
             },
             also_depends_on=[new.records],

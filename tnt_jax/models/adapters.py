@@ -32,10 +32,10 @@ def _pairs(params: PyTree, make: Any, path: tuple[str, ...] = ()) -> PyTree:
 
 
 def upper_layers(tree: PyTree, number: int | None) -> PyTree:
-    """The part of a tree of parameters, or of their axes, that adapters lie beside.
+    """The part of a tree of parameters, or of their axes, that is trained or has adapters.
 
-    What is below the lowest adapter is the same in both forward passes of an update. So the
-    compiler computes it once, and no gradient goes through it.
+    What is below is the same in both forward passes of an update. So the compiler computes it once,
+    and no gradient goes through it.
 
     Args:
       tree: A nested dict with a stack of layers called `decoder`.

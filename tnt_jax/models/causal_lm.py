@@ -22,7 +22,7 @@ from tnt_jax.models.causal_lm_layers import Decoder, Sources
 from tnt_jax.models.factored_logits import FactoredLogits, multiply
 from tnt_jax.models.layers import Cache
 from tnt_jax.models.linen_network import LinenNetwork
-from tnt_jax.models.network import DecodingStart
+from tnt_jax.models.network import LOWER_STATES, DecodingStart
 from tnt_jax.runtime.array_types import Array, Float, Int, Key, PyTree
 
 
@@ -64,10 +64,23 @@ class Transformer(nn.Module):
         return sharding.constrain(rows, "batch", "length", "width")
 
     def __call__(
-        self, tokens: Int[Array, "B L"], sources: Sources, *, deterministic: bool = True
+        self,
+        tokens: Int[Array, "B L"],
+        sources: Sources,
+        *,
+        entering: Float[Array, "B L E"] | None = None,
+        **kwargs: Any,
     ) -> Float[Array, "B L E"]:
-        """Normalised states at all positions."""
-        x = self.decoder(self._embed(tokens), sources, deterministic=deterministic)
+        """Normalised states at all positions.
+
+        Args:
+          tokens: Read unless there are states that enter a later layer.
+          sources: Of the tokens.
+          entering: States that enter the layer `first`.
+          **kwargs: Of `Decoder.__call__`.
+        """
+        x = self._embed(tokens) if entering is None else entering
+        x = self.decoder(x, sources, **kwargs)
         if self.is_initializing() and not self.config.logits_via_embedding:
             self.decoder.logits_dense(x)  # so that it has parameters
         return x
@@ -110,27 +123,51 @@ class CausalLM(LinenNetwork):
     def boxed_params(self, key: Key[Array, ""]) -> PyTree:
         """Random float32 parameters in Flax's boxes: all matrices with standard deviation 0.02."""
         ones = jnp.ones((1, 1), jnp.int32)  # no shape depends on the batch
-        return Transformer(self.config).init(key, ones, Sources(ones, ones))["params"]
+        sources = Sources(ones, ones)
+        return Transformer(self.config).init(key, ones, sources, deterministic=True)["params"]
 
     def forward(
         self,
         params: PyTree,
         batch: Mapping[str, Array],
         dropout_key: Key[Array, ""] | None = None,
+        trained_layers: int | None = None,
     ) -> FactoredLogits:
         """Teacher-forced logits of the responses' tokens, not multiplied out."""
-        found = Transformer(self.config).apply(
-            {"params": params},
-            batch["decoder_input_tokens"],
-            Sources(batch["decoder_segment_ids"], batch["decoder_positions"]),
+        first = self.first_trained(trained_layers)
+        states = self._states(
+            params,
+            batch,
+            entering=batch[LOWER_STATES] if first else None,
+            first=first,
             deterministic=dropout_key is None,
             rngs=None if dropout_key is None else {"dropout": dropout_key},
         )
-        states = cast(jax.Array, found)
         places = batch["decoder_target_places"][:, :, None]
         hidden = jnp.take_along_axis(states, places, axis=1)
         hidden = sharding.constrain(hidden, "batch", "length", "width")
         return FactoredLogits(hidden, *self.output_matrix(params), self.final_softcap)
+
+    def _states(
+        self, params: PyTree, batch: Mapping[str, Array], **kwargs: Any
+    ) -> Float[Array, "B L E"]:
+        sources = Sources(batch["decoder_segment_ids"], batch["decoder_positions"])
+        tokens = batch["decoder_input_tokens"]
+        found = Transformer(self.config).apply({"params": params}, tokens, sources, **kwargs)
+        return cast(jax.Array, found)  # apply returns a pair only if it may change variables
+
+    def lower_features(self, trained_layers: int) -> dict[str, str]:
+        """States at all positions, unless every layer is trained."""
+        return {LOWER_STATES: "decoder_input_tokens"} if self.first_trained(trained_layers) else {}
+
+    def lower_states(
+        self, params: PyTree, batch: Mapping[str, Array], trained_layers: int
+    ) -> dict[str, Float[Array, "B L E"]]:
+        """What enters the first of the last layers."""
+        stop = self.first_trained(trained_layers)
+        if not stop:
+            return {}
+        return {LOWER_STATES: self._states(params, batch, deterministic=True, stop=stop)}
 
     @property
     def hidden_dtype(self) -> Any:

@@ -232,9 +232,18 @@ class Decoder(nn.Module):
             )
 
     def __call__(
-        self, x: Float[Array, "B L E"], sources: Sources, *, deterministic: bool
+        self,
+        x: Float[Array, "B L E"],
+        sources: Sources,
+        *,
+        deterministic: bool,
+        first: int = 0,
+        stop: int | None = None,
     ) -> Float[Array, "B L E"]:
-        """All positions at once: all layers, the norm, and dropout before them."""
+        """All positions at once: all layers, the norm, and dropout before them.
+
+        With `first`, `x` is what enters that layer; with `stop`, the result is what enters that.
+        """
         c = self.config
 
         def call(layer: _Layer, x: Float[Array, "B L E"], kind: Int[Array, ""]) -> Array:
@@ -250,10 +259,12 @@ class Decoder(nn.Module):
 
             return layer(x, attend, deterministic=deterministic)
 
-        x = self.dropout(x, deterministic=deterministic)
-        kinds = jnp.asarray(c.kind_of_layers)
-        x = layers.run_layers(self.layers, c.num_layers, c, x, call, (kinds,))
-        return self.decoder_norm(x)
+        if first == 0:
+            x = self.dropout(x, deterministic=deterministic)
+        kinds = jnp.asarray(c.kind_of_layers)[first:stop]
+        chosen = layers.chosen(self.layers, first, stop)
+        x = layers.run_layers(chosen, c.num_layers, c, x, call, (kinds,))
+        return self.decoder_norm(x) if stop is None else x
 
     def prefill(self, x: Float[Array, "B S E"], sources: Sources) -> Cache:
         """Keys and values of each layer for whole prompts; layers are apart."""

@@ -205,6 +205,11 @@ def make_layers(config: NetworkConfig, layer: type[nn.Module], num_layers: int) 
     return layer(config) if config.scan_layers else [layer(config) for _ in range(num_layers)]
 
 
+def chosen(layers: Any, first: int, stop: int | None) -> Any:
+    """The layers of a stack from `first` on, before `stop`; all of them, if they are scanned."""
+    return layers if (first, stop) == (0, None) else layers[first:stop]
+
+
 def run_layers(
     layers: Any,
     num_layers: int,

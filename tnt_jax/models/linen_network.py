@@ -65,6 +65,25 @@ class LinenNetwork(abc.ABC):
         """T5X's logical axis names of each parameter."""
         return parameters.logical_axes(self._boxed_shapes(), stacked=self.config.scan_layers)
 
+    def first_trained(self, trained_layers: int | None) -> int:
+        """The number, from 0, of the decoder's first layer that `forward` computes."""
+        if trained_layers is None:
+            return 0
+        return getattr(self.config, self.stacks["decoder"]) - trained_layers
+
+    def upper_params(self, params: PyTree, trained_layers: int) -> PyTree:
+        """The output matrix, the decoder's norm and last layers, the embedding if it is read."""
+        first = self.first_trained(trained_layers)
+        upper = {f"layers_{number}" for number in range(first, first + trained_layers)}
+        decoder = {
+            name: branch
+            for name, branch in params["decoder"].items()
+            if name in upper or not name.startswith("layers")
+        }
+        if first and not self.config.logits_via_embedding:
+            return {"decoder": decoder}
+        return {"decoder": decoder, "token_embedder": params["token_embedder"]}
+
     def computed_dtypes(self) -> PyTree:
         """The dtype in which a forward pass reads each parameter."""
         return parameters.computed_dtypes(self.abstract_params(), self.config)

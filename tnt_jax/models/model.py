@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -82,13 +82,20 @@ class Model:
 
     @property
     def forward(self) -> Forward:
-        """`forward(params, batch, dropout_key or None) -> FactoredLogits`."""
+        """`forward(params, batch, dropout_key or None, ...)`, as `network.Network` has it."""
         return self.network.forward
 
-    @property
-    def hidden_states(self) -> Callable[..., jax.Array]:
-        """`(params, batch) -> states [B, T, E]` of the decoder, whole on every device."""
-        return _jit_hidden_states(self)
+    def cacheable_states(
+        self, name: str | None, trained_layers: int | None
+    ) -> Callable[..., dict[str, jax.Array]]:
+        """`(params, batch) -> states` by the names of their features, whole on every device.
+
+        Args:
+          name: That of the decoder's states `[B, T, E]`; None leaves them out.
+          trained_layers: Of `network.lower_states`, which come in the same forward pass; None
+            leaves them out.
+        """
+        return _jit_cacheable_states(self, name, trained_layers)
 
     def decode(
         self,
@@ -151,11 +158,20 @@ class Model:
 
 
 @sharding.keep_compiled
-def _jit_hidden_states(model: Model) -> Callable[..., jax.Array]:
+def _jit_cacheable_states(
+    model: Model, name: str | None, trained_layers: int | None
+) -> Callable[..., dict[str, jax.Array]]:
+    def states_of(params: PyTree, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        network, found = model.network, {}
+        if trained_layers is not None:
+            found = network.lower_states(params, batch, trained_layers)
+        if name is not None:
+            logits = network.forward(params, {**batch, **found}, None, trained_layers)
+            found = {**found, name: logits.hidden}
+        return found
+
     return jax.jit(
-        sharding.traced_on(
-            model.mesh, lambda params, batch: model.forward(params, batch, None).hidden
-        ),
+        sharding.traced_on(model.mesh, states_of),
         out_shardings=sharding.replicated(model.mesh),
     )
 

@@ -16,6 +16,8 @@ from tnt_jax.models.factored_logits import FactoredLogits
 from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime.array_types import Array, Float, Int, Key, PyTree
 
+LOWER_STATES = "lower_states"  # the feature of what enters the decoder's first trained layer
+
 
 class DecodingStart(NamedTuple):
     """What decoding begins with.
@@ -73,6 +75,7 @@ class Network(Protocol):
         params: PyTree,
         batch: Mapping[str, Array],
         dropout_key: Key[Array, ""] | None = None,
+        trained_layers: int | None = None,
     ) -> FactoredLogits:
         """Computes the teacher-forced logits of each target, `[B, T, V]` when multiplied out.
 
@@ -81,10 +84,35 @@ class Network(Protocol):
             beside them.
           batch: Features of `feature_layout`; others are not read.
           dropout_key: None computes without dropout.
+          trained_layers: Computes the decoder's last so many layers alone, from the `lower_states`
+            in the batch; of `params`, `upper_params` are read. None computes everything.
 
         Returns:
           `hidden` `[B, T, E]` of `hidden_dtype`, and the output matrix, which is the parameter
           itself.
+        """
+        ...
+
+    def lower_features(self, trained_layers: int) -> dict[str, str]:
+        """Names the states that `forward` begins from, where it computes the last layers alone.
+
+        Returns:
+          The name of each feature `[B, L, E]`, of the compute dtype -> that of the feature of
+          tokens `[B, L]` which has the same positions.
+        """
+        ...
+
+    def lower_states(
+        self, params: PyTree, batch: Mapping[str, Array], trained_layers: int
+    ) -> dict[str, Float[Array, "B L E"]]:
+        """Computes the `lower_features` of a batch, without dropout."""
+        ...
+
+    def upper_params(self, params: PyTree, trained_layers: int) -> PyTree:
+        """The part of a tree of parameters that `forward` reads to compute the last layers alone.
+
+        With 0 layers that is the output matrix, and what is small beside it. Layers are apart, or
+        there are none.
         """
         ...
 

@@ -32,13 +32,14 @@ from tnt_jax.data.layouts import ENCODER_DECODER, FeatureLayout
 from tnt_jax.models import sharded_embedding, sharding
 from tnt_jax.models.factored_logits import FactoredLogits
 from tnt_jax.models.linen_network import LinenNetwork
-from tnt_jax.models.network import DecodingStart
+from tnt_jax.models.network import LOWER_STATES, DecodingStart
 from tnt_jax.models.t5_config import T5Config
 from tnt_jax.models.t5_layers import Cache, Decoder, Encoder
 from tnt_jax.runtime.array_types import Array, Bool, Float, Int, Key, PyTree
 from tnt_jax.runtime.errors import UsageError
 
 _EMBEDDING_AXES = ("vocab", "embed")
+_ENCODER_STATES = "encoder_states"  # the feature of what the encoder says
 
 
 class Memory(NamedTuple):
@@ -115,11 +116,15 @@ class Transformer(nn.Module):
         encoder_segment_ids: Int[Array, "B S"] | None = None,
         decoder_segment_ids: Int[Array, "B T"] | None = None,
         deterministic: bool = True,
+        entering: Float[Array, "B T E"] | None = None,
+        first: int = 0,
+        stop: int | None = None,
     ) -> Float[Array, "B T E"]:
         """Decoder states at all positions (teacher forcing), after the final norm and dropout.
 
         The token arrays are read for their padding as well; `decoder_input_tokens` are the targets
-        shifted right by one, with 0 first.
+        shifted right by one, with 0 first. With `entering`, those are the states that enter the
+        layer `first`; `stop` is as in `Decoder`.
 
         Raises:
           UsageError: segment ids of the encoder without those of the decoder, or the reverse.
@@ -138,11 +143,13 @@ class Transformer(nn.Module):
             self_mask &= _attention_mask(decoder_segment_ids, decoder_segment_ids, jnp.equal)
             cross_mask &= _attention_mask(decoder_segment_ids, encoder_segment_ids, jnp.equal)
         return self.decoder(
-            self._embed(decoder_input_tokens),
+            self._embed(decoder_input_tokens) if entering is None else entering,
             encoded,
             self_mask=self_mask,
             cross_mask=cross_mask,
             deterministic=deterministic,
+            first=first,
+            stop=stop,
         )
 
     def logits(self, hidden: Float[Array, "B T E"]) -> Float[Array, "B T V"]:
@@ -263,25 +270,66 @@ class T5(LinenNetwork):
         params: PyTree,
         batch: Mapping[str, Array],
         dropout_key: Key[Array, ""] | None = None,
+        trained_layers: int | None = None,
     ) -> FactoredLogits:
         """Teacher-forced logits, not multiplied out.
 
         Of the batch, the encoder and decoder tokens and, where it is packed, the segment ids are
         read.
         """
-        states = Transformer(self.config).apply(
+        first, encoded, lower = self.first_trained(trained_layers), (), {}
+        if trained_layers is not None:
+            encoded = (batch[_ENCODER_STATES],)
+            lower = {"entering": batch[LOWER_STATES] if first else None, "first": first}
+        hidden = self._states(
+            params,
+            batch,
+            *encoded,
+            **lower,
+            deterministic=dropout_key is None,
+            rngs=None if dropout_key is None else {"dropout": dropout_key},
+            method="decode" if encoded else "hidden",
+        )
+        return FactoredLogits(self._scaled(hidden), *self.output_matrix(params))
+
+    def _states(
+        self, params: PyTree, batch: Mapping[str, Array], *encoded: Array, **kwargs: Any
+    ) -> Float[Array, "B T E"]:
+        """What the module's method computes from what it is to read of a batch."""
+        found = Transformer(self.config).apply(
             {"params": params},
+            *encoded,
             batch["encoder_input_tokens"],
             batch["decoder_input_tokens"],
             batch["decoder_target_tokens"],
             encoder_segment_ids=batch.get("encoder_segment_ids"),
             decoder_segment_ids=batch.get("decoder_segment_ids"),
-            deterministic=dropout_key is None,
-            rngs=None if dropout_key is None else {"dropout": dropout_key},
-            method="hidden",
+            **kwargs,
         )
-        hidden = cast(jax.Array, states)  # apply returns a pair only if it may change variables
-        return FactoredLogits(self._scaled(hidden), *self.output_matrix(params))
+        return cast(jax.Array, found)  # apply returns a pair only if it may change variables
+
+    def lower_features(self, trained_layers: int) -> dict[str, str]:
+        """The encoder's output, and the decoder's states unless all its layers are trained."""
+        features = {_ENCODER_STATES: "encoder_input_tokens"}
+        if self.first_trained(trained_layers):
+            features[LOWER_STATES] = "decoder_target_tokens"
+        return features
+
+    def lower_states(
+        self, params: PyTree, batch: Mapping[str, Array], trained_layers: int
+    ) -> dict[str, Float[Array, "B _ E"]]:
+        """What the encoder says, and what enters the first of the decoder's last layers."""
+        encoded = Transformer(self.config).apply(
+            {"params": params},
+            batch["encoder_input_tokens"],
+            encoder_segment_ids=batch.get("encoder_segment_ids"),
+            method="encode",
+        )
+        states = {_ENCODER_STATES: cast(jax.Array, encoded)}
+        if stop := self.first_trained(trained_layers):
+            encoded = states[_ENCODER_STATES]
+            states[LOWER_STATES] = self._states(params, batch, encoded, stop=stop, method="decode")
+        return states
 
     def _scaled(self, hidden: jax.Array) -> jax.Array:
         if self.config.scales_logits:

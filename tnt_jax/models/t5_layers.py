@@ -315,8 +315,13 @@ class Decoder(nn.Module):
         self_mask: Bool[Array, "B 1 T T"],
         cross_mask: Bool[Array, "B 1 T S"],
         deterministic: bool,
+        first: int = 0,
+        stop: int | None = None,
     ) -> Float[Array, "B T E"]:
-        """All positions at once: all layers, the norm, and dropout around them."""
+        """All positions at once: all layers, the norm, and dropout around them.
+
+        With `first`, `x` is what enters that layer; with `stop`, the result is what enters that.
+        """
         c = self.config
         positions = jnp.arange(x.shape[1])
         bias = _shared_bias(self, positions, len(x))
@@ -335,8 +340,12 @@ class Decoder(nn.Module):
             )
             return x
 
-        x = self.dropout(x, deterministic=deterministic)
-        x = layers.run_layers(self.layers, c.num_decoder_layers, c, x, call)
+        if first == 0:
+            x = self.dropout(x, deterministic=deterministic)
+        chosen = layers.chosen(self.layers, first, stop)
+        x = layers.run_layers(chosen, c.num_decoder_layers, c, x, call)
+        if stop is not None:
+            return x
         return self.dropout(self.decoder_norm(x), deterministic=deterministic)
 
     def cross_keys_values(self, encoded: Float[Array, "B S E"]) -> Cache:

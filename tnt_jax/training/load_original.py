@@ -13,34 +13,38 @@ import numpy as np
 from tnt_jax import objectives
 from tnt_jax.checkpoints import digests, pretrained
 from tnt_jax.data.examples import Example
-from tnt_jax.models import families, sharding
+from tnt_jax.data.layouts import Place
+from tnt_jax.models import adapters, sharding
 from tnt_jax.models.model import Model
 from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.objectives import fused
 from tnt_jax.runtime.array_types import PyTree
 from tnt_jax.runtime.errors import UsageError
-from tnt_jax.training import settings
+from tnt_jax.training import original_cache, settings
 from tnt_jax.training.original_cache import OriginalStates
-from tnt_jax.training.originals import PARAMETERS, STATES, AdaptersOff, CachedStates, Original
+from tnt_jax.training.originals import STATES, Original, part_of, without
 from tnt_jax.training.trainer import Trainer, copied
 
+_OF_DECODER = {STATES: original_cache.TARGETS}
 
-def kind_of(name: str, config: NetworkConfig) -> Original:
-    """The kind that a setting names.
+
+def kind_of(choice: settings.OriginalChoice, config: NetworkConfig) -> Original:
+    """The kind that the settings name.
 
     Raises:
-      UsageError: There is no such kind.
+      UsageError: Dropout would change states that are cached.
     """
-    match name:
-        case "parameters":
-            return PARAMETERS
-        case "cached":
-            network = families.network_of(config)
-            _, vocab_axis = network.output_matrix(network.abstract_params())
-            return CachedStates(vocab_axis, network.final_softcap)
-        case "adapters_off":
-            return AdaptersOff()
-    raise UsageError(f"ORIGINAL: expected parameters, cached or adapters_off, found {name!r}.")
+    kind = Original(
+        has_adapters=choice.has_adapters,
+        trained_layers=choice.trained_layers,
+        cached_from=config if choice.is_cached else None,
+    )
+    if kind.begins_above is not None and config.dropout_rate:
+        raise UsageError(
+            f"DROPOUT_RATE: expected 0 with ORIGINAL={choice.kind!r} and TRAINED_LAYERS, because "
+            f"the states that enter the trained layers are cached; found {config.dropout_rate}."
+        )
+    return kind
 
 
 def make_trainer(
@@ -70,8 +74,7 @@ def make_trainer(
             "ATTENTION: 'cudnn' cannot tell the examples of a row apart, found PACK=True. Set "
             "PACK=False, or ATTENTION='xla'."
         )
-    kind = kind_of(original_choice.kind, config)
-    if isinstance(kind, AdaptersOff):
+    if original_choice.has_adapters:
         scale = original_choice.adapter_alpha / original_choice.adapter_rank
         config = dataclasses.replace(config, adapter_scale=scale)
     return Trainer(
@@ -79,9 +82,8 @@ def make_trainer(
         objective=objective,
         optimizer=update.make_optimizer(),
         num_microbatches=update.num_microbatches,
-        original_kind=kind,
+        original_kind=kind_of(original_choice, config),
         adapter_rank=original_choice.adapter_rank,
-        trained_layers=original_choice.trained_layers,
         block_size=update.block_size,
         skip_non_finite=update.non_finite == "skip",
     )
@@ -131,23 +133,27 @@ class LoadedOriginal:
       params: For the step: an argument of it, None if the objective needs none.
       identity: Where it came from, its digest and its log-probabilities of a probe batch; None
         with `params`.
-      states: The cache, where the kind is `CachedStates`.
+      whole: All its parameters, for what runs it beside the step; None where they are not in
+        memory.
+      states: The cache of each of the `Trainer.state_features`.
     """
 
     params: PyTree | None
     identity: dict[str, Any] | None
-    states: OriginalStates | None = None
+    whole: PyTree | None = None
+    states: Mapping[str, OriginalStates] = dataclasses.field(default_factory=dict)
 
     def with_states(
-        self,
-        batch: dict[str, np.ndarray],
-        placed: Sequence[tuple[Example, int, int]],
+        self, batch: dict[str, np.ndarray], placed: Sequence[tuple[Example, Place]]
     ) -> dict[str, np.ndarray]:
-        """A batch with the original's states of its examples, if they are cached."""
-        if self.states is None:
-            return batch
-        shape = batch["decoder_target_tokens"].shape
-        return {**batch, STATES: self.states.feature(placed, shape)}
+        """A batch with the original's states of its examples, those that are cached.
+
+        Args:
+          batch: Model features.
+          placed: Each example with its place in the batch.
+        """
+        states = {name: of.of_batch(batch, placed) for name, of in self.states.items()}
+        return {**batch, **states}
 
 
 def load(
@@ -158,6 +164,7 @@ def load(
     is_new: bool,
     examples: Iterable[Example],
     states_folder: str,
+    keeps_whole: bool = False,
 ) -> tuple[LoadedOriginal, PyTree | None]:
     """Reads the original once, and makes of it what the step needs and where training starts.
 
@@ -166,17 +173,27 @@ def load(
       sources: Where the parameters come from.
       update: Decides how many examples states are computed for at a time, and their lengths.
       is_new: Whether the run starts here, so that it needs parameters to start from.
-      examples: All that it will be asked about, for `CachedStates`.
+      examples: All that it will be asked about, where states are cached.
       states_folder: Folder of those states.
+      keeps_whole: Whether something beside the step runs the model, so that all parameters of an
+        original with which some are shared stay in memory.
 
     Returns:
-      The original; and float32 parameters to start from (adapters: to train beside it), which the
-      caller may give away, or None unless `is_new`.
+      The original; and float32 parameters to start from (those that are trained, or adapters),
+      which the caller may give away, or None unless `is_new`.
+
+    Raises:
+      UsageError: What training starts from does not fit what is trained.
     """
-    abstract, model = trainer.abstract_original, trainer.model
+    abstract, model, kind = trainer.abstract_original, trainer.model, trainer.original_kind
     if abstract is None:
         return LoadedOriginal(None, None), sources.read_start() if is_new else None
     starts_elsewhere = sources.schedule.start_path is not None
+    if kind.has_adapters and starts_elsewhere:
+        raise UsageError(
+            "START_CHECKPOINT_PATH: adapters start at nothing; expected None with "
+            f"ORIGINAL={kind.name!r}."
+        )
     whole = sources.read_original()
     identity = {
         "path": sources.choice.path,
@@ -185,41 +202,47 @@ def load(
     }
     if sources.original_source is not None and sources.original_source.quantisation is not None:
         identity["quantisation"] = sources.original_source.quantisation
-    if isinstance(trainer.original_kind, AdaptersOff):
-        if starts_elsewhere:
+    states = states_of(
+        model,
+        whole,
+        examples,
+        features=trainer.state_features,
+        trained_layers=kind.trained_layers,
+        digest=identity["digest"],
+        states_folder=states_folder,
+        task_feature_lengths=update.task_feature_lengths,
+        batch_size=update.batch_size,
+    )
+    stays = abstract
+    if keeps_whole and not kind.is_apart:
+        stays = model.abstract_computed_params
+    start, shared = None, ""
+    if is_new and not kind.has_adapters and not starts_elsewhere:
+        # A copy: the state's buffers are donated to every update, the original's never.
+        kept = copied(part_of(whole, stays), stays)
+        start = adapters.upper_layers(whole, kind.trained_layers)
+    else:
+        if is_new and not kind.is_apart:
+            shared = digests.of_params(without(whole, trainer.abstract_params))
+        kept = _converted(part_of(whole, stays), stays)
+    del whole
+    if is_new and kind.has_adapters:
+        rank, seed = trainer.adapter_rank, sources.schedule.seed
+        start = model.init_adapters(rank, seed, kind.trained_layers)
+    elif is_new and starts_elsewhere:
+        start = sources.read_start()
+        if not kind.is_apart and shared != digests.of_params(
+            without(start, trainer.abstract_params)
+        ):
             raise UsageError(
-                "START_CHECKPOINT_PATH: adapters start at nothing; expected None with "
-                "ORIGINAL='adapters_off'."
+                f"START_CHECKPOINT_PATH: with TRAINED_LAYERS={kind.trained_layers}, expected a "
+                "model that differs from the original in these layers alone, found other "
+                "differences. Set TRAINED_LAYERS to what that model was trained with."
             )
-        params = _converted(whole, abstract)
-        start = None
-        if is_new:
-            start = model.init_adapters(
-                trainer.adapter_rank, sources.schedule.seed, trainer.trained_layers
-            )
-        return LoadedOriginal(params, identity), start
-    if isinstance(trainer.original_kind, CachedStates):
-        states = states_of(
-            model,
-            whole,
-            examples,
-            digest=identity["digest"],
-            states_folder=states_folder,
-            task_feature_lengths=update.task_feature_lengths,
-            batch_size=update.batch_size,
-        )
-        matrix, _ = model.network.output_matrix(whole)
-        params = copied(matrix, abstract)
-        if is_new and starts_elsewhere:
-            del whole
-            whole = sources.read_start()
-        return LoadedOriginal(params, identity, states), whole if is_new else None
-    if not is_new or starts_elsewhere:
-        params = _converted(whole, abstract)
-        start = sources.read_start() if is_new else None
-        return LoadedOriginal(params, identity), start
-    # A copy: the state's buffers are donated to every update, the original's never.
-    return LoadedOriginal(copied(whole, abstract), identity), whole
+        start = adapters.upper_layers(start, kind.trained_layers)
+    is_whole = jax.tree.structure(kept) == jax.tree.structure(model.abstract_params)
+    loaded = LoadedOriginal(part_of(kept, abstract), identity, kept if is_whole else None, states)
+    return loaded, start
 
 
 def probe(model: Model, params: PyTree) -> np.ndarray:
@@ -249,37 +272,52 @@ def states_of(
     params: PyTree,
     examples: Iterable[Example],
     *,
+    features: Mapping[str, str] = _OF_DECODER,
+    trained_layers: int | None = None,
     digest: str,
     states_folder: str,
     task_feature_lengths: Mapping[str, int],
     batch_size: int,
-) -> OriginalStates:
-    """The decoder states of examples, in a folder that training and others share.
+) -> dict[str, OriginalStates]:
+    """The states of examples, in folders that training and others share.
 
     Args:
       model: The original's network.
       params: The original.
       examples: Any; what the folder has is not computed again.
+      features: Which states, as `Original.features` has them.
+      trained_layers: Of the decoder: those which the states below are for.
       digest: Of the parameters.
       states_folder: To read and to write.
       task_feature_lengths: Tokens of "inputs" and "targets".
       batch_size: Examples that states are computed for at a time.
 
+    Returns:
+      The states by the names of `features`.
+
     Raises:
       UsageError: The folder cannot be used.
     """
-    states = OriginalStates(
-        states_folder,
-        f"{digest}-{_function_of(model.config)}",
-        task_feature_lengths,
-        model.network.feature_layout,
-    )
+    identity = f"{digest}-{_function_of(model.config)}"
+    stores = {}
+    for name, like in features.items():
+        # The folder of the decoder's states has no name of its own: there were no others once.
+        below = "" if name == STATES else f"-{name}-below-{trained_layers}"
+        stores[name] = OriginalStates(
+            states_folder,
+            f"{identity}{below}",
+            task_feature_lengths,
+            model.network.feature_layout,
+            like=like,
+        )
+    function = model.cacheable_states(STATES if STATES in features else None, trained_layers)
 
-    def of_batch(batch: dict[str, np.ndarray]) -> np.ndarray:
-        return np.asarray(model.hidden_states(params, sharding.put_batch(batch, model.mesh)))
+    def of_batch(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        found = function(params, sharding.put_batch(batch, model.mesh))
+        return {name: np.asarray(states) for name, states in found.items()}
 
-    states.compute(examples, of_batch, batch_size)
-    return states
+    original_cache.compute(stores, examples, of_batch, batch_size)
+    return stores
 
 
 def _function_of(config: NetworkConfig) -> str:

@@ -13,13 +13,12 @@ from jax.experimental import multihost_utils
 
 from tnt_jax.data.batches import Batches, batch_for_eval
 from tnt_jax.data.examples import Example, digest, have_strengths, max_negative_ids
-from tnt_jax.data.layouts import FeatureLayout
+from tnt_jax.data.layouts import FeatureLayout, Place
 from tnt_jax.models import sharding
 from tnt_jax.runtime import holding, preemption, prefetch, processes
 from tnt_jax.runtime.array_types import PyTree
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.training import health, load_original, run_checkpoints, settings, train_step
-from tnt_jax.training.originals import CachedStates
 from tnt_jax.training.trainer import Trainer, jit_eval_step
 from tnt_jax.watching import hooks, metric_writers, progress_view, watching
 
@@ -182,9 +181,7 @@ class Loop:
         self, progress: "_Progress", state: train_step.TrainState, start: int
     ) -> Iterator[None]:
         """Context manager around the updates: begins every hook, and closes it at the end."""
-        original_params = None
-        if not isinstance(self.trainer.original_kind, CachedStates):
-            original_params = self.loaded_original.params
+        original_params = self.loaded_original.whole
         if original_params is None and start == 0 and self.sources.start_is_original:
             original_params = self._whole(state)
         beginning = hooks.Beginning(
@@ -202,15 +199,14 @@ class Loop:
 
     def _whole(self, state: train_step.TrainState) -> PyTree:
         """All parameters that the model is run with."""
-        return self.trainer.original_kind.current_params(state.params, self.loaded_original.params)
+        loaded = self.loaded_original
+        beside = loaded.params if loaded.whole is None else loaded.whole
+        return self.trainer.original_kind.current_params(state.params, beside)
 
     def _batch(self, step: int) -> dict[str, jax.Array]:
         """The batch of an update, on the mesh."""
         read = self.data.batches.read(step - 1)
-        placed = [
-            (example, place.row, place.target_offset)
-            for example, place in zip(read.examples, read.places, strict=True)
-        ]
+        placed = list(zip(read.examples, read.places, strict=True))
         batch = self.loaded_original.with_states(self.data.batches.features(read), placed)
         return sharding.put_batch(batch, self.trainer.model.mesh)
 
@@ -406,7 +402,9 @@ class _Evaluation(hooks.Hook):
         for number, batch in enumerate(batches):
             first = number * batch_size
             rows = data.eval_examples[first : first + batch_size]
-            placed = [(example, row, 0) for row, example in enumerate(rows)]
+            placed = [
+                (of, Place(row, row, 1, 0, 0, len(of.targets))) for row, of in enumerate(rows)
+            ]
             batch = sharding.put_batch(
                 loop.loaded_original.with_states(batch, placed), loop.trainer.model.mesh
             )

@@ -1,8 +1,9 @@
-"""The original's decoder states of a data set, computed once and kept in files.
+"""The original's states of a data set, computed once and kept in files.
 
-They depend on the original and on an example's tokens alone: not on marks, objective, weight, batch
-size or packing. So one folder serves every run of a sweep, several data sets may share it, and
-what a stopped run has computed is there for the next one.
+They are those of its decoder and, where the last layers alone are trained, those that enter these
+layers. They depend on the original and on an example's tokens alone: not on marks, objective,
+weight, batch size or packing. So one folder serves every run of a sweep, several data sets may
+share it, and what a stopped run has computed is there for the next one.
 
     FOLDER/<original>/part_<keys>.npy    [tokens, E], one example after the other
     FOLDER/<original>/part_<keys>.json   {"keys": {key of an example: [first row, number of rows]}}
@@ -23,7 +24,7 @@ import operator
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from io import BufferedReader
 
 import jax
@@ -32,10 +33,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from tnt_jax.data.batches import batch_for_eval
-from tnt_jax.data.examples import Example
-from tnt_jax.data.layouts import ENCODER_DECODER, FeatureLayout
+from tnt_jax.data.examples import Example, lengths_of
+from tnt_jax.data.layouts import ENCODER_DECODER, FeatureLayout, Place
 from tnt_jax.runtime import console, files
 from tnt_jax.runtime.errors import UsageError, naming_file, system_error
+
+TARGETS = "decoder_target_tokens"  # the feature of tokens that the decoder's states lie like
 
 _TOKENS_PER_PART = 65_536  # 128 MiB at width 512: what is lost at most when a run is stopped
 
@@ -110,6 +113,8 @@ class OriginalStates:
       identity: Of the original and of how it is computed.
       task_feature_lengths: Where "inputs" and "targets" are cut.
       feature_layout: Of the original's network.
+      like: The feature of tokens with the same positions: there is a state for each target token,
+        or for each position of those that `feature_layout` counts first.
 
     Raises:
       UsageError: The folder is in a bucket, or a part of it is damaged.
@@ -122,22 +127,26 @@ class OriginalStates:
         identity: str,
         task_feature_lengths: Mapping[str, int],
         feature_layout: FeatureLayout = ENCODER_DECODER,
+        *,
+        like: str = TARGETS,
     ):
         if "://" in folder:
             raise UsageError(
                 f"STATES_DIR: expected a local folder (they are read row by row), found {folder}. "
                 "Where records or MODEL_DIR are in a bucket, set it."
             )
-        self._folder = pathlib.Path(folder).expanduser() / re.sub(r"\W+", "-", identity)
+        self.folder = pathlib.Path(folder).expanduser() / re.sub(r"\W+", "-", identity)
         self._lengths = dict(task_feature_lengths)
         self._layout = feature_layout
+        self.like = like
         self._parts: list[_Part] = []
         self._rows: dict[str, tuple[int, int, int]] = {}  # part, first row, number of rows
+        self._kept: dict[str, np.ndarray] = {}  # not yet written
         # `glob` of Python 3.12 finds nothing where the system does not let the folder be read.
-        names = sorted(os.listdir(self._folder)) if self._folder.is_dir() else []  # noqa: PTH208
+        names = sorted(os.listdir(self.folder)) if self.folder.is_dir() else []  # noqa: PTH208
         for name in names:
             if name.startswith("part_") and name.endswith(".json"):
-                self._add(self._folder / name)
+                self._add(self.folder / name)
 
     def _add(self, index: pathlib.Path) -> None:
         try:
@@ -167,7 +176,8 @@ class OriginalStates:
         self._rows |= rows
         self._parts.append(part)
 
-    def _key(self, example: Example) -> str:
+    def key(self, example: Example) -> str:
+        """A name for the tokens that the states depend on."""
         kept = self._layout.cut_input(
             example.inputs, self._lengths["inputs"], example.keeps_last_input
         )
@@ -176,54 +186,43 @@ class OriginalStates:
         hashed = hashlib.sha256(f"{len(inputs)} ".encode() + inputs.tobytes() + targets.tobytes())
         return hashed.hexdigest()[:32]
 
-    def missing(self, examples: Iterable[Example]) -> list[Example]:
-        """Those without states, each content once; the same on every host."""
-        unique = {self._key(example): example for example in examples}
-        is_missing: np.ndarray = np.array([key not in self._rows for key in unique], bool)
+    def missing(self, keys: Collection[str]) -> set[str]:
+        """Those without states; the same on every host."""
+        is_missing: np.ndarray = np.array([key not in self._rows for key in keys], bool)
         if jax.process_count() > 1:  # every host has to take part in computing any
             is_missing = np.any(multihost_utils.process_allgather(is_missing), axis=0)
-        return [e for e, absent in zip(unique.values(), is_missing.tolist(), strict=True) if absent]
+        return {key for key, absent in zip(keys, is_missing.tolist(), strict=True) if absent}
 
-    def compute(
-        self,
-        examples: Iterable[Example],
-        states_of: Callable[[dict[str, np.ndarray]], np.ndarray],
-        batch_size: int,
-    ) -> None:
-        """Computes and keeps the states of the examples that have none.
+    def batches(
+        self, examples: Sequence[Example], batch_size: int
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """The features of examples, each in a row of its own; the last batch is filled up."""
+        return batch_for_eval(examples, batch_size, self._lengths, feature_layout=self._layout)
 
-        Args:
-          examples: Any, also those that have states.
-          states_of: From a batch of model features to states `[B, T, E]`, on this host.
-          batch_size: Rows of a batch.
+    def keep(self, examples: Sequence[Example], states: np.ndarray) -> None:
+        """Keeps the states `[B, T, E]` of the first rows of a batch, each an example of its own.
 
-        Raises:
-          UsageError: The folder cannot be written.
+        They are written when there are enough of them, or by `flush`.
         """
-        todo = self.missing(examples)
-        if not todo:
-            console.log(f"The original's states are in {self._folder}: nothing to compute.")
-            return
-        files.check_writable(self._folder / "part", "STATES_DIR")
-        batches = batch_for_eval(todo, batch_size, self._lengths, feature_layout=self._layout)
-        kept: dict[str, np.ndarray] = {}
-        num_batches = -(-len(todo) // batch_size)
-        title = f"states of the original, {len(todo)} examples, in batches"
-        for number, batch in enumerate(console.progress(batches, title, num_batches)):
-            states = states_of(batch)
-            first = number * batch_size
-            for row, example in enumerate(todo[first : first + batch_size]):
-                num_tokens = min(len(example.targets), self._lengths["targets"])
-                kept[self._key(example)] = states[row, :num_tokens].copy()  # not the batch
-            if sum(map(len, kept.values())) >= _TOKENS_PER_PART:
-                self._write(kept)
-                kept = {}
-        if kept:
-            self._write(kept)
+        for row, example in enumerate(examples):
+            if (key := self.key(example)) not in self._rows:
+                self._kept[key] = states[row, : self._num_states(example)].copy()  # not the batch
+        if sum(map(len, self._kept.values())) >= _TOKENS_PER_PART:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what is kept and not yet written."""
+        if self._kept:
+            self._write(self._kept)
+            self._kept = {}
+
+    def _num_states(self, example: Example) -> int:
+        sizes = self._layout.sizes(lengths_of([example]), self._lengths)
+        return int(sizes[0, int(self.like == TARGETS)])
 
     def _write(self, kept: Mapping[str, np.ndarray]) -> None:
         name = hashlib.sha256(" ".join(kept).encode()).hexdigest()[:16]
-        index = self._folder / f"part_{name}.json"
+        index = self.folder / f"part_{name}.json"
         if index.exists():  # another host was quicker; what it wrote may be in use
             self._add(index)
             return
@@ -244,18 +243,28 @@ class OriginalStates:
         self._add(index)
 
     def of(self, example: Example) -> np.ndarray:
-        """States `[number of target tokens, E]` of an example, read from the file."""
+        """States `[number of tokens, E]` of an example, read from the file."""
         _, _, number = self._place(example)
         return self.feature([(example, 0, 0)], (1, number))[0]
 
     def _place(self, example: Example) -> tuple[int, int, int]:
         """The part where an example is, its first row, and the number of rows."""
-        place = self._rows[self._key(example)]
-        number = min(len(example.targets), self._lengths["targets"])
+        place = self._rows[self.key(example)]
+        number = self._num_states(example)
         if place[2] != number:
             index = self._parts[place[0]].index
             raise _damaged(index, f"{place[2]} states of an example with {number} tokens")
         return place
+
+    def of_batch(
+        self, batch: Mapping[str, np.ndarray], placed: Iterable[tuple[Example, Place]]
+    ) -> np.ndarray:
+        """The states of a batch of features, whose examples lie where they are placed."""
+        starts = [
+            (example, at.row, at.target_offset if self.like == TARGETS else at.input_offset)
+            for example, at in placed
+        ]
+        return self.feature(starts, batch[self.like].shape)
 
     def feature(
         self,
@@ -265,7 +274,7 @@ class OriginalStates:
         """The states of a batch `[B, T, E]`, 0 at padding.
 
         Args:
-          placed: Each example with its row and the position where its targets begin.
+          placed: Each example with its row and the position where its states begin.
           shape: `B` and `T`.
 
         Raises:
@@ -279,9 +288,50 @@ class OriginalStates:
             part = self._parts[number]
             with part.index.with_suffix(".npy").open("rb") as file:
                 for _, first, count, row, start in of_part:
-                    assert start + count <= shape[1], "targets are placed within a batch"
+                    assert start + count <= shape[1], "examples are placed within a batch"
                     part.read(file, first, states[row, start : start + count])
         return states
+
+
+def compute(
+    stores: Mapping[str, OriginalStates],
+    examples: Iterable[Example],
+    states_of: Callable[[dict[str, np.ndarray]], Mapping[str, np.ndarray]],
+    batch_size: int,
+) -> None:
+    """Computes and keeps the states of the examples that lack some.
+
+    Args:
+      stores: By the names of their features; of one network, with the same lengths.
+      examples: Any, also those that have states.
+      states_of: From a batch of model features to states `[B, T, E]` by the same names, on this
+        host.
+      batch_size: Rows of a batch.
+
+    Raises:
+      UsageError: A folder cannot be written.
+    """
+    if not stores:
+        return
+    first_store = next(iter(stores.values()))
+    unique = {first_store.key(example): example for example in examples}  # each content once
+    lacking = set().union(*(store.missing(unique) for store in stores.values()))
+    todo = [example for key, example in unique.items() if key in lacking]
+    if not todo:
+        console.log(f"The original's states are in {first_store.folder}: nothing to compute.")
+        return
+    for store in stores.values():
+        files.check_writable(store.folder / "part", "STATES_DIR")
+    batches = first_store.batches(todo, batch_size)
+    num_batches = -(-len(todo) // batch_size)
+    title = f"states of the original, {len(todo)} examples, in batches"
+    for number, batch in enumerate(console.progress(batches, title, num_batches)):
+        states = states_of(batch)
+        first = number * batch_size
+        for name, store in stores.items():
+            store.keep(todo[first : first + batch_size], states[name])
+    for store in stores.values():
+        store.flush()
 
 
 def default_folder(records_path: str | os.PathLike | None, model_dir: str) -> str:

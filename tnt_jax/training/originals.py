@@ -1,122 +1,165 @@
-"""Where the original's logits come from in an update: the kinds of original.
+"""Where the original's logits come from in an update, and what of a model is trained beside it.
 
 Whatever the kind, what it needs is an argument of the jitted step, sharded, never captured, donated
 or trained: `original_params` below.
 
-    Parameters    a second tree of parameters and a second forward pass: nothing to prepare
-    CachedStates  its decoder states, computed once for a data set, come with the batch; only its
-                  output matrix is in memory
-    AdaptersOff   the model being trained is the original with adapters, so it is its own original
-                  with the adapters left out: one tree of parameters in all
+    parameters       a second tree of parameters and a second forward pass: nothing to prepare
+    cached           its decoder states, computed once for a data set, come with the batch; only its
+                     output matrix is in memory
+    adapters_off     the model being trained is the original with adapters, so it is its own
+                     original with the adapters left out: one tree of parameters in all
+    adapters_cached  the same, and its decoder states come with the batch
+
+With each of them the decoder's last layers alone may be trained, or have adapters. What is below is
+then the original's. If states come with the batch, those that enter these layers do, too, and
+neither model is computed below them.
 """
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 
-from tnt_jax.models import sharding
+from tnt_jax.models import families, sharding
 from tnt_jax.models.adapters import is_adapter
 from tnt_jax.models.factored_logits import FactoredLogits
 from tnt_jax.models.model import Forward
+from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime.array_types import Array, Float, PyTree
 from tnt_jax.runtime.errors import UsageError
 
 # Logits `[B, T, V]`, or what they are the product of.
 Logits = Float[Array, "B T V"] | FactoredLogits
 
-STATES = "original_hidden"  # the model feature that CachedStates reads
-
-
-@runtime_checkable
-class Original(Protocol):
-    """What `train_step` asks of a kind."""
-
-    def current_params(self, params: PyTree, original_params: PyTree | None) -> PyTree:
-        """What the model being trained is run with; `params` are those that get a gradient."""
-        ...
-
-    def logits(
-        self, forward: Forward, original_params: PyTree, batch: Mapping[str, Array]
-    ) -> Logits:
-        """The original's logits for a batch, without dropout."""
-        ...
-
-
-class _Apart:
-    """An original that shares nothing with the model being trained."""
-
-    def current_params(self, params: PyTree, original_params: PyTree | None) -> PyTree:
-        """The trained parameters alone."""
-        del original_params
-        return params
+STATES = "original_hidden"  # the model feature of the original's decoder states
 
 
 @dataclasses.dataclass(frozen=True)
-class Parameters(_Apart):
-    """A second tree of parameters."""
-
-    def logits(
-        self, forward: Forward, original_params: PyTree, batch: Mapping[str, Array]
-    ) -> Logits:
-        """A second forward pass."""
-        return forward(original_params, batch, None)
-
-
-PARAMETERS = Parameters()
-
-
-@dataclasses.dataclass(frozen=True)
-class CachedStates(_Apart):
-    """Decoder states that come with the batch, `[B, T, E]` under `STATES`.
+class Original:
+    """How the original is computed, and what is trained.
 
     Attributes:
-      vocab_axis: Of the output matrix, as in `FactoredLogits`; `original_params` is that matrix.
-      softcap: As in `FactoredLogits`.
+      has_adapters: Whether adapters are trained beside the original's parameters, and nothing else.
+      trained_layers: Of the decoder's layers, the last ones that are trained or have adapters; all
+        else is the original's. None is the whole model, or adapters everywhere.
+      cached_from: The network whose states come with the batch; None computes them in the step.
     """
 
-    vocab_axis: int
-    softcap: float | None = None
+    has_adapters: bool = False
+    trained_layers: int | None = None
+    cached_from: NetworkConfig | None = None
 
-    def logits(
-        self, forward: Forward, original_params: PyTree, batch: Mapping[str, Array]
-    ) -> Logits:
-        """No forward pass at all."""
-        del forward
-        return FactoredLogits(batch[STATES], original_params, self.vocab_axis, self.softcap)
+    @property
+    def name(self) -> str:
+        """The kind, as the setting ORIGINAL has it."""
+        if self.has_adapters:
+            return "adapters_off" if self.cached_from is None else "adapters_cached"
+        return "parameters" if self.cached_from is None else "cached"
 
+    @property
+    def is_apart(self) -> bool:
+        """Whether the model being trained has nothing of the original."""
+        return not self.has_adapters and self.trained_layers is None
 
-@dataclasses.dataclass(frozen=True)
-class AdaptersOff:
-    """One tree of parameters, with adapters beside them; `t5` runs with those that it is given."""
+    @property
+    def begins_above(self) -> int | None:
+        """The `trained_layers` of a forward pass in the step: None computes all layers."""
+        return None if self.cached_from is None else self.trained_layers
+
+    def features(self, *, needs_original: bool) -> dict[str, str]:
+        """The states that come with the batch.
+
+        Args:
+          needs_original: Whether the objective compares with the original.
+
+        Returns:
+          The name of each feature -> that of the feature of tokens with the same positions.
+        """
+        if self.cached_from is None:
+            return {}
+        found = {STATES: "decoder_target_tokens"} if needs_original else {}
+        if self.trained_layers is not None:
+            network = families.network_of(self.cached_from)
+            found |= network.lower_features(self.trained_layers)
+        return found
+
+    def read_params(self, whole: PyTree, trained: PyTree, *, needs_original: bool) -> PyTree | None:
+        """The part of the original's parameters that a step reads; None if there is none.
+
+        Args:
+          whole: All of them, or their shapes.
+          trained: Those that are trained, or their shapes.
+          needs_original: Whether the objective compares with the original.
+        """
+        if self.is_apart and not needs_original:
+            return None
+        read = whole
+        if self.cached_from is not None and not (self.has_adapters and self.trained_layers is None):
+            network = families.network_of(self.cached_from)
+            read = network.upper_params(whole, self.trained_layers or 0)
+        computes_original = self.cached_from is None and needs_original
+        if self.has_adapters or self.is_apart or computes_original:
+            return read
+        return without(read, trained)
 
     def current_params(self, params: PyTree, original_params: PyTree | None) -> PyTree:
-        """The original's parameters with the adapters among them.
+        """What the model being trained is run with.
+
+        Args:
+          params: Those that get a gradient.
+          original_params: Of the original, as `read_params` gives them, or all.
 
         Raises:
-          UsageError: Something else than an adapter would be trained: the original would move.
+          UsageError: Something else than an adapter would be trained beside the original.
         """
+        if self.is_apart:
+            return params
         assert original_params is not None
         others = [path for path, _ in jax.tree.leaves_with_path(params) if not is_adapter(path)]
-        if others:
+        if self.has_adapters and others:
             names = ", ".join(sharding.path_name(path) for path in others[:3])
             raise UsageError(
-                "ORIGINAL='adapters_off' trains adapters alone, or the original would change with "
+                f"ORIGINAL={self.name!r} trains adapters alone, or the original would change with "
                 f"the model; found {len(others)} other parameters to train: {names}."
             )
-        return _merged(original_params, params)
+        return _overlaid(original_params, params)
 
     def logits(
         self, forward: Forward, original_params: PyTree, batch: Mapping[str, Array]
     ) -> Logits:
-        """A second forward pass, through the same parameters without adapters."""
-        return forward(original_params, batch, None)
+        """The original's logits for a batch, without dropout: by a forward pass, or cached."""
+        if self.cached_from is None:
+            return forward(original_params, batch, None)
+        network = families.network_of(self.cached_from)
+        matrix = network.output_matrix(original_params)
+        return FactoredLogits(batch[STATES], *matrix, network.final_softcap)
 
 
-def _merged(tree: Any, other: Any) -> Any:
-    """Two nested dicts as one; no leaf is in both."""
+PARAMETERS = Original()
+
+
+def _overlaid(tree: Any, other: Any) -> Any:
+    """Two nested dicts as one; where both have a leaf, it is the other's."""
     if not (isinstance(tree, Mapping) and isinstance(other, Mapping)):
-        raise AssertionError("a parameter and an adapter have the same name")
-    shared = {key: _merged(tree[key], other[key]) for key in tree.keys() & other.keys()}
+        return other
+    shared = {key: _overlaid(tree[key], other[key]) for key in tree.keys() & other.keys()}
     return {**tree, **other, **shared}
+
+
+def without(tree: Any, other: Any) -> Any:
+    """A nested dict without the branches of which another has leaves."""
+    kept = {}
+    for key, branch in tree.items():
+        if key not in other:
+            kept[key] = branch
+        elif isinstance(branch, Mapping) and (below := without(branch, other[key])):
+            kept[key] = below
+    return kept
+
+
+def part_of(tree: PyTree, like: PyTree) -> PyTree:
+    """The part of a nested dict that has the names of another."""
+    if not isinstance(like, Mapping):
+        return tree
+    return {key: part_of(tree[key], branch) for key, branch in like.items()}

@@ -6,7 +6,8 @@ The item `run` of a checkpoint is a JSON object:
                     it gives a probe batch; None where the objective needs none
     start           the checkpoint that training started from, and a digest of those parameters
     objective, model, optimizer, data, vocabulary, batch_size, task_feature_lengths, pack, seed,
-    adapters        what decides the updates, and is compared on a restart (`COMPARED`)
+    adapters, upper_layers
+                    what decides the updates, and is compared on a restart (`COMPARED`)
     computed_on     devices, mesh, microbatches: they may change, and change the last bits
     versions        of Python and of the packages that compute
     config          the gin settings, as `operative_config.gin` has them
@@ -49,7 +50,11 @@ COMPARED = {
     "pack": "PACK",
     "seed": "SEED",
     "adapters": "ORIGINAL, ADAPTER_RANK, ADAPTER_ALPHA and TRAINED_LAYERS",
+    "upper_layers": "ORIGINAL and TRAINED_LAYERS",
 }
+
+# A run without them says nothing of them.
+_OF_PARTS = ("adapters", "upper_layers")
 
 # Of these the named parts alone are compared; of others everything.
 _IDENTITIES = {
@@ -57,6 +62,7 @@ _IDENTITIES = {
     "start": ("digest",),
     "data": ("digest",),
     "adapters": ("rank", "alpha", "layers"),
+    "upper_layers": ("layers",),
 }
 
 # How a network is computed, not what: or compared elsewhere (`orbax`, `adapters`).
@@ -83,7 +89,7 @@ def describe(
     seed: int,
     data: Mapping[str, Any],
     vocabulary: Any,
-    adapters: Mapping[str, Any] | None,
+    part: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     """What `run` says before the original is read.
 
@@ -93,12 +99,13 @@ def describe(
       seed: Decides the order of the data and dropout.
       data: Which data it is.
       vocabulary: The vocabulary of its ids.
-      adapters: Their settings and what they lie beside; None where there are none.
+      part: What is trained, where that is not the whole model: "adapters" or "upper_layers", with
+        their settings and what they lie beside.
     """
     optimizer = settings_json.describe(update.optimizer)
     if update.learning_rate_factor != 1:
         optimizer |= {"learning_rate_factor": update.learning_rate_factor}
-    run = {
+    return {
         "objective": settings_json.describe(trainer.objective),
         "model": settings_json.describe(trainer.model.config),
         "optimizer": {**optimizer, "max_gradient_norm": update.max_gradient_norm},
@@ -116,17 +123,15 @@ def describe(
             "processes": jax.process_count(),
             "num_microbatches": trainer.num_microbatches,
             "block_size": trainer.block_size,
-            "original": type(trainer.original_kind).__name__,
+            "original": trainer.original_kind.name,
         },
         "versions": {
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in _PACKAGES},
         },
         "config": operative_config.text(),
+        **part,
     }
-    if adapters is not None:
-        run["adapters"] = dict(adapters)
-    return run
 
 
 def _describe_vocabulary(vocabulary: Any) -> dict[str, Any]:
@@ -225,7 +230,8 @@ def begin(
             return loaded.identity["digest"]
         if "start" in allow_changes:
             return None
-        return digests.of_params(sources.read_start() if params is None else params)
+        is_whole = params is not None and trainer.original_kind.is_apart
+        return digests.of_params(params if is_whole else sources.read_start())
 
     run["start"] = _start(before, start_path, digest_of_start)
     if step is None:
@@ -286,7 +292,7 @@ def check_same(
     run.setdefault("changes", list(before.get("changes", [])))
     refused: dict[str, str] = {}
     for name in names:
-        if name not in before and name != "adapters":
+        if name not in before and name not in _OF_PARTS:
             continue
         difference = _difference(name, before.get(name), run.get(name))
         if difference is None:

@@ -16,6 +16,9 @@ from tnt_jax.runtime import settings_json
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.training import train_step
 
+# Where the original's logits come from, and whether adapters are trained.
+ORIGINALS = ("parameters", "cached", "adapters_off", "adapters_cached")
+
 # What becomes of an update whose loss or gradient is not finite: it stops the run, or is left out.
 NON_FINITE = ("stop", "skip")
 
@@ -112,15 +115,15 @@ class OriginalChoice:
     Attributes:
       path: A checkpoint; training starts from it, too. None is a random initialisation.
       kind: "parameters" (a second tree and a second forward pass), "cached" (decoder states,
-        computed once for the data) or "adapters_off" (the model trains low-rank adapters, and is
-        its own original without them).
+        computed once for the data), "adapters_off" (the model trains low-rank adapters, and is
+        its own original without them) or "adapters_cached" (both).
       states_dir: Folder of the cached states; None is beside the file of records, or in the model
         directory.
       adapter_rank: Width of the adapters.
       adapter_alpha: Adapters are multiplied by `adapter_alpha / adapter_rank`.
-      trained_layers: Adapters are beside the decoder's last so many layers alone. What is below
-        them is computed once for both models, and has no gradient. None is all layers, an
-        encoder's too.
+      trained_layers: The decoder's last so many layers alone are trained or have adapters. All
+        else is the original's: what is below is computed once for both models or, where states
+        are cached, once for the data. None is the whole model, an encoder too.
 
     Raises:
       UsageError: Settings contradict each other.
@@ -134,18 +137,27 @@ class OriginalChoice:
     trained_layers: int | None = None
 
     def __post_init__(self):
-        if self.states_dir is not None and self.kind != "cached":
+        if self.kind not in ORIGINALS:
+            raise UsageError(
+                f"ORIGINAL: expected one of {', '.join(ORIGINALS)}; found {self.kind!r}."
+            )
+        if self.states_dir is not None and not self.is_cached:
             raise UsageError(
                 f"STATES_DIR is set, to {self.states_dir}, and ORIGINAL is {self.kind!r}: states "
-                "are kept with ORIGINAL='cached' alone."
+                "are kept with ORIGINAL='cached' or 'adapters_cached' alone."
             )
         if self.adapter_rank < 1:
             raise UsageError(f"ADAPTER_RANK: expected at least 1, found {self.adapter_rank}.")
-        if self.trained_layers is not None and self.kind != "adapters_off":
-            raise UsageError(
-                f"TRAINED_LAYERS is set, to {self.trained_layers}, and ORIGINAL is {self.kind!r}: "
-                "layers are left out with ORIGINAL='adapters_off' alone. Set one of them otherwise."
-            )
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether low-rank adapters are trained, and nothing else."""
+        return self.kind.startswith("adapters")
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether states of the original are computed once for the data, and kept in files."""
+        return self.kind.endswith("cached")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,18 +10,11 @@ import jax.numpy as jnp
 import optax
 
 from tnt_jax import objectives
-from tnt_jax.models import sharding
-from tnt_jax.models.model import Model
+from tnt_jax.models import adapters, sharding
+from tnt_jax.models.model import Forward, Model
 from tnt_jax.runtime.array_types import PyTree
 from tnt_jax.training import train_step
-from tnt_jax.training.originals import (
-    PARAMETERS,
-    STATES,
-    AdaptersOff,
-    CachedStates,
-    Original,
-    Parameters,
-)
+from tnt_jax.training.originals import PARAMETERS, STATES, Original
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,10 +26,8 @@ class Trainer:
       objective: The loss per token.
       optimizer: Updates the parameters.
       num_microbatches: Parts that a batch is computed in.
-      original_kind: Where the original's logits come from.
-      adapter_rank: Of the adapters that are trained where `original_kind` is `AdaptersOff`.
-      trained_layers: Of the decoder's layers, the upper ones that have them; None: all, and those
-        of an encoder.
+      original_kind: Where the original's logits come from, and what is trained.
+      adapter_rank: Of the adapters, where these are trained.
       block_size: Tokens that the loss is computed for at a time on a device; None chooses.
       skip_non_finite: As in `train_step.train_step`.
     """
@@ -47,27 +38,30 @@ class Trainer:
     num_microbatches: int = 1
     original_kind: Original = PARAMETERS
     adapter_rank: int = 0
-    trained_layers: int | None = None
     block_size: int | None = None
     skip_non_finite: bool = False
 
     @functools.cached_property
     def abstract_params(self) -> PyTree:
         """Shapes, dtypes and shardings of the parameters that are trained."""
-        if isinstance(self.original_kind, AdaptersOff):
-            return self.model.abstract_adapters(self.adapter_rank, self.trained_layers)
-        return self.model.abstract_params
+        layers = self.original_kind.trained_layers
+        if self.original_kind.has_adapters:
+            return self.model.abstract_adapters(self.adapter_rank, layers)
+        return adapters.upper_layers(self.model.abstract_params, layers)
 
     @functools.cached_property
     def abstract_original(self) -> PyTree | None:
         """Shapes, dtypes and shardings of what the step reads of the original; None if nothing."""
-        if isinstance(self.original_kind, AdaptersOff):  # the model cannot run without it
-            return self.model.abstract_computed_params
-        if not self.objective.needs_original:
-            return None
-        if isinstance(self.original_kind, CachedStates):
-            return self.model.network.output_matrix(self.model.abstract_params)[0]
-        return self.model.abstract_computed_params
+        return self.original_kind.read_params(
+            self.model.abstract_computed_params,
+            self.abstract_params,
+            needs_original=self.objective.needs_original,
+        )
+
+    @property
+    def state_features(self) -> dict[str, str]:
+        """The states that come with a batch, as `Original.features` has them."""
+        return self.original_kind.features(needs_original=self.objective.needs_original)
 
     @functools.cached_property
     def abstract_state(self) -> train_step.TrainState:
@@ -106,11 +100,11 @@ class Trainer:
             name: jax.ShapeDtypeStruct(shape, jnp.float32 if name in floats else jnp.int32)
             for name, shape in feature_shapes.items()
         }
-        if isinstance(self.original_kind, CachedStates) and self.objective.needs_original:
-            shapes[STATES] = jax.ShapeDtypeStruct(
-                (*shapes["decoder_target_tokens"].shape, self.model.config.emb_dim),
-                self.model.network.hidden_dtype,
-            )
+        for name, like in self.state_features.items():
+            network = self.model.network
+            shape = (*shapes[like].shape, self.model.config.emb_dim)
+            dtype = network.hidden_dtype if name == STATES else self.model.config.dtype
+            shapes[name] = jax.ShapeDtypeStruct(shape, dtype)
         where = sharding.batch_sharding(self.model.mesh)
         return {
             name: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
@@ -136,9 +130,9 @@ class Trainer:
         if config.dtype != "bfloat16":
             tries.append("DTYPE='bfloat16' (activations, and the original's kernels, in half)")
         tries.append("NUM_MICROBATCHES (activations of a part of the batch)")
-        if isinstance(self.original_kind, Parameters) and self.objective.needs_original:
+        if self.original_kind.name == "parameters" and self.objective.needs_original:
             tries.append("ORIGINAL='cached' (no second tree of parameters)")
-        if not isinstance(self.original_kind, AdaptersOff):
+        if not self.original_kind.has_adapters:
             tries.append("ORIGINAL='adapters_off' (gradients and optimizer of adapters alone)")
         tries.append("a smaller BATCH_SIZE or TASK_FEATURE_LENGTHS")
         return tries
@@ -157,6 +151,13 @@ def _jit_init_state(trainer: Trainer) -> Callable[..., train_step.TrainState]:
     )
 
 
+def _forward_of(model: Model, kind: Original) -> Forward:
+    """The forward pass of a step: of the layers above the states that come with the batch."""
+    if kind.begins_above is None:
+        return model.forward
+    return functools.partial(model.forward, trained_layers=kind.begins_above)
+
+
 @sharding.keep_compiled
 def _jit_step(trainer: Trainer) -> Callable[..., tuple[train_step.TrainState, train_step.Sums]]:
     state = sharding.shardings_of(trainer.abstract_state)
@@ -166,7 +167,7 @@ def _jit_step(trainer: Trainer) -> Callable[..., tuple[train_step.TrainState, tr
         sharding.traced_on(
             mesh,
             train_step.train_step,
-            forward=trainer.model.forward,
+            forward=_forward_of(trainer.model, trainer.original_kind),
             objective=trainer.objective,
             optimizer=trainer.optimizer,
             num_microbatches=trainer.num_microbatches,
@@ -218,7 +219,7 @@ def _jit_for_eval(
         sharding.traced_on(
             model.mesh,
             step,
-            forward=model.forward,
+            forward=_forward_of(model, kind),
             objective=objective,
             original_kind=kind,
             block_size=block_size,
