@@ -13,7 +13,7 @@ PACKAGE = ROOT / "tnt_jax"
 GIN_CONFIGS = ROOT / "gin_configs"
 PROGRAMS = (
     *("train", "generate", "annotate", "localize", "evaluate", "report"),
-    *("patch", "pipeline", "sweep", "convert", "preferences", "precompile"),
+    *("patch", "pipeline", "sweep", "convert", "preferences", "prepare", "precompile"),
 )
 # Folder of gin files -> what they are.
 GIN_FOLDERS = {

@@ -52,6 +52,7 @@ from tnt_jax.data.examples import (
     have_strengths,
     id_of,
     max_negative_ids,
+    num_marks_of,
     unique_pairs,
 )
 from tnt_jax.data.layouts import convert_features
@@ -243,7 +244,7 @@ def get_dataset(
         )
     logging.info(
         "%d of %d examples have marks.",
-        sum(bool(len(example.negative_pairs)) for example in examples),
+        int((num_marks_of(examples) > 0).sum()),
         len(examples),
     )
     rows_of_host = cfg.batch_size // num_shards

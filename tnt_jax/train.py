@@ -20,6 +20,7 @@ Example:
 import contextlib
 import dataclasses
 import functools
+import itertools
 import os
 import shlex
 from collections.abc import Mapping, Sequence
@@ -30,8 +31,15 @@ from etils import epath
 
 from tnt_jax import objectives
 from tnt_jax.checkpoints import pretrained
+from tnt_jax.data import datasets
 from tnt_jax.data.batches import Batches
-from tnt_jax.data.examples import Example, check_token_ids, digest
+from tnt_jax.data.examples import (
+    Example,
+    check_token_ids,
+    count_graded,
+    digest,
+    num_marks_of,
+)
 from tnt_jax.data.layouts import are_all_covered, count_lost
 from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime import (
@@ -70,8 +78,8 @@ class Dataset(Protocol):
         """Ids to remove at every position, whatever the marks."""
         ...
 
-    def load(self, task_feature_lengths: Mapping[str, int]) -> list[Example]:
-        """All examples, tokenised and marked."""
+    def load(self, task_feature_lengths: Mapping[str, int]) -> Sequence[Example]:
+        """All examples, tokenised and marked: a list, or an `examples.ExampleTable`."""
         ...
 
 
@@ -131,7 +139,7 @@ def train(
 
     # ---------------------------------------------------------------------------------- The data
     examples, eval_examples = (
-        _read_examples(each, update.task_feature_lengths, sources) if each else []
+        _read_examples(each, update.task_feature_lengths, sources, model_dir) if each else []
         for each in (dataset, eval_dataset)
     )
     layout = trainer.model.network.feature_layout
@@ -162,7 +170,7 @@ def train(
             trainer,
             sources,
             update,
-            examples=[*examples, *eval_examples],
+            examples=itertools.chain(examples, eval_examples),
             states_folder=original_choice.states_dir
             or original_cache.default_folder(getattr(dataset, "files", None), model_dir),
             keeps_whole=bool(watch_hooks),
@@ -197,12 +205,18 @@ def train(
 
 
 def _read_examples(
-    dataset: Dataset, task_feature_lengths: Mapping[str, int], sources: load_original.Sources
-) -> list[Example]:
+    dataset: Dataset,
+    task_feature_lengths: Mapping[str, int],
+    sources: load_original.Sources,
+    model_dir: str,
+) -> Sequence[Example]:
     """All examples of a data set, whose ids are those of the network."""
     config = sources.model.config
     pretrained.check_vocabulary(dataset.vocabulary, config, sources.original_source)
-    examples = dataset.load(task_feature_lengths)
+    if isinstance(dataset, datasets.RecordFiles):
+        examples = dataset.load(task_feature_lengths, model_dir)
+    else:
+        examples = dataset.load(task_feature_lengths)
     check_token_ids(examples, config.vocab_size)
     return examples
 
@@ -293,9 +307,9 @@ def _check_marks(
     objective, num_embeddings = trainer.objective, trainer.model.config.vocab_size
     if objective.negative_term == "none":
         return
-    num_marked = sum(bool(len(example.negative_pairs)) for example in examples)
+    marks_of_each = num_marks_of(examples)
+    num_marked, num_marks = int((marks_of_each > 0).sum()), int(marks_of_each.sum())
     cut = count_lost(examples, task_feature_lengths)
-    num_marks = sum(len(example.negative_pairs) for example in examples)
     if num_marks == cut.num_marks and not objective.removed_everywhere:
         raise UsageError(
             f"negative_term={objective.negative_term!r} needs marked tokens, but none of the "
@@ -314,11 +328,7 @@ def _check_marks(
             "original: expected some text that may stay. Mark the unwanted words alone, and leave "
             "clean outputs in the file."
         )
-    num_graded = sum(
-        int((example.negative_strengths < 1).sum())
-        for example in examples
-        if example.negative_strengths is not None
-    )
+    num_graded = count_graded(examples)
     graded = f" {num_graded} of them have a strength below 1." if num_graded else ""
     console.log(
         f"{num_marked} of {len(examples)} examples have marks: {num_marks} ids to remove, of which "

@@ -52,8 +52,11 @@ def test_rows_by_hand():
     assert [row.tolist() for row in rows] == [[1, 3], [2, 4, 0]]
     # One dimension alone would let four of the examples share.
     assert len(packing.pack(sizes, (14, 14))) == 1
-    # In windows, each of its own.
+    # In windows, each of its own, which follow each other in an order.
     assert [row.tolist() for row in packing.pack(sizes, (14, 14), window=3)] == [[1, 2, 0], [3, 4]]
+    order = np.array([4, 3, 2, 1, 0])
+    rows = packing.pack(sizes, (14, 14), window=3, order=order)
+    assert [row.tolist() for row in rows] == [[3, 2, 4], [1, 0]]
 
 
 def test_what_is_longer_than_a_row_has_a_row_of_its_own():
@@ -68,7 +71,7 @@ def test_what_is_longer_than_a_row_has_a_row_of_its_own():
 def test_every_example_is_in_one_row_and_no_two_rows_would_fit_into_one(sizes, window):
     sizes = np.array(sizes)
     rows = packing.pack(sizes, (10, 8), window)
-    assert sorted(np.concatenate(rows).tolist()) == list(range(len(sizes)))
+    assert sorted(rows.members.tolist()) == list(range(len(sizes)))
     kept = np.minimum(sizes, (10, 8))
     filled = [kept[row].sum(axis=0) for row in rows]
     assert (np.array(filled) <= (10, 8)).all()
@@ -156,17 +159,30 @@ def test_a_layout_says_where_every_example_lies():
             assert (features["decoder_negative_ids"] >= 0).sum() == num_marks
 
 
-def test_every_example_is_seen_once_per_epoch(monkeypatch):
-    """Also where the permutation decides how many rows an epoch has: in small windows it does."""
-    monkeypatch.setattr(packing, "pack", functools.partial(packing.pack, window=7))
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_every_example_is_seen_once_per_epoch(shuffle):
     examples = random_examples(23)
-    batches = packed_batches(examples, batch_size=4)
-    assert len({batches._num_rows(epoch) for epoch in range(9)}) > 1
+    batches = packed_batches(examples, batch_size=4, shuffle=shuffle)
     indices = [place.example for k in range(40) for place in batches.layout(k)]
     epochs = np.array(indices[: len(indices) // 23 * 23]).reshape(-1, 23)
     assert len(epochs) > 10
     assert (np.sort(epochs, axis=1) == np.arange(23)).all()
-    assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == (len(epochs) if shuffle else 1)
+
+
+def test_the_same_examples_share_a_row_in_every_epoch_and_with_every_seed():
+    examples = random_examples(40)
+
+    def rows_of(batches):
+        rows = {}
+        for k in range(30):
+            for place in batches.layout(k):
+                rows.setdefault((k, place.row), []).append(place.example)
+        return {tuple(row) for row in rows.values()}
+
+    found = rows_of(packed_batches(examples))
+    assert rows_of(dataclasses.replace(packed_batches(examples), seed=8)) == found
+    assert sorted(index for row in found for index in row) == list(range(40))
 
 
 def test_batch_k_does_not_depend_on_what_was_read_before():

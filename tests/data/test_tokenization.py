@@ -667,3 +667,40 @@ def test_an_unusable_vocabulary_is_a_usage_error(tmp_path):
     with pytest.raises(UsageError, match="found PassThroughVocabulary"):
         tokenization.check_vocabulary(seqio.PassThroughVocabulary(9))
     assert tokenization.check_vocabulary(BYTES) == 259
+
+
+# --- Read off, or asked for -----------------------------------------------------------------------
+
+_BITS = [
+    *"the house",
+    " ",
+    "  ",
+    "\n",
+    "\u00a0",
+    "½",
+    "\u200b",
+    "e\u0301",
+    "😂",
+    "<extra_id_0>",
+    "▁",
+]
+
+
+@hypothesis.settings(max_examples=300)
+@hypothesis.given(st.lists(st.sampled_from([*_BITS, "the ", "house"]), max_size=12).map("".join))
+def test_extents_that_are_read_off_are_sentencepieces_own(small_vocabulary, text):
+    """Where the pieces are the text; elsewhere sentencepiece is asked anyway."""
+    ids = [*small_vocabulary.encode(text), small_vocabulary.end_id]
+    found = small_vocabulary.encode_with_extents(text), small_vocabulary.extents(ids)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenization.SentencePiece, "_read_off", lambda *_: None)
+        asked = small_vocabulary.encode_with_extents(text), small_vocabulary.extents(ids)
+    assert found == asked
+
+
+def test_extents_are_read_off_where_only_white_space_differs(small_vocabulary, monkeypatch):
+    monkeypatch.setattr(tokenization, "_piece_extents", None)
+    text = " the\n\n house  "
+    ids, extents, _ = small_vocabulary.encode_with_extents(text)
+    assert small_vocabulary.decode(ids) == "the house"
+    assert "".join(text[start:end] for start, end in extents) == "thehouse"

@@ -383,6 +383,19 @@ def original_of(**changes):
             "otherwise: its log-probabilities of a probe batch differ by 0.25 nats a token (the "
             "model's settings, or the versions of what computes)",
         ),
+        (  # whose batches had another order
+            "pack",
+            True,
+            "planned once",
+            "pack (PACK) was True, planned anew in every epoch by an earlier version, is True",
+        ),
+        (
+            "data",
+            {"num_examples": 65_537, "digest": "0" * 16},
+            {"num_examples": 65_537, "digest": "rows-" + "1" * 16},
+            "data (RECORDS) was 65537 examples (digest 0000000000000000, in the order of an "
+            "earlier version), is 65537 examples (digest rows-1111111111111111)",
+        ),
         (
             "objective",
             {"z_loss": 0.0},

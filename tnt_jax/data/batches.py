@@ -1,14 +1,20 @@
 """Batches of features: which examples each has, in which order and rows. NumPy only."""
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from tnt_jax.data import packing
-from tnt_jax.data.examples import Example, have_strengths, max_negative_ids
+from tnt_jax.data import packing, shuffling
+from tnt_jax.data.examples import (
+    Example,
+    ExampleTable,
+    have_strengths,
+    lengths_of,
+    max_negative_ids,
+    take,
+)
 from tnt_jax.data.layouts import ENCODER_DECODER, FeatureLayout, Place
 from tnt_jax.runtime.errors import UsageError
 
@@ -50,18 +56,29 @@ class Padding(NamedTuple):
     target_padding: float  # of the targets
 
 
+class Placed(NamedTuple):
+    """What is in a batch.
+
+    Attributes:
+        examples: row by row.
+        places: where each of them lies.
+    """
+
+    examples: list[Example]
+    places: list[Place]
+
+
 @dataclasses.dataclass
 class Batches:
     """An endless sequence of batches: batch k depends on the examples, the seed and k alone.
 
-    Every epoch is a permutation of all examples by (seed, epoch), and batches run on from one epoch
+    Every epoch is a permutation of all rows by (seed, epoch), and batches run on from one epoch
     into the next: each example is seen exactly once per epoch, whatever the batch size. Nothing
     needs to be saved to resume, and every host builds the same global batch.
 
-    Packing puts as many whole examples into a row as fit, within the permutation of one epoch. The
-    batch size counts rows, so a packed batch has as many positions as an unpacked one, and more
-    examples. How many rows an epoch has depends on its permutation: to find batch k, the epochs
-    before it are packed as well, 4 microseconds for each example, once.
+    Without packing an example is a row. Packing puts as many whole examples into a row as fit. It
+    is planned once, whatever the seed, so the same examples share a row in every epoch. The batch
+    size counts rows, so a packed batch has as many positions as an unpacked one, and more examples.
 
     Attributes:
         examples: the data set.
@@ -97,24 +114,48 @@ class Batches:
             self.num_negative_ids = max_negative_ids(self.examples)
         if self.has_strengths is None:
             self.has_strengths = have_strengths(self.examples)
-        self._sizes = self.feature_layout.sizes(self.examples, self.task_feature_lengths)
-        # Both serve many batches. The loop's thread asks and the user may, so the caches are ones
-        # that threads can share.
-        self._rows = functools.lru_cache(maxsize=2)(self._rows_of_epoch)
-        self._num_rows = functools.lru_cache(maxsize=None)(lambda epoch: len(self._rows(epoch)))
+        self._rows = self._planned() if self.pack else None
+        self._num_rows = len(self.examples if self._rows is None else self._rows)
+
+    def _planned(self) -> packing.Rows:
+        """Which examples share a row: planned now, or kept with the examples."""
+        capacity = self.feature_layout.capacity(self.task_feature_lengths)
+        num_examples = len(self.examples)
+
+        def plan() -> np.ndarray:
+            order = None
+            if self.shuffle:  # or a window of examples that are alike would pack badly
+                order = shuffling.rows_at(np.arange(num_examples), num_examples, seed=0, epoch=0)
+            rows = packing.pack(self._sizes(lengths_of(self.examples)), capacity, order=order)
+            return np.concatenate([rows.starts, rows.members], dtype=np.int64)
+
+        if not isinstance(self.examples, ExampleTable):
+            found = plan()
+        else:
+            layout, lengths = type(self.feature_layout).__name__, dict(self.task_feature_lengths)
+            found = self.examples.kept(
+                f"packing {packing.WINDOW} {layout} {sorted(lengths.items())} {self.shuffle}", plan
+            )
+        return packing.Rows(found[-num_examples:], found[:-num_examples])
+
+    def _sizes(self, lengths: np.ndarray) -> np.ndarray:
+        return self.feature_layout.sizes(lengths, self.task_feature_lengths)
 
     def batch(self, k: int) -> dict[str, np.ndarray]:
         """Batch k, counted from 0: its model features."""
-        places = self.layout(k)
-        return self.feature_layout.convert(
-            [self.examples[place.example] for place in places],
-            self.task_feature_lengths,
-            self.num_negative_ids,
-            places if self.pack else None,
-            self.has_strengths,
-        )
+        return self.features(self.read(k))
 
     __getitem__ = batch
+
+    def features(self, placed: Placed) -> dict[str, np.ndarray]:
+        """The model features of what `read` has read."""
+        return self.feature_layout.convert(
+            placed.examples,
+            self.task_feature_lengths,
+            self.num_negative_ids,
+            placed.places if self.pack else None,
+            self.has_strengths,
+        )
 
     def layout(self, k: int) -> list[Place]:
         """Which examples batch k has, and where each of them lies; row by row.
@@ -122,49 +163,47 @@ class Batches:
         What is kept for each example, such as an array `[T, E]` of the original's decoder states,
         goes to `[row, target_offset : target_offset + num_targets]` of an array `[B, T, E]`.
         """
+        return self.read(k).places
+
+    def read(self, k: int) -> Placed:
+        """The examples of batch k, with their places as `layout` has them."""
+        members = self._members(k)
+        examples = take(self.examples, np.concatenate(members))
+        sizes = iter(self._sizes(lengths_of(examples)).tolist())
         places = []
-        for row, indices in enumerate(self._members(k)):
+        for row, indices in enumerate(members):
             input_offset = target_offset = 0
-            for segment, index in enumerate(indices, start=1):
-                num_inputs, num_targets = self._sizes[index].tolist()
-                places.append(
-                    Place(int(index), row, segment, input_offset, target_offset, num_targets)
-                )
+            for segment, index in enumerate(indices.tolist(), start=1):
+                num_inputs, num_targets = next(sizes)
+                places.append(Place(index, row, segment, input_offset, target_offset, num_targets))
                 input_offset += num_inputs
                 target_offset += num_targets
-        return places
+        return Placed(examples, places)
 
     def padding(self) -> Padding:
-        """How full the rows of the first epoch are."""
-        num_rows = self._num_rows(0)
+        """How full the rows of an epoch are."""
         capacity = np.array(self.feature_layout.capacity(self.task_feature_lengths))
-        input_share, target_share = self._sizes.sum(axis=0) / (num_rows * capacity)
-        per_row = len(self.examples) / num_rows
-        return Padding(num_rows, per_row, 1 - float(input_share), 1 - float(target_share))
+        total = self._sizes(lengths_of(self.examples)).sum(axis=0, dtype=np.int64)
+        input_share, target_share = total / (self._num_rows * capacity)
+        per_row = len(self.examples) / self._num_rows
+        return Padding(self._num_rows, per_row, 1 - float(input_share), 1 - float(target_share))
 
     def _members(self, k: int) -> list[np.ndarray]:
         """The indices of the examples of each row of batch k."""
-        epoch, start = 0, k * self.batch_size  # the row at which the batch starts in the epoch
-        if not self.pack:
-            epoch, start = divmod(start, len(self.examples))
-        while start >= self._num_rows(epoch):
-            start -= self._num_rows(epoch)
-            epoch += 1
-        members: list[np.ndarray] = []
-        while len(members) < self.batch_size:
-            members.extend(self._rows(epoch)[start : start + self.batch_size - len(members)])
-            epoch, start = epoch + 1, 0
-        return members
-
-    def _rows_of_epoch(self, epoch: int) -> Sequence[np.ndarray] | np.ndarray:
-        order = np.arange(len(self.examples))
+        epochs, places = np.divmod(
+            np.arange(k * self.batch_size, (k + 1) * self.batch_size), self._num_rows
+        )
+        rows = places
         if self.shuffle:
-            order = np.random.default_rng([self.seed, epoch]).permutation(len(order))
-        if not self.pack:
-            return order[:, None]
-        capacity = self.feature_layout.capacity(self.task_feature_lengths)
-        rows = packing.pack(self._sizes[order], capacity)
-        return [order[row] for row in rows]
+            rows = np.concatenate(
+                [
+                    shuffling.rows_at(places[epochs == epoch], self._num_rows, self.seed, epoch)
+                    for epoch in np.unique(epochs).tolist()
+                ]
+            )
+        if self._rows is None:
+            return list(rows[:, None])
+        return [self._rows[row] for row in rows.tolist()]
 
 
 def batch_for_eval(

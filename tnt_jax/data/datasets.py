@@ -1,14 +1,24 @@
 """Data sets that a run reads from files of records, without TensorFlow."""
 
+import contextlib
 import dataclasses
+import pathlib
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from absl import logging
 
 from tnt_jax.data import marks, records, removed_everywhere, tokenization
-from tnt_jax.data.examples import Example, says_removed, select_clean
+from tnt_jax.data.examples import (
+    IS_CLEAN,
+    Example,
+    ExampleTable,
+    says_removed,
+    select_clean,
+    subset,
+)
 from tnt_jax.data.layouts import count_lost
-from tnt_jax.runtime import console
+from tnt_jax.runtime import console, files
 from tnt_jax.runtime.errors import UsageError
 
 
@@ -28,6 +38,8 @@ class RecordFiles:
             negative token.
         only_clean: leaves out every example in which something unwanted was said, for filtered
             fine-tuning and filtered distillation.
+        examples_dir: a local folder that the examples of files of any size are kept in. None keeps
+            those of files from 16 MiB on, beside the file.
 
     Raises:
         UsageError: settings contradict each other.
@@ -42,6 +54,7 @@ class RecordFiles:
     loss_until: str = "end"
     # Notes of finished stages do not have it: `settings_json.describe`.
     only_clean: bool = dataclasses.field(default=False, metadata={"omit_default": True})
+    examples_dir: str | None = dataclasses.field(default=None, metadata={"omit_default": True})
 
     def __post_init__(self):
         if self.only_clean and not self.annotated:
@@ -59,19 +72,33 @@ class RecordFiles:
         """What the annotator of the records removes at every position of all of them."""
         return removed_everywhere.of_records(self.files)
 
-    def load(self, task_feature_lengths: Mapping[str, int]) -> list[Example]:
-        """Reads, tokenises and marks all records.
+    def load(
+        self, task_feature_lengths: Mapping[str, int], model_dir: str | None = None
+    ) -> Sequence[Example]:
+        """All records, tokenised and marked: made now, or before and read where they lie.
+
+        Args:
+            task_feature_lengths: "inputs" and "targets", in tokens.
+            model_dir: where examples that cannot lie beside their records may be kept.
 
         Raises:
             UsageError: a file, a record or the vocabulary has a mistake.
         """
         tokenization.check_vocabulary(self.vocabulary)
-        rows = check_trainable(records.read_records(self.files), self.files, self.annotated)
-        examples = marks.examples_from_records(
-            rows, self.vocabulary, self.files, self.marks, self.loss_until
-        )
+        folders = self.folders(model_dir)
+        examples = self.make(task_feature_lengths, folders) if folders else None
+        if examples is not None:
+            is_clean = (examples.column("flags") & IS_CLEAN) > 0
+        else:
+            if folders:
+                console.log(
+                    f"{self.files}: {' and '.join(folders)} cannot be written, so examples are "
+                    "made in memory, by every process and at every start. Set EXAMPLES_DIR to a "
+                    "local folder."
+                )
+            examples, is_clean = self._in_memory()
         if self.only_clean:
-            examples = _clean(rows, examples, self.files)
+            examples = _clean(examples, is_clean, self.files)
         if self.clean_per_marked is not None:
             selection = select_clean(examples, self.clean_per_marked, self.seed)
             console.log(
@@ -82,49 +109,103 @@ class RecordFiles:
         log_lost(examples, task_feature_lengths, self.files)
         return examples
 
+    def _in_memory(self) -> tuple[Sequence[Example], np.ndarray]:
+        """The examples, and of each whether nothing unwanted was said in it."""
+        rows = check_trainable(records.read_records(self.files), self.files, self.annotated)
+        examples = marks.examples_from_records(
+            rows, self.vocabulary, self.files, self.marks, self.loss_until
+        )
+        # A span may have no token, and a token may be marked without a span: by earlier rounds.
+        is_clean = [
+            not row.negative_spans and not says_removed(example)
+            for row, example in zip(rows, examples, strict=True)
+        ]
+        return examples, np.array(is_clean)
 
-def _clean(
-    rows: Sequence[records.Record], examples: Sequence[Example], files: str
-) -> list[Example]:
+    def make(
+        self, task_feature_lengths: Mapping[str, int], folders: Sequence[str]
+    ) -> ExampleTable | None:
+        """Opens the examples of all records in a folder, where they are made if need be.
+
+        Args:
+            task_feature_lengths: "inputs" and "targets", in tokens.
+            folders: the first one that has them, or else the first one that can be written.
+
+        Returns:
+            The examples; None where no folder can be written.
+
+        Raises:
+            UsageError: as `load`, or what is in a folder is damaged.
+        """
+        from tnt_jax.data import example_maker  # and with it the tokenisers of chat models
+
+        settings = {"marks": self.marks, "loss_until": self.loss_until, "annotated": self.annotated}
+        plan = example_maker.make_plan(self.files, self.vocabulary, task_feature_lengths, settings)
+        places = [pathlib.Path(folder).expanduser() for folder in folders]
+        place = next((place for place in places if (place / plan.key).exists()), None)
+        for folder in places if place is None else ():
+            with contextlib.suppress(UsageError):
+                files.check_directory(folder, "EXAMPLES_DIR")
+                place = folder
+                break
+        if place is None:
+            return None
+        examples = example_maker.open_or_make(plan, place)
+        marks.log_spans_without_token(examples.about["num_spans_without_token"], self.files)
+        return examples
+
+    def folders(self, model_dir: str | None = None) -> list[str]:
+        """Where examples may be kept; none where they are made in memory.
+
+        Raises:
+            UsageError: `examples_dir` is no local folder, or no digest tells the tokeniser.
+        """
+        is_known = isinstance(self.vocabulary, tokenization.Bytes) or any(
+            hasattr(self.vocabulary, name)
+            for name in ("sentencepiece_model_file", "tokenizer_digest")
+        )
+        if self.examples_dir is not None:
+            if "://" in self.examples_dir or not is_known:
+                raise UsageError(
+                    "EXAMPLES_DIR: expected a local folder, and a tokeniser of this project; found "
+                    f"{self.examples_dir} and {type(self.vocabulary).__name__}. Set it to None."
+                )
+            return [self.examples_dir]
+        sizes = [files.size_of(file) for file in files.matching_files(self.files)]
+        if sum(sizes) < _SMALLEST or not is_known:
+            return []
+        beside = [f"{self.files}.examples"] if pathlib.Path(self.files).is_file() else []
+        is_local = model_dir is not None and "://" not in model_dir
+        return [*beside, *([f"{model_dir}/examples"] if is_local else [])]
+
+
+# Bytes of records. Examples of fewer are made in two seconds, and take less memory than a model.
+_SMALLEST = 2**24
+
+
+def _clean(examples: Sequence[Example], is_clean: np.ndarray, path: str) -> Sequence[Example]:
     """The examples in which nothing unwanted was said; says how many others there were.
 
     Raises:
         UsageError: something unwanted was said in all of them.
     """
-    kept = [
-        example
-        for row, example in zip(rows, examples, strict=True)
-        # A span may have no token, and a token may be marked without a span: by earlier rounds.
-        if not row.negative_spans and not says_removed(example)
-    ]
+    kept = subset(examples, np.flatnonzero(is_clean))
     if not kept:
         raise UsageError(
-            f"{files}: only_clean needs examples without marks, but something is marked in all "
+            f"{path}: only_clean needs examples without marks, but something is marked in all "
             f"{len(examples)} of them. Give outputs to more prompts, or train on the marks."
         )
     console.log(
-        f"{files}: {len(kept)} of {len(examples)} examples, those in which nothing is marked; "
+        f"{path}: {len(kept)} of {len(examples)} examples, those in which nothing is marked; "
         f"{len(examples) - len(kept)} are left out (only_clean)."
     )
     return kept
 
 
-def check_trainable(
-    rows: list[records.Record], files: str, annotated: bool
-) -> list[records.Record]:
+def check_trainable(rows: list[records.Record], path: str, annotated: bool) -> list[records.Record]:
     """Returns the records; raises a UsageError where one of them cannot be trained on."""
     for record in rows:
-        if not record.targets and record.target_ids is None:
-            raise UsageError(
-                f"{files}: record {record.id!r} has no targets. Expected outputs of the original "
-                "model (tnt_jax.generate writes them), not prompts."
-            )
-        if annotated and record.negative_spans is None and not record.negative_token_ids:
-            raise UsageError(
-                f"{files}: record {record.id!r} has no negative_spans: nobody annotated it. Run "
-                "tnt_jax.annotate on the file, or set ANNOTATED (RecordFiles.annotated) to False "
-                "to train on it as it is."
-            )
+        records.check_trainable(record, path, annotated)
     return rows
 
 

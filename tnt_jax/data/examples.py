@@ -1,15 +1,18 @@
 """Tokenised examples of any length: token ids, ids to remove, and what may be trained on.
 
-Axes: `Ti` input tokens, `T` target tokens, `M` marks. NumPy only.
+A data set is a list of them, or an `ExampleTable` that reads them from files when they are asked
+for. Axes: `Ti` input tokens, `T` target tokens, `M` marks. NumPy only.
 """
 
+import abc
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from tnt_jax.data import shuffling
 from tnt_jax.runtime.errors import UsageError
 
 LOSS_UNTIL = ("end", "first_negative")
@@ -43,6 +46,126 @@ class Example:
     span_numbers: np.ndarray | None = None
     id: str = ""
     keeps_last_input: bool = True
+
+
+class ExampleTable(Sequence[Example], abc.ABC):
+    """Examples that are not in memory, of which a few numbers each are known beforehand."""
+
+    @abc.abstractmethod
+    def take(self, indices: np.ndarray) -> list[Example]:
+        """Reads some of the examples, in the order of their indices; without `span_numbers`."""
+
+    @abc.abstractmethod
+    def column(self, name: str) -> np.ndarray:
+        """A number of each example, `[N]` int32; the names are those of `COLUMNS`."""
+
+    @abc.abstractmethod
+    def subset(self, indices: np.ndarray) -> "ExampleTable":
+        """Some of the examples."""
+
+    @abc.abstractmethod
+    def row_digests(self) -> np.ndarray:
+        """`row_digest` of each example, `[N]` uint64."""
+
+    @abc.abstractmethod
+    def has_ids_below(self, number: int) -> bool:
+        """Whether all ids are known to be at least 0 and below a number."""
+
+    @abc.abstractmethod
+    def kept(self, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """What was made of these examples before and is kept with them, or is made now."""
+
+
+def take(examples: Sequence[Example], indices: np.ndarray) -> list[Example]:
+    """Some of the examples, in the order of their indices."""
+    if isinstance(examples, ExampleTable):
+        return examples.take(indices)
+    return [examples[index] for index in indices.tolist()]
+
+
+def lengths_of(examples: Sequence[Example]) -> np.ndarray:
+    """Counts the ids of inputs and targets of each example, `[N, 2]`, uncut."""
+    if isinstance(examples, ExampleTable):
+        return np.stack([examples.column("num_inputs"), examples.column("num_targets")], axis=1)
+    return np.array([(len(example.inputs), len(example.targets)) for example in examples])
+
+
+def num_marks_of(examples: Sequence[Example]) -> np.ndarray:
+    """Counts the ids to remove in each example, `[N]`."""
+    if isinstance(examples, ExampleTable):
+        return examples.column("num_marks")
+    return np.array([len(example.negative_pairs) for example in examples])
+
+
+def count_graded(examples: Sequence[Example]) -> int:
+    """Counts the marks of a strength below 1."""
+    if isinstance(examples, ExampleTable):
+        return int(examples.column("num_graded").sum())
+    strengths = (e.negative_strengths for e in examples if e.negative_strengths is not None)
+    return sum(int((of_example < 1).sum()) for of_example in strengths)
+
+
+# ------------------------------------------------------------------------- An example as bytes
+
+# Of each example: `num_graded` marks have a strength below 1; `most_marks` are at one position;
+# `lost_marks` and `lost_spans` lie beyond the target length that the table was made for; `flags`
+# are the sum of those below.
+COLUMNS = (
+    *("num_inputs", "num_targets", "num_marks", "most_marks", "num_graded"),
+    *("lost_marks", "lost_spans", "flags"),
+)
+IS_CLEAN = 1  # nothing unwanted was said
+KEEPS_TEXT = 2  # some text within the target length has a loss and is not marked
+HAS_SPAN = 4  # a negative span marks a token within the target length
+
+KEEPS_LAST_INPUT, _HAS_STRENGTHS, _HAS_MASK = 1, 2, 4
+
+
+def to_bytes(example: Example) -> bytes:
+    """All of an example but its `id` and `span_numbers`.
+
+    Little-endian int32: the numbers of inputs, of targets and of marks, and a sum (1: `inputs` are
+    cut before their last id, 2: there are strengths, 4: there is a loss mask); then the inputs, the
+    targets, the marks as (position, id), the loss mask; and the strengths as float64.
+    """
+    strengths, mask = example.negative_strengths, example.loss_mask
+    what = example.keeps_last_input * KEEPS_LAST_INPUT
+    what += (strengths is not None) * _HAS_STRENGTHS + (mask is not None) * _HAS_MASK
+    numbers = [len(example.inputs), len(example.targets), len(example.negative_pairs), what]
+    parts = [np.array(numbers), example.inputs, example.targets, example.negative_pairs]
+    parts += [] if mask is None else [mask]
+    content = b"".join([np.asarray(part, "<i4").tobytes() for part in parts])
+    return content if strengths is None else content + strengths.astype("<f8").tobytes()
+
+
+def from_bytes(content: bytes) -> tuple[Example, int]:
+    """The inverse of `to_bytes`: the example, and how many of the bytes it takes.
+
+    Raises:
+        ValueError: no example begins there.
+    """
+    num_inputs, num_targets, num_marks, what = np.frombuffer(content, "<i4", 4).tolist()
+    counts = [num_inputs, num_targets, 2 * num_marks, num_targets * bool(what & _HAS_MASK)]
+    end = 16 + 4 * sum(counts)
+    size = end + 8 * num_marks * bool(what & _HAS_STRENGTHS)
+    if min(counts) < 0 or size > len(content):
+        raise ValueError(f"{len(content)} bytes for {counts} numbers")
+    numbers = np.frombuffer(content, "<i4", (end - 16) // 4, 16)
+    inputs, targets, pairs, mask = np.split(numbers, np.cumsum(counts[:3]))
+    example = Example(
+        inputs=inputs,
+        targets=targets,
+        negative_pairs=pairs.reshape(-1, 2),
+        negative_strengths=np.frombuffer(content, "<f8", num_marks, end) if size > end else None,
+        loss_mask=mask if what & _HAS_MASK else None,
+        keeps_last_input=bool(what & KEEPS_LAST_INPUT),
+    )
+    return example, size
+
+
+def row_digest(content: bytes) -> bytes:
+    """A fingerprint of what `to_bytes` made, 8 bytes."""
+    return hashlib.blake2b(content, digest_size=8).digest()
 
 
 def loss_mask_until(
@@ -117,8 +240,19 @@ def id_of(value: Any) -> str:
 
 
 def digest(examples: Sequence[Example]) -> str:
-    """A fingerprint of a data set: 16 hexadecimal digits; the order counts."""
+    """A fingerprint of a data set: 16 hexadecimal digits; the order counts.
+
+    Of more examples than `shuffling.LARGEST_TABLE` it begins with "rows-": it is made of their
+    `row_digest`s. Runs of earlier versions, which had another order of so many, have no such one.
+    """
     hashed = hashlib.sha256()
+    if len(examples) > shuffling.LARGEST_TABLE:
+        if isinstance(examples, ExampleTable):
+            hashed.update(examples.row_digests().astype("<u8").tobytes())
+        else:
+            for example in examples:
+                hashed.update(row_digest(to_bytes(example)))
+        return f"rows-{hashed.hexdigest()[:16]}"
     for example in examples:
         arrays = (example.inputs, example.targets, example.negative_pairs, example.loss_mask)
         for array in arrays:
@@ -130,6 +264,8 @@ def digest(examples: Sequence[Example]) -> str:
 
 def max_negative_ids(examples: Sequence[Example]) -> int:
     """The smallest `K` that holds every mark of the examples; at least 1."""
+    if isinstance(examples, ExampleTable):
+        return max(1, int(examples.column("most_marks").max(initial=0)))
     return max(
         (int(np.bincount(e.negative_pairs[:, 0]).max()) for e in examples if len(e.negative_pairs)),
         default=1,
@@ -138,11 +274,15 @@ def max_negative_ids(examples: Sequence[Example]) -> int:
 
 def have_strengths(examples: Sequence[Example]) -> bool:
     """Whether any mark of the examples has a strength below 1."""
+    if isinstance(examples, ExampleTable):
+        return count_graded(examples) > 0
     return any(example.negative_strengths is not None for example in examples)
 
 
 def check_token_ids(examples: Sequence[Example], num_embeddings: int) -> None:
     """Raises a UsageError when an id has no embedding: JAX would silently take another row's."""
+    if isinstance(examples, ExampleTable) and examples.has_ids_below(num_embeddings):
+        return
     for example in examples:
         for name, ids in [
             ("inputs", example.inputs),
@@ -159,7 +299,7 @@ def check_token_ids(examples: Sequence[Example], num_embeddings: int) -> None:
 class Selection(NamedTuple):
     """What `select_clean` kept."""
 
-    examples: list[Example]
+    examples: Sequence[Example]
     num_marked: int
     num_clean: int  # of which there were
     num_clean_kept: int
@@ -183,7 +323,8 @@ def select_clean(
     """
     if clean_per_marked < 0:
         raise UsageError(f"clean_per_marked: expected 0 or more, found {clean_per_marked}.")
-    clean = [index for index, example in enumerate(examples) if not len(example.negative_pairs)]
+    is_marked = num_marks_of(examples) > 0
+    clean = np.flatnonzero(~is_marked)
     num_marked = len(examples) - len(clean)
     if not num_marked:
         raise UsageError(
@@ -192,10 +333,19 @@ def select_clean(
         )
     num_clean_kept = min(len(clean), round(clean_per_marked * num_marked))
     rng = np.random.default_rng(seed)
-    dropped = set(rng.permutation(clean)[num_clean_kept:].tolist())
+    is_kept = np.ones(len(examples), bool)
+    is_kept[rng.permutation(clean)[num_clean_kept:]] = False
+    indices = np.flatnonzero(is_kept)
     return Selection(
-        examples=[example for index, example in enumerate(examples) if index not in dropped],
+        examples=subset(examples, indices),
         num_marked=num_marked,
         num_clean=len(clean),
         num_clean_kept=num_clean_kept,
     )
+
+
+def subset(examples: Sequence[Example], indices: np.ndarray) -> Sequence[Example]:
+    """Some of the examples, as they are kept."""
+    if isinstance(examples, ExampleTable):
+        return examples.subset(indices)
+    return take(examples, indices)

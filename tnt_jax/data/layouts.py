@@ -17,7 +17,16 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from tnt_jax.data.examples import Example, have_strengths, max_negative_ids
+from tnt_jax.data.examples import (
+    HAS_SPAN,
+    IS_CLEAN,
+    KEEPS_TEXT,
+    Example,
+    ExampleTable,
+    have_strengths,
+    max_negative_ids,
+    says_removed,
+)
 from tnt_jax.runtime.errors import UsageError
 
 
@@ -172,6 +181,13 @@ def pad_inputs(
 def count_lost(examples: Sequence[Example], task_feature_lengths: Mapping[str, int]) -> CutCounts:
     """Counts what `convert_features` would cut off."""
     input_length, target_length = _lengths(task_feature_lengths)
+    if isinstance(examples, ExampleTable):
+        return CutCounts(
+            num_inputs=int((examples.column("num_inputs") > input_length).sum()),
+            num_targets=int((examples.column("num_targets") > target_length).sum()),
+            num_marks=int(examples.column("lost_marks").sum()),
+            num_spans=int(examples.column("lost_spans").sum()),
+        )
     return CutCounts(
         num_inputs=sum(len(e.inputs) > input_length for e in examples),
         num_targets=sum(len(e.targets) > target_length for e in examples),
@@ -193,19 +209,46 @@ def are_all_covered(examples: Sequence[Example], task_feature_lengths: Mapping[s
     False where some example's marks are not known as spans: ids that are removed beside a token, or
     at every position, leave the token itself to be kept.
     """
-    _, target_length = _lengths(task_feature_lengths)
-    has_spans = False
-    for example in examples:
-        if example.span_numbers is None:
-            return False
-        numbers = example.span_numbers[:target_length]
-        is_kept = numbers == 0
-        if example.loss_mask is not None:
-            is_kept = is_kept & (example.loss_mask[:target_length] > 0)
-        if is_kept.any():
-            return False
-        has_spans |= bool((numbers > 0).any())
-    return has_spans
+    if isinstance(examples, ExampleTable):
+        flags = examples.column("flags")
+    else:
+        _, length = _lengths(task_feature_lengths)
+        flags = np.array([covering_of(example, length) for example in examples])
+    return not (flags & KEEPS_TEXT).any() and bool((flags & HAS_SPAN).any())
+
+
+def covering_of(example: Example, target_length: int) -> int:
+    """How spans cover the text of an example: a sum of `KEEPS_TEXT` and `HAS_SPAN`."""
+    if example.span_numbers is None:
+        return KEEPS_TEXT
+    numbers = example.span_numbers[:target_length]
+    is_kept = numbers == 0
+    if example.loss_mask is not None:
+        is_kept = is_kept & (example.loss_mask[:target_length] > 0)
+    return KEEPS_TEXT * bool(is_kept.any()) + HAS_SPAN * bool((numbers > 0).any())
+
+
+def columns_of(example: Example, target_length: int, has_spans: bool) -> list[int]:
+    """The numbers of an example in an `ExampleTable`, in the order of `COLUMNS`.
+
+    Args:
+        example: with its `span_numbers`.
+        target_length: that the table is for.
+        has_spans: whether a person or program has marked spans in it.
+    """
+    pairs, strengths = example.negative_pairs, example.negative_strengths
+    is_cut = len(example.targets) > target_length
+    is_clean = not has_spans and not (len(pairs) and says_removed(example))
+    return [
+        len(example.inputs),
+        len(example.targets),
+        len(pairs),
+        int(np.bincount(pairs[:, 0]).max()) if len(pairs) else 0,
+        0 if strengths is None else int((strengths < 1).sum()),
+        int((pairs[:, 0] >= target_length).sum()) if is_cut else 0,
+        _num_lost_spans(example.span_numbers, target_length) if is_cut else 0,
+        covering_of(example, target_length) + IS_CLEAN * is_clean,
+    ]
 
 
 @runtime_checkable
@@ -233,10 +276,13 @@ class FeatureLayout(Protocol):
         """Counts the positions of a row: where examples are read, and where targets are."""
         ...
 
-    def sizes(
-        self, examples: Sequence[Example], task_feature_lengths: Mapping[str, int]
-    ) -> np.ndarray:
-        """Counts the positions that each example takes, `[N, 2]`, as `capacity` does."""
+    def sizes(self, lengths: np.ndarray, task_feature_lengths: Mapping[str, int]) -> np.ndarray:
+        """Counts the positions that each example takes, `[N, 2]`, as `capacity` does.
+
+        Args:
+            lengths: `[N, 2]`, ids of inputs and targets of each, before anything is cut.
+            task_feature_lengths: where they are cut.
+        """
         ...
 
     def cut_input(self, ids: np.ndarray, length: int, keeps_last: bool = True) -> np.ndarray:
@@ -264,12 +310,9 @@ class EncoderDecoder:
         """Positions of the encoder and of the decoder."""
         return _lengths(task_feature_lengths)
 
-    def sizes(
-        self, examples: Sequence[Example], task_feature_lengths: Mapping[str, int]
-    ) -> np.ndarray:
+    def sizes(self, lengths: np.ndarray, task_feature_lengths: Mapping[str, int]) -> np.ndarray:
         """Counts the input and target tokens of each example that are kept, `[N, 2]`."""
-        sizes = [(len(example.inputs), len(example.targets)) for example in examples]
-        return np.minimum(np.array(sizes), _lengths(task_feature_lengths))
+        return np.minimum(lengths, _lengths(task_feature_lengths))
 
     def cut_input(self, ids: np.ndarray, length: int, keeps_last: bool = True) -> np.ndarray:
         """The first ids, and with `keeps_last` the last one, the end, as T5 was trained.
@@ -341,12 +384,9 @@ class Causal:
         input_length, target_length = _lengths(task_feature_lengths)
         return input_length + target_length, target_length
 
-    def sizes(
-        self, examples: Sequence[Example], task_feature_lengths: Mapping[str, int]
-    ) -> np.ndarray:
+    def sizes(self, lengths: np.ndarray, task_feature_lengths: Mapping[str, int]) -> np.ndarray:
         """Counts the positions of each example, and of its response, `[N, 2]`."""
-        sizes = [(len(example.inputs), len(example.targets)) for example in examples]
-        num_inputs, num_targets = np.minimum(sizes, _lengths(task_feature_lengths)).T
+        num_inputs, num_targets = np.minimum(lengths, _lengths(task_feature_lengths)).T
         return np.stack([num_inputs + np.maximum(num_targets - 1, 0), num_targets], axis=1)
 
     def cut_input(self, ids: np.ndarray, length: int, keeps_last: bool = True) -> np.ndarray:

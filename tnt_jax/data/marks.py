@@ -96,7 +96,8 @@ class MarkedTarget:
         target_ids: `[T]` int32, EOS included.
         negative_pairs: `[M, 2]` int32 rows (position, id), sorted, without repeats.
         span_numbers: `[T]` int32: of each token the number, from 1, of the first span that marks
-            it; 0 where none does, -1 where the token stands for no text.
+            it; 0 where none does, -1 where the token stands for no text (without any span: the end,
+            or all of a blank text).
         num_spans_without_token: spans that overlap no token's extent (white space, or characters
             that the tokeniser's normalisation drops), so that nothing was marked for them.
         negative_strengths: `[M]` float64, of each pair; None where all are 1.
@@ -128,10 +129,16 @@ def mark_tokens(
     """
     if marks not in MARKS:
         raise UsageError(f"marks: expected one of {', '.join(MARKS)}, found {marks!r}.")
-    ids, extents, dropped = _measured(record, vocabulary)
+    if record.negative_spans:
+        ids, extents, dropped = _measured(record, vocabulary)
+        span_numbers = [0 if start < end else -1 for start, end in extents]
+    else:  # to measure takes most of the time
+        ids, extents, dropped = _ids(record, vocabulary), [], frozenset()
+        span_numbers = [-1 if id_ in vocabulary.end_ids else 0 for id_ in ids]
+        if not record.targets.strip():
+            span_numbers = [-1] * len(ids)
     pairs: list[tuple[int, int]] = []
     strengths: list[float] = []
-    span_numbers = [0 if start < end else -1 for start, end in extents]
     num_spans_without_token = 0
     for number, mark in enumerate(record.negative_spans or (), start=1):
         span = (mark[0], mark[1])
@@ -157,10 +164,11 @@ def mark_tokens(
                 )
             pairs.append((position, removed_id))
             strengths.append(records.strength_of(entry))
-    is_graded = any(strength != 1 for strength in strengths)
-    negative_pairs, of_pairs = unique_pairs(
-        np.array(pairs, np.int32), np.array(strengths) if is_graded else None
-    )
+    if any(strength != 1 for strength in strengths):
+        negative_pairs, of_pairs = unique_pairs(np.array(pairs, np.int32), np.array(strengths))
+    else:
+        negative_pairs = np.array(sorted({*pairs}), np.int32).reshape(-1, 2)
+        of_pairs = None
     return MarkedTarget(
         target_ids=np.array(ids, np.int32),
         negative_pairs=negative_pairs,
@@ -196,6 +204,15 @@ def ids_and_extents(
     return _measured(record, vocabulary)[:2]
 
 
+def _ids(record: records.Record, vocabulary: Tokeniser) -> list[int]:
+    """The ids of the record's targets, checked as `ids_and_extents` does."""
+    if record.target_ids is None:
+        return [*vocabulary.encode(record.targets), vocabulary.end_id]
+    ids = _checked_ids(record, vocabulary)
+    _check_text(record, vocabulary.decode(ids))
+    return ids
+
+
 def _measured(
     record: records.Record, vocabulary: Tokeniser
 ) -> tuple[list[int], list[Extent], frozenset[int]]:
@@ -205,21 +222,30 @@ def _measured(
         end = len(record.targets)
         ids, extents = [*encoded.ids, vocabulary.end_id], [*encoded.extents, (end, end)]
         return ids, extents, encoded.silent
-    ids = [int(i) for i in record.target_ids]
+    ids = _checked_ids(record, vocabulary)
+    text, extents = vocabulary.extents(ids)
+    _check_text(record, text)
+    return ids, extents, frozenset()
+
+
+def _checked_ids(record: records.Record, vocabulary: Tokeniser) -> list[int]:
+    ids = [int(i) for i in record.target_ids or ()]
     end = tokenization.find_end(ids, vocabulary.end_ids)
     if end < len(ids) - 1:
         raise UsageError(
             f"record {record.id!r}: target_ids go on after the EOS (id {ids[end]}) at position "
             f"{end}: expected them to end there, without padding."
         )
-    text, extents = vocabulary.extents(ids)
+    return ids
+
+
+def _check_text(record: records.Record, text: str) -> None:
     if text != record.targets:
         raise UsageError(
             f"record {record.id!r}: target_ids decode to {text[:60]!r}, but targets is "
             f"{record.targets[:60]!r}. Expected the vocabulary that the ids were generated "
             "with; leave target_ids out to have targets tokenised."
         )
-    return ids, extents, frozenset()
 
 
 def pieces(record: records.Record, vocabulary: Tokeniser) -> list[str]:

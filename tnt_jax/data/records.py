@@ -156,8 +156,7 @@ class Record:
         for name in ("negative_spans", "negative_token_ids"):
             if name in known:
                 known[name] = tuple(mark.entry for mark in known[name])
-        path, _, line = where.rpartition(":")
-        known.setdefault("id", f"{pathlib.PurePath(path).stem}:{line}")
+        known.setdefault("id", default_id(where))
         extra = {name: value for name, value in fields.items() if name not in _EXPECTED}
         try:
             return cls(**known, extra=extra)
@@ -270,6 +269,12 @@ def unique(located: Iterable[tuple[str, Record]], path: str | os.PathLike) -> It
         raise UsageError(f"{path}: expected records, found none.")
 
 
+def check_ids(path: str | os.PathLike) -> None:
+    """Raises a UsageError where a file (or glob) has no records, or an id is used twice."""
+    for _ in unique(_of_files(path), path):
+        pass
+
+
 def read_pairs(
     original: str | os.PathLike, current: str | os.PathLike
 ) -> tuple[list[Record], list[Record]]:
@@ -300,6 +305,27 @@ def read_pairs(
                 f"{original}. Generate and annotate both alike."
             )
     return before, after
+
+
+def check_trainable(record: Record, path: str | os.PathLike, annotated: bool) -> None:
+    """Raises a UsageError where a record cannot be trained on.
+
+    Args:
+        record: of a file.
+        path: of the file (or glob), for the message.
+        annotated: whether a record that nobody annotated is an error.
+    """
+    if not record.targets and record.target_ids is None:
+        raise UsageError(
+            f"{path}: record {record.id!r} has no targets. Expected outputs of the original "
+            "model (tnt_jax.generate writes them), not prompts."
+        )
+    if annotated and record.negative_spans is None and not record.negative_token_ids:
+        raise UsageError(
+            f"{path}: record {record.id!r} has no negative_spans: nobody annotated it. Run "
+            "tnt_jax.annotate on the file, or set ANNOTATED (RecordFiles.annotated) to False "
+            "to train on it as it is."
+        )
 
 
 def digest(rows: Iterable[Record]) -> str:
@@ -366,6 +392,12 @@ def _entry(first: Any, second: Any, strength: Any) -> Any:
     return (first, second, strength)
 
 
+def default_id(where: str) -> str:
+    """The id of a record that has none, from its place as `file:line`."""
+    path, _, line = where.rpartition(":")
+    return f"{pathlib.PurePath(path).stem}:{line}"
+
+
 class _Message(TypedDict):
     role: str
     content: str
@@ -410,6 +442,32 @@ def known_fields(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise UsageError(
             f"{where}: {name}: expected {_EXPECTED[name]}, found {shown}.{detail}"
         ) from None
+
+
+class Quick(msgspec.Struct):
+    """The fields of most records. What others have, `Record.from_json` reads, or refuses."""
+
+    inputs: str
+    id: str | None = None
+    targets: str = ""
+    target_ids: tuple[TokenId, ...] | None = None
+    negative_spans: tuple[tuple[_Offset, _Offset], ...] | None = None
+    negative_token_ids: tuple[tuple[_Offset, tuple[TokenId, ...]], ...] = ()
+    annotator: str = ""
+    messages: None = None
+    prompt: None = None
+    completion: None = None
+
+
+_QUICK = msgspec.json.Decoder(Quick)
+
+
+def quick(line: bytes) -> Quick | None:
+    """The fields of a line, as they are, without what is not ours; None if it is another record."""
+    try:
+        return _QUICK.decode(line)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return None
 
 
 def counted_otherwise(text: str, start: int, end: int) -> str:

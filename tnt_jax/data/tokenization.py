@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import io
 import os
+import re
 import threading
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -91,6 +92,26 @@ class Tokeniser(abc.ABC):
     @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without an end."""
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of several texts, which may be faster than one by one."""
+        return [self.encode(text) for text in texts]
+
+    @property
+    def written(self) -> Sequence[str] | None:
+        """How each id is written, with its spaces, if a prompt is a text's ids and the end.
+
+        Half a surrogate pair stands for what is not written so. None where there are none.
+        """
+        return None
+
+    @property
+    def shapes(self) -> np.ndarray:
+        """Of each of `written` the numbers of spaces before, of characters, of spaces after.
+
+        `[V, 3]`; 0 for ids that are not written.
+        """
+        raise NotImplementedError
 
     @abc.abstractmethod
     def prompt_ids(self, text: str, messages: Sequence[tuple[str, str]] = ()) -> list[int]:
@@ -195,6 +216,8 @@ _SPACE = "▁"  # how sentencepiece writes a space inside a piece
 # Stands before a text that is tokenised as a continuation. A private-use character: in no
 # vocabulary, so it joins no piece.
 _ANCHOR = "\ue000"
+_BLANK = re.compile(r"^\s+|\s{2,}|[^\S ]")  # white space that is more, or other, than one space
+_NOT_WRITTEN = "\ud800"  # half a surrogate pair, which is in no text
 _OFFSETS = "offset_mapping"  # pieces with their places in the text, in code points
 
 _protos: Any = sentencepiece_model_pb2  # protobuf makes its classes when it is imported
@@ -261,6 +284,10 @@ class SentencePiece(Tokeniser):
         """See `Tokeniser.encode`."""
         return self.processor.encode(text)
 
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """See `Tokeniser.encode_all`."""
+        return self.processor.encode([*texts]) if texts else []
+
     def prompt_ids(self, text: str, messages: Sequence[tuple[str, str]] = ()) -> list[int]:
         """See `Tokeniser.prompt_ids`."""
         refuse_messages(messages)
@@ -272,6 +299,13 @@ class SentencePiece(Tokeniser):
 
     def encode_with_extents(self, text: str) -> Encoded:
         """See `Tokeniser.encode_with_extents`."""
+        ids = self.encode(text)
+        spelt = "".join(map(self.written.__getitem__, ids))
+        if (found := self._read_off(ids, spelt, text)) is not None:
+            return Encoded(ids, found, frozenset())
+        words = " ".join(text.split())
+        if (found := self._read_off(ids, spelt, words)) is not None:
+            return Encoded(ids, _over_blanks(found, text), frozenset())
         encoded = self.processor.encode(text, return_type=_OFFSETS)
         silent = _silent(self.processor, text)
         extents = _piece_extents(self.processor, encoded, text, silent)
@@ -289,9 +323,12 @@ class SentencePiece(Tokeniser):
     def extents(self, ids: Sequence[int] | np.ndarray) -> tuple[str, list[Extent]]:
         """See `Tokeniser.extents`."""
         spoken = self._spoken(ids)
-        decoded = self.processor.decode(spoken, return_type=_OFFSETS)
-        text = decoded["text"]
-        extents = _piece_extents(self.processor, decoded, text)
+        text = self.processor.decode_ids(spoken)
+        spelt = "".join(map(self.written.__getitem__, spoken))
+        extents = self._read_off(spoken, spelt, text)
+        if extents is None:
+            decoded = self.processor.decode(spoken, return_type=_OFFSETS)
+            extents = _piece_extents(self.processor, decoded, text)
         return text, extents + [(len(text), len(text))] * (len(ids) - len(spoken))
 
     def place_of(self, ids: Sequence[int] | np.ndarray, position: int) -> Place:
@@ -338,6 +375,65 @@ class SentencePiece(Tokeniser):
                 found[i] = bytes([int(processor.id_to_piece(i)[3:5], 16)])  # <0xNN>
         found[self.unknown_id] = processor.decode_ids([self.unknown_id]).encode()
         return found
+
+    @functools.cached_property
+    def written(self) -> list[str]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """See `Tokeniser.written`."""
+        processor = self.processor
+        return [
+            _NOT_WRITTEN
+            if processor.is_control(i)
+            or processor.is_unknown(i)
+            or processor.is_byte(i)
+            or processor.is_unused(i)
+            else processor.id_to_piece(i).replace(_SPACE, " ")
+            for i in range(self.size)
+        ]
+
+    @functools.cached_property
+    def shapes(self) -> np.ndarray:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """See `Tokeniser.shapes`."""
+        written = ["" if piece == _NOT_WRITTEN else piece for piece in self.written]
+        return np.array(
+            [
+                (
+                    len(piece) - len(piece.lstrip(" ")),
+                    len(piece.strip(" ")),
+                    len(piece.lstrip(" ")) - len(piece.strip(" ")),
+                )
+                for piece in written
+            ],
+            np.int64,
+        )
+
+    @functools.cached_property
+    def _shapes(self) -> list[list[int]]:
+        return self.shapes.tolist()
+
+    def _read_off(self, ids: Sequence[int], spelt: str, text: str) -> list[Extent] | None:
+        """The extents, where the pieces are the text as it is given; None where they are not.
+
+        That takes a seventh of the time of sentencepiece's own offsets.
+
+        Args:
+            ids: the tokens, without an end.
+            spelt: their `written`, one after another.
+            text: whose tokens they are.
+        """
+        # A space stands before the first word of a text; a model may have been trained without.
+        if spelt == text and text[:1] != " ":
+            place = 0
+        elif spelt[:1] == " " and spelt[1:] == text:
+            place = -1
+        else:
+            return None
+        extents, shapes = [], self._shapes
+        for token_id in ids:
+            before, core, after = shapes[token_id]
+            start = place + before
+            place = start + core + after
+            extents.append((start, start + core) if core else (place, place))
+        return extents
 
     def _spoken(self, ids: Sequence[int] | np.ndarray) -> list[int]:
         """The ids up to the first end; those of a model's padding rows are unknown."""
@@ -412,6 +508,21 @@ def _piece_extents(
         else:
             extents.append(following)
     return extents[::-1]
+
+
+def _over_blanks(extents: list[Extent], text: str) -> list[Extent]:
+    """Extents in a text whose white space was one space between two words, in the text itself."""
+    places, place = [], 0  # of each character of that text
+    for blank in _BLANK.finditer(text := text.rstrip()):
+        places += range(place, blank.start())
+        if blank.start():
+            places.append(blank.end() - 1)
+        place = blank.end()
+    places += range(place, len(text) + 1)
+    return [
+        (places[start], places[end - 1] + 1) if start < end else (places[end], places[end])
+        for start, end in extents
+    ]
 
 
 def _is_blank(character: str, beside_space: bool, silent: Collection[str]) -> bool:

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -162,7 +162,7 @@ def load(
     update: settings.Update,
     *,
     is_new: bool,
-    examples: Sequence[Example],
+    examples: Iterable[Example],
     states_folder: str,
     keeps_whole: bool = False,
 ) -> tuple[LoadedOriginal, PyTree | None]:
@@ -270,7 +270,7 @@ def probe(model: Model, params: PyTree) -> np.ndarray:
 def states_of(
     model: Model,
     params: PyTree,
-    examples: Sequence[Example],
+    examples: Iterable[Example],
     *,
     features: Mapping[str, str] = _OF_DECODER,
     trained_layers: int | None = None,

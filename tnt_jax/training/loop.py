@@ -57,8 +57,8 @@ def make_data(
     feature_layout: FeatureLayout,
 ) -> Data:
     """Makes batches of examples, in an order that the seed decides."""
-    num_negative_ids = max_negative_ids([*examples, *eval_examples])
-    has_strengths = have_strengths([*examples, *eval_examples])
+    num_negative_ids = max(map(max_negative_ids, (examples, eval_examples)))
+    has_strengths = any(map(have_strengths, (examples, eval_examples)))
     batches = Batches(
         examples,
         update.batch_size,
@@ -205,9 +205,9 @@ class Loop:
 
     def _batch(self, step: int) -> dict[str, jax.Array]:
         """The batch of an update, on the mesh."""
-        batches = self.data.batches
-        placed = [(self.data.examples[at.example], at) for at in batches.layout(step - 1)]
-        batch = self.loaded_original.with_states(batches.batch(step - 1), placed)
+        read = self.data.batches.read(step - 1)
+        placed = list(zip(read.examples, read.places, strict=True))
+        batch = self.loaded_original.with_states(self.data.batches.features(read), placed)
         return sharding.put_batch(batch, self.trainer.model.mesh)
 
     def newest(self) -> str:
@@ -220,9 +220,11 @@ class Loop:
         """What tells whether the numbers are sound."""
 
         def examples_of(step: int) -> list[str]:
-            examples = self.data.examples
-            numbers = [place.example for place in self.data.batches.layout(step - 1)]
-            return [examples[number].id or f"number {number}" for number in numbers]
+            read = self.data.batches.read(step - 1)
+            return [
+                example.id or f"number {place.example}"
+                for example, place in zip(read.examples, read.places, strict=True)
+            ]
 
         return health.Health(
             names=train_step.gradient_names(self.trainer.abstract_params),

@@ -218,7 +218,8 @@ class OriginalStates:
             self._kept = {}
 
     def _num_states(self, example: Example) -> int:
-        sizes = self._layout.sizes([example], self._lengths)
+        lengths = np.array([(len(example.inputs), len(example.targets))])
+        sizes = self._layout.sizes(lengths, self._lengths)
         return int(sizes[0, int(self.like == TARGETS)])
 
     def _write(self, kept: Mapping[str, np.ndarray]) -> None:
@@ -296,7 +297,7 @@ class OriginalStates:
 
 def compute(
     stores: Mapping[str, OriginalStates],
-    examples: Sequence[Example],
+    examples: Iterable[Example],
     states_of: Callable[[dict[str, np.ndarray]], Mapping[str, np.ndarray]],
     batch_size: int,
 ) -> None:
@@ -315,9 +316,9 @@ def compute(
     if not stores:
         return
     first_store = next(iter(stores.values()))
-    lacking = [store.missing(examples) for store in stores.values()]
-    unique = {first_store.key(example): example for of_one in lacking for example in of_one}
-    todo = list(unique.values())
+    unique = {first_store.key(example): example for example in examples}
+    lacking = [store.missing(unique.values()) for store in stores.values()]
+    todo = list({first_store.key(e): e for of_store in lacking for e in of_store}.values())
     if not todo:
         console.log(f"The original's states are in {first_store.folder}: nothing to compute.")
         return

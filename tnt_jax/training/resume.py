@@ -29,6 +29,7 @@ import numpy as np
 
 from tnt_jax import objectives
 from tnt_jax.checkpoints import digests
+from tnt_jax.data import shuffling
 from tnt_jax.runtime import console, operative_config, processes, settings_json
 from tnt_jax.runtime.array_types import PyTree
 from tnt_jax.runtime.errors import UsageError
@@ -112,7 +113,8 @@ def describe(
         "vocabulary": _describe_vocabulary(vocabulary),
         "batch_size": update.batch_size,
         "task_feature_lengths": dict(update.task_feature_lengths),
-        "pack": update.pack,
+        # Earlier versions packed every epoch anew, and wrote True: that is another order.
+        "pack": "planned once" if update.pack else False,
         "seed": seed,
         "computed_on": {
             "devices": jax.device_count(),
@@ -352,7 +354,13 @@ def _said(name: str, value: Any) -> str:
     if name == "original" and value is None:
         return "none (an objective without divergences)"
     if name == "data":
-        return f"{value['num_examples']} examples (digest {value['digest']})"
+        number, digest = value["num_examples"], value["digest"]
+        is_old = number > shuffling.LARGEST_TABLE and not digest.startswith("rows-")
+        how = ", in the order of an earlier version" if is_old else ""
+        return f"{number} examples (digest {digest}{how})"
+    if name == "pack" and value:
+        is_old = value is True
+        return f"True{', planned anew in every epoch by an earlier version' if is_old else ''}"
     if name in ("original", "start"):
         path = "a random initialisation" if value["path"] is None else value["path"]
         return f"{path} (digest {value['digest']})" if name == "original" else path

@@ -13,7 +13,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from tnt_jax.data import marks, records
-from tnt_jax.data.examples import Example
+from tnt_jax.data.examples import Example, num_marks_of, take
 from tnt_jax.models import decoding, sharding
 from tnt_jax.models.model import Model
 from tnt_jax.runtime import console
@@ -50,11 +50,14 @@ def read_prompts(path: str, vocabulary: Any) -> list[Prompt]:
 
 def choose_prompts(examples: Sequence[Example], number: int) -> list[Prompt]:
     """Prompts from all over the data, half of them of examples with marks if there are as many."""
-    marked = [example for example in examples if len(example.negative_pairs)]
-    clean = [example for example in examples if not len(example.negative_pairs)]
+    is_marked = num_marks_of(examples) > 0
+    marked, clean = np.flatnonzero(is_marked).tolist(), np.flatnonzero(~is_marked).tolist()
     num_marked = min(len(marked), max(number // 2, number - len(clean)))
     chosen = [*_spread(marked, num_marked), *_spread(clean, number - num_marked)]
-    return [Prompt(id=example.id, inputs=tuple(example.inputs.tolist())) for example in chosen]
+    return [
+        Prompt(id=example.id, inputs=tuple(example.inputs.tolist()))
+        for example in take(examples, np.array(chosen, int))
+    ]
 
 
 def _spread(rows: Sequence[Any], number: int) -> list[Any]:

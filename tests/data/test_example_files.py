@@ -1,0 +1,386 @@
+"""Examples that are made once: the same as those in memory, whole or not there, read row by row."""
+
+import dataclasses
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tnt_jax.data import datasets, example_maker, packing, shuffling, tokenization
+from tnt_jax.data.batches import Batches, batch_for_eval
+from tnt_jax.data.examples import (
+    check_token_ids,
+    count_graded,
+    digest,
+    have_strengths,
+    lengths_of,
+    max_negative_ids,
+    num_marks_of,
+    take,
+)
+from tnt_jax.data.layouts import CAUSAL, are_all_covered, count_lost
+from tnt_jax.runtime.errors import UsageError
+
+LENGTHS = {"inputs": 6, "targets": 12}
+BYTES = tokenization.Bytes()
+WORDS = ["bad", "good", "fine", "so so", "ünreal", "a  b", ""]
+
+
+def record(number):
+    """Of all kinds: marks of spans, of ids, with strengths, none; texts of any length."""
+    rng = np.random.default_rng(number)
+    text = " ".join(rng.choice(WORDS, rng.integers(1, 9))) + "."
+    fields: dict[str, Any] = {
+        "id": f"n {number}",
+        "inputs": "ask " * int(rng.integers(0, 3)),
+        "targets": text,
+    }
+    spans = [[m, m + 3] for m in range(len(text)) if text.startswith("bad", m)]
+    fields["negative_spans"] = [[*span, 0.5] for span in spans] if number % 7 == 0 else spans
+    if number % 5 == 0:
+        fields["negative_token_ids"] = [[0, [9, 11]], [1, [7], -0.5]]  # the latter is raised
+    return fields
+
+
+@pytest.fixture(autouse=True)
+def world(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(example_maker, "_BYTES_PER_PART", 400)
+    monkeypatch.setattr(example_maker, "_num_processes", lambda: 1)
+    write([record(number) for number in range(60)])
+
+
+def write(rows, path="records.jsonl"):
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    pathlib.Path(path).write_text(text, "utf-8")
+
+
+def dataset(**settings):
+    return datasets.RecordFiles(
+        **({"files": "records.jsonl", "vocabulary": BYTES, "examples_dir": "kept"} | settings)
+    )
+
+
+def in_memory(**settings):
+    return dataset(examples_dir=None, **settings).load(LENGTHS)
+
+
+def names(*folders):
+    return sorted(path.name for folder in folders for path in folder.iterdir())
+
+
+def the_folder():
+    (folder,) = pathlib.Path("kept").iterdir()
+    return folder
+
+
+def assert_same(found, expected):
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        for field in dataclasses.fields(one):
+            if field.name != "span_numbers":
+                values = getattr(one, field.name), getattr(other, field.name)
+                np.testing.assert_array_equal(*values, err_msg=f"{other.id} {field.name}")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"marks": "first_token"},
+        {"loss_until": "first_negative"},
+        {"only_clean": True},
+        {"clean_per_marked": 0.3},
+        {"annotated": False},
+    ],
+    ids=str,
+)
+def test_they_are_those_in_memory_in_every_way(settings, capsys, caplog):
+    told = []
+    for load in (lambda: in_memory(**settings), lambda: dataset(**settings).load(LENGTHS)):
+        caplog.clear()
+        told.append((load(), caplog.messages))
+    (expected, expected_warnings), (found, warnings) = told
+    assert warnings == expected_warnings
+    assert_same(found, expected)
+    assert_same([found[3], found[-1]], [expected[3], expected[-1]])
+    assert_same(found[2:9:3], expected[2:9:3])
+    assert_same(take(found, np.array([5, 1, 5])), [expected[5], expected[1], expected[5]])
+    for of in (digest, max_negative_ids, have_strengths, count_graded):
+        assert of(found) == of(expected), of
+    for of in (lengths_of, num_marks_of):
+        assert of(found).tolist() == of(expected).tolist()
+    for of in (count_lost, are_all_covered):
+        assert of(found, LENGTHS) == of(expected, LENGTHS)
+    check_token_ids(found, 300)
+    message = r"^example 'n \d+': \w+ has ids from"
+    for examples in (found, expected):
+        with pytest.raises(UsageError, match=message):
+            check_token_ids(examples, 40)
+    out = capsys.readouterr().out
+    assert "60 examples are in kept/" in out
+    # What says how many are left out says the same.
+    lines = [line for line in out.splitlines() if "left out" in line or "clean_per" in line]
+    assert lines[: len(lines) // 2] == lines[len(lines) // 2 :]
+
+
+def test_spans_over_everything_are_seen():
+    write([{"inputs": "a", "targets": "bad", "negative_spans": [[0, 3]]}] * 1)
+    assert are_all_covered(dataset().load(LENGTHS), LENGTHS)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("layout", [None, CAUSAL])
+def test_batches_are_the_same(pack, layout):
+    found, expected = dataset().load(LENGTHS), in_memory()
+    more = {} if layout is None else {"feature_layout": layout}
+    one, other = (
+        Batches(examples, 4, LENGTHS, seed=1, pack=pack, **more) for examples in (found, expected)
+    )
+    assert one.padding() == other.padding()
+    for k in (0, 3, 40):
+        assert one.layout(k) == other.layout(k)
+        for name, value in other.batch(k).items():
+            np.testing.assert_array_equal(one[k][name], value, err_msg=name)
+    for batch, same in zip(
+        batch_for_eval(found, 7, LENGTHS), batch_for_eval(expected, 7, LENGTHS), strict=True
+    ):
+        name = "decoder_negative_ids"
+        np.testing.assert_array_equal(batch[name], same[name])
+
+
+def test_large_data_sets_have_one_digest_too(monkeypatch):
+    monkeypatch.setattr(shuffling, "LARGEST_TABLE", 10)
+    found, expected = dataset(clean_per_marked=0.5).load(LENGTHS), in_memory(clean_per_marked=0.5)
+    assert digest(found) == digest(expected)
+    assert digest(found).startswith("rows-")
+    assert digest(dataset().load(LENGTHS)) != digest(found)
+
+
+def test_a_second_start_makes_nothing(capsys, monkeypatch):
+    dataset().load(LENGTHS)
+    Batches(dataset().load(LENGTHS), 4, LENGTHS, seed=0, pack=True)
+    before = {file: file.stat().st_mtime_ns for file in the_folder().iterdir()}
+    monkeypatch.setattr(example_maker, "_make", None)
+    monkeypatch.setattr(packing, "pack", None)
+    for settings in ({}, {"clean_per_marked": 1}, {"seed": 4}):
+        dataset(**settings).load(LENGTHS)
+    Batches(dataset().load(LENGTHS), 2, LENGTHS, seed=7, pack=True)  # any seed, any batch size
+    assert {file: file.stat().st_mtime_ns for file in the_folder().iterdir()} == before
+    assert "made before" in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "lengths"),
+    [
+        ({"vocabulary": tokenization.Bytes(5)}, LENGTHS),
+        ({"marks": "first_token"}, LENGTHS),
+        ({"loss_until": "first_negative"}, LENGTHS),
+        ({"annotated": False}, LENGTHS),
+        ({}, LENGTHS | {"targets": 13}),
+        ({"files": "other.jsonl"}, LENGTHS),
+    ],
+    ids=str,
+)
+def test_whatever_decides_them_has_examples_of_its_own(settings, lengths):
+    write([record(number) for number in range(59)], "other.jsonl")
+    dataset().load(LENGTHS)
+    dataset(**settings).load(lengths)
+    assert len(list(pathlib.Path("kept").iterdir())) == 2
+
+
+def test_records_that_lie_elsewhere_have_the_same_examples():
+    dataset().load(LENGTHS)
+    pathlib.Path("elsewhere").mkdir()
+    pathlib.Path("records.jsonl").rename("elsewhere/records.jsonl")
+    dataset(files="elsewhere/*.jsonl").load(LENGTHS)
+    the_folder()
+
+
+def test_several_files_and_ids_that_are_not_given():
+    write(
+        [{"inputs": "a", "targets": f"fine {n}", "negative_spans": []} for n in range(30)],
+        "b.jsonl",
+    )
+    write([record(number) for number in range(3)], "a.jsonl")
+    found = dataset(files="[ab].jsonl").load(LENGTHS)
+    assert_same(found, in_memory(files="[ab].jsonl"))
+    assert found[3].id == "b:1"
+    assert found[-1].id == "b:30"
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([record(0), record(1), record(0)], r"records.jsonl:3: the id 'n 0' was used before, at"),
+        ([], "records.jsonl: expected records, found none"),
+        ([record(0), {"inputs": 3}], "records.jsonl:2: inputs: expected a string"),
+        ([{"inputs": "a", "targets": "b"}], "nobody annotated it"),
+    ],
+)
+def test_mistakes_are_those_of_examples_in_memory(rows, message):
+    write(rows)
+    said = []
+    for load in (in_memory, lambda: dataset().load(LENGTHS)):
+        with pytest.raises(UsageError, match=message) as error:
+            load()
+        said.append(str(error.value))
+    assert said[0] == said[1]
+    assert not [path for path in pathlib.Path("kept").iterdir() if (path / "about.json").exists()]
+
+
+# --- Damage ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["rows.bin", "offsets.npy", "digests.npy", "columns.npy"])
+def test_a_file_that_is_cut_is_refused_in_one_line(name):
+    dataset().load(LENGTHS)
+    file = the_folder() / name
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(UsageError, match=r"kept/\w+: expected the examples .* Delete this folder"):
+        dataset().load(LENGTHS)
+
+
+def test_a_file_that_is_not_there_is_refused_in_one_line():
+    dataset().load(LENGTHS)
+    (the_folder() / "about.json").unlink()
+    with pytest.raises(UsageError, match=r"expected about.json in a folder of examples, found no"):
+        dataset().load(LENGTHS)
+
+
+def test_no_byte_of_an_example_may_be_another():
+    found = dataset().load(LENGTHS)
+    file = the_folder() / "rows.bin"
+    content = file.read_bytes()
+    start, end = np.load(the_folder() / "offsets.npy")[7:9].tolist()
+    end -= -(-len("n 7") // 4) * 4  # the id is no part of the digest
+    for place in range(start, end):
+        with file.open("r+b") as opened:
+            opened.seek(place)
+            opened.write(bytes([content[place] ^ 0x41]))
+        with pytest.raises(UsageError, match=r"the examples that .* \(rows.bin: .* Delete"):
+            found[7]
+        file.write_bytes(content)
+    assert found[7].id == "n 7"
+
+
+def test_a_damaged_part_is_made_again(monkeypatch):
+    write_whole = example_maker._Work._write_whole
+
+    def damage(work, folder):
+        for number, file in enumerate(sorted(work.folder.glob("*.npz"))[:2]):
+            file.write_bytes(file.read_bytes()[: 100 * number])
+        write_whole(work, folder)
+
+    monkeypatch.setattr(example_maker._Work, "_write_whole", damage)
+    assert_same(dataset().load(LENGTHS), in_memory())
+
+
+# --- Stops, and several at once -------------------------------------------------------------------
+
+
+def test_what_a_stopped_run_has_made_is_not_made_again(monkeypatch):
+    made, arrays_of = [], example_maker._arrays_of
+
+    def stopping(plan, part):
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        made.append(part.first_line)
+        return arrays_of(plan, part)
+
+    monkeypatch.setattr(example_maker, "_arrays_of", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        dataset().load(LENGTHS)
+    assert [path.suffix for path in pathlib.Path("kept").iterdir()] == [".parts"]
+
+    def counting(plan, part):
+        made.append(part.first_line)
+        return arrays_of(plan, part)
+
+    monkeypatch.setattr(example_maker, "_arrays_of", counting)
+    assert_same(dataset().load(LENGTHS), in_memory())
+    assert len(made) == len(set(made)) > 10
+    assert the_folder().suffix == ""  # and no parts any more
+
+
+def test_processes_share_the_work(monkeypatch):
+    monkeypatch.setattr(example_maker, "_num_processes", lambda: 2)
+    monkeypatch.setattr(example_maker, "_arrays_of", None)  # this process makes none
+    found = dataset().load(LENGTHS)
+    assert_same(found, in_memory())
+
+
+def test_a_mistake_that_another_process_finds_is_told_here(monkeypatch):
+    monkeypatch.setattr(example_maker, "_num_processes", lambda: 2)
+    write([*map(record, range(50)), {"inputs": 3}])
+    with pytest.raises(UsageError, match=r"^records.jsonl:51: inputs: expected a string"):
+        dataset().load(LENGTHS)
+
+
+_LOADING = """
+import sys
+from typing import Any
+from tnt_jax.data import datasets, example_maker, tokenization
+example_maker._BYTES_PER_PART = 400
+example_maker._num_processes = lambda: 1
+found = datasets.RecordFiles(
+    files="records.jsonl", vocabulary=tokenization.Bytes(), examples_dir="kept"
+).load({"inputs": 6, "targets": 12})
+print(len(found), found[59].id)
+"""
+
+
+def test_runs_that_make_the_same_at_once_end_well():
+    write([record(number) for number in range(1000)])
+    runs = [
+        subprocess.Popen([sys.executable, "-c", _LOADING], stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    said = [run.communicate(timeout=100)[0].splitlines()[-1] for run in runs]
+    assert said == ["1000 n 59"] * 3
+    assert {file.name for file in the_folder().iterdir()} == {
+        *("about.json", "rows.bin", "offsets.npy", "digests.npy", "columns.npy")
+    }
+
+
+def test_a_run_that_is_killed_leaves_nothing_that_is_taken_for_whole():
+    write([record(number) for number in range(1000)])
+    with subprocess.Popen([sys.executable, "-c", _LOADING], stdout=subprocess.DEVNULL) as run:
+        while len(names(*pathlib.Path().glob("kept/*.parts"))) < 10 and run.poll() is None:
+            pass
+        run.send_signal(signal.SIGKILL)
+    assert not list(pathlib.Path("kept").glob("*/about.json"))
+    assert_same(dataset().load(LENGTHS), in_memory())
+
+
+# --- Where they lie -------------------------------------------------------------------------------
+
+
+def test_few_records_leave_no_files():
+    assert isinstance(in_memory(), list)
+    assert names(pathlib.Path.cwd()) == ["records.jsonl"]
+
+
+def test_many_records_have_their_examples_beside_them_or_in_the_model_dir(monkeypatch, capsys):
+    monkeypatch.setattr(datasets, "_SMALLEST", 1000)
+    dataset(examples_dir=None).load(LENGTHS, "model")
+    assert names(pathlib.Path.cwd()) == ["records.jsonl", "records.jsonl.examples"]
+    pathlib.Path("records.jsonl.examples").rename("elsewhere")
+    pathlib.Path("records.jsonl.examples").touch()  # as where it cannot be written
+    found = dataset(examples_dir=None).load(LENGTHS, "model")
+    assert "60 examples are in model/examples/" in capsys.readouterr().out
+    pathlib.Path("model/examples").rename("elsewhere/examples")
+    pathlib.Path("model/examples").touch()
+    assert_same(dataset(examples_dir=None).load(LENGTHS, "model"), found)
+    out = capsys.readouterr().out
+    assert "examples and model/examples cannot be written, so examples are made in memory" in out
+
+
+def test_where_they_cannot_lie():
+    with pytest.raises(UsageError, match="EXAMPLES_DIR: expected a local folder"):
+        dataset(examples_dir="gs://bucket/kept").load(LENGTHS)
