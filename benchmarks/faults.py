@@ -481,9 +481,9 @@ def signals(trial: Trial, bench: Bench, number: signal.Signals) -> None:
             break
         os.kill(process.pid, number)
         # 0: too late. -SIGTERM: before the program had begun.
-        answers = (75, 0) if number == signal.SIGTERM else ()
+        answers = (75, 0) if number == signal.SIGTERM else (0,)
         status = trial.end(process, *answers, -number)
-        trial.num_faults += 1
+        trial.num_faults += status != 0
         trial.done.append(f"status {status}")
         trial.said(refused=0)
     trial.finish(bench.expected)
@@ -555,7 +555,7 @@ def changed(trial: Trial, bench: Bench) -> None:
     process.join(trial.moment())
     if is_killed and process.is_alive():
         os.kill(process.pid, signal.SIGKILL)
-        trial.end(process, -signal.SIGKILL)
+        trial.end(process, 0, -signal.SIGKILL)
     trial.swap(bench.program.other)
     trial.num_faults += 1
     status = trial.end(process, 0, 2, -signal.SIGKILL)
