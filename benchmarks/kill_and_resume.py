@@ -19,8 +19,12 @@ Takes about 2 hours of two cores and 2 GB of memory with `--rounds=20` (estimate
 """
 
 import argparse
+import collections
+import ctypes
+import importlib
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import pathlib
 import random
@@ -28,6 +32,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import warnings
 
@@ -125,12 +130,22 @@ def arguments(folder: pathlib.Path, gin_files: list[str], **settings: object) ->
 
 
 def run(
-    name: str, command: list[str], num_devices: int, log: pathlib.Path, cache: pathlib.Path
+    name: str,
+    command: list[str],
+    num_devices: int,
+    output: multiprocessing.connection.Connection,
+    cache: pathlib.Path,
 ) -> None:
-    """`python -m tnt_jax.<name>` in a process that has imported what it needs."""
-    with log.open("ab") as file:
-        for number in (1, 2):
-            os.dup2(file.fileno(), number)
+    """`python -m tnt_jax.<name>` in a process that has imported what it needs.
+
+    Root without its capabilities: read-only files and folders are so for this process, too.
+    """
+    for number in (1, 2):
+        os.dup2(output.fileno(), number)
+    output.close()
+    # The server's own may have been files, which have a position.
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+    obey_permissions()
     import jax
 
     jax.config.update("jax_num_cpu_devices", num_devices)
@@ -138,39 +153,81 @@ def run(
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    module = importlib.import_module(f"tnt_jax.{name}")
+    # Flags that are no settings of gin become such.
+    command = module.gin_arguments(command) if hasattr(module, "gin_arguments") else command
     program.run(f"tnt_jax.{name}", name, command)
+
+
+def obey_permissions() -> None:
+    """Gives up what lets root pass over the permissions of files (Linux: capabilities)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if os.geteuid() != 0 or not hasattr(libc, "capset"):
+        return
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3 of the call; this process
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable: 32 bits, and 32 more
+    if libc.capget(header, sets) == 0:
+        for index in range(3):
+            sets[index] &= ~0b110  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+        libc.capset(header, sets)
 
 
 class Runs:
     """Starts runs, each in a process of its own."""
 
-    def __init__(self, folder: pathlib.Path, program: str = "train"):
-        self._folder, self._program = folder, program
+    def __init__(self, folder: pathlib.Path, programs: tuple[str, ...] = ("train",)):
+        self._folder = folder
+        self._readers: dict[str, list[threading.Thread]] = collections.defaultdict(list)
         # A server that has imported the packages forks: a run starts at once.
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(
-            [f"tnt_jax.{program}", "tnt_jax.data.datasets", "orbax.checkpoint"]
+            [*(f"tnt_jax.{name}" for name in programs), "tnt_jax.data.datasets", "orbax.checkpoint"]
         )
 
-    def start(self, command: list[str], num_devices: int, name: str) -> multiprocessing.Process:
+    def start(
+        self, command: list[str], num_devices: int, name: str, program: str = "train"
+    ) -> multiprocessing.Process:
         """Starts a run, whose output goes to `<name>.log`."""
-        log = self._folder / f"{name}.log"
+        # Through a pipe: the limits of what a run may write do not hold for what it says.
+        reads, writes = self._context.Pipe(duplex=False)
         process = self._context.Process(
             target=run,
-            args=(self._program, command, num_devices, log, self._folder / "compiled"),
+            args=(program, command, num_devices, writes, self._folder / "compiled"),
         )
         process.start()
+        writes.close()
+        reader = threading.Thread(target=copy_to_end, args=(reads, self._log(name)), daemon=True)
+        reader.start()
+        self._readers[name].append(reader)
         return process
 
-    def finish(self, command: list[str], num_devices: int, name: str) -> float:
+    def _log(self, name: str) -> pathlib.Path:
+        return self._folder / f"{name}.log"
+
+    def said(self, name: str) -> str:
+        """All that the ended runs of this name have printed."""
+        for reader in self._readers.pop(name, []):
+            reader.join()
+        return self._log(name).read_text("utf-8", "replace")
+
+    def finish(
+        self, command: list[str], num_devices: int, name: str, program: str = "train"
+    ) -> float:
         """Runs to the end; returns how many seconds it took."""
         began = time.monotonic()
-        process = self.start(command, num_devices, name)
+        process = self.start(command, num_devices, name, program)
         process.join()
         if process.exitcode != 0:
-            text = (self._folder / f"{name}.log").read_text("utf-8", "replace")
+            text = self.said(name)
             sys.exit(f"{name}: a run ended with {process.exitcode}:\n{text[-3000:]}")
         return time.monotonic() - began
+
+
+def copy_to_end(reads: multiprocessing.connection.Connection, log: pathlib.Path) -> None:
+    """Appends what comes from a pipe to a file."""
+    with reads, log.open("ab", buffering=0) as file:
+        while content := os.read(reads.fileno(), 2**16):
+            file.write(content)
 
 
 # --------------------------------------------------------------------------------------- Killing

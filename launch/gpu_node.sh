@@ -22,7 +22,8 @@ dry_run=
 arguments=()
 
 refuse() {
-    echo "gpu_node: error: $*" >&2
+    local text=$*
+    echo "gpu_node: error: ${text//[[:cntrl:]]/?}" >&2 # one line, whatever was given
     exit 2
 }
 
@@ -44,6 +45,8 @@ done
     refuse "--gin_file: expected the files of a run; see launch/gpu_node.sh --help"
 
 [[ -n $venv ]] || refuse "--venv: expected a folder, found nothing"
+[[ $venv != [-%]* ]] || venv=./$venv # no option of what gets it, and no job of the shell
+[[ $program =~ ^[a-z0-9_]+$ ]] || refuse "--program: expected train, say, found $program"
 
 run() {
     if [[ -n $dry_run ]]; then

@@ -36,17 +36,20 @@ while (($#)); do
             break
             ;;
         --*) # a misspelt setting is no command
-            echo "restart_loop.sh: no setting $1; see --help" >&2
+            echo "restart_loop.sh: no setting ${1//[[:cntrl:]]/?}; see --help" >&2
             exit 2
             ;;
         *) break ;;
     esac
     shift
 done
-if ((!$#)) || ! [[ $max_failures =~ ^[0-9]+$ && $pause =~ ^[0-9]+$ ]]; then
+if ((!$#)) || ! [[ $max_failures =~ ^[0-9]{1,9}$ && $pause =~ ^[0-9]{1,9}$ ]]; then
     echo "restart_loop.sh: expected [--max_failures=N] [--pause=SECONDS] -- COMMAND ...; see --help" >&2
     exit 2
 fi
+
+max_failures=$((10#$max_failures)) # "08" is no number of base 8
+pause=$((10#$pause))
 
 say() {
     echo "restart_loop: $(date -u +%Y-%m-%dT%H:%M:%SZ) $*"
@@ -54,7 +57,7 @@ say() {
 
 note() {
     if [[ -n $state_file ]]; then
-        echo "$*" >"$state_file.new" && mv "$state_file.new" "$state_file"
+        echo "$*" >"$state_file.new" && mv -- "$state_file.new" "$state_file"
     fi
 }
 

@@ -28,7 +28,8 @@
 set -euo pipefail
 
 refuse() {
-    echo "slurm: error: $*" >&2
+    local text=$*
+    echo "slurm: error: ${text//[[:cntrl:]]/?}" >&2 # one line, whatever was given
     exit 2
 }
 
@@ -41,7 +42,10 @@ fi
 
 cd "$SLURM_SUBMIT_DIR" # SLURM runs a copy of this file, elsewhere
 [[ -e launch/restart_loop.sh ]] || refuse "$PWD is not the project's folder: submit from there"
+program=${PROGRAM:-train}
+[[ $program =~ ^[a-z0-9_]+$ ]] || refuse "PROGRAM: expected train, say, found $program"
 python=${VENV:-.venv-gpu}/bin/python
+[[ $python != -* ]] || python=./$python # no option of srun
 [[ -x $python ]] || refuse "VENV: no $python: launch/gpu_node.sh --install_only --venv=${VENV:-.venv-gpu}"
 tasks=${SLURM_NTASKS_PER_NODE:-1}
 [[ ${SLURM_GPUS_ON_NODE:-$tasks} == "$tasks" ]] ||
@@ -59,7 +63,7 @@ is_cancelled=
 trap 'is_cancelled=yes' TERM
 status=0
 bash launch/restart_loop.sh --end_when_saved --max_failures=2 -- \
-    srun --kill-on-bad-exit=1 ${cpus:+"$cpus"} "$python" -m "tnt_jax.${PROGRAM:-train}" "$@" || status=$?
+    srun --kill-on-bad-exit=1 ${cpus:+"$cpus"} "$python" -m "tnt_jax.$program" "$@" || status=$?
 if ((status == 75)) && [[ -z $is_cancelled ]]; then
     echo "slurm: queued again; the run goes on from its last checkpoint"
     scontrol requeue "$SLURM_JOB_ID"

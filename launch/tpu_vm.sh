@@ -42,13 +42,16 @@ say() {
 }
 
 refuse() {
-    echo "tpu_vm: error: $*" >&2
-    exit 2
+    fail 2 "$*"
 }
 
 give_up() {
-    echo "tpu_vm: error: $*" >&2
-    exit 1
+    fail 1 "$*"
+}
+
+fail() {
+    echo "tpu_vm: error: ${2//[[:cntrl:]]/?}" >&2 # one line, whatever was given
+    exit "$1"
 }
 
 # --------------------------------------------------------------------------------------------------
@@ -164,6 +167,13 @@ if ((${#missing[@]})); then
 fi
 [[ $name =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ && ${#name} -le 61 ]] ||
     refuse "--name: expected small letters, digits and hyphens, a letter first, found $name"
+# They are part of a file's name here, and of what is printed to be pasted into a shell.
+[[ $project =~ ^[a-z0-9][a-z0-9.:-]*$ ]] ||
+    refuse "--project: expected small letters, digits, hyphens, dots and colons, found $project"
+[[ $zone =~ ^[a-z0-9][a-z0-9-]*$ ]] ||
+    refuse "--zone: expected small letters, digits and hyphens, found $zone"
+[[ $bucket =~ ^([a-z0-9][a-z0-9._-]*(/[A-Za-z0-9._=/-]*)?)?$ ]] ||
+    refuse "--bucket: expected small letters, digits, hyphens, dots and underscores, found $bucket"
 [[ $poll_seconds =~ ^[0-9]+$ ]] || refuse "--poll_seconds: expected a number, found $poll_seconds"
 [[ $worker =~ ^[0-9]+$ ]] || refuse "--worker: expected a number, found $worker"
 [[ $lines =~ ^\+?[0-9]+$ ]] || refuse "--lines: expected a number, found $lines"
@@ -274,24 +284,26 @@ choose_code() {
                 "without them"
         commit=HEAD
     fi
-    commit=$(git -C "$root" rev-parse --quiet --verify "$commit^{commit}") ||
+    commit=$(git -C "$root" rev-parse --quiet --verify --end-of-options "$commit^{commit}") ||
         refuse "--commit: no such commit here"
     in_commit launch/host.sh || refuse "--commit: $commit is from before launch/host.sh"
 
-    local file argument value given=()
+    local file argument value names_model_dir='' given=()
     own_files=()
     for file in "${gin_files[@]}"; do
         if in_commit "$file" blob || in_commit "gin_configs/$file" blob; then
             given+=("--gin_file=$file")
         elif [[ -f $file ]]; then
+            [[ $file == /* ]] || file=./$file # no option of what gets it
             own_files+=("$file")
-            given+=("--gin_file=own/${#own_files[@]}/$(basename "$file")")
+            given+=("--gin_file=own/${#own_files[@]}/${file##*/}")
         else
             refuse "--gin_file: expected a file, found ${file:-nothing}, which is neither in commit" \
                 "${commit:0:12} nor here"
         fi
     done
     for argument in ${arguments[@]+"${arguments[@]}"}; do
+        [[ $argument != --gin.MODEL_DIR=* ]] || names_model_dir=yes
         value=${argument#*=}
         if [[ $value == *[./]* && -e $value ]] && ! in_commit "$value"; then
             refuse "${argument%%=*}: $value is on this machine, and not on the TPU: gcloud storage cp" \
@@ -303,7 +315,7 @@ choose_code() {
         code+=-$(cat "${own_files[@]}" | cksum | cut -d ' ' -f 1)
     fi
     model_dir=gs://$bucket/$name
-    if [[ $program == train && " ${arguments[*]-}" != *" --gin.MODEL_DIR="* ]]; then
+    if [[ $program == train && -z $names_model_dir ]]; then
         given+=("--gin.MODEL_DIR=$model_dir")
     fi
     arguments=("${given[@]}" ${arguments[@]+"${arguments[@]}"})

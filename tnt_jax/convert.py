@@ -22,7 +22,6 @@ import contextlib
 import json
 import math
 import os
-import pathlib
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -353,10 +352,9 @@ def _moved_when_whole(target: epath.Path, last: str) -> Iterator[epath.Path]:
       last: The file that goes last into a bucket: with it the directory counts.
     """
     is_remote = "://" in os.fspath(target)
-    parent = pathlib.Path.cwd() if is_remote else pathlib.Path(os.fspath(target.parent))
-    parent.mkdir(parents=True, exist_ok=True)
-    unfinished = epath.Path(parent / f".{target.name}.{os.getpid()}.unfinished")
-    unfinished.mkdir()
+    unfinished = files.new_folder_beside(
+        epath.Path(target.name).absolute() if is_remote else target
+    )
     try:
         yield unfinished
         if is_remote:
@@ -422,8 +420,7 @@ def _describe(
     folder.mkdir(parents=True, exist_ok=True)
     _copy_description(source, folder, vocabulary)
     if settings:
-        text = json.dumps(settings, indent=2, allow_nan=False)
-        (folder / huggingface.CONFIG).write_text(text + "\n")
+        files.write_json(folder / huggingface.CONFIG, settings)
 
 
 def gin_arguments(arguments: list[str]) -> list[str]:

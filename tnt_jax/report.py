@@ -9,10 +9,12 @@ Example:
 """
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import math
 import pathlib
+import random
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +23,8 @@ from tnt_jax.evaluation import changes, diagnosis, report_page, text_metrics
 from tnt_jax.evaluation.results import Row, from_evaluation, from_results, num_outputs
 from tnt_jax.runtime import console, files, operative_config, program
 from tnt_jax.runtime.errors import UsageError
+
+_DRAWN = 5  # one in so many outputs of a page that cannot show all is drawn
 
 
 def report(
@@ -46,7 +50,8 @@ def report(
       tokens: What it wrote as TOKENS_OUTPUT.
       results: Of a sweep, a JSON file `{"rows": [...]}`; `evaluation.results.Shown` has the fields.
       title: Of the page.
-      num_records: The most outputs to show of each arm and decoder, the worst changes first.
+      num_records: The most outputs to show of each arm and decoder: the worst changes, and a fifth
+        drawn from the others. If there are more, OUTPUT.outputs.jsonl has all of them.
 
     Raises:
       UsageError: There is nothing to show, or files are missing, malformed or of different runs.
@@ -63,22 +68,23 @@ def report(
     sources = _Files()
     rows: list[Row] = []
     comparisons: list[report_page.Comparison] = []
-    if pipeline_dir is not None:
-        of_pipeline = _of_pipeline(sources, pathlib.Path(pipeline_dir), num_records)
-        rows += [row for row, _ in of_pipeline]
-        comparisons += [comparison for _, comparison in of_pipeline]
-    if original_records is not None and current_records is not None:
-        row, comparison = _compare(
-            sources,
-            original_records,
-            current_records,
-            evaluation=None if evaluation is None else sources.read_json(evaluation),
-            tokens=tokens,
-            row={"objective": "patched", "decoder": "outputs", "task": "records"},
-            num_records=num_records,
-        )
-        rows.append(row)
-        comparisons.append(comparison)
+    with _Shown(f"{output}.outputs.jsonl", num_records) as shown:
+        if pipeline_dir is not None:
+            of_pipeline = _of_pipeline(sources, pathlib.Path(pipeline_dir), shown)
+            rows += [row for row, _ in of_pipeline]
+            comparisons += [comparison for _, comparison in of_pipeline]
+        if original_records is not None and current_records is not None:
+            row, comparison = _compare(
+                sources,
+                original_records,
+                current_records,
+                evaluation=None if evaluation is None else sources.read_json(evaluation),
+                tokens=tokens,
+                row={"objective": "patched", "decoder": "outputs", "task": "records"},
+                shown=shown,
+            )
+            rows.append(row)
+            comparisons.append(comparison)
     if results is not None:
         rows += from_results(sources.read_json(results), results)
     page = report_page.write(
@@ -197,7 +203,7 @@ def _length_of(values: Any, field: str) -> int | None:
 
 
 def _of_pipeline(
-    sources: _Files, root: pathlib.Path, num_records: int
+    sources: _Files, root: pathlib.Path, shown: "_Shown"
 ) -> list[tuple[Row, report_page.Comparison]]:
     summary = root / "summary.json"
     if not summary.is_file():
@@ -236,7 +242,7 @@ def _of_pipeline(
                     evaluation=evaluation,
                     tokens=str(tokens) if tokens.is_file() else None,
                     row={"objective": arm, "decoder": decoder, "task": root.name, **stated},
-                    num_records=num_records,
+                    shown=shown,
                 )
             )
     for note in sorted((root / "stages").glob("*.json")):
@@ -253,7 +259,7 @@ def _compare(
     evaluation: Mapping[str, Any] | None,
     tokens: str | None,
     row: Mapping[str, Any],
-    num_records: int,
+    shown: "_Shown",
 ) -> tuple[Row, report_page.Comparison]:
     original, current = records.read_pairs(original_records, current_records)
     sources.note(original_records)
@@ -274,7 +280,10 @@ def _compare(
         )
     ]
     kinds = collections.Counter(change.kind for change in found)
-    shown = changes.worst_first(found)[:num_records]
+    places, num_drawn = shown.choose(found)
+    if len(places) < len(found):
+        names = {"task": row["task"], "arm": row["objective"], "decoder": row["decoder"]}
+        shown.write_all(names, original, current, found)
     comparison = report_page.Comparison(
         task=row["task"],
         arm=row["objective"],
@@ -283,10 +292,56 @@ def _compare(
         annotator=current[0].annotator,
         kinds={kind: kinds[kind] for kind in changes.KINDS},
         signs=diagnosis.signs(evaluation, kinds["newly unwanted"]),
-        outputs=[(original[i].id, original[i].inputs, found[i]) for i in shown],
+        outputs=[(original[i].id, original[i].inputs, found[i]) for i in places],
+        num_drawn=num_drawn,
+        all_outputs=pathlib.Path(shown.path).name,
         tokens=sources.read_tokens(tokens, (r.id for r in original)) if tokens else [],
     )
     return from_evaluation(evaluation, row), comparison
+
+
+class _Shown(contextlib.ExitStack):
+    """Which outputs are in the page; all of them are in a file, if they are more.
+
+    Args:
+      path: Of the file, which appears when this ends, if `write_all` was called.
+      num_records: The most outputs of each comparison in the page.
+    """
+
+    def __init__(self, path: str, num_records: int):
+        super().__init__()
+        self.path, self._num_records, self._file = path, num_records, None
+
+    def choose(self, found: Sequence[changes.Change]) -> tuple[list[int], int]:
+        """Places of the outputs in the page, and how many of them, the last ones, were drawn."""
+        places = changes.worst_first(found)
+        if len(places) <= self._num_records:
+            return places, 0
+        num_drawn = self._num_records // _DRAWN
+        num_worst = self._num_records - num_drawn
+        drawn = random.Random(0).sample(range(num_worst, len(places)), num_drawn)
+        return [*places[:num_worst], *(places[i] for i in sorted(drawn))], num_drawn
+
+    def write_all(
+        self,
+        names: Mapping[str, str],
+        original: Sequence[records.Record],
+        current: Sequence[records.Record],
+        found: Sequence[changes.Change],
+    ) -> None:
+        """Adds the outputs of a comparison to the file, in the order of the records."""
+        if self._file is None:
+            unfinished = self.enter_context(files.replacing(self.path))
+            self._file = self.enter_context(unfinished.open("w", encoding="utf-8"))
+        for one, other, change in zip(original, current, found, strict=True):
+            line = {
+                **names,
+                **{"id": one.id, "input": one.inputs, "kind": change.kind},
+                **{"share": round(change.share, 4), "signs": change.signs},
+                **{"original": one.targets, "current": other.targets},
+                **{"original_spans": one.negative_spans, "current_spans": other.negative_spans},
+            }
+            self._file.write(files.as_json(line) + "\n")
 
 
 def _numbers(

@@ -10,6 +10,7 @@ case "$1 $2" in
         cat >"$venv/bin/python" <<'PROGRAM'
 #!/usr/bin/env bash
 echo "$PWD|${TNT_JAX_DISTRIBUTED-}|$*" >>"$HOME/ran"
+printf '%s\0' "$@" >"$HOME/arguments"
 echo "update $(wc -l <"$HOME/ran") of $HOSTNAME"
 file=$WORLD/program.$GENERATION
 [[ -e $file ]] || file=$WORLD/program.$HOSTNAME

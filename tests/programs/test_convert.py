@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import resource
 import shutil
 
 import jax.numpy as jnp
@@ -217,8 +218,56 @@ def test_an_error_half_way_leaves_no_model(directory, tmp_path, monkeypatch):
             run(tmp_path / "t5x", output, output_format)
         with pytest.raises(UsageError):
             pretrained.open_checkpoint(str(output))
-        assert not list((tmp_path / "out").rglob("*.tmp-*"))
         assert not list((tmp_path / "out").rglob("*.unfinished"))
+
+
+@pytest.mark.parametrize("output_format", FORMATS)
+def test_what_a_killed_conversion_left_is_deleted(output_format, directory, tmp_path, monkeypatch):
+    """As it is on the disk half-way: whole models, it may be."""
+    place, killed = tmp_path / "place", tmp_path / "killed"
+    progress = convert._progress
+
+    def half_way(names, *title):
+        for number, name in enumerate(progress(names, *title)):
+            yield name
+            if number == 0:
+                shutil.copytree(place, killed)
+
+    monkeypatch.setattr(convert, "_progress", half_way)
+    place.mkdir()
+    run(directory, place / "out", output_format)
+    monkeypatch.undo()
+    for left in place.rglob(".*.unfinished"):
+        raise AssertionError(left)
+    if output_format in ("orbax", "t5x_orbax"):  # not begun there
+        (killed / "out/checkpoint_0.orbax-checkpoint-tmp/params").mkdir(parents=True)
+    else:
+        assert list(killed.rglob(".*.unfinished/*"))
+    (killed / ".out.json.0123456789abcdef0123456789abcdef.unfinished").mkdir()  # another's
+    run(directory, killed / "out", output_format)
+    names = [
+        {path.relative_to(folder / "out").parts[:2] for path in (folder / "out").rglob("*")}
+        for folder in (place, killed)
+    ]
+    assert names[0] == names[1]
+    assert len(list(killed.iterdir())) == 2 + (killed / ".out.held").exists()
+
+
+def test_a_description_is_written_whole_or_not_at_all(tmp_path):
+    """Half of it was taken for that of another model, by every later run."""
+    write_directory(tmp_path / "in")
+    settings = json.loads((tmp_path / "in/config.json").read_text()) | {"long": "x" * 3000}
+    (tmp_path / "in/config.json").write_text(json.dumps(settings))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            run(tmp_path / "in", tmp_path / "out", "t5x")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    run(tmp_path / "in", tmp_path / "out", "t5x")
+    description = tmp_path / "out/huggingface/config.json"
+    assert json.loads(description.read_text()) == settings
 
 
 def test_settings_that_do_not_exist(directory):

@@ -101,9 +101,24 @@ def test_every_output_is_there_the_worst_first():
         for before, after in zip(original, current, strict=True)
     )
     assert kinds["newly unwanted"] == newly == 1
-    assert [row["id"] for row in written(**PAIR, num_records=7).islands["outputs-0"]] == [
-        row["id"] for row in rows[:7]
-    ]
+
+
+def test_a_page_that_cannot_show_all_has_the_worst_and_a_sample_and_a_file_has_all():
+    ids = [row["id"] for row in written(**PAIR).islands["outputs-0"]]
+    assert not pathlib.Path("report.html.outputs.jsonl").exists()
+    found = [row["id"] for row in written(**PAIR, num_records=16).islands["outputs-0"]]
+    assert found[:13] == ids[:13]
+    drawn = [ids.index(name) for name in found[13:]]
+    assert len(drawn) == 3 and drawn == sorted({*drawn}) and drawn[0] >= 13 and drawn[-1] > 16
+    assert found == [row["id"] for row in written(**PAIR, num_records=16).islands["outputs-0"]]
+    content = pathlib.Path("report.html.outputs.jsonl").read_bytes().decode()
+    lines = [json.loads(line) for line in content.split("\n")[:-1]]
+    for line, one, other in zip(
+        lines, *records.read_pairs("original.jsonl", "patched.jsonl"), strict=True
+    ):
+        assert (line["id"], line["input"]) == (one.id, one.inputs)
+        assert (line["original"], line["current"]) == (one.targets, other.targets)
+        assert [tuple(span) for span in line["current_spans"]] == list(other.negative_spans)
 
 
 def test_numbers_without_an_evaluation_are_those_of_the_texts():

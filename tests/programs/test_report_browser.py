@@ -160,7 +160,8 @@ def test_filters_and_orders(open_page, address):
 def test_a_page_that_holds_the_worst_says_so(open_page, tmp_path):
     page = open_page(made(tmp_path, NUMBER, num_records=30))
     assert page.locator("#outputs-count").inner_text() == (
-        f"30 of 30 outputs (the 30 worst changes of {NUMBER} outputs are in this page)"
+        f"30 of 30 outputs (in this page: the 24 worst changes of {NUMBER}, and 6 drawn from the "
+        "others; all are in report.html.outputs.jsonl)"
     )
     assert ids_shown(page)[0] == "room-97"
     page.get_by_role("button", name="Next").nth(0).click()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 
 import pytest
+from helpers import hostile
 
 ROOT = pathlib.Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
@@ -183,6 +184,100 @@ def test_gpu_node_installs_nothing_where_no_folder_is_named():
     assert done.stderr == "gpu_node: error: --venv: expected a folder, found nothing\n"
 
 
+# Of every stand-in: what it was called with, each argument as it came.
+NOTES = 'printf "%s\\0" "${0##*/}" "$@" $\'\\n\' >>"$CALLS"'
+
+
+def calls_of(file):
+    """The calls that `NOTES` wrote, each a list of arguments."""
+    text = file.read_bytes().decode() if file.exists() else ""
+    return [call.split("\0") for call in text.split("\0\n\0") if call]
+
+
+def assert_refused(done, message):
+    """In one line, of which nothing moves a terminal's cursor."""
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(message)
+    assert done.stderr.removesuffix("\n").isprintable()
+
+
+@pytest.fixture
+def node(tmp_path):
+    """A project's folder whose Python notes what it is called with, and makes its like."""
+    project = tmp_path / "the project's"
+    shutil.copytree(LAUNCH, project / "launch")
+    (project / "setup.py").touch()
+    (project / ".ci").mkdir()
+    python = program(
+        tmp_path,
+        f'{NOTES}\nif [[ $2 == venv ]]; then mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; fi',
+        "python3",
+    )
+    program(project / ".ci", f"echo '{python}'", "find_python")
+    (tmp_path / "here").mkdir()
+
+    def run(*arguments):
+        done = bash(
+            project / "launch/gpu_node.sh",
+            *arguments,
+            cwd=tmp_path / "here",
+            CALLS=str(tmp_path / "calls"),
+        )
+        calls = calls_of(tmp_path / "calls")
+        (tmp_path / "calls").unlink(missing_ok=True)
+        assert not list(tmp_path.rglob("hacked"))
+        return done, calls
+
+    return run
+
+
+@pytest.mark.parametrize("value", hostile.VALUES)
+def test_gpu_node_takes_every_folder_and_every_setting_as_it_is(node, value):
+    settings = [f"--gin_file={value}", f"--gin.A={value}", f"--gin_search_paths={value}"]
+    done, calls = node(f"--venv={value}", *settings)
+    if not value:
+        assert_refused(done, "gpu_node: error: --venv: expected a folder")
+        return
+    assert done.returncode == 0, done.stderr
+    venv = f"./{value}" if value[0] in "-%" else value
+    assert [call[0] for call in calls] == ["python3", *["python"] * 3]
+    assert calls[0][1:] == ["-m", "venv", venv]
+    assert calls[1][1:4] == ["-m", "pip", "install"]
+    assert calls[3][1:] == ["-m", "tnt_jax.train", *settings]
+    shown, _ = node(f"--venv={value}", "--dry_run", *settings)
+    line = shown.stdout.splitlines()[-1]
+    words = subprocess.check_output(["bash", "-c", f"printf '%s\\0' {line}"]).decode().split("\0")
+    assert words[-6:-1] == calls[3][1:]
+
+
+@pytest.mark.parametrize("value", hostile.VALUES)
+def test_gpu_node_refuses_in_one_line(node, value):
+    done, calls = node(f"--program={value}", "--gin_file=a")
+    assert_refused(done, "gpu_node: error: --program: expected train, say, found ")
+    assert calls == []
+    if not value.startswith("--"):
+        assert_refused(node(value)[0], "gpu_node: error: expected --NAME=VALUE, found ")
+
+
+@pytest.mark.parametrize("value", hostile.VALUES)
+def test_the_restart_loop_takes_hostile_values(tmp_path, value):
+    loop = LAUNCH / "restart_loop.sh"
+    for setting in ("--max_failures", "--pause"):
+        done = bash(loop, f"{setting}={value}", "--", "true", cwd=tmp_path)
+        assert_refused(done, "restart_loop.sh: expected ")
+    assert_refused(bash(loop, f"--a={value}", "--", "true"), "restart_loop.sh: no setting --a=")
+    done = bash(loop, f"--state_file={value}", "--", "true", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    states = [file.read_text() for file in tmp_path.iterdir()]
+    assert states == (["finished 0\n"] if value else [])
+
+
+def test_a_number_of_the_restart_loop_may_begin_with_zeros(tmp_path):
+    done = bash(LAUNCH / "restart_loop.sh", "--max_failures=08", "--pause=00", "--", "false")
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "9 times in a row: giving up" in done.stdout
+
+
 # SLURM --------------------------------------------------------------------------------------------
 
 
@@ -276,6 +371,31 @@ def test_slurm_refuses_in_one_line(cluster, arguments, environment, message):
     assert (done.returncode, calls) == (2, [])
     assert len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith(f"slurm: error: {message}")
+
+
+@pytest.mark.parametrize("value", hostile.VALUES)
+def test_slurm_takes_every_setting_as_it_is(cluster, tmp_path, value):
+    program(tmp_path / "bin", NOTES, "srun")
+    venv = tmp_path / "project" / (value or ".venv-gpu")
+    if not (venv / "bin").exists():
+        (venv / "bin").mkdir(parents=True)
+        program(venv / "bin", "exit 0", "python")
+    settings = ["--gin_file=a", f"--gin.A={value}", f"--gin_search_paths={value}", value]
+    done, _ = cluster(0, *settings, VENV=value)
+    assert done.returncode == 0, done.stderr
+    python = f"{value or '.venv-gpu'}/bin/python"
+    python = f"./{python}" if value.startswith("-") else python
+    (call,) = calls_of(tmp_path / "calls")
+    assert call == ["srun", "--kill-on-bad-exit=1", python, "-m", "tnt_jax.train", *settings]
+    assert not list(tmp_path.rglob("hacked"))
+
+
+@pytest.mark.parametrize("value", [value for value in hostile.VALUES if value])
+@pytest.mark.parametrize("name", ["VENV", "PROGRAM"])
+def test_slurm_refuses_hostile_values_in_one_line(cluster, name, value):
+    done, calls = cluster(0, *ARGUMENTS, **{name: value})
+    assert_refused(done, f"slurm: error: {name}: ")
+    assert calls == []
 
 
 # The image ----------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import sys
 import time
 
 import pytest
-from helpers import fake_gcloud
+from helpers import fake_gcloud, hostile
 
 ROOT = pathlib.Path(__file__).parents[2]
 FAKES = ROOT / "tests" / "helpers"
@@ -212,6 +212,74 @@ def test_nothing_of_a_launch_that_was_killed_is_sent(cloud):
     (sent,) = cloud.hosts()[0].glob("tnt_jax_launch/code/*")
     assert (sent / "launch/host.sh").exists()
     assert not (sent / "launch/of_another_commit.sh").exists()
+
+
+# Values that a shell might take for something else ------------------------------------------------
+
+REFUSED = (
+    *("name", "project", "zone", "bucket", "accelerator_type", "provisioning", "commit", "program"),
+    *("lines", "worker", "poll_seconds", "gin_file"),
+)
+
+
+@pytest.mark.parametrize("value", [value for value in hostile.VALUES if value])
+def test_values_that_cannot_be_are_refused_in_one_line(cloud, value):
+    for flag in REFUSED:
+        for arguments in ([f"--{flag}={value}"], [f"--{flag}", value]):
+            done = cloud.up(*arguments)
+            assert (done.returncode, done.stdout) == (2, ""), (flag, done.stderr)
+            assert done.stderr.startswith("tpu_vm: error: --")
+            assert done.stderr.removesuffix("\n").isprintable()
+    if not value.startswith("--"):
+        done = cloud.up(value)
+        assert done.stderr.startswith("tpu_vm: error: expected --NAME=VALUE, found ")
+        assert done.stderr.removesuffix("\n").isprintable()
+    assert cloud.calls() == []
+    assert not list(cloud.folder.rglob("hacked"))
+
+
+def test_hostile_values_arrive_as_they_are(cloud):
+    values = hostile.VALUES
+    settings = [f"--gin.A{number}={value}" for number, value in enumerate(values)]
+    own = [value for value in values if value not in ("", "~")]
+    for value in own:
+        (cloud.user / value).write_text(f"# {value}\n")
+    done = cloud.up(
+        *(f"--gin_file={value}" for value in own),
+        *settings,
+        "--gin.B=a --gin.MODEL_DIR=b",  # a value, and no folder
+        *(f"--create_flag=--description={value}" for value in values),
+        *(f"--ssh_flag=--ssh-key-file={value}" for value in values),
+        *("--accelerator_type=$(touch hacked) 'x", '--runtime_version=a "b"\nc'),
+    )
+    assert done.returncode == 0, done.stderr
+    host = cloud.hosts()[0]
+    assert (host / "arguments").read_bytes().decode().split("\0")[:-1] == [
+        *("-m", "tnt_jax.train", "--gin_file=runs/train.gin"),
+        *(f"--gin_file=own/{number}/{value}" for number, value in enumerate(own, start=1)),
+        "--gin.MODEL_DIR=gs://mine/mine",
+        *settings,
+        "--gin.B=a --gin.MODEL_DIR=b",
+    ]
+    (tree,) = host.glob("tnt_jax_launch/code/*")
+    for number, value in enumerate(own, start=1):
+        assert (tree / f"own/{number}" / value).read_bytes().decode() == f"# {value}\n"
+    (create,) = cloud.calls("queued-resources create")
+    assert [f"--description={value}" for value in values] == [
+        word for word in create if word.startswith("--description=")
+    ]
+    assert {"--accelerator-type=$(touch hacked) 'x", '--runtime-version=a "b"\nc'} <= {*create}
+    for call in cloud.calls("tpu-vm s"):
+        assert [word for word in call if word.startswith("--ssh-key-file=")] == [
+            f"--ssh-key-file={value}" for value in values
+        ]
+    assert not list(cloud.folder.rglob("hacked"))
+    assert (
+        "it is done already"
+        in cloud.up(
+            *(f"--gin_file={value}" for value in own), *settings, "--gin.B=a --gin.MODEL_DIR=b"
+        ).stdout
+    )
 
 
 # A run without incidents --------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -98,6 +99,20 @@ def test_what_a_killed_process_held_is_free_at_once(tmp_path, capsys):
         assert (tmp_path / ".held").exists()
         with holding.folder(tmp_path, "DIR"):
             assert json.loads((tmp_path / ".held").read_text())["process"] == os.getpid()
+    assert "waiting" not in capsys.readouterr().out
+
+
+def test_no_half_of_a_note_is_left_where_there_is_no_room(tmp_path, capsys):
+    """It said nothing of a process, and the next run watched it for a minute."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
+    try:
+        with pytest.raises(OSError, match="No space left on device"):
+            hold(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+    hold(tmp_path)
     assert "waiting" not in capsys.readouterr().out
 
 

@@ -246,6 +246,24 @@ def test_a_note_that_cannot_be_read_is_not_missing(tmp_path, monkeypatch):
     assert_of_system(message_of(one_stage, "model"), "Input/output error")
 
 
+# --- A full disk ----------------------------------------------------------------------------------
+
+
+def test_states_for_which_there_is_no_room(tmp_path, monkeypatch):
+    """NumPy says only how many numbers it could write."""
+    monkeypatch.chdir(tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, before[1]))  # less than the array
+    try:
+        message = message_of(lambda folder: computed(folder, EXAMPLES), "states")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert re.match(r"cannot write: the disk takes no more \(\d+ requested and \d+ writ", message)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
+    computed("states")
+    read_states("states")
+
+
 # --- Too many open files --------------------------------------------------------------------------
 
 

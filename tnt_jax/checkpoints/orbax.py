@@ -205,8 +205,14 @@ def _nested(keys: tuple[Any, ...], value: Any) -> Any:
 
 
 def save_items(folder: epath.Path, step: int, items: Mapping[str, ocp.args.CheckpointArgs]) -> None:
-    """Writes `folder/checkpoint_<step>` with the items given, by name, and waits for it."""
-    options = ocp.CheckpointManagerOptions(step_name_format=STEP_NAMES)
+    """Writes `folder/checkpoint_<step>` with the items given, by name, and waits for it.
+
+    The folder must be held: what others are writing there would be deleted.
+    """
+    options = ocp.CheckpointManagerOptions(
+        step_name_format=STEP_NAMES,
+        cleanup_tmp_directories=True,  # what runs that were killed have left
+    )
     with ocp.CheckpointManager(folder, item_names=tuple(items), options=options) as writer:
         # By force: a manager would leave out a step before the newest, without a word.
         is_saved = writer.save(step, args=ocp.args.Composite(**items), force=True)

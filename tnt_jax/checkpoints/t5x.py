@@ -9,7 +9,6 @@ with an axis of layers. T5X's optimizer state is not carried over.
 
 import dataclasses
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -25,6 +24,7 @@ from tnt_jax.checkpoints import lazy_arrays
 from tnt_jax.checkpoints.lazy_arrays import LazyArray
 from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.models.t5_config import T5Config
+from tnt_jax.runtime import files
 from tnt_jax.runtime.errors import UsageError, naming_file
 
 CHECKPOINT_FILE = "checkpoint"
@@ -136,8 +136,7 @@ def write_legacy(
       step: Of the checkpoint.
       progress: Wraps the sequence of parameters.
     """
-    unfinished = folder.parent / f"{folder.name}.tmp-{os.getpid()}"
-    unfinished.mkdir(parents=True)
+    unfinished = files.new_folder_beside(folder)
     try:
         _write_arrays(unfinished, arrays, step, progress)
         unfinished.rename(folder)

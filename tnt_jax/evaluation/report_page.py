@@ -37,6 +37,8 @@ class Comparison:
       kinds: number of changes of each of `changes.KINDS`.
       signs: signs of failure.
       outputs: (id, input, change) to show, the worst first; maybe not all.
+      num_drawn: how many of these, the last ones, were drawn from those that are not the worst.
+      all_outputs: the file that has all outputs, where the page does not.
       tokens: those of the original's outputs that changed most, as `tnt_jax.evaluate` writes them.
     """
 
@@ -48,6 +50,8 @@ class Comparison:
     kinds: Mapping[str, int]
     signs: Sequence[diagnosis.Sign]
     outputs: Sequence[tuple[str, str, changes.Change]]
+    num_drawn: int
+    all_outputs: str
     tokens: Sequence[Mapping[str, Any]]
 
 
@@ -107,6 +111,8 @@ def write(
                 "decoder": comparison.decoder,
                 "num_outputs": comparison.num_outputs,
                 "kinds": comparison.kinds,
+                "num_drawn": comparison.num_drawn,
+                "all_outputs": comparison.all_outputs,
             }
             for comparison in comparisons
         ],

@@ -25,6 +25,9 @@ _PATH_NUMBERS = (
 # A place that takes no more. TensorStore, safetensors and TensorFlow say so in words alone.
 _FULL = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)))
 
+# NumPy's `tofile` says only how many numbers it could write.
+_CUT_SHORT = re.compile(r"\d+ requested and \d+ written")
+
 _LONGEST = 2000  # characters of a message, which may quote what is in somebody's file
 
 
@@ -36,7 +39,10 @@ def explain(error: BaseException) -> str | None:
         return printable(reason)
     causes = list(chain(error))
     for one in causes:
-        if full := next((reason for reason in _FULL if reason in str(one)), None):
+        full = next((reason for reason in _FULL if reason in str(one)), None)
+        if full is None and isinstance(one, OSError) and (cut := _CUT_SHORT.match(str(one))):
+            full = f"the disk takes no more ({cut[0]})"
+        if full:
             place = f"{one.filename}: " if isinstance(one, OSError) and one.filename else ""
             return (
                 f"cannot write: {place}{full}. Make room (or raise `ulimit -f`), or set another "

@@ -159,6 +159,21 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         unfinished.unlink(missing_ok=True)
 
 
+def new_folder_beside(folder: epath.Path) -> epath.Path:
+    """Makes an empty folder for what will be renamed to `folder`, which this process holds.
+
+    What runs that were killed have left of theirs is deleted: whole models, it may be.
+    """
+    ours = re.compile(rf"\.{re.escape(folder.name)}\.[0-9a-f]{{32}}\.unfinished")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.iterdir():
+        if ours.fullmatch(left.name) and left.is_dir():
+            left.rmtree()
+    unfinished = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.unfinished"
+    unfinished.mkdir()
+    return unfinished
+
+
 def _beside(path: pathlib.Path) -> pathlib.Path:
     # Not the process id: on two hosts that share a folder it may be the same.
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.unfinished")

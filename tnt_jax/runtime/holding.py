@@ -19,6 +19,7 @@ than two seconds between them, ends at the next `check`.
 """
 
 import contextlib
+import errno
 import fcntl
 import itertools
 import json
@@ -195,7 +196,13 @@ class _Hold:
         if found is not None and not self._is_dead(found, is_locked):
             return False
         self._about["lock"] = self._file.device() if is_locked else None
-        self._file.write(self._about)
+        try:
+            self._file.write(self._about)
+        except OSError:
+            if is_locked:  # else half a note is left, of which nobody can say who wrote it
+                with contextlib.suppress(OSError):
+                    self._file.remove()
+            raise
         if not is_locked:
             time.sleep(_SETTLE)
             found = self._file.read()
@@ -330,7 +337,8 @@ class _Note:
         if self._opened is None:
             self._path.write_bytes(content)
         else:  # in place: the lock is the file's, not its name's
-            os.pwrite(self._opened, content, 0)
+            if os.pwrite(self._opened, content, 0) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(self._path))
             os.fsync(self._opened)
 
     def remove(self) -> None:

@@ -357,9 +357,9 @@ function filterOutputs() {
   }
   const order = ORDERS[byId("order").value];
   if (order) found = [...found].sort(order);
-  const total = data.comparisons[chosen.number].num_outputs;
+  const { num_outputs: total, num_drawn: drawn, all_outputs: file } = data.comparisons[chosen.number];
   const left = total - outputs.length;
-  const rest = left ? ` (the ${outputs.length} worst changes of ${total} outputs are in this page)` : "";
+  const rest = left ? ` (in this page: the ${outputs.length - drawn} worst changes of ${total}, and ${drawn} drawn from the others; all are in ${file})` : "";
   outputPages.set(found, `${found.length} of ${outputs.length} outputs${rest}`);
 }
 
