@@ -65,6 +65,8 @@ UNLIKE = re.compile(
 )
 # In a page: settings and notes as they are in files, and digests of these.
 OF_FILES = re.compile(rb"<pre.*?</pre>|\b[0-9a-f]{64}\b", re.DOTALL)
+# In a place, beside "input": of the same name, which some programs note.
+OTHER = "other/input"
 CHECKPOINT = re.compile(r"(.*/)?checkpoint_\d+")
 
 
@@ -301,7 +303,7 @@ def results(place: pathlib.Path) -> dict[str, str]:
         if path in checkpoints:
             found |= {f"{name}/{item}": value for item, value in of_checkpoint(path).items()}
         elif path.is_file() and not any(folder in checkpoints for folder in path.parents):
-            text = content_of(path).replace(f"{place}/other".encode(), f"{place}/input".encode())
+            text = content_of(path).replace(f"{place}/{OTHER}".encode(), f"{place}/input".encode())
             text = text.replace(str(place).encode(), b"")
             found[name] = hashlib.sha256(text).hexdigest()
     return found
@@ -457,7 +459,8 @@ class Bench:
         """Makes a place with an input, and another one beside it."""
         place.mkdir()
         copy(source or self.program.input, place / "input")
-        copy(self.program.other, place / "other")
+        (place / OTHER).parent.mkdir()
+        copy(self.program.other, place / OTHER)
 
     def _undisturbed(self, kind: str, source: pathlib.Path) -> tuple[Results, float]:
         place = self.folder / f"{self.name}-{kind}"
@@ -570,7 +573,7 @@ def changed(trial: Trial, bench: Bench) -> None:
 
 def two(trial: Trial, bench: Bench) -> None:
     """A second run in the same place."""
-    inputs = ["input", trial.chance.choice(["input", "other"])]
+    inputs = ["input", trial.chance.choice(["input", OTHER])]
     processes = [trial.start(inputs[0])]
     processes[0].join(trial.moment() * trial.chance.choice([0, 1]))
     processes.append(trial.start(inputs[1]))
@@ -581,9 +584,9 @@ def two(trial: Trial, bench: Bench) -> None:
     if 0 not in statuses:
         raise DifferenceError("neither of two did the work")
     winners = [name for name, status in zip(inputs, statuses, strict=True) if status == 0]
-    expected = {"input": bench.expected, "other": bench.other}
+    expected = {"input": bench.expected, OTHER: bench.other}
     trial.compare(*(expected[name] for name in winners))
-    trial.finish(bench.expected, may_refuse="other" in winners)
+    trial.finish(bench.expected, may_refuse=OTHER in winners)
 
 
 FAULTS = {function.__name__: function for function in (kill, term, full, readonly, changed, two)}
