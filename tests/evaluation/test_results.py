@@ -124,6 +124,21 @@ def test_an_interval_of_a_cut_is_of_the_number_beside_it_where_nothing_was_unwan
     assert found["arm"]["cut_interval"] == [0, 0]
 
 
+def test_where_all_is_gone_the_interval_says_how_few_that_were():
+    """If each of n goes with a chance of `low`, all do in one case of forty: low^n = 2.5 %."""
+    original = outputs(0, number=60)
+    clean = [dataclasses.replace(row, negative_spans=()) for row in original]
+    num_unwanted = sum(bool(row.negative_spans) for row in original)
+    low, high = results.intervals(original, {"arm": clean}, "", num_resamples=20)["arm"][
+        "cut_interval"
+    ]
+    assert low**num_unwanted == pytest.approx(0.025)
+    assert high == 1
+    # Where nothing was unwanted nothing is gone.
+    none = results.intervals(clean, {"arm": clean}, "", num_resamples=20)["arm"]
+    assert none["cut_interval"] == [0, 0]
+
+
 def test_no_interval_goes_beyond_its_scale():
     original = outputs(0, number=60)
     current = [*original[:-1], outputs(1, number=1)[0]]

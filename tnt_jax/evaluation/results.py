@@ -167,6 +167,9 @@ def intervals(
 ) -> dict[str, Row]:
     """95 % intervals over prompts, by paired bootstrap: every arm sees the same resamples.
 
+    Where all is gone no resample knows of any that might not be: there the lower end of the cut is
+    that of the exact binomial interval (Clopper and Pearson) of the outputs that were unwanted.
+
     Args:
       original: annotated outputs of the original.
       arms: annotated outputs of each arm, for the same prompts in the same order.
@@ -212,8 +215,11 @@ def intervals(
             method="percentile",
             rng=np.random.default_rng(seed),
         ).confidence_interval
+        low = float(sampled.low)
+        if marked.any() and not after.any():
+            low = 1 - scipy.stats.binomtest(0, int(marked.sum())).proportion_ci(0.95).high
         by_name[name] = {
-            "cut_interval": [float(sampled.low), float(sampled.high)],
+            "cut_interval": [low, float(sampled.high)],
             # sacrebleu gives half a width around the mean, which may go beyond the scale.
             "bleu_interval": [
                 max(result.mean - result.ci, 0.0),
