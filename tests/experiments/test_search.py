@@ -85,7 +85,7 @@ LONGER = dataclasses.replace(PLAN, updates=range(5, 55, 5))
 
 
 def test_four_looks_that_are_enough_and_no_nearer_to_the_original_end_the_search(run):
-    outcome, opened = run({10: [0.1, 0.8, 0.9, *[1.0] * 7]}, LONGER)
+    outcome, opened = run({10: [0.1, 0.8, 0.9, *[1.0] * 7]}, LONGER, [70, 50, *[40] * 8])
     assert taken(outcome) == (10, 10, True)
     assert outcome.files == "outputs"
     assert outcome.reason == "the cut was enough"
@@ -102,7 +102,13 @@ def test_while_looks_come_nearer_to_the_original_it_goes_on(run):
 def test_of_those_that_are_enough_the_one_nearest_to_the_original_is_taken(run):
     cuts = {10: [0.1, 0.8, 0.9, 0.79, 0.8]}
     assert taken(run(cuts, bleu=[70, 40, 50, 60, 45])[0]) == (10, 15, True)
-    assert taken(run(cuts, bleu=[70, 50, 50, 60, 50])[0]) == (10, 10, True)
+    assert taken(run(cuts, bleu=[70, 52, 50, 60, 50])[0]) == (10, 10, True)
+
+
+def test_of_those_that_are_as_near_the_largest_cut_is_taken_and_of_equal_ones_the_nearest(run):
+    cuts = {10: [0.1, 0.8, 0.9, 0.9, 0.95]}
+    assert taken(run(cuts, bleu=[70, 51, 50, 50.5, 49.9])[0]) == (10, 20, True)
+    assert taken(run(cuts, bleu=[70, 51, 50, 50.5, 50])[0]) == (10, 25, True)
 
 
 def test_an_attempt_may_end_with_the_first_that_is_enough(run):
@@ -118,7 +124,7 @@ def test_where_the_time_is_over_after_the_first_that_is_enough_it_is_taken(run):
 
 def test_an_attempt_that_ends_without_it_is_followed_by_the_next_one_from_the_original(run):
     outcome, opened = run({10: [0.1, 0.2, 0.3, 0.4, 0.5], 30: [0.6, 0.9, 1, 1, 1]})
-    assert taken(outcome) == (30, 10, True)
+    assert taken(outcome) == (30, 15, True)
     together = "outputs and looks/round 2"
     assert opened.trained[5:7] == [(30, 0, 5, together), (30, 5, 10, together)]
     assert outcome.files == together

@@ -4,10 +4,10 @@ An attempt starts from the original and goes on in legs. After each leg the mode
 prompts, which it is not trained on. While a look's cut is not enough, a larger one is better; of
 those that are enough a higher BLEU to the original's outputs, for a model comes back to the
 original where it may as its learning rate falls. An attempt ends when looks bring nothing better.
-If a look was enough, the best one is taken, and the search is over; else the next attempt follows,
-which learns from what the last one still said as well (a round), later with a larger weight. Each
-starts from the original again: so one file of outputs, one weight and one number of updates say
-what the result is.
+If a look was enough, the search is over, and of those that are nearest to the original the one with
+the largest cut is taken. Else the next attempt follows, which learns from what the last one still
+said as well (a round), later with a larger weight. Each starts from the original again: so one file
+of outputs, one weight and one number of updates say what the result is.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ from tnt_jax.runtime import stages
 
 FOLDER = "looks"
 TIME_IS_OVER, _ENOUGH = "the time was over", "the cut was enough"
+_NEARLY = 1.0  # BLEU; looks on the prompts to choose by do not tell so little apart
 NO_MORE = 4  # looks that bring nothing better, an epoch, after which an attempt is over
 _T = TypeVar("_T")
 
@@ -97,8 +98,9 @@ class Found:
     """What a search came to.
 
     Attributes:
-      best: The look that is taken: of those that are enough the one with the highest BLEU, else
-        the one with the largest cut; of equals the first.
+      best: The look that is taken: of those that are enough, and within one BLEU of the highest
+        among them, the one with the largest cut; else that with the largest cut of all. Of equals
+        the first.
       files: The outputs that it learned from.
       is_enough: Whether it is.
       looks: All, in their order.
@@ -191,7 +193,7 @@ class _Search:
         return self._found(f"no attempt up to {last} was enough")
 
     def _found(self, reason: str) -> Found:
-        best = max(self._looks, key=self._rank)
+        best = self._best()
         is_enough = best.cut >= self._plan.enough
         return Found(
             best=best,
@@ -199,6 +201,16 @@ class _Search:
             is_enough=is_enough,
             looks=self._looks,
             reason=_ENOUGH if is_enough else reason,
+        )
+
+    def _best(self) -> Look:
+        enough = [look for look in self._looks if look.cut >= self._plan.enough]
+        if not enough:
+            return max(self._looks, key=lambda look: look.cut)
+        nearly = max(look.bleu for look in enough) - _NEARLY
+        # Of what is as near as that, the largest cut is the least likely to be enough by chance.
+        return max(
+            (look for look in enough if look.bleu >= nearly), key=lambda look: (look.cut, look.bleu)
         )
 
     def _rank(self, look: Look) -> tuple[bool, float]:
@@ -221,7 +233,7 @@ class _Search:
         """
         if not self._looks:  # without one there is nothing to take
             return False
-        best = self._looks.index(max(self._looks, key=self._rank))
+        best = self._looks.index(self._best())
         first = best
         while first and self._looks[first - 1].attempt == self._looks[best].attempt:
             first -= 1
