@@ -83,7 +83,7 @@ def check_python(words):
             return check_program(module, arguments)
         assert module == "t5x.train", words
         return check_t5x(arguments)
-    assert words[1].startswith("benchmarks/"), words
+    assert words[1].startswith(("benchmarks/", "docs/")), words
     return check_benchmark(ROOT / words[1], words[2:])
 
 
