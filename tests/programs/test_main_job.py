@@ -453,15 +453,15 @@ def test_a_pipeline_does_what_is_not_done(original, capsys, monkeypatch):
     )
 
     # Interrupted before its sixth update, the last checkpoint being that of the fourth.
-    whole_batch = Batches.batch
+    whole_read = Batches.read
 
-    def interrupted_batch(self, k):
+    def interrupted_read(self, k):
         if k == 5:
             raise KeyboardInterrupt
-        return whole_batch(self, k)
+        return whole_read(self, k)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Batches, "batch", interrupted_batch)
+        patch.setattr(Batches, "read", interrupted_read)
         assert rooms.run("pipeline", settings) == 130
     assert stages(capsys.readouterr().out) == ([*of_original, "TNRF: train"], [])
 
