@@ -84,7 +84,7 @@ def spans_of(text):
 
 
 def processor_seconds():
-    """Of this process and of those that it has waited for."""
+    """How much this process has used so far, and the processes that it has waited for."""
     used = [resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(one.ru_utime + one.ru_stime for one in used)
 

@@ -217,7 +217,7 @@ def arm(run, annotator, files, name, of_marks, objective, more):
 
 
 def log_likelihoods(run, model, output):
-    """Of each output in a file, by a model, in nats."""
+    """The log-likelihood that a model gives each output in a file, in nats."""
     opened = opened_model.open_model(
         str(model), pretrained.FromCheckpoint(), run.vocabulary,
         batch_size=128, num_tokens=sum(finished_run.LENGTHS.values()), mesh_shape=None,

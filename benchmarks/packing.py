@@ -103,7 +103,7 @@ class Run:
 def compare(examples, lengths, rounds):
     """Rows of the first table for one pair of lengths."""
     runs = {name: Run(examples, lengths, pack=name == "packed") for name in ("unpacked", "packed")}
-    layouts = [runs["packed"].batches.layout(k) for k in range(2)]
+    layouts = [runs["packed"].batches.read(k).places for k in range(2)]
     same = [examples[place.example] for layout in layouts for place in layout]
     num_ids = runs["packed"].batches.num_negative_ids
     losses = {

@@ -358,7 +358,7 @@ class _Outputs:
         return tokens
 
     def said(self, indices: np.ndarray) -> np.ndarray:
-        """Of each token, the log-probability, and the entropy of where it stands `[B, T, 2]`."""
+        """The log-probability of each token, and the entropy where it stands, `[B, T, 2]`."""
         return self._said[indices]
 
     def evidence(self, indices: np.ndarray) -> prefix_values.Evidence:

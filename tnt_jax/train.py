@@ -213,7 +213,7 @@ def _read_examples(
     """All examples of a data set, whose ids are those of the network."""
     config = sources.model.config
     pretrained.check_vocabulary(dataset.vocabulary, config, sources.original_source)
-    if isinstance(dataset, datasets.RecordFiles):
+    if isinstance(dataset, datasets.RecordFiles):  # your own `load` knows of no folder
         examples = dataset.load(task_feature_lengths, model_dir)
     else:
         examples = dataset.load(task_feature_lengths)

@@ -106,7 +106,7 @@ def test_two_examples_in_a_row_by_hand():
         seed=0,
         pack=True,
     )
-    assert batches.layout(0) == [Place(0, 0, 1, 0, 0, 4), Place(1, 0, 2, 3, 4, 2)]
+    assert batches.read(0).places == [Place(0, 0, 1, 0, 0, 4), Place(1, 0, 2, 3, 4, 2)]
     expected = {
         "encoder_input_tokens": [[7, 8, 1, 8, 1, 0]],
         "decoder_input_tokens": [[0, 3, 9, 4, 0, 5, 0]],
@@ -140,7 +140,7 @@ def test_a_layout_says_where_every_example_lies():
         for k in range(9):
             features = batches[k]
             num_targets = num_marks = 0
-            for place in batches.layout(k):
+            for place in batches.read(k).places:
                 source = examples[place.example]
                 here = slice(place.target_offset, place.target_offset + place.num_targets)
                 found = features["decoder_target_tokens"][place.row, here]
@@ -163,7 +163,7 @@ def test_a_layout_says_where_every_example_lies():
 def test_every_example_is_seen_once_per_epoch(shuffle):
     examples = random_examples(23)
     batches = packed_batches(examples, batch_size=4, shuffle=shuffle)
-    indices = [place.example for k in range(40) for place in batches.layout(k)]
+    indices = [place.example for k in range(40) for place in batches.read(k).places]
     epochs = np.array(indices[: len(indices) // 23 * 23]).reshape(-1, 23)
     assert len(epochs) > 10
     assert (np.sort(epochs, axis=1) == np.arange(23)).all()
@@ -176,7 +176,7 @@ def test_the_same_examples_share_a_row_in_every_epoch_and_with_every_seed():
     def rows_of(batches):
         rows = {}
         for k in range(30):
-            for place in batches.layout(k):
+            for place in batches.read(k).places:
                 rows.setdefault((k, place.row), []).append(place.example)
         return {tuple(row) for row in rows.values()}
 
@@ -230,7 +230,7 @@ CONFIG = t5.T5Config(
 def test_loss_and_gradient_are_those_of_rows_of_their_own(forward, strengths):
     examples = random_examples(60, strengths=strengths)
     batches = packed_batches(examples, batch_size=4)
-    layout, packed = batches.layout(1), batches[1]
+    layout, packed = batches.read(1).places, batches[1]
     assert len(layout) > 2 * 4  # more than two in a row
     alone = convert_features(
         [examples[place.example] for place in layout], LENGTHS, batches.num_negative_ids

@@ -103,7 +103,7 @@ def test_packed_rows_have_the_logits_of_rows_of_their_own(config):
     params, rows = t5_inputs.random_params(config), examples()
     alone = logits_of(config, params, CAUSAL.convert(rows, PACKED))
     batches = Batches(rows, 2, PACKED, seed=0, pack=True, feature_layout=CAUSAL)
-    places, packed = batches.layout(0), logits_of(config, params, batches.batch(0))
+    places, packed = batches.read(0).places, logits_of(config, params, batches.batch(0))
     assert len(places) > 2
     for example, row, _, _, start, number in places:
         found = packed[row, start : start + number]
@@ -403,7 +403,7 @@ def test_packed_examples_give_the_sums_of_rows_of_their_own():
     rows = examples(marks=(0, 2))
     network = causal_lm.CausalLM(MIXED)
     batches = Batches(rows, 2, PACKED, seed=0, pack=True, feature_layout=CAUSAL)
-    packed, chosen = batches.batch(0), [rows[place.example] for place in batches.layout(0)]
+    packed, chosen = batches.batch(0), [rows[place.example] for place in batches.read(0).places]
     params, original = t5_inputs.random_params(MIXED), t5_inputs.random_params(MIXED, 1)
 
     @jax.jit

@@ -223,7 +223,7 @@ def test_an_error_half_way_leaves_no_model(directory, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("output_format", FORMATS)
 def test_what_a_killed_conversion_left_is_deleted(output_format, directory, tmp_path, monkeypatch):
-    """As it is on the disk half-way: whole models, it may be."""
+    """A program that is killed leaves what is on the disk half-way: here that is copied."""
     place, killed = tmp_path / "place", tmp_path / "killed"
     progress = convert._progress
 

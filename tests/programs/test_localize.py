@@ -282,7 +282,7 @@ def looked_ahead():
 
 
 def strengths_of(row, piece):
-    """Of what may follow the first token that is this piece: by piece, strengths."""
+    """The strength of each piece that may come after the first token that is this piece."""
     pieces = vocabulary().processor
     place = row.target_ids.index(pieces.piece_to_id(piece)) + 1
     return {
@@ -318,7 +318,7 @@ def test_every_output_gets_strengths_where_it_is_decided(looked_ahead):
 
 
 def test_looking_ahead_leaves_the_labels_and_the_values_as_they_are(looked_ahead, localized):
-    """Of spans it says where, with the least strength; heads have seen one position more."""
+    """Spans only say where: they have the least strength. Heads have seen one position more."""
     for row, plain in zip(looked_ahead[0], localized[0], strict=True):
         assert bool(row.negative_spans) <= row.extra["unwanted"]
         assert all(records.strength_of(span) == 0.01 for span in row.negative_spans)

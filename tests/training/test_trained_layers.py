@@ -105,7 +105,7 @@ def gradients(folder, *arguments, only=None, **settings):
         pack=update.pack,
         feature_layout=trainer.model.network.feature_layout,
     )
-    placed = [(examples[at.example], at) for at in batches.layout(0)]
+    placed = [(examples[at.example], at) for at in batches.read(0).places]
     batch = loaded.with_states(batches.batch(0), placed)
     assert sorted(trainer.state_features) == sorted(batch.keys() - batches.batch(0).keys())
     state, sums = trainer.step(

@@ -157,16 +157,12 @@ class Batches:
             self.has_strengths,
         )
 
-    def layout(self, k: int) -> list[Place]:
-        """Which examples batch k has, and where each of them lies; row by row.
+    def read(self, k: int) -> Placed:
+        """The examples of batch k, and where each of them lies; row by row.
 
         What is kept for each example, such as an array `[T, E]` of the original's decoder states,
         goes to `[row, target_offset : target_offset + num_targets]` of an array `[B, T, E]`.
         """
-        return self.read(k).places
-
-    def read(self, k: int) -> Placed:
-        """The examples of batch k, with their places as `layout` has them."""
         members = self._members(k)
         examples = take(self.examples, np.concatenate(members))
         sizes = iter(self._sizes(lengths_of(examples)).tolist())

@@ -107,9 +107,10 @@ class Tokeniser(abc.ABC):
 
     @property
     def shapes(self) -> np.ndarray:
-        """Of each of `written` the numbers of spaces before, of characters, of spaces after.
+        """How many characters of each id's `written` are spaces, and where, `[V, 3]`.
 
-        `[V, 3]`; 0 for ids that are not written.
+        The columns count the spaces before the text, the characters of the text, and the spaces
+        after it. Ids that are not written have zeros.
         """
         raise NotImplementedError
 

@@ -214,7 +214,7 @@ class _Search:
         )
 
     def _rank(self, look: Look) -> tuple[bool, float]:
-        """Of two looks, that with the larger one is better."""
+        """What looks are compared by while an attempt goes on: the larger, the better."""
         is_enough = look.cut >= self._plan.enough
         return is_enough, look.bleu if is_enough else look.cut
 
