@@ -10,7 +10,8 @@ has the same on the prompts that were; "chosen" has each arm at its chosen weigh
 over seeds, with intervals over prompts. "steps" and "train_seconds" count all rounds of an arm.
 
 When all arms are done, those on the frontier of cut and BLEU can be run with further seeds
-(FRONTIER_SEEDS).
+(FRONTIER_SEEDS). Of many weights and rates most are not chosen: ONLY_CHOSEN_IN_FULL spares these
+the certificate, unrelated prompts and all decoders but the first.
 
 Example:
     python -m tnt_jax.sweep --gin_file=models/from_checkpoint.gin --gin_file=runs/sweep.gin \
@@ -88,6 +89,7 @@ class _Cell:
     alpha: float
     rate: float
     seed: int
+    in_full: bool = True  # or by what the first decoder says, without a certificate
 
     @property
     def labels(self) -> dict[str, Any]:
@@ -121,6 +123,7 @@ def sweep(
     cut: float = 0.75,
     baseline: str = "UL+LL",
     frontier_seeds: Sequence[int] = (),
+    only_chosen_in_full: bool = False,
     choice_share: float = 0.5,
     num_resamples: int = 1000,
     name: str = "results",
@@ -139,6 +142,10 @@ def sweep(
         ("UL+LL, 400 updates"). Where there is no such arm, nothing is tested.
       frontier_seeds: When all arms are done, those on the frontier of the prompts that weights are
         chosen on, and the baseline, are run with these seeds too, at what was chosen for them.
+      only_chosen_in_full: An arm answers the evaluation prompts with the first decoder, which is
+        what weights and rates are chosen by; when all arms have, those at what was chosen for them
+        are measured in full: with every decoder, the certificate and unrelated prompts. Rows of the
+        others lack these numbers.
       choice_share: Of the evaluation prompts: weights are chosen on these, and reported on others.
       num_resamples: For intervals.
       name: Of the two files to write, without ".json" and ".md". Sweeps of one `output_dir` share
@@ -180,6 +187,8 @@ def sweep(
     share = (process_index, num_processes)
     with holding.folder(experiment.folder, "OUTPUT_DIR", None if num_processes == 1 else share):
         shared = _open(experiment, grids, task, choice_share, *share)
+        in_full = not only_chosen_in_full
+        cells = [dataclasses.replace(cell, in_full=in_full) for cell in cells]
         shared.run_own(cells)
         while True:
             found, arms, num_missing = _found(
@@ -194,9 +203,10 @@ def sweep(
         files.write_text(str(written.with_suffix(".md")), text)
     console.log(text)
     missing = f" {num_missing} arms are not done yet." if num_missing else ""
-    if num_missing and frontier_seeds:
+    if num_missing and (frontier_seeds or only_chosen_in_full):
         missing += (
-            " The frontier's are run when all others are done: start each process again then."
+            " What is chosen by the others is run when they are done: start each process again "
+            "then."
         )
     console.log(
         f"The numbers are in {written}.{missing} {time.monotonic() - began:.0f} "
@@ -245,6 +255,9 @@ class _Shared:
                 dataset=grid.dataset,
             ),
         )
+        if not cell.in_full:
+            self.opened.answer(cell.name, checkpoint, self.opened.first_decoder)
+            return
         for decoder in self.opened.settings.decoders:
             self.opened.evaluate(cell.name, checkpoint, decoder)
 
@@ -260,14 +273,8 @@ class _Shared:
 
     def rows(self, cells: Sequence[_Cell]) -> tuple[dict[str, list[results.Row]], int]:
         """The rows of what is done, whichever process did it; and how many arms are not."""
-        arms = {
-            cell.name: (cell.labels, cell.grid.num_rounds) for cell in cells if self._is_done(cell)
-        }
-        num_missing = len(cells) - len(arms)
-        if self.opened.mask_outputs:
-            labels = {"objective": results.MASK, "alpha": None, "rate": None, "seed": 0}
-            arms[results.MASK] = (labels, 0)
-        return _rows(self.opened, arms, self.task, self.choice_share), num_missing
+        arms = [cell for cell in cells if self._is_done(cell)]
+        return _rows(self.opened, arms, self.task, self.choice_share), len(cells) - len(arms)
 
 
 def _found(
@@ -285,6 +292,10 @@ def _found(
     rows, num_missing = shared.rows(cells)
     # Seeds that are added for the frontier do not choose.
     choices = results.choose(_of_decoder(rows["choice_rows"], shared.opened.first_decoder), cut)
+    if not num_missing and not all(cell.in_full for cell in cells):
+        cells = [dataclasses.replace(cell, in_full=_is_chosen(cell, choices)) for cell in cells]
+        shared.run_own([cell for cell in cells if cell.in_full], ", measured in full")
+        rows, num_missing = shared.rows(cells)
     if frontier_seeds and not num_missing:
         best = {
             row["objective"]
@@ -343,55 +354,67 @@ def _training_outputs(opened: Opened, grid: Grid) -> str:
 
 
 def _rows(
-    opened: Opened,
-    arms: Mapping[str, tuple[Mapping[str, Any], int]],
-    task: str,
-    choice_share: float,
+    opened: Opened, cells: Iterable[_Cell], task: str, choice_share: float
 ) -> dict[str, list[results.Row]]:
-    """The numbers of arms that are done, whichever process ran them.
+    """The numbers of arms that are done, whichever process ran them, and of the mask.
 
     Args:
       opened: The experiment.
-      arms: By the names of folders: labels, and how many rounds.
+      cells: The arms.
       task: Its name.
       choice_share: Of the evaluation prompts.
     """
     found: dict[str, list[results.Row]] = {"rows": [], "choice_rows": []}
     masks = opened.mask_outputs
-    for name, (labels, num_rounds) in arms.items():
-        for decoder in masks if name == results.MASK else opened.settings.decoders:
-            certificate, seconds, steps, unrelated = {}, None, None, None
-            if name != results.MASK:
-                evaluation = opened.root / name / f"{decoder}.evaluation.json"
-                parts = json.loads(evaluation.read_text("utf-8"))["certificate"]
-                certificate = {
-                    "residual": parts["negative_residual"],
-                    "collateral": parts["negative_collateral"],
-                    "smallest_cost": parts["negative_smallest_cost"],
-                    "collateral_elsewhere": parts["positive_collateral"],
+
+    def add(
+        name: str, decoder: str, labels: Mapping[str, Any], measured: Mapping[str, Any]
+    ) -> None:
+        current = str(opened.root / name / f"{decoder}.annotated.jsonl")
+        before = opened.original_outputs[decoder]
+        choice, report = _parts(*records.read_pairs(before, current), choice_share)
+        masked: tuple[Sequence[records.Record] | None, ...] = None, None
+        if decoder in masks:
+            of_parts = _parts(*records.read_pairs(before, masks[decoder]), choice_share)
+            masked = tuple(of_mask for _, of_mask in of_parts)
+        for key, of_part, of_mask in zip(
+            ("choice_rows", "rows"), (choice, report), masked, strict=True
+        ):
+            found[key].append(
+                {
+                    **{"task": task, **labels, "decoder": decoder},
+                    **results.measure(*of_part, of_mask),
+                    **measured,
                 }
-                steps, seconds = opened.training_of(name, num_rounds)
-                unrelated = opened.unrelated(name) if decoder == opened.first_decoder else None
-            current = str(opened.root / name / f"{decoder}.annotated.jsonl")
-            before = opened.original_outputs[decoder]
-            choice, report = _parts(*records.read_pairs(before, current), choice_share)
-            masked: tuple[Sequence[records.Record] | None, ...] = None, None
-            if decoder in masks:
-                of_parts = _parts(*records.read_pairs(before, masks[decoder]), choice_share)
-                masked = tuple(of_mask for _, of_mask in of_parts)
-            for key, of_part, of_mask in zip(
-                ("choice_rows", "rows"), (choice, report), masked, strict=True
-            ):
-                found[key].append(
-                    {
-                        **{"task": task, **labels, "steps": steps, "decoder": decoder},
-                        **results.measure(*of_part, of_mask),
-                        **certificate,
-                        **({} if unrelated is None else results.unrelated(unrelated)),
-                        "train_seconds": seconds,
-                    }
-                )
+            )
+
+    for cell in cells:
+        steps, seconds = opened.training_of(cell.name, cell.grid.num_rounds)
+        of_training = {"steps": steps, "train_seconds": seconds}
+        if not cell.in_full:
+            add(cell.name, opened.first_decoder, cell.labels, of_training)
+            continue
+        for decoder in opened.settings.decoders:
+            measured = {**of_training, **_certificate(opened, cell.name, decoder)}
+            add(cell.name, decoder, cell.labels, measured)
+    for decoder in masks:
+        labels = {"objective": results.MASK, "alpha": None, "rate": None, "seed": 0}
+        add(results.MASK, decoder, labels, {"steps": None, "train_seconds": None})
     return found
+
+
+def _certificate(opened: Opened, name: str, decoder: str) -> dict[str, Any]:
+    """The numbers of an arm that need both models: of its certificate, and on unrelated prompts."""
+    evaluation = opened.root / name / f"{decoder}.evaluation.json"
+    parts = json.loads(evaluation.read_text("utf-8"))["certificate"]
+    unrelated = opened.unrelated(name) if decoder == opened.first_decoder else None
+    return {
+        "residual": parts["negative_residual"],
+        "collateral": parts["negative_collateral"],
+        "smallest_cost": parts["negative_smallest_cost"],
+        "collateral_elsewhere": parts["positive_collateral"],
+        **({} if unrelated is None else results.unrelated(unrelated)),
+    }
 
 
 Pairs = tuple[list[records.Record], list[records.Record]]
@@ -440,6 +463,11 @@ def _of_choices(
     return [row for row in rows if choices.get(row["objective"]) == results.Choice.of_row(row)]
 
 
+def _is_chosen(cell: _Cell, choices: Mapping[str, results.Choice]) -> bool:
+    labels = cell.labels
+    return choices.get(labels["objective"]) == results.Choice.of_row(labels)
+
+
 def _with_seeds(
     cells: Sequence[_Cell],
     choices: Mapping[str, results.Choice],
@@ -450,9 +478,8 @@ def _with_seeds(
     done = {cell.name for cell in cells}
     found = {}
     for cell in cells:
-        arm = cell.labels["objective"]
-        if arm in arms and choices[arm] == results.Choice.of_row(cell.labels):
-            of_seeds = (dataclasses.replace(cell, seed=seed) for seed in seeds)
+        if cell.labels["objective"] in arms and _is_chosen(cell, choices):
+            of_seeds = (dataclasses.replace(cell, seed=seed, in_full=True) for seed in seeds)
             found |= {again.name: again for again in of_seeds if again.name not in done}
     return list(found.values())
 

@@ -184,6 +184,38 @@ def test_the_frontier_is_run_with_other_seeds(swept):
         assert len(row["cut_interval"]) == len(row["bleu_interval"]) == 2
 
 
+def test_arms_that_are_not_chosen_can_be_spared(swept):
+    """What was chosen has the same numbers; the others have those that need no second model."""
+    both = "{'greedy': @decoding.Decoding(), 'sampled': @sampled/decoding.Decoding()}"
+    sweep("spared", MASK_DECODING=None, ONLY_CHOSEN_IN_FULL=True, DECODERS=both)
+    spared = results("spared")
+    seconds = re.compile("train_seconds")
+
+    def known(rows):
+        return [{k: v for k, v in row.items() if not seconds.match(k)} for row in rows]
+
+    greedy = [row for row in spared["chosen"] if row["decoder"] == "greedy"]
+    assert known(greedy) == known(swept["chosen"])
+    chosen = {(row["objective"], row["alpha"]) for row in greedy}
+    assert len(chosen) == 3  # with the mask
+    in_full = swept["rows"][0].keys()
+    for row in spared["rows"]:
+        if row["objective"] == "decode mask":
+            continue
+        if (row["objective"], row["alpha"]) in chosen:
+            assert row["residual"] is not None
+        else:
+            assert row["decoder"] == "greedy"
+            missing = {"residual", "collateral", "smallest_cost", "collateral_elsewhere"}
+            assert row.keys() == in_full - missing
+            assert not pathlib.Path("spared", sweep_folder(row), "greedy.evaluation.json").exists()
+    assert {row["decoder"] for row in spared["chosen"]} == {"greedy", "sampled"}
+
+
+def sweep_folder(row):
+    return f"{row['objective']}, alpha {row['alpha']:g}, seed {row['seed']}"
+
+
 def test_a_learning_rate_is_chosen_as_a_weight_is(working_directory):
     """Every rival is trained at both rates; half of one is exactly the other."""
     settings = {"OBJECTIVES": "['NPO+KL', 'FTPO']", "ALPHAS": "[2.0]", "RATES": "[0.5, 1.0]"}
@@ -305,7 +337,7 @@ def test_the_frontier_waits_for_the_arms_of_other_processes(working_directory, c
     def further():
         return sorted(pathlib.Path("parted").glob("*seed 7"))
 
-    hint = "The frontier's are run when all others are done"
+    hint = "What is chosen by the others is run when they are done"
     # The baseline is the arm of process 1, and nothing is known of it yet.
     arms, printed = started(0)
     assert {(name, seed) for name, seed, _ in arms} == {("TNRF", 0)}

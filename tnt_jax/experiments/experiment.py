@@ -636,9 +636,13 @@ class Opened:
         all_files = [*files, *more]
         return all_files, self._merged(name, all_files, "rounds", keep_clean=keep_clean)
 
+    def answer(self, name: str, checkpoint: str, decoder: str) -> str:
+        """An arm's annotated outputs for the evaluation prompts; returns the file."""
+        return self.outputs_of(name, checkpoint, self.settings.eval_prompts, decoder)
+
     def evaluate(self, name: str, checkpoint: str, decoder: str) -> dict[str, Any]:
         """Generates with an arm and compares with the original; returns what `evaluate` writes."""
-        current = self.outputs_of(name, checkpoint, self.settings.eval_prompts, decoder)
+        current = self.answer(name, checkpoint, decoder)
         certificate = self.settings.certificate(
             original_checkpoint_path=self.original, checkpoint_path=checkpoint
         )
