@@ -236,8 +236,16 @@ def test_outputs_do_not_depend_on_the_batches(decoder, monkeypatch, capsys):
     assert outputs("unsorted", **decoder) == bucketed
 
 
-@pytest.mark.parametrize("decoder", [{}, {"NUM_BEAMS": 3}], ids=["greedy", "beams"])
+MASKED = {"MASK": "@annotators.Lexicon()", "annotators.Lexicon.path": "said.txt"}
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [{}, {"NUM_BEAMS": 3}, MASKED, MASKED | {"NUM_BEAMS": 2}],
+    ids=["greedy", "beams", "masked", "masked_beams"],
+)
 def test_eight_devices_give_the_tokens_of_one(decoder, monkeypatch):
+    pathlib.Path("said.txt").write_text("fern\njade\nquiet\n")  # what it says most often
     meshes = []
 
     def make_mesh(shape, devices):
