@@ -131,13 +131,16 @@ def check_benchmark(path, arguments):
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".add_argument"):
             keywords = {key.arg: key.value for key in node.keywords}
             flags[ast.literal_eval(node.args[0])] = keywords
+    before = ""  # the flag that an argument may be one of the values of
     for argument in arguments:
         name, equals, value = argument.partition("=")
         if not name.startswith("-"):
-            assert any(not flag.startswith("-") for flag in flags), argument
+            takes_several = "nargs" in flags.get(before, ())
+            assert takes_several or any(not flag.startswith("-") for flag in flags), argument
             continue
         assert name in flags, f"{path.name} has no {name}"
-        assert bool(equals) != ("action" in flags[name]), argument
+        before = name
+        assert bool(equals) != bool({"action", "nargs"} & flags[name].keys()), argument
         with contextlib.suppress(KeyError, ValueError):  # no choices, or none that stand there
             assert value in ast.literal_eval(flags[name]["choices"]), argument
 
