@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
-import resource
 import shutil
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from helpers.full_disk import full_disk
 from helpers.huggingface_model import TINY, write_directory
 
 from tnt_jax import convert
@@ -258,13 +258,8 @@ def test_a_description_is_written_whole_or_not_at_all(tmp_path):
     write_directory(tmp_path / "in")
     settings = json.loads((tmp_path / "in/config.json").read_text()) | {"long": "x" * 3000}
     (tmp_path / "in/config.json").write_text(json.dumps(settings))
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            run(tmp_path / "in", tmp_path / "out", "t5x")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with full_disk(2000), pytest.raises(OSError, match="File too large"):
+        run(tmp_path / "in", tmp_path / "out", "t5x")
     run(tmp_path / "in", tmp_path / "out", "t5x")
     description = tmp_path / "out/huggingface/config.json"
     assert json.loads(description.read_text()) == settings

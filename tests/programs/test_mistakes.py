@@ -4,11 +4,11 @@ import contextlib
 import json
 import pathlib
 import re
-import resource
 
 import gin
 import pytest
 from helpers import rooms
+from helpers.full_disk import full_disk
 
 from tnt_jax.checkpoints import pretrained
 from tnt_jax.data import records
@@ -499,17 +499,6 @@ def test_settings_of_checkpoints_and_numbers(mistake, settings, message):
 
 
 # --- A full disk, too little memory --------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def full_disk(num_bytes):
-    """No file grows beyond this size: what whoever writes sees of a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 FULL = (

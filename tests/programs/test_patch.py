@@ -19,6 +19,7 @@ import gin
 import pytest
 from helpers import rooms, tiny_tokenizers
 from helpers.chat_templates import TEMPLATES
+from helpers.full_disk import full_disk
 
 from tnt_jax import convert, patch
 from tnt_jax.data import records
@@ -577,6 +578,17 @@ def test_what_is_too_rare_ends_with_what_would_do(capsys):
     words = file("rare.txt", "acorn\n")
     found = mistake(capsys, "rare", words=words)
     assert re.match(r"too rare: \d+ of (64|72) outputs have something unwanted", found)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_full_disk_ends_with_that_and_the_same_command_goes_on(patched, capsys):
+    """What Orbax's other threads were about to write is thrown away with them."""
+    with full_disk(30_000):  # prompts and outputs are smaller, a checkpoint is not
+        found = mistake(capsys, "full_disk", **QUICK)
+    assert found.startswith("cannot write: File too large. Make room ")
+    assert [*pathlib.Path("full_disk").glob("looks/*")] == []
+    assert run("full_disk", **QUICK) == 0
+    assert results_of("full_disk") == results_of("patched")
 
 
 def test_the_folder_of_another_patch_is_refused(patched, capsys):

@@ -7,7 +7,6 @@ import json
 import os
 import pathlib
 import re
-import resource
 import signal
 import socket
 import subprocess
@@ -16,6 +15,7 @@ import threading
 import time
 
 import pytest
+from helpers.full_disk import full_disk
 from helpers.holders import PATIENCE, changing, held_by_another, note_of, refusal, wait_until
 
 from tnt_jax.runtime import holding
@@ -104,13 +104,8 @@ def test_what_a_killed_process_held_is_free_at_once(tmp_path, capsys):
 
 def test_no_half_of_a_note_is_left_where_there_is_no_room(tmp_path, capsys):
     """It said nothing of a process, and the next run watched it for a minute."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
-    try:
-        with pytest.raises(OSError, match="No space left on device"):
-            hold(tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with full_disk(500), pytest.raises(OSError, match="No space left on device"):
+        hold(tmp_path)
     assert list(tmp_path.iterdir()) == []
     hold(tmp_path)
     assert "waiting" not in capsys.readouterr().out

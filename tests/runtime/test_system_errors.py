@@ -15,6 +15,7 @@ import textwrap
 import numpy as np
 import pytest
 from etils import epath
+from helpers.full_disk import full_disk
 from helpers.huggingface_model import write_directory
 
 from tnt_jax import convert
@@ -252,12 +253,8 @@ def test_a_note_that_cannot_be_read_is_not_missing(tmp_path, monkeypatch):
 def test_states_for_which_there_is_no_room(tmp_path, monkeypatch):
     """NumPy says only how many numbers it could write."""
     monkeypatch.chdir(tmp_path)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, before[1]))  # less than the array
-    try:
+    with full_disk(6000):  # less than the array
         message = message_of(lambda folder: computed(folder, EXAMPLES), "states")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert re.match(r"cannot write: the disk takes no more \(\d+ requested and \d+ writ", message)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
     computed("states")
