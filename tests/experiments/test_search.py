@@ -69,6 +69,7 @@ def run(monkeypatch):
         monkeypatch.setattr(
             search._Search, "_model", lambda self, *model: (f"checkpoint_{model[1]}", str(model[0]))
         )
+        monkeypatch.setattr(search._Search, "_is_kept", lambda self, make: False)
         monkeypatch.setattr(search._Search, "_kept_or_made", lambda self, make, train: make())
         monkeypatch.setattr(search, "time", clock)
         return search.search(opened, ARM, plan, {}), opened

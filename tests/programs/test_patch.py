@@ -268,6 +268,25 @@ def test_a_search_whose_time_was_over_is_not_begun_anew(monkeypatch):
     assert more[0] == little["looks"][0]
 
 
+def test_looks_of_a_command_that_was_stopped_count_where_the_time_is_short(monkeypatch):
+    """They take no time: what is taken is the best of them, not the first."""
+    looks = []
+
+    def stop_after_the_fourth(self, of_attempt):
+        looks.append(of_attempt[-1])
+        if len(looks) == 4:
+            raise preemption.Preempted("the machine is taken away")
+        return False
+
+    with monkeypatch.context() as first:
+        first.setattr(search._Search, "_brings_no_more", stop_after_the_fourth)
+        assert run("short", **QUICK) == preemption.EXIT_STATUS
+    found = done("short", **QUICK, time="0.01s").numbers
+    assert [look["updates"] for look in found["looks"]] == [look.updates for look in looks]
+    assert {look.cut for look in looks} == {1.0}
+    assert found["updates"] == max(looks, key=lambda look: look.bleu).updates > looks[0].updates
+
+
 def test_a_round_that_there_was_no_time_for_is_begun_by_a_later_command(monkeypatch):
     """The model that it needs has made room for the one that was taken."""
     monkeypatch.setattr(choices, "threshold", lambda *of: math.inf)

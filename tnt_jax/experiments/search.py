@@ -12,6 +12,7 @@ of outputs, one weight and one number of updates say what the result is.
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -60,7 +61,8 @@ class Plan:
       attempts: In this order; rounds count up from 1.
       updates: After how many there is a look, in each attempt.
       prompts: The file of choice prompts.
-      deadline: On the clock of `time.monotonic`: nothing begins that would probably end later.
+      deadline: On the clock of `time.monotonic`: nothing begins that would probably end later. What
+        was kept takes no time.
     """
 
     enough: float
@@ -175,12 +177,16 @@ class _Search:
         plan = self._plan
         for attempt in plan.attempts:
             if attempt.round > len(self._files):
-                if self._is_time_over(self._seconds_of_outputs()):
+                if self._is_time_over(self._seconds_of_outputs()) and not self._is_kept(
+                    functools.partial(self._outputs_of_round, attempt.round)
+                ):
                     return self._found(TIME_IS_OVER)
                 self._begin_round(attempt.round)
             of_attempt: list[Look] = []
             for after, updates in zip([0, *plan.updates], plan.updates, strict=False):
-                if self._is_time_over():
+                if self._is_time_over() and not self._is_kept(
+                    functools.partial(self._outputs_of_look, attempt, updates)
+                ):
                     return self._found(TIME_IS_OVER)
                 look = self._leg(attempt, after, updates)
                 of_attempt.append(look)
@@ -260,11 +266,17 @@ class _Search:
         name = f"checkpoint_{updates}"
         return str(self._opened.root / self._arm.name / "model" / name), identity
 
+    def _is_kept(self, make: Callable[[], Any]) -> bool:
+        """Whether all that is made with a model was kept, by a command before this one."""
+        with contextlib.suppress(stages.NotDoneError), stages.only_done():
+            make()
+            return True
+        return False
+
     def _kept_or_made(self, make: Callable[[], _T], train: Callable[[], Any]) -> _T:
         """What is made with a model; unless all of it was kept, the model is trained before."""
-        with contextlib.suppress(stages.NotDoneError), stages.only_done():
-            return make()
-        train()
+        if not self._is_kept(make):
+            train()
         return make()
 
     def _train(self, attempt: Attempt, after: int, updates: int) -> None:
@@ -276,30 +288,43 @@ class _Search:
             after=after,
         )
 
+    def _outputs_of_round(self, number: int) -> tuple[list[str], str]:
+        """What the last look's model says to the prompts to learn from, after all before it."""
+        last = self._looks[-1]
+        checkpoint, identity = self._model(last.attempt, last.updates)
+        return self._opened.further_round(
+            f"{FOLDER}/round {number}",
+            checkpoint,
+            self._of_rounds,
+            identity=identity,
+            keep_clean=False,
+        )
+
     def _begin_round(self, number: int) -> None:
-        """Brings what the last look's model says to the prompts to learn from."""
+        """Brings the outputs that a round learns from."""
         last, places = self._looks[-1], [0, *self._plan.updates]
         after = places[places.index(last.updates) - 1]
-        checkpoint, identity = self._model(last.attempt, last.updates)
         self._of_rounds, merged = self._kept_or_made(
-            lambda: self._opened.further_round(
-                f"{FOLDER}/round {number}",
-                checkpoint,
-                self._of_rounds,
-                identity=identity,
-                keep_clean=False,
-            ),
+            lambda: self._outputs_of_round(number),
             # A command before this one may have ended here, and trained the best look's model.
             lambda: self._train(last.attempt, after, last.updates),
         )
         self._files.append(merged)
 
+    def _outputs_of_look(self, attempt: Attempt, updates: int) -> dict[str, str]:
+        """What a model says to the choice prompts, annotated, by decoder."""
+        checkpoint, identity = self._model(attempt, updates)
+        name = f"{FOLDER}/{self._arm.name}, {attempt}, update {updates}"
+        return {
+            decoder: self._opened.outputs_of(
+                name, checkpoint, self._plan.prompts, decoder, identity=identity
+            )
+            for decoder in self._opened.settings.decoders
+        }
+
     def _leg(self, attempt: Attempt, after: int, updates: int) -> Look:
         """Trains from one look to the next, and looks."""
         began = time.monotonic()
-        opened, prompts = self._opened, self._plan.prompts
-        checkpoint, identity = self._model(attempt, updates)
-        name = f"{FOLDER}/{self._arm.name}, {attempt}, update {updates}"
         seconds_of_training = self._longest_leg  # not known where it was kept
 
         def train() -> None:
@@ -307,13 +332,7 @@ class _Search:
             self._train(attempt, after, updates)
             seconds_of_training = time.monotonic() - began
 
-        made = self._kept_or_made(
-            lambda: {
-                decoder: opened.outputs_of(name, checkpoint, prompts, decoder, identity=identity)
-                for decoder in opened.settings.decoders
-            },
-            train,
-        )
+        made = self._kept_or_made(lambda: self._outputs_of_look(attempt, updates), train)
         self._longest_leg = max(self._longest_leg, time.monotonic() - began)
         self._seconds_of_training.append(seconds_of_training)
         self._looks.append(self._look(attempt, updates, made))
