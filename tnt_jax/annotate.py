@@ -23,7 +23,7 @@ Example:
 import collections
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tnt_jax import annotators
@@ -96,24 +96,17 @@ def annotate(
         ),
     )
     if beam_options is None:
-        rows = records.read_records(input)
+        found = records.survey(input)
         work = {
             "program": "annotate",
-            "records": records.digest(rows),
+            "records": found.digest,
             "annotator": annotator.description,
             "settings": annotator,
             "vocabulary": vocabulary,
         }
-        sizes = output_parts.sizes(len(rows), _RECORDS_PER_PART)
+        sizes = output_parts.sizes(found.count, _RECORDS_PER_PART)
         with output_parts.opened(output, sizes, settings_json.describe(work)) as job:
-            firsts = {part: part * _RECORDS_PER_PART for part in job.missing}
-            own = [
-                (part, row)
-                for part, first in firsts.items()
-                for row in rows[first : first + sizes[part]]
-            ]
-            for part, row in console.progress(own, f"annotating {len(own)} records"):
-                made = mark_one(row)
+            for part, made in _marked(input, sizes, job.missing, mark_one):
                 job.add(part, [] if made is None else [made.to_line()], {_kind(made): 1})
             job.wait_for_all()
             job.join(removed_everywhere.replacing(output, everywhere.to_write(annotator)))
@@ -130,6 +123,29 @@ def annotate(
         with holding.output(output, "OUTPUT"):
             removed_everywhere.write_records(output, counted(), everywhere.to_write(annotator))
             _write_rest(output, annotator, everywhere, counts)
+
+
+def _marked(
+    input: str,
+    sizes: Sequence[int],
+    parts: Sequence[int],
+    mark_one: Callable[[records.Record], records.Record | None],
+) -> Iterator[tuple[int, records.Record | None]]:
+    """What comes of each record of some parts, with the part's number."""
+    own = frozenset(parts)
+    number = sum(sizes[part] for part in own)
+    rows = records.iterate(input, lambda place: place // _RECORDS_PER_PART in own)
+    part_of_rows = (part for part in sorted(own) for _ in range(sizes[part]))
+    num_marked = 0
+    progress = console.progress(rows, f"annotating {number} records", number)
+    for row, part in zip(progress, part_of_rows, strict=False):
+        yield part, mark_one(row)
+        num_marked += 1
+    if num_marked < number:
+        raise UsageError(
+            f"{input}: expected {sum(sizes)} records, as there were a moment ago, found fewer. Let "
+            "nothing write the file while it is annotated, and start again."
+        )
 
 
 def _kind(made: records.Record | None) -> str:

@@ -307,7 +307,7 @@ class _Work:
         del offsets, digests, columns  # written, and no longer in memory
         ids.sort()
         if not num_examples or (ids[1:] == ids[:-1]).any():
-            records.check_ids(self.plan.path)
+            records.survey(self.plan.path)
         about = {
             "num_examples": num_examples,
             "num_spans_without_token": int(counts[:, 1].sum()),

@@ -20,15 +20,17 @@ messages, and `messages` that end with the assistant's turn, which is the `targe
 local, or in a bucket (`gs://`): whatever `etils.epath` opens.
 """
 
+import array
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Annotated, Any, TypedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Annotated, Any, NamedTuple, TypedDict
 
 import msgspec
+import numpy as np
 
 from tnt_jax.data import conversations
 from tnt_jax.runtime import files
@@ -216,19 +218,39 @@ def read_records(path: str | os.PathLike) -> list[Record]:
     return data_set(_of_files(path), path)
 
 
-def iterate(path: str | os.PathLike) -> Iterator[Record]:
+def iterate(
+    path: str | os.PathLike, is_chosen: Callable[[int], bool] | None = None
+) -> Iterator[Record]:
     """Reads as `read_records`, one by one, without a look at ids.
 
+    Args:
+        path: a JSONL file, or a glob.
+        is_chosen: whether the record with a number, from 0, is wanted; None wants all.
+
     Raises:
-        UsageError: no file, or a bad line.
+        UsageError: no file, or a bad line among those that are wanted.
     """
-    return (record for _, record in _of_files(path))
+    return (record for _, _, record in _lines_of_files(path, is_chosen))
 
 
 def _of_files(path: str | os.PathLike) -> Iterator[tuple[str, Record]]:
+    return ((where, record) for where, _, record in _lines_of_files(path))
+
+
+def _lines_of_files(
+    path: str | os.PathLike, is_chosen: Callable[[int], bool] | None = None
+) -> Iterator[tuple[str, bytes, Record]]:
+    """Places, lines and records."""
+    count = 0
     for file in files.matching_files(path):
+        name = str(file)
         with file.open("rb") as lines, naming_file(file):
-            yield from located(lines, str(file))
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    if is_chosen is None or is_chosen(count):
+                        where = f"{name}:{number}"
+                        yield where, line, _parsed(line, where)
+                    count += 1
 
 
 def located(
@@ -242,7 +264,31 @@ def located(
     for number, line in enumerate(lines, start=first_number):
         if line.strip():
             where = f"{file}:{number}"
-            yield where, Record.from_json(files.parse_line(line, where), where)
+            yield where, _parsed(line, where)
+
+
+def _parsed(line: bytes, where: str) -> Record:
+    """The record of a line; most have no field that is not ours, which takes a third of the time.
+
+    Raises:
+        UsageError: a bad line.
+    """
+    try:
+        found = _ONLY_OURS.decode(line)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return Record.from_json(files.parse_line(line, where), where)
+    try:
+        return Record(
+            id=default_id(where) if found.id is None else found.id,
+            inputs=found.inputs,
+            targets=found.targets,
+            target_ids=found.target_ids,
+            negative_spans=found.negative_spans,
+            negative_token_ids=found.negative_token_ids,
+            annotator=found.annotator,
+        )
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
 
 
 def data_set(located: Iterable[tuple[str, Record]], path: str | os.PathLike) -> list[Record]:
@@ -251,28 +297,63 @@ def data_set(located: Iterable[tuple[str, Record]], path: str | os.PathLike) -> 
     Raises:
         UsageError: there is no record in `path`, or an id is used twice.
     """
-    return list(unique(located, path))
-
-
-def unique(located: Iterable[tuple[str, Record]], path: str | os.PathLike) -> Iterator[Record]:
-    """The records of a data set, one by one, checked as `data_set` does."""
-    first_use = {}
+    first_use: dict[str, str] = {}
+    found = []
     for where, record in located:
-        if record.id in first_use:
-            raise UsageError(
-                f"{where}: the id {record.id!r} was used before, at {first_use[record.id]}. Every "
-                "record of a data set needs its own."
-            )
-        first_use[record.id] = where
-        yield record
-    if not first_use:
-        raise UsageError(f"{path}: expected records, found none.")
+        _enter(first_use, record.id, where)
+        found.append(record)
+    if not found:
+        raise _without_records(path)
+    return found
 
 
-def check_ids(path: str | os.PathLike) -> None:
-    """Raises a UsageError where a file (or glob) has no records, or an id is used twice."""
-    for _ in unique(_of_files(path), path):
-        pass
+def _enter(first_use: dict[str, str], id: str, where: str) -> None:
+    if id in first_use:
+        raise UsageError(
+            f"{where}: the id {id!r} was used before, at {first_use[id]}. Every "
+            "record of a data set needs its own."
+        )
+    first_use[id] = where
+
+
+def _without_records(path: str | os.PathLike) -> UsageError:
+    return UsageError(f"{path}: expected records, found none.")
+
+
+class Survey(NamedTuple):
+    """What a look at all records of a data set finds.
+
+    Attributes:
+        count: of records.
+        digest: a fingerprint of their ids, their lines and their order.
+    """
+
+    count: int
+    digest: str
+
+
+def survey(path: str | os.PathLike) -> Survey:
+    """Checks a data set as `read_records` does, with eight bytes of memory for each record.
+
+    Raises:
+        UsageError: as `read_records`.
+    """
+    hashes, hashed = array.array("q"), hashlib.sha256()
+    for _, line, record in _lines_of_files(path):
+        hashes.append(hash(record.id))
+        hashed.update(f"{record.id}\n".encode())
+        hashed.update(line.strip())
+    if not hashes:
+        raise _without_records(path)
+    ordered = np.frombuffer(hashes, np.int64)
+    ordered.sort()
+    equal = ordered[1:][ordered[1:] == ordered[:-1]]
+    if len(equal):  # of two ids, or of one that is used twice
+        doubtful, first_use = {*equal.tolist()}, {}
+        for where, record in _of_files(path):
+            if hash(record.id) in doubtful:
+                _enter(first_use, record.id, where)
+    return Survey(len(ordered), hashed.hexdigest()[:16])
 
 
 def read_pairs(
@@ -444,8 +525,8 @@ def known_fields(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
         ) from None
 
 
-class Quick(msgspec.Struct):
-    """The fields of most records. What others have, `Record.from_json` reads, or refuses."""
+class _OnlyOurs(msgspec.Struct, forbid_unknown_fields=True):
+    """The fields of most records, which have no others."""
 
     inputs: str
     id: str | None = None
@@ -454,11 +535,17 @@ class Quick(msgspec.Struct):
     negative_spans: tuple[tuple[_Offset, _Offset], ...] | None = None
     negative_token_ids: tuple[tuple[_Offset, tuple[TokenId, ...]], ...] = ()
     annotator: str = ""
+
+
+class Quick(_OnlyOurs, forbid_unknown_fields=False):
+    """The fields of most records. What others have, `Record.from_json` reads, or refuses."""
+
     messages: None = None
     prompt: None = None
     completion: None = None
 
 
+_ONLY_OURS = msgspec.json.Decoder(_OnlyOurs)
 _QUICK = msgspec.json.Decoder(Quick)
 
 
