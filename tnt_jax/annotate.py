@@ -206,8 +206,7 @@ def mark(
     removed: dict[int, dict[int, float]] = {}  # by position, ids and strengths
     has_alternatives = any(span.alternatives for span in annotation.spans)
     if vocabulary is not None and (has_alternatives or annotation.unwanted):
-        unmarked = dataclasses.replace(row, negative_spans=None, negative_token_ids=())
-        ids = marks.mark_tokens(unmarked, vocabulary).target_ids
+        ids, extents = marks.ids_and_extents(row, vocabulary)
         for span in annotation.spans:
             for position, of_position in marks.alternative_token_ids(
                 vocabulary,
@@ -216,6 +215,7 @@ def mark(
                 span.alternatives,
                 annotation.supported,
                 continuations,
+                (row.targets, extents),
             ):
                 strengths = removed.setdefault(position, {})
                 for i in of_position:

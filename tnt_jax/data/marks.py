@@ -5,8 +5,8 @@ A span marks the tokens whose extents (see `tokenization`) it overlaps.
 
 import dataclasses
 import itertools
-from collections.abc import Collection, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
@@ -271,6 +271,7 @@ def alternative_token_ids(
     alternatives: Sequence[str],
     supported: Sequence[str] = (),
     continuations: "Continuations | None" = None,
+    measured: tuple[str, Sequence[Extent]] | None = None,
 ) -> tuple[tuple[int, tuple[int, ...]], ...]:
     """What to remove where a span begins, so that it is not replaced by an alternative.
 
@@ -290,6 +291,8 @@ def alternative_token_ids(
         alternatives: texts that would be just as wrong in the place of the span.
         supported: texts that would be right there.
         continuations: with the words that would neither be right nor wrong; None knows none.
+        measured: the text in which the span is, and the extent of each id in it; None decodes the
+            ids.
 
     Returns:
         Entries for `Record.negative_token_ids`: positions and, sorted, the ids to remove there.
@@ -298,30 +301,52 @@ def alternative_token_ids(
     Raises:
         UsageError: an alternative is blank.
     """
-    text, extents = vocabulary.extents(target_ids)
+    text, extents = measured or vocabulary.extents(target_ids)
     touched = _touched(extents, span)
     if not touched:
         return ()
     place = vocabulary.place_of(target_ids, touched[0])
     before = place.before + text[extents[touched[0]][0] : span[0]]
-
     continuations = continuations or Continuations(vocabulary)
-    kept = {
-        (first.is_after_space, first.id)
-        for first in continuations.firsts(before, place.space, supported)
-    }
-    of_words = continuations.innocent_firsts(before, place.space)
-    removed: dict[int, set[int]] = {}
-    for first in continuations.firsts(before, place.space, alternatives):
-        spot = first.is_after_space, first.id
-        if (
-            first.reaches
-            and first.id != vocabulary.unknown_id
-            and spot not in kept
-            and (first.is_whole or spot not in of_words)
-        ):
-            removed.setdefault(place.start + first.is_after_space, set()).add(first.id)
-    return tuple((where, tuple(sorted(ids))) for where, ids in sorted(removed.items()))
+    return tuple(
+        (place.start + is_after_space, ids)
+        for is_after_space, ids in continuations.removed(
+            before, place.space, alternatives, supported
+        )
+    )
+
+
+class AllBut(Sequence[str]):
+    """The texts of a list but one. Spans that share the list share what it comes to."""
+
+    def __init__(self, texts: tuple[str, ...], but: str):
+        """Keeps a list, without repeats, and the text that is left out if it is there."""
+        self.texts, self.but = texts, but
+
+    def __iter__(self) -> Iterator[str]:
+        return (text for text in self.texts if text != self.but)
+
+    def __bool__(self) -> bool:
+        return any(True for _ in self)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __getitem__(self, index: Any) -> Any:
+        return tuple(self)[index]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, AllBut | tuple) and tuple(self) == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def __repr__(self) -> str:
+        return repr(tuple(self))
+
+
+_Spot = tuple[bool, int]  # whether it is after a lone "▁" that was generated, and an id there
+_Removed = tuple[tuple[bool, tuple[int, ...]], ...]  # sorted ids, before and after such a "▁"
 
 
 class _First(NamedTuple):
@@ -340,29 +365,118 @@ class _First(NamedTuple):
     is_whole: bool
 
 
+class _Shared:
+    """What is removed in one kind of place for a list of alternatives.
+
+    Attributes:
+        texts: the list.
+        removed: for all of it.
+    """
+
+    _MOST_VARIANTS = 64
+
+    def __init__(self, texts: tuple[str, ...], spots: Iterable[tuple[str, _Spot]]):
+        """Takes the texts that are removed, each with its token."""
+        self.texts = texts
+        alone: dict[_Spot, str | None] = {}
+        for text, spot in spots:
+            alone[spot] = None if spot in alone else text
+        self.removed = _by_place(alone)
+        self._only = {text: spot for spot, text in alone.items() if text is not None}
+        self._without: dict[str, _Removed] = {}
+
+    def without(self, text: str) -> _Removed:
+        """What is removed for all texts but one."""
+        if text not in self._only:
+            return self.removed
+        if text not in self._without:
+            after, id_ = self._only[text]
+            _make_room(self._without, self._MOST_VARIANTS)
+            left = (
+                (where, tuple(i for i in ids if i != id_) if where == after else ids)
+                for where, ids in self.removed
+            )
+            self._without[text] = tuple((where, ids) for where, ids in left if ids)
+        return self._without[text]
+
+
+def _by_place(spots: Iterable[_Spot]) -> _Removed:
+    removed: dict[bool, list[int]] = {}
+    for is_after_space, id_ in sorted(spots):
+        removed.setdefault(is_after_space, []).append(id_)
+    return tuple((where, tuple(ids)) for where, ids in removed.items())
+
+
+def _make_room(cache: dict[Any, Any], most: int) -> None:
+    """Forgets what was put there first, where another one would be too many."""
+    if len(cache) >= most:
+        del cache[next(iter(cache))]
+
+
 class Continuations:
     """How texts go on after others; what is the same for many spans is computed once."""
 
     _MOST_PLACES = 64  # of places whose texts are kept: most spans begin after a space
+    _MOST_SHARED = 256  # of lists at a place
 
     def __init__(self, vocabulary: Tokeniser, innocent: Sequence[str] = ()):
         """Keeps the words that would be neither right nor wrong in the place of any span."""
         self._vocabulary = vocabulary
         self._innocent = innocent
         self._known: dict[tuple[str, int | None], dict[str, _First | None]] = {}
-        self._innocent_firsts: dict[tuple[str, int | None], frozenset[tuple[bool, int]]] = {}
+        self._innocent_firsts: dict[tuple[str, int | None], frozenset[_Spot]] = {}
+        self._shared: dict[tuple[str, int | None, int, tuple[str, ...]], _Shared] = {}
 
-    def firsts(self, before: str, space: int | None, texts: Sequence[str]) -> list[_First]:
-        """The first token of each text; without those texts that come to none.
+    def removed(
+        self, before: str, space: int | None, texts: Sequence[str], supported: Sequence[str]
+    ) -> _Removed:
+        """The tokens to remove in one kind of place; see `alternative_token_ids`.
 
         Args:
-            before: what stands before them.
+            before: what stands before the texts.
             space: the id of a lone "▁" that comes before, if there is one.
-            texts: that may come.
+            texts: that would be wrong.
+            supported: that would be right.
         """
+        if not isinstance(texts, AllBut):
+            return _by_place({spot for _, spot in self._spots(before, space, texts, supported)})
+        key = before, space, id(texts.texts), tuple(supported)
+        shared = self._shared.pop(key, None)
+        if shared is None:
+            _make_room(self._shared, self._MOST_SHARED)
+            # It keeps the list, so that no other one gets its identity.
+            shared = _Shared(
+                texts.texts, self._spots(before, space, texts.texts, supported)
+            )
+        self._shared[key] = shared  # the last to be forgotten
+        return shared.without(texts.but)
+
+    def _spots(
+        self, before: str, space: int | None, texts: Sequence[str], supported: Sequence[str]
+    ) -> Iterator[tuple[str, _Spot]]:
+        """Those of the texts that are removed, with their tokens."""
+        kept = {
+            (first.is_after_space, first.id)
+            for _, first in self._firsts(before, space, supported)
+        }
+        of_words = self._firsts_of_words(before, space)
+        for text, first in self._firsts(before, space, texts):
+            spot = first.is_after_space, first.id
+            if (
+                first.reaches
+                and first.id != self._vocabulary.unknown_id
+                and spot not in kept
+                and (first.is_whole or spot not in of_words)
+            ):
+                yield text, spot
+
+    def _firsts(
+        self, before: str, space: int | None, texts: Sequence[str]
+    ) -> list[tuple[str, _First]]:
+        """The first token of each text; without those texts that come to none."""
         place = before, space
-        if place not in self._known and len(self._known) >= self._MOST_PLACES:
-            del self._known[next(iter(self._known))]
+        if place not in self._known:
+            _make_room(self._known, self._MOST_PLACES)
         known = self._known.setdefault(place, {})
         missing = [text for text in dict.fromkeys(texts) if text not in known]
         for text, tokens in zip(
@@ -374,15 +488,16 @@ class Continuations:
                 continue
             first_id, reaches = tokens[num_shared]
             known[text] = _First(first_id, bool(num_shared), reaches, len(tokens) == 1 + num_shared)
-        return [first for first in map(known.__getitem__, texts) if first is not None]
+        return [(text, first) for text in texts if (first := known[text]) is not None]
 
-    def innocent_firsts(self, before: str, space: int | None) -> frozenset[tuple[bool, int]]:
-        """The first tokens of all innocent words, as (is after a space, id)."""
+    def _firsts_of_words(self, before: str, space: int | None) -> frozenset[_Spot]:
+        """The first tokens of all innocent words."""
         place = before, space
         if place not in self._innocent_firsts:
+            _make_room(self._innocent_firsts, self._MOST_SHARED)
             self._innocent_firsts[place] = frozenset(
                 (first.is_after_space, first.id)
-                for first in self.firsts(before, space, self._innocent)
+                for _, first in self._firsts(before, space, self._innocent)
             )
         return self._innocent_firsts[place]
 
@@ -412,8 +527,7 @@ class Completions:
         """
         compiled = listed.compiled(self._vocabulary)
         if listed not in self._known:
-            if len(self._known) >= _MOST_LISTS:
-                del self._known[next(iter(self._known))]
+            _make_room(self._known, _MOST_LISTS)
             self._known[listed] = compiled.flags(listed.allowed), {}
         flags, removed_at = self._known[listed]
         reading, found = BEGINNING, []
