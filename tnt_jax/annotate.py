@@ -28,7 +28,7 @@ from typing import Any
 
 from tnt_jax import annotators
 from tnt_jax.annotators import beam_jobs, innocent, phrases
-from tnt_jax.data import marks, records, removed_everywhere, tokenization
+from tnt_jax.data import marks, negative_sets, records, removed_everywhere, tokenization
 from tnt_jax.data.token_automaton import Listed
 from tnt_jax.runtime import (
     console,
@@ -106,8 +106,12 @@ def annotate(
         }
         sizes = output_parts.sizes(found.count, _RECORDS_PER_PART)
         with output_parts.opened(output, sizes, settings_json.describe(work)) as job:
+            names, last = negative_sets.Names(), None
             for part, made in _marked(input, sizes, job.missing, mark_one):
-                job.add(part, [] if made is None else [made.to_line()], {_kind(made): 1})
+                if part != last:  # each has the lines of its own sets
+                    names.forget()
+                    last = part
+                job.add(part, [] if made is None else names.lines_of(made), {_kind(made): 1})
             job.wait_for_all()
             job.join(removed_everywhere.replacing(output, everywhere.to_write(annotator)))
             _write_rest(output, annotator, everywhere, job.counts)
@@ -203,12 +207,12 @@ def mark(
     annotation = annotator.annotate(row)
     if annotation is None:
         return None
-    removed: dict[int, dict[int, float]] = {}  # by position, ids and strengths
+    entries: list[records.TokenIds] = []
     has_alternatives = any(span.alternatives for span in annotation.spans)
     if vocabulary is not None and (has_alternatives or annotation.unwanted):
         ids, extents = marks.ids_and_extents(row, vocabulary)
         for span in annotation.spans:
-            for position, of_position in marks.alternative_token_ids(
+            found = marks.alternative_token_ids(
                 vocabulary,
                 ids,
                 (span.start, span.end),
@@ -216,24 +220,31 @@ def mark(
                 annotation.supported,
                 continuations,
                 (row.targets, extents),
-            ):
-                strengths = removed.setdefault(position, {})
-                for i in of_position:
-                    strengths[i] = max(span.strength, strengths.get(i, 0.0))
+            )
+            entries += (records.with_strength(*entry, span.strength) for entry in found)
         if annotation.unwanted:
             completions = completions or marks.Completions(vocabulary)
-            for position, of_position in completions.ids(
-                ids, annotation.unwanted, removed_everywhere
-            ):
-                removed.setdefault(position, {}).update(dict.fromkeys(of_position, 1.0))
+            entries += completions.ids(ids, annotation.unwanted, removed_everywhere)
     return dataclasses.replace(
         row,
         negative_spans=tuple(
             records.with_strength(span.start, span.end, span.strength) for span in annotation.spans
         ),
-        negative_token_ids=marks.token_id_entries(removed),
+        negative_token_ids=_one_by_position(entries),
         annotator=annotator.description,
     )
+
+
+def _one_by_position(entries: Sequence[records.TokenIds]) -> tuple[records.TokenIds, ...]:
+    """The entries, sorted; those at one position made one for each strength."""
+    if len({entry[0] for entry in entries}) == len(entries):
+        return tuple(sorted(entries, key=lambda entry: entry[0]))
+    removed: dict[int, dict[int, float]] = {}  # by position, ids and strengths
+    for entry in entries:
+        strengths, strength = removed.setdefault(entry[0], {}), records.strength_of(entry)
+        for i in entry[1]:
+            strengths[i] = max(strength, strengths.get(i, 0.0))
+    return marks.token_id_entries(removed)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -154,7 +154,9 @@ class _Block:
         found = []
         for place, (number, line) in enumerate(self._lines):
             quick = records.quick(line)
-            if quick is None or quick.negative_token_ids or not _are_apart(quick):
+            if quick is None or quick.negative_token_ids or quick.negative_set:
+                continue
+            if not _are_apart(quick):
                 continue
             is_marked = bool(quick.negative_spans)
             if quick.negative_spans is None and settings["annotated"]:

@@ -13,6 +13,7 @@ from absl import logging
 
 from tnt_jax.data import records, tokenization
 from tnt_jax.data.examples import Example, loss_mask_until, unique_pairs
+from tnt_jax.data.negative_sets import LEAST
 from tnt_jax.data.token_automaton import BEGINNING, Listed, Reading
 from tnt_jax.data.tokenization import Extent, Tokeniser
 from tnt_jax.runtime.errors import UsageError
@@ -296,7 +297,8 @@ def alternative_token_ids(
 
     Returns:
         Entries for `Record.negative_token_ids`: positions and, sorted, the ids to remove there.
-        Empty when the span touches no token.
+        Empty when the span touches no token. A long list (`negative_sets.LEAST`) that other spans
+        may share has the span's own first token, too, which the span removes anyway.
 
     Raises:
         UsageError: an alternative is blank.
@@ -311,7 +313,11 @@ def alternative_token_ids(
     return tuple(
         (place.start + is_after_space, ids)
         for is_after_space, ids in continuations.removed(
-            before, place.space, alternatives, supported
+            before,
+            place.space,
+            alternatives,
+            supported,
+            said=(touched[0] > place.start, int(target_ids[touched[0]])),
         )
     )
 
@@ -385,12 +391,13 @@ class _Shared:
         self._only = {text: spot for spot, text in alone.items() if text is not None}
         self._without: dict[str, _Removed] = {}
 
-    def without(self, text: str) -> _Removed:
-        """What is removed for all texts but one."""
-        if text not in self._only:
+    def without(self, text: str, said: _Spot) -> _Removed:
+        """What is removed for all texts but one, and for what was said if it is among many."""
+        spot = self._only.get(text)
+        if spot is None or (spot == said and len(dict(self.removed)[spot[0]]) >= LEAST):
             return self.removed
         if text not in self._without:
-            after, id_ = self._only[text]
+            after, id_ = spot
             _make_room(self._without, self._MOST_VARIANTS)
             left = (
                 (where, tuple(i for i in ids if i != id_) if where == after else ids)
@@ -428,7 +435,12 @@ class Continuations:
         self._shared: dict[tuple[str, int | None, int, tuple[str, ...]], _Shared] = {}
 
     def removed(
-        self, before: str, space: int | None, texts: Sequence[str], supported: Sequence[str]
+        self,
+        before: str,
+        space: int | None,
+        texts: Sequence[str],
+        supported: Sequence[str],
+        said: _Spot,
     ) -> _Removed:
         """The tokens to remove in one kind of place; see `alternative_token_ids`.
 
@@ -437,6 +449,7 @@ class Continuations:
             space: the id of a lone "▁" that comes before, if there is one.
             texts: that would be wrong.
             supported: that would be right.
+            said: the token that is marked.
         """
         if not isinstance(texts, AllBut):
             return _by_place({spot for _, spot in self._spots(before, space, texts, supported)})
@@ -445,19 +458,16 @@ class Continuations:
         if shared is None:
             _make_room(self._shared, self._MOST_SHARED)
             # It keeps the list, so that no other one gets its identity.
-            shared = _Shared(
-                texts.texts, self._spots(before, space, texts.texts, supported)
-            )
+            shared = _Shared(texts.texts, self._spots(before, space, texts.texts, supported))
         self._shared[key] = shared  # the last to be forgotten
-        return shared.without(texts.but)
+        return shared.without(texts.but, said)
 
     def _spots(
         self, before: str, space: int | None, texts: Sequence[str], supported: Sequence[str]
     ) -> Iterator[tuple[str, _Spot]]:
         """Those of the texts that are removed, with their tokens."""
         kept = {
-            (first.is_after_space, first.id)
-            for _, first in self._firsts(before, space, supported)
+            (first.is_after_space, first.id) for _, first in self._firsts(before, space, supported)
         }
         of_words = self._firsts_of_words(before, space)
         for text, first in self._firsts(before, space, texts):

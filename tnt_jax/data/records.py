@@ -6,12 +6,14 @@ Programs exchange records as JSONL, one object a line:
      "target_ids": [...],                       exact generated ids, EOS included
      "negative_spans": [[start, end], ...],     code point offsets into targets, end exclusive
      "negative_token_ids": [[position, [ids]]], further ids removed at a position of target_ids
+     "negative_set": [[position, "name"]],      the same, by the name of a set (`negative_sets`)
      "annotator": "name and settings",
      "messages": [{"role": "user", "content": "text"}, ...]}       the conversation before the reply
 
-A mark may have a strength s above 0 and at most 1, as `[start, end, s]` or `[position, [ids], s]`:
-then the share 1 - s of the original's probability stays. Without one it is 1, which is removal.
-In `negative_token_ids` it may be from -99 to below 0, which raises the ids: 1 - s is above 1.
+A mark may have a strength s above 0 and at most 1, as `[start, end, s]`, `[position, [ids], s]` or
+`[position, "name", s]`: then the share 1 - s of the original's probability stays. Without one it is
+1, which is removal. Except in spans it may be from -99 to below 0, which raises the ids: 1 - s is
+above 1.
 
 Only `inputs` or `messages` is required, so a file of prompts is a file of records. A conversation
 is for a chat model; its texts, one after another, are the `inputs` where there are none. Unknown
@@ -26,13 +28,13 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple, TypedDict
 
 import msgspec
 import numpy as np
 
-from tnt_jax.data import conversations
+from tnt_jax.data import conversations, negative_sets
 from tnt_jax.runtime import files
 from tnt_jax.runtime.errors import UsageError, naming_file
 
@@ -158,6 +160,9 @@ class Record:
         for name in ("negative_spans", "negative_token_ids"):
             if name in known:
                 known[name] = tuple(mark.entry for mark in known[name])
+        if named := known.pop("negative_set", ()):
+            entries = known.get("negative_token_ids", ())
+            known["negative_token_ids"] = _with_sets(entries, [one.entry for one in named], where)
         known.setdefault("id", default_id(where))
         extra = {name: value for name, value in fields.items() if name not in _EXPECTED}
         try:
@@ -165,8 +170,12 @@ class Record:
         except UsageError as error:
             raise UsageError(f"{where}: {error}") from None
 
-    def to_json(self) -> dict[str, Any]:
-        """The inverse of `from_json`; optional fields that hold nothing are left out."""
+    def to_json(self, names: negative_sets.Names | None = None) -> dict[str, Any]:
+        """The inverse of `from_json`; optional fields that hold nothing are left out.
+
+        Args:
+            names: of long sets of ids, which are then not written out (`negative_sets`).
+        """
         fields: dict[str, Any] = {"id": self.id, "inputs": self.inputs, "targets": self.targets}
         if self.target_ids is not None:
             fields["target_ids"] = [int(i) for i in self.target_ids]
@@ -175,11 +184,7 @@ class Record:
                 list(with_strength(int(span[0]), int(span[1]), strength_of(span)))
                 for span in self.negative_spans
             ]
-        if self.negative_token_ids:
-            fields["negative_token_ids"] = [
-                list(with_strength(int(entry[0]), [int(i) for i in entry[1]], strength_of(entry)))
-                for entry in self.negative_token_ids
-            ]
+        fields |= self._removed(names)
         if self.annotator:
             fields["annotator"] = self.annotator
         if self.messages:
@@ -188,13 +193,25 @@ class Record:
             ]
         return {**fields, **self.extra}
 
-    def to_line(self) -> str:
-        """The line of JSONL.
+    def _removed(self, names: negative_sets.Names | None) -> dict[str, list[Any]]:
+        """The fields that say which ids are removed where."""
+        written, named = [], []
+        for entry in self.negative_token_ids:
+            position, ids, strength = int(entry[0]), entry[1], strength_of(entry)
+            if names is not None and len(ids) >= negative_sets.LEAST:
+                named.append(with_strength(position, names(ids), strength))
+            else:
+                written.append(with_strength(position, [int(i) for i in ids], strength))
+        fields = {"negative_token_ids": written, "negative_set": named}
+        return {name: entries for name, entries in fields.items() if entries}
+
+    def to_line(self, names: negative_sets.Names | None = None) -> str:
+        """The line of JSONL; `names` as in `to_json`.
 
         Raises:
             UsageError: a field that is not ours holds a number that is not finite.
         """
-        fields = self.to_json()
+        fields = self.to_json(names)
         try:
             return json.dumps(fields, ensure_ascii=False, allow_nan=False) + "\n"
         except ValueError:
@@ -284,7 +301,11 @@ def _parsed(line: bytes, where: str) -> Record:
             targets=found.targets,
             target_ids=found.target_ids,
             negative_spans=found.negative_spans,
-            negative_token_ids=found.negative_token_ids,
+            negative_token_ids=(
+                _with_sets(found.negative_token_ids, found.negative_set, where)
+                if found.negative_set
+                else found.negative_token_ids
+            ),
             annotator=found.annotator,
         )
     except UsageError as error:
@@ -455,6 +476,37 @@ class TokenIdsFields(msgspec.Struct, array_like=True, forbid_unknown_fields=True
         return _entry(self.position, self.ids, self.strength)
 
 
+class SetFields(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
+    """The name of a set at a position in JSON, with or without a strength."""
+
+    position: _Position
+    name: str
+    strength: Any = 1.0
+
+    @property
+    def entry(self) -> tuple[Any, ...]:
+        """Position, name, and a strength that is not 1."""
+        return _entry(self.position, self.name, self.strength)
+
+
+def _with_sets(
+    entries: Sequence[TokenIds], named: Sequence[tuple[Any, ...]], where: str
+) -> tuple[TokenIds, ...]:
+    """Entries of `negative_token_ids`, and those that name a set, by position and strength."""
+    path = where.rpartition(":")[0]
+    found = (
+        (position, negative_sets.find(path, name, where), *strength)
+        for position, name, *strength in named
+    )
+    return tuple(sorted((*entries, *found), key=lambda entry: (entry[0], -_number(entry))))
+
+
+def _number(entry: TokenIds) -> float:
+    """The strength of an entry; one that is no number is refused later."""
+    strength = strength_of(entry)
+    return strength if isinstance(strength, int | float) else 0.0
+
+
 def is_strength(value: Any) -> bool:
     """Whether a value is a number above 0 and at most 1."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -493,6 +545,7 @@ class _Fields(TypedDict, total=False):
     target_ids: tuple[TokenId, ...]
     negative_spans: tuple[SpanFields, ...]
     negative_token_ids: tuple[TokenIdsFields, ...]
+    negative_set: tuple[SetFields, ...]
     annotator: str
     messages: tuple[_Message, ...]
 
@@ -501,6 +554,7 @@ _EXPECTED = dict.fromkeys(_Fields.__annotations__, "a string of Unicode text") |
     "target_ids": "a list of token ids",
     "negative_spans": "a list of [start, end] code point offsets, or [start, end, strength]",
     "negative_token_ids": "a list of [position, [token ids]], or [position, [token ids], strength]",
+    "negative_set": 'a list of [position, "name of a set"], or [position, "name", strength]',
     "messages": 'a list of {"role": ..., "content": ...} with texts',
 }
 
@@ -534,6 +588,7 @@ class _OnlyOurs(msgspec.Struct, forbid_unknown_fields=True):
     target_ids: tuple[TokenId, ...] | None = None
     negative_spans: tuple[tuple[_Offset, _Offset], ...] | None = None
     negative_token_ids: tuple[tuple[_Offset, tuple[TokenId, ...]], ...] = ()
+    negative_set: tuple[tuple[_Offset, str], ...] = ()
     annotator: str = ""
 
 
