@@ -58,6 +58,9 @@ class Phrases:
         found = self._words(text)
         first = 0
         while first < len(found):
+            if found[first][0] not in self._root:
+                first += 1
+                continue
             mentions = list(self._mentions_from(found, first))
             if not mentions:
                 first += 1

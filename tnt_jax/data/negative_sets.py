@@ -2,9 +2,9 @@
 
 Many records remove the same ids where a span begins: the first tokens of all that a list holds. So
 a set of `LEAST` ids or more is written once, as a line of `RECORDS.sets.jsonl`, and a record's
-`negative_set` names it. The name is a digest of the ids, so what was changed by hand is refused, and
-no table fits records by accident. `Record` has the ids themselves; records that share a set share
-the tuple.
+`negative_set` names it. The name is a digest of the ids, so what was changed by hand is refused,
+and no table fits records by accident. `Record` has the ids themselves; records that share a set
+share the tuple.
 """
 
 import contextlib
