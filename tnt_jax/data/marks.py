@@ -143,7 +143,7 @@ def mark_tokens(
     num_spans_without_token = 0
     for number, mark in enumerate(record.negative_spans or (), start=1):
         span = (mark[0], mark[1])
-        touched = [] if dropped.issuperset(range(*span)) else _touched(extents, span)
+        touched = [] if dropped.issuperset(range(*span)) else [*_touched(extents, span)]
         touched = touched[: 1 if marks == "first_token" else None]
         pairs += [(position, ids[position]) for position in touched]
         strengths += [records.strength_of(mark)] * len(touched)
@@ -304,11 +304,11 @@ def alternative_token_ids(
         UsageError: an alternative is blank.
     """
     text, extents = measured or vocabulary.extents(target_ids)
-    touched = _touched(extents, span)
-    if not touched:
+    first = next(_touched(extents, span), None)
+    if first is None:
         return ()
-    place = vocabulary.place_of(target_ids, touched[0])
-    before = place.before + text[extents[touched[0]][0] : span[0]]
+    place = vocabulary.place_of(target_ids, first)
+    before = place.before + text[extents[first][0] : span[0]]
     continuations = continuations or Continuations(vocabulary)
     return tuple(
         (place.start + is_after_space, ids)
@@ -317,7 +317,7 @@ def alternative_token_ids(
             place.space,
             alternatives,
             supported,
-            said=(touched[0] > place.start, int(target_ids[touched[0]])),
+            said=(first > place.start, int(target_ids[first])),
         )
     )
 
@@ -550,9 +550,9 @@ class Completions:
         return tuple(found)
 
 
-def _touched(extents: Sequence[Extent], span: Extent) -> list[int]:
+def _touched(extents: Sequence[Extent], span: Extent) -> Iterator[int]:
     start, end = span
-    return [i for i, (a, b) in enumerate(extents) if a < b and a < end and start < b]
+    return (i for i, (a, b) in enumerate(extents) if a < b and a < end and start < b)
 
 
 def _tokens_after(
