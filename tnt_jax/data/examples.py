@@ -224,9 +224,10 @@ def unique_pairs(
         pairs: `[N, 2]` rows (position, id).
         strengths: `[N]`, at most 1; None where all are 1.
     """
-    found, places = np.unique(
-        np.asarray(pairs, np.int32).reshape(-1, 2), axis=0, return_inverse=True
-    )
+    # As one number each, which are in the same order.
+    position, id_ = np.asarray(pairs, np.int32).reshape(-1, 2).astype(np.int64).T
+    keys, places = np.unique((position << 32) + id_ + 2**31, return_inverse=True)
+    found = np.stack([keys >> 32, (keys & (2**32 - 1)) - 2**31], axis=1).astype(np.int32)
     if strengths is None:
         return found, None
     largest = np.full(len(found), -np.inf)

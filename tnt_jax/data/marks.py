@@ -4,6 +4,7 @@ A span marks the tokens whose extents (see `tokenization`) it overlaps.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -150,24 +151,36 @@ def mark_tokens(
         for position in touched:
             span_numbers[position] = span_numbers[position] or number
         num_spans_without_token += not touched
+    long: list[np.ndarray] = []
+    strengths_of_long: list[float] = []
     for entry in record.negative_token_ids:
-        position, removed_ids = entry[0], entry[1]
+        position, removed_ids, strength = entry[0], entry[1], records.strength_of(entry)
         if position >= len(ids):
             raise UsageError(
                 f"record {record.id!r}: negative_token_ids has position {position}, but its "
                 f"targets have {len(ids)} tokens."
             )
-        for removed_id in removed_ids:
+        for removed_id in (min(removed_ids, default=0), max(removed_ids, default=0)):
             if not 0 <= removed_id < vocabulary.size:
                 raise UsageError(
                     f"record {record.id!r}: negative_token_ids has id {removed_id}, but the "
                     f"vocabulary has {vocabulary.size} ids."
                 )
-            pairs.append((position, removed_id))
-            strengths.append(records.strength_of(entry))
-    if any(strength != 1 for strength in strengths):
-        negative_pairs, of_pairs = unique_pairs(np.array(pairs, np.int32), np.array(strengths))
-    else:
+        if len(removed_ids) < LEAST:
+            pairs += [(position, removed_id) for removed_id in removed_ids]
+            strengths += [strength] * len(removed_ids)
+        else:
+            of_set = _array_of(removed_ids)
+            long.append(np.stack([np.full_like(of_set, position), of_set], axis=1))
+            strengths_of_long += [strength] * len(of_set)
+    strengths += strengths_of_long
+    is_graded = any(strength != 1 for strength in strengths)
+    if long or is_graded:
+        negative_pairs, of_pairs = unique_pairs(
+            np.concatenate([np.array(pairs, np.int32).reshape(-1, 2), *long]),
+            np.array(strengths) if is_graded else None,
+        )
+    else:  # which is quicker for few
         negative_pairs = np.array(sorted({*pairs}), np.int32).reshape(-1, 2)
         of_pairs = None
     return MarkedTarget(
@@ -177,6 +190,12 @@ def mark_tokens(
         span_numbers=np.array(span_numbers, np.int32),
         num_spans_without_token=num_spans_without_token,
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def _array_of(ids: tuple[int, ...]) -> np.ndarray:
+    """Ids as an array; records share the tuples of long sets."""
+    return np.array(ids, np.int32)
 
 
 def token_id_entries(removed: Mapping[int, Mapping[int, float]]) -> tuple[records.TokenIds, ...]:
