@@ -199,9 +199,9 @@ class Record:
         for entry in self.negative_token_ids:
             position, ids, strength = int(entry[0]), entry[1], strength_of(entry)
             if names is not None and len(ids) >= negative_sets.LEAST:
-                named.append(with_strength(position, names(ids), strength))
+                named.append([*with_strength(position, names(ids), strength)])
             else:
-                written.append(with_strength(position, [int(i) for i in ids], strength))
+                written.append([*with_strength(position, [int(i) for i in ids], strength)])
         fields = {"negative_token_ids": written, "negative_set": named}
         return {name: entries for name, entries in fields.items() if entries}
 
