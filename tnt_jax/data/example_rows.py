@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tnt_jax.data import marks, records, tokenization
+from tnt_jax.data import marks, negative_sets, records, tokenization
 from tnt_jax.data.examples import (
     COLUMNS,
     HAS_SPAN,
@@ -21,6 +21,8 @@ from tnt_jax.data.examples import (
     KEEPS_LAST_INPUT,
     KEEPS_TEXT,
     LOSS_UNTIL,
+    Example,
+    SetAt,
     row_digest,
     to_bytes,
 )
@@ -34,13 +36,15 @@ class Rows:
     """Examples as they are stored.
 
     Attributes:
-        contents: of each the bytes, `to_bytes` with the id and zeros behind it.
-        digests: of each `row_digest`, without the id.
+        contents: of each the bytes, `to_bytes` with the id and zeros behind it; long sets of ids
+            are named.
+        digests: of each `row_digest` of `to_bytes` with all marks, without the id.
         id_digests: of each `row_digest` of its id.
         columns: `[N, C]` int32: `examples.COLUMNS`.
         num_spans_without_token: of all of them.
         least_id: of all inputs, targets and marks; at most 0.
         largest_id: likewise; at least 0.
+        sets: `[K]` int32, the ids of each set that is named.
     """
 
     contents: list[bytes]
@@ -50,6 +54,7 @@ class Rows:
     num_spans_without_token: int
     least_id: int
     largest_id: int
+    sets: Mapping[int, np.ndarray]
 
 
 def rows_of(
@@ -90,6 +95,7 @@ def rows_of(
         num_spans_without_token=sum(block.num_spans_without_token for block in blocks),
         least_id=min(block.least_id for block in blocks),
         largest_id=max(block.largest_id for block in blocks),
+        sets={name: ids for block in blocks for name, ids in block.sets.items()},
     )
 
 
@@ -122,6 +128,7 @@ class _Block:
         done = set() if found is None else {*found.places.tolist()}
         others = [place for place in range(count) if place not in done]
         rows = [self._record(place) for place in others]
+        sets: dict[int, np.ndarray] = {}
         for place, record in zip(others, rows, strict=True):
             records.check_trainable(record, self._file, settings["annotated"])
             example, number = marks.example_from_record(
@@ -129,14 +136,16 @@ class _Block:
             )
             num_without += number
             content, name = to_bytes(example), record.id.encode()
-            contents[place] = content + name + bytes(-len(name) % 4)
             digests[place], id_digests[place] = row_digest(content), row_digest(name)
+            if any(len(entry[1]) >= negative_sets.LEAST for entry in record.negative_token_ids):
+                content = _with_named_sets(example, record, vocabulary, settings["marks"], sets)
+            contents[place] = content + name + bytes(-len(name) % 4)
             columns[place] = columns_of(example, target_length, bool(record.negative_spans))
             every = [example.inputs, example.targets, example.negative_pairs[:, 1]]
             for some in every:
                 if len(some):
                     ids += [int(some.min()), int(some.max())]
-        return Rows(contents, digests, id_digests, columns, num_without, min(ids), max(ids))
+        return Rows(contents, digests, id_digests, columns, num_without, min(ids), max(ids), sets)
 
     def _record(self, place: int) -> records.Record:
         number, line = self._lines[place]
@@ -178,6 +187,34 @@ class _Block:
         for line, inputs in zip(found, encoded, strict=True):
             line.inputs = inputs
         return [line for line in found if line.is_spelt(written, vocabulary)]
+
+
+def _with_named_sets(
+    example: Example,
+    record: records.Record,
+    vocabulary: tokenization.Tokeniser,
+    which_marks: str,
+    sets: dict[int, np.ndarray],
+) -> bytes:
+    """The example's bytes with the names of long sets; enters their ids."""
+    short, named = [], []
+    for entry in record.negative_token_ids:
+        if len(entry[1]) < negative_sets.LEAST:
+            short.append(entry)
+            continue
+        name = int(negative_sets.name_of(entry[1]), 16)
+        sets[name] = marks.array_of(entry[1])
+        named.append(SetAt(entry[0], name, records.strength_of(entry)))
+    others = dataclasses.replace(record, negative_token_ids=tuple(short))
+    marked = marks.mark_tokens(others, vocabulary, which_marks)
+    return to_bytes(
+        dataclasses.replace(
+            example,
+            negative_pairs=marked.negative_pairs,
+            negative_strengths=marked.negative_strengths,
+        ),
+        named,
+    )
 
 
 @dataclasses.dataclass

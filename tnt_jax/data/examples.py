@@ -7,7 +7,7 @@ for. Axes: `Ti` input tokens, `T` target tokens, `M` marks. NumPy only.
 import abc
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -118,31 +118,55 @@ IS_CLEAN = 1  # nothing unwanted was said
 KEEPS_TEXT = 2  # some text within the target length has a loss and is not marked
 HAS_SPAN = 4  # a negative span marks a token within the target length
 
-KEEPS_LAST_INPUT, _HAS_STRENGTHS, _HAS_MASK = 1, 2, 4
+KEEPS_LAST_INPUT, _HAS_STRENGTHS, _HAS_MASK, _HAS_SETS = 1, 2, 4, 8
+_SET_AT = np.dtype([("position", "<i4"), ("name", "<u8"), ("strength", "<f8")])
 
 
-def to_bytes(example: Example) -> bytes:
+class SetAt(NamedTuple):
+    """A set of ids to remove at a position, by the number that is its name (`negative_sets`)."""
+
+    position: int
+    name: int
+    strength: float
+
+
+def to_bytes(example: Example, sets: Sequence[SetAt] = ()) -> bytes:
     """All of an example but its `id` and `span_numbers`.
 
     Little-endian int32: the numbers of inputs, of targets and of marks, and a sum (1: `inputs` are
-    cut before their last id, 2: there are strengths, 4: there is a loss mask); then the inputs, the
-    targets, the marks as (position, id), the loss mask; and the strengths as float64.
+    cut before their last id, 2: there are strengths, 4: there is a loss mask, 8: there are sets);
+    then the inputs, the targets, the marks as (position, id), the loss mask; and the strengths as
+    float64. Of sets, their number as int32, then each `SetAt`, as int32, uint64 and float64.
+
+    Args:
+        example: what is written.
+        sets: further marks, which `from_bytes` puts among those of the example.
     """
     strengths, mask = example.negative_strengths, example.loss_mask
     what = example.keeps_last_input * KEEPS_LAST_INPUT
     what += (strengths is not None) * _HAS_STRENGTHS + (mask is not None) * _HAS_MASK
+    what += bool(sets) * _HAS_SETS
     numbers = [len(example.inputs), len(example.targets), len(example.negative_pairs), what]
     parts = [np.array(numbers), example.inputs, example.targets, example.negative_pairs]
     parts += [] if mask is None else [mask]
     content = b"".join([np.asarray(part, "<i4").tobytes() for part in parts])
-    return content if strengths is None else content + strengths.astype("<f8").tobytes()
+    if strengths is not None:
+        content += strengths.astype("<f8").tobytes()
+    if sets:
+        content += np.int32(len(sets)).astype("<i4").tobytes()
+        content += np.array([tuple(one) for one in sets], _SET_AT).tobytes()
+    return content
 
 
-def from_bytes(content: bytes) -> tuple[Example, int]:
-    """The inverse of `to_bytes`: the example, and how many of the bytes it takes.
+def from_bytes(content: bytes, sets: Mapping[int, np.ndarray] | None = None) -> tuple[Example, int]:
+    """The inverse of `to_bytes`: the example, with all of its marks, and how many bytes it takes.
+
+    Args:
+        content: begins with what `to_bytes` wrote.
+        sets: the ids of sets, `[K]` int32, by their names.
 
     Raises:
-        ValueError: no example begins there.
+        ValueError: no example begins there, or one with a set that is not known.
     """
     num_inputs, num_targets, num_marks, what = np.frombuffer(content, "<i4", 4).tolist()
     counts = [num_inputs, num_targets, 2 * num_marks, num_targets * bool(what & _HAS_MASK)]
@@ -160,7 +184,32 @@ def from_bytes(content: bytes) -> tuple[Example, int]:
         loss_mask=mask if what & _HAS_MASK else None,
         keeps_last_input=bool(what & KEEPS_LAST_INPUT),
     )
-    return example, size
+    if not what & _HAS_SETS:
+        return example, size
+    (number,) = np.frombuffer(content, "<i4", 1, size).tolist()
+    named = np.frombuffer(content, _SET_AT, number, size + 4)
+    return _with_sets(example, named, sets or {}), size + 4 + named.nbytes
+
+
+def has_sets(content: bytes) -> bool:
+    """Whether an example's bytes name sets."""
+    return bool(np.frombuffer(content, "<i4", 4)[3] & _HAS_SETS)
+
+
+def _with_sets(example: Example, named: np.ndarray, sets: Mapping[int, np.ndarray]) -> Example:
+    """The example with the marks of sets, too."""
+    try:
+        of_sets = [sets[name] for name in named["name"].tolist()]
+    except KeyError as error:
+        raise ValueError(f"a set {error} that is not there") from None
+    sizes = [len(ids) for ids in of_sets]
+    pairs = np.stack([np.repeat(named["position"], sizes), np.concatenate(of_sets)], axis=1)
+    strengths = example.negative_strengths
+    if strengths is not None or (named["strength"] != 1).any():
+        given = np.ones(len(example.negative_pairs)) if strengths is None else strengths
+        strengths = np.concatenate([given, np.repeat(named["strength"], sizes)])
+    pairs, strengths = unique_pairs(np.concatenate([example.negative_pairs, pairs]), strengths)
+    return dataclasses.replace(example, negative_pairs=pairs, negative_strengths=strengths)
 
 
 def row_digest(content: bytes) -> bytes:

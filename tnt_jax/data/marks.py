@@ -170,7 +170,7 @@ def mark_tokens(
             pairs += [(position, removed_id) for removed_id in removed_ids]
             strengths += [strength] * len(removed_ids)
         else:
-            of_set = _array_of(removed_ids)
+            of_set = array_of(removed_ids)
             long.append(np.stack([np.full_like(of_set, position), of_set], axis=1))
             strengths_of_long += [strength] * len(of_set)
     strengths += strengths_of_long
@@ -193,7 +193,7 @@ def mark_tokens(
 
 
 @functools.lru_cache(maxsize=1024)
-def _array_of(ids: tuple[int, ...]) -> np.ndarray:
+def array_of(ids: tuple[int, ...]) -> np.ndarray:
     """Ids as an array; records share the tuples of long sets."""
     return np.array(ids, np.int32)
 

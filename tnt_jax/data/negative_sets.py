@@ -40,8 +40,9 @@ def file_of(path: str) -> str:
     return path + _ENDING
 
 
+@functools.lru_cache(maxsize=1024)
 def name_of(ids: _Ids) -> str:
-    """The name of a set: a digest of its ids."""
+    """The name of a set: a digest of its ids, 16 hexadecimal digits."""
     return hashlib.blake2b(np.asarray(ids, "<i4").tobytes(), digest_size=8).hexdigest()
 
 
