@@ -22,6 +22,7 @@ import pathlib
 import sys
 import tempfile
 import time
+from typing import Any
 
 import report
 
@@ -54,11 +55,12 @@ def measure(folder, num_words, num_records):
 
     folder = pathlib.Path(folder)
     output = folder / f"{num_words}-{num_records}.marked.jsonl"
+    lexicon: Any = annotators.Lexicon(path=str(folder / f"{num_words}.txt"))
     began = time.process_time()
     annotate.annotate(
         output=str(output),
         input=str(folder / f"{num_records}.jsonl"),
-        annotator=annotators.Lexicon(path=str(folder / f"{num_words}.txt")),
+        annotator=lexicon,
         vocabulary=tokenization.SentencePiece(str(shared("t5_vocab/sentencepiece.model")), 100),
     )
     used, peak = time.process_time() - began, report.peak()

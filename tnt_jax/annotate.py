@@ -104,7 +104,7 @@ def annotate(
             "settings": annotator,
             "vocabulary": vocabulary,
         }
-        sizes = output_parts.sizes(found.count, _RECORDS_PER_PART)
+        sizes = output_parts.sizes(found.num_records, _RECORDS_PER_PART)
         with output_parts.opened(output, sizes, settings_json.describe(work)) as job:
             names, last = negative_sets.Names(), None
             for part, made in _marked(input, sizes, job.missing, mark_one):

@@ -325,7 +325,7 @@ def test_missing_and_empty_files_are_usage_errors(tmp_path):
 def test_a_survey_finds_the_mistakes_that_reading_finds(tmp_path):
     for name, other in (("a.jsonl", "one"), ("b.jsonl", "two")):
         write_lines(tmp_path / name, f'{{"id": "{other}", "inputs": "x"}}', '{"inputs": "y"}')
-    assert records.survey(tmp_path / "*.jsonl").count == 4
+    assert records.survey(tmp_path / "*.jsonl").num_records == 4
     write_lines(tmp_path / "c.jsonl", '{"id": "one", "inputs": "x"}')
     (tmp_path / "empty.jsonl").touch()
     for pattern in ("*.jsonl", "empty.jsonl", "nowhere.jsonl"):
@@ -341,7 +341,7 @@ def test_ids_that_have_one_hash_are_compared(tmp_path, monkeypatch):
     """Of eight bytes each, two ids among many may have the same."""
     monkeypatch.setattr(records, "hash", len, raising=False)
     path = write_lines(tmp_path / "a.jsonl", *(f'{{"id": "{n}", "inputs": ""}}' for n in "123"))
-    assert records.survey(path).count == 3
+    assert records.survey(path).num_records == 3
     write_lines(path, *(f'{{"id": "{n}", "inputs": ""}}' for n in "1232"))
     with pytest.raises(UsageError, match=r"a\.jsonl:4: the id '2' was used before, at \S+:2\."):
         records.survey(path)

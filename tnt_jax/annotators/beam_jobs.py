@@ -89,7 +89,7 @@ def map_records(
 
 def _divide(input: str, lines_per_part: int) -> list[_Part]:
     """Parts in order, after a look at every record."""
-    num_records = records.survey(input).count
+    num_records = records.survey(input).num_records
     parts: list[_Part] = []
     for file in map(str, files.matching_files(input)):
         start = 0

@@ -345,11 +345,11 @@ class Survey(NamedTuple):
     """What a look at all records of a data set finds.
 
     Attributes:
-        count: of records.
+        num_records: how many there are.
         digest: a fingerprint of their ids, their lines and their order.
     """
 
-    count: int
+    num_records: int
     digest: str
 
 
