@@ -145,6 +145,10 @@ class ExampleFiles(ExampleTable):
         digests = self._array(DIGESTS)
         return digests if self._indices is None else digests[self._indices]
 
+    def sets(self) -> Mapping[int, np.ndarray]:
+        """See `ExampleTable.sets`; of a subset, those of all."""
+        return self._sets
+
     def has_ids_below(self, number: int) -> bool:
         """See `ExampleTable.has_ids_below`."""
         return 0 <= self.about["least_id"] <= self.about["largest_id"] < number

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tnt_jax.data import marks, negative_sets, records, tokenization
+from tnt_jax.data import marks, records, tokenization
 from tnt_jax.data.examples import (
     COLUMNS,
     HAS_SPAN,
@@ -21,8 +21,6 @@ from tnt_jax.data.examples import (
     KEEPS_LAST_INPUT,
     KEEPS_TEXT,
     LOSS_UNTIL,
-    Example,
-    SetAt,
     row_digest,
     to_bytes,
 )
@@ -137,8 +135,9 @@ class _Block:
             num_without += number
             content, name = to_bytes(example), record.id.encode()
             digests[place], id_digests[place] = row_digest(content), row_digest(name)
-            if any(len(entry[1]) >= negative_sets.LEAST for entry in record.negative_token_ids):
-                content = _with_named_sets(example, record, vocabulary, settings["marks"], sets)
+            if example.sets:
+                content = to_bytes(example, names_sets=True)
+                sets |= {one.name: one.ids for one in example.sets}
             contents[place] = content + name + bytes(-len(name) % 4)
             columns[place] = columns_of(example, target_length, bool(record.negative_spans))
             every = [example.inputs, example.targets, example.negative_pairs[:, 1]]
@@ -187,34 +186,6 @@ class _Block:
         for line, inputs in zip(found, encoded, strict=True):
             line.inputs = inputs
         return [line for line in found if line.is_spelt(written, vocabulary)]
-
-
-def _with_named_sets(
-    example: Example,
-    record: records.Record,
-    vocabulary: tokenization.Tokeniser,
-    which_marks: str,
-    sets: dict[int, np.ndarray],
-) -> bytes:
-    """The example's bytes with the names of long sets; enters their ids."""
-    short, named = [], []
-    for entry in record.negative_token_ids:
-        if len(entry[1]) < negative_sets.LEAST:
-            short.append(entry)
-            continue
-        name = int(negative_sets.name_of(entry[1]), 16)
-        sets[name] = marks.array_of(entry[1])
-        named.append(SetAt(entry[0], name, records.strength_of(entry)))
-    others = dataclasses.replace(record, negative_token_ids=tuple(short))
-    marked = marks.mark_tokens(others, vocabulary, which_marks)
-    return to_bytes(
-        dataclasses.replace(
-            example,
-            negative_pairs=marked.negative_pairs,
-            negative_strengths=marked.negative_strengths,
-        ),
-        named,
-    )
 
 
 @dataclasses.dataclass
@@ -381,6 +352,7 @@ class _Plain:
             "lost_marks": per_row(marked_row[~is_marked_within]),
             "lost_spans": per_row(row_of_span[is_cut & ~is_left]),
             "flags": flags,
+            "most_written": num_marks > 0,
         }
         return np.stack([columns[name] for name in COLUMNS], axis=1).astype(np.int32)
 

@@ -13,8 +13,8 @@ import numpy as np
 from absl import logging
 
 from tnt_jax.data import records, tokenization
-from tnt_jax.data.examples import Example, loss_mask_until, unique_pairs
-from tnt_jax.data.negative_sets import LEAST
+from tnt_jax.data.examples import Example, SetAt, loss_mask_until, unique_pairs
+from tnt_jax.data.negative_sets import LEAST, name_of
 from tnt_jax.data.token_automaton import BEGINNING, Listed, Reading
 from tnt_jax.data.tokenization import Extent, Tokeniser
 from tnt_jax.runtime.errors import UsageError
@@ -62,6 +62,16 @@ def example_from_record(
             loss_until, marked.target_ids, marked.negative_pairs, marked.negative_strengths
         ),
         span_numbers=marked.span_numbers,
+        sets=tuple(
+            SetAt(
+                entry[0],
+                int(name_of(entry[1]), 16),
+                records.strength_of(entry),
+                array_of(entry[1]),
+            )
+            for entry in record.negative_token_ids
+            if len(entry[1]) >= LEAST
+        ),
         id=record.id,
     )
     return example, marked.num_spans_without_token
