@@ -1,10 +1,12 @@
 """Long sets of ids are written once, beside the records, and are the same ids when read."""
 
+import dataclasses
 import json
 import pathlib
 import re
 
 import pytest
+from helpers import rooms
 
 from tnt_jax.data import negative_sets, records, removed_everywhere
 from tnt_jax.runtime.errors import UsageError
@@ -125,3 +127,36 @@ def test_a_name_at_no_position_is_named(path):
     path.write_text(json.dumps({**line, "target_ids": [1], "negative_set": [[3, name]]}))
     with pytest.raises(UsageError, match=re.escape("negative_token_ids has position 3; expected")):
         records.read_records(path)
+
+
+# --- Training -------------------------------------------------------------------------------------
+
+
+def test_training_is_the_same_whether_ids_are_named_or_written_out(tmp_path, monkeypatch):
+    """In every metric of every update, and one may go on as the other."""
+    monkeypatch.chdir(tmp_path)
+    rooms.write_world(tmp_path)
+    some, others = tuple(range(6, 30)), tuple(range(12, 38))
+    rows = [
+        dataclasses.replace(
+            marked,
+            negative_token_ids=((1, some), (2, others, 0.5), (2, (3,)))[: number % 4],
+        )
+        for number, marked in enumerate(rooms.marked_corpus())
+    ]
+    removed_everywhere.write_records("named.jsonl", rows, None)
+    records.write_records("written.jsonl", rows)
+    with rooms.devices_seen():
+        rooms.train_original("original", 1)
+        for name in ("named", "written"):
+            settings = {"RECORDS": f"{name}.jsonl", "MODEL_DIR": name, "TRAIN_STEPS": 4}
+            settings |= {"EVAL_DATASET": "@eval/datasets.RecordFiles()", "EVAL_EVERY": 2}
+            settings |= {"eval/datasets.RecordFiles.files": f"{name}.jsonl", "LOG_EVERY": 1}
+            assert rooms.run("train", settings) == 0
+        lines = [pathlib.Path(name, "metrics.jsonl").read_text() for name in ("named", "written")]
+        found, expected = ([json.loads(line) for line in one.splitlines()] for one in lines)
+        for one, other in zip(found, expected, strict=True):
+            for key in [key for key in other if "loss" in key or "num" in key or "mass" in key]:
+                assert one[key] == pytest.approx(other[key], rel=1e-5), key
+        settings = {"RECORDS": "written.jsonl", "MODEL_DIR": "named", "TRAIN_STEPS": 5}
+        assert rooms.run("train", settings) == 0
