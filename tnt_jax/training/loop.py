@@ -20,8 +20,9 @@ from tnt_jax.data.examples import (
     max_negative_ids,
     sets_of,
 )
-from tnt_jax.data.layouts import FeatureLayout, Place
+from tnt_jax.data.layouts import Place
 from tnt_jax.models import sharding
+from tnt_jax.models.model import Model
 from tnt_jax.runtime import holding, preemption, prefetch, processes
 from tnt_jax.runtime.array_types import PyTree
 from tnt_jax.runtime.errors import UsageError
@@ -63,9 +64,9 @@ def make_data(
     eval_examples: Sequence[Example],
     update: settings.Update,
     seed: int,
-    feature_layout: FeatureLayout,
+    model: Model,
 ) -> Data:
-    """Makes batches of examples, in an order that the seed decides."""
+    """Makes batches of examples for a model, in an order that the seed decides."""
     sets = sets_of(examples, eval_examples)
     num_negative_ids = max(
         max_negative_ids(of, with_sets=bool(sets.ids)) for of in (examples, eval_examples)
@@ -78,7 +79,7 @@ def make_data(
         seed=seed,
         num_negative_ids=num_negative_ids,
         pack=update.pack,
-        feature_layout=feature_layout,
+        feature_layout=model.network.feature_layout,
         has_strengths=has_strengths,
         set_numbers=sets.numbers,
     )
