@@ -23,12 +23,12 @@ Example:
 import collections
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tnt_jax import annotators
 from tnt_jax.annotators import beam_jobs, innocent, phrases
-from tnt_jax.data import marks, records, removed_everywhere, tokenization
+from tnt_jax.data import marks, negative_sets, records, removed_everywhere, tokenization
 from tnt_jax.data.token_automaton import Listed
 from tnt_jax.runtime import (
     console,
@@ -96,25 +96,22 @@ def annotate(
         ),
     )
     if beam_options is None:
-        rows = records.read_records(input)
+        found = records.survey(input)
         work = {
             "program": "annotate",
-            "records": records.digest(rows),
+            "records": found.digest,
             "annotator": annotator.description,
             "settings": annotator,
             "vocabulary": vocabulary,
         }
-        sizes = output_parts.sizes(len(rows), _RECORDS_PER_PART)
+        sizes = output_parts.sizes(found.num_records, _RECORDS_PER_PART)
         with output_parts.opened(output, sizes, settings_json.describe(work)) as job:
-            firsts = {part: part * _RECORDS_PER_PART for part in job.missing}
-            own = [
-                (part, row)
-                for part, first in firsts.items()
-                for row in rows[first : first + sizes[part]]
-            ]
-            for part, row in console.progress(own, f"annotating {len(own)} records"):
-                made = mark_one(row)
-                job.add(part, [] if made is None else [made.to_line()], {_kind(made): 1})
+            names, last = negative_sets.Names(), None
+            for part, made in _marked(input, sizes, job.missing, mark_one):
+                if part != last:  # each has the lines of its own sets
+                    names.forget()
+                    last = part
+                job.add(part, [] if made is None else names.lines_of(made), {_kind(made): 1})
             job.wait_for_all()
             job.join(removed_everywhere.replacing(output, everywhere.to_write(annotator)))
             _write_rest(output, annotator, everywhere, job.counts)
@@ -130,6 +127,29 @@ def annotate(
         with holding.output(output, "OUTPUT"):
             removed_everywhere.write_records(output, counted(), everywhere.to_write(annotator))
             _write_rest(output, annotator, everywhere, counts)
+
+
+def _marked(
+    input: str,
+    sizes: Sequence[int],
+    parts: Sequence[int],
+    mark_one: Callable[[records.Record], records.Record | None],
+) -> Iterator[tuple[int, records.Record | None]]:
+    """What comes of each record of some parts, with the part's number."""
+    own = frozenset(parts)
+    number = sum(sizes[part] for part in own)
+    rows = records.iterate(input, lambda place: place // _RECORDS_PER_PART in own)
+    part_of_rows = (part for part in sorted(own) for _ in range(sizes[part]))
+    num_marked = 0
+    progress = console.progress(rows, f"annotating {number} records", number)
+    for row, part in zip(progress, part_of_rows, strict=False):
+        yield part, mark_one(row)
+        num_marked += 1
+    if num_marked < number:
+        raise UsageError(
+            f"{input}: expected {sum(sizes)} records, as there were a moment ago, found fewer. Let "
+            "nothing write the file while it is annotated, and start again."
+        )
 
 
 def _kind(made: records.Record | None) -> str:
@@ -187,37 +207,44 @@ def mark(
     annotation = annotator.annotate(row)
     if annotation is None:
         return None
-    removed: dict[int, dict[int, float]] = {}  # by position, ids and strengths
+    entries: list[records.TokenIds] = []
     has_alternatives = any(span.alternatives for span in annotation.spans)
     if vocabulary is not None and (has_alternatives or annotation.unwanted):
-        unmarked = dataclasses.replace(row, negative_spans=None, negative_token_ids=())
-        ids = marks.mark_tokens(unmarked, vocabulary).target_ids
+        ids, extents = marks.ids_and_extents(row, vocabulary)
         for span in annotation.spans:
-            for position, of_position in marks.alternative_token_ids(
+            found = marks.alternative_token_ids(
                 vocabulary,
                 ids,
                 (span.start, span.end),
                 span.alternatives,
                 annotation.supported,
                 continuations,
-            ):
-                strengths = removed.setdefault(position, {})
-                for i in of_position:
-                    strengths[i] = max(span.strength, strengths.get(i, 0.0))
+                (row.targets, extents),
+            )
+            entries += (records.with_strength(*entry, span.strength) for entry in found)
         if annotation.unwanted:
             completions = completions or marks.Completions(vocabulary)
-            for position, of_position in completions.ids(
-                ids, annotation.unwanted, removed_everywhere
-            ):
-                removed.setdefault(position, {}).update(dict.fromkeys(of_position, 1.0))
+            entries += completions.ids(ids, annotation.unwanted, removed_everywhere)
     return dataclasses.replace(
         row,
         negative_spans=tuple(
             records.with_strength(span.start, span.end, span.strength) for span in annotation.spans
         ),
-        negative_token_ids=marks.token_id_entries(removed),
+        negative_token_ids=_one_by_position(entries),
         annotator=annotator.description,
     )
+
+
+def _one_by_position(entries: Sequence[records.TokenIds]) -> tuple[records.TokenIds, ...]:
+    """The entries, sorted; those at one position made one for each strength."""
+    if len({entry[0] for entry in entries}) == len(entries):
+        return tuple(sorted(entries, key=lambda entry: entry[0]))
+    removed: dict[int, dict[int, float]] = {}  # by position, ids and strengths
+    for entry in entries:
+        strengths, strength = removed.setdefault(entry[0], {}), records.strength_of(entry)
+        for i in entry[1]:
+            strengths[i] = max(strength, strengths.get(i, 0.0))
+    return marks.token_id_entries(removed)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -142,8 +142,8 @@ def train(
         _read_examples(each, update.task_feature_lengths, sources, model_dir) if each else []
         for each in (dataset, eval_dataset)
     )
-    layout = trainer.model.network.feature_layout
-    data = loop.make_data(examples, eval_examples, update, schedule.seed, layout)
+    data = loop.make_data(examples, eval_examples, update, schedule.seed, trainer.model)
+    trainer = trainer.with_sets(data.sets.ids)
     _check_marks(examples, trainer, update.task_feature_lengths)
     _log_padding(data.batches)
     memory.check_batch(update.batch_size, sum(update.task_feature_lengths.values()))

@@ -9,14 +9,17 @@ import pytest
 from helpers.examples import example
 from hypothesis import strategies as st
 
+from tnt_jax.data import layouts, marks, records, tokenization
 from tnt_jax.data.batches import Batches, batch_for_eval
 from tnt_jax.data.examples import (
     check_token_ids,
     digest,
     loss_mask_until,
+    marks_with_sets,
     max_negative_ids,
     says_removed,
     select_clean,
+    sets_of,
     unique_pairs,
 )
 from tnt_jax.data.layouts import are_all_covered, convert_features, count_lost
@@ -357,3 +360,90 @@ def test_what_is_raised_is_no_mistake():
 def test_loss_until_what_is_unknown():
     with pytest.raises(UsageError, match="loss_until: expected one of end, first_negative, found"):
         loss_mask_until("first", np.array([1]), np.zeros((0, 2), np.int32))
+
+
+# --- Sets that examples share ---------------------------------------------------------------------
+
+
+def test_a_set_at_a_position_is_one_mark_by_hand():
+    """Of two sets at a position the first is named; what another mark makes stronger stays."""
+    record = records.Record(
+        id="r",
+        inputs="a",
+        targets="abc",
+        negative_spans=((1, 2),),
+        negative_token_ids=((1, LONG), (1, OTHER), (2, (5, LONG[0]), 0.5), (2, LONG, 0.25)),
+    )
+    example, _ = marks.example_from_record(record, tokenization.Bytes(), "whole", "end")
+    numbers = {one.name: number for one, number in zip(example.sets, (0, 1), strict=False)}
+    pairs, strengths = marks_with_sets(example, numbers)
+    assert strengths is not None
+    found = [(*pair, s) for pair, s in zip(pairs.tolist(), strengths.tolist(), strict=True)]
+    own = ord("b") + 3  # which both sets have, too
+    assert own in LONG and own in OTHER
+    others = [(1, i, 1.0) for i in sorted({*OTHER} - {*LONG})]
+    assert found == [(1, -2, 1.0), *others, (2, -2, 0.25), (2, 5, 0.5), (2, LONG[0], 0.5)]
+    assert marks_with_sets(example, {})[0] is example.negative_pairs
+    assert max_negative_ids([example]) == len({*LONG, *OTHER})
+    assert max_negative_ids([example], with_sets=True) == 1 + len(others)
+
+
+LONG, OTHER = tuple(range(90, 120)), tuple(range(81, 105))
+
+
+@pytest.mark.parametrize("layout", [layouts.ENCODER_DECODER, layouts.CAUSAL])
+@pytest.mark.parametrize("pack", [False, True])
+def test_batches_with_sets_are_those_without(layout, pack):
+    """When their names are replaced by their ids."""
+    random = np.random.default_rng(0)
+    rows = [
+        records.Record(
+            id=str(n),
+            inputs="in",
+            targets="some text",
+            negative_spans=((0, 1),),
+            negative_token_ids=tuple(
+                records.with_strength(
+                    int(position),
+                    (LONG, OTHER, (5,))[random.integers(3)],
+                    random.choice([1.0, 0.5]),
+                )
+                for position in sorted(random.integers(0, 9, 4))
+            ),
+        )
+        for n in range(20)
+    ]
+    examples = marks.examples_from_records(rows, tokenization.Bytes(), "here")
+    sets = sets_of(examples[:10], examples[10:])
+    assert {*sets.ids} == {LONG, OTHER}
+    settings = {"batch_size": 8, "seed": 0, "pack": pack, "feature_layout": layout}
+    lengths = {"inputs": 8, "targets": 16}
+    written = Batches(examples, task_feature_lengths=lengths, **settings)
+    named = Batches(examples, task_feature_lengths=lengths, set_numbers=sets.numbers, **settings)
+    assert named.num_negative_ids < written.num_negative_ids == len({*LONG, *OTHER})
+    num_named = 0
+    for k in range(3):
+        one, other = written.batch(k), named.batch(k)
+        kinds = ("decoder_negative_ids", "decoder_negative_strengths")
+        for name in one.keys() - {*kinds}:
+            np.testing.assert_array_equal(one[name], other[name])
+        for place in np.ndindex(*one["decoder_target_tokens"].shape):
+            found = []
+            for features in (one, other):
+                strength_of = {}
+                of_place = (features[name][place].tolist() for name in kinds)
+                for id_, strength in zip(*of_place, strict=True):
+                    num_named += id_ < -1
+                    for i in sets.ids[-2 - id_] if id_ < -1 else (id_,):
+                        strength_of[i] = max(strength, strength_of.get(i, 0.0))
+                found.append({i: s for i, s in strength_of.items() if i >= 0})
+            assert found[0] == found[1]
+    assert num_named > 20
+
+
+def test_sets_that_are_too_large_are_written_out(monkeypatch):
+    record = records.Record(id="r", inputs="", targets="abc", negative_token_ids=((1, LONG),))
+    examples = marks.examples_from_records([record], tokenization.Bytes(), "here")
+    assert sets_of(examples).ids == (LONG,)
+    monkeypatch.setattr("tnt_jax.data.examples._MOST_IN_SETS", 29)
+    assert sets_of(examples) == ({}, ())

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from tnt_jax.runtime.errors import UsageError
 
 LENGTHS = {"inputs": 6, "targets": 12}
 BYTES = tokenization.Bytes()
+LONG = [*range(100, 140)]
 WORDS = ["bad", "good", "fine", "so so", "ünreal", "a  b", ""]
 
 
@@ -44,6 +46,8 @@ def record(number):
     fields["negative_spans"] = [[*span, 0.5] for span in spans] if number % 7 == 0 else spans
     if number % 5 == 0:
         fields["negative_token_ids"] = [[0, [9, 11]], [1, [7], -0.5]]  # the latter is raised
+    if number % 15 == 0:  # long sets, which are kept once
+        fields["negative_token_ids"] = [[0, LONG], [1, LONG, 0.5], [1, [9, 200]], [2, LONG[:-1]]]
     return fields
 
 
@@ -83,7 +87,10 @@ def assert_same(found, expected):
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
         for field in dataclasses.fields(one):
-            if field.name != "span_numbers":
+            if field.name == "sets":
+                sets = ([(*at[:3], at.ids.tolist()) for at in of.sets] for of in (one, other))
+                assert next(sets) == next(sets)
+            elif field.name != "span_numbers":
                 values = getattr(one, field.name), getattr(other, field.name)
                 np.testing.assert_array_equal(*values, err_msg=f"{other.id} {field.name}")
 
@@ -344,7 +351,7 @@ def test_runs_that_make_the_same_at_once_end_well():
     said = [run.communicate(timeout=100)[0].splitlines()[-1] for run in runs]
     assert said == ["1000 n 59"] * 3
     assert {file.name for file in the_folder().iterdir()} == {
-        *("about.json", "rows.bin", "offsets.npy", "digests.npy", "columns.npy")
+        *("about.json", "rows.bin", "offsets.npy", "digests.npy", "columns.npy", "sets.npz")
     }
 
 
@@ -384,3 +391,34 @@ def test_many_records_have_their_examples_beside_them_or_in_the_model_dir(monkey
 def test_where_they_cannot_lie():
     with pytest.raises(UsageError, match="EXAMPLES_DIR: expected a local folder"):
         dataset(examples_dir="gs://bucket/kept").load(LENGTHS)
+
+
+# --- Long sets of ids -----------------------------------------------------------------------------
+
+
+def test_a_long_set_is_stored_once_however_many_examples_have_it():
+    def size_of(rows):
+        write(rows)
+        dataset().load(LENGTHS)
+        files = [*the_folder().iterdir()]
+        size = sum(file.stat().st_size for file in files if file.suffix != ".json")
+        shutil.rmtree("kept")
+        return size
+
+    ids = [*range(3, 259)]
+    rows = [record(n) | {"negative_token_ids": [[0, ids], [1, ids]]} for n in range(1, 60)]
+    few, many = size_of(rows[:10]), size_of(rows)
+    # Two sets of 256 ids would be 4,096 bytes an example; an example without them has about 200.
+    assert many - few < 49 * 350
+    for example in dataset().load(LENGTHS):
+        assert {(p, i) for p in (0, 1) for i in ids} <= {*map(tuple, example.negative_pairs)}
+
+
+def test_a_set_that_is_damaged_is_found():
+    dataset().load(LENGTHS)
+    file = the_folder() / "sets.npz"
+    content = bytearray(file.read_bytes())
+    content[content.index(np.array(LONG[:8], "<i4").tobytes()) + 4] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UsageError, match="found damage"):
+        [*dataset().load(LENGTHS)]

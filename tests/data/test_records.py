@@ -317,3 +317,77 @@ def test_missing_and_empty_files_are_usage_errors(tmp_path):
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(UsageError, match="expected records, found none"):
         records.read_records(tmp_path / "empty.jsonl")
+
+
+# --- A look at all records, which keeps none ------------------------------------------------------
+
+
+def test_a_survey_finds_the_mistakes_that_reading_finds(tmp_path):
+    for name, other in (("a.jsonl", "one"), ("b.jsonl", "two")):
+        write_lines(tmp_path / name, f'{{"id": "{other}", "inputs": "x"}}', '{"inputs": "y"}')
+    assert records.survey(tmp_path / "*.jsonl").num_records == 4
+    write_lines(tmp_path / "c.jsonl", '{"id": "one", "inputs": "x"}')
+    (tmp_path / "empty.jsonl").touch()
+    for pattern in ("*.jsonl", "empty.jsonl", "nowhere.jsonl"):
+        said = []
+        for read in (records.survey, records.read_records):
+            with pytest.raises(UsageError) as caught:
+                read(tmp_path / pattern)
+            said.append(str(caught.value))
+        assert said[0] == said[1]
+
+
+def test_ids_that_have_one_hash_are_compared(tmp_path, monkeypatch):
+    """Of eight bytes each, two ids among many may have the same."""
+    monkeypatch.setattr(records, "hash", len, raising=False)
+    path = write_lines(tmp_path / "a.jsonl", *(f'{{"id": "{n}", "inputs": ""}}' for n in "123"))
+    assert records.survey(path).num_records == 3
+    write_lines(path, *(f'{{"id": "{n}", "inputs": ""}}' for n in "1232"))
+    with pytest.raises(UsageError, match=r"a\.jsonl:4: the id '2' was used before, at \S+:2\."):
+        records.survey(path)
+
+
+def test_a_survey_tells_records_apart(tmp_path):
+    lines = ['{"id": "a", "inputs": "x"}', '{"id": "b", "inputs": "y"}']
+    first = records.survey(write_lines(tmp_path / "a.jsonl", *lines))
+    assert records.survey(write_lines(tmp_path / "a.jsonl", "", *lines, "")) == first
+    for others in (lines[::-1], lines[:1], [lines[0], lines[1].replace("y", "z")]):
+        assert records.survey(write_lines(tmp_path / "a.jsonl", *others)).digest != first.digest
+    # Without an id of its own, a record's is made of the place.
+    without = records.survey(write_lines(tmp_path / "a.jsonl", '{"inputs": "x"}'))
+    assert records.survey(write_lines(tmp_path / "b.jsonl", '{"inputs": "x"}')) != without
+
+
+@hypothesis.given(st.data())
+def test_a_line_that_is_decoded_at_once_is_the_same_record(data):
+    """Most lines have no fields but ours; the others, and bad ones, are read field by field."""
+    fields = {
+        "id": st.none() | texts,
+        "inputs": st.none() | texts,
+        "targets": st.none() | texts | st.just("abcdef"),
+        "target_ids": st.none() | st.lists(st.integers(-1, 9), max_size=4) | st.just([1.0]),
+        "negative_spans": st.none() | st.just([[0, 2]]) | st.just([[0, 2, 0.5]]) | st.just([[9]]),
+        "negative_token_ids": st.none() | st.just([[0, [3]]]) | st.just([[1, [3], 0.5]]),
+        "annotator": st.none() | texts,
+        "more": st.integers(),
+        "messages": st.none() | st.just([]),
+        "prompt": st.none(),
+    }
+    chosen = data.draw(st.fixed_dictionaries({}, optional=fields))
+    line = json.dumps(chosen).encode()
+
+    def outcome(read):
+        try:
+            return read()
+        except UsageError as error:
+            return str(error)
+
+    def by_field():
+        return records.Record.from_json(files.parse_line(line, "f:1"), "f:1")
+
+    def at_once():
+        ((where, found),) = records.located([line], "f")
+        assert where == "f:1"
+        return found
+
+    assert outcome(at_once) == outcome(by_field)

@@ -494,6 +494,115 @@ def test_a_blank_alternative_is_a_usage_error(small_vocabulary):
         )
 
 
+@pytest.mark.parametrize("kind", ["t5", "small", "fallback", "bytes"])
+def test_a_shared_list_removes_what_its_texts_do_one_by_one(
+    kind, t5_vocabulary, small_vocabulary, byte_fallback_vocabulary
+):
+    """Another computation: each alternative is tokenised by itself, for each span."""
+    vocabulary = {
+        "t5": t5_vocabulary,
+        "small": small_vocabulary,
+        "fallback": byte_fallback_vocabulary,
+        "bytes": BYTES,
+    }[kind]
+    random = np.random.default_rng(0)
+    words = [
+        "city",
+        "centre",
+        "riverside",
+        "The",
+        "the",
+        "Zoo",
+        "English",
+        "Eagle",
+        "é",
+        "½",
+        "日本",
+    ]
+
+    def some(number):
+        return [" ".join(random.choice(words, random.integers(1, 3))) for _ in range(number)]
+
+    innocent = some(6)
+    continuations = marks.Continuations(vocabulary, innocent)
+
+    def first(before, space, text):
+        ((*tokens,),) = vocabulary.continuations(before, [text])
+        after = bool(tokens) and tokens[0][0] == space
+        rest = tokens[after:]
+        return rest and (after, *rest[0], len(rest) == 1)
+
+    def removed_one_by_one(ids, text, extents, span, texts, supported):
+        touched = [i for i, (a, b) in enumerate(extents) if max(a, span[0]) < min(b, span[1])]
+        if not touched:
+            return set()
+        place = vocabulary.place_of(ids, touched[0])
+        before = place.before + text[extents[touched[0]][0] : span[0]]
+        right = {f[:2] for t in supported if (f := first(before, place.space, t))}
+        harmless = {f[:2] for t in innocent if (f := first(before, place.space, t))}
+        return {
+            (place.start + f[0], f[1])
+            for t in texts
+            if (f := first(before, place.space, t))
+            and f[2]
+            and f[1] != vocabulary.unknown_id
+            and f[:2] not in right
+            and (f[3] or f[:2] not in harmless)
+        }
+
+    lists = [tuple(dict.fromkeys(some(30))) for _ in range(2)]
+    num_shared = 0
+    for _ in range(60):
+        text = " ".join(some(4))
+        text = text.replace(" ", random.choice([" ", "  ", "\n", " ("]), 1)
+        encoded = vocabulary.encode_with_extents(text)
+        ids, extents = [*encoded.ids, 1], [*encoded.extents, (len(text), len(text))]
+        start, end = sorted(random.choice(len(text) + 1, 2, replace=False).tolist())
+        texts, supported = lists[random.integers(2)], some(2)
+        marked = text[start:end]
+        left = [t for t in texts if t != marked]
+        others = marks.AllBut(texts, marked)
+        assert others == tuple(left) and len(others) == len(left) and bool(others) == bool(left)
+        expected = removed_one_by_one(ids, text, extents, (start, end), left, supported)
+        for alternatives in (others, tuple(left)):
+            found = marks.alternative_token_ids(
+                vocabulary,
+                ids,
+                (start, end),
+                alternatives,
+                supported,
+                continuations,
+                (text, extents),
+            )
+            assert all(entry[1] == tuple(sorted({*entry[1]})) for entry in found)
+            pairs = {(where, i) for where, some_ids in found for i in some_ids}
+            # Among many, the marked token itself is left where it is: the span removes it.
+            touched = [i for i, (a, b) in enumerate(extents) if max(a, start) < min(b, end)][:1]
+            own = {(where, ids[where]) for where in touched}
+            assert pairs - own == expected - own and pairs >= expected
+            num_shared += pairs != expected
+            if alternatives is not others:
+                assert pairs == expected
+    assert kind != "small" or num_shared == 0
+
+
+def test_spans_that_share_a_long_list_share_the_ids(t5_vocabulary):
+    listed = ("north", "south", "east", "west", "river", "city", "lake", "hill", "road", "park")
+    listed += tuple(word.capitalize() for word in listed)
+    continuations = marks.Continuations(t5_vocabulary)
+    text = "the city and the lake and (north)"
+    ids = t5_vocabulary.prompt_ids(text)
+    found = {}
+    for word in ("city", "lake", "north"):
+        span = text.index(word), text.index(word) + len(word)
+        ((position, removed),) = marks.alternative_token_ids(
+            t5_vocabulary, ids, span, marks.AllBut(listed, word), (), continuations
+        )
+        assert ids[position] in removed
+        found[word] = removed
+    assert found["city"] is found["lake"] and found["north"] is not found["city"]
+
+
 # --- What would complete a text -------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """The fused objective against its dense definition: values, metrics, gradients, layouts, memory."""
 
+import dataclasses
 import functools
 import re
 
@@ -13,6 +14,7 @@ from tnt_jax.models import sharding
 from tnt_jax.models.factored_logits import FactoredLogits
 from tnt_jax.objectives import fused, fused_block
 from tnt_jax.runtime.errors import UsageError
+from tnt_jax.training import train_step
 
 BATCH, LENGTH, WIDTH, VOCAB_SIZE = 4, 6, 8, 40
 
@@ -232,6 +234,69 @@ def test_agrees_with_the_definition_on_strengths(name, strengths):
 def test_agrees_with_the_definition_on_strengths_of_many_ids(name, num_ids, strengths):
     """A few ids are compared with each other, and many are sorted."""
     assert_agree(OBJECTIVES[name], *problem(12, num_ids=num_ids, strengths=strengths))
+
+
+@pytest.mark.parametrize("strengths", [None, RAISED], ids=["removed", "graded"])
+@pytest.mark.parametrize("name", ["TNRF", "TNRR smoothed", "UL+KL", "TNRF everywhere", "fine-tune"])
+def test_a_set_is_the_ids_that_it_stands_for(name, strengths):
+    """Against the same ids written out, one list for each position."""
+    objective = OBJECTIVES[name]
+    sets = (tuple(range(4, 36, 2)), (1, 39, 7, 20, 33), ())
+    current, original, tokens = problem(7, strengths=strengths)
+    random = np.random.default_rng(1)
+    ids, own = (np.array(tokens.get(x, 1)) for x in ("negative_ids", "negative_strengths"))
+    own = np.broadcast_to(own, ids.shape)
+    names = random.integers(-1, 3, ids.shape[:2])  # of no set, or of one of three
+    ids[..., 0] = np.where(names >= 0, -2 - names, ids[..., 0])
+    whole = np.full((*ids.shape[:2], 3 + 16), -1)
+    of_whole = np.ones(whole.shape)
+    for place in np.ndindex(*names.shape):
+        marks = [(i, s) for i, s in zip(ids[place], own[place], strict=True) if i >= 0]
+        if names[place] >= 0:
+            marks += [(i, own[place][0]) for i in sets[names[place]]]
+        for slot, (i, strength) in enumerate(marks):
+            whole[place][slot], of_whole[place][slot] = i, strength
+    named = {**tokens, "negative_ids": jnp.asarray(ids, jnp.int32)}
+    written = {**tokens, "negative_ids": jnp.asarray(whole, jnp.int32)}
+    if strengths is not None:
+        written["negative_strengths"] = jnp.asarray(of_whole, jnp.float32)
+    with_sets = dataclasses.replace(objective, sets=sets)
+    found = with_gradients(fused_values, with_sets, current, original, named)
+    expected = with_gradients(dense, objective, current, original, written)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), found, expected
+    )
+    # And where logits are whole.
+    batch = {f"decoder_{name}": value for name, value in named.items()}
+    total, values = train_step.token_values(
+        with_sets, current.whole(), original.whole() if objective.needs_original else None, batch
+    )
+    np.testing.assert_allclose(total, expected[0], rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(values.losses, expected[1].losses, rtol=2e-5, atol=2e-5)
+    marked = [
+        objective.is_negative(t["target_tokens"], t["negative_ids"]) for t in (named, written)
+    ]
+    is_full = np.asarray(names) != 2  # a set without ids is none that `train` makes
+    np.testing.assert_array_equal(np.asarray(marked[0])[is_full], np.asarray(marked[1])[is_full])
+
+
+def test_a_shared_set_takes_memory_once():
+    """Not `[B, T, K]`: with 2,000 ids the step needs what a few blocks of rows do."""
+    objective = OBJECTIVES["TNRF"]
+
+    def memory(**settings):
+        current, original, tokens = problem(batch=512, vocab_size=2048, width=8, **settings)
+        of = objective
+        if "num_ids" not in settings:
+            of = dataclasses.replace(objective, sets=(tuple(range(2000)),))
+            ids = tokens["negative_ids"][..., :1].at[:].set(-2)
+            tokens = {**tokens, "negative_ids": ids}
+        step = with_gradients.lower(fused_values, of, current, original, tokens)
+        found = step.compile().memory_analysis()
+        return found.argument_size_in_bytes + found.temp_size_in_bytes
+
+    written = 512 * LENGTH * 2000 * 4  # 24 MB
+    assert memory(num_ids=2000) - memory() > 0.9 * written
 
 
 @each_objective

@@ -1,14 +1,17 @@
 """Every annotator by its gin file, as the command line runs it."""
 
 import contextlib
+import dataclasses
 import json
+import os
 import pathlib
+import tracemalloc
 
 import gin
 import pytest
 
 from tnt_jax import annotate, annotators
-from tnt_jax.data import records, token_automaton, tokenization
+from tnt_jax.data import marks, records, token_automaton, tokenization
 from tnt_jax.runtime import program
 
 ROWS = [
@@ -152,3 +155,91 @@ def test_without_beam_it_says_how_to_install_it(run, monkeypatch):
     message = run("python", settings)
     assert message.count("\n") == 1
     assert "pip install --no-deps apache-beam==2.77.0" in message
+
+
+# --- Many records, and long lists -----------------------------------------------------------------
+
+LISTED = (
+    *("idiot", "stupid", "fool", "moron", "loser", "clown", "liar"),
+    *("crook", "snob", "brute", "thug", "fraud", "cheat", "creep"),
+)
+
+
+@pytest.fixture
+def many(tmp_path, shared_data, monkeypatch):
+    """Annotates so many records with a list; gives the path of what comes of it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "words.txt").write_text("\n".join(LISTED))
+    vocabulary = tokenization.SentencePiece(
+        str(shared_data / "data" / "t5_vocab" / "sentencepiece.model")
+    )
+
+    def many(number, output="out.jsonl", text="You are a {} and no {}, {}."):
+        rows = (
+            records.Record(
+                id=f"r{n}",
+                inputs="x",
+                targets=text.format(LISTED[n % 14], LISTED[n % 13], LISTED[n % 11].upper()),
+            )
+            for n in range(number)
+        )
+        records.write_records("in.jsonl", rows)
+        annotate.annotate(
+            output=output,
+            input="in.jsonl",
+            annotator=annotators.Lexicon(path="words.txt"),
+            vocabulary=vocabulary,
+        )
+        return pathlib.Path(output)
+
+    return many
+
+
+def test_the_parts_do_not_show(many, monkeypatch):
+    whole = many(60)
+    monkeypatch.setattr(annotate, "_RECORDS_PER_PART", 7)
+    parts = many(60, "parts.jsonl")
+    for ending in ("", ".sets.jsonl"):
+        of_whole = pathlib.Path(f"{whole}{ending}").read_bytes()
+        assert pathlib.Path(f"{parts}{ending}").read_bytes() == of_whole
+    rows = records.read_records(whole)
+    assert [row.id for row in rows] == [f"r{n}" for n in range(60)]
+    # Hundreds of marks have a few lists between them: of words after a space, and of capitals.
+    entries = [entry for row in rows for entry in row.negative_token_ids if len(entry[1]) >= 16]
+    table = pathlib.Path(f"{whole}.sets.jsonl").read_text().splitlines()
+    assert len(entries) >= 180 and len(table) == len({ids for _, ids in entries}) <= 12
+
+
+def test_memory_does_not_grow_with_the_records(many, monkeypatch):
+    """But for eight bytes of each id, and of each order they are sorted in."""
+    monkeypatch.setattr(annotate, "_RECORDS_PER_PART", 200)
+
+    def peak(number):
+        many(number)
+        tracemalloc.start()
+        many(number)
+        _, found = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return found
+
+    few, more = peak(1000), peak(5000)
+    assert more - few < 40 * 4000  # a record alone takes 500 bytes
+
+
+@pytest.mark.parametrize("space", ["  ", "\n", "\u2026 "])
+def test_alternatives_are_removed_where_the_marked_word_is(many, space):
+    """Also where the tokeniser writes the text before it otherwise: there positions shift."""
+    text = "Well,  so" + space + "you are {} or {}"
+    rows = records.read_records(many(14, text=text))
+    vocabulary = tokenization.SentencePiece(
+        str(pathlib.Path(os.environ["TNT_JAX_SHARED"]) / "data/t5_vocab/sentencepiece.model")
+    )
+    for row in rows:
+        marked = marks.mark_tokens(dataclasses.replace(row, negative_token_ids=()), vocabulary)
+        firsts = {}
+        for position, _ in marked.negative_pairs.tolist():
+            firsts.setdefault(int(marked.span_numbers[position]), position)
+        space = vocabulary.processor.piece_to_id("▁")  # alternatives may go in the place of one
+        before = {f - 1 for f in firsts.values() if marked.target_ids[f - 1] == space}
+        removed = {position for position, *_ in row.negative_token_ids}
+        assert removed == {*firsts.values()} | before

@@ -41,7 +41,7 @@ def map_records(
 ) -> Iterator[Record | None]:
     """What the function makes of each record, in the order of the records.
 
-    The results are those of a loop over `records.read_records(input)`, mistakes included.
+    The results are those of a loop over `records.iterate(input)`, mistakes included.
 
     Args:
       function: Picklable; None leaves a record out.
@@ -89,22 +89,18 @@ def map_records(
 
 def _divide(input: str, lines_per_part: int) -> list[_Part]:
     """Parts in order, after a look at every record."""
+    num_records = records.survey(input).num_records
     parts: list[_Part] = []
-
-    def located():
-        for file in map(str, files.matching_files(input)):
-            start = 0
-            with pathlib.Path(file).open("rb") as lines:
-                for number, line in enumerate(lines, start=1):
-                    if number % lines_per_part == 1 % lines_per_part:
-                        parts.append(
-                            _Part(len(parts), str(pathlib.Path(file).absolute()), number, start, 0)
-                        )
-                    parts[-1] = parts[-1]._replace(size=parts[-1].size + len(line))
-                    start += len(line)
-                    yield from records.located([line], file, number)
-
-    num_records = sum(1 for _ in records.unique(located(), input))
+    for file in map(str, files.matching_files(input)):
+        start = 0
+        with pathlib.Path(file).open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if number % lines_per_part == 1 % lines_per_part:
+                    parts.append(
+                        _Part(len(parts), str(pathlib.Path(file).absolute()), number, start, 0)
+                    )
+                parts[-1] = parts[-1]._replace(size=parts[-1].size + len(line))
+                start += len(line)
     console.log(f"{input}: {num_records} records in {len(parts)} parts, on Apache Beam.")
     return parts
 

@@ -4,9 +4,10 @@
 """
 
 import json
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from tnt_jax.annotators import phrases
 from tnt_jax.annotators.interface import Annotation, TextFile
@@ -14,6 +15,8 @@ from tnt_jax.data.records import Record
 from tnt_jax.data.token_automaton import Listed
 from tnt_jax.runtime import files
 from tnt_jax.runtime.errors import UsageError
+
+_MOST_KNOWN = 256  # sets of supported values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,35 +90,49 @@ class Gazetteer:
             for value in values
         }
 
-    def _names(self, supported: set[Hashable]) -> tuple[list[str], list[str]]:
-        """Those of supported values, and the others."""
-        supported_names, other_names = [], []
-        for name, values in self._values_by_name.items():
-            (other_names if supported.isdisjoint(values) else supported_names).append(name)
-        return supported_names, other_names
+    @cached_property
+    def _known(self) -> "dict[frozenset[Hashable], _Names]":
+        return {}
+
+    def _names(self, supported: Iterable[Hashable]) -> "_Names":
+        """What there is to say where these values are supported; many inputs state the same."""
+        values = frozenset(supported)
+        if values not in self._known:
+            if len(self._known) >= _MOST_KNOWN:
+                del self._known[next(iter(self._known))]
+            are_supported = {
+                name: not values.isdisjoint(of_name)
+                for name, of_name in self._values_by_name.items()
+            }
+            names = tuple(name for name, is_supported in are_supported.items() if is_supported)
+            others = [name for name, is_supported in are_supported.items() if not is_supported]
+            self._known[values] = _Names(
+                names,
+                phrases.forms(names),
+                phrases.Alternatives.from_texts(others if self.alternatives else ()),
+            )
+        return self._known[values]
 
     def annotate(self, record: Record) -> Annotation:
         """Marks every mention in the targets that the inputs do not support."""
         supported = self._supported_in(record.inputs)
-        mentions = [
-            (start, end)
-            for start, end, values in self._phrases.longest_mentions(record.targets)
-            if supported.isdisjoint(values)
-        ]
-        supported_names, other_names = self._names(supported)
-        others = phrases.Alternatives.from_texts(other_names if self.alternatives else ())
+        names = self._names(supported)
         return Annotation(
-            spans=tuple(others.span(record.targets, start, end) for start, end in mentions),
-            supported=phrases.forms(supported_names),
-            unwanted=self._listed(supported_names) if self.at_every_position else None,
+            spans=tuple(
+                names.others.span(record.targets, start, end)
+                for start, end, values in self._phrases.longest_mentions(record.targets)
+                if supported.isdisjoint(values)
+            ),
+            supported=names.supported_forms,
+            unwanted=self._listed(names.supported) if self.at_every_position else None,
         )
 
     def unwanted(self, record: Record) -> Listed:
         """All names, but for those that the inputs support."""
-        return self._listed(self._names(self._supported_in(record.inputs))[0])
+        return self._listed(self._names(self._supported_in(record.inputs)).supported)
 
-    def _listed(self, supported_names: list[str]) -> Listed:
-        return Listed(self._all_names, tuple(supported_names))
+    def _listed(self, supported_names: tuple[str, ...]) -> Listed:
+        return Listed(self._all_names, supported_names)
 
     def innocent_words(self, text: str) -> list[str]:
         """The words of a text that are in no value's name."""
@@ -123,6 +140,20 @@ class Gazetteer:
 
     def everywhere(self) -> None:
         """Nothing: a value that is wrong for one record is right for another."""
+
+
+class _Names(NamedTuple):
+    """The names of a gazetteer where some of its values are supported.
+
+    Attributes:
+      supported: those of supported values.
+      supported_forms: in every casing.
+      others: what a marked name may not be replaced by.
+    """
+
+    supported: tuple[str, ...]
+    supported_forms: tuple[str, ...]
+    others: phrases.Alternatives
 
 
 def _named_values(file: TextFile) -> list[tuple[str, tuple[str, str]]]:

@@ -6,7 +6,7 @@ in Python, in JSON and for any vocabulary. `tnt_jax.annotators` lists the annota
 
 import hashlib
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -35,7 +35,7 @@ class Span:
 
     start: int
     end: int
-    alternatives: tuple[str, ...] = ()
+    alternatives: Sequence[str] = ()
     strength: float = 1.0
 
 

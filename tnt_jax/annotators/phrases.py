@@ -6,7 +6,7 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from tnt_jax.annotators.interface import Span
-from tnt_jax.data import words
+from tnt_jax.data import marks, words
 
 
 class Phrases:
@@ -32,6 +32,12 @@ class Phrases:
             for start, end in words.extents(text)
         ]
 
+    def _keys(self, text: str) -> Iterable[str]:
+        """The comparison keys of the words of a text."""
+        if text.isascii():  # where no letter's case decides what a word is
+            return words.texts(text if self._case_sensitive else text.casefold())
+        return words.keys(text, case_sensitive=self._case_sensitive)
+
     def _mentions_from(
         self, found: list[tuple[str, int, int]], first: int
     ) -> Iterator[tuple[int, set]]:
@@ -46,9 +52,15 @@ class Phrases:
 
     def longest_mentions(self, text: str) -> Iterator[tuple[int, int, set]]:
         """Disjoint mentions from left to right, the longest at each place: (start, end, values)."""
+        # Most texts have no word with which a phrase begins: to see that is quicker.
+        if not any(map(self._root.__contains__, self._keys(text))):
+            return
         found = self._words(text)
         first = 0
         while first < len(found):
+            if found[first][0] not in self._root:
+                first += 1
+                continue
             mentions = list(self._mentions_from(found, first))
             if not mentions:
                 first += 1
@@ -60,6 +72,8 @@ class Phrases:
     def outside(self, text: str) -> list[str]:
         """The words that belong to no mention, in lower case."""
         mentions = [(start, end) for start, end, _ in self.longest_mentions(text)]
+        if not mentions:
+            return [word.lower() for word in words.texts(text)]
         return [
             text[start:end].lower()
             for start, end in words.extents(text)
@@ -68,6 +82,8 @@ class Phrases:
 
     def mentions(self, text: str) -> Iterator[tuple[int, int, set]]:
         """All mentions, also those within longer ones: (start, end, values)."""
+        if not any(map(self._root.__contains__, self._keys(text))):
+            return
         found = self._words(text)
         for first in range(len(found)):
             for last, values in self._mentions_from(found, first):
@@ -194,4 +210,4 @@ class Alternatives(NamedTuple):
         marked = targets[start:end]
         is_in_capitals = len(marked) > 1 and marked.isupper()
         others = self.of_capitals if is_in_capitals else self.of_letters
-        return Span(start=start, end=end, alternatives=tuple(t for t in others if t != marked))
+        return Span(start=start, end=end, alternatives=marks.AllBut(others, marked))

@@ -90,6 +90,7 @@ class Batches:
         shuffle: False keeps the order of `examples` (of each row's largest example, if packed).
         pack: True puts several examples into a row.
         feature_layout: of the network that the batches are for.
+        set_numbers: of sets that the device has, by their names (`examples.Sets`).
 
     Raises:
         UsageError: there are no examples, or a setting is not positive.
@@ -104,6 +105,7 @@ class Batches:
     pack: bool = False
     feature_layout: FeatureLayout = ENCODER_DECODER
     has_strengths: bool | None = None
+    set_numbers: Mapping[int, int] | None = None
 
     def __post_init__(self):
         if not self.examples:
@@ -111,7 +113,9 @@ class Batches:
         if self.batch_size < 1:
             raise UsageError(f"BATCH_SIZE: expected a positive number, found {self.batch_size}.")
         if self.num_negative_ids is None:
-            self.num_negative_ids = max_negative_ids(self.examples)
+            self.num_negative_ids = max_negative_ids(
+                self.examples, with_sets=bool(self.set_numbers)
+            )
         if self.has_strengths is None:
             self.has_strengths = have_strengths(self.examples)
         self._rows = self._planned() if self.pack else None
@@ -155,6 +159,7 @@ class Batches:
             self.num_negative_ids,
             placed.places if self.pack else None,
             self.has_strengths,
+            self.set_numbers,
         )
 
     def read(self, k: int) -> Placed:
@@ -209,9 +214,10 @@ def batch_for_eval(
     num_negative_ids: int | None = None,
     feature_layout: FeatureLayout = ENCODER_DECODER,
     has_strengths: bool | None = None,
+    set_numbers: Mapping[int, int] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Every example once, in order; the last batch is filled up with rows whose loss mask is 0."""
-    num_negative_ids = num_negative_ids or max_negative_ids(examples)
+    num_negative_ids = num_negative_ids or max_negative_ids(examples, with_sets=bool(set_numbers))
     if has_strengths is None:
         has_strengths = have_strengths(examples)
     nothing = np.zeros(0, np.int32)
@@ -219,5 +225,9 @@ def batch_for_eval(
     for start in range(0, len(examples), batch_size):
         chosen = [*examples[start : start + batch_size], *[filler] * batch_size][:batch_size]
         yield feature_layout.convert(
-            chosen, task_feature_lengths, num_negative_ids, has_strengths=has_strengths
+            chosen,
+            task_feature_lengths,
+            num_negative_ids,
+            has_strengths=has_strengths,
+            set_numbers=set_numbers,
         )

@@ -6,6 +6,7 @@
                  offsets.npy   [N + 1] int64: example i is rows.bin[offsets[i] : offsets[i + 1]]
                  digests.npy   [N] uint64: `examples.row_digest`, compared when an example is read
                  columns.npy   [C, N] int32: `examples.COLUMNS`
+                 sets.npz      the long sets of ids that rows name, if there are any: `as_arrays`
                  kept_*.npy    what was made of the examples later, such as which share a row
 
 The key is a digest of all that decides what the examples are. The folder appears under its name
@@ -17,18 +18,27 @@ import os
 import pathlib
 import re
 import weakref
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from tnt_jax.data.examples import COLUMNS, Example, ExampleTable, from_bytes, row_digest
+from tnt_jax.data.examples import (
+    COLUMNS,
+    Example,
+    ExampleTable,
+    from_bytes,
+    has_sets,
+    row_digest,
+    to_bytes,
+)
 from tnt_jax.runtime import files
 from tnt_jax.runtime.errors import UsageError, naming_file, system_error
 
-ABOUT, ROWS, OFFSETS, DIGESTS, COLUMNS_FILE = (
+ABOUT, ROWS, OFFSETS, DIGESTS, COLUMNS_FILE, SETS = (
     *("about.json", "rows.bin", "offsets.npy"),
-    *("digests.npy", "columns.npy"),
+    *("digests.npy", "columns.npy", "sets.npz"),
 )
 _AT_A_TIME = 1024  # examples that are read for an iteration
 
@@ -52,7 +62,9 @@ class ExampleFiles(ExampleTable):
             self._offsets = self._array(OFFSETS, mapped=True)
             self._digests = self._array(DIGESTS, mapped=True)
             is_whole = sizes == self.about["bytes"] and len(self._offsets) == number + 1
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            has_sets_file = is_whole and SETS in sizes
+            self._sets = read_sets(folder / SETS) if has_sets_file else {}
+        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             if (said := system_error(error)) is not None:
                 raise said from error
             raise self._damaged(f"{type(error).__name__}: {error}") from error
@@ -106,8 +118,10 @@ class ExampleFiles(ExampleTable):
 
     def _example(self, content: bytes, digest: int) -> Example:
         try:
-            example, size = from_bytes(content)
-            if row_digest(content[:size]) != digest.to_bytes(8, "little"):
+            example, size = from_bytes(content, self._sets)
+            # The digest is of all marks, however they are stored.
+            whole = to_bytes(example) if has_sets(content) else content[:size]
+            if row_digest(whole) != digest.to_bytes(8, "little"):
                 raise ValueError("other content than its digest is of")
             object.__setattr__(example, "id", content[size:].rstrip(b"\0").decode())
         except ValueError as error:
@@ -131,6 +145,10 @@ class ExampleFiles(ExampleTable):
         digests = self._array(DIGESTS)
         return digests if self._indices is None else digests[self._indices]
 
+    def sets(self) -> Mapping[int, np.ndarray]:
+        """See `ExampleTable.sets`; of a subset, those of all."""
+        return self._sets
+
     def has_ids_below(self, number: int) -> bool:
         """See `ExampleTable.has_ids_below`."""
         return 0 <= self.about["least_id"] <= self.about["largest_id"] < number
@@ -151,3 +169,32 @@ class ExampleFiles(ExampleTable):
             return self._array(file.name, mapped=True)
         except ValueError as error:
             raise UsageError(f"{file}: {error}. Delete it, and it is made again.") from error
+
+
+def write_sets(path: pathlib.Path, sets: Mapping[int, np.ndarray]) -> None:
+    """Writes sets of ids, `[K]` int32 each, by their names."""
+    names = sorted(sets)
+    with path.open("wb") as file:
+        np.savez(file, **as_arrays({name: sets[name] for name in names}))  # pyright: ignore
+
+
+def as_arrays(sets: Mapping[int, np.ndarray]) -> dict[str, np.ndarray]:
+    """Sets as arrays: their names, their sizes, and the ids of all, one after another."""
+    return {
+        "set_names": np.array([*sets], "<u8"),
+        "set_sizes": np.array([len(ids) for ids in sets.values()], "<i8"),
+        "set_ids": np.concatenate([np.zeros(0, np.int32), *sets.values()]).astype("<i4"),
+    }
+
+
+def from_arrays(arrays: Mapping[str, np.ndarray]) -> dict[int, np.ndarray]:
+    """The inverse of `as_arrays`."""
+    ends = np.cumsum(arrays["set_sizes"])[:-1]
+    parts = np.split(arrays["set_ids"], ends) if len(arrays["set_names"]) else []
+    return dict(zip(arrays["set_names"].tolist(), parts, strict=True))
+
+
+def read_sets(path: pathlib.Path) -> dict[int, np.ndarray]:
+    """The inverse of `write_sets`."""
+    with np.load(path, allow_pickle=False) as arrays:
+        return from_arrays(arrays)

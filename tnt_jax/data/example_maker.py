@@ -32,12 +32,23 @@ import numpy as np
 
 import tnt_jax
 from tnt_jax.data import chat, example_rows, hub_tokenizer, records, tokenization
-from tnt_jax.data.example_files import ABOUT, COLUMNS_FILE, DIGESTS, OFFSETS, ROWS, ExampleFiles
+from tnt_jax.data.example_files import (
+    ABOUT,
+    COLUMNS_FILE,
+    DIGESTS,
+    OFFSETS,
+    ROWS,
+    SETS,
+    ExampleFiles,
+    as_arrays,
+    from_arrays,
+    write_sets,
+)
 from tnt_jax.data.examples import COLUMNS
 from tnt_jax.runtime import console, files, processes, settings_json
 from tnt_jax.runtime.errors import UsageError, naming_file
 
-_FORMAT = 1  # to be raised where the same records come to other examples, or other files
+_FORMAT = 2  # to be raised where the same records come to other examples, or other files
 _BYTES_PER_PART = 2**22  # of records: about a second's work
 _MOST_PARTS = 4096
 _MOST_PROCESSES = 16
@@ -305,9 +316,15 @@ class _Work:
                 columns[:, here] = self._read(number, "columns").T
                 ids[here] = self._read(number, "ids")
         del offsets, digests, columns  # written, and no longer in memory
+        sets: dict[int, np.ndarray] = {}
+        for number in range(len(ends)):
+            names = ("set_names", "set_sizes", "set_ids")
+            sets |= from_arrays({name: self._read(number, name) for name in names})
+        if sets:
+            write_sets(folder / SETS, sets)
         ids.sort()
         if not num_examples or (ids[1:] == ids[:-1]).any():
-            records.check_ids(self.plan.path)
+            records.survey(self.plan.path)
         about = {
             "num_examples": num_examples,
             "num_spans_without_token": int(counts[:, 1].sum()),
@@ -315,7 +332,7 @@ class _Work:
             "largest_id": int(counts[:, 3].max()),
             "bytes": {
                 name: (folder / name).stat().st_size
-                for name in (ROWS, OFFSETS, DIGESTS, COLUMNS_FILE)
+                for name in (ROWS, OFFSETS, DIGESTS, COLUMNS_FILE, *([SETS] if sets else []))
             },
             "of": self.plan.of,
         }
@@ -339,7 +356,8 @@ def _arrays_of(plan: Plan, part: Part) -> dict[str, np.ndarray]:
 
     Returns:
         `rows`, the examples as bytes; `sizes`, `digests`, `columns` and `ids` (a hash of it) of
-        each; `counts`: the examples, the spans without a token, the least and the largest id.
+        each; `counts`: the examples, the spans without a token, the least and the largest id; and
+        the sets that rows name (`example_files.as_arrays`).
 
     Raises:
         UsageError: a record has a mistake.
@@ -366,6 +384,7 @@ def _arrays_of(plan: Plan, part: Part) -> dict[str, np.ndarray]:
         "columns": found.columns,
         "ids": np.frombuffer(b"".join(found.id_digests), "<u8"),
         "counts": np.array(counts, np.int64),
+        **as_arrays(found.sets),
     }
 
 

@@ -34,13 +34,15 @@ class Rows:
     """Examples as they are stored.
 
     Attributes:
-        contents: of each the bytes, `to_bytes` with the id and zeros behind it.
-        digests: of each `row_digest`, without the id.
+        contents: of each the bytes, `to_bytes` with the id and zeros behind it; long sets of ids
+            are named.
+        digests: of each `row_digest` of `to_bytes` with all marks, without the id.
         id_digests: of each `row_digest` of its id.
         columns: `[N, C]` int32: `examples.COLUMNS`.
         num_spans_without_token: of all of them.
         least_id: of all inputs, targets and marks; at most 0.
         largest_id: likewise; at least 0.
+        sets: `[K]` int32, the ids of each set that is named.
     """
 
     contents: list[bytes]
@@ -50,6 +52,7 @@ class Rows:
     num_spans_without_token: int
     least_id: int
     largest_id: int
+    sets: Mapping[int, np.ndarray]
 
 
 def rows_of(
@@ -90,6 +93,7 @@ def rows_of(
         num_spans_without_token=sum(block.num_spans_without_token for block in blocks),
         least_id=min(block.least_id for block in blocks),
         largest_id=max(block.largest_id for block in blocks),
+        sets={name: ids for block in blocks for name, ids in block.sets.items()},
     )
 
 
@@ -122,6 +126,7 @@ class _Block:
         done = set() if found is None else {*found.places.tolist()}
         others = [place for place in range(count) if place not in done]
         rows = [self._record(place) for place in others]
+        sets: dict[int, np.ndarray] = {}
         for place, record in zip(others, rows, strict=True):
             records.check_trainable(record, self._file, settings["annotated"])
             example, number = marks.example_from_record(
@@ -129,14 +134,17 @@ class _Block:
             )
             num_without += number
             content, name = to_bytes(example), record.id.encode()
-            contents[place] = content + name + bytes(-len(name) % 4)
             digests[place], id_digests[place] = row_digest(content), row_digest(name)
+            if example.sets:
+                content = to_bytes(example, names_sets=True)
+                sets |= {one.name: one.ids for one in example.sets}
+            contents[place] = content + name + bytes(-len(name) % 4)
             columns[place] = columns_of(example, target_length, bool(record.negative_spans))
             every = [example.inputs, example.targets, example.negative_pairs[:, 1]]
             for some in every:
                 if len(some):
                     ids += [int(some.min()), int(some.max())]
-        return Rows(contents, digests, id_digests, columns, num_without, min(ids), max(ids))
+        return Rows(contents, digests, id_digests, columns, num_without, min(ids), max(ids), sets)
 
     def _record(self, place: int) -> records.Record:
         number, line = self._lines[place]
@@ -154,7 +162,9 @@ class _Block:
         found = []
         for place, (number, line) in enumerate(self._lines):
             quick = records.quick(line)
-            if quick is None or quick.negative_token_ids or not _are_apart(quick):
+            if quick is None or quick.negative_token_ids or quick.negative_set:
+                continue
+            if not _are_apart(quick):
                 continue
             is_marked = bool(quick.negative_spans)
             if quick.negative_spans is None and settings["annotated"]:
@@ -342,6 +352,7 @@ class _Plain:
             "lost_marks": per_row(marked_row[~is_marked_within]),
             "lost_spans": per_row(row_of_span[is_cut & ~is_left]),
             "flags": flags,
+            "most_written": num_marks > 0,
         }
         return np.stack([columns[name] for name in COLUMNS], axis=1).astype(np.int32)
 

@@ -7,7 +7,7 @@ for. Axes: `Ti` input tokens, `T` target tokens, `M` marks. NumPy only.
 import abc
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +33,7 @@ class Example:
         span_numbers: `[T]` int32: of each target token the number, from 1, of the negative span
             that marks it; 0 where none does, -1 where the token stands for no text. None where
             marks are not known as spans. For counting: what is trained on are the pairs.
+        sets: which of the pairs are those of long sets of ids that many examples share.
         id: its name in messages and reports.
         keeps_last_input: whether inputs that are too long are cut before their last id: T5 was
             trained with the end there.
@@ -44,8 +45,25 @@ class Example:
     negative_strengths: np.ndarray | None = None
     loss_mask: np.ndarray | None = None
     span_numbers: np.ndarray | None = None
+    sets: "tuple[SetAt, ...]" = ()
     id: str = ""
     keeps_last_input: bool = True
+
+
+class SetAt(NamedTuple):
+    """A long set of ids to remove at a position.
+
+    Attributes:
+        position: of a target.
+        name: of the set, as a number (`negative_sets`).
+        strength: of all its ids.
+        ids: `[K]` int32.
+    """
+
+    position: int
+    name: int
+    strength: float
+    ids: np.ndarray
 
 
 class ExampleTable(Sequence[Example], abc.ABC):
@@ -66,6 +84,10 @@ class ExampleTable(Sequence[Example], abc.ABC):
     @abc.abstractmethod
     def row_digests(self) -> np.ndarray:
         """`row_digest` of each example, `[N]` uint64."""
+
+    @abc.abstractmethod
+    def sets(self) -> Mapping[int, np.ndarray]:
+        """The ids of each set that examples share, `[K]` int32, by its name."""
 
     @abc.abstractmethod
     def has_ids_below(self, number: int) -> bool:
@@ -107,42 +129,137 @@ def count_graded(examples: Sequence[Example]) -> int:
 
 # ------------------------------------------------------------------------- An example as bytes
 
-# Of each example: `num_graded` marks have a strength below 1; `most_marks` are at one position;
+# Of each example: `num_graded` marks have a strength below 1; `most_marks` are at one position, and
+# `most_written` where one set of a position counts as one;
 # `lost_marks` and `lost_spans` lie beyond the target length that the table was made for; `flags`
 # are the sum of those below.
 COLUMNS = (
     *("num_inputs", "num_targets", "num_marks", "most_marks", "num_graded"),
-    *("lost_marks", "lost_spans", "flags"),
+    *("lost_marks", "lost_spans", "flags", "most_written"),
 )
 IS_CLEAN = 1  # nothing unwanted was said
 KEEPS_TEXT = 2  # some text within the target length has a loss and is not marked
 HAS_SPAN = 4  # a negative span marks a token within the target length
 
-KEEPS_LAST_INPUT, _HAS_STRENGTHS, _HAS_MASK = 1, 2, 4
+KEEPS_LAST_INPUT, _HAS_STRENGTHS, _HAS_MASK, _HAS_SETS = 1, 2, 4, 8
+_SET_AT = np.dtype([("position", "<i4"), ("name", "<u8"), ("strength", "<f8")])
 
 
-def to_bytes(example: Example) -> bytes:
+def to_bytes(example: Example, *, names_sets: bool = False) -> bytes:
     """All of an example but its `id` and `span_numbers`.
 
     Little-endian int32: the numbers of inputs, of targets and of marks, and a sum (1: `inputs` are
-    cut before their last id, 2: there are strengths, 4: there is a loss mask); then the inputs, the
-    targets, the marks as (position, id), the loss mask; and the strengths as float64.
+    cut before their last id, 2: there are strengths, 4: there is a loss mask, 8: there are sets);
+    then the inputs, the targets, the marks as (position, id), the loss mask; and the strengths as
+    float64. Of sets, their number as int32, then of each the position, the name and the strength,
+    as int32, uint64 and float64.
+
+    Args:
+        example: what is written.
+        names_sets: the marks of sets are not written out.
     """
-    strengths, mask = example.negative_strengths, example.loss_mask
+    pairs, strengths, mask = example.negative_pairs, example.negative_strengths, example.loss_mask
+    sets = example.sets if names_sets else ()
+    if sets:
+        is_left = ~_are_of_sets(pairs, strengths, sets)
+        pairs = pairs[is_left]
+        strengths = None if strengths is None else strengths[is_left]
     what = example.keeps_last_input * KEEPS_LAST_INPUT
     what += (strengths is not None) * _HAS_STRENGTHS + (mask is not None) * _HAS_MASK
-    numbers = [len(example.inputs), len(example.targets), len(example.negative_pairs), what]
-    parts = [np.array(numbers), example.inputs, example.targets, example.negative_pairs]
+    what += bool(sets) * _HAS_SETS
+    numbers = [len(example.inputs), len(example.targets), len(pairs), what]
+    parts = [np.array(numbers), example.inputs, example.targets, pairs]
     parts += [] if mask is None else [mask]
     content = b"".join([np.asarray(part, "<i4").tobytes() for part in parts])
-    return content if strengths is None else content + strengths.astype("<f8").tobytes()
+    if strengths is not None:
+        content += strengths.astype("<f8").tobytes()
+    if sets:
+        content += np.int32(len(sets)).astype("<i4").tobytes()
+        content += np.array([one[:3] for one in sets], _SET_AT).tobytes()
+    return content
 
 
-def from_bytes(content: bytes) -> tuple[Example, int]:
-    """The inverse of `to_bytes`: the example, and how many of the bytes it takes.
+def _are_of_sets(
+    pairs: np.ndarray, strengths: np.ndarray | None, sets: Sequence[SetAt]
+) -> np.ndarray:
+    """Which marks, `[M]`, are those of sets: not where another mark of the id is stronger."""
+    found = np.zeros(len(pairs), bool)
+    for position, _, strength, ids in sets:
+        here = slice(*np.searchsorted(pairs[:, 0], [position, position + 1]))
+        is_as_strong = strength == (1 if strengths is None else strengths[here])
+        found[here] |= np.isin(pairs[here, 1], ids) & is_as_strong
+    return found
+
+
+def marks_with_sets(
+    example: Example, numbers: Mapping[int, int]
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The marks of an example, of which those of one set at a position are one row.
+
+    Args:
+        example: what is marked.
+        numbers: of sets, by their names; marks of others are written out.
+
+    Returns:
+        Rows (position, id), sorted, and the strength of each. The id -2 - n stands for all of set
+        n; it is the first of its position.
+    """
+    pairs, strengths = example.negative_pairs, example.negative_strengths
+    of_position = {one.position: one for one in reversed(example.sets) if one.name in numbers}
+    if not of_position:
+        return pairs, strengths
+    sets = [of_position[position] for position in sorted(of_position)]
+    is_left = ~_are_of_sets(pairs, strengths, sets)
+    rows = np.array([(one.position, -2 - numbers[one.name]) for one in sets], np.int32)
+    found = np.concatenate([rows, pairs[is_left]])
+    order = np.argsort(found[:, 0], kind="stable")
+    if strengths is not None:
+        of_sets = np.array([one.strength for one in sets])
+        strengths = np.concatenate([of_sets, strengths[is_left]])[order]
+    return found[order], strengths
+
+
+class Sets(NamedTuple):
+    """Long sets of ids that examples share, for the device.
+
+    Attributes:
+        numbers: of each, by its name.
+        ids: of each; all are together what a device has once.
+    """
+
+    numbers: Mapping[int, int]
+    ids: tuple[tuple[int, ...], ...]
+
+
+_MOST_IN_SETS = 2**20  # ids of all sets, each as long as the longest: 4 MB
+
+
+def sets_of(*data: Sequence[Example]) -> Sets:
+    """The sets of all examples, in the order of their names; none where they are too large."""
+    found: dict[int, np.ndarray] = {}
+    for examples in data:
+        if isinstance(examples, ExampleTable):
+            found |= examples.sets()
+        else:
+            found |= {one.name: one.ids for example in examples for one in example.sets}
+    if len(found) * max(map(len, found.values()), default=0) > _MOST_IN_SETS:
+        return Sets({}, ())
+    names = sorted(found)
+    return Sets(
+        {name: number for number, name in enumerate(names)},
+        tuple(tuple(found[name].tolist()) for name in names),
+    )
+
+
+def from_bytes(content: bytes, sets: Mapping[int, np.ndarray] | None = None) -> tuple[Example, int]:
+    """The inverse of `to_bytes`: the example, with all of its marks, and how many bytes it takes.
+
+    Args:
+        content: begins with what `to_bytes` wrote.
+        sets: the ids of sets, `[K]` int32, by their names.
 
     Raises:
-        ValueError: no example begins there.
+        ValueError: no example begins there, or one with a set that is not known.
     """
     num_inputs, num_targets, num_marks, what = np.frombuffer(content, "<i4", 4).tolist()
     counts = [num_inputs, num_targets, 2 * num_marks, num_targets * bool(what & _HAS_MASK)]
@@ -160,7 +277,36 @@ def from_bytes(content: bytes) -> tuple[Example, int]:
         loss_mask=mask if what & _HAS_MASK else None,
         keeps_last_input=bool(what & KEEPS_LAST_INPUT),
     )
-    return example, size
+    if not what & _HAS_SETS:
+        return example, size
+    (number,) = np.frombuffer(content, "<i4", 1, size).tolist()
+    named = np.frombuffer(content, _SET_AT, number, size + 4)
+    return _with_sets(example, named, sets or {}), size + 4 + named.nbytes
+
+
+def has_sets(content: bytes) -> bool:
+    """Whether an example's bytes name sets."""
+    return bool(np.frombuffer(content, "<i4", 4)[3] & _HAS_SETS)
+
+
+def _with_sets(example: Example, named: np.ndarray, sets: Mapping[int, np.ndarray]) -> Example:
+    """The example with the marks of sets, too."""
+    try:
+        of_sets = [sets[name] for name in named["name"].tolist()]
+    except KeyError as error:
+        raise ValueError(f"a set {error} that is not there") from None
+    sizes = [len(ids) for ids in of_sets]
+    pairs = np.stack([np.repeat(named["position"], sizes), np.concatenate(of_sets)], axis=1)
+    strengths = example.negative_strengths
+    if strengths is not None or (named["strength"] != 1).any():
+        given = np.ones(len(example.negative_pairs)) if strengths is None else strengths
+        strengths = np.concatenate([given, np.repeat(named["strength"], sizes)])
+    pairs, strengths = unique_pairs(np.concatenate([example.negative_pairs, pairs]), strengths)
+    at = tuple(
+        SetAt(position, name, strength, ids)
+        for (position, name, strength), ids in zip(named.tolist(), of_sets, strict=True)
+    )
+    return dataclasses.replace(example, negative_pairs=pairs, negative_strengths=strengths, sets=at)
 
 
 def row_digest(content: bytes) -> bytes:
@@ -224,9 +370,10 @@ def unique_pairs(
         pairs: `[N, 2]` rows (position, id).
         strengths: `[N]`, at most 1; None where all are 1.
     """
-    found, places = np.unique(
-        np.asarray(pairs, np.int32).reshape(-1, 2), axis=0, return_inverse=True
-    )
+    # As one number each, which are in the same order.
+    position, id_ = np.asarray(pairs, np.int32).reshape(-1, 2).astype(np.int64).T
+    keys, places = np.unique((position << 32) + id_ + 2**31, return_inverse=True)
+    found = np.stack([keys >> 32, (keys & (2**32 - 1)) - 2**31], axis=1).astype(np.int32)
     if strengths is None:
         return found, None
     largest = np.full(len(found), -np.inf)
@@ -262,14 +409,25 @@ def digest(examples: Sequence[Example]) -> str:
     return hashed.hexdigest()[:16]
 
 
-def max_negative_ids(examples: Sequence[Example]) -> int:
-    """The smallest `K` that holds every mark of the examples; at least 1."""
+def max_negative_ids(examples: Sequence[Example], *, with_sets: bool = False) -> int:
+    """The smallest `K` that holds every mark of the examples; at least 1.
+
+    Args:
+        examples: the data set.
+        with_sets: one set of a position counts as one (`marks_with_sets`).
+    """
     if isinstance(examples, ExampleTable):
-        return max(1, int(examples.column("most_marks").max(initial=0)))
-    return max(
-        (int(np.bincount(e.negative_pairs[:, 0]).max()) for e in examples if len(e.negative_pairs)),
-        default=1,
-    )
+        column = examples.column("most_written" if with_sets else "most_marks")
+        return max(1, int(column.max(initial=0)))
+    return max((most_at_one_position(e, with_sets=with_sets) for e in examples), default=1) or 1
+
+
+def most_at_one_position(example: Example, *, with_sets: bool = False) -> int:
+    """How many marks of an example are at one position, at most; see `max_negative_ids`."""
+    pairs = example.negative_pairs
+    if with_sets:
+        pairs, _ = marks_with_sets(example, {one.name: 0 for one in example.sets})
+    return int(np.bincount(pairs[:, 0]).max()) if len(pairs) else 0
 
 
 def have_strengths(examples: Sequence[Example]) -> bool:

@@ -3,7 +3,8 @@
 Axes: `B` examples, `Ti` input tokens, `T` target tokens, `K` removed ids per position. Model
 features are int32: `encoder_input_tokens` `[B, Ti]`; `decoder_input_tokens`,
 `decoder_target_tokens` and `decoder_loss_mask` `[B, T]`, padded with 0; `decoder_negative_ids`
-`[B, T, K]`, padded with -1. A position is negative when it has any id. NumPy only.
+`[B, T, K]`, padded with -1. A position is negative when it has any id. The id -2 - n, which is
+always the first, stands for all ids of set n (`examples.Sets`). NumPy only.
 
 Where marks have strengths, `decoder_negative_strengths` `[B, T, K]`, float32 and padded with 1, has
 them; without the feature all are 1.
@@ -24,7 +25,9 @@ from tnt_jax.data.examples import (
     Example,
     ExampleTable,
     have_strengths,
+    marks_with_sets,
     max_negative_ids,
+    most_at_one_position,
     says_removed,
 )
 from tnt_jax.runtime.errors import UsageError
@@ -56,6 +59,7 @@ def convert_features(
     num_negative_ids: int | None = None,
     places: Sequence[Place] | None = None,
     has_strengths: bool | None = None,
+    set_numbers: Mapping[int, int] | None = None,
 ) -> dict[str, np.ndarray]:
     """Pads or cuts examples to one shape.
 
@@ -67,6 +71,8 @@ def convert_features(
         num_negative_ids: `K`; None takes what these examples need.
         places: where each example lies in a packed batch; None gives each a row of its own.
         has_strengths: whether there is a feature of strengths; None has it if an example needs it.
+        set_numbers: of sets that the device has (`examples.Sets`), by their names; the ids of
+            others are written out. None writes out all.
 
     Returns:
         The model features listed at the head of this module.
@@ -78,7 +84,9 @@ def convert_features(
     is_packed = places is not None
     if places is None:
         places = _rows_of_their_own(examples, target_length)
-    of_loss = _loss_features(examples, places, target_length, num_negative_ids, has_strengths)
+    of_loss = _loss_features(
+        examples, places, target_length, num_negative_ids, has_strengths, set_numbers
+    )
     num_rows = len(of_loss["decoder_target_tokens"])
     inputs, input_segments = np.zeros((2, num_rows, input_length), np.int32)
     target_segments = np.zeros((num_rows, target_length), np.int32)
@@ -118,6 +126,7 @@ def _loss_features(
     target_length: int,
     num_negative_ids: int | None,
     has_strengths: bool | None,
+    set_numbers: Mapping[int, int] | None,
 ) -> dict[str, np.ndarray]:
     """The features of the loss, which are the same for every family of networks."""
     num_negative_ids = num_negative_ids or max_negative_ids(examples)
@@ -134,10 +143,11 @@ def _loss_features(
         targets[row, here] = kept_targets
         has_loss = 1 if example.loss_mask is None else example.loss_mask[:target_length]
         loss_mask[row, here] = has_loss
-        positions, slots, ids = _negative_slots(example, target_length, num_negative_ids)
+        pairs, of_pairs = marks_with_sets(example, set_numbers or {})
+        positions, slots, ids = _negative_slots(example.id, pairs, target_length, num_negative_ids)
         negative_ids[row, offset + positions, slots] = ids
-        if example.negative_strengths is not None:
-            strengths[row, offset + positions, slots] = example.negative_strengths[: len(ids)]
+        if of_pairs is not None:
+            strengths[row, offset + positions, slots] = of_pairs[: len(ids)]
     features = {
         "decoder_target_tokens": targets,
         "decoder_loss_mask": loss_mask,
@@ -149,15 +159,15 @@ def _loss_features(
 
 
 def _negative_slots(
-    example: Example, target_length: int, num_negative_ids: int
+    id: str, pairs: np.ndarray, target_length: int, num_negative_ids: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Position, place among the `K` of that position, and id of each mark within the length."""
-    positions, ids = example.negative_pairs[example.negative_pairs[:, 0] < target_length].T
+    positions, ids = pairs[pairs[:, 0] < target_length].T
     # The pairs are sorted: the n-th id at a position is n after the first of that position.
     slots = np.arange(len(positions)) - np.searchsorted(positions, positions)
     if slots.size and slots.max() >= num_negative_ids:
         raise UsageError(
-            f"example {example.id!r} has {slots.max() + 1} negative ids at one position, but "
+            f"example {id!r} has {slots.max() + 1} negative ids at one position, but "
             f"num_negative_ids is {num_negative_ids}. Raise it, or leave it unset."
         )
     return positions, slots, ids
@@ -243,11 +253,12 @@ def columns_of(example: Example, target_length: int, has_spans: bool) -> list[in
         len(example.inputs),
         len(example.targets),
         len(pairs),
-        int(np.bincount(pairs[:, 0]).max()) if len(pairs) else 0,
+        most_at_one_position(example),
         0 if strengths is None else int((strengths < 1).sum()),
         int((pairs[:, 0] >= target_length).sum()) if is_cut else 0,
         _num_lost_spans(example.span_numbers, target_length) if is_cut else 0,
         covering_of(example, target_length) + IS_CLEAN * is_clean,
+        most_at_one_position(example, with_sets=True),
     ]
 
 
@@ -268,6 +279,7 @@ class FeatureLayout(Protocol):
         num_negative_ids: int | None = None,
         places: Sequence[Place] | None = None,
         has_strengths: bool | None = None,
+        set_numbers: Mapping[int, int] | None = None,
     ) -> dict[str, np.ndarray]:
         """Makes one batch of features; the arguments are those of `convert_features`."""
         ...
@@ -300,10 +312,11 @@ class EncoderDecoder:
         num_negative_ids: int | None = None,
         places: Sequence[Place] | None = None,
         has_strengths: bool | None = None,
+        set_numbers: Mapping[int, int] | None = None,
     ) -> dict[str, np.ndarray]:
         """Makes one batch of the features that are listed at the head of this module."""
         return convert_features(
-            examples, task_feature_lengths, num_negative_ids, places, has_strengths
+            examples, task_feature_lengths, num_negative_ids, places, has_strengths, set_numbers
         )
 
     def capacity(self, task_feature_lengths: Mapping[str, int]) -> tuple[int, int]:
@@ -341,6 +354,7 @@ class Causal:
         num_negative_ids: int | None = None,
         places: Sequence[Place] | None = None,
         has_strengths: bool | None = None,
+        set_numbers: Mapping[int, int] | None = None,
     ) -> dict[str, np.ndarray]:
         """Makes one batch of features.
 
@@ -351,7 +365,9 @@ class Causal:
         length, _ = self.capacity(task_feature_lengths)
         if places is None:
             places = _rows_of_their_own(examples, target_length)
-        of_loss = _loss_features(examples, places, target_length, num_negative_ids, has_strengths)
+        of_loss = _loss_features(
+            examples, places, target_length, num_negative_ids, has_strengths, set_numbers
+        )
         num_rows = len(of_loss["decoder_target_tokens"])
         tokens, segments, positions = np.zeros((3, num_rows, length), np.int32)
         target_places = np.zeros((num_rows, target_length), np.int32)

@@ -4,15 +4,17 @@ A span marks the tokens whose extents (see `tokenization`) it overlaps.
 """
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Collection, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
 
 from tnt_jax.data import records, tokenization
-from tnt_jax.data.examples import Example, loss_mask_until, unique_pairs
+from tnt_jax.data.examples import Example, SetAt, loss_mask_until, unique_pairs
+from tnt_jax.data.negative_sets import LEAST, name_of
 from tnt_jax.data.token_automaton import BEGINNING, Listed, Reading
 from tnt_jax.data.tokenization import Extent, Tokeniser
 from tnt_jax.runtime.errors import UsageError
@@ -60,6 +62,16 @@ def example_from_record(
             loss_until, marked.target_ids, marked.negative_pairs, marked.negative_strengths
         ),
         span_numbers=marked.span_numbers,
+        sets=tuple(
+            SetAt(
+                entry[0],
+                int(name_of(entry[1]), 16),
+                records.strength_of(entry),
+                array_of(entry[1]),
+            )
+            for entry in record.negative_token_ids
+            if len(entry[1]) >= LEAST
+        ),
         id=record.id,
     )
     return example, marked.num_spans_without_token
@@ -142,31 +154,43 @@ def mark_tokens(
     num_spans_without_token = 0
     for number, mark in enumerate(record.negative_spans or (), start=1):
         span = (mark[0], mark[1])
-        touched = [] if dropped.issuperset(range(*span)) else _touched(extents, span)
+        touched = [] if dropped.issuperset(range(*span)) else [*_touched(extents, span)]
         touched = touched[: 1 if marks == "first_token" else None]
         pairs += [(position, ids[position]) for position in touched]
         strengths += [records.strength_of(mark)] * len(touched)
         for position in touched:
             span_numbers[position] = span_numbers[position] or number
         num_spans_without_token += not touched
+    long: list[np.ndarray] = []
+    strengths_of_long: list[float] = []
     for entry in record.negative_token_ids:
-        position, removed_ids = entry[0], entry[1]
+        position, removed_ids, strength = entry[0], entry[1], records.strength_of(entry)
         if position >= len(ids):
             raise UsageError(
                 f"record {record.id!r}: negative_token_ids has position {position}, but its "
                 f"targets have {len(ids)} tokens."
             )
-        for removed_id in removed_ids:
+        for removed_id in (min(removed_ids, default=0), max(removed_ids, default=0)):
             if not 0 <= removed_id < vocabulary.size:
                 raise UsageError(
                     f"record {record.id!r}: negative_token_ids has id {removed_id}, but the "
                     f"vocabulary has {vocabulary.size} ids."
                 )
-            pairs.append((position, removed_id))
-            strengths.append(records.strength_of(entry))
-    if any(strength != 1 for strength in strengths):
-        negative_pairs, of_pairs = unique_pairs(np.array(pairs, np.int32), np.array(strengths))
-    else:
+        if len(removed_ids) < LEAST:
+            pairs += [(position, removed_id) for removed_id in removed_ids]
+            strengths += [strength] * len(removed_ids)
+        else:
+            of_set = array_of(removed_ids)
+            long.append(np.stack([np.full_like(of_set, position), of_set], axis=1))
+            strengths_of_long += [strength] * len(of_set)
+    strengths += strengths_of_long
+    is_graded = any(strength != 1 for strength in strengths)
+    if long or is_graded:
+        negative_pairs, of_pairs = unique_pairs(
+            np.concatenate([np.array(pairs, np.int32).reshape(-1, 2), *long]),
+            np.array(strengths) if is_graded else None,
+        )
+    else:  # which is quicker for few
         negative_pairs = np.array(sorted({*pairs}), np.int32).reshape(-1, 2)
         of_pairs = None
     return MarkedTarget(
@@ -176,6 +200,12 @@ def mark_tokens(
         span_numbers=np.array(span_numbers, np.int32),
         num_spans_without_token=num_spans_without_token,
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def array_of(ids: tuple[int, ...]) -> np.ndarray:
+    """Ids as an array; records share the tuples of long sets."""
+    return np.array(ids, np.int32)
 
 
 def token_id_entries(removed: Mapping[int, Mapping[int, float]]) -> tuple[records.TokenIds, ...]:
@@ -271,6 +301,7 @@ def alternative_token_ids(
     alternatives: Sequence[str],
     supported: Sequence[str] = (),
     continuations: "Continuations | None" = None,
+    measured: tuple[str, Sequence[Extent]] | None = None,
 ) -> tuple[tuple[int, tuple[int, ...]], ...]:
     """What to remove where a span begins, so that it is not replaced by an alternative.
 
@@ -290,38 +321,67 @@ def alternative_token_ids(
         alternatives: texts that would be just as wrong in the place of the span.
         supported: texts that would be right there.
         continuations: with the words that would neither be right nor wrong; None knows none.
+        measured: the text in which the span is, and the extent of each id in it; None decodes the
+            ids.
 
     Returns:
         Entries for `Record.negative_token_ids`: positions and, sorted, the ids to remove there.
-        Empty when the span touches no token.
+        Empty when the span touches no token. A long list (`negative_sets.LEAST`) that other spans
+        may share has the span's own first token, too, which the span removes anyway.
 
     Raises:
         UsageError: an alternative is blank.
     """
-    text, extents = vocabulary.extents(target_ids)
-    touched = _touched(extents, span)
-    if not touched:
+    text, extents = measured or vocabulary.extents(target_ids)
+    first = next(_touched(extents, span), None)
+    if first is None:
         return ()
-    place = vocabulary.place_of(target_ids, touched[0])
-    before = place.before + text[extents[touched[0]][0] : span[0]]
-
+    place = vocabulary.place_of(target_ids, first)
+    before = place.before + text[extents[first][0] : span[0]]
     continuations = continuations or Continuations(vocabulary)
-    kept = {
-        (first.is_after_space, first.id)
-        for first in continuations.firsts(before, place.space, supported)
-    }
-    of_words = continuations.innocent_firsts(before, place.space)
-    removed: dict[int, set[int]] = {}
-    for first in continuations.firsts(before, place.space, alternatives):
-        spot = first.is_after_space, first.id
-        if (
-            first.reaches
-            and first.id != vocabulary.unknown_id
-            and spot not in kept
-            and (first.is_whole or spot not in of_words)
-        ):
-            removed.setdefault(place.start + first.is_after_space, set()).add(first.id)
-    return tuple((where, tuple(sorted(ids))) for where, ids in sorted(removed.items()))
+    return tuple(
+        (place.start + is_after_space, ids)
+        for is_after_space, ids in continuations.removed(
+            before,
+            place.space,
+            alternatives,
+            supported,
+            said=(first > place.start, int(target_ids[first])),
+        )
+    )
+
+
+class AllBut(Sequence[str]):
+    """The texts of a list but one. Spans that share the list share what it comes to."""
+
+    def __init__(self, texts: tuple[str, ...], but: str):
+        """Keeps a list, without repeats, and the text that is left out if it is there."""
+        self.texts, self.but = texts, but
+
+    def __iter__(self) -> Iterator[str]:
+        return (text for text in self.texts if text != self.but)
+
+    def __bool__(self) -> bool:
+        return any(True for _ in self)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __getitem__(self, index: Any) -> Any:
+        return tuple(self)[index]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, AllBut | tuple) and tuple(self) == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def __repr__(self) -> str:
+        return repr(tuple(self))
+
+
+_Spot = tuple[bool, int]  # whether it is after a lone "▁" that was generated, and an id there
+_Removed = tuple[tuple[bool, tuple[int, ...]], ...]  # sorted ids, before and after such a "▁"
 
 
 class _First(NamedTuple):
@@ -340,29 +400,122 @@ class _First(NamedTuple):
     is_whole: bool
 
 
+class _Shared:
+    """What is removed in one kind of place for a list of alternatives.
+
+    Attributes:
+        texts: the list.
+        removed: for all of it.
+    """
+
+    _MOST_VARIANTS = 64
+
+    def __init__(self, texts: tuple[str, ...], spots: Iterable[tuple[str, _Spot]]):
+        """Takes the texts that are removed, each with its token."""
+        self.texts = texts
+        alone: dict[_Spot, str | None] = {}
+        for text, spot in spots:
+            alone[spot] = None if spot in alone else text
+        self.removed = _by_place(alone)
+        self._only = {text: spot for spot, text in alone.items() if text is not None}
+        self._without: dict[str, _Removed] = {}
+
+    def without(self, text: str, said: _Spot) -> _Removed:
+        """What is removed for all texts but one, and for what was said if it is among many."""
+        spot = self._only.get(text)
+        if spot is None or (spot == said and len(dict(self.removed)[spot[0]]) >= LEAST):
+            return self.removed
+        if text not in self._without:
+            after, id_ = spot
+            _make_room(self._without, self._MOST_VARIANTS)
+            left = (
+                (where, tuple(i for i in ids if i != id_) if where == after else ids)
+                for where, ids in self.removed
+            )
+            self._without[text] = tuple((where, ids) for where, ids in left if ids)
+        return self._without[text]
+
+
+def _by_place(spots: Iterable[_Spot]) -> _Removed:
+    removed: dict[bool, list[int]] = {}
+    for is_after_space, id_ in sorted(spots):
+        removed.setdefault(is_after_space, []).append(id_)
+    return tuple((where, tuple(ids)) for where, ids in removed.items())
+
+
+def _make_room(cache: dict[Any, Any], most: int) -> None:
+    """Forgets what was put there first, where another one would be too many."""
+    if len(cache) >= most:
+        del cache[next(iter(cache))]
+
+
 class Continuations:
     """How texts go on after others; what is the same for many spans is computed once."""
 
     _MOST_PLACES = 64  # of places whose texts are kept: most spans begin after a space
+    _MOST_SHARED = 256  # of lists at a place
 
     def __init__(self, vocabulary: Tokeniser, innocent: Sequence[str] = ()):
         """Keeps the words that would be neither right nor wrong in the place of any span."""
         self._vocabulary = vocabulary
         self._innocent = innocent
         self._known: dict[tuple[str, int | None], dict[str, _First | None]] = {}
-        self._innocent_firsts: dict[tuple[str, int | None], frozenset[tuple[bool, int]]] = {}
+        self._innocent_firsts: dict[tuple[str, int | None], frozenset[_Spot]] = {}
+        self._shared: dict[tuple[str, int | None, int, tuple[str, ...]], _Shared] = {}
 
-    def firsts(self, before: str, space: int | None, texts: Sequence[str]) -> list[_First]:
-        """The first token of each text; without those texts that come to none.
+    def removed(
+        self,
+        before: str,
+        space: int | None,
+        texts: Sequence[str],
+        supported: Sequence[str],
+        said: _Spot,
+    ) -> _Removed:
+        """The tokens to remove in one kind of place; see `alternative_token_ids`.
 
         Args:
-            before: what stands before them.
+            before: what stands before the texts.
             space: the id of a lone "▁" that comes before, if there is one.
-            texts: that may come.
+            texts: that would be wrong.
+            supported: that would be right.
+            said: the token that is marked.
         """
+        if not isinstance(texts, AllBut):
+            return _by_place({spot for _, spot in self._spots(before, space, texts, supported)})
+        key = before, space, id(texts.texts), tuple(supported)
+        shared = self._shared.pop(key, None)
+        if shared is None:
+            _make_room(self._shared, self._MOST_SHARED)
+            # It keeps the list, so that no other one gets its identity.
+            shared = _Shared(texts.texts, self._spots(before, space, texts.texts, supported))
+        self._shared[key] = shared  # the last to be forgotten
+        return shared.without(texts.but, said)
+
+    def _spots(
+        self, before: str, space: int | None, texts: Sequence[str], supported: Sequence[str]
+    ) -> Iterator[tuple[str, _Spot]]:
+        """Those of the texts that are removed, with their tokens."""
+        kept = {
+            (first.is_after_space, first.id) for _, first in self._firsts(before, space, supported)
+        }
+        of_words = self._firsts_of_words(before, space)
+        for text, first in self._firsts(before, space, texts):
+            spot = first.is_after_space, first.id
+            if (
+                first.reaches
+                and first.id != self._vocabulary.unknown_id
+                and spot not in kept
+                and (first.is_whole or spot not in of_words)
+            ):
+                yield text, spot
+
+    def _firsts(
+        self, before: str, space: int | None, texts: Sequence[str]
+    ) -> list[tuple[str, _First]]:
+        """The first token of each text; without those texts that come to none."""
         place = before, space
-        if place not in self._known and len(self._known) >= self._MOST_PLACES:
-            del self._known[next(iter(self._known))]
+        if place not in self._known:
+            _make_room(self._known, self._MOST_PLACES)
         known = self._known.setdefault(place, {})
         missing = [text for text in dict.fromkeys(texts) if text not in known]
         for text, tokens in zip(
@@ -374,15 +527,16 @@ class Continuations:
                 continue
             first_id, reaches = tokens[num_shared]
             known[text] = _First(first_id, bool(num_shared), reaches, len(tokens) == 1 + num_shared)
-        return [first for first in map(known.__getitem__, texts) if first is not None]
+        return [(text, first) for text in texts if (first := known[text]) is not None]
 
-    def innocent_firsts(self, before: str, space: int | None) -> frozenset[tuple[bool, int]]:
-        """The first tokens of all innocent words, as (is after a space, id)."""
+    def _firsts_of_words(self, before: str, space: int | None) -> frozenset[_Spot]:
+        """The first tokens of all innocent words."""
         place = before, space
         if place not in self._innocent_firsts:
+            _make_room(self._innocent_firsts, self._MOST_SHARED)
             self._innocent_firsts[place] = frozenset(
                 (first.is_after_space, first.id)
-                for first in self.firsts(before, space, self._innocent)
+                for _, first in self._firsts(before, space, self._innocent)
             )
         return self._innocent_firsts[place]
 
@@ -412,8 +566,7 @@ class Completions:
         """
         compiled = listed.compiled(self._vocabulary)
         if listed not in self._known:
-            if len(self._known) >= _MOST_LISTS:
-                del self._known[next(iter(self._known))]
+            _make_room(self._known, _MOST_LISTS)
             self._known[listed] = compiled.flags(listed.allowed), {}
         flags, removed_at = self._known[listed]
         reading, found = BEGINNING, []
@@ -426,9 +579,9 @@ class Completions:
         return tuple(found)
 
 
-def _touched(extents: Sequence[Extent], span: Extent) -> list[int]:
+def _touched(extents: Sequence[Extent], span: Extent) -> Iterator[int]:
     start, end = span
-    return [i for i, (a, b) in enumerate(extents) if a < b and a < end and start < b]
+    return (i for i, (a, b) in enumerate(extents) if a < b and a < end and start < b)
 
 
 def _tokens_after(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from tnt_jax.data import records
+from tnt_jax.data import negative_sets, records
 from tnt_jax.runtime import files
 from tnt_jax.runtime.errors import UsageError
 
@@ -94,7 +94,8 @@ def files_of(path: str) -> list[str]:
 def replacing(path: str | os.PathLike, everywhere: Ids | None) -> Iterator[Callable[[bytes], None]]:
     """Yields a function that takes the bytes of a file of records, one stretch after the other.
 
-    When all went well they are put in place, with the ids that belong to them.
+    Each stretch has whole lines, which may be those of `negative_sets.Names.lines_of`. When all
+    went well they are put in place, with the ids and the sets that belong to them.
 
     Args:
       path: Of the records.
@@ -103,9 +104,10 @@ def replacing(path: str | os.PathLike, everywhere: Ids | None) -> Iterator[Calla
     hashed = hashlib.sha256()
     ids_file = file_of(os.fspath(path))
     with files.replacing(path) as unfinished:
-        with unfinished.open("wb") as file:
+        with negative_sets.dividing(path) as sets, unfinished.open("wb") as file:
 
             def write(content: bytes) -> None:
+                content = sets.records_of(content)
                 hashed.update(content)
                 file.write(content)
 
@@ -116,15 +118,18 @@ def replacing(path: str | os.PathLike, everywhere: Ids | None) -> Iterator[Calla
     if everywhere is None:
         # Not before: the records of an earlier annotator would stand there without their ids.
         files.path_of(ids_file).unlink(missing_ok=True)
+    if not sets.names:
+        negative_sets.remove(path)
 
 
 def write_records(
     path: str | os.PathLike, rows: Iterable[records.Record], everywhere: Ids | None
 ) -> None:
-    """`records.write_records`, with the ids that belong to the records, as in `replacing`."""
+    """`records.write_records`, with the ids and sets of the records, as in `replacing`."""
+    names = negative_sets.Names()
     with replacing(path, everywhere) as write:
         for row in rows:
-            write(row.to_line().encode())
+            write("".join(names.lines_of(row)).encode())
 
 
 def _digest_of(path: Any) -> str:

@@ -23,24 +23,48 @@ HYPHENS = "-\u2010\u2011"
 JOINTS = ".,:"  # between digits
 POSSESSIVE = "'s"
 APOSTROPHE, HYPHEN = rf"[{APOSTROPHES}]", r"[\-\u2010\u2011]"
-_S = "[sS\u017f](?!" + LETTER + ")"  # all that folds to an s, at the end of a word
-_WORD = re.compile(
-    rf"{LETTER}+(?:{APOSTROPHE}(?!{_S}){LETTER}+|(?<=\d)[{JOINTS}](?=\d){LETTER}+)*"
-    rf"|{APOSTROPHE}{_S}"
-    rf"|(?<!{LETTER}){HYPHEN}|{HYPHEN}(?!{LETTER})"  # between words it is a space
-    rf"|[^\w\s{MARKS}\-\u2010\u2011]"
-)
+
+
+def _pattern(letter: str, marks: str) -> str:
+    s = rf"[sS\u017f](?!{letter})"  # all that folds to an s, at the end of a word
+    return (
+        rf"{letter}+(?:{APOSTROPHE}(?!{s}){letter}+|(?<=\d)[{JOINTS}](?=\d){letter}+)*"
+        rf"|{APOSTROPHE}{s}"
+        rf"|(?<!{letter}){HYPHEN}|{HYPHEN}(?!{letter})"  # between words it is a space
+        rf"|[^\w\s{marks}\-\u2010\u2011]"
+    )
+
+
+_WORD = re.compile(_pattern(LETTER, MARKS))
+# In a text without marks, which most are, it finds the same words in a sixth of the time.
+_WORD_WITHOUT_MARKS = re.compile(_pattern(r"\w", ""))
+_MARKS = frozenset(MARKS)
 
 
 def extents(text: str) -> list[tuple[int, int]]:
     """The (start, end) of each word."""
-    return [match.span() for match in _WORD.finditer(text)]
+    return [match.span() for match in _pattern_for(text).finditer(text)]
+
+
+def texts(text: str) -> list[str]:
+    """Each word as it stands in a text."""
+    return _pattern_for(text).findall(text)
+
+
+def _pattern_for(text: str) -> re.Pattern[str]:
+    is_plain = text.isascii() or _MARKS.isdisjoint(text)
+    return _WORD_WITHOUT_MARKS if is_plain else _WORD
 
 
 def key(word: str, *, case_sensitive: bool = False) -> str:
     """What equal words have in common."""
     if word.isascii():
         return word if case_sensitive else word.casefold()
+    return _key(word, case_sensitive)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _key(word: str, case_sensitive: bool) -> str:
     folded = "".join(fold(character, case_sensitive) for character in word)
     return unicodedata.normalize("NFD", folded)
 

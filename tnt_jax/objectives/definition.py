@@ -193,6 +193,8 @@ class TntObjective:
         divergence this distils a decoding mask into the weights.
       removed_everywhere_counts_as: "positive" or "negative": what a position is that has no mark.
         Marks make it negative, and so does a target token that is itself removed everywhere.
+      sets: Long sets of ids that many marks share, which name them (`without_sets`). `train` has
+        them from its data.
 
     Raises:
       UsageError: A setting is unknown, out of range, or without effect beside the others.
@@ -214,6 +216,9 @@ class TntObjective:
     negative_strength: float = dataclasses.field(default=1.0, metadata={"omit_default": True})
     removed_everywhere: tuple[int, ...] = ()
     removed_everywhere_counts_as: str = "positive"
+    sets: tuple[tuple[int, ...], ...] = dataclasses.field(
+        default=(), repr=False, metadata={"omit_default": True}
+    )
 
     def __post_init__(self):
         for name, allowed in (
@@ -354,8 +359,34 @@ class TntObjective:
             return jnp.zeros(target_tokens.shape, bool)
         if self.removed_everywhere and self.removed_everywhere_counts_as == "negative":
             return jnp.ones(target_tokens.shape, bool)
-        is_marked = jnp.broadcast_to((negative_ids >= 0).any(axis=-1), target_tokens.shape)
+        is_marked = jnp.broadcast_to((negative_ids != -1).any(axis=-1), target_tokens.shape)
         return is_marked | jnp.isin(target_tokens, jnp.asarray(self.removed_everywhere, jnp.int32))
+
+    def without_sets(
+        self,
+        negative_ids: Int[Array, "*B K"],
+        negative_strengths: Float[Array, "*B K"] | None = None,
+    ) -> tuple[Int[Array, "*B _"], Float[Array, "*B _"] | None]:
+        """Marks with the ids of the sets that they name, and their strengths.
+
+        Args:
+          negative_ids: Padded with -1. The first of a position may be -2 - n: all of set n.
+          negative_strengths: Of them; None is 1 for all.
+
+        Returns:
+          `K` ids, and as many more as the largest set has; the same if there are no sets.
+        """
+        if not self.sets:
+            return negative_ids, negative_strengths
+        size = max(map(len, self.sets))
+        table = jnp.asarray([[*ids, *[-1] * (size - len(ids))] for ids in self.sets], jnp.int32)
+        number = -2 - negative_ids[..., :1]
+        of_set = jnp.where(number >= 0, table[jnp.maximum(number[..., 0], 0)], -1)
+        ids = jnp.concatenate([jnp.maximum(negative_ids, -1), of_set], axis=-1)
+        if negative_strengths is None:
+            return ids, None
+        of_all = jnp.broadcast_to(negative_strengths[..., :1], of_set.shape)
+        return ids, jnp.concatenate([negative_strengths, of_all], axis=-1)
 
     def strengths(
         self,

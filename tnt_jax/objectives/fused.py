@@ -60,7 +60,7 @@ def token_values(
       original: Of the frozen original; gets no gradient. May be None unless the objective
         `needs_original`.
       target_tokens: As in `TntObjective.token_losses`, and so are the next two.
-      negative_ids: Padded with -1.
+      negative_ids: Padded with -1; -2 - n, as the first of a position, is set n of the objective.
       loss_mask: 1 at real tokens; those of 0 are skipped.
       negative_strengths: As in `TntObjective.token_losses`; None is 1 for all.
       block_size: Tokens that a device computes at a time; None chooses, where there are many 256 on
@@ -357,6 +357,7 @@ def _blocks(settings, vocab_axes, with_gradients, sizes, hidden, matrix, origina
                 original.softcap,
             )
         target, negative, _, strengths = jax.tree.map(lambda x: take(x, index), tokens)
+        negative, strengths = settings.objective.without_sets(negative, strengths)
         found, gradient = _in_passes(
             lambda *part: Block(settings.objective, reductions, *part).values_and_gradient(),
             rows_of_pass,

@@ -12,9 +12,17 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from tnt_jax.data.batches import Batches, batch_for_eval
-from tnt_jax.data.examples import Example, digest, have_strengths, max_negative_ids
-from tnt_jax.data.layouts import FeatureLayout, Place
+from tnt_jax.data.examples import (
+    Example,
+    Sets,
+    digest,
+    have_strengths,
+    max_negative_ids,
+    sets_of,
+)
+from tnt_jax.data.layouts import Place
 from tnt_jax.models import sharding
+from tnt_jax.models.model import Model
 from tnt_jax.runtime import holding, preemption, prefetch, processes
 from tnt_jax.runtime.array_types import PyTree
 from tnt_jax.runtime.errors import UsageError
@@ -33,6 +41,7 @@ class Data:
       batches: Of `examples`, by number.
       num_negative_ids: Of a position, at most: one for both, for each is a program of its own.
       has_strengths: Whether any mark of either has a strength below 1.
+      sets: Long sets of ids that examples of either share, which the device has once.
     """
 
     examples: Sequence[Example]
@@ -40,6 +49,7 @@ class Data:
     batches: Batches
     num_negative_ids: int
     has_strengths: bool
+    sets: Sets
 
     def describe(self) -> dict[str, Any]:
         """For the checkpoint: which data it was."""
@@ -54,10 +64,13 @@ def make_data(
     eval_examples: Sequence[Example],
     update: settings.Update,
     seed: int,
-    feature_layout: FeatureLayout,
+    model: Model,
 ) -> Data:
-    """Makes batches of examples, in an order that the seed decides."""
-    num_negative_ids = max(map(max_negative_ids, (examples, eval_examples)))
+    """Makes batches of examples for a model, in an order that the seed decides."""
+    sets = sets_of(examples, eval_examples)
+    num_negative_ids = max(
+        max_negative_ids(of, with_sets=bool(sets.ids)) for of in (examples, eval_examples)
+    )
     has_strengths = any(map(have_strengths, (examples, eval_examples)))
     batches = Batches(
         examples,
@@ -66,8 +79,9 @@ def make_data(
         seed=seed,
         num_negative_ids=num_negative_ids,
         pack=update.pack,
-        feature_layout=feature_layout,
+        feature_layout=model.network.feature_layout,
         has_strengths=has_strengths,
+        set_numbers=sets.numbers,
     )
     return Data(
         examples=examples,
@@ -75,6 +89,7 @@ def make_data(
         batches=batches,
         num_negative_ids=num_negative_ids,
         has_strengths=has_strengths,
+        sets=sets,
     )
 
 
@@ -397,6 +412,7 @@ class _Evaluation(hooks.Hook):
             data.num_negative_ids,
             data.batches.feature_layout,
             data.has_strengths,
+            data.sets.numbers,
         )
         sums = []
         for number, batch in enumerate(batches):

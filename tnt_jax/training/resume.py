@@ -106,7 +106,8 @@ def describe(
     if update.learning_rate_factor != 1:
         optimizer |= {"learning_rate_factor": update.learning_rate_factor}
     return {
-        "objective": settings_json.describe(trainer.objective),
+        # Its sets are of the data, which has a digest of its own, however its marks are written.
+        "objective": settings_json.describe(dataclasses.replace(trainer.objective, sets=())),
         "model": settings_json.describe(trainer.model.config),
         "optimizer": {**optimizer, "max_gradient_norm": update.max_gradient_norm},
         "data": dict(data),

@@ -351,6 +351,7 @@ def _whole_values(
     negative_strengths,
 ):
     """`fused.token_values` by the definition."""
+    negative_ids, negative_strengths = objective.without_sets(negative_ids, negative_strengths)
     losses = objective.token_losses(
         current_logits=logits,
         original_logits=original_logits,

@@ -41,6 +41,11 @@ class Trainer:
     block_size: int | None = None
     skip_non_finite: bool = False
 
+    def with_sets(self, sets: tuple[tuple[int, ...], ...]) -> "Trainer":
+        """For batches whose marks name these sets of ids (`TntObjective.sets`)."""
+        objective = dataclasses.replace(self.objective, sets=sets)
+        return dataclasses.replace(self, objective=objective)
+
     @functools.cached_property
     def abstract_params(self) -> PyTree:
         """Shapes, dtypes and shardings of the parameters that are trained."""
