@@ -28,16 +28,26 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 
 import tnt_jax
 from tnt_jax.data import chat, example_rows, hub_tokenizer, records, tokenization
-from tnt_jax.data.example_files import ABOUT, COLUMNS_FILE, DIGESTS, OFFSETS, ROWS, ExampleFiles
+from tnt_jax.data.example_files import (
+    ABOUT,
+    COLUMNS_FILE,
+    DIGESTS,
+    OFFSETS,
+    ROWS,
+    About,
+    ExampleFiles,
+    checksum,
+)
 from tnt_jax.data.examples import COLUMNS
 from tnt_jax.runtime import console, files, processes, settings_json
 from tnt_jax.runtime.errors import UsageError, naming_file
 
-_FORMAT = 1  # to be raised where the same records come to other examples, or other files
+_FORMAT = 2  # to be raised where the same records come to other examples, or other files
 _BYTES_PER_PART = 2**22  # of records: about a second's work
 _MOST_PARTS = 4096
 _MOST_PROCESSES = 16
@@ -308,18 +318,18 @@ class _Work:
         ids.sort()
         if not num_examples or (ids[1:] == ids[:-1]).any():
             records.check_ids(self.plan.path)
-        about = {
-            "num_examples": num_examples,
-            "num_spans_without_token": int(counts[:, 1].sum()),
-            "least_id": int(counts[:, 2].min()),
-            "largest_id": int(counts[:, 3].max()),
-            "bytes": {
-                name: (folder / name).stat().st_size
-                for name in (ROWS, OFFSETS, DIGESTS, COLUMNS_FILE)
-            },
-            "of": self.plan.of,
-        }
-        (folder / ABOUT).write_text(files.as_json(about, indent=2) + "\n", "utf-8")
+        written = (OFFSETS, DIGESTS, COLUMNS_FILE)
+        about = About(
+            num_examples=num_examples,
+            num_spans_without_token=int(counts[:, 1].sum()),
+            least_id=int(counts[:, 2].min()),
+            largest_id=int(counts[:, 3].max()),
+            bytes={name: (folder / name).stat().st_size for name in (ROWS, *written)},
+            checksums={name: checksum(folder / name) for name in written},
+            of=dict(self.plan.of),
+        )
+        text = files.as_json(msgspec.to_builtins(about), indent=2)
+        (folder / ABOUT).write_text(text + "\n", "utf-8")
 
     def _read(self, number: int, name: str) -> np.ndarray:
         """An array of a part; a part that is damaged is made again."""
