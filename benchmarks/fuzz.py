@@ -170,6 +170,8 @@ def work(name: str, folder: Folder, seed: int, numbers: range) -> None:
         answer(broken=f"what is valid is not read: {found}")
         return
     fuzz_formats.is_first[0] = False
+    gc.collect()
+    gc.freeze()  # what programs import need not be looked through after each case
     size = int(Folder("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (size + 4 * 2**30, resource.RLIM_INFINITY))
     for number in numbers:
@@ -259,16 +261,16 @@ def fuzz(flags: argparse.Namespace, name: str, number: int) -> list[dict[str, An
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     found, first, last = [], flags.first, flags.first + number
     while first < last:
-        done = list(run_worker(flags, name, range(first, min(first + CASES_PER_PROCESS, last))))
-        if not done:
-            sys.exit(f"{name}: no case was done, see {flags.folder}/{name}/stderr.txt")
-        found += done
-        first = done[-1]["number"] + 1
-    with (flags.folder / name / "cases.jsonl").open("a") as file:
-        for case in found:
-            file.write(json.dumps({"seed": flags.seed, **case}) + "\n")
+        numbers = range(first, min(first + CASES_PER_PROCESS, last))
+        for case in run_worker(flags, name, numbers):
+            found.append(case)
+            with (flags.folder / name / "cases.jsonl").open("a") as file:
+                file.write(json.dumps({"seed": flags.seed, **case}) + "\n")
             if case["failure"]:
                 keep(flags, name, case)
+        if not found:
+            sys.exit(f"{name}: no case was done, see {flags.folder}/{name}/stderr.txt")
+        first = found[-1]["number"] + 1
     return found
 
 
@@ -276,8 +278,10 @@ def keep(flags: argparse.Namespace, name: str, case: dict[str, Any]) -> None:
     """Copies the files of a failure, and says what it was."""
     target = flags.failures / f"{name}-{flags.seed}-{case['number']}"
     remove(target)
-    place, _ = prepare(flags.folder / name, flags.seed, name, case["number"])
-    shutil.copytree(place, target / "damaged", symlinks=True)
+    with tempfile.TemporaryDirectory() as other:  # the place of the case is in use
+        shutil.copytree(flags.folder / name / "valid", Folder(other) / "valid")
+        place, _ = prepare(Folder(other), flags.seed, name, case["number"])
+        shutil.copytree(place, target / "damaged", symlinks=True)
     write_json(target / "case.json", case)
     console.log(f"{target}: {case['failure']} ({'; '.join(case['done'])})")
 

@@ -239,8 +239,8 @@ def _statements(text: str, names: _Names, path: pathlib.Path) -> Iterator[Any]:
         yield statement
 
 
-# What gin's parser raises beside what it calls a mistake: a list as the key of a dict, more brackets
-# than it can follow.
+# What gin's parser raises beside what it calls a mistake: for a list as the key of a dict, and for
+# more brackets than it can follow.
 _NOT_VALUES = (TypeError, RecursionError)
 
 
