@@ -711,9 +711,7 @@ def test_a_piece_that_is_no_utf_8_is_found_when_the_model_is_loaded(tmp_path):
     file = tmp_path / "vocabulary.model"
     tokenization.train_sentencepiece(["the house is wonderful"], file, vocab_size=17)
     content = file.read_bytes()
-    place = content.index("▁the".encode())
+    place = content.index(b"\xe2\x96\x81")
     file.write_bytes(content[:place] + b"\xff" + content[place + 1 :])
-    with pytest.raises(
-        UsageError, match=r"expected a sentencepiece model at .*'utf-8' codec can't"
-    ):
+    with pytest.raises(UsageError, match=r"a sentencepiece model at .*'utf-8' codec can't decode"):
         tokenization.check_vocabulary(tokenization.SentencePiece(str(file), 0))
