@@ -175,8 +175,9 @@ def of_text(content: bytes, chance: random.Random) -> tuple[str, bytes]:
 def of_msgpack(content: bytes, chance: random.Random) -> tuple[str, bytes]:
     """T5X's file with another value in it."""
     import msgpack
+    from flax import serialization
 
-    what, value = of_json(as_plain(msgpack.unpackb(content, strict_map_key=False)), chance)
+    what, value = of_json(as_plain(serialization.msgpack_restore(content)), chance)
     if chance.random() < 0.2:
         claim = b"\xdd" + chance.choice(NUMBERS[:9]).to_bytes(4, "big")
         value = {"version": 3, "optimizer": msgpack.ExtType(1, claim * chance.choice([1, 500]))}
@@ -184,12 +185,10 @@ def of_msgpack(content: bytes, chance: random.Random) -> tuple[str, bytes]:
 
 
 def as_plain(value: Any) -> Any:
-    """With lists for tuples, and texts for whatever JSON does not have."""
+    """With Python's numbers for NumPy's: those that T5X has there are single ones."""
     if isinstance(value, dict):
-        return {str(key): as_plain(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [as_plain(part) for part in value]
-    return value if isinstance(value, str | int | float | None) else repr(value)
+        return {key: as_plain(part) for key, part in value.items()}
+    return value.item() if hasattr(value, "item") else value
 
 
 @functools.cache

@@ -315,11 +315,19 @@ def test_no_byte_of_an_example_may_be_another():
 
 
 def test_a_damaged_part_is_made_again(monkeypatch):
+    """Cut; with a directory at a place before the file; with a header that is no Python."""
     write_whole = example_maker._Work._write_whole
+    damages = [
+        lambda content: content[:0],
+        lambda content: content[:100],
+        lambda content: content[:-10] + b"\xff\xff\xff\xff" + content[-6:],
+        lambda content: content.replace(b"'descr'", b"    (((", 1),
+        lambda content: content[:-22] + b"\0" * 22,
+    ]
 
     def damage(work, folder):
-        for number, file in enumerate(sorted(work.folder.glob("*.npz"))[:2]):
-            file.write_bytes(file.read_bytes()[: 100 * number])
+        for file, change in zip(sorted(work.folder.glob("*.npz")), damages, strict=False):
+            file.write_bytes(change(file.read_bytes()))
         write_whole(work, folder)
 
     monkeypatch.setattr(example_maker._Work, "_write_whole", damage)

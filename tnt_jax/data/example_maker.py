@@ -13,6 +13,7 @@ user's to standard output.
 import contextlib
 import dataclasses
 import datetime
+import errno
 import fcntl
 import hashlib
 import json
@@ -24,7 +25,6 @@ import subprocess
 import sys
 import time
 import uuid
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -45,7 +45,7 @@ from tnt_jax.data.example_files import (
 )
 from tnt_jax.data.examples import COLUMNS
 from tnt_jax.runtime import console, files, processes, settings_json
-from tnt_jax.runtime.errors import UsageError, naming_file
+from tnt_jax.runtime.errors import UsageError, naming_file, system_error
 
 _FORMAT = 2  # to be raised where the same records come to other examples, or other files
 _BYTES_PER_PART = 2**22  # of records: about a second's work
@@ -336,11 +336,13 @@ class _Work:
         for is_new in (False, True):
             if is_new:
                 self._write(number)
-            with (
-                self._file(number).open("rb") as file,
-                contextlib.suppress(ValueError, KeyError, EOFError, zipfile.BadZipFile),
-            ):
-                return np.load(file, allow_pickle=False)[name]
+            with self._file(number).open("rb") as file:
+                try:
+                    return np.load(file, allow_pickle=False)[name]
+                except Exception as error:  # of whatever kind: a header is parsed as Python
+                    said = system_error(error)
+                    if said is not None and said.errno != errno.EINVAL:  # a place before the file
+                        raise
         raise UsageError(f"{self._file(number)}: expected what was just written, found damage.")
 
 
