@@ -20,7 +20,7 @@ the end of the process. A case is decided by its format, `--seed` and its number
 does one again and shows all of it. The files of a failure are kept (`--failures`), and are read
 again with `--format=gguf --files=FOLDER`. The exit status is 1 if there is a failure.
 
-Takes about 25 minutes of one core for 10,000 inputs, and about 1.5 GB of memory.
+Takes 30 minutes of one core for 10,000 inputs (estimated), and about 1 GB of memory.
 """
 
 import argparse

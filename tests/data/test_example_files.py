@@ -315,12 +315,12 @@ def test_no_byte_of_an_example_may_be_another():
 
 
 def test_a_damaged_part_is_made_again(monkeypatch):
-    """Cut; with a directory at a place before the file; with a header that is no Python."""
+    """Cut; without bytes, so that its start is before the file; with a header of no Python."""
     write_whole = example_maker._Work._write_whole
     damages = [
         lambda content: content[:0],
         lambda content: content[:100],
-        lambda content: content[:-10] + b"\xff\xff\xff\xff" + content[-6:],
+        lambda content: content[:200] + content[204:],
         lambda content: content.replace(b"'descr'", b"    (((", 1),
         lambda content: content[:-22] + b"\0" * 22,
     ]
