@@ -317,8 +317,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Folder, help="for the files; kept, and used again")
     parser.add_argument("--failures", type=Folder, default=Folder("fuzz_failures"))
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
-    for name in ("--worker", "--write"):
-        parser.add_argument(name, choices=FORMATS, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=FORMATS, help=argparse.SUPPRESS)
+    parser.add_argument("--write", choices=FORMATS, help=argparse.SUPPRESS)
     parser.add_argument("--last", type=int, help=argparse.SUPPRESS)
     flags = parser.parse_args()
     is_kept = flags.folder is not None
