@@ -626,15 +626,12 @@ class _Patch:
             "before": {name: stages.fingerprint(file) for name, file in before.items()},
             "seconds": self._asked.seconds,
         }
-        if note.is_file():
-            value = files.read_object(note, "--output")
-            if value.get("of") == of_what:
-                found = search.read_found(value["found"])
-                for look in found.looks:
-                    self._told(look)
-                return found
+        if (found := search.read_note(note, of_what)) is not None:
+            for look in found.looks:
+                self._told(look)
+            return found
         found = search.search(opened, arm, plan, before, self._told)
-        files.write_json(note, {"of": of_what, "found": dataclasses.asdict(found)})
+        search.write_note(note, of_what, found)
         return found
 
     def _add_learning_rate(self, when: choices.Looks) -> None:

@@ -20,7 +20,13 @@ from typing import Any
 
 from tnt_jax.data import records
 from tnt_jax.evaluation import changes, diagnosis, report_page, text_metrics
-from tnt_jax.evaluation.results import Row, from_evaluation, from_results, num_outputs
+from tnt_jax.evaluation.results import (
+    Row,
+    from_evaluation,
+    from_results,
+    num_outputs,
+    training_of,
+)
 from tnt_jax.runtime import console, files, operative_config, program
 from tnt_jax.runtime.errors import UsageError
 
@@ -230,8 +236,7 @@ def _of_pipeline(
     sources.note_settings(root / "operative_config.gin")
     pairs = []
     for arm, by_decoder in evaluations.items():
-        of_arm = training.get(arm, {})
-        stated = {name: of_arm.get(name) for name in ("alpha", "seed", "steps")}
+        stated = training_of(training.get(arm, {}), f"{summary}: training: {arm}")
         for decoder, evaluation in by_decoder.items():
             tokens = root / arm / f"{decoder}.tokens.jsonl"
             pairs.append(

@@ -23,7 +23,6 @@ Example:
 import contextlib
 import dataclasses
 import itertools
-import json
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -406,7 +405,7 @@ def _rows(
 def _certificate(opened: Opened, name: str, decoder: str) -> dict[str, Any]:
     """The numbers of an arm that need both models: of its certificate, and on unrelated prompts."""
     evaluation = opened.root / name / f"{decoder}.evaluation.json"
-    parts = json.loads(evaluation.read_text("utf-8"))["certificate"]
+    parts = results.read_evaluation(evaluation, has_certificate=True)["certificate"]
     unrelated = opened.unrelated(name) if decoder == opened.first_decoder else None
     return {
         "residual": parts["negative_residual"],

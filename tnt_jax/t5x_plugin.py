@@ -56,6 +56,7 @@ from tnt_jax.data.examples import (
     unique_pairs,
 )
 from tnt_jax.data.layouts import convert_features
+from tnt_jax.runtime import files
 from tnt_jax.runtime.array_types import PyTree
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.training import train_step
@@ -561,7 +562,7 @@ def _saved_run(model_dir: epath.Path) -> dict[str, Any] | None:
     """What a run in this directory began with; None where there was none."""
     path = model_dir / _RUN_FILE
     if path.exists():
-        return json.loads(path.read_text())
+        return files.read_object(path)
     if _saved_step(model_dir) is not None:
         raise UsageError(
             f"MODEL_DIR: {model_dir} has checkpoints but no {_RUN_FILE}: the run there did not use "

@@ -253,6 +253,51 @@ def test_a_file_that_is_cut_is_refused_in_one_line(name):
         dataset().load(LENGTHS)
 
 
+@pytest.mark.parametrize("name", ["offsets.npy", "digests.npy", "columns.npy"])
+def test_no_byte_of_an_array_may_be_another(name):
+    """Offsets of terabytes, and a header that is no Python, among them."""
+    dataset().load(LENGTHS)
+    file = the_folder() / name
+    content = file.read_bytes()
+    for place in (20, 75, 127, 140, len(content) // 2, len(content) - 1):
+        for value in (0, content[place] ^ 1, content[place] ^ 128):
+            file.write_bytes(content[:place] + bytes([value]) + content[place + 1 :])
+            if file.read_bytes() != content:
+                with pytest.raises(UsageError, match=r"found damage \(files of .* Delete this f"):
+                    dataset().load(LENGTHS)
+
+
+def test_another_number_of_examples_is_refused():
+    dataset().load(LENGTHS)
+    file = the_folder() / "about.json"
+    for key, value, found in (
+        ("num_examples", 59, r"60 examples, and not 59"),
+        ("num_examples", None, r"Expected `int`, got `null`"),
+        ("bytes", {"offsets.npy": 2}, r"files of"),
+    ):
+        content = file.read_text()
+        file.write_text(json.dumps(json.loads(content) | {key: value}))
+        with pytest.raises(UsageError, match=rf"found damage \(.*{found}.*Delete this folder"):
+            dataset().load(LENGTHS)
+        file.write_text(content)
+
+
+def test_what_was_kept_and_is_damaged_is_made_again(capsys):
+    found = dataset().load(LENGTHS)
+    made = np.array([3, 1, 2])
+    assert found.kept("order", lambda: made).tolist() == [3, 1, 2]
+    (file,) = the_folder().glob("kept_*")
+    content = file.read_bytes()
+    for place in (0, 20, 75, len(content) - 20, len(content) - 1):
+        file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        assert found.kept("order", lambda: made).tolist() == [3, 1, 2]
+        assert "found damage: it is made again." in capsys.readouterr().out
+        assert file.read_bytes() == content
+    file.write_bytes(b"")
+    assert found.kept("order", lambda: made).tolist() == [3, 1, 2]
+    assert found.kept("order", lambda: 0).tolist() == [3, 1, 2]  # pyright: ignore
+
+
 def test_a_file_that_is_not_there_is_refused_in_one_line():
     dataset().load(LENGTHS)
     (the_folder() / "about.json").unlink()
@@ -277,11 +322,19 @@ def test_no_byte_of_an_example_may_be_another():
 
 
 def test_a_damaged_part_is_made_again(monkeypatch):
+    """Cut; without bytes, so that its start is before the file; with a header of no Python."""
     write_whole = example_maker._Work._write_whole
+    damages = [
+        lambda content: content[:0],
+        lambda content: content[:100],
+        lambda content: content[:200] + content[204:],
+        lambda content: content.replace(b"'descr'", b"    (((", 1),
+        lambda content: content[:-22] + b"\0" * 22,
+    ]
 
     def damage(work, folder):
-        for number, file in enumerate(sorted(work.folder.glob("*.npz"))[:2]):
-            file.write_bytes(file.read_bytes()[: 100 * number])
+        for file, change in zip(sorted(work.folder.glob("*.npz")), damages, strict=False):
+            file.write_bytes(change(file.read_bytes()))
         write_whole(work, folder)
 
     monkeypatch.setattr(example_maker._Work, "_write_whole", damage)

@@ -331,6 +331,15 @@ def test_ids_other_than_those_stated_are_a_usage_error(tmp_path):
         tokenization.check_vocabulary(hub_tokenizer.HubTokenizer(str(folder)))
 
 
+def test_a_number_far_beyond_those_of_the_tokens_is_a_usage_error(tmp_path):
+    """Lists of four thousand million pieces would be made."""
+    folder = tiny_tokenizers.qwen(tmp_path)
+    changed(folder, lambda content: content["model"]["vocab"].update({"Ā": 2**32 - 1}))
+    message = r"expected the ids of \d+ tokens, found one of 4,294,967,295\. Fetch"
+    with pytest.raises(UsageError, match=message):
+        tokenization.check_vocabulary(hub_tokenizer.HubTokenizer(str(folder)))
+
+
 # --- Alternatives ---------------------------------------------------------------------------------
 
 

@@ -17,8 +17,9 @@ from tnt_jax import annotators
 from tnt_jax.annotators import phrases
 from tnt_jax.data import hub_tokenizer, records, tokenization, words
 from tnt_jax.data.text_automaton import Automaton
-from tnt_jax.data.token_automaton import BEGINNING, Reading, TokenAutomaton
+from tnt_jax.data.token_automaton import BEGINNING, Listed, Reading, TokenAutomaton
 from tnt_jax.models import masking
+from tnt_jax.runtime.errors import UsageError
 
 # Few characters, so that entries, words and their joints collide often: apostrophes, hyphens,
 # joints of digits, accents in two orders, letters of two folds, a symbol of two characters.
@@ -235,3 +236,12 @@ def test_nothing_leads_to_a_text_that_the_vocabulary_cannot_spell_from_there(can
         at = masking.Readings(*map(jnp.atleast_1d, reading))
         left = ~masking.removed(mask, at, jnp.ones((1, len(said)), bool))[0]
         assert [said[i] for i in np.flatnonzero(left)] == [b"ide"]
+
+
+def test_a_text_that_is_a_whole_file_is_refused():
+    """A list without line ends; what repeats in it would take gigabytes."""
+    listed = Listed(("dirty", "[" * 100_000))
+    with pytest.raises(
+        UsageError, match=r"at most 2,000 characters.* of 100,000: '\[{40}' \.\.\. S"
+    ):
+        listed.compiled(tokenization.Bytes())

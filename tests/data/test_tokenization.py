@@ -813,3 +813,14 @@ def test_extents_are_read_off_where_only_white_space_differs(small_vocabulary, m
     ids, extents, _ = small_vocabulary.encode_with_extents(text)
     assert small_vocabulary.decode(ids) == "the house"
     assert "".join(text[start:end] for start, end in extents) == "thehouse"
+
+
+def test_a_piece_that_is_no_utf_8_is_found_when_the_model_is_loaded(tmp_path):
+    """sentencepiece itself takes it, and fails when the piece comes up."""
+    file = tmp_path / "vocabulary.model"
+    tokenization.train_sentencepiece(["the house is wonderful"], file, vocab_size=17)
+    content = file.read_bytes()
+    place = content.index(b"\xe2\x96\x81")
+    file.write_bytes(content[:place] + b"\xff" + content[place + 1 :])
+    with pytest.raises(UsageError, match=r"a sentencepiece model at .*'utf-8' codec can't decode"):
+        tokenization.check_vocabulary(tokenization.SentencePiece(str(file), 0))

@@ -8,11 +8,13 @@ import random
 
 import numpy as np
 import pytest
+from helpers.outputs import evaluation
 from sacrebleu.metrics.bleu import BLEU
 
 from tnt_jax import sweep
 from tnt_jax.data import records
 from tnt_jax.evaluation import results
+from tnt_jax.runtime.errors import UsageError
 
 WORDS = ["the", "a", "old", "new", "house", "tree", "lake", "hill", "red", "blue", "is", "was"]
 
@@ -227,3 +229,21 @@ def test_the_published_tables_are_those_of_the_published_numbers():
     wanted |= {"unknown_token_rate", "distinct_ratio", "residual", "collateral"}
     for of_row in found["rows"]:
         assert wanted - set(of_row) <= {"residual", "collateral"}  # a mask has no model
+
+
+def test_an_evaluation_in_a_file_is_what_evaluate_writes(tmp_path):
+    path, whole = tmp_path / "evaluation.json", evaluation(6)
+    path.write_text(json.dumps(whole))
+    assert results.read_evaluation(path, has_certificate=True) == whole
+    path.write_text(json.dumps({**whole, "certificate": None}))
+    assert results.read_evaluation(path)["certificate"] is None
+    with pytest.raises(UsageError, match=r"evaluation\.json: expected a certificate, found none"):
+        results.read_evaluation(path, has_certificate=True)
+    for content, message in (
+        ({**whole, "cut": "x"}, r"evaluation\.json: expected the JSON file .* at `\$\.cut`"),
+        ([], "expected a JSON object, found list"),
+        (float("nan"), "it holds NaN"),
+    ):
+        path.write_text(json.dumps(content))
+        with pytest.raises(UsageError, match=message):
+            results.read_evaluation(path)

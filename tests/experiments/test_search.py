@@ -1,13 +1,16 @@
 """The search for the smallest update, over attempts whose cuts are written down."""
 
 import dataclasses
+import json
 import time
 import types
 
 import pytest
+from helpers.mutations import LACKING, with_change
 
 from tnt_jax import objectives
 from tnt_jax.experiments import experiment, search
+from tnt_jax.runtime.errors import UsageError
 
 ARM = experiment.Arm(
     name="TNFF",
@@ -191,6 +194,25 @@ def test_a_round_counts_the_time_of_its_outputs(run):
         assert outcome.is_enough == is_enough
 
 
-def test_what_was_found_is_read_as_it_was_written(run):
+def test_what_was_found_is_read_as_it_was_written(run, tmp_path):
     outcome, _ = run(NOT_ENOUGH)
-    assert search.read_found(dataclasses.asdict(outcome)) == outcome
+    note = tmp_path / "search.json"
+    assert search.read_note(note, {"enough": 0.8}) is None
+    search.write_note(note, {"enough": 0.8}, outcome)
+    assert search.read_note(note, {"enough": 0.8}) == outcome
+    assert search.read_note(note, {"enough": 0.9}) is None
+
+
+def test_a_note_that_is_damaged_is_refused_in_one_line(run, tmp_path):
+    outcome, _ = run(NOT_ENOUGH)
+    note = tmp_path / "search.json"
+    for place, value, message in (
+        ((), None, "Expected `object`, got `null`"),
+        (("best",), [], r"Expected `object`, got `array` - at `\$.best`"),
+        (("looks", 0, "cut"), "x", r"Expected `float`, got `str` - at `\$.looks\[0\].cut`"),
+        (("best", "attempt", "weight"), LACKING, "missing required field `weight`"),
+    ):
+        found = with_change(json.loads(json.dumps(dataclasses.asdict(outcome))), place, value)
+        note.write_text(json.dumps({"of": {}, "found": found}))
+        with pytest.raises(UsageError, match=rf"search.json: .*{message}.* Delete this file"):
+            search.read_note(note, {})

@@ -220,6 +220,16 @@ def test_a_pipeline():
     assert "OUTPUT_DIR = 'run'\n" in page.texts
 
 
+@pytest.mark.parametrize("value", ["x", [], True, 10**400])
+def test_how_an_arm_was_trained_is_numbers(value):
+    summary = {"evaluations": {"TNRF": {}}, "training": {"TNRF": {"alpha": value}}}
+    pathlib.Path("damaged").mkdir()
+    pathlib.Path("damaged/summary.json").write_text(json.dumps(summary))
+    message = r"^damaged/summary\.json: training: TNRF: alpha: expected a number or null, found "
+    with pytest.raises(UsageError, match=message):
+        report.report(output="report.html", pipeline_dir="damaged")
+
+
 def test_the_program(capsys):
     settings = {"OUTPUT": "report.html", "ORIGINAL_RECORDS": "original.jsonl"}
     settings |= {"CURRENT_RECORDS": "patched.jsonl"}

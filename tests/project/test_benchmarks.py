@@ -3,15 +3,20 @@
 No number that they print is looked at.
 """
 
+import argparse
 import ast
 import json
 import pathlib
 import re
 import sys
 
+import numpy as np
 import pytest
 
+from tnt_jax.runtime.errors import UsageError
+
 sys.path.append(str(pathlib.Path(__file__).parents[2] / "benchmarks"))
+import fuzz
 import head
 import report
 import step
@@ -110,3 +115,65 @@ def test_a_variant_of_the_step_is_measured(monkeypatch, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found.keys() == OF_STEP.keys()
     assert found["ms"] > 0 and found["accounted"] > 0
+
+
+# --- Damaged files --------------------------------------------------------------------------------
+
+
+def refuse(folder):
+    raise UsageError(f"{folder}: expected this, found that.")
+
+
+def fail(folder):
+    raise KeyError("no message")
+
+
+def fill(folder):
+    np.ones(300 * 2**20, np.uint8)
+
+
+def lack(folder):
+    raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("read", "found"),
+    [
+        (lambda folder: None, None),
+        (refuse, None),
+        (fail, r"KeyError: 'no message' \(.*test_benchmarks.py:\d+\)"),
+        (fill, r"\d\d\d MiB of memory for 0 bytes"),
+        (lack, "out of memory: the host has no more"),
+        (lambda folder: pathlib.Path("log").write_text("Traceback (most"), "printed: Traceback"),
+        (lambda folder: sum(range(2**24)), r"\d\.\d seconds of a processor"),
+        (lambda folder: sys.exit(3), "SystemExit: 3"),
+    ],
+)
+def test_what_is_a_failure_of_reading_a_damaged_file(read, found, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(fuzz.FORMATS, "gin", fuzz.fuzz_formats.Format(fail, read))
+    if found is not None and "seconds" in found:
+        monkeypatch.setattr(fuzz, "MOST_SECONDS", 0.05)
+    pathlib.Path("log").touch()
+    case = fuzz.outcome("gin", tmp_path / "damaged", pathlib.Path("log"))
+    assert case["said"].startswith("damaged: expected this") == (read is refuse)
+    assert (case["failure"] is None) == (found is None)
+    assert found is None or re.match(found, case["failure"])
+
+
+@pytest.mark.parametrize(
+    ("end", "found"),
+    [("os.abort()", "ended with -6"), ("time.sleep(60)", "it did not come to an end")],
+)
+def test_a_process_that_a_damaged_file_ends_or_holds(end, found, tmp_path, monkeypatch):
+    file = tmp_path / "program.py"
+    file.write_text(
+        "import json, os, time\n"
+        "print(json.dumps({'begun': 4, 'done': ['x']}), flush=True)\n"
+        f"{end}\n"
+    )
+    monkeypatch.setattr(fuzz, "__file__", str(file))
+    monkeypatch.setattr(fuzz, "MOST_SECONDS_WAITING", 1)
+    flags = argparse.Namespace(seed=0, folder=tmp_path)
+    (case,) = fuzz.run_worker(flags, "gin", range(4, 9))
+    assert (case["number"], case["failure"]) == (4, found)

@@ -67,6 +67,14 @@ def test_lines_are_kept_whole_whatever_their_texts_hold(tmp_path):
     assert [json.loads(line) for line in written] == [{"step": 3, "text": text}, {"step": 5}]
 
 
+def test_lines_that_are_damaged_are_of_no_step(tmp_path):
+    path, whole = tmp_path / "events.jsonl", '{"step": 1}\n'
+    damaged = ("[" * 100_000, f'{{"step": {10**400}}}', '{"step": []}', "null", "\0")
+    path.write_text("".join(f"{line}\n" for line in damaged) + whole)
+    with metric_writers.StepLines(path, last_step=3):
+        assert path.read_text() == whole
+
+
 def test_lines_of_a_step_hold_any_value(tmp_path):
     with metric_writers.StepLines(tmp_path / "events.jsonl") as writer:
         writer.write(3, {"loss": float("inf"), "examples": ["Zoë"], "count": 2})

@@ -120,7 +120,9 @@ def test_parts_of_which_nothing_is_known_are_discarded(two_of_three, content, ca
     assert "(2 parts) is discarded" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("damage", ["cut", "longer", "empty", "another", "of other work", "gone"])
+@pytest.mark.parametrize(
+    "damage", [*("cut", "longer", "empty", "another", "of other work", "gone", "counts", "nested")]
+)
 def test_a_part_that_is_not_whole_is_done_again(two_of_three, damage, capsys):
     file = two_of_three / "00001.jsonl"
     content = file.read_bytes()
@@ -130,6 +132,8 @@ def test_a_part_that_is_not_whole_is_done_again(two_of_three, damage, capsys):
         "longer": content + b"x\n",
         "empty": b"",
         "another": (two_of_three / "00000.jsonl").read_bytes(),
+        "counts": content.replace(b'"steps": 2', b'"steps": {}'),
+        "nested": b"[" * 100_000 + b"\n" + rest,
         "of other work": json.dumps({**json.loads(about), "of": "0" * 16}).encode() + b"\n" + rest,
     }
     file.unlink()

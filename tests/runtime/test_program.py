@@ -213,6 +213,15 @@ def test_later_files_and_flags_win(run, toy):
     assert out.startswith("CY! Voice(pitch=8,")
 
 
+def test_the_mark_that_windows_begins_a_file_with_is_no_mistake(run, toy):
+    for name in ("run.gin", "other.gin"):
+        text = (toy / "run.gin").read_text() if name == "run.gin" else "PITCH = 8\n"
+        (toy / name).write_text(text, "utf-8-sig")
+    status, out, _ = run(*GIVEN, "--gin_file=other.gin")
+    assert status == 0
+    assert "pitch=8" in out
+
+
 def test_gin_files_and_includes_are_found_in_search_paths(run, toy):
     for folder in ("a", "b"):
         (toy / folder / "runs").mkdir(parents=True)
@@ -326,6 +335,11 @@ def test_arguments_can_be_set_without_any_file(run):
             "--gin.LENGTHS={'inputs' 64}: Expected ':'.; a text that starts like this needs "
             "quotes within",
         ),
+        (
+            "--gin.LENGTHS={[]: 1}",
+            "--gin.LENGTHS={[]: 1}: expected a value, found one that is none (unhashable type: "
+            "'list'); a text that starts like this needs quotes within",
+        ),
         ("--gin.LENGTHS", "--gin.LENGTHS: expected --gin.NAME=VALUE"),
         ("--gin.a-b=3", "--gin.a-b=3: expected --gin.NAME=VALUE"),
         ("--steps=3", "unrecognized arguments: --steps=3 (see --help)"),
@@ -339,6 +353,12 @@ def test_wrong_flags(mistake, argument, message):
     ("text", "message"),
     [
         ("X = = 3\n", "bad.gin, line 1: Unable to parse value.: X = = 3"),
+        ("X = 1\nX = {[]: 1}\n", "bad.gin, line 2: expected a value, found one that is none (unh"),
+        (
+            f"X = {'[' * 90_000}",
+            "bad.gin, line 1: expected a value, found one that is none (nested",
+        ),
+        ("\0" * 5000, r"bad.gin, line 1: Unexpected token.: \x00\x00"),
         ("import toy\ntoy.Voice\n", "bad.gin, line 2: Couldn't parse statement"),
         ("import nowhere_at_all\n", "No module named 'nowhere_at_all' In file \"bad.gin\", line 1"),
         (

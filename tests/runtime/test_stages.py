@@ -145,3 +145,15 @@ def test_the_time_of_a_stage_that_was_stopped_is_that_of_all_attempts(clock):
     assert [seconds(2), seconds(3), seconds(3)] == [None, None, 4.0]
     shutil.rmtree("output")
     assert [seconds(3), seconds(3)] == [None, 4.0]
+
+
+NO_TIME = b'{"done": true, "seconds": []}'
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"[" * 100_000, b"[1]", NO_TIME])
+def test_a_stage_whose_note_is_damaged_is_run_again(content):
+    assert was_run("prompts")
+    assert not was_run("prompts")
+    stages.note_path(pathlib.Path("root"), "stage").write_bytes(content)
+    assert stages.Stages(pathlib.Path("root")).seconds("stage") is None
+    assert was_run("prompts")

@@ -151,7 +151,7 @@ class RecordFiles:
         if place is None:
             return None
         examples = example_maker.open_or_make(plan, place)
-        marks.log_spans_without_token(examples.about["num_spans_without_token"], self.files)
+        marks.log_spans_without_token(examples.about.num_spans_without_token, self.files)
         return examples
 
     def folders(self, model_dir: str | None = None) -> list[str]:

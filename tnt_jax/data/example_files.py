@@ -1,13 +1,15 @@
 """Tokenised, marked examples in files, made once and read where they lie.
 
-    FOLDER/<key>/about.json    what they were made of, how many there are, the bytes of each file
+    FOLDER/<key>/about.json    what they were made of, how many there are, and of each file the
+                               bytes and, but for rows.bin, the checksum
                  rows.bin      one example after the other: `examples.to_bytes`, the id in UTF-8,
                                and zeros up to a multiple of four bytes
                  offsets.npy   [N + 1] int64: example i is rows.bin[offsets[i] : offsets[i + 1]]
                  digests.npy   [N] uint64: `examples.row_digest`, compared when an example is read
                  columns.npy   [C, N] int32: `examples.COLUMNS`
                  sets.npz      the long sets of ids that rows name, if there are any: `as_arrays`
-                 kept_*.npy    what was made of the examples later, such as which share a row
+                 kept_*.npy    what was made of the examples later, such as which share a row; its
+                               checksum is in the last four bytes, behind the array
 
 The key is a digest of all that decides what the examples are. The folder appears under its name
 when it is whole, and nothing in it changes after that.
@@ -18,10 +20,11 @@ import os
 import pathlib
 import re
 import weakref
-import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from tnt_jax.data.examples import (
@@ -33,14 +36,47 @@ from tnt_jax.data.examples import (
     row_digest,
     to_bytes,
 )
-from tnt_jax.runtime import files
+from tnt_jax.runtime import console, files
 from tnt_jax.runtime.errors import UsageError, naming_file, system_error
 
 ABOUT, ROWS, OFFSETS, DIGESTS, COLUMNS_FILE, SETS = (
     *("about.json", "rows.bin", "offsets.npy"),
     *("digests.npy", "columns.npy", "sets.npz"),
 )
+_CHECKED = (OFFSETS, DIGESTS, COLUMNS_FILE)
+_FILES = (ROWS, *_CHECKED)
 _AT_A_TIME = 1024  # examples that are read for an iteration
+
+
+class About(msgspec.Struct):
+    """What a folder says of its examples, in `about.json`.
+
+    Attributes:
+        num_examples: that are there.
+        num_spans_without_token: of all of them.
+        least_id: of all inputs, targets and marks; at most 0.
+        largest_id: likewise; at least 0.
+        bytes: of each file.
+        checksums: of each file but `rows.bin`, each of whose rows has a digest.
+        of: what decides what the examples are.
+    """
+
+    num_examples: int
+    num_spans_without_token: int
+    least_id: int
+    largest_id: int
+    bytes: dict[str, int]
+    checksums: dict[str, int]
+    of: dict[str, Any]
+
+
+def checksum(path: pathlib.Path, size: int | None = None) -> int:
+    """The CRC-32 of the first `size` bytes of a file, or of all; little of it is in memory."""
+    found, left = 0, path.stat().st_size if size is None else size
+    with path.open("rb") as file, naming_file(path):
+        while left > 0 and (content := file.read(min(left, 2**20))):
+            found, left = zlib.crc32(content, found), left - len(content)
+    return found
 
 
 class ExampleFiles(ExampleTable):
@@ -55,25 +91,26 @@ class ExampleFiles(ExampleTable):
 
     def __init__(self, folder: pathlib.Path, indices: np.ndarray | None = None):
         self._folder, self._indices = folder, indices
-        self.about: Mapping[str, Any] = files.read_object(folder / ABOUT, "stored examples")
         try:
-            sizes = {name: (folder / name).stat().st_size for name in self.about["bytes"]}
-            number = self.about["num_examples"]
-            self._offsets = self._array(OFFSETS, mapped=True)
-            self._digests = self._array(DIGESTS, mapped=True)
-            is_whole = sizes == self.about["bytes"] and len(self._offsets) == number + 1
-            has_sets_file = is_whole and SETS in sizes
-            self._sets = read_sets(folder / SETS) if has_sets_file else {}
-        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+            self.about = msgspec.convert(files.read_object(folder / ABOUT), About)
+            names = sorted({*_FILES, *self.about.bytes} & {*_FILES, SETS})
+            sizes = {name: (folder / name).stat().st_size for name in names}
+            sums = {name: checksum(folder / name) for name in names if name != ROWS}
+        except (OSError, UsageError, msgspec.ValidationError) as error:
             if (said := system_error(error)) is not None:
                 raise said from error
             raise self._damaged(f"{type(error).__name__}: {error}") from error
-        if not is_whole:
-            raise self._damaged(f"files of {sizes} bytes")
+        if (sizes, sums) != (self.about.bytes, self.about.checksums):
+            raise self._damaged(f"files of {sizes} bytes, with the checksums {sums}")
+        self._offsets = self._array(OFFSETS, mapped=True)
+        self._digests = self._array(DIGESTS, mapped=True)
+        self._sets = read_sets(folder / SETS) if SETS in sizes else {}
+        if (found := len(self._digests)) != self.about.num_examples:
+            raise self._damaged(f"{found} examples, and not {self.about.num_examples}")
         # One for the life of this object: what is open can be read when the folder is gone.
         self._file = os.open(folder / ROWS, os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)
-        self._number = number if indices is None else len(indices)
+        self._number = self.about.num_examples if indices is None else len(indices)
 
     def _array(self, name: str, *, mapped: bool = False) -> np.ndarray:
         mode = "r" if mapped else None
@@ -151,24 +188,31 @@ class ExampleFiles(ExampleTable):
 
     def has_ids_below(self, number: int) -> bool:
         """See `ExampleTable.has_ids_below`."""
-        return 0 <= self.about["least_id"] <= self.about["largest_id"] < number
+        return 0 <= self.about.least_id <= self.about.largest_id < number
 
     def kept(self, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
-        """See `ExampleTable.kept`; mapped, where the folder can be written."""
+        """See `ExampleTable.kept`; mapped, where the folder can be written.
+
+        What is damaged is made again.
+        """
         indices = b"" if self._indices is None else self._indices.tobytes()
         key = hashlib.sha256(name.encode() + indices).hexdigest()[:16]
         file = self._folder / f"kept_{re.sub(r'[^a-z]+.*', '', name)}_{key}.npy"
-        if not file.exists():
-            made = make()
-            try:
-                with files.replacing(file) as unfinished, unfinished.open("wb") as opened:
-                    np.save(opened, made)
-            except OSError:
-                return made
-        try:
+        if _is_whole(file):
             return self._array(file.name, mapped=True)
-        except ValueError as error:
-            raise UsageError(f"{file}: {error}. Delete it, and it is made again.") from error
+        if file.exists():
+            console.log(f"{file}: expected what was kept there, found damage: it is made again.")
+        made = make()
+        try:
+            with files.replacing(file) as unfinished:
+                with unfinished.open("wb") as opened:
+                    np.save(opened, made)
+                found = checksum(unfinished)
+                with unfinished.open("ab") as opened:
+                    opened.write(found.to_bytes(_CHECKSUM_BYTES, "little"))
+        except OSError:
+            return made
+        return self._array(file.name, mapped=True)
 
 
 def write_sets(path: pathlib.Path, sets: Mapping[int, np.ndarray]) -> None:
@@ -198,3 +242,17 @@ def read_sets(path: pathlib.Path) -> dict[int, np.ndarray]:
     """The inverse of `write_sets`."""
     with np.load(path, allow_pickle=False) as arrays:
         return from_arrays(arrays)
+
+
+_CHECKSUM_BYTES = 4
+
+
+def _is_whole(file: pathlib.Path) -> bool:
+    """Whether a file is there, and ends with the checksum of what is before it."""
+    if not file.is_file():
+        return False
+    size = file.stat().st_size - _CHECKSUM_BYTES
+    with file.open("rb") as opened, naming_file(file):
+        opened.seek(max(size, 0))
+        stated = opened.read(_CHECKSUM_BYTES)
+    return size > 0 and int.from_bytes(stated, "little") == checksum(file, size)

@@ -13,6 +13,7 @@ user's to standard output.
 import contextlib
 import dataclasses
 import datetime
+import errno
 import fcntl
 import hashlib
 import json
@@ -24,10 +25,10 @@ import subprocess
 import sys
 import time
 import uuid
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 
 import tnt_jax
@@ -39,14 +40,16 @@ from tnt_jax.data.example_files import (
     OFFSETS,
     ROWS,
     SETS,
+    About,
     ExampleFiles,
     as_arrays,
+    checksum,
     from_arrays,
     write_sets,
 )
 from tnt_jax.data.examples import COLUMNS
 from tnt_jax.runtime import console, files, processes, settings_json
-from tnt_jax.runtime.errors import UsageError, naming_file
+from tnt_jax.runtime.errors import UsageError, naming_file, system_error
 
 _FORMAT = 2  # to be raised where the same records come to other examples, or other files
 _BYTES_PER_PART = 2**22  # of records: about a second's work
@@ -325,29 +328,31 @@ class _Work:
         ids.sort()
         if not num_examples or (ids[1:] == ids[:-1]).any():
             records.survey(self.plan.path)
-        about = {
-            "num_examples": num_examples,
-            "num_spans_without_token": int(counts[:, 1].sum()),
-            "least_id": int(counts[:, 2].min()),
-            "largest_id": int(counts[:, 3].max()),
-            "bytes": {
-                name: (folder / name).stat().st_size
-                for name in (ROWS, OFFSETS, DIGESTS, COLUMNS_FILE, *([SETS] if sets else []))
-            },
-            "of": self.plan.of,
-        }
-        (folder / ABOUT).write_text(files.as_json(about, indent=2) + "\n", "utf-8")
+        written = (OFFSETS, DIGESTS, COLUMNS_FILE, *([SETS] if sets else []))
+        about = About(
+            num_examples=num_examples,
+            num_spans_without_token=int(counts[:, 1].sum()),
+            least_id=int(counts[:, 2].min()),
+            largest_id=int(counts[:, 3].max()),
+            bytes={name: (folder / name).stat().st_size for name in (ROWS, *written)},
+            checksums={name: checksum(folder / name) for name in written},
+            of=dict(self.plan.of),
+        )
+        text = files.as_json(msgspec.to_builtins(about), indent=2)
+        (folder / ABOUT).write_text(text + "\n", "utf-8")
 
     def _read(self, number: int, name: str) -> np.ndarray:
         """An array of a part; a part that is damaged is made again."""
         for is_new in (False, True):
             if is_new:
                 self._write(number)
-            with (
-                self._file(number).open("rb") as file,
-                contextlib.suppress(ValueError, KeyError, EOFError, zipfile.BadZipFile),
-            ):
-                return np.load(file, allow_pickle=False)[name]
+            with self._file(number).open("rb") as file:
+                try:
+                    return np.load(file, allow_pickle=False)[name]
+                except Exception as error:  # of whatever kind: a header is parsed as Python
+                    said = system_error(error)
+                    if said is not None and said.errno != errno.EINVAL:  # a place before the file
+                        raise
         raise UsageError(f"{self._file(number)}: expected what was just written, found damage.")
 
 

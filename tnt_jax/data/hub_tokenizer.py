@@ -493,10 +493,18 @@ def _load(folder: str) -> _Loaded:
         ) from error
 
 
+_MOST_UNUSED = 1024  # numbers that no token has, beside as many as there are tokens
+
+
 def _read(folder: epath.Path, where: str) -> _Loaded:
     content = files.read_object(folder / TOKENIZER)
     is_byte_level = _check_kind(content, where)
     names = _names(content)
+    if (largest := max(names)) >= 2 * len(names) + _MOST_UNUSED:
+        raise UsageError(
+            f"{where}: expected the ids of {len(names):,} tokens, found one of {largest:,}. Fetch "
+            "the model's files again."
+        )
     _check_added(folder, names, where)
     added = {int(one["id"]): one for one in content.get("added_tokens") or ()}
     eos_token = _control_texts(folder).get("eos_token")

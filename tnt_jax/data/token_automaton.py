@@ -20,6 +20,10 @@ import numpy as np
 
 from tnt_jax.data import words
 from tnt_jax.data.text_automaton import Automaton
+from tnt_jax.runtime.errors import UsageError
+
+# Of a listed text: time and memory grow with the square of its words where these repeat.
+_MOST_CHARACTERS = 2000
 
 _CONTINUES = range(0x80, 0xC0)  # bytes of UTF-8 that begin no character
 _OF_RUN = 256  # added to a byte of a run that is text as a whole, or not at all
@@ -49,7 +53,18 @@ class Listed(NamedTuple):
     case_sensitive: bool = False
 
     def compiled(self, vocabulary: Any, *, removes_starts: bool = False) -> "TokenAutomaton":
-        """The list for a vocabulary; the last few are kept."""
+        """The list for a vocabulary; the last few are kept.
+
+        Raises:
+            UsageError: a text is too long.
+        """
+        longest = max(self.texts, key=len, default="")
+        if len(longest) > _MOST_CHARACTERS:
+            raise UsageError(
+                f"expected listed texts of at most {_MOST_CHARACTERS:,} characters, where tokens "
+                f"are removed that would complete them, found one of {len(longest):,}: "
+                f"{longest[:40]!a} ... Shorten it in the list, or take it out."
+            )
         return _compiled(self.texts, vocabulary, self.case_sensitive, removes_starts)
 
 

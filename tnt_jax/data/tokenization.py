@@ -461,6 +461,8 @@ def _load(content: bytes, extra_ids: int) -> sentencepiece.SentencePieceProcesso
     processor = sentencepiece.SentencePieceProcessor()
     with _loading:
         processor.LoadFromSerializedProto(model.SerializeToString())
+    # One that is no UTF-8 is found now, and not when it comes up.
+    processor.id_to_piece(list(range(processor.get_piece_size())))
     return processor
 
 

@@ -6,6 +6,7 @@ reported is of the other. A report shows rows of sweeps and of evaluations.
 """
 
 import hashlib
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
 
@@ -412,6 +413,23 @@ class _Evaluation(msgspec.Struct):
     unrelated: _Unrelated | None = None
 
 
+def training_of(found: Mapping[str, Any], where: str) -> Row:
+    """How an arm was trained, as a pipeline wrote it: "alpha", "seed" and "steps", or None each.
+
+    Raises:
+      UsageError: one is no number; the message says that `where` has it.
+    """
+    stated = {name: found.get(name) for name in ("alpha", "seed", "steps")}
+    for name, value in stated.items():
+        try:
+            msgspec.convert(value, _Number | None)
+        except msgspec.ValidationError:
+            raise UsageError(
+                f"{where}: {name}: expected a number or null, found {value!r:.60}."
+            ) from None
+    return stated
+
+
 def from_evaluation(evaluation: Any, known: Mapping[str, Any]) -> Row:
     """The row of what `tnt_jax.evaluate` wrote.
 
@@ -452,6 +470,28 @@ def from_evaluation(evaluation: Any, known: Mapping[str, Any]) -> Row:
 def unrelated(found: Mapping[str, Any]) -> Row:
     """The columns of prompts of other tasks, from what an evaluation says of these."""
     return {"unrelated_kl": found["kl"], "unrelated_unchanged": found["unchanged"]["value"]}
+
+
+def read_evaluation(path: pathlib.Path, *, has_certificate: bool = False) -> dict[str, Any]:
+    """What `tnt_jax.evaluate` wrote in a file.
+
+    Args:
+      path: Of the file.
+      has_certificate: Whether there must be one.
+
+    Raises:
+      UsageError: it is something else.
+    """
+    found = files.read_object(path)
+    try:
+        checked = _checked_evaluation(found)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+    if has_certificate and checked.certificate is None:
+        raise UsageError(
+            f"{path}: expected a certificate, found none. Delete this file, and it is made again."
+        )
+    return found
 
 
 def num_outputs(evaluation: Any) -> int:

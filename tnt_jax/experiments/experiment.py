@@ -686,7 +686,7 @@ class Opened:
         file = self.root / _unrelated_name(name) / f"{self.first_decoder}.evaluation.json"
         if self.settings.unrelated_prompts is None or not file.exists():
             return None
-        found = json.loads(file.read_text("utf-8"))
+        found = results.read_evaluation(file, has_certificate=True)
         return {
             "kl": found["certificate"]["positive_collateral"],
             "unchanged": found["comparison"]["exact_match"],
@@ -719,7 +719,7 @@ class Opened:
             settings={"vocabulary": self.vocabulary, "print_table": False, **settings},
             also_depends_on=checkpoints,
         )
-        return json.loads(output.read_text("utf-8"))
+        return results.read_evaluation(output)
 
     def report(self, names: Sequence[str]) -> pathlib.Path:
         """Writes the page that shows every arm, output by output; `summary.json` is there."""

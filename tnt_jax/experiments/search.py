@@ -13,14 +13,18 @@ of outputs, one weight and one number of updates say what the result is.
 import contextlib
 import dataclasses
 import functools
+import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import msgspec
+
 from tnt_jax.data import records
 from tnt_jax.evaluation import results, text_metrics
 from tnt_jax.experiments.experiment import Arm, Changes, Opened
-from tnt_jax.runtime import stages
+from tnt_jax.runtime import files, stages
+from tnt_jax.runtime.errors import UsageError
 
 FOLDER = "looks"
 TIME_IS_OVER, _ENOUGH = "the time was over", "the cut was enough"
@@ -116,13 +120,33 @@ class Found:
     reason: str
 
 
-def read_found(value: Mapping[str, Any]) -> Found:
-    """What a search came to, from JSON as `dataclasses.asdict` makes it."""
+def read_note(note: pathlib.Path, of_what: Mapping[str, Any]) -> Found | None:
+    """What a search came to, from the file that `write_note` wrote; None if it was another search.
 
-    def look(of: Mapping[str, Any]) -> Look:
-        return Look(**{**of, "attempt": Attempt(**of["attempt"])})
+    Args:
+      note: The file; None is returned where it is missing.
+      of_what: What the search depends on, JSON values.
 
-    return Found(**{**value, "looks": [*map(look, value["looks"])], "best": look(value["best"])})
+    Raises:
+      UsageError: The file is damaged.
+    """
+    if not note.is_file():
+        return None
+    value = files.read_object(note, "--output")
+    if value.get("of") != of_what:
+        return None
+    try:
+        return msgspec.convert(value.get("found"), Found)
+    except msgspec.ValidationError as error:
+        raise UsageError(
+            f"--output: {note}: expected what a search came to, found other fields ({error}). "
+            "Delete this file, and the search is done again."
+        ) from None
+
+
+def write_note(note: pathlib.Path, of_what: Mapping[str, Any], found: Found) -> None:
+    """Writes what a search came to, for `read_note`."""
+    files.write_json(note, {"of": of_what, "found": dataclasses.asdict(found)})
 
 
 def unwanted_in(file: str) -> int:

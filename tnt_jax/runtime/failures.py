@@ -106,8 +106,8 @@ def _one_line(error: BaseException) -> str:
     text = re.split(r"\n\s*(?:In call to configurable|No values supplied by Gin)", str(error))[0]
     text = re.sub(r"^\[Errno \d+\] ", "", text)
     text = re.sub(r"<module '([\w.]+)'[^>]*>", r"\1", text)
-    text = " ".join(text.split())
-    return printable(text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ...")
+    text = printable(" ".join(text.split()))  # before it is cut: spelt out, it is longer
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
 
 
 def printable(text: str) -> str:

@@ -69,7 +69,7 @@ class Settings:
         self._open_files.append(path)
         self.files.append(path)
         try:
-            self._add_text(path.read_text("utf-8"), path)
+            self._add_text(path.read_text("utf-8-sig"), path)
         except SyntaxError as error:
             content = f": {error.text.strip()}" if error.text else ""
             raise UsageError(f"{path}, line {error.lineno}: {error.msg}{content}") from None
@@ -194,7 +194,7 @@ class Settings:
 
     def _add_text(self, text: str, path: pathlib.Path) -> None:
         names = _Names()
-        for statement in config_parser.ConfigParser(text, names):
+        for statement in _statements(text, names, path):
             self._note_macros(names, path.name)
             if isinstance(statement, config_parser.IncludeStatement):
                 self.add_file(
@@ -219,6 +219,34 @@ class Settings:
         for name in names.macros:
             self._read.setdefault(name, reader)
         names.macros.clear()
+
+
+def _statements(text: str, names: _Names, path: pathlib.Path) -> Iterator[Any]:
+    """What a gin text says, one statement after another.
+
+    Raises:
+        UsageError: a value is none. gin raises for other mistakes.
+    """
+    parser = config_parser.ConfigParser(text, names)
+    while True:
+        try:
+            statement = parser.parse_statement()
+        except _NOT_VALUES as error:
+            token: Any = parser.current_token
+            raise UsageError(f"{path}, line {token.start[0]}: {_why(error)}") from None
+        if statement is None:
+            return
+        yield statement
+
+
+# What gin's parser raises beside what it calls a mistake: for a list as the key of a dict, and for
+# more brackets than it can follow.
+_NOT_VALUES = (TypeError, RecursionError)
+
+
+def _why(error: Exception) -> str:
+    found = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+    return f"expected a value, found one that is none ({found})"
 
 
 def _module_of(name: str) -> str | None:
@@ -252,6 +280,8 @@ def _parse_value(value: str, names: config_parser.ParserDelegate, flag: str) -> 
         reason = f"unexpected {rest.string!r}"
     except (SyntaxError, tokenize.TokenError) as error:
         reason = error.args[0]
+    except _NOT_VALUES as error:
+        reason = _why(error)
     if value.strip().startswith(tuple("\"'([{@%")):
         raise UsageError(f"{flag}: {reason}; a text that starts like this needs quotes within")
     return value

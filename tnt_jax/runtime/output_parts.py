@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import msgspec
 from etils import epath
 
 from tnt_jax import __version__
@@ -169,13 +170,14 @@ class Parts:
         Raises:
             OSError: it is there and may not be read: nothing says that it has to be done again.
         """
-        with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+        damage = (ValueError, KeyError, TypeError, RecursionError, msgspec.ValidationError)
+        with contextlib.suppress(FileNotFoundError, *damage):
             with naming_file(self._file(part)):
                 about, _, content = self._file(part).read_bytes().partition(b"\n")
             found = json.loads(about)
             expected = (part, self._identity, len(content))
             if (found["part"], found["of"], found["bytes"]) == expected:
-                return found["counts"], content
+                return msgspec.convert(found["counts"], dict[str, int]), content
         return None
 
     def _done(self) -> set[int]:

@@ -371,7 +371,7 @@ def parse_gin_file(
     # gin's own search takes a folder for a package and logs every place where it finds nothing.
     readers: Any = gin_config._FILE_READERS
     own = readers[:]
-    readers[:] = [(lambda name: find(name).open(encoding="utf-8"), lambda name: True)]
+    readers[:] = [(lambda name: find(name).open(encoding="utf-8-sig"), lambda name: True)]
     try:
         gin.parse_config_file(os.fspath(path))
     finally:

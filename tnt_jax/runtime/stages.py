@@ -118,9 +118,8 @@ class Stages:
         described = describe(function, settings, paths, version)
         before: dict[str, Any] = {}
         # A note that is there and may not be read is none that is missing: that ends the run.
-        with contextlib.suppress(FileNotFoundError, ValueError), naming_file(note):
-            found = json.loads(note.read_text("utf-8"))
-            before = found if isinstance(found, dict) else {}
+        with contextlib.suppress(FileNotFoundError):
+            before = _read(note)
         is_same = before.get("described") == json.loads(json.dumps(described))
         is_there = pathlib.Path(output).exists()
         if is_same and before.get("done") and is_there:
@@ -144,7 +143,7 @@ class Stages:
         console.log(f"[{self._number_of(name)}] {name}")
         is_gone_on_from = goes_on and (is_same or is_leg) and is_there
         spent = before.get("seconds") if is_gone_on_from else None
-        spent = spent if isinstance(spent, int | float) else 0.0
+        spent = spent if isinstance(spent, float) else 0.0
         with _noted(note, described, spent):
             function(**{output_name: output}, **inputs, **settings)
         preemption.check()
@@ -155,10 +154,19 @@ class Stages:
 
     def seconds(self, name: str) -> float | None:
         """How long a stage took, if it is done; what was stopped and went on, in all."""
-        with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
-            note = json.loads(note_path(self._root, name).read_text("utf-8"))
-            return note["seconds"] if note["done"] else None
+        with contextlib.suppress(FileNotFoundError):
+            found = _read(note_path(self._root, name))
+            seconds = found.get("seconds") if found.get("done") else None
+            return seconds if isinstance(seconds, float) else None
         return None
+
+
+def _read(note: pathlib.Path) -> dict[str, Any]:
+    """What a note says; nothing where it is damaged."""
+    with contextlib.suppress(ValueError, RecursionError), naming_file(note):
+        found = json.loads(note.read_text("utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 @contextlib.contextmanager

@@ -87,7 +87,7 @@ class StepLines:
 def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return math.inf  # not a line of ours, or damaged
 
 
@@ -327,9 +327,11 @@ class WeightsAndBiases:
 
         folder = epath.Path(model_dir).expanduser()
         kept = folder / "wandb_run.json"
+        run_id = None
         if kept.exists():
-            run_id = json.loads(kept.read_text())["id"]
-        else:
+            files.check_types(found := files.read_object(kept), {"id": (str,)}, str(kept))
+            run_id = found.get("id")
+        if run_id is None:
             run_id = secrets.token_hex(4)
             files.write_json(os.fspath(kept), {"id": run_id, "project": project})
         self._table = wandb.Table

@@ -172,7 +172,7 @@ class Samples(hooks.Hook):
         asked = [(prompt.id, inputs) for prompt, inputs in prompts]
         # As `StepLines` reads it: whatever a crash left, half a character too.
         for line in self._path.read_bytes().decode("utf-8", "replace").split("\n"):
-            with contextlib.suppress(ValueError, KeyError, TypeError):
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
                 samples = json.loads(line)["samples"]
                 if [(sample["id"], sample["inputs"]) for sample in samples] == asked:
                     return [sample["original"] for sample in samples]

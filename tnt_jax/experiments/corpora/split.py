@@ -1,7 +1,6 @@
 """Reading the files of a package, and holding a part of a corpus out."""
 
 import importlib.util
-import json
 import os
 import pathlib
 import random
@@ -9,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from tnt_jax.data import records
+from tnt_jax.runtime import files
 from tnt_jax.runtime.errors import UsageError
 
 
@@ -55,14 +55,13 @@ def package_file(package: str, name: str, requirement: str) -> str:
 
 
 def read_json(path: pathlib.Path) -> Any:
-    """The value in a file of a package; raises a UsageError where the file is missing."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    """The value in a file of a package; raises a UsageError where it is missing, or no JSON."""
+    if not path.exists():
         raise UsageError(
             f"{path}: no such file. Expected the folder of the package as pip installs it; set "
             "source_dir to that folder, or leave it out to use the installed package."
-        ) from None
+        )
+    return files.read(path)
 
 
 def write_splits(
