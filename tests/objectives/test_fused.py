@@ -517,6 +517,16 @@ def test_eight_devices_give_the_numbers_of_one_on_strengths(name):
     assert_same_on_mesh(OBJECTIVES[name], (2, 2, 2), problem(9, batch=8, strengths=RAISED))
 
 
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 1, 8)], ids=str)
+def test_eight_devices_give_the_numbers_of_one_on_sets(shape):
+    """Of whose vocabulary each device has a part."""
+    objective = dataclasses.replace(OBJECTIVES["TNRF"], sets=((1, 7, 20, 33, 39), (4, 8)))
+    current, original, tokens = problem(9, batch=8)
+    named = np.random.default_rng(1).integers(-3, 0, tokens["negative_ids"].shape[:2])
+    ids = tokens["negative_ids"].at[..., 0].set(jnp.asarray(named, jnp.int32))
+    assert_same_on_mesh(objective, shape, (current, original, {**tokens, "negative_ids": ids}))
+
+
 def assert_same_on_mesh(objective, shape, inputs):
     step, placed = on_mesh(objective, dict(zip(sharding.MESH_AXES, shape, strict=True)), *inputs)
     found = step(*placed)
