@@ -494,13 +494,11 @@ class _Patch:
         else:
             number, reason = choices.training_outputs(pilot, available)
         self._note("outputs to learn from", number, reason, "--prompts")
-        to_choose = choices.num_to_choose_by(len(parts.choice), pilot)
+        to_choose, reason = choices.num_to_choose_by(len(parts.choice), pilot)
         self._choice_prompts = self._write_prompts("choice", parts.choice[:to_choose])
-        reason = "enough to measure the wish on"
         self._note("prompts to choose by", to_choose, reason, "--eval_prompts")
-        self._num_report = choices.num_to_report_on(len(parts.report), pilot)
+        self._num_report, reason = choices.num_to_report_on(len(parts.report), pilot)
         self._write_prompts("report", parts.report[: self._num_report])
-        reason = "enough for the numbers at the end"
         self._note("prompts to report on", self._num_report, reason, "--eval_prompts")
         for choice in self._chosen:
             self._print(choice.what, choice.value, choice.reason, choice.flag)
@@ -580,7 +578,7 @@ class _Patch:
             f"{self._asked.cut:.1%} counts as fulfilled with a cut of {enough:.1%} there: one "
             "standard error more."
         )
-        last = 2.5 * self._num_report * len(before) * self._seconds_per_output
+        last = 2.5 * self._num_report * len(before) * self._seconds_of_an_output(opened)
         plan = search.Plan(
             enough=enough,
             attempts=attempts,
@@ -596,9 +594,13 @@ class _Patch:
                 f"Not fulfilled: {found.reason}. The largest cut was {found.best.cut:.1%}, of "
                 f"{found.best}, which is taken."
             )
-            for line in self._what_else(found.reason):
-                console.say(f"           {line}")
         return found
+
+    def _seconds_of_an_output(self, opened: Opened) -> float:
+        """As those of the choice prompts took; the pilot's were made while programs compiled."""
+        seconds = opened.seconds(f"choice: generate, {opened.first_decoder}")
+        number = sum(1 for _ in records.iterate(self._choice_prompts))
+        return self._seconds_per_output if seconds is None else seconds / number
 
     def _attempts(self, arm: Arm) -> tuple[Sequence[search.Attempt], str]:
         """What is tried, one after the other, and why."""
@@ -630,9 +632,21 @@ class _Patch:
             for look in found.looks:
                 self._told(look)
             return found
+        self._take_away_what_was_finished(arm)
         found = search.search(opened, arm, plan, before, self._told)
         search.write_note(note, of_what, found)
         return found
+
+    def _take_away_what_was_finished(self, arm: Arm) -> None:
+        """Of a patch with another wish, so that nobody takes its model for this one's."""
+        finished = self._root / "patch.json"
+        if not finished.is_file():
+            return
+        self.say(f"The patch that is finished in {self._root} is replaced: it had another wish.")
+        finished.unlink()
+        (self._root / "report.html").unlink(missing_ok=True)
+        for handed_over in ("huggingface", "peft", "t5x", "t5x_orbax"):
+            shutil.rmtree(self._root / arm.name / handed_over, ignore_errors=True)
 
     def _add_learning_rate(self, when: choices.Looks) -> None:
         rate = choices.learning_rate(self._gin.given, self._chosen, when)
@@ -721,6 +735,9 @@ class _Patch:
             f"{verdict}: {first['cut']:.1%} of the unwanted outputs are gone (95 %: {low:.0%} to "
             f"{high:.0%}), asked for {self._asked.cut:.0%}."
         )
+        if first["cut"] < self._asked.cut:
+            for line in self._what_else(found.reason):
+                console.say(f"    {line}")
         console.say(f"The patched model: {model}")
         for line in loads:
             console.say(f"    {line}")

@@ -69,14 +69,16 @@ def test_too_few_prompts_are_refused(number, is_kept_back):
 
 def test_as_many_are_looked_at_as_have_64_unwanted_ones():
     # A quarter is unwanted: 64 of 256. Nine tenths are: 71.1 of them have 64, so 72.
-    assert choices.num_to_choose_by(1000, Counts(outputs=64, marked=16)) == 256
-    assert choices.num_to_choose_by(1000, Counts(outputs=100, marked=90)) == 72
-    assert choices.num_to_choose_by(1000, Counts(outputs=64, marked=64)) == 64
-    assert choices.num_to_choose_by(50, Counts(outputs=64, marked=64)) == 50
+    assert choices.num_to_choose_by(1000, Counts(outputs=64, marked=16))[0] == 256
+    assert choices.num_to_choose_by(1000, Counts(outputs=100, marked=90))[0] == 72
+    assert choices.num_to_choose_by(1000, Counts(outputs=64, marked=64))[0] == 64
+    few, reason = choices.num_to_choose_by(50, Counts(outputs=64, marked=64))
+    assert few == 50
+    assert reason == "all that were kept back; 64 would be enough to measure the wish on"
     # The report is of 256 at least.
-    assert choices.num_to_report_on(1000, Counts(outputs=100, marked=90)) == 256
-    assert choices.num_to_report_on(1000, Counts(outputs=64, marked=8)) == 512
-    assert choices.num_to_report_on(300, Counts(outputs=64, marked=8)) == 300
+    assert choices.num_to_report_on(1000, Counts(outputs=100, marked=90))[0] == 256
+    assert choices.num_to_report_on(1000, Counts(outputs=64, marked=8))[0] == 512
+    assert choices.num_to_report_on(300, Counts(outputs=64, marked=8))[0] == 300
 
 
 # --- Lengths --------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def run(monkeypatch):
             look = search.Look(attempt=attempt, updates=updates, cut=cut, bleu=score, unwanted={})
             self._looks.append(look)
             self._seconds_of_training.append(opened.of_training)
-            self._longest_leg = max(self._longest_leg, opened.of_training)
+            self._last_leg = opened.of_training
             return look
 
         monkeypatch.setattr(search._Search, "_leg", leg)
@@ -182,7 +182,7 @@ def test_no_leg_begins_that_would_end_after_the_time(run, deadline, num_looks):
     outcome, opened = run(NOT_ENOUGH, plan, seconds_of_training=10, seconds_of_outputs=100)
     assert len(opened.trained) == num_looks
     assert taken(outcome) == (10, 5 * num_looks, False)
-    assert outcome.reason == "the time was over"
+    assert outcome.reason == search.TIME_IS_OVER
     assert opened.rounds == []
 
 

@@ -261,7 +261,7 @@ def test_a_search_whose_time_was_over_is_not_begun_anew(monkeypatch):
     monkeypatch.setattr(choices, "threshold", lambda *of: math.inf)
     flags = {**QUICK, "gin.TRAIN_STEPS": 2}  # one look at each of three attempts
     little = done("no_time", **flags, time="0.01s").numbers
-    assert (len(little["looks"]), little["ended_because"]) == (1, "the time was over")
+    assert (len(little["looks"]), little["ended_because"]) == (1, search.TIME_IS_OVER)
     assert done("no_time", **flags, time="0.01s").numbers["looks"] == little["looks"]
     more = done("no_time", **flags, time="1h").numbers["looks"]
     assert [look["attempt"]["round"] for look in more] == [1, 2, 3]
@@ -293,7 +293,7 @@ def test_a_round_that_there_was_no_time_for_is_begun_by_a_later_command(monkeypa
     with monkeypatch.context() as first:
         first.setattr(search._Search, "_seconds_of_outputs", lambda self: math.inf)
         little = done("later", **QUICK).numbers
-    assert little["ended_because"] == "the time was over"
+    assert little["ended_because"] == search.TIME_IS_OVER
     assert {look["attempt"]["round"] for look in little["looks"]} == {1}
     assert little["updates"] < little["looks"][-1]["updates"]
     more = done("later", **QUICK, time="1h").numbers["looks"]
@@ -635,6 +635,25 @@ def test_the_same_files_under_other_paths_are_the_same_patch(patched):
         **QUICK,
     )
     assert again.numbers["cut"] == patched.numbers["cut"]
+
+
+def test_a_finished_patch_makes_room_for_one_with_another_wish(patched, monkeypatch, capsys):
+    """Stopped meanwhile it is none: no model and no numbers of the wish before are left."""
+    shutil.copytree("patched", "other_wish")
+
+    def stop(*arguments):
+        raise preemption.Preempted("the machine is taken away")
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(search, "search", stop)
+        assert run("other_wish", **QUICK | {"cut": 0.8}) == preemption.EXIT_STATUS
+    assert "The patch that is finished in " in capsys.readouterr().out
+    gone = ["patch.json", "report.html", "TNFF/huggingface"]
+    assert all(pathlib.Path("patched", name).exists() for name in gone)
+    assert not any(pathlib.Path("other_wish", name).exists() for name in gone)
+    numbers = done("other_wish", **QUICK | {"cut": 0.8}).numbers
+    assert numbers["wish"] == 0.8
+    assert all(pathlib.Path("other_wish", name).exists() for name in gone)
 
 
 def test_a_list_that_has_changed_is_refused(capsys):

@@ -392,7 +392,11 @@ def test_our_own_mistakes_keep_their_traceback(toy):
 
 
 def test_interrupt(run):
-    assert run(*GIVEN, "--gin.NAME=interrupt") == (130, "", "toy: interrupted\n")
+    assert run(*GIVEN, "--gin.NAME=interrupt") == (
+        130,
+        "",
+        "toy: interrupted. The same command goes on.\n",
+    )
 
 
 def test_help_needs_no_import(run, toy):

@@ -172,19 +172,23 @@ def split_sizes(num_prompts: int, has_eval_prompts: bool) -> tuple[int, int]:
     )
 
 
-def num_to_choose_by(available: int, pilot: Counts) -> int:
+def num_to_choose_by(available: int, pilot: Counts) -> tuple[int, str]:
     """How many choice prompts are looked at: enough that about 64 are unwanted, at least 64."""
-    return _num_kept_back(available, pilot, _FEWEST_TO_CHOOSE)
+    return _num_kept_back(available, pilot, _FEWEST_TO_CHOOSE, "to measure the wish on")
 
 
-def num_to_report_on(available: int, pilot: Counts) -> int:
+def num_to_report_on(available: int, pilot: Counts) -> tuple[int, str]:
     """How many prompts the numbers at the end are of: as for the choice, but at least 256."""
-    return _num_kept_back(available, pilot, _FEWEST_TO_REPORT)
+    return _num_kept_back(available, pilot, _FEWEST_TO_REPORT, "for the numbers at the end")
 
 
-def _num_kept_back(available: int, pilot: Counts, fewest: int) -> int:
+def _num_kept_back(available: int, pilot: Counts, fewest: int, what_for: str) -> tuple[int, str]:
+    """A number, and its reason."""
     wanted = math.ceil(_UNWANTED_KEPT_BACK / pilot.share) if pilot.marked else available
-    return min(available, max(fewest, wanted))
+    wanted = max(fewest, wanted)
+    if wanted <= available:
+        return wanted, f"enough {what_for}"
+    return available, f"all that were kept back; {wanted} would be enough {what_for}"
 
 
 # ------------------------------------------------------------------------------- Before the pilot

@@ -336,8 +336,15 @@ def _with_spans(
     if not marked:
         raise UsageError(f"--spans: {path} marks none of the {len(rows)} outputs of --prompts.")
     left_out = len(rows) - len(marked)
-    notes = [f"{left_out} of {len(rows)} outputs are left out: nobody marked them."]
-    return marked, notes if left_out else []
+    notes = [
+        f"{left_out} of {len(rows)} outputs are left out: nobody marked them. (A line with "
+        '"negative_spans": [] says that nothing is wrong.)'
+    ]
+    if all(row.negative_spans for row in marked):
+        notes.append(
+            "Every output that somebody looked at has a mark: no clean ones hold the rest in place."
+        )
+    return marked, notes[not left_out :]
 
 
 def _check_marked(rows: Sequence[records.Record], flag: str) -> list[str]:

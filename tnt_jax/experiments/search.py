@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -27,7 +28,8 @@ from tnt_jax.runtime import files, stages
 from tnt_jax.runtime.errors import UsageError
 
 FOLDER = "looks"
-TIME_IS_OVER, _ENOUGH = "the time was over", "the cut was enough"
+TIME_IS_OVER = "what would come next would probably end after --time"
+_ENOUGH = "the cut was enough"
 _NEARLY = 1.0  # BLEU; looks on the prompts to choose by do not tell so little apart
 NO_MORE = 4  # looks that bring nothing better, an epoch, after which an attempt is over
 _T = TypeVar("_T")
@@ -194,7 +196,7 @@ class _Search:
         self._files = [opened.training_outputs]  # what each round learns from
         self._looks: list[Look] = []
         self._seconds_of_training: list[float] = []  # of the leg before each look
-        self._longest_leg = 0.0
+        self._last_leg = 0.0
 
     def run(self, told: Callable[[Look], Any]) -> Found:
         """Attempt after attempt."""
@@ -267,8 +269,9 @@ class _Search:
         first = best
         while first and self._looks[first - 1].attempt == self._looks[best].attempt:
             first -= 1
-        again = sum(self._seconds_of_training[first : best + 1])
-        ends = time.monotonic() + seconds_before + self._longest_leg + again
+        # The first leg also compiles, which the later ones and training again do not.
+        again = (best + 1 - first) * statistics.median(self._seconds_of_training)
+        ends = time.monotonic() + seconds_before + self._last_leg + again
         return ends > self._plan.deadline
 
     def _seconds_of_outputs(self) -> float:
@@ -349,15 +352,15 @@ class _Search:
     def _leg(self, attempt: Attempt, after: int, updates: int) -> Look:
         """Trains from one look to the next, and looks."""
         began = time.monotonic()
-        seconds_of_training = self._longest_leg  # not known where it was kept
+        seconds_of_training, is_trained = self._last_leg, False  # not known where it was kept
 
         def train() -> None:
-            nonlocal seconds_of_training
+            nonlocal seconds_of_training, is_trained
             self._train(attempt, after, updates)
-            seconds_of_training = time.monotonic() - began
+            seconds_of_training, is_trained = time.monotonic() - began, True
 
         made = self._kept_or_made(lambda: self._outputs_of_look(attempt, updates), train)
-        self._longest_leg = max(self._longest_leg, time.monotonic() - began)
+        self._last_leg = time.monotonic() - began if is_trained else self._last_leg
         self._seconds_of_training.append(seconds_of_training)
         self._looks.append(self._look(attempt, updates, made))
         return self._looks[-1]

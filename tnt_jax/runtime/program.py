@@ -215,7 +215,7 @@ def _outcome(
             status = status_of(configured())
         sys.stdout.flush()  # what is wrong with it is said now, not when Python ends
     except KeyboardInterrupt:
-        return 130, "interrupted"
+        return 130, "interrupted. The same command goes on."
     except Exception as error:
         message = failures.explain(error)
         if message is not None:
