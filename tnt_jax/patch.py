@@ -735,7 +735,7 @@ class _Patch:
             f"{verdict}: {first['cut']:.1%} of the unwanted outputs are gone (95 %: {low:.0%} to "
             f"{high:.0%}), asked for {self._asked.cut:.0%}."
         )
-        if first["cut"] < self._asked.cut:
+        if not found.is_enough or first["cut"] < self._asked.cut:
             for line in self._what_else(found.reason):
                 console.say(f"    {line}")
         console.say(f"The patched model: {model}")
