@@ -75,7 +75,7 @@ def forget_peak() -> None:
 
 
 def processor_seconds() -> float:
-    """Of this process and of the children that it has waited for."""
+    """The processor time that this process and its finished children have taken."""
     own, others = (
         resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     )

@@ -128,7 +128,7 @@ def write_records(folder: Folder) -> None:
 
 
 def read_records(folder: Folder) -> None:
-    """As `train`, from memory and from files of examples, and as `annotate` writes them."""
+    """Reads records as `train` does, in both of its ways, and writes them as `annotate` does."""
     path = str(folder / "records.jsonl")
     rows = records.read_records(path)
     records.write_records(folder / "again.jsonl", rows)
@@ -154,7 +154,7 @@ def write_prompts(folder: Folder) -> None:
 
 
 def read_prompts(folder: Folder) -> None:
-    """As `patch` reads them, with each way to say what is unwanted."""
+    """Reads prompts as `patch` does, with each way to say what is unwanted."""
 
     def path(name: str) -> str:
         return str(folder / name)
@@ -187,7 +187,7 @@ def write_chat(folder: Folder) -> None:
 
 
 def read_chat(folder: Folder) -> None:
-    """As `train` with a chat model."""
+    """Reads conversations as `train` does for a chat model."""
     path = str(folder / "records.jsonl")
     data = datasets.RecordFiles(files=path, vocabulary=chat_vocabulary())
     examples = data.load(LENGTHS)
@@ -207,7 +207,7 @@ def write_lists(folder: Folder) -> None:
 
 
 def read_lists(folder: Folder) -> None:
-    """As `annotate`: every file, whichever is damaged."""
+    """Marks an output by each of the files, as `annotate` does."""
     record = records.Record.from_json(rows_of_records()[0], "rows:1")
     by_text = {"match": "text", "unmatched": "leave_out"}
     for annotator in (
@@ -415,7 +415,7 @@ def write_adapters(folder: Folder) -> None:
 
 
 def read_adapters(folder: Folder) -> None:
-    """As `convert`, which does not compare digests of what it does not write."""
+    """Loads every array of a checkpoint with adapters, as `convert` does."""
     opened = pretrained.open_checkpoint(str(folder))
     for array in opened.weights.values():
         array.load()
@@ -444,7 +444,7 @@ def write_report(folder: Folder) -> None:
 
 
 def read_report(folder: Folder) -> None:
-    """As `report` and `convert --evaluation`."""
+    """Reads evaluations and results as `report` and `convert --evaluation` do."""
 
     def path(name: str) -> str:
         return str(folder / name)
@@ -485,7 +485,7 @@ def read_examples_of(examples: Any) -> None:
 
 
 def read_examples(folder: Folder) -> None:
-    """As `train`, which finds the folder by what it is to hold."""
+    """Reads stored examples as `train` does, which finds them by a digest of its settings."""
     data = datasets.RecordFiles(
         files="examples.jsonl", vocabulary=vocabulary(), annotated=False, examples_dir=str(folder)
     )
@@ -510,7 +510,7 @@ def write_states(folder: Folder) -> None:
 
 
 def read_states(folder: Folder) -> None:
-    """As `train`."""
+    """Reads cached states as `train` does."""
     for place in sorted(folder.iterdir()):
         states, examples = states_in(place)
         if not states.missing([states.key(example) for example in examples]):
@@ -553,7 +553,7 @@ def write_nothing(*, output: str) -> None:
 
 
 def read_notes(folder: Folder) -> None:
-    """As `pipeline`, `generate`, `train` and `patch` go on."""
+    """Reads notes as the programs do when they go on after a stop."""
     with contextlib.redirect_stdout(io.StringIO()):
         run = stages.Stages(folder / "run")
         run.seconds("train")

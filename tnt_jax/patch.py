@@ -597,7 +597,10 @@ class _Patch:
         return found
 
     def _seconds_of_an_output(self, opened: Opened) -> float:
-        """As those of the choice prompts took; the pilot's were made while programs compiled."""
+        """How long an output takes, by those of the choice prompts.
+
+        The pilot's outputs were made while programs compiled, and took longer.
+        """
         seconds = opened.seconds(f"choice: generate, {opened.first_decoder}")
         number = sum(1 for _ in records.iterate(self._choice_prompts))
         return self._seconds_per_output if seconds is None else seconds / number
@@ -638,15 +641,18 @@ class _Patch:
         return found
 
     def _take_away_what_was_finished(self, arm: Arm) -> None:
-        """Of a patch with another wish, so that nobody takes its model for this one's."""
+        """Removes the result of a patch with another wish: nobody shall take it for this one's."""
         finished = self._root / "patch.json"
         if not finished.is_file():
             return
-        self.say(f"The patch that is finished in {self._root} is replaced: it had another wish.")
+        self.say(
+            f"The patch that is finished in {self._root} is replaced: its wish or time was another."
+        )
         finished.unlink()
         (self._root / "report.html").unlink(missing_ok=True)
-        for handed_over in ("huggingface", "peft", "t5x", "t5x_orbax"):
-            shutil.rmtree(self._root / arm.name / handed_over, ignore_errors=True)
+        for folder in (self._root / arm.name).glob("*"):  # it may be gone
+            if folder.is_dir() and folder.name != "model":  # a model that was handed over
+                shutil.rmtree(folder)
 
     def _add_learning_rate(self, when: choices.Looks) -> None:
         rate = choices.learning_rate(self._gin.given, self._chosen, when)

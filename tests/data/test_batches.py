@@ -366,7 +366,7 @@ def test_loss_until_what_is_unknown():
 
 
 def test_a_set_at_a_position_is_one_mark_by_hand():
-    """Of two sets at a position the first is named; what another mark makes stronger stays."""
+    """The first of two sets at a position is named; an id that another mark removes more stays."""
     record = records.Record(
         id="r",
         inputs="a",

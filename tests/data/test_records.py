@@ -338,7 +338,7 @@ def test_a_survey_finds_the_mistakes_that_reading_finds(tmp_path):
 
 
 def test_ids_that_have_one_hash_are_compared(tmp_path, monkeypatch):
-    """Of eight bytes each, two ids among many may have the same."""
+    """Two different ids may have the same hash, for a hash has eight bytes."""
     monkeypatch.setattr(records, "hash", len, raising=False)
     path = write_lines(tmp_path / "a.jsonl", *(f'{{"id": "{n}", "inputs": ""}}' for n in "123"))
     assert records.survey(path).num_records == 3

@@ -519,7 +519,7 @@ def test_eight_devices_give_the_numbers_of_one_on_strengths(name):
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 1, 8)], ids=str)
 def test_eight_devices_give_the_numbers_of_one_on_sets(shape):
-    """Of whose vocabulary each device has a part."""
+    """A set may have ids from every part of a vocabulary that is split over devices."""
     objective = dataclasses.replace(OBJECTIVES["TNRF"], sets=((1, 7, 20, 33, 39), (4, 8)))
     current, original, tokens = problem(9, batch=8)
     named = np.random.default_rng(1).integers(-3, 0, tokens["negative_ids"].shape[:2])
