@@ -31,7 +31,7 @@ from etils import epath
 
 from tnt_jax import objectives
 from tnt_jax.checkpoints import pretrained
-from tnt_jax.data import datasets
+from tnt_jax.data import datasets, negative_sets
 from tnt_jax.data.batches import Batches
 from tnt_jax.data.examples import (
     Example,
@@ -146,7 +146,12 @@ def train(
     trainer = trainer.with_sets(data.sets.ids)
     _check_marks(examples, trainer, update.task_feature_lengths)
     _log_padding(data.batches)
-    memory.check_batch(update.batch_size, sum(update.task_feature_lengths.values()))
+    memory.check_batch(
+        update.batch_size,
+        sum(update.task_feature_lengths.values()),
+        data.num_negative_ids,
+        data.num_marks_of_row(update.task_feature_lengths["targets"]),
+    )
 
     # ---------------------------------------------------- What is done on the way, and what it is
     watch_hooks = watch.make_hooks(
@@ -162,7 +167,7 @@ def train(
     # ------------------------------------------------------------------------------- The updates
     with (
         holding.folder(model_dir, "MODEL_DIR"),
-        _memory_explained(trainer, update),
+        _memory_explained(trainer, update, data.num_negative_ids),
         run_checkpoints.Checkpoints(model_dir, keep) as saved,
     ):
         load = functools.partial(
@@ -261,11 +266,14 @@ def _describe_run(
 
 
 def _memory_explained(
-    trainer: Trainer, update: settings.Update
+    trainer: Trainer, update: settings.Update, num_negative_ids: int
 ) -> contextlib.AbstractContextManager[None]:
     """Says what would help where memory runs out."""
+    tries = trainer.memory_advice()
+    if num_negative_ids > negative_sets.LEAST:  # what is shared counts as one
+        tries.append(f"fewer ids marked at one position (one has {num_negative_ids})")
     return memory.explained(
-        trainer.memory_advice(),
+        tries,
         BATCH_SIZE=update.batch_size,
         NUM_MICROBATCHES=update.num_microbatches,
         TASK_FEATURE_LENGTHS=update.task_feature_lengths,

@@ -560,18 +560,33 @@ def test_too_little_memory_for_a_batch_on_a_device(mistake):
 
 
 @pytest.mark.parametrize(
-    ("run_name", "settings"),
+    ("run_name", "settings", "size"),
     [
-        ("train", {"MODEL_DIR": "large", "BATCH_SIZE": 8 * 10**9}),
-        ("generate", {"OUTPUT": "output", "CHECKPOINT_PATH": "original", "BATCH_SIZE": 8 * 10**9}),
+        ("train", {"MODEL_DIR": "large"}, r"4828\.0"),
+        ("generate", {"OUTPUT": "output", "CHECKPOINT_PATH": "original"}, r"4351\.1"),
     ],
 )
-def test_too_little_memory_for_a_batch_on_the_host(mistake, run_name, settings):
+def test_too_little_memory_for_a_batch_on_the_host(mistake, run_name, settings, size):
     assert re.match(
         r"out of memory with BATCH_SIZE=8000000000 and 24 tokens in a row \(TASK_FEATURE_LENGTHS"
-        r"\): a batch takes about 4351\.1 GiB, and this host has [\d.]+\. Set a smaller BATCH_SIZE "
+        rf"\): a batch takes about {size} GiB, and this host has [\d.]+\. Set a smaller BATCH_SIZE "
         r"or TASK_FEATURE_LENGTHS\.$",
-        mistake(run_name, settings),
+        mistake(run_name, {**settings, "BATCH_SIZE": 8 * 10**9}),
+    )
+
+
+def test_too_little_memory_for_a_long_list_at_one_position(mistake):
+    """A batch has room for it at every position: 16 targets, 15 ids, 4 bytes."""
+    marks = {"negative_spans": [[6, 11]], "negative_token_ids": [[1, [*range(6, 21)]]]}
+    long = record(targets="birch cedar", target_ids=[5, 6, 1], **marks)
+    pathlib.Path("long.jsonl").write_text(long + "\n")
+    settings = {"RECORDS": "long.jsonl", "MODEL_DIR": "large", "BATCH_SIZE": 10**9}
+    assert re.match(
+        r"out of memory with BATCH_SIZE=1000000000 .*: a batch takes about 1438\.0 GiB, 894\.1 of "
+        r"them room for 15 removed ids at every position of the targets, as many as one position "
+        r"has, and this host has [\d.]+\. Set .* TASK_FEATURE_LENGTHS, or mark fewer ids at one "
+        r"position\.$",
+        mistake("train", settings),
     )
 
 

@@ -51,6 +51,10 @@ class Data:
     has_strengths: bool
     sets: Sets
 
+    def num_marks_of_row(self, target_length: int) -> int:
+        """Numbers that marks take in a row: ids, and strengths where there are any."""
+        return target_length * self.num_negative_ids * (2 if self.has_strengths else 1)
+
     def describe(self) -> dict[str, Any]:
         """For the checkpoint: which data it was."""
         return {
