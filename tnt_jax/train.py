@@ -146,12 +146,7 @@ def train(
     trainer = trainer.with_sets(data.sets.ids)
     _check_marks(examples, trainer, update.task_feature_lengths)
     _log_padding(data.batches)
-    memory.check_batch(
-        update.batch_size,
-        sum(update.task_feature_lengths.values()),
-        data.num_negative_ids,
-        data.num_marks_of_row(update.task_feature_lengths["targets"]),
-    )
+    data.check_fits(update)
 
     # ---------------------------------------------------- What is done on the way, and what it is
     watch_hooks = watch.make_hooks(
@@ -188,7 +183,7 @@ def train(
         console.log(
             f"Training on {len(examples)} examples from update {start.step} to "
             f"{schedule.train_steps}, {update.batch_size} rows at a time, on {jax.device_count()} "
-            f"{jax.default_backend()} device(s)."
+            f"{jax.default_backend()} device(s). The first update takes longest: it is compiled."
         )
         outcome = loop.Loop(
             trainer=trainer,

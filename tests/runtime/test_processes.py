@@ -212,6 +212,13 @@ def test_what_is_said_of_the_others_must_be_whole(variables, message, monkeypatc
         processes.start("train", processes.Kind.TOGETHER)
 
 
+def test_cores_are_counted_where_a_system_does_not_say_which_are_ours(monkeypatch):
+    allowed = sorted(os.sched_getaffinity(0))
+    assert processes.num_cores() == len(allowed)
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
+    assert processes.num_cores() == os.cpu_count() >= len(allowed)
+
+
 def test_a_program_for_one_process_says_so(monkeypatch, capsys):
     monkeypatch.setenv("TNT_JAX_DISTRIBUTED", "1")
     settings = {"OUTPUT": "out", "CURRENT_RECORDS": "no.jsonl", "CHECKPOINT_PATH": "original"}

@@ -196,7 +196,7 @@ def _make(plan: Plan, whole: pathlib.Path) -> None:
 
 def _num_processes() -> int:
     """How many processes this one starts: each processor has one, of which it may have a share."""
-    number = min(len(os.sched_getaffinity(0)), _MOST_PROCESSES)
+    number = min(processes.num_cores(), _MOST_PROCESSES)
     # Several processes may be on one host, as one for each of its GPUs.
     return number if processes.count() == 1 else max(1, number // min(processes.count(), 8))
 

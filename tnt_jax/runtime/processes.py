@@ -28,6 +28,12 @@ _LONGEST_WORK = 7 * 24 * 3600  # seconds: what a process waits for another that 
 _MISTAKEN = "tnt_jax/mistaken/"  # where a process notes that it ends with an error
 
 
+def num_cores() -> int:
+    """Cores that this process may use: `taskset -c 0` leaves one."""
+    allowed = getattr(os, "sched_getaffinity", None)  # Linux alone has it
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
 class Kind(enum.Enum):
     """How a program runs in several processes."""
 

@@ -23,7 +23,7 @@ from tnt_jax.data.examples import (
 from tnt_jax.data.layouts import Place
 from tnt_jax.models import sharding
 from tnt_jax.models.model import Model
-from tnt_jax.runtime import holding, preemption, prefetch, processes
+from tnt_jax.runtime import holding, memory, preemption, prefetch, processes
 from tnt_jax.runtime.array_types import PyTree
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.training import health, load_original, run_checkpoints, settings, train_step
@@ -51,9 +51,16 @@ class Data:
     has_strengths: bool
     sets: Sets
 
-    def num_marks_of_row(self, target_length: int) -> int:
-        """Numbers that marks take in a row: ids, and strengths where there are any."""
-        return target_length * self.num_negative_ids * (2 if self.has_strengths else 1)
+    def check_fits(self, update: settings.Update) -> None:
+        """Raises a UsageError where this host has no memory for a batch."""
+        lengths = update.task_feature_lengths
+        numbers_of_a_mark = 2 if self.has_strengths else 1
+        memory.check_batch(
+            update.batch_size,
+            sum(lengths.values()),
+            self.num_negative_ids,
+            lengths["targets"] * self.num_negative_ids * numbers_of_a_mark,
+        )
 
     def describe(self) -> dict[str, Any]:
         """For the checkpoint: which data it was."""
