@@ -525,6 +525,7 @@ _COLUMNS = (
     ("distinct", "distinct_ratio", ".1%"),
     ("trigrams", "distinct_trigram_ratio", ".1%"),
     ("residual", "residual", ".4f"),
+    ("collateral", "collateral", ".4f"),
     ("KL elsewhere", "collateral_elsewhere", ".4f"),
     ("KL unrelated", "unrelated_kl", ".4f"),
     ("unrelated unchanged", "unrelated_unchanged", ".1%"),
