@@ -30,13 +30,6 @@ import hypothesis
 import jax
 import pytest
 
-# Eight simulated devices are eight threads, which spin while they wait for each other: workers that
-# share all cores take twice as long as workers with a core each.
-_worker = os.environ.get("PYTEST_XDIST_WORKER")
-if _worker is not None and hasattr(os, "sched_setaffinity"):
-    _cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {_cores[int(_worker.removeprefix("gw")) % len(_cores)]})
-
 # In this process only: a program that a test starts sees one device unless the test says otherwise.
 jax.config.update("jax_num_cpu_devices", 8)
 # An implicit broadcast between ranks is a wrong axis more often than it is meant.
@@ -47,7 +40,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("tnt_jax", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("tnt_jax")
 
-# Files that take more than twenty seconds on a quiet core: `make check` leaves them to `make test`.
+# Files that take longest, most of them over ten seconds of a core: `make check` leaves them to
+# `make test`.
 # They start several processes, compile for TPUs, train, or drive a browser.
 SLOW_FILES = {
     *("test_sweep", "test_processes", "test_load_original", "test_main_job", "test_generate"),

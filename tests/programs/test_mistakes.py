@@ -11,7 +11,7 @@ from helpers import rooms
 from helpers.full_disk import full_disk
 
 from tnt_jax.checkpoints import pretrained
-from tnt_jax.data import records
+from tnt_jax.data import examples, records
 from tnt_jax.runtime import operative_config, program
 
 
@@ -588,6 +588,19 @@ def test_too_little_memory_for_a_long_list_at_one_position(mistake):
         r"position\.$",
         mistake("train", settings),
     )
+
+
+def test_a_long_list_that_no_device_has_room_for(mistake, monkeypatch):
+    """Sets that are too large to be held beside the step are written out at their positions."""
+    monkeypatch.setattr(examples, "_MOST_IN_SETS", 0)
+    marks = {"negative_spans": [[6, 11]], "negative_token_ids": [[1, [*range(6, 26)]]]}
+    long = record(targets="birch cedar", target_ids=[5, 6, 1], **marks)
+    pathlib.Path("longer.jsonl").write_text(long + "\n")
+    lengths = {"inputs": 8, "targets": 500_000}  # attention alone takes 2 TB a row
+    settings = {"RECORDS": "longer.jsonl", "MODEL_DIR": "large", "TASK_FEATURE_LENGTHS": lengths}
+    said = mistake("train", settings)
+    assert said.startswith("out of memory with BATCH_SIZE=16, ")
+    assert said.endswith("; fewer ids marked at one position (one has 20).")
 
 
 # --- The other programs ---------------------------------------------------------------------------

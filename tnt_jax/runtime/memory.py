@@ -19,7 +19,7 @@ def inference_advice(*settings: str) -> list[str]:
 
 
 def check_batch(
-    batch_size: int, num_tokens: int, num_negative_ids: int = 0, num_marks: int = 0
+    batch_size: int, num_tokens: int, num_negative_ids: int = 0, bytes_of_ids: int = 0
 ) -> None:
     """Compares a batch with the memory of the host, which makes it before any device sees it.
 
@@ -28,27 +28,27 @@ def check_batch(
     Args:
       batch_size: Rows.
       num_tokens: Of a row, inputs and targets.
-      num_negative_ids: Ids that are removed at a position, at most. There is room for as many at
-        every position of the targets.
-      num_marks: Numbers that a row takes for them: ids at all positions, strengths where there are.
+      num_negative_ids: Ids that are removed at a position, at most. A row has room for as many at
+        every position of its targets.
+      bytes_of_ids: Of that room, in a row.
 
     Raises:
       UsageError: It does not fit.
     """
     # Of targets there are ids, inputs and masks; a row is a few objects of Python as well.
-    of_marks, found = batch_size * 4 * num_marks, host_bytes()
-    needed = batch_size * (200 + 16 * num_tokens) + of_marks
+    of_ids, found = batch_size * bytes_of_ids, host_bytes()
+    needed = batch_size * (200 + 16 * num_tokens) + of_ids
     if needed > found:
-        marked, also = "", ""
-        if of_marks > needed // 2:
-            marked = (
-                f", {of_marks / 2**30:.1f} of them room for {num_negative_ids} removed ids at "
+        room, also = "", ""
+        if of_ids > needed // 2:
+            room = (
+                f", {of_ids / 2**30:.1f} of them room for {num_negative_ids} removed ids at "
                 "every position of the targets, as many as one position has"
             )
             also = ", or mark fewer ids at one position"
         raise UsageError(
             f"out of memory with BATCH_SIZE={batch_size} and {num_tokens} tokens in a row "
-            f"(TASK_FEATURE_LENGTHS): a batch takes about {needed / 2**30:.1f} GiB{marked}, and "
+            f"(TASK_FEATURE_LENGTHS): a batch takes about {needed / 2**30:.1f} GiB{room}, and "
             f"this host has {found / 2**30:.1f}. Set a smaller BATCH_SIZE or "
             f"TASK_FEATURE_LENGTHS{also}."
         )

@@ -54,12 +54,12 @@ class Data:
     def check_fits(self, update: settings.Update) -> None:
         """Raises a UsageError where this host has no memory for a batch."""
         lengths = update.task_feature_lengths
-        numbers_of_a_mark = 2 if self.has_strengths else 1
+        bytes_of_an_id = 8 if self.has_strengths else 4
         memory.check_batch(
             update.batch_size,
             sum(lengths.values()),
             self.num_negative_ids,
-            lengths["targets"] * self.num_negative_ids * numbers_of_a_mark,
+            lengths["targets"] * self.num_negative_ids * bytes_of_an_id,
         )
 
     def describe(self) -> dict[str, Any]:
