@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from tnt_jax.annotators import innocent, interface
+from tnt_jax.annotators import innocent, interface, phrases
 from tnt_jax.checkpoints import digests, opened_model, pretrained
 from tnt_jax.data import marks, records, removed_everywhere, tokenization
 from tnt_jax.data.token_automaton import Innocent, Listed
@@ -65,8 +65,8 @@ class MaskPlace:
         by where a mark begins. It reads better where a first token is most of a word, and takes
         away innocent words where it is not.
       innocent: With "start", a file of records with outputs of the model: while an ordinary word of
-        theirs may begin as a masked text does, nothing is removed that does not complete the text.
-        None knows no such word.
+        theirs, or of the prompt, may begin as a masked text does, nothing is removed that does not
+        complete the text. None knows those of the prompt alone.
 
     Raises:
       UsageError: `at` is something else.
@@ -267,13 +267,15 @@ class _Masks(NamedTuple):
       flags: `[D, F]`, what is wrong, once for all prompts in which the same may be said.
       flags_of: `[N]`, those of each prompt.
       listed: What the flags belong to.
-      innocent: Words that may begin as listed texts do.
+      own: The words of those prompts that may begin as listed texts do.
+      innocent: Such words of all prompts.
     """
 
     tables: masking.Tables
     flags: np.ndarray
     flags_of: np.ndarray
     listed: tuple[Listed, ...]
+    own: tuple[tuple[str, ...], ...]
     innocent: tuple[str, ...]
 
     @classmethod
@@ -292,18 +294,31 @@ class _Masks(NamedTuple):
                 f"Gazetteer), found {type(mask).__name__}."
             )
         is_at_start = place.at == "start"
-        number_of: dict[Listed, int] = {}
-        flags_of = [number_of.setdefault(mask.unwanted(row), len(number_of)) for row in rows]
-        (first, *_) = number_of or (Listed(()),)
+        listed = [mask.unwanted(row) for row in rows]
+        first = listed[0] if listed else Listed(())
         compiled = first.compiled(vocabulary, removes_starts=is_at_start)
         words = innocent.words(place.innocent, mask) if is_at_start and place.innocent else ()
         known = Innocent(words, case_sensitive=first.case_sensitive)
-        flags = [compiled.flags(listed.allowed, known) for listed in number_of]
+        own: list[tuple[str, ...]] = [()] * len(rows)
+        if is_at_start:
+            # Few words of a prompt begin so, and so few prompts need flags of their own.
+            adds = known.may_add(compiled.automaton)
+            forms = functools.cache(lambda word: tuple(filter(adds, phrases.forms([word]))))
+            own = [
+                tuple(sorted({form for word in of for form in forms(word)}))
+                for of in (innocent.of_prompt(row, mask) for row in rows)
+            ]
+        number_of: dict[tuple[Listed, tuple[str, ...]], int] = {}
+        flags_of = [
+            number_of.setdefault(pair, len(number_of)) for pair in zip(listed, own, strict=True)
+        ]
+        flags = [compiled.flags(of.allowed, known.and_also(more)) for of, more in number_of]
         return cls(
             tables=masking.Tables.of(compiled, max(num_ids, vocabulary.size)),
             flags=np.stack(flags or [compiled.flags(())]),
             flags_of=np.array(flags_of, np.int32),
-            listed=tuple(number_of),
+            listed=tuple(of for of, _ in number_of),
+            own=tuple(of for _, of in number_of),
             innocent=words,
         )
 
@@ -317,6 +332,7 @@ class _Masks(NamedTuple):
             "texts": self.listed[0].texts if self.listed else (),
             "allowed": [listed.allowed for listed in self.listed],
             "of": self.flags_of,
+            "own": self.own,
             "innocent": self.innocent,
         }
 

@@ -131,10 +131,10 @@ def test_prompts_in_which_the_same_may_be_said_share_it():
 
 
 def test_starts_that_are_banned_by_hand(tmp_path):
-    """What begins a word, but for the words of the inputs."""
+    """What begins a word, but for the words that may be said."""
     vocabulary = tokenization.Bytes()
     mask = Mask("zoo", "zebra", "bee", inputs=("zoo", "a"))
-    rows = [records.Record(id=str(n), inputs=text) for n, text in enumerate(["b", "zoo", "a"])]
+    rows = [records.Record(id=str(n), inputs=text) for n, text in enumerate(["y", "zoo", "a"])]
     masks = generate._Masks.of(rows, mask, vocabulary, generate.MaskPlace(at="start"))
     starts = [removed_after(masks, row, vocabulary, "x ") for row in range(3)]
     assert starts == [{*"azbAZB"}, {*"abAB"}, {*"bzBZ"}]
@@ -149,6 +149,30 @@ def test_starts_that_are_banned_by_hand(tmp_path):
     starts = [removed_after(masks, row, vocabulary, "x ") for row in range(3)]
     assert starts == [{*"aA"}, {*"aA"}, set()]
     assert removed_after(masks, 0, vocabulary, "z") == {*"eEoO"}
+
+
+def test_words_of_the_prompt_may_begin_as_banned_ones_do():
+    """The name of a place may be said where another place, which begins so, is banned."""
+    vocabulary = tokenization.Bytes()
+    mask = Mask("Riverside", "New Delhi", "old town")
+    inputs = ["The River Bar", "a bar", "the Newt, in a new town", "the Rivers", "Riverside"]
+    rows = [records.Record(id=str(n), inputs=text) for n, text in enumerate(inputs)]
+    rows.append(records.Record(id="5", inputs="", messages=(("user", "The river"),)))
+    masks = generate._Masks.of(rows, mask, vocabulary, generate.MaskPlace(at="start"))
+    starts = [removed_after(masks, row, vocabulary, "x ") for row in range(6)]
+    assert starts == [{*"nNoO"}, {*"rRnNoO"}, {*"rRoO"}, {*"nNoO"}, {*"nNoO"}, {*"nNoO"}]
+    # What leaves the word of the prompt is removed, and so is what makes a banned text whole.
+    assert removed_after(masks, 0, vocabulary, "x Rive") == set()
+    assert removed_after(masks, 0, vocabulary, "x River") == {"s", "S"}
+    assert removed_after(masks, 3, vocabulary, "x River") == set()
+    assert removed_after(masks, 3, vocabulary, "x Riversid") == {"e", "E"}
+    # Behind "new", which is the prompt's own, " Delhi" is not.
+    assert removed_after(masks, 2, vocabulary, "x new ") == {*"dDrRoO"}
+    assert removed_after(masks, 2, vocabulary, "x new") == set()
+    # Those that may say the same share what is wrong.
+    assert len(masks.flags) == 5 and masks.flags_of.tolist() == [0, 1, 2, 3, 4, 0]
+    at_end = generate._Masks.of(rows, mask, vocabulary)
+    assert set(at_end.own) == {()} and removed_after(at_end, 1, vocabulary, "x Rive") == set()
 
 
 def test_a_list_of_words_is_held_once(tmp_path):

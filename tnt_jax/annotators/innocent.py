@@ -1,4 +1,4 @@
-"""The words of outputs that are in nothing that an annotator may call unwanted."""
+"""The words of texts that are in nothing that an annotator may call unwanted."""
 
 import collections
 import itertools
@@ -27,3 +27,14 @@ def words(
         counts.update(set(annotator.innocent_words(row.targets)))  # pyright: ignore
     least = max(2, num_read / 1000)
     return phrases.forms(sorted(word for word, count in counts.items() if count >= least))
+
+
+def of_prompt(row: records.Record, annotator: interface.Annotator | interface.Mask) -> set[str]:
+    """The ordinary words of what a model is given: an output may well repeat them.
+
+    An annotator without `innocent_words` knows none.
+    """
+    if not hasattr(annotator, "innocent_words"):
+        return set()
+    texts = dict.fromkeys([row.inputs, *(content for _, content in row.messages)])
+    return {word for text in texts for word in annotator.innocent_words(text)}  # pyright: ignore

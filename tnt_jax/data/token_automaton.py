@@ -13,7 +13,7 @@ is under way (the *base* of a state), so that those that do not are listed besid
 import dataclasses
 import functools
 import itertools
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -438,10 +438,35 @@ class Innocent:
     """Words that are not listed, by how they begin."""
 
     def __init__(self, texts: Iterable[str], *, case_sensitive: bool = False):
+        self._case_sensitive = case_sensitive
         self._whole = {
             word for text in texts for word in words.keys(text, case_sensitive=case_sensitive)
         }
         self._begun = {word[:n] for word in self._whole for n in range(len(word) + 1)}
+
+    def and_also(self, texts: Iterable[str]) -> "Innocent":
+        """These words and others."""
+        more = Innocent(texts, case_sensitive=self._case_sensitive)
+        more._whole |= self._whole
+        more._begun |= self._begun
+        return more
+
+    def may_add(self, automaton: Automaton) -> Callable[[str], bool]:
+        """Tells of another word whether `states` may have more where it is one of these, too."""
+        own = self.states(automaton)
+        open_states = {state for of in automaton.begun for state in of if not own[state]}
+        begun = {automaton.states[state].before for state in open_states} - {""}
+        on_the_way = {
+            word for state in open_states for word in automaton.paths[automaton.states[state].node]
+        }
+
+        def adds(text: str) -> bool:
+            return any(
+                word in on_the_way or not begun.isdisjoint(itertools.accumulate(word))
+                for word in words.keys(text, case_sensitive=self._case_sensitive)
+            )
+
+        return adds
 
     def states(self, automaton: Automaton) -> np.ndarray:
         """`[S]` bool: whether what is under way in a state may be these words as well."""
