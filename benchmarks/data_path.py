@@ -18,6 +18,7 @@ times what 100,000 took: nothing here is more than linear but a sort of ids (0.1
   process without JAX, at most. (That of `train` differs by 20 MB from run to run.)
 - Packing: microseconds of processor time an example, planned anew.
 
+`--tables making starts` prints these two alone. "A million" is a real one with --examples=1000000.
 Takes 10 minutes of two cores with --examples=100000, 2 GB of memory, and 300 MB of disk.
 """
 
@@ -287,7 +288,7 @@ def in_a_process(name, *arguments):
     return found
 
 
-def making(folder):
+def making(folder, _):
     """Rows: processor seconds and seconds a million."""
     for kind in ("posts", "messages"):
         for number, said in ((0, "in memory"), (1, "files, 1 process"), (2, "files, 2 processes")):
@@ -295,7 +296,7 @@ def making(folder):
             yield (kind, said, *(1e6 * seconds for seconds in found))
 
 
-def formats(folder):
+def formats(folder, _):
     """Rows: writing, random reads, bytes an example, and what reading adds to the resident set."""
     for kind, said in (
         ("flat", "flat arrays"),
@@ -322,10 +323,33 @@ def starts(folder, number):
     yield ("a million more", *more, "-")
 
 
+def packing(folder, _):
+    """Rows: what planning a row takes, and how much goes into one."""
+    found = in_a_process("pack", folder / "posts.jsonl")
+    return zip(("encoder and decoder", "decoder alone"), found[::2], found[1::2], strict=True)
+
+
+# Of each table the titles of its columns, with the number of examples, and what makes its rows.
+TABLES = {
+    "making": (("records", "examples are made", "processor s a million", "s a million"), making),
+    "formats": (
+        ("format", "written, us", "a random one, us", "bytes", "reading adds, MB"),
+        formats,
+    ),
+    "starts": (
+        ("examples", "processor s to the end", "s", "largest resident set, MB", "waiting"),
+        starts,
+    ),
+    "memory": (("batches", "1,000 examples, MB", "{}, MB", "a million more, MB"), memory),
+    "packing": (("layout", "us an example", "examples a row"), packing),
+}
+
+
 def main():
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--examples", type=int, default=100_000)
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
     parser.add_argument("--measure", nargs="+", help="for the processes that this one starts")
     flags = parser.parse_args()
     if flags.measure:
@@ -339,36 +363,13 @@ def main():
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch)
         write_records(folder, flags.examples)
-        report.table(
-            ("records", "examples are made", "processor s a million", "s a million"),
-            making(folder),
-        )
-        print()
-        report.table(
-            ("format", "written, us", "a random one, us", "bytes", "reading adds, MB"),
-            formats(folder),
-        )
-        print()
-        report.table(
-            ("examples", "processor s to the end", "s", "largest resident set, MB", "waiting"),
-            starts(folder, flags.examples),
-        )
-        print()
-        report.table(
-            ("batches", "1,000 examples, MB", f"{flags.examples:,}, MB", "a million more, MB"),
-            memory(folder, flags.examples),
-        )
-        print()
-        report.table(
-            ("layout", "us an example", "examples a row"),
-            zip(
-                ("encoder and decoder", "decoder alone"),
-                *(lambda found: (found[::2], found[1::2]))(
-                    in_a_process("pack", folder / "posts.jsonl")
-                ),
-                strict=True,
-            ),
-        )
+        for name in flags.tables:
+            head, rows = TABLES[name]
+            report.table(
+                [title.format(f"{flags.examples:,}") for title in head],
+                rows(folder, flags.examples),
+            )
+            print(flush=True)
 
 
 if __name__ == "__main__":
