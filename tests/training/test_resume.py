@@ -28,6 +28,7 @@ import kill_and_resume
 from tnt_jax.checkpoints import digests
 from tnt_jax.models.model import Model
 from tnt_jax.training import run_checkpoints
+from tnt_jax.watching import progress_view
 
 # Everything at once that could make a difference.
 RUN = {
@@ -120,8 +121,8 @@ def test_a_run_that_was_told_to_stop_saves_and_goes_on_exactly(monkeypatch, caps
             os.kill(os.getpid(), signal.SIGTERM)
         return batch(loop, step)
 
-    def save_and_signal(*arguments):
-        save(*arguments)
+    def save_and_signal(*arguments, **settings):
+        save(*arguments, **settings)
         os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
@@ -137,6 +138,32 @@ def test_a_run_that_was_told_to_stop_saves_and_goes_on_exactly(monkeypatch, caps
     assert kill_and_resume.difference(pathlib.Path("calm"), pathlib.Path("told")) is None
     lines = kill_and_resume.lines_of(pathlib.Path("told/metrics.jsonl"))
     assert [line["step"] for line in lines] == [5, 6]
+    # The checkpoint of the stop is gone: without it there would have been none.
+    for model_dir in ("calm", "told"):
+        assert [path.name for path in pathlib.Path(model_dir).glob("checkpoint_*")] == [
+            "checkpoint_6"
+        ]
+
+
+def test_a_stop_takes_the_place_of_no_other_checkpoint(monkeypatch):
+    """Of two that stay, each is one of those that stay without the stop."""
+    run = {**RUN, "CHECKPOINT_EVERY": 2, "KEEP_CHECKPOINTS": 2}
+    trained = progress_view.View.trained
+
+    def trained_and_signal(view, step, metrics):
+        trained(view, step, metrics)
+        if step == 4:  # so the next update is the last one before the stop
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def steps_left():
+        return sorted(path.name for path in pathlib.Path("stopped").glob("checkpoint_*"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(progress_view.View, "trained", trained_and_signal)
+        train("stopped", status=75, **run)
+    assert steps_left() == ["checkpoint_4", "checkpoint_5"]
+    train("stopped", **run)
+    assert steps_left() == ["checkpoint_4", "checkpoint_6"]
 
 
 def test_a_program_that_is_told_to_stop_stops():

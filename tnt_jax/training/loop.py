@@ -321,7 +321,7 @@ class _Progress:
         if not (self.loop.trainer.skip_non_finite or self.since.is_finite()):
             self.summarize(step)  # says what is not, and ends the run
         if not self._checkpoint.is_due(step, self.loop.schedule.train_steps):
-            self._checkpoint(step, state)
+            self._checkpoint.save(step, state, is_of_stop=True)
 
 
 class _Log(hooks.Hook):
@@ -369,7 +369,12 @@ class _Checkpoint(hooks.Hook):
         self._progress = progress
 
     def __call__(self, step: int, state: train_step.TrainState) -> dict[str, float | int]:
-        """Saves the state; measures nothing.
+        """Saves the state; measures nothing."""
+        self.save(step, state)
+        return {}
+
+    def save(self, step: int, state: train_step.TrainState, *, is_of_stop: bool = False) -> None:
+        """Saves the state; `is_of_stop` if nobody would have without a stop.
 
         Raises:
           UsageError: A parameter is not finite.
@@ -392,8 +397,7 @@ class _Checkpoint(hooks.Hook):
             "health": progress.health.state(),
             "since_log": progress.since.state(),
         }
-        loop.saved.save(state, run, progress.metrics)
-        return {}
+        loop.saved.save(state, run, progress.metrics, is_of_stop=is_of_stop)
 
 
 @jax.jit

@@ -4,8 +4,9 @@ Orbax writes to a temporary name and renames, so a half-written checkpoint is ne
 newest. The original's parameters are never in a checkpoint of the run that trains away from them.
 """
 
+import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +18,10 @@ from tnt_jax.checkpoints import lazy_arrays, orbax
 from tnt_jax.runtime.array_types import PyTree
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.training import settings, train_step
+
+# In a run's notes: its checkpoint was saved because the run was told to stop.
+_OF_STOP = "of_stop"
+_policies = ocp.checkpoint_managers
 
 
 class Checkpoints:
@@ -42,10 +47,11 @@ class Checkpoints:
                 f"MODEL_DIR: expected a directory that can be written, found {model_dir}: "
                 f"{error.strerror or error}."
             ) from error
+        self._of_stops: set[int] = set()
         self._orbax = ocp.CheckpointManager(
             self._dir,
             item_names=("params", "optimizer", "run"),
-            options=_retention(keep or settings.Keep()),
+            options=_retention(keep or settings.Keep(), self._of_stops),
         )
 
     def __enter__(self) -> "Checkpoints":
@@ -67,6 +73,8 @@ class Checkpoints:
         state: train_step.TrainState,
         run: Mapping[str, Any],
         metrics: Mapping[str, float | int] | None = None,
+        *,
+        is_of_stop: bool = False,
     ) -> None:
         """Writes a checkpoint in the background.
 
@@ -74,7 +82,11 @@ class Checkpoints:
           state: Of the run.
           run: A JSON object.
           metrics: Of this step; `Keep.best` among them.
+          is_of_stop: Whether it is there because the run was told to stop. It goes when the next
+            one is there, so that a run leaves what it would have left without the stop.
         """
+        if is_of_stop:
+            run = {**run, _OF_STOP: True}
         is_saved = self._orbax.save(
             int(state.step),
             args=ocp.args.Composite(
@@ -113,6 +125,8 @@ class Checkpoints:
           UsageError: As in `check`.
         """
         self.check(step, abstract_state)
+        if self.run_of(step).get(_OF_STOP):
+            self._of_stops.add(step)
         with orbax.reading(self._item(step, "params").parent):
             restored = self._orbax.restore(
                 step,
@@ -153,11 +167,32 @@ class Checkpoints:
         return checkpoint / name
 
 
-def _retention(keep: settings.Keep) -> ocp.CheckpointManagerOptions:
-    policies = ocp.checkpoint_managers
-    kept: list[policies.PreservationPolicy] = [policies.LatestN(keep.checkpoints)]
+@dataclasses.dataclass
+class _ButOfStops(_policies.PreservationPolicy):
+    """What another policy keeps of all checkpoints but those of earlier stops.
+
+    Attributes:
+      policy: The other policy.
+      of_stops: Steps of checkpoints that are there because of a stop. The run goes on from them.
+    """
+
+    policy: Any
+    of_stops: set[int]
+
+    # Orbax's own types are protocols that cannot be checked while tests run.
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        """Tells of each checkpoint, the oldest first, whether it stays."""
+        newest = checkpoints[-1].step if checkpoints else None
+        left = [of for of in checkpoints if of.step == newest or of.step not in self.of_stops]
+        stays = self.policy.should_preserve(left, context=context)
+        kept = {of.step for of, is_kept in zip(left, stays, strict=True) if is_kept}
+        return [of.step in kept for of in checkpoints]
+
+
+def _retention(keep: settings.Keep, of_stops: set[int]) -> ocp.CheckpointManagerOptions:
+    kept: list[_policies.PreservationPolicy] = [_policies.LatestN(keep.checkpoints)]
     if keep.every is not None:
-        kept.append(policies.EveryNSteps(keep.every))
+        kept.append(_policies.EveryNSteps(keep.every))
 
     def metric(metrics: Mapping[str, float | int]) -> float:
         value = metrics.get(keep.best or "", math.inf)
@@ -165,12 +200,12 @@ def _retention(keep: settings.Keep) -> ocp.CheckpointManagerOptions:
         return value if math.isfinite(value) else math.inf
 
     if keep.best is not None:
-        best = policies.BestN(
+        best = _policies.BestN(
             get_metric_fn=metric, reverse=True, n=1, keep_checkpoints_without_metrics=False
         )
         kept.append(best)
     return ocp.CheckpointManagerOptions(
-        preservation_policy=policies.AnyPreservationPolicy(kept),
+        preservation_policy=_ButOfStops(_policies.AnyPreservationPolicy(kept), of_stops),
         # Metrics are written only where there is such a function.
         best_fn=None if keep.best is None else metric,
         best_mode="min",
