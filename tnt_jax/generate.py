@@ -33,7 +33,7 @@ import numpy as np
 from tnt_jax.annotators import innocent, interface, phrases
 from tnt_jax.checkpoints import digests, opened_model, pretrained
 from tnt_jax.data import marks, records, removed_everywhere, tokenization
-from tnt_jax.data.token_automaton import Innocent, Listed
+from tnt_jax.data.token_automaton import Innocent, Listed, TokenAutomaton
 from tnt_jax.models import decoding, masking, sharding
 from tnt_jax.models.model import check_seed
 from tnt_jax.models.network_config import NetworkConfig
@@ -52,6 +52,7 @@ _WIDTH_MULTIPLE = 16  # so that files of nearly equal lengths share a compiled p
 _MOST_WIDTHS = 5  # per file: each is a program of its own
 _BATCHES_PER_WIDTH = 4  # a program is worth compiling for so many batches
 _MASK_AT = ("end", "start")
+_MOST_KINDS = 1024  # of prompts, by what may be said: so many are remembered
 _OUTPUTS_PER_PART = 256  # about so many are lost with a process that is killed
 
 
@@ -130,7 +131,12 @@ def generate(
         )
     check_seed(seed)
     operative_config.check_writable(
-        output, "OUTPUT", {"PROMPTS": prompts if isinstance(prompts, str) else None}
+        output,
+        "OUTPUT",
+        {
+            "PROMPTS": prompts if isinstance(prompts, str) else None,
+            "MASK_INNOCENT": None if mask is None else mask_place.innocent,
+        },
     )
     opened = opened_model.open_model(
         checkpoint_path,
@@ -157,7 +163,7 @@ def generate(
         masks = _Masks.of(rows, mask, vocabulary, mask_place, opened.model.config.vocab_size)
         # Once, and not for every batch.
         on_devices = jax.device_put(masks.tables, sharding.replicated(opened.model.mesh))
-        masks = masks._replace(tables=on_devices)
+        masks = dataclasses.replace(masks, tables=on_devices)
     batches = _plan([len(ids) for ids in inputs], batch_size, longest)
 
     def start(batch: _Batch) -> decoding.Decoded:
@@ -259,24 +265,23 @@ def _read(prompts: Any, vocabulary: Any) -> list[records.Record]:
     return tasks.prompts_from_task(prompts.mixture_or_task_name, prompts.split, vocabulary)
 
 
-class _Masks(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Masks:
     """What must not come up in each output.
 
     Attributes:
       tables: Of the list, on the devices.
-      flags: `[D, F]`, what is wrong, once for all prompts in which the same may be said.
-      flags_of: `[N]`, those of each prompt.
-      listed: What the flags belong to.
-      own: The words of those prompts that may begin as listed texts do.
-      innocent: Such words of all prompts.
+      compiled: The list.
+      innocent: Words that may begin as listed texts do, in every output.
+      kinds: What decides what is wrong: what is listed, and the words of prompts that may begin so.
+      kind_of: `[N]`, that of each prompt: prompts in which the same may be said share one.
     """
 
     tables: masking.Tables
-    flags: np.ndarray
-    flags_of: np.ndarray
-    listed: tuple[Listed, ...]
-    own: tuple[tuple[str, ...], ...]
-    innocent: tuple[str, ...]
+    compiled: TokenAutomaton
+    innocent: Innocent
+    kinds: tuple[tuple[Listed, tuple[str, ...]], ...]
+    kind_of: np.ndarray
 
     @classmethod
     def of(
@@ -301,7 +306,6 @@ class _Masks(NamedTuple):
         known = Innocent(words, case_sensitive=first.case_sensitive)
         own: list[tuple[str, ...]] = [()] * len(rows)
         if is_at_start:
-            # Few words of a prompt begin so, and so few prompts need flags of their own.
             adds = known.may_add(compiled.automaton)
             forms = functools.cache(lambda word: tuple(filter(adds, phrases.forms([word]))))
             own = [
@@ -309,31 +313,45 @@ class _Masks(NamedTuple):
                 for of in (innocent.of_prompt(row, mask) for row in rows)
             ]
         number_of: dict[tuple[Listed, tuple[str, ...]], int] = {}
-        flags_of = [
-            number_of.setdefault(pair, len(number_of)) for pair in zip(listed, own, strict=True)
+        kind_of = [
+            number_of.setdefault(kind, len(number_of)) for kind in zip(listed, own, strict=True)
         ]
-        flags = [compiled.flags(of.allowed, known.and_also(more)) for of, more in number_of]
         return cls(
             tables=masking.Tables.of(compiled, max(num_ids, vocabulary.size)),
-            flags=np.stack(flags or [compiled.flags(())]),
-            flags_of=np.array(flags_of, np.int32),
-            listed=tuple(of for of, _ in number_of),
-            own=tuple(of for _, of in number_of),
-            innocent=words,
+            compiled=compiled,
+            innocent=known,
+            kinds=tuple(number_of),
+            kind_of=np.array(kind_of, np.int32),
         )
 
     def of_batch(self, indices: Sequence[int]) -> masking.Mask:
         """Those of some prompts."""
-        return masking.Mask(self.tables, self.flags[self.flags_of[list(indices)]])
+        kinds = self.kind_of[list(indices)].tolist()
+        # Not of all prompts beforehand: there may be as many kinds as prompts.
+        flags = {kind: self._flags(kind) for kind in set(kinds)}
+        return masking.Mask(self.tables, np.stack([flags[kind] for kind in kinds]))
+
+    def _flags(self, kind: int) -> np.ndarray:
+        if kind not in self._known:
+            if len(self._known) >= _MOST_KINDS:
+                del self._known[next(iter(self._known))]
+            listed, own = self.kinds[kind]
+            known = self.innocent.and_also(own)
+            self._known[kind] = self.compiled.flags(listed.allowed, known)
+        return self._known[kind]
+
+    @functools.cached_property
+    def _known(self) -> dict[int, np.ndarray]:
+        return {}
 
     def describe(self) -> dict[str, Any]:
         """All that decides what is removed."""
         return {
-            "texts": self.listed[0].texts if self.listed else (),
-            "allowed": [listed.allowed for listed in self.listed],
-            "of": self.flags_of,
-            "own": self.own,
-            "innocent": self.innocent,
+            "texts": self.kinds[0][0].texts if self.kinds else (),
+            "allowed": [listed.allowed for listed, _ in self.kinds],
+            "of": self.kind_of,
+            "own": [own for _, own in self.kinds],
+            "innocent": sorted(self.innocent.words),
         }
 
 
@@ -360,6 +378,7 @@ def _few_widths(needed: Sequence[int], num_widths: int) -> list[int]:
     """Widths at least as large as those needed, few distinct ones, and of those the least sum."""
     number = collections.Counter(needed)
     distinct = sorted(number)
+    upto = [0, *itertools.accumulate(number[n] for n in distinct)]
 
     @functools.cache
     def best(end: int, num_left: int) -> tuple[float, tuple[int, ...]]:
@@ -368,7 +387,7 @@ def _few_widths(needed: Sequence[int], num_widths: int) -> list[int]:
             return (0.0 if end == 0 else float("inf")), ()
         width = distinct[end - 1]
         return min(
-            (total + width * sum(number[n] for n in distinct[begin:end]), (*widths, width))
+            (total + width * (upto[end] - upto[begin]), (*widths, width))
             for begin in range(end)
             for total, widths in [best(begin, num_left - 1)]
         )

@@ -171,6 +171,23 @@ class Automaton:
         paths = [words.keys(text, case_sensitive=case_sensitive) for text in texts]
         return _Compiler(_Phrases(paths), case_sensitive).automaton()
 
+    @functools.cached_property
+    def states_before(self) -> dict[str, list[int]]:
+        """The states in which some letters of a word are under way, as their numbers."""
+        found: dict[str, list[int]] = {}
+        for number, state in enumerate(self.states):
+            found.setdefault(state.before, []).append(number)
+        return found
+
+    @functools.cached_property
+    def states_behind(self) -> dict[str, list[int]]:
+        """The states that stand behind a word of a listed phrase, as their numbers."""
+        found: dict[str, list[int]] = {}
+        for number, state in enumerate(self.states):
+            for word in set(self.paths[state.node]):
+                found.setdefault(word, []).append(number)
+        return found
+
     def numbers(self, texts: Iterable[str]) -> list[int]:
         """The phrases that texts of the list come to."""
         found = (words.keys(text, case_sensitive=self.case_sensitive) for text in texts)

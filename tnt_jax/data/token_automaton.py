@@ -26,6 +26,7 @@ from tnt_jax.runtime.errors import UsageError
 _MOST_CHARACTERS = 2000
 
 _CONTINUES = range(0x80, 0xC0)  # bytes of UTF-8 that begin no character
+_MOST_KNOWN = 64  # sets of texts that may be said
 _OF_RUN = 256  # added to a byte of a run that is text as a whole, or not at all
 
 
@@ -254,7 +255,9 @@ class TokenAutomaton:
         """The flag of the first state that says whether a text may end there."""
         return 1 + len(self.automaton.states)
 
-    def flags(self, allowed: Iterable[str], innocent: "Innocent | None" = None) -> np.ndarray:
+    def flags(
+        self, allowed: Iterable[str], innocent: "Innocent | _InnocentToo | None" = None
+    ) -> np.ndarray:
         """What is wrong for an output, given what may be said in it.
 
         Args:
@@ -266,6 +269,34 @@ class TokenAutomaton:
             may end there; of each set of mentions whether one of them is unwanted; of each phrase
             whether it is.
         """
+        of = self._of_allowed(tuple(allowed))
+        wrong = of.wrong
+        if self.removes_starts:
+            is_shared = of.is_shared
+            if innocent is not None:
+                is_shared = is_shared | innocent.states(self.automaton)
+            wrong = wrong | (of.is_begun & ~is_shared)
+        flags = np.concatenate([[False], wrong, of.ended, of.made, of.is_unwanted[:-1]])
+        # There is no hope where no token goes on: a vocabulary may not spell the rest from there.
+        hopeful = np.flatnonzero(of.ended & ~wrong).tolist()
+        while stuck := [state for state in hopeful if not self._goes_on(state, flags)]:
+            flags[1 + np.array(stuck)] = True
+            hopeful = [state for state in hopeful if state not in stuck]
+        return flags
+
+    def _of_allowed(self, allowed: tuple[str, ...]) -> "_OfAllowed":
+        """What is wrong, given what may be said and no innocent words; the last few are kept."""
+        if allowed not in self._known:
+            if len(self._known) >= _MOST_KNOWN:
+                del self._known[next(iter(self._known))]
+            self._known[allowed] = self._what_is_wrong(allowed)
+        return self._known[allowed]
+
+    @functools.cached_property
+    def _known(self) -> "dict[tuple[str, ...], _OfAllowed]":
+        return {}
+
+    def _what_is_wrong(self, allowed: tuple[str, ...]) -> "_OfAllowed":
         automaton = self.automaton
         is_unwanted = np.ones(len(automaton.phrase_of) + 1, bool)
         is_unwanted[automaton.numbers(allowed)] = False
@@ -285,18 +316,7 @@ class TokenAutomaton:
         # Or the word that is under way ends here.
         space = automaton.others[words.SPACE]
         hopes = _grown(hopes, automaton.next_state[:, space], ~made[automaton.made[:, space]])
-        wrong = ended & ~hopes
-        if self.removes_starts:
-            if innocent is not None:
-                is_shared = is_shared | innocent.states(automaton)
-            wrong = wrong | (is_begun & ~is_shared)
-        flags = np.concatenate([[False], wrong, ended, made, is_unwanted[:-1]])
-        # There is no hope where no token goes on: a vocabulary may not spell the rest from there.
-        hopeful = np.flatnonzero(ended & ~wrong).tolist()
-        while stuck := [state for state in hopeful if not self._goes_on(state, flags)]:
-            flags[1 + np.array(stuck)] = True
-            hopeful = [state for state in hopeful if state not in stuck]
-        return flags
+        return _OfAllowed(ended & ~hopes, is_begun, is_shared, ended, made, is_unwanted)
 
     def _goes_on(self, state: int, flags: np.ndarray) -> bool:
         """Whether a token may follow that goes on with what is under way."""
@@ -434,22 +454,53 @@ class TokenAutomaton:
         return any(flags[p - num_phrases] for p in mentions)
 
 
+class _OfAllowed(NamedTuple):
+    """What is wrong where some texts may be said.
+
+    Attributes:
+        wrong: `[S]` bool: of each state whether a text that may not be said is whole, for good.
+        is_begun: `[S]` bool: whether one is under way.
+        is_shared: `[S]` bool: whether one that may be said is under way.
+        ended: `[S]` bool: whether one that may not be said would be mentioned if the text ended.
+        made: `[M]` bool: of each set of mentions whether one is unwanted.
+        is_unwanted: `[P + 1]` bool: of each phrase whether it is; at last False.
+    """
+
+    wrong: np.ndarray
+    is_begun: np.ndarray
+    is_shared: np.ndarray
+    ended: np.ndarray
+    made: np.ndarray
+    is_unwanted: np.ndarray
+
+
 class Innocent:
-    """Words that are not listed, by how they begin."""
+    """Words that are not listed, by how they begin.
+
+    Attributes:
+        words: the words, as `words.keys` compares them.
+    """
 
     def __init__(self, texts: Iterable[str], *, case_sensitive: bool = False):
         self._case_sensitive = case_sensitive
-        self._whole = {
+        self.words = frozenset(
             word for text in texts for word in words.keys(text, case_sensitive=case_sensitive)
-        }
-        self._begun = {word[:n] for word in self._whole for n in range(len(word) + 1)}
+        )
+        self._begun = {""} if self.words else set[str]()
+        self._begun.update(*map(_beginnings, self.words))
+        self._known: tuple[Automaton, np.ndarray] | None = None
 
-    def and_also(self, texts: Iterable[str]) -> "Innocent":
+    def states(self, automaton: Automaton) -> np.ndarray:
+        """`[S]` bool: whether what is under way in a state may be these words as well."""
+        if self._known is None or self._known[0] is not automaton:
+            found = np.zeros(len(automaton.states), bool)
+            found[[n for n in range(len(found)) if self._may_be_in(automaton, n)]] = True
+            self._known = automaton, found
+        return self._known[1]
+
+    def and_also(self, texts: Iterable[str]) -> "_InnocentToo":
         """These words and others."""
-        more = Innocent(texts, case_sensitive=self._case_sensitive)
-        more._whole |= self._whole
-        more._begun |= self._begun
-        return more
+        return _InnocentToo(self, Innocent(texts, case_sensitive=self._case_sensitive))
 
     def may_add(self, automaton: Automaton) -> Callable[[str], bool]:
         """Tells of another word whether `states` may have more where it is one of these, too."""
@@ -462,20 +513,47 @@ class Innocent:
 
         def adds(text: str) -> bool:
             return any(
-                word in on_the_way or not begun.isdisjoint(itertools.accumulate(word))
+                word in on_the_way or not begun.isdisjoint(_beginnings(word))
                 for word in words.keys(text, case_sensitive=self._case_sensitive)
             )
 
         return adds
 
-    def states(self, automaton: Automaton) -> np.ndarray:
-        """`[S]` bool: whether what is under way in a state may be these words as well."""
-        return np.array(
-            [
-                state.before in self._begun and self._whole.issuperset(automaton.paths[state.node])
-                for state in automaton.states
-            ]
+    def _may_be_in(self, automaton: Automaton, number: int, too: "Innocent | None" = None) -> bool:
+        state = automaton.states[number]
+        of_both = (self,) if too is None else (self, too)
+        return any(state.before in of._begun for of in of_both) and all(
+            any(word in of.words for of in of_both) for word in automaton.paths[state.node]
         )
+
+
+class _InnocentToo(NamedTuple):
+    """The words of one, which are many and the same for all, and those of another.
+
+    Attributes:
+        many: what is known of them once is known for all.
+        few: words that are looked up by themselves.
+    """
+
+    many: Innocent
+    few: Innocent
+
+    def states(self, automaton: Automaton) -> np.ndarray:
+        """As `Innocent.states`."""
+        found = self.many.states(automaton).copy()
+        candidates = {
+            number
+            for begun in self.few._begun - {""}  # what stands behind a whole word is below
+            for number in automaton.states_before.get(begun, ())
+        } | {number for word in self.few.words for number in automaton.states_behind.get(word, ())}
+        for number in candidates:
+            found[number] |= self.many._may_be_in(automaton, number, self.few)
+        return found
+
+
+def _beginnings(word: str) -> Iterable[str]:
+    """What a word begins with, up to all of it: no listed text is longer."""
+    return itertools.accumulate(word[:_MOST_CHARACTERS])
 
 
 @functools.lru_cache(maxsize=4)
