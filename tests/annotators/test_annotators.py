@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tnt_jax import annotators
-from tnt_jax.data import records
+from tnt_jax.annotators import beam_jobs
+from tnt_jax.annotators.phrases import Phrases
+from tnt_jax.data import records, words
 from tnt_jax.data.text_automaton import Automaton
 from tnt_jax.data.token_automaton import Listed
 from tnt_jax.runtime.errors import UsageError
@@ -413,3 +415,53 @@ def test_a_value_is_marked_exactly_when_the_inputs_do_not_hold_it(
     targets = f"They have {style(value)}, as you see."
     expected = [] if supported else [style(value)]
     assert marked(annotator, targets, inputs=inputs) == expected
+
+
+# -----------------------------------------------------------------------------
+# Long texts
+# -----------------------------------------------------------------------------
+
+TEXTS = st.lists(
+    st.sampled_from(["New", "York", "no", ":", "=", "(", "-", " ", "  ", "4", ".", "'s", "x", "é"])
+).map("".join)
+
+
+@given(TEXTS)
+def test_a_denial_is_looked_for_from_a_place_on_as_in_the_rest_of_the_text(text):
+    found = Phrases((f"{mark} {word}", word) for mark in ":=(" for word in ("no", "new x"))
+    for _, end in words.extents(text):
+        rest = [words.key(text[end:][a:b]) for a, b in words.extents(text[end:])]
+        expected = rest[1:2] == ["no"] or rest[1:3] == ["new", "x"]
+        assert found.begins(text, end) == (rest[:1] in ([":"], ["="], ["("]) and expected)
+
+
+@pytest.mark.parametrize("case_sensitive", [False, True])
+@given(TEXTS)
+def test_words_outside_are_those_in_no_mention(case_sensitive, text):
+    listed = ["New York", "no", "4"]
+    found = Phrases(((t, t) for t in listed), case_sensitive=case_sensitive)
+    inside = {
+        place for start, end, _ in found.longest_mentions(text) for place in range(start, end)
+    }
+    expected = [text[start:end] for start, end in words.extents(text) if start not in inside]
+    assert found.outside(text) == (
+        expected if case_sensitive else [word.lower() for word in expected]
+    )
+
+
+def test_a_case_sensitive_list_lets_words_of_the_prompt_begin(lexicon):
+    """ "McDonald" is none of "McDonnell", and its D is a capital."""
+    entries = lexicon("McDonnell", "iPad", case_sensitive=True)
+    assert entries.innocent_words("the McDonald farm, an iPad") == [
+        "the",
+        "McDonald",
+        "farm",
+        ",",
+        "an",
+    ]
+
+
+def test_apache_beam_is_refused_files_in_an_object_store():
+    for paths in (("gs://b/in.jsonl", "out.jsonl"), ("in.jsonl", "gs://b/out.jsonl")):
+        with pytest.raises(UsageError, match=r"that all workers see, found gs://b/.*\. Copy"):
+            next(iter(beam_jobs.map_records(lambda row: row, *paths, [])))

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import tracemalloc
 import types
 
 import jax
@@ -17,7 +18,13 @@ from tnt_jax import annotators
 from tnt_jax.annotators import phrases
 from tnt_jax.data import hub_tokenizer, records, tokenization, words
 from tnt_jax.data.text_automaton import Automaton
-from tnt_jax.data.token_automaton import BEGINNING, Listed, Reading, TokenAutomaton
+from tnt_jax.data.token_automaton import (
+    BEGINNING,
+    Innocent,
+    Listed,
+    Reading,
+    TokenAutomaton,
+)
 from tnt_jax.models import masking
 from tnt_jax.runtime.errors import UsageError
 
@@ -217,6 +224,25 @@ def test_innocent_words_that_hold_a_listed_text_are_said():
         assert not len(removed)
         reading = compiled.read(reading, token)
     assert compiled.removed(reading, flags).tolist() == vocabulary.encode("Bb")
+
+
+def test_words_that_are_innocent_too_are_as_if_all_were_given_at_once():
+    automaton = Automaton.of(["new york", "new delhi city", "york", "Riverside", "old"])
+    begun = {state for of in automaton.begun for state in of}
+    for many in ([], ["new", "yes"], ["delft", "rival"]):
+        for few in (["new"], ["York", "yorker"], ["river bar"], ["delhi", "ode", "new"], ["x"]):
+            together = Innocent([*many, *few]).states(automaton)
+            apart = Innocent(many).and_also(few).states(automaton)
+            assert {s for s in begun if together[s]} == {s for s in begun if apart[s]}
+
+
+def test_a_run_of_letters_without_an_end_takes_no_room():
+    tracemalloc.start()
+    innocent = Innocent(["acgt" * 25_000])
+    adds = innocent.may_add(Automaton.of(["answer", "bad"]))
+    assert not adds("x" * 100_000) and adds("b" * 100_000)
+    assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("can_spell", [False, True])

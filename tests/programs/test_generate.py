@@ -326,6 +326,16 @@ def test_the_place_of_a_mask_is_one_of_two(capsys):
     assert "MASK_AT: expected one of end, start, found 'middle'." in capsys.readouterr().err
 
 
+def test_the_words_of_a_mask_are_not_written_over(capsys):
+    pathlib.Path("said.txt").write_text("fern\n")
+    pathlib.Path("known.jsonl").write_text('{"inputs": "", "targets": "the fern room"}\n')
+    settings = {"PROMPTS": "prompts.jsonl", "CHECKPOINT_PATH": "model", "OUTPUT": "known.jsonl"}
+    of_mask = MASKED | {"MASK_AT": "start", "MASK_INNOCENT": "known.jsonl"}
+    assert rooms.run("generate", settings | of_mask) == 2
+    assert "MASK_INNOCENT" in capsys.readouterr().err
+    assert "the fern room" in pathlib.Path("known.jsonl").read_text()
+
+
 def test_a_mask_that_is_a_class_lacks_its_parentheses(capsys):
     settings = {"PROMPTS": "prompts.jsonl", "CHECKPOINT_PATH": "model", "OUTPUT": "masked.jsonl"}
     assert rooms.run("generate", settings | {"MASK": "@annotators.Lexicon"}) == 2

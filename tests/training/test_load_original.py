@@ -504,3 +504,19 @@ def test_runs_with_equal_settings_share_what_is_compiled(monkeypatch):
     assert step(functools.partial(optax.adam, 1e-3)) is not step(
         functools.partial(optax.adam, 2e-3)
     )
+
+
+def test_a_schedule_of_the_user_is_asked_again():
+    """Two functions of one name: what the first one did is no news of the second."""
+
+    def update_of(schedule):
+        how = settings.Update(
+            batch_size=8,
+            task_feature_lengths=LENGTHS,
+            optimizer=functools.partial(optax.sgd, schedule),
+        )
+        optimizer = how.make_optimizer()
+        params = jnp.ones(1)
+        return optimizer.update(params, optimizer.init(params), params)[0].item()
+
+    assert [update_of(lambda count: 0.5), update_of(lambda count: 0.25)] == [-0.5, -0.25]

@@ -52,9 +52,15 @@ def map_records(
       lines_per_part: Lines that one worker takes at a time.
 
     Raises:
-      UsageError: The folder holds what is not ours, Beam is not installed, the input has a mistake,
-        or the function found one.
+      UsageError: A file is in an object store, the folder holds what is not ours, Beam is not
+        installed, the input has a mistake, or the function found one.
     """
+    for path in (input, output):
+        if files.is_remote(path):
+            raise UsageError(
+                "beam_options: expected files on a disk that all workers see, found "
+                f"{path}. Copy the records there, or annotate without Beam."
+            )
     folder = pathlib.Path(f"{output}.parts").absolute()
     names_of_ours(epath.Path(folder))
     try:

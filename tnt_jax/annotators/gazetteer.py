@@ -7,7 +7,6 @@ import json
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 from tnt_jax.annotators import phrases
 from tnt_jax.annotators.interface import Annotation, TextFile
@@ -86,7 +85,7 @@ class Gazetteer:
         return {
             value
             for _, end, values in self._phrases.mentions(inputs)
-            if not self._denials.begins(inputs[end:])
+            if not (self.denials and self._denials.begins(inputs, end))
             for value in values
         }
 
@@ -106,23 +105,20 @@ class Gazetteer:
             }
             names = tuple(name for name, is_supported in are_supported.items() if is_supported)
             others = [name for name, is_supported in are_supported.items() if not is_supported]
-            self._known[values] = _Names(
-                names,
-                phrases.forms(names),
-                phrases.Alternatives.from_texts(others if self.alternatives else ()),
-            )
+            self._known[values] = _Names(names, tuple(others) if self.alternatives else ())
         return self._known[values]
 
     def annotate(self, record: Record) -> Annotation:
         """Marks every mention in the targets that the inputs do not support."""
         supported = self._supported_in(record.inputs)
         names = self._names(supported)
+        spans = tuple(
+            names.others.span(record.targets, start, end)
+            for start, end, values in self._phrases.longest_mentions(record.targets)
+            if supported.isdisjoint(values)
+        )
         return Annotation(
-            spans=tuple(
-                names.others.span(record.targets, start, end)
-                for start, end, values in self._phrases.longest_mentions(record.targets)
-                if supported.isdisjoint(values)
-            ),
+            spans=spans,
             supported=names.supported_forms,
             unwanted=self._listed(names.supported) if self.at_every_position else None,
         )
@@ -142,18 +138,29 @@ class Gazetteer:
         """Nothing: a value that is wrong for one record is right for another."""
 
 
-class _Names(NamedTuple):
+@dataclass(frozen=True)
+class _Names:
     """The names of a gazetteer where some of its values are supported.
+
+    Their forms are written when they are asked for: a mask, or a clean output, needs none.
 
     Attributes:
       supported: those of supported values.
-      supported_forms: in every casing.
-      others: what a marked name may not be replaced by.
+      unsupported: what a marked name may not be replaced by.
     """
 
     supported: tuple[str, ...]
-    supported_forms: tuple[str, ...]
-    others: phrases.Alternatives
+    unsupported: tuple[str, ...]
+
+    @cached_property
+    def supported_forms(self) -> tuple[str, ...]:
+        """Those of supported values, in every casing."""
+        return phrases.forms(self.supported)
+
+    @cached_property
+    def others(self) -> phrases.Alternatives:
+        """The others, in every casing."""
+        return phrases.Alternatives.from_texts(self.unsupported)
 
 
 def _named_values(file: TextFile) -> list[tuple[str, tuple[str, str]]]:

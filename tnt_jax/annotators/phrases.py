@@ -70,15 +70,16 @@ class Phrases:
             first = last
 
     def outside(self, text: str) -> list[str]:
-        """The words that belong to no mention, in lower case."""
-        mentions = [(start, end) for start, end, _ in self.longest_mentions(text)]
-        if not mentions:
-            return [word.lower() for word in words.texts(text)]
-        return [
-            text[start:end].lower()
-            for start, end in words.extents(text)
-            if not any(first <= start < last for first, last in mentions)
-        ]
+        """The words that belong to no mention, in lower case unless letters count as they are."""
+        mentions = self.longest_mentions(text)
+        last, found = next(mentions, None), []
+        for start, end in words.extents(text):
+            while last is not None and last[1] <= start:
+                last = next(mentions, None)
+            if last is None or start < last[0]:
+                word = text[start:end]
+                found.append(word if self._case_sensitive else word.lower())
+        return found
 
     def mentions(self, text: str) -> Iterator[tuple[int, int, set]]:
         """All mentions, also those within longer ones: (start, end, values)."""
@@ -93,9 +94,16 @@ class Phrases:
         """The values of all phrases in the text, also of those within longer ones."""
         return {value for _, _, values in self.mentions(text) for value in values}
 
-    def begins(self, text: str) -> bool:
-        """Whether a phrase is what the text begins with."""
-        return next(self._mentions_from(self._words(text), 0), None) is not None
+    def begins(self, text: str, start: int = 0) -> bool:
+        """Whether a phrase is what the text begins with from a place between two words on."""
+        node = self._root
+        for first, last in words.iterate(text, start):
+            node = node.get(words.key(text[first:last], case_sensitive=self._case_sensitive))
+            if node is None:
+                return False
+            if None in node:
+                return True
+        return False
 
     def values_of(self, phrase: str) -> frozenset:
         """The values that a phrase of the trie names."""

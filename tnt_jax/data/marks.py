@@ -453,6 +453,7 @@ class Continuations:
     """How texts go on after others; what is the same for many spans is computed once."""
 
     _MOST_PLACES = 64  # of places whose texts are kept: most spans begin after a space
+    _MOST_TEXTS = 1 << 18  # at a place
     _MOST_SHARED = 256  # of lists at a place
 
     def __init__(self, vocabulary: Tokeniser, innocent: Sequence[str] = ()):
@@ -518,6 +519,9 @@ class Continuations:
             _make_room(self._known, self._MOST_PLACES)
         known = self._known.setdefault(place, {})
         missing = [text for text in dict.fromkeys(texts) if text not in known]
+        if len(known) + len(missing) > self._MOST_TEXTS:  # as if every record had its own
+            known.clear()
+            missing = [*dict.fromkeys(texts)]
         for text, tokens in zip(
             missing, _tokens_after(self._vocabulary, before, missing), strict=True
         ):

@@ -11,6 +11,7 @@ written without spaces is out of reach: its runs of letters are single words.
 import functools
 import re
 import unicodedata
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -43,7 +44,12 @@ _MARKS = frozenset(MARKS)
 
 def extents(text: str) -> list[tuple[int, int]]:
     """The (start, end) of each word."""
-    return [match.span() for match in _pattern_for(text).finditer(text)]
+    return [*iterate(text)]
+
+
+def iterate(text: str, start: int = 0) -> Iterator[tuple[int, int]]:
+    """The (start, end) of each word from a place between two words on, one after the other."""
+    return (match.span() for match in _pattern_for(text).finditer(text, start))
 
 
 def texts(text: str) -> list[str]:

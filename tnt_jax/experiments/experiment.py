@@ -349,11 +349,13 @@ class Opened:
         is_file = isinstance(prompts, str)
         masking: dict[str, Any] = {}
         words_of: list[str] = []
+        rule = ""  # of the mask, where outputs of an earlier one may be there
         if mask is not None:
             place = self.settings.mask_place()
             if place.at == "start":  # ordinary words are those of the training outputs
                 words_of = [self.training_outputs]
                 place = dataclasses.replace(place, innocent=self.training_outputs)
+                rule = ", the prompt's words are innocent"
             masking = {"mask": mask, "mask_place": place}
         of_model = {"checkpoint_path": checkpoint}
         generated = str(self.root / name / f"{decoder}.jsonl")
@@ -371,7 +373,7 @@ class Opened:
             | masking,
             also_depends_on=words_of,
             # As of `_annotated`.
-            version=(identity or "") + ("" if mask is None else mask.description),
+            version=(identity or "") + ("" if mask is None else mask.description + rule),
         )
         return self._annotated(name, generated, decoder, self.annotator)
 

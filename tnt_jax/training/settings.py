@@ -5,6 +5,7 @@ import functools
 import inspect
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -80,16 +81,23 @@ class Update:
         """The optimizer, with clipping by the norm over all parameters before anything else.
 
         Optimizers are compared by identity: one that is made as the last run's was, with the same
-        numbers in it, is that one, so that what was compiled for it serves again.
+        numbers in it, is that one, so that what was compiled for it serves again. One in which a
+        function of the user's is, such as a schedule, is always another: no name says what that
+        function does by now.
         """
         made = self.optimizer
         if callable(made):
             maker = made.func if isinstance(made, functools.partial) else made
             made = made()
-            key = inspect.unwrap(maker), json.dumps(settings_json.describe(made))
-            made = _made.setdefault(key, made)
+            maker, numbers = inspect.unwrap(maker), json.dumps(settings_json.describe(made))
+            if all(name.startswith(_LIBRARIES) for name in _FUNCTION.findall(numbers)):
+                made = _made.setdefault((maker, numbers), made)
         return _surrounded(made, self.learning_rate_factor, self.max_gradient_norm)
 
+
+# Where nobody changes a function under its name.
+_LIBRARIES = ("optax.", "jax.", "tnt_jax.", "functools.", "builtins.")
+_FUNCTION = re.compile(r'"(?:function|call)": "([^"]+)"')
 
 # By what made them, and by all numbers that they hold.
 _made: dict[tuple[Any, str], optax.GradientTransformation] = {}
