@@ -733,15 +733,9 @@ class _Patch:
         }
         files.write_json(self._root / "patch.json", numbers)
         console.say("")
-        verdict = (
-            "The wish is fulfilled" if first["cut"] >= self._asked.cut else "Not the whole wish"
-        )
-        low, high = first["cut_interval"]
-        self.say(
-            f"{verdict}: {first['cut']:.1%} of the unwanted outputs are gone (95 %: {low:.0%} to "
-            f"{high:.0%}), asked for {self._asked.cut:.0%}."
-        )
-        if not found.is_enough or first["cut"] < self._asked.cut:
+        verdict, is_short = patch_numbers.verdict(by_decoder, self._asked.cut)
+        self.say(verdict)
+        if is_short or not found.is_enough:
             for line in self._what_else(found.reason):
                 console.say(f"    {line}")
         console.say(f"The patched model: {model}")
