@@ -228,11 +228,14 @@ class _Asked:
         for name in self.settings:
             if not re.fullmatch(r"(\w+/)*\w+(\.\w+)*=.*", name, re.DOTALL):
                 raise UsageError(f"--gin.{name}: expected --gin.NAME=VALUE")
+        # Where they are chosen whatever the machine, what does not fit them is found now.
+        needs_adapters = self.output_format == "peft" or _is_decoder_only(opened.config)
+        adapters = Choice(what="what is trained", macro="ORIGINAL", value="adapters_off", reason="")
         with tempfile.TemporaryDirectory() as folder:
             place = pathlib.Path(folder)
             texts.write_words(place)
             gin = self.gin(place)
-            gin.write([], has_own=False)
+            gin.write([adapters] if needs_adapters else [], has_own=False)
             # As flags, so that what is wrong is said of flags.
             flags = [f"--gin_file={name}" for name in self.gin_files]
             flags += [f"--gin.{setting}" for setting in self.settings]
@@ -308,6 +311,7 @@ def _configure(
     if len(names) != 1:
         raise UsageError(f"ARMS: expected one arm to train, found {', '.join(names) or 'none'}.")
     found["experiment"].check_names([*names, search.FOLDER, "prompts"])
+    found["experiment"].check_rounds(found["num_rounds"])
     return found["experiment"], found["arms"][0], found["num_rounds"]
 
 
@@ -733,15 +737,9 @@ class _Patch:
         }
         files.write_json(self._root / "patch.json", numbers)
         console.say("")
-        verdict = (
-            "The wish is fulfilled" if first["cut"] >= self._asked.cut else "Not the whole wish"
-        )
-        low, high = first["cut_interval"]
-        self.say(
-            f"{verdict}: {first['cut']:.1%} of the unwanted outputs are gone (95 %: {low:.0%} to "
-            f"{high:.0%}), asked for {self._asked.cut:.0%}."
-        )
-        if not found.is_enough or first["cut"] < self._asked.cut:
+        verdict, is_short = patch_numbers.verdict(by_decoder, self._asked.cut)
+        self.say(verdict)
+        if is_short or not found.is_enough:
             for line in self._what_else(found.reason):
                 console.say(f"    {line}")
         console.say(f"The patched model: {model}")

@@ -107,8 +107,7 @@ def pipeline(
       UsageError: Settings contradict each other, another run writes into OUTPUT_DIR, or a stage
         found a mistake.
     """
-    if num_rounds < 1:
-        raise UsageError(f"NUM_ROUNDS: expected at least 1, found {num_rounds}.")
+    experiment.check_rounds(num_rounds)
     experiment.check_names([arm.name for arm in arms])
     if expectations:
         expectations.check_names([arm.name for arm in arms], list(experiment.decoders))

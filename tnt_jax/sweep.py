@@ -173,8 +173,7 @@ def sweep(
     ]
     experiment.check_names([cell.name for cell in cells])
     for grid in grids:
-        if grid.num_rounds < 1:
-            raise UsageError(f"Grid.num_rounds: expected at least 1, found {grid.num_rounds}.")
+        experiment.check_rounds(grid.num_rounds, "Grid.num_rounds", grid.train)
         if grid.num_rounds > 1 and grid.localize is not None:
             raise UsageError(
                 "Grid.localize: expected num_rounds=1, found "

@@ -227,6 +227,22 @@ def test_a_batch_that_does_not_fit_is_computed_in_parts_and_one_row_again():
     assert with_room_for(0.5)["REMAT_POLICY"] == "full"
 
 
+def test_whether_activations_fit_is_told_by_the_parts_that_were_given():
+    row = choices._bytes_of_row(LENGTHS, 10, SMOL)
+    needed = 4 * SMOL.num_params + 4 * row  # 4 of the 8 rows of a batch
+    machine = dataclasses.replace(LAPTOP, num_bytes=int(needed / 0.6) + 1)
+    assert chosen(SMOL, machine)["NUM_MICROBATCHES"].value == 2
+    found = {parts: chosen(SMOL, machine, NUM_MICROBATCHES=parts) for parts in (1, 2, 8)}
+    assert {parts: of["REMAT_POLICY"].value for parts, of in found.items()} == {
+        1: "full",
+        2: "none",
+        8: "none",
+    }
+    assert found[1]["REMAT_POLICY"].reason == "those of a part do not fit: computed again"
+    # Who splits the batch refuses it.
+    assert chosen(SMOL, machine, NUM_MICROBATCHES=0)["NUM_MICROBATCHES"].value == 0
+
+
 def test_batches_can_be_split_over_the_devices():
     eight = choices.Machine(platform="tpu", num_devices=8, num_bytes=16 * 2**30)
     twelve = dataclasses.replace(eight, num_devices=12)
@@ -268,6 +284,9 @@ def test_a_look_every_quarter_of_an_epoch(outputs, marked, batch_size, period):
         (SMOL, {}, "1e-3"),
         (SMALL_T5, {}, "3e-4"),
         (SMALL_T5, {"OPTIMIZER": "@optimizers.adafactor"}, "1e-3"),
+        (SMALL_T5, {"OPTIMIZER": "@optax.adafactor"}, "1e-3"),
+        (SMALL_T5, {"OPTIMIZER": "@mine/optax.adafactor()"}, "1e-3"),
+        (SMALL_T5, {"OPTIMIZER": "@optax.adamw"}, "3e-4"),
     ],
 )
 def test_the_learning_rate_halves_with_the_looks_and_knows_no_end(network, given, peak):

@@ -700,6 +700,11 @@ def test_a_long_list_that_no_device_has_room_for(mistake, monkeypatch):
             {"ARMS": "[@tnrf/experiment.Arm(), @tnrf/experiment.Arm()]"},
             "expected arms whose names differ from each other and from original, ",
         ),
+        (
+            "pipeline",
+            {"OUTPUT_DIR": "output", "NUM_ROUNDS": 2, "ORIGINAL": "adapters_off"},
+            "NUM_ROUNDS: expected 1 with ORIGINAL='adapters_off', found 2: ",
+        ),
     ],
 )
 def test_other_programs(mistake, run_name, settings, message):

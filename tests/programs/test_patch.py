@@ -376,6 +376,8 @@ def test_both_ways_to_decode_are_learned_from_and_looked_at():
     }
     cuts = [1 - look["unwanted"][decoder] / before[decoder] for decoder in before]
     assert look["cut"] == pytest.approx(min(cuts))
+    cut, worse = min((of["cut"], name) for name, of in found.numbers["decoders"].items())
+    assert f": {cut:.1%} of the unwanted {worse} outputs are gone (95 %: " in found.printed
     merged = found.records("training_outputs/greedy and sampled.merged.jsonl")
     assert {row.extra["name"] for row in merged} <= set(rooms.NAMES)
     assert len(merged) > 72
@@ -566,6 +568,12 @@ LINES = "".join(f"prompt {number}\n" for number in range(100))
             {"format": "peft", "gin.ORIGINAL": "cached"},
             "--format=peft: expected ORIGINAL='adapters_off', found 'cached'. Leave one out.",
         ),
+        (
+            {"gin.NUM_ROUNDS": 2, "gin.ORIGINAL": "adapters_off"},
+            "NUM_ROUNDS: expected 1 with ORIGINAL='adapters_off', found 2: a further round ",
+        ),
+        # Adapters are what it chooses.
+        ({"gin.NUM_ROUNDS": 2, "format": "peft"}, "NUM_ROUNDS: expected 1 with ORIGINAL='adapters"),
         ({"output": "model/out"}, "--output: expected a folder outside the model's, found "),
     ],
 )

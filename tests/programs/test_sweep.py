@@ -419,6 +419,10 @@ def test_prompts_whose_outputs_the_annotator_does_not_know_do_not_count(working_
         ({"CHOICE_SHARE": 1.0}, "CHOICE_SHARE: expected more than 0"),
         ({"sweep.Grid.num_rounds": 0}, "Grid.num_rounds: expected at least 1, found 0."),
         (
+            {"sweep.Grid.num_rounds": 2, "ORIGINAL": "adapters_off"},
+            "Grid.num_rounds: expected 1 with ORIGINAL='adapters_off', found 2: ",
+        ),
+        (
             {"sweep.Grid.num_rounds": 2, "sweep.Grid.localize": "@rounds.merge_files"},
             "Grid.localize: expected num_rounds=1, found 2",
         ),

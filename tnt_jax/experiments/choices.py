@@ -6,6 +6,7 @@ looks at anything else. docs/patch.md says them in words.
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -408,15 +409,18 @@ def update(
         parts += 1
     needed, room = batch.value * of_row, max(rest, 0)
     fits = f"its activations take about {needed / 2**30:.1f} of {room / 2**30:.1f} GiB"
-    found += [batch, _take(given, "parts of an update", "NUM_MICROBATCHES", parts, fits)]
-    is_short = batch.value / parts * of_row > rest
+    of_parts = _take(given, "parts of an update", "NUM_MICROBATCHES", parts, fits)
+    found += [batch, of_parts]
+    # Nothing is divided by what was given: 0 parts are refused where the batch is split.
+    is_short = needed > rest * of_parts.value
+    short = "those of a part do not" if of_parts.is_given else "not even one row's"
     found.append(
         _take(
             given,
             "activations",
             "REMAT_POLICY",
             "full" if is_short else "none",
-            "not even one row's fit: computed again" if is_short else "they fit: kept",
+            f"{short} fit: computed again" if is_short else "they fit: kept",
         )
     )
     if kind.value.startswith("adapters"):
@@ -539,7 +543,8 @@ def learning_rate(given: Mapping[str, Any], chosen: Sequence[Choice], of_looks: 
     value = {choice.macro: choice.value for choice in chosen}
     if value["ORIGINAL"].startswith("adapters"):
         peak, what = 1e-3, "adapters"
-    elif value["OPTIMIZER"] == "@optimizers.adafactor":
+    # Ours, optax's, or one in a scope; called or not.
+    elif re.fullmatch(r"@.*\badafactor(\(\))?", value["OPTIMIZER"]):
         peak, what = 1e-3, "Adafactor"
     else:
         peak, what = 3e-4, "Adam, of all parameters"

@@ -58,9 +58,39 @@ def numbers(evaluation: Mapping[str, Any], cut_interval: Sequence[float]) -> dic
     }
 
 
+def verdict(by_decoder: Mapping[str, Mapping[str, Any]], wish: float) -> tuple[str, bool]:
+    """What became of the wish on the prompts that nothing was chosen by.
+
+    Args:
+      by_decoder: Of each decoder what `numbers` returns: the one with the least cut decides.
+      wish: Share of the unwanted outputs that shall be gone.
+
+    Returns:
+      A sentence, and whether less is gone than was wished for.
+    """
+    # Where nothing was unwanted a cut of 0 says nothing.
+    cuts = {name: of["cut"] for name, of in by_decoder.items() if of["unwanted_before"]}
+    if not cuts:
+        return (
+            "There is no cut to tell: the original says nothing unwanted on the report prompts. "
+            "Give more --prompts or --eval_prompts, and another --output.",
+            False,
+        )
+    worst = min(cuts, key=lambda name: cuts[name])
+    is_short = cuts[worst] < wish
+    low, high = by_decoder[worst]["cut_interval"]
+    which = f"unwanted {worst} outputs" if len(by_decoder) > 1 else "unwanted outputs"
+    return (
+        f"{'Not the whole wish' if is_short else 'The wish is fulfilled'}: {cuts[worst]:.1%} of "
+        f"the {which} are gone (95 %: {low:.0%} to {high:.0%}), asked for {wish:.0%}.",
+        is_short,
+    )
+
+
 def rows(numbers: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """The table of one decoder: what, the original's, the patched model's."""
     low, high = numbers["cut_interval"]
+    cut = f"{numbers['cut']:.1%} ({low:.1%} to {high:.1%})" if numbers["unwanted_before"] else "-"
     clean, kl = numbers["unchanged_clean"], numbers["kl_elsewhere"]
     return [
         (
@@ -68,7 +98,7 @@ def rows(numbers: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             f"{numbers['unwanted_before']:.1%}",
             f"{numbers['unwanted_after']:.1%}",
         ),
-        ("cut, and its 95 % interval", "", f"{numbers['cut']:.1%} ({low:.1%} to {high:.1%})"),
+        ("cut, and its 95 % interval", "", cut),
         ("BLEU to the original's outputs", "", f"{numbers['bleu']:.1f}"),
         ("unchanged outputs", "", f"{numbers['unchanged']:.1%}"),
         ("unchanged among clean ones", "", "-" if clean is None else f"{clean:.1%}"),

@@ -19,6 +19,9 @@ DECODERS = {
 }
 WEIGHT = "tnff/objectives.TntObjective.negative_weight"
 
+# Settings whose references rules know by name.
+_KNOWN_BY_NAME = ("OPTIMIZER", "LEARNING_RATE")
+
 # Flags of `patch` say these.
 _OF_FLAGS = {
     "ORIGINAL_CHECKPOINT_PATH": "--model",
@@ -34,7 +37,8 @@ class PipelineGin:
 
     Attributes:
       path: Of the file: "so_far.gin" until all is found, then "pipeline.gin".
-      given: Settings of the user, by name; None where rules cannot count with the value.
+      given: Settings of the user, by name, each as a `Choice` has it; None where rules cannot count
+        with the value.
     """
 
     def __init__(
@@ -74,7 +78,7 @@ class PipelineGin:
                 )
             own.add_binding(name, value)
         self._imports = own.imports_for_bindings()[1:]
-        self.given = {name: _plain(value) for name, value in own.values.items()}
+        self.given = {name: _plain(name, value) for name, value in own.values.items()}
 
     @property
     def is_weight_given(self) -> bool:
@@ -160,7 +164,9 @@ def _about(found: Found | None) -> str:
     return enough if found.is_enough else "The largest cut"
 
 
-def _plain(value: Any) -> Any:
-    """A value that rules can count with; None for a reference, or one that is required."""
+def _plain(name: str, value: Any) -> Any:
+    """A value that rules can count with; None for other references, or one that is required."""
+    if isinstance(value, gin_files.Reference) and name in _KNOWN_BY_NAME:
+        return value.text
     is_plain = value is None or isinstance(value, bool | int | float | str | list | tuple | dict)
     return value if is_plain else None

@@ -1,5 +1,6 @@
 """gin files read as text: what they set, and what they lack, before gin imports what they name."""
 
+import dataclasses
 import difflib
 import importlib.util
 import pathlib
@@ -20,6 +21,13 @@ GIN_CONFIGS = ROOT / "gin_configs"
 _REQUIRED = object()  # stands for %gin.REQUIRED
 
 
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """What a setting refers to, which text alone does not tell: "@scope/module.name", "()" last."""
+
+    text: str
+
+
 class _Names(config_parser.ParserDelegate):
     """Notes which macros and configurables a gin text reads, and imports nothing."""
 
@@ -35,14 +43,15 @@ class _Names(config_parser.ParserDelegate):
 
     def configurable_reference(self, scoped_configurable_name, evaluate) -> Any:
         self.selectors.append(scoped_configurable_name)
-        return None
+        return Reference(f"@{scoped_configurable_name}{'()' if evaluate else ''}")
 
 
 class Settings:
     """The settings of some gin files and flags, so far as text tells.
 
     Attributes:
-        values: by key ("MODEL_DIR", "t5.T5Config.emb_dim"), the last value; references are None.
+        values: by key ("MODEL_DIR", "t5.T5Config.emb_dim"), the last value; that of
+            @module.name is a `Reference`, that of %MACRO None.
         files: all that were read.
     """
 
