@@ -105,7 +105,13 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew():
     pathlib.Path("early").mkdir()
     for name in ("metrics.jsonl", "events.jsonl"):
         pathlib.Path("early", name).write_text('{"step": 1, "loss": 7.0}\n{"ste')
+    # Of a dead run of another model: nothing of it describes this one.
+    shutil.copytree("straight/huggingface", "early/huggingface")
+    for path in pathlib.Path("early/huggingface").iterdir():
+        path.write_text("{}")
     train("early", **RUN)
+    for path in pathlib.Path("straight/huggingface").iterdir():
+        assert pathlib.Path("early/huggingface", path.name).read_bytes() == path.read_bytes()
     assert kill_and_resume.difference(pathlib.Path("straight"), pathlib.Path("early")) is None
 
 
