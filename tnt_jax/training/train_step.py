@@ -247,7 +247,8 @@ def token_step(
 ) -> tuple[Sums, TokenValues]:
     """The sums of `eval_step`, and the values `[B, T]` of each token that they are sums of."""
     of_original = None
-    if original_params is not None:
+    gives_logits = original_kind.gives_logits(needs_original=objective.needs_original)
+    if original_params is not None and gives_logits:
         of_original = original_kind.logits(forward, original_params, batch)
     current = forward(original_kind.current_params(params, original_params), batch, None)
     values = token_values(objective, current, of_original, batch, block_size)[1]
