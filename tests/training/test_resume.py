@@ -19,6 +19,7 @@ from helpers import rooms, t5_inputs
 from tnt_jax.checkpoints import orbax, pretrained
 from tnt_jax.data import records
 from tnt_jax.models import sharding, t5
+from tnt_jax.runtime import processes
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.training import load_original, loop, resume
 
@@ -491,3 +492,18 @@ def test_a_change_stays_written_down():
     run = {"pack": False}
     resume.check_same(before, run, ["pack"], [], "there", 5)
     assert json.loads(json.dumps(run["changes"])) == before["changes"]
+
+
+@pytest.mark.parametrize("name", ["adapters", "upper_layers"])
+def test_hosts_may_have_their_original_at_paths_of_their_own(name, monkeypatch):
+    said = []
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes, "gather", lambda place, own: said.append(own) or said)
+
+    def check(part):
+        resume.check_alike({name: part, "seed": 1, "config": "", "versions": {}})
+
+    check({"layers": 1, "beside": "/home/one/model"})
+    check({"layers": 1, "beside": "/home/two/model"})
+    with pytest.raises(UsageError, match=rf"found others in some: {name} \(ORIGINAL"):
+        check({"layers": 2, "beside": "/home/one/model"})

@@ -159,7 +159,7 @@ def check_alike(run: Mapping[str, Any], **more: Any) -> None:
     # Paths may differ, where the files are the same.
     for name in ("config", "versions"):
         own.pop(name)
-    own["adapters"] = _compared("adapters", own.get("adapters"))
+    own |= {name: _compared(name, own.get(name)) for name in _OF_PARTS}
     texts = {name: json.dumps(value, sort_keys=True) for name, value in own.items()}
     digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
     said = [json.loads(text) for text in processes.gather("alike", json.dumps(digests))]
