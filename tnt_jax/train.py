@@ -123,7 +123,6 @@ def train(
     pretrained.check_takes_checkpoints(epath.Path(model_dir), "MODEL_DIR")
     operative_config.check_folder(model_dir, "MODEL_DIR")
     resume.check_allowed(keep.allow_changes)
-    keep.check_is_measured(schedule, has_evaluation=eval_dataset is not None)
 
     # ------------------------------------------------------------------------------- The network
     objective = _with_removed(objective, dataset.removed_everywhere())
@@ -133,6 +132,7 @@ def train(
     trainer = load_original.make_trainer(
         config=config, objective=objective, original_choice=original_choice, update=update
     )
+    keep.check_is_measured(schedule, trainer, has_evaluation=eval_dataset is not None)
     sources = load_original.Sources(trainer.model, source, original_choice, schedule)
 
     # ---------------------------------------------------------------------------------- The data

@@ -19,7 +19,7 @@ from tnt_jax.data.examples import Example
 from tnt_jax.models import sharding, t5
 from tnt_jax.models.causal_lm_config import LayerKind
 from tnt_jax.runtime.errors import UsageError
-from tnt_jax.training import load_original, settings
+from tnt_jax.training import load_original, settings, train_step
 from tnt_jax.training.trainer import jit_eval_step
 
 # Layers that differ, and an output matrix of its own.
@@ -250,6 +250,8 @@ def test_every_kind_is_evaluated(kind, trained_layers, objective):
     assert {"loss", "negative_mass"} < sums.keys()
     # A model with adapters is its own original without them.
     assert ("positive_kl" in sums) == (objective is TNRF or kind == "adapters_off")
+    found = [name for name in train_step.MEAN_OVER if name in sums]
+    assert trainer.measured(is_training=False) == found
 
 
 def test_settings_that_do_not_fit(tmp_path):

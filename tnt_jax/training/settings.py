@@ -15,6 +15,7 @@ from tnt_jax.models.model import check_seed
 from tnt_jax.runtime import settings_json
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.training import train_step
+from tnt_jax.training.trainer import Trainer
 
 # Where the original's logits come from, and whether adapters are trained.
 ORIGINALS = ("parameters", "cached", "adapters_off", "adapters_cached")
@@ -227,9 +228,30 @@ class Keep:
                 f"found {self.best!r}."
             )
 
-    def check_is_measured(self, schedule: Schedule, *, has_evaluation: bool) -> None:
-        """Raises a UsageError unless `best` is measured whenever a checkpoint is written."""
-        if self.best is None or not self.best.startswith("eval/"):
+    def check_is_measured(
+        self, schedule: Schedule, trainer: Trainer, *, has_evaluation: bool
+    ) -> None:
+        """Raises a UsageError unless `best` is measured whenever a checkpoint is written.
+
+        Args:
+          schedule: After how many updates what is done.
+          trainer: The run's trainer.
+          has_evaluation: Whether there are examples to evaluate.
+        """
+        if self.best is None:
+            return
+        name = self.best.removeprefix("eval/")
+        is_training, objective = name == self.best, trainer.objective
+        names = trainer.measured(is_training=is_training)
+        if name not in names:
+            known = ", ".join(names if is_training else [f"eval/{each}" for each in names])
+            raise UsageError(
+                f"KEEP_BEST: expected what a run with negative_term={objective.negative_term!r}, "
+                f"positive_term={objective.positive_term!r} and "
+                f"ORIGINAL={trainer.original_kind.name!r} measures, one of {known}; found "
+                f"{self.best!r}."
+            )
+        if is_training:
             return
         of = schedule
         if not has_evaluation or of.checkpoint_every % of.eval_every:

@@ -395,6 +395,9 @@ MEAN_OVER = {
     "gradient_norm": "num_updates",
 }
 
+# Those of them that need the original's logits.
+OF_ORIGINAL = {"positive_kl", "negative_residual", "negative_collateral", "negative_smallest_cost"}
+
 
 def summarize(sums: Mapping[str, SupportsFloat]) -> dict[str, float]:
     """Divides sums, of one step or added over many, by their counts; leaves out empty means."""
