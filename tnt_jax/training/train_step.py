@@ -312,9 +312,10 @@ def _sums(
     objective: objectives.TntObjective, values: TokenValues, batch: Mapping[str, Array]
 ) -> Sums:
     mask = batch["decoder_loss_mask"]
-    is_negative = objective.is_negative(
-        batch["decoder_target_tokens"], batch["decoder_negative_ids"]
-    )
+    ids = batch["decoder_negative_ids"]
+    strengths = objective.strengths(ids, batch.get("decoder_negative_strengths"))
+    ids = objective.without_raised(ids, strengths)
+    is_negative = objective.is_negative(batch["decoder_target_tokens"], ids)
     is_negative &= mask != 0
     is_positive = ~is_negative & (mask != 0)
 
@@ -362,7 +363,9 @@ def _whole_values(
         negative_strengths=negative_strengths,
     )
     strengths = objective.strengths(negative_ids, negative_strengths)
-    if objective.negative_term == "none":  # ignores marks, and so do the metrics
+    # What the loss ignores, the metrics do, too.
+    negative_ids = objective.without_raised(negative_ids, strengths)
+    if objective.negative_term == "none":
         negative_ids = jnp.full_like(negative_ids, -1)
     everywhere = objective.removed_everywhere
     logits = jax.lax.stop_gradient(logits)
