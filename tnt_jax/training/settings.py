@@ -39,9 +39,10 @@ class Update:
       max_gradient_norm: A gradient whose norm is larger is scaled down to it; None scales none.
       non_finite: What becomes of an update whose loss or gradient is not finite: "stop" ends the
         run, "skip" leaves the update out and counts it.
-      learning_rate_factor: Multiplies what the optimizer adds to the parameters. For Adam,
-        Adafactor and all that multiply by the learning rate at last, weight decay included, that is
-        to multiply the learning rate, be it a number or a schedule.
+      learning_rate_factor: Multiplies what the optimizer adds to the parameters. For Adam, AdamW
+        and all that multiply by the learning rate at last, that is to multiply the learning rate,
+        be it a number or a schedule. For Adafactor it is, too, but for `weight_decay_rate`: the
+        decay, which the learning rate does not change, is multiplied as well.
 
     Raises:
       UsageError: A number or a name is not possible.
