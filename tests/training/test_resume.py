@@ -314,6 +314,31 @@ def test_another_run_is_refused_and_the_difference_named(settings, names, differ
     assert after == before
 
 
+@pytest.mark.parametrize(
+    ("settings", "difference"),
+    [
+        (
+            {"MAX_GRADIENT_NORM": 1.0},
+            "optimizer (OPTIMIZER and its settings): max_gradient_norm was None, is 1.0",
+        ),
+        (
+            {"ORIGINAL": "adapters_off"},
+            "adapters (ORIGINAL, ADAPTER_RANK, ADAPTER_ALPHA and TRAINED_LAYERS) was none, is "
+            "{'rank': 16, 'alpha': 32.0}",
+        ),
+    ],
+)
+def test_a_change_that_the_checkpoint_cannot_take_is_named(settings, difference, capsys):
+    """Whatever it makes of the trees; that it is allowed would not help."""
+    train("straight", status=2, **RUN, **settings)
+    assert capsys.readouterr().err == (
+        f"tnt_jax.train: error: MODEL_DIR straight holds another run, at update 6: {difference}. "
+        "Set it back, or choose another MODEL_DIR: the checkpoint does not fit the change.\n"
+    )
+    train("straight", status=2, **RUN, **settings, ALLOW_CHANGES=["optimizer", "adapters"])
+    assert "straight/checkpoint_6 does not fit " in capsys.readouterr().err
+
+
 def test_an_original_that_was_overwritten_is_refused_and_one_that_was_moved_is_not(capsys):
     shutil.copytree("straight", "here")
     shutil.copytree("original", "moved")
