@@ -123,18 +123,16 @@ def train(
     pretrained.check_takes_checkpoints(epath.Path(model_dir), "MODEL_DIR")
     operative_config.check_folder(model_dir, "MODEL_DIR")
     resume.check_allowed(keep.allow_changes)
-    keep.check_is_measured(schedule, has_evaluation=eval_dataset is not None)
 
     # ------------------------------------------------------------------------------- The network
     objective = _with_removed(objective, dataset.removed_everywhere())
     path = original_choice.path
     source = None if path is None else pretrained.open_checkpoint(path)
+    config = pretrained.config_of(model, source)
     trainer = load_original.make_trainer(
-        config=pretrained.config_of(model, source),
-        objective=objective,
-        original_choice=original_choice,
-        update=update,
+        config=config, objective=objective, original_choice=original_choice, update=update
     )
+    keep.check_is_measured(schedule, trainer, has_evaluation=eval_dataset is not None)
     sources = load_original.Sources(trainer.model, source, original_choice, schedule)
 
     # ---------------------------------------------------------------------------------- The data
@@ -179,7 +177,7 @@ def train(
         _warn_about(trainer, path)
         operative_config.write(model_dir)
         files.write_json(f"{model_dir}/run.json", run)
-        pretrained.describe(model_dir, trainer.model.config, dataset.vocabulary, source)
+        pretrained.describe(model_dir, config, dataset.vocabulary, source, is_new=not start.before)
         console.log(
             f"Training on {len(examples)} examples from update {start.step} to "
             f"{schedule.train_steps}, {update.batch_size} rows at a time, on {jax.device_count()} "

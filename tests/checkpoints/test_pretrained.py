@@ -19,6 +19,7 @@ from tnt_jax.checkpoints import lazy_arrays, orbax, pretrained
 from tnt_jax.data import tokenization, vocabularies
 from tnt_jax.models import parameters, sharding, t5
 from tnt_jax.models.model import Model
+from tnt_jax.runtime import console
 from tnt_jax.runtime.errors import UsageError
 
 FROM_CHECKPOINT = pathlib.Path(__file__).parents[2] / "gin_configs/models/from_checkpoint.gin"
@@ -294,6 +295,35 @@ def test_a_model_brings_its_vocabulary(output_format, directory, sentencepiece):
     expected = tokenization.SentencePiece(sentencepiece, 9)
     for text in TEXTS:
         assert found.encode(text) == expected.encode(text)
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_new_run_is_described_anew_and_one_that_goes_on_is_not(directory, tmp_path, monkeypatch):
+    """What is there before a run's first checkpoint is of one that died, maybe of another model."""
+    path = tmp_path / "another.model"
+    tokenization.train_sentencepiece([*TEXTS, "zebras"], path, vocab_size=30)
+    another = tokenization.SentencePiece(str(path), 9)
+    dead = tmp_path / "run/huggingface"
+    pretrained.describe(str(dead.parent), TINY, another, None)
+    (dead / "added_tokens.json").write_text("{}")  # the other model had more files
+    source, before = pretrained.open_checkpoint(str(directory)), files_of(dead)
+    mine = tokenization.SentencePiece(str(directory / "spiece.model"), 9)
+    arguments = str(dead.parent), TINY, mine, source
+
+    pretrained.describe(*arguments)
+    assert files_of(dead) == before
+    monkeypatch.setattr(console, "is_first_process", lambda: False)
+    pretrained.describe(*arguments, is_new=True)  # the first process writes, and nobody else
+    assert files_of(dead) == before
+    monkeypatch.undo()
+    pretrained.describe(*arguments, is_new=True)
+    pretrained.describe(str(tmp_path / "fresh"), TINY, mine, source)
+    assert files_of(dead) == files_of(tmp_path / "fresh/huggingface")
+    assert (dead / "spiece.model").read_bytes() == (directory / "spiece.model").read_bytes()
+    assert [path.name for path in dead.parent.iterdir()] == ["huggingface"]
 
 
 def test_a_file_of_pieces_has_t5_s_extra_ids(sentencepiece):

@@ -142,6 +142,8 @@ def dense(objective, current, original, tokens):
     strengths = objective.strengths(ids, tokens.get("negative_strengths"))
     if objective.negative_term == "none":
         ids = jnp.full_like(ids, -1)
+    elif objective.mixes and strengths is not None:  # what raises an id is ignored
+        ids = jnp.where(strengths > 0, ids, -1)
     everywhere = objective.removed_everywhere
     mass = objectives.removed_mass(current_logits, ids, everywhere, strengths)
     parts = objectives.certificate(

@@ -352,6 +352,10 @@ def test_another_optimizer_than_that_of_the_run(mistake):
         "OPTIMIZER": "@optax.adafactor",
     }
     message = mistake("train", settings, ["objectives/fine_tune.gin"])
+    assert "holds another run, at update 1: optimizer (OPTIMIZER and its settings): " in message
+    assert message.endswith("MODEL_DIR: the checkpoint does not fit the change.")
+    settings["ALLOW_CHANGES"] = ["optimizer"]
+    message = mistake("train", settings, ["objectives/fine_tune.gin"])
     assert "original/checkpoint_1 does not fit OPTIMIZER: " in message
 
 

@@ -71,9 +71,9 @@ def test_what_is_not_finite_is_named(health_of, sums, found, tmp_path):
         health_of(tmp_path).is_sound(7, sums)
     assert str(raised.value) == (
         f"update 7: expected finite numbers, found {found} Before it, there is checkpoint 4 in "
-        "there. Lower LEARNING_RATE or negative_weight, set MAX_GRADIENT_NORM, or look at the "
-        "examples of that update: 7-0, 7-1, 7-2, 7-3, 7-4, 7-5 and 2 more. NON_FINITE='skip' "
-        "leaves such updates out."
+        "there. Lower LEARNING_RATE or negative_weight, set MAX_GRADIENT_NORM in a run with "
+        "another MODEL_DIR, or look at the examples of that update: 7-0, 7-1, 7-2, 7-3, 7-4, 7-5 "
+        "and 2 more. NON_FINITE='skip' leaves such updates out."
     )
     assert events(tmp_path) == []
 

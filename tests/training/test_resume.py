@@ -19,6 +19,7 @@ from helpers import rooms, t5_inputs
 from tnt_jax.checkpoints import orbax, pretrained
 from tnt_jax.data import records
 from tnt_jax.models import sharding, t5
+from tnt_jax.runtime import processes
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.training import load_original, loop, resume
 
@@ -105,7 +106,13 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew():
     pathlib.Path("early").mkdir()
     for name in ("metrics.jsonl", "events.jsonl"):
         pathlib.Path("early", name).write_text('{"step": 1, "loss": 7.0}\n{"ste')
+    # Of a dead run of another model: nothing of it describes this one.
+    shutil.copytree("straight/huggingface", "early/huggingface")
+    for path in pathlib.Path("early/huggingface").iterdir():
+        path.write_text("{}")
     train("early", **RUN)
+    for path in pathlib.Path("straight/huggingface").iterdir():
+        assert pathlib.Path("early/huggingface", path.name).read_bytes() == path.read_bytes()
     assert kill_and_resume.difference(pathlib.Path("straight"), pathlib.Path("early")) is None
 
 
@@ -307,6 +314,31 @@ def test_another_run_is_refused_and_the_difference_named(settings, names, differ
     assert after == before
 
 
+@pytest.mark.parametrize(
+    ("settings", "difference"),
+    [
+        (
+            {"MAX_GRADIENT_NORM": 1.0},
+            "optimizer (OPTIMIZER and its settings): max_gradient_norm was None, is 1.0",
+        ),
+        (
+            {"ORIGINAL": "adapters_off"},
+            "adapters (ORIGINAL, ADAPTER_RANK, ADAPTER_ALPHA and TRAINED_LAYERS) was none, is "
+            "{'rank': 16, 'alpha': 32.0}",
+        ),
+    ],
+)
+def test_a_change_that_the_checkpoint_cannot_take_is_named(settings, difference, capsys):
+    """Whatever it makes of the trees; that it is allowed would not help."""
+    train("straight", status=2, **RUN, **settings)
+    assert capsys.readouterr().err == (
+        f"tnt_jax.train: error: MODEL_DIR straight holds another run, at update 6: {difference}. "
+        "Set it back, or choose another MODEL_DIR: the checkpoint does not fit the change.\n"
+    )
+    train("straight", status=2, **RUN, **settings, ALLOW_CHANGES=["optimizer", "adapters"])
+    assert "straight/checkpoint_6 does not fit " in capsys.readouterr().err
+
+
 def test_an_original_that_was_overwritten_is_refused_and_one_that_was_moved_is_not(capsys):
     shutil.copytree("straight", "here")
     shutil.copytree("original", "moved")
@@ -485,3 +517,18 @@ def test_a_change_stays_written_down():
     run = {"pack": False}
     resume.check_same(before, run, ["pack"], [], "there", 5)
     assert json.loads(json.dumps(run["changes"])) == before["changes"]
+
+
+@pytest.mark.parametrize("name", ["adapters", "upper_layers"])
+def test_hosts_may_have_their_original_at_paths_of_their_own(name, monkeypatch):
+    said = []
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes, "gather", lambda place, own: said.append(own) or said)
+
+    def check(part):
+        resume.check_alike({name: part, "seed": 1, "config": "", "versions": {}})
+
+    check({"layers": 1, "beside": "/home/one/model"})
+    check({"layers": 1, "beside": "/home/two/model"})
+    with pytest.raises(UsageError, match=rf"found others in some: {name} \(ORIGINAL"):
+        check({"layers": 2, "beside": "/home/one/model"})

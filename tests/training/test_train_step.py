@@ -31,6 +31,7 @@ from helpers.two_matrices import (
 )
 
 from tnt_jax import objectives
+from tnt_jax.models.factored_logits import FactoredLogits
 from tnt_jax.training import train_step
 
 # ------------------------------------------------------------------------------- T5X's own numbers
@@ -340,6 +341,33 @@ def test_marks_that_the_objective_ignores_are_in_no_metric():
     _, unmarked = step_of(small_batch(is_marked=False), objective=distil)
     assert_trees_close(marked, unmarked, rtol=1e-6)
     np.testing.assert_allclose(marked["positive_kl"], marked["loss"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("negative_term", ["unlikelihood", "negative_preference"])
+@pytest.mark.parametrize("is_whole", [True, False], ids=["whole", "factors"])
+def test_marks_that_only_raise_are_in_no_metric_of_a_term_that_ignores_them(
+    negative_term, is_whole
+):
+    """Beside marks that lower, and alone at positions that are then as all others."""
+    objective, marked = objective_of(negative_term, "forward_kl"), small_batch()
+    raised = {name: rows.copy() for name, rows in marked.items()}
+    ids = raised["decoder_negative_ids"]
+    is_free = ids < 0
+    ids[is_free] = 3
+    raised["decoder_negative_strengths"] = np.where(is_free, -2.0, 1.0).astype(np.float32)
+    raised["decoder_negative_strengths"][0] = np.where(is_free[0], 0.0, 1.0)  # does nothing
+
+    def forward(params, batch, dropout_key=None):
+        if is_whole:
+            return small_forward(params, batch)
+        hidden = params["embedding"][batch["decoder_input_tokens"]]
+        return FactoredLogits(hidden, params["out"], vocab_axis=1)
+
+    with_raised, without = (
+        step_of(batch, objective=objective, forward=forward)[1] for batch in (raised, marked)
+    )
+    assert 0 < without["num_negative"] < without["num_tokens"]
+    assert_trees_close(with_raised, without, rtol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------- Numerics

@@ -19,7 +19,8 @@ from tnt_jax.data.examples import Example
 from tnt_jax.models import sharding, t5
 from tnt_jax.models.causal_lm_config import LayerKind
 from tnt_jax.runtime.errors import UsageError
-from tnt_jax.training import load_original, settings
+from tnt_jax.training import load_original, settings, train_step
+from tnt_jax.training.trainer import jit_eval_step
 
 # Layers that differ, and an output matrix of its own.
 MIXED = dataclasses.replace(
@@ -230,6 +231,27 @@ def test_a_step_with_cached_states_is_compiled_for_devices(kind):
     of_row = 4 * (10 + 4 * 8) + 4 * 16 * (10 + 8 + 8)  # ids and marks; the encoder's, below, above
     assert report["bytes"]["batch"] == of_row
     assert report["bytes"]["temporaries"] > 0
+
+
+@pytest.mark.parametrize("objective", [ULLL, TNRF], ids=["UL+LL", "TNRF"])
+@pytest.mark.parametrize("trained_layers", [None, 1])
+@pytest.mark.parametrize("kind", settings.ORIGINALS)
+def test_every_kind_is_evaluated(kind, trained_layers, objective):
+    """With the original's logits where an objective compares with it, or they are there anyway."""
+    trainer, _, update = made(kind, T5, trained_layers, objective)
+    layout = trainer.model.network.feature_layout
+    shapes = feature_shapes(LENGTHS, update.batch_size, 1, pack=False, feature_layout=layout)
+    sums = jax.eval_shape(
+        jit_eval_step(trainer.model, objective, trainer.original_kind),
+        trainer.abstract_params,
+        trainer.abstract_original,
+        trainer.abstract_batch(shapes),
+    )
+    assert {"loss", "negative_mass"} < sums.keys()
+    # A model with adapters is its own original without them.
+    assert ("positive_kl" in sums) == (objective is TNRF or kind == "adapters_off")
+    found = [name for name in train_step.MEAN_OVER if name in sums]
+    assert trainer.measured(is_training=False) == found
 
 
 def test_settings_that_do_not_fit(tmp_path):

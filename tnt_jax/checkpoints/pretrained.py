@@ -640,6 +640,8 @@ def describe(
     config: NetworkConfig,
     vocabulary: tokenization.Tokeniser,
     original: Pretrained | None,
+    *,
+    is_new: bool = False,
 ) -> None:
     """Writes beside our checkpoints what Hugging Face's directory has beside its weights.
 
@@ -651,9 +653,12 @@ def describe(
       config: Of the network.
       vocabulary: Of its ids.
       original: The checkpoint that it started from, whose files are taken where there are any.
+      is_new: Whether there is no checkpoint yet: what is there then is of a run that left none,
+        perhaps of another model, and is replaced.
     """
     whole = epath.Path(model_dir).expanduser() / orbax.DESCRIPTION
-    if not console.is_first_process() or (whole / huggingface.CONFIG).exists():
+    is_there = not is_new and (whole / huggingface.CONFIG).exists()
+    if is_there or not console.is_first_process():
         return
     # A run that is killed here leaves no half of a tokenizer under the name of a whole one.
     folder = whole.with_name(f"{whole.name}.unfinished")

@@ -407,6 +407,19 @@ class TntObjective:
         """Whether strengths mix the losses with and without marks, as no `p_new` takes them."""
         return self.negative_term not in (*_DIVERGENCES, "none")
 
+    def without_raised(
+        self, negative_ids: Int[Array, "*#B K"], strengths: Float[Array, "*#B K"] | None
+    ) -> Int[Array, "... K"]:
+        """The marks that the negative term looks at: without a `p_new`, none that raises an id.
+
+        Args:
+          negative_ids: Padded with -1.
+          strengths: Of them, from `strengths`.
+        """
+        if strengths is None or not self.mixes:
+            return negative_ids
+        return jnp.where(strengths > 0, negative_ids, -1)
+
     def token_losses(
         self,
         *,
@@ -443,7 +456,7 @@ class TntObjective:
         strengths = self.strengths(negative_ids, negative_strengths)
         if strengths is not None and self.mixes:
             certain = dataclasses.replace(self, negative_strength=1.0)
-            negative_ids = jnp.where(strengths > 0, negative_ids, -1)
+            negative_ids = self.without_raised(negative_ids, strengths)
             share, unsure_ids = share_with_marks(negative_ids, strengths)
             with_marks, without = (
                 certain.token_losses(

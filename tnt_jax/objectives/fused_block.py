@@ -147,10 +147,10 @@ class Block:
         self.mixed, self.graded = None, None
         negative_ids, strengths = _each_once(negative_ids, strengths)
         if strengths is not None:
+            negative_ids = objective.without_raised(negative_ids, strengths)
             if objective.mixes:
-                certain_ids = jnp.where(strengths > 0, negative_ids, -1)
                 self.mixed = self._mix(
-                    logits, original_logits, target_tokens, certain_ids, strengths
+                    logits, original_logits, target_tokens, negative_ids, strengths
                 )
             negative_ids, self.graded = self._split(negative_ids, strengths, original_logits)
             if original_logits is not None:

@@ -30,6 +30,9 @@ _MOST_SKIPPED = 20
 _MOST_NAMES = 6  # of parameters and examples in a message
 _MOST_EXAMPLES = 256  # in events.jsonl
 
+# A checkpoint's optimizer has no clipping that its run had not, even with ALLOW_CHANGES.
+CLIP = "set MAX_GRADIENT_NORM in a run with another MODEL_DIR"
+
 
 class Health:
     """Looks at the sums of one update after the other.
@@ -123,9 +126,9 @@ class Health:
         if not self._is_skipping:
             raise UsageError(
                 f"update {step}: expected finite numbers, {what} Before it, there is "
-                f"{self._where()}. Lower LEARNING_RATE or negative_weight, set MAX_GRADIENT_NORM, "
-                f"or look at the examples of that update: {_some(examples)}. NON_FINITE='skip' "
-                "leaves such updates out."
+                f"{self._where()}. Lower LEARNING_RATE or negative_weight, {CLIP}, or look at the "
+                f"examples of that update: {_some(examples)}. NON_FINITE='skip' leaves such "
+                "updates out."
             )
         self._num_skipped += 1
         self._skipped_in_a_row += 1
@@ -145,7 +148,7 @@ class Health:
             raise UsageError(
                 f"updates {first} to {step}: expected finite numbers in one of {_MOST_SKIPPED} "
                 f"updates, {what} There is {self._where()}. Lower LEARNING_RATE or "
-                "negative_weight, or set MAX_GRADIENT_NORM."
+                f"negative_weight, or {CLIP}."
             )
 
     def _look_for_spike(self, step: int, loss: float, norm: float) -> None:

@@ -389,7 +389,7 @@ class _Checkpoint(hooks.Hook):
             raise UsageError(
                 f"update {step}: expected finite parameters, found others in {', '.join(bad[:6])} "
                 f"({len(bad)} of {len(names)} parameters). Before it, there is {loop.newest()}. "
-                "Lower LEARNING_RATE, or set MAX_GRADIENT_NORM."
+                f"Lower LEARNING_RATE, or {health.CLIP}."
             )
         run = {
             **loop.run,

@@ -103,6 +103,16 @@ class Original:
             return read
         return without(read, trained)
 
+    def gives_logits(self, *, needs_original: bool) -> bool:
+        """Whether `logits` can be computed from what there is: of evaluations they are wanted.
+
+        Args:
+          needs_original: Whether the objective compares with the original. If it does not, no
+            `STATES` come with the batch, and `read_params` leaves out the layers that are trained.
+        """
+        is_whole = self.cached_from is None and (self.has_adapters or self.is_apart)
+        return needs_original or is_whole
+
     def current_params(self, params: PyTree, original_params: PyTree | None) -> PyTree:
         """What the model being trained is run with.
 

@@ -159,7 +159,7 @@ def check_alike(run: Mapping[str, Any], **more: Any) -> None:
     # Paths may differ, where the files are the same.
     for name in ("config", "versions"):
         own.pop(name)
-    own["adapters"] = _compared("adapters", own.get("adapters"))
+    own |= {name: _compared(name, own.get(name)) for name in _OF_PARTS}
     texts = {name: json.dumps(value, sort_keys=True) for name, value in own.items()}
     digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
     said = [json.loads(text) for text in processes.gather("alike", json.dumps(digests))]
@@ -219,9 +219,15 @@ def begin(
     before: Mapping[str, Any] = {}
     if step is not None:
         before = saved.run_of(step)
-        saved.check(step, trainer.abstract_state)
+        misfit = None
+        try:
+            saved.check(step, trainer.abstract_state)
+        except UsageError as error:
+            misfit = error  # said last: another setting may be the reason, and is named as such
         names = [name for name in COMPARED if name not in ("original", "start")]
-        check_same(before, run, names, allow_changes, model_dir, step)
+        check_same(before, run, names, allow_changes, model_dir, step, fits=misfit is None)
+        if misfit is not None:
+            raise misfit
     loaded, params = load(is_new=step is None)
     run["original"] = loaded.identity
     start_path = sources.schedule.start_path or sources.choice.path
@@ -273,6 +279,8 @@ def check_same(
     allow_changes: Sequence[str],
     model_dir: str,
     step: int,
+    *,
+    fits: bool = True,
 ) -> None:
     """Compares what a checkpoint remembers with the run that would go on from it.
 
@@ -286,6 +294,7 @@ def check_same(
       allow_changes: Names whose change is meant.
       model_dir: For the message.
       step: Of the checkpoint.
+      fits: Whether the checkpoint can be read into the run as it is now.
 
     Raises:
       UsageError: Something else has changed: all of it is named.
@@ -305,10 +314,15 @@ def check_same(
             refused[name] = difference
     if refused:
         meant = json.dumps(sorted({*refused, *allow_changes})).replace('"', "'")
+        advice = (
+            "Set it back, choose another MODEL_DIR, or go on knowingly with "
+            f'--gin.ALLOW_CHANGES="{meant}".'
+            if fits
+            else "Set it back, or choose another MODEL_DIR: the checkpoint does not fit the change."
+        )
         raise UsageError(
             f"MODEL_DIR {model_dir} holds another run, at update {step}: "
-            f"{'; '.join(refused.values())}. Set it back, choose another MODEL_DIR, or go on "
-            f'knowingly with --gin.ALLOW_CHANGES="{meant}".'
+            f"{'; '.join(refused.values())}. {advice}"
         )
 
 

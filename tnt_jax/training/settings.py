@@ -16,6 +16,7 @@ from tnt_jax.models.model import check_seed
 from tnt_jax.runtime import settings_json
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.training import train_step
+from tnt_jax.training.trainer import Trainer
 
 # Where the original's logits come from, and whether adapters are trained.
 ORIGINALS = ("parameters", "cached", "adapters_off", "adapters_cached")
@@ -39,9 +40,10 @@ class Update:
       max_gradient_norm: A gradient whose norm is larger is scaled down to it; None scales none.
       non_finite: What becomes of an update whose loss or gradient is not finite: "stop" ends the
         run, "skip" leaves the update out and counts it.
-      learning_rate_factor: Multiplies what the optimizer adds to the parameters. For Adam,
-        Adafactor and all that multiply by the learning rate at last, weight decay included, that is
-        to multiply the learning rate, be it a number or a schedule.
+      learning_rate_factor: Multiplies what the optimizer adds to the parameters. For Adam, AdamW
+        and all that multiply by the learning rate at last, that is to multiply the learning rate,
+        be it a number or a schedule. For Adafactor it is, too, but for `weight_decay_rate`: the
+        decay, which the learning rate does not change, is multiplied as well.
 
     Raises:
       UsageError: A number or a name is not possible.
@@ -235,9 +237,30 @@ class Keep:
                 f"found {self.best!r}."
             )
 
-    def check_is_measured(self, schedule: Schedule, *, has_evaluation: bool) -> None:
-        """Raises a UsageError unless `best` is measured whenever a checkpoint is written."""
-        if self.best is None or not self.best.startswith("eval/"):
+    def check_is_measured(
+        self, schedule: Schedule, trainer: Trainer, *, has_evaluation: bool
+    ) -> None:
+        """Raises a UsageError unless `best` is measured whenever a checkpoint is written.
+
+        Args:
+          schedule: After how many updates what is done.
+          trainer: The run's trainer.
+          has_evaluation: Whether there are examples to evaluate.
+        """
+        if self.best is None:
+            return
+        name = self.best.removeprefix("eval/")
+        is_training, objective = name == self.best, trainer.objective
+        names = trainer.measured(is_training=is_training)
+        if name not in names:
+            known = ", ".join(names if is_training else [f"eval/{each}" for each in names])
+            raise UsageError(
+                f"KEEP_BEST: expected what a run with negative_term={objective.negative_term!r}, "
+                f"positive_term={objective.positive_term!r} and "
+                f"ORIGINAL={trainer.original_kind.name!r} measures, one of {known}; found "
+                f"{self.best!r}."
+            )
+        if is_training:
             return
         of = schedule
         if not has_evaluation or of.checkpoint_every % of.eval_every:

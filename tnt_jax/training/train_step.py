@@ -247,7 +247,8 @@ def token_step(
 ) -> tuple[Sums, TokenValues]:
     """The sums of `eval_step`, and the values `[B, T]` of each token that they are sums of."""
     of_original = None
-    if original_params is not None:
+    gives_logits = original_kind.gives_logits(needs_original=objective.needs_original)
+    if original_params is not None and gives_logits:
         of_original = original_kind.logits(forward, original_params, batch)
     current = forward(original_kind.current_params(params, original_params), batch, None)
     values = token_values(objective, current, of_original, batch, block_size)[1]
@@ -311,9 +312,10 @@ def _sums(
     objective: objectives.TntObjective, values: TokenValues, batch: Mapping[str, Array]
 ) -> Sums:
     mask = batch["decoder_loss_mask"]
-    is_negative = objective.is_negative(
-        batch["decoder_target_tokens"], batch["decoder_negative_ids"]
-    )
+    ids = batch["decoder_negative_ids"]
+    strengths = objective.strengths(ids, batch.get("decoder_negative_strengths"))
+    ids = objective.without_raised(ids, strengths)
+    is_negative = objective.is_negative(batch["decoder_target_tokens"], ids)
     is_negative &= mask != 0
     is_positive = ~is_negative & (mask != 0)
 
@@ -361,7 +363,9 @@ def _whole_values(
         negative_strengths=negative_strengths,
     )
     strengths = objective.strengths(negative_ids, negative_strengths)
-    if objective.negative_term == "none":  # ignores marks, and so do the metrics
+    # What the loss ignores, the metrics do, too.
+    negative_ids = objective.without_raised(negative_ids, strengths)
+    if objective.negative_term == "none":
         negative_ids = jnp.full_like(negative_ids, -1)
     everywhere = objective.removed_everywhere
     logits = jax.lax.stop_gradient(logits)
@@ -393,6 +397,9 @@ MEAN_OVER = {
     "negative_smallest_cost": "num_negative",
     "gradient_norm": "num_updates",
 }
+
+# Those of them that need the original's logits.
+OF_ORIGINAL = {"positive_kl", "negative_residual", "negative_collateral", "negative_smallest_cost"}
 
 
 def summarize(sums: Mapping[str, SupportsFloat]) -> dict[str, float]:

@@ -68,6 +68,31 @@ class Trainer:
         """The states that come with a batch, as `Original.features` has them."""
         return self.original_kind.features(needs_original=self.objective.needs_original)
 
+    def measured(self, *, is_training: bool) -> list[str]:
+        """The means that a run can have, of `train_step.MEAN_OVER`.
+
+        Args:
+          is_training: Whether of updates; otherwise of an evaluation.
+        """
+        objective, kind = self.objective, self.original_kind
+        has_logits, never = objective.needs_original, set[str]()
+        if not is_training:
+            never.add("gradient_norm")
+            has_logits = kind.gives_logits(needs_original=has_logits)
+            has_logits &= self.abstract_original is not None
+        if not has_logits:
+            never |= train_step.OF_ORIGINAL
+        all_are_negative = objective.removed_everywhere_counts_as == "negative"
+        without = {
+            "num_negative": objective.negative_term == "none",
+            "num_positive": bool(objective.removed_everywhere) and all_are_negative,
+        }
+        return [
+            name
+            for name, count in train_step.MEAN_OVER.items()
+            if name not in never and not without.get(count, False)
+        ]
+
     @functools.cached_property
     def abstract_state(self) -> train_step.TrainState:
         """Shapes, dtypes and shardings of the state; no array is made."""

@@ -1,0 +1,72 @@
+"""What settings of a run are refused before it begins."""
+
+import optax
+import pytest
+from helpers.tiny_llama import LLAMA
+
+from tnt_jax import objectives
+from tnt_jax.runtime.errors import UsageError
+from tnt_jax.training import load_original, settings
+
+
+def check(best, objective, kind="parameters"):
+    """Keeps the best by a metric, with an evaluation before each checkpoint."""
+    trainer = load_original.make_trainer(
+        config=LLAMA,
+        objective=objective,
+        original_choice=settings.OriginalChoice(path=None, kind=kind),
+        update=settings.Update(
+            batch_size=8, task_feature_lengths={"inputs": 8, "targets": 8}, optimizer=optax.sgd(1.0)
+        ),
+    )
+    schedule = settings.Schedule(train_steps=2, checkpoint_every=1, eval_every=1)
+    settings.Keep(best=best).check_is_measured(schedule, trainer, has_evaluation=True)
+
+
+ULLL, KL, TNFF = map(objectives.named, ("UL+LL", "KL", "TNFF"))
+DISTILLED = objectives.named(
+    "TNFF", removed_everywhere=(3,), removed_everywhere_counts_as="negative"
+)
+
+
+@pytest.mark.parametrize(
+    ("best", "objective", "kind"),
+    [
+        ("eval/positive_kl", ULLL, "parameters"),
+        ("positive_kl", ULLL, "adapters_off"),  # evaluations alone measure it
+        ("eval/positive_kl", ULLL, "adapters_cached"),
+        ("eval/negative_mass", KL, "parameters"),
+        ("negative_residual", KL, "parameters"),
+        ("eval/gradient_norm", TNFF, "parameters"),
+        ("eval/positive_loss", DISTILLED, "parameters"),
+    ],
+)
+def test_the_best_by_what_a_run_never_measures(best, objective, kind):
+    with pytest.raises(UsageError, match=r"^KEEP_BEST: expected what a run with .* measures, "):
+        check(best, objective, kind)
+
+
+@pytest.mark.parametrize(
+    ("best", "objective", "kind"),
+    [
+        ("eval/positive_kl", TNFF, "parameters"),
+        ("eval/positive_kl", ULLL, "adapters_off"),
+        ("positive_kl", KL, "cached"),
+        ("negative_mass", ULLL, "parameters"),
+        ("gradient_norm", TNFF, "parameters"),
+        ("eval/negative_loss", DISTILLED, "parameters"),
+    ],
+)
+def test_the_best_by_what_a_run_measures(best, objective, kind):
+    check(best, objective, kind)
+
+
+def test_what_could_be_measured_is_listed():
+    expected = (
+        "KEEP_BEST: expected what a run with negative_term='unlikelihood', "
+        "positive_term='log_likelihood' and ORIGINAL='parameters' measures, one of eval/loss, "
+        "eval/negative_loss, eval/positive_loss, eval/negative_mass; found 'eval/positive_kl'."
+    )
+    with pytest.raises(UsageError) as error:
+        check("eval/positive_kl", ULLL)
+    assert str(error.value) == expected
