@@ -328,21 +328,18 @@ class _Masks:
         """Those of some prompts."""
         kinds = self.kind_of[list(indices)].tolist()
         # Not of all prompts beforehand: there may be as many kinds as prompts.
-        flags = {kind: self._flags(kind) for kind in set(kinds)}
-        return masking.Mask(self.tables, np.stack([flags[kind] for kind in kinds]))
-
-    def _flags(self, kind: int) -> np.ndarray:
-        if kind not in self._known:
-            if len(self._known) >= _MOST_KINDS:
-                del self._known[next(iter(self._known))]
-            listed, own = self.kinds[kind]
-            known = self.innocent.and_also(own)
-            self._known[kind] = self.compiled.flags(listed.allowed, known)
-        return self._known[kind]
+        return masking.Mask(self.tables, np.stack([self._flags(kind) for kind in kinds]))
 
     @functools.cached_property
-    def _known(self) -> dict[int, np.ndarray]:
-        return {}
+    def _flags(self) -> Callable[[int], np.ndarray]:
+        """What is wrong for a kind; the last ones are kept."""
+
+        @functools.lru_cache(_MOST_KINDS)
+        def flags(kind: int) -> np.ndarray:
+            listed, own = self.kinds[kind]
+            return self.compiled.flags(listed.allowed, self.innocent.and_also(own))
+
+        return flags
 
     def describe(self) -> dict[str, Any]:
         """All that decides what is removed."""

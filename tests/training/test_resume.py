@@ -153,7 +153,7 @@ def test_a_run_that_was_told_to_stop_saves_and_goes_on_exactly(monkeypatch, caps
 
 
 def test_a_stop_takes_the_place_of_no_other_checkpoint(monkeypatch):
-    """Of two that stay, each is one of those that stay without the stop."""
+    """In the end there are the two checkpoints that an undisturbed run would have kept."""
     run = {**RUN, "CHECKPOINT_EVERY": 2, "KEEP_CHECKPOINTS": 2}
     trained = progress_view.View.trained
 

@@ -284,19 +284,13 @@ class TokenAutomaton:
             hopeful = [state for state in hopeful if state not in stuck]
         return flags
 
-    def _of_allowed(self, allowed: tuple[str, ...]) -> "_OfAllowed":
-        """What is wrong, given what may be said and no innocent words; the last few are kept."""
-        if allowed not in self._known:
-            if len(self._known) >= _MOST_KNOWN:
-                del self._known[next(iter(self._known))]
-            self._known[allowed] = self._what_is_wrong(allowed)
-        return self._known[allowed]
-
     @functools.cached_property
-    def _known(self) -> "dict[tuple[str, ...], _OfAllowed]":
-        return {}
+    def _of_allowed(self) -> Callable[[tuple[str, ...]], "_OfAllowed"]:
+        """`_what_is_wrong`; the last few answers are kept."""
+        return functools.lru_cache(_MOST_KNOWN)(self._what_is_wrong)
 
     def _what_is_wrong(self, allowed: tuple[str, ...]) -> "_OfAllowed":
+        """What is wrong, given what may be said and no innocent words."""
         automaton = self.automaton
         is_unwanted = np.ones(len(automaton.phrase_of) + 1, bool)
         is_unwanted[automaton.numbers(allowed)] = False
@@ -487,7 +481,7 @@ class Innocent:
             word for text in texts for word in words.keys(text, case_sensitive=case_sensitive)
         )
         self._begun = {""} if self.words else set[str]()
-        self._begun.update(*map(_beginnings, self.words))
+        self._begun.update(*map(_prefixes, self.words))
         self._known: tuple[Automaton, np.ndarray] | None = None
 
     def states(self, automaton: Automaton) -> np.ndarray:
@@ -513,7 +507,7 @@ class Innocent:
 
         def adds(text: str) -> bool:
             return any(
-                word in on_the_way or not begun.isdisjoint(_beginnings(word))
+                word in on_the_way or not begun.isdisjoint(_prefixes(word))
                 for word in words.keys(text, case_sensitive=self._case_sensitive)
             )
 
@@ -528,18 +522,18 @@ class Innocent:
 
 
 class _InnocentToo(NamedTuple):
-    """The words of one, which are many and the same for all, and those of another.
+    """Words that are innocent in every output, and those of one prompt.
 
     Attributes:
-        many: what is known of them once is known for all.
-        few: words that are looked up by themselves.
+        many: the words of all outputs; which states they may be in is computed once.
+        few: the words of the prompt; only states that they can change are looked at.
     """
 
     many: Innocent
     few: Innocent
 
     def states(self, automaton: Automaton) -> np.ndarray:
-        """As `Innocent.states`."""
+        """`[S]` bool: whether what is under way in a state may be words of either."""
         found = self.many.states(automaton).copy()
         candidates = {
             number
@@ -551,7 +545,7 @@ class _InnocentToo(NamedTuple):
         return found
 
 
-def _beginnings(word: str) -> Iterable[str]:
+def _prefixes(word: str) -> Iterable[str]:
     """What a word begins with, up to all of it: no listed text is longer."""
     return itertools.accumulate(word[:_MOST_CHARACTERS])
 

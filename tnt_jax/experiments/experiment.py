@@ -374,7 +374,7 @@ class Opened:
         is_file = isinstance(prompts, str)
         masking: dict[str, Any] = {}
         words_of: list[str] = []
-        rule = ""  # of the mask, where outputs of an earlier one may be there
+        rule = ""  # a mask at first tokens without it has left other outputs in old folders
         if mask is not None:
             place = self.settings.mask_place()
             if place.at == "start":  # ordinary words are those of the training outputs
