@@ -2,6 +2,7 @@
 #                   minutes on two cores
 # make demo         a chat model that people use, patched: minutes on two cores, after a download of 93 MB
 # make test         the unit and end-to-end tests
+# make test-all     with the long cases that tests/long_tests.py leaves out of make test
 # make check        what to run while you work: style, rooms, and the tests that are quick
 # make lint         ruff, basedpyright, and which room may import which
 # make docs         the site of docs/, in site/: open site/index.html. Its search needs a server:
@@ -29,7 +30,7 @@ INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check
 MAKE_VENV = $(PYTHON) -m venv --clear $(VENV)
 endif
 
-.PHONY: quickstart demo test check lint docs parity
+.PHONY: quickstart demo test test-all check lint docs parity
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.installed-quickstart
@@ -40,6 +41,9 @@ demo: $(VENV)/.installed-demo
 
 test: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
+
+test-all:
+	$(MAKE) test PYTEST_ARGS="--all $(PYTEST_ARGS)"
 
 check: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .

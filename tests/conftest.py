@@ -1,5 +1,6 @@
 """Every test runs on eight simulated CPU devices, without network, with strict numerics."""
 
+import collections
 import gc
 import os
 import pathlib
@@ -28,6 +29,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 
 import hypothesis
 import jax
+import long_tests
 import pytest
 
 # In this process only: a program that a test starts sees one device unless the test says otherwise.
@@ -57,11 +59,50 @@ SLOW_FILES = {
 }
 
 
-def pytest_collection_modifyitems(items):
-    """Marks the tests of slow files."""
+# What hangs most on JAX itself: of the slow files, those that .ci/run runs on every Python.
+EVERY_PYTHON = {"test_train_step", "test_step_on_meshes", "test_main_job", "test_processes"}
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--all", action="store_true", help="the cases that long_tests.py leaves out too"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    """Marks the tests of slow files, and leaves out long cases, but of files that are named."""
+    named = {pathlib.Path(name.partition("::")[0]).stem for name in config.args}
+    kept, left_out = [], []
     for item in items:
-        if item.path.stem in SLOW_FILES:
+        file = item.path.stem
+        if file in SLOW_FILES:
             item.add_marker(pytest.mark.slow)
+        if file in EVERY_PYTHON:
+            item.add_marker(pytest.mark.every_python)
+        is_wanted = config.getoption("--all") or file in named
+        is_long = long_tests.is_left_out(file, item.originalname, case_of(item))
+        (left_out if is_long and not is_wanted else kept).append(item)
+    if not any("::" in name for name in config.args):
+        check_that_long_tests_are_there(items)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = kept
+
+
+def case_of(item):
+    return item.callspec.id if hasattr(item, "callspec") else ""
+
+
+def check_that_long_tests_are_there(items):
+    """A test that was renamed would run in full again, and nobody would see why."""
+    cases = collections.defaultdict(set)
+    for item in items:
+        cases[item.path.stem, item.originalname].add(case_of(item))
+    files = {file for file, _ in cases}
+    for file, tests in long_tests.KEPT.items():
+        for test, kept in tests.items():
+            if file in files and not (cases[file, test] and kept <= cases[file, test]):
+                missing = sorted(kept - cases[file, test])
+                raise pytest.UsageError(f"long_tests.py: no {file}.py::{test}, or not of {missing}")
 
 
 @pytest.fixture(scope="module", autouse=True)

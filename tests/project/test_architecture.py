@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import functools
 import importlib.metadata
 import pathlib
 import re
@@ -121,13 +122,17 @@ def test_text_modules_need_no_jax(module):
     assert not top_level & {"jax", "flax", "optax", "tensorflow", "seqio"}
 
 
+# It reads the metadata of all that is installed.
+packages_distributions = functools.cache(importlib.metadata.packages_distributions)
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_third_party_imports_are_declared(module):
     """What a module imports is in setup.py under its own name, not by luck of a dependency."""
     declared = set(
         re.findall(r'"([A-Za-z0-9_-]+)(?:\[\w+\])?[>=]=', (ROOT / "setup.py").read_text("utf-8"))
     )
-    distributions = importlib.metadata.packages_distributions()
+    distributions = packages_distributions()
     for name in imported_names(module):
         package = name.partition(".")[0]
         if package in {"tnt_jax", *NOT_DECLARED, *sys.stdlib_module_names}:
