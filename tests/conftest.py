@@ -64,9 +64,7 @@ EVERY_PYTHON = {"test_train_step", "test_step_on_meshes", "test_main_job", "test
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--all", action="store_true", help="the cases that long_tests.py leaves out too"
-    )
+    parser.addoption("--all", action="store_true", help="what long_tests.py leaves out too")
 
 
 def pytest_collection_modifyitems(config, items):
