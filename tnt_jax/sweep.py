@@ -171,7 +171,7 @@ def sweep(
         for grid in grids
         for of_cell in itertools.product(grid.objectives, grid.alphas, grid.rates, grid.seeds)
     ]
-    # What is there after a stop should compare arms: all have their first seed before any its second.
+    # What is there after a stop should compare arms: all have a first seed before any a second.
     cells.sort(key=lambda cell: list(cell.grid.seeds).index(cell.seed))
     experiment.check_names([cell.name for cell in cells])
     for grid in grids:
