@@ -712,14 +712,19 @@ class _Patch:
         for example in examples:
             lines = (f"           {name:<9} {text}" for name, text in example.items())
             console.say("\n" + "\n".join(lines))
-        first = by_decoder[opened.first_decoder]
+        verdict, is_short = patch_numbers.verdict(by_decoder, self._asked.cut)
+        decoder = patch_numbers.deciding(by_decoder)
+        is_fulfilled = None if decoder is None else not is_short
+        decoder = decoder or opened.first_decoder
         same = self._gin.command
         loads = patch_numbers.lines_that_load(
             model, self._network.is_decoder_only, self._asked.output_format
         )
         numbers = {
-            **first,
+            "decoder": decoder,
+            **by_decoder[decoder],
             "wish": self._asked.cut,
+            "is_wish_fulfilled": is_fulfilled,
             "is_wish_fulfilled_on_choice_prompts": found.is_enough,
             "weight": found.best.attempt.weight,
             "round": found.best.attempt.round,
@@ -737,7 +742,6 @@ class _Patch:
         }
         files.write_json(self._root / "patch.json", numbers)
         console.say("")
-        verdict, is_short = patch_numbers.verdict(by_decoder, self._asked.cut)
         self.say(verdict)
         if is_short or not found.is_enough:
             for line in self._what_else(found.reason):

@@ -378,6 +378,8 @@ def test_both_ways_to_decode_are_learned_from_and_looked_at():
     assert look["cut"] == pytest.approx(min(cuts))
     cut, worse = min((of["cut"], name) for name, of in found.numbers["decoders"].items())
     assert f": {cut:.1%} of the unwanted {worse} outputs are gone (95 %: " in found.printed
+    assert (found.numbers["cut"], found.numbers["decoder"]) == (cut, worse)
+    assert found.numbers["is_wish_fulfilled"] == (cut >= found.numbers["wish"])
     merged = found.records("training_outputs/greedy and sampled.merged.jsonl")
     assert {row.extra["name"] for row in merged} <= set(rooms.NAMES)
     assert len(merged) > 72

@@ -294,9 +294,12 @@ def test_several_processes_share_it(swept, capsys):
     alone = [row for row in swept["rows"] if row["objective"] != "decode mask"]
     assert numbers(results("shared")["rows"]) == numbers(alone)
     # With other settings, what another process made with the old ones is not an arm of this sweep.
+    # Seeds come in turn: TNRF and UL+LL with the first one, and with the second.
     capsys.readouterr()
-    sweep("shared", PROCESS_INDEX=0, NUM_PROCESSES=2, TRAIN_STEPS=7)
-    assert [row["steps"] for row in results("shared")["rows"]] == [7, 7]
+    of_seeds = {"ALPHAS": "[0.5]", "SEEDS": "[0, 1]"}
+    sweep("shared", PROCESS_INDEX=0, NUM_PROCESSES=2, TRAIN_STEPS=7, **of_seeds)
+    found = [(row["objective"], row["seed"], row["steps"]) for row in results("shared")["rows"]]
+    assert found == [("TNRF", 0, 7), ("TNRF", 1, 7)]
     assert "2 arms are not done yet" in capsys.readouterr().out
     pathlib.Path("loud.txt").write_text("loud\n")
     of_words = {"annotators.Lexicon.path": "loud.txt"}

@@ -58,30 +58,40 @@ def numbers(evaluation: Mapping[str, Any], cut_interval: Sequence[float]) -> dic
     }
 
 
+def deciding(by_decoder: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """The decoder with the least cut; None if no outputs of the original were unwanted.
+
+    Args:
+      by_decoder: Of each decoder what `numbers` returns.
+    """
+    # Where nothing was unwanted a cut of 0 says nothing.
+    cuts = {name: of["cut"] for name, of in by_decoder.items() if of["unwanted_before"]}
+    return min(cuts, key=lambda name: cuts[name], default=None)
+
+
 def verdict(by_decoder: Mapping[str, Mapping[str, Any]], wish: float) -> tuple[str, bool]:
     """What became of the wish on the prompts that nothing was chosen by.
 
     Args:
-      by_decoder: Of each decoder what `numbers` returns: the one with the least cut decides.
+      by_decoder: Of each decoder what `numbers` returns; see `deciding`.
       wish: Share of the unwanted outputs that shall be gone.
 
     Returns:
       A sentence, and whether less is gone than was wished for.
     """
-    # Where nothing was unwanted a cut of 0 says nothing.
-    cuts = {name: of["cut"] for name, of in by_decoder.items() if of["unwanted_before"]}
-    if not cuts:
+    worst = deciding(by_decoder)
+    if worst is None:
         return (
             "There is no cut to tell: the original says nothing unwanted on the report prompts. "
             "Give more --prompts or --eval_prompts, and another --output.",
             False,
         )
-    worst = min(cuts, key=lambda name: cuts[name])
-    is_short = cuts[worst] < wish
+    cut = by_decoder[worst]["cut"]
+    is_short = cut < wish
     low, high = by_decoder[worst]["cut_interval"]
     which = f"unwanted {worst} outputs" if len(by_decoder) > 1 else "unwanted outputs"
     return (
-        f"{'Not the whole wish' if is_short else 'The wish is fulfilled'}: {cuts[worst]:.1%} of "
+        f"{'Not the whole wish' if is_short else 'The wish is fulfilled'}: {cut:.1%} of "
         f"the {which} are gone (95 %: {low:.0%} to {high:.0%}), asked for {wish:.0%}.",
         is_short,
     )
