@@ -60,7 +60,7 @@ SLOW_FILES = {
 
 
 # What hangs most on JAX itself: of the slow files, those that .ci/run runs on every Python.
-EVERY_PYTHON = {"test_train_step", "test_step_on_meshes", "test_main_job", "test_processes"}
+EVERY_PYTHON = {"test_train_step", "test_main_job", "test_processes"}
 
 
 def pytest_addoption(parser):

@@ -36,13 +36,14 @@ KEPT: dict[str, dict[str, set[str]]] = {
         "test_the_loop_exchanges_rows_alone_and_divides_the_work": {"(4, 1, 2)"},
     },
     "test_step_on_meshes": {
-        "test_eight_devices_give_the_numbers_of_one": {"shape0", "shape3"},
+        "test_eight_devices_give_the_numbers_of_one": {"shape3"},
     },
     "test_causal_lm": {
         "test_eight_devices_and_microbatches_give_the_update_of_one": {
             "{'data': 2, 'fsdp': 2, 'model': 2}-2",
         },
         "test_upper_layers_learn_what_they_learn_where_all_do": {"mixed"},
+        "test_lower_layers_are_computed_once_and_have_no_gradient": set(),
     },
     "test_scan_layers": {
         "test_what_is_computed_again_has_the_same_dropout": {"True"},
@@ -54,12 +55,14 @@ KEPT: dict[str, dict[str, set[str]]] = {
         "test_splash_gives_the_update_of_xla": {"{'data': 2, 'fsdp': 2, 'model': 2}-2"},
     },
     "test_trained_layers": {
-        "test_packed_rows_devices_and_microbatches": {"cached-mixed", "adapters_cached-t5"},
-        "test_the_gradient_is_that_part_of_the_whole_models": {"mixed", "t5"},
-        "test_adapters_learn_the_same_from_cached_states": {"mixed, everywhere", "t5"},
+        "test_packed_rows_devices_and_microbatches": {"adapters_cached-t5"},
+        "test_the_gradient_is_that_part_of_the_whole_models": {"mixed"},
+        "test_adapters_learn_the_same_from_cached_states": {"mixed, everywhere"},
     },
     "test_load_original": {
-        "test_the_original_is_a_fixed_point_in_bfloat16": {"parameters", "adapters_cached"},
+        "test_the_original_is_a_fixed_point_in_bfloat16": {"adapters_cached"},
+        "test_a_run_of_upper_layers_is_read_as_the_model_that_it_is": set(),
+        "test_states_with_evaluation": set(),
         "test_cached_states_give_the_run_of_a_second_forward": {"{'NUM_MICROBATCHES': 2}"},
         "test_states_of_another_network_are_computed_again": set(),
     },
@@ -113,6 +116,7 @@ KEPT: dict[str, dict[str, set[str]]] = {
         "test_a_learning_rate_is_chosen_as_a_weight_is": set(),
         "test_an_arm_learns_from_what_looks_ahead": set(),
         "test_the_frontier_waits_for_the_arms_of_other_processes": set(),
+        "test_what_an_annotator_removes_everywhere_is_removed_in_its_arms": set(),
     },
     "test_output_parts": {
         "test_annotate_that_was_killed_goes_on": {"1-done0"},
@@ -133,6 +137,7 @@ KEPT: dict[str, dict[str, set[str]]] = {
     "test_localize": {
         "test_patch_learns_from_labels_of_whole_outputs": set(),
         "test_the_same_again_is_the_same_bytes": set(),
+        "test_marks_that_are_given_stay": set(),
     },
     "test_tutorial": {"test_the_notebook_works_as_it_stands": set()},
     "test_paper_experiments": {
