@@ -80,7 +80,9 @@ def pytest_collection_modifyitems(config, items):
         is_wanted = config.getoption("--all") or file in named
         is_long = long_tests.is_left_out(file, item.originalname, case_of(item))
         (left_out if is_long and not is_wanted else kept).append(item)
-    if not any("::" in name for name in config.args):
+    # Of files that are collected in part, by a name or by --last-failed, nobody can say what lacks.
+    is_in_part = any("::" in name for name in config.args) or config.getoption("lf", False)
+    if not is_in_part:
         check_that_long_tests_are_there(items)
     config.hook.pytest_deselected(items=left_out)
     items[:] = kept
