@@ -24,12 +24,12 @@ from tnt_jax import objectives
 from tnt_jax.checkpoints import opened_model, pretrained
 from tnt_jax.data import marks, records, tokenization
 from tnt_jax.data.batches import batch_for_eval
-from tnt_jax.evaluation import text_metrics
+from tnt_jax.evaluation import results, text_metrics
 from tnt_jax.models import sharding
 from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime import console, files, holding, memory, operative_config, program
 from tnt_jax.runtime.errors import UsageError
-from tnt_jax.training import train_step
+from tnt_jax.training import originals, train_step
 from tnt_jax.training.trainer import jit_token_step
 
 # Of each token, in nats: the divergence from what is desired there (from the original itself where
@@ -48,6 +48,8 @@ class Certificate:
       task_feature_lengths: Tokens of "inputs" and "targets".
       batch_size: Records computed together.
       mesh_shape: Devices per mesh axis; None puts all on `data`.
+      choice_share: The share of the records that settings were chosen on, which are left out
+        (`results.is_for_choice`).
     """
 
     model: NetworkConfig | pretrained.FromCheckpoint
@@ -56,6 +58,13 @@ class Certificate:
     task_feature_lengths: Mapping[str, int]
     batch_size: int = 32
     mesh_shape: sharding.MeshShape | None = None
+    choice_share: float = 0.0
+
+    def __post_init__(self):
+        if not 0 <= self.choice_share < 1:
+            raise UsageError(
+                f"Certificate.choice_share: expected 0 to less than 1, found {self.choice_share}."
+            )
 
 
 def evaluate(
@@ -193,11 +202,21 @@ def _certificate(
     )
     compared, original_params = opened.model, opened.params
     current = pretrained.open_checkpoint(settings.checkpoint_path)
-    current_params = current.restore(compared.abstract_params)
+    # Where the last layers alone were trained, those below are computed once for both models.
+    kind, current_params = originals.what_differs(
+        original_params, current.restore(compared.abstract_params)
+    )
     # Of the objective only the loss depends, and the loss is not reported: forward KL splits
     # exactly into residual and collateral.
     objective = objectives.TntObjective(negative_term="forward_kl", positive_term="forward_kl")
-    step = jit_token_step(compared, objective)
+    step = jit_token_step(compared, objective, kind)
+    num_rows = len(rows)
+    rows = [row for row in rows if not results.is_for_choice(row.id, settings.choice_share)]
+    if not rows:
+        raise UsageError(
+            f"Certificate.choice_share: expected a share that leaves records to compare, found "
+            f"{settings.choice_share}, which takes all {num_rows}."
+        )
     examples = marks.examples_from_records(rows, vocabulary, "the original's outputs")
     batches = batch_for_eval(
         examples,

@@ -259,7 +259,7 @@ class _Shared:
             self.opened.answer(cell.name, checkpoint, self.opened.first_decoder)
             return
         for decoder in self.opened.settings.decoders:
-            self.opened.evaluate(cell.name, checkpoint, decoder)
+            self.opened.evaluate(cell.name, checkpoint, decoder, self.choice_share)
 
     def _is_done(self, cell: _Cell) -> bool:
         with contextlib.suppress(stages.NotDoneError), stages.only_done():

@@ -20,6 +20,7 @@ from tnt_jax import pipeline
 from tnt_jax.checkpoints import digests
 from tnt_jax.data import records, removed_everywhere, tokenization
 from tnt_jax.data.batches import Batches
+from tnt_jax.evaluation import results
 from tnt_jax.experiments import experiment
 from tnt_jax.runtime import program
 from tnt_jax.training import run_checkpoints
@@ -223,6 +224,31 @@ def test_tokens_add_up_to_the_certificate(patched):
     totals = [sum(row["kl"]) for row in tokens]
     assert totals == pytest.approx(sorted(totals, reverse=True), abs=1e-3)
     assert tokens_of(7)[1] == tokens[:7]
+
+
+def test_records_that_settings_were_chosen_on_have_no_certificate(patched, capsys):
+    share, names = 0.4, ("original.annotated.jsonl", "patched.annotated.jsonl")
+    left = [[] for _ in names]
+    for file, rows in zip(names, left, strict=True):
+        lines = pathlib.Path(file).read_text().splitlines(keepends=True)
+        rows += [x for x in lines if not results.is_for_choice(json.loads(x)["id"], share)]
+        pathlib.Path(f"left.{file}").write_text("".join(rows))
+    assert 0 < len(left[0]) < 60
+    expected = evaluate(
+        "left.json", f"left.{names[1]}", "patched", ORIGINAL_RECORDS=f"left.{names[0]}"
+    )
+    settings = {"evaluate.Certificate.choice_share": share}
+    found = evaluate("share.json", names[1], "patched", **settings)
+    assert found["certificate"] == expected["certificate"]
+    assert found["current"]["unwanted_outputs"]["denominator"] == 60
+    settings = {"OUTPUT": "none.json", "CURRENT_RECORDS": names[1], "CHECKPOINT_PATH": "patched"}
+    for wrong, message in (
+        (1.0, "expected 0 to less than 1, found 1.0"),
+        (0.9999, "which takes all 60"),
+    ):
+        settings["evaluate.Certificate.choice_share"] = wrong
+        assert rooms.run("evaluate", settings) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_tokens_come_from_a_certificate(original, capsys):

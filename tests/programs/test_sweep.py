@@ -66,6 +66,14 @@ def test_every_arm_is_there(swept):
     assert any(row.get("is_pareto") for row in swept["chosen"])
 
 
+def test_what_an_arm_moved_is_measured_on_prompts_of_the_report(swept):
+    lines = pathlib.Path("swept/TNRF, alpha 2, seed 0/greedy.tokens.jsonl").read_text().splitlines()
+    measured = {json.loads(line)["id"] for line in lines}
+    ids = {row.id for row in records.iterate("swept/original/greedy.annotated.jsonl")}
+    assert measured == {name for name in ids if not is_for_choice(name, 0.5)}
+    assert len(measured) == swept["rows"][0]["num_outputs"]
+
+
 def test_an_arm_is_what_train_makes_of_its_settings(swept):
     settings = {
         "MODEL_DIR": "by_itself",

@@ -14,13 +14,13 @@ from helpers import rooms
 from helpers.tiny_llama import LLAMA
 
 from tnt_jax import objectives, precompile
-from tnt_jax.data.batches import Batches, feature_shapes
+from tnt_jax.data.batches import Batches, batch_for_eval, feature_shapes
 from tnt_jax.data.examples import Example
 from tnt_jax.models import sharding, t5
 from tnt_jax.models.causal_lm_config import LayerKind
 from tnt_jax.runtime.errors import UsageError
-from tnt_jax.training import load_original, settings, train_step
-from tnt_jax.training.trainer import jit_eval_step
+from tnt_jax.training import load_original, originals, settings, train_step
+from tnt_jax.training.trainer import jit_eval_step, jit_token_step
 
 # Layers that differ, and an output matrix of its own.
 MIXED = dataclasses.replace(
@@ -261,3 +261,68 @@ def test_settings_that_do_not_fit(tmp_path):
         made("cached", T5, 3)[0].abstract_params  # noqa: B018
     with pytest.raises(UsageError, match=r"TRAINED_LAYERS=1: expected SCAN_LAYERS=False, "):
         made("cached", dataclasses.replace(T5, scan_layers=True), 1)[0].abstract_params  # noqa: B018
+
+
+def changed_in(params, *paths):
+    """The same parameters, but for one number of each of these."""
+    flat = traverse_util.flatten_dict(params, sep="/")
+    for path in paths:
+        flat[path] = flat[path].at[(0,) * flat[path].ndim].add(0.5)
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+OF_LAYER = {
+    "mixed": (MIXED, "decoder/layers_{}/self_attention/query/kernel"),
+    "t5": (T5, "decoder/layers_{}/encoder_decoder_attention/query/kernel"),
+}
+
+
+@pytest.mark.parametrize("layers", [(), (1,), (0, 1)], ids=str)
+@pytest.mark.parametrize("name", OF_LAYER)
+def test_two_models_are_compared_by_what_differs(name, layers, optimised):
+    """The values of every token are those of both models computed whole, for less work."""
+    config, path = OF_LAYER[name]
+    trainer, _, update = made("parameters", config, None)
+    model, layout = trainer.model, trainer.model.network.feature_layout
+    original = model.init(0)
+    current = changed_in(original, *(path.format(layer) for layer in layers))
+    kind, own = originals.what_differs(original, current)
+    num_layers = getattr(config, model.network.stacks["decoder"])
+    assert kind.trained_layers == num_layers - min(layers, default=num_layers - 1)
+    assert own["decoder"].keys() == {
+        f"layers_{number}" for number in range(num_layers - kind.trained_layers, num_layers)
+    }
+    batch = next(iter(batch_for_eval(some_examples(), 8, LENGTHS, feature_layout=layout)))
+    placed = sharding.put_batch(batch, model.mesh)
+    step, whole = (jit_token_step(model, TNRF, of) for of in (kind, originals.PARAMETERS))
+    _, found = step(own, original, placed)
+    _, expected = whole(current, original, placed)
+    for of_part, of_whole in zip(found, expected, strict=True):
+        np.testing.assert_allclose(of_part, of_whole, rtol=1e-4, atol=1e-6)
+    if layers:
+        assert float(jnp.abs(expected.losses).max()) > 1e-3
+    if layers != (0, 1) or config is T5:  # else all layers differ, and nothing is shared
+        counted = [
+            of.lower(params, original, placed).compile().cost_analysis()["flops"]
+            for of, params in ((step, own), (whole, current))
+        ]
+        assert counted[0] < 0.85 * counted[1]
+
+
+@pytest.mark.parametrize(
+    ("config", "path"),
+    [
+        (MIXED, "decoder/decoder_norm/scale"),
+        (T5, "encoder/layers_1/mlp/wo/kernel"),
+        (T5, "token_embedder/embedding"),
+        (dataclasses.replace(T5, scan_layers=True), "decoder/layers/mlp/wo/kernel"),
+    ],
+    ids=["norm", "encoder", "embedding", "stacked"],
+)
+def test_models_that_differ_below_are_compared_whole(config, path):
+    model = made("parameters", config, None)[0].model
+    original = model.init(0)
+    current = changed_in(original, path)
+    kind, own = originals.what_differs(original, current)
+    assert kind is originals.PARAMETERS
+    assert own is current

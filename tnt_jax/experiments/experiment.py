@@ -667,8 +667,13 @@ class Opened:
         """An arm's annotated outputs for the evaluation prompts; returns the file."""
         return self.outputs_of(name, checkpoint, self.settings.eval_prompts, decoder)
 
-    def evaluate(self, name: str, checkpoint: str, decoder: str) -> dict[str, Any]:
-        """Generates with an arm and compares with the original; returns what `evaluate` writes."""
+    def evaluate(
+        self, name: str, checkpoint: str, decoder: str, choice_share: float = 0.0
+    ) -> dict[str, Any]:
+        """Generates with an arm and compares with the original; returns what `evaluate` writes.
+
+        Of `choice_share` of the prompts, which settings are chosen on, there is no certificate.
+        """
         current = self.answer(name, checkpoint, decoder)
         certificate = self.settings.certificate(
             original_checkpoint_path=self.original, checkpoint_path=checkpoint
@@ -681,7 +686,10 @@ class Opened:
             name,
             decoder,
             inputs,
-            settings={"tokens_output": tokens, "certificate": certificate},
+            settings={
+                "tokens_output": tokens,
+                "certificate": dataclasses.replace(certificate, choice_share=choice_share),
+            },
             checkpoints=[self.original, checkpoint],
         )
         if decoder == self.first_decoder and self.settings.unrelated_prompts is not None:

@@ -16,13 +16,15 @@ neither model is computed below them.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from tnt_jax.models import families, sharding
-from tnt_jax.models.adapters import is_adapter
+from tnt_jax.models.adapters import is_adapter, upper_layers
 from tnt_jax.models.factored_logits import FactoredLogits
 from tnt_jax.models.model import Forward
 from tnt_jax.models.network_config import NetworkConfig
@@ -147,6 +149,34 @@ class Original:
 
 
 PARAMETERS = Original()
+
+
+def what_differs(original_params: PyTree, params: PyTree) -> tuple[Original, PyTree]:
+    """What a model has of its own, beside the original: both can be computed with that.
+
+    Args:
+      original_params: All of the original's parameters.
+      params: All of a model's that was trained from it, without adapters.
+
+    Returns:
+      The last layers of the decoder that hold every difference, as a kind of original and as the
+      part of `params` that goes with it; what is below is computed once for both. Where something
+      else differs, or layers are stacked, that is the whole model.
+    """
+    are_equal = jax.jit(lambda *trees: jax.tree.map(jnp.array_equal, *trees))(
+        original_params, params
+    )
+    changed = [
+        re.match(r"decoder/layers_(\d+)/", sharding.path_name(path))
+        for path, is_equal in jax.tree.leaves_with_path(jax.device_get(are_equal))
+        if not is_equal
+    ]
+    layers = [int(found[1]) for found in changed if found is not None]
+    num_layers = sum(name.startswith("layers_") for name in params["decoder"])
+    if len(layers) < len(changed) or not num_layers:
+        return PARAMETERS, params
+    number = num_layers - min(layers, default=num_layers - 1)
+    return Original(trained_layers=number), upper_layers(params, number)
 
 
 def _overlaid(tree: Any, other: Any) -> Any:
