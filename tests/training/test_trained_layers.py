@@ -282,7 +282,7 @@ OF_LAYER = {
 def test_two_models_are_compared_by_what_differs(name, layers, optimised):
     """The values of every token are those of both models computed whole, for less work."""
     config, path = OF_LAYER[name]
-    trainer, _, update = made("parameters", config, None)
+    trainer, *_ = made("parameters", config, None)
     model, layout = trainer.model, trainer.model.network.feature_layout
     original = model.init(0)
     current = changed_in(original, *(path.format(layer) for layer in layers))
