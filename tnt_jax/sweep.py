@@ -330,7 +330,7 @@ def _open(
                 ids = [row.id for row in records.iterate(file)]
                 _check_halves(ids, choice_share, f"EVAL_PROMPTS, {decoder} outputs")
             training = {id(grid): _training_outputs(opened, grid) for grid in grids}
-            opened.mask_outputs  # noqa: B018 - makes them
+            opened.mask_outputs, opened.unrelated_outputs  # noqa: B018 - makes them
     except stages.NotDoneError as error:
         raise UsageError(
             f"process {process_index} of {num_processes}: expected in {experiment.output_dir} what "

@@ -313,6 +313,10 @@ def test_several_processes_share_it(swept, capsys):
     of_words = {"annotators.Lexicon.path": "loud.txt"}
     sweep("shared", status=2, PROCESS_INDEX=1, NUM_PROCESSES=2, **of_words)
     assert "stage 'original: annotate, greedy' is not done" in capsys.readouterr().err
+    # Two processes that come to this at once would both begin to write it.
+    unrelated = {"UNRELATED_PROMPTS": "corpus.jsonl"}
+    sweep("shared", status=2, PROCESS_INDEX=1, NUM_PROCESSES=2, **unrelated)
+    assert "stage 'original.unrelated: generate, greedy' is not" in capsys.readouterr().err
 
 
 def test_what_another_process_does_meanwhile_is_not_left_out(swept, monkeypatch, capsys):
@@ -403,7 +407,9 @@ def test_too_few_prompts_are_refused_before_the_first_stage(
 def test_the_fewest_prompts_are_enough(working_directory):
     records.write_records("few.jsonl", some_rooms(1, 2))
     settings = {"EVAL_PROMPTS": "few.jsonl", "OBJECTIVES": "['UL+LL']", "ALPHAS": "[2.0]"}
-    sweep("fewest", UNRELATED_PROMPTS="few.jsonl", **settings)
+    reported = [row for row in some_rooms(1, 2) if not is_for_choice(row.id, 0.5)]
+    records.write_records("reported.jsonl", reported)
+    sweep("fewest", UNRELATED_PROMPTS="reported.jsonl", **settings)
     (row,) = results("fewest")["chosen"]
     assert row["num_outputs"] == 2
     assert row["unrelated_kl"] == row["collateral_elsewhere"] > 0

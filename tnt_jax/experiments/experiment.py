@@ -526,6 +526,16 @@ class Opened:
             for name in self.settings.decoders
         }
 
+    @functools.cached_property
+    def unrelated_outputs(self) -> str | None:
+        """What the original says to prompts of other tasks, annotated; None if there are none."""
+        prompts = self.settings.unrelated_prompts
+        if prompts is None:
+            return None
+        return self.outputs_of(
+            _unrelated_name("original"), self.original, prompts, self.first_decoder
+        )
+
     # --------------------------------------------------------------------------------------- Arms
 
     def train(
@@ -692,25 +702,18 @@ class Opened:
             },
             checkpoints=[self.original, checkpoint],
         )
-        if decoder == self.first_decoder and self.settings.unrelated_prompts is not None:
-            self._evaluate_unrelated(name, checkpoint, certificate)
+        if decoder == self.first_decoder and (before := self.unrelated_outputs) is not None:
+            of_arm, prompts = _unrelated_name(name), self.settings.unrelated_prompts
+            after = self.outputs_of(of_arm, checkpoint, prompts, decoder)
+            self._compared(
+                of_arm,
+                decoder,
+                {"original_records": before, "current_records": after},
+                settings={"certificate": certificate},
+                checkpoints=[self.original, checkpoint],
+            )
             found["unrelated"] = self.unrelated(name)
         return found
-
-    def _evaluate_unrelated(self, name: str, checkpoint: str, certificate: Any) -> None:
-        """The same on prompts of other tasks."""
-        decoder, prompts = self.first_decoder, self.settings.unrelated_prompts
-        before, after = (
-            self.outputs_of(_unrelated_name(of), path, prompts, decoder)
-            for of, path in (("original", self.original), (name, checkpoint))
-        )
-        self._compared(
-            _unrelated_name(name),
-            decoder,
-            {"original_records": before, "current_records": after},
-            settings={"certificate": certificate},
-            checkpoints=[self.original, checkpoint],
-        )
 
     def unrelated(self, name: str) -> dict[str, Any] | None:
         """What an arm changed on prompts of other tasks, if it was evaluated on any.
