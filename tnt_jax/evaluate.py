@@ -58,7 +58,7 @@ class Certificate:
     task_feature_lengths: Mapping[str, int]
     batch_size: int = 32
     mesh_shape: sharding.MeshShape | None = None
-    choice_share: float = 0.0
+    choice_share: float = dataclasses.field(default=0.0, metadata={"omit_default": True})
 
     def __post_init__(self):
         if not 0 <= self.choice_share < 1:
@@ -131,9 +131,8 @@ def evaluate(
                 "comparison": _compare(original, masked),
                 "to_current": _compare(masked, current),
             }
-        result["cut"] = 1 - _ratio(
-            result["current"]["unwanted_outputs"]["value"],
-            result["original"]["unwanted_outputs"]["value"],
+        result["cut"] = results.cut_of(
+            *(result[name]["unwanted_outputs"]["value"] for name in ("original", "current"))
         )
         if certificate is not None:
             num_records = num_token_records if tokens_output else 0
@@ -190,8 +189,15 @@ def _spans_alone(row: records.Record, vocabulary: Any) -> marks.MarkedTarget:
 
 def _certificate(
     rows: Sequence[records.Record], vocabulary: Any, settings: Certificate, num_records: int
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
+) -> tuple[dict[str, float | None], list[dict[str, Any]]]:
     """The certificate, and that of every token in the `num_records` that changed most."""
+    num_rows = len(rows)
+    rows = [row for row in rows if not results.is_for_choice(row.id, settings.choice_share)]
+    if not rows:
+        raise UsageError(
+            f"Certificate.choice_share: expected a share that leaves records to compare, found "
+            f"{settings.choice_share}, which takes all {num_rows}."
+        )
     opened = opened_model.open_model(
         settings.original_checkpoint_path,
         settings.model,
@@ -210,13 +216,6 @@ def _certificate(
     # exactly into residual and collateral.
     objective = objectives.TntObjective(negative_term="forward_kl", positive_term="forward_kl")
     step = jit_token_step(compared, objective, kind)
-    num_rows = len(rows)
-    rows = [row for row in rows if not results.is_for_choice(row.id, settings.choice_share)]
-    if not rows:
-        raise UsageError(
-            f"Certificate.choice_share: expected a share that leaves records to compare, found "
-            f"{settings.choice_share}, which takes all {num_rows}."
-        )
     examples = marks.examples_from_records(rows, vocabulary, "the original's outputs")
     batches = batch_for_eval(
         examples,
@@ -244,10 +243,11 @@ def _certificate(
         most = heapq.nlargest(num_records, most, key=lambda entry: entry[:2])
     means = train_step.summarize({name: sum(float(s[name]) for s in sums) for name in sums[0]})
     certificate = {
-        "negative_residual": means.get("negative_residual", 0.0),
-        "negative_collateral": means.get("negative_collateral", 0.0),
-        "negative_smallest_cost": means.get("negative_smallest_cost", 0.0),
-        "positive_collateral": means.get("positive_kl", 0.0),
+        # None where there is no such token: nothing was measured.
+        "negative_residual": means.get("negative_residual"),
+        "negative_collateral": means.get("negative_collateral"),
+        "negative_smallest_cost": means.get("negative_smallest_cost"),
+        "positive_collateral": means.get("positive_kl"),
         "num_negative": means["num_negative"],
         "num_positive": means["num_positive"],
     }
@@ -300,16 +300,15 @@ def _rows(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     if "certificate" in result:
         parts = result["certificate"]
         rows += [
-            ("residual at marks (nats)", "", f"{parts['negative_residual']:.4f}"),
-            ("collateral at marks (nats)", "", f"{parts['negative_collateral']:.4f}"),
-            ("smallest possible cost there", "", f"{parts['negative_smallest_cost']:.4f}"),
-            ("KL to the original elsewhere", "", f"{parts['positive_collateral']:.4f}"),
+            (label, "", "-" if parts[name] is None else f"{parts[name]:.4f}")
+            for label, name in (
+                ("residual at marks (nats)", "negative_residual"),
+                ("collateral at marks (nats)", "negative_collateral"),
+                ("smallest possible cost there", "negative_smallest_cost"),
+                ("KL to the original elsewhere", "positive_collateral"),
+            )
         ]
     return rows
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else 1.0
 
 
 if __name__ == "__main__":

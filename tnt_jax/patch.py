@@ -409,7 +409,8 @@ class _Patch:
         if found.marked:
             return opened, found
         # Nothing: as many more as two minutes allow.
-        most = min(int(_PATIENCE / self._seconds_per_output), len(different))
+        seconds_per_prompt = self._seconds_per_output * len(self._pilot_files)
+        most = min(int(_PATIENCE / seconds_per_prompt), len(different))
         if most > len(some):
             self.say(f"None of it: looking at {most} answers.")
             prompts = self._write_prompts("pilot_more", different[:most])
@@ -773,13 +774,19 @@ class _Patch:
         of_update = last["num_tokens"] / max(last["tokens_per_second"], 1e-9)
         shutil.rmtree(self._root / name)
         stages.note_path(self._root, f"{name}: train").unlink(missing_ok=True)
-        of_output = self._seconds_per_output
-        num_choice = sum(1 for _ in records.iterate(self._choice_prompts))
-        made = 0 if self._asked.unwanted.are_outputs_given else number
-        once = of_output * (made + num_choice + 2 * self._num_report)
-        of_look = when.period * of_update + num_choice * of_output
-        least = once + (1 + search.NO_MORE) * of_look
-        most = once + when.number * len(search.ROUNDS) * of_look
+        of_output, num_decoders = self._seconds_per_output, len(self._pilot_files)
+        num_choice = num_decoders * sum(1 for _ in records.iterate(self._choice_prompts))
+        num_report = num_decoders * self._num_report
+        made = number * len(opened.training_decoders)
+        if self._asked.unwanted.are_outputs_given:
+            made = 0
+        once = of_output * (made + num_choice + 2 * num_report)
+        period, num_looks = when.period, when.number
+        if (steps := self._gin.given.get("TRAIN_STEPS")) is not None:
+            period, num_looks = steps, 1
+        of_look = period * of_update + num_choice * of_output
+        least = once + min(1 + search.NO_MORE, num_looks) * of_look
+        most = once + num_looks * len(self._attempts(arm)[0]) * of_look
         self.say(
             f"An update takes {of_update:.2f} s, an output {of_output:.2f} s: "
             f"{console.duration(least)} if the first look is the best one, and at most "

@@ -328,7 +328,7 @@ def _over(part: float, whole: float) -> float:
 
 
 def _known(value: float | None) -> float:
-    """None stands for what is not finite."""
+    """None stands for what is not finite, or was not measured, and reaches no limit."""
     return math.inf if value is None else value
 
 

@@ -79,6 +79,14 @@ class Grid:
     num_rounds: int = 1
 
 
+# What makes the original's outputs to learn from, and is not for those of a patched model.
+_OF_FIRST_ROUND = {
+    "localize": "values are those of the original's own outputs.",
+    "annotator": "further rounds are annotated by the experiment's.",
+    "training_decoders": "further rounds decode as the experiment's TRAINING_DECODERS.",
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class _Cell:
     """One run."""
@@ -176,11 +184,11 @@ def sweep(
     experiment.check_names([cell.name for cell in cells])
     for grid in grids:
         experiment.check_rounds(grid.num_rounds, "Grid.num_rounds", grid.train)
-        if grid.num_rounds > 1 and grid.localize is not None:
-            raise UsageError(
-                "Grid.localize: expected num_rounds=1, found "
-                f"{grid.num_rounds}: values are those of the original's own outputs."
-            )
+        for name, why in _OF_FIRST_ROUND.items():
+            if grid.num_rounds > 1 and getattr(grid, name):
+                raise UsageError(
+                    f"Grid.{name}: expected num_rounds=1, found {grid.num_rounds}: {why}"
+                )
         for objective in grid.objectives:
             objectives.named(objective)  # a misspelt one is known now
     began = time.monotonic()
@@ -330,7 +338,8 @@ def _open(
                 ids = [row.id for row in records.iterate(file)]
                 _check_halves(ids, choice_share, f"EVAL_PROMPTS, {decoder} outputs")
             training = {id(grid): _training_outputs(opened, grid) for grid in grids}
-            opened.mask_outputs, opened.unrelated_outputs  # noqa: B018 - makes them
+            opened.mask_outputs  # noqa: B018 - makes them
+            opened.unrelated_outputs  # noqa: B018 - makes them
     except stages.NotDoneError as error:
         raise UsageError(
             f"process {process_index} of {num_processes}: expected in {experiment.output_dir} what "
@@ -368,7 +377,11 @@ def _rows(
     masks = opened.mask_outputs
 
     def add(
-        name: str, decoder: str, labels: Mapping[str, Any], measured: Mapping[str, Any]
+        name: str,
+        decoder: str,
+        labels: Mapping[str, Any],
+        of_training: Mapping[str, Any],
+        of_report: Mapping[str, Any] | None = None,
     ) -> None:
         current = str(opened.root / name / f"{decoder}.annotated.jsonl")
         before = opened.original_outputs[decoder]
@@ -377,14 +390,16 @@ def _rows(
         if decoder in masks:
             of_parts = _parts(*records.read_pairs(before, masks[decoder]), choice_share)
             masked = tuple(of_mask for _, of_mask in of_parts)
-        for key, of_part, of_mask in zip(
-            ("choice_rows", "rows"), (choice, report), masked, strict=True
+        for key, of_part, of_mask, more in (
+            ("choice_rows", choice, masked[0], {}),
+            ("rows", report, masked[1], of_report or {}),
         ):
             found[key].append(
                 {
                     **{"task": task, **labels, "decoder": decoder},
                     **results.measure(*of_part, of_mask),
-                    **measured,
+                    **of_training,
+                    **more,
                 }
             )
 
@@ -395,8 +410,8 @@ def _rows(
             add(cell.name, opened.first_decoder, cell.labels, of_training)
             continue
         for decoder in opened.settings.decoders:
-            measured = {**of_training, **_certificate(opened, cell.name, decoder)}
-            add(cell.name, decoder, cell.labels, measured)
+            of_report = _certificate(opened, cell.name, decoder)
+            add(cell.name, decoder, cell.labels, of_training, of_report)
     for decoder in masks:
         labels = {"objective": results.MASK, "alpha": None, "rate": None, "seed": 0}
         add(results.MASK, decoder, labels, {"steps": None, "train_seconds": None})

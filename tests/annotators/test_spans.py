@@ -207,6 +207,27 @@ def test_a_function_marks():
     assert marked(copy, record("ABC and DEF", inputs="ABC")) == ["DEF"]
 
 
+def test_a_package_that_is_edited_where_it_lies_is_known_by_its_code(tmp_path, monkeypatch):
+    """As `pip install -e` leaves it: what pip has is a version, which no edit changes."""
+    site = tmp_path / "site"
+    for name, folder in (("copied", site), ("edited", tmp_path / "source")):
+        folder.mkdir(exist_ok=True)
+        (folder / f"{name}_marks.py").write_text("def find(inputs, targets):\n    return []\n")
+        metadata = site / f"{name}_marks-1.0.dist-info"
+        metadata.mkdir(parents=True)
+        (metadata / "METADATA").write_text(f"Name: {name}-marks\nVersion: 1.0\n")
+        (metadata / "top_level.txt").write_text(f"{name}_marks\n")
+        files = [f"{metadata.name}/METADATA", *([f"{name}_marks.py"] if folder == site else [])]
+        (metadata / "RECORD").write_text("".join(f"{file},,\n" for file in files))
+        monkeypatch.syspath_prepend(str(folder))
+    copied, edited = (
+        annotators.PythonFunction(function=f"{name}_marks:find").description
+        for name in ("copied", "edited")
+    )
+    assert copied == "PythonFunction(copied_marks:find copied-marks==1.0)"
+    assert re.fullmatch(r"PythonFunction\(edited_marks:find \w{12}\)", edited)
+
+
 def test_its_spans_are_sorted_and_those_that_overlap_merged():
     found = annotators.PythonFunction(function=f"{HERE}:overlapping").annotate(record("1234567"))
     assert found.spans == (

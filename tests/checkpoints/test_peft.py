@@ -36,13 +36,13 @@ def random_adapters(config=TINY, num_layers=None):
     return jax.tree.map(lambda x: random.normal(0, 0.5, x.shape).astype(np.float32), added)
 
 
-def write_run(folder, base, added, **beside):
+def write_run(folder, base, added, negative_term="reverse_kl", **beside):
     """What a training run writes whose adapters are beside the model in `base`."""
     names = pretrained.open_checkpoint(str(base)).weights
     run = {
         "original": {"path": str(base), "digest": digests.of_files(names)},
         "adapters": {"alpha": ALPHA, "rank": RANK, "beside": str(base)} | beside,
-        "objective": {"negative_term": "reverse_kl", "positive_term": "forward_kl"},
+        "objective": {"negative_term": negative_term, "positive_term": "forward_kl"},
     }
     items = {"params": ocp.args.StandardSave(added), "run": ocp.args.JsonSave(run)}
     orbax.save_items(epath.Path(folder).absolute(), 5, items)
@@ -222,6 +222,19 @@ def test_the_card(folder):
     assert 'PeftModel.from_pretrained(base, "peft")' in card
     assert "| updates | 5 |" in card
     assert "base_model:" not in card  # the hub takes names alone
+
+
+@pytest.mark.parametrize("output_format", ["peft", "huggingface"])
+@pytest.mark.parametrize("term", ["forward_kl", "jensen_shannon_split", "unlikelihood", "none"])
+def test_a_card_names_the_method_that_it_was(term, output_format, folder, tmp_path):
+    write_run(tmp_path / "run", folder / "base", random_adapters(), negative_term=term)
+    output = tmp_path / "output"
+    convert.convert(input=str(tmp_path / "run"), output=str(output), output_format=output_format)
+    card = (output / "README.md").read_text()
+    is_targeted = term in ("forward_kl", "jensen_shannon_split")
+    assert ("targeted-negative-training" in card) == is_targeted
+    assert ("with [Targeted Negative Training](" in card) == is_targeted
+    assert ("from the original model that the table names" in card) != is_targeted
 
 
 def test_a_dry_run_shows_what_would_be_written(folder, tmp_path, capsys):

@@ -148,6 +148,21 @@ def test_no_interval_goes_beyond_its_scale():
     assert 90 < low < high <= 100
 
 
+def test_a_cut_of_four_fifths_is_no_less():
+    """However the quotients are rounded: 7 of 35 left, or 14 of 70, of any number of outputs."""
+    for num_left in range(1, 60):
+        for num_outputs in range(5 * num_left, 320):
+            rates = 5 * num_left / num_outputs, num_left / num_outputs
+            assert results.cut_of(*rates) >= 0.8
+            assert results.cut_of(rates[0], 2 * rates[1]) >= 0.6
+    rows = [
+        {"objective": "A", "alpha": 1.0, "bleu": 90.0, "cut": results.cut_of(0.35, 0.07)},
+        {"objective": "A", "alpha": 3.0, "bleu": 40.0, "cut": 1.0},
+    ]
+    rows = [{**row, "seed": seed} for row in rows for seed in range(3)]
+    assert results.choose(rows, 0.8) == {"A": (1.0, None)}
+
+
 def test_the_choice_of_a_weight():
     rows = [
         row("A", 1.0, 0.7, 90.0),

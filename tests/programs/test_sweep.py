@@ -72,6 +72,9 @@ def test_what_an_arm_moved_is_measured_on_prompts_of_the_report(swept):
     ids = {row.id for row in records.iterate("swept/original/greedy.annotated.jsonl")}
     assert measured == {name for name in ids if not is_for_choice(name, 0.5)}
     assert len(measured) == swept["rows"][0]["num_outputs"]
+    # So rows of the prompts that weights are chosen on have no such numbers.
+    assert {"residual", "collateral_elsewhere"} <= swept["rows"][0].keys()
+    assert not {"residual", "collateral_elsewhere"} & swept["choice_rows"][0].keys()
 
 
 def test_an_arm_is_what_train_makes_of_its_settings(swept):
@@ -442,6 +445,14 @@ def test_prompts_whose_outputs_the_annotator_does_not_know_do_not_count(working_
         (
             {"sweep.Grid.num_rounds": 2, "sweep.Grid.localize": "@rounds.merge_files"},
             "Grid.localize: expected num_rounds=1, found 2",
+        ),
+        (
+            {"sweep.Grid.num_rounds": 2, "sweep.Grid.annotator": "@annotators.Lexicon"},
+            "Grid.annotator: expected num_rounds=1, found 2: further rounds are annotated by",
+        ),
+        (
+            {"sweep.Grid.num_rounds": 2, "sweep.Grid.training_decoders": "['greedy']"},
+            "Grid.training_decoders: expected num_rounds=1, found 2: further rounds decode as",
         ),
         ({"PROCESS_INDEX": 2, "NUM_PROCESSES": 2}, "PROCESS_INDEX: expected 0 to 1"),
     ],

@@ -93,16 +93,25 @@ def find(name: str, setting: str) -> Callable:
 def identity(name: str, setting: str) -> str:
     """The name with what tells one version of its code from the next.
 
-    That is the version of the package that the module belongs to; for a module that belongs to
-    none, a digest of its file.
+    That is the version of the package that the module belongs to. For a module that belongs to
+    none, or lies where it is edited (`pip install -e`), it is a digest of its file.
     """
     find(name, setting)
     module_name = name.partition(":")[0]
     top_level = module_name.partition(".")[0]
     distributions = importlib.metadata.packages_distributions().get(top_level)
-    if distributions:
-        return f"{name} {distributions[0]}=={importlib.metadata.version(distributions[0])}"
     file = getattr(sys.modules[module_name], "__file__", None)
+    if distributions:
+        package = importlib.metadata.distribution(distributions[0])
+        if file is None or _is_copied(package, pathlib.Path(file)):
+            return f"{name} {distributions[0]}=={package.version}"
     if file is None:
         return name
     return f"{name} {hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest()[:12]}"
+
+
+def _is_copied(package: importlib.metadata.Distribution, file: pathlib.Path) -> bool:
+    """Whether pip put the file there: one that lies elsewhere changes without a new version."""
+    if package.read_text("RECORD") is None:
+        return False
+    return any(pathlib.Path(str(package.locate_file(path))) == file for path in package.files or ())

@@ -6,6 +6,8 @@ from typing import Any
 from tnt_jax.checkpoints.hub_family import HubFamily
 
 _PAPER = "[Targeted Negative Training](https://arxiv.org/abs/2406.13660)"
+# How the names of its terms at marked tokens begin: divergences from the desired distribution.
+_ITS_TERMS = ("forward_kl", "reverse_kl", "jensen_shannon")
 
 
 def write(
@@ -40,7 +42,7 @@ def write(
         "---",
         "library_name: transformers",
         f"pipeline_tag: {family.pipeline_tag}",
-        f"tags: [{family.tag}, tnt_jax{', targeted-negative-training' if run else ''}]",
+        f"tags: [{', '.join([family.tag, 'tnt_jax', *_method(run)])}]",
         "---",
         f"# {name}",
         "",
@@ -104,7 +106,7 @@ def write_of_adapters(
         "library_name: peft",
         *([f"base_model: {base}"] if is_on_hub else []),
         f"pipeline_tag: {family.pipeline_tag}",
-        f"tags: [lora, {family.tag}, tnt_jax, targeted-negative-training]",
+        f"tags: [{', '.join(['lora', family.tag, 'tnt_jax', *_method(run)])}]",
         "---",
         f"# {name}",
         "",
@@ -134,13 +136,26 @@ def write_of_adapters(
     return "\n".join(parts)
 
 
+def _method(run: Mapping[str, Any] | None) -> list[str]:
+    """The tag of Targeted Negative Training, if a run was that and not one of its rivals."""
+    objective, original = (((run or {}).get(name) or {}) for name in ("objective", "original"))
+    is_targeted = str(objective.get("negative_term")).startswith(_ITS_TERMS)
+    is_removed = objective.get("negative_strength", 1) == 1  # UNDIAL's marks are lowered
+    return ["targeted-negative-training"] if original and is_targeted and is_removed else []
+
+
 def _trained(run: Mapping[str, Any], original: str | None, step: int) -> list[str]:
     objective, data = run.get("objective") or {}, run.get("data") or {}
+    how = "Trained by tnt_jax."
+    if original:
+        how = "Fine-tuned by tnt_jax from the original model that the table names."
+    if _method(run):
+        how = (
+            f"Fine-tuned by tnt_jax with {_PAPER}: marked tokens are removed from the distribution "
+            "of the original model, and as little else as possible is changed."
+        )
     lines = [
-        f"Fine-tuned by tnt_jax with {_PAPER}: marked tokens are removed from the distribution of "
-        "the original model, and as little else as possible is changed."
-        if original
-        else "Trained by tnt_jax.",
+        how,
         "",
         "| | |",
         "|---|---|",

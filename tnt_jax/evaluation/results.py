@@ -94,8 +94,11 @@ SETTINGS = ("task", "objective", "decoder", "alpha", "rate", "steps")
 
 
 def cut_of(before: float, after: float) -> float:
-    """The share of the unwanted outputs that is gone; 0 where there were none."""
-    return 1 - after / before if before else 0.0
+    """The share of the unwanted outputs that is gone; 0 where there were none.
+
+    From the rates of as many outputs. It is rounded, or 7 of 35 would be a cut of less than 0.8.
+    """
+    return round(1 - after / before, 12) if before else 0.0
 
 
 def is_for_choice(record_id: str, share: float) -> bool:
@@ -264,7 +267,7 @@ def choose(rows: Sequence[Row], cut: float) -> dict[str, Choice]:
         by_arm.setdefault(row["objective"], {}).setdefault(Choice.of_row(row), []).append(row)
 
     def worth(of_weight: Sequence[Row]) -> tuple[bool, float]:
-        mean_cut = _mean(of_weight, "cut")
+        mean_cut = round(_mean(of_weight, "cut"), 12)  # as each cut is
         is_enough = mean_cut >= cut
         return is_enough, _mean(of_weight, "bleu") if is_enough else mean_cut
 

@@ -678,16 +678,19 @@ class Opened:
         return self.outputs_of(name, checkpoint, self.settings.eval_prompts, decoder)
 
     def evaluate(
-        self, name: str, checkpoint: str, decoder: str, choice_share: float = 0.0
+        self, name: str, checkpoint: str, decoder: str, choice_share: float | None = None
     ) -> dict[str, Any]:
         """Generates with an arm and compares with the original; returns what `evaluate` writes.
 
-        Of `choice_share` of the prompts, which settings are chosen on, there is no certificate.
+        Of `choice_share` of the prompts, which settings are chosen on, there is no certificate;
+        None is that of the settings.
         """
         current = self.answer(name, checkpoint, decoder)
         certificate = self.settings.certificate(
             original_checkpoint_path=self.original, checkpoint_path=checkpoint
         )
+        if choice_share is not None:
+            certificate = dataclasses.replace(certificate, choice_share=choice_share)
         inputs = {"original_records": self.original_outputs[decoder], "current_records": current}
         if decoder in self.mask_outputs:
             inputs["mask_records"] = self.mask_outputs[decoder]
@@ -696,10 +699,7 @@ class Opened:
             name,
             decoder,
             inputs,
-            settings={
-                "tokens_output": tokens,
-                "certificate": dataclasses.replace(certificate, choice_share=choice_share),
-            },
+            settings={"tokens_output": tokens, "certificate": certificate},
             checkpoints=[self.original, checkpoint],
         )
         if decoder == self.first_decoder and (before := self.unrelated_outputs) is not None:
@@ -709,7 +709,7 @@ class Opened:
                 of_arm,
                 decoder,
                 {"original_records": before, "current_records": after},
-                settings={"certificate": certificate},
+                settings={"certificate": dataclasses.replace(certificate, choice_share=0.0)},
                 checkpoints=[self.original, checkpoint],
             )
             found["unrelated"] = self.unrelated(name)

@@ -6,7 +6,8 @@ import hashlib
 import json
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from tnt_jax import annotators
 from tnt_jax.data import records, words
@@ -33,16 +34,13 @@ class Parts:
     report: Sequence[records.Record]
 
 
-def read(
-    path: str, flag: str, *, are_outputs_given: bool = False
-) -> tuple[list[records.Record], int]:
-    """The different prompts of a file, and how many more it has that repeat one of them.
+def read(path: str, flag: str) -> list[records.Record]:
+    """The prompts of a file, as they come.
 
     Args:
       path: JSONL of records, or a text file with one prompt a line; "-" is standard input. A file
         whose name does not end with .jsonl is JSONL where its first line is a JSON object.
       flag: That names it, for messages.
-      are_outputs_given: Whether a prompt is there once for each of its outputs.
 
     Raises:
       UsageError: There is no such file, or a line of it is no prompt.
@@ -66,13 +64,33 @@ def read(
             f"{flag}: expected a text in each prompt, found none in {len(empty)} of {len(found)}, "
             f"the first one {empty[0]!r}. Leave them out."
         )
+    return found
 
-    def what(row: records.Record) -> tuple[str, ...]:
-        return (row.prompt, row.targets) if are_outputs_given else (row.prompt,)
 
-    different = {what(row): row for row in reversed(found)}
-    kept = [row for row in found if different[what(row)] is row]
-    return kept, len(found) - len(kept)
+def _without_repeats(
+    rows: Sequence[records.Record], what: str, of: Callable[[records.Record], Any]
+) -> tuple[list[records.Record], list[str]]:
+    """The first of all that have the same `of`, and a sentence on how many others there are."""
+    different = {of(row): row for row in reversed(rows)}
+    kept = [row for row in rows if different[of(row)] is row]
+    if len(kept) == len(rows):
+        return kept, []
+    number = len(rows) - len(kept)
+    return kept, [f"{number} of {len(rows)} {what} repeat another one, and are left out."]
+
+
+def _prompt(row: records.Record) -> str:
+    return row.prompt
+
+
+def _output(label: str | None) -> Callable[[records.Record], Any]:
+    """An output with what is said of it: its marks, and its label if that is a field."""
+
+    def of(row: records.Record) -> tuple[Any, ...]:
+        marks = row.negative_spans, row.negative_token_ids
+        return (row.prompt, row.targets, *marks, repr(row.extra.get(label or "")))
+
+    return of
 
 
 def _content(path: str, flag: str) -> bytes:
@@ -238,20 +256,19 @@ class Texts:
         path, flag = (prompts, "--prompts") if prompts else (unwanted.file, "--records")
         assert path is not None
         are_given = unwanted.are_outputs_given
-        rows, num_repeated = read(path, flag, are_outputs_given=are_given)
-        notes = []
-        if num_repeated:
-            of, what = len(rows) + num_repeated, "outputs" if are_given else "prompts"
-            notes.append(f"{num_repeated} of {of} {what} repeat another one, and are left out.")
-        eval_rows = None
-        if eval_prompts is not None:
-            eval_rows, num_repeated = read(eval_prompts, "--eval_prompts")
-            if num_repeated:
-                notes.append(
-                    f"{num_repeated} of the kept-back prompts repeat another one, and are left out."
-                )
+        rows, notes, eval_rows = read(path, flag), [], None
+        # An output repeats another one if its marks or its label are the same, too: so marks first.
         if unwanted.kind == "spans":
-            rows, note = _with_spans(rows, str(unwanted.file))
+            rows, notes = _with_spans(rows, str(unwanted.file))
+        if are_given:
+            rows, note = _without_repeats(rows, "outputs", _output(unwanted.labels))
+        else:
+            rows, note = _without_repeats(rows, "prompts", _prompt)
+        notes += note
+        if eval_prompts is not None:
+            eval_rows, note = _without_repeats(
+                read(eval_prompts, "--eval_prompts"), "kept-back prompts", _prompt
+            )
             notes += note
         marked = None
         if unwanted.labels:

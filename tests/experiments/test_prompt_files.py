@@ -1,0 +1,72 @@
+"""A user's prompts and outputs, as `patch` reads them."""
+
+import dataclasses
+import json
+
+import pytest
+
+from tnt_jax.data import records
+from tnt_jax.experiments.prompt_files import Texts
+from tnt_jax.experiments.unwanted import Unwanted
+
+# As many prompts as a patch needs, each with an output.
+OUTPUTS = [
+    records.Record(id=f"a{i}", inputs=f"room {i}", targets=f"a dirty room {i}") for i in range(120)
+]
+DIRTY = ((2, 7),)
+
+
+def read(tmp_path, rows, unwanted):
+    path = tmp_path / "rows.jsonl"
+    records.write_records(path, rows)
+    is_in_records = unwanted.kind == "records"
+    return Texts.read(None if is_in_records else str(path), None, unwanted)
+
+
+def everything(texts):
+    return [*texts.parts.train, *texts.parts.choice, *texts.parts.report]
+
+
+def with_marks(row, spans):
+    return dataclasses.replace(row, negative_spans=spans)
+
+
+def test_what_people_marked_in_a_copy_of_an_output_is_not_lost(tmp_path):
+    """Nobody has looked at the first copy."""
+    again = [dataclasses.replace(row, id=f"again{i}") for i, row in enumerate(OUTPUTS)]
+    lines = [json.dumps({"id": row.id, "negative_spans": DIRTY}) + "\n" for row in again]
+    marks = tmp_path / "marks.jsonl"
+    marks.write_text("".join(lines))
+    texts = read(tmp_path, [*OUTPUTS, *again], Unwanted(spans=str(marks)))
+    assert {row.id for row in everything(texts)} == {row.id for row in again}
+    assert texts.marked == ["dirty"]
+    assert texts.notes[0].startswith("120 of 240 outputs are left out: nobody marked them.")
+
+
+@pytest.mark.parametrize("kind", ["records", "labels"])
+def test_copies_of_an_output_of_which_others_are_said_are_kept(kind, tmp_path):
+    def said(row, is_bad):
+        if kind == "records":
+            return with_marks(row, DIRTY if is_bad else ())
+        return dataclasses.replace(row, extra={"is_bad": is_bad})
+
+    rows = [said(row, False) for row in OUTPUTS]
+    rows += [dataclasses.replace(said(row, True), id=f"bad{row.id}") for row in OUTPUTS]
+    rows += [dataclasses.replace(said(row, True), id=f"same{row.id}") for row in OUTPUTS]
+    path = str(tmp_path / "rows.jsonl")
+    unwanted = Unwanted(records=path) if kind == "records" else Unwanted(labels="is_bad")
+    texts = read(tmp_path, rows, unwanted)
+    assert "120 of 360 outputs repeat another one, and are left out." in texts.notes
+    learned = {row.id for row in texts.parts.train}
+    assert {f"bad{name}" for name in learned if name[0] == "a"} == learned - {
+        name for name in learned if name[0] == "a"
+    }
+    assert len(learned) > 100
+
+
+def test_repeated_prompts_are_left_out(tmp_path):
+    (tmp_path / "words.txt").write_text("dirty\n")
+    rows = [*OUTPUTS, *(dataclasses.replace(row, id=f"b{row.id}") for row in OUTPUTS[:7])]
+    texts = read(tmp_path, rows, Unwanted(words=str(tmp_path / "words.txt")))
+    assert sorted(row.id for row in everything(texts)) == sorted(row.id for row in OUTPUTS)
+    assert texts.notes == ["7 of 127 prompts repeat another one, and are left out."]
