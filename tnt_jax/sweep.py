@@ -184,10 +184,10 @@ def sweep(
     experiment.check_names([cell.name for cell in cells])
     for grid in grids:
         experiment.check_rounds(grid.num_rounds, "Grid.num_rounds", grid.train)
-        for name, why in _OF_FIRST_ROUND.items():
-            if grid.num_rounds > 1 and getattr(grid, name):
+        for setting, why in _OF_FIRST_ROUND.items():
+            if grid.num_rounds > 1 and getattr(grid, setting):
                 raise UsageError(
-                    f"Grid.{name}: expected num_rounds=1, found {grid.num_rounds}: {why}"
+                    f"Grid.{setting}: expected num_rounds=1, found {grid.num_rounds}: {why}"
                 )
         for objective in grid.objectives:
             objectives.named(objective)  # a misspelt one is known now
