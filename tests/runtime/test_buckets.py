@@ -1,6 +1,7 @@
 """Paths in a bucket, for which an object store in memory stands."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -286,3 +287,16 @@ def test_local_paths_stay_what_they_were(tmp_path):
     records.write_records(tmp_path / "a.jsonl", ROWS)
     (file,) = files.matching_files(tmp_path / "*.jsonl")
     assert type(file) is type(pathlib.Path())
+
+
+def test_a_pattern_leaves_out_the_tables_of_long_sets(bucket):
+    row = dataclasses.replace(ROWS[0], negative_token_ids=((0, tuple(range(40))),))
+    removed_everywhere.write_records("gs://b/folder/a.jsonl", [row], None)
+    assert "/b/folder/a.jsonl.sets.jsonl" in bucket()
+    for pattern in ("*.jsonl", "a*"):
+        assert records.read_records(f"gs://b/folder/{pattern}") == [row]
+    # Who names a table means it.
+    (file,) = files.matching_files("gs://b/folder/a.jsonl.sets.jsonl")
+    assert str(file) == "gs://b/folder/a.jsonl.sets.jsonl"
+    with pytest.raises(UsageError, match=r"no file matches it as a pattern \(names that end in "):
+        files.matching_files("gs://b/folder/*.sets.jsonl")

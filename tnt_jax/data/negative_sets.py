@@ -23,7 +23,6 @@ from tnt_jax.runtime.errors import UsageError, naming_file
 
 LEAST = 16  # a name is as long as four ids; what few ids say, a reader sees at once
 LINE = b'{"set": '  # how each line of a table begins, and no record
-_ENDING = ".sets.jsonl"
 _Ids = tuple[int, ...]
 
 
@@ -37,7 +36,7 @@ _LINES = msgspec.json.Decoder(_Line)
 
 def file_of(path: str) -> str:
     """Where the sets are that a file of records refers to."""
-    return path + _ENDING
+    return path + files.SETS_ENDING
 
 
 @functools.lru_cache(maxsize=1024)

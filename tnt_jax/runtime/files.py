@@ -60,13 +60,18 @@ def files_below(folder: str | os.PathLike) -> list[str]:
     )
 
 
+SETS_ENDING = ".sets.jsonl"  # of the table that may lie beside records: `data.negative_sets`
+
+
 def matching_files(path: str | os.PathLike) -> list[Any]:
     """The file `path`, or the files that match it as a glob pattern, sorted; each by `path_of`.
+
+    A pattern leaves out the tables beside records, which those who read records find by themselves.
 
     Raises:
         UsageError: there is none.
     """
-    files = [path_of(path)]
+    files, num_tables = [path_of(path)], 0
     if not files[0].is_file():
         # Path.glob takes no absolute pattern.
         if is_remote(path):
@@ -75,9 +80,15 @@ def matching_files(path: str | os.PathLike) -> list[Any]:
             names = map(os.fspath, epath.Path(f"{store}://{bucket}").glob(pattern))
         else:
             names = glob.glob(os.fspath(path), recursive=True)  # noqa: PTH207
-        files = [file for file in map(path_of, sorted(names)) if file.is_file()]
+        found = [file for file in map(path_of, sorted(names)) if file.is_file()]
+        files = [file for file in found if not file.name.endswith(SETS_ENDING)]
+        num_tables = len(found) - len(files)
     if not files:
-        raise UsageError(f"{path}: no such file, and no file matches it as a pattern.")
+        left_out = f" (names that end in {SETS_ENDING} do not count: annotate's tables have them)"
+        raise UsageError(
+            f"{path}: no such file, and no file matches it as a pattern"
+            f"{left_out if num_tables else ''}."
+        )
     return files
 
 
