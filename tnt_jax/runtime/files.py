@@ -290,7 +290,7 @@ def check_depth(content: bytes, value: Any) -> None:
 
     Python reads more than it can write or print again: how much depends on who asks.
     """
-    if content.count(b"[") + content.count(b"{") <= _DEEPEST:
+    if not _may_be_deep(content):
         return
     level = [value]
     for _ in range(_DEEPEST):
@@ -299,6 +299,30 @@ def check_depth(content: bytes, value: Any) -> None:
         if not level:
             return
     raise RecursionError("nested too deeply")
+
+
+def _may_be_deep(content: bytes) -> bool:
+    return content.count(b"[") + content.count(b"{") > _DEEPEST
+
+
+# With an exponent of three digits, or so many digits that one of two would be too large. What it
+# looks like is found much more quickly where all digits are 0.
+_LARGE_NUMBER = re.compile(rb"[\s:,\[]-?(?:[0-9][0-9.]*[eE]\+?[0-9]{3}|[0-9]{200})")
+_DIGITS_AS_0 = bytes.maketrans(b"123456789E", b"000000000e")
+_MANY_DIGITS = b"0" * 200
+
+
+def may_be_refused(content: bytes) -> bool:
+    """Whether JSON that a quicker decoder takes may be what `parse_line` refuses.
+
+    That one may skip what nobody asks for: numbers that are too large, lists in lists.
+    """
+    if _may_be_deep(content):
+        return True
+    shape = content.translate(_DIGITS_AS_0)
+    if b"0e000" in shape or b"0e+000" in shape or _MANY_DIGITS in shape:
+        return _LARGE_NUMBER.search(content) is not None
+    return False
 
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # a half of a pair, as JSON spells it
