@@ -241,6 +241,19 @@ def test_mistakes_are_those_of_examples_in_memory(rows, message):
     assert not [path for path in pathlib.Path("kept").iterdir() if (path / "about.json").exists()]
 
 
+@pytest.mark.parametrize(
+    "lengths", [{"inputs": 6}, {"inputs": 6, "target": 12}, LENGTHS | {"targets": 0}]
+)
+@pytest.mark.parametrize("folder", ["kept", None])
+def test_lengths_are_refused_before_anything_is_tokenised(lengths, folder, monkeypatch):
+    monkeypatch.setattr(tokenization.Bytes, "encode", None)
+    with pytest.raises(
+        UsageError, match=r"^TASK_FEATURE_LENGTHS: expected positive numbers of tok"
+    ):
+        dataset(examples_dir=folder).load(lengths)
+    assert names(pathlib.Path.cwd()) == ["records.jsonl"]
+
+
 # --- Damage ---------------------------------------------------------------------------------------
 
 

@@ -46,6 +46,13 @@ def test_examples_are_there_for_those_who_train(capsys):
     assert all(line.endswith("made before.") for line in told)
 
 
+def test_lengths_that_are_none_are_a_usage_error(capsys):
+    for lengths in ({"inputs": 8}, {"inputs": 8, "target": 16}, {"inputs": 8, "targets": 0}):
+        assert prepare(EXAMPLES_DIR="kept", TASK_FEATURE_LENGTHS=lengths) == 2
+        assert "TASK_FEATURE_LENGTHS: expected positive numbers" in capsys.readouterr().err
+    assert not pathlib.Path("kept").exists()
+
+
 @pytest.mark.parametrize("folder", ["gs://bucket/kept", "records.jsonl/kept"])
 def test_a_folder_that_cannot_be_written_is_a_usage_error(folder, capsys):
     assert prepare(EXAMPLES_DIR=folder) == 2

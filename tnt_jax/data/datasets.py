@@ -17,7 +17,7 @@ from tnt_jax.data.examples import (
     select_clean,
     subset,
 )
-from tnt_jax.data.layouts import count_lost
+from tnt_jax.data.layouts import checked_lengths, count_lost
 from tnt_jax.runtime import console, files
 from tnt_jax.runtime.errors import UsageError
 
@@ -84,6 +84,7 @@ class RecordFiles:
         Raises:
             UsageError: a file, a record or the vocabulary has a mistake.
         """
+        checked_lengths(task_feature_lengths)  # before the work
         tokenization.check_vocabulary(self.vocabulary)
         folders = self.folders(model_dir)
         examples = self.make(task_feature_lengths, folders) if folders else None
@@ -139,6 +140,7 @@ class RecordFiles:
         """
         from tnt_jax.data import example_maker  # and with it the tokenisers of chat models
 
+        checked_lengths(task_feature_lengths)  # before the work
         settings = {"marks": self.marks, "loss_until": self.loss_until, "annotated": self.annotated}
         plan = example_maker.make_plan(self.files, self.vocabulary, task_feature_lengths, settings)
         places = [pathlib.Path(folder).expanduser() for folder in folders]
