@@ -19,7 +19,8 @@ from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from helpers import rooms
 from helpers.holders import PATIENCE, changing, held_by_another, note_of, refusal, wait_until
 
-from tnt_jax.data import records, removed_everywhere
+from tnt_jax import prepare
+from tnt_jax.data import datasets, records, removed_everywhere, tokenization
 from tnt_jax.runtime import files, holding, operative_config
 from tnt_jax.runtime.errors import UsageError
 
@@ -313,6 +314,15 @@ def test_a_table_in_a_bucket_is_asked_for_once_and_again_where_it_was_replaced(b
     del Bucket.store["/b/other.jsonl.sets.jsonl"]
     with pytest.raises(UsageError, match=r"other\.jsonl\.sets\.jsonl, which is not there\."):
         records.read_records("gs://b/other.jsonl")
+
+
+def test_examples_of_records_in_a_bucket_need_a_place(bucket, monkeypatch):
+    monkeypatch.setattr(datasets, "_SMALLEST", 0)
+    records.write_records("gs://b/a.jsonl", ROWS)
+    dataset = datasets.RecordFiles(files="gs://b/a.jsonl", vocabulary=tokenization.Bytes())
+    message = r"^EXAMPLES_DIR: expected a local folder.* Set EXAMPLES_DIR to a local folder, here"
+    with pytest.raises(UsageError, match=message):
+        prepare.prepare(dataset=dataset, task_feature_lengths={"inputs": 8, "targets": 8})
 
 
 def test_local_paths_stay_what_they_were(tmp_path):
