@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.full_disk import full_disk
 
 from tnt_jax.data import datasets, example_maker, packing, shuffling, tokenization
 from tnt_jax.data.batches import Batches, batch_for_eval
@@ -393,6 +394,16 @@ def test_a_mistake_that_another_process_finds_is_told_here(monkeypatch):
     write([*map(record, range(50)), {"inputs": 3}])
     with pytest.raises(UsageError, match=r"^records.jsonl:51: inputs: expected a string"):
         dataset().load(LENGTHS)
+
+
+def test_a_full_disk_that_another_process_meets_is_told_here_in_one_line(monkeypatch):
+    monkeypatch.setattr(example_maker, "_num_processes", lambda: 2)
+    with (
+        full_disk(1000),
+        pytest.raises(UsageError, match=r"^cannot write: .*File too large\. Make"),
+    ):
+        dataset().load(LENGTHS)  # a part is larger
+    assert_same(dataset().load(LENGTHS), in_memory())
 
 
 _LOADING = """

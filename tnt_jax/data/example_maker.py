@@ -7,7 +7,7 @@ work. Whoever finds all parts there joins them, renames the folder, and deletes 
 
 Run as a program, this module is one of those processes: `python -m tnt_jax.data.example_maker`
 takes a JSON object from standard input, makes parts until none is left, and writes a mistake of the
-user's to standard output.
+user's, or what the disk refuses, to standard output.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ from tnt_jax.data.example_files import (
     write_sets,
 )
 from tnt_jax.data.examples import COLUMNS
-from tnt_jax.runtime import console, files, processes, settings_json
+from tnt_jax.runtime import console, failures, files, processes, settings_json
 from tnt_jax.runtime.errors import UsageError, naming_file, system_error
 
 _FORMAT = 2  # to be raised where the same records come to other examples, or other files
@@ -57,7 +57,7 @@ _MOST_PARTS = 4096
 _MOST_PROCESSES = 16
 _AGAIN = 0.1  # seconds between two looks at what others have made
 _JOINED = 99_999  # the number by which whoever joins the parts locks that
-_MISTAKEN = 2  # the status of a process that has found a mistake of the user's
+_MISTAKEN = 2  # the status of a process that has found what the user can mend, and said it
 
 # The tokenisers that another process can be told of: with their fields alone.
 _KINDS = {
@@ -471,8 +471,11 @@ def _take_part() -> int:
         for _ in _Work(pathlib.Path(job["whole"]), plan).made():
             if os.getppid() != job["parent"]:
                 return 1  # it was killed
-    except UsageError as error:
-        print(json.dumps({"mistake": str(error)}))
+    except Exception as error:  # a full disk, too: whatever is no defect of ours
+        mistake = failures.explain(error)
+        if mistake is None:
+            raise
+        print(json.dumps({"mistake": mistake}))
         return _MISTAKEN
     return 0
 
