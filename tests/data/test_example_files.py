@@ -432,6 +432,23 @@ def test_runs_that_make_the_same_at_once_end_well():
     }
 
 
+def test_who_finds_them_whole_at_the_last_moment_takes_them(monkeypatch):
+    """Between two looks at the folder, another run puts it there."""
+    dataset().load(LENGTHS)
+    folder, exists = the_folder(), pathlib.Path.exists
+    folder.rename("elsewhere")
+
+    def exists_and_then_comes(path):
+        found = exists(path)
+        if path == folder / "about.json" and exists(pathlib.Path("elsewhere")):
+            pathlib.Path("elsewhere").rename(folder)
+        return found
+
+    monkeypatch.setattr(example_maker, "_arrays_of", None)
+    monkeypatch.setattr(pathlib.Path, "exists", exists_and_then_comes)
+    assert len(dataset().load(LENGTHS)) == 60
+
+
 def test_a_run_that_is_killed_leaves_nothing_that_is_taken_for_whole():
     write([record(number) for number in range(1000)])
     with subprocess.Popen([sys.executable, "-c", _LOADING], stdout=subprocess.DEVNULL) as run:

@@ -165,13 +165,14 @@ def open_or_make(plan: Plan, folder: pathlib.Path) -> ExampleFiles:
     """
     whole = folder / plan.key
     began = time.monotonic()
+    # In this order: another process may put it there at any moment, with all that is in it.
+    if whole.exists() and not (whole / ABOUT).exists():
+        raise UsageError(
+            f"{whole}: expected {ABOUT} in a folder of examples, found none. Delete this folder, "
+            "and they are made again."
+        )
     is_new = not (whole / ABOUT).exists()
     if is_new:
-        if whole.exists():
-            raise UsageError(
-                f"{whole}: expected {ABOUT} in a folder of examples, found none. Delete this "
-                "folder, and they are made again."
-            )
         _make(plan, whole)
     found = ExampleFiles(whole)
     how = "made before"
