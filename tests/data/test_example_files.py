@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import shutil
 import signal
@@ -457,6 +458,75 @@ def test_a_run_that_is_killed_leaves_nothing_that_is_taken_for_whole():
         run.send_signal(signal.SIGKILL)
     assert not list(pathlib.Path("kept").glob("*/about.json"))
     assert_same(dataset().load(LENGTHS), in_memory())
+
+
+# --- Records that change meanwhile ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["replaced", "written over"])
+@pytest.mark.parametrize("number", [0, 3])
+def test_records_that_change_while_they_are_read_are_refused(how, number, monkeypatch):
+    """Else examples of other records would be found under the digest of these."""
+    file, part_of, made = pathlib.Path("records.jsonl"), example_maker._arrays_of, []
+
+    def change():
+        other = file.read_text().replace("good", "GOOD")  # of the same size
+        if how == "replaced":
+            pathlib.Path("new.jsonl").write_text(other)
+            pathlib.Path("new.jsonl").rename(file)
+        else:
+            file.write_text(other)
+            os.utime(file, (0, 0))  # another time, however coarse the clock of files is
+
+    def meanwhile(plan, part):
+        if len(made) == number:
+            change()
+        made.append(part)
+        return part_of(plan, part)
+
+    monkeypatch.setattr(example_maker, "_arrays_of", meanwhile)
+    message = r"^records\.jsonl: expected the records that .* Let nothing write the file while exam"
+    with pytest.raises(UsageError, match=message):
+        dataset().load(LENGTHS)
+    assert len(made) == number + 1
+    assert not [*pathlib.Path("kept").glob("*/about.json")]
+    monkeypatch.setattr(example_maker, "_arrays_of", part_of)
+    assert_same(dataset().load(LENGTHS), in_memory())
+
+
+@pytest.mark.parametrize("is_gone", [False, True])
+def test_records_that_change_before_the_parts_are_joined_are_refused(is_gone, monkeypatch):
+    made, content = example_maker._Work.made, pathlib.Path("records.jsonl").read_bytes()
+
+    def made_and_then_changed(work):
+        yield from made(work)
+        write([record(number) for number in range(60, 120)])
+        if is_gone:
+            pathlib.Path("records.jsonl").unlink()
+
+    monkeypatch.setattr(example_maker._Work, "made", made_and_then_changed)
+    with pytest.raises(
+        UsageError, match=r"^records\.jsonl: expected the records that .* Let nothing"
+    ):
+        dataset().load(LENGTHS)
+    monkeypatch.setattr(example_maker._Work, "made", made)
+    pathlib.Path("records.jsonl").write_bytes(content)
+    assert_same(dataset().load(LENGTHS), in_memory())
+
+
+def test_other_processes_see_that_records_change(monkeypatch):
+    monkeypatch.setattr(example_maker, "_num_processes", lambda: 2)
+    started = example_maker._make_in_processes
+
+    def changed_before(*arguments):
+        write([record(number) for number in range(60, 120)])
+        return started(*arguments)
+
+    monkeypatch.setattr(example_maker, "_make_in_processes", changed_before)
+    with pytest.raises(
+        UsageError, match=r"^records\.jsonl: expected the records that .* Let nothing"
+    ):
+        dataset().load(LENGTHS)
 
 
 # --- Where they lie -------------------------------------------------------------------------------

@@ -96,6 +96,7 @@ class Plan:
         settings: further arguments of `datasets.RecordFiles` that decide what an example is.
         parts: of the records.
         of: a JSON value that decides what the examples are.
+        states: of each local file of records, what changes when it is written or replaced.
     """
 
     path: str
@@ -104,11 +105,30 @@ class Plan:
     settings: Mapping[str, Any]
     parts: Sequence[Part]
     of: Mapping[str, Any]
+    states: Mapping[str, Sequence[int]]
 
     @property
     def key(self) -> str:
         """A digest of `of`: the name of the folder."""
         return hashlib.sha256(json.dumps(self.of, sort_keys=True).encode()).hexdigest()[:16]
+
+    def check_unchanged(self, file: str, found: os.stat_result | None) -> None:
+        """Raises a UsageError where a file of records is not the one that was digested.
+
+        Args:
+            file: of those that have a state.
+            found: what the system says of it by now; None where it is gone.
+        """
+        if found is None or _state(found) != [*self.states[file]]:
+            raise UsageError(
+                f"{file}: expected the records that were there at the start, found that they were "
+                "written, replaced or deleted since. Let nothing write the file while examples are "
+                "made, and give the same command again."
+            )
+
+
+def _state(stat: os.stat_result) -> list[int]:
+    return [stat.st_ino, stat.st_size, stat.st_mtime_ns]
 
 
 def make_plan(
@@ -125,12 +145,14 @@ def make_plan(
     found = files.matching_files(path)
     sizes = [files.size_of(file) for file in found]
     largest = max(_BYTES_PER_PART, sum(sizes) // _MOST_PARTS)
-    parts, digests = [], []
+    parts, digests, states = [], [], {}
     for file in found:
         hashed = hashlib.sha256()
         place = start = 0
         line = first_line = 1
         with file.open("rb") as lines:
+            if not files.is_remote(file):
+                states[os.fspath(file)] = _state(os.fstat(lines.fileno()))
             while content := lines.read(min(largest, 2**20)):
                 hashed.update(content)
                 if place + len(content) - start >= largest and (end := content.find(b"\n") + 1):
@@ -153,7 +175,7 @@ def make_plan(
     template = getattr(vocabulary, "source", "")
     if "strftime_now" in template and getattr(vocabulary, "date", None) is None:
         of["day"] = datetime.date.today().isoformat()
-    return Plan(path, vocabulary, lengths, settings, parts, of)
+    return Plan(path, vocabulary, lengths, settings, parts, of, states)
 
 
 def open_or_make(plan: Plan, folder: pathlib.Path) -> ExampleFiles:
@@ -275,7 +297,8 @@ class _Work:
         """Makes the whole of the parts, unless somebody else was quicker.
 
         Raises:
-            UsageError: an id is used twice, or there is no record.
+            UsageError: an id is used twice, there is no record, or a file of records was written
+                since it was digested.
         """
         while not self.whole.exists():
             with self._claimed(_JOINED) as is_ours:
@@ -286,6 +309,9 @@ class _Work:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _join(self) -> None:
+        for file in self.plan.states:
+            path = pathlib.Path(file)
+            self.plan.check_unchanged(file, path.stat() if path.exists() else None)
         beside = self.whole.with_name(f".{self.whole.name}.{uuid.uuid4().hex}.unfinished")
         try:
             self._write_whole(beside)
@@ -366,11 +392,13 @@ def _arrays_of(plan: Plan, part: Part) -> dict[str, np.ndarray]:
         the sets that rows name (`example_files.as_arrays`).
 
     Raises:
-        UsageError: a record has a mistake.
+        UsageError: a record has a mistake, or the file was written since it was digested.
     """
     with files.path_of(part.file).open("rb") as file, naming_file(part.file):
         file.seek(part.start)
         lines = file.read(part.end - part.start).split(b"\n")
+        if part.file in plan.states:  # after it was read
+            plan.check_unchanged(part.file, os.fstat(file.fileno()))
     found = example_rows.rows_of(
         lines,
         part.file,
