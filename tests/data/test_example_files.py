@@ -450,6 +450,26 @@ def test_who_finds_them_whole_at_the_last_moment_takes_them(monkeypatch):
     assert len(dataset().load(LENGTHS)) == 60
 
 
+@pytest.mark.parametrize(
+    ("step", "left"),
+    [
+        ("example_maker.checksum", "*.parts/*.unfinished/rows.bin"),
+        ("example_maker.shutil.rmtree", "*.parts/00000.npz"),  # the whole is there
+    ],
+)
+def test_a_run_that_is_killed_while_it_joins_leaves_nothing_for_ever(step, left):
+    killing = f"""
+import os, signal
+from tnt_jax.data import example_maker
+{step} = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+{_LOADING}"""
+    done = subprocess.run([sys.executable, "-c", killing], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert [file.stat().st_size > 0 for file in pathlib.Path("kept").glob(left)] == [True]
+    assert_same(dataset().load(LENGTHS), in_memory())
+    assert names(pathlib.Path("kept")) == [the_folder().name]
+
+
 def test_a_run_that_is_killed_leaves_nothing_that_is_taken_for_whole():
     write([record(number) for number in range(1000)])
     with subprocess.Popen([sys.executable, "-c", _LOADING], stdout=subprocess.DEVNULL) as run:

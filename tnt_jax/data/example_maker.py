@@ -196,6 +196,8 @@ def open_or_make(plan: Plan, folder: pathlib.Path) -> ExampleFiles:
     is_new = not (whole / ABOUT).exists()
     if is_new:
         _make(plan, whole)
+    else:  # whoever joined the parts may have been killed before they were deleted
+        shutil.rmtree(_parts_of(whole), ignore_errors=True)
     found = ExampleFiles(whole)
     how = "made before"
     if is_new:
@@ -227,6 +229,10 @@ def _num_processes() -> int:
 # ------------------------------------------------------------------------------------------ Parts
 
 
+def _parts_of(whole: pathlib.Path) -> pathlib.Path:
+    return whole.with_name(f"{whole.name}.parts")
+
+
 class _Work:
     """The parts of a plan that are there, and those that are not.
 
@@ -237,7 +243,7 @@ class _Work:
 
     def __init__(self, whole: pathlib.Path, plan: Plan):
         self.plan, self.whole = plan, whole
-        self.folder = whole.with_name(f"{whole.name}.parts")
+        self.folder = _parts_of(whole)
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def _file(self, number: int) -> pathlib.Path:
@@ -312,7 +318,8 @@ class _Work:
         for file in self.plan.states:
             path = pathlib.Path(file)
             self.plan.check_unchanged(file, path.stat() if path.exists() else None)
-        beside = self.whole.with_name(f".{self.whole.name}.{uuid.uuid4().hex}.unfinished")
+        # Among the parts: whoever joins them deletes what killed processes have left there.
+        beside = self.folder / f"{uuid.uuid4().hex}.unfinished"
         try:
             self._write_whole(beside)
             beside.rename(self.whole)
