@@ -1,3 +1,4 @@
+import hashlib
 import json
 import pickle
 import re
@@ -470,3 +471,28 @@ def test_the_date_of_prompts_is_a_setting(vocabulary_of, tmp_path):
     for wrong in ("26.7.2024", 5):
         with pytest.raises(UsageError, match="CHAT_DATE: expected a date as YYYY-MM-DD or None"):
             vocabulary_of(chat_date=wrong)
+
+
+def test_the_digest_is_of_the_tokens_that_the_template_writes_by_name(vocabulary_of, folders):
+    """Resuming, and examples that are kept, go by it: other prompts need another one."""
+
+    def found(kind, **changes):
+        settings = folders[kind] / "tokenizer_config.json"
+        content = settings.read_text()
+        try:
+            settings.write_text(json.dumps(json.loads(content) | changes))
+            vocabulary = vocabulary_of(kind)
+            return vocabulary.prompt_ids("Hi"), vocabulary.tokenizer_digest
+        finally:
+            settings.write_text(content)
+
+    before, after = found("llama3"), found("llama3", bos_token="<|eot_id|>")
+    assert before[0] != after[0]
+    assert before[1] != after[1]
+    assert found("llama3", pad_token="<|eot_id|>") == before  # which the template does not write
+    # A template that names none has the digest that it had in 0.2.0.
+    hashed = hashlib.sha256((folders["qwen"] / "tokenizer.json").read_bytes())
+    vocabulary = vocabulary_of("qwen")
+    of_ends = [sorted(vocabulary.end_ids), vocabulary.end_id]
+    hashed.update(json.dumps([*of_ends, TEMPLATES["qwen"], "None"]).encode())
+    assert found("qwen")[1] == found("qwen", bos_token="<|im_end|>")[1] == hashed.hexdigest()

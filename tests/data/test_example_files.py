@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import shutil
 import signal
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.full_disk import full_disk
 
 from tnt_jax.data import datasets, example_maker, packing, shuffling, tokenization
 from tnt_jax.data.batches import Batches, batch_for_eval
@@ -241,6 +243,19 @@ def test_mistakes_are_those_of_examples_in_memory(rows, message):
     assert not [path for path in pathlib.Path("kept").iterdir() if (path / "about.json").exists()]
 
 
+@pytest.mark.parametrize(
+    "lengths", [{"inputs": 6}, {"inputs": 6, "target": 12}, LENGTHS | {"targets": 0}]
+)
+@pytest.mark.parametrize("folder", ["kept", None])
+def test_lengths_are_refused_before_anything_is_tokenised(lengths, folder, monkeypatch):
+    monkeypatch.setattr(tokenization.Bytes, "encode", None)
+    with pytest.raises(
+        UsageError, match=r"^TASK_FEATURE_LENGTHS: expected positive numbers of tok"
+    ):
+        dataset(examples_dir=folder).load(lengths)
+    assert names(pathlib.Path.cwd()) == ["records.jsonl"]
+
+
 # --- Damage ---------------------------------------------------------------------------------------
 
 
@@ -382,6 +397,16 @@ def test_a_mistake_that_another_process_finds_is_told_here(monkeypatch):
         dataset().load(LENGTHS)
 
 
+def test_a_full_disk_that_another_process_meets_is_told_here_in_one_line(monkeypatch):
+    monkeypatch.setattr(example_maker, "_num_processes", lambda: 2)
+    with (
+        full_disk(1000),
+        pytest.raises(UsageError, match=r"^cannot write: .*File too large\. Make"),
+    ):
+        dataset().load(LENGTHS)  # a part is larger
+    assert_same(dataset().load(LENGTHS), in_memory())
+
+
 _LOADING = """
 import sys
 from typing import Any
@@ -408,6 +433,43 @@ def test_runs_that_make_the_same_at_once_end_well():
     }
 
 
+def test_who_finds_them_whole_at_the_last_moment_takes_them(monkeypatch):
+    """Between two looks at the folder, another run puts it there."""
+    dataset().load(LENGTHS)
+    folder, exists = the_folder(), pathlib.Path.exists
+    folder.rename("elsewhere")
+
+    def exists_and_then_comes(path):
+        found = exists(path)
+        if path == folder / "about.json" and exists(pathlib.Path("elsewhere")):
+            pathlib.Path("elsewhere").rename(folder)
+        return found
+
+    monkeypatch.setattr(example_maker, "_arrays_of", None)
+    monkeypatch.setattr(pathlib.Path, "exists", exists_and_then_comes)
+    assert len(dataset().load(LENGTHS)) == 60
+
+
+@pytest.mark.parametrize(
+    ("step", "left"),
+    [
+        ("example_maker.checksum", "*.parts/*.unfinished/rows.bin"),
+        ("example_maker.shutil.rmtree", "*.parts/00000.npz"),  # the whole is there
+    ],
+)
+def test_a_run_that_is_killed_while_it_joins_leaves_nothing_for_ever(step, left):
+    killing = f"""
+import os, signal
+from tnt_jax.data import example_maker
+{step} = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+{_LOADING}"""
+    done = subprocess.run([sys.executable, "-c", killing], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert [file.stat().st_size > 0 for file in pathlib.Path("kept").glob(left)] == [True]
+    assert_same(dataset().load(LENGTHS), in_memory())
+    assert names(pathlib.Path("kept")) == [the_folder().name]
+
+
 def test_a_run_that_is_killed_leaves_nothing_that_is_taken_for_whole():
     write([record(number) for number in range(1000)])
     with subprocess.Popen([sys.executable, "-c", _LOADING], stdout=subprocess.DEVNULL) as run:
@@ -416,6 +478,75 @@ def test_a_run_that_is_killed_leaves_nothing_that_is_taken_for_whole():
         run.send_signal(signal.SIGKILL)
     assert not list(pathlib.Path("kept").glob("*/about.json"))
     assert_same(dataset().load(LENGTHS), in_memory())
+
+
+# --- Records that change meanwhile ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["replaced", "written over"])
+@pytest.mark.parametrize("number", [0, 3])
+def test_records_that_change_while_they_are_read_are_refused(how, number, monkeypatch):
+    """Else examples of other records would be found under the digest of these."""
+    file, part_of, made = pathlib.Path("records.jsonl"), example_maker._arrays_of, []
+
+    def change():
+        other = file.read_text().replace("good", "GOOD")  # of the same size
+        if how == "replaced":
+            pathlib.Path("new.jsonl").write_text(other)
+            pathlib.Path("new.jsonl").rename(file)
+        else:
+            file.write_text(other)
+            os.utime(file, (0, 0))  # another time, however coarse the clock of files is
+
+    def meanwhile(plan, part):
+        if len(made) == number:
+            change()
+        made.append(part)
+        return part_of(plan, part)
+
+    monkeypatch.setattr(example_maker, "_arrays_of", meanwhile)
+    message = r"^records\.jsonl: expected the records that .* Let nothing write the file while exam"
+    with pytest.raises(UsageError, match=message):
+        dataset().load(LENGTHS)
+    assert len(made) == number + 1
+    assert not [*pathlib.Path("kept").glob("*/about.json")]
+    monkeypatch.setattr(example_maker, "_arrays_of", part_of)
+    assert_same(dataset().load(LENGTHS), in_memory())
+
+
+@pytest.mark.parametrize("is_gone", [False, True])
+def test_records_that_change_before_the_parts_are_joined_are_refused(is_gone, monkeypatch):
+    made, content = example_maker._Work.made, pathlib.Path("records.jsonl").read_bytes()
+
+    def made_and_then_changed(work):
+        yield from made(work)
+        write([record(number) for number in range(60, 120)])
+        if is_gone:
+            pathlib.Path("records.jsonl").unlink()
+
+    monkeypatch.setattr(example_maker._Work, "made", made_and_then_changed)
+    with pytest.raises(
+        UsageError, match=r"^records\.jsonl: expected the records that .* Let nothing"
+    ):
+        dataset().load(LENGTHS)
+    monkeypatch.setattr(example_maker._Work, "made", made)
+    pathlib.Path("records.jsonl").write_bytes(content)
+    assert_same(dataset().load(LENGTHS), in_memory())
+
+
+def test_other_processes_see_that_records_change(monkeypatch):
+    monkeypatch.setattr(example_maker, "_num_processes", lambda: 2)
+    started = example_maker._make_in_processes
+
+    def changed_before(*arguments):
+        write([record(number) for number in range(60, 120)])
+        return started(*arguments)
+
+    monkeypatch.setattr(example_maker, "_make_in_processes", changed_before)
+    with pytest.raises(
+        UsageError, match=r"^records\.jsonl: expected the records that .* Let nothing"
+    ):
+        dataset().load(LENGTHS)
 
 
 # --- Where they lie -------------------------------------------------------------------------------

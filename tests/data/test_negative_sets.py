@@ -9,6 +9,7 @@ import pytest
 from helpers import rooms
 
 from tnt_jax.data import negative_sets, records, removed_everywhere
+from tnt_jax.runtime import files
 from tnt_jax.runtime.errors import UsageError
 
 LONG, OTHER, SHORT = tuple(range(5, 45)), tuple(range(100, 16, -4)), (7, 8)
@@ -66,7 +67,13 @@ def test_records_without_their_table_have_the_ids_written_out(path, tmp_path):
 
 def test_files_of_one_pattern_have_a_table_each(path, tmp_path):
     removed_everywhere.write_records(tmp_path / "b.jsonl", [row("e", (0, OTHER))], None)
-    assert records.read_records(tmp_path / "?.jsonl") == [*ROWS, row("e", (0, OTHER))]
+    for pattern in ("?.jsonl", "*.jsonl", "*", "**/*.jsonl"):  # of which some match the tables
+        assert records.read_records(tmp_path / pattern) == [*ROWS, row("e", (0, OTHER))]
+    (table,) = files.matching_files(tmp_path / "a.jsonl.sets.jsonl")  # who names one means it
+    assert table == tmp_path / "a.jsonl.sets.jsonl"
+    message = r"no file matches it as a pattern \(names that end in \.sets\.jsonl do not count: "
+    with pytest.raises(UsageError, match=message):
+        records.read_records(tmp_path / "*.sets.jsonl")
 
 
 def test_a_table_goes_with_the_records_that_it_belonged_to(path):

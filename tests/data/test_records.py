@@ -358,6 +358,39 @@ def test_a_survey_tells_records_apart(tmp_path):
     assert records.survey(write_lines(tmp_path / "b.jsonl", '{"inputs": "x"}')) != without
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("1e999", "-1E+400", '{"a": [1, 12345e305]}', "9" * 400 + ".0", "[2,1e99]", "1e-999"),
+        *("9" * 400, "9" * 5000, '"said: 1e999"', "NaN", '"\\ud800"', '"\xff"', '"ä"'),
+        *("[" * depth + "]" * depth for depth in (98, 99, 100, 500, 100_000)),
+        '{"a":' * 5000 + "1" + "}" * 5000,
+    ],
+    ids=lambda value: value[:20],
+)
+@pytest.mark.parametrize("more", ["", ', "negative_spans": [' + "[0,1]," * 99 + "[0,1]]"])
+def test_a_field_that_is_not_ours_is_read_in_both_ways_or_in_neither(value, more):
+    """`quick` skips it. What is wrong with it is for the other to say."""
+    line = f'{{"inputs": "x", "targets": "y", "b": {value}{more}}}'.encode(
+        "latin-1" if value == '"\xff"' else "utf-8"
+    )
+    try:
+        records.Record.from_json(files.parse_line(line, "f:1"), "f:1")
+        is_good = True
+    except UsageError:
+        is_good = False
+    assert records.quick(line) is None or is_good
+    # Ordinary fields of others take the quick way.
+    assert records.quick(b'{"inputs": "x", "score": [0.5, 1e-7, 12], "at": "1e999"}') is not None
+
+
+def test_a_field_of_ours_with_many_entries_takes_the_quick_way():
+    spans = [[n, n + 1] for n in range(200)]
+    line = json.dumps({"inputs": "x", "targets": "y" * 300, "negative_spans": spans})
+    found = records.quick(line.encode())
+    assert found is not None and len(found.negative_spans) == 200
+
+
 @hypothesis.given(st.data())
 def test_a_line_that_is_decoded_at_once_is_the_same_record(data):
     """Most lines have no fields but ours; the others, and bad ones, are read field by field."""

@@ -1,6 +1,7 @@
 """Paths in a bucket, for which an object store in memory stands."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -18,7 +19,8 @@ from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from helpers import rooms
 from helpers.holders import PATIENCE, changing, held_by_another, note_of, refusal, wait_until
 
-from tnt_jax.data import records, removed_everywhere
+from tnt_jax import prepare
+from tnt_jax.data import datasets, records, removed_everywhere, tokenization
 from tnt_jax.runtime import files, holding, operative_config
 from tnt_jax.runtime.errors import UsageError
 
@@ -282,7 +284,61 @@ def test_two_do_not_write_one_output_there_and_a_killed_one_goes_on(tmp_path, mo
     assert sorted(file.name for file in (store / "b").iterdir()) == ["a.jsonl", "a.jsonl.gin"]
 
 
+def test_a_table_in_a_bucket_is_asked_for_once_and_again_where_it_was_replaced(bucket, monkeypatch):
+    path, table = "gs://b/a.jsonl", "/b/a.jsonl.sets.jsonl"
+    asked, info = [], Bucket.info
+    monkeypatch.setattr(
+        Bucket, "info", lambda self, name, **more: asked.append(name) or info(self, name, **more)
+    )
+
+    def write(first):
+        sets = tuple((n % 4, tuple(range(first + n % 2, first + 40))) for n in range(200))
+        rows = [
+            dataclasses.replace(ROWS[0], id=str(n), negative_token_ids=(one,))
+            for n, one in enumerate(sets)
+        ]
+        removed_everywhere.write_records(path, rows, None)
+        asked.clear()
+        return rows
+
+    rows = write(10)
+    assert records.read_records(path) == rows
+    assert sum(name.endswith(table) for name in asked) < 10
+    rows = write(20)  # of the same size, so that the size does not tell
+    assert records.read_records(path) == rows
+    other = dataclasses.replace(ROWS[0], negative_token_ids=((0, tuple(range(50, 90))),))
+    removed_everywhere.write_records("gs://b/other.jsonl", [other], None)
+    Bucket.store[table] = Bucket.store["/b/other.jsonl.sets.jsonl"]  # records of another one
+    Bucket.store["/b/a.jsonl"] = Bucket.store["/b/other.jsonl"]
+    assert records.read_records(path) == [other]
+    del Bucket.store["/b/other.jsonl.sets.jsonl"]
+    with pytest.raises(UsageError, match=r"other\.jsonl\.sets\.jsonl, which is not there\."):
+        records.read_records("gs://b/other.jsonl")
+
+
+def test_examples_of_records_in_a_bucket_need_a_place(bucket, monkeypatch):
+    monkeypatch.setattr(datasets, "_SMALLEST", 0)
+    records.write_records("gs://b/a.jsonl", ROWS)
+    dataset = datasets.RecordFiles(files="gs://b/a.jsonl", vocabulary=tokenization.Bytes())
+    message = r"^EXAMPLES_DIR: expected a local folder.* Set EXAMPLES_DIR to a local folder, here"
+    with pytest.raises(UsageError, match=message):
+        prepare.prepare(dataset=dataset, task_feature_lengths={"inputs": 8, "targets": 8})
+
+
 def test_local_paths_stay_what_they_were(tmp_path):
     records.write_records(tmp_path / "a.jsonl", ROWS)
     (file,) = files.matching_files(tmp_path / "*.jsonl")
     assert type(file) is type(pathlib.Path())
+
+
+def test_a_pattern_leaves_out_the_tables_of_long_sets(bucket):
+    row = dataclasses.replace(ROWS[0], negative_token_ids=((0, tuple(range(40))),))
+    removed_everywhere.write_records("gs://b/folder/a.jsonl", [row], None)
+    assert "/b/folder/a.jsonl.sets.jsonl" in bucket()
+    for pattern in ("*.jsonl", "a*"):
+        assert records.read_records(f"gs://b/folder/{pattern}") == [row]
+    # Who names a table means it.
+    (file,) = files.matching_files("gs://b/folder/a.jsonl.sets.jsonl")
+    assert str(file) == "gs://b/folder/a.jsonl.sets.jsonl"
+    with pytest.raises(UsageError, match=r"no file matches it as a pattern \(names that end in "):
+        files.matching_files("gs://b/folder/*.sets.jsonl")

@@ -219,7 +219,10 @@ class ChatTokenizer(hub_tokenizer.HubTokenizer):
 
     @property
     def _of_prompts(self) -> tuple[str, ...]:
-        return self.source, str(self.date)
+        texts = self.control_texts
+        named = {name: texts[name] for name in texts if re.search(rf"\b{name}\b", self.source)}
+        # Templates that name none keep the digest that runs of before have noted.
+        return self.source, str(self.date), *([json.dumps(named, sort_keys=True)] if named else [])
 
 
 def has_template(folder: epath.Path) -> bool:

@@ -17,7 +17,7 @@ from tnt_jax.data.examples import (
     select_clean,
     subset,
 )
-from tnt_jax.data.layouts import count_lost
+from tnt_jax.data.layouts import checked_lengths, count_lost
 from tnt_jax.runtime import console, files
 from tnt_jax.runtime.errors import UsageError
 
@@ -39,7 +39,8 @@ class RecordFiles:
         only_clean: leaves out every example in which something unwanted was said, for filtered
             fine-tuning and filtered distillation.
         examples_dir: a local folder that the examples of files of any size are kept in. None keeps
-            those of files from 16 MiB on, beside the file.
+            those of one local file from 16 MiB on beside it; of several files, or of one in a
+            bucket, where `load` is told of a folder.
 
     Raises:
         UsageError: settings contradict each other.
@@ -84,6 +85,7 @@ class RecordFiles:
         Raises:
             UsageError: a file, a record or the vocabulary has a mistake.
         """
+        checked_lengths(task_feature_lengths)  # before the work
         tokenization.check_vocabulary(self.vocabulary)
         folders = self.folders(model_dir)
         examples = self.make(task_feature_lengths, folders) if folders else None
@@ -139,6 +141,7 @@ class RecordFiles:
         """
         from tnt_jax.data import example_maker  # and with it the tokenisers of chat models
 
+        checked_lengths(task_feature_lengths)  # before the work
         settings = {"marks": self.marks, "loss_until": self.loss_until, "annotated": self.annotated}
         plan = example_maker.make_plan(self.files, self.vocabulary, task_feature_lengths, settings)
         places = [pathlib.Path(folder).expanduser() for folder in folders]
@@ -154,25 +157,35 @@ class RecordFiles:
         marks.log_spans_without_token(examples.about.num_spans_without_token, self.files)
         return examples
 
+    @property
+    def can_be_kept(self) -> bool:
+        """Whether a digest tells what the tokeniser does, and so what its examples are."""
+        return isinstance(self.vocabulary, tokenization.Bytes) or any(
+            hasattr(self.vocabulary, name)
+            for name in ("sentencepiece_model_file", "tokenizer_digest")
+        )
+
     def folders(self, model_dir: str | None = None) -> list[str]:
         """Where examples may be kept; none where they are made in memory.
 
         Raises:
             UsageError: `examples_dir` is no local folder, or no digest tells the tokeniser.
         """
-        is_known = isinstance(self.vocabulary, tokenization.Bytes) or any(
-            hasattr(self.vocabulary, name)
-            for name in ("sentencepiece_model_file", "tokenizer_digest")
-        )
         if self.examples_dir is not None:
-            if "://" in self.examples_dir or not is_known:
+            if files.is_remote(self.examples_dir):
                 raise UsageError(
-                    "EXAMPLES_DIR: expected a local folder, and a tokeniser of this project; found "
-                    f"{self.examples_dir} and {type(self.vocabulary).__name__}. Set it to None."
+                    f"EXAMPLES_DIR: expected a local folder, found {self.examples_dir}. Set it to "
+                    "one: examples are read row by row."
+                )
+            if not self.can_be_kept:
+                raise UsageError(
+                    "EXAMPLES_DIR: expected a tokeniser of this project, whose examples can be "
+                    f"kept, found {type(self.vocabulary).__name__}. Set EXAMPLES_DIR to None: they "
+                    "are made in memory then."
                 )
             return [self.examples_dir]
         sizes = [files.size_of(file) for file in files.matching_files(self.files)]
-        if sum(sizes) < _SMALLEST or not is_known:
+        if sum(sizes) < _SMALLEST or not self.can_be_kept:
             return []
         beside = [f"{self.files}.examples"] if pathlib.Path(self.files).is_file() else []
         is_local = model_dir is not None and "://" not in model_dir

@@ -7,7 +7,7 @@ work. Whoever finds all parts there joins them, renames the folder, and deletes 
 
 Run as a program, this module is one of those processes: `python -m tnt_jax.data.example_maker`
 takes a JSON object from standard input, makes parts until none is left, and writes a mistake of the
-user's to standard output.
+user's, or what the disk refuses, to standard output.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ from tnt_jax.data.example_files import (
     write_sets,
 )
 from tnt_jax.data.examples import COLUMNS
-from tnt_jax.runtime import console, files, processes, settings_json
+from tnt_jax.runtime import console, failures, files, processes, settings_json
 from tnt_jax.runtime.errors import UsageError, naming_file, system_error
 
 _FORMAT = 2  # to be raised where the same records come to other examples, or other files
@@ -57,7 +57,7 @@ _MOST_PARTS = 4096
 _MOST_PROCESSES = 16
 _AGAIN = 0.1  # seconds between two looks at what others have made
 _JOINED = 99_999  # the number by which whoever joins the parts locks that
-_MISTAKEN = 2  # the status of a process that has found a mistake of the user's
+_MISTAKEN = 2  # the status of a process that has found what the user can mend, and said it
 
 # The tokenisers that another process can be told of: with their fields alone.
 _KINDS = {
@@ -96,6 +96,7 @@ class Plan:
         settings: further arguments of `datasets.RecordFiles` that decide what an example is.
         parts: of the records.
         of: a JSON value that decides what the examples are.
+        states: of each local file of records, what changes when it is written or replaced.
     """
 
     path: str
@@ -104,11 +105,30 @@ class Plan:
     settings: Mapping[str, Any]
     parts: Sequence[Part]
     of: Mapping[str, Any]
+    states: Mapping[str, Sequence[int]]
 
     @property
     def key(self) -> str:
         """A digest of `of`: the name of the folder."""
         return hashlib.sha256(json.dumps(self.of, sort_keys=True).encode()).hexdigest()[:16]
+
+    def check_unchanged(self, file: str, found: os.stat_result | None) -> None:
+        """Raises a UsageError where a file of records is not the one that was digested.
+
+        Args:
+            file: of those that have a state.
+            found: what the system says of it by now; None where it is gone.
+        """
+        if found is None or _state(found) != [*self.states[file]]:
+            raise UsageError(
+                f"{file}: expected the records that were there at the start, found that they were "
+                "written, replaced or deleted since. Let nothing write the file while examples are "
+                "made, and give the same command again."
+            )
+
+
+def _state(stat: os.stat_result) -> list[int]:
+    return [stat.st_ino, stat.st_size, stat.st_mtime_ns]
 
 
 def make_plan(
@@ -125,12 +145,14 @@ def make_plan(
     found = files.matching_files(path)
     sizes = [files.size_of(file) for file in found]
     largest = max(_BYTES_PER_PART, sum(sizes) // _MOST_PARTS)
-    parts, digests = [], []
+    parts, digests, states = [], [], {}
     for file in found:
         hashed = hashlib.sha256()
         place = start = 0
         line = first_line = 1
         with file.open("rb") as lines:
+            if not files.is_remote(file):
+                states[os.fspath(file)] = _state(os.fstat(lines.fileno()))
             while content := lines.read(min(largest, 2**20)):
                 hashed.update(content)
                 if place + len(content) - start >= largest and (end := content.find(b"\n") + 1):
@@ -153,7 +175,7 @@ def make_plan(
     template = getattr(vocabulary, "source", "")
     if "strftime_now" in template and getattr(vocabulary, "date", None) is None:
         of["day"] = datetime.date.today().isoformat()
-    return Plan(path, vocabulary, lengths, settings, parts, of)
+    return Plan(path, vocabulary, lengths, settings, parts, of, states)
 
 
 def open_or_make(plan: Plan, folder: pathlib.Path) -> ExampleFiles:
@@ -165,14 +187,17 @@ def open_or_make(plan: Plan, folder: pathlib.Path) -> ExampleFiles:
     """
     whole = folder / plan.key
     began = time.monotonic()
+    # In this order: another process may put it there at any moment, with all that is in it.
+    if whole.exists() and not (whole / ABOUT).exists():
+        raise UsageError(
+            f"{whole}: expected {ABOUT} in a folder of examples, found none. Delete this folder, "
+            "and they are made again."
+        )
     is_new = not (whole / ABOUT).exists()
     if is_new:
-        if whole.exists():
-            raise UsageError(
-                f"{whole}: expected {ABOUT} in a folder of examples, found none. Delete this "
-                "folder, and they are made again."
-            )
         _make(plan, whole)
+    else:  # whoever joined the parts may have been killed before they were deleted
+        shutil.rmtree(_parts_of(whole), ignore_errors=True)
     found = ExampleFiles(whole)
     how = "made before"
     if is_new:
@@ -204,6 +229,10 @@ def _num_processes() -> int:
 # ------------------------------------------------------------------------------------------ Parts
 
 
+def _parts_of(whole: pathlib.Path) -> pathlib.Path:
+    return whole.with_name(f"{whole.name}.parts")
+
+
 class _Work:
     """The parts of a plan that are there, and those that are not.
 
@@ -214,7 +243,7 @@ class _Work:
 
     def __init__(self, whole: pathlib.Path, plan: Plan):
         self.plan, self.whole = plan, whole
-        self.folder = whole.with_name(f"{whole.name}.parts")
+        self.folder = _parts_of(whole)
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def _file(self, number: int) -> pathlib.Path:
@@ -274,7 +303,8 @@ class _Work:
         """Makes the whole of the parts, unless somebody else was quicker.
 
         Raises:
-            UsageError: an id is used twice, or there is no record.
+            UsageError: an id is used twice, there is no record, or a file of records was written
+                since it was digested.
         """
         while not self.whole.exists():
             with self._claimed(_JOINED) as is_ours:
@@ -285,7 +315,11 @@ class _Work:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _join(self) -> None:
-        beside = self.whole.with_name(f".{self.whole.name}.{uuid.uuid4().hex}.unfinished")
+        for file in self.plan.states:
+            path = pathlib.Path(file)
+            self.plan.check_unchanged(file, path.stat() if path.exists() else None)
+        # Among the parts: whoever joins them deletes what killed processes have left there.
+        beside = self.folder / f"{uuid.uuid4().hex}.unfinished"
         try:
             self._write_whole(beside)
             beside.rename(self.whole)
@@ -365,11 +399,13 @@ def _arrays_of(plan: Plan, part: Part) -> dict[str, np.ndarray]:
         the sets that rows name (`example_files.as_arrays`).
 
     Raises:
-        UsageError: a record has a mistake.
+        UsageError: a record has a mistake, or the file was written since it was digested.
     """
     with files.path_of(part.file).open("rb") as file, naming_file(part.file):
         file.seek(part.start)
         lines = file.read(part.end - part.start).split(b"\n")
+        if part.file in plan.states:  # after it was read
+            plan.check_unchanged(part.file, os.fstat(file.fileno()))
     found = example_rows.rows_of(
         lines,
         part.file,
@@ -471,8 +507,11 @@ def _take_part() -> int:
         for _ in _Work(pathlib.Path(job["whole"]), plan).made():
             if os.getppid() != job["parent"]:
                 return 1  # it was killed
-    except UsageError as error:
-        print(json.dumps({"mistake": str(error)}))
+    except Exception as error:  # a full disk, too: whatever is no defect of ours
+        mistake = failures.explain(error)
+        if mistake is None:
+            raise
+        print(json.dumps({"mistake": mistake}))
         return _MISTAKEN
     return 0
 

@@ -80,7 +80,7 @@ def convert_features(
     Raises:
         UsageError: a length is missing, or an example has more than `K` ids at a position.
     """
-    input_length, target_length = _lengths(task_feature_lengths)
+    input_length, target_length = checked_lengths(task_feature_lengths)
     is_packed = places is not None
     if places is None:
         places = _rows_of_their_own(examples, target_length)
@@ -190,7 +190,7 @@ def pad_inputs(
 
 def count_lost(examples: Sequence[Example], task_feature_lengths: Mapping[str, int]) -> CutCounts:
     """Counts what `convert_features` would cut off."""
-    input_length, target_length = _lengths(task_feature_lengths)
+    input_length, target_length = checked_lengths(task_feature_lengths)
     if isinstance(examples, ExampleTable):
         return CutCounts(
             num_inputs=int((examples.column("num_inputs") > input_length).sum()),
@@ -223,7 +223,7 @@ def are_all_covered(examples: Sequence[Example], task_feature_lengths: Mapping[s
     if isinstance(examples, ExampleTable):
         flags = examples.column("flags")
     else:
-        _, length = _lengths(task_feature_lengths)
+        _, length = checked_lengths(task_feature_lengths)
         flags = np.array([covering_of(example, length) for example in examples])
     return not (flags & KEEPS_TEXT).any() and bool((flags & HAS_SPAN).any())
 
@@ -322,11 +322,11 @@ class EncoderDecoder:
 
     def capacity(self, task_feature_lengths: Mapping[str, int]) -> tuple[int, int]:
         """Positions of the encoder and of the decoder."""
-        return _lengths(task_feature_lengths)
+        return checked_lengths(task_feature_lengths)
 
     def sizes(self, lengths: np.ndarray, task_feature_lengths: Mapping[str, int]) -> np.ndarray:
         """Counts the input and target tokens of each example that are kept, `[N, 2]`."""
-        return np.minimum(lengths, _lengths(task_feature_lengths))
+        return np.minimum(lengths, checked_lengths(task_feature_lengths))
 
     def cut_input(self, ids: np.ndarray, length: int, keeps_last: bool = True) -> np.ndarray:
         """The first ids, and with `keeps_last` the last one, the end, as T5 was trained.
@@ -362,7 +362,7 @@ class Causal:
         Raises:
           UsageError: As `convert_features`, or a response without any prompt token to follow.
         """
-        input_length, target_length = _lengths(task_feature_lengths)
+        input_length, target_length = checked_lengths(task_feature_lengths)
         length, _ = self.capacity(task_feature_lengths)
         if places is None:
             places = _rows_of_their_own(examples, target_length)
@@ -398,12 +398,12 @@ class Causal:
 
     def capacity(self, task_feature_lengths: Mapping[str, int]) -> tuple[int, int]:
         """Positions of a row, and of its responses."""
-        input_length, target_length = _lengths(task_feature_lengths)
+        input_length, target_length = checked_lengths(task_feature_lengths)
         return input_length + target_length, target_length
 
     def sizes(self, lengths: np.ndarray, task_feature_lengths: Mapping[str, int]) -> np.ndarray:
         """Counts the positions of each example, and of its response, `[N, 2]`."""
-        num_inputs, num_targets = np.minimum(lengths, _lengths(task_feature_lengths)).T
+        num_inputs, num_targets = np.minimum(lengths, checked_lengths(task_feature_lengths)).T
         return np.stack([num_inputs + np.maximum(num_targets - 1, 0), num_targets], axis=1)
 
     def cut_input(self, ids: np.ndarray, length: int, keeps_last: bool = True) -> np.ndarray:
@@ -419,7 +419,8 @@ ENCODER_DECODER = EncoderDecoder()
 CAUSAL = Causal()
 
 
-def _lengths(task_feature_lengths: Mapping[str, int]) -> tuple[int, int]:
+def checked_lengths(task_feature_lengths: Mapping[str, int]) -> tuple[int, int]:
+    """The lengths of "inputs" and "targets", in tokens; raises a UsageError where one is none."""
     input_length, target_length = (task_feature_lengths.get(n, 0) for n in ("inputs", "targets"))
     if min(input_length, target_length) < 1:
         raise UsageError(

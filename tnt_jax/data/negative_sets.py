@@ -23,7 +23,6 @@ from tnt_jax.runtime.errors import UsageError, naming_file
 
 LEAST = 16  # a name is as long as four ids; what few ids say, a reader sees at once
 LINE = b'{"set": '  # how each line of a table begins, and no record
-_ENDING = ".sets.jsonl"
 _Ids = tuple[int, ...]
 
 
@@ -37,7 +36,7 @@ _LINES = msgspec.json.Decoder(_Line)
 
 def file_of(path: str) -> str:
     """Where the sets are that a file of records refers to."""
-    return path + _ENDING
+    return path + files.SETS_ENDING
 
 
 @functools.lru_cache(maxsize=1024)
@@ -94,6 +93,10 @@ def find(path: str, name: str, where: str) -> _Ids:
     table = file_of(path)
     try:
         found = _table(table, _state(table)).get(name)
+        if found is None and files.is_remote(table):  # it may have been replaced since
+            _size_in_bucket.cache_clear()
+            _table.cache_clear()
+            found = _table(table, _state(table)).get(name)
     except FileNotFoundError:
         raise UsageError(
             f"{where}: negative_set: expected the sets that it names in {table}, which is not "
@@ -110,9 +113,18 @@ def find(path: str, name: str, where: str) -> _Ids:
 def _state(path: str) -> tuple[int, ...]:
     """What changes when a file is replaced."""
     if files.is_remote(path):
-        return (files.size_of(path),)
+        return (_size_in_bucket(path),)
     stat = os.stat(path)  # noqa: PTH116 (once for every record)
     return stat.st_ino, stat.st_mtime_ns, stat.st_size
+
+
+@functools.lru_cache(maxsize=1024)
+def _size_in_bucket(path: str) -> int:
+    """Bytes of a file when it was first asked for: asking takes a request, and a record has sets.
+
+    A table that was replaced meanwhile gives no wrong ids: their name is a digest of them.
+    """
+    return files.size_of(path)
 
 
 @functools.lru_cache(maxsize=16)

@@ -579,7 +579,7 @@ def known_fields(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
         ) from None
 
 
-class _OnlyOurs(msgspec.Struct, forbid_unknown_fields=True):
+class Quick(msgspec.Struct, forbid_unknown_fields=True):
     """The fields of most records, which have no others."""
 
     inputs: str
@@ -592,23 +592,31 @@ class _OnlyOurs(msgspec.Struct, forbid_unknown_fields=True):
     annotator: str = ""
 
 
-class Quick(_OnlyOurs, forbid_unknown_fields=False):
-    """The fields of most records. What others have, `Record.from_json` reads, or refuses."""
+class _WithOthers(Quick, forbid_unknown_fields=False):
+    """The same, with fields that are not ours, which are skipped."""
 
     messages: None = None
     prompt: None = None
     completion: None = None
 
 
-_ONLY_OURS = msgspec.json.Decoder(_OnlyOurs)
-_QUICK = msgspec.json.Decoder(Quick)
+_ONLY_OURS = msgspec.json.Decoder(Quick)
+_WITH_OTHERS = msgspec.json.Decoder(_WithOthers)
 
 
 def quick(line: bytes) -> Quick | None:
     """The fields of a line, as they are, without what is not ours; None if it is another record."""
     try:
-        return _QUICK.decode(line)
+        return _ONLY_OURS.decode(line)
     except (msgspec.MsgspecError, UnicodeDecodeError):
+        return _quick_with_others(line)
+
+
+def _quick_with_others(line: bytes) -> Quick | None:
+    try:
+        line.decode()  # bytes of what is skipped are not looked at, nor are numbers and depths
+        return None if files.may_be_refused(line) else _WITH_OTHERS.decode(line)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
 
 

@@ -60,13 +60,18 @@ def files_below(folder: str | os.PathLike) -> list[str]:
     )
 
 
+SETS_ENDING = ".sets.jsonl"  # of the table that may lie beside records: `data.negative_sets`
+
+
 def matching_files(path: str | os.PathLike) -> list[Any]:
     """The file `path`, or the files that match it as a glob pattern, sorted; each by `path_of`.
+
+    A pattern leaves out the tables beside records, which those who read records find by themselves.
 
     Raises:
         UsageError: there is none.
     """
-    files = [path_of(path)]
+    files, num_tables = [path_of(path)], 0
     if not files[0].is_file():
         # Path.glob takes no absolute pattern.
         if is_remote(path):
@@ -75,9 +80,15 @@ def matching_files(path: str | os.PathLike) -> list[Any]:
             names = map(os.fspath, epath.Path(f"{store}://{bucket}").glob(pattern))
         else:
             names = glob.glob(os.fspath(path), recursive=True)  # noqa: PTH207
-        files = [file for file in map(path_of, sorted(names)) if file.is_file()]
+        found = [file for file in map(path_of, sorted(names)) if file.is_file()]
+        files = [file for file in found if not file.name.endswith(SETS_ENDING)]
+        num_tables = len(found) - len(files)
     if not files:
-        raise UsageError(f"{path}: no such file, and no file matches it as a pattern.")
+        left_out = f" (names that end in {SETS_ENDING} do not count: annotate's tables have them)"
+        raise UsageError(
+            f"{path}: no such file, and no file matches it as a pattern"
+            f"{left_out if num_tables else ''}."
+        )
     return files
 
 
@@ -279,7 +290,7 @@ def check_depth(content: bytes, value: Any) -> None:
 
     Python reads more than it can write or print again: how much depends on who asks.
     """
-    if content.count(b"[") + content.count(b"{") <= _DEEPEST:
+    if not _may_be_deep(content):
         return
     level = [value]
     for _ in range(_DEEPEST):
@@ -288,6 +299,30 @@ def check_depth(content: bytes, value: Any) -> None:
         if not level:
             return
     raise RecursionError("nested too deeply")
+
+
+def _may_be_deep(content: bytes) -> bool:
+    return content.count(b"[") + content.count(b"{") > _DEEPEST
+
+
+# With an exponent of three digits, or so many digits that one of two would be too large. What it
+# looks like is found much more quickly where all digits are 0.
+_LARGE_NUMBER = re.compile(rb"[\s:,\[]-?(?:[0-9][0-9.]*[eE]\+?[0-9]{3}|[0-9]{200})")
+_DIGITS_AS_0 = bytes.maketrans(b"123456789E", b"000000000e")
+_MANY_DIGITS = b"0" * 200
+
+
+def may_be_refused(content: bytes) -> bool:
+    """Whether JSON that a quicker decoder takes may be what `parse_line` refuses.
+
+    That one may skip what nobody asks for: numbers that are too large, lists in lists.
+    """
+    if _may_be_deep(content):
+        return True
+    shape = content.translate(_DIGITS_AS_0)
+    if b"0e000" in shape or b"0e+000" in shape or _MANY_DIGITS in shape:
+        return _LARGE_NUMBER.search(content) is not None
+    return False
 
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # a half of a pair, as JSON spells it
