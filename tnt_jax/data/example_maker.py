@@ -128,7 +128,8 @@ class Plan:
 
 
 def _state(stat: os.stat_result) -> list[int]:
-    return [stat.st_ino, stat.st_size, stat.st_mtime_ns]
+    # Not its inode, which is not always the same in a mounted bucket.
+    return [stat.st_size, stat.st_mtime_ns]
 
 
 def make_plan(
