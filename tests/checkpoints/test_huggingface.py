@@ -6,6 +6,7 @@ That transformers computes the same is in `test_parity.py`.
 import dataclasses
 import json
 import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -391,11 +392,25 @@ def test_other_types_of_numbers(dtype, message, directory):
         read(directory)
 
 
+def test_weights_of_torch_in_the_hubs_cache(directory, tmp_path):
+    """They were not downloaded, and transformers knows the model by its name."""
+    snapshot = tmp_path / "models--google--mt5-small" / "snapshots" / ("0" * 40)
+    snapshot.parent.mkdir(parents=True)
+    shutil.copytree(directory, snapshot, ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(UsageError) as raised:
+        read(snapshot)
+    message = str(raised.value)
+    assert message.startswith("google/mt5-small: expected model.safetensors")
+    call = "x.from_pretrained('google/mt5-small').save_pretrained('mt5-small-safetensors')"
+    assert call in message
+    assert str(tmp_path) not in message
+
+
 def test_weights_of_torch(directory):
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
     message = (
         r"expected model.safetensors .*, found pytorch_model.bin. Where transformers and torch are "
-        r"installed, this converts it: python -c .*save_pretrained"
+        r"installed, this converts it, into .*: python -c .*save_pretrained"
     )
     with pytest.raises(UsageError, match=message):
         read(directory)

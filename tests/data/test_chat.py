@@ -128,6 +128,27 @@ def test_the_end_of_a_turn(kind, templates, tokenisers):
     assert tokeniser.pieces()[templates[kind].end_of_turn_id] == END_OF_TURN[kind]
 
 
+def test_what_a_template_writes_behind_a_reply_ends_it_though_nothing_else_says_so(tmp_path):
+    """As in Qwen's base models, and in models that were trained on conversations later."""
+    folder = tiny_tokenizers.qwen(tmp_path, chat_template=TEMPLATES["qwen"])
+    names = {name: i for i, name in enumerate(hub_tokenizer.HubTokenizer(str(folder)).pieces())}
+    turn, text = names["<|im_end|>"], names["<|endoftext|>"]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": text}))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["eos_token"] = "<|endoftext|>"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    vocabulary = vocabularies.of_directory(epath.Path(folder))
+    vocabulary = vocabularies.with_template(vocabulary, "auto", None)
+    assert vocabulary.end_id == turn
+    assert vocabulary.end_ids == {turn, text}
+    assert vocabulary.never_said == {names["<|im_start|>"]}
+    said_ids = vocabulary.encode("Hello")
+    assert vocabulary.decode([*said_ids, turn, *said_ids]) == "Hello"
+    # As a model that goes on with a text it has one end.
+    plain = vocabularies.with_template(vocabularies.of_directory(epath.Path(folder)), None, None)
+    assert plain.end_ids == {text}
+
+
 def test_a_template_that_closes_no_turn_ends_as_the_tokeniser_does(of_source, tokenisers):
     template = of_source("{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}")
     assert template.end_of_turn_id == tokenisers["qwen"].end_id

@@ -518,3 +518,70 @@ def test_a_model_may_have_a_thousand_rows_more_but_none_less(tokenisers):
 def test_it_has_no_ids_of_ours_behind_its_own(folders):
     with pytest.raises(UsageError, match=r"EXTRA_IDS: expected None, .* found 100"):
         vocabularies.of_directory(epath.Path(folders["qwen"]), 100)
+
+
+def test_control_tokens_that_the_model_has_no_row_for_are_none_of_its(tmp_path):
+    """Gemma 3's text models come with the tokenizer of those that see images."""
+    folder = tiny_tokenizers.gemma(tmp_path)
+    before = hub_tokenizer.HubTokenizer(str(folder))
+    last = before.size
+    (folder / "config.json").write_text(json.dumps({"vocab_size": last, "eos_token_id": 1}))
+    token = {"id": last, "content": "<image_soft_token>", "special": True}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    changed(folder, lambda content: content["added_tokens"].append(token | flags))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["added_tokens_decoder"] = {str(last): {"content": "<image_soft_token>"}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokeniser = hub_tokenizer.HubTokenizer(str(folder))
+    assert tokeniser.size == last
+    vocabularies.check_size(tokeniser, last)
+    assert tokeniser.pieces() == before.pieces()
+    assert tokeniser.never_said == before.never_said
+    text = "the <image_soft_token> house"
+    assert tokeniser.encode(text) == before.encode(text)
+    assert tokeniser.decode(tokeniser.encode(text)) == text
+    # What may be in a text would be missing.
+    word = token | flags | {"special": False}
+    changed(folder, lambda content: content["added_tokens"].__setitem__(-1, word))
+    with pytest.raises(UsageError, match=rf"model with {last} rows .* found {last + 1}"):
+        vocabularies.check_size(hub_tokenizer.HubTokenizer(str(folder)), last)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer_class", "add_bos_token", "has_bos"),
+    [
+        ("LlamaTokenizerFast", True, True),
+        ("LlamaTokenizer", False, False),
+        ("GemmaTokenizer", True, True),
+        ("PreTrainedTokenizerFast", True, False),
+        ("Qwen2Tokenizer", True, False),
+    ],
+)
+def test_a_bos_by_a_setting(tokenizer_class, add_bos_token, has_bos, tmp_path):
+    """These classes put it there whatever tokenizer.json says; DeepSeek's models have them."""
+    folder = tiny_tokenizers.llama3(tmp_path)
+    changed(folder, lambda content: content.pop("post_processor"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": tokenizer_class, "add_bos_token": add_bos_token}
+    settings["bos_token"] = "<|begin_of_text|>"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokeniser = hub_tokenizer.HubTokenizer(str(folder))
+    before = ids_of(tokeniser, "<|begin_of_text|>") if has_bos else []
+    assert tokeniser.prompt_ids("the house") == [*before, *tokeniser.encode("the house")]
+
+
+def test_a_bos_that_a_setting_takes_away(tmp_path):
+    folder = tiny_tokenizers.llama2(tmp_path)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokeniser = hub_tokenizer.HubTokenizer(str(folder))
+    assert tokeniser.prompt_ids("the house") == tokeniser.encode("the house")
+
+
+def test_a_prompt_that_a_model_could_not_go_on_with_is_a_usage_error(tokenisers):
+    """A model with a BOS goes on with that."""
+    empty = records.Record(id="row 7", inputs="")
+    assert marks.prompt_ids(empty, tokenisers["gemma"]) == ids_of(tokenisers["gemma"], "<bos>")
+    with pytest.raises(UsageError, match="record 'row 7': expected a prompt of at least one token"):
+        marks.prompt_ids(empty, tokenisers["gpt2"])

@@ -252,6 +252,25 @@ def test_batches_can_be_split_over_the_devices():
     assert found["GENERATE_BATCH_SIZE"].value == 72
 
 
+def test_every_device_has_all_weights_and_its_part_of_the_rows():
+    """No more of a model fits on eight devices than on one, but eight times the rows."""
+    large = dataclasses.replace(SMALL_T5, num_params=250_000_000)
+    one = choices.Machine(platform="gpu", num_devices=1, num_bytes=4 * 2**30)
+    eight = dataclasses.replace(one, num_devices=8)
+    for machine in (one, eight):
+        # Three copies are 2.8 of 2.4 GiB; two are 1.9.
+        assert chosen(large, machine)["ORIGINAL"].value == "cached"
+        assert chosen(large, machine)["OPTIMIZER"].value == "@optimizers.adafactor"
+    row = choices._bytes_of_row(LENGTHS, 10, SMOL)
+    num_bytes = int((4 * SMOL.num_params + 2 * row) / 0.6) + 1  # two rows
+
+    def parts(num_devices):
+        machine = choices.Machine(platform="gpu", num_devices=num_devices, num_bytes=num_bytes)
+        return chosen(SMOL, machine, BATCH_SIZE=8)["NUM_MICROBATCHES"].value
+
+    assert [parts(number) for number in (1, 2, 4)] == [4, 2, 1]
+
+
 def test_fewer_outputs_are_made_at_a_time_where_their_keys_and_values_do_not_fit():
     # 2 x 30 layers x 576 x 4 bytes, for 16 + 128 tokens: 19.9 MB an output.
     of_output = 2 * 30 * 576 * 4 * (16 + 128)

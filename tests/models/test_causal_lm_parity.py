@@ -176,6 +176,25 @@ def test_settings_that_are_not_known_are_named(name, changes, message):
         config_of(name, **changes)
 
 
+@pytest.mark.parametrize(
+    ("name", "others"),
+    [
+        # SmolLM2's, of nanotron.
+        ("llama", {"is_llama_config": True, "rope_interleaved": False, "pretraining_tp": 1}),
+        # Qwen 2.5's base models.
+        ("qwen2", {"use_mrope": False, "max_window_layers": 24, "use_sliding_window": False}),
+        # Unsloth's mirrors.
+        ("gemma3", {"unsloth_fixed": True, "unsloth_version": "2025.3.19"}),
+        # What transformers wrote in some versions, and where its whole configuration is dumped.
+        ("mistral", {"_attn_implementation_autoset": True, "pruned_heads": {}, "do_sample": False}),
+        ("llama", {"_flash_attn_2_enabled": True, "max_sequence_length": 2048, "top_p": 0.9}),
+    ],
+)
+def test_what_the_hubs_files_have_besides_changes_nothing(name, others):
+    plain = {key: value for key, value in others.items() if key.startswith(("max_w", "use_s"))}
+    assert config_of(name, **others) == config_of(name, **plain)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_new_config_says_the_same(name):
     """`make parity` has transformers read it."""

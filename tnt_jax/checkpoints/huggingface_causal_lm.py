@@ -133,6 +133,9 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(_SOFTCAPS, (None,)),
     "use_bidirectional_attention": (None, False),
     "rope_interleaved": (None, False),
+    "use_mrope": (None, False),
+    "pruned_heads": (None, {}),
+    "torchscript": (None, False),
     "quantization_config": (None,),
     "partial_rotary_factor": (None, 1, 1.0),
 }
@@ -145,7 +148,18 @@ _WITHOUT_MEANING = {
     *("tie_word_embeddings", "tie_encoder_decoder", "cross_attention_hidden_size"),
     *("output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward"),
     *("id2label", "label2id", "problem_type", "num_labels", "task_specific_params"),
-    "transformers.js_config",
+    *("transformers.js_config", "finetuning_task", "prefix", "use_bfloat16", "tf_legacy_loss"),
+    # Of the programs that trained it, or that hand it on.
+    *("is_llama_config", "neftune_noise_alpha", "unsloth_fixed", "unsloth_version"),
+    *("_attn_implementation_autoset", "_flash_attn_2_enabled", "gradient_checkpointing"),
+    "max_sequence_length",
+    # How outputs are made, which older files have here. We take it from DECODER alone.
+    *("do_sample", "temperature", "top_k", "top_p", "typical_p", "num_beams", "num_beam_groups"),
+    *("max_length", "min_length", "length_penalty", "repetition_penalty", "diversity_penalty"),
+    *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "early_stopping"),
+    *("num_return_sequences", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens"),
+    *("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"),
+    *("output_scores", "return_dict_in_generate", "remove_invalid_values"),
 }
 
 

@@ -64,7 +64,7 @@ def trained(source: pretrained.Pretrained) -> pretrained.Adapters:
 def base_of(adapters: pretrained.Adapters) -> Base:
     """What adapters were trained beside: by its name on the hub where it came from there."""
     original = adapters.original
-    if found := pretrained.hub_name(original.path):
+    if found := safetensors_files.hub_name(original.path):
         return Base(*found, is_loadable=True)
     path = str(original.path)
     is_loadable = (original.path / huggingface.CONFIG).exists() and "://" not in path

@@ -183,17 +183,14 @@ def _from_hub(path: str) -> epath.Path:
             f"{missing}. If it is a model of the Hugging Face hub: pip install huggingface-hub."
         ) from None
     files = [huggingface.CONFIG, "*.safetensors", INDEX, *huggingface.OTHER_FILES]
+    others = ["consolidated*", "*/*"]  # the same weights again, or those of another program
     try:
-        return epath.Path(huggingface_hub.snapshot_download(path, allow_patterns=files))
+        return epath.Path(
+            huggingface_hub.snapshot_download(path, allow_patterns=files, ignore_patterns=others)
+        )
     except Exception as error:  # of the hub's, of its HTTP client's or of the network's
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise UsageError(f"{missing}, nor on the Hugging Face hub: {reason}.") from error
-
-
-def hub_name(folder: epath.Path) -> tuple[str, str] | None:
-    """The hub's name and revision of a model that lies in its cache; None for any other folder."""
-    match = re.search(r"/models--([^/]+)/snapshots/([0-9a-f]{40})/?$", os.fspath(folder))
-    return (match[1].replace("--", "/"), match[2]) if match else None  # no name on the hub has "--"
 
 
 # ------------------------------------------------------------------------------- Opening

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,12 @@ _MAX_SHARD_BYTES = 5 * 10**9
 # --------------------------------------------------------------------------------- Reading
 
 
+def hub_name(folder: epath.Path) -> tuple[str, str] | None:
+    """The hub's name and revision of a model that lies in its cache; None for any other folder."""
+    match = re.search(r"/models--([^/]+)/snapshots/([0-9a-f]{40})/?$", os.fspath(folder))
+    return (match[1].replace("--", "/"), match[2]) if match else None  # no name on the hub has "--"
+
+
 def read_directory(folder: epath.Path, auto_class: str) -> dict[str, LazyArray]:
     """The tensors of a directory's safetensors files.
 
@@ -37,11 +44,16 @@ def read_directory(folder: epath.Path, auto_class: str) -> dict[str, LazyArray]:
         return read(folder / WEIGHTS)
     if not (folder / INDEX).exists():
         found = [path.name for path in folder.iterdir() if path.suffix in (".bin", ".msgpack")]
+        name = hub_name(folder)
+        # A model of the hub was downloaded without weights of another kind: by its name, then.
+        given = os.fspath(folder) if name is None else name[0]
+        made = f"{given}-safetensors" if name is None else f"{given.rpartition('/')[2]}-safetensors"
         raise UsageError(
-            f"{folder}: expected {WEIGHTS} (or {INDEX} and its shards), found "
+            f"{given}: expected {WEIGHTS} (or {INDEX} and its shards), found "
             f"{', '.join(sorted(found)) or 'no weights'}. Where transformers and torch are "
-            f'installed, this converts it: python -c "from transformers import {auto_class} as M; '
-            f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
+            "installed, this converts it, into a directory to give in its place: python -c "
+            f'"from transformers import {auto_class} as M, AutoTokenizer as T; '
+            f"[x.from_pretrained('{given}').save_pretrained('{made}') for x in (M, T)]\""
         )
     weight_map = files.read_object(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict):

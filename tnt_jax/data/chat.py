@@ -96,6 +96,10 @@ class ChatTemplate:
     def end_of_turn_id(self) -> int:
         """The end that the template writes behind a reply; the tokeniser's own if it writes none.
 
+        Of the ends that the model's files state, if it writes one of them; else the first control
+        token there. Some files state the end of a text alone: those of Qwen's base models, which
+        have a template, and of many models that were trained on conversations later.
+
         Raises:
             UsageError: the template does not take a question and a reply.
         """
@@ -106,9 +110,13 @@ class ChatTemplate:
         ]
         (text,) = self._render(messages, add_generation_prompt=False)
         _, _, rest = text.rpartition(reply)
-        ends = self.tokeniser.end_ids
         ids = self.tokeniser.markup_ids([(rest, True)])
-        return next((i for i in ids if i in ends), self.tokeniser.end_id)
+        names, begin = self.tokeniser.pieces(), self.tokeniser.control_texts.get("bos_token")
+        others = {i for i in self.tokeniser.control_ids if names[i] != begin}
+        for ends in (self.tokeniser.end_ids, others):
+            if found := [i for i in ids if i in ends]:
+                return found[0]
+        return self.tokeniser.end_id
 
     def _parts(self, messages: Sequence[Message]) -> list[Part]:
         """The prompt in parts: what the template writes, and what is said.
@@ -209,6 +217,10 @@ class ChatTokenizer(hub_tokenizer.HubTokenizer):
     def end_id(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The end of the assistant's turn."""
         return self.template.end_of_turn_id
+
+    @functools.cached_property
+    def _ends(self) -> frozenset[int]:
+        return self.template.tokeniser.end_ids | {self.end_id}
 
     def prompt_ids(self, text: str, messages: Sequence[tuple[str, str]] = ()) -> list[int]:
         """The ids of a conversation, or of one turn of a user who says a text."""

@@ -81,7 +81,16 @@ class HubTokenizer(Tokeniser):
     @property
     def end_ids(self) -> frozenset[int]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The ids that end an output: of the text, and, in a chat model, of a turn."""
+        return self._ends
+
+    @functools.cached_property
+    def _ends(self) -> frozenset[int]:
         return frozenset(self._loaded.end_ids)
+
+    @property
+    def control_ids(self) -> frozenset[int]:
+        """The ids of control tokens, ends among them."""
+        return self._loaded.silent_ids
 
     @property
     def end_id(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -100,7 +109,7 @@ class HubTokenizer(Tokeniser):
         """
         loaded = self._loaded
         without_token = set(range(self.size)) - set(loaded.names)
-        return (loaded.silent_ids - set(loaded.end_ids)) | without_token
+        return (loaded.silent_ids - self.end_ids) | without_token
 
     @property
     def size(self) -> int:
@@ -266,7 +275,7 @@ class HubTokenizer(Tokeniser):
     def _spoken(self, ids: Sequence[int] | np.ndarray) -> list[int]:
         """The ids up to the first end."""
         known = [int(i) for i in ids]
-        return known[: find_end(known, self._loaded.end_ids)]
+        return known[: find_end(known, self._ends)]
 
     def _by_prefixes(self, ids: list[int], text: str) -> list[Extent]:
         """Extents in the library's own text, where it is another than ours: slow, and for any.
@@ -509,6 +518,11 @@ def _read(folder: epath.Path, where: str) -> _Loaded:
     added = {int(one["id"]): one for one in content.get("added_tokens") or ()}
     eos_token = _control_texts(folder).get("eos_token")
     end_ids = _end_ids(folder, {i: names[i] for i in added}, eos_token, where)
+    if beyond := _beyond_rows(folder, added) - {*end_ids}:
+        content = _without_tokens(content, beyond)
+        names, added = (
+            {i: one for i, one in of.items() if i not in beyond} for of in (names, added)
+        )
     own = [i for i in end_ids if names[i] == eos_token]
     silent = frozenset(end_ids) | {i for i, one in added.items() if one["special"]}
     hidden_of = {names[i]: _hidden_name(i) for i in silent}
@@ -521,7 +535,9 @@ def _read(folder: epath.Path, where: str) -> _Loaded:
                 f"with {beginning.token_to_id(hidden_of.get(name, name))} in place of {i}. Fetch "
                 "the model's files again."
             )
-    before_text = _before_text(beginning)
+    bos_token = _control_texts(folder).get("bos_token")
+    bos_id = next((i for i in silent if names[i] == bos_token), None)
+    before_text = _before_text(beginning, _settings(folder, SETTINGS), bos_id)
     beginning.post_processor = None  # pyright: ignore[reportAttributeAccessIssue]
     steps = ("normalizer", "pre_tokenizer")
     prepends = any(_prepends(part) for step in steps for part in _parts(content.get(step)))
@@ -684,8 +700,35 @@ def _touches(merge: str | Sequence[str], names: Mapping[str, str]) -> bool:
     return left in names or right in names or left + right in names
 
 
-def _before_text(tokenizer: tokenizers.Tokenizer) -> tuple[int, ...]:
-    """What the tokenizer puts before a text: its BOS, if it does. What it puts behind is an end."""
+def _beyond_rows(folder: epath.Path, added: Mapping[int, Mapping[str, Any]]) -> set[int]:
+    """The control tokens that the model of the same directory has no row for, and never sees.
+
+    Gemma 3's text models share a tokenizer with those that see images: its last id stands for a
+    piece of one.
+    """
+    num_rows = _settings(folder, "config.json").get("vocab_size")
+    if not isinstance(num_rows, int):
+        return set()
+    return {i for i, one in added.items() if i >= num_rows and one["special"]}
+
+
+def _without_tokens(content: Mapping[str, Any], ids: Collection[int]) -> dict[str, Any]:
+    vocab = {name: i for name, i in content["model"]["vocab"].items() if i not in ids}
+    added = [one for one in content["added_tokens"] if int(one["id"]) not in ids]
+    return {**content, "model": {**content["model"], "vocab": vocab}, "added_tokens": added}
+
+
+# The classes of transformers that put a BOS before a text by this setting, whatever the file says.
+_BOS_BY_SETTING = re.compile(r"(Code)?(Llama|Gemma)Tokenizer(Fast)?")
+
+
+def _before_text(
+    tokenizer: tokenizers.Tokenizer, settings: Mapping[str, Any], bos_id: int | None
+) -> tuple[int, ...]:
+    """What is put before a text: its BOS, if that is. What is put behind is an end."""
+    is_put = settings.get("add_bos_token")
+    if is_put is not None and _BOS_BY_SETTING.fullmatch(str(settings.get("tokenizer_class"))):
+        return (bos_id,) if is_put and bos_id is not None else ()
     encoding = tokenizer.encode("a", add_special_tokens=True)
     num_before = next((i for i, put in enumerate(encoding.special_tokens_mask) if not put), 0)
     return tuple(encoding.ids[:num_before])

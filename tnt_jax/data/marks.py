@@ -81,12 +81,19 @@ def prompt_ids(record: records.Record, vocabulary: Tokeniser) -> list[int]:
     """The ids of what a model is given: the record's conversation, or its inputs.
 
     Raises:
-        UsageError: the record has a conversation that the model does not take.
+        UsageError: the record has a conversation that the model does not take, or nothing that a
+            decoder-only model could go on with.
     """
     try:
-        return vocabulary.prompt_ids(record.inputs, record.messages)
+        ids = vocabulary.prompt_ids(record.inputs, record.messages)
     except UsageError as error:
         raise UsageError(f"record {record.id!r}: {error}") from error
+    if not ids:  # a model without a BOS
+        raise UsageError(
+            f"record {record.id!r}: expected a prompt of at least one token, which the model goes "
+            "on with, found none. Give it a text, or leave it out."
+        )
+    return ids
 
 
 def log_spans_without_token(number: int, where: str) -> None:

@@ -245,9 +245,9 @@ def _generate_batch(
 ) -> Choice:
     """Outputs that are made together: 64, or what the keys and values of their tokens leave."""
     of_output = 2 * num_tokens * network.num_layers * network.emb_dim * _BYTES
-    room = max(_room_of_all(machine) - network.num_params * _BYTES, 1)
+    room = max(_room(machine) - network.num_params * _BYTES, 1)
     batch = _GENERATE_BATCH
-    while batch > 1 and batch * of_output > room:
+    while batch > 1 and batch * of_output > room * _num_memories(machine):
         batch //= 2
     # The mesh of a program that generates has all devices on its data axis.
     batch = _up(batch, machine.num_devices)
@@ -255,10 +255,17 @@ def _generate_batch(
     return _take(given, "outputs at a time", "GENERATE_BATCH_SIZE", batch, reason)
 
 
-def _room_of_all(machine: Machine) -> float:
-    """Bytes of all devices that may be used."""
-    number = 1 if machine.platform == "cpu" else machine.num_devices
-    return _ROOM * machine.num_bytes * number
+def _room(machine: Machine) -> float:
+    """Bytes of a device that may be used, or of the host of CPUs.
+
+    Every device of the mesh that is written has all weights, and its part of the rows.
+    """
+    return _ROOM * machine.num_bytes
+
+
+def _num_memories(machine: Machine) -> int:
+    """What the rows of a batch are divided among."""
+    return 1 if machine.platform == "cpu" else machine.num_devices
 
 
 # -------------------------------------------------------------------------------- After the pilot
@@ -401,8 +408,9 @@ def update(
         _up(full_batch, machine.num_devices),
         "for a decoder-only model" if network.is_decoder_only else "for an encoder and a decoder",
     )
-    rest = _room_of_all(machine) - _bytes_of_weights(kind.value, network)
-    of_row = _bytes_of_row(lengths, layers, network)
+    rest = _room(machine) - _bytes_of_weights(kind.value, network)
+    least_row = _bytes_of_row(lengths, layers, network)
+    of_row = least_row / _num_memories(machine)
     parts = 1
     most = batch.value // machine.num_devices
     while parts < most and (most % parts or batch.value / parts * of_row > rest):
@@ -425,7 +433,7 @@ def update(
     )
     if kind.value.startswith("adapters"):
         adam = "for adapters"
-    elif _bytes_with_adam(kind.value, network) + of_row <= _room_of_all(machine):
+    elif _bytes_with_adam(kind.value, network) + least_row <= _room(machine):
         adam = "its two moments fit"
     else:
         adam = ""
@@ -453,7 +461,7 @@ def _kind(
     if network.is_decoder_only or needs_adapters:
         reason = "adapters: the model holds its own original"
         return _take(given, "what is trained", "ORIGINAL", "adapters_off", reason)
-    room = _room_of_all(machine)
+    room = _room(machine)
     of_row = _bytes_of_row(lengths, network.num_layers, network)
     for kind, what in (
         ("parameters", "all parameters, beside the original's"),
