@@ -520,9 +520,8 @@ def _read(folder: epath.Path, where: str) -> _Loaded:
     end_ids = _end_ids(folder, {i: names[i] for i in added}, eos_token, where)
     if beyond := _beyond_rows(folder, added) - {*end_ids}:
         content = _without_tokens(content, beyond)
-        names, added = (
-            {i: one for i, one in of.items() if i not in beyond} for of in (names, added)
-        )
+        names = {i: name for i, name in names.items() if i not in beyond}
+        added = {i: one for i, one in added.items() if i not in beyond}
     own = [i for i in end_ids if names[i] == eos_token]
     silent = frozenset(end_ids) | {i for i, one in added.items() if one["special"]}
     hidden_of = {names[i]: _hidden_name(i) for i in silent}
