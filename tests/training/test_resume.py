@@ -168,7 +168,7 @@ def test_a_stop_takes_the_place_of_no_other_checkpoint(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(progress_view.View, "trained", trained_and_signal)
         train("stopped", status=75, **run)
-    assert steps_left() == ["checkpoint_4", "checkpoint_5"]
+    assert steps_left() == ["checkpoint_2", "checkpoint_4", "checkpoint_5"]
     train("stopped", **run)
     assert steps_left() == ["checkpoint_4", "checkpoint_6"]
 

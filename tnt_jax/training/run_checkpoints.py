@@ -87,6 +87,7 @@ class Checkpoints:
         """
         if is_of_stop:
             run = {**run, _OF_STOP: True}
+            self._of_stops.add(int(state.step))  # before Orbax asks which ones stay
         is_saved = self._orbax.save(
             int(state.step),
             args=ocp.args.Composite(
@@ -169,11 +170,12 @@ class Checkpoints:
 
 @dataclasses.dataclass
 class _ButOfStops(_policies.PreservationPolicy):
-    """What another policy keeps of all checkpoints but those of earlier stops.
+    """What another policy keeps of all checkpoints but those of stops, and the newest one.
 
     Attributes:
       policy: The other policy.
-      of_stops: Steps of checkpoints that are there because of a stop. The run goes on from them.
+      of_stops: Steps of checkpoints that are there because of a stop. The run goes on from the
+        newest; what it leaves is what it would have left without them.
     """
 
     policy: Any
@@ -183,10 +185,12 @@ class _ButOfStops(_policies.PreservationPolicy):
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         """Tells of each checkpoint, the oldest first, whether it stays."""
         newest = checkpoints[-1].step if checkpoints else None
-        left = [of for of in checkpoints if of.step == newest or of.step not in self.of_stops]
-        stays = self.policy.should_preserve(left, context=context)
-        kept = {of.step for of, is_kept in zip(left, stays, strict=True) if is_kept}
-        return [of.step in kept for of in checkpoints]
+        # The one of a stop takes no other's place, not even while it is the newest: it may be the
+        # best by a metric, and goes when the next one is there.
+        others = [of for of in checkpoints if of.step not in self.of_stops]
+        stays = self.policy.should_preserve(others, context=context)
+        kept = {of.step for of, is_kept in zip(others, stays, strict=True) if is_kept}
+        return [of.step in kept or of.step == newest for of in checkpoints]
 
 
 def _retention(keep: settings.Keep, of_stops: set[int]) -> ocp.CheckpointManagerOptions:
