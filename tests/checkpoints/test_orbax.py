@@ -200,6 +200,19 @@ def test_what_is_no_number_is_never_the_best(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint_1", "checkpoint_7"}
 
 
+def test_nothing_is_best_by_what_no_checkpoint_has(tmp_path):
+    state = make_state(mesh_of(model=1), optax.sgd(1e-3))
+    with run_checkpoints.Checkpoints(
+        str(tmp_path), settings.Keep(best="eval/negative_mass")
+    ) as saved:
+        assert saved.best_step() is None
+        for step, metrics in enumerate(({}, {"eval/negative_mass": float("nan")}), start=1):
+            saved.save(state.replace(step=jnp.int32(step)), RUN, metrics)
+            assert saved.best_step() is None
+        saved.save(state.replace(step=jnp.int32(3)), RUN, {"eval/negative_mass": 0.5})
+        assert saved.best_step() == 3
+
+
 @pytest.mark.parametrize("num_devices", [1, 2])
 def test_a_state_goes_to_fewer_devices_and_back(num_devices, tmp_path):
     state = make_state(mesh_of(model=2), adafactor())

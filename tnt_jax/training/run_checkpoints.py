@@ -5,6 +5,7 @@ newest. The original's parameters are never in a checkpoint of the run that trai
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -48,6 +49,7 @@ class Checkpoints:
                 f"{error.strerror or error}."
             ) from error
         self._of_stops: set[int] = set()
+        self._best = None if keep is None else keep.best
         self._orbax = ocp.CheckpointManager(
             self._dir,
             item_names=("params", "optimizer", "run"),
@@ -65,8 +67,16 @@ class Checkpoints:
         return self._orbax.latest_step()
 
     def best_step(self) -> int | None:
-        """The step of the checkpoint where `Keep.best` is smallest, None if there is none."""
-        return self._orbax.best_step()
+        """The step of the checkpoint where `Keep.best` is smallest, None if there is none.
+
+        There is none either where every checkpoint lacks a finite number of it.
+        """
+        step = self._orbax.best_step()
+        if step is None or self._best is None:
+            return None
+        self._orbax.wait_until_finished()  # its metrics are read from disk
+        best = _finite(self._best, self._orbax.metrics(step) or {})
+        return step if best < math.inf else None
 
     def save(
         self,
@@ -193,16 +203,19 @@ class _ButOfStops(_policies.PreservationPolicy):
         return [of.step in kept or of.step == newest for of in checkpoints]
 
 
+def _finite(name: str, metrics: Mapping[str, float | int]) -> float:
+    """A metric of a checkpoint; infinity where it is not there or not finite."""
+    value = metrics.get(name, math.inf)
+    # NaN is neither below nor above another: sorted, it may stand before what is best.
+    return value if math.isfinite(value) else math.inf
+
+
 def _retention(keep: settings.Keep, of_stops: set[int]) -> ocp.CheckpointManagerOptions:
     kept: list[_policies.PreservationPolicy] = [_policies.LatestN(keep.checkpoints)]
     if keep.every is not None:
         kept.append(_policies.EveryNSteps(keep.every))
 
-    def metric(metrics: Mapping[str, float | int]) -> float:
-        value = metrics.get(keep.best or "", math.inf)
-        # NaN is neither below nor above another: sorted, it may stand before what is best.
-        return value if math.isfinite(value) else math.inf
-
+    metric = functools.partial(_finite, keep.best or "")
     if keep.best is not None:
         best = _policies.BestN(
             get_metric_fn=metric, reverse=True, n=1, keep_checkpoints_without_metrics=False
