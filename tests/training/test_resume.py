@@ -257,7 +257,8 @@ def test_a_checkpoint_says_what_its_run_was():
     assert run["objective"]["negative_term"] == "reverse_kl"
     assert "DROPOUT_RATE = 0.1" in run["config"]
     assert run["config"] == pathlib.Path("straight/operative_config.gin").read_text()
-    assert len(run["health"]["losses"]) == 6
+    health = run["health"]
+    assert len(health["losses_marked"]) + len(health["losses_unmarked"]) == 6
     # What is stored is the model's own: nothing of the original, whose optimizer ended with it.
     names = orbax.lazy_item(pretrained.find("straight") / "optimizer").keys()
     params = rooms.saved("straight")
