@@ -370,6 +370,34 @@ def test_a_change_that_is_meant_is_made_and_written_down(capsys):
 # --- Without training -----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("settings", "how"),
+    [
+        ({"NUM_MICROBATCHES": 4}, "other masks"),
+        ({"FSDP_DEVICES": 2}, "other masks"),  # of two devices, `data` then has one
+        ({"BLOCK_SIZE": 64}, "rounding"),
+        (
+            {"NUM_MICROBATCHES": 4, "DROPOUT_RATE": 0.0, "ALLOW_CHANGES": ["model"]},
+            "rounding",
+        ),
+    ],
+)
+def test_what_another_way_to_compute_changes_is_said(settings, how, capsys):
+    """With dropout, microbatches and devices decide what is dropped."""
+    if not pathlib.Path("again").exists():
+        shutil.copytree("straight", "again")
+    train("again", **{**RUN, **settings})
+    (line,) = (
+        line for line in capsys.readouterr().out.splitlines() if "Computed otherwise" in line
+    )
+    ends = {
+        "other masks": "): with DROPOUT_RATE=0.1, other units are dropped from here on than would "
+        "have been; the batches are the same.",
+        "rounding": "): the same up to rounding, not bit by bit.",
+    }
+    assert line.endswith(ends[how])
+
+
 def compare(before, now, name, allow=()):
     run = {name: now}
     resume.check_same({name: before}, run, [name], allow, "there", 5)

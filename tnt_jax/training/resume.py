@@ -8,7 +8,8 @@ The item `run` of a checkpoint is a JSON object:
     objective, model, optimizer, data, vocabulary, batch_size, task_feature_lengths, pack, seed,
     adapters, upper_layers
                     what decides the updates, and is compared on a restart (`COMPARED`)
-    computed_on     devices, mesh, microbatches: they may change, and change the last bits
+    computed_on     devices, mesh, microbatches: they may change, and change the last bits; and, of
+                    microbatches, which units dropout drops
     versions        of Python and of the packages that compute
     config          the gin settings, as `operative_config.gin` has them
     changes         what was changed knowingly, and after which update
@@ -396,15 +397,29 @@ def _probe_gap(before: Any, now: Any) -> float:
 
 
 def _log_differences(before: Mapping[str, Any], run: Mapping[str, Any]) -> None:
-    """Says what has changed that may change, for it changes the last bits of the numbers."""
+    """Says what has changed that may change: it changes the last bits of the numbers, or masks."""
     changed = [
         f"{name} was {_short(was)}, is {_short(run[part][name])}"
         for part in ("computed_on", "versions")
         for name, was in (before.get(part) or {}).items()
         if name in run[part] and run[part][name] != was
     ]
-    if changed:
-        console.log(
-            f"Computed otherwise than before ({'; '.join(changed)}): the same up to rounding, not "
-            "bit by bit."
+    if not changed:
+        return
+    rate, how = run["model"].get("dropout_rate"), "the same up to rounding, not bit by bit"
+    if rate and _have_other_masks(before.get("computed_on") or {}, run["computed_on"]):
+        how = (
+            f"with DROPOUT_RATE={rate}, other units are dropped from here on than would have been; "
+            "the batches are the same"
         )
+    console.log(f"Computed otherwise than before ({'; '.join(changed)}): {how}.")
+
+
+def _have_other_masks(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether dropout drops others: microbatches have keys of their own, on each data device."""
+    if not {"num_microbatches", "mesh"} <= before.keys():
+        return False
+    numbers, data = zip(
+        *((of["num_microbatches"], of["mesh"]["data"]) for of in (before, now)), strict=True
+    )
+    return numbers[0] != numbers[1] or (numbers[0] > 1 and data[0] != data[1])
