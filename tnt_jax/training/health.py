@@ -8,9 +8,9 @@ What is found is written to `events.jsonl` beside the metrics, one JSON object a
      "gradient_norm": 12.0, "examples": [...]}
 
 `examples` are the ids of those that the update learned from. What is usual depends on the updates
-before, of the same kind: the loss of a marked token is of another size than that of a token to keep,
-so an update with marks says nothing of one without. A checkpoint has it (`Health.state`), so a run
-that went on finds what it would have found.
+before that had marks as well, or none as well: the loss of a marked token is of another size than
+that of a token to keep. A checkpoint has it (`Health.state`), so a run that went on finds what it
+would have found.
 """
 
 import collections
