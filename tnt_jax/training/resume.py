@@ -231,10 +231,13 @@ def begin(
             raise misfit
     loaded, params = load(is_new=step is None)
     run["original"] = loaded.identity
-    start_path = sources.schedule.start_path or sources.choice.path
+    # Hosts may have the files at paths of their own. What all compute together is decided by those
+    # of one process, whose paths a checkpoint has.
+    paths = [sources.schedule.start_path or sources.choice.path, sources.choice.path]
+    start_path, original_path = json.loads(processes.gather("start", json.dumps(paths))[0])
 
     def digest_of_start() -> str | None:
-        if loaded.identity is not None and start_path == loaded.identity["path"]:
+        if loaded.identity is not None and start_path == original_path:
             return loaded.identity["digest"]
         if "start" in allow_changes:
             return None
