@@ -116,8 +116,10 @@ def test_a_run_that_is_stopped_and_then_loses_a_process_ends_as_the_undisturbed_
 # Each has the same command line, and further settings of its own.
 TRAIN = """
 import json, os, sys
+from tnt_jax.checkpoints import pretrained
 from tnt_jax.runtime import processes, program
 
+pretrained._SOME_BYTES = int(os.environ.get("SOME_BYTES", pretrained._SOME_BYTES))
 arguments, own = map(json.loads, sys.argv[1:])
 arguments += own[int(os.environ["JAX_PROCESS_ID"])]
 program.run("tnt_jax.train", "train", arguments, processes_run=processes.Kind.TOGETHER)
@@ -148,8 +150,8 @@ def test_processes_that_have_other_files_do_not_train_on_a_mixture():
     )
     assert statuses == [2, 2], said
     message = (
-        "expected the same data and settings in all 2 processes, found others in some: data "
-        "(RECORDS), checkpoint_every. Start all of them alike, with the same files"
+        "expected the same models, data and settings in all 2 processes, found others in some: "
+        "data (RECORDS), checkpoint_every. Start all of them alike, with the same files"
     )
     assert all(message in text for text in said)
 
@@ -162,6 +164,42 @@ def another():
     saved = {"params": ocp.args.StandardSave(params)}
     orbax.save_items(epath.Path("another").absolute(), 3, saved)
     return "another"
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "environment"),
+    [
+        # Each has all parameters.
+        ("replicated", {}, {}),
+        # The digest of all of them is seen to differ, whatever part of the files was compared.
+        ("digest", {}, {"SOME_BYTES": "0"}),
+        # Each has a part of them, so the digest of all is the same for both.
+        ("sharded", {"FSDP_DEVICES": 2}, {}),
+    ],
+    ids=["replicated", "digest", "sharded"],
+)
+def test_processes_that_have_other_models_do_not_train_on_a_mixture(
+    name, settings, environment, another
+):
+    statuses, said = run_apart(
+        name, settings, [], [f"--gin.INITIAL_CHECKPOINT_PATH={another}"], **environment
+    )
+    assert statuses == [2, 2], said
+    message = (
+        "expected the same models, data and settings in all 2 processes, found others in some: "
+        "original (INITIAL_CHECKPOINT_PATH)"
+    )
+    assert all(message in text for text in said)
+    assert not list(pathlib.Path(name).glob("checkpoint_*"))
+
+
+def test_processes_that_start_from_other_models_do_not_train_on_a_mixture(another):
+    """A further round."""
+    starts = [[f"--gin.START_CHECKPOINT_PATH={path}"] for path in ("original", another)]
+    statuses, said = run_apart("starts", {"FSDP_DEVICES": 2}, *starts)
+    assert statuses == [2, 2], said
+    message = "found others in some: start (START_CHECKPOINT_PATH or INITIAL_CHECKPOINT_PATH). Star"
+    assert all(message in text for text in said)
 
 
 def test_hosts_have_what_they_start_from_at_paths_of_their_own(another):
