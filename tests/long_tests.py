@@ -109,6 +109,8 @@ KEPT: dict[str, dict[str, set[str]]] = {
     "test_processes": {
         "test_a_run_that_is_stopped_and_then_loses_a_process_ends_as_the_undisturbed_one": set(),
         "test_four_processes_with_sharded_parameters_begin_as_one_does": set(),
+        "test_processes_that_have_other_models_do_not_train_on_a_mixture": {"digest", "sharded"},
+        "test_processes_that_start_from_other_models_do_not_train_on_a_mixture": set(),
     },
     "test_patch": {
         "test_a_sigterm_in_a_leg_and_the_same_command": set(),

@@ -143,6 +143,7 @@ def train(
     data = loop.make_data(examples, eval_examples, update, schedule.seed, trainer.model)
     trainer = trainer.with_sets(data.sets.ids)
     _check_marks(examples, trainer, update.task_feature_lengths)
+    keep.check_has_marks(eval_examples, objective, update.task_feature_lengths)
     _log_padding(data.batches)
     data.check_fits(update)
 

@@ -157,6 +157,36 @@ def test_every_so_many_and_the_best_stay_too(tmp_path):
     assert pretrained.find(str(tmp_path)).name == "checkpoint_8"
 
 
+@pytest.mark.parametrize("stops", [(), (35,), (35, 37)])
+def test_a_stop_leaves_the_best_checkpoint_where_it_is(stops, tmp_path):
+    state = make_state(mesh_of(model=1), optax.sgd(1e-3))
+    # A stop falls on an evaluation that is better than that of any checkpoint.
+    losses = {10: 0.3, 20: 0.9, 30: 0.8, 35: 0.1, 37: 0.2, 40: 0.7, 50: 0.7}
+
+    def kept():
+        return {int(path.name.removeprefix("checkpoint_")) for path in tmp_path.iterdir()}
+
+    def go_on(steps):
+        with run_checkpoints.Checkpoints(
+            str(tmp_path), settings.Keep(checkpoints=2, best="loss")
+        ) as saved:
+            if (newest := saved.latest_step()) is not None:
+                saved.restore(newest, abstract(state))
+            for step in steps:
+                at_step = state.replace(step=jnp.int32(step))
+                metrics = {"loss": losses[step]}
+                saved.save(at_step, RUN, metrics, is_of_stop=step in stops)
+            return saved.best_step()
+
+    steps = [10, 20, 30]
+    for stop in stops:
+        go_on([*steps, stop])
+        assert kept() == {10, 20, 30, stop}
+        steps = []
+    assert go_on([*steps, 40, 50]) == 10
+    assert kept() == {10, 40, 50}
+
+
 def test_what_is_no_number_is_never_the_best(tmp_path):
     state = make_state(mesh_of(model=1), optax.sgd(1e-3))
     losses = {1: 0.5, 2: 0.9, 3: float("nan"), 4: 0.8, 5: float("-inf"), 6: None, 7: 0.7}
@@ -168,6 +198,19 @@ def test_what_is_no_number_is_never_the_best(tmp_path):
             saved.save(state.replace(step=jnp.int32(step)), RUN, metrics)
             assert saved.best_step() == 1
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint_1", "checkpoint_7"}
+
+
+def test_nothing_is_best_by_what_no_checkpoint_has(tmp_path):
+    state = make_state(mesh_of(model=1), optax.sgd(1e-3))
+    with run_checkpoints.Checkpoints(
+        str(tmp_path), settings.Keep(best="eval/negative_mass")
+    ) as saved:
+        assert saved.best_step() is None
+        for step, metrics in enumerate(({}, {"eval/negative_mass": float("nan")}), start=1):
+            saved.save(state.replace(step=jnp.int32(step)), RUN, metrics)
+            assert saved.best_step() is None
+        saved.save(state.replace(step=jnp.int32(3)), RUN, {"eval/negative_mass": 0.5})
+        assert saved.best_step() == 3
 
 
 @pytest.mark.parametrize("num_devices", [1, 2])

@@ -496,6 +496,17 @@ def test_parameters_that_are_not_finite_are_not_saved(mistake):
             "KEEP_BEST='eval/loss' needs an evaluation before each checkpoint: an EVAL_DATASET, "
             "and a CHECKPOINT_EVERY that is a multiple of EVAL_EVERY; found no EVAL_DATASET.",
         ),
+        (
+            {
+                "KEEP_BEST": "eval/negative_mass",
+                "EVAL_EVERY": 1,
+                "EVAL_DATASET": "@clean/datasets.RecordFiles()",
+                "clean/datasets.RecordFiles.files": "corpus.jsonl",
+                "clean/datasets.RecordFiles.annotated": False,
+            },
+            "KEEP_BEST='eval/negative_mass' is a mean over marked tokens: expected marks in "
+            "EVAL_DATASET, found none in its ",
+        ),
     ],
 )
 def test_settings_of_checkpoints_and_numbers(mistake, settings, message):

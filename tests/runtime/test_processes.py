@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,9 @@ import time
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 from helpers import rooms, several
 
 from tnt_jax.checkpoints import orbax, pretrained
@@ -113,22 +116,30 @@ def test_a_run_that_is_stopped_and_then_loses_a_process_ends_as_the_undisturbed_
 # Each has the same command line, and further settings of its own.
 TRAIN = """
 import json, os, sys
+from tnt_jax.checkpoints import pretrained
 from tnt_jax.runtime import processes, program
 
+pretrained._SOME_BYTES = int(os.environ.get("SOME_BYTES", pretrained._SOME_BYTES))
 arguments, own = map(json.loads, sys.argv[1:])
 arguments += own[int(os.environ["JAX_PROCESS_ID"])]
 program.run("tnt_jax.train", "train", arguments, processes_run=processes.Kind.TOGETHER)
 """
 
 
-def train_apart(name, *own):
-    """Trains in as many processes as there are lists of settings; all fail, before an update."""
-    arguments = rooms.arguments("train", {**RUN, "MODEL_DIR": name})
+def run_apart(name, settings, *own, **environment):
+    """Trains in as many processes as there are lists of settings."""
+    arguments = rooms.arguments("train", {**RUN, "MODEL_DIR": name, **settings})
     command = ["-c", TRAIN, json.dumps(arguments), json.dumps(own)]
-    with several.Processes(command, len(own), name) as run:
+    with several.Processes(command, len(own), name, **environment) as run:
         statuses = run.end()
-    assert not pathlib.Path(name).exists()
     return statuses, [run.said(index) for index in range(len(own))]
+
+
+def train_apart(name, *own):
+    """`run_apart`, where all fail before the models are looked at."""
+    found = run_apart(name, {}, *own)
+    assert not pathlib.Path(name).exists()
+    return found
 
 
 def test_processes_that_have_other_files_do_not_train_on_a_mixture():
@@ -139,10 +150,69 @@ def test_processes_that_have_other_files_do_not_train_on_a_mixture():
     )
     assert statuses == [2, 2], said
     message = (
-        "expected the same data and settings in all 2 processes, found others in some: data "
-        "(RECORDS), checkpoint_every. Start all of them alike, with the same files"
+        "expected the same models, data and settings in all 2 processes, found others in some: "
+        "data (RECORDS), checkpoint_every. Start all of them alike, with the same files"
     )
     assert all(message in text for text in said)
+
+
+@pytest.fixture(scope="module")
+def another():
+    """The original with another output matrix, its largest array."""
+    params = rooms.saved("original")
+    params["decoder"]["logits_dense"]["kernel"] += 0.5
+    saved = {"params": ocp.args.StandardSave(params)}
+    orbax.save_items(epath.Path("another").absolute(), 3, saved)
+    return "another"
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "environment"),
+    [
+        # Each has all parameters.
+        ("replicated", {}, {}),
+        # The digest of all of them is seen to differ, whatever part of the files was compared.
+        ("digest", {}, {"SOME_BYTES": "0"}),
+        # Each has a part of them, so the digest of all is the same for both.
+        ("sharded", {"FSDP_DEVICES": 2}, {}),
+    ],
+    ids=["replicated", "digest", "sharded"],
+)
+def test_processes_that_have_other_models_do_not_train_on_a_mixture(
+    name, settings, environment, another
+):
+    statuses, said = run_apart(
+        name, settings, [], [f"--gin.INITIAL_CHECKPOINT_PATH={another}"], **environment
+    )
+    assert statuses == [2, 2], said
+    message = (
+        "expected the same models, data and settings in all 2 processes, found others in some: "
+        "original (INITIAL_CHECKPOINT_PATH)"
+    )
+    assert all(message in text for text in said)
+    assert not list(pathlib.Path(name).glob("checkpoint_*"))
+
+
+def test_processes_that_start_from_other_models_do_not_train_on_a_mixture(another):
+    """A further round."""
+    starts = [[f"--gin.START_CHECKPOINT_PATH={path}"] for path in ("original", another)]
+    statuses, said = run_apart("starts", {"FSDP_DEVICES": 2}, *starts)
+    assert statuses == [2, 2], said
+    message = "found others in some: start (START_CHECKPOINT_PATH or INITIAL_CHECKPOINT_PATH). Star"
+    assert all(message in text for text in said)
+
+
+def test_hosts_have_what_they_start_from_at_paths_of_their_own(another):
+    """A checkpoint has the path of one of them: none waits for another, and none is refused."""
+    for path in ("here", "there"):
+        shutil.copytree(another, path)
+    starts = [[f"--gin.START_CHECKPOINT_PATH={path}"] for path in ("here", "there")]
+    for train_steps in (2, 3):
+        settings = {"TRAIN_STEPS": train_steps, "FSDP_DEVICES": 2}
+        statuses, said = run_apart("own_paths", settings, *starts)
+        assert statuses == [0, 0], said
+    assert "Going on from checkpoint 2" in said[0]
+    assert orbax.read_run(pretrained.find("own_paths"))["start"]["path"] == "here"
 
 
 def test_a_mistake_in_the_file_of_one_process_ends_the_other_in_a_line():

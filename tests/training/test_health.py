@@ -13,10 +13,11 @@ from tnt_jax.watching import metric_writers
 NAMES = ["decoder/mlp/wi/kernel", "decoder/norm/scale", "encoder/mlp/wi/kernel"]
 
 
-def sums_of(loss, norm=1.0, not_finite=(False, False, False), num_tokens=4.0):
+def sums_of(loss, norm=1.0, not_finite=(False, False, False), num_tokens=4.0, num_negative=0.0):
     return {
         "loss": loss * num_tokens,
         "num_tokens": num_tokens,
+        "num_negative": num_negative,
         "gradient_norm": norm,
         "gradient_not_finite": not_finite,
     }
@@ -134,6 +135,30 @@ def test_a_loss_that_leaps_is_written_down_with_its_examples(health_of, tmp_path
     assert "update 62: the loss leapt to 6 from" in capsys.readouterr().out
 
 
+def test_a_loss_is_compared_with_those_of_its_kind(health_of, tmp_path):
+    """One batch in twenty has marks: its loss is far above that of the others, and no leap."""
+
+    def rare_marks(leaps):
+        noise = losses(1000)
+        for step, near_one in enumerate(noise, start=1):
+            is_marked = step % 20 == 0
+            loss = leaps.get(step, near_one * (0.5 if is_marked else 0.01))
+            yield step, sums_of(loss, num_negative=3.0 * is_marked)
+
+    # A loss of 0.5 is usual in a marked batch, and a leap in another.
+    leaps = {701: 0.5, 900: 6.0}
+    for name, given in (("calm", {}), ("leaping", leaps)):
+        health = health_of(tmp_path / name)
+        for step, sums in rare_marks(given):
+            assert health.is_sound(step, sums)
+        if name == "calm":
+            assert events(tmp_path / name) == []
+    found = events(tmp_path / "leaping")
+    assert [(event["step"], event["loss"]) for event in found] == [*leaps.items()]
+    usual = [event["usual_loss"] for event in found]
+    assert usual == [pytest.approx(0.01, rel=0.1), pytest.approx(0.5, rel=0.1)]
+
+
 def test_few_losses_say_nothing_of_what_is_usual(health_of, tmp_path):
     health = health_of(tmp_path)
     for step, loss in enumerate(losses(19), start=1):
@@ -158,7 +183,7 @@ def test_a_run_that_goes_on_finds_what_it_would_have_found(health_of, tmp_path):
     def go(folder, steps, state=None):
         health = health_of(folder, last_step=steps[0] - 1, state=state)
         for step in steps:
-            health.is_sound(step, sums_of(run[step - 1]))
+            health.is_sound(step, sums_of(run[step - 1], num_negative=float(step % 3 == 0)))
         return json.loads(json.dumps(health.state()))
 
     go(tmp_path / "straight", range(1, 151))

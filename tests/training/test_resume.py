@@ -168,7 +168,7 @@ def test_a_stop_takes_the_place_of_no_other_checkpoint(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(progress_view.View, "trained", trained_and_signal)
         train("stopped", status=75, **run)
-    assert steps_left() == ["checkpoint_4", "checkpoint_5"]
+    assert steps_left() == ["checkpoint_2", "checkpoint_4", "checkpoint_5"]
     train("stopped", **run)
     assert steps_left() == ["checkpoint_4", "checkpoint_6"]
 
@@ -257,7 +257,8 @@ def test_a_checkpoint_says_what_its_run_was():
     assert run["objective"]["negative_term"] == "reverse_kl"
     assert "DROPOUT_RATE = 0.1" in run["config"]
     assert run["config"] == pathlib.Path("straight/operative_config.gin").read_text()
-    assert len(run["health"]["losses"]) == 6
+    health = run["health"]
+    assert len(health["losses_marked"]) + len(health["losses_unmarked"]) == 6
     # What is stored is the model's own: nothing of the original, whose optimizer ended with it.
     names = orbax.lazy_item(pretrained.find("straight") / "optimizer").keys()
     params = rooms.saved("straight")
@@ -367,6 +368,34 @@ def test_a_change_that_is_meant_is_made_and_written_down(capsys):
 
 
 # --- Without training -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "how"),
+    [
+        ({"NUM_MICROBATCHES": 4}, "other masks"),
+        ({"FSDP_DEVICES": 2}, "other masks"),  # of two devices, `data` then has one
+        ({"BLOCK_SIZE": 64}, "rounding"),
+        (
+            {"NUM_MICROBATCHES": 4, "DROPOUT_RATE": 0.0, "ALLOW_CHANGES": ["model"]},
+            "rounding",
+        ),
+    ],
+)
+def test_what_another_way_to_compute_changes_is_said(settings, how, capsys):
+    """With dropout, microbatches and devices decide what is dropped."""
+    if not pathlib.Path("again").exists():
+        shutil.copytree("straight", "again")
+    train("again", **{**RUN, **settings})
+    (line,) = (
+        line for line in capsys.readouterr().out.splitlines() if "Computed otherwise" in line
+    )
+    ends = {
+        "other masks": "): with DROPOUT_RATE=0.1, other units are dropped from here on than would "
+        "have been; the batches are the same.",
+        "rounding": "): the same up to rounding, not bit by bit.",
+    }
+    assert line.endswith(ends[how])
 
 
 def compare(before, now, name, allow=()):

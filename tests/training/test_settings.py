@@ -1,10 +1,14 @@
 """What settings of a run are refused before it begins."""
 
+import re
+
+import numpy as np
 import optax
 import pytest
 from helpers.tiny_llama import LLAMA
 
 from tnt_jax import objectives
+from tnt_jax.data.examples import Example
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.training import load_original, settings
 
@@ -70,3 +74,37 @@ def test_what_could_be_measured_is_listed():
     with pytest.raises(UsageError) as error:
         check("eval/positive_kl", ULLL)
     assert str(error.value) == expected
+
+
+MARKED, CLEAN = (
+    Example(np.array([7]), np.array([5, 6, 4]), np.array(pairs).reshape(-1, 2))
+    for pairs in ([(2, 4)], [])
+)
+
+
+@pytest.mark.parametrize(
+    ("best", "example", "length", "objective", "is_refused"),
+    [
+        ("eval/negative_mass", CLEAN, 8, TNFF, True),
+        ("eval/negative_loss", CLEAN, 8, TNFF, True),
+        ("eval/negative_mass", MARKED, 2, TNFF, True),  # the mark is cut off
+        ("eval/negative_mass", MARKED, 3, TNFF, False),
+        ("eval/loss", CLEAN, 8, TNFF, False),
+        ("eval/negative_mass", CLEAN, 8, DISTILLED, False),
+        ("negative_mass", CLEAN, 8, TNFF, False),  # of the training's examples
+        (None, CLEAN, 8, TNFF, False),
+    ],
+)
+def test_the_best_by_marks_that_the_evaluation_lacks(best, example, length, objective, is_refused):
+    keep = settings.Keep(best=best)
+    given = [CLEAN, example], objective, {"inputs": 8, "targets": length}
+    if not is_refused:
+        keep.check_has_marks(*given)
+        return
+    message = (
+        f"KEEP_BEST={best!r} is a mean over marked tokens: expected marks in EVAL_DATASET, found "
+        "none in its 2 examples within TASK_FEATURE_LENGTHS. Annotate them, or set "
+        "KEEP_BEST='eval/loss'."
+    )
+    with pytest.raises(UsageError, match=f"^{re.escape(message)}$"):
+        keep.check_has_marks(*given)

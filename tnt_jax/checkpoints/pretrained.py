@@ -5,7 +5,9 @@ nothing else.
 """
 
 import dataclasses
+import itertools
 import json
+import math
 import os
 import re
 from collections.abc import Callable
@@ -216,6 +218,9 @@ class Adapters:
     num_layers: int | None = None
 
 
+_SOME_BYTES = 64 * 10**6  # of `Pretrained.digest_of_some`
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Pretrained:
     """A model in files.
@@ -266,6 +271,20 @@ class Pretrained:
                 f"{self.path}: its {_part(self.run)} were trained beside weights with the digest "
                 f"{noted}, but {original.path} has {found} now. Bring back what was there."
             )
+
+    def digest_of_some(self) -> str:
+        """A fingerprint of the smallest of its weights, of 64 MB of them at most.
+
+        Norms alone differ from one update to the next. It is of the files that this process sees,
+        which the digest of parameters that lie over several hosts is not.
+        """
+        names = lazy_arrays.shapes(families.network_of(self.config).abstract_params())
+        some = {name: array for name, array in self.weights.items() if name in names}
+        sizes = {name: math.prod(of.shape) * of.dtype.itemsize for name, of in some.items()}
+        smallest = sorted(some, key=lambda name: (sizes[name], name))
+        ends = itertools.accumulate(sizes[name] for name in smallest)
+        sampled = [name for name, end in zip(smallest, ends, strict=True) if end <= _SOME_BYTES]
+        return digests.of_files({name: some[name] for name in sampled})
 
     def check(self, abstract_params: PyTree, setting: str = "the model settings") -> None:
         """Raises a UsageError, naming every difference, unless these are the weights."""

@@ -8,7 +8,9 @@ What is found is written to `events.jsonl` beside the metrics, one JSON object a
      "gradient_norm": 12.0, "examples": [...]}
 
 `examples` are the ids of those that the update learned from. What is usual depends on the updates
-before; a checkpoint has it (`Health.state`), so a run that went on finds what it would have found.
+before that had marks as well, or none as well: the loss of a marked token is of another size than
+that of a token to keep. A checkpoint has it (`Health.state`), so a run that went on finds what it
+would have found.
 """
 
 import collections
@@ -23,8 +25,9 @@ from tnt_jax.runtime import console
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.watching import metric_writers
 
-# Losses that a loss is compared with: the last ones, once there are enough of them.
+# Losses that a loss is compared with: the last ones of its kind, once there are enough of them.
 _WINDOW, _ENOUGH = 100, 20
+_KINDS = ("losses_unmarked", "losses_marked")
 # So many updates that are left out in a row are no accident.
 _MOST_SKIPPED = 20
 _MOST_NAMES = 6  # of parameters and examples in a message
@@ -74,7 +77,10 @@ class Health:
         self._examples_of = examples_of
         self._events = events
         self._where = where
-        self._losses = collections.deque(state.get("losses", ()), maxlen=_WINDOW)
+        # Of updates without marks and with them. Earlier versions noted "losses", of both together.
+        self._losses = {
+            kind: collections.deque(state.get(kind, ()), maxlen=_WINDOW) for kind in _KINDS
+        }
         self._num_skipped = state.get("num_skipped", 0)
         self._skipped_in_a_row = state.get("skipped_in_a_row", 0)
 
@@ -86,7 +92,7 @@ class Health:
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
         return {
-            "losses": list(self._losses),
+            **{kind: list(losses) for kind, losses in self._losses.items()},
             "num_skipped": self._num_skipped,
             "skipped_in_a_row": self._skipped_in_a_row,
         }
@@ -106,7 +112,8 @@ class Health:
             self._not_finite(step, loss, norm, sums["gradient_not_finite"])
             return False
         self._skipped_in_a_row = 0
-        self._look_for_spike(step, loss / max(float(sums["num_tokens"]), 1.0), norm)
+        kind = _KINDS[float(sums["num_negative"]) > 0]
+        self._look_for_spike(step, loss / max(float(sums["num_tokens"]), 1.0), norm, kind)
         return True
 
     def _not_finite(self, step: int, loss: float, norm: float, not_finite: Any) -> None:
@@ -151,9 +158,9 @@ class Health:
                 f"negative_weight, or {CLIP}."
             )
 
-    def _look_for_spike(self, step: int, loss: float, norm: float) -> None:
-        before, threshold = list(self._losses), self._spike_deviations
-        self._losses.append(loss)
+    def _look_for_spike(self, step: int, loss: float, norm: float, kind: str) -> None:
+        before, threshold = list(self._losses[kind]), self._spike_deviations
+        self._losses[kind].append(loss)
         if threshold is None or len(before) < _ENOUGH:
             return
         usual = statistics.median(before)

@@ -8,7 +8,8 @@ The item `run` of a checkpoint is a JSON object:
     objective, model, optimizer, data, vocabulary, batch_size, task_feature_lengths, pack, seed,
     adapters, upper_layers
                     what decides the updates, and is compared on a restart (`COMPARED`)
-    computed_on     devices, mesh, microbatches: they may change, and change the last bits
+    computed_on     devices, mesh, microbatches: they may change, and change the last bits; and, of
+                    microbatches, which units dropout drops
     versions        of Python and of the packages that compute
     config          the gin settings, as `operative_config.gin` has them
     changes         what was changed knowingly, and after which update
@@ -28,7 +29,7 @@ import jax
 import numpy as np
 
 from tnt_jax import objectives
-from tnt_jax.checkpoints import digests
+from tnt_jax.checkpoints import digests, pretrained
 from tnt_jax.data import shuffling
 from tnt_jax.runtime import console, operative_config, processes, settings_json
 from tnt_jax.runtime.array_types import PyTree
@@ -160,16 +161,27 @@ def check_alike(run: Mapping[str, Any], **more: Any) -> None:
     for name in ("config", "versions"):
         own.pop(name)
     own |= {name: _compared(name, own.get(name)) for name in _OF_PARTS}
+    _refuse_others("alike", own)
+
+
+def _refuse_others(place: str, own: Mapping[str, Any]) -> None:
+    """Raises a UsageError in all processes where one has another JSON value than the first one.
+
+    Args:
+      place: As in `processes.gather`.
+      own: Of this process, by names.
+    """
     texts = {name: json.dumps(value, sort_keys=True) for name, value in own.items()}
     digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
-    said = [json.loads(text) for text in processes.gather("alike", json.dumps(digests))]
+    said = [json.loads(text) for text in processes.gather(place, json.dumps(digests))]
     differing = dict.fromkeys(name for of in said for name in processes.differing(said[0], of))
     if differing:
         names = [f"{name} ({COMPARED[name]})" if name in COMPARED else name for name in differing]
         raise UsageError(
-            f"expected the same data and settings in all {len(said)} processes, found others in "
-            f"some: {', '.join(names)}. Start all of them alike, with the same files: in one place "
-            "that all see (gs://, or a folder that their hosts share), or the same on every host."
+            f"expected the same models, data and settings in all {len(said)} processes, found "
+            f"others in some: {', '.join(names)}. Start all of them alike, with the same files: in "
+            "one place that all see (gs://, or a folder that their hosts share), or the same on "
+            "every host."
         )
 
 
@@ -228,12 +240,16 @@ def begin(
         check_same(before, run, names, allow_changes, model_dir, step, fits=misfit is None)
         if misfit is not None:
             raise misfit
+    _check_files_alike(trainer, sources, is_new=step is None)
     loaded, params = load(is_new=step is None)
     run["original"] = loaded.identity
-    start_path = sources.schedule.start_path or sources.choice.path
+    # Hosts may have the files at paths of their own. What all compute together is decided by those
+    # of one process, whose paths a checkpoint has.
+    paths = [sources.schedule.start_path or sources.choice.path, sources.choice.path]
+    start_path, original_path = json.loads(processes.gather("start", json.dumps(paths))[0])
 
     def digest_of_start() -> str | None:
-        if loaded.identity is not None and start_path == loaded.identity["path"]:
+        if loaded.identity is not None and start_path == original_path:
             return loaded.identity["digest"]
         if "start" in allow_changes:
             return None
@@ -241,6 +257,7 @@ def begin(
         return digests.of_params(params if is_whole else sources.read_start())
 
     run["start"] = _start(before, start_path, digest_of_start)
+    _refuse_others("models", {name: _compared(name, run[name]) for name in ("original", "start")})
     if step is None:
         assert params is not None
         run["changes"] = []
@@ -249,6 +266,27 @@ def begin(
     console.log(f"Going on from checkpoint {step} in {model_dir}.")
     _log_differences(before, run)
     return Start(step, saved.restore(step, trainer.abstract_state), loaded, before)
+
+
+def _check_files_alike(trainer: Trainer, sources: load_original.Sources, *, is_new: bool) -> None:
+    """Compares the models that all processes are about to read, each from files that it sees.
+
+    Parameters that lie over several hosts have one digest, even if each host has read its part of
+    another model. So some of each file are compared before.
+
+    Raises:
+      UsageError: In all processes: they differ.
+    """
+    if processes.count() == 1:
+        return
+    source, start_path = sources.original_source, sources.schedule.start_path
+    found: dict[str, str | None] = {"original": None, "start": None}
+    reads_original = trainer.abstract_original is not None or (is_new and start_path is None)
+    if reads_original and source is not None:
+        found["original"] = source.digest_of_some()
+    if is_new and start_path is not None:
+        found["start"] = pretrained.open_checkpoint(start_path).digest_of_some()
+    _refuse_others("files", found)
 
 
 def _start(
@@ -396,15 +434,29 @@ def _probe_gap(before: Any, now: Any) -> float:
 
 
 def _log_differences(before: Mapping[str, Any], run: Mapping[str, Any]) -> None:
-    """Says what has changed that may change, for it changes the last bits of the numbers."""
+    """Says what has changed that may change: it changes the last bits of the numbers, or masks."""
     changed = [
         f"{name} was {_short(was)}, is {_short(run[part][name])}"
         for part in ("computed_on", "versions")
         for name, was in (before.get(part) or {}).items()
         if name in run[part] and run[part][name] != was
     ]
-    if changed:
-        console.log(
-            f"Computed otherwise than before ({'; '.join(changed)}): the same up to rounding, not "
-            "bit by bit."
+    if not changed:
+        return
+    rate, how = run["model"].get("dropout_rate"), "the same up to rounding, not bit by bit"
+    if rate and _have_other_masks(before.get("computed_on") or {}, run["computed_on"]):
+        how = (
+            f"with DROPOUT_RATE={rate}, other units are dropped from here on than would have been; "
+            "the batches are the same"
         )
+    console.log(f"Computed otherwise than before ({'; '.join(changed)}): {how}.")
+
+
+def _have_other_masks(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether dropout drops others: microbatches have keys of their own, on each data device."""
+    if not {"num_microbatches", "mesh"} <= before.keys():
+        return False
+    numbers, data = zip(
+        *((of["num_microbatches"], of["mesh"]["data"]) for of in (before, now)), strict=True
+    )
+    return numbers[0] != numbers[1] or (numbers[0] > 1 and data[0] != data[1])

@@ -5,6 +5,7 @@ newest. The original's parameters are never in a checkpoint of the run that trai
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -48,6 +49,7 @@ class Checkpoints:
                 f"{error.strerror or error}."
             ) from error
         self._of_stops: set[int] = set()
+        self._best = None if keep is None else keep.best
         self._orbax = ocp.CheckpointManager(
             self._dir,
             item_names=("params", "optimizer", "run"),
@@ -65,8 +67,16 @@ class Checkpoints:
         return self._orbax.latest_step()
 
     def best_step(self) -> int | None:
-        """The step of the checkpoint where `Keep.best` is smallest, None if there is none."""
-        return self._orbax.best_step()
+        """The step of the checkpoint where `Keep.best` is smallest, None if there is none.
+
+        There is none either where every checkpoint lacks a finite number of it.
+        """
+        step = self._orbax.best_step()
+        if step is None or self._best is None:
+            return None
+        self._orbax.wait_until_finished()  # its metrics are read from disk
+        best = _finite(self._best, self._orbax.metrics(step) or {})
+        return step if best < math.inf else None
 
     def save(
         self,
@@ -87,6 +97,7 @@ class Checkpoints:
         """
         if is_of_stop:
             run = {**run, _OF_STOP: True}
+            self._of_stops.add(int(state.step))  # before Orbax asks which ones stay
         is_saved = self._orbax.save(
             int(state.step),
             args=ocp.args.Composite(
@@ -169,11 +180,12 @@ class Checkpoints:
 
 @dataclasses.dataclass
 class _ButOfStops(_policies.PreservationPolicy):
-    """What another policy keeps of all checkpoints but those of earlier stops.
+    """What another policy keeps of all checkpoints but those of stops, and the newest one.
 
     Attributes:
       policy: The other policy.
-      of_stops: Steps of checkpoints that are there because of a stop. The run goes on from them.
+      of_stops: Steps of checkpoints that are there because of a stop. The run goes on from the
+        newest; what it leaves is what it would have left without them.
     """
 
     policy: Any
@@ -183,10 +195,19 @@ class _ButOfStops(_policies.PreservationPolicy):
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         """Tells of each checkpoint, the oldest first, whether it stays."""
         newest = checkpoints[-1].step if checkpoints else None
-        left = [of for of in checkpoints if of.step == newest or of.step not in self.of_stops]
-        stays = self.policy.should_preserve(left, context=context)
-        kept = {of.step for of, is_kept in zip(left, stays, strict=True) if is_kept}
-        return [of.step in kept for of in checkpoints]
+        # The one of a stop takes no other's place, not even while it is the newest: it may be the
+        # best by a metric, and goes when the next one is there.
+        others = [of for of in checkpoints if of.step not in self.of_stops]
+        stays = self.policy.should_preserve(others, context=context)
+        kept = {of.step for of, is_kept in zip(others, stays, strict=True) if is_kept}
+        return [of.step in kept or of.step == newest for of in checkpoints]
+
+
+def _finite(name: str, metrics: Mapping[str, float | int]) -> float:
+    """A metric of a checkpoint; infinity where it is not there or not finite."""
+    value = metrics.get(name, math.inf)
+    # NaN is neither below nor above another: sorted, it may stand before what is best.
+    return value if math.isfinite(value) else math.inf
 
 
 def _retention(keep: settings.Keep, of_stops: set[int]) -> ocp.CheckpointManagerOptions:
@@ -194,11 +215,7 @@ def _retention(keep: settings.Keep, of_stops: set[int]) -> ocp.CheckpointManager
     if keep.every is not None:
         kept.append(_policies.EveryNSteps(keep.every))
 
-    def metric(metrics: Mapping[str, float | int]) -> float:
-        value = metrics.get(keep.best or "", math.inf)
-        # NaN is neither below nor above another: sorted, it may stand before what is best.
-        return value if math.isfinite(value) else math.inf
-
+    metric = functools.partial(_finite, keep.best or "")
     if keep.best is not None:
         best = _policies.BestN(
             get_metric_fn=metric, reverse=True, n=1, keep_checkpoints_without_metrics=False

@@ -11,6 +11,9 @@ from typing import Any
 
 import optax
 
+from tnt_jax import objectives
+from tnt_jax.data.examples import Example, num_marks_of
+from tnt_jax.data.layouts import count_lost
 from tnt_jax.models import sharding
 from tnt_jax.models.model import check_seed
 from tnt_jax.runtime import settings_json
@@ -273,4 +276,29 @@ class Keep:
                 f"KEEP_BEST={self.best!r} needs an evaluation before each checkpoint: an "
                 "EVAL_DATASET, and a CHECKPOINT_EVERY that is a multiple of EVAL_EVERY; found "
                 f"{found}."
+            )
+
+    def check_has_marks(
+        self,
+        eval_examples: Sequence[Example],
+        objective: objectives.TntObjective,
+        task_feature_lengths: Mapping[str, int],
+    ) -> None:
+        """Raises a UsageError where `best` is a mean over marks, and the evaluation has none.
+
+        Args:
+          eval_examples: Those of the evaluation.
+          objective: The run's: what it removes everywhere needs no mark.
+          task_feature_lengths: A mark beyond them is none.
+        """
+        best = self.best or ""
+        name = best.removeprefix("eval/")
+        if name == best or train_step.MEAN_OVER[name] != "num_negative":
+            return
+        lost = count_lost(eval_examples, task_feature_lengths).num_marks
+        if not objective.removed_everywhere and num_marks_of(eval_examples).sum() == lost:
+            raise UsageError(
+                f"KEEP_BEST={best!r} is a mean over marked tokens: expected marks in EVAL_DATASET, "
+                f"found none in its {len(eval_examples)} examples within TASK_FEATURE_LENGTHS. "
+                "Annotate them, or set KEEP_BEST='eval/loss'."
             )
