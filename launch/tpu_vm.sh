@@ -304,6 +304,10 @@ choose_code() {
     done
     for argument in ${arguments[@]+"${arguments[@]}"}; do
         [[ $argument != --gin.MODEL_DIR=* ]] || names_model_dir=yes
+        case ${argument%%=*} in # what a program writes is not sent, wherever it is
+            --gin.MODEL_DIR | --gin.OUTPUT | --gin.OUTPUT_DIR) continue ;;
+            --gin.STATES_DIR | --gin.EXAMPLES_DIR | --gin.PROFILE_DIR) continue ;;
+        esac
         value=${argument#*=}
         if [[ $value == *[./]* && -e $value ]] && ! in_commit "$value"; then
             refuse "${argument%%=*}: $value is on this machine, and not on the TPU: gcloud storage cp" \

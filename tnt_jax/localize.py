@@ -322,7 +322,7 @@ class _Outputs:
         (self._states,) = load_original.states_of(
             opened.model,
             opened.params,
-            self._examples,
+            [self._examples],
             digest=self.digest,
             states_folder=folder,
             task_feature_lengths=lengths,

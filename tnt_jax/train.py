@@ -20,7 +20,6 @@ Example:
 import contextlib
 import dataclasses
 import functools
-import itertools
 import os
 import shlex
 from collections.abc import Mapping, Sequence
@@ -169,7 +168,7 @@ def train(
             trainer,
             sources,
             update,
-            examples=itertools.chain(examples, eval_examples),
+            data=(examples, eval_examples),
             states_folder=original_choice.states_dir
             or original_cache.default_folder(getattr(dataset, "files", None), model_dir),
             keeps_whole=bool(watch_hooks),

@@ -109,6 +109,8 @@ def test_case_sensitive_compares_letters_as_they_are(lexicon):
         ("slay", "slays slayed slaying"),
         ("smile", "smiles smiled smiling"),
         ("see", "sees seed seeing"),
+        ("lie", "lies lied lying"),
+        ("untie", "unties untied untying"),
         ("slap", "slaps slapped slapping"),
         ("idiot", "idiots idioted idioting"),
         ("fix", "fixes fixed fixing"),
@@ -123,8 +125,8 @@ def test_inflections(lexicon, entry, forms):
 
 
 def test_inflections_follow_the_spelling_rules(lexicon):
-    annotator = lexicon("slap", "smile", "bully", "fix", inflections=True)
-    wrong = "slaping smileing bullyed fixxed smil slappings"
+    annotator = lexicon("slap", "smile", "bully", "fix", "die", inflections=True)
+    wrong = "slaping smileing bullyed fixxed smil slappings diing dieing"
     assert marked(annotator, wrong) == []
 
 

@@ -192,6 +192,14 @@ def test_mistakes_are_refused_in_one_line(cloud, arguments, message):
     assert cloud.calls("queued-resources") == []
 
 
+@pytest.mark.parametrize("name", ["STATES_DIR", "EXAMPLES_DIR", "PROFILE_DIR", "MODEL_DIR"])
+def test_a_folder_to_write_to_may_be_on_this_machine_as_well(cloud, name):
+    setting = f"--gin.{name}={cloud.user}"
+    done = cloud.up(setting, "--dry_run")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert setting in done.stdout
+
+
 def test_changes_that_are_not_committed_are_refused_or_left_out(cloud, checkout, tmp_path):
     changed = tmp_path / "changed"
     shutil.copytree(checkout, changed)

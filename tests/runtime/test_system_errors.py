@@ -50,7 +50,7 @@ def states_of(batch):
 
 def computed(folder, examples=EXAMPLES[:4]):
     states = original_cache.OriginalStates(folder, "one", LENGTHS)
-    original_cache.compute({"states": states}, examples, states_of, batch_size=4)
+    original_cache.compute({"states": states}, [examples], states_of, batch_size=4)
     return states
 
 
@@ -307,7 +307,7 @@ MANY_PARTS = """
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
     original_cache._TOKENS_PER_PART = 4
     states = original_cache.OriginalStates("many", "one", LENGTHS)
-    original_cache.compute({"states": states}, EXAMPLES, states_of, batch_size=2)
+    original_cache.compute({"states": states}, [EXAMPLES], states_of, batch_size=2)
     assert len(os.listdir("many/one")) // 2 > 128
     again = original_cache.OriginalStates("many", "one", LENGTHS)
     assert again.missing([again.key(example) for example in EXAMPLES]) == set()

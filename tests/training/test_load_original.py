@@ -6,6 +6,7 @@ import functools
 import json
 import pathlib
 import shutil
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,8 @@ from helpers import rooms, t5_inputs
 
 from tnt_jax import convert, objectives
 from tnt_jax.checkpoints import pretrained
-from tnt_jax.data.examples import Example
+from tnt_jax.data import datasets, example_files, tokenization
+from tnt_jax.data.examples import Example, ExampleTable
 from tnt_jax.data.layouts import Place, convert_features
 from tnt_jax.models import adapters, sharding, t5
 from tnt_jax.models.model import Model
@@ -344,7 +346,7 @@ def test_the_original_is_a_fixed_point_in_bfloat16(kind, tmp_path):
         trainer, sources, update = made(kind, data=2, fsdp=2, model=2)
     examples = some_examples()
     original, start = load_original.load(
-        trainer, sources, update, is_new=True, examples=examples, states_folder=str(tmp_path)
+        trainer, sources, update, is_new=True, data=[examples], states_folder=str(tmp_path)
     )
     unmarked = [Example(e.inputs, e.targets, e.negative_pairs[:0]) for e in examples]
     batch = convert_features(unmarked, LENGTHS, 1)
@@ -374,7 +376,7 @@ def test_states_are_those_of_the_tokens_that_are_kept(tmp_path):
         Example(long[:6], long[:8], pairs),
         Example(long, long[:3], pairs, keeps_last_input=False),
     ]
-    original_cache.compute({"states": states}, examples, states_of, batch_size=4)
+    original_cache.compute({"states": states}, [examples], states_of, batch_size=4)
     assert len(calls) == 1
     np.testing.assert_array_equal(states.of(examples[0])[:, 0], long[:8])
     np.testing.assert_array_equal(states.of(examples[1])[:, 0], long[:8])
@@ -390,6 +392,76 @@ def test_states_are_those_of_the_tokens_that_are_kept(tmp_path):
     for index in tmp_path.rglob("*.json"):
         index.unlink()
     assert OriginalStates(str(tmp_path), "one", LENGTHS).missing(keys) == {*keys}
+
+
+def test_each_content_is_computed_once_whichever_data_set_has_it(tmp_path, monkeypatch):
+    """Also where examples are looked for a few at a time."""
+    monkeypatch.setattr(original_cache, "_KEYS_AT_A_TIME", 3)
+    examples, batches = some_examples(10), []
+    again = [dataclasses.replace(example, id="again") for example in examples[::-1]]
+
+    def states_of(batch):
+        batches.append({name: rows.shape for name, rows in batch.items()})
+        tokens = batch["decoder_target_tokens"]
+        computed.extend(map(tuple, tokens[tokens.any(axis=1)].tolist()))
+        return {"states": tokens[..., None].astype(np.float32)}
+
+    for data in (
+        [[*examples, *again], []],
+        [examples[:4], [*again, *examples]],
+    ):
+        computed = []
+        states = OriginalStates(str(tmp_path / str(len(data[0]))), "one", LENGTHS)
+        original_cache.compute({"states": states}, data, states_of, batch_size=4)
+        assert len(computed) == len({*computed}) == 10
+        for example in [*examples, *again]:
+            np.testing.assert_array_equal(states.of(example)[:, 0], example.targets)
+        original_cache.compute({"states": states}, data[::-1], states_of, batch_size=4)
+        assert len(computed) == 10
+    assert all(shapes == batches[0] for shapes in batches)  # or each would be compiled
+
+
+def test_memory_does_not_grow_with_the_examples(tmp_path, monkeypatch):
+    """But for the places of their states: examples have their long sets of ids written out."""
+    monkeypatch.setattr(example_files, "_AT_A_TIME", 16)
+    monkeypatch.setattr(original_cache, "_KEYS_AT_A_TIME", 64)
+    monkeypatch.setattr(original_cache, "_TOKENS_PER_PART", 128)
+    ids = tuple(range(10, 250))
+
+    def states_of(batch):
+        return {"states": batch["decoder_target_tokens"][..., None].astype(np.float32)}
+
+    def peaks(number):
+        """Bytes, of a first start, and of one that finds all states."""
+        file = tmp_path / f"{number}.jsonl"
+        rows = [
+            {
+                "inputs": f"{n:05}",
+                "targets": "a room",
+                "negative_token_ids": [[m, ids] for m in range(4)],
+            }
+            for n in range(number)
+        ]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        folder = str(tmp_path / "examples")
+        examples = datasets.RecordFiles(
+            files=str(file), vocabulary=tokenization.Bytes(), examples_dir=folder
+        ).load(LENGTHS)
+        assert isinstance(examples, ExampleTable)
+        assert len(examples[0].negative_pairs) == 4 * len(ids)
+        found = []
+        for _ in range(2):
+            states = OriginalStates(str(tmp_path / str(number)), "one", LENGTHS)
+            tracemalloc.start()
+            original_cache.compute({"states": states}, [examples, []], states_of, batch_size=8)
+            found.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+        return found
+
+    peaks(8)
+    (few, few_again), (more, more_again) = peaks(200), peaks(1000)
+    assert more - few < 800 * 400  # marks alone take 7,680 bytes
+    assert more_again - few_again < 800 * 40
 
 
 def test_states_of_another_network_are_computed_again(tmp_path, capsys):
@@ -409,7 +481,7 @@ def test_states_of_another_network_are_computed_again(tmp_path, capsys):
         load_original.load(
             *made("cached", dataclasses.replace(CONFIG, **changes)),
             is_new=False,
-            examples=some_examples(),
+            data=[some_examples()],
             states_folder=str(tmp_path),
         )
         computed.append("nothing to compute" not in capsys.readouterr().out)

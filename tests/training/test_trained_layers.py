@@ -91,7 +91,7 @@ def gradients(folder, *arguments, only=None, **settings):
     trainer, sources, update = made(*arguments, **settings)
     examples = some_examples()
     loaded, start = load_original.load(
-        trainer, sources, update, is_new=True, examples=examples, states_folder=str(folder)
+        trainer, sources, update, is_new=True, data=[examples], states_folder=str(folder)
     )
     start = jax.tree.map_with_path(
         lambda path, x: moved(path, x) if only is None or sharding.path_name(path) in only else x,

@@ -107,6 +107,13 @@ WANDB = """
 import json, pathlib
 
 SERVER = pathlib.Path(__file__).parent / "server.json"
+REFUSAL = SERVER.with_name("refusal.txt")
+
+class Error(Exception):
+    pass
+
+class UsageError(Error):
+    pass
 
 class Table:
     def __init__(self, columns, data):
@@ -132,6 +139,8 @@ class Run:
         SERVER.write_text(json.dumps(self.runs))
 
 def init(**arguments):
+    if REFUSAL.exists():
+        raise UsageError(REFUSAL.read_text())
     return Run(json.loads(SERVER.read_text()) if SERVER.exists() else {}, arguments)
 """
 
@@ -183,6 +192,37 @@ def test_weights_and_biases_hears_of_a_failure(tmp_path, wandb):
         raise ZeroDivisionError
     (of_run,) = json.loads((wandb / "server.json").read_text()).values()
     assert of_run["exit_code"] == 1
+
+
+@pytest.mark.parametrize(
+    ("refusal", "found"),
+    [  # of wandb 0.31
+        (
+            "No API key configured. Use `wandb login` to log in.",
+            "No API key configured. Use `wandb login` to log in",
+        ),
+        (
+            "Failed to get resume status for run 0a: context deadline exceeded\nwhile retrying",
+            "Failed to get resume status for run 0a: context deadline exceeded",
+        ),
+        ("", "UsageError"),
+    ],
+)
+def test_weights_and_biases_that_cannot_log_in_is_told_in_one_line(tmp_path, wandb, refusal, found):
+    (wandb / "refusal.txt").write_text(refusal)
+    arguments = {"start": 0, "config": {}, "wandb_project": "names"}
+    with pytest.raises(UsageError) as raised:
+        metric_writers.open_all(str(tmp_path / "run"), **arguments)
+    assert str(raised.value) == (
+        "WANDB_PROJECT: expected that wandb can log in and begin a run in 'names', found: "
+        f"{found}. Run `wandb login`, or set WANDB_API_KEY, WANDB_MODE=offline, or WANDB_PROJECT "
+        "to None."
+    )
+    (wandb / "refusal.txt").unlink()  # whoever logs in then begins where it would have begun
+    with metric_writers.open_all(str(tmp_path / "run"), **arguments) as out:
+        out.write(1, {"loss": 1.0})
+    (of_run,) = json.loads((wandb / "server.json").read_text()).values()
+    assert [step for step, _ in of_run["history"]] == [1]
 
 
 def test_weights_and_biases_must_be_there(monkeypatch):

@@ -17,10 +17,14 @@ import numpy as np
 import pytest
 from helpers import rooms, t5_inputs
 from helpers.event_files import shown
+from helpers.tiny_llama import LLAMA
 
 from tnt_jax.checkpoints import pretrained
 from tnt_jax.data import records
+from tnt_jax.models import causal_lm, sharding
+from tnt_jax.models.model import Model
 from tnt_jax.runtime import program
+from tnt_jax.watching import hooks, metric_writers, seqio_evaluation
 
 # T5X users' tasks: this module registers one, as theirs do. It knows nothing of tnt_jax.
 TASKS = """
@@ -319,6 +323,46 @@ def test_scores_are_log_likelihoods(watched):
     said = {row.id: row.target_ids for row in records.read_records("watched.outputs.jsonl")}
     of_outputs = log_likelihoods(inputs, [said[row.id] for row in prompts], True)
     np.testing.assert_allclose(seen["aux"], of_outputs, rtol=1e-4)
+
+
+def test_a_decoder_only_model_is_scored_behind_its_prompts(tmp_path):
+    """Against the logits of each prompt and target alone, in a row without padding."""
+    model = Model(config=LLAMA, mesh=sharding.make_mesh(sharding.MeshShape()))
+    params = t5_inputs.random_params(LLAMA)
+    evaluation = seqio_evaluation.SeqioEvaluation(
+        mixture_or_task_name="rooms_upper", mixture_or_task_module="rooms_tasks", batch_size=8
+    ).open(
+        model,
+        source=None,
+        task_feature_lengths={"inputs": 8, "targets": 16},
+        model_dir=str(tmp_path),
+    )
+    with metric_writers.open_all(str(tmp_path), start=0, config={}) as out:
+        evaluation.begin(
+            hooks.Beginning(
+                step=0, state=params, params_of=lambda state: state, original_params=None, out=out
+            )
+        )
+    import rooms_tasks
+
+    def log_likelihood(row):
+        vocabulary = rooms_tasks.VOCABULARY
+        prompt, target = (
+            [*vocabulary.encode(text), vocabulary.eos_id] for text in (row.inputs, row.targets)
+        )
+        batch = {
+            "decoder_input_tokens": np.array([[*prompt, *target[:-1]]]),
+            "decoder_segment_ids": np.ones((1, len(prompt) + len(target) - 1), np.int32),
+            "decoder_positions": np.arange(len(prompt) + len(target) - 1)[None],
+            "decoder_target_places": np.arange(len(target))[None] + len(prompt) - 1,
+        }
+        logits = causal_lm.CausalLM(LLAMA).forward(params, jax.device_put(batch)).whole()
+        return np.asarray(jax.nn.log_softmax(logits))[0, np.arange(len(target)), target].sum()
+
+    prompts, scores = records.read_records("prompts.jsonl"), rooms_tasks.SEEN["scores"]
+    assert len(prompts) == len(scores) == 20
+    for row, score in list(zip(prompts, scores, strict=True))[::4]:
+        np.testing.assert_allclose(score, log_likelihood(row), rtol=1e-4)
 
 
 # --- Profiles, the last line, mistakes ------------------------------------------------------------

@@ -125,7 +125,9 @@ def inflected(entry: str) -> list[str]:
         plural, past = entry[:-1] + "ies", entry[:-1] + "ied"
     elif word.endswith("e"):
         past = entry + "d"
-        if not re.search(r"[eoy]e$", word):  # seeing, hoeing, dyeing keep theirs
+        if word.endswith("ie"):
+            participle = entry[:-2] + "ying"
+        elif not re.search(r"[eoy]e$", word):  # seeing, hoeing, dyeing keep theirs
             participle = entry[:-1] + "ing"
     if re.search(r"(?<![a-z])[^aeiou\W]*[aeiou][bdfgklmnprtvz]$", word):
         past, participle = entry + entry[-1] + "ed", entry + entry[-1] + "ing"

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -162,7 +162,7 @@ def load(
     update: settings.Update,
     *,
     is_new: bool,
-    examples: Iterable[Example],
+    data: Sequence[Sequence[Example]],
     states_folder: str,
     keeps_whole: bool = False,
 ) -> tuple[LoadedOriginal, PyTree | None]:
@@ -173,7 +173,7 @@ def load(
       sources: Where the parameters come from.
       update: Decides how many examples states are computed for at a time, and their lengths.
       is_new: Whether the run starts here, so that it needs parameters to start from.
-      examples: All that it will be asked about, where states are cached.
+      data: The data sets that it will be asked about, where states are cached.
       states_folder: Folder of those states.
       keeps_whole: Whether something beside the step runs the model, so that all parameters of an
         original with which some are shared stay in memory.
@@ -205,7 +205,7 @@ def load(
     states = states_of(
         model,
         whole,
-        examples,
+        data,
         features=trainer.state_features,
         trained_layers=kind.trained_layers,
         digest=identity["digest"],
@@ -270,7 +270,7 @@ def probe(model: Model, params: PyTree) -> np.ndarray:
 def states_of(
     model: Model,
     params: PyTree,
-    examples: Iterable[Example],
+    data: Sequence[Sequence[Example]],
     *,
     features: Mapping[str, str] = _OF_DECODER,
     trained_layers: int | None = None,
@@ -284,7 +284,7 @@ def states_of(
     Args:
       model: The original's network.
       params: The original.
-      examples: Any; what the folder has is not computed again.
+      data: Examples, in any number of data sets; what the folder has is not computed again.
       features: Which states, as `Original.features` has them.
       trained_layers: Of the decoder: those which the states below are for.
       digest: Of the parameters.
@@ -316,7 +316,7 @@ def states_of(
         found = function(params, sharding.put_batch(batch, model.mesh))
         return {name: np.asarray(states) for name, states in found.items()}
 
-    original_cache.compute(stores, examples, of_batch, batch_size)
+    original_cache.compute(stores, data, of_batch, batch_size)
     return stores
 
 

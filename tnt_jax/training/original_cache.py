@@ -24,7 +24,7 @@ import operator
 import os
 import pathlib
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from io import BufferedReader
 
 import jax
@@ -33,7 +33,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from tnt_jax.data.batches import batch_for_eval
-from tnt_jax.data.examples import Example, lengths_of
+from tnt_jax.data.examples import Example, lengths_of, take
 from tnt_jax.data.layouts import ENCODER_DECODER, FeatureLayout, Place
 from tnt_jax.runtime import console, files
 from tnt_jax.runtime.errors import UsageError, naming_file, system_error
@@ -41,6 +41,7 @@ from tnt_jax.runtime.errors import UsageError, naming_file, system_error
 TARGETS = "decoder_target_tokens"  # the feature of tokens that the decoder's states lie like
 
 _TOKENS_PER_PART = 65_536  # 128 MiB at width 512: what is lost at most when a run is stopped
+_KEYS_AT_A_TIME = 65_536  # of examples that are looked for: hosts ask each other what they lack
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -193,11 +194,19 @@ class OriginalStates:
             is_missing = np.any(multihost_utils.process_allgather(is_missing), axis=0)
         return {key for key, absent in zip(keys, is_missing.tolist(), strict=True) if absent}
 
-    def batches(
-        self, examples: Sequence[Example], batch_size: int
-    ) -> Iterator[dict[str, np.ndarray]]:
-        """The features of examples, each in a row of its own; the last batch is filled up."""
-        return batch_for_eval(examples, batch_size, self._lengths, feature_layout=self._layout)
+    def batch(self, examples: Sequence[Example], batch_size: int) -> dict[str, np.ndarray]:
+        """The features of examples, each in a row of its own; what is left of it is filled up.
+
+        They are those without marks: however many there are, all batches have one shape.
+        """
+        pairs = np.zeros((0, 2), np.int32)
+        unmarked = [
+            dataclasses.replace(each, negative_pairs=pairs, negative_strengths=None, sets=())
+            for each in examples
+        ]
+        lengths, layout = self._lengths, self._layout
+        (found,) = batch_for_eval(unmarked, batch_size, lengths, feature_layout=layout)
+        return found
 
     def keep(self, examples: Sequence[Example], states: np.ndarray) -> None:
         """Keeps the states `[B, T, E]` of the first rows of a batch, each an example of its own.
@@ -295,15 +304,17 @@ class OriginalStates:
 
 def compute(
     stores: Mapping[str, OriginalStates],
-    examples: Iterable[Example],
+    data: Sequence[Sequence[Example]],
     states_of: Callable[[dict[str, np.ndarray]], Mapping[str, np.ndarray]],
     batch_size: int,
 ) -> None:
     """Computes and keeps the states of the examples that lack some.
 
+    No more examples are in memory than a batch has, where data sets are read from files.
+
     Args:
       stores: By the names of their features; of one network, with the same lengths.
-      examples: Any, also those that have states.
+      data: The data sets, which may have examples in common, also such that have states.
       states_of: From a batch of model features to states `[B, T, E]` by the same names, on this
         host.
       batch_size: Rows of a batch.
@@ -314,24 +325,45 @@ def compute(
     if not stores:
         return
     first_store = next(iter(stores.values()))
-    unique = {first_store.key(example): example for example in examples}  # each content once
-    lacking = set().union(*(store.missing(unique) for store in stores.values()))
-    todo = [example for key, example in unique.items() if key in lacking]
-    if not todo:
+    todo = _lacking(stores, data)
+    num_lacking = sum(map(len, todo))
+    if not num_lacking:
         console.log(f"The original's states are in {first_store.folder}: nothing to compute.")
         return
     for store in stores.values():
         files.check_writable(store.folder / "part", "STATES_DIR")
-    batches = first_store.batches(todo, batch_size)
-    num_batches = -(-len(todo) // batch_size)
-    title = f"states of the original, {len(todo)} examples, in batches"
-    for number, batch in enumerate(console.progress(batches, title, num_batches)):
-        states = states_of(batch)
-        first = number * batch_size
+    chosen = [
+        (examples, indices[start : start + batch_size])
+        for examples, indices in zip(data, todo, strict=True)
+        for start in range(0, len(indices), batch_size)
+    ]
+    title = f"states of the original, {num_lacking} examples, in batches"
+    for examples, indices in console.progress(chosen, title):
+        read = take(examples, indices)
+        states = states_of(first_store.batch(read, batch_size))
         for name, store in stores.items():
-            store.keep(todo[first : first + batch_size], states[name])
+            store.keep(read, states[name])
     for store in stores.values():
         store.flush()
+
+
+def _lacking(
+    stores: Mapping[str, OriginalStates], data: Sequence[Sequence[Example]]
+) -> list[np.ndarray]:
+    """The indices, in each data set, of the examples without states: of each content the first."""
+    key_of = next(iter(stores.values())).key
+    lacking: set[str] = set()
+    found = []
+    for examples in data:
+        of_data: list[int] = []
+        keys = enumerate(map(key_of, examples))
+        while some := list(itertools.islice(keys, _KEYS_AT_A_TIME)):
+            first = {key: index for index, key in reversed(some)}
+            new = set().union(*(store.missing(first) for store in stores.values())) - lacking
+            of_data += sorted(first[key] for key in new)
+            lacking |= new
+        found.append(np.array(of_data, np.int64))
+    return found
 
 
 def default_folder(records_path: str | os.PathLike | None, model_dir: str) -> str:

@@ -320,6 +320,9 @@ class WeightsAndBiases:
         project: in which the run is shown.
         model_dir: of the run.
         config: JSON, what the run is.
+
+    Raises:
+        UsageError: it lets no run begin: nobody is logged in, nothing is at the other end.
     """
 
     def __init__(self, project: str, model_dir: str, config: Mapping[str, Any]):
@@ -335,14 +338,22 @@ class WeightsAndBiases:
             run_id = secrets.token_hex(4)
             files.write_json(os.fspath(kept), {"id": run_id, "project": project})
         self._table = wandb.Table
-        self._run: Any = wandb.init(
-            project=project,
-            id=run_id,
-            resume="allow",
-            name=folder.name,
-            config=dict(config),
-            dir=None if "://" in model_dir else os.fspath(folder),
-        )
+        try:
+            self._run: Any = wandb.init(
+                project=project,
+                id=run_id,
+                resume="allow",
+                name=folder.name,
+                config=dict(config),
+                dir=None if "://" in model_dir else os.fspath(folder),
+            )
+        except wandb.Error as error:
+            said, *_ = str(error).splitlines() or [type(error).__name__]
+            raise UsageError(
+                f"WANDB_PROJECT: expected that wandb can log in and begin a run in {project!r}, "
+                f"found: {said.rstrip('.')}. Run `wandb login`, or set WANDB_API_KEY, "
+                "WANDB_MODE=offline, or WANDB_PROJECT to None."
+            ) from error
 
     def write(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
         """Sends the numbers of an update that it does not have."""

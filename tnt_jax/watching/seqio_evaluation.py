@@ -19,6 +19,8 @@ from etils import epath
 
 from tnt_jax.checkpoints import pretrained
 from tnt_jax.data import tasks
+from tnt_jax.data.batches import batch_for_eval
+from tnt_jax.data.examples import Example
 from tnt_jax.models import decoding, sharding
 from tnt_jax.models.model import Model
 from tnt_jax.objectives import fused
@@ -63,7 +65,7 @@ class ModelFunctions:
                 keys = decoding.record_keys(0, [str(index) for index in indices])
             decoded = self._model.decode(
                 params,
-                [np.trim_zeros(row, "b").tolist() for row in inputs],  # seqio pads with 0
+                [_unpadded(row).tolist() for row in inputs],
                 inputs.shape[1],
                 self._decoder,
                 self._batch_size,
@@ -77,19 +79,16 @@ class ModelFunctions:
     def score(self, params: PyTree, dataset: Any) -> _Scores:
         """The log-likelihood of each target, in nats: the sum over its tokens, as weighted."""
         scores: _Scores = []
+        layout = self._model.network.feature_layout
+        no_marks = np.zeros((0, 2), np.int32)
         for indices, features in self._batches(dataset):
-            targets = features["decoder_target_tokens"]
-            batch = {
-                "encoder_input_tokens": features["encoder_input_tokens"],
-                "decoder_input_tokens": features["decoder_input_tokens"],
-                "decoder_target_tokens": targets,
-                "decoder_loss_mask": np.ones_like(targets),
-            }
-            fill = (0, self._batch_size - len(indices))
-            batch = {
-                name: np.pad(rows, (fill, *[(0, 0)] * (rows.ndim - 1)))
-                for name, rows in batch.items()
-            }
+            inputs, targets = features["encoder_input_tokens"], features["decoder_target_tokens"]
+            examples = [
+                Example(*map(_unpadded, rows), negative_pairs=no_marks, id=str(index))
+                for index, *rows in zip(indices, inputs, targets, strict=True)
+            ]
+            lengths = {"inputs": inputs.shape[1], "targets": targets.shape[1]}
+            (batch,) = batch_for_eval(examples, self._batch_size, lengths, feature_layout=layout)
             placed = sharding.put_batch(batch, self._model.mesh)
             found = np.asarray(self._log_likelihoods(params, placed))
             weighted = found[: len(indices)] * features["decoder_loss_weights"]
@@ -113,6 +112,11 @@ class ModelFunctions:
                 indices,
                 {name: np.stack([features[name] for _, features in batch]) for name in batch[0][1]},
             )
+
+
+def _unpadded(ids: np.ndarray) -> np.ndarray:
+    """The ids of a row without the zeros that seqio fills it up with."""
+    return np.trim_zeros(ids, "b")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
