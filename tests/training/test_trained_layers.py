@@ -179,7 +179,7 @@ def test_frozen_layers_are_where_the_step_does_not_look(kind, config, tmp_path):
     trainer, sources, update = made(kind, config, 1)
     examples = some_examples()
     load = functools.partial(
-        load_original.load, trainer, sources, update, examples=examples, states_folder=str(tmp_path)
+        load_original.load, trainer, sources, update, data=[examples], states_folder=str(tmp_path)
     )
     loaded, start = load(is_new=True)
     last = f"layers_{getattr(config, trainer.model.network.stacks['decoder']) - 1}"
