@@ -208,7 +208,7 @@ def test_a_function_marks():
 
 
 def test_a_package_that_is_edited_where_it_lies_is_known_by_its_code(tmp_path, monkeypatch):
-    """As `pip install -e` leaves it: what pip has is a version, which no edit changes."""
+    """`pip install -e` leaves code where it is edited, and no edit changes the version."""
     site = tmp_path / "site"
     for name, folder in (("copied", site), ("edited", tmp_path / "source")):
         folder.mkdir(exist_ok=True)

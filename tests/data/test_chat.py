@@ -129,7 +129,7 @@ def test_the_end_of_a_turn(kind, templates, tokenisers):
 
 
 def test_what_a_template_writes_behind_a_reply_ends_it_though_nothing_else_says_so(tmp_path):
-    """As in Qwen's base models, and in models that were trained on conversations later."""
+    """Qwen's base models have such files: a template, and the end of a text as the only end."""
     folder = tiny_tokenizers.qwen(tmp_path, chat_template=TEMPLATES["qwen"])
     names = {name: i for i, name in enumerate(hub_tokenizer.HubTokenizer(str(folder)).pieces())}
     turn, text = names["<|im_end|>"], names["<|endoftext|>"]

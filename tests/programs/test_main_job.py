@@ -251,6 +251,22 @@ def test_records_that_settings_were_chosen_on_have_no_certificate(patched, capsy
         assert message in capsys.readouterr().err
 
 
+def test_nothing_is_measured_at_marks_where_there_are_none(patched, capsys):
+    """A residual of 0 would read as success."""
+    lines = pathlib.Path("original.annotated.jsonl").read_text().splitlines()
+    clean = [{**json.loads(line), "negative_spans": [], "negative_token_ids": []} for line in lines]
+    text = "".join(json.dumps(row) + "\n" for row in clean)
+    pathlib.Path("unmarked.jsonl").write_text(text)
+    settings = {"ORIGINAL_RECORDS": "unmarked.jsonl"}
+    found = evaluate("unmarked.json", "patched.annotated.jsonl", "patched", **settings)
+    certificate = found["certificate"]
+    for name in ("residual", "collateral", "smallest_cost"):
+        assert certificate[f"negative_{name}"] is None
+    assert certificate["num_negative"] == 0
+    assert certificate["positive_collateral"] > 0
+    assert re.search(r"residual at marks \(nats\)\W+-\W", capsys.readouterr().out)
+
+
 def test_tokens_come_from_a_certificate(original, capsys):
     settings = {
         "OUTPUT": "texts.json",
