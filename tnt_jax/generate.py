@@ -24,7 +24,7 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -209,10 +209,10 @@ def generate(
                 total=len(own),
             ):
                 made = [
-                    _output(rows[index], of_row, vocabulary)
+                    _output(rows[index], of_row, vocabulary, decoder)
                     for index, of_row in zip(batch.indices, tokens, strict=False)  # filler is last
                 ]
-                job.add(part, [row.to_line() for row in made], _counts(made, vocabulary.end_ids))
+                job.add(part, [row.to_line() for row in made], _counts(made, decoder.end_ids))
         job.wait_for_all()
         seconds = time.monotonic() - began
         job.join(
@@ -229,12 +229,12 @@ def _in_turn(batches: Sequence[_Batch], sizes: Sequence[int]) -> Iterator[list[_
     return (list(itertools.islice(left, size)) for size in sizes)
 
 
-def _counts(made: Sequence[records.Record], end_ids: frozenset[int]) -> dict[str, int]:
+def _counts(made: Sequence[records.Record], end_ids: Collection[int]) -> dict[str, int]:
     generated = [row.target_ids or () for row in made]
     return {
         "outputs": len(generated),
         "tokens": sum(map(len, generated)),
-        "unended": sum(end_ids.isdisjoint(ids) for ids in generated),
+        "unended": sum(set(end_ids).isdisjoint(ids) for ids in generated),
     }
 
 
@@ -410,8 +410,10 @@ def _one_ahead(
         yield started[0], np.asarray(started[1].tokens)
 
 
-def _output(row: records.Record, tokens: np.ndarray, vocabulary: Any) -> records.Record:
-    ids = tokenization.said(tokens, vocabulary.end_ids)
+def _output(
+    row: records.Record, tokens: np.ndarray, vocabulary: Any, decoder: decoding.Decoding
+) -> records.Record:
+    ids = tokenization.said(tokens, decoder.end_ids)
     extra = dict(row.extra)
     if row.targets:
         extra.setdefault("reference", row.targets)

@@ -469,7 +469,9 @@ class _Patch:
         self._pilot_files = files
         rows = [row for file in files.values() for row in records.iterate(file)]
         self._output_lengths = [len(row.target_ids or ()) for row in rows]
-        ends = opened.vocabulary.end_ids
+        ends = opened.vocabulary.end_ids.union(
+            *(decoder.end_ids for decoder in opened.settings.decoders.values())
+        )
         self._num_unended = sum(ends.isdisjoint(row.target_ids or ()) for row in rows)
         seconds = sum(opened.seconds(f"{name}: generate, {decoder}") or 0.0 for decoder in files)
         self._seconds_per_output = max(seconds / len(rows), 1e-3)

@@ -446,19 +446,20 @@ def score(log_prob, length, alpha):
     return log_prob / ((5 + length) / 6) ** alpha
 
 
-def best_of_all(row, alpha):
+def best_of_all(row, alpha, ends):
     """The best ended sequence among all that exist."""
     table = next_log_probs(row)
     ended = [
-        (sum(table[prefix[:i]][prefix[i]] for i in range(n)) + table[prefix][EOS], (*prefix, EOS))
+        (sum(table[prefix[:i]][prefix[i]] for i in range(n)) + table[prefix][end], (*prefix, end))
         for n in range(LENGTH)
-        for prefix in itertools.product(SYMBOLS, repeat=n)
+        for prefix in itertools.product([s for s in SYMBOLS if s not in ends], repeat=n)
+        for end in ends
     ]
     return max(ended, key=lambda found: score(found[0], len(found[1]), alpha))
 
 
-def beam_search(row, num_beams, alpha):
-    """T5X's search without its early exit, on lists."""
+def beam_search(row, num_beams, alpha, ends):
+    """T5X's search without its early exit, on lists; of each beam as many more as there are ends."""
     table = next_log_probs(row)
     live, finished = [(0.0, ())], []
     for _ in range(LENGTH):
@@ -467,9 +468,10 @@ def beam_search(row, num_beams, alpha):
             for log_prob, prefix in live
             for token in (EOS, *SYMBOLS)
         ]
-        candidates = sorted(candidates, reverse=True)[: 2 * num_beams]
-        finished += [candidate for candidate in candidates if candidate[1][-1] == EOS]
-        live = [candidate for candidate in candidates if candidate[1][-1] != EOS][:num_beams]
+        candidates = sorted(candidates, reverse=True)[: (1 + len(ends)) * num_beams]
+        finished += [candidate for candidate in candidates if candidate[1][-1] in ends]
+        live = [candidate for candidate in candidates if candidate[1][-1] not in ends][:num_beams]
+        assert len(live) == num_beams or len(live) == len(SYMBOLS) + 1 - len(ends)
     if not finished:
         return live[0]
     return max(finished, key=lambda found: score(found[0], len(found[1]), alpha))
@@ -483,24 +485,28 @@ def assert_beams(decoded, expected):
         assert log_prob == pytest.approx(best_log_prob, abs=1e-4)
 
 
-@pytest.mark.parametrize("alpha", [0.0, 2.0])  # 2 puts short and long close to each other
-def test_enough_beams_find_the_best_of_all_sequences(alpha):
+# 2 puts short and long close to each other. Chat models have up to three ends.
+@pytest.mark.parametrize(("alpha", "ends"), [(0.0, (EOS,)), (2.0, (EOS,)), (2.0, (EOS, 3, 8))])
+def test_enough_beams_find_the_best_of_all_sequences(alpha, ends):
     decoded = decode(
-        max_length=LENGTH, num_beams=64, length_penalty=alpha, end_ids=(EOS,), banned_ids=BANNED
+        max_length=LENGTH, num_beams=64, length_penalty=alpha, end_ids=ends, banned_ids=BANNED
     )
-    assert_beams(decoded, [best_of_all(row, alpha) for row in range(3)])
+    assert_beams(decoded, [best_of_all(row, alpha, ends) for row in range(3)])
 
 
-@pytest.mark.parametrize(("num_beams", "alpha"), [(2, 0.6), (3, 2.0)])
-def test_few_beams_find_what_the_search_on_lists_finds(num_beams, alpha):
+@pytest.mark.parametrize(
+    ("num_beams", "alpha", "ends"),
+    [(2, 0.6, (EOS,)), (3, 2.0, (EOS,)), (2, 0.6, (EOS, 5)), (2, 6.0, (EOS, 3, 5))],
+)
+def test_few_beams_find_what_the_search_on_lists_finds(num_beams, alpha, ends):
     decoded = decode(
         max_length=LENGTH,
         num_beams=num_beams,
         length_penalty=alpha,
-        end_ids=(EOS,),
+        end_ids=ends,
         banned_ids=BANNED,
     )
-    assert_beams(decoded, [beam_search(row, num_beams, alpha) for row in range(3)])
+    assert_beams(decoded, [beam_search(row, num_beams, alpha, ends) for row in range(3)])
 
 
 # ------------------------------------------------------------------------------------ User errors
@@ -515,17 +521,50 @@ def test_few_beams_find_what_the_search_on_lists_finds(num_beams, alpha):
         ({"temperature": 1.0, "top_p": 0.0}, "Decoding.top_p must be above 0"),
         ({"temperature": 1.0, "top_k": -1}, "Decoding.top_k must be 0"),
         ({"length_penalty": -0.5}, "Decoding.length_penalty must be 0"),
-        ({"banned_ids": (4, 1)}, "Decoding.banned_ids must be without end_ids"),
+        ({"banned_ids": (4, 1)}, "Decoding.banned_ids must be without end_ids.*; found 1$"),
         ({"top_k": 5}, "set temperature above 0"),
         ({"top_p": 0.9}, "set temperature above 0"),
         ({"num_beams": 2, "temperature": 1.0}, "set num_beams=1 or temperature=0"),
         ({"temperature": 1.0}, "row_keys"),
-        ({"end_ids": (12,)}, "vocabulary of 12 ids"),
-        ({"banned_ids": (3, 12)}, "vocabulary of 12 ids"),
-        ({"banned_ids": (-1,)}, "vocabulary of 12 ids"),
-        ({"temperature": 1.0, "top_k": 13}, "vocabulary of 12 ids"),
+        ({"end_ids": (12,)}, "Decoding.end_ids: .* from 0 to 11; found 12\\b"),
+        ({"banned_ids": (3, 12)}, "Decoding.banned_ids: .* from 0 to 11; found 12\\b"),
+        ({"banned_ids": (-1,)}, "Decoding.banned_ids: .* from 0 to 11; found -1\\b"),
+        ({"temperature": 1.0, "top_k": 13}, "top_k: .* at most the vocabulary of 12 ids; found 13"),
     ],
 )
 def test_a_wrong_setting_is_named(settings, message):
     with pytest.raises(UsageError, match=message):
         decode(**{"max_length": 4, **settings})
+
+
+class Tokens:
+    """Ten ids of twelve rows: 7 and 8 end an output, and 0 and 9 say nothing."""
+
+    size, end_ids, never_said = 10, frozenset([7, 8]), frozenset([0, 9])
+
+
+@pytest.mark.parametrize(
+    ("asked", "ends", "banned"),
+    [
+        ({}, (7, 8), (0, 9, 10, 11)),
+        ({"end_ids": (4,), "banned_ids": (5,)}, (4, 7, 8), (5, 0, 9, 10, 11)),
+        ({"end_ids": (9,)}, (7, 8, 9), (0, 10, 11)),  # a control token, by which a user stops
+        ({"end_ids": (4,), "banned_ids": (7,)}, (4, 8), (7, 0, 9, 10, 11)),
+    ],
+)
+def test_ends_of_a_user_come_beside_those_of_the_tokeniser(asked, ends, banned):
+    within = decoding.within_vocabulary(Decoding(max_length=4, **asked), Tokens(), CONFIG)
+    assert (within.end_ids, within.banned_ids) == (ends, banned)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"banned_ids": (7,)}, "without end_ids"),
+        ({"end_ids": (99,)}, "from 0 to 11; found 99$"),
+        ({"temperature": 1.0, "top_k": 13}, "12 ids; found 13$"),
+    ],
+)
+def test_what_no_tokeniser_can_say_is_named_alone(asked, message):
+    with pytest.raises(UsageError, match=message):
+        decoding.within_vocabulary(Decoding(max_length=4, **asked), Tokens(), CONFIG)

@@ -1,5 +1,6 @@
 """How prompts are put into batches, and that neither batches nor devices change an output."""
 
+import collections
 import contextlib
 import dataclasses
 import itertools
@@ -262,6 +263,18 @@ def test_outputs_do_not_depend_on_the_batches(decoder, monkeypatch, capsys):
         ],
     )
     assert outputs("unsorted", **decoder) == bucketed
+
+
+def test_an_end_of_the_user_ends_an_output(capsys):
+    """What is said up to it is what is said without it, and nothing stands after it."""
+    free = outputs("free")
+    end = collections.Counter(id_ for ids in free for id_ in ids[1:-1]).most_common(1)[0][0]
+    assert 5 < sum(end in ids for ids in free) < 45
+    capsys.readouterr()
+    expected = [ids[: ids.index(end) + 1] if end in ids else ids for ids in free]
+    assert outputs("stopped", **{"decoding.Decoding.end_ids": (end,)}) == expected
+    unended = sum(not {1, end} & {*ids} for ids in expected)
+    assert f"45 outputs, of which {unended} do not end" in capsys.readouterr().out
 
 
 MASKED = {"MASK": "@annotators.Lexicon()", "annotators.Lexicon.path": "said.txt"}

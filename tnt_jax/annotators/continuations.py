@@ -71,7 +71,7 @@ def sample(
             prefixes=given,
         )
         for (index, _), row, name in zip(batch, np.asarray(decoded.tokens), names, strict=False):
-            ids = tokenization.said(row, vocabulary.end_ids)
+            ids = tokenization.said(row, decoder.end_ids)
             found[index].append(
                 records.Record(
                     id=name,

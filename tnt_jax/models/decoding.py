@@ -40,7 +40,7 @@ class Decoding:
         probability, counted after temperature and `top_k`; 1 means all.
       length_penalty: alpha of T5X's brevity penalty: a finished beam of n tokens scores
         log_prob / ((5 + n) / 6)^alpha.
-      end_ids: ids that end a sequence; none takes those of the tokeniser (`within_vocabulary`).
+      end_ids: ids that end a sequence; `within_vocabulary` adds those of the tokeniser.
       banned_ids: ids removed at every step, the rest renormalised: the exact and free baseline for
         a list of unwanted tokens.
 
@@ -75,7 +75,10 @@ class Decoding:
             ),
         ):
             if not holds:
-                raise UsageError(f"Decoding.{name} must be {expected}; found {getattr(self, name)}")
+                found = getattr(self, name)
+                if name == "banned_ids":  # There may be thousands of them.
+                    found = min(set(self.end_ids).intersection(self.banned_ids))
+                raise UsageError(f"Decoding.{name} must be {expected}; found {found}")
         if self.temperature == 0 and (self.top_k > 0 or self.top_p < 1):
             raise UsageError(
                 f"Decoding.top_k={self.top_k} and top_p={self.top_p} act on sampling only: set "
@@ -111,16 +114,37 @@ class Vocabulary(Protocol):
 def within_vocabulary(
     decoding: Decoding, vocabulary: Vocabulary, config: NetworkConfig
 ) -> Decoding:
-    """The same settings with a tokeniser's ends, and never with an id that stands for no text.
+    """The same settings with a tokeniser's ends, too, and never with an id that stands for no text.
 
-    An embedding may have more rows than its vocabulary has ids.
+    An embedding may have more rows than its vocabulary has ids. Beside ends that are stated, those
+    of the tokeniser may be banned.
+
+    Raises:
+      UsageError: an id or `top_k` beyond the vocabulary, or an end that is banned.
     """
-    unused = range(vocabulary.size, config.vocab_size)
+    _check_within(decoding, config.vocab_size)
+    ends = {*decoding.end_ids, *vocabulary.end_ids}
+    if decoding.end_ids:
+        ends.difference_update(decoding.banned_ids)
+    silent = [*sorted(vocabulary.never_said - ends), *range(vocabulary.size, config.vocab_size)]
     return dataclasses.replace(
-        decoding,
-        end_ids=decoding.end_ids or tuple(sorted(vocabulary.end_ids)),
-        banned_ids=(*decoding.banned_ids, *sorted(vocabulary.never_said), *unused),
+        decoding, end_ids=tuple(sorted(ends)), banned_ids=(*decoding.banned_ids, *silent)
     )
+
+
+def _check_within(decoding: Decoding, vocab_size: int) -> None:
+    for name in ("end_ids", "banned_ids"):
+        beyond = [i for i in getattr(decoding, name) if not 0 <= i < vocab_size]
+        if beyond:
+            raise UsageError(
+                f"Decoding.{name}: expected ids within the vocabulary, from 0 to {vocab_size - 1}; "
+                f"found {beyond[0]}"
+            )
+    if decoding.top_k > vocab_size:
+        raise UsageError(
+            f"Decoding.top_k: expected at most the vocabulary of {vocab_size} ids; found "
+            f"{decoding.top_k}"
+        )
 
 
 class Decoded(NamedTuple):
@@ -184,12 +208,7 @@ def decode(
       UsageError: sampling without keys, an id or `top_k` beyond the vocabulary, or a prefix that is
         longer than an output may be.
     """
-    ids = (*decoding.end_ids, *decoding.banned_ids)
-    if max(*ids, decoding.top_k - 1, 0) >= config.vocab_size or min(ids, default=0) < 0:
-        raise UsageError(
-            f"Decoding.end_ids, banned_ids and top_k must lie within the vocabulary of "
-            f"{config.vocab_size} ids; found {decoding}"
-        )
+    _check_within(decoding, config.vocab_size)
     if decoding.temperature > 0 and row_keys is None:
         raise UsageError("sampling (Decoding.temperature above 0) needs one key per row: row_keys")
     if decoding.num_beams > 1 and prefix_tokens is not None:
@@ -361,8 +380,8 @@ def _search_beams(
 ) -> Decoded:
     """The best beam by the semantics of t5x/decoding.py `beam_search`.
 
-    Each step takes the best 2N continuations of N live beams; those that end compete by score, the
-    best N of the others live on. Only the best finished beam is returned, so only it is kept, and a
+    Each step takes the best 2N continuations of N live beams (with E ends (1 + E) N, so that N of
+    them do not end); those that end compete by score, the best N of the others live on. Only the best finished beam is returned, so only it is kept, and a
     row is settled when no live beam can beat it. If none ever finishes, the best live beam counts.
     """
     num_rows, num_beams = is_filler.shape[0], decoding.num_beams
@@ -386,8 +405,9 @@ def _search_beams(
         vocab_size = log_probs.shape[-1]
         log_probs = log_probs.reshape(num_rows, num_beams, vocab_size)
         totals = (beams.live_log_prob[:, :, None] + log_probs).reshape(num_rows, -1)
-        # One continuation of each beam can be its end, so at least N of 2N live on.
-        totals, index = jax.lax.top_k(totals, 2 * num_beams)
+        # Of each beam E continuations can be ends, so at least N of these live on.
+        num_candidates = min((1 + len(decoding.end_ids)) * num_beams, totals.shape[1])
+        totals, index = jax.lax.top_k(totals, num_candidates)
         parent, token = index // vocab_size, index % vocab_size
         tokens = jnp.take_along_axis(beams.live_tokens, parent[:, :, None], axis=1)
         tokens = tokens.at[:, :, position].set(token)
