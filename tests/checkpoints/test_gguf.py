@@ -138,8 +138,14 @@ def test_the_scaling_of_llama_3(theta, width, factor, context, tmp_path):
     }
 
 
-def write_scaled(tmp_path, theta, width, factor, context, **changes):
-    """A model of two heads with a scaled rotation."""
+def test_a_file_without_heads_of_keys_has_one_for_each_of_queries(tmp_path):
+    """As llama.cpp reads it. transformers has 8 of a Mistral model, which it is by its window."""
+    write_scaled(tmp_path, 500_000.0, 128, 8.0, 8192, of_file={"attention.sliding_window": 16})
+    assert pretrained.open_checkpoint(str(tmp_path / "model.gguf")).config.num_kv_heads == 2
+
+
+def write_scaled(tmp_path, theta, width, factor, context, of_file=None, **changes):
+    """A model of two heads with a scaled rotation; with `of_file` without heads of keys."""
     config = json.loads((GOLDEN / "llama_3" / "config.json").read_text())
     config |= {"hidden_size": 2 * width, "head_dim": width, "num_hidden_layers": 1}
     config |= {"num_attention_heads": 2, "num_key_value_heads": 2, "attention_bias": False}
@@ -150,6 +156,9 @@ def write_scaled(tmp_path, theta, width, factor, context, **changes):
         **changes,
     }
     architecture = gguf_writer.settings_of(config)
+    if of_file is not None:
+        del architecture["attention.head_count_kv"]
+        architecture |= of_file
     settings = {f"llama.{name}": value for name, value in architecture.items()}
     tensors = {
         "token_embd.weight": (np.zeros((64, 2 * width), np.float32), "F32"),

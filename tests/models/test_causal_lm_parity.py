@@ -143,6 +143,25 @@ def test_what_a_family_s_files_leave_out():
     assert [kind.window for kind in gemma2.kinds] == [4096, None, 4096, None]
 
 
+def test_heads_that_a_family_s_files_leave_out_are_its_first_model_s():
+    for name, num_kv_heads in (("llama", 16), ("olmo2", 16), ("mistral", 8), ("gemma", 16)):
+        settings = settings_of(name) | {"num_attention_heads": 16, "hidden_size": 64}
+        settings["head_dim"] = 4
+        read = functools.partial(huggingface_causal_lm.network_config, where="", is_tied=False)
+        assert read(without(settings, "num_key_value_heads")).num_kv_heads == num_kv_heads
+        assert read(settings | {"num_key_value_heads": None}).num_kv_heads == 16
+
+
+def test_layers_without_rope_have_the_window_of_smollm3():
+    """As its class in transformers has it, where no `layer_types` says otherwise."""
+    settings = without(settings_of("smollm3"), "layer_types", "no_rope_layers")
+    settings["no_rope_layer_interval"] = 4
+    settings |= {"num_hidden_layers": 8, "use_sliding_window": True, "sliding_window": 16}
+    found = huggingface_causal_lm.network_config(settings, where="", is_tied=True).kinds
+    assert [kind.window for kind in found] == [*[None] * 3, 16, *[None] * 3, 16]
+    assert [kind.rope_theta is None for kind in found] == [*[False] * 3, True, *[False] * 3, True]
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [

@@ -459,7 +459,7 @@ def best_of_all(row, alpha, ends):
 
 
 def beam_search(row, num_beams, alpha, ends):
-    """T5X's search without its early exit, on lists; of each beam as many more as there are ends."""
+    """T5X's search without its early exit, on lists; each end adds a continuation of each beam."""
     table = next_log_probs(row)
     live, finished = [(0.0, ())], []
     for _ in range(LENGTH):

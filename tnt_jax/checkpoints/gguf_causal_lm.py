@@ -158,6 +158,8 @@ def _config_of(file: GgufFile) -> dict[str, Any]:
             f"{prefix}block_count: expected at most {MOST_LAYERS}, found "
             f"{config['num_hidden_layers']}."
         )
+    # transformers has a number of each family's own where a file states none; llama.cpp has not.
+    config.setdefault("num_key_value_heads", config["num_attention_heads"])
     config["head_dim"] = _head_dim(given, config, prefix)
     config |= _window(given, architecture.model_type, config["num_hidden_layers"], prefix)
     if "sliding_window" in config and config["model_type"] == "llama":
@@ -367,7 +369,7 @@ def tensors_of(file: GgufFile, config: Mapping[str, Any]) -> dict[str, LazyArray
     """
     _, architecture = _architecture(file)
     heads = {"attn_q": config["num_attention_heads"]}
-    heads["attn_k"] = config.get("num_key_value_heads") or config["num_attention_heads"]
+    heads["attn_k"] = config["num_key_value_heads"]
     stored = {}
     for name, array in file.tensors.items():
         if name == _ROPE_FREQS:

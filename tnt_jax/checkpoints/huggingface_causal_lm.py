@@ -35,6 +35,8 @@ class _Family:
         value: Mistral's files say `"sliding_window": null` and mean that there is none.
       biases: What `attention_bias` true stands for; None where the key has no meaning.
       window_switch: The key that makes `sliding_window` count; None where it always does.
+      window_layers: Which layers have the window where no `layer_types` says so: those
+        "from_max_window_layers" on, or those "without_rope".
       full_every: Of so many layers the last one sees everything and the others have the window,
         where no `layer_types` says otherwise; None is not of this kind.
       softcaps: Keys of `_SOFTCAPS` that transformers computes in this family.
@@ -44,6 +46,7 @@ class _Family:
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     biases: str | None = "all"
     window_switch: str | None = None
+    window_layers: str = "from_max_window_layers"
     full_every: int | None = None
     softcaps: tuple[str, ...] = ()
 
@@ -55,10 +58,10 @@ _SOFTCAPS = {
     "final_logit_softcapping": "final_softcap",
 }
 _GEMMA = {"norm_scale_offset": 1.0, "scales_embedding": True}
-_QWEN = {"sliding_window": 4096, "max_window_layers": 28}
+_QWEN = {"sliding_window": 4096, "max_window_layers": 28, "num_key_value_heads": 32}
 _FAMILIES = {
     "llama": _Family(),
-    "mistral": _Family(biases=None, defaults={"sliding_window": 4096}),
+    "mistral": _Family(biases=None, defaults={"sliding_window": 4096, "num_key_value_heads": 8}),
     "qwen2": _Family(
         switches={"attention_bias": "qkv"},
         biases=None,
@@ -72,9 +75,14 @@ _FAMILIES = {
     ),
     "smollm3": _Family(
         window_switch="use_sliding_window",
-        defaults={"rope_theta": 2_000_000.0, "no_rope_layer_interval": 4},
+        window_layers="without_rope",
+        defaults={
+            "rope_theta": 2_000_000.0,
+            "no_rope_layer_interval": 4,
+            "num_key_value_heads": 4,
+        },
     ),
-    "gemma": _Family(switches=_GEMMA, defaults={"head_dim": 256}),
+    "gemma": _Family(switches=_GEMMA, defaults={"head_dim": 256, "num_key_value_heads": 16}),
     "gemma2": _Family(
         switches={**_GEMMA, "norms": "pre_and_post"},
         full_every=2,
@@ -82,6 +90,7 @@ _FAMILIES = {
         defaults={
             "head_dim": 256,
             "sliding_window": 4096,
+            "num_key_value_heads": 4,
             "query_pre_attn_scalar": 256,
             "attn_logit_softcapping": 50.0,
             "final_logit_softcapping": 30.0,
@@ -94,6 +103,7 @@ _FAMILIES = {
         defaults={
             "head_dim": 256,
             "sliding_window": 4096,
+            "num_key_value_heads": 4,
             "query_pre_attn_scalar": 256,
             "rope_theta": 1_000_000.0,
             "rope_local_base_freq": 10_000.0,
@@ -259,14 +269,6 @@ def _layer_kinds(
 ) -> tuple[Sequence[LayerKind], Sequence[int]]:
     """The kinds of layers, and which each layer is."""
     num_layers = given["num_hidden_layers"]
-    types = given.get("layer_types") or _layer_types(given, family)
-    known = ("full_attention", "sliding_attention")
-    if len(types) != num_layers or any(kind not in known for kind in types):
-        raise UsageError(
-            f"layer_types: expected full_attention or sliding_attention for each of "
-            f"{num_layers} layers, found {types!r:.80}."
-        )
-    window = given.get("sliding_window")
     no_rope = given.get("no_rope_layers")
     interval = given.get("no_rope_layer_interval")
     if no_rope is None and interval:
@@ -276,6 +278,14 @@ def _layer_kinds(
             f"no_rope_layers: expected a number for each of {num_layers} layers, found "
             f"{no_rope!r:.80}."
         )
+    types = given.get("layer_types") or _layer_types(given, family, no_rope)
+    known = ("full_attention", "sliding_attention")
+    if len(types) != num_layers or any(kind not in known for kind in types):
+        raise UsageError(
+            f"layer_types: expected full_attention or sliding_attention for each of "
+            f"{num_layers} layers, found {types!r:.80}."
+        )
+    window = given.get("sliding_window")
     kinds: dict[LayerKind, int] = {}
     pattern = []
     for i, layer_type in enumerate(types):
@@ -289,8 +299,10 @@ def _layer_kinds(
     return tuple(kinds), tuple(pattern)
 
 
-def _layer_types(given: Mapping[str, Any], family: _Family) -> list[str]:
-    """What a file from before `layer_types` means."""
+def _layer_types(
+    given: Mapping[str, Any], family: _Family, no_rope: Sequence[int] | None
+) -> list[str]:
+    """What a file from before `layer_types` means; `no_rope` is 0 where nothing is rotated."""
     num_layers = given["num_hidden_layers"]
     if family.full_every is not None:
         # transformers 5 keeps the key of 4 under another name.
@@ -306,6 +318,8 @@ def _layer_types(given: Mapping[str, Any], family: _Family) -> list[str]:
         return ["sliding_attention"] * num_layers
     if not given.get(family.window_switch):
         return ["full_attention"] * num_layers
+    if family.window_layers == "without_rope":
+        return ["full_attention" if rope else "sliding_attention" for rope in no_rope or ()]
     first = given.get("max_window_layers") or 0
     return ["sliding_attention" if i >= first else "full_attention" for i in range(num_layers)]
 

@@ -380,9 +380,10 @@ def _search_beams(
 ) -> Decoded:
     """The best beam by the semantics of t5x/decoding.py `beam_search`.
 
-    Each step takes the best 2N continuations of N live beams (with E ends (1 + E) N, so that N of
-    them do not end); those that end compete by score, the best N of the others live on. Only the best finished beam is returned, so only it is kept, and a
-    row is settled when no live beam can beat it. If none ever finishes, the best live beam counts.
+    Each step takes the best 2N continuations of N live beams, (1 + E) N with E ends, so that N of
+    them do not end; those that end compete by score, the best N of the others live on. Only the
+    best finished beam is returned, so only it is kept, and a row is settled when no live beam can
+    beat it. If none ever finishes, the best live beam counts.
     """
     num_rows, num_beams = is_filler.shape[0], decoding.num_beams
     if mask is not None:
