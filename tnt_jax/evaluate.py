@@ -210,7 +210,7 @@ def _certificate(
     current = pretrained.open_checkpoint(settings.checkpoint_path)
     # Where the last layers alone were trained, those below are computed once for both models.
     kind, current_params = originals.what_differs(
-        original_params, current.restore(compared.abstract_params)
+        original_params, current.restore(compared.abstract_computed_params)
     )
     # Of the objective only the loss depends, and the loss is not reported: forward KL splits
     # exactly into residual and collateral.

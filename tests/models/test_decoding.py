@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import t5_inputs
+from helpers.tiny_llama import LLAMA
 
 from tnt_jax import annotators
 from tnt_jax.data import records
 from tnt_jax.data.token_automaton import Listed
-from tnt_jax.models import decoding, masking, t5
+from tnt_jax.models import decoding, families, masking, t5
 from tnt_jax.models.decoding import Decoding
 from tnt_jax.runtime.errors import UsageError
 
@@ -422,6 +423,31 @@ def test_the_noise_belongs_to_the_token_whatever_is_cut():
     banned = first_tokens(temperature=2.0, banned_ids=(banned_id,))
     np.testing.assert_array_equal(banned[free != banned_id], free[free != banned_id])
     assert banned_id not in banned
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+@pytest.mark.parametrize("family", ["t5", "causal_lm"])
+def test_parameters_that_are_cast_once_say_the_same(family, settings):
+    config = {"t5": CONFIG, "causal_lm": LLAMA}[family]
+    config = dataclasses.replace(config, dtype=jnp.dtype("bfloat16"))
+    network = families.network_of(config)
+    rng = np.random.default_rng(4)
+    params = jax.tree.map(
+        lambda leaf: rng.normal(0, 0.5, leaf.shape).astype(np.float32), network.abstract_params()
+    )
+    cast = jax.tree.map(lambda x, dtype: x.astype(dtype), params, network.computed_dtypes())
+    assert any(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(cast))
+    found = [
+        decoding.decode(
+            jax.tree.map(jnp.asarray, of),
+            SOURCES,
+            jnp.sum(SOURCES != 0, axis=1),
+            config=config,
+            decoding=Decoding(max_length=6, end_ids=(NEVER,), **settings),
+        )
+        for of in (params, cast)
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *found)
 
 
 # ----------------------------------------------------------------------------------- Beam search

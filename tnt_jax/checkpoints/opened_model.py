@@ -32,12 +32,12 @@ class OpenedModel:
 
     @functools.cached_property
     def params(self) -> PyTree:
-        """The parameters, on the mesh.
+        """The parameters, on the mesh, in the dtypes in which they are computed.
 
         Raises:
           UsageError: The weights are damaged.
         """
-        return self.source.restore(self.model.abstract_params)
+        return self.source.restore(self.model.abstract_computed_params)
 
 
 def open_model(
