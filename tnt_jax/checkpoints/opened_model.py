@@ -10,7 +10,7 @@ from tnt_jax.data import tokenization
 from tnt_jax.models import sharding
 from tnt_jax.models.model import Model
 from tnt_jax.models.network_config import NetworkConfig
-from tnt_jax.runtime import memory
+from tnt_jax.runtime import console, memory
 from tnt_jax.runtime.array_types import PyTree
 
 
@@ -69,6 +69,12 @@ def open_model(
     memory.check_batch(batch_size, num_tokens)
     source = pretrained.open_checkpoint(path)
     config = pretrained.config_of(settings, source)
+    longest = source.max_positions
+    if longest is not None and num_tokens > longest:
+        console.log(
+            f"Rows may have {num_tokens} tokens (TASK_FEATURE_LENGTHS), and {source.path} was made "
+            f"for {longest}: of what is longer it does not make sense."
+        )
     return OpenedModel(
         source=source,
         model=Model(config=config, mesh=mesh),

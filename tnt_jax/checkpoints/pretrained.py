@@ -255,6 +255,14 @@ class Pretrained:
     # What Orbax can read by itself: the item, the part of it, and the names that are stored there.
     _orbax: tuple[epath.Path, tuple[str, ...], frozenset[str]] | None = None
 
+    @property
+    def max_positions(self) -> int | None:
+        """The longest text, in tokens, that the model was made for; None where nothing says so."""
+        if not (self.description / huggingface.CONFIG).exists():
+            return None
+        found = huggingface.read_config(self.description).get("max_position_embeddings")
+        return found if type(found) is int else None
+
     def check_original(self) -> None:
         """Reads the weights that adapters or layers were trained beside.
 
