@@ -26,6 +26,7 @@ import array
 import dataclasses
 import hashlib
 import json
+import numbers
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -508,15 +509,18 @@ def _number(entry: TokenIds) -> float:
 
 
 def is_strength(value: Any) -> bool:
-    """Whether a value is a number above 0 and at most 1."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and 0 < value <= 1  # which NaN is not
+    """Whether a value is a number above 0 and at most 1, of Python or NumPy."""
+    return _is_number(value) and bool(0 < value <= 1)  # which NaN is not
 
 
 def is_strength_of_ids(value: Any) -> bool:
     """Whether a value is a number from `LEAST_STRENGTH` to 1, but not 0, which marks nothing."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and value != 0 and LEAST_STRENGTH <= value <= 1
+    return _is_number(value) and value != 0 and bool(LEAST_STRENGTH <= value <= 1)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is an integer or a float, of Python or NumPy; no boolean is."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _entry(first: Any, second: Any, strength: Any) -> Any:
