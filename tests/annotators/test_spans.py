@@ -196,6 +196,32 @@ def test_records_marked_by_hand_are_such_a_file(tmp_path):
     assert marked(copy, record("a rat", name="x", inputs="i")) == ["rat"]
 
 
+def test_marks_of_two_models_outputs_are_compared(tmp_path):
+    """What people marked before and after an update is in two files, each with its digest."""
+    for name, text in (("before", "a rat"), ("after", "a cat")):
+        records.write_records(tmp_path / f"{name}.jsonl", [record(text)])
+        row = {"id": "a", "targets": text, "negative_spans": [[2, 5]]}
+        (tmp_path / f"marks, {name}.jsonl").write_text(json.dumps(row))
+        annotate.annotate(
+            output=str(tmp_path / f"{name}.annotated.jsonl"),
+            input=str(tmp_path / f"{name}.jsonl"),
+            annotator=annotators.Spans(path=str(tmp_path / f"marks, {name}.jsonl")),
+        )
+    before, after = records.read_pairs(
+        tmp_path / "before.annotated.jsonl", tmp_path / "after.annotated.jsonl"
+    )
+    assert before[0].annotator != after[0].annotator
+    assert [row.offsets for row in (*before, *after)] == [((2, 5),)] * 2
+
+
+def test_an_empty_output_is_marked_clean_and_a_prompt_is_refused(marks_of):
+    annotator = marks_of({"id": "a", "negative_spans": []})
+    made = annotate.mark(record(""), annotator, None)
+    assert (made.negative_spans, made.negative_token_ids, made.is_prompt) == ((), (), False)
+    with pytest.raises(UsageError, match=r"record 'a' has no targets\. Expected outputs"):
+        annotate.mark(records.Record(id="a", inputs=""), annotator, None)
+
+
 def test_toxic_spans_data(shared_data):
     """Every offset of SemEval's file comes back, on the texts as a CSV reader gives them."""
     path = shared_data / "data" / "toxic_spans" / "tsd_trial.csv"
