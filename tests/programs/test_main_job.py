@@ -729,6 +729,14 @@ def test_one_prompt_is_enough_for_a_pipeline_and_unrelated_ones_have_numbers_of_
     assert line.split()[-1] == f"{unrelated['kl']:.3f}"
 
 
+def test_a_table_says_once_what_the_certificates_of_its_arms_are_of(capsys):
+    evaluation = outputs.evaluation(60)
+    evaluation["certificate"] |= {"num_negative": 700.0, "num_positive": 2.0}
+    pipeline._print_table({arm: {"greedy": evaluation} for arm in ("a", "b")}, ["greedy"], 0)
+    told = " ".join(capsys.readouterr().out.split())
+    assert told.count("700 of 702 positions of the original's outputs are marked") == 1
+
+
 def test_a_number_that_was_not_finite_is_a_dash_in_the_table(capsys):
     evaluation = outputs.evaluation(60)
     certificate = dict.fromkeys(evaluation["certificate"])
