@@ -199,7 +199,7 @@ def mark(
     Raises:
       UsageError: The record is a prompt, or its ids are of another vocabulary.
     """
-    if not row.targets and row.target_ids is None:
+    if row.is_prompt:
         raise UsageError(
             f"record {row.id!r} has no targets. Expected outputs of the original model "
             "(tnt_jax.generate writes them), not prompts."

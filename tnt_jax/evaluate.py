@@ -22,9 +22,11 @@ import numpy as np
 
 from tnt_jax import objectives
 from tnt_jax.checkpoints import opened_model, pretrained
-from tnt_jax.data import marks, records, tokenization
+from tnt_jax.data import marks, records, removed_everywhere, tokenization
 from tnt_jax.data.batches import batch_for_eval
-from tnt_jax.evaluation import results, text_metrics
+from tnt_jax.data.examples import Example, count_graded
+from tnt_jax.data.layouts import count_lost
+from tnt_jax.evaluation import diagnosis, results, text_metrics
 from tnt_jax.models import sharding
 from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime import console, files, holding, memory, operative_config, program
@@ -48,8 +50,8 @@ class Certificate:
       task_feature_lengths: Tokens of "inputs" and "targets".
       batch_size: Records computed together.
       mesh_shape: Devices per mesh axis; None puts all on `data`.
-      choice_share: The share of the records that settings were chosen on, which are left out
-        (`results.is_for_choice`).
+      choice_share: The share of the prompts that settings were chosen on, which are left out
+        (`results.are_for_choice`).
     """
 
     model: NetworkConfig | pretrained.FromCheckpoint
@@ -123,7 +125,7 @@ def evaluate(
             "original": _of_outputs(original, vocabulary),
             "current": _of_outputs(current, vocabulary),
             "comparison": _compare(original, current),
-            "annotator": current[0].annotator,
+            "annotator": records.annotator_of(original[0], current[0]),
         }
         if mask_records is not None:
             _, masked = records.read_pairs(original_records, mask_records)
@@ -144,6 +146,8 @@ def evaluate(
                 result["certificate"], changed = _certificate(
                     original, vocabulary, certificate, num_records
                 )
+            of_list = _num_removed_everywhere(original_records)
+            result["certificate"]["num_removed_everywhere"] = of_list
             holding.check()
             if tokens_output:
                 lines = [files.as_json(tokens) + "\n" for tokens in changed]
@@ -155,6 +159,8 @@ def evaluate(
             console.table(
                 _rows(result), columns=columns, title=f"{output}: {len(original)} outputs"
             )
+            for note in diagnosis.notes(result.get("certificate")):
+                console.log(note)
         return result
 
 
@@ -192,7 +198,8 @@ def _certificate(
 ) -> tuple[dict[str, float | None], list[dict[str, Any]]]:
     """The certificate, and that of every token in the `num_records` that changed most."""
     num_rows = len(rows)
-    rows = [row for row in rows if not results.is_for_choice(row.id, settings.choice_share)]
+    is_chosen_on = results.are_for_choice(rows, settings.choice_share)
+    rows = [row for row, left_out in zip(rows, is_chosen_on, strict=True) if not left_out]
     if not rows:
         raise UsageError(
             f"Certificate.choice_share: expected a share that leaves records to compare, found "
@@ -217,6 +224,7 @@ def _certificate(
     objective = objectives.TntObjective(negative_term="forward_kl", positive_term="forward_kl")
     step = jit_token_step(compared, objective, kind)
     examples = marks.examples_from_records(rows, vocabulary, "the original's outputs")
+    counts = _counts(examples, settings.task_feature_lengths)
     batches = batch_for_eval(
         examples,
         settings.batch_size,
@@ -250,9 +258,35 @@ def _certificate(
         "positive_collateral": means.get("positive_kl"),
         "num_negative": means["num_negative"],
         "num_positive": means["num_positive"],
+        **counts,
     }
     changed = [_tokens(rows[-place], of_row, vocabulary) for _, place, of_row in most]
     return certificate, changed
+
+
+def _counts(examples: Sequence[Example], task_feature_lengths: Mapping[str, int]) -> dict[str, int]:
+    """What of the examples the certificate is not of, and how many of their marks are graded."""
+    lost = count_lost(examples, task_feature_lengths)
+    if lost.num_inputs or lost.num_targets:
+        console.log(
+            f"{lost.num_inputs} inputs and {lost.num_targets} targets are cut "
+            f"(TASK_FEATURE_LENGTHS): the certificate is of what is left, without "
+            f"{lost.num_marks} ids to remove that lie beyond."
+        )
+    return {
+        "num_cut_inputs": lost.num_inputs,
+        "num_cut_targets": lost.num_targets,
+        "num_lost_marks": lost.num_marks,
+        "num_graded": count_graded(examples),
+    }
+
+
+def _num_removed_everywhere(path: str) -> int:
+    """How many ids lie beside records, to remove at every position of all."""
+    try:
+        return len(removed_everywhere.of_records(path))
+    except UsageError:  # those of other records say nothing of these
+        return 0
 
 
 def _tokens(

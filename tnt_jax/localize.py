@@ -248,7 +248,7 @@ def _labels(rows: Sequence[records.Record], field: str | None) -> np.ndarray:
     """Whether each output is bad."""
     labels = []
     for row in rows:
-        if not row.targets and row.target_ids is None:
+        if row.is_prompt:
             raise UsageError(
                 f"record {row.id!r} has no targets. Expected outputs of the original model "
                 "(tnt_jax.generate writes them), not prompts."

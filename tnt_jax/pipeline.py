@@ -10,6 +10,7 @@ Example, the quickstart:
 """
 
 import dataclasses
+import itertools
 import math
 import pathlib
 import time
@@ -17,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tnt_jax.data import records
-from tnt_jax.evaluation import results
+from tnt_jax.evaluation import diagnosis, results
 from tnt_jax.experiments.experiment import Arm, Changes, Experiment, Opened
 from tnt_jax.runtime import console, files, holding, program
 from tnt_jax.runtime.errors import UsageError
@@ -366,6 +367,10 @@ def _print_table(
         num_outputs = before["unwanted_outputs"]["denominator"]
         which = f"prompts, {num_seen} of them trained on" if num_seen else "unseen prompts"
         console.table(rows, columns=columns, title=f"{decoder} outputs on {num_outputs} {which}")
+        # The same for all arms: certificates are of the original's outputs.
+        of_arms = (diagnosis.notes(result.get("certificate")) for result in found.values())
+        for note in dict.fromkeys(itertools.chain.from_iterable(of_arms)):
+            console.log(note)
     console.log(
         "BLEU and unchanged are to the original's own outputs; to mask: BLEU to what it says while "
         "what is unwanted is masked; repeats: outputs that say four words twice. The last three "

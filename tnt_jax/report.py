@@ -103,9 +103,9 @@ def report(
     files.write_text(output, page)
     operative_config.write(output)
     num_shown = sum(len(comparison.outputs) for comparison in comparisons)
+    link = output if files.is_remote(output) else pathlib.Path(output).resolve().as_uri()
     console.log(
-        f"{output}: {len(rows)} results and {num_shown} outputs. Open it in a browser "
-        f"({pathlib.Path(output).resolve().as_uri()})."
+        f"{output}: {len(rows)} results and {num_shown} outputs. Open it in a browser ({link})."
     )
 
 
@@ -161,7 +161,8 @@ class _Files:
 
     def note_settings(self, path: pathlib.Path) -> None:
         if path.is_file():
-            self.settings[str(path)] = path.read_text("utf-8", "replace")
+            # An object store's path decodes strictly, so bytes are read.
+            self.settings[str(path)] = path.read_bytes().decode("utf-8", "replace")
 
     def read_json(self, path: str | pathlib.Path) -> Any:
         value = files.read(path)
@@ -252,7 +253,7 @@ def _of_pipeline(
             )
     for note in sorted((root / "stages").glob("*.json")):
         if note.stem != "report":  # the one that is running
-            sources.settings[str(note)] = note.read_text("utf-8", "replace")
+            sources.note_settings(note)
     return pairs
 
 
@@ -294,9 +295,10 @@ def _compare(
         arm=row["objective"],
         decoder=row["decoder"],
         num_outputs=len(original),
-        annotator=current[0].annotator,
+        annotator=records.annotator_of(original[0], current[0]),
         kinds={kind: kinds[kind] for kind in changes.KINDS},
         signs=diagnosis.signs(evaluation, kinds["newly unwanted"]),
+        notes=diagnosis.notes(evaluation.get("certificate")),
         outputs=[(original[i].id, original[i].inputs, found[i]) for i in places],
         num_drawn=num_drawn,
         all_outputs=pathlib.Path(shown.path).name,

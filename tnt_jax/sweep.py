@@ -332,11 +332,11 @@ def _open(
     try:
         with stages.only_done(process_index != 0):
             opened = Opened(
-                experiment, lambda ids: _check_halves(ids, choice_share, "EVAL_PROMPTS")
+                experiment, lambda rows: _check_halves(rows, choice_share, "EVAL_PROMPTS")
             )
             for decoder, file in opened.original_outputs.items():
-                ids = [row.id for row in records.iterate(file)]
-                _check_halves(ids, choice_share, f"EVAL_PROMPTS, {decoder} outputs")
+                rows = [*records.iterate(file)]
+                _check_halves(rows, choice_share, f"EVAL_PROMPTS, {decoder} outputs")
             training = {id(grid): _training_outputs(opened, grid) for grid in grids}
             opened.mask_outputs  # noqa: B018 - makes them
             opened.unrelated_outputs  # noqa: B018 - makes them
@@ -428,6 +428,7 @@ def _certificate(opened: Opened, name: str, decoder: str) -> dict[str, Any]:
         "collateral": parts["negative_collateral"],
         "smallest_cost": parts["negative_smallest_cost"],
         "collateral_elsewhere": parts["positive_collateral"],
+        "num_graded": parts.get("num_graded"),
         **({} if unrelated is None else results.unrelated(unrelated)),
     }
 
@@ -435,20 +436,19 @@ def _certificate(opened: Opened, name: str, decoder: str) -> dict[str, Any]:
 Pairs = tuple[list[records.Record], list[records.Record]]
 
 
-def _check_halves(ids: Sequence[str], share: float, what: str) -> None:
+def _check_halves(rows: Sequence[records.Record], share: float, what: str) -> None:
     """Finds out, before the work, whether there are prompts for the choice and for the report.
 
     Raises:
       UsageError: There are too few; the message begins with `what`.
     """
-    num_choice = sum(results.is_for_choice(name, share) for name in ids)
-    num_report = len(ids) - num_choice
+    num_choice, num_report = results.num_prompts_for_choice(rows, share)
     if num_choice < 1 or num_report < _FEWEST_TO_REPORT:
         change = "larger" if num_choice < 1 else "smaller"
         raise UsageError(
             f"{what}: expected at least 1 to choose weights on and {_FEWEST_TO_REPORT} others to "
-            f"report on, found {num_choice} and {num_report} of {len(ids)} with CHOICE_SHARE="
-            f"{share:g}. Give more EVAL_PROMPTS, or a {change} CHOICE_SHARE."
+            f"report on, found {num_choice} and {num_report} of {num_choice + num_report} with "
+            f"CHOICE_SHARE={share:g}. Give more EVAL_PROMPTS, or a {change} CHOICE_SHARE."
         )
 
 
@@ -456,7 +456,7 @@ def _parts(
     original: Sequence[records.Record], current: Sequence[records.Record], share: float
 ) -> tuple[Pairs, Pairs]:
     """The prompts that weights are chosen on, and the others."""
-    is_choice = [results.is_for_choice(row.id, share) for row in original]
+    is_choice = results.are_for_choice(original, share)
     choice, report = (
         tuple(
             [row for row, chosen in zip(rows, is_choice, strict=True) if chosen == wanted]

@@ -162,6 +162,28 @@ def test_records_that_nobody_marked(marks_of, tmp_path, capsys):
     assert "2 of 3 records are left out" in capsys.readouterr().out
 
 
+def test_where_spans_are_null_nobody_looked(marks_of, tmp_path):
+    """Null is what a table of labels has where a cell is empty: neither marked nor clean."""
+    rows = (
+        {"id": "a", "targets": "a rat", "negative_spans": None},
+        {"id": "b", "targets": "a rat", "negative_spans": [[2, 5]]},
+        {"id": "c", "targets": "a rat", "negative_spans": []},
+        {"id": "d", "negative_spans": None, "negative_token_ids": None},
+    )
+    annotator = marks_of(*rows, unmatched="leave_out")
+    assert annotator.annotate(record("a rat", name="a")) is None
+    assert annotator.annotate(record("a rat", name="d")) is None
+    assert marked(annotator, record("a rat", name="b")) == ["rat"]
+    assert marked(annotator, record("a rat", name="c")) == []
+    with pytest.raises(UsageError, match=r"expected its id among the 2 .* null says that nobody"):
+        marks_of(*rows).annotate(record("a rat", name="a"))
+    # Somebody who looked at the same output decides, whatever the order of the lines.
+    both = marks_of({"id": "e", "negative_spans": None}, {"id": "e", "negative_spans": [[0, 1]]})
+    assert marked(both, record("a rat", name="e")) == ["a"]
+    with pytest.raises(UsageError, match="has no marks"):
+        marks_of({"id": "a", "negative_spans": None})
+
+
 def test_records_marked_by_hand_are_such_a_file(tmp_path):
     row = records.Record(id="x", inputs="i", targets="a rat", negative_spans=((2, 5),))
     records.write_records(tmp_path / "by_hand.jsonl", [row])
@@ -172,6 +194,32 @@ def test_records_marked_by_hand_are_such_a_file(tmp_path):
     )
     copy = pickle.loads(pickle.dumps(annotator))
     assert marked(copy, record("a rat", name="x", inputs="i")) == ["rat"]
+
+
+def test_marks_of_two_models_outputs_are_compared(tmp_path):
+    """What people marked before and after an update is in two files, each with its digest."""
+    for name, text in (("before", "a rat"), ("after", "a cat")):
+        records.write_records(tmp_path / f"{name}.jsonl", [record(text)])
+        row = {"id": "a", "targets": text, "negative_spans": [[2, 5]]}
+        (tmp_path / f"marks, {name}.jsonl").write_text(json.dumps(row))
+        annotate.annotate(
+            output=str(tmp_path / f"{name}.annotated.jsonl"),
+            input=str(tmp_path / f"{name}.jsonl"),
+            annotator=annotators.Spans(path=str(tmp_path / f"marks, {name}.jsonl")),
+        )
+    before, after = records.read_pairs(
+        tmp_path / "before.annotated.jsonl", tmp_path / "after.annotated.jsonl"
+    )
+    assert before[0].annotator != after[0].annotator
+    assert [row.offsets for row in (*before, *after)] == [((2, 5),)] * 2
+
+
+def test_an_empty_output_is_marked_clean_and_a_prompt_is_refused(marks_of):
+    annotator = marks_of({"id": "a", "negative_spans": []})
+    made = annotate.mark(record(""), annotator, None)
+    assert (made.negative_spans, made.negative_token_ids, made.is_prompt) == ((), (), False)
+    with pytest.raises(UsageError, match=r"record 'a' has no targets\. Expected outputs"):
+        annotate.mark(records.Record(id="a", inputs=""), annotator, None)
 
 
 def test_toxic_spans_data(shared_data):
@@ -256,11 +304,70 @@ def test_a_function_may_say_how_sure_it_is():
     assert found.spans == (Span(start=0, end=4, strength=0.75), Span(start=5, end=6))
 
 
+NUMPY = {
+    "strength": [(0, 3, np.float32(0.5))],
+    "strength of 1": [(0, 3, np.int64(1))],
+    "ends": [(np.int64(0), np.int32(3))],
+    "spans": [Span(start=np.int64(0), end=np.uint8(3), strength=np.float16(0.5))],
+    "rows": np.array([[0, 3], [4, 5]]),
+    "rows with strengths": np.array([[0, 3, 0.5]]),
+    "no rows": np.zeros((0, 2), int),
+}
+
+
+def numpy_numbers(inputs, targets):
+    return NUMPY[inputs]
+
+
+@pytest.mark.parametrize(
+    ("kind", "written"),
+    [
+        ("strength", [[0, 3, 0.5]]),
+        ("strength of 1", [[0, 3]]),
+        ("ends", [[0, 3]]),
+        ("spans", [[0, 3, 0.5]]),
+        ("rows", [[0, 3], [4, 5]]),
+        ("rows with strengths", [[0, 3, 0.5]]),
+        ("no rows", []),
+    ],
+)
+def test_what_numpy_computed_is_taken_and_written_as_json(kind, written):
+    annotator = annotators.PythonFunction(function=f"{HERE}:numpy_numbers")
+    row = annotate.mark(record("1234567", inputs=kind), annotator, None)
+    assert json.loads(row.to_line())["negative_spans"] == written
+    numbers = [number for span in row.negative_spans for number in span]
+    assert {type(number) for number in numbers} <= {int, float}
+
+
+@pytest.mark.parametrize("value", [np.float32(0.5), np.float64(1), np.int64(1), np.float16(0.25)])
+def test_numpy_strengths_of_a_record_are_strengths(value):
+    row = records.Record(
+        id="a",
+        inputs="",
+        targets="abc",
+        negative_spans=((0, 2, value),),
+        negative_token_ids=((0, (5,), -value),),
+    )
+    fields = json.loads(row.to_line())
+    assert fields["negative_spans"] == [[0, 2] if value == 1 else [0, 2, float(value)]]
+    assert fields["negative_token_ids"] == [[0, [5], -float(value)]]
+
+
+@pytest.mark.parametrize("value", [np.True_, True, np.float32("nan"), np.float32(1.5), "0.5"])
+def test_what_is_no_strength(value):
+    with pytest.raises(UsageError, match="above 0 and at most 1"):
+        records.Record(id="a", inputs="", targets="abc", negative_spans=((0, 2, value),))
+
+
 BAD = {
     "none": None,
     "unsure": [(0, 1, 0.0)],
     "floats": [(0.0, 1.0)],
     "booleans": [(False, True)],
+    "numpy_booleans": [(np.False_, np.True_)],
+    "halves": np.array([[0.5, 1.5, 0.5]]),
+    "float_rows": np.array([[0.0, 1.0]]),
+    "one_number": np.array([3]),
     "triples": [(0, 1, 2)],
     "numbers": [3],
     "beyond": [(0, 6)],
@@ -280,6 +387,10 @@ def bad(inputs, targets):
         ("none", "to give (start, end) pairs or Span objects for record 'a', found None"),
         ("floats", "pairs of integers or Span objects for record 'a', found (0.0, 1.0)"),
         ("booleans", "found (False, True)"),
+        ("numpy_booleans", "pairs of integers or Span objects for record 'a', found (np.False_"),
+        ("halves", "pairs of integers or Span objects for record 'a', found array([0.5, 1.5"),
+        ("float_rows", "pairs of integers or Span objects for record 'a', found array([0., 1"),
+        ("one_number", "found np.int64(3)"),
         ("triples", "found (0, 1, 2)"),
         ("unsure", "expected a strength above 0 and at most 1 for record 'a', found (0, 1, 0.0)."),
         ("numbers", "found 3"),

@@ -117,6 +117,17 @@ def test_rows_with_given_ids_are_those_of_each_alone(vocabulary, data):
     check(made, vocabulary, SETTINGS)
 
 
+def test_an_empty_output_is_learned_as_its_end_alone(vocabulary):
+    rows = [
+        {"inputs": "the", "targets": "", "negative_spans": []},
+        {"inputs": "the", "targets": ""},
+    ]
+    check(rows, vocabulary, {**SETTINGS, "annotated": False})
+    for row in rows:
+        example, _, _ = alone(row, 1, vocabulary, {**SETTINGS, "annotated": False})
+        assert example.targets.tolist() == [vocabulary.end_id]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

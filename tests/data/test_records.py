@@ -1,4 +1,7 @@
+import copy
+import dataclasses
 import json
+import pickle
 import re
 
 import hypothesis
@@ -90,6 +93,98 @@ def test_prompts_need_only_inputs_and_get_an_id(tmp_path):
         records.Record(id="prompts:1", inputs="one"),
         records.Record(id="prompts:3", inputs="two"),
     ]
+
+
+@pytest.mark.parametrize("more", [{}, {"kept": 1}])
+def test_an_empty_output_is_none_of_no_output(tmp_path, more):
+    """A model may end at once. That is an output, and stays one when it is written again."""
+    rows = [
+        {"id": "ended", "inputs": "one", "targets": ""},
+        {"id": "prompt", "inputs": "one"},
+        {"id": "null", "inputs": "one", "targets": None},
+        {"id": "ids", "inputs": "one", "target_ids": [1]},
+        {"id": "said", "prompt": "one", "completion": ""},
+    ]
+    lines = [json.dumps(row | more) for row in rows]
+    found = records.read_records(write_lines(tmp_path / "a.jsonl", *lines))
+    written = tmp_path / "b.jsonl"
+    records.write_records(written, copy.deepcopy(found))
+    fields = [json.loads(line) for line in written.read_text().splitlines()]
+    for rows in (found, records.read_records(written), pickle.loads(pickle.dumps(found))):
+        assert [row.id for row in rows if row.is_prompt] == ["prompt", "null"]
+        assert [row.targets for row in rows] == [""] * 5
+    assert [one.get("targets", "none") for one in fields] == ["", "none", "none", "", ""]
+    for row in found:
+        if row.is_prompt:
+            with pytest.raises(UsageError, match=r"has no targets\. Expected outputs"):
+                records.check_trainable(row, "a.jsonl", annotated=False)
+        else:
+            records.check_trainable(row, "a.jsonl", annotated=False)
+    assert records.Record(id="a", inputs="", targets="").is_prompt is False
+    assert dataclasses.replace(found[1], targets="text").is_prompt is False
+    # Of a stopped run: what it was given has not become something else.
+    assert records.digest(found[1:2]) == records.digest(
+        [dataclasses.replace(found[0], id="prompt")]
+    )
+
+
+BY_ID = "match=id, unmatched=error"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "is_same"),
+    [
+        # Whoever marks the outputs of two models has a file of each.
+        (f"Spans(m1.jsonl:0123456789ab, {BY_ID})", f"Spans(m2.jsonl:ba9876543210, {BY_ID})", True),
+        (
+            f"Spans(m1.jsonl:0123456789ab, {BY_ID})",
+            "Spans(a, b.csv:ba9876543210, match=text, unmatched=leave_out)",
+            True,
+        ),
+        # Another list is another measure, and so is who marked.
+        ("Lexicon(w.txt:0123456789ab)", "Lexicon(w.txt:ba9876543210)", False),
+        (f"Spans(m1.jsonl:0123456789ab, {BY_ID})", "Lexicon(w.txt:0123456789ab)", False),
+        (f"Spans(m1.jsonl:0123456789ab, {BY_ID})", "", False),
+        (
+            f"Noisy(Spans(m.jsonl:0123456789ab, {BY_ID}), miss_rate=0.1)",
+            f"Noisy(Spans(m.jsonl:0123456789ab, {BY_ID}), miss_rate=0.2)",
+            False,
+        ),
+    ],
+)
+def test_which_annotators_measure_the_same(tmp_path, before, after, is_same):
+    paths = []
+    for name, annotator in (("before", before), ("after", after)):
+        paths.append(tmp_path / f"{name}.jsonl")
+        row = records.Record(
+            id="a", inputs="x", targets=name, negative_spans=(), annotator=annotator
+        )
+        records.write_records(paths[-1], [row])
+    if is_same:
+        one, other = records.read_pairs(*paths)
+        assert (one[0].targets, other[0].targets) == ("before", "after")
+        told = records.annotator_of(one[0], other[0])
+        assert told == f"{before} (original), {after} (patched)"
+        assert records.annotator_of(one[0], one[0]) == before
+        return
+    with pytest.raises(UsageError) as raised:
+        records.read_pairs(*paths)
+    assert str(raised.value) == (
+        f"record 'a' has another annotator in {paths[1]}, {after or 'none that is named'}, than in "
+        f"{paths[0]}, {before}: another one marks other things. Annotate both alike."
+    )
+
+
+def test_outputs_for_other_inputs_are_no_pair(tmp_path):
+    for name in ("one", "other"):
+        row = records.Record(id="a", inputs=name, targets="t", negative_spans=(), annotator=name)
+        records.write_records(tmp_path / f"{name}.jsonl", [row])
+    with pytest.raises(
+        UsageError,
+        match=r"record 'a' has other inputs in .*other\.jsonl, 'other' \(str\), than in "
+        r".*one\.jsonl, 'one' \(str\)\. Generate both from the same prompts\.",
+    ):
+        records.read_pairs(tmp_path / "one.jsonl", tmp_path / "other.jsonl")
 
 
 def test_a_glob_reads_all_files_in_order(tmp_path):

@@ -92,6 +92,51 @@ def test_without_a_cut_the_certificate_tells_why():
     assert sign.suggestion.startswith("Ineffective marks or learning rate")
 
 
+def test_of_graded_marks_both_parts_tell_whether_the_model_moved():
+    """A model that did not move: nothing is residual, for a part of every mark may stay."""
+    stuck = {"negative_residual": 0.0, "negative_collateral": 0.7, "negative_smallest_cost": 0.7}
+    no_cut = {"cut": 0.0, "current__unwanted_outputs": rate(40)}
+    assert "hardly moved" in seen(**no_cut, certificate={**stuck, "num_graded": 12})["no reduction"]
+    moved = {**stuck, "negative_collateral": 0.01, "num_graded": 12}
+    assert "ineffective marks" in seen(**no_cut, certificate=moved)["no reduction"]
+    # With marks of strength 1 alone, and in files of before, the residual tells.
+    for certificate in (stuck, {**stuck, "num_graded": 0}):
+        assert "ineffective marks" in seen(**no_cut, certificate=certificate)["no reduction"]
+    unknown = {**stuck, "negative_collateral": None, "num_graded": 12}
+    assert "or learning rate" in seen(**no_cut, certificate=unknown)["no reduction"]
+
+
+def test_where_every_token_of_other_tasks_is_marked_no_leak_was_measured():
+    unrelated = {**HEALTHY["unrelated"], "kl": None, "num_positive": 0.0}
+    assert seen(unrelated=unrelated) == {}
+    (sign,) = diagnosis.signs({**HEALTHY, "unrelated": unrelated}, 0)[-1:]
+    assert sign.evidence == (
+        "on unrelated prompts every token is marked, so none has a KL; 75.0% (60 of 80) unchanged"
+    )
+    # With tokens that have one, None is a number that was not finite.
+    unrelated["num_positive"] = 400.0
+    assert list(seen(unrelated=unrelated)) == ["leak into other tasks"]
+
+
+def test_notes_say_what_a_certificate_is_of():
+    usual = {"num_negative": 40.0, "num_positive": 900.0, "num_graded": 0, "num_cut_inputs": 0}
+    for certificate in (None, {}, usual, {**usual, "num_removed_everywhere": 0}):
+        assert diagnosis.notes(certificate) == []
+    (note,) = diagnosis.notes({**usual, "num_negative": 2000.0})
+    assert note.startswith("2,000 of 2,900 positions of the original's outputs are marked, for")
+    assert note.endswith("KL elsewhere is of the few others.")
+    (note,) = diagnosis.notes({**usual, "num_negative": 40.0, "num_positive": 0.0})
+    assert note.endswith("KL elsewhere is of no position.")
+    (note,) = diagnosis.notes({**usual, "num_removed_everywhere": 3})
+    assert note.startswith("3 ids are removed at every position (.everywhere.json).")
+    (note,) = diagnosis.notes({**usual, "num_graded": 7})
+    assert note.startswith("7 of the ids to remove have a strength below 1.")
+    cut = {"num_cut_inputs": 2, "num_cut_targets": 0, "num_lost_marks": 5}
+    (note,) = diagnosis.notes({**usual, **cut})
+    assert note.startswith("2 inputs and 0 outputs are cut (TASK_FEATURE_LENGTHS): ")
+    assert note.endswith(" 5 ids to remove among it.")
+
+
 def test_a_few_outputs_are_chance():
     assert seen(cut=0.0, original__unwanted_outputs=rate(3)) == {}
     assert seen(current__unknown_token=rate(2)) == {}

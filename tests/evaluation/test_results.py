@@ -8,8 +8,10 @@ import random
 
 import numpy as np
 import pytest
+import scipy.stats
 from helpers.outputs import evaluation
 from sacrebleu.metrics.bleu import BLEU
+from sacrebleu.significance import PairedTest
 
 from tnt_jax import sweep
 from tnt_jax.data import records
@@ -82,6 +84,112 @@ def test_prompts_are_split_by_their_ids_alone():
     assert len(chosen) == pytest.approx(1000, abs=100)
     assert {name for name in reversed(ids) if results.is_for_choice(name, 0.25)} == chosen
     assert chosen < {name for name in ids if results.is_for_choice(name, 0.5)}
+
+
+def test_records_of_one_prompt_are_in_one_half():
+    rows = [
+        records.Record(id=f"prompt {i}, {k}", inputs=f"asked {i // 2}", targets=str(k))
+        for k in range(3)
+        for i in range(400)
+    ]
+    is_chosen = results.are_for_choice(rows, 0.5)
+    halves = {}
+    for row, chosen in zip(rows, is_chosen, strict=True):
+        halves.setdefault(row.inputs, set()).add(chosen)
+    assert {len(of_prompt) for of_prompt in halves.values()} == {1}
+    number, others = results.num_prompts_for_choice(rows, 0.5)
+    assert number + others == 200
+    assert number == sum(True in of_prompt for of_prompt in halves.values())
+    # Where all prompts differ, each goes by its own id.
+    alone = rows[:400:2]
+    assert results.are_for_choice(alone, 0.5) == [
+        results.is_for_choice(row.id, 0.5) for row in alone
+    ]
+    # Conversations of the same texts, by other roles, are different prompts.
+    turns = [
+        records.Record(id=name, inputs="hi", messages=((name, "hi"),))
+        for name in ("user", "system", "user again")
+    ]
+    turns[2] = dataclasses.replace(turns[2], messages=turns[0].messages)
+    assert sum(results.num_prompts_for_choice(turns, 0.5)) == 2
+
+
+def test_outputs_for_one_prompt_are_drawn_together():
+    """Copies of outputs are no news: with each five times over, every interval stays."""
+    original = outputs(0, number=80, unwanted=0.4)
+    arms = {
+        "baseline": outputs(1, number=80, keep=original, unwanted=0.1, change=0.5),
+        "other": outputs(2, number=80, keep=original, unwanted=0.1, change=0.4),
+    }
+
+    def copied(rows):
+        return [dataclasses.replace(row, id=f"{row.id} {k}") for k in range(5) for row in rows]
+
+    once = results.intervals(original, arms, "baseline", num_resamples=300)
+    often = results.intervals(
+        copied(original),
+        {name: copied(rows) for name, rows in arms.items()},
+        "baseline",
+        num_resamples=300,
+    )
+    for name, of_arm in once.items():
+        assert often[name]["cut_interval"] == pytest.approx(of_arm["cut_interval"])
+        assert often[name]["bleu_interval"] == pytest.approx(of_arm["bleu_interval"], rel=1e-4)
+    assert often["other"]["bleu_p_value"] == pytest.approx(once["other"]["bleu_p_value"], abs=0.01)
+    # The same outputs for prompts of their own are.
+    apart = [dataclasses.replace(row, inputs=row.id) for row in copied(original)]
+    current = copied(arms["other"])
+    wide, narrow = (
+        results.intervals(rows, {"arm": current}, "", num_resamples=300)["arm"]["cut_interval"]
+        for rows in (copied(original), apart)
+    )
+    assert narrow[1] - narrow[0] < 0.7 * (wide[1] - wide[0])
+    # All is gone: of 80 prompts, and not of 400 outputs.
+    clean = [dataclasses.replace(row, negative_spans=()) for row in copied(original)]
+    low, _ = results.intervals(copied(original), {"arm": clean}, "", num_resamples=20)["arm"][
+        "cut_interval"
+    ]
+    assert low ** sum(bool(row.negative_spans) for row in original) == pytest.approx(0.025)
+
+
+def test_what_is_said_to_prompts_that_all_differ_has_the_intervals_of_before():
+    """scipy's and sacrebleu's own, of the outputs as they are."""
+    original = outputs(0, number=90, unwanted=0.4)
+    arms = {name: outputs(seed, number=90, unwanted=0.2) for seed, name in ((1, "a"), (2, "b"))}
+    found = results.intervals(original, arms, "a", num_resamples=200)
+    _, expected = PairedTest(
+        [(name, [row.targets for row in rows]) for name, rows in arms.items()],
+        {"BLEU": BLEU(force=True)},
+        [[row.targets for row in original]],
+        test_type="bs",
+        n_samples=200,
+    )()
+    for name, of_name in zip(expected["System"], expected["BLEU"], strict=True):
+        low, high = found[name]["bleu_interval"]
+        assert (low, high) == (max(of_name.mean - of_name.ci, 0.0), of_name.mean + of_name.ci)
+        assert found[name]["bleu_p_value"] == of_name.p_value
+        before, after = (
+            np.array([bool(row.negative_spans) for row in rows], float)
+            for rows in (original, arms[name])
+        )
+        sampled = scipy.stats.bootstrap(
+            (before, after),
+            lambda one, other, axis: 1 - other.sum(axis=axis) / one.sum(axis=axis),
+            paired=True,
+            vectorized=True,
+            n_resamples=200,
+            method="percentile",
+            rng=np.random.default_rng(0),
+        ).confidence_interval
+        assert found[name]["cut_interval"] == [sampled.low, sampled.high]
+
+
+def test_one_prompt_has_no_intervals():
+    rows = outputs(0, number=1, unwanted=1)
+    nothing = {"cut_interval": None, "bleu_interval": None, "bleu_p_value": None}
+    assert results.intervals(rows, {"arm": rows}, "arm") == {"arm": nothing}
+    again = [*rows, dataclasses.replace(rows[0], id="again")]
+    assert results.intervals(again, {"arm": again}, "") == {"arm": nothing}
 
 
 def test_intervals_against_the_normal_approximation():

@@ -511,6 +511,7 @@ def test_e2e_splits_share_no_input(tmp_path):
     inputs = {split: {row.inputs for row in of_split} for split, of_split in rows.items()}
     assert not inputs["train"] & inputs["mine"]
     assert not inputs["eval"] & (inputs["train"] | inputs["mine"])
+    assert all(row.is_prompt for name in ("mine", "eval") for row in rows[name])
     # One of the four restaurants is held out: with all of its slots, and with fewer.
     (held_out,) = {row.inputs.split(" | ")[0] for row in rows["eval"]}
     assert held_out not in {row.inputs.split(" | ")[0] for row in (*rows["train"], *rows["mine"])}

@@ -41,6 +41,12 @@ def of_decoder(cut, unwanted_before=0.25):
             "97%), asked for 90%.",
             False,
         ),
+        # What one prompt says has no interval.
+        (
+            {"greedy": {"unwanted_before": 1.0, "cut": 1.0, "cut_interval": None}},
+            "The wish is fulfilled: 100.0% of the unwanted outputs are gone, asked for 90%.",
+            False,
+        ),
         # It is one of which there is something to cut.
         (
             {"greedy": of_decoder(0.0, unwanted_before=0.0), "sampled": of_decoder(0.95)},

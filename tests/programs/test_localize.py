@@ -208,6 +208,19 @@ def test_labels_that_mean_nothing_find_nothing(capsys):
     assert right < 0.2 * quality["num_bad"]
 
 
+def test_an_empty_output_has_the_value_of_nothing_said():
+    rows = records.read_records("labelled.jsonl")
+    for label in (0, 1):
+        name = f"ended {label}"
+        extra = {"unwanted": label}
+        rows.append(records.Record(id=name, inputs=rows[label].inputs, targets="", extra=extra))
+    records.write_records("with_empty.jsonl", rows)
+    found, _ = localize(RECORDS="with_empty.jsonl", OUTPUT="of_empty.jsonl")
+    for row in found[-2:]:
+        assert (row.targets, row.negative_spans, row.is_prompt) == ("", (), False)
+        assert len(row.extra["values"]) == 1  # of the empty prefix; the end is no part of it
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

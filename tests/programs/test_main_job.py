@@ -164,6 +164,9 @@ def test_training_goes_as_far_as_strengths_say(original, capsys):
     result = evaluate("graded.json", "graded.jsonl", "graded", ORIGINAL_RECORDS="graded.jsonl")
     assert result["certificate"]["negative_residual"] == 0
     assert result["certificate"]["negative_smallest_cost"] > 0
+    # Of each token that a span touches, and of no other.
+    assert result["certificate"]["num_graded"] == result["certificate"]["num_negative"] > 0
+    assert " have a strength below 1. The residual is of those" in capsys.readouterr().out
 
 
 def test_evaluation_counts_what_the_files_hold(patched):
@@ -249,6 +252,40 @@ def test_records_that_settings_were_chosen_on_have_no_certificate(patched, capsy
         settings["evaluate.Certificate.choice_share"] = wrong
         assert rooms.run("evaluate", settings) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_certificate_says_what_was_cut(patched, capsys):
+    """Cut texts lose marks, and a residual without them would look like success."""
+    rows = records.read_records("original.annotated.jsonl")
+    lengths = {"inputs": 2, "targets": 6}
+    settings = {"TASK_FEATURE_LENGTHS": lengths, "ORIGINAL_RECORDS": "original.annotated.jsonl"}
+    found = evaluate("cut.json", "patched.annotated.jsonl", "patched", **settings)["certificate"]
+    num_inputs = sum(len(vocabulary().encode(row.inputs)) + 1 > 2 for row in rows)
+    num_targets = sum(len(row.target_ids) > 6 for row in rows)
+    assert found["num_cut_inputs"] == num_inputs > 0
+    assert found["num_cut_targets"] == num_targets > 0
+    uncut = evaluate("uncut.json", "patched.annotated.jsonl", "patched")["certificate"]
+    assert uncut["num_cut_inputs"] == uncut["num_cut_targets"] == uncut["num_lost_marks"] == 0
+    assert found["num_lost_marks"] >= uncut["num_negative"] - found["num_negative"] > 0
+    assert (
+        f"{num_inputs} inputs and {num_targets} targets are cut (TASK_FEATURE_LENGTHS): the"
+    ) in capsys.readouterr().out
+
+
+def test_a_certificate_counts_what_is_removed_at_every_position(patched, capsys):
+    rows = records.read_records("original.annotated.jsonl")
+    removed_everywhere.write_records("listed.jsonl", rows, removed_everywhere.Ids([5, 6, 7], {}))
+    found = evaluate(
+        "listed.json", "patched.annotated.jsonl", "patched", ORIGINAL_RECORDS="listed.jsonl"
+    )
+    assert found["certificate"]["num_removed_everywhere"] == 3
+    assert "3 ids are removed at every position (.everywhere.json)" in capsys.readouterr().out
+    # Those beside other records say nothing of these.
+    records.write_records("listed.jsonl", rows[::-1])
+    found = evaluate(
+        "listed.json", "patched.annotated.jsonl", "patched", ORIGINAL_RECORDS="listed.jsonl"
+    )
+    assert found["certificate"]["num_removed_everywhere"] == 0
 
 
 def test_nothing_is_measured_at_marks_where_there_are_none(patched, capsys):
@@ -683,12 +720,21 @@ def test_one_prompt_is_enough_for_a_pipeline_and_unrelated_ones_have_numbers_of_
     of_all = summary["evaluations"]["TNRF"]["greedy"]
     unrelated = {
         "kl": of_all["certificate"]["positive_collateral"],
+        "num_positive": of_all["certificate"]["num_positive"],
         "unchanged": of_all["comparison"]["exact_match"],
     }
     assert unrelated["kl"] > 0
     assert evaluation["unrelated"] == of_all["unrelated"] == unrelated
     line = re.findall(r"^ *TNRF .*%.*$", capsys.readouterr().out, re.MULTILINE)[-1]
     assert line.split()[-1] == f"{unrelated['kl']:.3f}"
+
+
+def test_a_table_says_once_what_the_certificates_of_its_arms_are_of(capsys):
+    evaluation = outputs.evaluation(60)
+    evaluation["certificate"] |= {"num_negative": 700.0, "num_positive": 2.0}
+    pipeline._print_table({arm: {"greedy": evaluation} for arm in ("a", "b")}, ["greedy"], 0)
+    told = " ".join(capsys.readouterr().out.split())
+    assert told.count("700 of 702 positions of the original's outputs are marked") == 1
 
 
 def test_a_number_that_was_not_finite_is_a_dash_in_the_table(capsys):

@@ -185,7 +185,7 @@ SPAN_RULE = (
             "set needs its own.",
         ),
         (
-            record(targets="", negative_spans=[]),
+            record(targets=None, negative_spans=[]),
             "bad.jsonl: record 'a' has no targets. Expected outputs of the original model "
             "(tnt_jax.generate writes them), not prompts.",
         ),

@@ -195,6 +195,20 @@ def test_an_evaluation():
     assert "length drift: not seen. mean length 14.0 before, 14.0 now" in told
 
 
+def test_graded_marks_have_no_residual_of_the_original():
+    """A part of what is marked may stay, so the smallest cost is no residual."""
+    certificate = {**EVALUATION["certificate"], "num_graded": 9, "num_removed_everywhere": 4}
+    evaluation = {**EVALUATION, "certificate": certificate}
+    pathlib.Path("evaluation.json").write_text(json.dumps(evaluation))
+    page = written(**PAIR, evaluation="evaluation.json")
+    (row,) = page.islands["data"]["rows"]
+    assert (row["smallest_cost"], row["num_graded"]) == (1.5, 9)
+    told = "".join(page.texts)
+    assert "1.500" not in told
+    assert "9 of the ids to remove have a strength below 1." in told
+    assert "4 ids are removed at every position" in told
+
+
 def test_a_pipeline():
     root = pathlib.Path("run")
     outputs.write_pair(root, NUMBER)

@@ -246,6 +246,20 @@ def test_the_trade_off_chart(open_page, address):
         wait_until(page, f"views[0]?.model.{axis}axes[0].axis_label === '{label}'")
 
 
+@pytest.mark.parametrize(("num_graded", "bars"), [(0, ["original", "patched"]), (9, ["patched"])])
+def test_the_original_has_a_bar_where_all_of_it_is_residual(open_page, tmp_path, num_graded, bars):
+    """With graded marks its part of the smallest cost that is residual is not known."""
+    evaluation = outputs.evaluation(NUMBER)
+    evaluation["certificate"] |= {"negative_collateral": 0.125, "num_graded": num_graded}
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+    page = open_page(made(tmp_path, NUMBER, evaluation=str(tmp_path / "evaluation.json")))
+    page.select_option("#task", "records")
+    wait_until(page, "views.length === 3 && views[1].model.renderers.length === 2")
+    drawn = page.evaluate("views[1].model.renderers.map((one) => one.data_source.data)")
+    assert [source["name"] for source in drawn] == [bars, bars]
+    assert drawn[0]["right"] == [1.5, 0.25][-len(bars) :]
+
+
 # Relative luminance and contrast, as WCAG 2 defines them.
 CONTRASTS = """() => {
   // What a browser computes: rgb(r, g, b), rgba(r, g, b, a), and color(srgb r g b) of a mixture.

@@ -218,6 +218,7 @@ def test_arms_that_are_not_chosen_can_be_spared(swept):
         else:
             assert row["decoder"] == "greedy"
             missing = {"residual", "collateral", "smallest_cost", "collateral_elsewhere"}
+            missing |= {"num_graded"}
             assert row.keys() == in_full - missing
             assert not pathlib.Path("spared", sweep_folder(row), "greedy.evaluation.json").exists()
     assert {row["decoder"] for row in spared["chosen"]} == {"greedy", "sampled"}

@@ -19,7 +19,7 @@ from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from helpers import rooms
 from helpers.holders import PATIENCE, changing, held_by_another, note_of, refusal, wait_until
 
-from tnt_jax import prepare
+from tnt_jax import prepare, report
 from tnt_jax.data import datasets, records, removed_everywhere, tokenization
 from tnt_jax.runtime import files, holding, operative_config
 from tnt_jax.runtime.errors import UsageError
@@ -116,6 +116,24 @@ def test_settings_are_written_beside_the_output(bucket, monkeypatch):
         "/b/run/operative_config.gin": b"SEED = 3\n",
         "/b/run/a.json.gin": b"SEED = 3\n",
     }
+
+
+def test_a_report_of_files_in_a_bucket_shows_the_settings_beside_them(bucket, capsys):
+    for name in ("original", "patched"):
+        rows = [dataclasses.replace(row, negative_spans=()) for row in ROWS]
+        records.write_records(f"gs://b/{name}.jsonl", rows)
+        # Whatever somebody wrote there: the last byte is no UTF-8.
+        files.path_of(f"gs://b/{name}.jsonl.gin").write_bytes(b"SEED = 17\n# \xe4\n")
+    report.report(
+        output="gs://b/page.html",
+        original_records="gs://b/original.jsonl",
+        current_records="gs://b/patched.jsonl",
+    )
+    page = bucket()["/b/page.html"].decode()
+    for name in ("original", "patched"):
+        assert f"<summary>gs://b/{name}.jsonl.gin</summary><pre" in page
+    assert page.count("SEED = 17\n# \N{REPLACEMENT CHARACTER}\n") == 2
+    assert "in a browser (gs://b/page.html)" in "".join(capsys.readouterr().out.split("\n"))
 
 
 def test_ids_that_are_removed_everywhere_belong_to_records_there_too(bucket):

@@ -5,10 +5,13 @@ in Python, in JSON and for any vocabulary. `tnt_jax.annotators` lists the annota
 """
 
 import hashlib
+import numbers
 import pathlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
 
 from tnt_jax.data.records import Record, counted_otherwise, is_strength
 from tnt_jax.data.token_automaton import Listed
@@ -112,18 +115,37 @@ def merged(spans: Iterable[Span]) -> tuple[Span, ...]:
     return tuple(disjoint)
 
 
+def _pair_and_strength(item: Any) -> tuple[Any, Any]:
+    """What an annotator gave as one span: its (start, end), unchecked, and its strength."""
+    if isinstance(item, Span):
+        return (item.start, item.end), item.strength
+    if isinstance(item, np.ndarray) and item.ndim == 1:
+        item = item.tolist()
+        # With a strength all numbers of an array are floats, the offsets, too.
+        if len(item) == 3 and all(isinstance(i, float) and i.is_integer() for i in item[:2]):
+            item = [int(item[0]), int(item[1]), item[2]]
+    if isinstance(item, tuple | list) and len(item) == 3:
+        return item[:2], item[2]
+    return item, 1.0
+
+
 def checked_spans(found: Iterable[Any], record: Record, where: str) -> tuple[Span, ...]:
-    """Pairs, triples with a strength, and spans as sorted and disjoint spans within the targets."""
+    """Pairs, triples with a strength, and spans as sorted and disjoint spans within the targets.
+
+    Numbers and rows may be NumPy's; those of the spans returned are Python's own.
+
+    Raises:
+      UsageError: something else is among them, or one lies outside the targets.
+    """
     spans = []
     for item in found:
-        pair, strength = (item.start, item.end) if isinstance(item, Span) else item, 1.0
-        if isinstance(item, Span):
-            strength = item.strength
-        elif isinstance(item, tuple | list) and len(item) == 3:
-            pair, strength = item[:2], item[2]
-        # NumPy's integers are integers to __index__; booleans and floats are none.
+        pair, strength = _pair_and_strength(item)
         is_pair = isinstance(pair, tuple | list) and len(pair) == 2
-        if not is_pair or any(isinstance(i, bool) or not hasattr(i, "__index__") for i in pair):
+        if (
+            not is_pair
+            or not all(isinstance(i, numbers.Integral) for i in pair)
+            or any(isinstance(i, bool) for i in pair)
+        ):
             raise UsageError(
                 f"{where}: expected (start, end) pairs of integers or Span objects for record "
                 f"{record.id!r}, found {item!r}."

@@ -23,7 +23,8 @@ class PythonFunction:
     Attributes:
       function: "module:function": from (inputs, targets) to an iterable of (start, end) pairs,
         (start, end, strength) triples or `annotators.Span` objects, in any order; those that
-        overlap become one. It must give the same for the same texts.
+        overlap become one. Numbers and rows may be NumPy's. It must give the same for the same
+        texts.
 
     Raises:
       UsageError: there is no such function, or it gives something else.

@@ -40,14 +40,15 @@ class Spans:
                  task on toxic spans
         others   JSONL: `negative_spans`, with `id` or `targets` to say whose they are; records that
                  someone marked by hand are such a file. A span may have a strength, such as the
-                 share of people who marked it: [8, 11, 0.67]
+                 share of people who marked it: [8, 11, 0.67]. Where `negative_spans` is null nobody
+                 looked: the line marks nothing
 
     Attributes:
       path: the file.
       match: "id", or "text": the same targets and, where the file has any, inputs. None takes the
         id where every line has one.
       unmatched: what happens to a record that nobody marked: "error", or "leave_out" of the
-        output. (Marked and found clean is an empty list in the file.)
+        output. (Marked and found clean is an empty list in the file; null is not marked.)
 
     Raises:
       UsageError: the file is missing or malformed, or two of its lines mark one record differently.
@@ -120,7 +121,8 @@ class Spans:
             raise UsageError(
                 f"record {record.id!r}: expected its {self._match} among the "
                 f"{len(self._mark_of)} that {self.path} marks, found it not there. Mark it (an "
-                'empty list where it is clean), or set Spans.unmatched to "leave_out".'
+                "empty list where it is clean; null says that nobody looked), or set "
+                'Spans.unmatched to "leave_out".'
             )
         for field in ("inputs", "targets"):
             given = getattr(mark, field)
@@ -157,13 +159,15 @@ def _read_jsonl(file: TextFile) -> Iterator[_Mark]:
         if fields.get("id") is None and fields.get("targets") is None:
             raise UsageError(f"{where}: expected id or targets, to say whose marks these are.")
         known = records.known_fields(fields, where)
-        yield _Mark(
-            where=where,
-            id=known.get("id"),
-            inputs=known.get("inputs"),
-            targets=known.get("targets"),
-            offsets=tuple(span.entry for span in known.get("negative_spans", ())),
-        )
+        # Null: labelling tools and tables write it where nobody has looked.
+        if "negative_spans" in known:
+            yield _Mark(
+                where=where,
+                id=known.get("id"),
+                inputs=known.get("inputs"),
+                targets=known.get("targets"),
+                offsets=tuple(span.entry for span in known["negative_spans"]),
+            )
 
 
 def _read_csv(file: TextFile) -> Iterator[_Mark]:

@@ -15,19 +15,22 @@ A mark may have a strength s above 0 and at most 1, as `[start, end, s]`, `[posi
 1, which is removal. Except in spans it may be from -99 to below 0, which raises the ids: 1 - s is
 above 1.
 
-Only `inputs` or `messages` is required, so a file of prompts is a file of records. A conversation
-is for a chat model; its texts, one after another, are the `inputs` where there are none. Unknown
-fields are kept. What TRL writes is read as well: `prompt` and `completion`, each a text or
-messages, and `messages` that end with the assistant's turn, which is the `targets`. Files are
-local, or in a bucket (`gs://`): whatever `etils.epath` opens.
+Only `inputs` or `messages` is required, so a file of prompts is a file of records. Targets that are
+there and empty are an output: the model ended at once. A conversation is for a chat model; its
+texts, one after another, are the `inputs` where there are none. Unknown fields are kept. What TRL
+writes is read as well: `prompt` and `completion`, each a text or messages, and `messages` that end
+with the assistant's turn, which is the `targets`. Files are local, or in a bucket (`gs://`):
+whatever `etils.epath` opens.
 """
 
 import array
 import dataclasses
 import hashlib
 import json
+import numbers
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple, TypedDict
 
@@ -44,6 +47,15 @@ TokenIds = tuple[int, tuple[int, ...]] | tuple[int, tuple[int, ...], float]
 
 # No id is raised more than a hundredfold: a larger factor is a quotient with nearly 0 below.
 LEAST_STRENGTH = -99.0
+
+
+class _NoTargets(str):
+    """An empty text that stands for none: told from an empty output by its type, also in copies."""
+
+    __slots__ = ()
+
+
+NO_TARGETS = _NoTargets()
 
 
 def strength_of(mark: Span | TokenIds) -> float:
@@ -63,7 +75,8 @@ class Record:
     Attributes:
         id: names the example; unique within a data set.
         inputs: text that the model is given.
-        targets: text that the original model produced; empty in a prompt.
+        targets: text that the original model produced, which may be empty; `NO_TARGETS` in a
+            prompt.
         target_ids: the exact generated ids, EOS included. Kept because re-tokenising a sampled text
             can give other ids. None when only the text is known.
         negative_spans: unwanted stretches of `targets`, as (start, end) in Unicode code points, end
@@ -85,7 +98,7 @@ class Record:
 
     id: str
     inputs: str
-    targets: str = ""
+    targets: str = NO_TARGETS
     target_ids: tuple[int, ...] | None = None
     negative_spans: tuple[Span, ...] | None = None
     negative_token_ids: tuple[TokenIds, ...] = ()
@@ -125,6 +138,11 @@ class Record:
                     f"record {self.id!r}: negative_token_ids has position {position}; expected a "
                     "position in target_ids, counted from 0."
                 )
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether there is no output, not even an empty one."""
+        return isinstance(self.targets, _NoTargets) and self.target_ids is None
 
     @property
     def offsets(self) -> tuple[tuple[int, int], ...]:
@@ -176,7 +194,9 @@ class Record:
         Args:
             names: of long sets of ids, which are then not written out (`negative_sets`).
         """
-        fields: dict[str, Any] = {"id": self.id, "inputs": self.inputs, "targets": self.targets}
+        fields: dict[str, Any] = {"id": self.id, "inputs": self.inputs}
+        if not self.is_prompt:
+            fields["targets"] = self.targets
         if self.target_ids is not None:
             fields["target_ids"] = [int(i) for i in self.target_ids]
         if self.negative_spans is not None:
@@ -383,7 +403,8 @@ def read_pairs(
     """Reads the annotated outputs of two models, both in the order of the original's.
 
     Raises:
-        UsageError: they are not for the same prompts, or not annotated alike.
+        UsageError: they are not for the same prompts, or not annotated alike: by the same annotator
+            with the same list, or both by people.
     """
     before = read_records(original)
     by_id = {row.id: row for row in read_records(current)}
@@ -401,12 +422,41 @@ def read_pairs(
                     f"record {row.id!r} of {path} has no negative_spans: expected annotated "
                     "records (python -m tnt_jax.annotate)."
                 )
-        if one.prompt != other.prompt or one.annotator != other.annotator:
+        if one.prompt != other.prompt:
             raise UsageError(
-                f"record {one.id!r} has other inputs, or another annotator, in {current} than in "
-                f"{original}. Generate and annotate both alike."
+                f"record {one.id!r} has other inputs in {current}, {_shown(other.prompt)}, than in "
+                f"{original}, {_shown(one.prompt)}. Generate both from the same prompts."
+            )
+        if _measure_of(one.annotator) != _measure_of(other.annotator):
+            raise UsageError(
+                f"record {one.id!r} has another annotator in {current}, "
+                f"{other.annotator or 'none that is named'}, than in {original}, "
+                f"{one.annotator or 'none that is named'}: another one marks other things. "
+                "Annotate both alike."
             )
     return before, after
+
+
+# What `annotators.Spans` says of itself.
+_MARKS_OF_PEOPLE = re.compile(
+    r"Spans\(.*:[0-9a-f]{12}, match=(?:id|text), unmatched=(?:error|leave_out)\)"
+)
+
+
+def _measure_of(annotator: str) -> str:
+    """What has to be the same of two annotators, so that what they mark can be compared.
+
+    That is all but the file of people's marks: each file is of some outputs, so those of two models
+    have two.
+    """
+    return "Spans" if _MARKS_OF_PEOPLE.fullmatch(annotator) else annotator
+
+
+def annotator_of(original: Record, current: Record) -> str:
+    """Who marked two outputs that `read_pairs` compared, for people to read."""
+    if original.annotator == current.annotator:
+        return current.annotator
+    return f"{original.annotator} (original), {current.annotator} (patched)"
 
 
 def check_trainable(record: Record, path: str | os.PathLike, annotated: bool) -> None:
@@ -417,7 +467,7 @@ def check_trainable(record: Record, path: str | os.PathLike, annotated: bool) ->
         path: of the file (or glob), for the message.
         annotated: whether a record that nobody annotated is an error.
     """
-    if not record.targets and record.target_ids is None:
+    if record.is_prompt:
         raise UsageError(
             f"{path}: record {record.id!r} has no targets. Expected outputs of the original "
             "model (tnt_jax.generate writes them), not prompts."
@@ -434,7 +484,9 @@ def digest(rows: Iterable[Record]) -> str:
     """A fingerprint of records, their order and all their fields."""
     hashed = hashlib.sha256()
     for row in rows:
-        hashed.update(row.to_line().encode())
+        # A prompt counts as an empty output, as before these were told apart: runs go on.
+        whole = dataclasses.replace(row, targets="") if row.is_prompt else row
+        hashed.update(whole.to_line().encode())
     return hashed.hexdigest()[:16]
 
 
@@ -508,15 +560,18 @@ def _number(entry: TokenIds) -> float:
 
 
 def is_strength(value: Any) -> bool:
-    """Whether a value is a number above 0 and at most 1."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and 0 < value <= 1  # which NaN is not
+    """Whether a value is a number above 0 and at most 1, of Python or NumPy."""
+    return _is_number(value) and bool(0 < value <= 1)  # which NaN is not
 
 
 def is_strength_of_ids(value: Any) -> bool:
     """Whether a value is a number from `LEAST_STRENGTH` to 1, but not 0, which marks nothing."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and value != 0 and LEAST_STRENGTH <= value <= 1
+    return _is_number(value) and value != 0 and bool(LEAST_STRENGTH <= value <= 1)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is an integer or a float, of Python or NumPy; no boolean is."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _entry(first: Any, second: Any, strength: Any) -> Any:
@@ -584,7 +639,7 @@ class Quick(msgspec.Struct, forbid_unknown_fields=True):
 
     inputs: str
     id: str | None = None
-    targets: str = ""
+    targets: str = NO_TARGETS
     target_ids: tuple[TokenId, ...] | None = None
     negative_spans: tuple[tuple[_Offset, _Offset], ...] | None = None
     negative_token_ids: tuple[tuple[_Offset, tuple[TokenId, ...]], ...] = ()

@@ -51,6 +51,42 @@ def signs(evaluation: Mapping[str, Any], num_newly_unwanted: int) -> list[Sign]:
     ]
 
 
+def notes(certificate: Mapping[str, Any] | None) -> list[str]:
+    """Sentences on what the numbers of a certificate are of, where that is easily misread.
+
+    Args:
+      certificate: As `tnt_jax.evaluate` wrote it; what one of before does not have is not told.
+    """
+    of = certificate or {}
+    found = []
+    num_marked, num_others = (of.get(f"num_{kind}") or 0 for kind in ("negative", "positive"))
+    if num_marked > num_others:
+        found.append(
+            f"{num_marked:,.0f} of {num_marked + num_others:,.0f} positions of the original's "
+            "outputs are marked, for something is removed there, whether or not it was said: "
+            "residual, collateral and smallest cost are means over these, and KL elsewhere is "
+            + ("of the few others." if num_others else "of no position.")
+        )
+    if number := of.get("num_removed_everywhere"):
+        found.append(
+            f"{number:,} ids are removed at every position (.everywhere.json). The certificate "
+            "does not count them as marks: where nothing else is marked, what was taken from them "
+            "is a part of KL elsewhere."
+        )
+    if number := of.get("num_graded"):
+        found.append(
+            f"{number:,} of the ids to remove have a strength below 1. The residual is of those of "
+            "strength 1 alone: compare residual and collateral together with the smallest cost."
+        )
+    if of.get("num_cut_inputs") or of.get("num_cut_targets"):
+        found.append(
+            f"{of['num_cut_inputs']:,} inputs and {of['num_cut_targets']:,} outputs are cut "
+            f"(TASK_FEATURE_LENGTHS): the certificate is without what lies beyond, "
+            f"{of.get('num_lost_marks') or 0:,} ids to remove among it."
+        )
+    return found
+
+
 def _no_reduction(evaluation: Mapping[str, Any]) -> Sign:
     before, after = (evaluation[of]["unwanted_outputs"] for of in ("original", "current"))
     evidence = f"{_share(before)} unwanted before, {_share(after)} now"
@@ -61,9 +97,16 @@ def _no_reduction(evaluation: Mapping[str, Any]) -> Sign:
     )
     certificate = evaluation.get("certificate") or {}
     residual, cost = (certificate.get(f"negative_{name}") for name in ("residual", "smallest_cost"))
-    if residual is not None and cost is not None:
-        evidence += f"; residual at the marks {residual:.3g} nats, {cost:.3g} without an update"
-        if residual > cost / 2:
+    left, what = residual, "residual"
+    if certificate.get("num_graded"):
+        # Of a graded mark some probability may stay, so what moves is no residual: both parts
+        # together are the distance from what is desired.
+        collateral = certificate.get("negative_collateral")
+        left = None if residual is None or collateral is None else residual + collateral
+        what = "residual and collateral"
+    if left is not None and cost is not None:
+        evidence += f"; {what} at the marks {left:.3g} nats, {cost:.3g} without an update"
+        if left > cost / 2:
             suggestion = (
                 "The marked tokens kept most of their probability: the update hardly moved. Raise "
                 "the learning rate, TRAIN_STEPS or negative_weight (alpha)."
@@ -166,12 +209,15 @@ def _leak(unrelated: Mapping[str, Any] | None) -> list[Sign]:
     if unrelated is None:
         return []
     kl, unchanged = unrelated["kl"], unrelated["unchanged"]
+    # Evaluations of before do not tell the number of positions.
+    is_measured = unrelated.get("num_positive") != 0
     shown = "no finite number of" if kl is None else f"{kl:.3f}"
+    shown = f"{shown} nats a token" if is_measured else "every token is marked, so none has a KL"
     return [
         Sign(
             name="leak into other tasks",
-            is_seen=kl is None or kl > _LEAK,
-            evidence=f"on unrelated prompts {shown} nats a token; {_share(unchanged)} unchanged",
+            is_seen=is_measured and (kl is None or kl > _LEAK),
+            evidence=f"on unrelated prompts {shown}; {_share(unchanged)} unchanged",
             suggestion=(
                 "The update changes what it was not trained on. Lower the learning rate or "
                 "TRAIN_STEPS, use a KL term at ordinary positions (TNFF, TNRF), or train adapters "

@@ -36,6 +36,7 @@ class Comparison:
       annotator: the annotator that marked them.
       kinds: number of changes of each of `changes.KINDS`.
       signs: signs of failure.
+      notes: sentences on what its numbers are of.
       outputs: (id, input, change) to show, the worst first; maybe not all.
       num_drawn: how many of these, the last ones, were drawn from those that are not the worst.
       all_outputs: the file that has all outputs, where the page does not.
@@ -49,6 +50,7 @@ class Comparison:
     annotator: str
     kinds: Mapping[str, int]
     signs: Sequence[diagnosis.Sign]
+    notes: Sequence[str]
     outputs: Sequence[tuple[str, str, changes.Change]]
     num_drawn: int
     all_outputs: str
@@ -196,6 +198,7 @@ def _shown_comparison(comparison: Comparison, rows: Sequence[results.Row]) -> di
         "unchanged": comparison.kinds["unchanged"],
         "newly_unwanted": comparison.kinds["newly unwanted"],
         "annotator": comparison.annotator or "an annotator without a name",
+        "notes": comparison.notes,
         "signs": sorted(comparison.signs, key=lambda sign: not sign.is_seen),
         "outputs": [_output(*output) for output in comparison.outputs],
         "tokens": [_tokens(row) for row in comparison.tokens],
@@ -226,7 +229,8 @@ def _table(groups: Sequence[results.Row]) -> dict[str, Any]:
         if _place(group) not in told:
             told.add(_place(group))
             before = {"unwanted_rate_after": _PERCENT.format(group["unwanted_rate_before"])}
-            if group["smallest_cost"] is not None:  # what is left where nothing was done
+            # What is left where nothing was done: all of it is residual, if no mark is graded.
+            if group["smallest_cost"] is not None and not group.get("num_graded"):
                 before["residual"] = _NATS.format(group["smallest_cost"])
             lines.append(line(group, "original", "", before, is_best=False))
         is_best = group.get("is_pareto", False) and num_trained[_place(group)] > 1

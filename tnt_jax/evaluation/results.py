@@ -2,7 +2,8 @@
 
 A sweep computes its rows from the texts and marks of the original's and an arm's outputs for the
 same prompts. Prompts are split in two by their ids: weights are chosen on one part, and what is
-reported is of the other. A report shows rows of sweeps and of evaluations.
+reported is of the other. Records of the same prompt are in the same part. A report shows rows of
+sweeps and of evaluations.
 """
 
 import hashlib
@@ -56,6 +57,7 @@ class Shown(TypedDict):
       collateral: nats at the marks of everything else.
       smallest_cost: nats at the marks without an update.
       collateral_elsewhere: KL to the original at ordinary positions, in nats.
+      num_graded: ids to remove, of a strength below 1: the residual is without them.
       unrelated_kl: KL to the original on prompts of other tasks, in nats.
       unrelated_unchanged: share of outputs to these that did not change, from 0 to 1.
     """
@@ -84,6 +86,7 @@ class Shown(TypedDict):
     collateral: NotRequired[_Number]
     smallest_cost: NotRequired[_Number]
     collateral_elsewhere: NotRequired[_Number]
+    num_graded: NotRequired[_Number]
     unrelated_kl: NotRequired[_Number]
     unrelated_unchanged: NotRequired[_Number]
 
@@ -102,9 +105,39 @@ def cut_of(before: float, after: float) -> float:
 
 
 def is_for_choice(record_id: str, share: float) -> bool:
-    """Whether a prompt is among those that weights are chosen on: the same in every run."""
+    """Whether a prompt is among those that weights are chosen on: the same in every run.
+
+    Args:
+      record_id: the id of its record; of several with the same prompt the first one's, by which
+        `are_for_choice` goes.
+      share: of the prompts.
+    """
     digest = hashlib.sha256(record_id.encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64 < share
+
+
+def are_for_choice(rows: Sequence[records.Record], share: float) -> list[bool]:
+    """Whether each record's prompt is among those that weights are chosen on.
+
+    Of a prompt all records are, or none: what was chosen on one would not be new to another.
+    """
+    first = _first_of_prompts(rows)
+    return [is_for_choice(first[row.prompt], share) for row in rows]
+
+
+def num_prompts_for_choice(rows: Sequence[records.Record], share: float) -> tuple[int, int]:
+    """How many different prompts weights are chosen on, and how many others there are."""
+    first = _first_of_prompts(rows)
+    number = sum(is_for_choice(name, share) for name in first.values())
+    return number, len(first) - number
+
+
+def _first_of_prompts(rows: Sequence[records.Record]) -> dict[str, str]:
+    """Of each prompt, in order, the id of the first record that has it."""
+    first: dict[str, str] = {}
+    for row in rows:
+        first.setdefault(row.prompt, row.id)
+    return first
 
 
 def measure(
@@ -171,8 +204,11 @@ def intervals(
 ) -> dict[str, Row]:
     """95 % intervals over prompts, by paired bootstrap: every arm sees the same resamples.
 
+    Several outputs for one prompt are drawn together: they say less than as many for others.
+
     Where all is gone no resample knows of any that might not be: there the lower end of the cut is
-    that of the exact binomial interval (Clopper and Pearson) of the outputs that were unwanted.
+    that of the exact binomial interval (Clopper and Pearson) of the prompts to which something
+    unwanted was said.
 
     Args:
       original: annotated outputs of the original.
@@ -184,32 +220,33 @@ def intervals(
     Returns:
       For each arm "cut_interval"; "bleu_interval"; "bleu_p_value", the probability of a difference
       to the baseline's BLEU at least so large (sacrebleu's paired bootstrap test; None for the
-      baseline, and without one).
+      baseline, and without one). All are None where there is a single prompt.
     """
-    # Here, because they take a second to import, which nobody else pays.
-    import scipy.stats
-    from sacrebleu.metrics.bleu import BLEU
-    from sacrebleu.significance import PairedTest
+    import scipy.stats  # here, because it takes a second, which nobody else pays
 
-    marked = np.array([bool(row.negative_spans) for row in original], float)
+    numbers = {prompt: number for number, prompt in enumerate(_first_of_prompts(original))}
+    if len(numbers) < 2:
+        return {
+            name: {"cut_interval": None, "bleu_interval": None, "bleu_p_value": None}
+            for name in arms
+        }
+    prompt_of = np.array([numbers[row.prompt] for row in original])
+
+    def num_marked(rows: Sequence[records.Record]) -> np.ndarray:
+        return np.bincount(prompt_of, [bool(row.negative_spans) for row in rows])
+
+    marked = num_marked(original)
 
     def cut(before: np.ndarray, after: np.ndarray, axis: int = -1) -> np.ndarray:
         of_before, of_after = before.sum(axis=axis), after.sum(axis=axis)
         # Where nothing was unwanted nothing is cut: `cut_of`.
         return np.where(of_before > 0, 1 - of_after / np.maximum(of_before, 1), 0.0)
 
-    systems: Any = [(name, [row.targets for row in arms[name]]) for name in _first(arms, baseline)]
-    found: Any
-    _, found = PairedTest(
-        systems,
-        {"BLEU": BLEU(force=True)},
-        [[row.targets for row in original]],
-        test_type="bs",
-        n_samples=num_resamples,
-    )()
+    systems = {name: arms[name] for name in _first(arms, baseline)}
+    found = _paired_test(original, systems, prompt_of, num_resamples)
     by_name = {}
     for name, result in zip(found["System"], found["BLEU"], strict=True):
-        after = np.array([bool(row.negative_spans) for row in arms[name]], float)
+        after = num_marked(arms[name])
         sampled = scipy.stats.bootstrap(
             (marked, after),
             cut,
@@ -221,7 +258,7 @@ def intervals(
         ).confidence_interval
         low = float(sampled.low)
         if marked.any() and not after.any():
-            low = 1 - scipy.stats.binomtest(0, int(marked.sum())).proportion_ci(0.95).high
+            low = 1 - scipy.stats.binomtest(0, np.count_nonzero(marked)).proportion_ci(0.95).high
         by_name[name] = {
             "cut_interval": [low, float(sampled.high)],
             # sacrebleu gives half a width around the mean, which may go beyond the scale.
@@ -232,6 +269,47 @@ def intervals(
             "bleu_p_value": result.p_value if baseline in arms else None,
         }
     return by_name
+
+
+def _paired_test(
+    original: Sequence[records.Record],
+    arms: Mapping[str, Sequence[records.Record]],
+    prompt_of: np.ndarray,
+    num_resamples: int,
+) -> Any:
+    """A paired bootstrap test of BLEU by sacrebleu, over prompts; the first arm is the baseline.
+
+    Args:
+      original: its outputs, the references.
+      arms: outputs of each arm.
+      prompt_of: `[N]` int, of each output the number of its prompt.
+      num_resamples: how often the prompts are drawn anew.
+    """
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.significance import PairedTest
+
+    order = np.argsort(prompt_of, kind="stable")
+    starts = np.flatnonzero(np.diff(prompt_of[order], prepend=-1))
+
+    class OfPrompts(BLEU):
+        """BLEU of lists of texts: it is computed from counts, which are added up."""
+
+        def _extract_corpus_statistics(self, hypotheses: Any, references: Any) -> Any:
+            texts, of_original = (
+                [text for some in of for text in some] for of in (hypotheses, references[0])
+            )
+            counts = super()._extract_corpus_statistics(texts, [of_original])
+            return np.add.reduceat(np.array(counts), starts).tolist()
+
+    def by_prompt(rows: Sequence[records.Record]) -> list[list[str]]:
+        return [[rows[i].targets for i in some] for some in np.split(order, starts[1:])]
+
+    systems: Any = [(name, by_prompt(rows)) for name, rows in arms.items()]
+    references: Any = [by_prompt(original)]
+    _, found = PairedTest(
+        systems, {"BLEU": OfPrompts(force=True)}, references, "bs", num_resamples
+    )()
+    return found
 
 
 def _first(arms: Mapping[str, Any], name: str) -> list[str]:
@@ -397,11 +475,20 @@ class _Certificate(msgspec.Struct):
     negative_collateral: _Number | None
     negative_smallest_cost: _Number | None
     positive_collateral: _Number | None
+    # Evaluations of before have none of these.
+    num_negative: _Number | None = None
+    num_positive: _Number | None = None
+    num_cut_inputs: _Number | None = None
+    num_cut_targets: _Number | None = None
+    num_lost_marks: _Number | None = None
+    num_graded: _Number | None = None
+    num_removed_everywhere: _Number | None = None
 
 
 class _Unrelated(msgspec.Struct):
     kl: _Number | None
     unchanged: _Share
+    num_positive: _Number | None = None
 
 
 class _Evaluation(msgspec.Struct):
@@ -464,6 +551,7 @@ def from_evaluation(evaluation: Any, known: Mapping[str, Any]) -> Row:
             "collateral": certificate.negative_collateral,
             "smallest_cost": certificate.negative_smallest_cost,
             "collateral_elsewhere": certificate.positive_collateral,
+            "num_graded": certificate.num_graded,
         }
     if found.unrelated is not None:
         row |= unrelated(evaluation["unrelated"])

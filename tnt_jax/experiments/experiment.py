@@ -250,13 +250,15 @@ class Opened:
     """
 
     def __init__(
-        self, settings: Experiment, check_prompts: Callable[[Sequence[str]], None] | None = None
+        self,
+        settings: Experiment,
+        check_prompts: Callable[[Sequence[records.Record]], None] | None = None,
     ):
         """Opens it, and makes an original where there is none yet.
 
         Args:
           settings: Of the experiment.
-          check_prompts: Is called with the ids of evaluation prompts that are in a file, before
+          check_prompts: Is called with the evaluation prompts that are in a file, before
             anything is trained; raises what is wrong with them.
 
         Raises:
@@ -290,14 +292,14 @@ class Opened:
         """The names of the decoders that make the training outputs."""
         return self.settings.training_decoders or [self.first_decoder]
 
-    def _look_at_prompts(self, check: Callable[[Sequence[str]], None] | None) -> int:
+    def _look_at_prompts(self, check: Callable[[Sequence[records.Record]], None] | None) -> int:
         """`num_seen`, and what is wrong with prompts in files, before the work."""
         train, evaluation = (
             records.read_records(prompts) if isinstance(prompts, str) else None
             for prompts in (self.settings.train_prompts, self.settings.eval_prompts)
         )
         if evaluation is not None and check is not None:
-            check([row.id for row in evaluation])
+            check(evaluation)
         if train is None or evaluation is None:
             return 0
         inputs = {row.prompt for row in train}
@@ -719,7 +721,8 @@ class Opened:
         """What an arm changed on prompts of other tasks, if it was evaluated on any.
 
         Returns:
-          "kl", to the original in nats a token, and "unchanged", the share of outputs.
+          "kl", to the original in nats a token that is not marked; "num_positive", the number of
+          these tokens; and "unchanged", the share of outputs.
         """
         file = self.root / _unrelated_name(name) / f"{self.first_decoder}.evaluation.json"
         if self.settings.unrelated_prompts is None or not file.exists():
@@ -727,6 +730,7 @@ class Opened:
         found = results.read_evaluation(file, has_certificate=True)
         return {
             "kl": found["certificate"]["positive_collateral"],
+            "num_positive": found["certificate"].get("num_positive"),
             "unchanged": found["comparison"]["exact_match"],
         }
 

@@ -30,12 +30,12 @@ def as_json(choice: Choice) -> dict[str, Any]:
     }
 
 
-def numbers(evaluation: Mapping[str, Any], cut_interval: Sequence[float]) -> dict[str, Any]:
+def numbers(evaluation: Mapping[str, Any], cut_interval: Sequence[float] | None) -> dict[str, Any]:
     """What `patch.json` says of the outputs of one decoder.
 
     Args:
       evaluation: What `evaluate` wrote about them.
-      cut_interval: The 95 % interval of their cut.
+      cut_interval: The 95 % interval of their cut; None if one prompt alone was asked.
 
     Returns:
       Shares from 0 to 1, BLEU from 0 to 100, KL in nats per token.
@@ -48,7 +48,7 @@ def numbers(evaluation: Mapping[str, Any], cut_interval: Sequence[float]) -> dic
         "unwanted_before": before["unwanted_outputs"]["value"],
         "unwanted_after": after["unwanted_outputs"]["value"],
         "cut": evaluation["cut"],
-        "cut_interval": list(cut_interval),
+        "cut_interval": None if cut_interval is None else list(cut_interval),
         "bleu": comparison["bleu"],
         "unchanged": comparison["exact_match"]["value"],
         "unchanged_clean": None if clean is None else clean["value"],
@@ -88,19 +88,26 @@ def verdict(by_decoder: Mapping[str, Mapping[str, Any]], wish: float) -> tuple[s
         )
     cut = by_decoder[worst]["cut"]
     is_short = cut < wish
-    low, high = by_decoder[worst]["cut_interval"]
+    interval = _interval(by_decoder[worst], ".0%")
     which = f"unwanted {worst} outputs" if len(by_decoder) > 1 else "unwanted outputs"
     return (
         f"{'Not the whole wish' if is_short else 'The wish is fulfilled'}: {cut:.1%} of "
-        f"the {which} are gone (95 %: {low:.0%} to {high:.0%}), asked for {wish:.0%}.",
+        f"the {which} are gone{f' (95 %: {interval})' if interval else ''}, asked for {wish:.0%}.",
         is_short,
     )
 
 
+def _interval(numbers: Mapping[str, Any], form: str) -> str:
+    """The interval of a cut as a text; "" where there is none."""
+    interval = numbers["cut_interval"]
+    return "" if interval is None else " to ".join(format(x, form) for x in interval)
+
+
 def rows(numbers: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """The table of one decoder: what, the original's, the patched model's."""
-    low, high = numbers["cut_interval"]
-    cut = f"{numbers['cut']:.1%} ({low:.1%} to {high:.1%})" if numbers["unwanted_before"] else "-"
+    interval = _interval(numbers, ".1%")
+    cut = f"{numbers['cut']:.1%}" + (f" ({interval})" if interval else "")
+    cut = cut if numbers["unwanted_before"] else "-"
     clean, kl = numbers["unchanged_clean"], numbers["kl_elsewhere"]
     return [
         (

@@ -180,7 +180,7 @@ def write(path: pathlib.Path, rows: Sequence[records.Record], *, whole: bool = F
         rows = [
             dataclasses.replace(
                 row,
-                targets="",
+                targets=records.NO_TARGETS,
                 target_ids=None,
                 negative_spans=None,
                 negative_token_ids=(),
@@ -319,8 +319,8 @@ def _about_new_outputs(num_marked: int) -> str:
 def _check_labels(rows: Sequence[records.Record], field: str) -> None:
     for row in rows:
         label = row.extra.get(field)
-        if not row.targets or label not in (0, 1):
-            found = f"{field}={label!r}" if row.targets else "no targets"
+        if row.is_prompt or label not in (0, 1):
+            found = "no targets" if row.is_prompt else f"{field}={label!r}"
             raise UsageError(
                 f"--labels: expected outputs (targets) whose field {field!r} is true where they "
                 f"are bad and false where they are good, found {found} in record {row.id!r}."
@@ -332,7 +332,7 @@ def _with_spans(
 ) -> tuple[list[records.Record], list[str]]:
     """Records with the marks of people, and how many nobody marked."""
     annotator = annotators.Spans(path=path, unmatched="leave_out")
-    if without := sum(not row.targets for row in rows):
+    if without := sum(row.is_prompt for row in rows):
         raise UsageError(
             f"--spans: expected prompts with the outputs that people marked (targets), found "
             f"{without} of {len(rows)} without. Give such records as --prompts."
@@ -366,8 +366,8 @@ def _with_spans(
 
 def _check_marked(rows: Sequence[records.Record], flag: str) -> list[str]:
     for row in rows:
-        if not row.targets or row.negative_spans is None:
-            missing = "targets" if not row.targets else "negative_spans"
+        if row.is_prompt or row.negative_spans is None:
+            missing = "targets" if row.is_prompt else "negative_spans"
             raise UsageError(
                 f"{flag}: expected outputs with negative_spans, found none in record {row.id!r} "
                 f"({missing}). A clean output has an empty list."

@@ -202,7 +202,7 @@ async function split() {
   if (groups.length) {
     const of = (field) => groups.map((group) => group[field]);
     const cost = groups[0].smallest_cost;
-    const original = cost === null ? [] : [cost];
+    const original = cost === null || groups[0].num_graded ? [] : [cost];
     await draw(
       bars(
         distinctNames([...original.map(() => "original"), ...of("name")]),

@@ -137,7 +137,8 @@ def e2e(
         known |= set(chosen[name])
     check_not_empty(eval_fraction, train=train, **chosen)
     output_dir = pathlib.Path(output_dir)
-    pairs = {"train": train, **{name: [(i, "") for i in of] for name, of in chosen.items()}}
+    prompts = {name: [(i, records.NO_TARGETS) for i in of] for name, of in chosen.items()}
+    pairs = {"train": train, **prompts}
     for split, of_split in pairs.items():
         written = (
             Record(id=f"{split}-{number}", inputs=inputs, targets=text)
