@@ -188,7 +188,6 @@ def intervals(
     """
     # Here, because they take a second to import, which nobody else pays.
     import scipy.stats
-    from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.significance import PairedTest
 
     marked = np.array([bool(row.negative_spans) for row in original], float)
@@ -198,12 +197,13 @@ def intervals(
         # Where nothing was unwanted nothing is cut: `cut_of`.
         return np.where(of_before > 0, 1 - of_after / np.maximum(of_before, 1), 0.0)
 
+    references = [row.targets for row in original]
     systems: Any = [(name, [row.targets for row in arms[name]]) for name in _first(arms, baseline)]
     found: Any
     _, found = PairedTest(
         systems,
-        {"BLEU": BLEU(force=True)},
-        [[row.targets for row in original]],
+        {"BLEU": text_metrics.bleu_metric(references)},
+        [references],
         test_type="bs",
         n_samples=num_resamples,
     )()
