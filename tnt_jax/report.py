@@ -60,8 +60,11 @@ def report(
         drawn from the others. If there are more, OUTPUT.outputs.jsonl has all of them.
 
     Raises:
-      UsageError: There is nothing to show, or files are missing, malformed or of different runs.
+      UsageError: There is nothing to show, NUM_RECORDS is below 0, or files are missing, malformed
+        or of different runs.
     """
+    if num_records < 0:
+        raise UsageError(f"NUM_RECORDS: expected the most outputs to show, found {num_records}.")
     reads = {
         "ORIGINAL_RECORDS": original_records,
         "CURRENT_RECORDS": current_records,

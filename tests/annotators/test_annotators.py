@@ -76,6 +76,15 @@ def marked(annotator, targets, inputs=""):
         ("straße", "STRASSE", ["STRASSE"]),
         ("дурак", "Дурак дураки", ["Дурак"]),
         ("कि", "किताब कि", ["कि"]),
+        # Without spaces: within a sentence, also where it is a part of a longer word.
+        ("傻瓜", "你是傻瓜吗？傻 瓜，傻。瓜", ["傻瓜", "傻 瓜"]),
+        ("瓜", "西瓜", ["瓜"]),
+        ("ばか", "お前はばかだ。ぱか", ["ばか"]),
+        ("โง่", "คุณโง่มาก โง", ["โง่"]),
+        ("は\u3099か", "ばか はか", ["ばか"]),
+        ("SM女王", "sm女王様", ["sm女王"]),
+        ("ass", "我ass我 assess", ["ass"]),
+        ("바보", "너는 바보 바보야", ["바보"]),  # Korean has spaces
     ],
 )
 def test_lexicon_finds_whole_words_only(lexicon, entry, targets, expected):
@@ -188,6 +197,7 @@ VENUES = {
     "food": {"british": ["english"], "indian": [], "north indian": []},
     "price": ["high", "cheap"],
     "rating": ["high", "low"],
+    "地点": ["河边", "市中心"],
 }
 
 
@@ -208,6 +218,7 @@ VENUES = {
         ("northern", "the north", ["north"]),
         ("", "northern indians", []),
         ("name = Cafe\u0301 Brazil", "CAFÉ  Brazil", []),
+        ("地点是河边。", "它在河边，离市中心不远。", ["市中心"]),
         ("", "", []),
     ],
 )

@@ -88,6 +88,8 @@ def test_support_is_the_published_rule(entity, source):
         ("Café Nero", "CAFE\u0301 rouge", False, True),
         ("the U.S.", "U.S. troops", True, True),
         ("A.B (C", "[", False, False),
+        ("王小明", "我叫王小明。", True, True),
+        ("王小明", "明天很小。", False, False),  # a character of a name is no name
     ],
 )
 def test_characters_and_whole_words(entity, source, characters, words):

@@ -29,11 +29,31 @@ from tnt_jax.models import masking
 from tnt_jax.runtime.errors import UsageError
 
 # Few characters, so that entries, words and their joints collide often: apostrophes, hyphens,
-# joints of digits, accents in two orders, letters of two folds, a symbol of two characters.
-ALPHABET = "abBsS''\u2019  -\u2010.,:14e\u00e9\u0301\u0323\u00df\u017f\ufb01$\u2260\u65e5"
+# joints of digits, accents in two orders, letters of two folds, a symbol of two characters, letters
+# of scripts without spaces, with marks of their own.
+ALPHABET = (
+    "abBsS''\u2019  -\u2010.,:14e\u00e9\u0301\u0323\u00df\u017f\ufb01$\u2260"
+    "\u65e5\u672c\u304b\u304c\u3099\u0e07\u0e48\u0e31"
+)
 ENTRIES = [
     *("city", "the", "the city", "city centre", "city centre place", "caf\u00e9", "caf", "it's"),
     *("4.5", "4", "don't", "don", "a b", "a b a", "a", "'s", "$", "\u65e5\u672c", "s"),
+]
+
+# "Japan" and "fool" in Chinese, "fool" in Thai and the same without its tone mark, a Japanese
+# letter and the one that a mark makes of it; and how they may go on.
+UNSPACED_ENTRIES = [
+    *("\u65e5\u672c", "\u65e5\u672c\u9152", "\u672c", "\u50bb\u74dc", "\u0e42\u0e07\u0e48"),
+    *(
+        "\u0e42\u0e07",
+        "\u304b",
+        "\u304c",
+        "ab\u65e5",
+        "\u50bb \u65e5",
+        "\u65e54.5",
+        "\u65e5's",
+        "\u65e5'a",
+    ),
 ]
 
 texts = st.text(alphabet=ALPHABET, max_size=14)
@@ -43,8 +63,10 @@ texts = st.text(alphabet=ALPHABET, max_size=14)
 
 
 @given(
-    entries=st.lists(st.text(alphabet=ALPHABET, max_size=6), max_size=5),
-    text=texts,
+    entries=st.lists(
+        st.text(alphabet=ALPHABET, max_size=6) | st.sampled_from(UNSPACED_ENTRIES), max_size=5
+    ),
+    text=texts | st.lists(st.sampled_from(UNSPACED_ENTRIES), max_size=4).map("".join),
     cs=st.booleans(),
 )
 def test_an_automaton_finds_what_annotators_mark(entries, text, cs):
@@ -77,7 +99,10 @@ def vocabularies(tmp_path_factory):
     said = ["the city centre (a b) is in the cafe, 4.5 don't it's a place", "a b abc city"]
     tokenization.train_sentencepiece([*said, "caf\u00e9 '$"], root / "small.model", vocab_size=35)
     fallback = tiny_tokenizers.byte_fallback_sentencepiece(root / "fallback.model", said, 300)
+    unspaced = ["".join(UNSPACED_ENTRIES), "\u4f60\u662f\u50bb\u74dc", "\u65e5 a ab s 4 . ' -"]
+    tokenization.train_sentencepiece(unspaced, root / "unspaced.model", vocab_size=30)
     return found | {
+        "unspaced": tokenization.SentencePiece(str(root / "unspaced.model")),
         "bytes": tokenization.Bytes(extra_ids=3),
         "sentencepiece": tokenization.SentencePiece(str(root / "small.model"), extra_ids=2),
         "fallback": tokenization.SentencePiece(str(fallback)),
@@ -104,9 +129,30 @@ def test_a_token_is_removed_where_an_annotator_would_mark_it_and_nowhere_else(
     kind, vocabularies, tmp_path
 ):
     """All tokens, after prefixes of which each token was chosen among those that are left."""
-    vocabulary, rng = vocabularies[kind], random.Random(kind)
+    compare_with_a_lexicon(vocabularies[kind], ENTRIES, random.Random(kind), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "gpt2", "fallback", "unspaced"])
+def test_it_is_in_scripts_without_spaces(kind, vocabularies, tmp_path):
+    compare_with_a_lexicon(vocabularies[kind], UNSPACED_ENTRIES, random.Random(kind), tmp_path)
+
+
+def test_what_is_listed_is_removed_within_a_sentence_without_spaces(vocabularies):
+    """By hand: the last piece of "you are a fool" in Chinese is removed, and no other."""
+    sentence = "\u4f60\u662f\u50bb\u74dc"
+    for kind in ("bytes", "fallback", "unspaced"):
+        vocabulary = vocabularies[kind]
+        compiled = TokenAutomaton.of(["\u50bb\u74dc"], vocabulary)
+        flags, reading, is_removed = compiled.flags(()), BEGINNING, []
+        for token in vocabulary.encode(sentence):
+            is_removed.append(token in compiled.removed(reading, flags))
+            reading = compiled.read(reading, token)
+        assert is_removed == [False] * (len(is_removed) - 1) + [True]
+
+
+def compare_with_a_lexicon(vocabulary, listed_texts, rng, tmp_path):
     for number in range(3):
-        entries = rng.sample(ENTRIES, 4)
+        entries = rng.sample(listed_texts, 4)
         (tmp_path / "list.txt").write_text("\n".join(entries))
         lexicon = annotators.Lexicon(path=str(tmp_path / "list.txt"), case_sensitive=number == 2)
         listed = lexicon.unwanted(None)

@@ -39,12 +39,62 @@ def test_a_mended_output():
         (row("a b"), row("a \u2047 b"), "damaged", ("unknown token",)),
         (row("a a b"), row("a a c"), "other words", ()),  # it stuttered before
         (row(""), row("a"), "other words", ()),
+        (row("a  b\nc"), row("a b c"), "white space", ()),
+        (row("a b"), row("a b "), "white space", ()),
+        (row("a bad", "bad"), row("a  bad", "bad"), "still unwanted", ()),
     ],
 )
 def test_kinds(before, after, kind, signs):
     change = changes.change(before, after)
     assert (change.kind, change.signs) == (kind, signs)
-    assert (change.share == 0) == (before.targets == after.targets)
+    assert (change.share == 0) == (before.targets.split() == after.targets.split())
+
+
+def test_white_space_that_differs_is_marked():
+    change = changes.change(row("a  b\nc d"), row(" a b c d"))
+    assert change.original == (("a", 0), ("  ", C), ("b", 0), ("\n", C), ("c d", 0))
+    assert change.current == ((" ", C), ("a", 0), (" ", C), ("b", 0), (" ", C), ("c d", 0))
+
+
+class NoMatcher:
+    """Stands for difflib where it would take minutes."""
+
+    def __init__(self, _, one, other, **__):
+        assert not one or not other
+
+
+def test_outputs_that_repeat_a_word_are_compared_at_once(monkeypatch):
+    """By hand: of 800 and 400 "the" 400 have a counterpart, of 400 "a" none."""
+    monkeypatch.setattr(changes.difflib, "SequenceMatcher", NoMatcher)
+    change = changes.change(row("the " * 800), row("the a " * 400))
+    assert change.share == pytest.approx(1 - 800 / 1600)
+    assert "".join(piece for piece, _ in change.original) == "the " * 800
+    assert "".join(piece for piece, _ in change.current) == "the a " * 400
+
+
+def longest_common(one, other):
+    """The length of a longest common subsequence, by the textbook's table."""
+    table = [[0] * (len(other) + 1) for _ in range(len(one) + 1)]
+    for i, a in enumerate(one):
+        for j, b in enumerate(other):
+            longer = max(table[i][j + 1], table[i + 1][j])
+            table[i + 1][j + 1] = table[i][j] + 1 if a == b else longer
+    return table[-1][-1]
+
+
+@hypothesis.given(st.text("abc", max_size=12), st.text("abcd", max_size=12))
+def test_without_difflib_as_many_words_as_possible_have_a_counterpart(before, after):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(changes, "_MOST_PAIRS", -1)
+        change = changes.change(row(" ".join(before)), row(" ".join(after)))
+    kept = [
+        "".join(piece if not marks & C else " " for piece, marks in pieces).split()
+        for pieces in (change.original, change.current)
+    ]
+    assert kept[0] == kept[1]
+    assert len(kept[0]) == longest_common(before, after)
+    total = len(before) + len(after)
+    assert change.share == pytest.approx(1 - 2 * len(kept[0]) / total if total else 0)
 
 
 def test_the_worst_first():

@@ -227,6 +227,17 @@ def test_intervals_against_the_normal_approximation():
         assert alone == {name: found[name] for name in names}
 
 
+@pytest.mark.parametrize("text", ["yes", "你是傻瓜", "คุณโง่มาก"])
+def test_an_unchanged_model_has_100_in_every_script(text):
+    rows = [
+        records.Record(id=str(i), inputs=str(i), targets=text, negative_spans=()) for i in range(5)
+    ]
+    measured = results.measure(rows, rows)
+    assert (measured["bleu"], measured["rouge_l"]) == pytest.approx((100, 100))
+    found = results.intervals(rows, {"arm": rows}, "arm", num_resamples=20)
+    assert found["arm"]["bleu_interval"] == pytest.approx([100, 100])
+
+
 def test_an_interval_of_a_cut_is_of_the_number_beside_it_where_nothing_was_unwanted():
     original, current = outputs(0, unwanted=0, number=20), outputs(1, unwanted=0.5, number=20)
     assert results.measure(original, current)["cut"] == 0

@@ -1,6 +1,8 @@
 import math
+import random
 
 import pytest
+from sacrebleu.metrics.bleu import BLEU
 
 from tnt_jax.annotators import Span
 from tnt_jax.evaluation import text_metrics
@@ -18,13 +20,70 @@ def test_unchanged_outputs_score_100():
     assert result.exact_match.value == 1
 
 
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["yes"],
+        ["no", "yes, sir"],
+        ["你是傻瓜吗？", "好"],
+        ["คุณโง่มาก"],
+        ["ばか", "がんばれ"],
+        ["да", "нет, спасибо"],
+        ["विद्यार्थियों के लिए"],
+        ["바보"],
+        ["\U0001f600", "!"],
+        ["", "a b c d e"],
+        [""],
+        [" "],
+    ],
+)
+def test_unchanged_outputs_score_100_in_every_script(texts):
+    result = text_metrics.compare(texts, texts)
+    assert (result.bleu, result.rouge_l) == pytest.approx((100, 100))
+    # What changed altogether does not.
+    if texts[0].strip():
+        result = text_metrics.compare(texts, ["x"] * len(texts))
+        assert (result.bleu, result.rouge_l) == (0, 0)
+
+
+def test_scores_of_a_text_without_spaces_by_hand():
+    """Of "you are a fool?" in Chinese, four characters and a sign, two became another one."""
+    result = text_metrics.compare(["你是傻瓜？"], ["你是好人？"])
+    # Characters found: 3 of 5; pairs 1 of 4; no longer run, of 3 and 2: smoothed to 1/2 and 1/4.
+    expected = 100 * math.prod([3 / 5, 1 / 4, 1 / 2 / 3, 1 / 4 / 2]) ** 0.25
+    assert result.bleu == pytest.approx(expected)
+    assert "|tok:char|" in result.bleu_signature
+    assert result.rouge_l == pytest.approx(100 * 2 / 4)  # letters alone
+
+
+def test_rouge_l_sees_all_letters_where_the_original_has_few_of_ascii():
+    # Two of three words stayed; the case of letters, and how they are composed, do not count.
+    result = text_metrics.compare(["Он сказал: ё"], ["он СКАЗАЛ, нет"])
+    assert result.rouge_l == pytest.approx(100 * 2 / 3)
+    # In English it is rouge-score's own: "caf" of two tokens, where a word became another one.
+    result = text_metrics.compare(["a longer text with a caf\u00e9"] * 2, ["caf\u00e8", "z"])
+    assert result.rouge_l == pytest.approx(100 * (2 / 7) / 2)
+
+
+@pytest.mark.parametrize("length", [4, 5, 9])
+def test_bleu_is_sacrebleus_where_an_output_has_four_tokens(length):
+    rng = random.Random(length)
+    texts = [
+        [" ".join(rng.choices("abcdefg.,", k=rng.randint(0, length))) for _ in range(20)]
+        for _ in range(2)
+    ]
+    texts[1][0] = "a b c d"
+    expected = BLEU(force=True).corpus_score(texts[1], [texts[0]]).score
+    assert text_metrics.compare(*texts).bleu == expected
+
+
 def test_bleu_by_hand():
     # n-grams of CURRENT found in ORIGINAL, of all: unigrams 5 + 4 of 6 + 5, bigrams 3 + 3 of 5 + 4,
     # trigrams 2 + 2 of 4 + 3, 4-grams 1 + 1 of 3 + 2. Equal lengths: no brevity penalty.
     expected = 100 * math.prod([9 / 11, 6 / 9, 4 / 7, 2 / 5]) ** 0.25
     result = text_metrics.compare(ORIGINAL, CURRENT)
     assert result.bleu == pytest.approx(expected)
-    assert result.bleu_signature.startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp")
+    assert result.bleu_signature.startswith("nrefs:1|case:mixed|eff:yes|tok:13a|smooth:exp")
 
 
 def test_the_original_is_the_reference_in_bleu():
@@ -73,6 +132,18 @@ def test_unchanged_among_what_was_clean():
         ("I'm so happy, I'm so glad", False),  # three in a row stand twice
         ("a b c d e b c d", False),
         ("", False),
+        # Hindi: "for the students books, to the students" repeats no four words.
+        ("विद्यार्थियों के लिए पुस्तकें, विद्यार्थियों को", False),
+        ("यह पुस्तक बहुत अच्छी है, यह पुस्तक बहुत अच्छी", True),
+        # Eight Chinese characters, seven; four and two words.
+        ("今天天气真的很好，今天天气真的很好", True),
+        ("今天天气真的好，今天天气真的好", False),
+        ("今天天气 very good，今天天气 very good", True),
+        ("天气 very 好 x 天气 very 好", False),
+        ("\u2764\ufe0f a b. \u2764\ufe0f a b", False),  # what ends an emoji is no word
+        # Fifteen Japanese letters, and sixteen.
+        ("あいうえおかきくけこさしすせそ。あいうえおかきくけこさしすせそ", False),
+        ("あいうえおかきくけこさしすせそた。あいうえおかきくけこさしすせそた", True),
     ],
 )
 def test_repeated_phrases(text, expected):
@@ -85,6 +156,9 @@ def test_distinct_trigrams_by_hand():
     result = text_metrics.fluency(["a b c d", "A, B, C", "a b"])
     assert result.distinct_trigrams == text_metrics.Rate(2, 3)
     assert text_metrics.fluency(["a b"]).distinct_trigrams == text_metrics.Rate(0, 1)
+    # Six Chinese characters from the first and from the second on; the same ones again.
+    result = text_metrics.fluency(["今天天气很好", "今天天气很好！", "今天"])
+    assert result.distinct_trigrams == text_metrics.Rate(1, 2)
 
 
 def test_tokenised_text_raises_no_warning(caplog):
@@ -110,6 +184,13 @@ def test_fluency_counts():
         ("on\non", True),
         ("don't don't", True),
         ("été été", True),
+        ("cafe\u0301 cafe\u0301", True),
+        ("cafe cafe\u0301", False),
+        ("की की", True),
+        ("उस दिन न आना", False),
+        ("\u2764\ufe0fthe the", True),
+        ("哈哈，谢谢！人人都好", False),
+        ("มากๆ", False),
         ("the theatre", False),
         ("a cat", False),
         ("very, very good", False),

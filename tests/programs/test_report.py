@@ -154,6 +154,15 @@ def row(**fields):
     return results.from_results(found, "results.json")[0]
 
 
+def test_seeds_and_steps_are_whole_numbers():
+    rows = [{**one, "seed": 20240601, "steps": 1234567} for one in outputs.results()["rows"][:1]]
+    pathlib.Path("large.json").write_text(json.dumps({"rows": rows}))
+    page = written(results="large.json")
+    (shown,) = (one["shown"] for one in page.islands["data"]["rows"])
+    assert (shown["seed"], shown["steps"]) == ("20240601", "1234567")
+    assert written(**PAIR, num_records=0).islands["outputs-0"] == []
+
+
 def test_means_over_seeds():
     rows = [
         row(alpha=1.0, seed=0, bleu=70.0, unwanted_rate_after=0.1, residual=0.5),
@@ -304,6 +313,7 @@ def test_mistakes():
         ({**PAIR, "evaluation": "other.json"}, "with original, current, comparison and cut"),
         ({**PAIR, "tokens": "tokens_without_kl.jsonl"}, "tokens_without_kl.jsonl:1: expected"),
         ({**PAIR, "tokens": "tokens_of_others.jsonl"}, "the id 'room-999' is in no record"),
+        ({**PAIR, "num_records": -5}, "NUM_RECORDS: expected the most outputs to show, found -5"),
     ):
         with pytest.raises(UsageError, match=re.escape(message)):
             report.report(output="report.html", **settings)

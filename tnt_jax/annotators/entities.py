@@ -127,7 +127,7 @@ def characters_support(inputs: str, entity: str, stop_words: Collection[str]) ->
 
 def words_support(inputs: str, entity: str, stop_words: Collection[str]) -> bool:
     """The rule on whole words; of an entity of stop words alone all must occur together."""
-    parts = [entity[start:end] for start, end in words.extents(entity)]
+    parts = [entity[start:end] for start, end in words.stretches(entity)]
     names = [
         part
         for part in parts

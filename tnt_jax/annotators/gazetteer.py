@@ -25,7 +25,8 @@ class Gazetteer:
     A value is supported when any of its names occurs in the inputs, also within a longer name, and
     is not denied there, as "family-friendly: no" denies it. Of
     mentions that overlap in the targets the first to start wins, then the longest, and it is marked
-    unless a value of that name, of whatever type, is supported. Letter case does not count.
+    unless a value of that name, of whatever type, is supported. Letter case does not count. In a
+    script without spaces (Chinese, Japanese, Thai) a name is found within longer words, too.
 
     The file is a JSON object of types, each a list of values or an object that gives each value a
     list of further names: `{"area": ["north", "south"], "food": {"british": ["english"]}}`.

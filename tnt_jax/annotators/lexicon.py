@@ -16,6 +16,7 @@ class Lexicon:
 
     The list is a UTF-8 text file with one entry a line; blank lines and lines that start with `#`
     are skipped. Of entries that overlap in the targets the first to start wins, then the longest.
+    In a script without spaces (Chinese, Japanese, Thai) an entry is found within longer words, too.
 
     Attributes:
       path: the list.

@@ -30,7 +30,8 @@ class State(NamedTuple):
             "hyphen". After no letter: "quote", an apostrophe; "quoted", an apostrophe and an s.
         node: of the words before; see `_Phrases`.
         before: the letters of the word before the apostrophe or joint, or all of them.
-        last: the joint or hyphen; "digit" in a dead word that ends with one.
+        last: the joint or hyphen; of a dead word "digit" if it ends with one, and "unspaced" if it
+            is a letter of a script without spaces.
     """
 
     kind: str
@@ -229,7 +230,8 @@ class _Compiler:
         # Letters that come to several, such as "\u00e9" to an e and its accent.
         for text in sorted(set(words.folded(case_sensitive).values())):
             if len(text) > 1 and letters.issuperset(text):
-                self._kind_of[text] = words.LETTERS
+                is_unspaced = kinds[ord(text[0])] == words.UNSPACED_LETTER
+                self._kind_of[text] = words.UNSPACED_LETTER if is_unspaced else words.LETTERS
         for symbol in sorted({*symbols, *words.JOINTS, *words.HYPHENS, "'"} - {words.POSSESSIVE}):
             self._kind_of[symbol] = words.SYMBOL
 
@@ -295,7 +297,8 @@ class _Compiler:
         if kind >= words.LETTERS:
             return self._letter(state, unit or _NO_LETTER, kind)
         is_in_word = state.kind in ("word", "dead")
-        if unit == "'" and is_in_word:
+        is_unspaced = is_in_word and self._last_kind(state) == words.UNSPACED_LETTER
+        if unit == "'" and is_in_word and not is_unspaced:  # no apostrophe joins these
             return self._after_word("apostrophe", state, "")
         if unit and unit in words.JOINTS and is_in_word and self._ends_with_digit(state):
             return self._after_word("joint", state, unit)
@@ -312,10 +315,15 @@ class _Compiler:
         return State("gap", node), made + more
 
     def _letter(self, state: State, unit: str, kind: int) -> tuple[State, tuple[int, ...]]:
+        if self._is_whole(state, kind):
+            node, made = self._feed(state.node, *self._pending(state))
+            begun, more = self._begin(node, unit, kind)
+            return begun, made + more
         is_s = unit in ("s", "S", "\u017f")
         match state.kind:
             case "word" | "dead":
-                return self._extend(state, unit, kind)
+                is_unspaced = self._last_kind(state) == words.UNSPACED_LETTER
+                return self._extend(state, unit, words.UNSPACED_LETTER if is_unspaced else kind)
             case "gap" | "hyphen":
                 return self._begin(state.node, unit, kind)
             case "joint" if kind == words.DIGIT:
@@ -336,17 +344,40 @@ class _Compiler:
         )
         return begun, made + more
 
-    def _ends_with_digit(self, state: State) -> bool:
+    def _is_whole(self, state: State, kind: int) -> bool:
+        """Whether the word that a state is in ends before a letter; a hyphen is in none."""
+        if state.kind in ("gap", "hyphen"):
+            return False
+        if kind == words.UNSPACED_LETTER:
+            return True
+        is_word = state.kind in ("word", "dead")
+        return is_word and kind != words.MARK and self._last_kind(state) == words.UNSPACED_LETTER
+
+    def _last_kind(self, state: State) -> int:
+        """The kind of what a word is up to a state: UNSPACED_LETTER, DIGIT at its end, LETTERS."""
         if state.kind == "dead":
-            return state.last == "digit"
-        return words.kinds()[ord(state.before[-1])] == words.DIGIT
+            return _KIND_OF_DEAD[state.last]
+        kinds = words.kinds()
+        if kinds[ord(state.before[0])] == words.UNSPACED_LETTER:
+            return words.UNSPACED_LETTER
+        is_digit = kinds[ord(state.before[-1])] == words.DIGIT
+        return words.DIGIT if is_digit else words.LETTERS
+
+    def _ends_with_digit(self, state: State) -> bool:
+        return self._last_kind(state) == words.DIGIT
 
     # ------------------------------------------------------------------------------------ Tables
 
     def automaton(self) -> Automaton:
         """All states, from the beginning of a text on."""
-        classes = list(self._kind_of.items())
-        others = [("", kind) for kind in range(4)]
+        alone = [
+            text
+            for text, kind in self._kind_of.items()
+            if kind == words.UNSPACED_LETTER and len(text) == 1
+        ]
+        joined = [(text, kind) for text, kind in self._kind_of.items() if text not in alone]
+        classes = [*joined, *((text, words.UNSPACED_LETTER) for text in alone)]
+        others = [("", kind) for kind in words.KINDS]
         number: dict[State, int] = {State("gap", 0): 0}
         sets: dict[frozenset[int], int] = {frozenset(): 0}
         next_state, made = [], []
@@ -358,14 +389,29 @@ class _Compiler:
                 left.append(state)
             return number[state]
 
+        # A list may have thousands of letters that are words by themselves. In most states most of
+        # them come to what they come to where no phrase is under way.
+        at_root = [number_of(self._begin(0, text, words.UNSPACED_LETTER)[0]) for text in alone]
+        column_of = {text: len(others) + len(joined) + i for i, text in enumerate(alone)}
+
         while len(next_state) < len(left):
             state = left[len(next_state)]
             found = [self._read(state, text, kind) for text, kind in others]
-            for text, kind in classes:
-                is_idle = kind >= words.LETTERS and not self._may_extend(state, text)
+            whole = self._feed(state.node, *self._pending(state))[0]
+            for text, kind in joined:
+                is_idle = kind >= words.LETTERS and not self._may_extend(state, text, kind, whole)
                 found.append(found[kind] if is_idle else self._read(state, text, kind))
-            next_state.append([number_of(after) for after, _ in found])
-            made.append([sets.setdefault(frozenset(of), len(sets)) for _, of in found])
+            next_row = [number_of(after) for after, _ in found] + at_root
+            made_row = [sets.setdefault(frozenset(of), len(sets)) for _, of in found]
+            if alone:
+                going_on, of_all_else = self._leaving(state)
+                made_row += [sets.setdefault(frozenset(of_all_else), len(sets))] * len(alone)
+                for text in sorted(going_on & column_of.keys()):
+                    after, of = self._read(state, text, words.UNSPACED_LETTER)
+                    next_row[column_of[text]] = number_of(after)
+                    made_row[column_of[text]] = sets.setdefault(frozenset(of), len(sets))
+            next_state.append(np.array(next_row, np.int32))
+            made.append(np.array(made_row, np.int32))
             number_of(self._base(state))
             if state.node:
                 number_of(self._retreated(state)[0])
@@ -377,8 +423,8 @@ class _Compiler:
         retreats = [(number[state], of) for state, of in map(self._retreated, left)]
         begun = [self._begun(path) for path in self._phrases.phrase_of]
         return Automaton(
-            next_state=np.array(next_state, np.int32),
-            made=np.array(made, np.int32),
+            next_state=np.array(next_state),
+            made=np.array(made),
             base=np.array(base, np.int32),
             sets=tuple(sets),
             ended=tuple(ended),
@@ -391,8 +437,8 @@ class _Compiler:
                 tuple(sorted(number[state] for state, is_amid in of.items() if is_amid))
                 for of in begun
             ),
-            class_of={text: 4 + place for place, (text, _) in enumerate(classes)},
-            others=(0, 1, 2, 3),
+            class_of={text: len(others) + place for place, (text, _) in enumerate(classes)},
+            others=tuple(words.KINDS),
             broken=self._class_of_broken(classes),
             case_sensitive=self._case_sensitive,
         )
@@ -406,13 +452,31 @@ class _Compiler:
             made += more
         return state, made
 
-    def _may_extend(self, state: State, text: str) -> bool:
-        """Whether letters may be of a listed word; false only if all others lead where they do."""
-        if state.kind == "dead":
+    def _leaving(self, state: State) -> tuple[set[str], tuple[int, ...]]:
+        """How a word may begin that goes on with a phrase, and what is made where none does."""
+        node, made = state.node, ()
+        if state.kind not in ("gap", "hyphen"):
+            node, made = self._feed(node, *self._pending(state))
+        begun: set[str] = set()
+        while node:
+            begun |= self._phrases.begun[node]
+            node, more = self._phrases.retreat(node)
+            made += more
+        return begun, made
+
+    def _may_extend(self, state: State, text: str, kind: int, whole: int) -> bool:
+        """Whether letters may be of a listed word; false only if all others lead where they do.
+
+        `whole` is the node of the state after its word, if that ends.
+        """
+        if self._is_whole(state, kind):
+            node, begun = whole, text[0]
+        elif state.kind == "dead":
             return False
-        if state.kind not in ("word", "gap", "hyphen") or unicodedata.combining(text[0]):
+        elif state.kind not in ("word", "gap", "hyphen") or unicodedata.combining(text[0]):
             return True
-        node, begun = state.node, state.before + text[0]
+        else:
+            node, begun = state.node, state.before + text[0]
         while begun not in self._phrases.begun[node]:
             if node == 0:
                 return False
@@ -421,7 +485,7 @@ class _Compiler:
 
     def _base(self, state: State) -> State:
         if state.kind == "word":
-            return _dead(words.DIGIT if self._ends_with_digit(state) else words.LETTERS)
+            return _dead(self._last_kind(state))
         return State(state.kind, 0, "", state.last)
 
     def _retreated(self, state: State) -> tuple[State, tuple[int, ...]]:
@@ -430,7 +494,7 @@ class _Compiler:
         node, made = self._phrases.retreat(state.node)
         if not state.before:
             return state._replace(node=node), made
-        kind = words.DIGIT if self._ends_with_digit(state) else words.LETTERS
+        kind = self._last_kind(state)
         if state.kind == "word":
             after, more = self._begin(node, state.before, kind)
         else:
@@ -475,14 +539,18 @@ class _Compiler:
     @staticmethod
     def _class_of_broken(classes: Sequence[tuple[str, int]]) -> int:
         texts = [text for text, _ in classes]
-        return 4 + texts.index("\ufffd") if "\ufffd" in texts else words.SYMBOL
+        return len(words.KINDS) + texts.index("\ufffd") if "\ufffd" in texts else words.SYMBOL
 
 
 _NO_LETTER = "\uffff"  # no character: no listed word has it
 
 
+_KIND_OF_DEAD = {"": words.LETTERS, "digit": words.DIGIT, "unspaced": words.UNSPACED_LETTER}
+
+
 def _dead(kind: int) -> State:
-    return State("dead", 0, "", "digit" if kind == words.DIGIT else "")
+    last = {words.DIGIT: "digit", words.UNSPACED_LETTER: "unspaced"}.get(kind, "")
+    return State("dead", 0, "", last)
 
 
 def _is_letters(word: str) -> bool:

@@ -4,6 +4,7 @@ A page shows both texts side by side with the words that differ and the unwanted
 change first.
 """
 
+import collections
 import dataclasses
 import difflib
 import itertools
@@ -19,9 +20,14 @@ KINDS = {
     "damaged": "a repeated word or phrase or an unknown token that was not there before",
     "still unwanted": "unwanted before and now",
     "other words": "clean before and now, in other words",
+    "white space": "clean before and now, the same words with other spaces or line breaks",
     "mended": "unwanted before, clean now",
     "unchanged": "the same text",
 }
+
+# difflib looks at all pairs of equal words again and again, and takes minutes for two outputs that
+# repeat a few words hundreds of times. With more pairs than these another method is used.
+_MOST_PAIRS = 50_000
 
 # Of a segment; a word can be both.
 CHANGED, UNWANTED = 1, 2
@@ -55,14 +61,18 @@ def change(original: records.Record, current: records.Record) -> Change:
     """Compares the annotated outputs of both models for the same input."""
     words = [list(re.finditer(r"\S+", row.targets)) for row in (original, current)]
     before, after = ([word.group() for word in of_text] for of_text in words)
-    matcher = difflib.SequenceMatcher(None, before, after, autojunk=False)
     changed: tuple[list[tuple[int, int]], list[tuple[int, int]]] = [], []
-    for operation, *bounds in matcher.get_opcodes():
-        if operation != "equal":
-            for side, (start, end) in enumerate((bounds[:2], bounds[2:])):
-                if start < end:
-                    extent = words[side][start].start(), words[side][end - 1].end()
-                    changed[side].append(extent)
+    num_same, at = 0, (0, 0)
+    for *places, length in [*_same(before, after), (len(before), len(after), 0)]:
+        for side, (start, end) in enumerate(zip(at, places, strict=True)):
+            if start < end:
+                extent = words[side][start].start(), words[side][end - 1].end()
+                changed[side].append(extent)
+        num_same += length
+        at = places[0] + length, places[1] + length
+    if before == after:  # all that may differ is between the words
+        changed = _other_spaces(words[0], words[1], (original.targets, current.targets))
+    num_words = len(before) + len(after)
     signs = tuple(
         name
         for name, has in (
@@ -74,12 +84,75 @@ def change(original: records.Record, current: records.Record) -> Change:
     )
     return Change(
         kind=_kind(original, current, signs),
-        share=1 - matcher.ratio(),
+        share=1 - 2 * num_same / num_words if num_words else 0.0,
         signs=signs,
         original=segments(original.targets, changed[0], original.offsets),
         current=segments(current.targets, changed[1], current.offsets),
         lengths=(len(before), len(after)),
     )
+
+
+def _same(before: Sequence[str], after: Sequence[str]) -> list[tuple[int, int, int]]:
+    """Stretches of words that both have, in order: (place in one, place in the other, length)."""
+    shorter = min(len(before), len(after))
+    start = next((i for i in range(shorter) if before[i] != after[i]), shorter)
+    left = shorter - start
+    end = next((i for i in range(left) if before[-1 - i] != after[-1 - i]), left)
+    one, other = before[start : len(before) - end], after[start : len(after) - end]
+    counts, others = collections.Counter(one), collections.Counter(other)
+    if sum(number * others[word] for word, number in counts.items()) > _MOST_PAIRS:
+        found = [(i, j, 1) for i, j in _longest_common(one, other)]
+    else:
+        matcher = difflib.SequenceMatcher(None, one, other, autojunk=False)
+        found = [tuple(block) for block in matcher.get_matching_blocks()[:-1]]
+    return [
+        (0, 0, start),
+        *((start + i, start + j, length) for i, j, length in found),
+        (len(before) - end, len(after) - end, end),
+    ]
+
+
+def _longest_common(one: Sequence[str], other: Sequence[str]) -> list[tuple[int, int]]:
+    """Pairs of places of a longest common subsequence, in order.
+
+    Bits of one number stand for the words of `one` (Hyyr\u00f6 2004, "Bit-parallel LCS-length
+    computation revisited"): 0 where one word more makes the subsequence longer.
+    """
+    places: dict[str, int] = collections.defaultdict(int)
+    for i, word in enumerate(one):
+        places[word] |= 1 << i
+    everywhere = (1 << len(one)) - 1
+    bits, rows = everywhere, []
+    for word in other:
+        hits = bits & places[word]
+        bits = ((bits + hits) | (bits - hits)) & everywhere
+        rows.append(bits)
+    found, i, j = [], len(one), len(other)
+    while i and j:
+        if rows[j - 1] >> (i - 1) & 1:
+            i -= 1
+            continue
+        j -= 1
+        if not j or rows[j - 1] >> (i - 1) & 1:
+            i -= 1
+            found.append((i, j))
+    return found[::-1]
+
+
+def _other_spaces(
+    one: Sequence[re.Match[str]], other: Sequence[re.Match[str]], texts: Sequence[str]
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """The white space that differs in two texts of the same words."""
+    gaps = []
+    for words, text in zip((one, other), texts, strict=True):
+        edges = [0, *(edge for word in words for edge in word.span()), len(text)]
+        gaps.append(list(zip(edges[::2], edges[1::2], strict=True)))
+    pairs = [
+        (first, second)
+        for first, second in zip(*gaps, strict=True)
+        if texts[0][slice(*first)] != texts[1][slice(*second)]
+    ]
+    return [first for first, _ in pairs], [second for _, second in pairs]
 
 
 def worst_first(changes: Sequence[Change]) -> list[int]:
@@ -118,4 +191,7 @@ def _kind(original: records.Record, current: records.Record, signs: Sequence[str
         return "damaged"
     if current.negative_spans:
         return "still unwanted"
-    return "mended" if original.negative_spans else "other words"
+    if original.negative_spans:
+        return "mended"
+    is_same = original.targets.split() == current.targets.split()
+    return "white space" if is_same else "other words"

@@ -58,11 +58,11 @@ class Comparison:
 
 
 # The columns of the table: heading, field of `results.Row`, how it is written.
-_PERCENT, _NUMBER, _NATS = "{:.1%}", "{:.1f}", "{:.3f}"
+_PERCENT, _NUMBER, _NATS, _WHOLE = "{:.1%}", "{:.1f}", "{:.3f}", "{:.0f}"
 _COLUMNS = (
     ("alpha", "alpha", "{:g}"),
     ("rate", "rate", "{:g}"),
-    ("steps", "steps", "{:g}"),
+    ("steps", "steps", _WHOLE),
     ("unwanted", "unwanted_rate_after", _PERCENT),
     ("cut", "cut", _PERCENT),
     ("BLEU", "bleu", _NUMBER),
@@ -157,7 +157,7 @@ def _name(row: results.Row) -> str:
 
 def _shown(row: results.Row) -> dict[str, str]:
     """The numbers of a row as they are written, those that are known."""
-    fields = [("seed", "{:g}"), *((field, form) for _, field, form in _COLUMNS)]
+    fields = [("seed", _WHOLE), *((field, form) for _, field, form in _COLUMNS)]
     values = {field: (row.get(field), form) for field, form in fields}
     return {f: form.format(value) for f, (value, form) in values.items() if value is not None}
 

@@ -306,9 +306,8 @@ def _paired_test(
 
     systems: Any = [(name, by_prompt(rows)) for name, rows in arms.items()]
     references: Any = [by_prompt(original)]
-    _, found = PairedTest(
-        systems, {"BLEU": OfPrompts(force=True)}, references, "bs", num_resamples
-    )()
+    metric = OfPrompts(**text_metrics.bleu_settings([row.targets for row in original]))
+    _, found = PairedTest(systems, {"BLEU": metric}, references, "bs", num_resamples)()
     return found
 
 

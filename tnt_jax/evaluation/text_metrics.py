@@ -5,21 +5,35 @@ outputs* (not human references), so that 100 means that nothing changed. Every r
 counts.
 """
 
+import collections
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from sacrebleu.metrics.bleu import BLEU
 
+from tnt_jax.data import words
 from tnt_jax.runtime.errors import UsageError
 
 # SentencePiece prints an unknown piece as " \u2047 ", which NFKC normalisation turns into " ?? "; a
 # "??" that ends a word is a person's.
 _UNKNOWN_TOKEN = re.compile(r"\u2047|(?<!\S)\?\?(?!\S)")
-_REPEATED_WORD = re.compile(
-    r"(?<![\w'\u2019-])(\w[\w'\u2019-]*)\s+\1(?![\w'\u2019-])", re.IGNORECASE
-)
-_WORD = re.compile(r"\w+")
+
+
+def _repeated_word(letter: str) -> re.Pattern[str]:
+    """Of a letter as it stands within brackets."""
+    part = rf"[{letter}'\u2019-]"
+    begins = rf"(?:(?<!{part})|(?<=[\ufe0e\ufe0f\u20e3]))"  # an emoji may end with a mark
+    return re.compile(rf"{begins}(\w{part}*)\s+\1(?!{part})", re.IGNORECASE)
+
+
+_REPEATED_WORD = _repeated_word(words.LETTER[1:-1])
+_REPEATED_WORD_IN_ASCII = _repeated_word(r"\w")  # which finds the same there, sooner
+
+# How much of a phrase a word is. Without spaces between words letters have to stand for them: a
+# Chinese word has about two characters, one of an alphabet or syllabary about four.
+_OF_WORD, _OF_HAN, _OF_UNSPACED = 4, 2, 1
 
 
 @dataclass(frozen=True)
@@ -67,12 +81,15 @@ class Fluency:
     Attributes:
       distinct_outputs: different texts among all; falls when the model collapses.
       repeated_word: outputs with a word twice in a row, whatever its case ("the the"); the paper's
-        disfluency.
+        disfluency. White space has to be between: letters of a script without spaces often stand
+        twice in a row, as in the Chinese for "thanks".
       repeated_phrase: outputs with the same four words in a row twice, whatever their case and what
-        is between them ("I'm so glad you came. I'm so glad", "odd, odd, odd, odd, odd"). What is
-        written without spaces is one word.
-      distinct_trigrams: different ones among all three words in a row of all outputs; falls when
-        the model says the same to everybody in other sentences.
+        is between them ("I'm so glad you came. I'm so glad", "odd, odd, odd, odd, odd"). In a
+        script without spaces eight Chinese characters count as four words, and sixteen letters of
+        others, such as Kana and Thai.
+      distinct_trigrams: different ones among all three words in a row of all outputs, and six
+        Chinese characters or twelve other letters without spaces; falls when the model says the
+        same to everybody in other sentences.
       unknown_token: outputs with an unknown token.
     """
 
@@ -90,9 +107,10 @@ def compare(
 ) -> Comparison:
     """Compares the current model's outputs with the original's, pair by pair.
 
-    BLEU is sacrebleu's with its defaults: 0 when no output has four tokens, even if none changed.
-    ROUGE-L is rouge-score's without stemming: it sees ASCII letters and digits only, so that a text
-    without any scores 0.
+    BLEU is that of `bleu_settings`. ROUGE-L is rouge-score's without stemming. Its own tokenizer
+    sees ASCII letters and digits only; where these are less than nine tenths of the original's
+    letters and digits, tokens are the words of `tnt_jax.data.words`. If no output changed both are
+    100, in every script, and of outputs without a word.
 
     Args:
       original: the original's output for each input.
@@ -110,21 +128,42 @@ def compare(
     # Two seconds (it loads nltk), which whoever needs the rates alone does not pay.
     from rouge_score import rouge_scorer
 
-    bleu = BLEU(force=True)  # `force` only keeps it from warning about text that looks tokenised
+    bleu = BLEU(**bleu_settings(original))
     score = bleu.corpus_score(list(current), [list(original)])
-    rouge = rouge_scorer.RougeScorer(["rougeL"])
-    rouge_l = [rouge.score(o, c)["rougeL"].fmeasure for o, c in zip(original, current, strict=True)]
+    letters = _Letters.of(original)
+    is_ascii = letters.ascii >= 0.9 * letters.all
+    rouge = rouge_scorer.RougeScorer(["rougeL"], tokenizer=None if is_ascii else _Words())
     is_same = [o == c for o, c in zip(original, current, strict=True)]
+    # Of texts without a token rouge-score says 0, and of others that are the same 1.
+    rouge_l = [
+        1.0 if same else rouge.score(o, c)["rougeL"].fmeasure
+        for o, c, same in zip(original, current, is_same, strict=True)
+    ]
     clean = (
         [] if spans is None else [same for same, of in zip(is_same, spans, strict=True) if not of]
     )
     return Comparison(
-        bleu=score.score,
+        bleu=score.score if score.sys_len or score.ref_len else 100.0 * all(is_same),
         bleu_signature=str(bleu.get_signature()),
         rouge_l=100 * sum(rouge_l) / len(rouge_l),
         exact_match=_rate(is_same),
         unchanged_clean=_rate(clean) if clean else None,
     )
+
+
+def bleu_settings(references: Sequence[str]) -> dict[str, Any]:
+    """Those of sacrebleu's BLEU for texts like these.
+
+    It differs from sacrebleu's defaults in two ways. Of outputs that are all shorter than four
+    tokens it counts the n-grams that they have; the default is 0 even if none changed. And where
+    most letters of the references are of scripts without spaces, characters are its tokens.
+    """
+    letters = _Letters.of(references)
+    return {
+        "force": True,  # which only keeps it from warning about text that looks tokenised
+        "effective_order": True,
+        "tokenize": "char" if 2 * letters.unspaced > letters.all else None,
+    }
 
 
 def fluency(texts: Sequence[str]) -> Fluency:
@@ -147,7 +186,8 @@ def fluency(texts: Sequence[str]) -> Fluency:
 
 def has_repeated_word(text: str) -> bool:
     """Whether a word stands twice in a row, as `Fluency.repeated_word` counts it."""
-    return bool(_REPEATED_WORD.search(text))
+    pattern = _REPEATED_WORD_IN_ASCII if text.isascii() else _REPEATED_WORD
+    return bool(pattern.search(text))
 
 
 def has_repeated_phrase(text: str) -> bool:
@@ -176,9 +216,55 @@ def unwanted(spans: Sequence[Sequence]) -> Rate:
 
 
 def _in_a_row(text: str, number: int) -> list[tuple[str, ...]]:
-    """All runs of `number` words; they may overlap."""
-    words = _WORD.findall(text.casefold())
-    return [tuple(words[first : first + number]) for first in range(len(words) - number + 1)]
+    """From each word on the shortest run that counts as `number` words; they may overlap."""
+    found = words.letters(text.casefold())
+    if not words.is_unspaced(text):
+        return [tuple(found[first : first + number]) for first in range(len(found) - number + 1)]
+    # The end of the run moves on with its beginning.
+    weights, runs, end, weight = [*map(_weight, found)], [], 0, 0
+    for first in range(len(found)):
+        while weight < number * _OF_WORD and end < len(found):
+            weight += weights[end]
+            end += 1
+        if weight < number * _OF_WORD:
+            break
+        runs.append(tuple(found[first:end]))
+        weight -= weights[first]
+    return runs
+
+
+def _weight(word: str) -> int:
+    if words.is_han(word):
+        return _OF_HAN
+    return _OF_UNSPACED if words.is_unspaced(word) else _OF_WORD
+
+
+class _Letters(NamedTuple):
+    """How many letters and digits texts have: all, those of ASCII, those without spaces."""
+
+    all: int
+    ascii: int
+    unspaced: int
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> "_Letters":
+        counts: collections.Counter[str] = collections.Counter()
+        for text in texts:
+            counts.update(text)
+        found = [(c, number) for c, number in counts.items() if c.isalnum()]
+        return cls(
+            sum(number for _, number in found),
+            sum(number for c, number in found if c.isascii()),
+            sum(number for c, number in found if words.is_unspaced(c)),
+        )
+
+
+class _Words:
+    """A tokenizer for rouge-score."""
+
+    def tokenize(self, text: str) -> list[str]:
+        """The words of a text, so that equal ones are the same."""
+        return [words.key(word) for word in words.letters(text)]
 
 
 def _rate(hits: Iterable[bool]) -> Rate:
