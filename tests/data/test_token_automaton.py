@@ -30,10 +30,11 @@ from tnt_jax.runtime.errors import UsageError
 
 # Few characters, so that entries, words and their joints collide often: apostrophes, hyphens,
 # joints of digits, accents in two orders, letters of two folds, a symbol of two characters, letters
-# of scripts without spaces, with marks of their own.
+# of scripts without spaces, with marks of their own, Korean syllables that begin or end alike.
 ALPHABET = (
     "abBsS''\u2019  -\u2010.,:14e\u00e9\u0301\u0323\u00df\u017f\ufb01$\u2260"
     "\u65e5\u672c\u304b\u304c\u3099\u0e07\u0e48\u0e31"
+    "\ubc14\ubc29\ubcf4\uc544\uc559"
 )
 ENTRIES = [
     *("city", "the", "the city", "city centre", "city centre place", "caf\u00e9", "caf", "it's"),
@@ -84,6 +85,16 @@ def test_an_automaton_finds_what_annotators_mark(entries, text, cs):
         # A set of mentions at one character has no order and no repeats.
         found = [name_of[number] for number in automaton.read(text[:end])[1]]
         assert set(found) == set(expected)
+
+
+def test_syllables_of_no_listed_word_are_as_any_other_letter():
+    """Of the 11,172 of Korean: those that begin with a listed one's parts are hundreds."""
+    automaton = Automaton.of(["\ubc14\ubcf4", "\uba4d\uccad\uc774", "\ub3c4\ub451"])
+    syllables = [text for text in automaton.class_of if len(text) > 1]
+    # The seven, and three of them without the consonant that they end with.
+    assert len(syllables) == 7 + 3
+    classes = automaton.char_classes()
+    assert classes[0xBC29] == classes[ord("x")] != classes[0xBC14]
 
 
 # --- Tokens ---------------------------------------------------------------------------------------

@@ -227,9 +227,13 @@ class _Compiler:
         letters = {unit for unit in (*listed, *of_s) if kinds[ord(unit)] >= words.LETTERS}
         symbols = {word for path in phrases.phrase_of for word in path if not _is_letters(word)}
         self._kind_of: dict[str, int] = {unit: int(kinds[ord(unit)]) for unit in sorted(letters)}
-        # Letters that come to several, such as "\u00e9" to an e and its accent.
+        # Letters that come to several, such as "\u00e9" to an e and its accent. Marks may come in
+        # another order than in the list, so each counts whose parts the list has; of the syllables
+        # of Korean, which are thousands, those that are within a listed word.
+        whole = "\n".join(sorted({word for path in phrases.phrase_of for word in path}))
         for text in sorted(set(words.folded(case_sensitive).values())):
-            if len(text) > 1 and letters.issuperset(text):
+            has_marks = any(map(unicodedata.combining, text))
+            if len(text) > 1 and letters.issuperset(text) and (has_marks or text in whole):
                 is_unspaced = kinds[ord(text[0])] == words.UNSPACED_LETTER
                 self._kind_of[text] = words.UNSPACED_LETTER if is_unspaced else words.LETTERS
         for symbol in sorted({*symbols, *words.JOINTS, *words.HYPHENS, "'"} - {words.POSSESSIVE}):
@@ -399,7 +403,7 @@ class _Compiler:
             found = [self._read(state, text, kind) for text, kind in others]
             whole = self._feed(state.node, *self._pending(state))[0]
             for text, kind in joined:
-                is_idle = kind >= words.LETTERS and not self._may_extend(state, text, kind, whole)
+                is_idle = kind >= words.LETTERS and self._is_idle(state, text, kind, whole, found)
                 found.append(found[kind] if is_idle else self._read(state, text, kind))
             next_row = [number_of(after) for after, _ in found] + at_root
             made_row = [sets.setdefault(frozenset(of), len(sets)) for _, of in found]
@@ -464,24 +468,38 @@ class _Compiler:
             made += more
         return begun, made
 
-    def _may_extend(self, state: State, text: str, kind: int, whole: int) -> bool:
-        """Whether letters may be of a listed word; false only if all others lead where they do.
+    def _is_idle(
+        self,
+        state: State,
+        text: str,
+        kind: int,
+        whole: int,
+        others: Sequence[tuple[State, tuple[int, ...]]],
+    ) -> bool:
+        """Whether letters come to what those of no listed word come to; false where it is unclear.
 
-        `whole` is the node of the state after its word, if that ends.
+        `whole` is the node of the state after its word, if that ends; `others` says by kinds what
+        letters of no listed word come to.
         """
         if self._is_whole(state, kind):
-            node, begun = whole, text[0]
+            node, begun = whole, text
         elif state.kind == "dead":
-            return False
-        elif state.kind not in ("word", "gap", "hyphen") or unicodedata.combining(text[0]):
             return True
+        elif state.kind not in ("word", "gap", "hyphen"):
+            # In a dead word all further letters are.
+            first = text[0], self._kind_of.get(text[0], kind)
+            return others[kind][0].kind == "dead" and self.step(state, *first) == others[kind]
+        elif unicodedata.combining(text[0]):
+            return False
         else:
-            node, begun = state.node, state.before + text[0]
+            node, begun = state.node, state.before + text
+        if not begun.isascii() and any(map(unicodedata.combining, text)):
+            begun = begun.removesuffix(text[1:])  # marks may come in another order
         while begun not in self._phrases.begun[node]:
             if node == 0:
-                return False
+                return True
             node, _ = self._phrases.retreat(node)
-        return True
+        return False
 
     def _base(self, state: State) -> State:
         if state.kind == "word":
