@@ -23,6 +23,7 @@ Example:
 import collections
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -95,6 +96,7 @@ def annotate(
             else marks.Continuations(vocabulary, innocent.words(input, annotator))
         ),
     )
+    _check_outputs(input)
     if beam_options is None:
         found = records.survey(input)
         work = {
@@ -127,6 +129,16 @@ def annotate(
         with holding.output(output, "OUTPUT"):
             removed_everywhere.write_records(output, counted(), everywhere.to_write(annotator))
             _write_rest(output, annotator, everywhere, counts)
+
+
+def _check_outputs(path: str) -> None:
+    """Raises a UsageError for a file of prompts with empty targets: one may be empty, not all."""
+    first = list(itertools.islice(records.iterate(path), 100))
+    if not any(row.targets or row.target_ids or row.is_prompt for row in first):
+        raise UsageError(
+            f"{path}: expected outputs of the original model (tnt_jax.generate writes them), found "
+            f"that the targets of the first {len(first)} records are empty: these are prompts."
+        )
 
 
 def _marked(

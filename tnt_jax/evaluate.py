@@ -159,7 +159,9 @@ def evaluate(
             console.table(
                 _rows(result), columns=columns, title=f"{output}: {len(original)} outputs"
             )
-            for note in diagnosis.notes(result.get("certificate")):
+            of = result.get("certificate") or {}
+            # What is cut was told before the work.
+            for note in diagnosis.notes({**of, "num_cut_inputs": 0, "num_cut_targets": 0}):
                 console.log(note)
         return result
 
@@ -277,7 +279,7 @@ def _counts(examples: Sequence[Example], task_feature_lengths: Mapping[str, int]
         "num_cut_inputs": lost.num_inputs,
         "num_cut_targets": lost.num_targets,
         "num_lost_marks": lost.num_marks,
-        "num_graded": count_graded(examples),
+        "num_graded": count_graded(examples, task_feature_lengths["targets"]),
     }
 
 

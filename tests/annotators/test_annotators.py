@@ -338,6 +338,9 @@ def test_description_names_settings_and_content_but_not_the_folder(lexicon, gaze
     assert lexicon("cat").description != first.description
     assert lexicon("rat", inflections=True).description != first.description
     assert first.description.startswith("Lexicon(words.txt:")
+    # Such lists were found otherwise before: their marks are not those of the same list then.
+    assert first.description.endswith("at_every_position=False)")
+    assert lexicon("\u50bb\u74dc").description.endswith(", letters_are_words=True)")
     assert gazetteer(VENUES).description.startswith("Gazetteer(values.json:")
 
 

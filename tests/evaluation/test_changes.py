@@ -127,3 +127,14 @@ def test_pieces_are_the_texts_and_marks_are_where_they_were(before, after, data)
         for pieces in (change.original, change.current)
     ]
     assert kept[0] == kept[1]
+
+
+def test_the_share_of_long_texts_is_counted_as_that_of_short_ones():
+    """By a longest common subsequence, however often words repeat: the second half is another."""
+    for number in (10, 1000):
+        before = row("a b " * number + "c d " * number)
+        after = row("a b " * number + "e f " * number)
+        assert changes.change(before, after).share == pytest.approx(0.5)
+        both = row("b a " * number + "c d " * number)  # of "a b a b" and "b a b a" three are one
+        found = changes.change(before, both).share
+        assert found == pytest.approx(1 - (4 * number - 1) / (4 * number))

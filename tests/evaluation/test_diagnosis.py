@@ -123,7 +123,7 @@ def test_notes_say_what_a_certificate_is_of():
     for certificate in (None, {}, usual, {**usual, "num_removed_everywhere": 0}):
         assert diagnosis.notes(certificate) == []
     (note,) = diagnosis.notes({**usual, "num_negative": 2000.0})
-    assert note.startswith("2,000 of 2,900 positions of the original's outputs are marked, for")
+    assert note.startswith("2,000 of 2,900 positions of the original's outputs are marked (")
     assert note.endswith("KL elsewhere is of the few others.")
     (note,) = diagnosis.notes({**usual, "num_negative": 40.0, "num_positive": 0.0})
     assert note.endswith("KL elsewhere is of no position.")

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from tnt_jax.data import records
+from tnt_jax.experiments import prompt_files
 from tnt_jax.experiments.prompt_files import Texts
 from tnt_jax.experiments.unwanted import Unwanted
 
@@ -70,3 +71,18 @@ def test_repeated_prompts_are_left_out(tmp_path):
     texts = read(tmp_path, rows, Unwanted(words=str(tmp_path / "words.txt")))
     assert sorted(row.id for row in everything(texts)) == sorted(row.id for row in OUTPUTS)
     assert texts.notes == ["7 of 127 prompts repeat another one, and are left out."]
+
+
+def test_a_file_of_another_version_stays(tmp_path):
+    """It wrote empty targets. A stage goes by the bytes of a file: a patch would begin anew."""
+    path = tmp_path / "prompts.jsonl"
+    before = '{"id": "a", "inputs": "x", "targets": ""}\n'
+    path.write_text(before)
+    rows = [records.Record(id="a", inputs="x")]
+    prompt_files.write(path, rows)
+    assert path.read_text() == before
+    prompt_files.write(path, [dataclasses.replace(rows[0], inputs="y")])
+    assert path.read_text() == '{"id": "a", "inputs": "y"}\n'
+    path.write_text("{")
+    prompt_files.write(path, rows)
+    assert path.read_text() == '{"id": "a", "inputs": "x"}\n'

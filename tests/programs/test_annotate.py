@@ -61,6 +61,18 @@ def test_entities(run):
     )
 
 
+def test_a_file_of_prompts_with_empty_targets_is_none_of_outputs(run, tmp_path):
+    prompts = [dataclasses.replace(row, targets="") for row in ROWS]
+    records.write_records(tmp_path / "prompts.jsonl", prompts)
+    settings = {"FUNCTION": "marking_functions:idiots", "VOCABULARY": None, "VOCABULARY_PATH": "x"}
+    settings["RECORDS"] = "prompts.jsonl"
+    assert "found that the targets of the first 3 records are empty" in run("python", settings)
+    assert not (tmp_path / "annotated.jsonl").exists()
+    # One of several may be.
+    records.write_records(tmp_path / "prompts.jsonl", [*prompts[:2], ROWS[2]])
+    assert run("python", settings) == [("a", []), ("b", []), ("c", [])]
+
+
 def test_classifier(run):
     pytest.importorskip("profanity_check", reason="needs alt-profanity-check")
     assert run("classifier", {"THRESHOLD": 0.6}) == [

@@ -70,7 +70,8 @@ class Gazetteer:
             f"Gazetteer({self._file.identity}, "
             + (f"denials={'|'.join(self.denials)}, " if self.denials else "")
             + f"alternatives={self.alternatives}, "
-            f"at_every_position={self.at_every_position})"
+            f"at_every_position={self.at_every_position}"
+            f"{phrases.word_rule(self._all_names)})"
         )
 
     @cached_property

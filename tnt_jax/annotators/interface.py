@@ -5,7 +5,7 @@ in Python, in JSON and for any vocabulary. `tnt_jax.annotators` lists the annota
 """
 
 import hashlib
-import numbers
+import operator
 import pathlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -129,6 +129,16 @@ def _pair_and_strength(item: Any) -> tuple[Any, Any]:
     return item, 1.0
 
 
+def _offset(given: Any) -> int | None:
+    """A whole number, also one of NumPy's; None for anything else."""
+    if isinstance(given, bool | np.bool_):
+        return None
+    try:
+        return operator.index(given)
+    except TypeError:
+        return None
+
+
 def checked_spans(found: Iterable[Any], record: Record, where: str) -> tuple[Span, ...]:
     """Pairs, triples with a strength, and spans as sorted and disjoint spans within the targets.
 
@@ -141,11 +151,8 @@ def checked_spans(found: Iterable[Any], record: Record, where: str) -> tuple[Spa
     for item in found:
         pair, strength = _pair_and_strength(item)
         is_pair = isinstance(pair, tuple | list) and len(pair) == 2
-        if (
-            not is_pair
-            or not all(isinstance(i, numbers.Integral) for i in pair)
-            or any(isinstance(i, bool) for i in pair)
-        ):
+        offsets = [at for at in map(_offset, pair) if at is not None] if is_pair else []
+        if len(offsets) != 2:
             raise UsageError(
                 f"{where}: expected (start, end) pairs of integers or Span objects for record "
                 f"{record.id!r}, found {item!r}."
@@ -155,7 +162,7 @@ def checked_spans(found: Iterable[Any], record: Record, where: str) -> tuple[Spa
                 f"{where}: expected a strength above 0 and at most 1 for record {record.id!r}, "
                 f"found {item!r}."
             )
-        start, end = (int(i) for i in pair)
+        start, end = offsets
         if not 0 <= start < end <= len(record.targets):
             raise UsageError(
                 f"{where}: [{start}, {end}] for record {record.id!r}, whose targets have "

@@ -70,7 +70,8 @@ class Lexicon:
         return (
             f"Lexicon({self._file.identity}, case_sensitive={self.case_sensitive}, "
             f"inflections={self.inflections}, alternatives={self.alternatives}, "
-            f"at_every_position={self.at_every_position})"
+            f"at_every_position={self.at_every_position}"
+            f"{phrases.word_rule(self._texts)})"
         )
 
     def annotate(self, record: Record) -> Annotation:

@@ -113,6 +113,14 @@ class Phrases:
         return frozenset(node[None])
 
 
+def word_rule(texts: Iterable[str]) -> str:
+    """What the description of a list has beside its settings.
+
+    Texts in scripts without spaces were once found only where they stood alone.
+    """
+    return ", letters_are_words=True" if any(map(words.is_unspaced, texts)) else ""
+
+
 def inflected(entry: str) -> list[str]:
     """The entry with -s, -ed and -ing on its last word, by the spelling rules of English."""
     if not entry[-1].isalpha():

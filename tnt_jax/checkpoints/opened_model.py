@@ -73,7 +73,7 @@ def open_model(
     if longest is not None and num_tokens > longest:
         console.log(
             f"Rows may have {num_tokens} tokens (TASK_FEATURE_LENGTHS), and {source.path} was made "
-            f"for {longest}: of what is longer it does not make sense."
+            f"for {longest}. What it says in longer ones is noise."
         )
     return OpenedModel(
         source=source,

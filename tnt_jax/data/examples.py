@@ -119,12 +119,18 @@ def num_marks_of(examples: Sequence[Example]) -> np.ndarray:
     return np.array([len(example.negative_pairs) for example in examples])
 
 
-def count_graded(examples: Sequence[Example]) -> int:
-    """Counts the marks of a strength below 1."""
+def count_graded(examples: Sequence[Example], target_length: int | None = None) -> int:
+    """Counts the marks of a strength below 1; of a list with a length, those that lie before it."""
     if isinstance(examples, ExampleTable):
         return int(examples.column("num_graded").sum())
-    strengths = (e.negative_strengths for e in examples if e.negative_strengths is not None)
-    return sum(int((of_example < 1).sum()) for of_example in strengths)
+    number = 0
+    for example in examples:
+        if example.negative_strengths is not None:
+            is_graded = example.negative_strengths < 1
+            if target_length is not None:
+                is_graded &= example.negative_pairs[:, 0] < target_length
+            number += int(is_graded.sum())
+    return number
 
 
 # ------------------------------------------------------------------------- An example as bytes

@@ -62,17 +62,16 @@ def change(original: records.Record, current: records.Record) -> Change:
     words = [list(re.finditer(r"\S+", row.targets)) for row in (original, current)]
     before, after = ([word.group() for word in of_text] for of_text in words)
     changed: tuple[list[tuple[int, int]], list[tuple[int, int]]] = [], []
-    num_same, at = 0, (0, 0)
+    at = 0, 0
     for *places, length in [*_same(before, after), (len(before), len(after), 0)]:
         for side, (start, end) in enumerate(zip(at, places, strict=True)):
             if start < end:
                 extent = words[side][start].start(), words[side][end - 1].end()
                 changed[side].append(extent)
-        num_same += length
         at = places[0] + length, places[1] + length
     if before == after:  # all that may differ is between the words
         changed = _other_spaces(words[0], words[1], (original.targets, current.targets))
-    num_words = len(before) + len(after)
+    num_words, num_same = len(before) + len(after), len(_longest_common(before, after))
     signs = tuple(
         name
         for name, has in (

@@ -63,9 +63,9 @@ def notes(certificate: Mapping[str, Any] | None) -> list[str]:
     if num_marked > num_others:
         found.append(
             f"{num_marked:,.0f} of {num_marked + num_others:,.0f} positions of the original's "
-            "outputs are marked, for something is removed there, whether or not it was said: "
-            "residual, collateral and smallest cost are means over these, and KL elsewhere is "
-            + ("of the few others." if num_others else "of no position.")
+            "outputs are marked (at_every_position marks those where something is removed, whether "
+            "or not it was said). Residual, collateral and smallest cost are means over these, and "
+            "KL elsewhere is " + ("of the few others." if num_others else "of no position.")
         )
     if number := of.get("num_removed_everywhere"):
         found.append(

@@ -244,7 +244,7 @@ def intervals(
 
     systems = {name: arms[name] for name in _first(arms, baseline)}
     found = _paired_test(original, systems, prompt_of, num_resamples)
-    by_name = {}
+    by_name, said = {}, [row.targets for row in original]
     for name, result in zip(found["System"], found["BLEU"], strict=True):
         after = num_marked(arms[name])
         sampled = scipy.stats.bootstrap(
@@ -265,7 +265,10 @@ def intervals(
             "bleu_interval": [
                 max(result.mean - result.ci, 0.0),
                 min(result.mean + result.ci, 100.0),
-            ],
+            ]
+            # Of texts without a token sacrebleu says 0.
+            if [row.targets for row in arms[name]] != said
+            else [100.0, 100.0],
             "bleu_p_value": result.p_value if baseline in arms else None,
         }
     return by_name

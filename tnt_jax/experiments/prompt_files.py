@@ -188,10 +188,17 @@ def write(path: pathlib.Path, rows: Sequence[records.Record], *, whole: bool = F
             )
             for row in rows
         ]
-    text = "".join(row.to_line() for row in rows)
-    if not path.is_file() or path.read_text("utf-8") != text:
-        files.write_text(path, text)
+    if not path.is_file() or not _holds(path, rows):
+        files.write_text(path, "".join(row.to_line() for row in rows))
     return str(path)
+
+
+def _holds(path: pathlib.Path, rows: Sequence[records.Record]) -> bool:
+    """Whether a file has these records, as this version writes them or as another did."""
+    try:
+        return records.digest(records.read_records(path)) == records.digest(rows)
+    except UsageError:
+        return False
 
 
 def marked_texts(rows: Sequence[records.Record]) -> list[str]:
