@@ -139,7 +139,7 @@ def test_the_scaling_of_llama_3(theta, width, factor, context, tmp_path):
 
 
 def test_a_file_without_heads_of_keys_has_one_for_each_of_queries(tmp_path):
-    """As llama.cpp reads it. transformers has 8 of a Mistral model, which it is by its window."""
+    """llama.cpp reads it so; a window makes it a Mistral model, of which transformers has 8."""
     write_scaled(tmp_path, 500_000.0, 128, 8.0, 8192, of_file={"attention.sliding_window": 16})
     assert pretrained.open_checkpoint(str(tmp_path / "model.gguf")).config.num_kv_heads == 2
 

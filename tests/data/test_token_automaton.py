@@ -88,7 +88,7 @@ def test_an_automaton_finds_what_annotators_mark(entries, text, cs):
 
 
 def test_syllables_of_no_listed_word_are_as_any_other_letter():
-    """Of the 11,172 of Korean: those that begin with a listed one's parts are hundreds."""
+    """Korean has 11,172 syllables, and hundreds of them begin with parts of the listed ones."""
     automaton = Automaton.of(["\ubc14\ubcf4", "\uba4d\uccad\uc774", "\ub3c4\ub451"])
     syllables = [text for text in automaton.class_of if len(text) > 1]
     # The seven, and three of them without the consonant that they end with.

@@ -47,7 +47,7 @@ def test_unchanged_outputs_score_100_in_every_script(texts):
 
 
 def test_scores_of_a_text_without_spaces_by_hand():
-    """Of "you are a fool?" in Chinese, four characters and a sign, two became another one."""
+    """The original asks "you are a fool?" in Chinese; two of its five characters changed."""
     result = text_metrics.compare(["你是傻瓜？"], ["你是好人？"])
     # Characters found: 3 of 5; pairs 1 of 4; no longer run, of 3 and 2: smoothed to 1/2 and 1/4.
     expected = 100 * math.prod([3 / 5, 1 / 4, 1 / 2 / 3, 1 / 4 / 2]) ** 0.25

@@ -153,7 +153,7 @@ def test_heads_that_a_family_s_files_leave_out_are_its_first_model_s():
 
 
 def test_layers_without_rope_have_the_window_of_smollm3():
-    """As its class in transformers has it, where no `layer_types` says otherwise."""
+    """SmolLM3's class in transformers makes `layer_types` so where a file has none."""
     settings = without(settings_of("smollm3"), "layer_types", "no_rope_layers")
     settings["no_rope_layer_interval"] = 4
     settings |= {"num_hidden_layers": 8, "use_sliding_window": True, "sliding_window": 16}

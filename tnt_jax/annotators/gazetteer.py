@@ -71,7 +71,7 @@ class Gazetteer:
             + (f"denials={'|'.join(self.denials)}, " if self.denials else "")
             + f"alternatives={self.alternatives}, "
             f"at_every_position={self.at_every_position}"
-            f"{phrases.word_rule(self._all_names)})"
+            f"{phrases.word_rule(name for name, _ in _named_values(self._file))})"
         )
 
     @cached_property

@@ -114,9 +114,9 @@ class Phrases:
 
 
 def word_rule(texts: Iterable[str]) -> str:
-    """What the description of a list has beside its settings.
+    """What tells the marks of a list from those of before version 0.3, where these differ.
 
-    Texts in scripts without spaces were once found only where they stood alone.
+    Until then a text in a script without spaces was found only where it stood alone.
     """
     return ", letters_are_words=True" if any(map(words.is_unspaced, texts)) else ""
 

@@ -120,7 +120,10 @@ def num_marks_of(examples: Sequence[Example]) -> np.ndarray:
 
 
 def count_graded(examples: Sequence[Example], target_length: int | None = None) -> int:
-    """Counts the marks of a strength below 1; of a list with a length, those that lie before it."""
+    """Counts the marks of a strength below 1.
+
+    With a `target_length` those at later positions do not count. (A table has all of its own.)
+    """
     if isinstance(examples, ExampleTable):
         return int(examples.column("num_graded").sum())
     number = 0

@@ -374,12 +374,12 @@ class _Compiler:
 
     def automaton(self) -> Automaton:
         """All states, from the beginning of a text on."""
-        alone = [
-            text
-            for text, kind in self._kind_of.items()
-            if kind == words.UNSPACED_LETTER and len(text) == 1
-        ]
-        joined = [(text, kind) for text, kind in self._kind_of.items() if text not in alone]
+        joined, alone = [], []
+        for text, kind in self._kind_of.items():
+            if kind == words.UNSPACED_LETTER and len(text) == 1:
+                alone.append(text)
+            else:
+                joined.append((text, kind))
         classes = [*joined, *((text, words.UNSPACED_LETTER) for text in alone)]
         others = [("", kind) for kind in words.KINDS]
         number: dict[State, int] = {State("gap", 0): 0}

@@ -62,8 +62,9 @@ def change(original: records.Record, current: records.Record) -> Change:
     words = [list(re.finditer(r"\S+", row.targets)) for row in (original, current)]
     before, after = ([word.group() for word in of_text] for of_text in words)
     changed: tuple[list[tuple[int, int]], list[tuple[int, int]]] = [], []
+    same, num_same = _same(before, after)
     at = 0, 0
-    for *places, length in [*_same(before, after), (len(before), len(after), 0)]:
+    for *places, length in [*same, (len(before), len(after), 0)]:
         for side, (start, end) in enumerate(zip(at, places, strict=True)):
             if start < end:
                 extent = words[side][start].start(), words[side][end - 1].end()
@@ -71,7 +72,7 @@ def change(original: records.Record, current: records.Record) -> Change:
         at = places[0] + length, places[1] + length
     if before == after:  # all that may differ is between the words
         changed = _other_spaces(words[0], words[1], (original.targets, current.targets))
-    num_words, num_same = len(before) + len(after), len(_longest_common(before, after))
+    num_words = len(before) + len(after)
     signs = tuple(
         name
         for name, has in (
@@ -91,24 +92,29 @@ def change(original: records.Record, current: records.Record) -> Change:
     )
 
 
-def _same(before: Sequence[str], after: Sequence[str]) -> list[tuple[int, int, int]]:
-    """Stretches of words that both have, in order: (place in one, place in the other, length)."""
+def _same(before: Sequence[str], after: Sequence[str]) -> tuple[list[tuple[int, int, int]], int]:
+    """The words that both have in the same order: stretches to show, and how many at most.
+
+    A stretch is (place in one, place in the other, length).
+    """
     shorter = min(len(before), len(after))
     start = next((i for i in range(shorter) if before[i] != after[i]), shorter)
     left = shorter - start
     end = next((i for i in range(left) if before[-1 - i] != after[-1 - i]), left)
     one, other = before[start : len(before) - end], after[start : len(after) - end]
+    pairs = _longest_common(one, other)
     counts, others = collections.Counter(one), collections.Counter(other)
     if sum(number * others[word] for word, number in counts.items()) > _MOST_PAIRS:
-        found = [(i, j, 1) for i, j in _longest_common(one, other)]
+        found = [(i, j, 1) for i, j in pairs]
     else:
         matcher = difflib.SequenceMatcher(None, one, other, autojunk=False)
         found = [tuple(block) for block in matcher.get_matching_blocks()[:-1]]
-    return [
+    stretches = [
         (0, 0, start),
         *((start + i, start + j, length) for i, j, length in found),
         (len(before) - end, len(after) - end, end),
     ]
+    return stretches, start + len(pairs) + end
 
 
 def _longest_common(one: Sequence[str], other: Sequence[str]) -> list[tuple[int, int]]:

@@ -133,7 +133,7 @@ def num_prompts_for_choice(rows: Sequence[records.Record], share: float) -> tupl
 
 
 def _first_of_prompts(rows: Sequence[records.Record]) -> dict[str, str]:
-    """Of each prompt, in order, the id of the first record that has it."""
+    """The different prompts in order, each with the id of the first record that has it."""
     first: dict[str, str] = {}
     for row in rows:
         first.setdefault(row.prompt, row.id)

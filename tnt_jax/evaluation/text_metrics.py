@@ -22,7 +22,7 @@ _UNKNOWN_TOKEN = re.compile(r"\u2047|(?<!\S)\?\?(?!\S)")
 
 
 def _repeated_word(letter: str) -> re.Pattern[str]:
-    """Of a letter as it stands within brackets."""
+    """The pattern of a word twice in a row; `letter` is what a letter is, within brackets."""
     part = rf"[{letter}'\u2019-]"
     begins = rf"(?:(?<!{part})|(?<=[\ufe0e\ufe0f\u20e3]))"  # an emoji may end with a mark
     return re.compile(rf"{begins}(\w{part}*)\s+\1(?!{part})", re.IGNORECASE)
@@ -152,7 +152,7 @@ def compare(
 
 
 def bleu_settings(references: Sequence[str]) -> dict[str, Any]:
-    """Those of sacrebleu's BLEU for texts like these.
+    """The settings of sacrebleu's BLEU for texts like these.
 
     It differs from sacrebleu's defaults in two ways. Of outputs that are all shorter than four
     tokens it counts the n-grams that they have; the default is 0 even if none changed. And where

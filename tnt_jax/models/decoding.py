@@ -68,17 +68,14 @@ class Decoding:
             ("top_k", "0 (off) or above", self.top_k >= 0),
             ("top_p", "above 0 and at most 1 (off)", 0 < self.top_p <= 1),
             ("length_penalty", "0 (off) or above", self.length_penalty >= 0),
-            (
-                "banned_ids",
-                "without end_ids, or no output could end",
-                not set(self.end_ids).intersection(self.banned_ids),
-            ),
         ):
             if not holds:
-                found = getattr(self, name)
-                if name == "banned_ids":  # There may be thousands of them.
-                    found = min(set(self.end_ids).intersection(self.banned_ids))
-                raise UsageError(f"Decoding.{name} must be {expected}; found {found}")
+                raise UsageError(f"Decoding.{name} must be {expected}; found {getattr(self, name)}")
+        if both := set(self.end_ids).intersection(self.banned_ids):
+            raise UsageError(
+                "Decoding.banned_ids must be without end_ids, or no output could end; found "
+                f"{min(both)}"
+            )
         if self.temperature == 0 and (self.top_k > 0 or self.top_p < 1):
             raise UsageError(
                 f"Decoding.top_k={self.top_k} and top_p={self.top_p} act on sampling only: set "
