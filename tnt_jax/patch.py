@@ -34,7 +34,7 @@ from tnt_jax.data import layouts, marks, records
 from tnt_jax.evaluation import results
 from tnt_jax.experiments import choices, patch_numbers, pipeline_gin, prompt_files, search
 from tnt_jax.experiments.choices import Choice, Counts
-from tnt_jax.experiments.experiment import Arm, Changes, Experiment, Opened
+from tnt_jax.experiments.experiment import Arm, Changes, Experiment, Opened, check_rounds
 from tnt_jax.experiments.unwanted import Unwanted
 from tnt_jax.models import families
 from tnt_jax.runtime import console, files, holding, memory, program, stages
@@ -311,7 +311,7 @@ def _configure(
     if len(names) != 1:
         raise UsageError(f"ARMS: expected one arm to train, found {', '.join(names) or 'none'}.")
     found["experiment"].check_names([*names, search.FOLDER, "prompts"])
-    found["experiment"].check_rounds(found["num_rounds"])
+    check_rounds(found["num_rounds"])
     return found["experiment"], found["arms"][0], found["num_rounds"]
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from tnt_jax.data import records
 from tnt_jax.evaluation import diagnosis, results
-from tnt_jax.experiments.experiment import Arm, Changes, Experiment, Opened
+from tnt_jax.experiments.experiment import Arm, Changes, Experiment, Opened, check_rounds
 from tnt_jax.runtime import console, files, holding, program
 from tnt_jax.runtime.errors import UsageError
 
@@ -108,7 +108,7 @@ def pipeline(
       UsageError: Settings contradict each other, another run writes into OUTPUT_DIR, or a stage
         found a mistake.
     """
-    experiment.check_rounds(num_rounds)
+    check_rounds(num_rounds)
     experiment.check_names([arm.name for arm in arms])
     if expectations:
         expectations.check_names([arm.name for arm in arms], list(experiment.decoders))

@@ -30,7 +30,7 @@ from typing import Any
 from tnt_jax import objectives
 from tnt_jax.data import records
 from tnt_jax.evaluation import results
-from tnt_jax.experiments.experiment import Changes, Experiment, Opened
+from tnt_jax.experiments.experiment import Changes, Experiment, Opened, check_rounds
 from tnt_jax.runtime import console, files, holding, program, stages
 from tnt_jax.runtime.errors import UsageError
 
@@ -183,7 +183,7 @@ def sweep(
     cells.sort(key=lambda cell: list(cell.grid.seeds).index(cell.seed))
     experiment.check_names([cell.name for cell in cells])
     for grid in grids:
-        experiment.check_rounds(grid.num_rounds, "Grid.num_rounds", grid.train)
+        check_rounds(grid.num_rounds, "Grid.num_rounds")
         for setting, why in _OF_FIRST_ROUND.items():
             if grid.num_rounds > 1 and getattr(grid, setting):
                 raise UsageError(

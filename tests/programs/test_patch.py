@@ -570,12 +570,7 @@ LINES = "".join(f"prompt {number}\n" for number in range(100))
             {"format": "peft", "gin.ORIGINAL": "cached"},
             "--format=peft: expected ORIGINAL='adapters_off', found 'cached'. Leave one out.",
         ),
-        (
-            {"gin.NUM_ROUNDS": 2, "gin.ORIGINAL": "adapters_off"},
-            "NUM_ROUNDS: expected 1 with ORIGINAL='adapters_off', found 2: a further round ",
-        ),
-        # Adapters are what it chooses.
-        ({"gin.NUM_ROUNDS": 2, "format": "peft"}, "NUM_ROUNDS: expected 1 with ORIGINAL='adapters"),
+        ({"gin.NUM_ROUNDS": 0}, "NUM_ROUNDS: expected at least 1, found 0."),
         ({"output": "model/out"}, "--output: expected a folder outside the model's, found "),
     ],
 )

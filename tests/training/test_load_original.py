@@ -262,6 +262,80 @@ def test_a_further_round_of_upper_layers(upper_layers, capfd):
     )
 
 
+@pytest.fixture(scope="module")
+def first_round(base_of_adapters):
+    """A run of adapters in the upper layers; returns its settings."""
+    settings = {"ORIGINAL": "adapters_off", "ADAPTER_RANK": 2, "TRAINED_LAYERS": 1}
+    settings |= {"LEARNING_RATE": 1e-2, "INITIAL_CHECKPOINT_PATH": "adapters-base"}
+    train("first-round", **settings)
+    return settings
+
+
+def test_a_further_round_of_adapters(first_round):
+    """They go on from those of the round before, and the original stays the first one."""
+    settings = {**first_round, "START_CHECKPOINT_PATH": "first-round"}
+    # Updates of nothing: what comes out is what went in.
+    train("unmoved", **{**settings, "LEARNING_RATE": 0.0}, TRAIN_STEPS=1)
+    jax.tree.map(np.testing.assert_array_equal, rooms.saved("unmoved"), rooms.saved("first-round"))
+    train("second-round", **settings)
+    assert metrics("first-round", "positive_kl")[0] < 1e-6
+    assert metrics("second-round", "positive_kl")[0] > 1e-6
+    assert metrics("second-round")[0] < metrics("first-round")[0] / 1.2
+    first, second = (
+        pretrained.open_checkpoint(f"{name}-round").run for name in ("first", "second")
+    )
+    assert second["original"] == first["original"]
+    assert pathlib.Path(second["start"]["path"]).name == "first-round"
+    # The step does not hold the original's states, yet they are the original's.
+    train("second-cached", **{**settings, "ORIGINAL": "adapters_cached"})
+    np.testing.assert_allclose(
+        metrics("second-cached"), metrics("second-round"), rtol=2e-5, atol=1e-8
+    )
+
+
+def test_a_further_round_of_adapters_after_a_stop(first_round):
+    """What it started from is not needed again."""
+    shutil.copytree("first-round", "start-to-lose")
+    settings = {**first_round, "START_CHECKPOINT_PATH": "start-to-lose"}
+    train("straight-round", **settings, TRAIN_STEPS=4)
+    train("stopped-round", **settings, TRAIN_STEPS=2)
+    shutil.rmtree("start-to-lose")
+    train("stopped-round", **settings, TRAIN_STEPS=4)
+    rooms.assert_same_state("stopped-round", "straight-round")
+
+
+@pytest.mark.parametrize(
+    ("start", "settings", "found"),
+    [
+        ("original", {}, "a model that is not such a run"),
+        ("first-round", {"ADAPTER_RANK": 3}, "rank 2, not 3"),
+        ("first-round", {"ADAPTER_ALPHA": 8.0}, "alpha 32.0, not 8.0"),
+        ("first-round", {"TRAINED_LAYERS": None}, "layers 1, not all"),
+        ("first-round", {"INITIAL_CHECKPOINT_PATH": "other"}, "an original with the digest "),
+    ],
+    ids=["whole", "rank", "alpha", "layers", "original"],
+)
+def test_adapters_start_from_such_adapters_alone(first_round, start, settings, found, capfd):
+    if "INITIAL_CHECKPOINT_PATH" in settings:
+        train("other", TRAIN_STEPS=1)
+    train("refused", status=2, **{**first_round, **settings, "START_CHECKPOINT_PATH": start})
+    said = capfd.readouterr().err
+    assert "START_CHECKPOINT_PATH: with ORIGINAL='adapters_off', expected a run of adapters" in said
+    assert f": {found}" in said
+    assert not list(pathlib.Path("refused").glob("checkpoint_*"))
+
+
+def test_adapters_of_stacked_layers_go_on_from_layers_apart():
+    settings = {"ORIGINAL": "adapters_off", "ADAPTER_RANK": 2, "LEARNING_RATE": 1e-2}
+    train("apart", **settings)
+    settings = {**settings, "START_CHECKPOINT_PATH": "apart"}
+    for is_stacked in (False, True):
+        train(f"from-apart-{is_stacked}", **settings, SCAN_LAYERS=is_stacked)
+    np.testing.assert_allclose(
+        metrics("from-apart-True"), metrics("from-apart-False"), rtol=1e-4, atol=1e-7
+    )
+
+
 def test_adapters_with_cached_states_are_the_same_run():
     settings = {"ADAPTER_RANK": 2, "TRAINED_LAYERS": 1, "LEARNING_RATE": 1e-2}
     train("adapters-computed", ORIGINAL="adapters_off", PACK=True, **settings)

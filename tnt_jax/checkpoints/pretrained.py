@@ -217,6 +217,15 @@ class Adapters:
     alpha: float
     num_layers: int | None = None
 
+    @property
+    def by_name(self) -> dict[str, LazyArray]:
+        """Every A and B, by the name that it has in a tree of parameters."""
+        found = {}
+        for kernel, (a, b) in self.pairs.items():
+            module = kernel.rpartition("/")[0]
+            found |= {f"{module}/{adapters.ADAPTER_IN}": a, f"{module}/{adapters.ADAPTER_OUT}": b}
+        return found
+
 
 _SOME_BYTES = 64 * 10**6  # of `Pretrained.digest_of_some`
 
@@ -281,13 +290,15 @@ class Pretrained:
             )
 
     def digest_of_some(self) -> str:
-        """A fingerprint of the smallest of its weights, of 64 MB of them at most.
+        """A fingerprint of the smallest of its weights and adapters, of 64 MB of them at most.
 
         Norms alone differ from one update to the next. It is of the files that this process sees,
         which the digest of parameters that lie over several hosts is not.
         """
         names = lazy_arrays.shapes(families.network_of(self.config).abstract_params())
         some = {name: array for name, array in self.weights.items() if name in names}
+        if self.adapters is not None:
+            some |= self.adapters.by_name
         sizes = {name: math.prod(of.shape) * of.dtype.itemsize for name, of in some.items()}
         smallest = sorted(some, key=lambda name: (sizes[name], name))
         ends = itertools.accumulate(sizes[name] for name in smallest)

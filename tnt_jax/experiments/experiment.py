@@ -181,31 +181,6 @@ class Experiment:
         """`output_dir`, without `~` at its start."""
         return _from_home(self.output_dir)
 
-    def check_rounds(
-        self, num_rounds: int, name: str = "NUM_ROUNDS", train: Mapping[str, Any] | None = None
-    ) -> None:
-        """Checks, before the work, that arms can be trained in so many rounds.
-
-        Args:
-          num_rounds: As `Opened.train_rounds` takes them.
-          name: Of that setting, for messages.
-          train: As in `Changes`.
-
-        Raises:
-          UsageError: There is none, or a further one could not start from the round before.
-        """
-        if num_rounds < 1:
-            raise UsageError(f"{name}: expected at least 1, found {num_rounds}.")
-        if num_rounds == 1:
-            return
-        choice = (train or {}).get("original_choice") or self.original_choice(path=None)
-        if choice.has_adapters:
-            raise UsageError(
-                f"{name}: expected 1 with ORIGINAL={choice.kind!r}, found {num_rounds}: a further "
-                "round starts from a patched model, and adapters start at nothing. Set "
-                f"{name}=1, or ORIGINAL='parameters'."
-            )
-
     def check_names(self, names: Sequence[str]) -> None:
         """Checks the names of the arms, which become names of folders.
 
@@ -217,6 +192,12 @@ class Experiment:
                 "expected arms whose names differ from each other and from "
                 f"{', '.join(FOLDERS)}; found {list(names)}."
             )
+
+
+def check_rounds(num_rounds: int, name: str = "NUM_ROUNDS") -> None:
+    """Raises a UsageError, which names that setting, unless there is a round at least."""
+    if num_rounds < 1:
+        raise UsageError(f"{name}: expected at least 1, found {num_rounds}.")
 
 
 def name_of_round(name: str, number: int) -> str:

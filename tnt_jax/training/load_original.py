@@ -11,10 +11,10 @@ import jax
 import numpy as np
 
 from tnt_jax import objectives
-from tnt_jax.checkpoints import digests, pretrained
+from tnt_jax.checkpoints import digests, lazy_arrays, pretrained
 from tnt_jax.data.examples import Example
 from tnt_jax.data.layouts import Place
-from tnt_jax.models import adapters, sharding
+from tnt_jax.models import adapters, parameters, sharding
 from tnt_jax.models.model import Model
 from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.objectives import fused
@@ -116,13 +116,65 @@ class Sources:
             return self.model.init(self.schedule.seed)
         return self.original_source.restore(self.model.abstract_params)
 
-    def read_start(self) -> PyTree:
-        """Reads what training starts from."""
-        if self.schedule.start_path is None:
+    def read_start(self, original_digest: str | None = None) -> PyTree:
+        """Reads what training starts from: a model, or the adapters of a run with such a start.
+
+        Args:
+          original_digest: Of the parameters that adapters are trained beside.
+
+        Raises:
+          UsageError: Adapters are to be trained, and these are not such adapters.
+        """
+        path = self.schedule.start_path
+        if path is None:
             return self.read_original()
         # Opened only now: a run that has started no longer needs it, and it may be gone.
-        start = pretrained.open_checkpoint(self.schedule.start_path)
-        return start.restore(self.model.abstract_params)
+        start = pretrained.open_checkpoint(path)
+        if not self.choice.has_adapters:
+            return start.restore(self.model.abstract_params)
+        _check_adapters(self.choice, start, original_digest)
+        weights = start.adapters.by_name if start.adapters else {}
+        abstract = self.model.abstract_adapters(
+            self.choice.adapter_rank, self.choice.trained_layers
+        )
+        apart = parameters.unstack_layers(abstract)
+        lazy_arrays.check(weights, apart, str(start.path), "TRAINED_LAYERS")
+        return lazy_arrays.restore(lazy_arrays.laid_out(weights, abstract), abstract)
+
+
+def _check_adapters(
+    choice: settings.OriginalChoice, start: pretrained.Pretrained, original_digest: str | None
+) -> None:
+    """Raises a UsageError unless a checkpoint has adapters such as the settings ask for."""
+    trained, run = start.adapters, start.run
+    expected = {
+        "rank": choice.adapter_rank,
+        "alpha": float(choice.adapter_alpha),
+        "layers": choice.trained_layers or "all",
+        "an original with the digest": original_digest,
+    }
+    if trained is None or run is None:
+        differences = ["a model that is not such a run"]
+    else:
+        found = {
+            "rank": trained.rank,
+            "alpha": float(trained.alpha),
+            "layers": trained.num_layers or "all",
+            "an original with the digest": run["original"]["digest"],
+        }
+        differences = [
+            f"{name} {found[name]}, not {value}"
+            for name, value in expected.items()
+            if found[name] != value
+        ]
+    if differences:
+        raise UsageError(
+            f"START_CHECKPOINT_PATH: with ORIGINAL={choice.kind!r}, expected a run of adapters of "
+            "the same rank, alpha and layers, trained beside the same original; found, in "
+            f"{start.path}: {'; '.join(differences)}. Set ADAPTER_RANK, ADAPTER_ALPHA, "
+            "TRAINED_LAYERS and INITIAL_CHECKPOINT_PATH as that run had them, or "
+            "ORIGINAL='parameters' to start from a whole model."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,11 +241,6 @@ def load(
     if abstract is None:
         return LoadedOriginal(None, None), sources.read_start() if is_new else None
     starts_elsewhere = sources.schedule.start_path is not None
-    if kind.has_adapters and starts_elsewhere:
-        raise UsageError(
-            "START_CHECKPOINT_PATH: adapters start at nothing; expected None with "
-            f"ORIGINAL={kind.name!r}."
-        )
     whole = sources.read_original()
     identity = {
         "path": sources.choice.path,
@@ -226,7 +273,9 @@ def load(
             shared = digests.of_params(without(whole, trainer.abstract_params))
         kept = _converted(part_of(whole, stays), stays)
     del whole
-    if is_new and kind.has_adapters:
+    if is_new and kind.has_adapters and starts_elsewhere:
+        start = sources.read_start(identity["digest"])
+    elif is_new and kind.has_adapters:
         rank, seed = trainer.adapter_rank, sources.schedule.seed
         start = model.init_adapters(rank, seed, kind.trained_layers)
     elif is_new and starts_elsewhere:

@@ -253,8 +253,11 @@ def begin(
             return loaded.identity["digest"]
         if "start" in allow_changes:
             return None
-        is_whole = params is not None and trainer.original_kind.is_apart
-        return digests.of_params(params if is_whole else sources.read_start())
+        kind = trainer.original_kind
+        if params is not None and (kind.is_apart or kind.has_adapters):
+            return digests.of_params(params)
+        of_original = None if loaded.identity is None else loaded.identity["digest"]
+        return digests.of_params(sources.read_start(of_original))
 
     run["start"] = _start(before, start_path, digest_of_start)
     _refuse_others("models", {name: _compared(name, run[name]) for name in ("original", "start")})
