@@ -32,6 +32,7 @@ setuptools.setup(
         "flax>=0.12.8",
         "gguf>=0.17",  # the quantised types of GGUF files; imported when one is opened
         "gin-config>=0.5",
+        "google-cloud-storage>=3",  # Orbax asks it about buckets, and does not declare it
         "importlib_resources>=6",  # TFDS prepares no data set without it, and does not declare it
         "jax>=0.10.2",
         "Jinja2>=3.1",

@@ -225,8 +225,7 @@ def _read_evaluation(path: str | None) -> dict[str, Any] | None:
 
 def _target(output: str, output_format: str, step: int) -> epath.Path:
     """The directory that will be written; it must not be there yet."""
-    folder = epath.Path(output).expanduser()
-    folder = folder if "://" in output else folder.absolute()
+    folder = files.absolute(output)
     if output_format not in _DIRECTORIES:
         pretrained.check_takes_checkpoints(folder, "--output")
     target = folder if output_format in _DIRECTORIES else folder / f"checkpoint_{step}"

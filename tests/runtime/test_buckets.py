@@ -11,18 +11,23 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from typing import ClassVar
 
 import pytest
-from etils.epath import gpath
+from etils import epath
+from etils.epath import backend, gpath
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from helpers import rooms
 from helpers.holders import PATIENCE, changing, held_by_another, note_of, refusal, wait_until
+from orbax.checkpoint._src.path import gcs_utils
 
 from tnt_jax import prepare, report
 from tnt_jax.data import datasets, records, removed_everywhere, tokenization
-from tnt_jax.runtime import files, holding, operative_config
+from tnt_jax.runtime import failures, files, holding, operative_config
 from tnt_jax.runtime.errors import UsageError
+from tnt_jax.training import run_checkpoints
+from tnt_jax.watching import metric_writers
 
 
 class Object(MemoryFile):
@@ -72,6 +77,96 @@ def bucket(monkeypatch, tmp_path):
     monkeypatch.setattr(Bucket, "store", {})
     yield lambda: {name: bytes(file.getvalue()) for name, file in Bucket.store.items()}
     assert list(tmp_path.iterdir()) == []
+
+
+class RamBackend(backend._TfBackend):
+    """What etils takes for a bucket where TensorFlow is, whose file system in memory stands for it.
+
+    Unlike others, it opens a file for as long as a `with` lasts.
+    """
+
+    @property
+    def gfile(self):
+        gfile = super().gfile
+
+        def renamed(function):
+            def call(path, *more, **options):
+                return function(os.fspath(path).replace("gs://", "ram://"), *more, **options)
+
+            return call
+
+        functions = ("GFile", "exists", "isdir", "makedirs", "remove", "rmtree")
+        of_paths = {name: renamed(getattr(gfile, name)) for name in functions}
+
+        def opened(path, mode):
+            if mode.startswith("w") and of_paths["exists"](path):  # memory would append
+                of_paths["remove"](path)
+            return of_paths["GFile"](path, mode)
+
+        return types.SimpleNamespace(**of_paths | {"GFile": opened})
+
+
+@pytest.fixture
+def tensorflow_bucket(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    ram = RamBackend()
+    monkeypatch.setattr(gpath._GPath, "_backend", property(lambda path: ram))
+    yield
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["bucket", "tensorflow_bucket"])
+def test_lines_of_a_run_go_to_a_bucket_and_go_on(kind, request):
+    request.getfixturevalue(kind)
+
+    def lines(name):
+        return epath.Path(f"gs://b/{kind}/{name}").read_text().splitlines()
+
+    with metric_writers.StepLines(f"gs://b/{kind}/events.jsonl") as events:
+        for step in (1, 2, 3):
+            events.write(step, {"loss": 0.5})
+            assert lines("events.jsonl")[-1] == f'{{"step": {step}, "loss": 0.5}}'
+    with metric_writers.StepLines(f"gs://b/{kind}/events.jsonl", last_step=2) as events:
+        events.write(7, {"text": "ä"})
+    assert [json.loads(line)["step"] for line in lines("events.jsonl")] == [1, 2, 7]
+    # Numbers are many: they wait for a minute, a checkpoint or the end.
+    with metric_writers.open_all(f"gs://b/{kind}", start=0, config={}) as writers:
+        for step in (1, 2, 3):
+            writers.write(step, {"loss": 0.5})
+        assert len(lines("metrics.jsonl")) == 1
+        writers.flush()
+        assert len(lines("metrics.jsonl")) == 3
+        writers.write(4, {"loss": 0.5})
+    assert len(lines("metrics.jsonl")) == 4
+
+
+def test_checkpoints_go_to_the_bucket_that_is_named(bucket, monkeypatch):
+    # Orbax asks Google what kind of bucket it is.
+    monkeypatch.setattr(gcs_utils, "is_hierarchical_namespace_enabled", lambda path: False)
+    with run_checkpoints.Checkpoints("gs://b/run") as saved:
+        assert str(saved._orbax.directory) == "gs://b/run"
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "status"),
+    [
+        ("PermissionDeniedError", "does not have storage.objects.create access", 2),
+        ("NotFoundError", "The specified bucket does not exist", 2),
+        ("UnavailableError", "Error executing an HTTP request: HTTP response code 503", 1),
+        ("FailedPreconditionError", "libcurl code 6 meaning 'Couldn't resolve host name'", 1),
+    ],
+)
+def test_what_a_bucket_says_is_one_line(name, said, status):
+    import tensorflow as tf
+
+    error = getattr(tf.errors, name)(None, None, f"{said} when reading gs://b/run/metrics.jsonl")
+    assert f"cannot read or write: {said} when reading gs://b/run" in str(failures.explain(error))
+    assert failures.exit_status(error) == status
+    # What it says of a program's own mistake is no mistake of whoever runs it.
+    for kind, said in (("InvalidArgumentError", "gs://b"), ("FailedPreconditionError", "a table")):
+        with pytest.raises(tf.errors.OpError) as raised:
+            raise getattr(tf.errors, kind)(None, None, said)
+        assert failures.explain(raised.value) is None
 
 
 ROWS = [records.Record(id=str(i), inputs="in", targets="ä out") for i in range(3)]

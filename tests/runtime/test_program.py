@@ -9,6 +9,7 @@ import gin
 import pytest
 
 from tnt_jax.runtime import operative_config, program
+from tnt_jax.runtime.errors import UsageError
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -263,6 +264,41 @@ def test_required_settings_are_listed_together(mistake):
         mistake("--gin_file=run.gin")
         == "settings are missing: set --gin.NAME=..., --gin.FOLDER=..."
     )
+
+
+def test_what_only_a_replaced_setting_needs_is_not_asked_for(run, mistake, toy):
+    needs = RUN.replace("PITCH = 3  # more is higher", "PITCH = %gin.REQUIRED")
+    (toy / "run.gin").write_text(needs + "toy.shout.loudness = %LOUDNESS\n")
+    asked = mistake(*GIVEN, "--gin.toy.greet.style=None")
+    assert asked == "settings are missing: set --gin.PITCH=..."
+    assert "LOUDNESS" in mistake(*GIVEN, "--gin.PITCH=3")
+    status, out, err = run(*GIVEN, "--gin.toy.greet.voice=None", "--gin.LOUDNESS=2")
+    assert (status, out, err) == (0, "ANN!! None /tmp/x None\n", "")
+    # What takes their place is asked for.
+    (toy / "more.gin").write_text("import toy\nother/toy.Voice.pitch = %HEIGHT\n")
+    other = ("--gin_file=more.gin", "--gin.toy.greet.voice=@other/toy.Voice()")
+    message = mistake(*GIVEN, *other, "--gin.LOUDNESS=2")
+    assert "PITCH" in message and "HEIGHT" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "run_file", "left_out"),
+    [
+        ("evaluate", "evaluate", ["--gin.CERTIFICATE=None", "--gin.VOCABULARY_PATH=spiece.model"]),
+        ("annotate", "annotate_python", ["--gin.VOCABULARY=None", "--gin.FUNCTION=mine:mark"]),
+    ],
+)
+def test_run_files_ask_for_no_settings_of_what_is_left_out(name, run_file, left_out):
+    """As their own comments say."""
+    files = {"evaluate": ("ORIGINAL_RECORDS", "CURRENT_RECORDS"), "annotate": ("RECORDS",)}[name]
+    given = [f"--gin.{file}=a.jsonl" for file in (*files, "OUTPUT")]
+    try:
+        arguments = [f"--gin_file=runs/{run_file}.gin", *given, *left_out]
+        assert program.configure(f"tnt_jax.{name}", name, arguments) is not None
+        with pytest.raises(UsageError, match="settings are missing"):
+            program.configure(f"tnt_jax.{name}", name, arguments[:-2])
+    finally:
+        gin.clear_config()
 
 
 def test_macros_that_nothing_sets(mistake, toy):

@@ -31,7 +31,7 @@ from tnt_jax.checkpoints.safetensors_files import INDEX, WEIGHTS
 from tnt_jax.data import tokenization, vocabularies
 from tnt_jax.models import adapters, families, parameters
 from tnt_jax.models.network_config import COMPUTATION, NetworkConfig
-from tnt_jax.runtime import console
+from tnt_jax.runtime import console, files
 from tnt_jax.runtime.array_types import PyTree
 from tnt_jax.runtime.errors import UsageError, system_error
 
@@ -116,8 +116,7 @@ def find(path: str) -> epath.Path:
       UsageError: There is none.
     """
     try:
-        given = epath.Path(path).expanduser()
-        given = given if "://" in path else given.absolute()
+        given = files.absolute(path)
         is_there = given.exists()
     except Exception as error:
         if "://" not in path:

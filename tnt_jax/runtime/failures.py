@@ -28,6 +28,17 @@ _FULL = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.E
 # NumPy's `tofile` says only how many numbers it could write.
 _CUT_SHORT = re.compile(r"\d+ requested and \d+ written")
 
+# Of TensorFlow, about a file: whether trying again helps (1) or not (2).
+_OF_BUCKETS = {
+    "PermissionDeniedError": 2,
+    "UnauthenticatedError": 2,
+    "NotFoundError": 2,
+    "FailedPreconditionError": 1,  # no host of that name: the network is down
+    "UnavailableError": 1,
+    "DeadlineExceededError": 1,
+    "AbortedError": 1,
+}
+
 _LONGEST = 2000  # characters of a message, which may quote what is in somebody's file
 
 
@@ -51,6 +62,12 @@ def explain(error: BaseException) -> str | None:
     for one in causes:
         if (said := of_tensorstore(one)) is not None:
             return _of_path(said)
+    for one in causes:
+        if _of_bucket(one) is not None:
+            return (
+                f"cannot read or write: {_one_line(one)}. Look at the path, at what this account "
+                "may do there, and at the network, and give the same command again."
+            )
     for one in causes:
         if (reason := out_of_memory(one)) is not None:
             return (
@@ -80,7 +97,21 @@ def exit_status(error: BaseException) -> int:
     """The exit status for an error that `explain` explains: 1 if trying again helps, else 2."""
     if isinstance(error, UsageError):
         return 2
-    return 1 if isinstance(error, ProcessLost) or processes.lost(error) else 2
+    if isinstance(error, ProcessLost) or processes.lost(error):
+        return 1
+    return next(filter(None, map(_of_bucket, chain(error))), 2)
+
+
+def _of_bucket(error: BaseException) -> int | None:
+    """The exit status for what TensorFlow, which reads buckets for etils, says of one.
+
+    None where it is no such error. TensorFlow is not imported for it.
+    """
+    if not type(error).__module__.startswith("tensorflow."):
+        return None
+    status = _OF_BUCKETS.get(type(error).__name__)
+    is_of_path = re.search(r"://|HTTP|[Nn]o such file", str(error)) is not None
+    return status if is_of_path else None
 
 
 def out_of_memory(error: BaseException) -> str | None:

@@ -34,6 +34,15 @@ def path_of(path: str | os.PathLike) -> Any:
     return epath.Path(path) if is_remote(path) else pathlib.Path(path)
 
 
+def absolute(path: str | os.PathLike) -> epath.Path:
+    """The path from the root, without `~`; one in an object store as it is.
+
+    (`epath.Path.absolute` takes gs://a for a folder "gs:" here.)
+    """
+    found = epath.Path(path).expanduser()
+    return found if is_remote(path) else found.absolute()
+
+
 def size_of(path: str | os.PathLike) -> int:
     """Bytes of a file.
 

@@ -37,6 +37,7 @@ def check_types() -> None:
         except (TypeError, ValueError):  # written in C
             continue
         for name, value in bindings.items():
+            value: Any
             setting = f"{_short(selector)}.{name}"
             macros: list[str] = []
             while _is_macro(value):
@@ -44,8 +45,11 @@ def check_types() -> None:
                 if setting in macros:
                     raise UsageError(f"macros refer to each other: %{', %'.join(macros)}.")
                 macros.append(setting)
-                value = gin.query_parameter(f"{setting}/gin.macro.value")
-            if name not in parameters:
+                try:
+                    value = gin.query_parameter(f"{setting}/gin.macro.value")
+                except ValueError:  # it has none: nothing reads what it is for
+                    value = gin.REQUIRED
+            if name not in parameters or value is gin.REQUIRED:
                 continue
             annotation, default = parameters[name].annotation, parameters[name].default
             if value is not default and not _has_type(value, annotation):

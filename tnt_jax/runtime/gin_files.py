@@ -62,6 +62,8 @@ class Settings:
         self._texts: dict[str, str] = {}  # macro -> its value and comment, as gin has it
         self._defined: dict[str, pathlib.Path] = {}  # macro -> gin file
         self._read: dict[str, str] = {}  # macro -> who reads it
+        self._mentions: dict[str, tuple[list[str], list[str]]] = {}  # key -> macros, configurables
+        self._referred: set[str] = set()  # configurables, by settings that were replaced as well
         self._flags: list[str] = []  # macros that the command line sets
         self._imports: dict[str, str] = {}  # name -> import line
         self._open_files: list[pathlib.Path] = []
@@ -116,10 +118,10 @@ class Settings:
         """
         names = _Names()
         self.values[name] = _parse_value(value, names, f"--gin.{name}={value}")
-        self._note_macros(names, f"--gin.{name}")
+        selectors = self._note(names, name, f"--gin.{name}")
         if "." not in name:
             self._flags.append(name)
-        for selector in [name, *names.selectors] if "." in name else names.selectors:
+        for selector in [name, *selectors] if "." in name else selectors:
             symbol = selector.rpartition("/")[2].partition(".")[0]
             # A module that no gin file imports: one of ours, else one such as optax.
             if symbol not in self._imports:
@@ -150,8 +152,9 @@ class Settings:
         problems = []
         if needs_all and (required := self.required()):
             problems.append("set " + ", ".join(f"--gin.{key}=..." for key in required))
+        live = self._live()
         for name in self._read:
-            if name in self.values or "." in name:  # with a dot it is a constant
+            if name in self.values or "." in name or name not in live:  # with a dot: a constant
                 continue
             problem = f"{self._read[name]} reads %{name}, which nothing sets"
             if setters := [path for path, text in self._known_files() if _sets(text, name)]:
@@ -166,12 +169,16 @@ class Settings:
             raise UsageError("settings are missing: " + "; ".join(problems))
 
     def required(self) -> list[str]:
-        """Keys that are still %gin.REQUIRED; a macro only where something reads it."""
-        return [
-            key
-            for key, value in self.values.items()
-            if value is _REQUIRED and (key in self._read or key not in self._defined)
-        ]
+        """Keys that are still %gin.REQUIRED and that something reads."""
+        live = self._live()
+        return [key for key, value in self.values.items() if value is _REQUIRED and key in live]
+
+    def unneeded(self) -> list[str]:
+        """Keys without a value that only replaced settings led to."""
+        live = self._live()
+        keys = [key for key, value in self.values.items() if value is _REQUIRED]
+        keys += [name for name in self._read if name not in self.values and "." not in name]
+        return [key for key in keys if key not in live]
 
     def defaults(self) -> list[tuple[str, str]]:
         """The macros that something reads and that have a value; it, and the comment beside it."""
@@ -204,7 +211,6 @@ class Settings:
     def _add_text(self, text: str, path: pathlib.Path) -> None:
         names = _Names()
         for statement in _statements(text, names, path):
-            self._note_macros(names, path.name)
             if isinstance(statement, config_parser.IncludeStatement):
                 self.add_file(
                     statement.filename,
@@ -223,11 +229,46 @@ class Settings:
                     line = text.splitlines()[statement.location.line_num - 1]
                     self._texts[key] = line.partition("=")[2].strip()
                 self.values[key] = statement.value
+                self._note(names, key, path.name)
 
-    def _note_macros(self, names: _Names, reader: str) -> None:
+    def _note(self, names: _Names, key: str, reader: str) -> list[str]:
+        """Notes what a setting reads; returns the configurables, scopes before them."""
         for name in names.macros:
             self._read.setdefault(name, reader)
+        macros, selectors = list(names.macros), list(names.selectors)
+        configurables = [selector.rpartition("/")[2] for selector in selectors]
+        self._mentions[key] = macros, configurables
+        self._referred.update(configurables)
         names.macros.clear()
+        names.selectors.clear()
+        return selectors
+
+    def _live(self) -> set[str]:
+        """Keys, and macros without a value, that something reads.
+
+        What only settings name that were replaced, nothing does: with CERTIFICATE=None no setting
+        of @evaluate.Certificate() is needed.
+        """
+        of_configurable: dict[str, list[str]] = {}
+        for key in self._mentions:
+            if "." in key:
+                name = key.rpartition("/")[2].rpartition(".")[0]
+                of_configurable.setdefault(name, []).append(key)
+        # What no setting names may be the program's own function.
+        found = {
+            key
+            for name, keys in of_configurable.items()
+            if name not in self._referred
+            for key in keys
+        }
+        reached = list(found)
+        while reached:
+            macros, configurables = self._mentions.get(reached.pop(), ([], []))
+            named = [key for name in configurables for key in of_configurable.get(name, ())]
+            new = {*macros, *named} - found
+            found |= new
+            reached += new
+        return found
 
 
 def _statements(text: str, names: _Names, path: pathlib.Path) -> Iterator[Any]:

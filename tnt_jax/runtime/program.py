@@ -325,6 +325,8 @@ def configure(
         gin_checks.check_used(function, [name for name, _ in flags.bindings])
     gin_checks.check_types()
     if needs_all:
+        for name in settings.unneeded():  # gin asks for these, too
+            gin.parse_config([*imports, f"{name} = None"])
         gin.finalize()  # refuses whatever is still required
     return configured
 

@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from tnt_jax.checkpoints import lazy_arrays, orbax
+from tnt_jax.runtime import files
 from tnt_jax.runtime.array_types import PyTree
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.training import settings, train_step
@@ -40,7 +41,7 @@ class Checkpoints:
         Raises:
           UsageError: The directory cannot be made.
         """
-        self._dir = epath.Path(model_dir).expanduser().absolute()
+        self._dir = files.absolute(model_dir)
         try:
             self._dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -42,18 +42,24 @@ class StepLines:
     A last line that a kill cut short is dropped. A run that goes on from a checkpoint drops what
     was written after it as well, for it will write that again: so each step is there once.
 
+    In an object store the whole file is uploaded for every line, or once in a while, at `flush` and
+    at the end.
+
     Args:
         path: of the file; its folder is made if need be. Local, or anything that `etils.epath`
             opens, such as gs://.
         last_step: of the lines to keep; None keeps all.
+        pause: seconds from one upload to the next; a local file has every line at once.
     """
 
-    def __init__(self, path: str | os.PathLike, last_step: int | None = None):
-        self._file = None
+    def __init__(self, path: str | os.PathLike, last_step: int | None = None, pause: float = 0.0):
+        self._file: Any = None
+        self._pause, self._flushed = pause, -math.inf
         if not console.is_first_process():
             return
         path = epath.Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
+        whole = ""
         if path.exists():
             written = path.read_bytes().decode("utf-8", "replace")  # whatever a crash left
             whole = written[: written.rfind("\n") + 1]
@@ -62,14 +68,25 @@ class StepLines:
                 whole = "".join(f"{line}\n" for line in lines if _step_of(line) <= last_step)
             if whole != written:
                 files.write_text(path, whole)
-        self._file = path.open("a", encoding="utf-8")
+        if files.is_remote(path):
+            self._file = _Upload(path, whole.encode())
+        else:
+            self._file, self._pause = path.open("ab"), 0.0
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Appends one line, as `as_json` writes it, flushed."""
+        """Appends one line, as `as_json` writes it."""
         if self._file is None:
             return
-        self._file.write(files.as_json({"step": int(step), **values}) + "\n")
-        self._file.flush()
+        line = files.as_json({"step": int(step), **values}) + "\n"
+        self._file.write(line.encode())
+        if time.monotonic() - self._flushed >= self._pause:
+            self.flush()
+
+    def flush(self) -> None:
+        """Whatever was written is in the file."""
+        if self._file is not None:
+            self._file.flush()
+            self._flushed = time.monotonic()
 
     def close(self) -> None:
         """Closes the file; may be called twice."""
@@ -100,7 +117,7 @@ class MetricsWriter(StepLines):
     """
 
     def __init__(self, directory: str | os.PathLike, last_step: int | None = None):
-        super().__init__(epath.Path(directory) / "metrics.jsonl", last_step)
+        super().__init__(epath.Path(directory) / "metrics.jsonl", last_step, _UPLOAD_EVERY)
 
     def write(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
         """Appends the metrics of a step, as `StepLines.write` does."""
@@ -156,6 +173,7 @@ class Writers:
 
     def flush(self) -> None:
         """Before a checkpoint: a run that goes on from it will not write this again."""
+        self._metrics.flush()
         for other in self._others:
             other.flush()
 
@@ -235,7 +253,7 @@ class TensorBoard:
             path.parent.mkdir(parents=True, exist_ok=True)
         # Not tensorboard's EventFileWriter: it imports TensorFlow, and has a thread of its own.
         self._file: RecordWriter | None = RecordWriter(
-            _Upload(os.fspath(path)) if is_remote else path.open("wb")
+            _Upload(path) if is_remote else path.open("wb")
         )
         self._pause = _UPLOAD_EVERY if is_remote else 0.0
         self._flushed = -float("inf")
@@ -295,8 +313,8 @@ def _as_markdown(text: str) -> str:
 class _Upload:
     """A file of an object store, uploaded whole at every flush."""
 
-    def __init__(self, path: str):
-        self._path, self._content = epath.Path(path), bytearray()
+    def __init__(self, path: epath.Path, content: bytes = b""):
+        self._path, self._content = path, bytearray(content)
 
     def write(self, more: bytes) -> None:
         self._content += more
