@@ -10,6 +10,8 @@ import subprocess
 import pytest
 from helpers import hostile
 
+from tnt_jax.runtime import errors, failures, preemption
+
 ROOT = pathlib.Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
@@ -485,6 +487,16 @@ def test_the_pages_commands_are_taken(command, tmp_path):
     done = bash("-c", f"{command} --dry_run", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout
+
+
+def test_xpk_starts_again_what_one_lost_host_ended():
+    """xpk ends a job for good whose status is not named; a usage error is to end it."""
+    (command,) = commands_of(PAGE, "xpk workload create")
+    codes = re.search(r"--restart-on-exit-codes=(\S+)", command)[1].split(",")
+    lost = failures.exit_status(errors.ProcessLost("a host is gone"))
+    mistaken = failures.exit_status(errors.UsageError("a setting is wrong"))
+    assert {str(lost), str(preemption.EXIT_STATUS)} <= {*codes}
+    assert str(mistaken) not in codes
 
 
 def test_the_pages_table_is_that_of_the_compiled_programs():
