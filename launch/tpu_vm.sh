@@ -412,7 +412,10 @@ another() {
 }
 
 forget() {
-    printf -v "count_$1" 0
+    local what
+    for what in "$@"; do
+        printf -v "count_$what" 0
+    done
 }
 
 delete_with_patience() {
@@ -438,6 +441,7 @@ recreate() {
     may_create=yes
     is_installed=
     expect=
+    forget uninstalled unstarted stopped late # were of the one that is gone
     pause
 }
 
@@ -482,10 +486,11 @@ work() {
     status=0
     start_on_hosts || status=$?
     case $status in
-        0) ;;
+        0) forget unstarted ;;
         4) give_up "$name has another run, see above; end it with down, or choose another --name." ;;
         *)
             another unstarted 5 || give_up "five times it did not start on every host. $(costs)"
+            is_installed= # a host may have been repaired, and be empty
             say "It did not start on every host, see above. Once more."
             pause
             return
@@ -499,7 +504,6 @@ work() {
         pause
         return
     fi
-    forget unstarted
     status=0
     answer=$(on_worker all "bash tnt_jax_host.sh result $name") || status=$?
     if [[ -n $answer ]]; then

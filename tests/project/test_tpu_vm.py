@@ -583,6 +583,34 @@ def test_one_host_that_can_never_be_reached(cloud):
     assert cloud.calls("delete") == []
 
 
+def test_starts_that_fail_now_and_then_in_a_long_life(cloud):
+    """Five in a row would be too many."""
+    lost = {"at": "follow", "do": "refuse"}
+    unstarted = {"at": "start mine", "do": "refuse", "skip": 1}
+    cloud.set(plays=[lost, unstarted] * 5)
+    done = cloud.up()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("It did not start on every host") == 5
+
+
+def test_what_went_wrong_on_a_tpu_that_is_gone_is_forgotten(cloud):
+    uninstalled = {"at": "install mine", "do": "refuse"}
+    preempted = {"at": "tpu-vm list", "do": "preempt", "skip": 5}
+    cloud.set(plays=[*[uninstalled] * 8, preempted])
+    done = cloud.up()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("It could not be installed on every host") == 8
+    assert len(cloud.starts(2)) == 1
+
+
+def test_a_host_that_was_repaired_is_installed_again(cloud):
+    repaired = {"at": "start mine", "do": "repair", "worker": 1}
+    cloud.set(hosts=2, plays=[repaired])
+    done = cloud.up()
+    assert done.returncode == 0, done.stderr
+    assert [len(cloud.starts(worker=worker)) for worker in (0, 1)] == [1, 1]
+
+
 def test_a_run_that_fails_is_not_tried_for_ever(cloud):
     (cloud.folder / "program").write_text("2\n")
     done = cloud.up()
