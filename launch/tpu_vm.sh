@@ -15,7 +15,7 @@
 #   --project=PROJECT          PROJECT
 #   --zone=ZONE                ZONE
 #   --accelerator_type=TYPE    ACCELERATOR_TYPE   v5litepod-8, v5p-8, v6e-8, ...   (for `up`)
-#   --bucket=BUCKET            BUCKET             MODEL_DIR is gs://BUCKET/NAME    (for `up`)
+#   --bucket=BUCKET[/FOLDER]   BUCKET             MODEL_DIR is gs://BUCKET/NAME    (for `up`)
 #   --gin_file=FILE            GIN_FILE           repeatable: one of this project's, or your own; own
 #                                                 files are copied, what they include is not
 #
@@ -316,7 +316,11 @@ choose_code() {
     done
     code=${commit:0:12}
     if ((${#own_files[@]})); then
-        code+=-$(cat "${own_files[@]}" | cksum | cut -d ' ' -f 1)
+        # Their names, too: the command line has them.
+        code+=-$(for file in "${own_files[@]}"; do
+            printf '%s\0' "${file##*/}"
+            cksum <"$file"
+        done | cksum | cut -d ' ' -f 1)
     fi
     model_dir=gs://$bucket/$name
     if [[ $program == train && -z $names_model_dir ]]; then
@@ -536,8 +540,10 @@ up() {
         pack_code
     fi
 
-    call storage ls "gs://$bucket" >/dev/null ||
-        refuse "--bucket: gs://$bucket cannot be listed, see above: expected a bucket that you may read"
+    # The bucket alone: what is below it may be empty still, which gcloud takes for an error.
+    call storage ls "gs://${bucket%%/*}" >/dev/null ||
+        refuse "--bucket: gs://${bucket%%/*} cannot be listed, see above: expected a bucket that you may" \
+            "read"
 
     local expect='' may_create=yes is_done='' is_installed='' from=$lines is_first=yes
     while [[ -z $is_done ]]; do

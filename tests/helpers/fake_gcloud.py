@@ -234,8 +234,11 @@ def main(arguments):
         calls.write(json.dumps(arguments) + "\n")
     world = json.loads(WORLD.read_text())
     if arguments[:2] == ["storage", "ls"]:
-        if arguments[2] != "gs://mine":
+        bucket, _, prefix = arguments[2].removeprefix("gs://").partition("/")
+        if bucket != "mine":
             fail(f"{arguments[2]} not found: 404.")
+        if prefix:  # the bucket is empty
+            fail("One or more URLs matched no objects.")
         return
     if arguments[:2] != ["compute", "tpus"]:
         fail(f"Invalid choice: {arguments[0]!r}.", 2)

@@ -428,6 +428,22 @@ def test_own_gin_files_are_sent(cloud):
     assert (pathlib.Path(folder) / given).read_text() == "SEED = 3\n"
 
 
+def test_an_own_gin_file_that_was_renamed_is_sent_again(cloud):
+    (cloud.user / "mine.gin").write_text("SEED = 3\n")
+    assert cloud.up("--gin_file=mine.gin").returncode == 0
+    (cloud.user / "mine.gin").rename(cloud.user / "ours.gin")
+    assert cloud.up("--gin_file=ours.gin").returncode == 0
+    for (folder, _, arguments), name in zip(cloud.starts(), ("mine", "ours"), strict=True):
+        assert f"--gin_file=own/1/{name}.gin" in arguments
+        assert (pathlib.Path(folder) / f"own/1/{name}.gin").read_text() == "SEED = 3\n"
+
+
+def test_a_folder_of_a_bucket_may_be_empty_still(cloud):
+    done = cloud.up("--bucket=gs://mine/runs/")
+    assert done.returncode == 0, done.stderr
+    assert "--gin.MODEL_DIR=gs://mine/runs/mine" in cloud.starts()[0][2]
+
+
 def test_settings_may_come_from_the_environment(cloud):
     done = cloud.run(
         *("up", "--poll_seconds=0"),
