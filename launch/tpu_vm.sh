@@ -16,7 +16,7 @@
 #   --zone=ZONE                ZONE
 #   --accelerator_type=TYPE    ACCELERATOR_TYPE   v5litepod-8, v5p-8, v6e-8, ...   (for `up`)
 #   --bucket=BUCKET[/FOLDER]   BUCKET             MODEL_DIR is gs://BUCKET/NAME    (for `up`)
-#   --gin_file=FILE            GIN_FILE           repeatable: one of this project's, or your own; own
+#   --gin_file=FILE            GIN_FILE           repeatable: your own, or one of this project's; own
 #                                                 files are copied, what they include is not
 #
 #   --provisioning=on-demand   PROVISIONING       or spot, or reserved
@@ -276,12 +276,18 @@ delete_own() {
 
 # Sets `commit`, `code` (its name on the hosts) and `arguments` (of the program).
 choose_code() {
+    local untracked
     git -C "$root" rev-parse --git-dir >/dev/null 2>&1 ||
         refuse "$root is no git checkout: up sends the code of a commit"
     if [[ -z $commit ]]; then
         [[ -z $(git -C "$root" status --porcelain --untracked-files=no) ]] ||
             refuse "there are changes that are not committed: commit them, or pass --commit=HEAD to run" \
                 "without them"
+        untracked=$(git -C "$root" ls-files --others --exclude-standard -- tnt_jax gin_configs |
+            sed -n '1,5p;6s/.*/.../p' | tr '\n' ' ')
+        [[ -z $untracked ]] ||
+            refuse "expected every file of tnt_jax and gin_configs in a commit, found ${untracked% }: add and" \
+                "commit, keep gin files of your own elsewhere, or pass --commit=HEAD to run without them"
         commit=HEAD
     fi
     commit=$(git -C "$root" rev-parse --quiet --verify --end-of-options "$commit^{commit}") ||
@@ -291,12 +297,12 @@ choose_code() {
     local file argument value names_model_dir='' given=()
     own_files=()
     for file in "${gin_files[@]}"; do
-        if in_commit "$file" blob || in_commit "gin_configs/$file" blob; then
-            given+=("--gin_file=$file")
-        elif [[ -f $file ]]; then
+        if [[ -f $file ]] && ! is_projects "$file"; then # as the programs do, first what is here
             [[ $file == /* ]] || file=./$file # no option of what gets it
             own_files+=("$file")
             given+=("--gin_file=own/${#own_files[@]}/${file##*/}")
+        elif [[ -n $(path_in_commit "$file") ]]; then
+            given+=("--gin_file=$file")
         else
             refuse "--gin_file: expected a file, found ${file:-nothing}, which is neither in commit" \
                 "${commit:0:12} nor here"
@@ -332,6 +338,25 @@ choose_code() {
 # Whether a path is there, as a "blob" (a file) or as anything.
 in_commit() {
     [[ $(git -C "$root" cat-file -t "$commit:$1" 2>/dev/null) =~ ^${2:-.+}$ ]]
+}
+
+# Where a gin file is in the commit, as the programs look for it; nothing if it is not there.
+path_in_commit() {
+    local path
+    for path in "$1" "gin_configs/$1"; do
+        if in_commit "$path" blob; then
+            echo "$path"
+            return
+        fi
+    done
+}
+
+# Whether a file here is one of the project's: that very file, changed or not, or the same text.
+is_projects() {
+    local path
+    path=$(path_in_commit "$1")
+    [[ -n $path ]] &&
+        { [[ $1 -ef $root/$path ]] || git -C "$root" cat-file blob "$commit:$path" | cmp -s - "./$1"; }
 }
 
 # Writes what every host gets: the tree of the commit with own gin files, and host.sh.

@@ -212,6 +212,47 @@ def test_changes_that_are_not_committed_are_refused_or_left_out(cloud, checkout,
     assert sent == (checkout / "gin_configs/runs/train.gin").read_bytes()
 
 
+def test_files_that_are_in_no_commit_are_refused_or_left_out(cloud, checkout, tmp_path):
+    changed = tmp_path / "changed"
+    shutil.copytree(checkout, changed)
+    (changed / "tnt_jax").mkdir()
+    for number in range(7):
+        (changed / f"tnt_jax/new_{number}.py").touch()
+    (changed / "notes.txt").touch()  # no program reads it
+    cloud.checkout = changed
+    done = cloud.up()
+    assert done.returncode == 2
+    assert done.stderr.startswith(
+        "tpu_vm: error: expected every file of tnt_jax and gin_configs in a commit, found "
+        "tnt_jax/new_0.py tnt_jax/new_1.py tnt_jax/new_2.py tnt_jax/new_3.py tnt_jax/new_4.py ...: "
+    )
+    assert cloud.up("--commit=HEAD", "--dry_run").returncode == 0
+    shutil.rmtree(changed / "tnt_jax")
+    (changed / "gin_configs/mine.gin").touch()
+    assert "found gin_configs/mine.gin: add and commit, " in cloud.up().stderr
+    (changed / "gin_configs/mine.gin").unlink()
+    assert cloud.up("--dry_run").returncode == 0
+
+
+def test_an_own_gin_file_goes_before_the_projects_of_its_name(cloud, checkout, tmp_path):
+    """As in the programs, which look in the working directory first."""
+
+    def sent(text):
+        (cloud.user / "runs/train.gin").write_text(text)
+        return re.findall(r"--gin_file=([\w./]+)", cloud.up("--dry_run").stdout)
+
+    (cloud.user / "runs").mkdir()
+    assert sent("SEED = 3\n") == ["own/1/train.gin"]
+    assert sent((checkout / "gin_configs/runs/train.gin").read_text()) == ["runs/train.gin"]
+    changed = tmp_path / "changed"  # not committed: the commit's is what was asked for
+    shutil.copytree(checkout, changed)
+    (changed / "gin_configs/runs/train.gin").write_text("SEED = 3\n")
+    cloud.checkout, cloud.user = changed, changed / "gin_configs"
+    assert re.findall(r"--gin_file=([\w./]+)", cloud.up("--dry_run", "--commit=HEAD").stdout) == [
+        "runs/train.gin"
+    ]
+
+
 def test_nothing_of_a_launch_that_was_killed_is_sent(cloud):
     tree = cloud.user / ".local/state/tnt_jax/tpu_vm/the-project.us-central1-a.mine.code/tree"
     (tree / "launch").mkdir(parents=True)
