@@ -93,8 +93,8 @@ finish() {
 }
 
 failures=0
-note running
 while :; do
+    note running # each time: host.sh sees by the file's age that the command was started again
     began=$SECONDS
     "$@" &
     child=$!

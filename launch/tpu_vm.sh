@@ -286,8 +286,8 @@ choose_code() {
         untracked=$(git -C "$root" ls-files --others --exclude-standard -- tnt_jax gin_configs |
             sed -n '1,5p;6s/.*/.../p' | tr '\n' ' ')
         [[ -z $untracked ]] ||
-            refuse "expected every file of tnt_jax and gin_configs in a commit, found ${untracked% }: add and" \
-                "commit, keep gin files of your own elsewhere, or pass --commit=HEAD to run without them"
+            refuse "expected every file of tnt_jax and gin_configs in a commit, found ${untracked% }:" \
+                "add and commit, keep gin files of your own elsewhere, or pass --commit=HEAD to run without them"
         commit=HEAD
     fi
     commit=$(git -C "$root" rev-parse --quiet --verify --end-of-options "$commit^{commit}") ||
@@ -469,6 +469,7 @@ recreate() {
     delete_with_patience || true
     may_create=yes
     is_installed=
+    is_started=
     expect=
     forget uninstalled unstarted stopped late # were of the one that is gone
     pause
@@ -476,7 +477,7 @@ recreate() {
 
 # One look at a TPU that is there: installs, starts, follows. Sets `is_done` when the run is.
 work() {
-    local status answer
+    local status answer until='' is_over=''
     if ! look_at_node "READY|HEALTHY|1|"; then
         not_asked unseen
         return
@@ -513,9 +514,12 @@ work() {
         forget uninstalled
     fi
     status=0
-    start_on_hosts || status=$?
+    [[ -n $is_started ]] || start_on_hosts || status=$?
     case $status in
-        0) forget unstarted ;;
+        0)
+            is_started=yes
+            forget unstarted
+            ;;
         4) give_up "$name has another run, see above; end it with down, or choose another --name." ;;
         *)
             another unstarted 5 || give_up "five times it did not start on every host. $(costs)"
@@ -525,9 +529,22 @@ work() {
             return
             ;;
     esac
+    # On several hosts a program is started again when another was lost, which may be there again.
+    ((${hosts:-1} == 1)) || until=restart
     status=0
-    on_worker 0 "bash tnt_jax_host.sh follow $name $from" || status=$?
+    on_worker 0 "bash tnt_jax_host.sh follow $name $from $until" || status=$?
     from=10
+    if ((status == 6)); then
+        answer=$(on_worker all "bash tnt_jax_host.sh state $name") || true
+        if [[ $answer == *"without a word"* ]]; then
+            say "Not every host runs it:"
+            echo "$answer"
+            is_started=
+        fi
+        return
+    fi
+    ((status)) || is_over=yes
+    is_started=
     if ((status != 0 && status != 3)); then
         say "The connection ended with status $status; the run goes on if its TPU does."
         pause
@@ -539,6 +556,13 @@ work() {
         echo "$answer"
     fi
     if ((status == 0)); then
+        is_done=yes
+    elif [[ -n $is_over && $answer == *": running"* ]] && another late 5; then
+        is_started=yes # nobody is to be started alone
+        pause
+    elif [[ -n $is_over ]]; then
+        say "Worker 0 is done, and with it the run. What other workers still do is ended."
+        on_worker all "bash tnt_jax_host.sh conclude $name" || true
         is_done=yes
     elif [[ $answer == *": running"* && $answer != *"finished "[!0]* ]]; then
         another late 60 || give_up "worker 0 ended an hour ago, and others have not. $(costs)"
@@ -570,7 +594,7 @@ up() {
         refuse "--bucket: gs://${bucket%%/*} cannot be listed, see above: expected a bucket that you may" \
             "read"
 
-    local expect='' may_create=yes is_done='' is_installed='' from=$lines is_first=yes
+    local expect='' may_create=yes is_done='' is_installed='' is_started='' from=$lines is_first=yes
     while [[ -z $is_done ]]; do
         if ! look "$expect"; then
             not_asked unreachable

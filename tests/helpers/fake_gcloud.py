@@ -140,9 +140,10 @@ def play(world, command, text):
     A play is {"at": a command or a part of the remote command, "do": ...}: "refuse" fails with
     "message", on a host "worker" or on all; "preempt" takes the TPU away; "vanish" deletes the
     resource, as somebody else would; "terminate" sends SIGTERM to the restart loops; "fail" lets
-    the request fail; "repair" empties the host "worker"; "hide" lists nothing, as a list that is
-    late; "linger" deletes the resource and shows its TPU twice more; "call" runs somebody's
-    "command" before this one. "skip" lets so many such calls pass first.
+    the request fail; "repair" empties the host "worker"; "reboot" ends what runs there, and the
+    programs of the others, which lost it; "hide" lists nothing, as a list that is late; "linger"
+    deletes the resource and shows its TPU twice more; "call" runs somebody's "command" before this
+    one. "skip" lets so many such calls pass first.
     """
     for number, each in enumerate(world["plays"]):
         if each["at"] != command and each["at"] not in text:
@@ -218,6 +219,11 @@ def happen(world, planned):
         end_processes(home)
         shutil.rmtree(home)
         home.mkdir()
+    elif planned["do"] == "reboot":
+        end_processes(homes(world) / str(planned["worker"]))
+        for process, command in processes_of(homes(world)).items():
+            if command.startswith("bash\0.venv/bin/python\0"):
+                os.kill(process, signal.SIGKILL)
     elif planned["do"] == "terminate":
         for process, command in processes_of(homes(world)).items():
             if command.startswith("bash\0launch/restart_loop.sh"):

@@ -123,6 +123,11 @@ class Cloud:
             )
         return self.started
 
+    def shorten_pauses(self):
+        """Of the hosts."""
+        (self.folder / "bin/sleep").write_text("#!/bin/sh\nexec /bin/sleep 0.01\n")
+        (self.folder / "bin/sleep").chmod(0o755)
+
     def up(self, *arguments):
         return self.run("up", *SETTINGS, *arguments)
 
@@ -596,8 +601,7 @@ def test_what_is_listed_without_a_state_is_there(cloud):
 
 def test_hosts_that_end_later_than_the_first(cloud):
     """`host.sh result` waits a minute for them, which is short here."""
-    (cloud.folder / "bin/sleep").write_text("#!/bin/sh\nexec /bin/sleep 0.01\n")
-    (cloud.folder / "bin/sleep").chmod(0o755)
+    cloud.shorten_pauses()
     (cloud.folder / "program.host-1").write_text("hold\n")
     cloud.set(hosts=2)
     log = cloud.folder / "up.log"
@@ -694,6 +698,35 @@ def test_hosts_that_restart_go_on(cloud):
     assert "finished 75" in done.stdout
     assert [len(cloud.starts(worker=worker)) for worker in (0, 1)] == [2, 2]
     assert len(cloud.calls("queued-resources create")) == 1
+
+
+@pytest.mark.parametrize("worker", [0, 1])
+def test_one_host_that_restarts_joins_the_others_again(cloud, worker):
+    """The others run, and look for it in vain until it is started again."""
+    cloud.shorten_pauses()
+    cloud.set(hosts=2, plays=[{"at": "follow", "do": "reboot", "worker": worker}])
+    (cloud.folder / "program").write_text("hold\n")
+    log = cloud.folder / "up.log"
+    up = cloud.start(log, "up", *SETTINGS)
+    wait_until(lambda: "update 2 of host-0" in log.read_text())
+    wait_until(lambda: len(cloud.starts(worker=1)) == 2)
+    (cloud.folder / "release").touch()
+    assert up.wait(timeout=240) == 0, log.read_text()
+    assert [len(cloud.starts(worker=each)) for each in (0, 1)] == [2, 2]
+
+
+@pytest.mark.parametrize("left", ["2", "hold"])
+def test_the_first_hosts_end_is_the_runs(cloud, left):
+    """Another one failed while it ended; started again alone, it could never meet the others."""
+    cloud.shorten_pauses()
+    cloud.set(hosts=2)
+    (cloud.folder / "program.host-1").write_text(f"{left}\n")
+    for _ in range(2):
+        done = cloud.up()
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-2] == "tpu_vm: Done: gs://mine/mine."
+    assert [len(cloud.starts(worker=worker)) for worker in (0, 1)] == [1, 1]
+    assert fake_gcloud.processes_of(cloud.folder / "hosts") == {}
 
 
 def test_gcloud_that_fails_for_a_while(cloud):
