@@ -4,11 +4,14 @@
 #   host.sh install NAME CODE                  unpacks ~/tnt_jax-CODE.tar.gz and installs it, once
 #   host.sh start NAME CODE PROGRAM HOSTS ...  starts `python -m tnt_jax.PROGRAM ...` under
 #                                              restart_loop.sh, unless it runs or is done already
-#   host.sh follow NAME LINES                  prints the run's log until the run ends; status 0: done,
-#                                              3: it ended otherwise
+#   host.sh follow NAME LINES [restart]        prints the run's log until the run ends; status 0: done,
+#                                              3: it ended otherwise. With "restart" also until the
+#                                              program is started again; status 6
 #   host.sh state NAME                         says in one line what the run is doing
 #   host.sh result NAME                        the same, once it has ended, or after a minute; status as
 #                                              of follow
+#   host.sh conclude NAME                      the run is done on another host: kills what it does here,
+#                                              and notes that it is done
 #
 # Everything is in ~/tnt_jax_launch/: code/CODE, with its virtual environment, and runs/NAME.
 set -euo pipefail
@@ -76,6 +79,7 @@ start() {
     flock 9
     if is_running; then
         if [[ $wanted == "$(<"$run/command")" ]]; then
+            touch "$run/asked"
             echo "$HOSTNAME: it runs already"
             return
         fi
@@ -98,8 +102,10 @@ start() {
         bash launch/restart_loop.sh --state_file="$run/state" -- \
         .venv/bin/python -m "tnt_jax.$program" "$@" \
         >>"$run/log.txt" 2>&1 </dev/null 9>&- &
+    echo $! >"$run/session"
     for _ in {1..100}; do
         if [[ $(<"$run/state") != starting ]]; then
+            touch "$run/asked"
             echo "$HOSTNAME: started"
             return
         fi
@@ -110,13 +116,24 @@ start() {
     exit 5
 }
 
+# Whether the program was started again since `start`, or since `follow` last said so.
+was_restarted() {
+    # The age first: a run that ends meanwhile has another state then.
+    [[ $run/state -nt $run/asked && $(<"$run/state") == running ]]
+}
+
 follow() {
-    local lines=$1 reader
+    local lines=$1 until=${2:-} reader
     touch "$run/log.txt"
     tail -n "$lines" -F "$run/log.txt" 2>/dev/null &
     reader=$!
     # Without a reader tail ends, and with it this.
     while is_running && kill -0 "$reader" 2>/dev/null; do
+        if [[ $until == restart ]] && was_restarted; then
+            touch "$run/asked"
+            kill "$reader" 2>/dev/null || true
+            exit 6
+        fi
         sleep 1
     done
     sleep 0.5 # the last lines
@@ -133,8 +150,16 @@ result() {
     judge
 }
 
+conclude() {
+    if is_running && [[ -e $run/session ]]; then
+        pkill -KILL -s "$(<"$run/session")" || true
+    fi
+    echo "finished 0" >"$run/state"
+    echo "$HOSTNAME: the run is done"
+}
+
 case $action in
-    install | start | follow | result) "$action" "$@" ;;
+    install | start | follow | result | conclude) "$action" "$@" ;;
     state) echo "$HOSTNAME: $(state)" ;;
     *)
         echo "host.sh: no action $action; see the head of the file" >&2

@@ -7,14 +7,16 @@
 # What the command's exit status means (tnt_jax/runtime/program.py):
 #   0          done
 #   2          a setting or a file is wrong: trying again would not help
-#   75         stopped by SIGTERM, and saved: started again; 143, before it could answer, is the same
+#   75         stopped by SIGTERM, and saved: started again
+#   143        stopped by SIGTERM before it could answer: as 75; with --end_when_saved a failure
 #   130        interrupted by somebody: final
 #   any other  a failure: started again after a pause, which doubles, --max_failures times in a row; a
 #              run that lived for half an hour ends the row
 #
 # SIGTERM or Ctrl-C, to this script, goes on to the command as SIGTERM, and its end is waited for: nothing
 # is started again. The exit status is the command's last one. --state_file says "running", then
-# "finished STATUS". With --end_when_saved, 75 is final, for a scheduler that starts the job again.
+# "finished STATUS". With --end_when_saved, 75 is final, for a scheduler that starts the job again. 143 is
+# not: nothing was saved, and a scheduler that starts such a job again might do so for ever.
 set -u
 
 max_failures=5
@@ -91,8 +93,8 @@ finish() {
 }
 
 failures=0
-note running
 while :; do
+    note running # each time: host.sh sees by the file's age that the command was started again
     began=$SECONDS
     "$@" &
     child=$!
@@ -105,13 +107,17 @@ while :; do
         say "stopped on request; the command ended with status $code"
         finish "$code"
     fi
-    case $code in
+    meaning=$code
+    if ((code == 143)) && [[ -z $end_when_saved ]]; then
+        meaning=75
+    fi
+    case $meaning in
         0) finish 0 ;;
         2 | 130)
             say "the command ended with status $code, which is final"
             finish "$code"
             ;;
-        75 | 143)
+        75)
             if [[ -n $end_when_saved ]]; then
                 say "the command was stopped and has saved"
                 finish 75

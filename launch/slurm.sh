@@ -13,7 +13,8 @@
 # Three minutes before the time limit the programs get SIGTERM, save and end with status 75; the job is then
 # queued again, and goes on from there. Where SLURM preempts it (--requeue) or it is cancelled, srun may kill
 # the programs before they have saved: then it goes on from the last periodic checkpoint. A failure is tried
-# again twice in the same job; a usage error (status 2) is final.
+# again twice in the same job; a usage error (status 2) is final. A process that ends is noticed by the
+# others, which end with a failure (docs/resume.md); srun is told to end none of them.
 #
 #SBATCH --job-name=tnt_jax
 #SBATCH --nodes=1
@@ -62,8 +63,10 @@ cpus=${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}
 is_cancelled=
 trap 'is_cancelled=yes' TERM
 status=0
+# srun would end the others with SIGTERM, and their 75 or 143, being the highest status, would be its own:
+# the job would be queued again for an error that it meets again each time.
 bash launch/restart_loop.sh --end_when_saved --max_failures=2 -- \
-    srun --kill-on-bad-exit=1 ${cpus:+"$cpus"} "$python" -m "tnt_jax.$program" "$@" || status=$?
+    srun --kill-on-bad-exit=0 --wait=0 ${cpus:+"$cpus"} "$python" -m "tnt_jax.$program" "$@" || status=$?
 if ((status == 75)) && [[ -z $is_cancelled ]]; then
     echo "slurm: queued again; the run goes on from its last checkpoint"
     scontrol requeue "$SLURM_JOB_ID"

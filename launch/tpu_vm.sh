@@ -15,8 +15,8 @@
 #   --project=PROJECT          PROJECT
 #   --zone=ZONE                ZONE
 #   --accelerator_type=TYPE    ACCELERATOR_TYPE   v5litepod-8, v5p-8, v6e-8, ...   (for `up`)
-#   --bucket=BUCKET            BUCKET             MODEL_DIR is gs://BUCKET/NAME    (for `up`)
-#   --gin_file=FILE            GIN_FILE           repeatable: one of this project's, or your own; own
+#   --bucket=BUCKET[/FOLDER]   BUCKET             MODEL_DIR is gs://BUCKET/NAME    (for `up`)
+#   --gin_file=FILE            GIN_FILE           repeatable: your own, or one of this project's; own
 #                                                 files are copied, what they include is not
 #
 #   --provisioning=on-demand   PROVISIONING       or spot, or reserved
@@ -276,12 +276,18 @@ delete_own() {
 
 # Sets `commit`, `code` (its name on the hosts) and `arguments` (of the program).
 choose_code() {
+    local untracked
     git -C "$root" rev-parse --git-dir >/dev/null 2>&1 ||
         refuse "$root is no git checkout: up sends the code of a commit"
     if [[ -z $commit ]]; then
         [[ -z $(git -C "$root" status --porcelain --untracked-files=no) ]] ||
             refuse "there are changes that are not committed: commit them, or pass --commit=HEAD to run" \
                 "without them"
+        untracked=$(git -C "$root" ls-files --others --exclude-standard -- tnt_jax gin_configs |
+            sed -n '1,5p;6s/.*/.../p' | tr '\n' ' ')
+        [[ -z $untracked ]] ||
+            refuse "expected every file of tnt_jax and gin_configs in a commit, found ${untracked% }:" \
+                "add and commit, keep gin files of your own elsewhere, or pass --commit=HEAD to run without them"
         commit=HEAD
     fi
     commit=$(git -C "$root" rev-parse --quiet --verify --end-of-options "$commit^{commit}") ||
@@ -291,12 +297,12 @@ choose_code() {
     local file argument value names_model_dir='' given=()
     own_files=()
     for file in "${gin_files[@]}"; do
-        if in_commit "$file" blob || in_commit "gin_configs/$file" blob; then
-            given+=("--gin_file=$file")
-        elif [[ -f $file ]]; then
+        if [[ -f $file ]] && ! is_projects "$file"; then # as the programs do, first what is here
             [[ $file == /* ]] || file=./$file # no option of what gets it
             own_files+=("$file")
             given+=("--gin_file=own/${#own_files[@]}/${file##*/}")
+        elif [[ -n $(path_in_commit "$file") ]]; then
+            given+=("--gin_file=$file")
         else
             refuse "--gin_file: expected a file, found ${file:-nothing}, which is neither in commit" \
                 "${commit:0:12} nor here"
@@ -316,7 +322,11 @@ choose_code() {
     done
     code=${commit:0:12}
     if ((${#own_files[@]})); then
-        code+=-$(cat "${own_files[@]}" | cksum | cut -d ' ' -f 1)
+        # Their names, too: the command line has them.
+        code+=-$(for file in "${own_files[@]}"; do
+            printf '%s\0' "${file##*/}"
+            cksum <"$file"
+        done | cksum | cut -d ' ' -f 1)
     fi
     model_dir=gs://$bucket/$name
     if [[ $program == train && -z $names_model_dir ]]; then
@@ -328,6 +338,25 @@ choose_code() {
 # Whether a path is there, as a "blob" (a file) or as anything.
 in_commit() {
     [[ $(git -C "$root" cat-file -t "$commit:$1" 2>/dev/null) =~ ^${2:-.+}$ ]]
+}
+
+# Where a gin file is in the commit, as the programs look for it; nothing if it is not there.
+path_in_commit() {
+    local path
+    for path in "$1" "gin_configs/$1"; do
+        if in_commit "$path" blob; then
+            echo "$path"
+            return
+        fi
+    done
+}
+
+# Whether a file here is one of the project's: that very file, changed or not, or the same text.
+is_projects() {
+    local path
+    path=$(path_in_commit "$1")
+    [[ -n $path ]] &&
+        { [[ $1 -ef $root/$path ]] || git -C "$root" cat-file blob "$commit:$path" | cmp -s - "./$1"; }
 }
 
 # Writes what every host gets: the tree of the commit with own gin files, and host.sh.
@@ -412,7 +441,10 @@ another() {
 }
 
 forget() {
-    printf -v "count_$1" 0
+    local what
+    for what in "$@"; do
+        printf -v "count_$what" 0
+    done
 }
 
 delete_with_patience() {
@@ -437,13 +469,15 @@ recreate() {
     delete_with_patience || true
     may_create=yes
     is_installed=
+    is_started=
     expect=
+    forget uninstalled unstarted stopped late # were of the one that is gone
     pause
 }
 
 # One look at a TPU that is there: installs, starts, follows. Sets `is_done` when the run is.
 work() {
-    local status answer
+    local status answer until='' is_over=''
     if ! look_at_node "READY|HEALTHY|1|"; then
         not_asked unseen
         return
@@ -480,32 +514,55 @@ work() {
         forget uninstalled
     fi
     status=0
-    start_on_hosts || status=$?
+    [[ -n $is_started ]] || start_on_hosts || status=$?
     case $status in
-        0) ;;
+        0)
+            is_started=yes
+            forget unstarted
+            ;;
         4) give_up "$name has another run, see above; end it with down, or choose another --name." ;;
         *)
             another unstarted 5 || give_up "five times it did not start on every host. $(costs)"
+            is_installed= # a host may have been repaired, and be empty
             say "It did not start on every host, see above. Once more."
             pause
             return
             ;;
     esac
+    # On several hosts a program is started again when another was lost, which may be there again.
+    ((${hosts:-1} == 1)) || until=restart
     status=0
-    on_worker 0 "bash tnt_jax_host.sh follow $name $from" || status=$?
+    on_worker 0 "bash tnt_jax_host.sh follow $name $from $until" || status=$?
     from=10
+    if ((status == 6)); then
+        answer=$(on_worker all "bash tnt_jax_host.sh state $name") || true
+        if [[ $answer == *"without a word"* ]]; then
+            say "Not every host runs it:"
+            echo "$answer"
+            is_started=
+        fi
+        return
+    fi
+    ((status)) || is_over=yes
+    is_started=
     if ((status != 0 && status != 3)); then
         say "The connection ended with status $status; the run goes on if its TPU does."
         pause
         return
     fi
-    forget unstarted
     status=0
     answer=$(on_worker all "bash tnt_jax_host.sh result $name") || status=$?
     if [[ -n $answer ]]; then
         echo "$answer"
     fi
     if ((status == 0)); then
+        is_done=yes
+    elif [[ -n $is_over && $answer == *": running"* ]] && another late 5; then
+        is_started=yes # nobody is to be started alone
+        pause
+    elif [[ -n $is_over ]]; then
+        say "Worker 0 is done, and with it the run. What other workers still do is ended."
+        on_worker all "bash tnt_jax_host.sh conclude $name" || true
         is_done=yes
     elif [[ $answer == *": running"* && $answer != *"finished "[!0]* ]]; then
         another late 60 || give_up "worker 0 ended an hour ago, and others have not. $(costs)"
@@ -532,10 +589,12 @@ up() {
         pack_code
     fi
 
-    call storage ls "gs://$bucket" >/dev/null ||
-        refuse "--bucket: gs://$bucket cannot be listed, see above: expected a bucket that you may read"
+    # The bucket alone: what is below it may be empty still, which gcloud takes for an error.
+    call storage ls "gs://${bucket%%/*}" >/dev/null ||
+        refuse "--bucket: gs://${bucket%%/*} cannot be listed, see above: expected a bucket that you may" \
+            "read"
 
-    local expect='' may_create=yes is_done='' is_installed='' from=$lines is_first=yes
+    local expect='' may_create=yes is_done='' is_installed='' is_started='' from=$lines is_first=yes
     while [[ -z $is_done ]]; do
         if ! look "$expect"; then
             not_asked unreachable

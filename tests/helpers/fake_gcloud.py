@@ -104,13 +104,16 @@ def homes(world):
 
 
 def processes_of(home):
-    """Ids of the processes of a host, by their HOME, and their command lines."""
+    """Ids of the processes whose HOME is a folder or in it, and their command lines."""
     found = {}
     for folder in pathlib.Path("/proc").glob("[0-9]*"):
         try:
             variables = (folder / "environ").read_bytes().split(b"\0")
             state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
-            if state != "Z" and any(v.startswith(f"HOME={home}/".encode()) for v in variables):
+            is_here = any(
+                f"{v.decode(errors='replace')}/".startswith(f"HOME={home}/") for v in variables
+            )
+            if state != "Z" and is_here:
                 found[int(folder.name)] = (folder / "cmdline").read_bytes().decode()
         except OSError:
             continue
@@ -137,9 +140,10 @@ def play(world, command, text):
     A play is {"at": a command or a part of the remote command, "do": ...}: "refuse" fails with
     "message", on a host "worker" or on all; "preempt" takes the TPU away; "vanish" deletes the
     resource, as somebody else would; "terminate" sends SIGTERM to the restart loops; "fail" lets
-    the request fail; "hide" lists nothing, as a list that is late; "linger" deletes the resource
-    and shows its TPU twice more; "call" runs somebody's "command" before this one. "skip" lets so
-    many such calls pass first.
+    the request fail; "repair" empties the host "worker"; "reboot" ends what runs there, and the
+    programs of the others, which lost it; "hide" lists nothing, as a list that is late; "linger"
+    deletes the resource and shows its TPU twice more; "call" runs somebody's "command" before this
+    one. "skip" lets so many such calls pass first.
     """
     for number, each in enumerate(world["plays"]):
         if each["at"] != command and each["at"] not in text:
@@ -210,6 +214,16 @@ def happen(world, planned):
     elif planned["do"] == "fail":
         take_node(world)
         world["resource"] |= {"state": {"state": "FAILED"}, "coming": []}
+    elif planned["do"] == "repair":
+        home = homes(world) / str(planned["worker"])
+        end_processes(home)
+        shutil.rmtree(home)
+        home.mkdir()
+    elif planned["do"] == "reboot":
+        end_processes(homes(world) / str(planned["worker"]))
+        for process, command in processes_of(homes(world)).items():
+            if command.startswith("bash\0.venv/bin/python\0"):
+                os.kill(process, signal.SIGKILL)
     elif planned["do"] == "terminate":
         for process, command in processes_of(homes(world)).items():
             if command.startswith("bash\0launch/restart_loop.sh"):
@@ -226,8 +240,11 @@ def main(arguments):
         calls.write(json.dumps(arguments) + "\n")
     world = json.loads(WORLD.read_text())
     if arguments[:2] == ["storage", "ls"]:
-        if arguments[2] != "gs://mine":
+        bucket, _, prefix = arguments[2].removeprefix("gs://").partition("/")
+        if bucket != "mine":
             fail(f"{arguments[2]} not found: 404.")
+        if prefix:  # the bucket is empty
+            fail("One or more URLs matched no objects.")
         return
     if arguments[:2] != ["compute", "tpus"]:
         fail(f"Invalid choice: {arguments[0]!r}.", 2)

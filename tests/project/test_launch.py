@@ -6,9 +6,12 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 
 import pytest
 from helpers import hostile
+
+from tnt_jax.runtime import errors, failures, preemption
 
 ROOT = pathlib.Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
@@ -46,9 +49,12 @@ def program(folder, text, name="program"):
     ],
 )
 def test_linters_find_nothing(linter, files):
-    if shutil.which(linter) is None:
+    # A virtual environment's own programs are on PATH only where it is activated.
+    beside = shutil.which(linter, path=pathlib.Path(sys.executable).parent)
+    found = beside or shutil.which(linter)
+    if found is None:
         pytest.skip(f"needs {linter}: pip install {linter}-py, or the system's package")
-    done = subprocess.run([linter, *files], capture_output=True, text=True, timeout=240)
+    done = subprocess.run([found, *files], capture_output=True, text=True, timeout=240)
     assert (done.returncode, done.stdout) == (0, "")
 
 
@@ -72,6 +78,7 @@ def test_scripts_can_be_run_and_explain_themselves(script):
     [
         ([0], 0, 1),
         ([75, 75, 0], 0, 3),  # stopped, and saved
+        ([143, 143, 143, 0], 0, 4),  # stopped before it could answer
         ([2], 2, 1),  # what a user has to mend
         ([130], 130, 1),  # Ctrl-C
         ([1, 134, 0], 0, 3),  # failures
@@ -81,17 +88,34 @@ def test_scripts_can_be_run_and_explain_themselves(script):
     ],
 )
 def test_what_each_exit_status_leads_to(tmp_path, statuses, expected, starts):
+    check_statuses(tmp_path, [], statuses, expected, starts)
+
+
+@pytest.mark.parametrize(
+    ("statuses", "expected", "starts"),
+    [
+        ([1, 75], 75, 2),
+        ([143, 143, 143], 143, 3),  # nothing was saved: a failure
+    ],
+)
+def test_what_each_exit_status_leads_to_where_a_scheduler_starts_again(
+    tmp_path, statuses, expected, starts
+):
+    check_statuses(tmp_path, ["--end_when_saved"], statuses, expected, starts)
+
+
+def check_statuses(folder, settings, statuses, expected, starts):
     script = program(
-        tmp_path,
+        folder,
         "echo start >>starts\n"
         f"statuses=({' '.join(map(str, statuses))})\n"
         'exit "${statuses[$(wc -l <starts) - 1]}"',
     )
     loop = [LAUNCH / "restart_loop.sh", "--max_failures=2", "--pause=0", "--state_file=state"]
-    done = bash(*loop, "--", script, cwd=tmp_path)
+    done = bash(*loop, *settings, "--", script, cwd=folder)
     assert done.returncode == expected, done.stdout
-    assert len((tmp_path / "starts").read_text().splitlines()) == starts
-    assert (tmp_path / "state").read_text() == f"finished {expected}\n"
+    assert len((folder / "starts").read_text().splitlines()) == starts
+    assert (folder / "state").read_text() == f"finished {expected}\n"
 
 
 def test_arguments_reach_the_command_as_they_are(tmp_path):
@@ -325,8 +349,8 @@ def cluster(tmp_path):
 
 ARGUMENTS = ["--gin_file=runs/train.gin", "--gin.MODEL_DIR=shared"]
 SRUN = (
-    "srun 1 --kill-on-bad-exit=1 .venv-gpu/bin/python -m tnt_jax.train --gin_file=runs/train.gin "
-    "--gin.MODEL_DIR=shared"
+    "srun 1 --kill-on-bad-exit=0 --wait=0 .venv-gpu/bin/python -m tnt_jax.train "
+    "--gin_file=runs/train.gin --gin.MODEL_DIR=shared"
 )
 
 
@@ -336,10 +360,13 @@ SRUN = (
         (0, 0, [SRUN]),
         (75, 75, [SRUN, "scontrol requeue 17"]),  # the time limit is near
         (2, 2, [SRUN]),
+        (143, 143, [SRUN] * 3),  # ended by SIGTERM, and nothing is saved: a failure
         ("cancel", 75, [SRUN]),  # scancel: whoever cancels a job does not want it back
     ],
 )
-def test_slurm_queues_a_job_again_that_was_stopped(cluster, status, expected, calls):
+def test_slurm_queues_a_job_again_that_was_stopped(cluster, tmp_path, status, expected, calls):
+    if status == 143:
+        program(tmp_path / "bin", "exit 0", "sleep")  # between two starts
     done, made = cluster(status, *ARGUMENTS)
     assert (done.returncode, made) == (expected, calls), done.stdout + done.stderr
 
@@ -347,7 +374,7 @@ def test_slurm_queues_a_job_again_that_was_stopped(cluster, status, expected, ca
 def test_slurm_gives_each_process_the_cores_that_were_asked_for(cluster):
     """srun takes --cpus-per-task from sbatch no more, since SLURM 22.05."""
     _, (call,) = cluster(0, *ARGUMENTS, SLURM_CPUS_PER_TASK="8")
-    assert call == SRUN.replace("=1 .venv", "=1 --cpus-per-task=8 .venv")
+    assert call == SRUN.replace("=0 .venv", "=0 --cpus-per-task=8 .venv")
 
 
 def test_slurm_of_one_process_is_not_distributed(cluster):
@@ -386,7 +413,8 @@ def test_slurm_takes_every_setting_as_it_is(cluster, tmp_path, value):
     python = f"{value or '.venv-gpu'}/bin/python"
     python = f"./{python}" if value.startswith("-") else python
     (call,) = calls_of(tmp_path / "calls")
-    assert call == ["srun", "--kill-on-bad-exit=1", python, "-m", "tnt_jax.train", *settings]
+    options = ["--kill-on-bad-exit=0", "--wait=0"]
+    assert call == ["srun", *options, python, "-m", "tnt_jax.train", *settings]
     assert not list(tmp_path.rglob("hacked"))
 
 
@@ -463,6 +491,16 @@ def test_the_pages_commands_are_taken(command, tmp_path):
     done = bash("-c", f"{command} --dry_run", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout
+
+
+def test_xpk_starts_again_what_one_lost_host_ended():
+    """xpk ends a job for good whose status is not named; a usage error is to end it."""
+    (command,) = commands_of(PAGE, "xpk workload create")
+    codes = re.search(r"--restart-on-exit-codes=(\S+)", command)[1].split(",")
+    lost = failures.exit_status(errors.ProcessLost("a host is gone"))
+    mistaken = failures.exit_status(errors.UsageError("a setting is wrong"))
+    assert {str(lost), str(preemption.EXIT_STATUS)} <= {*codes}
+    assert str(mistaken) not in codes
 
 
 def test_the_pages_table_is_that_of_the_compiled_programs():

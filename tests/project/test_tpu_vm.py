@@ -123,6 +123,11 @@ class Cloud:
             )
         return self.started
 
+    def shorten_pauses(self):
+        """Of the hosts."""
+        (self.folder / "bin/sleep").write_text("#!/bin/sh\nexec /bin/sleep 0.01\n")
+        (self.folder / "bin/sleep").chmod(0o755)
+
     def up(self, *arguments):
         return self.run("up", *SETTINGS, *arguments)
 
@@ -210,6 +215,47 @@ def test_changes_that_are_not_committed_are_refused_or_left_out(cloud, checkout,
     (tree,) = cloud.hosts()[0].glob("tnt_jax_launch/code/*")
     sent = (tree / "gin_configs/runs/train.gin").read_bytes()
     assert sent == (checkout / "gin_configs/runs/train.gin").read_bytes()
+
+
+def test_files_that_are_in_no_commit_are_refused_or_left_out(cloud, checkout, tmp_path):
+    changed = tmp_path / "changed"
+    shutil.copytree(checkout, changed)
+    (changed / "tnt_jax").mkdir()
+    for number in range(7):
+        (changed / f"tnt_jax/new_{number}.py").touch()
+    (changed / "notes.txt").touch()  # no program reads it
+    cloud.checkout = changed
+    done = cloud.up()
+    assert done.returncode == 2
+    assert done.stderr.startswith(
+        "tpu_vm: error: expected every file of tnt_jax and gin_configs in a commit, found "
+        "tnt_jax/new_0.py tnt_jax/new_1.py tnt_jax/new_2.py tnt_jax/new_3.py tnt_jax/new_4.py ...: "
+    )
+    assert cloud.up("--commit=HEAD", "--dry_run").returncode == 0
+    shutil.rmtree(changed / "tnt_jax")
+    (changed / "gin_configs/mine.gin").touch()
+    assert "found gin_configs/mine.gin: add and commit, " in cloud.up().stderr
+    (changed / "gin_configs/mine.gin").unlink()
+    assert cloud.up("--dry_run").returncode == 0
+
+
+def test_an_own_gin_file_goes_before_the_projects_of_its_name(cloud, checkout, tmp_path):
+    """As in the programs, which look in the working directory first."""
+
+    def sent(text):
+        (cloud.user / "runs/train.gin").write_text(text)
+        return re.findall(r"--gin_file=([\w./]+)", cloud.up("--dry_run").stdout)
+
+    (cloud.user / "runs").mkdir()
+    assert sent("SEED = 3\n") == ["own/1/train.gin"]
+    assert sent((checkout / "gin_configs/runs/train.gin").read_text()) == ["runs/train.gin"]
+    changed = tmp_path / "changed"  # not committed: the commit's is what was asked for
+    shutil.copytree(checkout, changed)
+    (changed / "gin_configs/runs/train.gin").write_text("SEED = 3\n")
+    cloud.checkout, cloud.user = changed, changed / "gin_configs"
+    assert re.findall(r"--gin_file=([\w./]+)", cloud.up("--dry_run", "--commit=HEAD").stdout) == [
+        "runs/train.gin"
+    ]
 
 
 def test_nothing_of_a_launch_that_was_killed_is_sent(cloud):
@@ -428,6 +474,22 @@ def test_own_gin_files_are_sent(cloud):
     assert (pathlib.Path(folder) / given).read_text() == "SEED = 3\n"
 
 
+def test_an_own_gin_file_that_was_renamed_is_sent_again(cloud):
+    (cloud.user / "mine.gin").write_text("SEED = 3\n")
+    assert cloud.up("--gin_file=mine.gin").returncode == 0
+    (cloud.user / "mine.gin").rename(cloud.user / "ours.gin")
+    assert cloud.up("--gin_file=ours.gin").returncode == 0
+    for (folder, _, arguments), name in zip(cloud.starts(), ("mine", "ours"), strict=True):
+        assert f"--gin_file=own/1/{name}.gin" in arguments
+        assert (pathlib.Path(folder) / f"own/1/{name}.gin").read_text() == "SEED = 3\n"
+
+
+def test_a_folder_of_a_bucket_may_be_empty_still(cloud):
+    done = cloud.up("--bucket=gs://mine/runs/")
+    assert done.returncode == 0, done.stderr
+    assert "--gin.MODEL_DIR=gs://mine/runs/mine" in cloud.starts()[0][2]
+
+
 def test_settings_may_come_from_the_environment(cloud):
     done = cloud.run(
         *("up", "--poll_seconds=0"),
@@ -539,8 +601,7 @@ def test_what_is_listed_without_a_state_is_there(cloud):
 
 def test_hosts_that_end_later_than_the_first(cloud):
     """`host.sh result` waits a minute for them, which is short here."""
-    (cloud.folder / "bin/sleep").write_text("#!/bin/sh\nexec /bin/sleep 0.01\n")
-    (cloud.folder / "bin/sleep").chmod(0o755)
+    cloud.shorten_pauses()
     (cloud.folder / "program.host-1").write_text("hold\n")
     cloud.set(hosts=2)
     log = cloud.folder / "up.log"
@@ -583,6 +644,34 @@ def test_one_host_that_can_never_be_reached(cloud):
     assert cloud.calls("delete") == []
 
 
+def test_starts_that_fail_now_and_then_in_a_long_life(cloud):
+    """Five in a row would be too many."""
+    lost = {"at": "follow", "do": "refuse"}
+    unstarted = {"at": "start mine", "do": "refuse", "skip": 1}
+    cloud.set(plays=[lost, unstarted] * 5)
+    done = cloud.up()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("It did not start on every host") == 5
+
+
+def test_what_went_wrong_on_a_tpu_that_is_gone_is_forgotten(cloud):
+    uninstalled = {"at": "install mine", "do": "refuse"}
+    preempted = {"at": "tpu-vm list", "do": "preempt", "skip": 5}
+    cloud.set(plays=[*[uninstalled] * 8, preempted])
+    done = cloud.up()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("It could not be installed on every host") == 8
+    assert len(cloud.starts(2)) == 1
+
+
+def test_a_host_that_was_repaired_is_installed_again(cloud):
+    repaired = {"at": "start mine", "do": "repair", "worker": 1}
+    cloud.set(hosts=2, plays=[repaired])
+    done = cloud.up()
+    assert done.returncode == 0, done.stderr
+    assert [len(cloud.starts(worker=worker)) for worker in (0, 1)] == [1, 1]
+
+
 def test_a_run_that_fails_is_not_tried_for_ever(cloud):
     (cloud.folder / "program").write_text("2\n")
     done = cloud.up()
@@ -609,6 +698,35 @@ def test_hosts_that_restart_go_on(cloud):
     assert "finished 75" in done.stdout
     assert [len(cloud.starts(worker=worker)) for worker in (0, 1)] == [2, 2]
     assert len(cloud.calls("queued-resources create")) == 1
+
+
+@pytest.mark.parametrize("worker", [0, 1])
+def test_one_host_that_restarts_joins_the_others_again(cloud, worker):
+    """The others run, and look for it in vain until it is started again."""
+    cloud.shorten_pauses()
+    cloud.set(hosts=2, plays=[{"at": "follow", "do": "reboot", "worker": worker}])
+    (cloud.folder / "program").write_text("hold\n")
+    log = cloud.folder / "up.log"
+    up = cloud.start(log, "up", *SETTINGS)
+    wait_until(lambda: "update 2 of host-0" in log.read_text())
+    wait_until(lambda: len(cloud.starts(worker=1)) == 2)
+    (cloud.folder / "release").touch()
+    assert up.wait(timeout=240) == 0, log.read_text()
+    assert [len(cloud.starts(worker=each)) for each in (0, 1)] == [2, 2]
+
+
+@pytest.mark.parametrize("left", ["2", "hold"])
+def test_the_first_hosts_end_is_the_runs(cloud, left):
+    """Another one failed while it ended; started again alone, it could never meet the others."""
+    cloud.shorten_pauses()
+    cloud.set(hosts=2)
+    (cloud.folder / "program.host-1").write_text(f"{left}\n")
+    for _ in range(2):
+        done = cloud.up()
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-2] == "tpu_vm: Done: gs://mine/mine."
+    assert [len(cloud.starts(worker=worker)) for worker in (0, 1)] == [1, 1]
+    assert fake_gcloud.processes_of(cloud.folder / "hosts") == {}
 
 
 def test_gcloud_that_fails_for_a_while(cloud):
