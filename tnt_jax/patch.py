@@ -630,8 +630,11 @@ class _Patch:
     ) -> search.Found:
         """The search, or what it came to if it was over: its time does not begin anew."""
         note = self._root / "search.json"
+        training = opened.describe_training(
+            arm.objective, opened.training_outputs, Changes(dataset=arm.dataset)
+        )
         of_what = {
-            "training": opened.describe_training(arm.objective, opened.training_outputs, Changes()),
+            "training": training,
             "enough": plan.enough,
             "attempts": [str(attempt) for attempt in plan.attempts],
             "updates": list(plan.updates),
@@ -769,7 +772,7 @@ class _Patch:
         opened, arm = self._configured()
         file = self._pilot_files[opened.first_decoder]
         self._print_shown(file)
-        changed = Changes(schedule={"train_steps": 3, "log_every": 1})
+        changed = Changes(schedule={"train_steps": 3, "log_every": 1}, dataset=arm.dataset)
         opened.train(name, arm.objective, file, changes=changed)
         lines = (self._root / name / "model" / "metrics.jsonl").read_text("utf-8").splitlines()
         last = json.loads(lines[-1])
