@@ -34,7 +34,7 @@ from tnt_jax.data import layouts, marks, records
 from tnt_jax.evaluation import results
 from tnt_jax.experiments import choices, patch_numbers, pipeline_gin, prompt_files, search
 from tnt_jax.experiments.choices import Choice, Counts
-from tnt_jax.experiments.experiment import Arm, Changes, Experiment, Opened, check_rounds
+from tnt_jax.experiments.experiment import Arm, Changes, Experiment, Opened
 from tnt_jax.experiments.unwanted import Unwanted
 from tnt_jax.models import families
 from tnt_jax.runtime import console, files, holding, memory, program, stages
@@ -239,7 +239,7 @@ class _Asked:
             # As flags, so that what is wrong is said of flags.
             flags = [f"--gin_file={name}" for name in self.gin_files]
             flags += [f"--gin.{setting}" for setting in self.settings]
-            experiment, _, _ = _configure(gin, flags)
+            experiment, _ = _configure(gin, flags)
             if not self.unwanted.labels:  # whose list of words is still to be found
                 experiment.annotator()
         pretrained.check_vocabulary(experiment.vocabulary(), opened.config, opened)
@@ -297,10 +297,12 @@ def _short(value: Any) -> str:
 # ---------------------------------------------------------------------------------------------
 
 
-def _configure(
-    gin: pipeline_gin.PipelineGin, flags: Sequence[str] = ()
-) -> tuple[Experiment, Arm, int]:
-    """Has gin read the file: the experiment, the arm, and in how many rounds it is trained.
+def _configure(gin: pipeline_gin.PipelineGin, flags: Sequence[str] = ()) -> tuple[Experiment, Arm]:
+    """Has gin read the file: the experiment, and the arm.
+
+    Args:
+      gin: What has written the file.
+      flags: Further arguments of the command line.
 
     Raises:
       UsageError: A setting does not fit.
@@ -311,8 +313,12 @@ def _configure(
     if len(names) != 1:
         raise UsageError(f"ARMS: expected one arm to train, found {', '.join(names) or 'none'}.")
     found["experiment"].check_names([*names, search.FOLDER, "prompts"])
-    check_rounds(found["num_rounds"])
-    return found["experiment"], found["arms"][0], found["num_rounds"]
+    if found["num_rounds"] != 1:
+        raise UsageError(
+            f"NUM_ROUNDS: expected 1, found {found['num_rounds']}: patch makes rounds of its own, "
+            "where they help. Leave it out, or use pipeline; 1 keeps patch from making any."
+        )
+    return found["experiment"], found["arms"][0]
 
 
 class _Patch:
@@ -349,11 +355,11 @@ class _Patch:
         found = self._search(opened, arm, counts, pilot)
         # The result is what a pipeline with these settings makes.
         self._gin.write(self._chosen, found)
-        experiment, arm, num_rounds = _configure(self._gin)
+        experiment, arm = _configure(self._gin)
         self.say(
             f"Taken: {found.best}. Now the {self._num_report} prompts that nothing was chosen by."
         )
-        outcome = pipeline.run_stages(experiment, [arm], num_rounds)
+        outcome = pipeline.run_stages(experiment, [arm])
         output_format = None if self._asked.output_format == "same" else self._asked.output_format
         model = outcome.opened.hand_over(arm.name, outcome.models[arm.name], output_format)
         return self._finish(outcome, arm, found, model)
@@ -366,7 +372,7 @@ class _Patch:
     def _configured(self) -> tuple[Opened, Arm]:
         """The experiment as chosen so far."""
         self._gin.write(self._chosen)
-        experiment, arm, _ = _configure(self._gin)
+        experiment, arm = _configure(self._gin)
         return Opened(experiment), arm
 
     def _pilot(self) -> tuple[Opened, Counts]:
@@ -381,7 +387,7 @@ class _Patch:
         if not is_begun:  # where it goes on they are there
             self._write_prompts("train", some, self._asked.unwanted.are_outputs_given)
             self._write_prompts("report", parts.report)
-        experiment, _, _ = self._first_settings()
+        experiment, _ = self._first_settings()
         vocabulary = experiment.vocabulary()
         rows = [*parts.train, *parts.choice, *parts.report]
         self._prompt_lengths = [len(marks.prompt_ids(row, vocabulary)) for row in rows]
@@ -427,7 +433,7 @@ class _Patch:
         """Finds which tokens made outputs bad, in those to learn from."""
         rows = self._texts.parts.train
         labelled = self._write_prompts("labelled", rows, whole=True)
-        experiment, _, _ = self._first_settings()
+        experiment, _ = self._first_settings()
         vocabulary = experiment.vocabulary()
         lengths = [len(marks.prompt_ids(row, vocabulary)) for row in rows]
         output = str(self._root / "prompts" / "localized.jsonl")
@@ -456,7 +462,7 @@ class _Patch:
         self._texts, note = self._texts.with_marks_found(records.read_records(output))
         self.say(note)
 
-    def _first_settings(self) -> tuple[Experiment, Arm, int]:
+    def _first_settings(self) -> tuple[Experiment, Arm]:
         self._gin.write([])
         return _configure(self._gin)
 
@@ -616,7 +622,7 @@ class _Patch:
         """What is tried, one after the other, and why."""
         if self._gin.is_weight_given:
             return [search.Attempt(weight=arm.objective.negative_weight)], "given"
-        # Nobody would mark what a round says, or the pipeline makes rounds of its own.
+        # Nobody would mark what a round says, or rounds are not wanted.
         has_rounds = (
             not self._asked.unwanted.are_outputs_given and "NUM_ROUNDS" not in self._gin.given
         )

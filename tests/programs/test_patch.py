@@ -570,7 +570,8 @@ LINES = "".join(f"prompt {number}\n" for number in range(100))
             {"format": "peft", "gin.ORIGINAL": "cached"},
             "--format=peft: expected ORIGINAL='adapters_off', found 'cached'. Leave one out.",
         ),
-        ({"gin.NUM_ROUNDS": 0}, "NUM_ROUNDS: expected at least 1, found 0."),
+        ({"gin.NUM_ROUNDS": 0}, "NUM_ROUNDS: expected 1, found 0: patch makes rounds of its own"),
+        ({"gin.NUM_ROUNDS": 2}, "NUM_ROUNDS: expected 1, found 2: patch makes rounds of its own"),
         ({"output": "model/out"}, "--output: expected a folder outside the model's, found "),
     ],
 )
