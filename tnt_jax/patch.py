@@ -312,6 +312,7 @@ def _configure(gin: pipeline_gin.PipelineGin, flags: Sequence[str] = ()) -> tupl
     names = [arm.name for arm in found["arms"]]
     if len(names) != 1:
         raise UsageError(f"ARMS: expected one arm to train, found {', '.join(names) or 'none'}.")
+    gin.check(found["experiment"])
     found["experiment"].check_names([*names, search.FOLDER, "prompts"])
     if found["num_rounds"] != 1:
         raise UsageError(

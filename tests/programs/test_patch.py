@@ -564,6 +564,23 @@ LINES = "".join(f"prompt {number}\n" for number in range(100))
         ({"gin.BATCH_SIZE": "many"}, "--gin.BATCH_SIZE: expected int, found 'many'."),
         ({"gin.OUTPUT_DIR": "x"}, "--gin.OUTPUT_DIR: expected a setting that no flag says, found"),
         ({"gin_file": "none.gin"}, "--gin_file: no gin file 'none.gin'"),
+        *(
+            ({"gin_file": ("own.gin", f"{name} = 'x'\n")}, f"{name}: expected a setting that no f")
+            for name in ("OUTPUT_DIR", "TRAIN_PROMPTS", "EVAL_PROMPTS", "TRAINING_RECORDS")
+        ),
+        (
+            {
+                "gin_file": (
+                    "own.gin",
+                    "ORIGINAL_CHECKPOINT_PATH = 'tiny'\nVOCABULARY_PATH = 'model'\n",
+                )
+            },
+            "ORIGINAL_CHECKPOINT_PATH: expected a setting that no flag says, found 'tiny' in a --gi",
+        ),
+        (
+            {"gin.experiment.Experiment.output_dir": "x"},
+            "OUTPUT_DIR: expected a setting that no flag says, found 'x' in a --gin_file or a --gi",
+        ),
         ({"gin.ARMS": "[]"}, "ARMS: expected one arm to train, found none."),
         ({"output": "gs://bucket/out"}, "--output: expected a local folder, found "),
         (
