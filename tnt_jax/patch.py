@@ -368,7 +368,10 @@ class _Patch:
     # -------------------------------------------------------------------------------- The pilot
 
     def _write_prompts(self, name: str, rows: Sequence[records.Record], whole: bool = False) -> str:
-        return prompt_files.write(self._root / "prompts" / f"{name}.jsonl", rows, whole=whole)
+        """Writes a file of prompts; as a whole, with all that is said of given outputs."""
+        path = self._root / "prompts" / f"{name}.jsonl"
+        everywhere = self._texts.everywhere if whole else ()
+        return prompt_files.write(path, rows, whole=whole, everywhere=everywhere)
 
     def _configured(self) -> tuple[Opened, Arm]:
         """The experiment as chosen so far."""

@@ -575,7 +575,7 @@ LINES = "".join(f"prompt {number}\n" for number in range(100))
                     "ORIGINAL_CHECKPOINT_PATH = 'tiny'\nVOCABULARY_PATH = 'model'\n",
                 )
             },
-            "ORIGINAL_CHECKPOINT_PATH: expected a setting that no flag says, found 'tiny' in a --gi",
+            "ORIGINAL_CHECKPOINT_PATH: expected a setting that no flag says, found 'tiny' in a --g",
         ),
         (
             {"gin.experiment.Experiment.output_dir": "x"},
