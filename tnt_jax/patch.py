@@ -44,6 +44,7 @@ FORMATS = ("same", "huggingface", "peft", "t5x", "orbax")
 _INPUTS = "patch_inputs.json"
 _PATIENCE = 120.0  # seconds of looking for something unwanted, where the pilot has none
 _NUM_SHOWN = 10
+_TO_LEARN_FROM = "outputs to learn from"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -510,7 +511,7 @@ class _Patch:
             number, reason = available, "all that are marked"
         else:
             number, reason = choices.training_outputs(pilot, available)
-        self._note("outputs to learn from", number, reason, "--prompts")
+        self._note(_TO_LEARN_FROM, number, reason, "--prompts")
         to_choose, reason = choices.num_to_choose_by(len(parts.choice), pilot)
         self._choice_prompts = self._write_prompts("choice", parts.choice[:to_choose])
         self._note("prompts to choose by", to_choose, reason, "--eval_prompts")
@@ -522,7 +523,8 @@ class _Patch:
         return number
 
     def _note(self, what: str, value: Any, reason: str, flag: str) -> None:
-        """Something chosen that is no setting of gin's."""
+        """Something chosen that is no setting of gin's; what was said of it before is replaced."""
+        self._more = [each for each in self._more if each["what"] != what]
         self._more.append({"what": what, "value": value, "reason": reason, "flag": flag})
         self._print(what, value, reason, flag)
 
@@ -555,6 +557,11 @@ class _Patch:
                     max(seconds / number, 1e-6),
                     self._asked.seconds,
                 )
+                # With more time: what was looked at so far learned from these.
+                if more > number and (self._root / search.FOLDER).is_dir():
+                    reason = f"as many as the looks so far are of; {more} take another folder"
+                    self._note(_TO_LEARN_FROM, number, reason, "--output")
+                    more = number
             if counts.marked < choices.FEWEST_MARKED:
                 if number == len(train):
                     wanted = choices.FEWEST_MARKED / max(counts.share, 0.5 / counts.outputs)

@@ -257,15 +257,25 @@ def test_stopped_wherever_and_started_again_it_ends_in_the_same_files(patched, m
 
 
 def test_a_search_whose_time_was_over_is_not_begun_anew(monkeypatch):
-    """One look, and no time for a second; the same command; and one with more time."""
+    """One look, and no time for a second; the same command; and one with more time.
+
+    In that time more outputs could be made, but the looks that are kept learned from these.
+    """
     monkeypatch.setattr(choices, "threshold", lambda *of: math.inf)
+    monkeypatch.setattr(choices, "PILOT", 40)
+    monkeypatch.setattr(choices, "training_outputs", lambda *of: (40, "so many are enough"))
     flags = {**QUICK, "gin.TRAIN_STEPS": 2}  # one look at each of three attempts
     little = done("no_time", **flags, time="0.01s").numbers
     assert (len(little["looks"]), little["ended_because"]) == (1, search.TIME_IS_OVER)
     assert done("no_time", **flags, time="0.01s").numbers["looks"] == little["looks"]
-    more = done("no_time", **flags, time="1h").numbers["looks"]
+    longer = done("no_time", **flags, time="1h")
+    more = longer.numbers["looks"]
     assert [look["attempt"]["round"] for look in more] == [1, 2, 3]
     assert more[0] == little["looks"][0]
+    text = "outputs to learn from: 40 - as many as the looks so far are of; 72 take another folder"
+    assert text in longer.printed
+    (of_outputs,) = (c for c in longer.numbers["choices"] if c["what"] == "outputs to learn from")
+    assert (of_outputs["value"], of_outputs["flag"]) == (40, "--output")
 
 
 def test_looks_of_a_command_that_was_stopped_count_where_the_time_is_short(monkeypatch):
