@@ -249,7 +249,8 @@ class _Asked:
                 f"--format=t5x: expected a T5, found a decoder-only model at {self.model}."
             )
         kind = gin.given.get("ORIGINAL")
-        if self.output_format == "peft" and kind not in (None, "adapters_off", "adapters_cached"):
+        fitting = (None, choices.UNKNOWN, "adapters_off", "adapters_cached")
+        if self.output_format == "peft" and kind not in fitting:
             raise UsageError(
                 f"--format=peft: expected ORIGINAL='adapters_off', found {kind!r}. Leave one out."
             )
@@ -584,11 +585,10 @@ class _Patch:
                 f"{pilot.marked} of {pilot.outputs} others are: expected some, to measure the wish "
                 "on. Give more --prompts or --eval_prompts."
             )
-        batch_size = next(each.value for each in self._chosen if each.macro == "BATCH_SIZE")
-        when = choices.looks(counts, batch_size)
+        when = choices.looks(counts, self._chosen)
         updates = [when.period * number for number in range(1, when.number + 1)]
         reason = f"{when.reason}; at most {when.number} at a weight"
-        if (steps := self._gin.given.get("TRAIN_STEPS")) is not None:
+        if isinstance(steps := self._gin.given.get("TRAIN_STEPS"), int):
             updates, reason = [steps], "given"
         self._note("updates from look to look", updates[0], reason, "--gin.TRAIN_STEPS")
         self._add_learning_rate(when)
@@ -783,8 +783,8 @@ class _Patch:
     def _dry(self, pilot: Counts, number: int) -> None:
         """Prints what the whole would take, from three updates; leaves the pilot alone."""
         name = "dry_run"
-        batch_size = next(each.value for each in self._chosen if each.macro == "BATCH_SIZE")
-        when = choices.looks(Counts(outputs=number, marked=round(pilot.share * number)), batch_size)
+        counts = Counts(outputs=number, marked=round(pilot.share * number))
+        when = choices.looks(counts, self._chosen)
         self._add_learning_rate(when)
         opened, arm = self._configured()
         file = self._pilot_files[opened.first_decoder]
@@ -804,7 +804,7 @@ class _Patch:
             made = 0
         once = of_output * (made + num_choice + 2 * num_report)
         period, num_looks = when.period, when.number
-        if (steps := self._gin.given.get("TRAIN_STEPS")) is not None:
+        if isinstance(steps := self._gin.given.get("TRAIN_STEPS"), int):
             period, num_looks = steps, 1
         of_look = period * of_update + num_choice * of_output
         least = once + min(1 + search.NO_MORE, num_looks) * of_look

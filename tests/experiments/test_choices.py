@@ -116,7 +116,7 @@ def test_a_few_outputs_that_run_on_make_no_difference():
 
 
 def test_what_the_user_sets_is_not_chosen_and_others_follow_it():
-    given = {"MAX_LENGTH": 16, "BATCH_SIZE": 24, "OPTIMIZER": None}
+    given = {"MAX_LENGTH": 16, "BATCH_SIZE": 24, "OPTIMIZER": choices.UNKNOWN}
     found = by_macro(choices.after_pilot(given, [9], [40], 0, SMALL_T5, LAPTOP))
     assert found["TASK_FEATURE_LENGTHS"].value == {"inputs": 16, "targets": 16}
     assert {macro for macro, choice in found.items() if choice.is_given} == given.keys()
@@ -284,16 +284,21 @@ def test_fewer_outputs_are_made_at_a_time_where_their_keys_and_values_do_not_fit
 
 
 @pytest.mark.parametrize(
-    ("outputs", "marked", "batch_size", "period"),
+    ("outputs", "marked", "given", "period"),
     [
-        (256, 200, 8, 8),  # 200 marked and all 56 clean ones: an epoch of 32 updates
-        (2_000, 200, 16, 13),  # 200 marked and 600 clean ones: 50 updates
-        (72, 35, 16, 5),  # an epoch of 4.5 updates: every 5
-        (9_000, 1_000, 16, 40),  # one of 250: every 62.5 would be too seldom
+        (256, 200, {"BATCH_SIZE": 8}, 8),  # 200 marked and all 56 clean ones: 32 updates
+        (2_000, 200, {}, 13),  # 200 marked and 600 clean ones: 50 updates
+        (72, 35, {}, 5),  # an epoch of 4.5 updates: every 5
+        (9_000, 1_000, {}, 40),  # one of 250: every 62.5 would be too seldom
+        (2_000, 200, {"CLEAN_PER_MARKED": 0.5}, 5),  # and 100 clean ones: 18.75 updates
+        (2_000, 200, {"CLEAN_PER_MARKED": 5}, 19),  # and 1,000: 75
+        (2_000, 200, {"CLEAN_PER_MARKED": None}, 32),  # and all 1,800: 125
+        (2_000, 200, {"CLEAN_PER_MARKED": choices.UNKNOWN}, 13),
     ],
 )
-def test_a_look_every_quarter_of_an_epoch(outputs, marked, batch_size, period):
-    found = choices.looks(Counts(outputs=outputs, marked=marked), batch_size)
+def test_a_look_every_quarter_of_an_epoch(outputs, marked, given, period):
+    of_update = choices.update(given, LENGTHS, SMALL_T5, LAPTOP)
+    found = choices.looks(Counts(outputs=outputs, marked=marked), of_update)
     assert found.period == period
 
 

@@ -45,6 +45,8 @@ _EPOCHS_OF_HEADS, _FEWEST_OF_HEADS, _MOST_OF_HEADS = 40, 200, 1000  # updates, t
 _LOOKS = 20
 _SHORTEST_PERIOD, _LONGEST_PERIOD = 5, 40
 
+UNKNOWN = object()  # stands for a given value that rules cannot count with
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Choice:
@@ -130,10 +132,10 @@ class Counts:
 def _take(
     given: Mapping[str, Any], what: str, macro: str, value: Any, reason: str, *bindings: str
 ) -> Choice:
-    """The choice; the user's where there is one (None where its value is not known here)."""
+    """The choice; the user's where there is one, with its own value in place of `UNKNOWN`."""
     if macro not in given:
         return Choice(what=what, macro=macro, value=value, reason=reason, bindings=bindings)
-    found = value if given[macro] is None else given[macro]
+    found = value if given[macro] is UNKNOWN else given[macro]
     return Choice(what=what, macro=macro, value=found, reason="given", is_given=True)
 
 
@@ -518,15 +520,20 @@ class Looks:
     reason: str
 
 
-def looks(counts: Counts, batch_size: int) -> Looks:
+def looks(counts: Counts, chosen: Sequence[Choice]) -> Looks:
     """A look every quarter of an epoch, every 5 to 40 updates; 20 looks at most.
 
     Args:
-      counts: Of the training outputs; three clean ones for each that is marked are learned from.
-      batch_size: Of an update.
+      counts: Of the training outputs.
+      chosen: What `update` chose: outputs in an update, and how many clean outputs are learned from
+        for each that is marked (None: all).
     """
+    value = {choice.macro: choice.value for choice in chosen}
+    batch_size, clean_per_marked = value["BATCH_SIZE"], value["CLEAN_PER_MARKED"]
     clean = counts.outputs - counts.marked
-    learned = counts.marked + min(clean, CLEAN_PER_MARKED * counts.marked)
+    if clean_per_marked is not None:
+        clean = min(clean, round(clean_per_marked * counts.marked))
+    learned = counts.marked + clean
     of_epoch = learned / batch_size
     period = min(max(math.ceil(of_epoch / 4), _SHORTEST_PERIOD), _LONGEST_PERIOD)
     return Looks(

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from tnt_jax.experiments.choices import Choice
+from tnt_jax.experiments.choices import UNKNOWN, Choice
 from tnt_jax.experiments.experiment import Experiment
 from tnt_jax.experiments.search import ROUNDS, Found
 from tnt_jax.experiments.unwanted import Unwanted
@@ -38,8 +38,8 @@ class PipelineGin:
 
     Attributes:
       path: Of the file: "so_far.gin" until all is found, then "pipeline.gin".
-      given: Settings of the user, by name, each as a `Choice` has it; None where rules cannot count
-        with the value.
+      given: Settings of the user, by name, each as a `Choice` has it; `UNKNOWN` where rules cannot
+        count with the value.
     """
 
     def __init__(
@@ -193,8 +193,8 @@ def _about(found: Found | None) -> str:
 
 
 def _plain(name: str, value: Any) -> Any:
-    """A value that rules can count with; None for other references, or one that is required."""
-    if isinstance(value, gin_files.Reference) and name in _KNOWN_BY_NAME:
+    """A value that rules can count with; `UNKNOWN` for other references and what is required."""
+    if isinstance(value, gin_files.Reference) and name in _KNOWN_BY_NAME and value.text[0] == "@":
         return value.text
     is_plain = value is None or isinstance(value, bool | int | float | str | list | tuple | dict)
-    return value if is_plain else None
+    return value if is_plain else UNKNOWN
