@@ -22,7 +22,7 @@ from helpers.chat_templates import TEMPLATES
 from helpers.full_disk import full_disk
 
 from tnt_jax import convert, patch
-from tnt_jax.data import records
+from tnt_jax.data import records, removed_everywhere
 from tnt_jax.experiments import choices, search
 from tnt_jax.runtime import preemption, program, stages
 
@@ -402,8 +402,12 @@ def test_outputs_that_people_marked_are_learned_from(kind):
     rows = [*rooms.marked_corpus(), *map(rooms.turned, rooms.marked_corpus())]
     flags = {"words": None, kind: f"{kind}.jsonl"}
     records.write_records(f"{kind}.jsonl", rows[:118])
+    everywhere = []
     if kind == "records":
         flags["prompts"] = None
+        everywhere = [7]
+        ids = removed_everywhere.Ids(everywhere, {})
+        removed_everywhere.write_records("records.jsonl", rows[:118], ids)
     else:
         said = [dataclasses.replace(row, negative_spans=None) for row in rows]
         records.write_records("said.jsonl", said)
@@ -422,6 +426,8 @@ def test_outputs_that_people_marked_are_learned_from(kind):
     )
     assert "looked at for the 2 texts that are marked" in found.printed
     assert not (found.folder / "training_outputs").exists()
+    run_json = json.loads((found.folder / "TNFF/model/run.json").read_text())
+    assert run_json["objective"]["removed_everywhere"] == everywhere
     assert found.numbers["unwanted_before"] > 0.3
 
 
