@@ -34,7 +34,7 @@ from tnt_jax.data import layouts, marks, records
 from tnt_jax.evaluation import results
 from tnt_jax.experiments import choices, patch_numbers, pipeline_gin, prompt_files, search
 from tnt_jax.experiments.choices import Choice, Counts
-from tnt_jax.experiments.experiment import Arm, Changes, Experiment, Opened, check_rounds
+from tnt_jax.experiments.experiment import Arm, Changes, Experiment, Opened
 from tnt_jax.experiments.unwanted import Unwanted
 from tnt_jax.models import families
 from tnt_jax.runtime import console, files, holding, memory, program, stages
@@ -44,6 +44,7 @@ FORMATS = ("same", "huggingface", "peft", "t5x", "orbax")
 _INPUTS = "patch_inputs.json"
 _PATIENCE = 120.0  # seconds of looking for something unwanted, where the pilot has none
 _NUM_SHOWN = 10
+_TO_LEARN_FROM = "outputs to learn from"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -239,7 +240,7 @@ class _Asked:
             # As flags, so that what is wrong is said of flags.
             flags = [f"--gin_file={name}" for name in self.gin_files]
             flags += [f"--gin.{setting}" for setting in self.settings]
-            experiment, _, _ = _configure(gin, flags)
+            experiment, _ = _configure(gin, flags)
             if not self.unwanted.labels:  # whose list of words is still to be found
                 experiment.annotator()
         pretrained.check_vocabulary(experiment.vocabulary(), opened.config, opened)
@@ -248,7 +249,8 @@ class _Asked:
                 f"--format=t5x: expected a T5, found a decoder-only model at {self.model}."
             )
         kind = gin.given.get("ORIGINAL")
-        if self.output_format == "peft" and kind not in (None, "adapters_off", "adapters_cached"):
+        fitting = (None, choices.UNKNOWN, "adapters_off", "adapters_cached")
+        if self.output_format == "peft" and kind not in fitting:
             raise UsageError(
                 f"--format=peft: expected ORIGINAL='adapters_off', found {kind!r}. Leave one out."
             )
@@ -297,10 +299,12 @@ def _short(value: Any) -> str:
 # ---------------------------------------------------------------------------------------------
 
 
-def _configure(
-    gin: pipeline_gin.PipelineGin, flags: Sequence[str] = ()
-) -> tuple[Experiment, Arm, int]:
-    """Has gin read the file: the experiment, the arm, and in how many rounds it is trained.
+def _configure(gin: pipeline_gin.PipelineGin, flags: Sequence[str] = ()) -> tuple[Experiment, Arm]:
+    """Has gin read the file: the experiment, and the arm.
+
+    Args:
+      gin: What has written the file.
+      flags: Further arguments of the command line.
 
     Raises:
       UsageError: A setting does not fit.
@@ -310,9 +314,14 @@ def _configure(
     names = [arm.name for arm in found["arms"]]
     if len(names) != 1:
         raise UsageError(f"ARMS: expected one arm to train, found {', '.join(names) or 'none'}.")
+    gin.check(found["experiment"])
     found["experiment"].check_names([*names, search.FOLDER, "prompts"])
-    check_rounds(found["num_rounds"])
-    return found["experiment"], found["arms"][0], found["num_rounds"]
+    if found["num_rounds"] != 1:
+        raise UsageError(
+            f"NUM_ROUNDS: expected 1, found {found['num_rounds']}: patch makes rounds of its own, "
+            "where they help. Leave it out, or use pipeline; 1 keeps patch from making any."
+        )
+    return found["experiment"], found["arms"][0]
 
 
 class _Patch:
@@ -349,11 +358,11 @@ class _Patch:
         found = self._search(opened, arm, counts, pilot)
         # The result is what a pipeline with these settings makes.
         self._gin.write(self._chosen, found)
-        experiment, arm, num_rounds = _configure(self._gin)
+        experiment, arm = _configure(self._gin)
         self.say(
             f"Taken: {found.best}. Now the {self._num_report} prompts that nothing was chosen by."
         )
-        outcome = pipeline.run_stages(experiment, [arm], num_rounds)
+        outcome = pipeline.run_stages(experiment, [arm])
         output_format = None if self._asked.output_format == "same" else self._asked.output_format
         model = outcome.opened.hand_over(arm.name, outcome.models[arm.name], output_format)
         return self._finish(outcome, arm, found, model)
@@ -361,12 +370,15 @@ class _Patch:
     # -------------------------------------------------------------------------------- The pilot
 
     def _write_prompts(self, name: str, rows: Sequence[records.Record], whole: bool = False) -> str:
-        return prompt_files.write(self._root / "prompts" / f"{name}.jsonl", rows, whole=whole)
+        """Writes a file of prompts; as a whole, with all that is said of given outputs."""
+        path = self._root / "prompts" / f"{name}.jsonl"
+        everywhere = self._texts.everywhere if whole else ()
+        return prompt_files.write(path, rows, whole=whole, everywhere=everywhere)
 
     def _configured(self) -> tuple[Opened, Arm]:
         """The experiment as chosen so far."""
         self._gin.write(self._chosen)
-        experiment, arm, _ = _configure(self._gin)
+        experiment, arm = _configure(self._gin)
         return Opened(experiment), arm
 
     def _pilot(self) -> tuple[Opened, Counts]:
@@ -381,7 +393,7 @@ class _Patch:
         if not is_begun:  # where it goes on they are there
             self._write_prompts("train", some, self._asked.unwanted.are_outputs_given)
             self._write_prompts("report", parts.report)
-        experiment, _, _ = self._first_settings()
+        experiment, _ = self._first_settings()
         vocabulary = experiment.vocabulary()
         rows = [*parts.train, *parts.choice, *parts.report]
         self._prompt_lengths = [len(marks.prompt_ids(row, vocabulary)) for row in rows]
@@ -427,7 +439,7 @@ class _Patch:
         """Finds which tokens made outputs bad, in those to learn from."""
         rows = self._texts.parts.train
         labelled = self._write_prompts("labelled", rows, whole=True)
-        experiment, _, _ = self._first_settings()
+        experiment, _ = self._first_settings()
         vocabulary = experiment.vocabulary()
         lengths = [len(marks.prompt_ids(row, vocabulary)) for row in rows]
         output = str(self._root / "prompts" / "localized.jsonl")
@@ -456,7 +468,7 @@ class _Patch:
         self._texts, note = self._texts.with_marks_found(records.read_records(output))
         self.say(note)
 
-    def _first_settings(self) -> tuple[Experiment, Arm, int]:
+    def _first_settings(self) -> tuple[Experiment, Arm]:
         self._gin.write([])
         return _configure(self._gin)
 
@@ -500,7 +512,7 @@ class _Patch:
             number, reason = available, "all that are marked"
         else:
             number, reason = choices.training_outputs(pilot, available)
-        self._note("outputs to learn from", number, reason, "--prompts")
+        self._note(_TO_LEARN_FROM, number, reason, "--prompts")
         to_choose, reason = choices.num_to_choose_by(len(parts.choice), pilot)
         self._choice_prompts = self._write_prompts("choice", parts.choice[:to_choose])
         self._note("prompts to choose by", to_choose, reason, "--eval_prompts")
@@ -512,7 +524,8 @@ class _Patch:
         return number
 
     def _note(self, what: str, value: Any, reason: str, flag: str) -> None:
-        """Something chosen that is no setting of gin's."""
+        """Something chosen that is no setting of gin's; what was said of it before is replaced."""
+        self._more = [each for each in self._more if each["what"] != what]
         self._more.append({"what": what, "value": value, "reason": reason, "flag": flag})
         self._print(what, value, reason, flag)
 
@@ -545,6 +558,11 @@ class _Patch:
                     max(seconds / number, 1e-6),
                     self._asked.seconds,
                 )
+                # With more time: what was looked at so far learned from these.
+                if more > number and (self._root / search.FOLDER).is_dir():
+                    reason = f"as many as the looks so far are of; {more} take another folder"
+                    self._note(_TO_LEARN_FROM, number, reason, "--output")
+                    more = number
             if counts.marked < choices.FEWEST_MARKED:
                 if number == len(train):
                     wanted = choices.FEWEST_MARKED / max(counts.share, 0.5 / counts.outputs)
@@ -567,11 +585,10 @@ class _Patch:
                 f"{pilot.marked} of {pilot.outputs} others are: expected some, to measure the wish "
                 "on. Give more --prompts or --eval_prompts."
             )
-        batch_size = next(each.value for each in self._chosen if each.macro == "BATCH_SIZE")
-        when = choices.looks(counts, batch_size)
+        when = choices.looks(counts, self._chosen)
         updates = [when.period * number for number in range(1, when.number + 1)]
         reason = f"{when.reason}; at most {when.number} at a weight"
-        if (steps := self._gin.given.get("TRAIN_STEPS")) is not None:
+        if isinstance(steps := self._gin.given.get("TRAIN_STEPS"), int):
             updates, reason = [steps], "given"
         self._note("updates from look to look", updates[0], reason, "--gin.TRAIN_STEPS")
         self._add_learning_rate(when)
@@ -616,7 +633,7 @@ class _Patch:
         """What is tried, one after the other, and why."""
         if self._gin.is_weight_given:
             return [search.Attempt(weight=arm.objective.negative_weight)], "given"
-        # Nobody would mark what a round says, or the pipeline makes rounds of its own.
+        # Nobody would mark what a round says, or rounds are not wanted.
         has_rounds = (
             not self._asked.unwanted.are_outputs_given and "NUM_ROUNDS" not in self._gin.given
         )
@@ -630,8 +647,11 @@ class _Patch:
     ) -> search.Found:
         """The search, or what it came to if it was over: its time does not begin anew."""
         note = self._root / "search.json"
+        training = opened.describe_training(
+            arm.objective, opened.training_outputs, Changes(dataset=arm.dataset)
+        )
         of_what = {
-            "training": opened.describe_training(arm.objective, opened.training_outputs, Changes()),
+            "training": training,
             "enough": plan.enough,
             "attempts": [str(attempt) for attempt in plan.attempts],
             "updates": list(plan.updates),
@@ -763,13 +783,13 @@ class _Patch:
     def _dry(self, pilot: Counts, number: int) -> None:
         """Prints what the whole would take, from three updates; leaves the pilot alone."""
         name = "dry_run"
-        batch_size = next(each.value for each in self._chosen if each.macro == "BATCH_SIZE")
-        when = choices.looks(Counts(outputs=number, marked=round(pilot.share * number)), batch_size)
+        counts = Counts(outputs=number, marked=round(pilot.share * number))
+        when = choices.looks(counts, self._chosen)
         self._add_learning_rate(when)
         opened, arm = self._configured()
         file = self._pilot_files[opened.first_decoder]
         self._print_shown(file)
-        changed = Changes(schedule={"train_steps": 3, "log_every": 1})
+        changed = Changes(schedule={"train_steps": 3, "log_every": 1}, dataset=arm.dataset)
         opened.train(name, arm.objective, file, changes=changed)
         lines = (self._root / name / "model" / "metrics.jsonl").read_text("utf-8").splitlines()
         last = json.loads(lines[-1])
@@ -784,7 +804,7 @@ class _Patch:
             made = 0
         once = of_output * (made + num_choice + 2 * num_report)
         period, num_looks = when.period, when.number
-        if (steps := self._gin.given.get("TRAIN_STEPS")) is not None:
+        if isinstance(steps := self._gin.given.get("TRAIN_STEPS"), int):
             period, num_looks = steps, 1
         of_look = period * of_update + num_choice * of_output
         least = once + min(1 + search.NO_MORE, num_looks) * of_look

@@ -101,22 +101,54 @@ def test_lengths_are_those_of_the_texts_rounded_up_to_eight(
     assert ("1 are cut at 512" in found["TASK_FEATURE_LENGTHS"].reason) == is_cut
 
 
+def longest(lengths, num_unended=0, **given):
+    found = by_macro(choices.after_pilot(given, [9], lengths, num_unended, SMALL_T5, LAPTOP))
+    assert found["TASK_FEATURE_LENGTHS"].value["targets"] == found["MAX_LENGTH"].value
+    return found["MAX_LENGTH"].value, found["MAX_LENGTH"].reason
+
+
+CUT = "are longer: their ends, and marks there, are cut off"
+
+
 def test_a_few_outputs_that_run_on_make_no_difference():
     # 95 % of 64 outputs are 61.
-    def longest(lengths, num_unended=0):
-        found = by_macro(choices.after_pilot({}, [9], lengths, num_unended, SMALL_T5, LAPTOP))
-        return found["MAX_LENGTH"].value, found["MAX_LENGTH"].reason
-
     reason = "95 % of 64 outputs have up to 30 tokens: a quarter more"
-    assert longest([30] * 61 + [128] * 3, 3) == (40, reason)
-    assert longest([30] * 60 + [128] * 4, 4) == (
+    assert longest([30] * 64) == (40, reason)
+    assert longest([30] * 61 + [128] * 3, 3) == (40, f"{reason}; 3 of 64 {CUT}")
+    assert longest([30] * 60 + [128] * 4, 4) == (128, f"the most that is chosen; 4 of 64 {CUT}")
+
+
+def test_where_no_more_is_chosen_it_says_so_and_how_many_outputs_are_cut():
+    """Of the pilot's those that did not end, and of given ones those that are longer."""
+    reason = "the most that is chosen"
+    assert longest([20] * 64 + [300] * 40 + [90] * 60) == (128, f"{reason}; 40 of 164 {CUT}")
+    assert longest([20] * 62 + [128] * 2 + [300] * 40 + [90] * 60, 2) == (
         128,
-        "4 of 64 outputs do not end within 128 tokens",
+        f"{reason}; 42 of 164 {CUT}",
+    )
+    assert longest([110] * 164) == (128, reason)
+    # 125 and a little more: that is no limit.
+    assert longest([100] * 164) == (
+        128,
+        "95 % of 164 outputs have up to 100 tokens: a quarter more",
     )
 
 
+def test_where_lengths_are_given_outputs_are_as_long_as_they_say():
+    given = {"TASK_FEATURE_LENGTHS": {"inputs": 16, "targets": 48}}
+    reason = "as the lengths say that are given"
+    assert longest([30] * 64, **given) == (48, reason)
+    assert longest([30] * 60 + [48] * 2 + [60] * 3, 2, **given) == (48, f"{reason}; 5 of 65 {CUT}")
+    (first,) = (
+        choice
+        for choice in choices.before_pilot(given, [9], SMALL_T5, LAPTOP)
+        if choice.macro == "MAX_LENGTH"
+    )
+    assert (first.value, first.reason) == (48, reason)
+
+
 def test_what_the_user_sets_is_not_chosen_and_others_follow_it():
-    given = {"MAX_LENGTH": 16, "BATCH_SIZE": 24, "OPTIMIZER": None}
+    given = {"MAX_LENGTH": 16, "BATCH_SIZE": 24, "OPTIMIZER": choices.UNKNOWN}
     found = by_macro(choices.after_pilot(given, [9], [40], 0, SMALL_T5, LAPTOP))
     assert found["TASK_FEATURE_LENGTHS"].value == {"inputs": 16, "targets": 16}
     assert {macro for macro, choice in found.items() if choice.is_given} == given.keys()
@@ -284,16 +316,21 @@ def test_fewer_outputs_are_made_at_a_time_where_their_keys_and_values_do_not_fit
 
 
 @pytest.mark.parametrize(
-    ("outputs", "marked", "batch_size", "period"),
+    ("outputs", "marked", "given", "period"),
     [
-        (256, 200, 8, 8),  # 200 marked and all 56 clean ones: an epoch of 32 updates
-        (2_000, 200, 16, 13),  # 200 marked and 600 clean ones: 50 updates
-        (72, 35, 16, 5),  # an epoch of 4.5 updates: every 5
-        (9_000, 1_000, 16, 40),  # one of 250: every 62.5 would be too seldom
+        (256, 200, {"BATCH_SIZE": 8}, 8),  # 200 marked and all 56 clean ones: 32 updates
+        (2_000, 200, {}, 13),  # 200 marked and 600 clean ones: 50 updates
+        (72, 35, {}, 5),  # an epoch of 4.5 updates: every 5
+        (9_000, 1_000, {}, 40),  # one of 250: every 62.5 would be too seldom
+        (2_000, 200, {"CLEAN_PER_MARKED": 0.5}, 5),  # and 100 clean ones: 18.75 updates
+        (2_000, 200, {"CLEAN_PER_MARKED": 5}, 19),  # and 1,000: 75
+        (2_000, 200, {"CLEAN_PER_MARKED": None}, 32),  # and all 1,800: 125
+        (2_000, 200, {"CLEAN_PER_MARKED": choices.UNKNOWN}, 13),
     ],
 )
-def test_a_look_every_quarter_of_an_epoch(outputs, marked, batch_size, period):
-    found = choices.looks(Counts(outputs=outputs, marked=marked), batch_size)
+def test_a_look_every_quarter_of_an_epoch(outputs, marked, given, period):
+    of_update = choices.update(given, LENGTHS, SMALL_T5, LAPTOP)
+    found = choices.looks(Counts(outputs=outputs, marked=marked), of_update)
     assert found.period == period
 
 

@@ -1,5 +1,6 @@
 """What `patch` knows of a user's settings."""
 
+import dataclasses
 import pathlib
 
 import pytest
@@ -58,7 +59,18 @@ def test_a_schedule_that_the_user_names_is_shown(given):
 
 def test_what_is_only_known_when_it_is_made_is_not_counted_with(given):
     assert given("BATCH_SIZE=@mine.size()", "OPTIMIZER=%MINE", "MAX_LENGTH=16") == {
-        "BATCH_SIZE": None,
-        "OPTIMIZER": None,
+        "BATCH_SIZE": choices.UNKNOWN,
+        "OPTIMIZER": choices.UNKNOWN,
         "MAX_LENGTH": 16,
     }
+
+
+def test_none_is_a_value_and_no_setting_that_is_not_known(given):
+    chosen = choices.update(
+        given("CLEAN_PER_MARKED=None", text="TRAINED_LAYERS = None"),
+        {"inputs": 8, "targets": 8},
+        dataclasses.replace(T5, is_decoder_only=True),
+        LAPTOP,
+    )
+    values = {choice.macro: (choice.value, choice.reason) for choice in chosen}
+    assert values["CLEAN_PER_MARKED"] == values["TRAINED_LAYERS"] == (None, "given")

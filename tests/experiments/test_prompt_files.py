@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from tnt_jax.data import records
+from tnt_jax.data import records, removed_everywhere
 from tnt_jax.experiments import prompt_files
 from tnt_jax.experiments.prompt_files import Texts
 from tnt_jax.experiments.unwanted import Unwanted
@@ -86,3 +86,37 @@ def test_a_file_of_another_version_stays(tmp_path):
     path.write_text("{")
     prompt_files.write(path, rows)
     assert path.read_text() == '{"id": "a", "inputs": "x"}\n'
+
+
+def test_what_is_removed_at_every_position_of_given_records_is_so_of_their_copy(tmp_path):
+    """And long sets of ids are in a table beside the copy, as beside the records."""
+    long = tuple(range(30, 60))
+    rows = [
+        dataclasses.replace(with_marks(row, DIRTY), negative_token_ids=((1, long),))
+        for row in OUTPUTS
+    ]
+    path, copy = str(tmp_path / "rows.jsonl"), tmp_path / "prompts" / "train.jsonl"
+    removed_everywhere.write_records(path, rows, removed_everywhere.Ids((7, 5), {}))
+    texts = Texts.read(None, None, Unwanted(records=path))
+    assert texts.everywhere == (5, 7)
+    assert f"2 tokens are removed at every position: {path}.everywhere.json." in texts.notes
+
+    def write(ids):
+        prompt_files.write(copy, texts.parts.train, whole=True, everywhere=ids)
+        return copy.stat().st_mtime_ns
+
+    first = write(texts.everywhere)
+    assert removed_everywhere.of_records(str(copy)) == (5, 7)
+    assert records.read_records(copy) == texts.parts.train
+    assert {path.name for path in copy.parent.iterdir()} == {
+        *("train.jsonl", "train.jsonl.everywhere.json", "train.jsonl.sets.jsonl"),
+    }
+    assert write(texts.everywhere) == first  # a patch goes on
+    # With other ids it is another patch, and other data.
+    write((5,))
+    assert removed_everywhere.of_records(str(copy)) == (5,)
+    removed_everywhere.write_records(path, rows, removed_everywhere.Ids((5,), {}))
+    assert Texts.read(None, None, Unwanted(records=path)).digest != texts.digest
+    removed_everywhere.write_records(path, rows, None)
+    without = Texts.read(None, None, Unwanted(records=path))
+    assert (without.everywhere, without.digest) == ((), records.digest(everything(without)))

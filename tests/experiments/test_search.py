@@ -9,7 +9,9 @@ import pytest
 from helpers.mutations import LACKING, with_change
 
 from tnt_jax import objectives
+from tnt_jax.data import records
 from tnt_jax.experiments import experiment, search
+from tnt_jax.runtime import stages
 from tnt_jax.runtime.errors import UsageError
 
 ARM = experiment.Arm(
@@ -192,6 +194,35 @@ def test_a_round_counts_the_time_of_its_outputs(run):
         plan = dataclasses.replace(PLAN, deadline=deadline)
         outcome, _ = run(NOT_ENOUGH, plan, seconds_of_training=10, seconds_of_outputs=100)
         assert outcome.is_enough == is_enough
+
+
+def test_looks_are_at_a_model_that_learned_from_the_data_of_the_arm(tmp_path):
+    """As the pipeline that makes the result: of an arm of clean outputs from these alone."""
+    seen = []
+
+    class Noted(Experiment):
+        root, settings = tmp_path, types.SimpleNamespace(decoders={"greedy": None})
+        first_decoder = "greedy"
+
+        def describe_training(self, objective, files, changes):
+            seen.append(changes)
+            return "a model"
+
+        def train(self, name, objective, files, *, changes, after):
+            seen.append(changes)
+
+        def outputs_of(self, name, checkpoint, prompts, decoder, *, identity):
+            if len(seen) == 1:
+                raise stages.NotDoneError(name)
+            return str(tmp_path / "said.jsonl")
+
+    said = records.Record(id="a", inputs="x", targets="a dirty room", negative_spans=((2, 7),))
+    records.write_records(tmp_path / "said.jsonl", [said])
+    arm = dataclasses.replace(ARM, dataset={"only_clean": True})
+    plan = dataclasses.replace(PLAN, attempts=(FIRST,), updates=(5,))
+    search.search(Noted(None, {}), arm, plan, {"greedy": str(tmp_path / "said.jsonl")})
+    expected = experiment.Changes(schedule={"train_steps": 5}, dataset={"only_clean": True})
+    assert seen == [expected] * 3
 
 
 def test_what_was_found_is_read_as_it_was_written(run, tmp_path):

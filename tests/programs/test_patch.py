@@ -22,7 +22,7 @@ from helpers.chat_templates import TEMPLATES
 from helpers.full_disk import full_disk
 
 from tnt_jax import convert, patch
-from tnt_jax.data import records
+from tnt_jax.data import records, removed_everywhere
 from tnt_jax.experiments import choices, search
 from tnt_jax.runtime import preemption, program, stages
 
@@ -257,15 +257,25 @@ def test_stopped_wherever_and_started_again_it_ends_in_the_same_files(patched, m
 
 
 def test_a_search_whose_time_was_over_is_not_begun_anew(monkeypatch):
-    """One look, and no time for a second; the same command; and one with more time."""
+    """One look, and no time for a second; the same command; and one with more time.
+
+    In that time more outputs could be made, but the looks that are kept learned from these.
+    """
     monkeypatch.setattr(choices, "threshold", lambda *of: math.inf)
+    monkeypatch.setattr(choices, "PILOT", 40)
+    monkeypatch.setattr(choices, "training_outputs", lambda *of: (40, "so many are enough"))
     flags = {**QUICK, "gin.TRAIN_STEPS": 2}  # one look at each of three attempts
     little = done("no_time", **flags, time="0.01s").numbers
     assert (len(little["looks"]), little["ended_because"]) == (1, search.TIME_IS_OVER)
     assert done("no_time", **flags, time="0.01s").numbers["looks"] == little["looks"]
-    more = done("no_time", **flags, time="1h").numbers["looks"]
+    longer = done("no_time", **flags, time="1h")
+    more = longer.numbers["looks"]
     assert [look["attempt"]["round"] for look in more] == [1, 2, 3]
     assert more[0] == little["looks"][0]
+    text = "outputs to learn from: 40 - as many as the looks so far are of; 72 take another folder"
+    assert text in longer.printed
+    (of_outputs,) = (c for c in longer.numbers["choices"] if c["what"] == "outputs to learn from")
+    assert (of_outputs["value"], of_outputs["flag"]) == (40, "--output")
 
 
 def test_looks_of_a_command_that_was_stopped_count_where_the_time_is_short(monkeypatch):
@@ -392,8 +402,12 @@ def test_outputs_that_people_marked_are_learned_from(kind):
     rows = [*rooms.marked_corpus(), *map(rooms.turned, rooms.marked_corpus())]
     flags = {"words": None, kind: f"{kind}.jsonl"}
     records.write_records(f"{kind}.jsonl", rows[:118])
+    everywhere = []
     if kind == "records":
         flags["prompts"] = None
+        everywhere = [7]
+        ids = removed_everywhere.Ids(everywhere, {})
+        removed_everywhere.write_records("records.jsonl", rows[:118], ids)
     else:
         said = [dataclasses.replace(row, negative_spans=None) for row in rows]
         records.write_records("said.jsonl", said)
@@ -412,6 +426,8 @@ def test_outputs_that_people_marked_are_learned_from(kind):
     )
     assert "looked at for the 2 texts that are marked" in found.printed
     assert not (found.folder / "training_outputs").exists()
+    run_json = json.loads((found.folder / "TNFF/model/run.json").read_text())
+    assert run_json["objective"]["removed_everywhere"] == everywhere
     assert found.numbers["unwanted_before"] > 0.3
 
 
@@ -564,13 +580,31 @@ LINES = "".join(f"prompt {number}\n" for number in range(100))
         ({"gin.BATCH_SIZE": "many"}, "--gin.BATCH_SIZE: expected int, found 'many'."),
         ({"gin.OUTPUT_DIR": "x"}, "--gin.OUTPUT_DIR: expected a setting that no flag says, found"),
         ({"gin_file": "none.gin"}, "--gin_file: no gin file 'none.gin'"),
+        *(
+            ({"gin_file": ("own.gin", f"{name} = 'x'\n")}, f"{name}: expected a setting that no f")
+            for name in ("OUTPUT_DIR", "TRAIN_PROMPTS", "EVAL_PROMPTS", "TRAINING_RECORDS")
+        ),
+        (
+            {
+                "gin_file": (
+                    "own.gin",
+                    "ORIGINAL_CHECKPOINT_PATH = 'tiny'\nVOCABULARY_PATH = 'model'\n",
+                )
+            },
+            "ORIGINAL_CHECKPOINT_PATH: expected a setting that no flag says, found 'tiny' in a --g",
+        ),
+        (
+            {"gin.experiment.Experiment.output_dir": "x"},
+            "OUTPUT_DIR: expected a setting that no flag says, found 'x' in a --gin_file or a --gi",
+        ),
         ({"gin.ARMS": "[]"}, "ARMS: expected one arm to train, found none."),
         ({"output": "gs://bucket/out"}, "--output: expected a local folder, found "),
         (
             {"format": "peft", "gin.ORIGINAL": "cached"},
             "--format=peft: expected ORIGINAL='adapters_off', found 'cached'. Leave one out.",
         ),
-        ({"gin.NUM_ROUNDS": 0}, "NUM_ROUNDS: expected at least 1, found 0."),
+        ({"gin.NUM_ROUNDS": 0}, "NUM_ROUNDS: expected 1, found 0: patch makes rounds of its own"),
+        ({"gin.NUM_ROUNDS": 2}, "NUM_ROUNDS: expected 1, found 2: patch makes rounds of its own"),
         ({"output": "model/out"}, "--output: expected a folder outside the model's, found "),
     ],
 )

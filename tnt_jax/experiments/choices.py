@@ -17,6 +17,7 @@ _MULTIPLE = 8  # lengths are rounded up, so that runs of nearly equal texts shar
 LONGEST_INPUT = 512
 LONGEST_OUTPUT = 128
 _NEARLY_ALL = 0.95  # of the outputs are learned from whole: a few run on without an end
+_AS_LENGTHS_SAY = "as the lengths say that are given"
 _MORE = 1.25  # as long: what the patched model says may be longer, and unwanted there
 # Outputs
 PILOT = 64
@@ -44,6 +45,8 @@ _EPOCHS_OF_HEADS, _FEWEST_OF_HEADS, _MOST_OF_HEADS = 40, 200, 1000  # updates, t
 # Looks
 _LOOKS = 20
 _SHORTEST_PERIOD, _LONGEST_PERIOD = 5, 40
+
+UNKNOWN = object()  # stands for a given value that rules cannot count with
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,10 +133,10 @@ class Counts:
 def _take(
     given: Mapping[str, Any], what: str, macro: str, value: Any, reason: str, *bindings: str
 ) -> Choice:
-    """The choice; the user's where there is one (None where its value is not known here)."""
+    """The choice; the user's where there is one, with its own value in place of `UNKNOWN`."""
     if macro not in given:
         return Choice(what=what, macro=macro, value=value, reason=reason, bindings=bindings)
-    found = value if given[macro] is None else given[macro]
+    found = value if given[macro] is UNKNOWN else given[macro]
     return Choice(what=what, macro=macro, value=found, reason="given", is_given=True)
 
 
@@ -206,7 +209,10 @@ def before_pilot(
       network: The original's.
       machine: This one.
     """
-    of_output = _take(given, "longest output", "MAX_LENGTH", LONGEST_OUTPUT, "to begin with")
+    longest, reason = LONGEST_OUTPUT, "to begin with"
+    if (targets := _given_targets(given)) is not None:
+        longest, reason = targets, _AS_LENGTHS_SAY
+    of_output = _take(given, "longest output", "MAX_LENGTH", longest, reason)
     lengths = _lengths(given, prompt_lengths, of_output)
     generate = _generate_batch(given, sum(lengths.value.values()), network, machine)
     return [lengths, of_output, generate]
@@ -286,19 +292,13 @@ def after_pilot(
     Args:
       given: Macros that the user set, with their values.
       prompt_lengths: Tokens of each prompt.
-      output_lengths: Tokens of each output of the pilot.
-      num_unended: Those that did not end.
+      output_lengths: Tokens of each output of the pilot, and of those that are given.
+      num_unended: Outputs of the pilot that did not end.
       network: The original's.
       machine: This one.
       needs_adapters: Whether adapters are what is asked for, of a T5 as well.
     """
-    ended = sorted(output_lengths)
-    nearly_all = ended[math.ceil(_NEARLY_ALL * len(ended)) - 1]
-    longest = min(_up(math.ceil(nearly_all * _MORE)), LONGEST_OUTPUT)
-    reason = f"95 % of {len(ended)} outputs have up to {nearly_all} tokens: a quarter more"
-    if longest == LONGEST_OUTPUT and num_unended:
-        reason = f"{num_unended} of {len(ended)} outputs do not end within {longest} tokens"
-    of_output = _take(given, "longest output", "MAX_LENGTH", longest, reason)
+    of_output = _longest_output(given, output_lengths, num_unended)
     lengths = _lengths(given, prompt_lengths, of_output)
     generate = _generate_batch(given, sum(lengths.value.values()), network, machine)
     return [
@@ -307,6 +307,35 @@ def after_pilot(
         generate,
         *update(given, lengths.value, network, machine, needs_adapters),
     ]
+
+
+def _longest_output(
+    given: Mapping[str, Any], output_lengths: Sequence[int], num_unended: int
+) -> Choice:
+    """A quarter more than nearly all outputs have, up to a limit; or as many as lengths say."""
+    number = len(output_lengths)
+    nearly_all = sorted(output_lengths)[math.ceil(_NEARLY_ALL * number) - 1]
+    wanted, targets = _up(math.ceil(nearly_all * _MORE)), _given_targets(given)
+    longest = min(wanted, LONGEST_OUTPUT) if targets is None else targets
+    num_cut = sum(length > longest for length in output_lengths)
+    # The pilot made no longer ones than that: those that did not end would be longer.
+    if targets is not None or longest == LONGEST_OUTPUT:
+        num_cut += num_unended
+    if targets is not None:
+        reason = _AS_LENGTHS_SAY
+    elif wanted == longest:
+        reason = f"95 % of {number} outputs have up to {nearly_all} tokens: a quarter more"
+    else:
+        reason = "the most that is chosen"
+    if num_cut:
+        reason += f"; {num_cut} of {number} are longer: their ends, and marks there, are cut off"
+    return _take(given, "longest output", "MAX_LENGTH", longest, reason)
+
+
+def _given_targets(given: Mapping[str, Any]) -> int | None:
+    """The tokens of outputs in lengths that are given."""
+    lengths = given.get("TASK_FEATURE_LENGTHS")
+    return lengths.get("targets") if isinstance(lengths, Mapping) else None
 
 
 def training_outputs(pilot: Counts, available: int) -> tuple[int, str]:
@@ -518,15 +547,20 @@ class Looks:
     reason: str
 
 
-def looks(counts: Counts, batch_size: int) -> Looks:
+def looks(counts: Counts, chosen: Sequence[Choice]) -> Looks:
     """A look every quarter of an epoch, every 5 to 40 updates; 20 looks at most.
 
     Args:
-      counts: Of the training outputs; three clean ones for each that is marked are learned from.
-      batch_size: Of an update.
+      counts: Of the training outputs.
+      chosen: What `update` chose: outputs in an update, and how many clean outputs are learned from
+        for each that is marked (None: all).
     """
+    value = {choice.macro: choice.value for choice in chosen}
+    batch_size, clean_per_marked = value["BATCH_SIZE"], value["CLEAN_PER_MARKED"]
     clean = counts.outputs - counts.marked
-    learned = counts.marked + min(clean, CLEAN_PER_MARKED * counts.marked)
+    if clean_per_marked is not None:
+        clean = min(clean, round(clean_per_marked * counts.marked))
+    learned = counts.marked + clean
     of_epoch = learned / batch_size
     period = min(max(math.ceil(of_epoch / 4), _SHORTEST_PERIOD), _LONGEST_PERIOD)
     return Looks(

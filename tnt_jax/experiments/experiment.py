@@ -789,8 +789,8 @@ class Opened:
           output_format: Of `convert.convert`; None is that which the original came in.
         """
         output_format = output_format or self._came_as.output_format
-        if output_format == "orbax":
-            return str(self.root / name / "model")
+        if output_format == "orbax":  # of a later round it is not the arm's own folder
+            return str(pathlib.Path(checkpoint).parent)
         is_stacked = self._came_as.scan_layers and output_format in ("t5x", "t5x_orbax")
         output = str(self.root / name / output_format)
         self._stages.run(

@@ -6,7 +6,8 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from tnt_jax.experiments.choices import Choice
+from tnt_jax.experiments.choices import UNKNOWN, Choice
+from tnt_jax.experiments.experiment import Experiment
 from tnt_jax.experiments.search import ROUNDS, Found
 from tnt_jax.experiments.unwanted import Unwanted
 from tnt_jax.runtime import files, gin_files
@@ -37,8 +38,8 @@ class PipelineGin:
 
     Attributes:
       path: Of the file: "so_far.gin" until all is found, then "pipeline.gin".
-      given: Settings of the user, by name, each as a `Choice` has it; None where rules cannot count
-        with the value.
+      given: Settings of the user, by name, each as a `Choice` has it; `UNKNOWN` where rules cannot
+        count with the value.
     """
 
     def __init__(
@@ -68,6 +69,10 @@ class PipelineGin:
         self._folder, self._unwanted, self._decoding = folder, unwanted, decoding
         self._settings = [setting.partition("=")[::2] for setting in settings]
         self.path = folder / "so_far.gin"
+        self._prompts = {
+            name: str(folder / "prompts" / f"{name}.jsonl") for name in ("train", "report")
+        }
+        self._records = self._prompts["train"] if unwanted.are_outputs_given else None
         own = gin_files.Settings([pathlib.Path(), gin_files.ROOT, gin_files.GIN_CONFIGS])
         self._files = [own.add_file(name, given_by="--gin_file") for name in own_files]
         for name, value in self._settings:
@@ -98,7 +103,6 @@ class PipelineGin:
         if found is not None:
             self.path.unlink(missing_ok=True)
             self.path = self._folder / "pipeline.gin"
-        prompts = self._folder / "prompts"
         lines = [
             "# What python -m tnt_jax.patch did, for pipeline: the same model, bit for bit.",
             f"#   {self.command}",
@@ -117,8 +121,8 @@ class PipelineGin:
             'include "runs/pipeline.gin"',
             "",
             f"ORIGINAL_CHECKPOINT_PATH = {self._model!r}",
-            f"TRAIN_PROMPTS = {str(prompts / 'train.jsonl')!r}",
-            f"EVAL_PROMPTS = {str(prompts / 'report.jsonl')!r}",
+            f"TRAIN_PROMPTS = {self._prompts['train']!r}",
+            f"EVAL_PROMPTS = {self._prompts['report']!r}",
             f"OUTPUT_DIR = {str(self._folder)!r}",
             *self._unwanted.gin_lines(self._folder),
             f"DECODERS = {DECODERS[self._decoding]}",
@@ -138,15 +142,39 @@ class PipelineGin:
         lines += ["", f"# {_about(found)}"]
         lines += [f"{WEIGHT} = {attempt.weight!r}", f"TRAIN_STEPS = {updates}"]
         if found and attempt.round > 1:
+            self._records = found.files
             lines += [
                 f"# The outputs of {attempt.round} rounds together",
-                f"TRAINING_RECORDS = {found.files!r}",
+                f"TRAINING_RECORDS = {self._records!r}",
             ]
         if has_own and (self._files or self._settings):
             lines += ["", "# Given"]
             lines += [f"include {str(file.absolute())!r}" for file in self._files]
             lines += [f"{name} = {gin_files.as_gin(value)}" for name, value in self._settings]
         files.write_text(self.path, "\n".join(lines) + "\n")
+
+    def check(self, experiment: Experiment) -> None:
+        """Checks that the user's files and settings, which come last, leave what flags say.
+
+        Args:
+          experiment: What gin makes of the file that was written, and of the user's.
+
+        Raises:
+          UsageError: A setting of the user's says what a flag does.
+        """
+        for name, found, written in (
+            ("ORIGINAL_CHECKPOINT_PATH", experiment.original_checkpoint_path, self._model),
+            ("TRAIN_PROMPTS", experiment.train_prompts, self._prompts["train"]),
+            ("EVAL_PROMPTS", experiment.eval_prompts, self._prompts["report"]),
+            ("TRAINING_RECORDS", experiment.training_records, self._records),
+            ("OUTPUT_DIR", experiment.output_dir, str(self._folder)),
+        ):
+            if found != written:
+                raise UsageError(
+                    f"{name}: expected a setting that no flag says, found {found!r} in a "
+                    f"--gin_file or a --gin.NAME=VALUE, where {_OF_FLAGS[name]} says it. Leave it "
+                    "out there."
+                )
 
     @property
     def command(self) -> str:
@@ -165,8 +193,8 @@ def _about(found: Found | None) -> str:
 
 
 def _plain(name: str, value: Any) -> Any:
-    """A value that rules can count with; None for other references, or one that is required."""
-    if isinstance(value, gin_files.Reference) and name in _KNOWN_BY_NAME:
+    """A value that rules can count with; `UNKNOWN` for other references and what is required."""
+    if isinstance(value, gin_files.Reference) and name in _KNOWN_BY_NAME and value.text[0] == "@":
         return value.text
     is_plain = value is None or isinstance(value, bool | int | float | str | list | tuple | dict)
-    return value if is_plain else None
+    return value if is_plain else UNKNOWN

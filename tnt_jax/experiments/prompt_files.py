@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tnt_jax import annotators
-from tnt_jax.data import records, words
+from tnt_jax.data import records, removed_everywhere, words
 from tnt_jax.experiments import choices
 from tnt_jax.experiments.unwanted import MARKED_TEXTS, Unwanted
 from tnt_jax.runtime import files
@@ -168,13 +168,20 @@ def _chance(prompt: str) -> bytes:
     return hashlib.sha256(prompt.encode()).digest()
 
 
-def write(path: pathlib.Path, rows: Sequence[records.Record], *, whole: bool = False) -> str:
+def write(
+    path: pathlib.Path,
+    rows: Sequence[records.Record],
+    *,
+    whole: bool = False,
+    everywhere: Sequence[int] = (),
+) -> str:
     """Writes prompts, unless the file has them already; returns its path.
 
     Args:
       path: Of the file.
       rows: Records.
       whole: With targets and marks; else what a model is given, and the fields of the user's own.
+      everywhere: Ids that are removed at every position of them (`removed_everywhere`).
     """
     if not whole:
         rows = [
@@ -188,14 +195,17 @@ def write(path: pathlib.Path, rows: Sequence[records.Record], *, whole: bool = F
             )
             for row in rows
         ]
-    if not path.is_file() or not _holds(path, rows):
-        files.write_text(path, "".join(row.to_line() for row in rows))
+    if not path.is_file() or not _holds(path, rows, everywhere):
+        ids = removed_everywhere.Ids(everywhere, {}) if everywhere else None
+        removed_everywhere.write_records(path, rows, ids)
     return str(path)
 
 
-def _holds(path: pathlib.Path, rows: Sequence[records.Record]) -> bool:
-    """Whether a file has these records, as this version writes them or as another did."""
+def _holds(path: pathlib.Path, rows: Sequence[records.Record], everywhere: Sequence[int]) -> bool:
+    """Whether a file has these records and ids, as this version writes them or as another did."""
     try:
+        if removed_everywhere.of_records(str(path)) != tuple(everywhere):
+            return False
         return records.digest(records.read_records(path)) == records.digest(rows)
     except UsageError:
         return False
@@ -241,12 +251,14 @@ class Texts:
       notes: What is to be said of the files.
       marked: What is marked in given outputs; None where none were given, or their marks are still
         to be found.
+      everywhere: Ids that are removed at every position of given outputs, sorted.
     """
 
     parts: Parts
     digest: str
     notes: Sequence[str]
     marked: Sequence[str] | None
+    everywhere: tuple[int, ...] = ()
 
     @classmethod
     def read(cls, prompts: str | None, eval_prompts: str | None, unwanted: Unwanted) -> "Texts":
@@ -284,8 +296,17 @@ class Texts:
             marked = _check_marked(rows, f"--{unwanted.kind}")
             notes.append(_about_new_outputs(len(marked)))
         parts = split(rows, eval_rows)
-        every = [*parts.train, *parts.choice, *parts.report]
-        return cls(parts=parts, digest=records.digest(every), notes=notes, marked=marked)
+        digest = records.digest([*parts.train, *parts.choice, *parts.report])
+        everywhere: tuple[int, ...] = ()
+        if unwanted.kind == "records":
+            everywhere = removed_everywhere.of_records(path)
+        if everywhere:
+            digest = hashlib.sha256(repr((digest, everywhere)).encode()).hexdigest()[:16]
+            notes.append(
+                f"{len(everywhere)} tokens are removed at every position: "
+                f"{removed_everywhere.file_of(path)}."
+            )
+        return cls(parts=parts, digest=digest, notes=notes, marked=marked, everywhere=everywhere)
 
     def with_marks_found(self, rows: Sequence[records.Record]) -> tuple["Texts", str]:
         """With the outputs to learn from as they were marked, and what is to be said of that.

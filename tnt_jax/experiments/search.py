@@ -285,10 +285,14 @@ class _Search:
     def _objective(self, attempt: Attempt) -> Any:
         return dataclasses.replace(self._arm.objective, negative_weight=attempt.weight)
 
+    def _up_to(self, updates: int) -> Changes:
+        """The settings of a run that ends after so many updates; data as the arm wants it."""
+        return Changes(schedule={"train_steps": updates}, dataset=self._arm.dataset)
+
     def _model(self, attempt: Attempt, updates: int) -> tuple[str, str]:
         """A checkpoint, and what it is made of: it makes room for the next one."""
         identity = self._opened.describe_training(
-            self._objective(attempt), self._files[attempt.round - 1], _up_to(updates)
+            self._objective(attempt), self._files[attempt.round - 1], self._up_to(updates)
         )
         name = f"checkpoint_{updates}"
         return str(self._opened.root / self._arm.name / "model" / name), identity
@@ -311,7 +315,7 @@ class _Search:
             self._arm.name,
             self._objective(attempt),
             self._files[attempt.round - 1],
-            changes=_up_to(updates),
+            changes=self._up_to(updates),
             after=after,
         )
 
@@ -381,7 +385,3 @@ class _Search:
             bleu=text_metrics.compare(*map(list, zip(*texts, strict=True))).bleu,
             unwanted=unwanted,
         )
-
-
-def _up_to(updates: int) -> Changes:
-    return Changes(schedule={"train_steps": updates})

@@ -23,7 +23,10 @@ _REQUIRED = object()  # stands for %gin.REQUIRED
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """What a setting refers to, which text alone does not tell: "@scope/module.name", "()" last."""
+    """What a setting refers to, which text alone does not tell: "@scope/module.name", or "%MACRO".
+
+    "()" last where it is called.
+    """
 
     text: str
 
@@ -39,7 +42,7 @@ class _Names(config_parser.ParserDelegate):
         if macro_name == "gin.REQUIRED":
             return _REQUIRED
         self.macros.append(macro_name)
-        return None
+        return Reference(f"%{macro_name}")
 
     def configurable_reference(self, scoped_configurable_name, evaluate) -> Any:
         self.selectors.append(scoped_configurable_name)
@@ -51,7 +54,7 @@ class Settings:
 
     Attributes:
         values: by key ("MODEL_DIR", "t5.T5Config.emb_dim"), the last value; that of
-            @module.name is a `Reference`, that of %MACRO None.
+            @module.name, or of %MACRO, is a `Reference`.
         files: all that were read.
     """
 
