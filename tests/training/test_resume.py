@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 import re
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -546,6 +548,26 @@ def test_a_change_stays_written_down():
     run = {"pack": False}
     resume.check_same(before, run, ["pack"], [], "there", 5)
     assert json.loads(json.dumps(run["changes"])) == before["changes"]
+
+
+def test_what_was_measured_of_another_objective_is_left_behind():
+    before = {"position": {"next_batch": 7}, "health": {"losses": [0.1]}, "since_log": {}}
+    changes = [{"after_update": 7, "name": "pack"}, {"after_update": 5, "name": "objective"}]
+    run = types.SimpleNamespace(before=before, run={"changes": changes})
+    measured = loop.Loop.measured_before.fget(run)
+    assert measured is before
+    changes.append({"after_update": 7, "name": "objective"})
+    assert loop.Loop.measured_before.fget(run) == {}
+
+
+def test_what_was_left_out_is_forgotten_where_nothing_is_left_out_any_more():
+    """A run with NON_FINITE="stop" would end at it, however often it is started."""
+    sums = [{"loss": 1.0, "gradient_norm": 2.0}, {"loss": math.nan, "gradient_norm": 2.0}]
+    before = {"sums": sums, "seconds": 1.0, "seconds_waited": 0.0}
+    assert not loop._SinceLog(before).is_finite()
+    since = loop._SinceLog(before, keeps_all=False)
+    assert since.is_finite()
+    assert [found["loss"] for found in since.fetch().sums] == [1.0]
 
 
 @pytest.mark.parametrize("name", ["adapters", "upper_layers"])

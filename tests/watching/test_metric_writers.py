@@ -180,6 +180,11 @@ def test_weights_and_biases_has_one_run_and_each_update_once(tmp_path, wandb):
     assert history[1][1] == {"samples": [["now"], ["a"]]}
     assert [values["train/loss"] for _, values in history[::2]] == [1.0, 1.0, 1.0, 2.0]
     assert of_run["exit_code"] == 0
+    # What begins anew in the same folder is no part of it.
+    run(0, (10,), 3.0)
+    first, second = json.loads((wandb / "server.json").read_text()).items()
+    assert first == (run_id, of_run)
+    assert [step for step, _ in second[1]["history"]] == [10, 10]
 
 
 def test_weights_and_biases_hears_of_a_failure(tmp_path, wandb):

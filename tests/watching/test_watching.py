@@ -1,6 +1,7 @@
 """Training runs that are watched, through their real entry point."""
 
 import contextlib
+import dataclasses
 import functools
 import gzip
 import html
@@ -21,10 +22,10 @@ from helpers.tiny_llama import LLAMA
 
 from tnt_jax.checkpoints import pretrained
 from tnt_jax.data import records
-from tnt_jax.models import causal_lm, sharding
+from tnt_jax.models import causal_lm, decoding, sharding
 from tnt_jax.models.model import Model
 from tnt_jax.runtime import program
-from tnt_jax.watching import hooks, metric_writers, seqio_evaluation
+from tnt_jax.watching import hooks, metric_writers, samples, seqio_evaluation
 
 # T5X users' tasks: this module registers one, as theirs do. It knows nothing of tnt_jax.
 TASKS = """
@@ -246,6 +247,39 @@ def test_a_run_that_died_shows_every_update_once(watched):
     assert [line["step"] for line in lines_of("died/metrics.jsonl")] == [0, 2, 4, 5]
 
 
+@dataclasses.dataclass
+class Says:
+    """Stands for a model: it says whatever its parameters are."""
+
+    decoder: decoding.Decoding
+    prompts = (samples.Prompt(id="1", inputs=(2,)),)
+    inputs = ("in",)
+
+    def __call__(self, params):
+        return [params]
+
+
+@pytest.mark.parametrize(
+    ("digest", "max_length", "said"), [("a", 8, "first"), ("b", 8, "second"), ("a", 9, "second")]
+)
+def test_another_original_or_decoder_speaks_again(tmp_path, digest, max_length, said):
+    def begin(step, original_digest, params, max_length):
+        hook = samples.Samples(Says(decoding.Decoding(max_length=max_length)), str(tmp_path), 1)
+        with metric_writers.open_all(str(tmp_path), start=step, config={}) as out:
+            beginning = {"state": None, "params_of": lambda state: state, "out": out}
+            hook.begin(
+                hooks.Beginning(
+                    step=step, original_params=params, original_digest=original_digest, **beginning
+                )
+            )
+            hook(step + 1, "now")
+            hook.close()
+        return samples_of(tmp_path)[step + 1][0]["original"]
+
+    assert begin(0, "a", "first", 8) == "first"
+    assert begin(1, digest, "second", max_length) == said
+
+
 # --- seqio's Evaluator ----------------------------------------------------------------------------
 
 
@@ -340,7 +374,12 @@ def test_a_decoder_only_model_is_scored_behind_its_prompts(tmp_path):
     with metric_writers.open_all(str(tmp_path), start=0, config={}) as out:
         evaluation.begin(
             hooks.Beginning(
-                step=0, state=params, params_of=lambda state: state, original_params=None, out=out
+                step=0,
+                state=params,
+                params_of=lambda state: state,
+                original_params=None,
+                original_digest=None,
+                out=out,
             )
         )
     import rooms_tasks

@@ -176,14 +176,16 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(AXIS_RULES["batch"]))
 
 
-def check_batch_size(batch_size: int, num_microbatches: int, mesh: Mesh) -> None:
-    """Raises a UsageError unless every microbatch splits evenly over the devices that share it."""
+def check_batch_size(
+    batch_size: int, num_microbatches: int, mesh: Mesh, setting: str = "BATCH_SIZE"
+) -> None:
+    """Raises a UsageError, which names the setting, unless devices share each microbatch evenly."""
     num_devices = _num_row_devices(mesh)
     num_parts = num_microbatches * num_devices
     if num_microbatches < 1 or batch_size < 1 or batch_size % num_parts:
         axes = " x ".join(AXIS_RULES["batch"])
         raise UsageError(
-            f"BATCH_SIZE: expected a multiple of num_microbatches x {axes} devices = "
+            f"{setting}: expected a multiple of num_microbatches x {axes} devices = "
             f"{num_microbatches} x {num_devices}; found {batch_size}."
         )
 

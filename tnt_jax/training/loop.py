@@ -215,12 +215,14 @@ class Loop:
             state=state,
             params_of=self._whole,
             original_params=original_params,
+            original_digest=(self.loaded_original.identity or {}).get("digest"),
             out=progress.writers,
         )
         with contextlib.ExitStack() as stack:
-            for hook in progress.hooks:
-                stack.callback(hook.close)
-                hook.begin(beginning)
+            with progress.since.paused():
+                for hook in progress.hooks:
+                    stack.callback(hook.close)
+                    hook.begin(beginning)
             yield
 
     def _whole(self, state: train_step.TrainState) -> PyTree:
@@ -242,6 +244,17 @@ class Loop:
         kept = "no checkpoint yet" if step is None else f"checkpoint {step}"
         return f"{kept} in {self.model_dir}"
 
+    @property
+    def measured_before(self) -> Mapping[str, Any]:
+        """What the checkpoint has of losses; nothing if they are those of another objective."""
+        step = self.before.get("position", {}).get("next_batch")
+        changed = [
+            change["name"]
+            for change in self.run.get("changes", ())
+            if change["after_update"] == step
+        ]
+        return {} if "objective" in changed else self.before
+
     def make_health(self, events: metric_writers.StepLines) -> health.Health:
         """What tells whether the numbers are sound."""
 
@@ -259,7 +272,7 @@ class Loop:
             examples_of=examples_of,
             events=events,
             where=self.newest,
-            state=self.before.get("health"),
+            state=self.measured_before.get("health"),
         )
 
 
@@ -290,7 +303,9 @@ class _Progress:
     ):
         self.loop, self.writers, self.view = loop, writers, view
         self.health = loop.make_health(events)
-        self.since = _SinceLog(loop.before.get("since_log"))
+        self.since = _SinceLog(
+            loop.measured_before.get("since_log"), keeps_all=loop.trainer.skip_non_finite
+        )
         self.metrics: dict[str, float | int] = {}
         self._checkpoint = _Checkpoint(self)
         self.hooks: list[hooks.Hook] = [_Log(self)]
@@ -465,12 +480,18 @@ class _Elapsed:
 class _SinceLog:
     """What has happened since the last line of the log."""
 
-    def __init__(self, before: Mapping[str, Any] | None = None):
-        """Begins anew, or, given the `state` of a run that was stopped, where that one was."""
+    def __init__(self, before: Mapping[str, Any] | None = None, *, keeps_all: bool = True):
+        """Begins anew, or, given the `state` of a run that was stopped, where that one was.
+
+        Unless it `keeps_all`, updates that were left out are forgotten: a run that leaves out none
+        any more would end at them.
+        """
         before = before or {"sums": (), "seconds": 0.0, "seconds_waited": 0.0}
         self._pending: list[Any] = [  # the newest ones are still on the devices
             {name: np.float32(value) for name, value in sums.items()} for sums in before["sums"]
         ]
+        if not keeps_all:
+            self._pending = [sums for sums in self._pending if _is_finite(sums)]
         self._began = time.monotonic() - before["seconds"]
         self._waited = before["seconds_waited"]
 
@@ -509,12 +530,7 @@ class _SinceLog:
 
     def is_finite(self) -> bool:
         """Whether the losses and gradients so far are; waits for the devices."""
-        return all(
-            bool(np.isfinite(value))
-            for sums in self._pending
-            for name, value in jax.device_get(sums).items()
-            if name in ("loss", "gradient_norm")
-        )
+        return all(map(_is_finite, jax.device_get(self._pending)))
 
     def fetch(self) -> _Elapsed:
         """Waits for the devices, and begins anew."""
@@ -522,6 +538,11 @@ class _SinceLog:
         found = _Elapsed(sums, time.monotonic() - self._began, self._waited)
         self.__init__()
         return found
+
+
+def _is_finite(sums: Mapping[str, Any]) -> bool:
+    """Whether an update has a loss and a gradient, as far as its sums say."""
+    return all(bool(np.isfinite(sums.get(name, 0.0))) for name in ("loss", "gradient_norm"))
 
 
 def _add(sums: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -19,6 +19,7 @@ class Beginning:
       params_of: Gives all parameters that the model is run with, from a training state.
       original_params: All parameters that the original is run with; None where they are not in
         memory.
+      original_digest: Of its parameters; None where the objective compares with no original.
       out: Where metrics and tables go.
     """
 
@@ -26,6 +27,7 @@ class Beginning:
     state: Any
     params_of: Callable[[Any], PyTree]
     original_params: PyTree | None
+    original_digest: str | None
     out: metric_writers.Writers
 
 

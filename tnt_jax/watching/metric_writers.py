@@ -209,7 +209,7 @@ def open_all(
             others.append(TensorBoard(tensorboard_folder(model_dir), start=start))
             opened.callback(others[0].close)
             if wandb_project is not None:
-                others.append(WeightsAndBiases(wandb_project, model_dir, config))
+                others.append(WeightsAndBiases(wandb_project, model_dir, config, start))
         opened.pop_all()
     return Writers(metrics, others)
 
@@ -338,18 +338,20 @@ class WeightsAndBiases:
         project: in which the run is shown.
         model_dir: of the run.
         config: JSON, what the run is.
+        start: the update that the run goes on from; one that begins, in whatever folder, is shown
+            as another run.
 
     Raises:
         UsageError: it lets no run begin: nobody is logged in, nothing is at the other end.
     """
 
-    def __init__(self, project: str, model_dir: str, config: Mapping[str, Any]):
+    def __init__(self, project: str, model_dir: str, config: Mapping[str, Any], start: int):
         import wandb  # pyright: ignore[reportMissingImports]  # an extra
 
         folder = epath.Path(model_dir).expanduser()
         kept = folder / "wandb_run.json"
         run_id = None
-        if kept.exists():
+        if start and kept.exists():
             files.check_types(found := files.read_object(kept), {"id": (str,)}, str(kept))
             run_id = found.get("id")
         if run_id is None:

@@ -16,7 +16,7 @@ from tnt_jax.data import marks, records
 from tnt_jax.data.examples import Example, num_marks_of, take
 from tnt_jax.models import decoding, sharding
 from tnt_jax.models.model import Model
-from tnt_jax.runtime import console
+from tnt_jax.runtime import console, settings_json
 from tnt_jax.runtime.array_types import PyTree
 from tnt_jax.watching import hooks, metric_writers
 
@@ -113,8 +113,9 @@ class Samples(hooks.Hook):
     """Writes what the model says every so often, beside what the original says.
 
     `MODEL_DIR/samples.jsonl` has a line for each time: `{"step": 200, "samples": [{"id", "inputs",
-    "original", "current"}]}`; the first one has no "current". A run that goes on drops what was
-    written after its checkpoint, and takes the original's outputs from there.
+    "original", "current"}]}`; the first one has no "current", but "said_by": the original's digest
+    and the decoder. A run that goes on with both drops what was written after its checkpoint, and
+    takes the original's outputs from there.
 
     Args:
       speaker: Answers the prompts.
@@ -132,6 +133,8 @@ class Samples(hooks.Hook):
         """Has the original speak, unless it has."""
         self._params_of, self._out = beginning.params_of, beginning.out
         start, original = beginning.step, beginning.original_params
+        decoder = settings_json.describe(self._speaker.decoder)
+        self._said_by = {"original": beginning.original_digest, "decoder": decoder}
         said = self._said_before() if start else None
         if np.any(multihost_utils.process_allgather(np.array(said is None))):
             said = None  # every host has to take part in decoding
@@ -173,7 +176,9 @@ class Samples(hooks.Hook):
         # As `StepLines` reads it: whatever a crash left, half a character too.
         for line in self._path.read_bytes().decode("utf-8", "replace").split("\n"):
             with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-                samples = json.loads(line)["samples"]
+                samples, said_by = map(json.loads(line).__getitem__, ("samples", "said_by"))
+                if said_by != self._said_by:
+                    continue
                 if [(sample["id"], sample["inputs"]) for sample in samples] == asked:
                     return [sample["original"] for sample in samples]
         return None
@@ -187,7 +192,8 @@ class Samples(hooks.Hook):
         for sample, text in zip(samples, current or (), strict=False):
             sample["current"] = text
         assert self._file is not None
-        self._file.write(step, {"samples": samples})
+        said_by = {"said_by": self._said_by} if current is None else {}
+        self._file.write(step, {"samples": samples, **said_by})
 
 
 def _in_the_log(inputs: str, original_text: str | None, current: str) -> str:

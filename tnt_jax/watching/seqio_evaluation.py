@@ -168,7 +168,7 @@ class SeqioEvaluation:
         """
         if self.every < 1:
             raise UsageError(f"SEQIO_EVAL_EVERY: expected at least 1, found {self.every}.")
-        sharding.check_batch_size(self.batch_size, 1, model.mesh)
+        sharding.check_batch_size(self.batch_size, 1, model.mesh, "EVAL_BATCH_SIZE")
         of_setting = f"{self.mixture_or_task_name!r} (EVAL_MIXTURE_OR_TASK_NAME)"
         found = seqio.get_subtasks(
             tasks.find_task(self.mixture_or_task_name, self.mixture_or_task_module)
