@@ -189,6 +189,12 @@ def sweep(
                 raise UsageError(
                     f"Grid.{setting}: expected num_rounds=1, found {grid.num_rounds}: {why}"
                 )
+        for setting in ("annotator", "training_decoders"):
+            if experiment.training_records is not None and getattr(grid, setting):
+                raise UsageError(
+                    f"Grid.{setting}: expected none with TRAINING_RECORDS, which are annotated "
+                    "outputs that all arms learn from. Leave one out."
+                )
         for objective in grid.objectives:
             objectives.named(objective)  # a misspelt one is known now
     began = time.monotonic()

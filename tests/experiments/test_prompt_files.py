@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -9,6 +10,7 @@ from tnt_jax.data import records, removed_everywhere
 from tnt_jax.experiments import prompt_files
 from tnt_jax.experiments.prompt_files import Texts
 from tnt_jax.experiments.unwanted import Unwanted
+from tnt_jax.runtime.errors import UsageError
 
 # As many prompts as a patch needs, each with an output.
 OUTPUTS = [
@@ -120,3 +122,38 @@ def test_what_is_removed_at_every_position_of_given_records_is_so_of_their_copy(
     removed_everywhere.write_records(path, rows, None)
     without = Texts.read(None, None, Unwanted(records=path))
     assert (without.everywhere, without.digest) == ((), records.digest(everything(without)))
+
+
+def test_prompts_of_a_table(tmp_path):
+    """A prompt may have commas and line breaks in it."""
+    path = tmp_path / "prompts.csv"
+    path.write_text('\ufeffid,prompt,else\n7,"hello, there",x\n8,"two\nlines",y\n', "utf-8")
+    found = prompt_files.read(str(path), "--prompts")
+    assert [(row.id, row.inputs) for row in found] == [("7", "hello, there"), ("8", "two\nlines")]
+    path = tmp_path / "prompts.tsv"
+    path.write_text("inputs\na room\nno room\n")
+    found = prompt_files.read(str(path), "--prompts")
+    assert [(row.id, row.inputs) for row in found] == [
+        ("prompts:1", "a room"),
+        ("prompts:2", "no room"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            "question,answer\na,b\n",
+            'expected a column "inputs" or "prompt", found question, answer',
+        ),
+        ("prompt\n", "expected records, found none"),
+        ("id,prompt\n1,a\n1,b\n", "the id '1' was used before"),
+        ("id,prompt\n1,\n", "expected a text in each prompt, found none in 1 of 1"),
+        ('prompt\n"a" b\n', "expected a table in UTF-8, found "),
+    ],
+)
+def test_a_table_that_has_no_prompts(tmp_path, content, message):
+    path = tmp_path / "prompts.csv"
+    path.write_text(content)
+    with pytest.raises(UsageError, match=re.escape(message)):
+        prompt_files.read(str(path), "--prompts")

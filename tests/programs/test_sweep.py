@@ -452,6 +452,10 @@ def test_prompts_whose_outputs_the_annotator_does_not_know_do_not_count(working_
             {"sweep.Grid.num_rounds": 2, "sweep.Grid.training_decoders": "['greedy']"},
             "Grid.training_decoders: expected num_rounds=1, found 2: further rounds decode as",
         ),
+        (
+            {"TRAINING_RECORDS": "a.jsonl", "sweep.Grid.annotator": "@annotators.Lexicon"},
+            "Grid.annotator: expected none with TRAINING_RECORDS",
+        ),
         ({"PROCESS_INDEX": 2, "NUM_PROCESSES": 2}, "PROCESS_INDEX: expected 0 to 1"),
     ],
     ids=str,

@@ -24,7 +24,7 @@ from orbax.checkpoint._src.path import gcs_utils
 
 from tnt_jax import prepare, report
 from tnt_jax.data import datasets, records, removed_everywhere, tokenization
-from tnt_jax.runtime import failures, files, holding, operative_config
+from tnt_jax.runtime import failures, files, holding, operative_config, stages
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.training import run_checkpoints
 from tnt_jax.watching import metric_writers
@@ -138,6 +138,24 @@ def test_lines_of_a_run_go_to_a_bucket_and_go_on(kind, request):
         assert len(lines("metrics.jsonl")) == 3
         writers.write(4, {"loss": 0.5})
     assert len(lines("metrics.jsonl")) == 4
+
+
+def test_a_stage_is_run_again_when_what_it_read_in_a_bucket_is_another(bucket):
+    def seen(path):
+        return stages.fingerprint(path)
+
+    records.write_records("gs://b/prompts/a.jsonl", ROWS[:1])
+    file, pattern, folder = paths = ("gs://b/prompts/a.jsonl", "gs://b/prompts/*", "gs://b/prompts")
+    first = [seen(path) for path in paths]
+    assert first == [seen(path) for path in paths]
+    assert len({*first, seen("gs://b/absent")}) == 3  # the pattern matches this file alone
+    records.write_records("gs://b/prompts/b.jsonl", ROWS[1:])
+    assert seen(file) == first[0]
+    assert seen(pattern) != first[1]
+    assert seen(folder) != first[2]
+    second = [seen(path) for path in paths]
+    records.write_records("gs://b/prompts/a.jsonl", [dataclasses.replace(ROWS[2], inputs="longer")])
+    assert not any(was == seen(path) for was, path in zip(second, paths, strict=True))
 
 
 def test_checkpoints_go_to_the_bucket_that_is_named(bucket, monkeypatch):

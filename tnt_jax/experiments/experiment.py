@@ -281,13 +281,16 @@ class Opened:
         )
         if evaluation is not None and check is not None:
             check(evaluation)
+        setting, given = "TRAIN_PROMPTS", self.settings.training_records
+        if given is not None:  # these are learned from
+            setting, train = "TRAINING_RECORDS", records.iterate(given)
         if train is None or evaluation is None:
             return 0
         inputs = {row.prompt for row in train}
         num_seen = sum(row.prompt in inputs for row in evaluation)
         if num_seen:
             console.log(
-                f"EVAL_PROMPTS: {num_seen} of {len(evaluation)} inputs are also in TRAIN_PROMPTS: "
+                f"EVAL_PROMPTS: {num_seen} of {len(evaluation)} inputs are also in {setting}: "
                 "numbers on what was learned from say little about other inputs. Give others."
             )
         return num_seen

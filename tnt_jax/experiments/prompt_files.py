@@ -1,8 +1,10 @@
 """The prompts of a user, read from a few kinds of files, and which of them are kept back."""
 
 import collections
+import csv
 import dataclasses
 import hashlib
+import io
 import json
 import pathlib
 import sys
@@ -38,8 +40,9 @@ def read(path: str, flag: str) -> list[records.Record]:
     """The prompts of a file, as they come.
 
     Args:
-      path: JSONL of records, or a text file with one prompt a line; "-" is standard input. A file
-        whose name does not end with .jsonl is JSONL where its first line is a JSON object.
+      path: JSONL of records; a table, .csv or .tsv, with a column "inputs" or "prompt"; or a text
+        file with one prompt a line. "-" is standard input. A file whose name does not end with
+        .jsonl is JSONL where its first line is a JSON object.
       flag: That names it, for messages.
 
     Raises:
@@ -51,7 +54,9 @@ def read(path: str, flag: str) -> list[records.Record]:
     first = next((line for line in lines if line.strip()), None)
     if first is None:
         raise UsageError(f"{flag}: expected prompts, one a line, found none in {name}.")
-    if name.endswith((".jsonl", ".json")) or _is_object(first):
+    if name.lower().endswith((".csv", ".tsv")):
+        found = _of_table(content, name, flag)
+    elif name.endswith((".jsonl", ".json")) or _is_object(first):
         found = records.data_set(records.located(lines, name), name)
     else:
         found = [
@@ -65,6 +70,35 @@ def read(path: str, flag: str) -> list[records.Record]:
             f"the first one {empty[0]!r}. Leave them out."
         )
     return found
+
+
+def _of_table(content: bytes, name: str, flag: str) -> list[records.Record]:
+    """The prompts of a table with a header; other columns than these and "id" are left aside."""
+    try:
+        text = content.decode("utf-8-sig")
+        delimiter = "\t" if name.lower().endswith(".tsv") else ","
+        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        columns = [column.strip() for column in rows.fieldnames or ()]
+        rows.fieldnames = columns
+        column = next((of for of in ("inputs", "prompt") if of in columns), None)
+        if column is None:
+            raise UsageError(
+                f'{flag}: {name}: expected a column "inputs" or "prompt", found '
+                f"{', '.join(columns)}. Rename one, or write one prompt a line into a .txt."
+            )
+        stem = pathlib.PurePath(name).stem
+        found = [
+            (
+                f"{name}, row {number}",
+                records.Record(
+                    id=row.get("id") or f"{stem}:{number}", inputs=(row[column] or "").strip()
+                ),
+            )
+            for number, row in enumerate(rows, start=1)
+        ]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"{flag}: {name}: expected a table in UTF-8, found {error}.") from error
+    return records.data_set(found, name)
 
 
 def _without_repeats(

@@ -8,6 +8,7 @@ import contextlib
 import contextvars
 import hashlib
 import json
+import os
 import pathlib
 import shutil
 import time
@@ -21,6 +22,7 @@ _running: contextvars.ContextVar[bool] = contextvars.ContextVar("running", defau
 _only_done: contextvars.ContextVar[bool] = contextvars.ContextVar("only_done", default=False)
 
 _NOT_LOCAL = "not a local file"  # named by its path alone
+_NOT_THERE = "not there"
 
 
 class NotDoneError(Exception):
@@ -194,7 +196,7 @@ def _noted(note: pathlib.Path, described: Mapping[str, Any], spent: float) -> It
 def fingerprint(path: str) -> str:
     """Changes when the file, a file in the folder, or one that the pattern matches, does."""
     if files.is_remote(path):
-        return _NOT_LOCAL
+        return _remote_fingerprint(path)
     found = pathlib.Path(path)
     if found.is_dir():
         paths = map(pathlib.Path, files.files_below(found))
@@ -210,6 +212,28 @@ def fingerprint(path: str) -> str:
         return _NOT_LOCAL
     contents = [(str(file), _digest(file.read_bytes())) for file in inside]
     return _digest(repr(contents).encode())
+
+
+def _remote_fingerprint(path: str) -> str:
+    """The same of an object store: it tells a time of each file of a folder, too."""
+    found = files.path_of(path)
+    if found.is_dir():
+        stats = [(os.fspath(file), file.stat()) for file in sorted(_files_in(found))]
+        return _digest(repr([(name, stat.length, stat.mtime) for name, stat in stats]).encode())
+    try:
+        matching = files.matching_files(path)
+    except UsageError:
+        return _NOT_THERE
+    return _digest(repr([(str(file), _digest(file.read_bytes())) for file in matching]).encode())
+
+
+def _files_in(folder: Any) -> Iterator[Any]:
+    """The files below a folder of an object store, for which `glob` takes no "**"."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from _files_in(path)
+        else:
+            yield path
 
 
 def _digest(content: bytes) -> str:
