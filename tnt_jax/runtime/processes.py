@@ -62,9 +62,9 @@ def start(name: str, kind: Kind) -> None:
         )
     import jax
 
-    if kind is not Kind.TOGETHER:
-        # Each can be stopped where it is: its own answer to SIGTERM stays.
-        jax.config.update("jax_enable_preemption_service", False)
+    # Processes that compute together stop together: JAX answers SIGTERM, and not Python. Others can
+    # be stopped where they are: their own answer stays.
+    jax.config.update("jax_enable_preemption_service", kind is Kind.TOGETHER)
     address = os.environ.get(_ADDRESS)
     try:
         jax.distributed.initialize(
