@@ -74,6 +74,10 @@ class Checkpoints:
     def __exit__(self, *unused):
         self._orbax.close()  # waits for what is being written
 
+    def reload(self) -> None:
+        """Looks again which checkpoints there are."""
+        self._orbax.reload()
+
     def latest_step(self) -> int | None:
         """The step of the newest whole checkpoint, None if there is none."""
         return self._orbax.latest_step()
