@@ -57,6 +57,11 @@ COMPARED = {
 # What else all processes must have alike, and what says it.
 _OF_ALL = {
     "checkpoint": "the newest one that each sees in MODEL_DIR",
+    "non_finite": "NON_FINITE",
+    "keep": "ALLOW_CHANGES, KEEP_BEST or another setting of settings.Keep",
+    "samples": "SAMPLE_EVERY, SAMPLE_PROMPTS or another setting of the samples",
+    "inference_evaluation": "EVAL_MIXTURE_OR_TASK_NAME or another setting of that evaluation",
+    "profile_updates": "PROFILE_UPDATES",
 }
 
 # A run without them says nothing of them.
