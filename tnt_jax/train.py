@@ -49,6 +49,7 @@ from tnt_jax.runtime import (
     operative_config,
     processes,
     program,
+    settings_json,
     stages,
 )
 from tnt_jax.runtime.errors import UsageError
@@ -155,7 +156,7 @@ def train(
         source=source,
         model_dir=model_dir,
     )
-    run = _describe_run(trainer, dataset, data, sources, update)
+    run = _describe_run(trainer, dataset, data, sources, update, keep, watch.describe(watch_hooks))
 
     # ------------------------------------------------------------------------------- The updates
     with (
@@ -225,8 +226,10 @@ def _describe_run(
     data: loop.Data,
     sources: load_original.Sources,
     update: settings.Update,
+    keep: settings.Keep,
+    watched: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What each checkpoint says of the run; it must be the same in all processes."""
+    """What each checkpoint says of the run. All processes must have it and the rest alike."""
     schedule, choice = sources.schedule, sources.choice
     part: dict[str, dict[str, Any]] = {}
     if not trainer.original_kind.is_apart:
@@ -254,6 +257,9 @@ def _describe_run(
         eval_every=schedule.eval_every,
         checkpoint_every=schedule.checkpoint_every,
         log_every=schedule.log_every,
+        non_finite=update.non_finite,
+        keep=settings_json.describe(keep),
+        **watched,
     )
     return run
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import multihost_utils
 
 from tnt_jax.checkpoints import digests, lazy_arrays, orbax, pretrained
 from tnt_jax.models import parameters, sharding
@@ -376,3 +377,12 @@ def test_the_digest_sees_every_change():
         *(moved(i // 32, i % 32) for i in range(0, 2048, 64) if i != 32),
     ]
     assert len({digests.of_params(variant) for variant in variants}) == len(variants)
+
+
+def test_orbax_asks_nobody_whether_to_stop(tmp_path, monkeypatch):
+    """JAX would take the number of the checkpoint for one of the loop's questions."""
+    asked = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
+    save(tmp_path / "model", make_state(mesh_of(model=2), optax.sgd(1e-3)))
+    assert pretrained.find(str(tmp_path / "model"))
+    assert asked == []

@@ -312,6 +312,14 @@ def test_what_a_dead_process_of_this_host_held_there_is_free_at_once(
     assert "waiting" not in capsys.readouterr().out
 
 
+def test_another_process_sees_who_holds_a_folder_in_a_bucket(bucket, quick):
+    with holding.folder("gs://b/run", "MODEL_DIR"):
+        token, note = note_on(bucket)["token"], files.path_of("gs://b/run/.held")
+        assert holding._is_there(note, token)
+        assert not holding._is_there(note, "of before")
+    assert not holding._is_there(note, token)
+
+
 def test_a_holder_on_another_host_is_watched(bucket, quick, monkeypatch, capsys):
     note = files.path_of("gs://b/run/.held")
     note.write_bytes(note_of())

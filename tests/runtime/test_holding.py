@@ -11,10 +11,12 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 
 import pytest
+from helpers import several
 from helpers.full_disk import full_disk
 from helpers.holders import PATIENCE, changing, held_by_another, note_of, refusal, wait_until
 
@@ -299,3 +301,40 @@ def test_shares_of_one_whole_go_together(tmp_path, theirs, ours, is_free):
         other.wait(PATIENCE)
         hold(tmp_path, ours)
     assert len(list(tmp_path.iterdir())) == is_free  # that of the dead one is in nobody's way
+
+
+# --- Several processes ----------------------------------------------------------------------------
+
+
+def test_processes_that_do_not_see_one_folder_say_so_before_they_work(tmp_path, monkeypatch):
+    """Each host has a disk of its own, the second one with a note from when it was the first."""
+    program = """
+        import sys
+        from tnt_jax.runtime import holding, processes
+        from tnt_jax.runtime.errors import UsageError
+
+        processes._PATIENCE = 1.0
+        processes.start("test", processes.Kind.TOGETHER)
+        with holding.folder("shared", "DIR"):
+            pass
+        try:
+            with holding.folder(f"host{processes.index()}", "DIR"):
+                print("works")
+        except UsageError as error:
+            print(error, flush=True)
+            processes.end(2)
+            sys.exit(2)
+        """
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "host1").mkdir()
+    (tmp_path / "host1/.held").write_bytes(note_of())
+    with several.Processes(["-c", textwrap.dedent(program)], 2, "apart") as run:
+        assert run.end() == [2, 2], run.said(0)
+    for index in range(2):
+        message = (
+            "DIR: expected a folder that all 2 processes see, found that what the first one writes "
+            f"into host{index} is not there for process 1. Set DIR to a folder that all hosts share"
+        )
+        assert message in run.said(index)
+        assert "works" not in run.said(index)
+    assert not (tmp_path / "host0/.held").exists()

@@ -184,7 +184,7 @@ import os, pathlib
 from tnt_jax.runtime import output_parts, processes, program
 from tnt_jax.runtime.errors import UsageError
 
-output_parts._PATIENCE = 1.0
+processes._PATIENCE = 1.0
 processes.start("test", processes.Kind.APART)
 index = processes.index()
 try:

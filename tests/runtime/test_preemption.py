@@ -6,6 +6,7 @@ import sys
 import textwrap
 
 import pytest
+from helpers import several
 
 # A module with one program; what it does stands in a file of its own.
 PROGRAM = """
@@ -134,3 +135,25 @@ def test_programs_that_are_started_from_one_that_ends_can_be_told(tmp_path):
     )
     assert (done.returncode, done.stdout) == (0, "True\n")
     assert signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN
+
+
+def test_jax_is_asked_also_in_one_process_and_by_a_run_that_goes_on(tmp_path, monkeypatch):
+    """`jax.distributed` takes SIGTERM from Python; here it comes while the models are read."""
+    program = """
+        import os, signal, time
+        from tnt_jax.runtime import preemption, processes
+        from tnt_jax.training import loop
+
+        processes.start("test", processes.Kind.TOGETHER)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(3)  # JAX looks for it every second
+        step, latest = 1000, time.monotonic() + 20
+        with preemption.deferred(loop._stop_of_all()) as is_due:
+            while not is_due(step) and time.monotonic() < latest:
+                step += 1
+                time.sleep(0.1)
+        assert time.monotonic() < latest
+        """
+    monkeypatch.chdir(tmp_path)
+    with several.Processes(["-c", textwrap.dedent(program)], 1, "told") as run:
+        assert run.end() == [0], run.said(0)

@@ -145,13 +145,16 @@ def train_apart(name, *own):
 def test_processes_that_have_other_files_do_not_train_on_a_mixture():
     stale = [dataclasses.replace(row, negative_spans=()) for row in rooms.marked_corpus()]
     records.write_records("stale.jsonl", [*rooms.marked_corpus()[:30], *stale[30:]])
+    others = ["CHECKPOINT_EVERY=5", "NON_FINITE=skip", "ALLOW_CHANGES=['seed']", "SAMPLE_EVERY=2"]
     statuses, said = train_apart(
-        "mixed", ["--gin.CHECKPOINT_EVERY=5"], ["--gin.RECORDS=stale.jsonl"]
+        "mixed", [f"--gin.{each}" for each in others], ["--gin.RECORDS=stale.jsonl"]
     )
     assert statuses == [2, 2], said
     message = (
         "expected the same models, data and settings in all 2 processes, found others in some: "
-        "data (RECORDS), checkpoint_every. Start all of them alike, with the same files"
+        "data (RECORDS), checkpoint_every, non_finite (NON_FINITE), keep (ALLOW_CHANGES, KEEP_BEST "
+        "or another setting of settings.Keep), samples (SAMPLE_EVERY, SAMPLE_PROMPTS or another "
+        "setting of the samples). Start all of them alike, with the same files"
     )
     assert all(message in text for text in said)
 

@@ -583,3 +583,37 @@ def test_hosts_may_have_their_original_at_paths_of_their_own(name, monkeypatch):
     check({"layers": 1, "beside": "/home/two/model"})
     with pytest.raises(UsageError, match=rf"found others in some: {name} \(ORIGINAL"):
         check({"layers": 2, "beside": "/home/one/model"})
+
+
+class Seen(run_checkpoints.Checkpoints):
+    """Checkpoints as a host sees them, each time that it looks."""
+
+    def __init__(self, *steps):
+        self._steps = list(steps)
+
+    def latest_step(self):
+        return self._steps[0]
+
+    def reload(self):
+        self._steps = self._steps[1:] or self._steps
+
+
+@pytest.mark.parametrize("steps", [(7,), (None, 3, 7), (None,), (8,)])
+def test_all_hosts_go_on_from_the_checkpoint_that_the_first_one_sees(steps, monkeypatch):
+    """Its file system may show a folder as it was a minute ago."""
+    other = []  # what the first process says
+
+    def gather(place, said):
+        return [other.pop(0), said]
+
+    monkeypatch.setattr(processes, "gather", lambda place, said: other.append(said) or [said])
+    assert resume._latest_step(Seen(7)) == 7
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes, "gather", gather)
+    monkeypatch.setattr(processes, "_PATIENCE", 0.5)
+    if steps[-1] == 7:
+        assert resume._latest_step(Seen(*steps)) == 7
+        return
+    message = r"found others in some: checkpoint \(the newest one that each sees in MODEL_DIR\)"
+    with pytest.raises(UsageError, match=message):
+        resume._latest_step(Seen(*steps))

@@ -2,8 +2,9 @@
 
 The note of a folder is `FOLDER/.held`, that of an output `.NAME.held` beside it. It is there for as
 long as the run lasts, and says host, process and since when. Of several processes that run one
-program together the first one holds, and the others learn what came of it. A note may be left by a
-process that was killed. Whether its holder lives is found out in this order:
+program together the first one holds, and the others learn what came of it. A note in a folder must
+be there for all of them: a folder that they do not share is refused before any work. A note may be
+left by a process that was killed. Whether its holder lives is found out in this order:
 
 1. By the kernel, on the host that wrote it: a local note is locked (`flock`), and the lock ends
    with the process, whatever ends it. Processes in other containers of that host count.
@@ -62,7 +63,7 @@ def folder(
         design, from 0 on. They do not exclude each other. None is all of the folder.
 
     Raises:
-      UsageError: Somebody else holds it, or it cannot be written.
+      UsageError: Somebody else holds it, it cannot be written, or not all processes see it.
     """
     files.check_directory(path, setting)
     note = files.path_of(path) / (".held" if share is None else ".held-{}-of-{}".format(*share))
@@ -78,7 +79,8 @@ def folder(
             raise
         return hold
 
-    with _of_all(take):
+    with _of_all(take) as token:
+        _check_all_see(note, token, setting, path)
         yield
 
 
@@ -97,7 +99,7 @@ def output(path: str | os.PathLike, setting: str) -> Iterator[None]:
     if not files.is_remote(path):
         of.parent.mkdir(parents=True, exist_ok=True)
     with _of_all(lambda: _Hold(of.with_name(f".{of.name}.held"), setting, path)):
-        yield
+        yield  # that all see it, `output_parts` finds out
 
 
 def check() -> None:
@@ -111,8 +113,11 @@ def check() -> None:
 
 
 @contextlib.contextmanager
-def _of_all(take: Callable[[], "_Hold"]) -> Iterator[None]:
-    """Context manager: the first process takes the hold; all processes raise what it raises."""
+def _of_all(take: Callable[[], "_Hold"]) -> Iterator[str]:
+    """Context manager: the first process takes the hold; all processes raise what it raises.
+
+    Yields the token of its note.
+    """
     hold, refusal = None, ""
     if processes.index() == 0:
         try:
@@ -120,13 +125,36 @@ def _of_all(take: Callable[[], "_Hold"]) -> Iterator[None]:
         except UsageError as error:
             refusal = str(error)
     try:
-        if found := processes.gather(f"hold {next(_places)}", refusal)[0]:
-            raise UsageError(found)
-        yield
+        said = json.dumps([refusal, hold and hold.token])
+        refusal, token = json.loads(processes.gather(f"hold {next(_places)}", said)[0])
+        if refusal:
+            raise UsageError(refusal)
+        yield token
     finally:
         if hold is not None:
             with preemption.deferred():
                 hold.release()
+
+
+def _check_all_see(note: Any, token: str, setting: str, of: str | os.PathLike) -> None:
+    """Raises a UsageError in all processes unless all see the note that the first one wrote."""
+    is_seen = processes.index() == 0 or processes.is_soon(lambda: _is_there(note, token))
+    found = processes.gather(f"hold {next(_places)}", json.dumps(is_seen))
+    blind = [str(number) for number, seen in enumerate(found) if not json.loads(seen)]
+    if blind:
+        raise UsageError(
+            f"{setting}: expected a folder that all {len(found)} processes see, found that what "
+            f"the first one writes into {of} is not there for process {', '.join(blind)}. Set "
+            f"{setting} to a folder that all hosts share, or to one in gs://."
+        )
+
+
+def _is_there(note: Any, token: str) -> bool:
+    """Whether a note with this token is."""
+    # Whatever a network file system or the client of a bucket raises: it is looked for again.
+    with contextlib.suppress(Exception):
+        return (_Note(note).read() or {}).get("token") == token
+    return False
 
 
 def _excluded(note: Any) -> list[Any]:
@@ -247,8 +275,13 @@ class _Hold:
                 raise self._refusal(now)
         return True
 
+    @property
+    def token(self) -> str:
+        """What its note has, and no other."""
+        return self._about["token"]
+
     def _is_own(self, found: dict[str, Any] | None) -> bool:
-        return found is not None and found.get("token") == self._about["token"]
+        return found is not None and found.get("token") == self.token
 
     def _refusal(self, found: dict[str, Any]) -> UsageError:
         return UsageError(

@@ -17,7 +17,6 @@ import io
 import itertools
 import json
 import re
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -32,10 +31,6 @@ _OF = "of.json"
 _PART = re.compile(r"\d+\.jsonl")
 # What may lie in the folder: ours, of `beam_jobs`, what a kill left of either, and what NFS keeps.
 _OURS = re.compile(r"of\.json|\d+\.(jsonl|mistake)|\..+\.unfinished|\.nfs\w+")
-# Seconds until a file that another host has written is there: NFS remembers for so long that it was
-# not.
-_PATIENCE = 60.0
-
 _barriers = itertools.count()  # each is met once, in the same order by all
 
 
@@ -110,7 +105,7 @@ class Parts:
                     "which say what they are. Start all processes alike, with the same files."
                 )
             return
-        _until(lambda: (self._folder / _OF).exists())
+        processes.is_soon(lambda: (self._folder / _OF).exists())
         try:
             found = files.read_object(self._folder / _OF)
         except UsageError as error:
@@ -205,7 +200,7 @@ class Parts:
         if is_first and processes.count() > 1 and (left := all_parts - self._there()):
             console.log(f"{self._folder}: {len(left)} parts of other processes are to come.")
         _meet("parts")
-        if is_first and not _until(lambda: all_parts <= self._there()):
+        if is_first and not processes.is_soon(lambda: all_parts <= self._there()):
             raise self._missing(min(all_parts - self._there()))
 
     def _missing(self, part: int) -> UsageError:
@@ -320,13 +315,3 @@ def sizes(num_steps: int, largest: int) -> list[int]:
 
 def _meet(where: str) -> None:
     processes.wait_for_all(f"{where} {next(_barriers)}")
-
-
-def _until(is_so: Callable[[], bool]) -> bool:
-    """Whether it is so; with other hosts, soon."""
-    latest = time.monotonic() + (_PATIENCE if processes.count() > 1 else 0)
-    while not is_so():
-        if time.monotonic() >= latest:
-            return False
-        time.sleep(0.2)
-    return True

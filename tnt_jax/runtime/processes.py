@@ -16,7 +16,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from tnt_jax.runtime.errors import ProcessLost, UsageError
@@ -25,6 +25,9 @@ VARIABLE = "TNT_JAX_DISTRIBUTED"
 _ADDRESS, _NUMBER, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 _HEARTBEAT = "TNT_JAX_HEARTBEAT_SECONDS"
 _LONGEST_WORK = 7 * 24 * 3600  # seconds: what a process waits for another that is alive
+# Seconds until a file that another host has written is there: NFS remembers for so long that it was
+# not.
+_PATIENCE = 60.0
 _MISTAKEN = "tnt_jax/mistaken/"  # where a process notes that it ends with an error
 
 
@@ -62,9 +65,9 @@ def start(name: str, kind: Kind) -> None:
         )
     import jax
 
-    if kind is not Kind.TOGETHER:
-        # Each can be stopped where it is: its own answer to SIGTERM stays.
-        jax.config.update("jax_enable_preemption_service", False)
+    # Processes that compute together stop together: JAX answers SIGTERM, and not Python. Others can
+    # be stopped where they are: their own answer stays.
+    jax.config.update("jax_enable_preemption_service", kind is Kind.TOGETHER)
     address = os.environ.get(_ADDRESS)
     try:
         jax.distributed.initialize(
@@ -183,6 +186,20 @@ def gather(place: str, said: str) -> list[str]:
         if mistaken:
             raise ProcessLost(_has_ended("it ended with an error"))
         time.sleep(0.2)
+
+
+def is_soon(is_so: Callable[[], bool]) -> bool:
+    """Whether something is so; with other processes, whose files come later, soon.
+
+    Args:
+      is_so: Looks for it; is called until it returns True, for a minute at most.
+    """
+    latest = time.monotonic() + (_PATIENCE if count() > 1 else 0)
+    while not is_so():
+        if time.monotonic() >= latest:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -23,12 +24,14 @@ from tnt_jax.data.examples import (
 from tnt_jax.data.layouts import Place
 from tnt_jax.models import sharding
 from tnt_jax.models.model import Model
-from tnt_jax.runtime import holding, memory, preemption, prefetch, processes
+from tnt_jax.runtime import holding, memory, preemption, prefetch
 from tnt_jax.runtime.array_types import PyTree
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.training import health, load_original, run_checkpoints, settings, train_step
 from tnt_jax.training.trainer import Trainer, jit_eval_step
 from tnt_jax.watching import hooks, metric_writers, progress_view, watching
+
+_questions = itertools.count()  # whether to stop: each is asked by all processes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -278,7 +281,13 @@ class Loop:
 
 def _stop_of_all() -> Callable[[int], bool] | None:
     """What `preemption.deferred` asks; one host may be told to stop, and all have to save."""
-    return multihost_utils.reached_preemption_sync_point if processes.count() > 1 else None
+    # Where `jax.distributed` runs, JAX answers SIGTERM, also in one process: Python hears nothing.
+    if not jax.distributed.is_initialized():
+        return None
+    # JAX lets all stop at the largest number that a process has asked for, and one more; 0 is what
+    # it begins with. A run that goes on from update 1000 and asked for 1000, 1001, ... would never
+    # come to the 1 of a signal that it got while it read its models. So questions are counted.
+    return lambda step: multihost_utils.reached_preemption_sync_point(next(_questions))
 
 
 class _Progress:

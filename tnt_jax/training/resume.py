@@ -54,6 +54,16 @@ COMPARED = {
     "upper_layers": "ORIGINAL and TRAINED_LAYERS",
 }
 
+# What else all processes must have alike, and what says it.
+_OF_ALL = {
+    "checkpoint": "the newest one that each sees in MODEL_DIR",
+    "non_finite": "NON_FINITE",
+    "keep": "ALLOW_CHANGES, KEEP_BEST or another setting of settings.Keep",
+    "samples": "SAMPLE_EVERY, SAMPLE_PROMPTS or another setting of the samples",
+    "inference_evaluation": "EVAL_MIXTURE_OR_TASK_NAME or another setting of that evaluation",
+    "profile_updates": "PROFILE_UPDATES",
+}
+
 # A run without them says nothing of them.
 _OF_PARTS = ("adapters", "upper_layers")
 
@@ -176,7 +186,8 @@ def _refuse_others(place: str, own: Mapping[str, Any]) -> None:
     said = [json.loads(text) for text in processes.gather(place, json.dumps(digests))]
     differing = dict.fromkeys(name for of in said for name in processes.differing(said[0], of))
     if differing:
-        names = [f"{name} ({COMPARED[name]})" if name in COMPARED else name for name in differing]
+        labels = COMPARED | _OF_ALL
+        names = [f"{name} ({labels[name]})" if name in labels else name for name in differing]
         raise UsageError(
             f"expected the same models, data and settings in all {len(said)} processes, found "
             f"others in some: {', '.join(names)}. Start all of them alike, with the same files: in "
@@ -225,9 +236,9 @@ def begin(
 
     Raises:
       UsageError: The checkpoint is of another run, and which differences make it one; or of another
-        model or optimizer.
+        model or optimizer; or not all processes see it.
     """
-    step = saved.latest_step()
+    step = _latest_step(saved)
     before: Mapping[str, Any] = {}
     if step is not None:
         before = saved.run_of(step)
@@ -269,6 +280,25 @@ def begin(
     console.log(f"Going on from checkpoint {step} in {model_dir}.")
     _log_differences(before, run)
     return Start(step, saved.restore(step, trainer.abstract_state), loaded, before)
+
+
+def _latest_step(saved: run_checkpoints.Checkpoints) -> int | None:
+    """The step of the newest checkpoint, which all processes go on from; None if there is none.
+
+    Raises:
+      UsageError: In all processes: they see different ones.
+    """
+    own = saved.latest_step()
+    of_first = json.loads(processes.gather("latest step", json.dumps(own))[0])
+
+    def is_seen() -> bool:
+        if saved.latest_step() != of_first:
+            saved.reload()  # a network file system may show a folder as it was
+        return saved.latest_step() == of_first
+
+    processes.is_soon(is_seen)
+    _refuse_others("checkpoint", {"checkpoint": saved.latest_step()})
+    return of_first
 
 
 def _check_files_alike(trainer: Trainer, sources: load_original.Sources, *, is_new: bool) -> None:

@@ -26,6 +26,17 @@ _OF_STOP = "of_stop"
 _policies = ocp.checkpoint_managers
 
 
+class _OrbaxManager(ocp.CheckpointManager):
+    """Orbax's own, which leaves the question whether to stop to the loop.
+
+    It asks JAX after the number of the checkpoint, also later and in a thread, and JAX lets all
+    processes stop after the number that follows the one they asked for last (`loop`).
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class Checkpoints:
     """The checkpoints under one model directory; use it as a context manager."""
 
@@ -51,7 +62,7 @@ class Checkpoints:
             ) from error
         self._of_stops: set[int] = set()
         self._best = None if keep is None else keep.best
-        self._orbax = ocp.CheckpointManager(
+        self._orbax = _OrbaxManager(
             self._dir,
             item_names=("params", "optimizer", "run"),
             options=_retention(keep or settings.Keep(), self._of_stops),
@@ -62,6 +73,10 @@ class Checkpoints:
 
     def __exit__(self, *unused):
         self._orbax.close()  # waits for what is being written
+
+    def reload(self) -> None:
+        """Looks again which checkpoints there are."""
+        self._orbax.reload()
 
     def latest_step(self) -> int | None:
         """The step of the newest whole checkpoint, None if there is none."""

@@ -129,6 +129,11 @@ class Samples(hooks.Hook):
         self._path = epath.Path(model_dir).expanduser() / "samples.jsonl"
         self._file: metric_writers.StepLines | None = None
 
+    @property
+    def prompts(self) -> Sequence[Prompt]:
+        """What is asked."""
+        return self._speaker.prompts
+
     def begin(self, beginning: hooks.Beginning) -> None:
         """Has the original speak, unless it has."""
         self._params_of, self._out = beginning.params_of, beginning.out

@@ -8,6 +8,7 @@ from tnt_jax.checkpoints import pretrained
 from tnt_jax.data.examples import Example
 from tnt_jax.models import decoding
 from tnt_jax.models.model import Model
+from tnt_jax.runtime import settings_json
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.watching import hooks, metric_writers, profiling, samples
 
@@ -127,3 +128,21 @@ class Watch:
             folder = self.profile_dir or metric_writers.tensorboard_folder(model_dir)
             made.append(profiling.Trace(self.profile_updates, folder))
         return made
+
+    def describe(self, made: Sequence[hooks.Hook]) -> dict[str, Any]:
+        """Describes what the processes of a run must have alike, as all of them compute it.
+
+        Args:
+          made: The hooks, from `make_hooks`: prompts are told apart by what they say, for hosts may
+            have the file at paths of their own.
+
+        Returns:
+          JSON values.
+        """
+        prompts = [hook.prompts for hook in made if isinstance(hook, samples.Samples)]
+        asked = {"every": self.sample_every, "decoder": self.sample_decoder, "prompts": prompts}
+        return {
+            "samples": settings_json.describe(asked if prompts else None),
+            "inference_evaluation": settings_json.describe(self.inference_evaluation),
+            "profile_updates": settings_json.describe(self.profile_updates),
+        }
