@@ -91,6 +91,8 @@ start() {
         return
     fi
     echo "$wanted" >"$run/command"
+    # Beside it lie "state", of the restart loop; "asked", as old as the last look of ours at a start;
+    # and "session", the session of all that runs.
     echo starting >"$run/state"
     if ((hosts > 1)); then
         export TNT_JAX_DISTRIBUTED=1

@@ -518,7 +518,7 @@ work() {
     case $status in
         0)
             is_started=yes
-            forget unstarted
+            forget unstarted late
             ;;
         4) give_up "$name has another run, see above; end it with down, or choose another --name." ;;
         *)
@@ -564,9 +564,6 @@ work() {
         say "Worker 0 is done, and with it the run. What other workers still do is ended."
         on_worker all "bash tnt_jax_host.sh conclude $name" || true
         is_done=yes
-    elif [[ $answer == *": running"* && $answer != *"finished "[!0]* ]]; then
-        another late 60 || give_up "worker 0 ended an hour ago, and others have not. $(costs)"
-        pause
     elif ((status != 3)) || [[ $answer == *"finished 75"* || $answer == *"without a word"* ]]; then
         another stopped 20 || give_up "the run was stopped twenty times. $(costs)"
         say "The run was stopped; it goes on from its last checkpoint."

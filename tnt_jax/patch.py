@@ -93,8 +93,7 @@ def patch(
     Args:
       model: A directory, a GGUF file, a name on the Hugging Face hub or a T5X checkpoint. It is
         never written to.
-      prompts: JSONL of records, or a text file with one prompt a line; "-" is standard input. None
-        with `Unwanted.records`.
+      prompts: A file as `prompt_files.read` takes it; None with `Unwanted.records`.
       output: The folder for everything.
       unwanted: What the model must not say.
       cut: The wish: the share of unwanted outputs that shall be gone.
@@ -866,7 +865,7 @@ def _parser() -> _Parser:
     )
     add = parser.add_argument
     add("--model", required=True, help="a directory, GGUF file, hub name or T5X checkpoint")
-    add("--prompts", metavar="FILE", help="JSONL, or text with one prompt a line; - is stdin")
+    add("--prompts", metavar="FILE", help="JSONL, a .csv or .tsv, or one prompt a line; - is stdin")
     add("--output", required=True, metavar="FOLDER", help="for everything that is written")
     what = parser.add_argument_group("what is unwanted, one of")
     what.add_argument("--words", metavar="FILE", help="words and phrases, one a line")

@@ -610,6 +610,7 @@ def test_hosts_that_end_later_than_the_first(cloud):
     (cloud.folder / "release").touch()
     assert up.wait(timeout=240) == 0, log.read_text()
     assert [len(cloud.starts(worker=worker)) for worker in (0, 1)] == [1, 1]
+    assert "What other workers still do is ended" not in log.read_text()
 
 
 def test_preempted_before_anything_ran(cloud):

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pathlib
+import pkgutil
 import re
 import signal
 import subprocess
@@ -140,6 +141,19 @@ def test_lines_of_a_run_go_to_a_bucket_and_go_on(kind, request):
     assert len(lines("metrics.jsonl")) == 4
 
 
+def test_who_lost_a_folder_writes_nothing_more_into_it(bucket, monkeypatch):
+    path = epath.Path("gs://b/events.jsonl")
+    with metric_writers.StepLines(path, pause=60) as events:
+        events.write(1, {"loss": 0.5})
+        monkeypatch.setattr(holding, "is_lost", lambda: True)
+        events.write(2, {"loss": 0.5})
+        path.write_text("another's")
+    assert path.read_text() == "another's"
+    monkeypatch.setattr(holding, "is_lost", lambda: False)
+    with metric_writers.StepLines(path):  # what is not new is not written again
+        path.write_text("another's")
+
+
 def test_a_stage_is_run_again_when_what_it_read_in_a_bucket_is_another(bucket):
     def seen(path):
         return stages.fingerprint(path)
@@ -156,6 +170,28 @@ def test_a_stage_is_run_again_when_what_it_read_in_a_bucket_is_another(bucket):
     second = [seen(path) for path in paths]
     records.write_records("gs://b/prompts/a.jsonl", [dataclasses.replace(ROWS[2], inputs="longer")])
     assert not any(was == seen(path) for was, path in zip(second, paths, strict=True))
+
+
+def test_a_note_of_0_2_0_counts_which_had_not_looked_into_the_bucket(bucket, tmp_path_factory):
+    records.write_records("gs://b/prompts.jsonl", ROWS)
+    root = tmp_path_factory.mktemp("run")
+    output = root / "model"
+
+    def append(*, output, prompts):
+        with pathlib.Path(output).open("a") as file:
+            file.write("run\n")
+
+    def run():
+        inputs = {"prompts": "gs://b/prompts.jsonl"}
+        stages.Stages(root).run("train", append, output=str(output), inputs=inputs, settings={})
+
+    run()
+    note = stages.note_path(root, "train")
+    found = json.loads(note.read_text())
+    found["described"]["inputs"] = {"gs://b/prompts.jsonl": "not a local file"}
+    note.write_text(json.dumps(found))
+    run()
+    assert output.read_text() == "run\n"
 
 
 def test_checkpoints_go_to_the_bucket_that_is_named(bucket, monkeypatch):
@@ -185,6 +221,24 @@ def test_what_a_bucket_says_is_one_line(name, said, status):
         with pytest.raises(tf.errors.OpError) as raised:
             raise getattr(tf.errors, kind)(None, None, said)
         assert failures.explain(raised.value) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        ("google.api_core.exceptions.Forbidden", 2),
+        ("google.api_core.exceptions.NotFound", 2),
+        ("google.api_core.exceptions.ServiceUnavailable", 1),
+        ("google.api_core.exceptions.TooManyRequests", 1),
+        ("google.auth.exceptions.DefaultCredentialsError", 2),
+        ("google.auth.exceptions.TransportError", 1),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Please install grpcio-status:ImportWarning")
+def test_what_orbax_hears_of_a_bucket_is_one_line(error, status):
+    error = pkgutil.resolve_name(error)("it may not be read")
+    assert str(error) in str(failures.explain(error))
+    assert failures.exit_status(error) == status
 
 
 ROWS = [records.Record(id=str(i), inputs="in", targets="ä out") for i in range(3)]

@@ -41,7 +41,6 @@ def describe(watch, *asked):
         {"inference_evaluation": Evaluation(task="b")},
         {"inference_evaluation": Evaluation(every=6)},
         {"inference_evaluation": None},
-        {"profile_updates": [2, 3]},
     ],
 )
 def test_what_all_compute_together_is_compared(change):

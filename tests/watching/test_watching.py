@@ -259,6 +259,10 @@ class Says:
         return [params]
 
 
+def without_speaker(line):
+    return {name: value for name, value in line.items() if name != "said_by"}
+
+
 @pytest.mark.parametrize(
     ("digest", "max_length", "said"), [("a", 8, "first"), ("b", 8, "second"), ("a", 9, "second")]
 )
@@ -278,6 +282,12 @@ def test_another_original_or_decoder_speaks_again(tmp_path, digest, max_length, 
 
     assert begin(0, "a", "first", 8) == "first"
     assert begin(1, digest, "second", max_length) == said
+
+    # A file of 0.2.0 does not say by whom: what it has of the original is kept.
+    path = tmp_path / "samples.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(without_speaker(line)) + "\n" for line in lines))
+    assert begin(2, "c", None, 10) == "first"
 
 
 # --- seqio's Evaluator ----------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import os
 import pathlib
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tnt_jax.experiments.choices import UNKNOWN, Choice
@@ -83,7 +83,8 @@ class PipelineGin:
                 )
             own.add_binding(name, value)
         self._imports = own.imports_for_bindings()[1:]
-        self.given = {name: _plain(name, value) for name, value in own.values.items()}
+        self.given = {name: _plain(name, value, own.values) for name, value in own.values.items()}
+        self._updates = 1
 
     @property
     def is_weight_given(self) -> bool:
@@ -141,6 +142,7 @@ class PipelineGin:
         attempt, updates = (found.best.attempt, found.best.updates) if found else (ROUNDS[0], 1)
         lines += ["", f"# {_about(found)}"]
         lines += [f"{WEIGHT} = {attempt.weight!r}", f"TRAIN_STEPS = {updates}"]
+        self._updates = updates
         if found and attempt.round > 1:
             self._records = found.files
             lines += [
@@ -175,6 +177,14 @@ class PipelineGin:
                     f"--gin_file or a --gin.NAME=VALUE, where {_OF_FLAGS[name]} says it. Leave it "
                     "out there."
                 )
+        updates = self.given.get("TRAIN_STEPS", self._updates)
+        found = experiment.schedule(start_path=None).train_steps
+        if found != updates:
+            raise UsageError(
+                f"TRAIN_STEPS: expected it given as a number or not at all, found {found} in a "
+                "--gin_file or a --gin.NAME=VALUE. Give --gin.TRAIN_STEPS=N, or leave it out: "
+                "patch finds it."
+            )
 
     @property
     def command(self) -> str:
@@ -192,9 +202,25 @@ def _about(found: Found | None) -> str:
     return enough if found.is_enough else "The largest cut"
 
 
-def _plain(name: str, value: Any) -> Any:
-    """A value that rules can count with; `UNKNOWN` for other references and what is required."""
-    if isinstance(value, gin_files.Reference) and name in _KNOWN_BY_NAME and value.text[0] == "@":
-        return value.text
-    is_plain = value is None or isinstance(value, bool | int | float | str | list | tuple | dict)
-    return value if is_plain else UNKNOWN
+def _plain(name: str, value: Any, values: Mapping[str, Any], depth: int = 8) -> Any:
+    """A value that rules can count with; `UNKNOWN` for other references and what is required.
+
+    Args:
+      name: Of the setting.
+      value: Of it.
+      values: All that the user sets: a macro among them stands for its value.
+      depth: Of macros in macros and values in values that are followed.
+    """
+    if isinstance(value, gin_files.Reference):
+        if value.text[0] == "%" and value.text[1:] in values and depth:
+            return _plain(name, values[value.text[1:]], values, depth - 1)
+        return value.text if name in _KNOWN_BY_NAME and value.text[0] == "@" else UNKNOWN
+    if isinstance(value, list | tuple | dict):
+        inside = value.values() if isinstance(value, dict) else value
+        found = [_plain(name, part, values, depth - 1) for part in inside] if depth else [UNKNOWN]
+        if UNKNOWN in found:
+            return UNKNOWN
+        if isinstance(value, dict):
+            return dict(zip(value, found, strict=True))
+        return type(value)(found)
+    return value if value is None or isinstance(value, bool | int | float | str) else UNKNOWN

@@ -132,7 +132,8 @@ def _content(path: str, flag: str) -> bytes:
     if not file.is_file():
         what = "a folder" if file.is_dir() else "nothing"
         raise UsageError(
-            f"{flag}: expected a file of prompts, JSONL or one a line, found {what} at {path}."
+            f"{flag}: expected a file of prompts (JSONL, a .csv or .tsv, or one a line), found "
+            f"{what} at {path}."
         )
     with naming_file(file):
         return file.read_bytes()

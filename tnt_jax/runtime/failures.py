@@ -103,10 +103,16 @@ def exit_status(error: BaseException) -> int:
 
 
 def _of_bucket(error: BaseException) -> int | None:
-    """The exit status for what TensorFlow, which reads buckets for etils, says of one.
+    """The exit status for what is said of a bucket; None where it is no such error.
 
-    None where it is no such error. TensorFlow is not imported for it.
+    By TensorFlow, which reads files there for etils, or by Google's client, which Orbax asks.
+    Neither is imported for it.
     """
+    if type(error).__module__ == "google.api_core.exceptions":
+        code = int(getattr(error, "code", None) or 0)
+        return 2 if 400 <= code < 500 and code not in (408, 429) else 1
+    if type(error).__module__ == "google.auth.exceptions":
+        return 2 if type(error).__name__ == "DefaultCredentialsError" else 1
     if not type(error).__module__.startswith("tensorflow."):
         return None
     status = _OF_BUCKETS.get(type(error).__name__)

@@ -152,10 +152,10 @@ class Settings:
                 else:
                     hint = "is a --gin_file missing?"
                 raise UsageError(f"--gin.{name}: no gin file reads %{name}; {hint}")
-        problems = []
-        if needs_all and (required := self.required()):
+        problems, live = [], self._live()
+        required = [key for key in self.required() if key in live]
+        if needs_all and required:
             problems.append("set " + ", ".join(f"--gin.{key}=..." for key in required))
-        live = self._live()
         for name in self._read:
             if name in self.values or "." in name or name not in live:  # with a dot: a constant
                 continue
@@ -172,9 +172,12 @@ class Settings:
             raise UsageError("settings are missing: " + "; ".join(problems))
 
     def required(self) -> list[str]:
-        """Keys that are still %gin.REQUIRED and that something reads."""
-        live = self._live()
-        return [key for key, value in self.values.items() if value is _REQUIRED and key in live]
+        """Keys that are still %gin.REQUIRED; a macro only where something reads it."""
+        return [
+            key
+            for key, value in self.values.items()
+            if value is _REQUIRED and (key in self._read or key not in self._defined)
+        ]
 
     def unneeded(self) -> list[str]:
         """Keys without a value that only replaced settings led to."""

@@ -112,6 +112,11 @@ def check() -> None:
         hold.check()
 
 
+def is_lost() -> bool:
+    """Whether somebody else has taken over what this process holds."""
+    return any(hold.is_lost for hold in tuple(_held))
+
+
 @contextlib.contextmanager
 def _of_all(take: Callable[[], "_Hold"]) -> Iterator[str]:
     """Context manager: the first process takes the hold; all processes raise what it raises.
@@ -288,6 +293,11 @@ class _Hold:
             f"{self._setting}: expected {self._of} to be free, found that {_who(found)} is at work "
             f"in it. Wait until that has ended, stop it, or set another {self._setting}."
         )
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the note is another's by now."""
+        return self._lost is not None
 
     def check(self) -> None:
         """Raises a UsageError where the note is another's by now."""

@@ -122,6 +122,7 @@ class Stages:
         # A note that is there and may not be read is none that is missing: that ends the run.
         with contextlib.suppress(FileNotFoundError):
             before = _read(note)
+        _take_over(before, described)
         is_same = before.get("described") == json.loads(json.dumps(described))
         is_there = pathlib.Path(output).exists()
         if is_same and before.get("done") and is_there:
@@ -161,6 +162,16 @@ class Stages:
             seconds = found.get("seconds") if found.get("done") else None
             return seconds if isinstance(seconds, float) else None
         return None
+
+
+def _take_over(before: Mapping[str, Any], described: dict[str, Any]) -> None:
+    """Has a note of 0.2.0 for a note of now: what it read in an object store it did not look at."""
+    noted = before.get("described")
+    read = noted.get("inputs") if isinstance(noted, dict) else None
+    if isinstance(read, dict):
+        for path in described["inputs"]:
+            if files.is_remote(path) and read.get(path) == _NOT_LOCAL:
+                described["inputs"][path] = _NOT_LOCAL
 
 
 def _read(note: pathlib.Path) -> dict[str, Any]:

@@ -492,15 +492,16 @@ class _SinceLog:
     def __init__(self, before: Mapping[str, Any] | None = None, *, keeps_all: bool = True):
         """Begins anew, or, given the `state` of a run that was stopped, where that one was.
 
-        Unless it `keeps_all`, updates that were left out are forgotten: a run that leaves out none
-        any more would end at them.
+        Unless it `keeps_all`, nothing is kept of before where an update was left out: a run that
+        leaves out none any more would end at it.
         """
-        before = before or {"sums": (), "seconds": 0.0, "seconds_waited": 0.0}
+        nothing = {"sums": (), "seconds": 0.0, "seconds_waited": 0.0}
+        before = before or nothing
+        if not (keeps_all or all(map(_is_finite, before["sums"]))):
+            before = nothing
         self._pending: list[Any] = [  # the newest ones are still on the devices
             {name: np.float32(value) for name, value in sums.items()} for sums in before["sums"]
         ]
-        if not keeps_all:
-            self._pending = [sums for sums in self._pending if _is_finite(sums)]
         self._began = time.monotonic() - before["seconds"]
         self._waited = before["seconds_waited"]
 

@@ -61,7 +61,6 @@ _OF_ALL = {
     "keep": "ALLOW_CHANGES, KEEP_BEST or another setting of settings.Keep",
     "samples": "SAMPLE_EVERY, SAMPLE_PROMPTS or another setting of the samples",
     "inference_evaluation": "EVAL_MIXTURE_OR_TASK_NAME or another setting of that evaluation",
-    "profile_updates": "PROFILE_UPDATES",
 }
 
 # A run without them says nothing of them.
@@ -288,17 +287,18 @@ def _latest_step(saved: run_checkpoints.Checkpoints) -> int | None:
     Raises:
       UsageError: In all processes: they see different ones.
     """
-    own = saved.latest_step()
-    of_first = json.loads(processes.gather("latest step", json.dumps(own))[0])
+    said = processes.gather("latest step", json.dumps(saved.latest_step()))
+    steps = [step for step in map(json.loads, said) if step is not None]
+    newest = max(steps, default=None)
 
     def is_seen() -> bool:
-        if saved.latest_step() != of_first:
+        if saved.latest_step() != newest:
             saved.reload()  # a network file system may show a folder as it was
-        return saved.latest_step() == of_first
+        return saved.latest_step() == newest
 
     processes.is_soon(is_seen)
     _refuse_others("checkpoint", {"checkpoint": saved.latest_step()})
-    return of_first
+    return newest
 
 
 def _check_files_alike(trainer: Trainer, sources: load_original.Sources, *, is_new: bool) -> None:

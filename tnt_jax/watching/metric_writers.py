@@ -27,7 +27,7 @@ from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from tnt_jax.runtime import console, files
+from tnt_jax.runtime import console, files, holding
 from tnt_jax.runtime.errors import UsageError
 
 _messages: Any = event_pb2  # made by protobuf when it is imported: type checkers see nothing
@@ -314,13 +314,17 @@ class _Upload:
     """A file of an object store, uploaded whole at every flush."""
 
     def __init__(self, path: epath.Path, content: bytes = b""):
-        self._path, self._content = path, bytearray(content)
+        self._path, self._content, self._is_new = path, bytearray(content), True
 
     def write(self, more: bytes) -> None:
         self._content += more
+        self._is_new = True
 
     def flush(self) -> None:
-        self._path.write_bytes(bytes(self._content))
+        # Only what is new: by now the file may be that of a run that took the folder over.
+        if self._is_new and not holding.is_lost():
+            self._path.write_bytes(bytes(self._content))
+            self._is_new = False
 
     def close(self) -> None:
         self.flush()

@@ -181,8 +181,11 @@ class Samples(hooks.Hook):
         # As `StepLines` reads it: whatever a crash left, half a character too.
         for line in self._path.read_bytes().decode("utf-8", "replace").split("\n"):
             with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-                samples, said_by = map(json.loads(line).__getitem__, ("samples", "said_by"))
-                if said_by != self._said_by:
+                found = json.loads(line)
+                samples = found["samples"]
+                # The first line of 0.2.0 did not say by whom.
+                is_old = "said_by" not in found and "current" not in samples[0]
+                if not is_old and found.get("said_by") != self._said_by:
                     continue
                 if [(sample["id"], sample["inputs"]) for sample in samples] == asked:
                     return [sample["original"] for sample in samples]

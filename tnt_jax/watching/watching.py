@@ -144,5 +144,4 @@ class Watch:
         return {
             "samples": settings_json.describe(asked if prompts else None),
             "inference_evaluation": settings_json.describe(self.inference_evaluation),
-            "profile_updates": settings_json.describe(self.profile_updates),
         }
