@@ -518,7 +518,7 @@ work() {
     case $status in
         0)
             is_started=yes
-            forget unstarted late
+            forget unstarted
             ;;
         4) give_up "$name has another run, see above; end it with down, or choose another --name." ;;
         *)
