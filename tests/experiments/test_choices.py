@@ -119,7 +119,7 @@ def test_a_few_outputs_that_run_on_make_no_difference():
 
 
 def test_where_no_more_is_chosen_it_says_so_and_how_many_outputs_are_cut():
-    """Of the pilot's those that did not end, and of given ones those that are longer."""
+    """An output of the pilot is cut if it did not end, a given one if it is longer."""
     reason = "the most that is chosen"
     assert longest([20] * 64 + [300] * 40 + [90] * 60) == (128, f"{reason}; 40 of 164 {CUT}")
     assert longest([20] * 62 + [128] * 2 + [300] * 40 + [90] * 60, 2) == (

@@ -197,7 +197,7 @@ def test_a_round_counts_the_time_of_its_outputs(run):
 
 
 def test_looks_are_at_a_model_that_learned_from_the_data_of_the_arm(tmp_path):
-    """As the pipeline that makes the result: of an arm of clean outputs from these alone."""
+    """An arm may learn from clean outputs alone. So must the models that are looked at."""
     seen = []
 
     class Noted(Experiment):

@@ -124,7 +124,7 @@ class Cloud:
         return self.started
 
     def shorten_pauses(self):
-        """Of the hosts."""
+        """Makes `sleep` on the hosts take no time."""
         (self.folder / "bin/sleep").write_text("#!/bin/sh\nexec /bin/sleep 0.01\n")
         (self.folder / "bin/sleep").chmod(0o755)
 
@@ -240,7 +240,7 @@ def test_files_that_are_in_no_commit_are_refused_or_left_out(cloud, checkout, tm
 
 
 def test_an_own_gin_file_goes_before_the_projects_of_its_name(cloud, checkout, tmp_path):
-    """As in the programs, which look in the working directory first."""
+    """The programs look for a gin file in the working directory first."""
 
     def sent(text):
         (cloud.user / "runs/train.gin").write_text(text)

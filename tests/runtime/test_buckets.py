@@ -155,9 +155,7 @@ def test_who_lost_a_folder_writes_nothing_more_into_it(bucket, monkeypatch):
 
 
 def test_a_stage_is_run_again_when_what_it_read_in_a_bucket_is_another(bucket):
-    def seen(path):
-        return stages.fingerprint(path)
-
+    seen = stages.fingerprint
     records.write_records("gs://b/prompts/a.jsonl", ROWS[:1])
     file, pattern, folder = paths = ("gs://b/prompts/a.jsonl", "gs://b/prompts/*", "gs://b/prompts")
     first = [seen(path) for path in paths]

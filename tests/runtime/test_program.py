@@ -289,7 +289,7 @@ def test_what_only_a_replaced_setting_needs_is_not_asked_for(run, mistake, toy):
     ],
 )
 def test_run_files_ask_for_no_settings_of_what_is_left_out(name, run_file, left_out):
-    """As their own comments say."""
+    """The comments of these run files say what may be left out."""
     files = {"evaluate": ("ORIGINAL_RECORDS", "CURRENT_RECORDS"), "annotate": ("RECORDS",)}[name]
     given = [f"--gin.{file}=a.jsonl" for file in (*files, "OUTPUT")]
     try:

@@ -180,7 +180,7 @@ class Settings:
         ]
 
     def unneeded(self) -> list[str]:
-        """Keys without a value that only replaced settings led to."""
+        """Keys that have no value and need none: nothing reads them any more (`_live`)."""
         live = self._live()
         keys = [key for key, value in self.values.items() if value is _REQUIRED]
         keys += [name for name in self._read if name not in self.values and "." not in name]
@@ -250,10 +250,10 @@ class Settings:
         return selectors
 
     def _live(self) -> set[str]:
-        """Keys, and macros without a value, that something reads.
+        """Keys that something reads, macros without a value among them.
 
-        What only settings name that were replaced, nothing does: with CERTIFICATE=None no setting
-        of @evaluate.Certificate() is needed.
+        CERTIFICATE=None replaces a setting that named @evaluate.Certificate(). No other one names
+        it, so nothing reads its settings any more, nor the macros in them.
         """
         of_configurable: dict[str, list[str]] = {}
         for key in self._mentions:

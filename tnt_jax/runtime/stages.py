@@ -165,7 +165,11 @@ class Stages:
 
 
 def _take_over(before: Mapping[str, Any], described: dict[str, Any]) -> None:
-    """Has a note of 0.2.0 for a note of now: what it read in an object store it did not look at."""
+    """Makes what a stage is made of comparable with a note of 0.2.0.
+
+    That version knew what a stage read in an object store by its path alone. So a path is enough
+    here, too, and what was made then is not made again.
+    """
     noted = before.get("described")
     read = noted.get("inputs") if isinstance(noted, dict) else None
     if isinstance(read, dict):
@@ -226,7 +230,7 @@ def fingerprint(path: str) -> str:
 
 
 def _remote_fingerprint(path: str) -> str:
-    """The same of an object store: it tells a time of each file of a folder, too."""
+    """`fingerprint` of a file, a folder or a pattern in an object store."""
     found = files.path_of(path)
     if found.is_dir():
         stats = [(os.fspath(file), file.stat()) for file in sorted(_files_in(found))]

@@ -117,13 +117,13 @@ class Sources:
         return self.original_source.restore(self.model.abstract_params)
 
     def read_start(self, original_digest: str | None = None) -> PyTree:
-        """Reads what training starts from: a model, or the adapters of a run with such a start.
+        """Reads what training starts from: a model, or where adapters are trained, adapters.
 
         Args:
           original_digest: Of the parameters that adapters are trained beside.
 
         Raises:
-          UsageError: Adapters are to be trained, and these are not such adapters.
+          UsageError: Adapters are trained, and START_CHECKPOINT_PATH has none that fit.
         """
         path = self.schedule.start_path
         if path is None:
@@ -132,8 +132,7 @@ class Sources:
         start = pretrained.open_checkpoint(path)
         if not self.choice.has_adapters:
             return start.restore(self.model.abstract_params)
-        _check_adapters(self.choice, start, original_digest)
-        weights = start.adapters.by_name if start.adapters else {}
+        weights = _fitting_adapters(self.choice, start, original_digest).by_name
         abstract = self.model.abstract_adapters(
             self.choice.adapter_rank, self.choice.trained_layers
         )
@@ -142,10 +141,10 @@ class Sources:
         return lazy_arrays.restore(lazy_arrays.laid_out(weights, abstract), abstract)
 
 
-def _check_adapters(
+def _fitting_adapters(
     choice: settings.OriginalChoice, start: pretrained.Pretrained, original_digest: str | None
-) -> None:
-    """Raises a UsageError unless a checkpoint has adapters such as the settings ask for."""
+) -> pretrained.Adapters:
+    """The adapters of a checkpoint; raises a UsageError unless the settings ask for such ones."""
     trained, run = start.adapters, start.run
     expected = {
         "rank": choice.adapter_rank,
@@ -153,9 +152,8 @@ def _check_adapters(
         "layers": choice.trained_layers or "all",
         "an original with the digest": original_digest,
     }
-    if trained is None or run is None:
-        differences = ["a model that is not such a run"]
-    else:
+    differences = ["a model that is not such a run"]
+    if trained is not None and run is not None:
         found = {
             "rank": trained.rank,
             "alpha": float(trained.alpha),
@@ -167,14 +165,15 @@ def _check_adapters(
             for name, value in expected.items()
             if found[name] != value
         ]
-    if differences:
-        raise UsageError(
-            f"START_CHECKPOINT_PATH: with ORIGINAL={choice.kind!r}, expected a run of adapters of "
-            "the same rank, alpha and layers, trained beside the same original; found, in "
-            f"{start.path}: {'; '.join(differences)}. Set ADAPTER_RANK, ADAPTER_ALPHA, "
-            "TRAINED_LAYERS and INITIAL_CHECKPOINT_PATH as that run had them, or "
-            "ORIGINAL='parameters' to start from a whole model."
-        )
+        if not differences:
+            return trained
+    raise UsageError(
+        f"START_CHECKPOINT_PATH: with ORIGINAL={choice.kind!r}, expected a run of adapters of the "
+        f"same rank, alpha and layers, trained beside the same original; found, in {start.path}: "
+        f"{'; '.join(differences)}. Set ADAPTER_RANK, ADAPTER_ALPHA, TRAINED_LAYERS and "
+        "INITIAL_CHECKPOINT_PATH as that run had them, or ORIGINAL='parameters' to start from a "
+        "whole model."
+    )
 
 
 @dataclasses.dataclass(frozen=True)

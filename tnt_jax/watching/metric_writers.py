@@ -36,7 +36,31 @@ _messages: Any = event_pb2  # made by protobuf when it is imported: type checker
 _UPLOAD_EVERY = 60.0  # seconds
 
 
-class StepLines:
+class _FlushedInTime:
+    """A file that has whatever is written at once, or in an object store once in a while."""
+
+    _file: Any = None
+    _pause = 0.0  # seconds from one flush to the next
+    _flushed = -math.inf
+
+    def flush(self) -> None:
+        """Whatever was written is in the file."""
+        if self._file is not None:
+            self._file.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        """Closes the file; may be called twice."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _flush_in_time(self) -> None:
+        if time.monotonic() - self._flushed >= self._pause:
+            self.flush()
+
+
+class StepLines(_FlushedInTime):
     """Appends JSON objects to a file, one a line: `{"step": 10, "loss": 0.5}`.
 
     A last line that a kill cut short is dropped. A run that goes on from a checkpoint drops what
@@ -53,8 +77,6 @@ class StepLines:
     """
 
     def __init__(self, path: str | os.PathLike, last_step: int | None = None, pause: float = 0.0):
-        self._file: Any = None
-        self._pause, self._flushed = pause, -math.inf
         if not console.is_first_process():
             return
         path = epath.Path(path)
@@ -69,9 +91,9 @@ class StepLines:
             if whole != written:
                 files.write_text(path, whole)
         if files.is_remote(path):
-            self._file = _Upload(path, whole.encode())
+            self._file, self._pause = _Upload(path, whole.encode()), pause
         else:
-            self._file, self._pause = path.open("ab"), 0.0
+            self._file = path.open("ab")
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Appends one line, as `as_json` writes it."""
@@ -79,20 +101,7 @@ class StepLines:
             return
         line = files.as_json({"step": int(step), **values}) + "\n"
         self._file.write(line.encode())
-        if time.monotonic() - self._flushed >= self._pause:
-            self.flush()
-
-    def flush(self) -> None:
-        """Whatever was written is in the file."""
-        if self._file is not None:
-            self._file.flush()
-            self._flushed = time.monotonic()
-
-    def close(self) -> None:
-        """Closes the file; may be called twice."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self._flush_in_time()
 
     def __enter__(self):
         return self
@@ -233,7 +242,7 @@ def _grouped(name: str) -> str:
     return name if "/" in name else f"train/{name}"
 
 
-class TensorBoard:
+class TensorBoard(_FlushedInTime):
     """Writes an event file, which `tensorboard --logdir` shows while the run goes on.
 
     Every process of a run has a file of its own. It begins by telling TensorBoard to drop what
@@ -252,11 +261,9 @@ class TensorBoard:
         if not is_remote:
             path.parent.mkdir(parents=True, exist_ok=True)
         # Not tensorboard's EventFileWriter: it imports TensorFlow, and has a thread of its own.
-        self._file: RecordWriter | None = RecordWriter(
-            _Upload(path) if is_remote else path.open("wb")
-        )
-        self._pause = _UPLOAD_EVERY if is_remote else 0.0
-        self._flushed = -float("inf")
+        self._file = RecordWriter(_Upload(path) if is_remote else path.open("wb"))
+        if is_remote:
+            self._pause = _UPLOAD_EVERY
         self._write(0, file_version="brain.Event:2")
         begins = _messages.SessionLog(status=_messages.SessionLog.START)
         self._write(start + 1 if start else 0, session_log=begins)
@@ -282,26 +289,10 @@ class TensorBoard:
         self._write(step, summary=text_pb(name, table))
         self._flush_in_time()
 
-    def flush(self) -> None:
-        """Whatever was written is in the file."""
-        if self._file is not None:
-            self._file.flush()
-            self._flushed = time.monotonic()
-
-    def close(self) -> None:
-        """Closes the file; may be called twice."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
     def _write(self, step: int, **content: Any) -> None:
         assert self._file is not None, "closed"
         event = _messages.Event(step=step, wall_time=time.time(), **content)
         self._file.write(event.SerializeToString())
-
-    def _flush_in_time(self) -> None:
-        if time.monotonic() - self._flushed >= self._pause:
-            self.flush()
 
 
 def _as_markdown(text: str) -> str:
