@@ -538,8 +538,8 @@ LINES = "".join(f"prompt {number}\n" for number in range(100))
     [
         ({"model": "nowhere"}, "expected a checkpoint or a model directory, found nothing at"),
         ({"model": "words.txt"}, "expected a directory with a model, found a file at words.txt."),
-        ({"prompts": "none.txt"}, "--prompts: expected a file of prompts, JSONL or one a line, "),
-        ({"prompts": "model"}, "--prompts: expected a file of prompts, JSONL or one a line, found"),
+        ({"prompts": "none.txt"}, "--prompts: expected a file of prompts (JSONL, a .csv or .tsv, "),
+        ({"prompts": "model"}, "--prompts: expected a file of prompts (JSONL, a .csv or .tsv,"),
         ({"prompts": ("p.txt", "\n\n")}, "--prompts: expected prompts, one a line, found none in"),
         ({"prompts": ("p.txt", "one\ntwo\none\n")}, "--prompts: expected at least 60 different "),
         ({"prompts": ("p.jsonl", '{"text": "a"}\n')}, "p.jsonl:1: the field 'inputs' is missing;"),
