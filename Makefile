@@ -24,7 +24,7 @@ endif
 
 ifneq ($(UV),)
 INSTALL = $(UV) pip install --python $(VENV)/bin/python
-MAKE_VENV = $(UV) venv --clear --python $(PYTHON) $(VENV)
+MAKE_VENV = $(UV) venv --clear --seed --python $(PYTHON) $(VENV)
 else
 INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check
 MAKE_VENV = $(PYTHON) -m venv --clear $(VENV)

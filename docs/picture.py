@@ -1,7 +1,7 @@
 """Makes docs/report.png: the head of a report page, as a browser shows it.
 
-    make quickstart
-    python docs/picture.py runs/quickstart/report.html
+    make demo
+    python docs/picture.py runs/demo/report.html
 
 Needs playwright (`pip install -e '.[test]'`) and a Chromium, which it finds as
 tests/programs/test_report_browser.py does: on the PATH, or at TNT_JAX_CHROMIUM.

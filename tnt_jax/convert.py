@@ -1,14 +1,15 @@
 r"""Converts a model between Hugging Face's, T5X's and our own formats.
 
-The input is a Hugging Face directory (or its name on the hub), a T5X checkpoint (legacy or Orbax,
-with scanned layers or not), or a model of ours. The program finds out which. Output formats:
+The input is a Hugging Face directory (or its name on the hub), a GGUF file, a T5X checkpoint (legacy
+or Orbax, with scanned layers or not), or a model of ours. The program finds out which. Output formats:
 
   huggingface  config.json, safetensors, the tokenizer, a model card; transformers loads it
   t5x          OUTPUT/checkpoint_<step>, msgpack and zarr: T5X's legacy format
   t5x_orbax    OUTPUT/checkpoint_<step>/state
   orbax        OUTPUT/checkpoint_<step>/params, a model directory of tnt_jax
   peft         adapter_config.json, safetensors, a model card: what a run with
-               ORIGINAL="adapters_off" trained, without its original; peft loads it onto that
+               ORIGINAL="adapters_off" or "adapters_cached" trained, without its original; peft
+               loads it onto that
 
 Parameters and the step are carried over, optimizer state is not. What a checkpoint has no place
 for (config.json, the tokenizer) is written to OUTPUT/huggingface, for the way back.

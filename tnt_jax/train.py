@@ -1,4 +1,4 @@
-r"""Trains a T5 on annotated records: Targeted Negative Training, its baselines, or fine-tuning.
+r"""Trains a model on annotated records: Targeted Negative Training, its baselines, or fine-tuning.
 
 The parameters come from the first of these that exists:
 

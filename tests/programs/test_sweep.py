@@ -269,6 +269,7 @@ def test_filtered_arms_train_on_clean_outputs_alone(working_directory, capsys):
     said = f"{num_clean} of {len(rows)} examples, those in which nothing is marked"
     assert said in capsys.readouterr().out
     settings = {"OUTPUT_DIR": "filtered_pipeline", "TRAIN_STEPS": 6, "MASK_DECODING": False}
+    settings["CLEAN_PER_MARKED"] = 1  # for the arms that take marked outputs
     arms = {"ARMS": "[@filtered_kl/experiment.Arm()]"}
     assert rooms.run("pipeline", settings | arms) == 0
     settings = {"MODEL_DIR": "filtered_train", "RECORDS": training_outputs, "TRAIN_STEPS": 6}

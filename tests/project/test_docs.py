@@ -182,10 +182,12 @@ def check_launch(words):
 
 
 def check_settings(words):
-    """A command that hands them to `tnt_jax.train`, and sets some itself."""
+    """A command that hands them to `tnt_jax.train`, or its `--program`, and sets some itself."""
     settings = [word for word in words if word.startswith(("--gin.", "--gin_file="))]
+    flags = (word.removeprefix("--program=") for word in words if word.startswith("--program="))
+    name = next(flags, "train")
     if settings:
-        program.configure("tnt_jax.train", "train", settings, needs_all=False)
+        program.configure(f"tnt_jax.{name}", name, settings, needs_all=False)
 
 
 def check_other(words):

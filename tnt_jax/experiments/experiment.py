@@ -116,6 +116,7 @@ class Experiment:
       original_checkpoint_path: The original.
       new_original: How to make one, in place of `original_checkpoint_path`.
       clean_per_marked: As in `datasets.RecordFiles`, for the training outputs; so are the next two.
+        Arms with `only_clean` take all clean ones.
       marks: As there.
       loss_until: As there.
       mask_decoding: Also generates with the original while what is unwanted is masked, to compare
@@ -585,7 +586,10 @@ class Opened:
             **{
                 "files": files,
                 "vocabulary": self.vocabulary,
-                "clean_per_marked": shared.clean_per_marked,
+                # An arm of clean outputs alone has no marked ones to take them in proportion to.
+                "clean_per_marked": (
+                    None if changes.dataset.get("only_clean") else shared.clean_per_marked
+                ),
                 "marks": shared.marks,
                 "loss_until": shared.loss_until,
                 **changes.dataset,
