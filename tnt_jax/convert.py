@@ -1,7 +1,8 @@
 r"""Converts a model between Hugging Face's, T5X's and our own formats.
 
-The input is a Hugging Face directory (or its name on the hub), a GGUF file, a T5X checkpoint (legacy
-or Orbax, with scanned layers or not), or a model of ours. The program finds out which. Output formats:
+The input is a Hugging Face directory (or its name on the hub), a GGUF file, a T5X checkpoint
+(legacy or Orbax, with scanned layers or not), or a model of ours. The program finds out which.
+Output formats:
 
   huggingface  config.json, safetensors, the tokenizer, a model card; transformers loads it
   t5x          OUTPUT/checkpoint_<step>, msgpack and zarr: T5X's legacy format
