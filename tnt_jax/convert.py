@@ -47,6 +47,7 @@ from tnt_jax.checkpoints import (
 )
 from tnt_jax.checkpoints.lazy_arrays import LazyArray
 from tnt_jax.data import vocabularies
+from tnt_jax.models.causal_lm_config import CausalLMConfig
 from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime import console, files, holding, program
 from tnt_jax.runtime.errors import UsageError
@@ -290,6 +291,9 @@ def _write_huggingface(
         key = "dtype" if "dtype" in settings else "torch_dtype"
         settings = settings | {key: dtypes[-1]}
         settings.pop("_name_or_path", None)
+        if isinstance(config, CausalLMConfig):
+            # A file without it means false in most families, and an output matrix that is missing.
+            settings["tie_word_embeddings"] = config.logits_via_embedding
         card = model_card.write(
             family=huggingface.family_of_network(config),
             name=target.name,
@@ -383,8 +387,8 @@ def _copy_description(
     if vocabularies.has_tokenizer(folder):
         return True
     console.log(
-        f"Warning: {source.path} comes without a tokenizer, so there is none in the output. Pass "
-        "--vocabulary=spiece.model to add it."
+        f"Warning: {source.path} comes without a tokenizer, so there is none in the output. To add "
+        "it, pass --vocabulary with the path of a spiece.model, or of a directory that has one."
     )
     return False
 

@@ -109,7 +109,7 @@ def test_cells_that_are_no_offsets(marks_of, cell):
         ([["a"]], "marks.jsonl:1: expected an object with negative_spans"),
         ([{"negative_spans": []}], "expected id or targets, to say whose marks these are"),
         ([{"id": "a", "negative_spans": [[0]]}], "negative_spans: expected a list of [start, end]"),
-        ([{"id": 3, "negative_spans": []}], "id: expected a string"),
+        ([{"id": [3], "negative_spans": []}], "id: expected a string"),
         (
             [{"id": "a", "negative_spans": []}, {"id": "a", "negative_spans": [[0, 1]]}],
             "marks.jsonl:2: marks [[0, 1]], but",

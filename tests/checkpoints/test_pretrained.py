@@ -240,6 +240,12 @@ def test_a_model_of_the_hub(directory, tmp_path, monkeypatch):
     message = "found nothing at someone/other-t5, nor on the Hugging Face hub: "
     with pytest.raises(UsageError, match=message):
         pretrained.open_checkpoint("someone/other-t5")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "someone").mkdir()
+    with pytest.raises(UsageError, match="hub was not asked, because there is a someone here"):
+        pretrained.open_checkpoint("someone/tiny-t5")
+    with pytest.raises(UsageError, match="hub is named with its owner, such as google/flan-t5-"):
+        pretrained.open_checkpoint("tiny-t5")
 
 
 # ------------------------------------------------------------------------------------- The network

@@ -504,12 +504,12 @@ def test_another_tokenizer_is_not_taken_for_the_models(folders, tokenisers):
         vocabularies.check_same(tokenisers["llama2"], epath.Path(folders["gemma"]))
 
 
-def test_a_model_may_have_a_thousand_rows_more_but_none_less(tokenisers):
+def test_a_model_may_have_rows_to_spare_but_none_too_few(tokenisers):
     tokeniser = tokenisers["qwen"]
-    for num_rows in (tokeniser.size, tokeniser.size + 271, tokeniser.size + 1024):
+    for num_rows in (tokeniser.size, tokeniser.size + 271, tokeniser.size + 2385):
         vocabularies.check_size(tokeniser, num_rows)
-    for num_rows in (tokeniser.size - 1, tokeniser.size + 1025):
-        with pytest.raises(UsageError, match="or up to 1,024 fewer; found"):
+    for num_rows in (tokeniser.size - 1, tokeniser.size + 4097):
+        with pytest.raises(UsageError, match="or up to 4,096 fewer; found"):
             vocabularies.check_size(tokeniser, num_rows)
     with pytest.raises(UsageError, match="or up to 128 fewer; found 259"):
         vocabularies.check_size(tokenization.Bytes(), 259 + 129)

@@ -96,6 +96,13 @@ def test_prompts_need_only_inputs_and_get_an_id(tmp_path):
 
 
 @pytest.mark.parametrize("more", [{}, {"kept": 1}])
+def test_an_id_may_be_an_integer(tmp_path, more):
+    line = json.dumps({"id": 7, "inputs": "one", "targets": "two", **more})
+    (found,) = records.read_records(write_lines(tmp_path / "a.jsonl", line))
+    assert found.id == "7"
+
+
+@pytest.mark.parametrize("more", [{}, {"kept": 1}])
 def test_an_empty_output_is_none_of_no_output(tmp_path, more):
     """A model may end at once. That is an output, and stays one when it is written again."""
     rows = [
@@ -261,7 +268,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         ('{"inputs": NaN, "score": }', "expected finite numbers, found NaN"),
         ("NaN", "expected finite numbers, found NaN"),
         ('{"inputs": "x", "target_ids": [2147483648]}', "target_ids: expected a list of token ids"),
-        ('{"inputs": "x", "id": 3}', "id: expected a string"),
+        ('{"inputs": "x", "id": 3.5}', "id: expected a string"),
+        ('{"inputs": "x", "id": true}', "id: expected a string"),
         ('{"inputs": "x", "target_ids": "12"}', "target_ids: expected a list of token ids"),
         ('{"inputs": "x", "target_ids": [1, true]}', "target_ids: expected a list of token ids"),
         ('{"inputs": "x", "target_ids": [1, -2]}', "target_ids: expected a list of token ids"),

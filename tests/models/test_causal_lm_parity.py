@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from etils import epath
 from helpers import golden_model
 
@@ -163,8 +164,24 @@ def test_layers_without_rope_have_the_window_of_smollm3():
 
 
 @pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("gemma2", {"sliding_window_size": settings_of("gemma2")["sliding_window"]}),
+        ("llama", {"attention_dropout": 0.1, "_attn_implementation": "sdpa"}),
+        ("llama", {"rope_parameters": {"rope_type": "default", "factor": None}}),
+    ],
+)
+def test_settings_of_published_files_that_mean_nothing(name, changes):
+    """Gemma 2 9B's file has the window twice; null is the same as absent."""
+    plain = {key: value for key, value in changes.items() if key == "rope_parameters"}
+    plain = {key: {"rope_type": "default"} for key in plain}
+    assert config_of(name, **changes) == config_of(name, **plain)
+
+
+@pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
+        ("gemma2", {"sliding_window_size": 3}, "sliding_window_size: expected sliding_window's"),
         ("llama", {"num_experts": 8}, "found num_experts: they may change"),
         ("llama", {"mlp_bias": True}, "mlp_bias: expected nothing or False, found True"),
         (
@@ -246,6 +263,22 @@ def test_a_directory_goes_through_convert_unchanged(name, tmp_path):
         np.testing.assert_array_equal(before[tensor].load(), after[tensor].load())
     written = json.loads((end / "config.json").read_text())
     assert written == settings_of(name)
+
+
+def test_a_matrix_that_is_left_out_is_said_to_be_tied(tmp_path):
+    """A file that does not say it is read as tied if both are alike, and elsewhere as untied."""
+    shutil.copytree(FOLDER / "llama_3", tmp_path / "in")
+    file = tmp_path / "in" / "model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    safetensors.numpy.save_file(tensors, file, {"format": "pt"})
+    settings = without(settings_of("llama_3"), "tie_word_embeddings")
+    (tmp_path / "in" / "config.json").write_text(json.dumps(settings))
+    end = tmp_path / "out"
+    convert.convert(input=str(tmp_path / "in"), output=str(end), output_format="huggingface")
+    written = json.loads((end / "config.json").read_text())
+    has_matrix = "lm_head.weight" in safetensors.numpy.load_file(end / "model.safetensors")
+    assert written["tie_word_embeddings"] is not has_matrix
 
 
 def test_a_checkpoint_without_its_description_is_refused(tmp_path):

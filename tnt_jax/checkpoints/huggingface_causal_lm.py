@@ -124,7 +124,8 @@ _SIZES = (
 )
 _SETTING_TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(_SIZES, (int,)),
-    **dict.fromkeys(("num_key_value_heads", "head_dim", "sliding_window"), (int,)),
+    **dict.fromkeys(("num_key_value_heads", "head_dim"), (int,)),
+    **dict.fromkeys(("sliding_window", "sliding_window_size"), (int,)),
     **dict.fromkeys(("max_window_layers", "no_rope_layer_interval"), (int,)),
     **dict.fromkeys(("sliding_window_pattern", "_sliding_window_pattern"), (int,)),
     **dict.fromkeys(("attention_bias", "use_sliding_window"), (bool,)),
@@ -139,7 +140,6 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (None, False),
     "is_encoder_decoder": (None, False),
     "add_cross_attention": (None, False),
-    "attention_dropout": (None, 0, 0.0),
     **dict.fromkeys(_SOFTCAPS, (None,)),
     "use_bidirectional_attention": (None, False),
     "rope_interleaved": (None, False),
@@ -161,7 +161,8 @@ _WITHOUT_MEANING = {
     *("transformers.js_config", "finetuning_task", "prefix", "use_bfloat16", "tf_legacy_loss"),
     # Of the programs that trained it, or that hand it on.
     *("is_llama_config", "neftune_noise_alpha", "unsloth_fixed", "unsloth_version"),
-    *("_attn_implementation_autoset", "_flash_attn_2_enabled", "gradient_checkpointing"),
+    *("_attn_implementation", "_attn_implementation_autoset", "_flash_attn_2_enabled"),
+    *("gradient_checkpointing", "attention_dropout"),  # dropout is ours to set
     "max_sequence_length",
     # How outputs are made, which older files have here. We take it from DECODER alone.
     *("do_sample", "temperature", "top_k", "top_p", "typical_p", "num_beams", "num_beam_groups"),
@@ -246,7 +247,15 @@ def _check_known(config: Mapping[str, Any], family: _Family) -> None:
     if unknown:
         raise UsageError(
             f"expected settings of {', '.join(MODEL_TYPES)}, found {', '.join(unknown)}: "
-            "they may change what the network computes."
+            "they may change what the network computes. What transformers does not read for this "
+            "model_type may be deleted from a copy of the file."
+        )
+    # Older files of Gemma 2 have the window twice.
+    window = {**family.defaults, **config}.get("sliding_window")
+    if config.get("sliding_window_size") not in (None, window):
+        raise UsageError(
+            f"sliding_window_size: expected sliding_window's {window}, found "
+            f"{config['sliding_window_size']!r:.60}."
         )
 
 
@@ -329,13 +338,14 @@ def _rope(given: Mapping[str, Any], layer_type: str) -> dict[str, Any]:
     stated = given.get("rope_parameters")
     if stated is None:
         is_local = given["model_type"] == "gemma3_text" and layer_type == "sliding_attention"
-        theta = given["rope_local_base_freq"] if is_local else given.get("rope_theta", 10_000.0)
+        theta = given["rope_local_base_freq"] if is_local else given.get("rope_theta")
         scaling = {} if is_local else given.get("rope_scaling") or {}
         stated = {"rope_theta": theta, **scaling}
     elif layer_type in stated:
         stated = stated[layer_type]
     if not isinstance(stated, dict):
         raise UsageError(f"expected settings of the rotation, found {stated!r:.60}.")
+    stated = {key: value for key, value in stated.items() if value is not None}
     kind = stated.get("rope_type", stated.get("type", "default"))
     known = {
         "default": (),
@@ -355,7 +365,8 @@ def _rope(given: Mapping[str, Any], layer_type: str) -> dict[str, Any]:
         )
     if stated.get("partial_rotary_factor") not in _ONLY["partial_rotary_factor"]:
         raise UsageError(f"partial_rotary_factor: expected 1, found {stated!r:.80}.")
-    stated = {"rope_theta": given.get("rope_theta", 10_000.0), **stated}
+    theta = given.get("rope_theta")
+    stated = {"rope_theta": 10_000.0 if theta is None else theta, **stated}
     numbers: dict[str, float] = {}
     for key in ("rope_theta", *known[kind]):
         value: Any = stated.get(key)

@@ -400,7 +400,7 @@ def mismatch(where: str, setting: str, differences: Sequence[str]) -> str:
     """The message about a checkpoint of another model."""
     advice = f"change {setting}, or the path"
     if setting == ITS_OWN_SETTINGS:
-        advice = "it is damaged, or of an architecture that is not T5's"
+        advice = "it is damaged, or of another architecture than its settings say"
     shown = [f"{difference:.200}" for difference in differences[:_MOST_SHOWN]]
     if more := len(differences) - len(shown):
         shown.append(f"and {more} more")

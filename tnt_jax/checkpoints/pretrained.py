@@ -174,9 +174,18 @@ def _check_may_look(path: str) -> None:
 def _from_hub(path: str) -> epath.Path:
     missing = f"expected a checkpoint or a model directory, found nothing at {path}"
     owner, _, name = path.partition("/")
-    is_hub_name = all(re.fullmatch(r"\w[\w.-]*", part) for part in (owner, name))
-    if not is_hub_name or epath.Path(owner).exists():
+    is_part = [re.fullmatch(r"\w[\w.-]*", part) is not None for part in (owner, name)]
+    if is_part == [True, False] and not name:
+        raise UsageError(
+            f"{missing}. A model of the Hugging Face hub is named with its owner, such as "
+            "google/flan-t5-small."
+        )
+    if not all(is_part):
         raise UsageError(f"{missing}.")
+    if epath.Path(owner).exists():
+        raise UsageError(
+            f"{missing}. The Hugging Face hub was not asked, because there is a {owner} here."
+        )
     try:
         import huggingface_hub  # of the extra `hub`
     except ImportError:

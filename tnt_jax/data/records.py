@@ -622,6 +622,8 @@ def known_fields(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
     """
     # Null is the same as absent.
     given = {name: value for name, value in fields.items() if value is not None}
+    if type(given.get("id")) is int:  # as many data sets have it
+        given["id"] = str(given["id"])
     try:
         return msgspec.convert(given, _Fields)  # pyright: ignore[reportReturnType]
     except msgspec.ValidationError as error:

@@ -30,10 +30,10 @@ _MOST_EXTRA_IDS = 100_000
 _SENTENCEPIECE = "spiece.model"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _EXTRA_ID = re.compile(r"<extra_id_(\d+)>")
-# A model has rows up to here beyond the ids of its vocabulary: 32,128 for T5's 32,100, and 151,936
-# for the 151,665 of Qwen, whose rows are a multiple of more.
+# A model has rows up to here beyond the ids of its vocabulary: 32,128 for T5's 32,100, 151,936 for
+# the 151,665 of Qwen, and 102,400 for the 100,015 of DeepSeek LLM 7B.
 _MOST_PADDING = 128
-_MOST_PADDING_OF_HUB = 1024
+_MOST_PADDING_OF_HUB = 4096
 
 _protos: Any = sentencepiece_model_pb2  # protobuf makes its classes when it is imported
 _Pieces = _protos.ModelProto
