@@ -181,12 +181,11 @@ def _of_outputs(rows: Sequence[records.Record], vocabulary: Any) -> dict[str, An
         len({position for position, _ in of_row.negative_pairs}) for of_row in marked
     )
     return {
-        "unwanted_outputs": dataclasses.asdict(
-            text_metrics.unwanted([row.negative_spans or () for row in rows])
+        **text_metrics.summary(
+            [row.targets for row in rows], [row.negative_spans or () for row in rows]
         ),
         "unwanted_tokens": dataclasses.asdict(text_metrics.Rate(num_negative, max(num_tokens, 1))),
         "mean_length": num_tokens / len(rows),
-        **dataclasses.asdict(text_metrics.fluency([row.targets for row in rows])),
     }
 
 

@@ -22,6 +22,7 @@ from tnt_jax.data import records
 from tnt_jax.evaluation import changes, diagnosis, report_page, text_metrics
 from tnt_jax.evaluation.results import (
     Row,
+    cut_of,
     from_evaluation,
     from_results,
     num_outputs,
@@ -358,29 +359,17 @@ def _numbers(
     original: Sequence[records.Record], current: Sequence[records.Record]
 ) -> dict[str, Any]:
     """What `tnt_jax.evaluate` writes, as far as it takes no vocabulary; lengths are in words."""
-
-    def of_outputs(rows):
-        return {
-            "unwanted_outputs": vars(text_metrics.unwanted([r.negative_spans or () for r in rows])),
-            "mean_length": math.fsum(len(r.targets.split()) for r in rows) / len(rows),
-            **{
-                name: vars(rate)
-                for name, rate in vars(text_metrics.fluency([r.targets for r in rows])).items()
-            },
-        }
-
-    before, after = of_outputs(original), of_outputs(current)
-    comparison = text_metrics.compare(
-        [r.targets for r in original],
-        [r.targets for r in current],
-        [r.negative_spans or () for r in original],
-    )
-    unwanted = [of["unwanted_outputs"]["value"] for of in (before, after)]
+    texts = [[row.targets for row in rows] for rows in (original, current)]
+    spans = [[row.negative_spans or () for row in rows] for rows in (original, current)]
+    before, after = map(text_metrics.summary, texts, spans)
+    for found, outputs in zip((before, after), texts, strict=True):
+        found["mean_length"] = math.fsum(len(text.split()) for text in outputs) / len(outputs)
+    comparison = text_metrics.compare(texts[0], texts[1], spans[0])
     return {
         "original": before,
         "current": after,
         "comparison": dataclasses.asdict(comparison),
-        "cut": 1 - unwanted[1] / unwanted[0] if unwanted[0] else 0.0,
+        "cut": cut_of(before["unwanted_outputs"]["value"], after["unwanted_outputs"]["value"]),
     }
 
 

@@ -8,7 +8,7 @@ counts.
 import collections
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from sacrebleu.metrics.bleu import BLEU
@@ -199,6 +199,16 @@ def has_repeated_phrase(text: str) -> bool:
 def has_unknown_token(text: str) -> bool:
     """Whether there is an unknown token, as `Fluency.unknown_token` counts it."""
     return bool(_UNKNOWN_TOKEN.search(text))
+
+
+def summary(texts: Sequence[str], spans: Sequence[Sequence]) -> dict[str, Any]:
+    """The rates of outputs by themselves, as `tnt_jax.evaluate` writes them.
+
+    Args:
+      texts: the outputs; at least one.
+      spans: what is unwanted in each.
+    """
+    return {"unwanted_outputs": asdict(unwanted(spans)), **asdict(fluency(texts))}
 
 
 def unwanted(spans: Sequence[Sequence]) -> Rate:

@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from tnt_jax.data import marks, records
+from tnt_jax.data import marks, records, tokenization
 from tnt_jax.data.examples import Example, num_marks_of, take
 from tnt_jax.models import decoding, sharding
 from tnt_jax.models.model import Model
@@ -95,7 +95,8 @@ class Speaker:
             row_keys=self._keys,
         )
         tokens = sharding.fetch(decoded.tokens)[: len(self.prompts)]
-        return [self.vocabulary.decode(row) for row in tokens]
+        ends = self.decoder.end_ids
+        return [self.vocabulary.decode(tokenization.said(row, ends)) for row in tokens]
 
     @functools.cached_property
     def inputs(self) -> list[str]:
