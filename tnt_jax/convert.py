@@ -47,7 +47,6 @@ from tnt_jax.checkpoints import (
 )
 from tnt_jax.checkpoints.lazy_arrays import LazyArray
 from tnt_jax.data import vocabularies
-from tnt_jax.models.causal_lm_config import CausalLMConfig
 from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime import console, files, holding, program
 from tnt_jax.runtime.errors import UsageError
@@ -291,9 +290,7 @@ def _write_huggingface(
         key = "dtype" if "dtype" in settings else "torch_dtype"
         settings = settings | {key: dtypes[-1]}
         settings.pop("_name_or_path", None)
-        if isinstance(config, CausalLMConfig):
-            # A file without it means false in most families, and an output matrix that is missing.
-            settings["tie_word_embeddings"] = config.logits_via_embedding
+        settings |= huggingface.family_of_network(config).always_said(config)
         card = model_card.write(
             family=huggingface.family_of_network(config),
             name=target.name,

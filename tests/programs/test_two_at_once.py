@@ -128,7 +128,8 @@ def test_of_two_that_train_in_one_folder_one_does():
 
 
 def test_a_second_one_is_told_who_is_at_work_and_when_that_one_is_killed_it_goes_on_at_once():
-    with training("first", MODEL_DIR="one", LEARNING_RATE=0.003) as first:
+    settings = {**RUN, "MODEL_DIR": "one", "LEARNING_RATE": 0.003}
+    with several.held("train", settings, 1, "first", at=10, **ALONE) as first:
         first.wait_for("update 9 of 24")
         first.send(signal.SIGSTOP, index=0)
         with training("second", MODEL_DIR="one", LEARNING_RATE=0.01) as second:

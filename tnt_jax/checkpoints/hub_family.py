@@ -22,6 +22,8 @@ class HubFamily:
         a setting is missing or is one that the network does not have.
       new_config: Makes a `config.json` for a network that did not come with one. Raises a
         UsageError where transformers has no such network.
+      always_said: Gives the settings that a `config.json` has to say of a network, whatever the one
+        that it came with left out.
       weight_name: Gives Hugging Face's name of the parameter that we call by a name, for a config.
       is_transposed: Whether that parameter is stored the other way round.
       embeddings: Names of the embedding, of which one is enough; the first is the one we write.
@@ -38,6 +40,7 @@ class HubFamily:
     check: Callable[[Mapping[str, Any]], None]
     network_config: Callable[..., Any]
     new_config: Callable[[Any], dict[str, Any]]
+    always_said: Callable[[Any], dict[str, Any]]
     weight_name: Callable[[str, Any], str]
     is_transposed: Callable[[str], bool]
     embeddings: tuple[str, ...]

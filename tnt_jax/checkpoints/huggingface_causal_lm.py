@@ -540,6 +540,8 @@ FAMILY = HubFamily(
     check=lambda config: None,
     network_config=network_config,
     new_config=new_config,
+    # Without it most model types are untied, and one that is tied would miss its output matrix.
+    always_said=lambda config: {"tie_word_embeddings": config.logits_via_embedding},
     weight_name=weight_name,
     is_transposed=_is_transposed,
     embeddings=("model.embed_tokens.weight",),

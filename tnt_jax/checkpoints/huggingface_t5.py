@@ -207,6 +207,7 @@ FAMILY = HubFamily(
     check=check,
     network_config=network_config,
     new_config=new_config,
+    always_said=lambda config: {},
     weight_name=weight_name,
     is_transposed=_is_transposed,
     embeddings=_EMBEDDINGS,
