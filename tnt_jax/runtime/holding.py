@@ -57,8 +57,8 @@ def folder(
     """Holds a folder that a run writes into; it is created.
 
     Args:
-      path: Of the folder.
-      setting: That names it, for messages.
+      path: The folder.
+      setting: The setting that names the folder, for messages.
       share: Which one of how many independent processes this is that write into the folder by
         design, from 0 on. They do not exclude each other. None is all of the folder.
 
@@ -89,8 +89,8 @@ def output(path: str | os.PathLike, setting: str) -> Iterator[None]:
     """Holds a file or folder that a run writes whole, with what belongs to it beside it.
 
     Args:
-      path: Of the output; the folder that it goes to is created.
-      setting: That names it, for messages.
+      path: The output; the folder that it goes to is created.
+      setting: The setting that names the output, for messages.
 
     Raises:
       UsageError: Somebody else holds it.

@@ -28,8 +28,8 @@ def check_writable(
     """`files.check_writable`, and that neither the output nor its settings replace a gin file.
 
     Args:
-        path: of an output whose settings `write` puts beside it.
-        setting: that names it, for messages.
+        path: the output whose settings `write` puts beside it.
+        setting: the setting that names the output, for messages.
         reads: files (or globs) that are read, by their settings: none of them is written over.
 
     Raises:

@@ -49,7 +49,7 @@ def start(name: str, kind: Kind) -> None:
     """Meets the other processes, if there are any.
 
     Args:
-      name: Of the program.
+      name: Name of the program.
       kind: How it runs in several processes.
 
     Raises:
@@ -163,7 +163,7 @@ def gather(place: str, said: str) -> list[str]:
 
     Args:
       place: A name, the same in each process, used once.
-      said: By this one.
+      said: What this process says.
 
     Raises:
       ProcessLost: A process has ended with an error before it came here.

@@ -252,10 +252,10 @@ def configure(
     """All that `run` does before it calls the function: gin is given every setting, and asked.
 
     Args:
-        module_name: as in `run`, and so are the others.
-        function_name: of the program.
+        module_name: full name of the program's module.
+        function_name: the program's function in it.
         arguments: the command line.
-        own_flags: `flags`.
+        own_flags: arguments of the function that are flags of their own: `--NAME=VALUE`.
         needs_all: whether every setting that is required must be given.
 
     Returns:
@@ -337,8 +337,8 @@ def bound_arguments(
     """What gin would call a function with, for some of its arguments.
 
     Args:
-        function: of a program.
-        names: of its arguments; those that gin does not bind are left out.
+        function: the function of a program.
+        names: arguments of the function; those that gin does not bind are left out.
         optional: further ones, left out also where a setting that they need is not given.
 
     Raises:
@@ -416,8 +416,8 @@ class _Flags:
     """The command line, taken apart.
 
     Attributes:
-        gin_files: as given, in order.
-        search_folders: of `--gin_search_paths`.
+        gin_files: the values of `--gin_file`, in order.
+        search_folders: the folders of `--gin_search_paths`.
         bindings: (name, value) of each `--gin.NAME=VALUE`, as given.
         help: whether `--help` was there.
         options: the text that explains the flags.

@@ -95,7 +95,7 @@ class Stages:
         """Calls `function(output_name=output, **inputs, **settings)` unless that has been done.
 
         Args:
-          name: Of the stage.
+          name: Name of the stage.
           function: Writes `output`, a file or a directory.
           output: Its path.
           inputs: Files (or globs) and directories that it reads, by argument.
