@@ -110,7 +110,7 @@ def is_for_choice(record_id: str, share: float) -> bool:
     Args:
       record_id: the id of its record; of several with the same prompt the first one's, by which
         `are_for_choice` goes.
-      share: of the prompts.
+      share: the share of prompts that weights are chosen on, from 0 to 1.
     """
     digest = hashlib.sha256(record_id.encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64 < share
@@ -150,7 +150,8 @@ def measure(
     Args:
       original: annotated outputs of the original.
       current: annotated outputs of the arm, for the same prompts in the same order.
-      masked: likewise those of the original under the mask, if there are any.
+      masked: annotated outputs of the original under the decoding mask, for the same prompts, if
+        there are any.
 
     Raises:
       UsageError: there are none.
@@ -569,7 +570,7 @@ def read_evaluation(path: pathlib.Path, *, has_certificate: bool = False) -> dic
     """What `tnt_jax.evaluate` wrote in a file.
 
     Args:
-      path: Of the file.
+      path: The file.
       has_certificate: Whether there must be one.
 
     Raises:
