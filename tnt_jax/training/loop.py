@@ -39,11 +39,12 @@ class Data:
     """What a run learns from, on the host.
 
     Attributes:
-      examples: To train on.
-      eval_examples: To evaluate on; may be empty.
-      batches: Of `examples`, by number.
-      num_negative_ids: Of a position, at most: one for both, for each is a program of its own.
-      has_strengths: Whether any mark of either has a strength below 1.
+      examples: The examples to train on.
+      eval_examples: The examples to evaluate on; may be empty.
+      batches: The batches of `examples`, by number.
+      num_negative_ids: Most removed ids at a position. Training and evaluation share this number:
+        each one is a program of its own.
+      has_strengths: Whether any mark, of training or of evaluation, has a strength below 1.
       sets: Long sets of ids that examples of either share, which the device has once.
     """
 

@@ -51,9 +51,9 @@ class _Part:
     Attributes:
       index: The JSON file beside it.
       offset: Bytes before the first row.
-      num_rows: Tokens.
-      width: Of a state.
-      dtype: Of a state.
+      num_rows: States in the file, one for each token.
+      width: Numbers in a state.
+      dtype: Dtype of a state.
     """
 
     index: pathlib.Path
@@ -110,10 +110,10 @@ class OriginalStates:
     """The states of one original in a folder.
 
     Args:
-      folder: Local to this host, or shared by all hosts; made if need be.
-      identity: Of the original and of how it is computed.
+      folder: A folder on this host's disk, or shared by all hosts; made if need be.
+      identity: A text that tells the original, and how it is computed, from others.
       task_feature_lengths: Where "inputs" and "targets" are cut.
-      feature_layout: Of the original's network.
+      feature_layout: The layout of features of the original's network.
       like: The feature of tokens with the same positions: there is a state for each target token,
         or for each position of those that `feature_layout` counts first.
 
