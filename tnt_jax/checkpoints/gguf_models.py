@@ -42,7 +42,7 @@ def tokenizer(path: epath.Path) -> epath.Path:
     """The same directory, with a tokenizer.
 
     Raises:
-      UsageError: As in `description`; or the tokenizer is of another kind.
+      UsageError: The file is damaged, or it or its tokenizer is of a kind that is not read.
     """
     folder, problem = _described(path, _version(path))
     if problem is not None:

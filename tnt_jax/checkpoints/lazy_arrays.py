@@ -36,8 +36,8 @@ class LazyArray:
     """An array that is not in memory.
 
     Attributes:
-      shape: Of the array.
-      dtype: Of its elements, as stored.
+      shape: The array's shape.
+      dtype: The dtype of its elements, as stored.
       source: Where it is, for people: a file and the name in it.
       read: Reads a part, `read(index)`, into new memory.
     """
@@ -253,7 +253,7 @@ def check_sizes(arrays: Mapping[str, LazyArray], folder: epath.Path) -> None:
 
 
 def check_types(arrays: Mapping[str, LazyArray]) -> None:
-    """Raises a UsageError unless these are numbers as parameters of a T5 are stored."""
+    """Raises a UsageError unless every array is float32 or bfloat16."""
     for array in arrays.values():
         if array.dtype not in (np.float32, jnp.bfloat16):
             raise UsageError(
