@@ -79,7 +79,8 @@ def of_records(path: str) -> tuple[int, ...]:
       path: A file (or glob) of records.
 
     Raises:
-      UsageError: As `removed_ids`.
+      UsageError: A file of ids is not one, or the records beside it are not those that it belongs
+        to.
     """
     return tuple(sorted({id_ for file in files_of(path) for id_ in removed_ids(file)}))
 
@@ -98,8 +99,9 @@ def replacing(path: str | os.PathLike, everywhere: Ids | None) -> Iterator[Calla
     went well they are put in place, with the ids and the sets that belong to them.
 
     Args:
-      path: Of the records.
-      everywhere: Their ids; None takes away those that an earlier annotator has left.
+      path: The file of records to write.
+      everywhere: Ids to remove everywhere; None takes away those that an earlier annotator has
+        left.
     """
     hashed = hashlib.sha256()
     ids_file = file_of(os.fspath(path))

@@ -193,11 +193,11 @@ class TokenAutomaton:
     Axes: `S` states, `C` classes of characters, `U` states within a character, `V` ids.
 
     Attributes:
-        automaton: of the texts.
-        utf8: reads bytes as its classes.
+        automaton: the automaton of the texts, which reads characters.
+        utf8: reads bytes as the automaton's classes of characters.
         says_broken: whether bytes that form no character are said, as "\ufffd", or left out.
-        token_bytes: of each id, as columns of `utf8`; none for one that says nothing.
-        base_numbers: `[S]` int32: of each state the number of its base.
+        token_bytes: the bytes of each id, as columns of `utf8`; none for an id that says nothing.
+        base_numbers: `[S]` int32: the number of each state's base.
         bases: what tokens come to at each base.
         others: what tokens come to in each state, where that is not what they come to at its base.
         live: `[S, U]` bool: whether a character may still lead on in a listed text.
@@ -340,7 +340,7 @@ class TokenAutomaton:
 
         Args:
             reading: where the output stands.
-            flags: of the output.
+            flags: what is wrong in the output (`flags`).
         """
         state, within = reading
         automaton = self.automaton
