@@ -40,7 +40,7 @@ class Attempt:
     """One way to train.
 
     Attributes:
-      weight: Of the negative term.
+      weight: The weight of the negative term.
       round: 1 learns from outputs of the original; a further one also from what the attempt before
         still said to the same prompts, where that is unwanted.
     """
