@@ -326,7 +326,7 @@ class _Masks:
         )
 
     def of_batch(self, indices: Sequence[int]) -> masking.Mask:
-        """Those of some prompts."""
+        """The mask of the prompts with these indices."""
         kinds = self.kind_of[list(indices)].tolist()
         # Not of all prompts beforehand: there may be as many kinds as prompts.
         return masking.Mask(self.tables, np.stack([self._flags(kind) for kind in kinds]))

@@ -89,7 +89,7 @@ _OF_FIRST_ROUND = {
 
 @dataclasses.dataclass(frozen=True)
 class _Cell:
-    """One run."""
+    """One arm of a sweep, with one seed."""
 
     grid: Grid
     objective: str
@@ -100,7 +100,7 @@ class _Cell:
 
     @property
     def labels(self) -> dict[str, Any]:
-        """For its rows."""
+        """What tells its rows from those of other arms."""
         variant = f", {self.grid.variant}" if self.grid.variant else ""
         return {
             "objective": self.objective + variant,
@@ -243,7 +243,7 @@ class _Shared:
     num_processes: int
 
     def run_own(self, cells: Sequence[_Cell], what: str = "") -> None:
-        """This process's part of them."""
+        """Runs this process's share of the arms."""
         own = cells[self.process_index :: self.num_processes]
         for number, cell in enumerate(own, start=1):
             console.log(f"Arm {number} of {len(own)}{what}: {cell.name}")
@@ -283,7 +283,7 @@ class _Shared:
         return False
 
     def num_missing(self, cells: Sequence[_Cell]) -> int:
-        """How many are not done, by whichever process."""
+        """The number of arms that no process has done yet."""
         return sum(not self._is_done(cell) for cell in cells)
 
     def rows(self, cells: Sequence[_Cell]) -> tuple[dict[str, list[results.Row]], int]:
@@ -481,7 +481,7 @@ def _of_decoder(rows: Sequence[results.Row], decoder: str) -> list[results.Row]:
 def _of_choices(
     rows: Sequence[results.Row], choices: Mapping[str, results.Choice]
 ) -> list[results.Row]:
-    """Those of arms at their chosen weight and rate."""
+    """The rows of arms at their chosen weight and rate."""
     return [row for row in rows if choices.get(row["objective"]) == results.Choice.of_row(row)]
 
 

@@ -104,7 +104,7 @@ class Classifier:
         )
 
     def _strength(self, score: float, record: Record) -> float:
-        """That of a word which was taken out of a text with this score."""
+        """The strength of the mark of a word that was taken out of a text with this score."""
         if not self.confidence:
             return 1.0
         if not 0 < score <= 1:

@@ -192,7 +192,7 @@ class TextFile:
 
     @classmethod
     def read(cls, path: str, *, setting: str) -> "TextFile":
-        """Reads it.
+        """Reads the file.
 
         Raises:
           UsageError: there is none, or it is not UTF-8.

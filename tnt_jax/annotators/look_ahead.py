@@ -302,7 +302,7 @@ class Strengths:
     def _of_batch(
         self, indices: np.ndarray, head: PyTree
     ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-        """By index the ids of an output `[T, K + 1]`, the last what was said, and strengths."""
+        """By index of an output: ids `[T, K + 1]`, the last of which was said, and strengths."""
         outputs = self._outputs
         # Filled up with its first row, so that the last batch compiles nothing of its own.
         filled = np.append(indices, np.repeat(indices[:1], self._batch_size - len(indices)))

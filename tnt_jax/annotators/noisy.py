@@ -83,7 +83,7 @@ class Noisy:
         return dataclasses.replace(found, spans=merged(spans))
 
     def _strength(self, random: random.Random, choose: Callable[..., float]) -> float:
-        """A mark's; `choose` is the larger or the smaller of several feelings."""
+        """The strength of a mark; `choose` is the larger or the smaller of several feelings."""
         if self.confidence is None:
             return 1.0
         feeling = choose(random.random() for _ in range(self.confidence))

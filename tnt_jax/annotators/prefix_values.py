@@ -64,7 +64,7 @@ class Past(NamedTuple):
 
 
 class ValueHead(nn.Module):
-    """Logits of values.
+    """A network that gives the logit of the value of each prefix.
 
     A state is made for guessing the next token, and tells badly whether the last one was right:
     that takes the state before it, the token (its row of the output matrix) and how likely it was.
@@ -151,7 +151,7 @@ class Training:
 
     @property
     def head(self) -> ValueHead:
-        """The network."""
+        """The value head to train."""
         return ValueHead(self.width, self.dropout)
 
     @property

@@ -51,7 +51,7 @@ def tokenizer(path: epath.Path) -> epath.Path:
 
 
 def _version(path: epath.Path) -> tuple[int, int]:
-    """What changes with a file's content."""
+    """Size and time of change of a file: they differ when its content changes."""
     if files.is_remote(path):
         found = path.stat()
         return found.length, found.mtime

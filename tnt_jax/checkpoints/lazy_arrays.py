@@ -147,7 +147,7 @@ def _copied(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def of_array(array: np.ndarray, source: str) -> LazyArray:
-    """A view of an array that is in memory all the same."""
+    """An array in memory as a `LazyArray`."""
     return LazyArray(array.shape, array.dtype, source, lambda index: np.array(array[index]))
 
 

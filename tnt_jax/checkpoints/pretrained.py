@@ -42,7 +42,7 @@ _GGUF = "GGUF"
 
 
 def _has_weights(folder: epath.Path) -> bool:
-    """A config.json and weights of any kind: one that is not read gets an error of its own."""
+    """Whether a folder is one of Hugging Face's. Weights that are not read are refused later."""
     names = (
         WEIGHTS,
         INDEX,
@@ -601,7 +601,7 @@ def config_of(model: NetworkConfig | FromCheckpoint, source: Pretrained | None) 
 
 
 def _check_same(model: NetworkConfig, of_checkpoint: NetworkConfig, found: Pretrained) -> None:
-    """Settings that no shape shows, such as the activation, where a checkpoint states them."""
+    """Compares the settings that no shape shows, such as the activation, with the checkpoint's."""
     if not (found.description / huggingface.CONFIG).exists():
         return
     differences = [

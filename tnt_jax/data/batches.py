@@ -57,11 +57,11 @@ class Padding(NamedTuple):
 
 
 class Placed(NamedTuple):
-    """What is in a batch.
+    """The examples of a batch, and where they lie.
 
     Attributes:
-        examples: row by row.
-        places: where each of them lies.
+        examples: the examples, row by row.
+        places: the place of each example.
     """
 
     examples: list[Example]

@@ -512,7 +512,7 @@ class SpanFields(msgspec.Struct, array_like=True, forbid_unknown_fields=True, fr
 
     @property
     def entry(self) -> Span:
-        """What a `Record` has of it."""
+        """The span as `Record.negative_spans` has it."""
         return _entry(self.start, self.end, self.strength)
 
 
@@ -525,7 +525,7 @@ class TokenIdsFields(msgspec.Struct, array_like=True, forbid_unknown_fields=True
 
     @property
     def entry(self) -> TokenIds:
-        """What a `Record` has of it."""
+        """The ids as `Record.negative_token_ids` has them."""
         return _entry(self.position, self.ids, self.strength)
 
 

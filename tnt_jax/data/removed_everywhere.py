@@ -33,7 +33,7 @@ class Ids(NamedTuple):
 
 
 class _File(msgspec.Struct):
-    """What such a file holds; `records` is the digest of the records that the ids belong to."""
+    """The JSON of such a file; `records` is the digest of the records that the ids belong to."""
 
     ids: tuple[records.TokenId, ...]
     records: Any = None
@@ -86,7 +86,7 @@ def of_records(path: str) -> tuple[int, ...]:
 
 
 def files_of(path: str) -> list[str]:
-    """Those that are there, for a file (or glob) of records."""
+    """The files of ids that there are beside a file (or glob) of records."""
     found = [file_of(os.fspath(file)) for file in files.matching_files(path)]
     return [file for file in found if files.path_of(file).exists()]
 

@@ -255,7 +255,7 @@ class _Compiler:
         return State("word", node, letters), made
 
     def _extend(self, state: State, letters: str, kind: int) -> tuple[State, tuple[int, ...]]:
-        """More letters of the word that a state is in, or was in before an apostrophe or joint."""
+        """Reads letters that follow in the word of a state, or behind its apostrophe or joint."""
         if not state.before:
             return _dead(kind), ()
         before = state.before + letters

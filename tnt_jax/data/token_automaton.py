@@ -89,7 +89,7 @@ class Entries(NamedTuple):
     new: np.ndarray
 
     def at(self, place: int) -> "Entries":
-        """Those of one place."""
+        """The entries of one place."""
         rows = slice(*self.starts[place : place + 2].tolist())
         return Entries(self.starts[place : place + 2], *(column[rows] for column in self[1:]))
 
@@ -493,7 +493,7 @@ class Innocent:
         return self._known[1]
 
     def and_also(self, texts: Iterable[str]) -> "_InnocentToo":
-        """These words and others."""
+        """These words and those of further texts."""
         return _InnocentToo(self, Innocent(texts, case_sensitive=self._case_sensitive))
 
     def may_add(self, automaton: Automaton) -> Callable[[str], bool]:
@@ -609,7 +609,7 @@ class _Compiler:
         self._new: dict[tuple[int, int], int] = {}
 
     def compiled(self) -> TokenAutomaton:
-        """All tables."""
+        """Makes all tables."""
         automaton, num_states = self._automaton, len(self._automaton.states)
         is_base = automaton.base == np.arange(num_states)
         bases = np.flatnonzero(is_base)
@@ -740,7 +740,7 @@ class _Compiler:
         )
 
     def _join(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
-        """The sets of mentions of both."""
+        """Row by row, the number of the union of two sets of mentions."""
         found = np.where(one > 0, one, other)
         both = np.flatnonzero((one > 0) & (other > 0) & (one != other))
         for row in both.tolist():

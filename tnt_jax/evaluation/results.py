@@ -327,7 +327,7 @@ class Choice(NamedTuple):
 
     @classmethod
     def of_row(cls, row: Row) -> "Choice":
-        """What a row was trained with."""
+        """The weight and the rate that a row was trained with."""
         return cls(row["alpha"], row.get("rate"))
 
 
@@ -472,7 +472,7 @@ class _Mask(msgspec.Struct):
 
 
 class _Certificate(msgspec.Struct):
-    """None is a number that was not finite."""
+    """The certificate of an evaluation; None stands for a number that was not finite."""
 
     negative_residual: _Number | None
     negative_collateral: _Number | None

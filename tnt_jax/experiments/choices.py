@@ -83,7 +83,7 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Network:
-    """What counts of a network.
+    """The sizes of a network that choices depend on.
 
     Attributes:
       is_decoder_only: Whether prompt and output share a row.
@@ -104,12 +104,12 @@ class Network:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What counts of a machine.
+    """The properties of a machine that choices depend on.
 
     Attributes:
       platform: "cpu", "gpu" or "tpu".
-      num_devices: That a batch is split over.
-      num_bytes: Memory of a device; on a CPU that of the host, shared by all devices.
+      num_devices: Number of devices that a batch is split over.
+      num_bytes: Bytes of memory of a device; on a CPU those of the host, shared by all devices.
     """
 
     platform: str
@@ -126,7 +126,7 @@ class Counts:
 
     @property
     def share(self) -> float:
-        """From 0 to 1."""
+        """The share of outputs with something unwanted, from 0 to 1."""
         return self.marked / self.outputs if self.outputs else 0.0
 
 
@@ -187,7 +187,7 @@ def num_to_report_on(available: int, pilot: Counts) -> tuple[int, str]:
 
 
 def _num_kept_back(available: int, pilot: Counts, fewest: int, what_for: str) -> tuple[int, str]:
-    """A number, and its reason."""
+    """How many of the prompts that are kept back to use, and why."""
     wanted = math.ceil(_UNWANTED_KEPT_BACK / pilot.share) if pilot.marked else available
     wanted = max(fewest, wanted)
     if wanted <= available:
@@ -287,7 +287,7 @@ def after_pilot(
     *,
     needs_adapters: bool = False,
 ) -> list[Choice]:
-    """Lengths again, and the update.
+    """Chooses lengths and batch again, now that outputs are known, and how to train.
 
     Args:
       given: Macros that the user set, with their values.
@@ -333,7 +333,7 @@ def _longest_output(
 
 
 def _given_targets(given: Mapping[str, Any]) -> int | None:
-    """The tokens of outputs in lengths that are given."""
+    """The tokens of "targets" where the user gives TASK_FEATURE_LENGTHS; else None."""
     lengths = given.get("TASK_FEATURE_LENGTHS")
     return lengths.get("targets") if isinstance(lengths, Mapping) else None
 

@@ -91,7 +91,7 @@ class Changes:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """Settings.
+    """The settings that all arms of an experiment share.
 
     Attributes:
       output_dir: The folder of all files of the run.

@@ -34,7 +34,7 @@ _OF_FLAGS = {
 
 
 class PipelineGin:
-    """Writes the file, and knows what the user has set.
+    """Writes the gin file of a pipeline, and knows what the user has set.
 
     Attributes:
       path: Where the file is: "so_far.gin" until all is found, then "pipeline.gin".
@@ -94,12 +94,12 @@ class PipelineGin:
     def write(
         self, chosen: Sequence[Choice], found: Found | None = None, *, has_own: bool = True
     ) -> None:
-        """Writes it.
+        """Writes the gin file.
 
         Args:
-          chosen: Settings.
+          chosen: The settings to write.
           found: What the search came to, if it is over.
-          has_own: With the user's files and settings at its end.
+          has_own: Whether the user's files and settings are at its end.
         """
         if found is not None:
             self.path.unlink(missing_ok=True)

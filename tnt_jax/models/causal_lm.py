@@ -176,7 +176,7 @@ class CausalLM(LinenNetwork):
 
     @property
     def final_softcap(self) -> float | None:
-        """Gemma 2's."""
+        """The bound of the logits in Gemma 2; None is no bound."""
         return self.config.final_softcap
 
     def start_decoding(

@@ -25,7 +25,7 @@ class FactoredLogits(flax.struct.PyTreeNode):
     softcap: float | None = flax.struct.field(pytree_node=False, default=None)
 
     def whole(self) -> Float[Array, "B T V"]:
-        """Multiplied out, in float32."""
+        """Multiplies the factors: logits in float32."""
         return multiply(self.hidden, self.matrix, self.vocab_axis, self.softcap)
 
 

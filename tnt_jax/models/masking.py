@@ -38,7 +38,7 @@ class Listing(NamedTuple):
 
     @classmethod
     def of(cls, entries: Entries) -> "Listing":
-        """The same entries, filled up."""
+        """Makes a listing of entries, filled up so that reading past the last place is safe."""
         longest = int(np.diff(entries.starts).max(initial=0))
         tokens, ends, made = (
             np.pad(column, (0, max(longest, 1)))
@@ -194,7 +194,7 @@ def _read(
 
 
 def _flags_of(flags: Bool[Array, "B F"], numbers: Int[Array, "B ..."]) -> Bool[Array, "B ..."]:
-    """Each row's own flags."""
+    """Looks up, in each row's flags, those with the given numbers."""
     flat = numbers.reshape(len(flags), -1)
     return jnp.take_along_axis(flags, flat, axis=1).reshape(numbers.shape)
 

@@ -615,7 +615,7 @@ def _top(x: Float[Array, "R V"], number: int) -> tuple[Float[Array, "R K"], Int[
 def _put(
     x: Float[Array, "R V"], ids: Int[Array, "R K"], values: Float[Array, "R K"]
 ) -> Float[Array, "R V"]:
-    """`x` with the values at the columns `ids`."""
+    """`x`, with the values written to the columns `ids`."""
     if ids.shape[1] > _FEW_IDS:
         columns = jnp.where(ids < 0, x.shape[1], ids)
         return jax.vmap(lambda row, i, v: row.at[i].set(v, mode="drop"))(x, columns, values)

@@ -49,7 +49,7 @@ def check_folder(path: str | os.PathLike, setting: str) -> None:
 
 
 def _check_is_no_gin_file(path: str | os.PathLike, setting: str, *, is_folder: bool) -> None:
-    """One that `write` has written may be replaced: its settings are read, and written again."""
+    """Raises a UsageError for a gin file of this run, unless `write` has written it."""
     if files.is_remote(path):
         return
     output = pathlib.Path(path)

@@ -121,7 +121,7 @@ def count() -> int:
 
 
 def index() -> int:
-    """Which one of them this is."""
+    """The number of this process among them, from 0."""
     jax = _jax_of_several()
     return 0 if jax is None else jax.process_index()
 
@@ -244,7 +244,7 @@ def end(status: int, seconds: float = 10) -> None:
 
 
 def _note_mistake() -> None:
-    """For those who wait in `gather`."""
+    """Tells the processes that wait in `gather` that this one ends with a mistake."""
     from orbax.checkpoint import multihost
 
     with contextlib.suppress(RuntimeError):  # whoever keeps the notes has gone

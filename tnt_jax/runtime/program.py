@@ -64,7 +64,7 @@ quiet_tensorflow.install()
 
 
 def _is_not_said_twice(record: logging.LogRecord) -> bool:
-    """Orbax logs what its threads raise, with tracebacks of pages; `run` says it in a line."""
+    """Drops Orbax's tracebacks of what its threads raise: `run` says it in a line."""
     is_orbaxs = bool(record.exc_info) and "orbax" in record.pathname
     return not (is_orbaxs or record.name == "asyncio")
 
@@ -86,7 +86,7 @@ def _drop_reads_left_alone() -> None:
 
 
 def _spell_out_what_cannot_be_printed() -> None:
-    """A locale without UTF-8 has no sign for much of what models say; no run ends for that."""
+    """Prints escapes for signs that the locale lacks, so that no run ends for them."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -31,7 +31,7 @@ class NotDoneError(Exception):
 
 @contextlib.contextmanager
 def only_done(is_so: bool = True) -> Iterator[None]:
-    """Within it nothing is run: a stage that is not done raises `NotDoneError`."""
+    """Context manager: runs nothing; a stage that is not done raises `NotDoneError`."""
     token = _only_done.set(is_so)
     try:
         yield

@@ -90,7 +90,7 @@ class Health:
         return self._num_skipped
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """What a checkpoint keeps of it."""
         return {
             **{kind: list(losses) for kind, losses in self._losses.items()},
             "num_skipped": self._num_skipped,

@@ -94,7 +94,7 @@ class _Part:
 
     @property
     def kind(self) -> tuple[int, np.dtype]:
-        """What all parts have in common."""
+        """The width and dtype of its states, which all parts have in common."""
         return self.width, self.dtype
 
 
@@ -188,7 +188,7 @@ class OriginalStates:
         return hashed.hexdigest()[:32]
 
     def missing(self, keys: Collection[str]) -> set[str]:
-        """Those without states; the same on every host."""
+        """The keys that have no states; the same on every host."""
         is_missing: np.ndarray = np.array([key not in self._rows for key in keys], bool)
         if jax.process_count() > 1:  # every host has to take part in computing any
             is_missing = np.any(multihost_utils.process_allgather(is_missing), axis=0)

@@ -355,7 +355,7 @@ def _whole_values(
     loss_mask,
     negative_strengths,
 ):
-    """`fused.token_values` by the definition."""
+    """Computes what `fused.token_values` does from whole logits, by the definition."""
     negative_ids, negative_strengths = objective.without_sets(negative_ids, negative_strengths)
     losses = objective.token_losses(
         current_logits=logits,

@@ -181,7 +181,7 @@ class Writers:
             other.write_table(step, name, columns, rows)
 
     def flush(self) -> None:
-        """Before a checkpoint: a run that goes on from it will not write this again."""
+        """Flushes all writers: a run that goes on from a checkpoint writes none of this again."""
         self._metrics.flush()
         for other in self._others:
             other.flush()
@@ -382,7 +382,7 @@ class WeightsAndBiases:
         self._log(step, {name: table})
 
     def flush(self) -> None:
-        """A process of its own sends what it was given, also after this one has ended."""
+        """Does nothing: another process sends what it was given, also after this one has ended."""
 
     def close(self) -> None:
         """Waits until all is sent; may be called twice."""

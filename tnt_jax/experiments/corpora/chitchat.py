@@ -187,7 +187,7 @@ def _messages(conversation: Mapping[str, Any]) -> list[str]:
 
 
 def _sample(items: Sequence[Record], number: int | None, seed: int) -> list[Record]:
-    """So many of them, in their order."""
+    """Draws `number` of the items, and keeps their order."""
     if number is None or number >= len(items):
         return list(items)
     return [items[k] for k in sorted(random.Random(seed).sample(range(len(items)), number))]
