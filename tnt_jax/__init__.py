@@ -1,4 +1,4 @@
-"""Targeted Negative Training of T5 models in JAX.
+"""Targeted Negative Training of T5 and decoder-only language models in JAX.
 
 Importing the package imports nothing else. Each module imports only what it needs; the numerics
 need JAX, Flax and Optax (docs/architecture.md).

@@ -176,7 +176,7 @@ def _write_rest(
     everywhere: "_Everywhere",
     counts: collections.Counter[str],
 ) -> None:
-    """What belongs to the output, and says what is in it."""
+    """Writes what belongs beside the output, and logs what is in it."""
     if everywhere.texts:
         _log_everywhere(output, everywhere)
     operative_config.write(output)

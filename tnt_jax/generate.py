@@ -116,7 +116,7 @@ def generate(
       task_feature_lengths: Tokens of "inputs"; longer ones are cut, and counted.
       batch_size: Prompts decoded together.
       mesh_shape: Devices of this process per mesh axis; None puts all on `data`.
-      seed: Of sampling.
+      seed: Random seed of sampling.
       mask: An annotator that knows beforehand what it would mark (`interface.Mask`: `Lexicon`,
         `Gazetteer`): its texts never come up, however they are cut up. None masks nothing.
       mask_place: Which token of a masked text is removed.
@@ -270,11 +270,12 @@ class _Masks:
     """What must not come up in each output.
 
     Attributes:
-      tables: Of the list, on the devices.
+      tables: The list's tables, on the devices.
       compiled: The list.
       innocent: Words that may begin as listed texts do, in every output.
       kinds: What decides what is wrong: what is listed, and the words of prompts that may begin so.
-      kind_of: `[N]`, that of each prompt: prompts in which the same may be said share one.
+      kind_of: `[N]`, for each prompt its index in `kinds`: prompts in which the same may be said
+        share one.
     """
 
     tables: masking.Tables
@@ -325,7 +326,7 @@ class _Masks:
         )
 
     def of_batch(self, indices: Sequence[int]) -> masking.Mask:
-        """Those of some prompts."""
+        """The mask of the prompts with these indices."""
         kinds = self.kind_of[list(indices)].tolist()
         # Not of all prompts beforehand: there may be as many kinds as prompts.
         return masking.Mask(self.tables, np.stack([self._flags(kind) for kind in kinds]))

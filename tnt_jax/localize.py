@@ -62,9 +62,10 @@ class MonteCarlo:
 
     Attributes:
       annotator: Says which continuations are bad: those in which it marks anything.
-      num_prefixes: Each of another record, with a number of tokens drawn uniformly.
-      num_samples: Continuations of each.
-      temperature: Of sampling; 1 is the original itself.
+      num_prefixes: Number of prefixes, each of another record, with a number of tokens drawn
+        uniformly.
+      num_samples: Number of continuations of each prefix.
+      temperature: Temperature of sampling; 1 is the original itself.
     """
 
     annotator: annotators.Annotator
@@ -136,10 +137,10 @@ def localize(
       vocabulary: The tokeniser of inputs and outputs.
       label_field: The field of a record that is true (or 1) where its output is bad. None takes
         those as bad that have negative spans.
-      training: Of a head.
-      threshold: What makes a token negative.
+      training: How heads are trained; None is `prefix_values.Training()`.
+      threshold: What makes a token negative; None is `prefix_values.Threshold()`.
       num_folds: Parts that the inputs are split in; each is valued by a head of the others.
-      seed: Of heads, folds, and the check's prefixes and samples.
+      seed: Random seed of heads, folds, and the check's prefixes and samples.
       check: Compares values with sampled continuations; None does not.
       blame_as_strength: Whether the strength of a mark is the blame of its tokens together, and
         0.01 where that is less; False marks with 1.
@@ -522,10 +523,11 @@ def mark(
     span that people see is of what it begins.
 
     Args:
-      row: Of an output.
-      is_negative: Whether each of its first tokens is; `Threshold.negative` makes it of `values`.
+      row: A record with an output.
+      is_negative: Whether each of its first tokens is negative; `Threshold.negative` makes it of
+        `values`.
       vocabulary: The tokeniser.
-      blame: Of each of these tokens (`prefix_values.blame`), for the strengths of marks.
+      blame: The blame of each of these tokens (`prefix_values.blame`), for the strengths of marks.
       is_sure: Without blame, whether marks have the strength 1; False gives them the least.
     """
 

@@ -54,14 +54,14 @@ _TO_LEARN_FROM = "outputs to learn from"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Patched:
-    """A patch that is done.
+    """The result of a patch.
 
     Attributes:
-      model: Where the patched model is, in the format asked for.
+      model: Path of the patched model, in the format asked for.
       numbers: What `patch.json` holds.
       table: Rows of (what, the original's, the patched model's), as printed.
       examples: Changed outputs, the worst first: input, original, patched.
-      report: The page.
+      report: Path of the report page.
     """
 
     model: str
@@ -338,7 +338,7 @@ class _Patch:
         console.say(f"{console.duration(time.monotonic() - self._began):>7}  {text}")
 
     def run(self, is_dry: bool) -> Patched | None:
-        """All of it."""
+        """Makes the patch; None where it is dry, which only tells what would be done."""
         parts = self._texts.parts
         for note in self._texts.notes:
             self.say(note)

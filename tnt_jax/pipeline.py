@@ -94,12 +94,13 @@ def pipeline(
     Args:
       experiment: What the arms share.
       arms: What to compare; each is trained from the original on the same annotated outputs.
-      num_rounds: Of every arm: a further one generates with the model so far, and trains it on all
-        outputs so far.
-      expectations: To check at the end.
-      num_examples: Changed outputs to print.
-      num_masked_examples: Before training, print what the original says where what is unwanted is
-        masked. If that is no better, the marks are wrong: training would teach just that.
+      num_rounds: Rounds of every arm. A further round generates with the model so far, and trains
+        it on all outputs so far.
+      expectations: What to check at the end; None checks nothing.
+      num_examples: How many changed outputs are printed.
+      num_masked_examples: Before training, print so many outputs of the original where what is
+        unwanted is masked. If they are no better, the marks are wrong: training would teach just
+        that.
 
     Returns:
       What `summary.json` holds.
@@ -124,7 +125,7 @@ class Outcome:
       opened: The experiment, whose files are there.
       evaluations: What `evaluate` wrote, by arm and decoder.
       models: The checkpoint of each arm.
-      checks: Of expectations, in words.
+      checks: The outcome of each expectation, in words.
       summary: What `summary.json` holds.
       page: The report.
     """
@@ -147,11 +148,11 @@ def run_stages(
     """Runs every stage that is not done, and prints no table; OUTPUT_DIR is held by the caller.
 
     Args:
-      experiment: As in `pipeline`, and so are the others.
-      arms: What to compare.
-      num_rounds: Of every arm.
-      expectations: To check at the end.
-      num_masked_examples: To print before training.
+      experiment: What the arms share.
+      arms: What to compare; each is trained from the original on the same annotated outputs.
+      num_rounds: Rounds of generating, annotating and training for every arm.
+      expectations: What to check at the end; None checks nothing.
+      num_masked_examples: How many masked outputs of the original are printed before training.
 
     Raises:
       UsageError: A stage found a mistake.

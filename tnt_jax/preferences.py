@@ -158,7 +158,7 @@ def _prompt(row: records.Record) -> str | list[Mapping[str, str]]:
 
 
 def _reply(row: records.Record, text: str) -> str | list[Mapping[str, str]]:
-    """An output to it, in the same form."""
+    """An output in the form of the record's prompt: a list of messages, or a text."""
     return [{"role": "assistant", "content": text}] if row.messages else text
 
 

@@ -44,9 +44,9 @@ class Grid:
     """Arms: every objective with every weight, learning rate and seed, trained alike.
 
     Attributes:
-      objectives: By the names of `objectives.TERMS`.
+      objectives: The objectives, by their names in `objectives.TERMS`.
       alphas: Weights of the negative term.
-      seeds: Of the order of examples, and of dropout.
+      seeds: Random seeds of the order of examples, and of dropout.
       rates: What the experiment's learning rate is multiplied by. As the weight, one is chosen for
         every objective.
       variant: What is special, for tables; "" is nothing.
@@ -56,11 +56,11 @@ class Grid:
       schedule: Further arguments of `settings.Schedule`.
       dataset: Further arguments of `datasets.RecordFiles`.
       annotator: Makes the annotator of the training outputs, if it is not the experiment's.
-      training_decoders: That make the training outputs; empty is those of the experiment. Outputs
-        of several are brought together as those of rounds are.
+      training_decoders: Names of the decoders that make the training outputs; empty is those of the
+        experiment. Outputs of several are brought together as those of rounds are.
       localize: `localize.localize` with its settings bound: arms learn from what it makes of the
         annotated training outputs, such as strengths that look ahead. None: from these themselves.
-      num_rounds: Of generating, annotating and training.
+      num_rounds: Rounds of generating, annotating and training.
     """
 
     objectives: Sequence[str]
@@ -89,7 +89,7 @@ _OF_FIRST_ROUND = {
 
 @dataclasses.dataclass(frozen=True)
 class _Cell:
-    """One run."""
+    """One arm of a sweep, with one seed."""
 
     grid: Grid
     objective: str
@@ -100,7 +100,7 @@ class _Cell:
 
     @property
     def labels(self) -> dict[str, Any]:
-        """For its rows."""
+        """What tells its rows from those of other arms."""
         variant = f", {self.grid.variant}" if self.grid.variant else ""
         return {
             "objective": self.objective + variant,
@@ -153,10 +153,11 @@ def sweep(
         what weights and rates are chosen by; when all arms have, those at what was chosen for them
         are measured in full: with every decoder, the certificate and unrelated prompts. Rows of the
         others lack these numbers.
-      choice_share: Of the evaluation prompts: weights are chosen on these, and reported on others.
-      num_resamples: For intervals.
-      name: Of the two files to write, without ".json" and ".md". Sweeps of one `output_dir` share
-        the original and what it said.
+      choice_share: The share of the evaluation prompts that weights are chosen on; results are
+        reported on the others.
+      num_resamples: Number of bootstrap samples for intervals.
+      name: The name of the two files to write, without ".json" and ".md". Sweeps of one
+        `output_dir` share the original and what it said.
       process_index: Which part of the arms this process runs; 0 also what all of them need.
       num_processes: How many share the work. They see one `output_dir`.
 
@@ -242,7 +243,7 @@ class _Shared:
     num_processes: int
 
     def run_own(self, cells: Sequence[_Cell], what: str = "") -> None:
-        """This process's part of them."""
+        """Runs this process's share of the arms."""
         own = cells[self.process_index :: self.num_processes]
         for number, cell in enumerate(own, start=1):
             console.log(f"Arm {number} of {len(own)}{what}: {cell.name}")
@@ -282,7 +283,7 @@ class _Shared:
         return False
 
     def num_missing(self, cells: Sequence[_Cell]) -> int:
-        """How many are not done, by whichever process."""
+        """The number of arms that no process has done yet."""
         return sum(not self._is_done(cell) for cell in cells)
 
     def rows(self, cells: Sequence[_Cell]) -> tuple[dict[str, list[results.Row]], int]:
@@ -376,8 +377,8 @@ def _rows(
     Args:
       opened: The experiment.
       cells: The arms.
-      task: Its name.
-      choice_share: Of the evaluation prompts.
+      task: The task's name, for tables.
+      choice_share: The share of the evaluation prompts that weights are chosen on.
     """
     found: dict[str, list[results.Row]] = {"rows": [], "choice_rows": []}
     masks = opened.mask_outputs
@@ -480,7 +481,7 @@ def _of_decoder(rows: Sequence[results.Row], decoder: str) -> list[results.Row]:
 def _of_choices(
     rows: Sequence[results.Row], choices: Mapping[str, results.Choice]
 ) -> list[results.Row]:
-    """Those of arms at their chosen weight and rate."""
+    """The rows of arms at their chosen weight and rate."""
     return [row for row in rows if choices.get(row["objective"]) == results.Choice.of_row(row)]
 
 

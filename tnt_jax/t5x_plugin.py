@@ -205,7 +205,7 @@ def get_dataset(
 
     Args:
       cfg: What to read, by the name of a registered task or mixture.
-      shard_id: Of this host.
+      shard_id: Which of these parts this host reads, from 0.
       num_shards: Parts that hosts read a batch in.
       feature_converter_cls: `FeatureConverter`, which says how many ids fit at a position.
       num_epochs: Not looked at, as training runs on.
@@ -348,10 +348,11 @@ class TntModel(models.EncoderDecoderModel):
         """The sum of the token losses, not divided, and metrics.
 
         Args:
-          params: Of the current model.
+          params: The parameters of the current model.
           batch: Model features of `FeatureConverter`.
-          dropout_rng: For the current model; None is without dropout. The original has none.
-          original_params: Of the frozen original.
+          dropout_rng: The random key of the current model's dropout; None is without dropout. The
+            original has none.
+          original_params: The parameters of the frozen original.
 
         Raises:
           UsageError: The objective needs the original and there is none, or the vocabulary has more

@@ -310,7 +310,7 @@ def _check_marks(
     trainer: Trainer,
     task_feature_lengths: Mapping[str, int],
 ) -> None:
-    """There must be something to remove, and something to keep."""
+    """Raises a UsageError unless there is something to remove, and something to keep."""
     objective, num_embeddings = trainer.objective, trainer.model.config.vocab_size
     if objective.negative_term == "none":
         return
@@ -346,7 +346,7 @@ def _check_marks(
 def _with_removed(
     objective: objectives.TntObjective, ids: Sequence[int]
 ) -> objectives.TntObjective:
-    """With what the annotator of the data removes at every position."""
+    """The objective, with the ids that the data's annotator removes at every position."""
     if not ids or objective.negative_term == "none":
         return objective
     console.log(f"{len(ids)} ids are removed at every position, as the records' annotator has it.")

@@ -113,6 +113,39 @@ def test_training_fits_on_a_few_screens():
     assert num_lines < 120
 
 
+# An entry that begins so says whose an argument is, or where to look, and not what it is.
+SAYS_NOT_WHAT = re.compile(r"(of|as in|likewise)\b", re.IGNORECASE)
+# Modules with such entries of before this rule. None may be added; take out what has none left.
+STILL_SAY_NOT_WHAT = {
+    "data.chat",
+    "data.conversations",
+    "data.hub_tokenizer",
+    "data.marks",
+    "data.tasks",
+    "evaluate",
+    "report",
+    "watching.samples",
+}
+
+
+def documented_entries(module):
+    """Every entry of `Args:` or `Attributes:` of a module: its name, and the text after it."""
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    for node in ast.walk(ast.parse(MODULES[module].read_text("utf-8"))):
+        docstring = ast.get_docstring(node) if isinstance(node, documented) else None
+        for section in re.split(r"^(?=\S)", docstring or "", flags=re.MULTILINE):
+            if re.match(r"(Args|Attributes):\n", section):
+                yield from re.findall(r"^ {2}([*\w, ]+):\s+(.+)$", section, re.MULTILINE)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_docstrings_say_what_an_argument_is(module):
+    """A reader who meets "seed: Of sampling." has to put the sentence together alone."""
+    if module not in STILL_SAY_NOT_WHAT:
+        for name, text in documented_entries(module):
+            assert not SAYS_NOT_WHAT.match(text), f"{module}: say what this is: {name}: {text}"
+
+
 @pytest.mark.parametrize(
     "module",
     [name for name in MODULES if name.partition(".")[0] in TEXT_ROOMS and name not in NEED_JAX],

@@ -48,7 +48,7 @@ def map_records(
       input: A JSONL file or a glob.
       output: A folder beside this file, with the same name and `.parts`, holds what workers write,
         until it has been read here.
-      options: Of Beam, as on its command line: `["--runner=DirectRunner"]`.
+      options: Pipeline options of Beam, as on its command line: `["--runner=DirectRunner"]`.
       lines_per_part: Lines that one worker takes at a time.
 
     Raises:

@@ -25,7 +25,7 @@ class Classifier:
     is marked. Words are left out of the text as it is, but for white space, which becomes a space.
 
     Attributes:
-      threshold: of the score; 0.5 where the scorer gives probabilities.
+      threshold: the least score of unwanted targets; 0.5 where the scorer gives probabilities.
       scorer: "module:function": from a list of texts to one score each, higher where a text is more
         likely unwanted. Known by default: that of the package alt-profanity-check.
       confidence: whether a word's strength is the score of the text before the word was taken out
@@ -104,7 +104,7 @@ class Classifier:
         )
 
     def _strength(self, score: float, record: Record) -> float:
-        """That of a word which was taken out of a text with this score."""
+        """The strength of the mark of a word that was taken out of a text with this score."""
         if not self.confidence:
             return 1.0
         if not 0 < score <= 1:

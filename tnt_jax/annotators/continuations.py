@@ -47,7 +47,7 @@ def sample(
       num_samples: Continuations of each prefix.
       input_length: Tokens at which inputs are cut.
       batch_size: Continuations computed together.
-      seed: Of sampling. What is sampled depends on it, the record's id and the prefix's length.
+      seed: Random seed. What is sampled depends on it, the record's id and the prefix's length.
     """
     jobs = [(index, number) for index in range(len(prefixes)) for number in range(num_samples)]
     inputs = [marks.prompt_ids(prefix.record, vocabulary) for prefix in prefixes]

@@ -117,7 +117,7 @@ def _is_stop_word(word: str, stop_words: Collection[str]) -> bool:
 
 
 def characters_support(inputs: str, entity: str, stop_words: Collection[str]) -> bool:
-    """The published rule."""
+    """The published rule: whether a part of the entity's name occurs in the inputs."""
     parts = entity.split()
     # A longer stretch that occurs holds one of two words that does.
     stretches = [" ".join(pair) for pair in itertools.pairwise(parts)]

@@ -96,7 +96,7 @@ class Gazetteer:
         return {}
 
     def _names(self, supported: Iterable[Hashable]) -> "_Names":
-        """What there is to say where these values are supported; many inputs state the same."""
+        """The names where these values are supported; kept, as many inputs state the same."""
         values = frozenset(supported)
         if values not in self._known:
             if len(self._known) >= _MOST_KNOWN:
@@ -147,7 +147,7 @@ class _Names:
     Their forms are written when they are asked for: a mask, or a clean output, needs none.
 
     Attributes:
-      supported: those of supported values.
+      supported: the names of supported values.
       unsupported: what a marked name may not be replaced by.
     """
 
@@ -156,12 +156,12 @@ class _Names:
 
     @cached_property
     def supported_forms(self) -> tuple[str, ...]:
-        """Those of supported values, in every casing."""
+        """The names of supported values, in every casing."""
         return phrases.forms(self.supported)
 
     @cached_property
     def others(self) -> phrases.Alternatives:
-        """The others, in every casing."""
+        """The names of `unsupported`, in every casing."""
         return phrases.Alternatives.from_texts(self.unsupported)
 
 

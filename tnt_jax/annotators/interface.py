@@ -181,8 +181,8 @@ class TextFile:
     """A file that an annotator's setting names.
 
     Attributes:
-      path: of the file.
-      setting: that names it, for messages.
+      path: where the file is.
+      setting: the setting that names the file, for messages.
       text: what is in it.
     """
 
@@ -192,7 +192,7 @@ class TextFile:
 
     @classmethod
     def read(cls, path: str, *, setting: str) -> "TextFile":
-        """Reads it.
+        """Reads the file.
 
         Raises:
           UsageError: there is none, or it is not UTF-8.

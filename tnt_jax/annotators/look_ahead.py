@@ -108,8 +108,8 @@ class Candidates(NamedTuple):
 
     Attributes:
       ids: The likeliest ones, the likeliest first.
-      log_probs: The original's, nats.
-      entropy: Of the original's whole distribution, nats.
+      log_probs: Their log-probabilities under the original, nats.
+      entropy: The entropy of the original's whole distribution, nats.
     """
 
     ids: Int[Array, "B T K"]
@@ -133,7 +133,7 @@ def next_candidates(
       matrix: The output matrix.
       never: Which ids no output has, such as padding.
       num_tokens: `K`.
-      softcap: Of the logits, as in `FactoredLogits`.
+      softcap: The bound of the logits (`FactoredLogits.softcap`); None is no bound.
     """
 
     def at_position(states):
@@ -160,7 +160,7 @@ def next_values(
 
     Args:
       params: The head's.
-      evidence: Of the outputs.
+      evidence: What the head reads of the outputs.
       matrix: The original's output matrix.
       candidates: What may come.
       states: The original's states after it (`models.next_states`).
@@ -217,8 +217,8 @@ class Heads(NamedTuple):
     """Heads, each for the outputs that it was not trained on.
 
     Attributes:
-      params: Of each, by its fold.
-      folds: `[N]`, of each output.
+      params: Fold -> the parameters of the head that was not trained on the outputs of that fold.
+      folds: `[N]`, the fold of each output.
       training: Their settings.
     """
 
@@ -231,12 +231,12 @@ class Strengths:
     """The strengths of outputs; counts what they change.
 
     Args:
-      outputs: Of the original.
+      outputs: The original's outputs.
       model: The original's network.
-      params: The original.
+      params: The original's parameters.
       vocabulary: The tokeniser.
-      heads: For these outputs.
-      values: Of the prefixes of each output, the last one that of the text and its end.
+      heads: The value heads for these outputs.
+      values: The value of each prefix of each output. The last prefix is the text with its end.
       settings: How values become strengths.
       batch_size: Outputs that are computed together.
       input_length: Tokens at which inputs are cut.
@@ -302,7 +302,7 @@ class Strengths:
     def _of_batch(
         self, indices: np.ndarray, head: PyTree
     ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-        """By index the ids of an output `[T, K + 1]`, the last what was said, and strengths."""
+        """By index of an output: ids `[T, K + 1]`, the last of which was said, and strengths."""
         outputs = self._outputs
         # Filled up with its first row, so that the last batch compiles nothing of its own.
         filled = np.append(indices, np.repeat(indices[:1], self._batch_size - len(indices)))

@@ -22,7 +22,7 @@ class Noisy:
     rate the same mistakes are made, and more.
 
     Attributes:
-      annotator: that is mostly right.
+      annotator: the annotator whose marks get mistakes.
       miss_rate: share of its spans that are left out, from 0 to 1.
       false_rate: share of the other words that are marked, from 0 to 1. They have no alternatives.
       confidence: None says nothing of how sure a mark is. A number n of 1 or more makes an
@@ -31,7 +31,7 @@ class Noisy:
         strength is the probability that a mark is right, given u, where as many are right as are
         false: `u^(n-1) / (u^(n-1) + (1-u)^(n-1))`. With n = 1 that is a half, whatever the mark;
         with n = 2 it is u, which is larger for a right mark than for a false one in 5 of 6 pairs.
-      seed: of the choice.
+      seed: random seed of the choice of mistakes.
 
     Raises:
       UsageError: a rate, or the confidence, is outside its range.
@@ -83,7 +83,7 @@ class Noisy:
         return dataclasses.replace(found, spans=merged(spans))
 
     def _strength(self, random: random.Random, choose: Callable[..., float]) -> float:
-        """A mark's; `choose` is the larger or the smaller of several feelings."""
+        """The strength of a mark; `choose` is the larger or the smaller of several feelings."""
         if self.confidence is None:
             return 1.0
         feeling = choose(random.random() for _ in range(self.confidence))

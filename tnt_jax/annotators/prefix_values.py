@@ -40,8 +40,8 @@ class Evidence(NamedTuple):
     Attributes:
       states: decoder states.
       tokens: decoder inputs: at position i the token y_(i-1), and 0 at the first.
-      said: of that token, its log-probability; and the entropy of the distribution that it was
-        taken from (nats). 0 at the first position.
+      said: the log-probability of that token, and the entropy of the distribution that it was taken
+        from (nats). 0 at the first position.
       mask: 1 where there is a prefix to value.
     """
 
@@ -64,7 +64,7 @@ class Past(NamedTuple):
 
 
 class ValueHead(nn.Module):
-    """Logits of values.
+    """A network that gives the logit of the value of each prefix.
 
     A state is made for guessing the next token, and tells badly whether the last one was right:
     that takes the state before it, the token (its row of the output matrix) and how likely it was.
@@ -72,7 +72,7 @@ class ValueHead(nn.Module):
     No position sees a later one.
 
     Attributes:
-      width: of the hidden layers.
+      width: features of each hidden layer.
       dropout: share of features left out in training.
     """
 
@@ -91,9 +91,11 @@ class ValueHead(nn.Module):
         """The logit at every position, from the evidence and the rows of its tokens.
 
         Args:
-          evidence: of a row of positions, each of which follows the one before it.
-          rows: of the output matrix.
-          past: of each position by itself, where they do not follow each other; None: they do.
+          evidence: a batch of rows. The positions of a row follow each other, unless `past` is
+            given.
+          rows: the row of the output matrix that belongs to each token.
+          past: what precedes each position, where positions do not follow each other; None: they
+            do.
           is_training: whether features are left out.
 
         Returns:
@@ -117,9 +119,9 @@ class Training:
     """How a head is trained.
 
     Attributes:
-      width: of its hidden layers.
+      width: features of each hidden layer.
       dropout: share of features left out.
-      num_updates: of AdamW, its rate falling to 0 by a cosine.
+      num_updates: updates of AdamW. The learning rate falls to 0 along a cosine.
       batch_size: outputs in an update.
       learning_rate: at the start.
       weight_decay: per update and rate.
@@ -149,7 +151,7 @@ class Training:
 
     @property
     def head(self) -> ValueHead:
-        """The network."""
+        """The value head to train."""
         return ValueHead(self.width, self.dropout)
 
     @property
@@ -174,7 +176,7 @@ def log_prob_and_entropy(
       states: decoder states.
       matrix: the output matrix.
       tokens: the target tokens.
-      softcap: of the logits, as in `FactoredLogits`.
+      softcap: the bound of the logits (`FactoredLogits.softcap`); None is no bound.
     """
 
     def at_position(of_position):
@@ -205,11 +207,11 @@ def fit(
     """Trains a head.
 
     Args:
-      evidence_of: of the outputs with these indices, all of the same `T`.
+      evidence_of: gives the evidence of the outputs with these indices, all of the same `T`.
       is_good: `[N]` labels, 1 where an output is good.
       matrix: the original's output matrix.
       training: the settings.
-      seed: of the first parameters, the batches and the dropout.
+      seed: random seed of the first parameters, the batches and the dropout.
 
     Returns:
       The head's parameters.
@@ -395,8 +397,8 @@ class Estimates(NamedTuple):
       explained: the part of the true values' variance that the values explain, the sampling noise
         of the shares taken out; 1 is exact, 0 is no better than their mean, below 0 is worse. None
         where the shares vary no more than by that noise.
-      mean_value: of the head.
-      mean_share: of the continuations.
+      mean_value: the mean of the head's values.
+      mean_share: the mean share of good continuations.
     """
 
     correlation: float | None

@@ -26,11 +26,11 @@ class _Architecture:
     """How llama.cpp stores an architecture, and what it knows of it without being told.
 
     Attributes:
-      model_type: Of `config.json`.
+      model_type: The `model_type` of `config.json`.
       swaps_rows: Whether rows of queries and keys that are rotated together lie side by side, and
         not half a head apart.
-      norm_offset: What was added to the scales of norms.
-      settings: Of `config.json`.
+      norm_offset: What was added to the scales of norms; it is taken off again.
+      settings: Further settings of `config.json`, which the file does not state.
       ffn_norm: The name of the norm before the MLP.
     """
 
@@ -361,8 +361,8 @@ def tensors_of(file: GgufFile, config: Mapping[str, Any]) -> dict[str, LazyArray
     """The tensors of a file as a directory of Hugging Face's has them; others by their own names.
 
     Args:
-      file: Of an architecture that is read.
-      config: From `config_of`.
+      file: A GGUF file of a known architecture.
+      config: The settings of its `config.json`, from `config_of`.
 
     Raises:
       UsageError: A tensor cannot be of the heads that the settings state.

@@ -50,7 +50,7 @@ class GgufFile:
     """A GGUF file.
 
     Attributes:
-      path: Of the file.
+      path: The file.
       settings: By their names in the file. An array is a list of strings or a NumPy array.
       tensors: By their names in the file, float32 where they were quantised.
       quantisation: The quantised types, from the one of the most numbers; None where there is none.
@@ -296,9 +296,9 @@ def _dequantise(
     Args:
       blocks: Its bytes: all axes but the last (one of length 1 for a vector), then blocks, then the
         bytes of each.
-      type_name: Of the blocks.
-      block: Numbers in one.
-      index: The part.
+      type_name: The quantised type, such as "Q4_K".
+      block: How many numbers a block stands for.
+      index: The part to read.
     """
     import gguf
 

@@ -42,7 +42,7 @@ def tokenizer(path: epath.Path) -> epath.Path:
     """The same directory, with a tokenizer.
 
     Raises:
-      UsageError: As in `description`; or the tokenizer is of another kind.
+      UsageError: The file is damaged, or it or its tokenizer is of a kind that is not read.
     """
     folder, problem = _described(path, _version(path))
     if problem is not None:
@@ -51,7 +51,7 @@ def tokenizer(path: epath.Path) -> epath.Path:
 
 
 def _version(path: epath.Path) -> tuple[int, int]:
-    """What changes with a file's content."""
+    """Size and time of change of a file: they differ when its content changes."""
     if files.is_remote(path):
         found = path.stat()
         return found.length, found.mtime

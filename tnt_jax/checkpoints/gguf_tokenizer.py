@@ -76,8 +76,8 @@ def write(folder: epath.Path, settings: Mapping[str, Any], where: str) -> None:
 
     Args:
       folder: An existing directory.
-      settings: Of a GGUF file.
-      where: The file, for messages.
+      settings: The settings of a GGUF file, by their names there.
+      where: The file's path, for messages.
 
     Raises:
       UsageError: It has a tokenizer of another kind, or none that can be read.

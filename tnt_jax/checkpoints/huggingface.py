@@ -101,7 +101,7 @@ class Model:
     """A directory of Hugging Face's.
 
     Attributes:
-      config: Of the network.
+      config: The settings of the network.
       weights: By T5X's names; those of another network than `config` have their own names.
     """
 
@@ -127,10 +127,10 @@ def of_tensors(
     """The model of tensors that are named and laid out as Hugging Face has them.
 
     Args:
-      stored: The tensors.
-      settings: Of a `config.json`.
-      where: The tensors are, for messages.
-      config_file: Where the settings are, for messages.
+      stored: The tensors, by Hugging Face's names.
+      settings: The settings of a `config.json`.
+      where: The path of the tensors, for messages.
+      config_file: The path of the settings, for messages.
 
     Raises:
       UsageError: They do not belong together.
@@ -248,10 +248,10 @@ def write_weights(
 
     Args:
       folder: An existing local directory.
-      weights: By T5X's names.
-      config: Of the network.
+      weights: The arrays to write, by T5X's names.
+      config: The settings of the network.
       progress: Wraps the sequence of files.
-      **settings: As `safetensors_files.write_directory` has them.
+      **settings: Further settings of `safetensors_files.write_directory`: `max_shard_bytes`.
     """
     safetensors_files.write_directory(
         folder, to_stored(weights, config), progress=progress, **settings

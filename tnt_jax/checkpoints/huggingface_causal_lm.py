@@ -37,8 +37,8 @@ class _Family:
       window_switch: The key that makes `sliding_window` count; None where it always does.
       window_layers: Which layers have the window where no `layer_types` says so: those
         "from_max_window_layers" on, or those "without_rope".
-      full_every: Of so many layers the last one sees everything and the others have the window,
-        where no `layer_types` says otherwise; None is not of this kind.
+      full_every: Where no `layer_types` says otherwise, every layer whose number is a multiple of
+        this one sees everything, and the others have the window. None is not of this kind.
       softcaps: Keys of `_SOFTCAPS` that transformers computes in this family.
     """
 

@@ -36,8 +36,8 @@ class LazyArray:
     """An array that is not in memory.
 
     Attributes:
-      shape: Of the array.
-      dtype: Of its elements, as stored.
+      shape: The array's shape.
+      dtype: The dtype of its elements, as stored.
       source: Where it is, for people: a file and the name in it.
       read: Reads a part, `read(index)`, into new memory.
     """
@@ -147,7 +147,7 @@ def _copied(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def of_array(array: np.ndarray, source: str) -> LazyArray:
-    """A view of an array that is in memory all the same."""
+    """An array in memory as a `LazyArray`."""
     return LazyArray(array.shape, array.dtype, source, lambda index: np.array(array[index]))
 
 
@@ -253,7 +253,7 @@ def check_sizes(arrays: Mapping[str, LazyArray], folder: epath.Path) -> None:
 
 
 def check_types(arrays: Mapping[str, LazyArray]) -> None:
-    """Raises a UsageError unless these are numbers as parameters of a T5 are stored."""
+    """Raises a UsageError unless every array is float32 or bfloat16."""
     for array in arrays.values():
         if array.dtype not in (np.float32, jnp.bfloat16):
             raise UsageError(

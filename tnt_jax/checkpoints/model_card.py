@@ -26,13 +26,13 @@ def write(
     """The text of a model card.
 
     Args:
-      family: Of the network.
-      name: Of the model.
+      family: What Hugging Face calls the network's settings and parameters.
+      name: Name of the model.
       source: The checkpoint that it was written from.
-      dtype: Of its weights.
-      stored_dtype: Of the weights in `source`.
-      quantisation: Of the weights in `source`; None where there is none.
-      step: Updates of training.
+      dtype: Dtypes of its weights, by name.
+      stored_dtype: Dtypes of the weights in `source`, by name.
+      quantisation: Quantised types of the weights in `source`; None where they are not quantised.
+      step: Number of updates of training.
       run: What the training run noted; None says that nothing was trained here.
       evaluation: From `tnt_jax.evaluate`.
       has_tokenizer: Whether a tokenizer lies beside the weights.
@@ -87,13 +87,13 @@ def write_of_adapters(
     """The text of a card for adapters in PEFT's format.
 
     Args:
-      family: Of the network.
-      name: Of the adapters.
+      family: What Hugging Face calls the network's settings and parameters.
+      name: Name of the adapters.
       base: The model that they are loaded onto: a name on the hub or a directory.
       is_on_hub: Whether it is a name.
       is_loadable: Whether transformers reads what is there.
-      dtype: Of their weights.
-      step: Updates of training.
+      dtype: Dtypes of their weights, by name.
+      step: Number of updates of training.
       run: What the training run noted.
       evaluation: From `tnt_jax.evaluate`.
     """

@@ -36,7 +36,7 @@ class _Original(msgspec.Struct):
 
 
 class _Adapters(msgspec.Struct):
-    """Their bounds are far beyond what is used: 32 and 16, and no matrix is wider than 2**16."""
+    """The adapters of a run. The bounds are far beyond what is used: alpha 32 and rank 16."""
 
     alpha: Annotated[float, msgspec.Meta(ge=-1e6, le=1e6)]
     rank: Annotated[int, msgspec.Meta(ge=1, le=2**16)]

@@ -32,7 +32,7 @@ class Base(NamedTuple):
 
     Attributes:
       name: A name on the hub or a directory.
-      revision: Of that name; None for a directory.
+      revision: The commit or branch of the model on the hub; None for a directory.
       is_loadable: Whether transformers reads what is there.
     """
 
@@ -83,10 +83,10 @@ def to_stored(
     `[outputs, rank]`: each ours, transposed.
 
     Args:
-      adapters: From a run.
+      adapters: The adapters that a run has trained.
       base: The parameters of the model that they are loaded onto, by T5X's names, layers apart.
-      config: Of the network.
-      dtype: Of the result.
+      config: The settings of the network.
+      dtype: Dtype of the result.
 
     Raises:
       UsageError: A module that an adapter is for is none of the base's, or is of another shape; or
@@ -149,9 +149,9 @@ def new_config(
     """An `adapter_config.json`.
 
     Args:
-      adapters: From a run.
+      adapters: The adapters that a run has trained.
       names: What is in `adapter_model.safetensors`, from `to_stored`.
-      family: Of the base.
+      family: What Hugging Face calls the base's settings and parameters.
     """
     base = base_of(adapters)
     modules = {

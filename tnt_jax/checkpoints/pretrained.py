@@ -42,7 +42,7 @@ _GGUF = "GGUF"
 
 
 def _has_weights(folder: epath.Path) -> bool:
-    """A config.json and weights of any kind: one that is not read gets an error of its own."""
+    """Whether a folder is one of Hugging Face's. Weights that are not read are refused later."""
     names = (
         WEIGHTS,
         INDEX,
@@ -211,12 +211,13 @@ class Adapters:
     """What a run of adapters has trained, and beside what: `W` acts as `W + (alpha / rank) A B`.
 
     Attributes:
-      original: The model without them.
+      original: The model without the adapters.
       pairs: T5X's name of a kernel `[inputs, outputs]` -> its A `[inputs, rank]` and B
         `[rank, outputs]`.
-      rank: Of every pair.
-      alpha: They are multiplied by `alpha / rank`.
-      num_layers: Of the decoder, that have them; None: all, and those of an encoder.
+      rank: Rank of every pair.
+      alpha: Scale of the adapters: they are multiplied by `alpha / rank`.
+      num_layers: How many of the decoder's last layers have adapters; None: all, and those of an
+        encoder.
     """
 
     original: "Pretrained"
@@ -243,14 +244,14 @@ class Pretrained:
     """A model in files.
 
     Attributes:
-      kind: Of checkpoint, for people.
-      path: Of the checkpoint.
-      config: Of the network, in float32 and without dropout.
+      kind: Kind of checkpoint, for people.
+      path: The checkpoint's directory or file.
+      config: The settings of the network, in float32 and without dropout.
       weights: By T5X's names, layers apart; those that are not the network's are here too.
-      step: Of the checkpoint, 0 where it does not say.
+      step: Number of updates that the checkpoint states; 0 where it states none.
       run: What a training run of ours has noted, None elsewhere.
       description: Where `config.json`, the tokenizer and what else is no weight may lie.
-      output_format: Of `tnt_jax.convert`, which makes more of this kind, or of the nearest.
+      output_format: The setting of `tnt_jax.convert` that writes this kind, or the nearest one.
       scan_layers: Whether T5X's layers are stacked. How those of ours are stored, nobody need know.
       adapters: What a run of adapters has trained, which `weights` have added; None elsewhere.
       beside: The original, where a run has trained adapters or layers of it; None elsewhere.
@@ -549,12 +550,17 @@ class FromCheckpoint:
     """Says of a model that its sizes are those of its checkpoint.
 
     Attributes:
-      dtype: As in `NetworkConfig`.
-      dropout_rate: As in `NetworkConfig`; what a checkpoint says is left aside.
-      float32_attention_logits: As in `NetworkConfig`.
-      attention: As in `NetworkConfig`.
-      scan_layers: As in `NetworkConfig`; the checkpoint may have it either way.
-      remat_policy: As in `NetworkConfig`.
+      dtype: Dtype of the computation, "float32" or "bfloat16".
+      dropout_rate: Probability of zeroing an activation in training. What a checkpoint says is left
+        aside.
+      float32_attention_logits: Whether attention logits and softmax are float32 whatever `dtype`
+        is.
+      attention: How attention over whole rows is computed: "xla", "splash" (TPUs) or "cudnn"
+        (NVIDIA GPUs).
+      scan_layers: Whether layers are stacked and run in one compiled loop. The checkpoint may have
+        them either way.
+      remat_policy: What the backward pass computes again: "none", "minimal" or "full", see
+        `NetworkConfig`.
     """
 
     dtype: str = "float32"
@@ -595,7 +601,7 @@ def config_of(model: NetworkConfig | FromCheckpoint, source: Pretrained | None) 
 
 
 def _check_same(model: NetworkConfig, of_checkpoint: NetworkConfig, found: Pretrained) -> None:
-    """Settings that no shape shows, such as the activation, where a checkpoint states them."""
+    """Compares the settings that no shape shows, such as the activation, with the checkpoint's."""
     if not (found.description / huggingface.CONFIG).exists():
         return
     differences = [
@@ -656,8 +662,8 @@ def check_vocabulary(
     """Compares a vocabulary with the model that it is used for; returns its size.
 
     Args:
-      vocabulary: Of inputs and targets.
-      config: Of the network.
+      vocabulary: The tokeniser of inputs and targets.
+      config: The settings of the network.
       source: The model's checkpoint; None for a random model.
 
     Raises:
@@ -693,8 +699,8 @@ def describe(
 
     Args:
       model_dir: The model directory.
-      config: Of the network.
-      vocabulary: Of its ids.
+      config: The settings of the network.
+      vocabulary: The tokeniser.
       original: The checkpoint that it started from, whose files are taken where there are any.
       is_new: Whether there is no checkpoint yet: what is there then is of a run that left none,
         perhaps of another model, and is replaced.

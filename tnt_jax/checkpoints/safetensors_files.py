@@ -177,8 +177,8 @@ def write_directory(
 
     Args:
       folder: An existing local directory.
-      stored: By the names that they get.
-      max_shard_bytes: Of one file, unless a tensor is larger.
+      stored: The tensors, by the names that they get.
+      max_shard_bytes: Most bytes of one file, unless a single tensor is larger.
       progress: Wraps the sequence of files.
     """
     shards: list[list[str]] = [[]]

@@ -132,8 +132,8 @@ def write_legacy(
 
     Args:
       folder: The checkpoint; it appears when it is whole.
-      arrays: By T5X's names.
-      step: Of the checkpoint.
+      arrays: The arrays to write, by T5X's names.
+      step: Number of updates that the checkpoint states.
       progress: Wraps the sequence of parameters.
     """
     unfinished = files.new_folder_beside(folder)

@@ -57,11 +57,11 @@ class Padding(NamedTuple):
 
 
 class Placed(NamedTuple):
-    """What is in a batch.
+    """The examples of a batch, and where they lie.
 
     Attributes:
-        examples: row by row.
-        places: where each of them lies.
+        examples: the examples, row by row.
+        places: the place of each example.
     """
 
     examples: list[Example]
@@ -84,13 +84,14 @@ class Batches:
         examples: the data set.
         batch_size: rows in a global batch.
         task_feature_lengths: "inputs" and "targets", in tokens.
-        seed: of the order.
+        seed: random seed of the order.
         num_negative_ids: `K`; None takes what the data set needs.
         has_strengths: whether batches have strengths of marks; None has them if an example does.
         shuffle: False keeps the order of `examples` (of each row's largest example, if packed).
         pack: True puts several examples into a row.
-        feature_layout: of the network that the batches are for.
-        set_numbers: of sets that the device has, by their names (`examples.Sets`).
+        feature_layout: the layout of features of the network that the batches are for.
+        set_numbers: the number of each set of ids that the device has, by its name
+            (`examples.Sets`).
 
     Raises:
         UsageError: there are no examples, or a setting is not positive.

@@ -28,10 +28,10 @@ class RecordFiles:
 
     Attributes:
         files: a JSONL file, or a glob pattern.
-        vocabulary: of inputs and targets.
+        vocabulary: the tokeniser of inputs and targets.
         clean_per_marked: keeps at most this many examples without a mark for each one with marks;
             None keeps all.
-        seed: of that choice.
+        seed: random seed of the choice of examples without a mark.
         annotated: whether a record that nobody annotated is an error. False for plain fine-tuning.
         marks: "whole": every token of a span is negative; "first_token": its first one alone.
         loss_until: "end": all of a target is trained on; "first_negative": nothing after its first
@@ -137,7 +137,8 @@ class RecordFiles:
             The examples; None where no folder can be written.
 
         Raises:
-            UsageError: as `load`, or what is in a folder is damaged.
+            UsageError: a file, a record or the vocabulary has a mistake, or what is in a folder is
+                damaged.
         """
         from tnt_jax.data import example_maker  # and with it the tokenisers of chat models
 

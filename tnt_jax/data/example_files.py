@@ -52,13 +52,13 @@ class About(msgspec.Struct):
     """What a folder says of its examples, in `about.json`.
 
     Attributes:
-        num_examples: that are there.
-        num_spans_without_token: of all of them.
-        least_id: of all inputs, targets and marks; at most 0.
-        largest_id: likewise; at least 0.
-        bytes: of each file.
-        checksums: of each file but `rows.bin`, each of whose rows has a digest.
-        of: what decides what the examples are.
+        num_examples: number of examples in the folder.
+        num_spans_without_token: number of spans that touch no token, over all examples.
+        least_id: the least id of all inputs, targets and marks; at most 0.
+        largest_id: the largest id of all inputs, targets and marks; at least 0.
+        bytes: the size of each file, in bytes, by its name.
+        checksums: the CRC-32 of each file but `rows.bin`, each of whose rows has a digest.
+        of: the JSON value that decides what the examples are (`example_maker.Plan.of`).
     """
 
     num_examples: int

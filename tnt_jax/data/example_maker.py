@@ -73,10 +73,10 @@ class Part:
     """Lines of a file of records.
 
     Attributes:
-        file: where they are.
-        start: of the first one, in bytes.
-        end: of the last one.
-        first_line: number of the first one, from 1.
+        file: the file's path.
+        start: where the first line begins, in bytes.
+        end: where the last line ends, in bytes.
+        first_line: number of the first line, from 1.
     """
 
     file: str
@@ -91,12 +91,13 @@ class Plan:
 
     Attributes:
         path: a file (or glob) of records.
-        vocabulary: of inputs and targets.
+        vocabulary: the tokeniser of inputs and targets.
         lengths: "inputs" and "targets", in tokens: beyond them marks are lost, which is counted.
         settings: further arguments of `datasets.RecordFiles` that decide what an example is.
-        parts: of the records.
+        parts: the parts of the files of records.
         of: a JSON value that decides what the examples are.
-        states: of each local file of records, what changes when it is written or replaced.
+        states: size and time of change of each local file of records, by its path: they differ when
+            it is written or replaced.
     """
 
     path: str
@@ -116,7 +117,7 @@ class Plan:
         """Raises a UsageError where a file of records is not the one that was digested.
 
         Args:
-            file: of those that have a state.
+            file: the path of a file that has a state.
             found: what the system says of it by now; None where it is gone.
         """
         if found is None or _state(found) != [*self.states[file]]:

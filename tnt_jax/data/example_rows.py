@@ -34,14 +34,14 @@ class Rows:
     """Examples as they are stored.
 
     Attributes:
-        contents: of each the bytes, `to_bytes` with the id and zeros behind it; long sets of ids
-            are named.
-        digests: of each `row_digest` of `to_bytes` with all marks, without the id.
-        id_digests: of each `row_digest` of its id.
+        contents: the bytes of each example: `to_bytes`, then its id and zeros; long sets of ids are
+            named.
+        digests: the `row_digest` of each example: `to_bytes` with all marks, without the id.
+        id_digests: the `row_digest` of each example's id.
         columns: `[N, C]` int32: `examples.COLUMNS`.
-        num_spans_without_token: of all of them.
-        least_id: of all inputs, targets and marks; at most 0.
-        largest_id: likewise; at least 0.
+        num_spans_without_token: number of spans that touch no token, over all examples.
+        least_id: the least id of all inputs, targets and marks; at most 0.
+        largest_id: the largest id of all inputs, targets and marks; at least 0.
         sets: `[K]` int32, the ids of each set that is named.
     """
 
@@ -66,12 +66,12 @@ def rows_of(
     """Tokenises and marks the records of some lines.
 
     Args:
-        lines: of a file of records.
-        file: its name.
-        first_line: number of the first one, from 1.
-        vocabulary: of inputs and targets.
+        lines: lines of a file of records.
+        file: the file's path.
+        first_line: number of the first line, from 1.
+        vocabulary: the tokeniser of inputs and targets.
         target_length: tokens of a target that are trained on.
-        settings: `marks`, `loss_until` and `annotated`, as in `datasets.RecordFiles`.
+        settings: the arguments `marks`, `loss_until` and `annotated` of `datasets.RecordFiles`.
 
     Raises:
         UsageError: a record has a mistake.
@@ -193,11 +193,11 @@ class _Line:
     """A record that may be plain.
 
     Attributes:
-        place: among the lines of its block.
-        quick: its fields.
-        id: its id.
-        ids: of its targets, without the end; None where they are not as they should be.
-        inputs: ids of its inputs, without the end.
+        place: the line's number among the lines of its block, from 0.
+        quick: the record's fields.
+        id: the record's id.
+        ids: token ids of the targets, without the end; None where they are not as they should be.
+        inputs: token ids of the inputs, without the end.
         shift: 1 where the spelling of `ids` has a space before the text, else 0.
         text: the targets, with one space between two words.
     """
@@ -265,10 +265,10 @@ class _Plain:
     Axes: `N` records, `T` all target tokens, one record after another, `S` all spans.
 
     Attributes:
-        places: `[N]`, of each among the lines of its block.
-        columns: `[N, C]` int32.
-        num_spans_without_token: of all.
-        range_of_ids: the least and the largest id of all.
+        places: `[N]`, the number of each record among the lines of its block, from 0.
+        columns: `[N, C]` int32: `examples.COLUMNS`.
+        num_spans_without_token: number of spans that touch no token, over all records.
+        range_of_ids: the least ids of inputs and of targets, then the largest ids of both.
     """
 
     def __init__(

@@ -54,10 +54,10 @@ class SetAt(NamedTuple):
     """A long set of ids to remove at a position.
 
     Attributes:
-        position: of a target.
-        name: of the set, as a number (`negative_sets`).
-        strength: of all its ids.
-        ids: `[K]` int32.
+        position: a position of the target.
+        name: the set's name, a number (`negative_sets`).
+        strength: the strength that all its ids have.
+        ids: `[K]` int32, the ids of the set.
     """
 
     position: int
@@ -207,7 +207,7 @@ def marks_with_sets(
 
     Args:
         example: what is marked.
-        numbers: of sets, by their names; marks of others are written out.
+        numbers: the number of each set, by its name; marks of other sets are written out.
 
     Returns:
         Rows (position, id), sorted, and the strength of each. The id -2 - n stands for all of set
@@ -232,8 +232,8 @@ class Sets(NamedTuple):
     """Long sets of ids that examples share, for the device.
 
     Attributes:
-        numbers: of each, by its name.
-        ids: of each; all are together what a device has once.
+        numbers: the number of each set, by its name.
+        ids: the ids of each set, by its number; all are together what a device has once.
     """
 
     numbers: Mapping[int, int]
@@ -483,7 +483,7 @@ def select_clean(
     Args:
         examples: the data set.
         clean_per_marked: at most this many unmarked examples for each marked one.
-        seed: of the sample.
+        seed: random seed of the sample.
 
     Raises:
         UsageError: no example has a mark, or `clean_per_marked` is negative.

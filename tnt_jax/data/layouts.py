@@ -71,8 +71,8 @@ def convert_features(
         num_negative_ids: `K`; None takes what these examples need.
         places: where each example lies in a packed batch; None gives each a row of its own.
         has_strengths: whether there is a feature of strengths; None has it if an example needs it.
-        set_numbers: of sets that the device has (`examples.Sets`), by their names; the ids of
-            others are written out. None writes out all.
+        set_numbers: the number of each set of ids that the device has (`examples.Sets`), by its
+            name; the ids of other sets are written out. None writes out all.
 
     Returns:
         The model features listed at the head of this module.
@@ -360,7 +360,8 @@ class Causal:
         """Makes one batch of features.
 
         Raises:
-          UsageError: As `convert_features`, or a response without any prompt token to follow.
+          UsageError: a length is missing, an example has more than `K` ids at a position, or a
+            response has no prompt token to follow.
         """
         input_length, target_length = checked_lengths(task_feature_lengths)
         length, _ = self.capacity(task_feature_lengths)

@@ -83,9 +83,9 @@ def find(path: str, name: str, where: str) -> _Ids:
     """The set of a name, in the table of a file of records.
 
     Args:
-        path: of the records.
-        name: that a record has.
-        where: the record is, for messages.
+        path: the file of records.
+        name: the set's name, as a record has it.
+        where: the place of that record, for messages.
 
     Raises:
         UsageError: there is no table, it is none, or the set is not in it.
@@ -153,7 +153,7 @@ class Divider:
     """Puts lines of a table, which stand between those of records, into the table; each set once.
 
     Attributes:
-        names: of the sets so far.
+        names: the names of the sets that it has met.
     """
 
     def __init__(self, path: str, stack: contextlib.ExitStack):

@@ -41,8 +41,10 @@ def pack(
     for it. A function of the arguments alone: the same rows on every host and after every restart.
 
     Args:
-        sizes: `[N, D]`, of each example in each of D dimensions, such as input and target tokens.
-        capacity: `[D]`, of a row. An example that is larger counts as being as large: it is cut.
+        sizes: `[N, D]`, the size of each example in each of D dimensions, such as input and target
+            tokens.
+        capacity: `[D]`, the size of a row. An example that is larger counts as being as large: it
+            is cut.
         window: examples that are packed together, next to each other in `order`.
         order: `[N]`, a permutation of the examples; None has them as they are in `sizes`.
 

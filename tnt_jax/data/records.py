@@ -192,7 +192,8 @@ class Record:
         """The inverse of `from_json`; optional fields that hold nothing are left out.
 
         Args:
-            names: of long sets of ids, which are then not written out (`negative_sets`).
+            names: gives names to long sets of ids, which are then not written out
+                (`negative_sets`).
         """
         fields: dict[str, Any] = {"id": self.id, "inputs": self.inputs}
         if not self.is_prompt:
@@ -377,7 +378,7 @@ def survey(path: str | os.PathLike) -> Survey:
     """Checks a data set as `read_records` does, with eight bytes of memory for each record.
 
     Raises:
-        UsageError: as `read_records`.
+        UsageError: no file, no record, a bad line (named as `file:line`), or an id used twice.
     """
     hashes, hashed = array.array("q"), hashlib.sha256()
     for _, line, record in _lines_of_files(path):
@@ -463,8 +464,8 @@ def check_trainable(record: Record, path: str | os.PathLike, annotated: bool) ->
     """Raises a UsageError where a record cannot be trained on.
 
     Args:
-        record: of a file.
-        path: of the file (or glob), for the message.
+        record: a record of a file.
+        path: the file (or glob), for the message.
         annotated: whether a record that nobody annotated is an error.
     """
     if record.is_prompt:
@@ -511,7 +512,7 @@ class SpanFields(msgspec.Struct, array_like=True, forbid_unknown_fields=True, fr
 
     @property
     def entry(self) -> Span:
-        """What a `Record` has of it."""
+        """The span as `Record.negative_spans` has it."""
         return _entry(self.start, self.end, self.strength)
 
 
@@ -524,7 +525,7 @@ class TokenIdsFields(msgspec.Struct, array_like=True, forbid_unknown_fields=True
 
     @property
     def entry(self) -> TokenIds:
-        """What a `Record` has of it."""
+        """The ids as `Record.negative_token_ids` has them."""
         return _entry(self.position, self.ids, self.strength)
 
 

@@ -33,7 +33,7 @@ class Ids(NamedTuple):
 
 
 class _File(msgspec.Struct):
-    """What such a file holds; `records` is the digest of the records that the ids belong to."""
+    """The JSON of such a file; `records` is the digest of the records that the ids belong to."""
 
     ids: tuple[records.TokenId, ...]
     records: Any = None
@@ -79,13 +79,14 @@ def of_records(path: str) -> tuple[int, ...]:
       path: A file (or glob) of records.
 
     Raises:
-      UsageError: As `removed_ids`.
+      UsageError: A file of ids is not one, or the records beside it are not those that it belongs
+        to.
     """
     return tuple(sorted({id_ for file in files_of(path) for id_ in removed_ids(file)}))
 
 
 def files_of(path: str) -> list[str]:
-    """Those that are there, for a file (or glob) of records."""
+    """The files of ids that there are beside a file (or glob) of records."""
     found = [file_of(os.fspath(file)) for file in files.matching_files(path)]
     return [file for file in found if files.path_of(file).exists()]
 
@@ -98,8 +99,9 @@ def replacing(path: str | os.PathLike, everywhere: Ids | None) -> Iterator[Calla
     went well they are put in place, with the ids and the sets that belong to them.
 
     Args:
-      path: Of the records.
-      everywhere: Their ids; None takes away those that an earlier annotator has left.
+      path: The file of records to write.
+      everywhere: Ids to remove everywhere; None takes away those that an earlier annotator has
+        left.
     """
     hashed = hashlib.sha256()
     ids_file = file_of(os.fspath(path))

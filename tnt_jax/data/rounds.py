@@ -121,9 +121,10 @@ def _without_rest_of_spans(
 
     Args:
       row: An output.
-      marked: It, tokenised.
+      marked: The same output, tokenised and marked.
       ledger: What any output removes.
-      first_tokens: Of that what one has as the first token of a span, or removes by its id.
+      first_tokens: The part of `ledger` that an output has as the first token of a span, or removes
+        by its id.
       vocabulary: The tokeniser of its ids.
     """
     removed = ledger.removed(row.prompt, marked.target_ids)

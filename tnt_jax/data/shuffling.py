@@ -19,9 +19,9 @@ def rows_at(places: np.ndarray, num_rows: int, seed: int, epoch: int) -> np.ndar
 
     Args:
         places: `[P]` ints in [0, num_rows).
-        num_rows: of an epoch.
-        seed: of the order.
-        epoch: counted from 0.
+        num_rows: number of rows in an epoch.
+        seed: random seed of the order.
+        epoch: number of the epoch, from 0.
 
     Returns:
         `[P]` int64. All places of an epoch give every row once.

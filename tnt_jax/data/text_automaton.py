@@ -28,7 +28,7 @@ class State(NamedTuple):
             listed word begins with; "dead": letters that none does. After letters: "apostrophe";
             "possessive", an apostrophe and an s; "joint", one of `words.JOINTS` after a digit;
             "hyphen". After no letter: "quote", an apostrophe; "quoted", an apostrophe and an s.
-        node: of the words before; see `_Phrases`.
+        node: the node of the words before; see `_Phrases`.
         before: the letters of the word before the apostrophe or joint, or all of them.
         last: the joint or hyphen; of a dead word "digit" if it ends with one, and "unspaced" if it
             is a letter of a script without spaces.
@@ -134,15 +134,17 @@ class Automaton:
         made: `[S, C]` int32: the number of the set of mentions that a character makes; 0 for none.
         base: `[S]` int32: the state after the same character where no listed phrase was under way.
         sets: the phrases in each set of mentions.
-        ended: of each state the phrases that would be mentioned if the text ended.
-        retreats: of each state where it stands if what comes next is in no phrase that is under way
-            from where the first one is, and the mentions that are made then; itself at a base.
-        states: what they stand for.
-        paths: of each node the words that lead to it.
+        ended: for each state, the phrases that would be mentioned if the text ended.
+        retreats: for each state, the state and the mentions that result if what comes next is in no
+            phrase that is under way from where the first one is; at a base that is the state
+            itself.
+        states: what each state stands for.
+        paths: for each node, the words that lead to it.
         phrase_of: the number of each phrase, by the keys of its words.
-        begun: of each phrase the states in which it is under way, as their numbers.
-        amid: of these the ones that it leads on from without an end of the word before.
-        class_of: of what a character comes to, its class.
+        begun: for each phrase, the numbers of the states in which it is under way.
+        amid: for each phrase, those of its `begun` states that it leads on from without an end of
+            the word before.
+        class_of: the class of a character, by the text that it comes to.
         others: the classes of characters in no listed word, by `words.kinds`.
         broken: the class of what is no character.
         case_sensitive: whether letters are compared as they are.
@@ -253,7 +255,7 @@ class _Compiler:
         return State("word", node, letters), made
 
     def _extend(self, state: State, letters: str, kind: int) -> tuple[State, tuple[int, ...]]:
-        """More letters of the word that a state is in, or was in before an apostrophe or joint."""
+        """Reads letters that follow in the word of a state, or behind its apostrophe or joint."""
         if not state.before:
             return _dead(kind), ()
         before = state.before + letters

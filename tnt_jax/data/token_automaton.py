@@ -89,7 +89,7 @@ class Entries(NamedTuple):
     new: np.ndarray
 
     def at(self, place: int) -> "Entries":
-        """Those of one place."""
+        """The entries of one place."""
         rows = slice(*self.starts[place : place + 2].tolist())
         return Entries(self.starts[place : place + 2], *(column[rows] for column in self[1:]))
 
@@ -193,11 +193,11 @@ class TokenAutomaton:
     Axes: `S` states, `C` classes of characters, `U` states within a character, `V` ids.
 
     Attributes:
-        automaton: of the texts.
-        utf8: reads bytes as its classes.
+        automaton: the automaton of the texts, which reads characters.
+        utf8: reads bytes as the automaton's classes of characters.
         says_broken: whether bytes that form no character are said, as "\ufffd", or left out.
-        token_bytes: of each id, as columns of `utf8`; none for one that says nothing.
-        base_numbers: `[S]` int32: of each state the number of its base.
+        token_bytes: the bytes of each id, as columns of `utf8`; none for an id that says nothing.
+        base_numbers: `[S]` int32: the number of each state's base.
         bases: what tokens come to at each base.
         others: what tokens come to in each state, where that is not what they come to at its base.
         live: `[S, U]` bool: whether a character may still lead on in a listed text.
@@ -340,7 +340,7 @@ class TokenAutomaton:
 
         Args:
             reading: where the output stands.
-            flags: of the output.
+            flags: what is wrong in the output (`flags`).
         """
         state, within = reading
         automaton = self.automaton
@@ -493,7 +493,7 @@ class Innocent:
         return self._known[1]
 
     def and_also(self, texts: Iterable[str]) -> "_InnocentToo":
-        """These words and others."""
+        """These words and those of further texts."""
         return _InnocentToo(self, Innocent(texts, case_sensitive=self._case_sensitive))
 
     def may_add(self, automaton: Automaton) -> Callable[[str], bool]:
@@ -609,7 +609,7 @@ class _Compiler:
         self._new: dict[tuple[int, int], int] = {}
 
     def compiled(self) -> TokenAutomaton:
-        """All tables."""
+        """Makes all tables."""
         automaton, num_states = self._automaton, len(self._automaton.states)
         is_base = automaton.base == np.arange(num_states)
         bases = np.flatnonzero(is_base)
@@ -740,7 +740,7 @@ class _Compiler:
         )
 
     def _join(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
-        """The sets of mentions of both."""
+        """Row by row, the number of the union of two sets of mentions."""
         found = np.where(one > 0, one, other)
         both = np.flatnonzero((one > 0) & (other > 0) & (one != other))
         for row in both.tolist():

@@ -140,7 +140,7 @@ def with_template(
     """The same vocabulary, whose prompts are written by a chat template where there is one.
 
     Args:
-      vocabulary: Of a directory.
+      vocabulary: The tokeniser of a directory.
       chat_template: "auto" is the directory's own, if it has one; None is none; else a file.
       date: What a template that writes today's date writes, as YYYY-MM-DD; None is today.
 
@@ -303,9 +303,9 @@ def check_same(
     """Raises a UsageError where a model comes with a tokenizer that has other pieces.
 
     Args:
-      vocabulary: Of inputs and targets.
-      folder: With the tokenizer of the model.
-      where: The model is, for the message; None is the folder.
+      vocabulary: The tokeniser of inputs and targets.
+      folder: The folder with the model's own tokeniser.
+      where: The model's path, for the message; None is the folder.
     """
     where = where or str(folder)
     if not has_tokenizer(folder):

@@ -41,12 +41,14 @@ class Change:
 
     Attributes:
       kind: One of `KINDS`.
-      share: Of the words of both texts that have no counterpart in the other one, from 0 to 1.
+      share: The share of words without a counterpart in the other text, from 0 to 1, over both
+        texts.
       signs: What the patched output has and the original one had not: "repeated word", "repeated
         phrase", "unknown token".
-      original: The original's output in pieces, each with `CHANGED` and `UNWANTED` added up.
-      current: Likewise the patched model's.
-      lengths: Words of both.
+      original: The original's output in pieces, each with the sum of its flags `CHANGED` and
+        `UNWANTED`.
+      current: The patched model's output in pieces, each with the sum of these flags.
+      lengths: Number of words of the original's output and of the patched model's.
     """
 
     kind: str

@@ -55,7 +55,8 @@ def notes(certificate: Mapping[str, Any] | None) -> list[str]:
     """Sentences on what the numbers of a certificate are of, where that is easily misread.
 
     Args:
-      certificate: As `tnt_jax.evaluate` wrote it; what one of before does not have is not told.
+      certificate: The certificate that `tnt_jax.evaluate` wrote. Nothing is said of numbers that an
+        older file does not have.
     """
     of = certificate or {}
     found = []

@@ -262,7 +262,7 @@ def _bokeh() -> str:
 
 
 def _script(text: str) -> str:
-    """Made safe to stand in a script element."""
+    """Escapes a text so that it can stand in a script element."""
     return text.replace("</script", "<\\/script").replace("<!--", "<\\!--")
 
 

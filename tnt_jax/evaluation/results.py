@@ -110,7 +110,7 @@ def is_for_choice(record_id: str, share: float) -> bool:
     Args:
       record_id: the id of its record; of several with the same prompt the first one's, by which
         `are_for_choice` goes.
-      share: of the prompts.
+      share: the share of prompts that weights are chosen on, from 0 to 1.
     """
     digest = hashlib.sha256(record_id.encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64 < share
@@ -150,7 +150,8 @@ def measure(
     Args:
       original: annotated outputs of the original.
       current: annotated outputs of the arm, for the same prompts in the same order.
-      masked: likewise those of the original under the mask, if there are any.
+      masked: annotated outputs of the original under the decoding mask, for the same prompts, if
+        there are any.
 
     Raises:
       UsageError: there are none.
@@ -326,7 +327,7 @@ class Choice(NamedTuple):
 
     @classmethod
     def of_row(cls, row: Row) -> "Choice":
-        """What a row was trained with."""
+        """The weight and the rate that a row was trained with."""
         return cls(row["alpha"], row.get("rate"))
 
 
@@ -471,7 +472,7 @@ class _Mask(msgspec.Struct):
 
 
 class _Certificate(msgspec.Struct):
-    """None is a number that was not finite."""
+    """The certificate of an evaluation; None stands for a number that was not finite."""
 
     negative_residual: _Number | None
     negative_collateral: _Number | None
@@ -569,7 +570,7 @@ def read_evaluation(path: pathlib.Path, *, has_certificate: bool = False) -> dic
     """What `tnt_jax.evaluate` wrote in a file.
 
     Args:
-      path: Of the file.
+      path: The file.
       has_certificate: Whether there must be one.
 
     Raises:

@@ -41,8 +41,8 @@ class Rate:
     """A share with its counts.
 
     Attributes:
-      numerator: how many.
-      denominator: of how many; at least 1.
+      numerator: how many cases are counted.
+      denominator: number of cases in all; at least 1.
       value: numerator / denominator, from 0 to 1.
     """
 

@@ -54,10 +54,10 @@ class Choice:
     """One setting.
 
     Attributes:
-      what: Its name, for people.
-      macro: Of gin: `--gin.MACRO=VALUE` overrides it.
-      value: As Python has it; a text that begins with "@" is a reference of gin's.
-      reason: Why.
+      what: The setting's name, for people.
+      macro: The macro of gin that has it: `--gin.MACRO=VALUE` overrides it.
+      value: The value in Python; a text that begins with "@" is a reference of gin's.
+      reason: Why it has this value.
       is_given: Whether the user set it, so that nothing was chosen.
       bindings: Settings that belong to the value, as lines of gin.
     """
@@ -83,12 +83,12 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Network:
-    """What counts of a network.
+    """The sizes of a network that choices depend on.
 
     Attributes:
-      is_decoder_only: Prompt and output share a row.
-      num_layers: Of all stacks.
-      num_params: Numbers in its parameters.
+      is_decoder_only: Whether prompt and output share a row.
+      num_layers: Number of layers of all stacks together.
+      num_params: How many numbers its parameters have.
       emb_dim: Width of the residual stream.
       num_heads: Attention heads per layer.
       vocab_size: Rows of the embedding.
@@ -104,12 +104,12 @@ class Network:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What counts of a machine.
+    """The properties of a machine that choices depend on.
 
     Attributes:
       platform: "cpu", "gpu" or "tpu".
-      num_devices: That a batch is split over.
-      num_bytes: Memory of a device; on a CPU that of the host, shared by all devices.
+      num_devices: Number of devices that a batch is split over.
+      num_bytes: Bytes of memory of a device; on a CPU those of the host, shared by all devices.
     """
 
     platform: str
@@ -126,7 +126,7 @@ class Counts:
 
     @property
     def share(self) -> float:
-        """From 0 to 1."""
+        """The share of outputs with something unwanted, from 0 to 1."""
         return self.marked / self.outputs if self.outputs else 0.0
 
 
@@ -151,7 +151,7 @@ def split_sizes(num_prompts: int, has_eval_prompts: bool) -> tuple[int, int]:
     """How many prompts are kept back: to choose by, and to report on.
 
     Args:
-      num_prompts: Of the file that they are taken from.
+      num_prompts: Number of prompts in the file that they are taken from.
       has_eval_prompts: Whether the user keeps them back: then all of them, half and half.
 
     Raises:
@@ -187,7 +187,7 @@ def num_to_report_on(available: int, pilot: Counts) -> tuple[int, str]:
 
 
 def _num_kept_back(available: int, pilot: Counts, fewest: int, what_for: str) -> tuple[int, str]:
-    """A number, and its reason."""
+    """How many of the prompts that are kept back to use, and why."""
     wanted = math.ceil(_UNWANTED_KEPT_BACK / pilot.share) if pilot.marked else available
     wanted = max(fewest, wanted)
     if wanted <= available:
@@ -287,7 +287,7 @@ def after_pilot(
     *,
     needs_adapters: bool = False,
 ) -> list[Choice]:
-    """Lengths again, and the update.
+    """Chooses lengths and batch again, now that outputs are known, and how to train.
 
     Args:
       given: Macros that the user set, with their values.
@@ -333,7 +333,7 @@ def _longest_output(
 
 
 def _given_targets(given: Mapping[str, Any]) -> int | None:
-    """The tokens of outputs in lengths that are given."""
+    """The tokens of "targets" where the user gives TASK_FEATURE_LENGTHS; else None."""
     lengths = given.get("TASK_FEATURE_LENGTHS")
     return lengths.get("targets") if isinstance(lengths, Mapping) else None
 
@@ -366,10 +366,10 @@ def more_training_outputs(
     """How many outputs to learn from, where they turn out to be cheap: with up to 1000 marked ones.
 
     Args:
-      found: Those that there are.
-      available: Prompts.
-      seconds_per_output: That they took.
-      seconds: The budget, of which a tenth may go into it.
+      found: The counts of the outputs so far.
+      available: Number of prompts.
+      seconds_per_output: Seconds that each of these outputs took.
+      seconds: The budget, of which a tenth may go into this.
 
     Returns:
       As many as there are, unless it is well worth making them anew.
@@ -537,9 +537,9 @@ class Looks:
     """When it is looked at what a run has come to.
 
     Attributes:
-      period: In updates.
-      number: Of looks, at most.
-      reason: Why.
+      period: Updates from one look to the next.
+      number: Most looks in a run.
+      reason: Why this period.
     """
 
     period: int
@@ -551,7 +551,7 @@ def looks(counts: Counts, chosen: Sequence[Choice]) -> Looks:
     """A look every quarter of an epoch, every 5 to 40 updates; 20 looks at most.
 
     Args:
-      counts: Of the training outputs.
+      counts: The counts of the training outputs.
       chosen: What `update` chose: outputs in an update, and how many clean outputs are learned from
         for each that is marked (None: all).
     """

@@ -35,7 +35,7 @@ def path_in(*, folder: str, name: str) -> str:
 
     Args:
       folder: A local folder, or one in a bucket.
-      name: Of what is in it.
+      name: The name of a file or folder in it.
     """
     return os.path.join(folder, name)  # noqa: PTH118 - pathlib makes gs:/ of gs://
 
@@ -45,7 +45,7 @@ class Arm:
     """One way to update the original.
 
     Attributes:
-      name: In tables, and of its folder.
+      name: Its name, in tables and of its folder.
       objective: The loss per token.
       dataset: Further arguments of `datasets.RecordFiles`, such as `{"only_clean": True}`.
     """
@@ -62,7 +62,7 @@ class NewOriginal:
     Attributes:
       records: The pairs to train on, a JSONL file.
       vocabulary_path: The sentencepiece model to train on their text.
-      vocab_size: Of that model.
+      vocab_size: Size of that vocabulary, in ids.
       train: `train.train` with its settings bound.
     """
 
@@ -80,7 +80,7 @@ class Changes:
       train: Further arguments of `train.train`.
       update: Further arguments of `settings.Update`.
       schedule: Further arguments of `settings.Schedule`.
-      dataset: Further arguments of `tasks.RecordFiles`.
+      dataset: Further arguments of `datasets.RecordFiles`.
     """
 
     train: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -91,40 +91,43 @@ class Changes:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """Settings.
+    """The settings that all arms of an experiment share.
 
     Attributes:
-      output_dir: Of all files of the run.
+      output_dir: The folder of all files of the run.
       train_prompts: Inputs to generate training outputs from: a file (or glob) of records, or a
         `tasks.SeqioDataset`.
       eval_prompts: Other inputs, for the evaluation.
       vocabulary: Makes the vocabulary; called when its file is there.
       annotator: Makes the annotator; called when its files are there.
-      decoders: By name; all are evaluated.
-      train: `train.train` with its settings bound; so are the next seven.
-      original_choice: `settings.OriginalChoice`.
-      update: `settings.Update`.
-      schedule: `settings.Schedule`.
-      generate: `generate.generate`.
-      annotate: `annotate.annotate`.
-      evaluate: `evaluate.evaluate`.
-      certificate: `evaluate.Certificate`.
+      decoders: How to choose tokens, by the decoder's name; outputs of all decoders are evaluated.
+      train: Trains an arm: `train.train` with its settings bound.
+      original_choice: Makes `settings.OriginalChoice`: where the original's logits come from, and
+        what is trained.
+      update: Makes `settings.Update`: how an update is computed.
+      schedule: Makes `settings.Schedule`: where training starts and how long it goes on.
+      generate: Writes a model's outputs: `generate.generate` with its settings bound.
+      annotate: Marks outputs: `annotate.annotate` with its settings bound.
+      evaluate: Compares outputs: `evaluate.evaluate` with its settings bound.
+      certificate: Makes `evaluate.Certificate`: what it takes to run both models on the same
+        outputs.
       unrelated_prompts: Prompts of other tasks, of which nothing is learned: an update should not
         change what is said to them. They are answered with the first decoder. None: there are none.
       corpus: Writes the prompts and what else is missing, such as `corpora.venues` with its
         `output_dir` bound; None: the files are there.
-      original_checkpoint_path: The original.
+      original_checkpoint_path: The original's checkpoint.
       new_original: How to make one, in place of `original_checkpoint_path`.
-      clean_per_marked: As in `datasets.RecordFiles`, for the training outputs; so are the next two.
-        Arms with `only_clean` take all clean ones.
-      marks: As there.
-      loss_until: As there.
+      clean_per_marked: Most training outputs without a mark for each one with marks; None keeps
+        all. Arms with `only_clean` take all clean ones.
+      marks: "whole": every token of a marked span is negative; "first_token": its first one alone.
+      loss_until: "end": all of an output is trained on; "first_negative": nothing after its first
+        negative token.
       mask_decoding: Also generates with the original while what is unwanted is masked, to compare
         every arm with that. None does so where the annotator knows beforehand what it would mark
         (`interface.Mask`).
-      mask_place: `generate.MaskPlace`, for that.
-      training_decoders: The names of those that make the training outputs; empty is the first. Of
-        several, outputs are brought together as those of rounds are.
+      mask_place: Makes `generate.MaskPlace`: which token of a masked text is removed.
+      training_decoders: The names of the decoders that make the training outputs; empty is the
+        first. Outputs of several are brought together as those of rounds are.
       training_records: A file of annotated outputs to learn from, instead of the original's outputs
         for `train_prompts`; None: those.
 
@@ -223,10 +226,10 @@ class Opened:
     """An experiment whose original is there; its methods run stages and return their files.
 
     Attributes:
-      settings: Of the experiment.
-      root: Its folder.
+      settings: The experiment's settings.
+      root: The experiment's folder.
       original: Path of the original's checkpoint.
-      vocabulary: Of inputs and outputs.
+      vocabulary: The tokeniser of inputs and outputs.
       annotator: Decides what is unwanted.
       num_seen: Evaluation prompts whose input is also a training prompt's, as far as files tell.
     """
@@ -239,7 +242,7 @@ class Opened:
         """Opens it, and makes an original where there is none yet.
 
         Args:
-          settings: Of the experiment.
+          settings: The experiment's settings.
           check_prompts: Is called with the evaluation prompts that are in a file, before
             anything is trained; raises what is wrong with them.
 
@@ -350,10 +353,10 @@ class Opened:
         """Generates and annotates; returns the annotated file.
 
         Args:
-          name: Of the folder.
-          checkpoint: Of the model.
+          name: The folder's name.
+          checkpoint: The model's checkpoint.
           prompts: A file (or glob) of records, or a `tasks.SeqioDataset`.
-          decoder: Its name.
+          decoder: The decoder's name.
           mask: An annotator: what it knows is masked.
           identity: Which model it is, where outputs are kept whose checkpoint is not; None: its
             files tell.
@@ -538,9 +541,9 @@ class Opened:
         """Trains an arm on annotated outputs; returns its newest checkpoint.
 
         Args:
-          name: Of the arm.
+          name: The arm's name.
           objective: The loss per token.
-          files: Of annotated records.
+          files: A file (or glob) of annotated records.
           changes: Settings that differ from those of the experiment.
           start: A checkpoint to start from instead of the original.
           after: Where this is not the first leg of a run: after how many updates the last one
@@ -615,10 +618,10 @@ class Opened:
         """Trains an arm, generates with it, annotates, trains on all outputs so far, and so on.
 
         Args:
-          name: Of the arm; a later round has its number after it.
+          name: The arm's name; a later round has its number after it.
           objective: The loss per token; always against the first original.
           files: Annotated outputs of the original.
-          num_rounds: At least 1.
+          num_rounds: Number of rounds, at least 1.
           changes: Settings that differ from those of the experiment.
 
         Returns:
@@ -646,11 +649,12 @@ class Opened:
         """Generates with a model on the prompts to learn from, and annotates.
 
         Args:
-          name: Of the round's folder.
-          checkpoint: Of the model.
-          files: Of the rounds before, the original's first.
-          identity: As in `outputs_of`.
-          keep_clean: As in `rounds.merge`.
+          name: The name of the round's folder.
+          checkpoint: The checkpoint of the model that generates.
+          files: The annotated outputs of the rounds before, the original's first.
+          identity: A text that tells which model it is, where outputs are kept whose checkpoint is
+            not; None: the checkpoint's files tell.
+          keep_clean: Whether to keep outputs of later rounds that have no mark, see `rounds.merge`.
 
         Returns:
           The files of all rounds, and one file with all their outputs.
@@ -791,9 +795,10 @@ class Opened:
         """Writes an arm's model in a format; returns where it is.
 
         Args:
-          name: Of the arm.
-          checkpoint: Its model.
-          output_format: Of `convert.convert`; None is that which the original came in.
+          name: The arm's name.
+          checkpoint: The checkpoint of the arm's model.
+          output_format: The format to write, a setting of `convert.convert`; None is the one that
+            the original came in.
         """
         output_format = output_format or self._came_as.output_format
         if output_format == "orbax":  # of a later round it is not the arm's own folder

@@ -62,7 +62,7 @@ def deciding(by_decoder: Mapping[str, Mapping[str, Any]]) -> str | None:
     """The decoder with the least cut; None if no outputs of the original were unwanted.
 
     Args:
-      by_decoder: Of each decoder what `numbers` returns.
+      by_decoder: What `numbers` returns for each decoder, by the decoder's name.
     """
     # Where nothing was unwanted a cut of 0 says nothing.
     cuts = {name: of["cut"] for name, of in by_decoder.items() if of["unwanted_before"]}
@@ -73,7 +73,7 @@ def verdict(by_decoder: Mapping[str, Mapping[str, Any]], wish: float) -> tuple[s
     """What became of the wish on the prompts that nothing was chosen by.
 
     Args:
-      by_decoder: Of each decoder what `numbers` returns; see `deciding`.
+      by_decoder: What `numbers` returns for each decoder, by the decoder's name; see `deciding`.
       wish: Share of the unwanted outputs that shall be gone.
 
     Returns:

@@ -34,11 +34,11 @@ _OF_FLAGS = {
 
 
 class PipelineGin:
-    """Writes the file, and knows what the user has set.
+    """Writes the gin file of a pipeline, and knows what the user has set.
 
     Attributes:
-      path: Of the file: "so_far.gin" until all is found, then "pipeline.gin".
-      given: Settings of the user, by name, each as a `Choice` has it; `UNKNOWN` where rules cannot
+      path: Where the file is: "so_far.gin" until all is found, then "pipeline.gin".
+      given: The user's settings, by name, each as a `Choice` has it; `UNKNOWN` where rules cannot
         count with the value.
     """
 
@@ -56,11 +56,11 @@ class PipelineGin:
 
         Args:
           model: The original: a path, or a name on the hub.
-          folder: Of the run; prompts are in prompts/ there.
+          folder: The run's folder; prompts are in prompts/ there.
           unwanted: What the model must not say.
           decoding: A name of `DECODERS`.
-          own_files: Further gin files.
-          settings: Further settings, "NAME=VALUE".
+          own_files: The user's own gin files.
+          settings: The user's own settings, "NAME=VALUE".
 
         Raises:
           UsageError: A file or a setting is no gin, or sets what a flag says.
@@ -94,12 +94,12 @@ class PipelineGin:
     def write(
         self, chosen: Sequence[Choice], found: Found | None = None, *, has_own: bool = True
     ) -> None:
-        """Writes it.
+        """Writes the gin file.
 
         Args:
-          chosen: Settings.
+          chosen: The settings to write.
           found: What the search came to, if it is over.
-          has_own: With the user's files and settings at its end.
+          has_own: Whether the user's files and settings are at its end.
         """
         if found is not None:
             self.path.unlink(missing_ok=True)
@@ -206,10 +206,10 @@ def _plain(name: str, value: Any, values: Mapping[str, Any], depth: int = 8) -> 
     """A value that rules can count with; `UNKNOWN` for other references and what is required.
 
     Args:
-      name: Of the setting.
-      value: Of it.
-      values: All that the user sets: a macro among them stands for its value.
-      depth: Of macros in macros and values in values that are followed.
+      name: Name of the setting.
+      value: Value of the setting.
+      values: All settings of the user: a macro among them stands for its value.
+      depth: How many steps, into macros and into values within values, are followed.
     """
     if isinstance(value, gin_files.Reference):
         if value.text[0] == "%" and value.text[1:] in values and depth:

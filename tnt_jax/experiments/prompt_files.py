@@ -213,9 +213,10 @@ def write(
     """Writes prompts, unless the file has them already; returns its path.
 
     Args:
-      path: Of the file.
-      rows: Records.
-      whole: With targets and marks; else what a model is given, and the fields of the user's own.
+      path: The file.
+      rows: The records with the prompts.
+      whole: Whether targets and marks are written, too; else what a model is given, and the fields
+        of the user's own.
       everywhere: Ids that are removed at every position of them (`removed_everywhere`).
     """
     if not whole:
@@ -282,7 +283,7 @@ class Texts:
 
     Attributes:
       parts: Prompts; those to learn from have their marked outputs where these were given.
-      digest: Of all of them.
+      digest: A digest of all prompts, and of what is given with them.
       notes: What is to be said of the files.
       marked: What is marked in given outputs; None where none were given, or their marks are still
         to be found.

@@ -40,7 +40,7 @@ class Attempt:
     """One way to train.
 
     Attributes:
-      weight: Of the negative term.
+      weight: The weight of the negative term.
       round: 1 learns from outputs of the original; a further one also from what the attempt before
         still said to the same prompts, where that is unwanted.
     """
@@ -64,8 +64,8 @@ class Plan:
 
     Attributes:
       enough: The cut on the choice prompts that is looked for.
-      attempts: In this order; rounds count up from 1.
-      updates: After how many there is a look, in each attempt.
+      attempts: The attempts, in the order in which they are made; rounds count up from 1.
+      updates: The numbers of updates after which there is a look, in each attempt.
       prompts: The file of choice prompts.
       deadline: On the clock of `time.monotonic`: nothing begins that would probably end later. What
         was kept takes no time.
@@ -80,14 +80,14 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Look:
-    """What an attempt had come to.
+    """How far an attempt had come after some updates.
 
     Attributes:
-      attempt: Which one.
-      updates: So far.
+      attempt: The attempt that was looked at.
+      updates: Number of its updates so far.
       cut: Share of the original's unwanted outputs that was gone, with the decoder where it was
         least.
-      bleu: To the original's outputs on the same prompts, 0 to 100; of the first decoder.
+      bleu: BLEU to the original's outputs on the same prompts, 0 to 100, with the first decoder.
       unwanted: Unwanted outputs on the choice prompts, by decoder.
     """
 
@@ -103,15 +103,15 @@ class Look:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Found:
-    """What a search came to.
+    """The result of a search.
 
     Attributes:
       best: The look that is taken: of those that are enough, and within one BLEU of the highest
         among them, the one with the largest cut; else that with the largest cut of all. Of equals
         the first.
       files: The outputs that it learned from.
-      is_enough: Whether it is.
-      looks: All, in their order.
+      is_enough: Whether the cut of `best` is enough.
+      looks: All looks, in their order.
       reason: Why the search ended.
     """
 
@@ -171,7 +171,7 @@ def search(
     before: Mapping[str, str],
     told: Callable[[Look], Any] = lambda look: None,
 ) -> Found:
-    """Runs until a look is enough.
+    """Trains one attempt after another until a look at one is enough.
 
     What was done before is kept: looks and rounds, by what they are made of. A leg that was stopped
     goes on.
@@ -199,7 +199,7 @@ class _Search:
         self._last_leg = 0.0
 
     def run(self, told: Callable[[Look], Any]) -> Found:
-        """Attempt after attempt."""
+        """Trains attempt after attempt, until a look is enough or the time is over."""
         plan = self._plan
         for attempt in plan.attempts:
             if attempt.round > len(self._files):

@@ -48,12 +48,12 @@ class Unwanted:
 
     @property
     def kind(self) -> str:
-        """The name of the one that is set."""
+        """The name of the attribute that is set."""
         return next(field.name for field in dataclasses.fields(self) if getattr(self, field.name))
 
     @property
     def file(self) -> str | None:
-        """The file that it names."""
+        """The path of the file that is named; None where this kind names none."""
         has_file = self.kind in ("words", "values", "spans", "records")
         return os.path.expanduser(getattr(self, self.kind)) if has_file else None  # noqa: PTH111
 

@@ -39,7 +39,7 @@ def upper_layers(tree: PyTree, number: int | None) -> PyTree:
 
     Args:
       tree: A nested dict with a stack of layers called `decoder`.
-      number: Of that stack's layers, counted from the output; None takes the whole tree.
+      number: Number of that stack's layers, counted from the output; None takes the whole tree.
 
     Raises:
       UsageError: There are not so many, or they are stacked.
@@ -65,9 +65,9 @@ def init(abstract_params: PyTree, rank: int, key: Key[Array, ""]) -> PyTree:
     """New adapters: A is Gaussian with variance 1 / inputs, B is 0.
 
     Args:
-      abstract_params: Of the model, stacked layers or not.
+      abstract_params: Shapes of the model's parameters, with layers stacked or not.
       rank: Width of the adapters.
-      key: Each A has one of its own, by its name; stacked layers are one A.
+      key: Random key. Each A has one of its own, by its name; stacked layers are one A.
     """
 
     def make(path: tuple[str, ...], kernel: Any) -> dict[str, Array]:

@@ -78,10 +78,12 @@ def by_kernel(
       queries: Rotated, by the head of keys that they ask.
       keys_values: Rotated keys, and values, `[B, H, L, D]` both.
       segment_ids: The example of each position; its positions are next to each other.
-      windows: Of each kind of layer, as in `LayerKind`.
-      kind: Which of them this layer is.
+      windows: The window of each kind of layer (`LayerKind.window`): positions that are seen, up to
+        and with the own one; None sees all earlier ones.
+      kind: Index into `windows`: the kind of this layer.
       scale: Multiplies attention logits.
-      softcap: Of attention logits, as in `factored_logits.cap`; "cudnn" has None alone.
+      softcap: The bound of attention logits (`factored_logits.cap`); None is no bound. "cudnn"
+        needs None.
     """
     length = queries.shape[3]
     within = [None if window is None or window >= length else window for window in windows]

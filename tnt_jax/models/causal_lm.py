@@ -74,10 +74,10 @@ class Transformer(nn.Module):
         """Normalised states at all positions.
 
         Args:
-          tokens: Read unless there are states that enter a later layer.
-          sources: Of the tokens.
+          tokens: Token ids. Read unless there are states that enter a later layer.
+          sources: The example and the position that each token belongs to.
           entering: States that enter the layer `first`.
-          **kwargs: Of `Decoder.__call__`.
+          **kwargs: Further arguments of `Decoder.__call__`.
         """
         x = self._embed(tokens) if entering is None else entering
         x = self.decoder(x, sources, **kwargs)
@@ -176,7 +176,7 @@ class CausalLM(LinenNetwork):
 
     @property
     def final_softcap(self) -> float | None:
-        """Gemma 2's."""
+        """The bound of the logits in Gemma 2; None is no bound."""
         return self.config.final_softcap
 
     def start_decoding(

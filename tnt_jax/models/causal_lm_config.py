@@ -118,7 +118,7 @@ class CausalLMConfig(NetworkConfig):
     settings).
 
     Attributes:
-      num_layers: Layers.
+      num_layers: Number of layers.
       num_kv_heads: Heads of keys and values; each serves `num_heads / num_kv_heads` query heads.
       layer_kinds: The kinds of layers that there are.
       layer_pattern: Indices of `layer_kinds` that repeat along the layers: layer `i` is of kind
@@ -136,9 +136,9 @@ class CausalLMConfig(NetworkConfig):
       final_softcap: The same for the logits of the vocabulary.
 
     Raises:
-      UsageError: As in `NetworkConfig`, or a choice that there is not, heads that do not divide, an
-        odd width of heads, a pattern that names no kind, a softcap that is not positive, or a
-        kernel that does not compute all this.
+      UsageError: A setting that `NetworkConfig` refuses, a choice that there is not, heads that do
+        not divide, an odd width of heads, a pattern that names no kind, a softcap that is not
+        positive, or a kernel that does not compute all this.
     """
 
     num_layers: int

@@ -195,8 +195,8 @@ def decode(
       prefix_tokens: how each row begins its output, filled up with -1 on the right; rows may differ
         in length, and one of no tokens is free from the start. They count in `tokens`,
         `log_prob` and `max_length` as if they had been chosen. Not for beams.
-      config: of the model.
-      decoding: the settings.
+      config: the settings of the network.
+      decoding: how tokens are chosen.
 
     Returns:
       Tokens, log-probabilities and the number of steps.

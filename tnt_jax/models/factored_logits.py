@@ -15,7 +15,7 @@ class FactoredLogits(flax.struct.PyTreeNode):
       hidden: `[B, T, E]`, the decoder's states, any float dtype.
       matrix: `[E, V]`, the output matrix (`vocab_axis=1`), or `[V, E]`, an embedding that serves as
         one (`vocab_axis=0`).
-      vocab_axis: Of `matrix`.
+      vocab_axis: The axis of `matrix` that runs over the vocabulary, 0 or 1.
       softcap: What no logit exceeds, as in `cap`; None is no bound.
     """
 
@@ -25,7 +25,7 @@ class FactoredLogits(flax.struct.PyTreeNode):
     softcap: float | None = flax.struct.field(pytree_node=False, default=None)
 
     def whole(self) -> Float[Array, "B T V"]:
-        """Multiplied out, in float32."""
+        """Multiplies the factors: logits in float32."""
         return multiply(self.hidden, self.matrix, self.vocab_axis, self.softcap)
 
 

@@ -92,7 +92,7 @@ class Dense(nn.Module):
       features: `O`, the width of the result.
       axes: Logical axes of the kernel.
       kernel_init: An initializer of Flax.
-      dtype: Of the computation.
+      dtype: Dtype of the computation, float32 or bfloat16.
       use_bias: Whether a bias is added, zero at first.
     """
 

@@ -90,7 +90,7 @@ class LinenNetwork(abc.ABC):
 
     @property
     def final_softcap(self) -> float | None:
-        """None: most networks have no bound."""
+        """The bound of the logits: None, as most networks have none."""
         return None
 
     def output_matrix(self, params: PyTree) -> tuple[Any, int]:

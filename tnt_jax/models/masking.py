@@ -38,7 +38,7 @@ class Listing(NamedTuple):
 
     @classmethod
     def of(cls, entries: Entries) -> "Listing":
-        """The same entries, filled up."""
+        """Makes a listing of entries, filled up so that reading past the last place is safe."""
         longest = int(np.diff(entries.starts).max(initial=0))
         tokens, ends, made = (
             np.pad(column, (0, max(longest, 1)))
@@ -89,8 +89,8 @@ class Tables(NamedTuple):
         """The tables for a model.
 
         Args:
-          compiled: of a list and a vocabulary.
-          num_ids: of the model; those beyond the vocabulary say nothing.
+          compiled: the automaton of a list and a vocabulary.
+          num_ids: number of ids of the model; those beyond the vocabulary say nothing.
         """
         automaton, utf8 = compiled.automaton, compiled.utf8
         num_states, num_classes = automaton.next_state.shape
@@ -132,8 +132,8 @@ class Mask(NamedTuple):
     (the vocabulary cannot spell the longer text), nothing is removed.
 
     Attributes:
-      tables: of the list.
-      flags: of each row, what is wrong in it (`TokenAutomaton.flags`).
+      tables: the compiled list of what must not come up.
+      flags: what is wrong in each row (`TokenAutomaton.flags`).
     """
 
     tables: Tables
@@ -194,7 +194,7 @@ def _read(
 
 
 def _flags_of(flags: Bool[Array, "B F"], numbers: Int[Array, "B ..."]) -> Bool[Array, "B ..."]:
-    """Each row's own flags."""
+    """Looks up, in each row's flags, those with the given numbers."""
     flat = numbers.reshape(len(flags), -1)
     return jnp.take_along_axis(flags, flat, axis=1).reshape(numbers.shape)
 
@@ -203,7 +203,7 @@ def removed(mask: Mask, readings: Readings, can_be_said: Bool[Array, "B V"]) -> 
     """The ids that may not come next in each row.
 
     Args:
-      mask: of the rows.
+      mask: what must not come up in each row.
       readings: where they stand.
       can_be_said: the ids that are not banned anyway.
     """

@@ -67,8 +67,8 @@ class Model:
         """Shapes, dtypes and shardings of adapters for all kernels within layers.
 
         Args:
-          rank: Of the adapters.
-          num_layers: As in `adapters.upper_layers`.
+          rank: Rank of the adapters.
+          num_layers: How many of the decoder's last layers have adapters; None: all layers.
         """
         kernels = adapters.upper_layers(self.abstract_params, num_layers)
         abstract = jax.eval_shape(
@@ -91,9 +91,9 @@ class Model:
         """`(params, batch) -> states` by the names of their features, whole on every device.
 
         Args:
-          name: That of the decoder's states `[B, T, E]`; None leaves them out.
-          trained_layers: Of `network.lower_states`, which come in the same forward pass; None
-            leaves them out.
+          name: The name that the decoder's states `[B, T, E]` get; None leaves them out.
+          trained_layers: How many of the decoder's last layers are trained. The states that enter
+            them (`network.lower_states`) come in the same forward pass; None leaves them out.
         """
         return _jit_cacheable_states(self, name, trained_layers)
 
@@ -112,14 +112,15 @@ class Model:
         """Has the devices begin with a batch of outputs, and does not wait for it.
 
         Args:
-          params: Of this model.
+          params: The parameters of this model.
           inputs: Token ids, at most `batch_size` of them; filler rows come after theirs.
           width: Tokens that each input is cut or filled up to.
           decoder: How to choose the tokens.
           batch_size: Rows that are computed.
-          row_keys: One for each of the inputs, for sampling.
-          mask: What must not come up in each.
-          prefixes: Of each, how its output begins, as `decoding.decode` takes it.
+          row_keys: A random key for each of the inputs, for sampling.
+          mask: What must not come up in each output.
+          prefixes: How each output begins: token ids, filled up with -1 on the right
+            (`decoding.decode`).
         """
         num_fill = batch_size - len(inputs)
         lengths = [min(len(ids), width) for ids in inputs]

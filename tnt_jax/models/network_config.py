@@ -68,8 +68,8 @@ class NetworkConfig:
       mlp_activations: one activation, or several whose outputs are multiplied.
       logits_via_embedding: True ties the output matrix to the embedding.
       layer_norm_epsilon: added to the mean square.
-      dtype: of the computation, float32 or bfloat16, as a name or a dtype. Parameters and logits
-        are always float32.
+      dtype: dtype of the computation, float32 or bfloat16, as a name or a dtype. Parameters and
+        logits are always float32.
       dropout_rate: probability of zeroing; acts only where a call is given a key.
       float32_attention_logits: compute attention logits and softmax in float32 whatever `dtype` is.
       attention: "xla", "splash" (TPUs) or "cudnn" (NVIDIA GPUs): how attention over whole rows is

@@ -34,12 +34,12 @@ def next_states(
     K + 1 tokens each, and one more copy of the cache.
 
     Args:
-      params: Of the network of `config`, layers stacked or apart.
+      params: The parameters of the network of `config`, layers stacked or apart.
       input_tokens: Ids of each input, filled up on the right.
       input_lengths: Number of ids of each input.
       targets: Ids of each output, filled up on the right: states there mean nothing.
       candidates: Ids that may come at each position.
-      config: Of the network.
+      config: The settings of the network.
     """
     config = dataclasses.replace(config, scan_layers=False, remat_policy="none")
     params = parameters.unstack_layers(params)

@@ -28,7 +28,7 @@ def look_up(
     Args:
       table: Split as `sharding.AXIS_RULES` has ("vocab", "embed") on the mesh in use, if any.
       tokens: Split along their rows as "batch".
-      dtype: Of the result.
+      dtype: Dtype of the result.
     """
     # NaN is loud, where clamping would read another row.
     read = functools.partial(jnp.take, axis=0, mode="fill")

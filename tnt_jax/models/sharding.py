@@ -152,8 +152,8 @@ def gather(param: Array, logical_axes: Sequence[str], dtype: Any) -> Array:
 
     Args:
       param: A parameter, or one layer of a stacked one.
-      logical_axes: One for each of its dimensions.
-      dtype: Of the computation.
+      logical_axes: The logical axis of each of its dimensions.
+      dtype: Dtype of the computation.
     """
     cast = constrain(param.astype(dtype), *logical_axes)
     return constrain(cast, *("width" if axis == "embed" else axis for axis in logical_axes))

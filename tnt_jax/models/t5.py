@@ -214,7 +214,7 @@ class Transformer(nn.Module):
         Args:
           tokens: the decoder input at `position` (0 at position 0). N is B, or B times the number
             of beams with the beams of one input next to each other.
-          position: of `tokens`, the same in every row.
+          position: the position of `tokens`, the same in every row.
           cache: self-attention keys and values of the earlier positions, zeros at first.
           memory: from `start_decoding`.
 

@@ -29,11 +29,12 @@ class T5Config(NetworkConfig):
         where the output matrix is tied.
       relpos_bias_per_layer: a relative position bias for every layer (umT5, `scalable_t5` of T5X)
         instead of one for each stack.
-      num_relpos_buckets: of the relative position bias.
+      num_relpos_buckets: number of buckets of the relative position bias.
       relpos_max_distance: beyond it all distances share a bucket.
 
     Raises:
-      UsageError: as in `NetworkConfig`, or buckets that the distance does not fill.
+      UsageError: a setting that `NetworkConfig` refuses, or buckets that the distance does not
+        fill.
     """
 
     num_encoder_layers: int

@@ -108,12 +108,12 @@ class FinalTokenPreference:
     contribute, and here they do not. That code leaves out positions where fewer than four ids pass.
 
     Attributes:
-      num_chosen: Chosen ids of a position, at most.
+      num_chosen: Most chosen ids at a position.
       min_p: Least probability of a chosen id, as a share of the original's largest one.
-      margin: Of the logit of a chosen id over that of the removed ones: then it has won.
-      target_weight: Of the squared change of the logits of chosen and removed ids.
-      target_slack: By which these may change at no cost.
-      rest_weight: Of the squared change of all other logits.
+      margin: Logit lead at which a chosen id has won over the removed ones; no gradient beyond it.
+      target_weight: Multiplies the mean squared change of the logits of chosen and removed ids.
+      target_slack: Change of such a logit, up or down, that costs nothing.
+      rest_weight: Multiplies the mean squared change of all other logits.
 
     Raises:
       UsageError: A number is out of range.
@@ -182,11 +182,12 @@ class TntObjective:
       smoothing: `s > 0` reproduces t5patches (1e-6 there): the desired distribution `d` becomes
         `(d + s) / (1 + s V)` in place of the floor, and so does the one-hot target of
         `log_likelihood`. For comparison only: the original is then no fixed point.
-      label_smoothing: Of `log_likelihood`, as in T5X: the target keeps `1 - label_smoothing`, the
-        other ids share the rest, and the entropy of that target is subtracted.
-      z_loss: Of `log_likelihood`, as in T5X: adds `z_loss * logsumexp(logits)**2`.
-      npo_beta: Of `negative_preference`, its authors' beta: the larger, the sooner it lets go.
-      ftpo: Of `final_token_preference`.
+      label_smoothing: The share of `log_likelihood`'s target that goes to the other ids, as in T5X:
+        the target keeps `1 - label_smoothing`, the other ids share the rest, and the entropy of
+        that target is subtracted.
+      z_loss: Adds `z_loss * logsumexp(logits)**2` to `log_likelihood`, as in T5X.
+      npo_beta: The authors' beta in `negative_preference`: the larger, the sooner it lets go.
+      ftpo: The settings of `final_token_preference`.
       negative_strength: Multiplies the strength of every mark: those of the batch, or 1. UNDIAL is
         `1 - exp(-beta)` with forward KL.
       removed_everywhere: Ids in `S` at every position, whatever the marks: of strength 1. With a
@@ -371,7 +372,7 @@ class TntObjective:
 
         Args:
           negative_ids: Padded with -1. The first of a position may be -2 - n: all of set n.
-          negative_strengths: Of them; None is 1 for all.
+          negative_strengths: The strength of each of the `negative_ids`; None is 1 for all.
 
         Returns:
           `K` ids, and as many more as the largest set has; the same if there are no sets.
@@ -413,8 +414,8 @@ class TntObjective:
         """The marks that the negative term looks at: without a `p_new`, none that raises an id.
 
         Args:
-          negative_ids: Padded with -1.
-          strengths: Of them, from `strengths`.
+          negative_ids: Ids of marks, padded with -1.
+          strengths: The strength of each of these ids, from `strengths`; None is 1 for all.
         """
         if strengths is None or not self.mixes:
             return negative_ids
@@ -433,15 +434,15 @@ class TntObjective:
         """Returns the loss of every target token, in nats, unreduced.
 
         Args:
-          current_logits: Of the model being trained, any float dtype.
-          original_logits: Of the frozen original; gets no gradient. May be None unless
+          current_logits: Logits of the model being trained, any float dtype.
+          original_logits: Logits of the frozen original; they get no gradient. May be None unless
             `needs_original`.
           target_tokens: The tokens that the decoder was made to predict.
           negative_ids: Ids to remove at each position, padded with -1; `[1, 1, K]` holds for all.
             Every id is below `V`: larger ones are ignored here and refused by the data code.
           loss_mask: 1 at real tokens, 0 at padding, whose logits may be anything, even NaN.
-          negative_strengths: Of the `negative_ids`, finite and at most 1; None is 1 for all. What
-            it holds at padding is not looked at.
+          negative_strengths: The strength of each of the `negative_ids`, finite and at most 1; None
+            is 1 for all. What it holds at padding is not looked at.
 
         Returns:
           float32 losses, 0 where `loss_mask` is 0. Their sum over all devices and microbatches,

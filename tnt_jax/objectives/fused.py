@@ -56,18 +56,21 @@ def token_values(
 
     Args:
       objective: The loss per token.
-      current: Of the model being trained; the gradient goes to its `hidden` and `matrix`.
-      original: Of the frozen original; gets no gradient. May be None unless the objective
-        `needs_original`.
-      target_tokens: As in `TntObjective.token_losses`, and so are the next two.
-      negative_ids: Padded with -1; -2 - n, as the first of a position, is set n of the objective.
-      loss_mask: 1 at real tokens; those of 0 are skipped.
-      negative_strengths: As in `TntObjective.token_losses`; None is 1 for all.
+      current: Logits of the model being trained; the gradient goes to their `hidden` and `matrix`.
+      original: Logits of the frozen original; they get no gradient. May be None unless the
+        objective `needs_original`.
+      target_tokens: The tokens that the decoder was made to predict.
+      negative_ids: Ids to remove at each position, padded with -1; `[1, 1, K]` holds for all. The
+        first of a position may be -2 - n: set n of the objective.
+      loss_mask: 1 at real tokens, 0 at padding, which is skipped.
+      negative_strengths: The strength of each of the `negative_ids`, finite and at most 1; None is
+        1 for all.
       block_size: Tokens that a device computes at a time; None chooses, where there are many 256 on
         a CPU and 512 elsewhere.
 
     Raises:
-      UsageError: As `TntObjective.token_losses`.
+      UsageError: `original` is None and a term needs it, or `removed_everywhere` holds an id
+        outside the vocabulary.
     """
     objective.check(has_original=original is not None, vocab_size=_vocab_size(current))
     strengths = objective.strengths(negative_ids, negative_strengths)
@@ -302,9 +305,10 @@ class _Sizes:
     """Rows that are computed together on a kind of device.
 
     Attributes:
-      smallest: Of a block, where there are few tokens.
-      largest: Of a block: each reads the matrices, and what the gradient to them adds up to, again.
-      of_pass: Between the products; None is all of a block.
+      smallest: Least rows of a block, where there are few tokens.
+      largest: Most rows of a block. Each block reads the matrices, and the sum of their gradients,
+        again.
+      of_pass: Rows that are computed at a time between the products; None is all of a block.
     """
 
     smallest: int

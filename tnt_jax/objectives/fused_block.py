@@ -27,11 +27,11 @@ class TokenValues(NamedTuple):
     """What a step wants to know of every token, each float32 `[B, T]`, 0 at padding.
 
     Attributes:
-      losses: As `TntObjective.token_losses`.
-      removed_mass: As `definition.removed_mass`.
-      residual: As in `definition.Certificate`; this and what follows is None without an original.
-      collateral: Likewise.
-      smallest_cost: Likewise.
+      losses: The loss of each token, nats (`TntObjective.token_losses`).
+      removed_mass: The probability still on removed ids (`definition.removed_mass`).
+      residual: `definition.Certificate.residual`, nats; None without an original.
+      collateral: `definition.Certificate.collateral`, nats; None without an original.
+      smallest_cost: `definition.Certificate.smallest_cost`, nats; None without an original.
     """
 
     losses: Float[Array, "B T"]
@@ -96,7 +96,7 @@ class _Term(NamedTuple):
     """A term of an objective, and its gradient to the logits.
 
     Attributes:
-      value: Of every token, nats.
+      value: The term at every token, nats.
       of_kept: Gradient to logits outside `S`; what it has on `S` is not used.
       of_removed: Gradient to the logits of `Block.ids`.
     """
@@ -111,8 +111,8 @@ class _Graded(NamedTuple):
 
     Attributes:
       ids: The columns that this device has, -1 elsewhere.
-      strengths: Of them, 0 elsewhere.
-      logits: The original's there, not lowered; None without an original.
+      strengths: The strength of each of these ids, 0 elsewhere.
+      logits: The original's logits of these ids, not lowered; None without an original.
     """
 
     ids: Int[Array, "R K"]
@@ -615,7 +615,7 @@ def _top(x: Float[Array, "R V"], number: int) -> tuple[Float[Array, "R K"], Int[
 def _put(
     x: Float[Array, "R V"], ids: Int[Array, "R K"], values: Float[Array, "R K"]
 ) -> Float[Array, "R V"]:
-    """`x` with the values at the columns `ids`."""
+    """`x`, with the values written to the columns `ids`."""
     if ids.shape[1] > _FEW_IDS:
         columns = jnp.where(ids < 0, x.shape[1], ids)
         return jax.vmap(lambda row, i, v: row.at[i].set(v, mode="drop"))(x, columns, values)

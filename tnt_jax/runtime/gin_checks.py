@@ -179,7 +179,7 @@ def _defines_call(kind: type) -> bool:
 
 
 def _bare(annotation: Any) -> Any:
-    """Without what `Annotated` says of it."""
+    """The type of an annotation, without what `Annotated` adds to it."""
     is_annotated = typing.get_origin(annotation) is typing.Annotated
     return annotation.__origin__ if is_annotated else annotation
 

@@ -57,8 +57,8 @@ def folder(
     """Holds a folder that a run writes into; it is created.
 
     Args:
-      path: Of the folder.
-      setting: That names it, for messages.
+      path: The folder.
+      setting: The setting that names the folder, for messages.
       share: Which one of how many independent processes this is that write into the folder by
         design, from 0 on. They do not exclude each other. None is all of the folder.
 
@@ -89,8 +89,8 @@ def output(path: str | os.PathLike, setting: str) -> Iterator[None]:
     """Holds a file or folder that a run writes whole, with what belongs to it beside it.
 
     Args:
-      path: Of the output; the folder that it goes to is created.
-      setting: That names it, for messages.
+      path: The output; the folder that it goes to is created.
+      setting: The setting that names the output, for messages.
 
     Raises:
       UsageError: Somebody else holds it.
@@ -155,7 +155,7 @@ def _check_all_see(note: Any, token: str, setting: str, of: str | os.PathLike) -
 
 
 def _is_there(note: Any, token: str) -> bool:
-    """Whether a note with this token is."""
+    """Whether the note is there with this token."""
     # Whatever a network file system or the client of a bucket raises: it is looked for again.
     with contextlib.suppress(Exception):
         return (_Note(note).read() or {}).get("token") == token
@@ -265,7 +265,7 @@ class _Hold:
         return True
 
     def _watch(self, found: dict[str, Any]) -> bool:
-        """`_is_dead`, by watching for a change."""
+        """Waits for a sign of life of the holder: True if none comes, False if its note goes."""
         console.log(
             f"{self._setting}: {self._of} was held by {_who(found)}, and nothing here says whether "
             f"that one lives: waiting up to {_STALE:.0f} seconds for a sign of life."
@@ -282,7 +282,7 @@ class _Hold:
 
     @property
     def token(self) -> str:
-        """What its note has, and no other."""
+        """The text that this note has, and no other one."""
         return self._about["token"]
 
     def _is_own(self, found: dict[str, Any] | None) -> bool:

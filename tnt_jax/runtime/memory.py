@@ -27,10 +27,10 @@ def check_batch(
 
     Args:
       batch_size: Rows.
-      num_tokens: Of a row, inputs and targets.
+      num_tokens: Tokens of a row, inputs and targets together.
       num_negative_ids: Ids that are removed at a position, at most. A row has room for as many at
         every position of its targets.
-      bytes_of_ids: Of that room, in a row.
+      bytes_of_ids: Bytes that the room for removed ids takes in a row.
 
     Raises:
       UsageError: It does not fit.

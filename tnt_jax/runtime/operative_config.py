@@ -28,8 +28,8 @@ def check_writable(
     """`files.check_writable`, and that neither the output nor its settings replace a gin file.
 
     Args:
-        path: of an output whose settings `write` puts beside it.
-        setting: that names it, for messages.
+        path: the output whose settings `write` puts beside it.
+        setting: the setting that names the output, for messages.
         reads: files (or globs) that are read, by their settings: none of them is written over.
 
     Raises:
@@ -49,7 +49,7 @@ def check_folder(path: str | os.PathLike, setting: str) -> None:
 
 
 def _check_is_no_gin_file(path: str | os.PathLike, setting: str, *, is_folder: bool) -> None:
-    """One that `write` has written may be replaced: its settings are read, and written again."""
+    """Raises a UsageError for a gin file of this run, unless `write` has written it."""
     if files.is_remote(path):
         return
     output = pathlib.Path(path)

@@ -39,7 +39,8 @@ class Parts:
 
     Attributes:
         missing: numbers of the parts that this process has to do.
-        counts: of the parts of all processes, by name, in the first one after `join`.
+        counts: sums over the parts of all processes, by name; filled in the first process, by
+            `join`.
         new_counts: those of the parts that were not done before.
     """
 
@@ -136,8 +137,8 @@ class Parts:
         """Takes what one step of a part came to; with the last of its steps the part is written.
 
         Args:
-            part: its number, of `missing`; its steps come in order.
-            lines: of the output, each with its end.
+            part: number of the part, one of `missing`; its steps come in order.
+            lines: lines of the output, each with its end.
             counts: numbers to add up over the steps.
         """
         holding.check()
@@ -219,7 +220,8 @@ class Parts:
 
         Args:
             replacing: yields a function that takes the output's bytes, one stretch after another.
-            places: of each part, where in the output its lines come; None has them as they are.
+            places: for each part, the numbers of its lines in the output; None keeps the order of
+                the parts.
 
         Raises:
             UsageError: a part is no longer whole.

@@ -41,7 +41,7 @@ def install() -> None:
 
 
 def ignore() -> None:
-    """No more answers: the program is ending."""
+    """Ignores SIGTERM from here on: the program is ending."""
     if threading.current_thread() is threading.main_thread():
         # No SIG_IGN: programs that are started from here would inherit it.
         signal.signal(signal.SIGTERM, _no_answer)

@@ -49,7 +49,7 @@ def start(name: str, kind: Kind) -> None:
     """Meets the other processes, if there are any.
 
     Args:
-      name: Of the program.
+      name: Name of the program.
       kind: How it runs in several processes.
 
     Raises:
@@ -121,7 +121,7 @@ def count() -> int:
 
 
 def index() -> int:
-    """Which one of them this is."""
+    """The number of this process among them, from 0."""
     jax = _jax_of_several()
     return 0 if jax is None else jax.process_index()
 
@@ -163,7 +163,7 @@ def gather(place: str, said: str) -> list[str]:
 
     Args:
       place: A name, the same in each process, used once.
-      said: By this one.
+      said: What this process says.
 
     Raises:
       ProcessLost: A process has ended with an error before it came here.
@@ -244,7 +244,7 @@ def end(status: int, seconds: float = 10) -> None:
 
 
 def _note_mistake() -> None:
-    """For those who wait in `gather`."""
+    """Tells the processes that wait in `gather` that this one ends with a mistake."""
     from orbax.checkpoint import multihost
 
     with contextlib.suppress(RuntimeError):  # whoever keeps the notes has gone

@@ -64,7 +64,7 @@ quiet_tensorflow.install()
 
 
 def _is_not_said_twice(record: logging.LogRecord) -> bool:
-    """Orbax logs what its threads raise, with tracebacks of pages; `run` says it in a line."""
+    """Drops Orbax's tracebacks of what its threads raise: `run` says it in a line."""
     is_orbaxs = bool(record.exc_info) and "orbax" in record.pathname
     return not (is_orbaxs or record.name == "asyncio")
 
@@ -86,7 +86,7 @@ def _drop_reads_left_alone() -> None:
 
 
 def _spell_out_what_cannot_be_printed() -> None:
-    """A locale without UTF-8 has no sign for much of what models say; no run ends for that."""
+    """Prints escapes for signs that the locale lacks, so that no run ends for them."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -252,10 +252,10 @@ def configure(
     """All that `run` does before it calls the function: gin is given every setting, and asked.
 
     Args:
-        module_name: as in `run`, and so are the others.
-        function_name: of the program.
+        module_name: full name of the program's module.
+        function_name: the program's function in it.
         arguments: the command line.
-        own_flags: `flags`.
+        own_flags: arguments of the function that are flags of their own: `--NAME=VALUE`.
         needs_all: whether every setting that is required must be given.
 
     Returns:
@@ -337,8 +337,8 @@ def bound_arguments(
     """What gin would call a function with, for some of its arguments.
 
     Args:
-        function: of a program.
-        names: of its arguments; those that gin does not bind are left out.
+        function: the function of a program.
+        names: arguments of the function; those that gin does not bind are left out.
         optional: further ones, left out also where a setting that they need is not given.
 
     Raises:
@@ -416,8 +416,8 @@ class _Flags:
     """The command line, taken apart.
 
     Attributes:
-        gin_files: as given, in order.
-        search_folders: of `--gin_search_paths`.
+        gin_files: the values of `--gin_file`, in order.
+        search_folders: the folders of `--gin_search_paths`.
         bindings: (name, value) of each `--gin.NAME=VALUE`, as given.
         help: whether `--help` was there.
         options: the text that explains the flags.

@@ -57,6 +57,6 @@ class _QuietTensorFlow(importlib.abc.MetaPathFinder):
 
 
 def install() -> None:
-    """From now on; nothing happens if TensorFlow has been imported already."""
+    """Keeps a later import of TensorFlow quiet; does nothing if it has been imported already."""
     if "tensorflow" not in sys.modules:
         sys.meta_path.insert(0, _QuietTensorFlow())

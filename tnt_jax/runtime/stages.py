@@ -31,7 +31,7 @@ class NotDoneError(Exception):
 
 @contextlib.contextmanager
 def only_done(is_so: bool = True) -> Iterator[None]:
-    """Within it nothing is run: a stage that is not done raises `NotDoneError`."""
+    """Context manager: runs nothing; a stage that is not done raises `NotDoneError`."""
     token = _only_done.set(is_so)
     try:
         yield
@@ -95,7 +95,7 @@ class Stages:
         """Calls `function(output_name=output, **inputs, **settings)` unless that has been done.
 
         Args:
-          name: Of the stage.
+          name: Name of the stage.
           function: Writes `output`, a file or a directory.
           output: Its path.
           inputs: Files (or globs) and directories that it reads, by argument.

@@ -32,8 +32,8 @@ class Collective:
 
     Attributes:
       operation: Such as "all-gather".
-      shape: Of its result on one device, such as "bf16[4096,10240]".
-      num_bytes: Of that result; of a reduce-scatter, of what goes in.
+      shape: The result's dtype and shape on one device, such as "bf16[4096,10240]".
+      num_bytes: Bytes of that result; for a reduce-scatter, bytes of what goes in.
       count: How often the program has it.
       times: How often a loop around it runs; None where only the data tells.
     """
@@ -59,7 +59,7 @@ def memory(
     """Bytes on each device while the step runs.
 
     Args:
-      compiled: By `lower(...).compile()`.
+      compiled: The step that `lower(...).compile()` gave.
       kinds: Its arguments, by name.
       assigned: `assigned_bytes`, where the compiler said so.
 

@@ -41,7 +41,7 @@ class Health:
     """Looks at the sums of one update after the other.
 
     Args:
-      names: Of the parameters, as `train_step.gradient_names` gives them.
+      names: Names of the parameters, from `train_step.gradient_names`.
       is_skipping: Whether the step leaves out an update that is not finite.
       spike_deviations: How far above the usual loss a loss is noted; None notes none. In standard
         deviations, estimated from the median distance to the median, or in hundredths of the median
@@ -49,7 +49,7 @@ class Health:
       examples_of: From the number of an update to the ids of its examples.
       events: Where to write.
       where: What checkpoint there is, for messages.
-      state: Of a checkpoint; None begins anew.
+      state: The state that a checkpoint holds; None begins anew.
 
     Raises:
       UsageError: `spike_deviations` is not positive.
@@ -90,7 +90,7 @@ class Health:
         return self._num_skipped
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """What a checkpoint keeps of it."""
         return {
             **{kind: list(losses) for kind, losses in self._losses.items()},
             "num_skipped": self._num_skipped,
@@ -102,7 +102,7 @@ class Health:
 
         Args:
           step: Number of the update.
-          sums: Of `train_step.train_step`.
+          sums: The update's sums, from `train_step.train_step`.
 
         Raises:
           UsageError: It is not finite, and the run stops at that; or too many were left out.

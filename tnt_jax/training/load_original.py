@@ -120,7 +120,7 @@ class Sources:
         """Reads what training starts from: a model, or where adapters are trained, adapters.
 
         Args:
-          original_digest: Of the parameters that adapters are trained beside.
+          original_digest: Digest of the original's parameters, beside which adapters are trained.
 
         Raises:
           UsageError: Adapters are trained, and START_CHECKPOINT_PATH has none that fit.
@@ -301,7 +301,7 @@ def probe(model: Model, params: PyTree) -> np.ndarray:
 
     Args:
       model: The network.
-      params: Of it, layers and kernels as it has them.
+      params: The network's parameters, with layers and kernels as the network has them.
     """
     num_rows, lengths = 4, {"inputs": 16, "targets": 16}
     random = np.random.default_rng(0)
@@ -331,11 +331,12 @@ def states_of(
 
     Args:
       model: The original's network.
-      params: The original.
+      params: The original's parameters.
       data: Examples, in any number of data sets; what the folder has is not computed again.
       features: Which states, as `Original.features` has them.
-      trained_layers: Of the decoder: those which the states below are for.
-      digest: Of the parameters.
+      trained_layers: Number of the decoder's last layers that are trained: the states below them
+        are computed. None leaves these out.
+      digest: Digest of the original's parameters.
       states_folder: To read and to write.
       task_feature_lengths: Tokens of "inputs" and "targets".
       batch_size: Examples that states are computed for at a time.

@@ -39,11 +39,12 @@ class Data:
     """What a run learns from, on the host.
 
     Attributes:
-      examples: To train on.
-      eval_examples: To evaluate on; may be empty.
-      batches: Of `examples`, by number.
-      num_negative_ids: Of a position, at most: one for both, for each is a program of its own.
-      has_strengths: Whether any mark of either has a strength below 1.
+      examples: The examples to train on.
+      eval_examples: The examples to evaluate on; may be empty.
+      batches: The batches of `examples`, by number.
+      num_negative_ids: Most removed ids at a position. Training and evaluation share this number:
+        each one is a program of its own.
+      has_strengths: Whether any mark, of training or of evaluation, has a strength below 1.
       sets: Long sets of ids that examples of either share, which the device has once.
     """
 
@@ -66,7 +67,7 @@ class Data:
         )
 
     def describe(self) -> dict[str, Any]:
-        """For the checkpoint: which data it was."""
+        """What a checkpoint keeps of the data: number and digest of the examples."""
         return {
             "num_examples": len(self.examples),
             "digest": digest(self.examples),
@@ -259,7 +260,7 @@ class Loop:
         return {} if "objective" in changed else self.before
 
     def make_health(self, events: metric_writers.StepLines) -> health.Health:
-        """What tells whether the numbers are sound."""
+        """Makes the watch over whether the numbers of updates are sound."""
 
         def examples_of(step: int) -> list[str]:
             read = self.data.batches.read(step - 1)
@@ -349,7 +350,7 @@ class _Progress:
 
 
 class _Log(hooks.Hook):
-    """A line and an entry of metrics, also before each checkpoint."""
+    """Writes a line and an entry of metrics, also before each checkpoint."""
 
     is_training = True
 
@@ -506,7 +507,7 @@ class _SinceLog:
         self._waited = before["seconds_waited"]
 
     def state(self) -> dict[str, Any] | None:
-        """For a checkpoint: float32 is written as float64, which holds it exactly."""
+        """What a checkpoint keeps: float32 is written as float64, which holds it exactly."""
         if not self._pending:
             return None
         sums = jax.device_get(self._pending)

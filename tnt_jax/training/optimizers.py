@@ -64,7 +64,7 @@ def layer_by_layer(optimizer: optax.GradientTransformation) -> optax.GradientTra
 def _update_layers(
     optimizer: optax.GradientTransformation, updates: PyTree, state: PyTree, params: PyTree | None
 ) -> tuple[PyTree, PyTree]:
-    """One layer after the other, in place.
+    """Updates one layer of a stack after the other, in place.
 
     All layers at once (`jax.vmap`) would need memory for intermediate results as large as the
     largest stack: half a GiB on each of eight devices at XXL.

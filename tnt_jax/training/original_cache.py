@@ -51,9 +51,9 @@ class _Part:
     Attributes:
       index: The JSON file beside it.
       offset: Bytes before the first row.
-      num_rows: Tokens.
-      width: Of a state.
-      dtype: Of a state.
+      num_rows: States in the file, one for each token.
+      width: Numbers in a state.
+      dtype: Dtype of a state.
     """
 
     index: pathlib.Path
@@ -94,7 +94,7 @@ class _Part:
 
     @property
     def kind(self) -> tuple[int, np.dtype]:
-        """What all parts have in common."""
+        """The width and dtype of its states, which all parts have in common."""
         return self.width, self.dtype
 
 
@@ -110,10 +110,10 @@ class OriginalStates:
     """The states of one original in a folder.
 
     Args:
-      folder: Local to this host, or shared by all hosts; made if need be.
-      identity: Of the original and of how it is computed.
+      folder: A folder on this host's disk, or shared by all hosts; made if need be.
+      identity: A text that tells the original, and how it is computed, from others.
       task_feature_lengths: Where "inputs" and "targets" are cut.
-      feature_layout: Of the original's network.
+      feature_layout: The layout of features of the original's network.
       like: The feature of tokens with the same positions: there is a state for each target token,
         or for each position of those that `feature_layout` counts first.
 
@@ -188,7 +188,7 @@ class OriginalStates:
         return hashed.hexdigest()[:32]
 
     def missing(self, keys: Collection[str]) -> set[str]:
-        """Those without states; the same on every host."""
+        """The keys that have no states; the same on every host."""
         is_missing: np.ndarray = np.array([key not in self._rows for key in keys], bool)
         if jax.process_count() > 1:  # every host has to take part in computing any
             is_missing = np.any(multihost_utils.process_allgather(is_missing), axis=0)

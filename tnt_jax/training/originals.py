@@ -43,8 +43,8 @@ class Original:
 
     Attributes:
       has_adapters: Whether adapters are trained beside the original's parameters, and nothing else.
-      trained_layers: Of the decoder's layers, the last ones that are trained or have adapters; all
-        else is the original's. None is the whole model, or adapters everywhere.
+      trained_layers: How many of the decoder's last layers are trained or have adapters; all else
+        is the original's. None is the whole model, or adapters everywhere.
       cached_from: The network whose states come with the batch; None computes them in the step.
     """
 
@@ -119,8 +119,9 @@ class Original:
         """What the model being trained is run with.
 
         Args:
-          params: Those that get a gradient.
-          original_params: Of the original, as `read_params` gives them, or all.
+          params: The parameters that get a gradient.
+          original_params: The original's parameters: all of them, or the part that `read_params`
+            gives.
 
         Raises:
           UsageError: Something else than an adapter would be trained beside the original.

@@ -177,8 +177,8 @@ def _refuse_others(place: str, own: Mapping[str, Any]) -> None:
     """Raises a UsageError in all processes where one has another JSON value than the first one.
 
     Args:
-      place: As in `processes.gather`.
-      own: Of this process, by names.
+      place: A name, the same in each process, used once: see `processes.gather`.
+      own: The values of this process, by their names.
     """
     texts = {name: json.dumps(value, sort_keys=True) for name, value in own.items()}
     digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
@@ -359,12 +359,12 @@ def check_same(
     and noted in `run`.
 
     Args:
-      before: Of the checkpoint.
-      run: Of now.
-      names: What to compare, of `COMPARED`.
-      allow_changes: Names whose change is meant.
-      model_dir: For the message.
-      step: Of the checkpoint.
+      before: What the checkpoint remembers of its run.
+      run: What this run notes of itself.
+      names: The values to compare, by their names in `COMPARED`.
+      allow_changes: Names of the values whose change is meant.
+      model_dir: The run's folder, for the message.
+      step: The checkpoint's number of updates.
       fits: Whether the checkpoint can be read into the run as it is now.
 
     Raises:

@@ -105,9 +105,9 @@ class Checkpoints:
         """Writes a checkpoint in the background.
 
         Args:
-          state: Of the run.
-          run: A JSON object.
-          metrics: Of this step; `Keep.best` among them.
+          state: The training state to save.
+          run: What the run notes of itself, a JSON object.
+          metrics: The metrics measured at this step; `Keep.best` among them.
           is_of_stop: Whether it is there because the run was told to stop. It goes when the next
             one is there, so that a run leaves what it would have left without the stop.
         """
@@ -145,11 +145,11 @@ class Checkpoints:
         """The state of a checkpoint, on the mesh of `abstract_state`, not on that it was saved on.
 
         Args:
-          step: Of the checkpoint.
+          step: The checkpoint's number of updates.
           abstract_state: Shapes, dtypes and shardings to restore to.
 
         Raises:
-          UsageError: As in `check`.
+          UsageError: The checkpoint is of another model or optimizer (`check`).
         """
         self.check(step, abstract_state)
         if self.run_of(step).get(_OF_STOP):

@@ -32,8 +32,8 @@ class TrainState(flax.struct.PyTreeNode):
 
     Attributes:
       step: Number of updates so far.
-      params: Of the current model, float32.
-      opt_state: Of the Optax optimizer.
+      params: The parameters that are trained, float32.
+      opt_state: The state of the Optax optimizer.
     """
 
     step: Any  # Int[Array, ""], but trees of shapes and of shardings are TrainStates too
@@ -72,18 +72,19 @@ def train_step(
     and exchanged once. Where parameters are split over `fsdp`, each microbatch scatters them.
 
     Args:
-      state: Of the model being trained.
+      state: The training state before the update.
       original_params: What `original_kind` needs of the frozen original, which runs without dropout
         and gets no gradient. None where the objective needs no original.
       batch: Model features of `data.layouts`, `[B, ...]`.
-      key: Of the run, the same for every step: dropout uses `fold_in(key, step)`.
+      key: The random key of the run, the same for every step: dropout uses `fold_in(key, step)`.
       forward: `forward(params, batch, dropout_key or None) -> logits [B, T, V]`; or their factors,
         from which `fused` works.
       objective: The loss per token.
       optimizer: Updates the parameters.
       num_microbatches: Divides `B`; activations of one microbatch live at a time.
       original_kind: Where the original's logits come from.
-      block_size: As in `fused.token_values`.
+      block_size: Tokens that the loss is computed for at a time on a device; None chooses. Read by
+        `fused.token_values`.
       place_gradients: Puts a tree of gradients where the parameters are (a sharding constraint).
       skip_non_finite: Where the loss or the gradient's norm is not finite, parameters and optimizer
         state stay as they were. The step is counted all the same: it has had its batch.
@@ -286,10 +287,12 @@ def token_values(
 
     Args:
       objective: The loss per token.
-      logits: Of the model being trained.
-      original_logits: Of the original, of the same kind; None where there is none.
-      batch: Model features.
-      block_size: As in `fused.token_values`.
+      logits: The logits of the model being trained, `[B, T, V]`, or their factors.
+      original_logits: The original's logits, whole or in factors as `logits` are; None where there
+        is none.
+      batch: Model features of `data.layouts`, `[B, ...]`.
+      block_size: Tokens that the loss is computed for at a time on a device; None chooses. Read by
+        `fused.token_values`.
 
     Returns:
       The sum of the losses, which has a gradient; and the values, which have none.
@@ -352,7 +355,7 @@ def _whole_values(
     loss_mask,
     negative_strengths,
 ):
-    """`fused.token_values` by the definition."""
+    """Computes what `fused.token_values` does from whole logits, by the definition."""
     negative_ids, negative_strengths = objective.without_sets(negative_ids, negative_strengths)
     losses = objective.token_losses(
         current_logits=logits,

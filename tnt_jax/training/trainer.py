@@ -27,9 +27,9 @@ class Trainer:
       optimizer: Updates the parameters.
       num_microbatches: Parts that a batch is computed in.
       original_kind: Where the original's logits come from, and what is trained.
-      adapter_rank: Of the adapters, where these are trained.
+      adapter_rank: Rank of the adapters, where these are trained.
       block_size: Tokens that the loss is computed for at a time on a device; None chooses.
-      skip_non_finite: As in `train_step.train_step`.
+      skip_non_finite: Whether an update whose loss or gradient norm is not finite is left out.
     """
 
     model: Model

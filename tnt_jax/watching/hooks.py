@@ -19,7 +19,8 @@ class Beginning:
       params_of: Gives all parameters that the model is run with, from a training state.
       original_params: All parameters that the original is run with; None where they are not in
         memory.
-      original_digest: Of its parameters; None where the objective compares with no original.
+      original_digest: Digest of the original's parameters; None where the objective compares with
+        no original.
       out: Where metrics and tables go.
     """
 

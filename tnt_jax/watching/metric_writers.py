@@ -70,9 +70,9 @@ class StepLines(_FlushedInTime):
     at the end.
 
     Args:
-        path: of the file; its folder is made if need be. Local, or anything that `etils.epath`
-            opens, such as gs://.
-        last_step: of the lines to keep; None keeps all.
+        path: the file; its folder is made if need be. Local, or anything that `etils.epath` opens,
+            such as gs://.
+        last_step: the last step whose lines are kept; None keeps all.
         pause: seconds from one upload to the next; a local file has every line at once.
     """
 
@@ -122,7 +122,7 @@ class MetricsWriter(StepLines):
 
     Args:
         directory: where the file goes.
-        last_step: as in `StepLines`.
+        last_step: the last step whose lines are kept; None keeps all.
     """
 
     def __init__(self, directory: str | os.PathLike, last_step: int | None = None):
@@ -181,7 +181,7 @@ class Writers:
             other.write_table(step, name, columns, rows)
 
     def flush(self) -> None:
-        """Before a checkpoint: a run that goes on from it will not write this again."""
+        """Flushes all writers: a run that goes on from a checkpoint writes none of this again."""
         self._metrics.flush()
         for other in self._others:
             other.flush()
@@ -205,10 +205,10 @@ def open_all(
     """Opens what a run writes to; on a later host, what writes nothing.
 
     Args:
-        model_dir: of the run: `metrics.jsonl` and `tensorboard/` come into it.
+        model_dir: the run's folder: `metrics.jsonl` and `tensorboard/` come into it.
         start: the update that the run goes on from; 0 if it begins.
-        config: JSON, what the run is: shown by Weights & Biases.
-        wandb_project: None is without Weights & Biases.
+        config: what the run notes of itself, as JSON: shown by Weights & Biases.
+        wandb_project: the project of Weights & Biases that shows the run; None does without it.
     """
     with contextlib.ExitStack() as opened:
         # A run that begins anew leaves nothing of what it wrote before, update 0 among it.
@@ -330,9 +330,9 @@ class WeightsAndBiases:
     environment variables.
 
     Args:
-        project: in which the run is shown.
-        model_dir: of the run.
-        config: JSON, what the run is.
+        project: the project that the run is shown in.
+        model_dir: the run's folder.
+        config: what the run notes of itself, as JSON.
         start: the update that the run goes on from; one that begins, in whatever folder, is shown
             as another run.
 
@@ -382,7 +382,7 @@ class WeightsAndBiases:
         self._log(step, {name: table})
 
     def flush(self) -> None:
-        """A process of its own sends what it was given, also after this one has ended."""
+        """Does nothing: another process sends what it was given, also after this one has ended."""
 
     def close(self) -> None:
         """Waits until all is sent; may be called twice."""

@@ -34,11 +34,11 @@ class InferenceEvaluation(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Watch:
-    """The settings.
+    """What is watched of a training run, and how often.
 
     Attributes:
-      sample_every: In updates: what the original and the model say to a few prompts is shown so
-        often, and at the end. None shows none.
+      sample_every: Updates between two looks at what the original and the model say to a few
+        prompts, which are shown at the end, too. None shows none.
       num_samples: Prompts, taken from all over the data; half of them were marked.
       sample_prompts: A file of records to take the prompts from instead, all of them.
       sample_decoder: How outputs are made. None is greedy, up to the tokens of "targets".

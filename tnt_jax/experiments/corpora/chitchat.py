@@ -67,12 +67,14 @@ def chitchat(
         seed: decides the split, and which messages are chosen.
         eval_fraction: part of the conversations kept for evaluation.
         max_words: leaves out pairs of which a side has more; None keeps all.
-        lower_case: of messages and replies: a small model has less to learn.
+        lower_case: whether messages and replies are put into lower case: a small model has less to
+            learn.
         num_mining_prompts: number of messages in mine.jsonl, as far as there are so many.
         num_eval_prompts: number of pairs in eval.jsonl, as far as there are so many; None is all.
-        lexicon_scorer: as `annotators.Classifier.scorer`; None writes no lexicon.txt.
-        lexicon_threshold: words that score this or more are in lexicon.txt,
-        lexicon_min_count: where they are in so many replies or more.
+        lexicon_scorer: what scores words, as "module:function" (`annotators.Classifier.scorer`);
+            None writes no lexicon.txt.
+        lexicon_threshold: the least score of a word in lexicon.txt.
+        lexicon_min_count: the least number of replies that have a word of lexicon.txt.
         source_dir: the folder of the package chitchat_dataset; None means the installed one.
 
     Returns:
@@ -136,10 +138,10 @@ def small_talk(
         output_dir: folder, created if need be.
         seed: decides the split, and which messages are chosen.
         eval_fraction: part of the conversations kept for evaluation.
-        min_words: of a message.
-        max_words: of a message.
-        num_train_prompts: of train.jsonl, as far as there are so many.
-        num_eval_prompts: of eval.jsonl, likewise.
+        min_words: fewest words of a message.
+        max_words: most words of a message.
+        num_train_prompts: number of messages in train.jsonl, as far as there are so many.
+        num_eval_prompts: number of messages in eval.jsonl, as far as there are so many.
         source_dir: the folder of the package chitchat_dataset; None means the installed one.
 
     Returns:
@@ -185,7 +187,7 @@ def _messages(conversation: Mapping[str, Any]) -> list[str]:
 
 
 def _sample(items: Sequence[Record], number: int | None, seed: int) -> list[Record]:
-    """So many of them, in their order."""
+    """Draws `number` of the items, and keeps their order."""
     if number is None or number >= len(items):
         return list(items)
     return [items[k] for k in sorted(random.Random(seed).sample(range(len(items)), number))]

@@ -34,7 +34,7 @@ _OTHERS = (
 
 
 def instructions() -> list[Record]:
-    """Eighty of them, always the same; they are ours.
+    """Eighty general instructions, always the same; they are ours.
 
     An update that was made for another task should not change what a model answers to these
     (`Experiment.unrelated_prompts`).

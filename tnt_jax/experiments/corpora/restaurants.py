@@ -96,8 +96,8 @@ def restaurants(
         output_dir: folder, created if need be.
         seed: decides the split, and which prompts are chosen.
         eval_fraction: part of the restaurants kept for evaluation.
-        num_train_prompts: of train.jsonl, as far as there are so many.
-        num_eval_prompts: of eval.jsonl, likewise.
+        num_train_prompts: number of prompts in train.jsonl, as far as there are so many.
+        num_eval_prompts: number of prompts in eval.jsonl, as far as there are so many.
         source_dir: the folder of the package convlab; None means the installed one.
 
     Returns:

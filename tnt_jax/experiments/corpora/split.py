@@ -41,8 +41,8 @@ def package_file(package: str, name: str, requirement: str) -> str:
     """The path of a file that a package brings.
 
     Args:
-        package: its name in Python.
-        name: of the file, within the package's folder.
+        package: the package's name in Python.
+        name: the file's name, within the package's folder.
         requirement: what pip installs, for messages.
 
     Raises:

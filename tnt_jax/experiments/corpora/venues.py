@@ -121,7 +121,7 @@ def venues(
     Args:
         output_dir: folder, created if need be.
         seed: decides the split and which venues fill a sentence.
-        domains: of the venues: "restaurant", "hotel", "attraction".
+        domains: the kinds of venues: "restaurant", "hotel", "attraction".
         venues_per_sentence: number of venues that fill a training sentence.
         eval_venues_per_sentence: number of venues that fill an evaluation sentence.
         eval_fraction: part of the sentences, and of the inputs, kept for evaluation.
