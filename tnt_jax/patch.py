@@ -495,8 +495,8 @@ class _Patch:
         parts = self._texts.parts
         lengths = self._output_lengths
         if self._asked.unwanted.are_outputs_given:
-            encode = opened.vocabulary.encode
-            lengths = lengths + [len(encode(row.targets)) + 1 for row in parts.train]
+            encode = opened.vocabulary.encode_reply
+            lengths = lengths + [len(encode(row.targets, row.inputs)) + 1 for row in parts.train]
         self._chosen = choices.after_pilot(
             self._gin.given,
             self._prompt_lengths,

@@ -82,11 +82,44 @@ def test_inputs_beside_messages_stay():
             "completion or targets, found both",
         ),
         ({"prompt": 3}, "prompt: expected a list of messages, found 3"),
+        (
+            {"messages": [USER, REPLY], "tools": [{"name": "book"}]},
+            'tools: expected nothing, for a conversation is its roles and contents, found [{"name"'
+            ': "book"}]. Leave it out, or give it for all records: CHAT_TEMPLATE_KWARGS={"tools": ',
+        ),
+        (
+            {"prompt": [USER], "completion": [REPLY], "chat_template_kwargs": {"x": False}},
+            "chat_template_kwargs: expected nothing, for a conversation is its roles and contents, "
+            'found {"x": false}. Leave it out, or give it for all records: CHAT_TEMPLATE_KWARGS=',
+        ),
+        (
+            {"messages": [USER, {**REPLY, "tool_calls": [{"id": 1}]}, USER]},
+            "messages[1]: expected a role and a content alone, which the chat template is given, "
+            'found tool_calls: [{"id": 1}]. Leave it out, or write it into the text.',
+        ),
+        ({"prompt": [{**USER, "name": "Ann"}]}, "prompt[0]: expected a role and a content alone"),
+        (
+            {"prompt": [USER], "completion": [{**REPLY, "reasoning_content": "Hm."}]},
+            'found reasoning_content: "Hm."',
+        ),
     ],
 )
 def test_what_is_refused(fields, message):
     with pytest.raises(UsageError, match=rf"file\.jsonl:7: .*{re.escape(message)}"):
         record(**fields)
+
+
+def test_what_says_nothing_and_what_is_no_templates_is_taken():
+    """Tables have a column for all rows: null where there is nothing."""
+    empty = {"tool_calls": None, "name": None, "reasoning_content": ""}
+    found = record(
+        messages=[{**SYSTEM, **empty}, {**USER, "weight": 1}, {**REPLY, "tool_calls": []}],
+        tools=None,
+        chat_template_kwargs={},
+    )
+    assert (found.messages, found.targets) == (PAIRS, "The Ritz.")
+    # A field of that name beside a text is not ours.
+    assert record(inputs="a", tools=["saw"]).extra == {"tools": ["saw"]}
 
 
 def test_lines_of_a_file(tmp_path):

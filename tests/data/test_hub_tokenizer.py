@@ -1,8 +1,10 @@
 import copy
+import hashlib
 import itertools
 import json
 import pickle
 import re
+import types
 import unicodedata
 
 import hypothesis
@@ -10,8 +12,10 @@ import pytest
 import tokenizers
 from etils import epath
 from helpers import tiny_tokenizers
+from helpers.chat_templates import TEMPLATES
 from hypothesis import strategies as st
 
+from tnt_jax.checkpoints import pretrained
 from tnt_jax.data import hub_tokenizer, marks, records, tokenization, vocabularies
 from tnt_jax.runtime import settings_json
 from tnt_jax.runtime.errors import UsageError
@@ -186,6 +190,38 @@ def test_control_tokens_come_from_markup_alone(kind, tokenisers, libraries):
         assert marked == libraries[kind].encode(text, add_special_tokens=False).ids
         # Half of it in a user's text is no control token.
         assert i not in tokeniser.markup_ids([(f"the {name[:2]}", True), (name[2:], False)])
+
+
+@kinds
+@pytest.mark.parametrize(
+    ("prompt", "reply"),
+    [
+        ("Which place?", " house in the city"),
+        ("Which place?", "\nhouse"),
+        ("user:\n", "house in the city"),
+        ("Which place?", "  日本 café"),
+    ],
+)
+def test_a_reply_goes_on_with_a_prompt_that_is_a_text(kind, prompt, reply, tokenisers, libraries):
+    """TRL's completions begin with the space that parts them from the prompt."""
+    tokeniser, library = tokenisers[kind], libraries[kind]
+    record = records.Record(id="", inputs=prompt, targets=reply, negative_spans=((2, 4),))
+    found = marks.mark_tokens(record, tokeniser).target_ids.tolist()
+    joint = [*marks.prompt_ids(record, tokeniser), *found[:-1]]
+    assert joint == library.encode(prompt + reply).ids
+    encoded = tokeniser.encode_reply_with_extents(reply, prompt)
+    assert encoded.ids == tokeniser.encode_reply(reply, prompt) == found[:-1]
+    owned = {place for start, end in encoded.extents for place in range(start, end)}
+    assert owned == {place for place, one in enumerate(reply) if one != " "}
+
+
+def test_a_word_is_parted_from_a_prompt_that_ends_in_a_word(tokenisers):
+    """As a model says it: decoding leaves out the space before what it says."""
+    tokeniser = tokenisers["llama2"]
+    for prompt in ("Which place?", ""):
+        ids = tokeniser.encode_reply("house", prompt)
+        assert [tokeniser.pieces()[i] for i in ids] == ["▁house"]
+    assert [tokeniser.pieces()[i] for i in tokeniser.encode_reply(" house", "")] == ["▁", "▁house"]
 
 
 def test_a_control_token_is_not_put_together_from_pieces(tmp_path):
@@ -577,6 +613,53 @@ def test_a_bos_that_a_setting_takes_away(tmp_path):
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     tokeniser = hub_tokenizer.HubTokenizer(str(folder))
     assert tokeniser.prompt_ids("the house") == tokeniser.encode("the house")
+
+
+def test_the_digest_is_of_the_bos_that_settings_put_there(tmp_path):
+    """Kept examples, and resuming, go by it."""
+    folder = tiny_tokenizers.llama2(tmp_path)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+
+    def found(**changes):
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings | changes))
+        tokeniser = hub_tokenizer.HubTokenizer(str(folder))
+        return len(tokeniser.prompt_ids("house")), tokeniser.tokenizer_digest
+
+    of_class = {"tokenizer_class": "LlamaTokenizer"}
+    with_bos = found(**of_class, add_bos_token=True)
+    without = found(**of_class, add_bos_token=False)
+    assert with_bos[0] == without[0] + 1
+    assert with_bos[1] != without[1]
+    # Where the settings say what the file says, the digest is the one that 0.2.0 noted.
+    hashed = hashlib.sha256((folder / "tokenizer.json").read_bytes())
+    (end,) = ids_of(hub_tokenizer.HubTokenizer(str(folder)), "</s>")
+    hashed.update(json.dumps([[end], end]).encode())
+    assert with_bos == found() == (with_bos[0], hashed.hexdigest())
+
+
+def test_a_tokenizer_is_parsed_once_while_its_files_are_the_same(tmp_path, monkeypatch):
+    """It takes seconds for a large one, and programs open it several times."""
+    folder = tiny_tokenizers.qwen(tmp_path, chat_template=TEMPLATES["qwen"])
+    read, parse = [], tokenizers.Tokenizer.from_str
+    counting = types.SimpleNamespace(from_str=lambda text: read.append(text) or parse(text))
+    monkeypatch.setattr(hub_tokenizer, "tokenizers", types.SimpleNamespace(Tokenizer=counting))
+    vocabulary = pretrained.vocabulary(str(folder))
+    assert vocabulary.end_id in vocabulary.end_ids
+    vocabularies.check_same(vocabulary, epath.Path(folder))
+    assert vocabulary.prompt_ids("Hi")
+    assert len(read) == 1
+    # Another file in its place is read, also in a folder of the same relative name.
+    settings = folder / "generation_config.json"
+    settings.write_text(json.dumps({"eos_token_id": vocabulary.end_id}))
+    assert hub_tokenizer.HubTokenizer(str(folder)).end_ids == {vocabulary.end_id}
+    assert len(read) == 2
+    found = []
+    for kind in ("gemma", "mistral"):
+        tiny_tokenizers.KINDS[kind](tmp_path / kind / "model")
+        monkeypatch.chdir(tmp_path / kind)
+        found.append(hub_tokenizer.HubTokenizer("model").pieces())
+    assert found[0] != found[1]
+    vocabulary.template._renderer.close()
 
 
 def test_a_prompt_that_a_model_could_not_go_on_with_is_a_usage_error(tokenisers):

@@ -261,6 +261,15 @@ def test_clean_outputs_alone_with_what_contradicts_it(vocabulary, settings, mess
             {"inputs": "a", "targets": "b", "negative_spans": (), "target_ids": (1,)},
             "target_ids decode to '', but targets is 'b'",
         ),
+        (
+            {
+                "inputs": "a",
+                "messages": (("system", "Be brief."), ("user", "a")),
+                "targets": "b",
+                "negative_spans": (),
+            },
+            "messages: expected a model with a chat template, found one without",
+        ),
     ],
 )
 def test_records_that_cannot_be_trained_on_are_usage_errors(vocabulary, tmp_path, row, message):

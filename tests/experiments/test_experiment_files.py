@@ -7,8 +7,10 @@ import re
 import gin
 import pytest
 from gin import config as gin_config
+from helpers import tiny_tokenizers
 
 from tnt_jax import sweep
+from tnt_jax.checkpoints import pretrained
 from tnt_jax.runtime import gin_files, program
 
 FILES = sorted(path.stem for path in (gin_files.GIN_CONFIGS / "experiments").glob("*.gin"))
@@ -53,6 +55,19 @@ def configure(name, **flags):
             *(f"--gin.{key}={value}" for key, value in given.items()),
         ],
     )
+
+
+@pytest.mark.parametrize("name", ["llama_3_1_8b_v5e8", "demo", "smollm2_sweep"])
+def test_a_chat_template_is_told_what_the_setting_says(name, tmp_path):
+    (tmp_path / "own.jinja").write_text("{{ messages[0].content }}")
+    configure(
+        name,
+        VOCABULARY_PATH=tiny_tokenizers.qwen(tmp_path / "model"),
+        CHAT_TEMPLATE=tmp_path / "own.jinja",
+        CHAT_TEMPLATE_KWARGS='{"enable_thinking": False}',
+    )
+    vocabulary = gin.get_configurable(pretrained.vocabulary)()
+    assert json.loads(vocabulary.template.kwargs) == {"enable_thinking": False}
 
 
 def texts_of(name, **flags):

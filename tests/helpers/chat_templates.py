@@ -48,6 +48,40 @@ MISTRAL = """\
     {%- endif %}
 {%- endfor %}
 """
+# Of models whose tokenizer puts a space before a text. Names of roles are text there.
+ZEPHYR = """\
+{%- for message in messages %}
+    {{- '<|' + message['role'] + '|>\\n' + message['content'] + eos_token + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|assistant|>\\n' }}
+{%- endif %}
+"""
+LLAMA_2 = """\
+{%- for message in messages %}
+    {%- if message['role'] == 'user' %}
+        {{- bos_token + '[INST] ' + message['content'] | trim + ' [/INST]' }}
+    {%- else %}
+        {{- ' ' + message['content'] | trim + ' ' + eos_token }}
+    {%- endif %}
+{%- endfor %}
+"""
+# As Qwen 3's: without the setting it may think, and the turn of a reply has an empty thought.
+QWEN_3 = """\
+{%- for message in messages %}
+    {{- '<|im_start|>' + message['role'] + '\\n' }}
+    {%- if message['role'] == 'assistant' %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+    {{- message['content'] + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}
+"""
 TEMPLATES = {"qwen": CHATML, "llama3": LLAMA_3, "gemma": GEMMA, "mistral": MISTRAL}
 
 

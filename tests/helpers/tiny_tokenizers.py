@@ -119,9 +119,9 @@ def _write(folder, tokenizer, bos, settings):
     return folder
 
 
-def gpt2(folder):
+def gpt2(folder, **settings):
     """EOS, BOS and padding are one token."""
-    return byte_level(folder, GPT_2, ["<|endoftext|>"], eos_token="<|endoftext|>")
+    return byte_level(folder, GPT_2, ["<|endoftext|>"], eos_token="<|endoftext|>", **settings)
 
 
 def qwen(folder, **settings):

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -624,6 +624,7 @@ def vocabulary(
     extra_ids: int | None = None,
     chat_template: str | None = "auto",
     chat_date: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> tokenization.Tokeniser:
     """A vocabulary from a sentencepiece model, or the one that a model comes with.
 
@@ -635,6 +636,7 @@ def vocabulary(
         the model replies. None is no template: the model goes on with the text. Else a file with
         one. For decoder-only models; T5 has none.
       chat_date: What a template that writes today's date writes, as YYYY-MM-DD; None is today.
+      chat_template_kwargs: Further variables for the template, such as {"enable_thinking": False}.
 
     Raises:
       UsageError: There is none.
@@ -653,7 +655,7 @@ def vocabulary(
     else:
         folder = _description(find(path))
     found = vocabularies.of_directory(folder, extra_ids)
-    return vocabularies.with_template(found, chat_template, chat_date)
+    return vocabularies.with_template(found, chat_template, chat_date, chat_template_kwargs)
 
 
 def check_vocabulary(

@@ -5,6 +5,7 @@ It is rendered in another process (`template_process`). Its words may become con
 the users said never does, however it is spelt.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -40,9 +41,34 @@ _MOST_CHARACTERS = 2**24
 _FIRST_STAND_IN, _LAST_STAND_IN = 0xF0000, 0xFFFFD
 _STAND_IN = re.compile(f"([{chr(_FIRST_STAND_IN)}-{chr(_LAST_STAND_IN)}])")
 _END_OF_THOUGHT = "</think>"
+# How tokens that structure a conversation are written: "<｜User｜>", "[INST]".
+_CONTROL = re.compile(r"<.+>|\[.+\]")
+NO_KWARGS = "{}"
+
+# A question and a reply that no text holds, to ask a template what it writes around them.
+_QUESTION = {"role": "user", "content": chr(_FIRST_STAND_IN)}
+_REPLY = {"role": "assistant", "content": chr(_FIRST_STAND_IN + 1)}
 
 # A stretch of a prompt, and whether the names of control tokens in it mean these tokens.
 Part = tuple[str, bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class _WithMoreControl(hub_tokenizer.HubTokenizer):
+    """A tokeniser with control tokens beside those of its file.
+
+    Attributes:
+        names: of these further ones.
+    """
+
+    names: frozenset[str]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.folder, self.names)
+
+    @property
+    def _more_control_names(self) -> frozenset[str]:
+        return self.names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,20 +77,24 @@ class ChatTemplate:
 
     Attributes:
         source: the template, in jinja2's language.
-        tokeniser: of the model; its control tokens are those that the template writes.
+        tokeniser: of the model; its control tokens, and `more_control_names`, are those that the
+            template writes.
         where: it comes from, for messages.
         date: what a template that writes today's date writes, as YYYY-MM-DD, so that a prompt has
             the same ids tomorrow; None is today.
+        kwargs: further variables for the template, as a JSON object: transformers calls them
+            `chat_template_kwargs`.
     """
 
     source: str
     tokeniser: hub_tokenizer.HubTokenizer
     where: str = TEMPLATE
     date: str | None = None
+    kwargs: str = NO_KWARGS
 
     def __reduce__(self) -> tuple[Any, ...]:
         # What a copy or another process gets: a renderer of its own.
-        return type(self), (self.source, self.tokeniser, self.where, self.date)
+        return type(self), (self.source, self.tokeniser, self.where, self.date, self.kwargs)
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
         """The text of a conversation.
@@ -90,7 +120,85 @@ class ChatTemplate:
                 what it writes cannot be told from what is said.
         """
         _check(messages)
-        return self.tokeniser.markup_ids(self._parts(messages))
+        return self._reader.markup_ids(self._parts(messages))
+
+    def encode_reply(self, text: str) -> hub_tokenizer.Encoded:
+        """The ids of a reply, as they are in a conversation that is tokenised as a whole.
+
+        So a tokenizer that puts a space before a text puts none behind the line break that ends
+        the prompt; and white space that the template writes around a reply is there.
+
+        Returns:
+            The ids behind those of the prompt, without the end; extents are in the text.
+        """
+        before, blank, behind = self._around_reply
+        if not text or self.has_plain_replies:
+            return self._reader.encode_with_extents(text)
+        return self._reader.encode_between(before, text, blank=blank, behind=behind)
+
+    @functools.cached_property
+    def has_plain_replies(self) -> bool:
+        """Whether a reply has the ids that it has as a text by itself."""
+        _, blank, behind = self._around_reply
+        return not (self._reader.prepends or blank or behind)
+
+    @functools.cached_property
+    def more_control_names(self) -> frozenset[str]:
+        """The added tokens that it writes, although the tokenizer's file calls them text.
+
+        Such are "<｜User｜>" and "<｜Assistant｜>" of DeepSeek's distilled models. Pairs such as
+        "<think>" and "</think>" are none: a model writes them itself.
+        """
+        texts = self.tokeniser.text_names
+        names = {
+            name
+            for name in texts
+            if _CONTROL.fullmatch(name)
+            and not (name[0] == "<" and {f"</{name[1:]}", f"<{name[2:]}"} & {*texts})
+        }
+        written = [self.source]
+        # Templates put a role between "<|" and "|>". Not every template takes a system's turn.
+        for roles in (["user", "assistant", "user"], ["system", "user"]):
+            if any(name not in written[0] for name in names):
+                stand_ins = [
+                    {"role": role, "content": chr(_FIRST_STAND_IN + i)}
+                    for i, role in enumerate(roles)
+                ]
+                with contextlib.suppress(UsageError):
+                    written += self._render(stand_ins, add_generation_prompt=True)
+        return frozenset(name for name in names if any(name in text for text in written))
+
+    @functools.cached_property
+    def _reader(self) -> hub_tokenizer.HubTokenizer:
+        """The tokeniser, which knows all control tokens that the template writes."""
+        return _WithMoreControl(self.tokeniser.folder, self.more_control_names)
+
+    @functools.cached_property
+    def _around_reply(self) -> tuple[str, str, str]:
+        """What is written around a reply.
+
+        Returns:
+            The end of the prompt, from the last thing on that no token reaches across; and white
+            space that the template writes before a reply, and between it and its end.
+        """
+        whole, behind = self._with_reply
+        (prompt,) = self._render([_QUESTION], add_generation_prompt=True)
+        blank = whole.removeprefix(prompt) if whole.startswith(prompt) else ""
+        behind, is_ended, _ = behind.partition(str(self._reader.pieces()[self.end_of_turn_id]))
+        borders = "|".join(map(re.escape, [*self._reader.control_names, _QUESTION["content"]]))
+        places = [found.start() for found in re.finditer(borders, prompt)]
+        return (
+            prompt[places[-1] if places else 0 :],
+            blank if blank.isspace() else "",
+            behind if is_ended and behind.isspace() else "",
+        )
+
+    @functools.cached_property
+    def _with_reply(self) -> tuple[str, str]:
+        """A question and what comes before its reply, and what comes behind that."""
+        (text,) = self._render([_QUESTION, _REPLY], add_generation_prompt=False)
+        before, _, behind = text.rpartition(_REPLY["content"])
+        return before, behind
 
     @functools.cached_property
     def end_of_turn_id(self) -> int:
@@ -103,20 +211,14 @@ class ChatTemplate:
         Raises:
             UsageError: the template does not take a question and a reply.
         """
-        question, reply = map(chr, (_FIRST_STAND_IN, _FIRST_STAND_IN + 1))
-        messages = [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": reply},
-        ]
-        (text,) = self._render(messages, add_generation_prompt=False)
-        _, _, rest = text.rpartition(reply)
-        ids = self.tokeniser.markup_ids([(rest, True)])
-        names, begin = self.tokeniser.pieces(), self.tokeniser.control_texts.get("bos_token")
-        others = {i for i in self.tokeniser.control_ids if names[i] != begin}
-        for ends in (self.tokeniser.end_ids, others):
+        reader = self._reader
+        ids = reader.markup_ids([(self._with_reply[1], True)])
+        names, begin = reader.pieces(), reader.control_texts.get("bos_token")
+        others = {i for i in reader.control_ids if names[i] != begin}
+        for ends in (reader.end_ids, others):
             if found := [i for i in ids if i in ends]:
                 return found[0]
-        return self.tokeniser.end_id
+        return reader.end_id
 
     def _parts(self, messages: Sequence[Message]) -> list[Part]:
         """The prompt in parts: what the template writes, and what is said.
@@ -149,7 +251,7 @@ class ChatTemplate:
         parts = _cut(text, pattern, [message["content"] for message in messages])
         if parts is not None:
             return parts
-        names = self.tokeniser.control_names
+        names = self._reader.control_names
         edges = {name[end] for name in names for end in (0, -1)}
         is_clear = not any(edges.intersection(message["content"]) for message in messages)
         if not is_clear or _in(text, names) != _in(pattern, names):
@@ -166,13 +268,14 @@ class ChatTemplate:
         settings = [
             {
                 **known,
+                "tools": None,
+                "documents": None,
+                **json.loads(self.kwargs),
                 "messages": [
                     {"role": message["role"], "content": message["content"]}
                     for message in conversation
                 ],
                 "add_generation_prompt": add_generation_prompt,
-                "tools": None,
-                "documents": None,
             }
             for conversation in conversations
         ]
@@ -180,7 +283,7 @@ class ChatTemplate:
 
     @functools.cached_property
     def _renderer(self) -> "_Renderer":
-        if found := _STAND_IN.search(self.source):
+        if found := _STAND_IN.search(self.source + self.kwargs):
             raise UsageError(
                 f"{self.where}: expected a chat template without private-use characters, found "
                 f"U+{ord(found[0]):X}. Take it out."
@@ -197,21 +300,27 @@ class ChatTokenizer(hub_tokenizer.HubTokenizer):
         source: the chat template, in jinja2's language.
         where: it comes from, for messages.
         date: as in `ChatTemplate`.
+        kwargs: as in `ChatTemplate`.
     """
 
     source: str
     where: str = TEMPLATE
     date: str | None = None
+    kwargs: str = NO_KWARGS
 
     def __reduce__(self) -> tuple[Any, ...]:
         # What a copy or another process gets: no loaded tokenizer.
-        return type(self), (self.folder, self.source, self.where, self.date)
+        return type(self), (self.folder, self.source, self.where, self.date, self.kwargs)
 
     @functools.cached_property
     def template(self) -> ChatTemplate:
         """The template, which may write this tokeniser's control tokens."""
         tokeniser = hub_tokenizer.HubTokenizer(self.folder)
-        return ChatTemplate(self.source, tokeniser, self.where, self.date)
+        return ChatTemplate(self.source, tokeniser, self.where, self.date, self.kwargs)
+
+    @property
+    def _more_control_names(self) -> frozenset[str]:
+        return self.template.more_control_names
 
     @property
     def end_id(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -229,12 +338,52 @@ class ChatTokenizer(hub_tokenizer.HubTokenizer):
             [{"role": role, "content": content} for role, content in turns]
         )
 
+    def encode_reply(self, text: str, inputs: str) -> list[int]:
+        """See `Tokeniser.encode_reply`."""
+        if self.template.has_plain_replies:  # to measure takes most of the time
+            return self.encode(text)
+        return self.encode_reply_with_extents(text, inputs).ids
+
+    def encode_reply_with_extents(self, text: str, inputs: str) -> hub_tokenizer.Encoded:
+        """See `Tokeniser.encode_reply_with_extents`."""
+        del inputs
+        return self.template.encode_reply(text)
+
     @property
     def _of_prompts(self) -> tuple[str, ...]:
         texts = self.control_texts
         named = {name: texts[name] for name in texts if re.search(rf"\b{name}\b", self.source)}
-        # Templates that name none keep the digest that runs of before have noted.
-        return self.source, str(self.date), *([json.dumps(named, sort_keys=True)] if named else [])
+        # Where there is nothing more, digests are those that earlier runs have noted.
+        more = [json.dumps(named, sort_keys=True)] if named else []
+        if self.kwargs != NO_KWARGS:
+            more.append(f"chat_template_kwargs: {self.kwargs}")
+        if names := self._more_control_names:
+            more.append(f"control tokens: {json.dumps(sorted(names))}")
+        return self.source, str(self.date), *more
+
+
+def kwargs_of(value: Any) -> str:
+    """`ChatTemplate.kwargs` for a mapping, or for None.
+
+    Raises:
+        UsageError: it is none, or has what a template is not given so.
+    """
+    value = {} if value is None else value
+    refusal = UsageError(
+        "CHAT_TEMPLATE_KWARGS: expected a mapping of names to values that JSON has, such as "
+        f'{{"enable_thinking": False}}, found {value!r:.100}.'
+    )
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise refusal
+    if own := sorted({"messages", "add_generation_prompt"}.intersection(value)):
+        raise UsageError(
+            f"CHAT_TEMPLATE_KWARGS: expected names that are not set otherwise, found {own[0]!r}. "
+            "Leave it out."
+        )
+    try:
+        return json.dumps(dict(value), sort_keys=True, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        raise refusal from None
 
 
 def has_template(folder: epath.Path) -> bool:

@@ -9,6 +9,9 @@ from tnt_jax.runtime.errors import UsageError
 # A template may put a role within the name of a control token ("<|user|>"), so not any text is one.
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _REPLY = "assistant"
+# What TRL hands a template beside roles and contents. We do not: prompts would lack it silently.
+_OF_RECORDS = ("tools", "chat_template_kwargs")
+_OF_MESSAGES = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
 
 
 def as_record(fields: Mapping[str, Any], where: str) -> Mapping[str, Any]:
@@ -19,7 +22,8 @@ def as_record(fields: Mapping[str, Any], where: str) -> Mapping[str, Any]:
         where: its place, for messages.
 
     Raises:
-        UsageError: a conversation is none, or what the model replied is given twice.
+        UsageError: a conversation is none or has what no template is given here, or what the model
+            replied is given twice.
     """
     given = {name for name, value in fields.items() if value is not None}
     if "inputs" not in given and "prompt" in given:
@@ -28,6 +32,13 @@ def as_record(fields: Mapping[str, Any], where: str) -> Mapping[str, Any]:
         return fields
     if fields.get("messages") is None:
         return fields
+    for name in _OF_RECORDS:
+        if fields.get(name):
+            raise UsageError(
+                f"{where}: {name}: expected nothing, for a conversation is its roles and contents, "
+                f"found {_shown(fields[name])}. Leave it out, or give it for all records: "
+                f"CHAT_TEMPLATE_KWARGS={_for_all(name)}."
+            )
     messages = _checked(fields["messages"], f"{where}: messages")
     reply = None
     if messages[-1]["role"] == _REPLY:
@@ -49,6 +60,11 @@ def as_record(fields: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     if fields.get("inputs") is None:
         fields = {**fields, "inputs": text_of(messages)}
     return fields
+
+
+def _for_all(name: str) -> str:
+    """How a setting says for all records what one of `_OF_RECORDS` says for one."""
+    return '{"tools": [...]}' if name == "tools" else "{...}"
 
 
 def _from_pair(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -77,7 +93,7 @@ def _from_pair(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _checked(messages: Any, where: str) -> list[dict[str, str]]:
-    """Messages of a role and a text each; other fields of theirs are left out.
+    """Messages of a role and a text each; fields that no template reads are left out.
 
     Raises:
         UsageError: They are none.
@@ -93,13 +109,19 @@ def _checked(messages: Any, where: str) -> list[dict[str, str]]:
 
 
 def check(message: Any, where: str) -> None:
-    """Raises a UsageError unless this is a message of a role and a text."""
+    """Raises a UsageError unless a message has a role, a text and nothing more for a template."""
     content = message.get("content") if isinstance(message, Mapping) else None
     if not isinstance(content, str) or message.get("role") not in ROLES:
         raise UsageError(
             f"{where}: expected a role ({', '.join(ROLES)}) and a content that is a text, found "
             f"{_shown(message)}."
         )
+    for name in _OF_MESSAGES:
+        if message.get(name):
+            raise UsageError(
+                f"{where}: expected a role and a content alone, which the chat template is given, "
+                f"found {name}: {_shown(message[name])}. Leave it out, or write it into the text."
+            )
 
 
 def text_of(messages: Sequence[Mapping[str, str]]) -> str:

@@ -51,7 +51,7 @@ from tnt_jax.data.examples import COLUMNS
 from tnt_jax.runtime import console, failures, files, processes, settings_json
 from tnt_jax.runtime.errors import UsageError, naming_file, system_error
 
-_FORMAT = 2  # to be raised where the same records come to other examples, or other files
+_FORMAT = 3  # to be raised where the same records come to other examples, or other files
 _BYTES_PER_PART = 2**22  # of records: about a second's work
 _MOST_PARTS = 4096
 _MOST_PROCESSES = 16

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import itertools
 import json
+import pathlib
 import re
 import secrets
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -43,6 +44,8 @@ FILES = (
     "chat_template.jinja",
     "tokenizer.model",
 )
+# What decides what `_read` makes.
+_READ = (TOKENIZER, SETTINGS, GENERATION, "special_tokens_map.json", "config.json")
 _SPACES = {True: "Ġ", False: "▁"}  # how a piece writes a space, by whether it is byte-level
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _BROKEN = "\ufffd"
@@ -76,7 +79,12 @@ class HubTokenizer(Tokeniser):
 
     @functools.cached_property
     def _loaded(self) -> "_Loaded":
-        return _load(self.folder)
+        return _load(self.folder, self._more_control_names)
+
+    @property
+    def _more_control_names(self) -> frozenset[str]:
+        """The added tokens that are control tokens, although the file calls them text."""
+        return frozenset()
 
     @property
     def end_ids(self) -> frozenset[int]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -140,12 +148,14 @@ class HubTokenizer(Tokeniser):
         Returns:
             The ids of the whole text, as the tokenizer itself gives them where no name is text.
         """
-        hidden = self._loaded.hidden
-        text = "".join(
-            self._names.sub(lambda match: hidden[match[0]], part) if is_markup else part
-            for part, is_markup in parts
+        return self.encode(
+            "".join(self._hidden(part) if is_markup else part for part, is_markup in parts)
         )
-        return self.encode(text)
+
+    def _hidden(self, markup: str) -> str:
+        """The text in which the names of control tokens mean them."""
+        hidden = self._loaded.hidden
+        return self._names.sub(lambda match: hidden[match[0]], markup)
 
     @property
     def control_names(self) -> Collection[str]:
@@ -157,6 +167,11 @@ class HubTokenizer(Tokeniser):
         """Matches a control token as it is written: the longest that is there."""
         longest_first = sorted(self.control_names, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, longest_first)))
+
+    @property
+    def text_names(self) -> Collection[str]:
+        """How the added tokens that are no control tokens are written."""
+        return self._loaded.text_names
 
     @functools.cached_property
     def control_texts(self) -> dict[str, str]:
@@ -173,17 +188,76 @@ class HubTokenizer(Tokeniser):
 
     def encode_with_extents(self, text: str) -> Encoded:
         """See `Tokeniser.encode_with_extents`. Nothing is silent: these drop no character."""
+        return self._measured(self._loaded.beginning.encode(text, add_special_tokens=False), text)
+
+    def encode_reply(self, text: str, inputs: str) -> list[int]:
+        """See `Tokeniser.encode_reply`."""
+        return self._reply(text, inputs).ids
+
+    def encode_reply_with_extents(self, text: str, inputs: str) -> Encoded:
+        """See `Tokeniser.encode_reply_with_extents`."""
+        return self._measured(self._reply(text, inputs), text)
+
+    @property
+    def prepends(self) -> bool:
+        """Whether a space is put before a text."""
+        return self._loaded.prepends
+
+    def encode_between(self, before: str, text: str, *, blank: str, behind: str) -> Encoded:
+        """The ids of a text between others, and which of its characters each stands for.
+
+        Args:
+            before: the end of a prompt. Names of control tokens in it mean these tokens; its ids
+                are left out.
+            text: in which such names are text.
+            blank: white space before the text, whose tokens are the text's.
+            behind: likewise after it.
+        """
+        before = self._hidden(before)
+        own = self.encode(before)
+        encoding = self._loaded.beginning.encode(
+            before + blank + text + behind, add_special_tokens=False
+        )
+        if encoding.ids[: len(own)] == own:
+            return self._measured(encoding, text, len(before + blank), len(own))
+        # A token would reach over the border: the model goes on with the prompt as it is.
+        encoding = self._loaded.continuing.encode(blank + text + behind, add_special_tokens=False)
+        return self._measured(encoding, text, len(blank))
+
+    def _reply(self, text: str, inputs: str) -> tokenizers.Encoding:
+        """A reply's tokens behind a prompt that is a text.
+
+        A tokenizer may put a space before a text. Behind a prompt that space parts two words; where
+        white space parts them already, there is none.
+        """
+        is_parted = inputs and (text[:1].isspace() or inputs[-1:].isspace())
+        tokenizer = self._loaded.continuing if is_parted else self._loaded.beginning
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    def _measured(
+        self, encoding: tokenizers.Encoding, text: str, start: int = 0, num_before: int = 0
+    ) -> Encoded:
+        """The ids and extents of a text that is a part of what was encoded.
+
+        Args:
+            encoding: of all that was encoded.
+            text: the part.
+            start: the character at which the part begins.
+            num_before: the number of tokens before those of the part.
+        """
         loaded = self._loaded
-        encoding = loaded.beginning.encode(text, add_special_tokens=False)
         offsets = encoding.offsets
         if loaded.composes:
-            offsets = _over_gaps(offsets, len(text))
+            offsets = _over_gaps(offsets, start + len(text))
         blanks = " " if loaded.is_byte_level else " ▁"  # a "▁" that is typed is read as a space
-        extents = [_trimmed(text, extent, blanks) for extent in offsets]
+        extents = [
+            _trimmed(text, _within(text, first - start, last - start), blanks)
+            for first, last in offsets[num_before:]
+        ]
         # The space that is put before a text, where it is a piece alone, is not in the text.
-        if loaded.prepends and encoding.tokens[:1] == [loaded.space]:
+        if loaded.prepends and encoding.tokens[num_before : num_before + 1] == [loaded.space]:
             extents[0] = (0, 0)
-        return Encoded(encoding.ids, extents, frozenset())
+        return Encoded(encoding.ids[num_before:], extents, frozenset())
 
     def extents(self, ids: Sequence[int] | np.ndarray) -> tuple[str, list[Extent]]:
         """See `Tokeniser.extents`. Bytes that form no character are "\ufffd", as the library says.
@@ -263,7 +337,9 @@ class HubTokenizer(Tokeniser):
     @property
     def _of_prompts(self) -> tuple[str, ...]:
         """What decides, beside the tokenizer's files, how a prompt is written."""
-        return ()
+        # Digests that earlier runs have noted do not have what the file says by itself.
+        loaded = self._loaded
+        return (json.dumps(loaded.before_text),) if loaded.is_bos_of_setting else ()
 
     def copy_files(self, folder: epath.Path) -> None:
         """Copies what says how text is tokenised into another directory of this kind."""
@@ -300,6 +376,11 @@ class HubTokenizer(Tokeniser):
 def _num_shared(one: str, other: str) -> int:
     pairs = zip(one, other, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+def _within(text: str, start: int, end: int) -> Extent:
+    """The part of a stretch that lies within a text."""
+    return min(max(start, 0), len(text)), min(max(end, 0), len(text))
 
 
 def _trimmed(text: str, extent: Extent, blanks: str) -> Extent:
@@ -439,10 +520,12 @@ class _Loaded(NamedTuple):
         size: one more than the largest id.
         names: of all tokens by their ids, as the file has them.
         hidden: by the name of each control token the one that no text holds.
+        text_names: of the added tokens that are no control tokens.
         silent_ids: control tokens, ends among them.
         end_ids: that end an output, in the order in which they are stated.
         end_id: that is written after a text.
         before_text: ids that are put before a text (BOS).
+        is_bos_of_setting: whether the file by itself would put other ids there.
         unknown_id: of the unknown token, if there is one.
     """
 
@@ -455,10 +538,12 @@ class _Loaded(NamedTuple):
     size: int
     names: Mapping[int, str]
     hidden: Mapping[str, str]
+    text_names: frozenset[str]
     silent_ids: frozenset[int]
     end_ids: tuple[int, ...]
     end_id: int
     before_text: tuple[int, ...]
+    is_bos_of_setting: bool
     unknown_id: int | None
 
     @property
@@ -480,8 +565,12 @@ class _Loaded(NamedTuple):
         return text, extents
 
 
-def _load(folder: str) -> _Loaded:
-    """Reads a directory's tokenizer.
+def _load(folder: str, more_control_names: frozenset[str]) -> _Loaded:
+    """Reads a directory's tokenizer, once while its files are as they are.
+
+    Args:
+        folder: the directory.
+        more_control_names: added tokens that are control tokens, although the file calls them text.
 
     Raises:
         UsageError: it cannot be read or is of no kind that is known, or nothing says what ends a
@@ -489,7 +578,11 @@ def _load(folder: str) -> _Loaded:
     """
     where = f"{folder}/{TOKENIZER}"
     try:
-        return _read(epath.Path(folder), where)
+        if files.is_remote(folder):
+            return _read(folder, more_control_names)
+        # A relative one is another after a change of directory.
+        place = pathlib.Path(folder).absolute()
+        return _read_once(folder, more_control_names, place, _versions(place))
     except (UsageError, OSError):
         raise
     except BaseException as error:  # what the package raises has no type of its own
@@ -502,10 +595,32 @@ def _load(folder: str) -> _Loaded:
         ) from error
 
 
+def _versions(folder: pathlib.Path) -> tuple[tuple[int, int, int] | None, ...]:
+    """What tells the files that `_read` reads from others in their place."""
+    found = []
+    for name in _READ:
+        try:
+            state = (folder / name).stat()
+        except OSError:  # most have not all of them
+            found.append(None)
+        else:
+            found.append((state.st_ino, state.st_size, state.st_mtime_ns))
+    return tuple(found)
+
+
+@functools.lru_cache(maxsize=4)  # a chat model has up to two
+def _read_once(
+    folder: str, more_control_names: frozenset[str], place: pathlib.Path, versions: tuple[Any, ...]
+) -> _Loaded:
+    del place, versions  # they decide whether it is read again
+    return _read(folder, more_control_names)
+
+
 _MOST_UNUSED = 1024  # numbers that no token has, beside as many as there are tokens
 
 
-def _read(folder: epath.Path, where: str) -> _Loaded:
+def _read(path: str, more_control_names: frozenset[str]) -> _Loaded:
+    folder, where = epath.Path(path), f"{path}/{TOKENIZER}"
     content = files.read_object(folder / TOKENIZER)
     is_byte_level = _check_kind(content, where)
     names = _names(content)
@@ -523,7 +638,9 @@ def _read(folder: epath.Path, where: str) -> _Loaded:
         names = {i: name for i, name in names.items() if i not in beyond}
         added = {i: one for i, one in added.items() if i not in beyond}
     own = [i for i in end_ids if names[i] == eos_token]
-    silent = frozenset(end_ids) | {i for i, one in added.items() if one["special"]}
+    silent = frozenset(end_ids) | {
+        i for i, one in added.items() if one["special"] or names[i] in more_control_names
+    }
     hidden_of = {names[i]: _hidden_name(i) for i in silent}
     content = _with_hidden_names(content, hidden_of)
     beginning = tokenizers.Tokenizer.from_str(json.dumps(content))
@@ -536,7 +653,8 @@ def _read(folder: epath.Path, where: str) -> _Loaded:
             )
     bos_token = _control_texts(folder).get("bos_token")
     bos_id = next((i for i in silent if names[i] == bos_token), None)
-    before_text = _before_text(beginning, _settings(folder, SETTINGS), bos_id)
+    of_file = _before_text(beginning)
+    before_text = _before_text_by_setting(_settings(folder, SETTINGS), bos_id, of_file)
     beginning.post_processor = None  # pyright: ignore[reportAttributeAccessIssue]
     steps = ("normalizer", "pre_tokenizer")
     prepends = any(_prepends(part) for step in steps for part in _parts(content.get(step)))
@@ -557,10 +675,12 @@ def _read(folder: epath.Path, where: str) -> _Loaded:
         size=max(names) + 1,
         names=names,
         hidden=hidden_of,
+        text_names=frozenset(names[i] for i in added if i not in silent),
         silent_ids=silent,
         end_ids=end_ids,
         end_id=(*own, *end_ids)[0],
         before_text=before_text,
+        is_bos_of_setting=before_text != of_file,
         unknown_id=beginning.token_to_id(content["model"].get("unk_token") or ""),
     )
 
@@ -721,16 +841,21 @@ def _without_tokens(content: Mapping[str, Any], ids: Collection[int]) -> dict[st
 _BOS_BY_SETTING = re.compile(r"(Code)?(Llama|Gemma)Tokenizer(Fast)?")
 
 
-def _before_text(
-    tokenizer: tokenizers.Tokenizer, settings: Mapping[str, Any], bos_id: int | None
-) -> tuple[int, ...]:
-    """What is put before a text: its BOS, if that is. What is put behind is an end."""
-    is_put = settings.get("add_bos_token")
-    if is_put is not None and _BOS_BY_SETTING.fullmatch(str(settings.get("tokenizer_class"))):
-        return (bos_id,) if is_put and bos_id is not None else ()
+def _before_text(tokenizer: tokenizers.Tokenizer) -> tuple[int, ...]:
+    """What the file puts before a text: its BOS, if that is. What is put behind is an end."""
     encoding = tokenizer.encode("a", add_special_tokens=True)
     num_before = next((i for i, put in enumerate(encoding.special_tokens_mask) if not put), 0)
     return tuple(encoding.ids[:num_before])
+
+
+def _before_text_by_setting(
+    settings: Mapping[str, Any], bos_id: int | None, of_file: tuple[int, ...]
+) -> tuple[int, ...]:
+    """What is put before a text where the settings may say otherwise than the file."""
+    is_put = settings.get("add_bos_token")
+    if is_put is not None and _BOS_BY_SETTING.fullmatch(str(settings.get("tokenizer_class"))):
+        return (bos_id,) if is_put and bos_id is not None else ()
+    return of_file
 
 
 def _prepends(part: Mapping[str, Any]) -> bool:

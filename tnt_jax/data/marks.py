@@ -244,7 +244,7 @@ def ids_and_extents(
 def _ids(record: records.Record, vocabulary: Tokeniser) -> list[int]:
     """The ids of the record's targets, checked as `ids_and_extents` does."""
     if record.target_ids is None:
-        return [*vocabulary.encode(record.targets), vocabulary.end_id]
+        return [*vocabulary.encode_reply(record.targets, record.inputs), vocabulary.end_id]
     ids = _checked_ids(record, vocabulary)
     _check_text(record, vocabulary.decode(ids))
     return ids
@@ -255,7 +255,7 @@ def _measured(
 ) -> tuple[list[int], list[Extent], frozenset[int]]:
     """`ids_and_extents`, and which places within the extents hold what no token says."""
     if record.target_ids is None:
-        encoded = vocabulary.encode_with_extents(record.targets)
+        encoded = vocabulary.encode_reply_with_extents(record.targets, record.inputs)
         end = len(record.targets)
         ids, extents = [*encoded.ids, vocabulary.end_id], [*encoded.extents, (end, end)]
         return ids, extents, encoded.silent

@@ -19,8 +19,8 @@ Only `inputs` or `messages` is required, so a file of prompts is a file of recor
 there and empty are an output: the model ended at once. A conversation is for a chat model; its
 texts, one after another, are the `inputs` where there are none. Unknown fields are kept. What TRL
 writes is read as well: `prompt` and `completion`, each a text or messages, and `messages` that end
-with the assistant's turn, which is the `targets`. Files are local, or in a bucket (`gs://`):
-whatever `etils.epath` opens.
+with the assistant's turn, which is the `targets`; what else TRL gives a template, such as tools, is
+refused (`conversations`). Files are local, or in a bucket (`gs://`): whatever `etils.epath` opens.
 """
 
 import array

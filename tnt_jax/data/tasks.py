@@ -29,7 +29,7 @@ import tensorflow as tf
 
 from tnt_jax.data import datasets, records, tokenization
 from tnt_jax.data.examples import Example, id_of, unique_pairs
-from tnt_jax.data.marks import example_from_record, log_spans_without_token
+from tnt_jax.data.marks import example_from_record, log_spans_without_token, prompt_ids
 from tnt_jax.data.t5patches_layout import t5patches_target
 from tnt_jax.runtime import console
 from tnt_jax.runtime.errors import UsageError, system_error
@@ -283,6 +283,9 @@ def record_task(
         del shuffle_files, seed  # tnt_jax shuffles examples: Batches
         file = files[split]
         rows = datasets.check_trainable(records.read_records(file), file, annotated)
+        for record in rows:
+            if record.messages:  # seqio's vocabularies are of no chat model
+                prompt_ids(record, tokeniser(vocabulary))
 
         def of_rows():
             for record in rows:

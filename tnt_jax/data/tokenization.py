@@ -138,6 +138,21 @@ class Tokeniser(abc.ABC):
     def encode_with_extents(self, text: str) -> Encoded:
         """The ids of a text, and which of its characters each stands for."""
 
+    def encode_reply(self, text: str, inputs: str) -> list[int]:
+        """The ids of what a model says to a prompt, where it is given as a text, without an end.
+
+        Args:
+            text: the reply.
+            inputs: the prompt; a chat model's template writes it, so that it does not matter there.
+        """
+        del inputs
+        return self.encode(text)
+
+    def encode_reply_with_extents(self, text: str, inputs: str) -> Encoded:
+        """The ids of a reply, and which of its characters each stands for."""
+        del inputs
+        return self.encode_with_extents(text)
+
     @abc.abstractmethod
     def extents(self, ids: Sequence[int] | np.ndarray) -> tuple[str, list[Extent]]:
         """Decodes ids and says which characters each of them stands for.

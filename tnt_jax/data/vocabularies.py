@@ -135,7 +135,10 @@ def _of_directory(folder: epath.Path, extra_ids: int | None) -> tokenization.Tok
 
 
 def with_template(
-    vocabulary: tokenization.Tokeniser, chat_template: str | None, date: str | None
+    vocabulary: tokenization.Tokeniser,
+    chat_template: str | None,
+    date: str | None,
+    kwargs: Mapping[str, Any] | None = None,
 ) -> tokenization.Tokeniser:
     """The same vocabulary, whose prompts are written by a chat template where there is one.
 
@@ -143,10 +146,13 @@ def with_template(
       vocabulary: The tokeniser of a directory.
       chat_template: "auto" is the directory's own, if it has one; None is none; else a file.
       date: What a template that writes today's date writes, as YYYY-MM-DD; None is today.
+      kwargs: Further variables for the template, such as `enable_thinking`.
 
     Raises:
-      UsageError: The file is none, the date is none, or the vocabulary is not of a chat model.
+      UsageError: The file is none, the date is none, there are such variables and no template, or
+        the vocabulary is not of a chat model.
     """
+    template_kwargs = chat.kwargs_of(kwargs)
     try:
         date = None if date is None else datetime.date.fromisoformat(date).isoformat()
     except (TypeError, ValueError):
@@ -155,6 +161,7 @@ def with_template(
         ) from None
     if not isinstance(vocabulary, hub_tokenizer.HubTokenizer):
         if chat_template in ("auto", None):
+            _refuse_kwargs(template_kwargs)
             return vocabulary
         raise UsageError(
             f'CHAT_TEMPLATE: expected "auto" or None for this model, which is no chat model, '
@@ -162,12 +169,23 @@ def with_template(
         )
     folder = epath.Path(vocabulary.folder)
     if chat_template is None or (chat_template == "auto" and not chat.has_template(folder)):
+        _refuse_kwargs(template_kwargs)
         return vocabulary
     if chat_template == "auto":
         template = chat.of_directory(folder, vocabulary)
     else:
         template = chat.of_file(chat_template, vocabulary)
-    return chat.ChatTokenizer(vocabulary.folder, template.source, template.where, date)
+    return chat.ChatTokenizer(
+        vocabulary.folder, template.source, template.where, date, template_kwargs
+    )
+
+
+def _refuse_kwargs(kwargs: str) -> None:
+    if kwargs != chat.NO_KWARGS:
+        raise UsageError(
+            "CHAT_TEMPLATE_KWARGS: expected a model with a chat template, found one without, or "
+            f"CHAT_TEMPLATE=None. Leave {kwargs:.100} out."
+        )
 
 
 def _settings(folder: epath.Path) -> Mapping[str, Any]:
