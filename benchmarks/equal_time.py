@@ -26,7 +26,7 @@ import gin
 import report
 
 from tnt_jax import objectives, pipeline
-from tnt_jax.experiments.experiment import Changes, Opened
+from tnt_jax.experiments.experiment import Changes, ExperimentRun, open_run
 from tnt_jax.runtime import holding, program
 from tnt_jax.training import settings
 
@@ -84,7 +84,7 @@ FILES = {
 }
 
 
-def opened(task: str, flags: argparse.Namespace, updates: int) -> Opened:
+def opened(task: str, flags: argparse.Namespace, updates: int) -> ExperimentRun:
     """The experiment, with a learning rate that falls over so many updates."""
     values = {
         name: None if file is None else str(flags.corpus / file)
@@ -99,7 +99,7 @@ def opened(task: str, flags: argparse.Namespace, updates: int) -> Opened:
         "pipeline",
         [*TASKS[task].flags, *(f"--gin.{name}={value!r}" for name, value in values.items())],
     )
-    return Opened(program.bound_arguments(pipeline.pipeline, ("experiment",))["experiment"])
+    return open_run(program.bound_arguments(pipeline.pipeline, ("experiment",))["experiment"])
 
 
 def row(task: str, flags: argparse.Namespace, variant: tuple[str, int | None], seconds: float):
@@ -119,9 +119,9 @@ def row(task: str, flags: argparse.Namespace, variant: tuple[str, int | None], s
     name = f"{kind}, {'all layers' if layers is None else f'last {layers}'}"
     objective = objectives.named("TNFF", negative_weight=flags.weight)
 
-    def train(label: str, updates: int) -> tuple[str, float, Opened]:
+    def train(label: str, updates: int) -> tuple[str, float, ExperimentRun]:
         experiment = opened(task, flags, updates)
-        files = experiment.training_outputs
+        files = experiment.make_training_outputs()
         choice = settings.OriginalChoice(
             path=experiment.original,
             kind=kind,

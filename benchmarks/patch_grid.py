@@ -20,7 +20,7 @@ import pathlib
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from tnt_jax import pipeline
-from tnt_jax.experiments.experiment import Opened
+from tnt_jax.experiments.experiment import open_run
 from tnt_jax.runtime import console, holding, program
 
 
@@ -84,7 +84,7 @@ def main() -> None:
     program.configure("tnt_jax.pipeline", "pipeline", [f"--gin_file={folder / 'pipeline.gin'}"])
     experiment = program.bound_arguments(pipeline.pipeline, ("experiment",))["experiment"]
     with holding.folder(experiment.folder, "OUTPUT_DIR"):
-        records = Opened(experiment).training_outputs
+        records = open_run(experiment).make_training_outputs()
     taken = (
         *(numbers["weight"], numbers["updates"], numbers["cut"]),
         *(numbers["bleu"], numbers["kl_elsewhere"]),

@@ -353,7 +353,7 @@ def _moved_when_whole(target: epath.Path, last: str) -> Iterator[epath.Path]:
       target: The directory that is written, or an empty one.
       last: The file that goes last into a bucket: with it the directory counts.
     """
-    is_remote = "://" in os.fspath(target)
+    is_remote = files.is_remote(target)
     unfinished = files.new_folder_beside(
         epath.Path(target.name).absolute() if is_remote else target
     )

@@ -34,7 +34,7 @@ from tnt_jax.data import layouts, marks, records
 from tnt_jax.evaluation import results
 from tnt_jax.experiments import choices, patch_numbers, pipeline_gin, prompt_files, search
 from tnt_jax.experiments.choices import Choice, Counts
-from tnt_jax.experiments.experiment import Arm, Changes, Experiment, Opened
+from tnt_jax.experiments.experiment import Arm, Changes, Experiment, ExperimentRun, open_run
 from tnt_jax.experiments.unwanted import Unwanted
 from tnt_jax.models import families
 from tnt_jax.runtime import console, files, holding, memory, program, stages
@@ -374,13 +374,13 @@ class _Patch:
         everywhere = self._texts.everywhere if whole else ()
         return prompt_files.write(path, rows, whole=whole, everywhere=everywhere)
 
-    def _configured(self) -> tuple[Opened, Arm]:
+    def _configured(self) -> tuple[ExperimentRun, Arm]:
         """The experiment as chosen so far."""
         self._gin.write(self._chosen)
         experiment, arm = _configure(self._gin)
-        return Opened(experiment), arm
+        return open_run(experiment), arm
 
-    def _pilot(self) -> tuple[Opened, Counts]:
+    def _pilot(self) -> tuple[ExperimentRun, Counts]:
         """Answers to a few prompts."""
         if self._asked.unwanted.labels:
             self._localize(self._asked.unwanted.labels)
@@ -471,7 +471,7 @@ class _Patch:
         self._gin.write([])
         return _configure(self._gin)
 
-    def _answered(self, opened: Opened, name: str, prompts: str) -> Counts:
+    def _answered(self, opened: ExperimentRun, name: str, prompts: str) -> Counts:
         """Answers prompts with every decoder; notes lengths and seconds."""
         files = {
             decoder: opened.outputs_of(name, opened.original, prompts, decoder)
@@ -490,7 +490,7 @@ class _Patch:
 
     # ------------------------------------------------------------------------------ The choices
 
-    def _choose(self, opened: Opened, pilot: Counts) -> int:
+    def _choose(self, opened: ExperimentRun, pilot: Counts) -> int:
         """Chooses the rest, and prints it; returns how many prompts to learn from."""
         parts = self._texts.parts
         lengths = self._output_lengths
@@ -534,7 +534,7 @@ class _Patch:
 
     # ---------------------------------------------------------------------- The training outputs
 
-    def _training_outputs(self, number: int) -> tuple[Opened, Arm, Counts]:
+    def _training_outputs(self, number: int) -> tuple[ExperimentRun, Arm, Counts]:
         """The outputs to learn from, more of them where too few are marked."""
         train = self._texts.parts.train
         is_given = self._asked.unwanted.are_outputs_given
@@ -544,7 +544,9 @@ class _Patch:
         while True:
             self._write_prompts("train", train[:number], is_given)
             opened, arm = self._configured()
-            rows = [bool(row.negative_spans) for row in records.iterate(opened.training_outputs)]
+            rows = [
+                bool(row.negative_spans) for row in records.iterate(opened.make_training_outputs())
+            ]
             counts = Counts(outputs=len(rows), marked=sum(rows))
             self.say(f"{counts.outputs} outputs to learn from: {counts.marked} are marked.")
             more = number
@@ -574,7 +576,9 @@ class _Patch:
 
     # ------------------------------------------------------------------------------- The search
 
-    def _search(self, opened: Opened, arm: Arm, counts: Counts, pilot: Counts) -> search.Found:
+    def _search(
+        self, opened: ExperimentRun, arm: Arm, counts: Counts, pilot: Counts
+    ) -> search.Found:
         of_original = search.original_outputs(opened, self._choice_prompts)
         before = {name: search.unwanted_in(file) for name, file in of_original.items()}
         least = min((number for number in before.values() if number), default=0)
@@ -619,7 +623,7 @@ class _Patch:
             )
         return found
 
-    def _seconds_of_an_output(self, opened: Opened) -> float:
+    def _seconds_of_an_output(self, opened: ExperimentRun) -> float:
         """How long an output takes, by those of the choice prompts.
 
         The pilot's outputs were made while programs compiled, and took longer.
@@ -642,12 +646,12 @@ class _Patch:
         )
 
     def _searched(
-        self, opened: Opened, arm: Arm, plan: search.Plan, before: Mapping[str, str]
+        self, opened: ExperimentRun, arm: Arm, plan: search.Plan, before: Mapping[str, str]
     ) -> search.Found:
         """The search, or what it came to if it was over: its time does not begin anew."""
         note = self._root / "search.json"
         training = opened.describe_training(
-            arm.objective, opened.training_outputs, Changes(dataset=arm.dataset)
+            arm.objective, opened.make_training_outputs(), Changes(dataset=arm.dataset)
         )
         of_what = {
             "training": training,
@@ -720,7 +724,7 @@ class _Patch:
         examples: list[Mapping[str, str]] = []
         for decoder, evaluation in outcome.evaluations[arm.name].items():
             current = str(self._root / arm.name / f"{decoder}.annotated.jsonl")
-            before, after = records.read_pairs(opened.original_outputs[decoder], current)
+            before, after = records.read_pairs(opened.make_original_outputs()[decoder], current)
             interval = results.intervals(before, {arm.name: after}, "")[arm.name]["cut_interval"]
             numbers = patch_numbers.numbers(evaluation, interval)
             by_decoder[decoder] = numbers

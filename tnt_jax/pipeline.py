@@ -19,7 +19,14 @@ from typing import Any
 
 from tnt_jax.data import records
 from tnt_jax.evaluation import diagnosis, results
-from tnt_jax.experiments.experiment import Arm, Changes, Experiment, Opened, check_rounds
+from tnt_jax.experiments.experiment import (
+    Arm,
+    Changes,
+    Experiment,
+    ExperimentRun,
+    check_rounds,
+    open_run,
+)
 from tnt_jax.runtime import console, files, holding, program
 from tnt_jax.runtime.errors import UsageError
 
@@ -130,7 +137,7 @@ class Outcome:
       page: The report.
     """
 
-    opened: Opened
+    opened: ExperimentRun
     evaluations: Mapping[str, Mapping[str, Any]]
     models: Mapping[str, str]
     checks: Sequence[Mapping[str, Any]]
@@ -157,12 +164,15 @@ def run_stages(
     Raises:
       UsageError: A stage found a mistake.
     """
-    opened = Opened(experiment)
+    opened = open_run(experiment)
     decoders = experiment.decoders
-    training_outputs, original_outputs = opened.training_outputs, opened.original_outputs
+    training_outputs, original_outputs = (
+        opened.make_training_outputs(),
+        opened.make_original_outputs(),
+    )
     evaluations: dict[str, dict[str, Any]] = {}
     models: dict[str, str] = {}
-    masks = opened.mask_outputs
+    masks = opened.make_mask_outputs()
     of_masks = {name: opened.evaluate_mask(name) for name in masks}
     if opened.first_decoder in masks:
         _print_examples(
@@ -224,7 +234,7 @@ def _run(
     _print_table(found.evaluations, experiment.decoders, opened.num_seen)
     best = expectations.arm if expectations else arms[0].name
     _print_examples(
-        opened.original_outputs[first_decoder],
+        opened.make_original_outputs()[first_decoder],
         str(root / best / f"{first_decoder}.annotated.jsonl"),
         best,
         num_examples,

@@ -35,8 +35,8 @@ from tnt_jax.data.batches import feature_shapes
 from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime import console, files, program
 from tnt_jax.runtime.errors import UsageError
-from tnt_jax.training import compiled_step, load_original, settings
-from tnt_jax.training.trainer import Trainer
+from tnt_jax.training import compiled_step, settings
+from tnt_jax.training.trainer import Trainer, make_trainer
 
 EXIT_STATUS = 3  # where a step does not fit
 
@@ -165,7 +165,7 @@ def compile_step(
     source = (
         None if original_choice.path is None else pretrained.open_checkpoint(original_choice.path)
     )
-    trainer = load_original.make_trainer(
+    trainer = make_trainer(
         config=pretrained.config_of(model, source),
         objective=objective,
         original_choice=original_choice,

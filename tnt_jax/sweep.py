@@ -30,7 +30,13 @@ from typing import Any
 from tnt_jax import objectives
 from tnt_jax.data import records
 from tnt_jax.evaluation import results
-from tnt_jax.experiments.experiment import Changes, Experiment, Opened, check_rounds
+from tnt_jax.experiments.experiment import (
+    Changes,
+    Experiment,
+    ExperimentRun,
+    check_rounds,
+    open_run,
+)
 from tnt_jax.runtime import console, files, holding, program, stages
 from tnt_jax.runtime.errors import UsageError
 
@@ -235,7 +241,7 @@ def sweep(
 class _Shared:
     """What all arms have in common, and which of them this process runs."""
 
-    opened: Opened
+    opened: ExperimentRun
     training_outputs: Mapping[int, str]  # by the identity of a grid
     task: str
     choice_share: float
@@ -338,15 +344,15 @@ def _open(
     """Process 0 makes what the arms share; for the others it has to be there."""
     try:
         with stages.only_done(process_index != 0):
-            opened = Opened(
+            opened = open_run(
                 experiment, lambda rows: _check_halves(rows, choice_share, "EVAL_PROMPTS")
             )
-            for decoder, file in opened.original_outputs.items():
+            for decoder, file in opened.make_original_outputs().items():
                 rows = [*records.iterate(file)]
                 _check_halves(rows, choice_share, f"EVAL_PROMPTS, {decoder} outputs")
             training = {id(grid): _training_outputs(opened, grid) for grid in grids}
-            opened.mask_outputs  # noqa: B018 - makes them
-            opened.unrelated_outputs  # noqa: B018 - makes them
+            opened.make_mask_outputs()
+            opened.make_unrelated_outputs()
     except stages.NotDoneError as error:
         raise UsageError(
             f"process {process_index} of {num_processes}: expected in {experiment.output_dir} what "
@@ -356,10 +362,10 @@ def _open(
     return _Shared(opened, training, task, choice_share, process_index, num_processes)
 
 
-def _training_outputs(opened: Opened, grid: Grid) -> str:
+def _training_outputs(opened: ExperimentRun, grid: Grid) -> str:
     """The annotated file that a grid's arms learn from."""
     files = (
-        opened.training_outputs
+        opened.make_training_outputs()
         if not grid.training_decoders and grid.annotator is None
         else opened.training_outputs_by(
             grid.training_decoders or opened.training_decoders,
@@ -370,7 +376,7 @@ def _training_outputs(opened: Opened, grid: Grid) -> str:
 
 
 def _rows(
-    opened: Opened, cells: Iterable[_Cell], task: str, choice_share: float
+    opened: ExperimentRun, cells: Iterable[_Cell], task: str, choice_share: float
 ) -> dict[str, list[results.Row]]:
     """The numbers of arms that are done, whichever process ran them, and of the mask.
 
@@ -381,7 +387,7 @@ def _rows(
       choice_share: The share of the evaluation prompts that weights are chosen on.
     """
     found: dict[str, list[results.Row]] = {"rows": [], "choice_rows": []}
-    masks = opened.mask_outputs
+    masks = opened.make_mask_outputs()
 
     def add(
         name: str,
@@ -391,7 +397,7 @@ def _rows(
         of_report: Mapping[str, Any] | None = None,
     ) -> None:
         current = str(opened.root / name / f"{decoder}.annotated.jsonl")
-        before = opened.original_outputs[decoder]
+        before = opened.make_original_outputs()[decoder]
         choice, report = _parts(*records.read_pairs(before, current), choice_share)
         masked: tuple[Sequence[records.Record] | None, ...] = None, None
         if decoder in masks:
@@ -425,7 +431,7 @@ def _rows(
     return found
 
 
-def _certificate(opened: Opened, name: str, decoder: str) -> dict[str, Any]:
+def _certificate(opened: ExperimentRun, name: str, decoder: str) -> dict[str, Any]:
     """The numbers of an arm that need both models: of its certificate, and on unrelated prompts."""
     evaluation = opened.root / name / f"{decoder}.evaluation.json"
     parts = results.read_evaluation(evaluation, has_certificate=True)["certificate"]
@@ -507,7 +513,7 @@ def _with_seeds(
 
 
 def _chosen(
-    opened: Opened,
+    opened: ExperimentRun,
     rows: Sequence[results.Row],
     baseline: str,
     choice_share: float,
@@ -522,7 +528,7 @@ def _chosen(
         outputs, original = {}, []
         for arm, name in names.items():
             current = str(opened.root / name / f"{decoder}.annotated.jsonl")
-            pairs = records.read_pairs(opened.original_outputs[decoder], current)
+            pairs = records.read_pairs(opened.make_original_outputs()[decoder], current)
             _, (original, outputs[arm]) = _parts(*pairs, choice_share)
         if not outputs:
             continue

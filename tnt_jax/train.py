@@ -35,11 +35,8 @@ from tnt_jax.data.batches import Batches
 from tnt_jax.data.examples import (
     Example,
     check_token_ids,
-    count_graded,
     digest,
-    num_marks_of,
 )
-from tnt_jax.data.layouts import are_all_covered, count_lost
 from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime import (
     console,
@@ -52,8 +49,8 @@ from tnt_jax.runtime import (
     settings_json,
     stages,
 )
-from tnt_jax.runtime.errors import UsageError
 from tnt_jax.training import (
+    checks,
     load_original,
     loop,
     original_cache,
@@ -61,7 +58,7 @@ from tnt_jax.training import (
     run_checkpoints,
     settings,
 )
-from tnt_jax.training.trainer import Trainer
+from tnt_jax.training.trainer import Trainer, make_trainer
 from tnt_jax.watching import watching
 
 
@@ -129,10 +126,10 @@ def train(
     path = original_choice.path
     source = None if path is None else pretrained.open_checkpoint(path)
     config = pretrained.config_of(model, source)
-    trainer = load_original.make_trainer(
+    trainer = make_trainer(
         config=config, objective=objective, original_choice=original_choice, update=update
     )
-    keep.check_is_measured(schedule, trainer, has_evaluation=eval_dataset is not None)
+    checks.check_best_is_measured(keep, schedule, trainer, has_evaluation=eval_dataset is not None)
     sources = load_original.Sources(trainer.model, source, original_choice, schedule)
 
     # ---------------------------------------------------------------------------------- The data
@@ -142,8 +139,8 @@ def train(
     )
     data = loop.make_data(examples, eval_examples, update, schedule.seed, trainer.model)
     trainer = trainer.with_sets(data.sets.ids)
-    _check_marks(examples, trainer, update.task_feature_lengths)
-    keep.check_has_marks(eval_examples, objective, update.task_feature_lengths)
+    checks.check_marks(examples, trainer, update.task_feature_lengths)
+    checks.check_best_has_marks(keep, eval_examples, objective, update.task_feature_lengths)
     _log_padding(data.batches)
     data.check_fits(update)
 
@@ -302,44 +299,6 @@ def _next(model_dir: str) -> str:
         " What does it say now? python -m tnt_jax.generate --gin_file=models/from_checkpoint.gin "
         f"--gin_file=runs/generate.gin --gin.CHECKPOINT_PATH={shlex.quote(model_dir)} "
         "--gin.PROMPTS=prompts.jsonl --gin.OUTPUT=outputs.jsonl"
-    )
-
-
-def _check_marks(
-    examples: Sequence[Example],
-    trainer: Trainer,
-    task_feature_lengths: Mapping[str, int],
-) -> None:
-    """Raises a UsageError unless there is something to remove, and something to keep."""
-    objective, num_embeddings = trainer.objective, trainer.model.config.vocab_size
-    if objective.negative_term == "none":
-        return
-    marks_of_each = num_marks_of(examples)
-    num_marked, num_marks = int((marks_of_each > 0).sum()), int(marks_of_each.sum())
-    cut = count_lost(examples, task_feature_lengths)
-    if num_marks == cut.num_marks and not objective.removed_everywhere:
-        raise UsageError(
-            f"negative_term={objective.negative_term!r} needs marked tokens, but none of the "
-            f"{len(examples)} examples has one within TASK_FEATURE_LENGTHS. Annotate them "
-            "(python -m tnt_jax.annotate), or use objectives/fine_tune.gin."
-        )
-    if objective.removed_everywhere and max(objective.removed_everywhere) >= num_embeddings:
-        raise UsageError(
-            f"removed_everywhere has id {max(objective.removed_everywhere)}, but the model has "
-            f"{num_embeddings} embeddings. Expected ids of its own vocabulary."
-        )
-    if are_all_covered(examples, task_feature_lengths):
-        raise UsageError(
-            f"negative spans cover all text of all {len(examples)} examples (within "
-            "TASK_FEATURE_LENGTHS and LOSS_UNTIL), so that nothing holds the model to its "
-            "original: expected some text that may stay. Mark the unwanted words alone, and leave "
-            "clean outputs in the file."
-        )
-    num_graded = count_graded(examples)
-    graded = f" {num_graded} of them have a strength below 1." if num_graded else ""
-    console.log(
-        f"{num_marked} of {len(examples)} examples have marks: {num_marks} ids to remove, of which "
-        f"{cut.num_marks} lie beyond TASK_FEATURE_LENGTHS and are not learned from.{graded}"
     )
 
 

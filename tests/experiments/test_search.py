@@ -31,14 +31,14 @@ PLAN = search.Plan(
 class Experiment:
     """Notes what is trained and said, and takes as long as is set; what models say is written down.
 
-    Takes the place of `experiment.Opened`.
+    Takes the place of `experiment.ExperimentRun`.
     """
 
     def __init__(self, clock, cuts, seconds_of_training=0.0, seconds_of_outputs=0.0):
         self.clock, self.cuts = clock, cuts
         self.of_training, self.of_outputs = seconds_of_training, seconds_of_outputs
         self.trained, self.rounds = [], []
-        self.training_outputs, self.training_decoders = "outputs", ("greedy",)
+        self.make_training_outputs, self.training_decoders = lambda: "outputs", ("greedy",)
 
     def seconds(self, stage):
         assert stage == "training_outputs: generate, greedy"

@@ -25,7 +25,8 @@ from tnt_jax.models import attention, causal_lm, sharding
 from tnt_jax.models.causal_lm_config import LayerKind
 from tnt_jax.models.model import Model
 from tnt_jax.runtime.errors import UsageError
-from tnt_jax.training import load_original, settings, train_step
+from tnt_jax.training import settings, train_step
+from tnt_jax.training.trainer import make_trainer
 
 BATCH, KEY_HEADS, SHARED_BY = 2, 2, 3
 SCALE = 0.3
@@ -261,6 +262,7 @@ from tnt_jax import objectives, precompile
 from tnt_jax.models import sharding
 from tnt_jax.models.causal_lm_config import CausalLMConfig, LayerKind
 from tnt_jax.training import optimizers, settings
+from tnt_jax.training.trainer import make_trainer
 
 found = precompile.compile_step(
     precompile.devices_of("v5e:2x4"),
@@ -339,7 +341,7 @@ def test_cudnn_is_for_rows_that_are_not_packed():
         NETWORK, attention="cudnn", dtype="bfloat16", attention_softcap=None
     )
     with pytest.raises(UsageError, match=r"ATTENTION: 'cudnn' cannot .* found PACK=True"):
-        load_original.make_trainer(
+        make_trainer(
             config=config,
             objective=objectives.TntObjective(negative_term="none", positive_term="log_likelihood"),
             original_choice=settings.OriginalChoice(path=None),

@@ -642,7 +642,7 @@ def test_outputs_with_a_mask_are_those_of_an_edited_word_list(original, capsys):
 
     def outputs():
         with experiment_of(settings) as found:
-            file = experiment.Opened(found).mask_outputs["greedy"]
+            file = experiment.open_run(found).make_mask_outputs()["greedy"]
         return " ".join(row.targets for row in records.read_records(file))
 
     assert "quiet" in outputs()
@@ -665,7 +665,7 @@ def test_folders_in_the_home_folder(original, monkeypatch, tmp_path):
 
     (tmp_path / "original").symlink_to(pathlib.Path("original").absolute())
     with experiment_of({**PIPELINE, "OUTPUT_DIR": "another"}) as found:
-        opened = experiment.Opened(
+        opened = experiment.open_run(
             dataclasses.replace(
                 found, output_dir="~/pipeline", original_checkpoint_path="~/original"
             )

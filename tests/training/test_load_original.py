@@ -27,6 +27,7 @@ from tnt_jax.runtime.errors import UsageError
 from tnt_jax.training import load_original, original_cache, settings
 from tnt_jax.training.original_cache import OriginalStates
 from tnt_jax.training.originals import Original
+from tnt_jax.training.trainer import make_trainer
 
 # --------------------------------------------------------------------------------- Whole programs
 
@@ -384,7 +385,7 @@ def made(kind, config=CONFIG, **mesh_shape):
     original_choice = settings.OriginalChoice(
         path=None, kind=kind, adapter_rank=4, adapter_alpha=8.0
     )
-    trainer = load_original.make_trainer(
+    trainer = make_trainer(
         config=config,
         objective=objectives.TntObjective(negative_term="reverse_kl", positive_term="forward_kl"),
         original_choice=original_choice,
@@ -631,7 +632,7 @@ def test_runs_with_equal_settings_share_what_is_compiled(monkeypatch):
         update = settings.Update(
             batch_size=8, task_feature_lengths={"inputs": 4, "targets": 4}, optimizer=optimizer
         )
-        return load_original.make_trainer(
+        return make_trainer(
             config=CONFIG,
             objective=objectives.named("TNFF"),
             original_choice=settings.OriginalChoice(path=None),

@@ -10,12 +10,13 @@ from helpers.tiny_llama import LLAMA
 from tnt_jax import objectives
 from tnt_jax.data.examples import Example
 from tnt_jax.runtime.errors import UsageError
-from tnt_jax.training import load_original, settings
+from tnt_jax.training import checks, settings
+from tnt_jax.training.trainer import make_trainer
 
 
 def check(best, objective, kind="parameters"):
     """Keeps the best by a metric, with an evaluation before each checkpoint."""
-    trainer = load_original.make_trainer(
+    trainer = make_trainer(
         config=LLAMA,
         objective=objective,
         original_choice=settings.OriginalChoice(path=None, kind=kind),
@@ -24,7 +25,7 @@ def check(best, objective, kind="parameters"):
         ),
     )
     schedule = settings.Schedule(train_steps=2, checkpoint_every=1, eval_every=1)
-    settings.Keep(best=best).check_is_measured(schedule, trainer, has_evaluation=True)
+    checks.check_best_is_measured(settings.Keep(best=best), schedule, trainer, has_evaluation=True)
 
 
 ULLL, KL, TNFF = map(objectives.named, ("UL+LL", "KL", "TNFF"))
@@ -99,7 +100,7 @@ def test_the_best_by_marks_that_the_evaluation_lacks(best, example, length, obje
     keep = settings.Keep(best=best)
     given = [CLEAN, example], objective, {"inputs": 8, "targets": length}
     if not is_refused:
-        keep.check_has_marks(*given)
+        checks.check_best_has_marks(keep, *given)
         return
     message = (
         f"KEEP_BEST={best!r} is a mean over marked tokens: expected marks in EVAL_DATASET, found "
@@ -107,4 +108,4 @@ def test_the_best_by_marks_that_the_evaluation_lacks(best, example, length, obje
         "KEEP_BEST='eval/loss'."
     )
     with pytest.raises(UsageError, match=f"^{re.escape(message)}$"):
-        keep.check_has_marks(*given)
+        checks.check_best_has_marks(keep, *given)

@@ -20,7 +20,7 @@ from tnt_jax.models import sharding, t5
 from tnt_jax.models.causal_lm_config import LayerKind
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.training import load_original, originals, settings, train_step
-from tnt_jax.training.trainer import jit_eval_step, jit_token_step
+from tnt_jax.training.trainer import jit_eval_step, jit_token_step, make_trainer
 
 # Layers that differ, and an output matrix of its own.
 MIXED = dataclasses.replace(
@@ -67,7 +67,7 @@ def made(kind, config, trained_layers, objective=TNRF, num_devices=1, mesh_shape
         path=None, kind=kind, trained_layers=trained_layers, adapter_rank=2, adapter_alpha=4.0
     )
     with rooms.devices_seen(num_devices):
-        trainer = load_original.make_trainer(
+        trainer = make_trainer(
             config=config, objective=objective, original_choice=choice, update=how
         )
     schedule = settings.Schedule(train_steps=1)

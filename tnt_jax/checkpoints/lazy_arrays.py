@@ -239,7 +239,7 @@ def check_sizes(arrays: Mapping[str, LazyArray], folder: epath.Path) -> None:
     Raises:
       UsageError: They cannot.
     """
-    if "://" in os.fspath(folder):
+    if files.is_remote(folder):
         return
     stated = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays.values())
     if stated <= _SMALL_BYTES:
@@ -264,7 +264,7 @@ def check_types(arrays: Mapping[str, LazyArray]) -> None:
 def kvstore(folder: epath.Path) -> dict[str, Any] | str:
     """How TensorStore names a directory."""
     path = os.fspath(folder).rstrip("/") + "/"
-    return path if "://" in path else {"driver": "file", "path": path}
+    return path if files.is_remote(path) else {"driver": "file", "path": path}
 
 
 def first_line(error: Exception) -> str:

@@ -18,6 +18,7 @@ from tnt_jax.checkpoints import huggingface, pretrained, safetensors_files
 from tnt_jax.checkpoints.hub_family import HubFamily
 from tnt_jax.checkpoints.lazy_arrays import LazyArray
 from tnt_jax.models.network_config import NetworkConfig
+from tnt_jax.runtime import files
 from tnt_jax.runtime.errors import UsageError
 
 CONFIG = "adapter_config.json"
@@ -67,7 +68,7 @@ def base_of(adapters: pretrained.Adapters) -> Base:
     if found := safetensors_files.hub_name(original.path):
         return Base(*found, is_loadable=True)
     path = str(original.path)
-    is_loadable = (original.path / huggingface.CONFIG).exists() and "://" not in path
+    is_loadable = (original.path / huggingface.CONFIG).exists() and not files.is_remote(path)
     return Base(path, None, is_loadable)
 
 

@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -37,9 +37,6 @@ from tnt_jax.runtime.errors import UsageError, system_error
 
 # ----------------------------------------------------------------------------- Kinds of checkpoint
 
-_HUGGING_FACE, _OURS, _T5X, _T5X_ORBAX = "Hugging Face", "tnt_jax", "T5X", "T5X (Orbax)"
-_GGUF = "GGUF"
-
 
 def _has_weights(folder: epath.Path) -> bool:
     """Whether a folder is one of Hugging Face's. Weights that are not read are refused later."""
@@ -53,36 +50,6 @@ def _has_weights(folder: epath.Path) -> bool:
     return (folder / huggingface.CONFIG).exists() and (
         has_weights or not (folder / orbax.DESCRIPTION).exists()
     )
-
-
-# Kind -> whether a path is one, and what is looked for in a directory.
-_KINDS: dict[str, tuple[Callable[[epath.Path], bool], str | None]] = {
-    _HUGGING_FACE: (
-        _has_weights,
-        f"{huggingface.CONFIG} and {WEIGHTS} (Hugging Face)",
-    ),
-    _OURS: (lambda folder: (folder / orbax.PARAMS).is_dir(), "params (tnt_jax)"),
-    _T5X: (
-        lambda folder: (folder / t5x.CHECKPOINT_FILE).is_file(),
-        "a file named checkpoint (T5X)",
-    ),
-    _T5X_ORBAX: (
-        lambda folder: (folder / t5x.ORBAX_ITEM / "_METADATA").is_file(),
-        "state/_METADATA (T5X with Orbax)",
-    ),
-    _GGUF: (gguf_files.is_gguf, None),
-}
-_OUTPUT_FORMATS = {
-    _HUGGING_FACE: "huggingface",
-    _OURS: "orbax",
-    _T5X: "t5x",
-    _T5X_ORBAX: "t5x_orbax",
-    _GGUF: "huggingface",
-}
-
-
-def _kind(folder: epath.Path) -> str | None:
-    return next((kind for kind, (is_one, _) in _KINDS.items() if is_one(folder)), None)
 
 
 def is_model(folder: epath.Path) -> bool:
@@ -102,8 +69,9 @@ def check_takes_checkpoints(folder: epath.Path, setting: str) -> None:
 def _is_whole(folder: epath.Path) -> bool:
     """Whether a checkpoint of a known kind is not one that is being written."""
     kind = _kind(folder)
-    is_orbax = kind in (_OURS, _T5X_ORBAX)
-    return kind is not None and (not is_orbax or ocp.path.step.is_checkpoint_finalized(folder))
+    return kind is not None and (
+        not kind.is_of_orbax or ocp.path.step.is_checkpoint_finalized(folder)
+    )
 
 
 def find(path: str) -> epath.Path:
@@ -119,7 +87,7 @@ def find(path: str) -> epath.Path:
         given = files.absolute(path)
         is_there = given.exists()
     except Exception as error:
-        if "://" not in path:
+        if not files.is_remote(path):
             raise
         # A scheme that etils does not know, or whatever the client of a bucket raises.
         reason = next(iter(str(error).splitlines()), "")
@@ -147,7 +115,7 @@ def find(path: str) -> epath.Path:
         if (match := re.fullmatch(r"checkpoint_(\d+)", folder.name)) and _is_whole(folder)
     }
     if not steps:
-        looked_for = "; ".join(what for _, what in _KINDS.values() if what)
+        looked_for = "; ".join(kind.looked_for for kind in _KINDS if kind.looked_for)
         content = sorted(file.name for file in given.iterdir())
         shown = ", ".join(content[:8]) + (" ..." if content[8:] else "")
         is_near = any(name.lower().endswith(gguf_files.SUFFIX) for name in content)
@@ -162,7 +130,7 @@ def find(path: str) -> epath.Path:
 
 def _check_may_look(path: str) -> None:
     """Raises an OSError where nothing seems to be at a local path that may not be looked at."""
-    if "://" in path:
+    if files.is_remote(path):
         return
     try:
         os.stat(path)  # noqa: PTH116 (pathlib drops the dot of "folder/.")
@@ -270,8 +238,8 @@ class Pretrained:
     adapters: Adapters | None = None
     beside: "Pretrained | None" = None
     quantisation: str | None = None
-    # What Orbax can read by itself: the item, the part of it, and the names that are stored there.
-    _orbax: tuple[epath.Path, tuple[str, ...], frozenset[str]] | None = None
+    # What Orbax can read by itself.
+    _orbax: "_OrbaxItem | None" = None
 
     @property
     def max_positions(self) -> int | None:
@@ -331,10 +299,9 @@ class Pretrained:
         """
         self.check(abstract_params)
         self.check_original()
-        if self._orbax is not None:
-            item, within, stored = self._orbax
-            if stored == lazy_arrays.shapes(abstract_params).keys():
-                return orbax.restore_item(item, abstract_params, within)
+        item = self._orbax
+        if item is not None and item.names == lazy_arrays.shapes(abstract_params).keys():
+            return orbax.restore_item(item.folder, abstract_params, item.part)
         return lazy_arrays.restore(
             lazy_arrays.laid_out(self.weights, abstract_params), abstract_params
         )
@@ -359,88 +326,241 @@ def _opened(folder: epath.Path, within: tuple[epath.Path, ...]) -> Pretrained:
     """Opens a checkpoint, for adapters in those `within`, each beside the next."""
     kind = _kind(folder)
     assert kind is not None
-    if kind in (_HUGGING_FACE, _GGUF):
-        if kind == _GGUF:
-            model, quantisation = gguf_models.read(folder)
+    return kind.open(kind, folder, within)
+
+
+class _OrbaxItem(NamedTuple):
+    """Parameters that Orbax can read by itself.
+
+    Attributes:
+      folder: The item.
+      part: The keys within it under which they are.
+      names: The names of the parameters that are stored there.
+    """
+
+    folder: epath.Path
+    part: tuple[str, ...]
+    names: frozenset[str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Kind:
+    """A kind of model in files.
+
+    Attributes:
+      name: The name that people read.
+      is_one: Tells whether a path is one.
+      looked_for: What is looked for in a directory; None where it is a file.
+      output_format: The setting of `tnt_jax.convert` that writes this kind, or the nearest one.
+      open: Opens one, given this kind, the path, and the checkpoints in whose adapters or layers it
+        lies, each beside the next.
+      description: Gives the folder in which its `config.json` and tokenizer lie, if it has any.
+      is_of_orbax: Whether Orbax says when one is whole.
+    """
+
+    name: str
+    is_one: Callable[[epath.Path], bool]
+    looked_for: str | None
+    output_format: str
+    open: "Callable[[_Kind, epath.Path, tuple[epath.Path, ...]], Pretrained]"
+    description: Callable[[epath.Path], epath.Path]
+    is_of_orbax: bool = False
+
+
+def _kind(folder: epath.Path) -> _Kind | None:
+    return next((kind for kind in _KINDS if kind.is_one(folder)), None)
+
+
+def _open_hugging_face(
+    kind: _Kind, folder: epath.Path, within: tuple[epath.Path, ...]
+) -> Pretrained:
+    del within
+    return _of_hub_model(kind, folder, huggingface.read(folder))
+
+
+def _open_gguf(kind: _Kind, folder: epath.Path, within: tuple[epath.Path, ...]) -> Pretrained:
+    del within
+    return _of_hub_model(kind, folder, *gguf_models.read(folder))
+
+
+def _of_hub_model(
+    kind: _Kind, folder: epath.Path, model: huggingface.Model, quantisation: str | None = None
+) -> Pretrained:
+    return Pretrained(
+        kind=kind.name,
+        path=folder,
+        config=model.config,
+        weights=model.weights,
+        step=0,
+        run=None,
+        description=_description(folder),
+        output_format=kind.output_format,
+        quantisation=quantisation,
+    )
+
+
+def _open_ours(kind: _Kind, folder: epath.Path, within: tuple[epath.Path, ...]) -> Pretrained:
+    stored = orbax.lazy_item(folder / orbax.PARAMS)
+    item: _OrbaxItem | None = _OrbaxItem(folder / orbax.PARAMS, (), frozenset(stored))
+    weights, run = lazy_arrays.layers_apart(stored), orbax.read_run(folder)
+    trained, beside = None, None
+    if run is not None and _part(run) is not None:
+        beside, item = _original_of(run, folder, (*within, folder)), None
+        if "adapters" in run:
+            trained = _adapters(weights, beside, run, folder)
+            weights = _with_adapters(trained)
         else:
-            model, quantisation = huggingface.read(folder), None
-        return Pretrained(
-            kind=kind,
-            path=folder,
-            config=model.config,
-            weights=model.weights,
-            step=0,
-            run=None,
-            description=_description(folder),
-            output_format=_OUTPUT_FORMATS[kind],
-            quantisation=quantisation,
+            weights = beside.weights | _upper_layers(weights, beside, run, folder)
+    elif any(name.endswith(f"/{adapters.ADAPTER_IN}") for name in weights):
+        raise UsageError(
+            f"{folder}: it has adapters, and its notes do not say beside which original. Copy "
+            "the checkpoint again."
         )
-    orbax_item, run, scan_layers, trained, beside = None, None, False, None, None
-    if kind == _OURS:
-        stored = orbax.lazy_item(folder / orbax.PARAMS)
-        orbax_item = (folder / orbax.PARAMS, (), frozenset(stored))
-        weights, run = lazy_arrays.layers_apart(stored), orbax.read_run(folder)
-        step = _step_of_name(folder)
-        if run is not None and _part(run) is not None:
-            beside, orbax_item = _original_of(run, folder, (*within, folder)), None
-            if "adapters" in run:
-                trained = _adapters(weights, beside, run, folder)
-                weights = _with_adapters(trained)
-            else:
-                weights = beside.weights | _upper_layers(weights, beside, run, folder)
-        elif any(name.endswith(f"/{adapters.ADAPTER_IN}") for name in weights):
-            raise UsageError(
-                f"{folder}: it has adapters, and its notes do not say beside which original. Copy "
-                "the checkpoint again."
-            )
-    elif kind == _T5X:
-        weights, step = t5x.read_legacy(folder)
-    else:
-        item = folder / t5x.ORBAX_ITEM
-        weights = orbax.lazy_item(item, ("target",))
-        orbax_item = (item, ("target",), frozenset(weights))
-        stated = orbax.lazy_item(item, ("state",)).get("step")
-        if stated is None or stated.shape not in ((), (1,)):
-            raise UsageError(f"{item}: expected T5X's state, with a step; found none.")
-        step = lazy_arrays.checked_step(stated.load(), str(item))
     lazy_arrays.check_types(weights)
-    description = _description(folder)
-    described = None
-    if (description / huggingface.CONFIG).exists():
-        described = huggingface.network_config(
-            huggingface.read_config(description),
-            str(description / huggingface.CONFIG),
-            is_tied="decoder/logits_dense/kernel" not in weights,
-        )
-    if kind != _OURS and t5x.is_scalable(weights):
-        scan_layers = t5x.is_scanned(weights)
-        share_biases = not getattr(described, "relpos_bias_per_layer", False)
-        weights = t5x.from_scalable(weights, str(folder), share_biases=share_biases)
-        orbax_item = None
+    described = _described(folder, weights)
     if described is None and beside is not None:
         described = beside.config
-    is_t5 = kind != _OURS or any(name.startswith("encoder/") for name in weights)
-    if described is None and not is_t5:
+    if described is None and not any(name.startswith("encoder/") for name in weights):
         raise UsageError(
-            f"{folder}: expected {description / huggingface.CONFIG}, which says what a "
+            f"{folder}: expected {_description(folder) / huggingface.CONFIG}, which says what a "
             "decoder-only model computes, found none. Copy the whole model directory."
         )
+    return _of_checkpoint(
+        kind,
+        folder,
+        weights,
+        described,
+        step=_step_of_name(folder),
+        run=run,
+        adapters=trained,
+        beside=beside,
+        _orbax=item,
+    )
+
+
+def _open_t5x(kind: _Kind, folder: epath.Path, within: tuple[epath.Path, ...]) -> Pretrained:
+    del within
+    return _of_t5x(kind, folder, *t5x.read_legacy(folder))
+
+
+def _open_t5x_orbax(kind: _Kind, folder: epath.Path, within: tuple[epath.Path, ...]) -> Pretrained:
+    del within
+    item = folder / t5x.ORBAX_ITEM
+    weights = orbax.lazy_item(item, ("target",))
+    stated = orbax.lazy_item(item, ("state",)).get("step")
+    if stated is None or stated.shape not in ((), (1,)):
+        raise UsageError(f"{item}: expected T5X's state, with a step; found none.")
+    step = lazy_arrays.checked_step(stated.load(), str(item))
+    return _of_t5x(kind, folder, weights, step, _OrbaxItem(item, ("target",), frozenset(weights)))
+
+
+def _of_t5x(
+    kind: _Kind,
+    folder: epath.Path,
+    weights: dict[str, LazyArray],
+    step: int,
+    item: _OrbaxItem | None = None,
+) -> Pretrained:
+    lazy_arrays.check_types(weights)
+    described, scan_layers = _described(folder, weights), False
+    if t5x.is_scalable(weights):
+        scan_layers, item = t5x.is_scanned(weights), None
+        share_biases = not getattr(described, "relpos_bias_per_layer", False)
+        weights = t5x.from_scalable(weights, str(folder), share_biases=share_biases)
+    return _of_checkpoint(
+        kind,
+        folder,
+        weights,
+        described,
+        step=step,
+        run=None,
+        scan_layers=scan_layers,
+        _orbax=item,
+    )
+
+
+def _described(folder: epath.Path, weights: Mapping[str, LazyArray]) -> NetworkConfig | None:
+    """The network of the `config.json` that lies beside a checkpoint, if one does."""
+    path = _description(folder) / huggingface.CONFIG
+    if not path.exists():
+        return None
+    is_tied = "decoder/logits_dense/kernel" not in weights
+    return huggingface.network_config(
+        huggingface.read_config(path.parent), str(path), is_tied=is_tied
+    )
+
+
+def _of_checkpoint(
+    kind: _Kind,
+    folder: epath.Path,
+    weights: dict[str, LazyArray],
+    described: NetworkConfig | None,
+    **more: Any,
+) -> Pretrained:
+    """A checkpoint of ours or of T5X's, whose network is `described` or found by its weights."""
     config = described or t5x.infer_config(weights, str(folder))
+    description = _description(folder)
     huggingface.check_depth(config, len(weights), str(description / huggingface.CONFIG))
     return Pretrained(
-        kind=kind,
+        kind=kind.name,
         path=folder,
         config=config,
         weights=weights,
-        step=step,
-        run=run,
         description=description,
-        output_format=_OUTPUT_FORMATS[kind],
-        scan_layers=scan_layers,
-        adapters=trained,
-        beside=beside,
-        _orbax=orbax_item,
+        output_format=kind.output_format,
+        **more,
     )
+
+
+def _beside(folder: epath.Path) -> epath.Path:
+    return folder.parent / orbax.DESCRIPTION
+
+
+# A path is of the first kind that it is one of.
+_KINDS = (
+    _Kind(
+        name="Hugging Face",
+        is_one=_has_weights,
+        looked_for=f"{huggingface.CONFIG} and {WEIGHTS} (Hugging Face)",
+        output_format="huggingface",
+        open=_open_hugging_face,
+        description=lambda folder: folder,
+    ),
+    _Kind(
+        name="tnt_jax",
+        is_one=lambda folder: (folder / orbax.PARAMS).is_dir(),
+        looked_for="params (tnt_jax)",
+        output_format="orbax",
+        open=_open_ours,
+        description=_beside,
+        is_of_orbax=True,
+    ),
+    _Kind(
+        name="T5X",
+        is_one=lambda folder: (folder / t5x.CHECKPOINT_FILE).is_file(),
+        looked_for="a file named checkpoint (T5X)",
+        output_format="t5x",
+        open=_open_t5x,
+        description=_beside,
+    ),
+    _Kind(
+        name="T5X (Orbax)",
+        is_one=lambda folder: (folder / t5x.ORBAX_ITEM / "_METADATA").is_file(),
+        looked_for="state/_METADATA (T5X with Orbax)",
+        output_format="t5x_orbax",
+        open=_open_t5x_orbax,
+        description=_beside,
+        is_of_orbax=True,
+    ),
+    _Kind(
+        name="GGUF",
+        is_one=gguf_files.is_gguf,
+        looked_for=None,
+        output_format="huggingface",
+        open=_open_gguf,
+        description=gguf_models.description,
+    ),
+)
 
 
 def _part(run: dict[str, Any]) -> str | None:
@@ -681,9 +801,8 @@ def check_vocabulary(
 
 def _description(folder: epath.Path) -> epath.Path:
     """Where a checkpoint's `config.json` and tokenizer lie, if it has any."""
-    if _kind(folder) == _GGUF:
-        return gguf_models.description(folder)
-    return folder if _kind(folder) == _HUGGING_FACE else folder.parent / orbax.DESCRIPTION
+    kind = _kind(folder)
+    return _beside(folder) if kind is None else kind.description(folder)
 
 
 def describe(

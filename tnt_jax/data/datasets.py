@@ -189,7 +189,7 @@ class RecordFiles:
         if sum(sizes) < _SMALLEST or not self.can_be_kept:
             return []
         beside = [f"{self.files}.examples"] if pathlib.Path(self.files).is_file() else []
-        is_local = model_dir is not None and "://" not in model_dir
+        is_local = model_dir is not None and not files.is_remote(model_dir)
         return [*beside, *([f"{model_dir}/examples"] if is_local else [])]
 
 

@@ -12,7 +12,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from tnt_jax import __version__, convert, objectives, report
 from tnt_jax.annotators import interface
@@ -222,7 +222,121 @@ def _from_home(path: str) -> str:
     return os.path.expanduser(path)  # noqa: PTH111 - Path's raises where there is no such home
 
 
-class Opened:
+_T = TypeVar("_T")
+
+
+def _once(method: Callable[["ExperimentRun"], _T]) -> Callable[["ExperimentRun"], _T]:
+    """Runs the stages of a method once, however often it is called."""
+    name = f"_{method.__name__}"
+
+    @functools.wraps(method)
+    def made(run: "ExperimentRun") -> _T:
+        if name not in vars(run):
+            setattr(run, name, method(run))
+        return vars(run)[name]
+
+    return made
+
+
+def open_run(
+    experiment: Experiment,
+    check_prompts: Callable[[Sequence[records.Record]], None] | None = None,
+) -> "ExperimentRun":
+    """Opens the folder of an experiment; makes its corpus and its original where it has none yet.
+
+    Args:
+      experiment: What the arms share.
+      check_prompts: Is called with the evaluation prompts that are in a file, before anything is
+        trained; raises what is wrong with them.
+
+    Raises:
+      UsageError: Settings, files or the original do not fit.
+    """
+    root = pathlib.Path(experiment.folder)
+    files.check_directory(root, "OUTPUT_DIR")
+    operative_config.check_folder(root, "OUTPUT_DIR")
+    kept = stages.Stages(root)
+    operative_config.write(root)
+    if experiment.corpus is not None:
+        _make_corpus(kept, experiment, experiment.corpus)
+    num_seen = _look_at_prompts(experiment, check_prompts)
+    if experiment.new_original is not None:
+        _make_original(kept, experiment, experiment.new_original, root / "original" / "model")
+        original = str(pretrained.find(str(root / "original" / "model")))
+    else:
+        assert experiment.original_checkpoint_path is not None
+        original = _from_home(experiment.original_checkpoint_path)
+    return ExperimentRun(experiment, kept, root, original, num_seen)
+
+
+def _look_at_prompts(
+    experiment: Experiment, check: Callable[[Sequence[records.Record]], None] | None
+) -> int:
+    """Checks prompts in files before the work; returns `ExperimentRun.num_seen`."""
+    train, evaluation = (
+        records.read_records(prompts) if isinstance(prompts, str) else None
+        for prompts in (experiment.train_prompts, experiment.eval_prompts)
+    )
+    if evaluation is not None and check is not None:
+        check(evaluation)
+    setting, given = "TRAIN_PROMPTS", experiment.training_records
+    if given is not None:  # these are learned from
+        setting, train = "TRAINING_RECORDS", records.iterate(given)
+    if train is None or evaluation is None:
+        return 0
+    inputs = {row.prompt for row in train}
+    num_seen = sum(row.prompt in inputs for row in evaluation)
+    if num_seen:
+        console.log(
+            f"EVAL_PROMPTS: {num_seen} of {len(evaluation)} inputs are also in {setting}: "
+            "numbers on what was learned from say little about other inputs. Give others."
+        )
+    return num_seen
+
+
+def _make_corpus(kept: stages.Stages, experiment: Experiment, corpus: Callable[[], Any]) -> None:
+    new, prompts = experiment.new_original, experiment.train_prompts
+    output = prompts if new is None else new.records
+    if not isinstance(output, str):
+        raise UsageError(
+            "Experiment.corpus: expected TRAIN_PROMPTS to be a file that it writes, found "
+            f"{output}."
+        )
+    kept.run("corpus", _write_corpus, output=output, inputs={}, settings={"corpus": corpus})
+
+
+def _make_original(
+    kept: stages.Stages, experiment: Experiment, new: NewOriginal, model_dir: pathlib.Path
+) -> None:
+    kept.run(
+        "vocabulary",
+        _train_vocabulary,
+        output=new.vocabulary_path,
+        inputs={"texts_of": new.records},
+        settings={"vocab_size": new.vocab_size},
+    )
+    dataset = datasets.RecordFiles(
+        files=new.records, vocabulary=experiment.vocabulary(), annotated=False
+    )
+    kept.run(
+        "original: train",
+        new.train,
+        output=str(model_dir),
+        output_name="model_dir",
+        inputs={},
+        settings={
+            "dataset": dataset,
+            # A model from nothing has no original, and no adapters.
+            "original_choice": experiment.original_choice(
+                path=None, kind="parameters", states_dir=None, trained_layers=None
+            ),
+        },
+        also_depends_on=[new.records],
+        goes_on=True,
+    )
+
+
+class ExperimentRun:
     """An experiment whose original is there; its methods run stages and return their files.
 
     Attributes:
@@ -237,34 +351,23 @@ class Opened:
     def __init__(
         self,
         settings: Experiment,
-        check_prompts: Callable[[Sequence[records.Record]], None] | None = None,
+        kept: stages.Stages,
+        root: pathlib.Path,
+        original: str,
+        num_seen: int = 0,
     ):
-        """Opens it, and makes an original where there is none yet.
+        """`open_run` makes one.
 
         Args:
           settings: The experiment's settings.
-          check_prompts: Is called with the evaluation prompts that are in a file, before
-            anything is trained; raises what is wrong with them.
-
-        Raises:
-          UsageError: Settings, files or the original do not fit.
+          kept: The stages of its folder.
+          root: Its folder.
+          original: Path of the original's checkpoint.
+          num_seen: Evaluation prompts whose input is also a training prompt's.
         """
-        self.settings = settings
-        self.root = pathlib.Path(settings.folder)
-        files.check_directory(self.root, "OUTPUT_DIR")
-        operative_config.check_folder(self.root, "OUTPUT_DIR")
-        self._stages = stages.Stages(self.root)
-        operative_config.write(self.root)
-        if settings.corpus is not None:
-            self._make_corpus(settings.corpus)
-        self.num_seen = self._look_at_prompts(check_prompts)
-        if settings.new_original is not None:
-            self._make_original(settings.new_original)
-            self.original = str(pretrained.find(str(self.root / "original" / "model")))
-        else:
-            assert settings.original_checkpoint_path is not None
-            self.original = _from_home(settings.original_checkpoint_path)
-        self._came_as = pretrained.open_checkpoint(self.original)
+        self.settings, self._stages, self.root = settings, kept, root
+        self.original, self.num_seen = original, num_seen
+        self._came_as = pretrained.open_checkpoint(original)
         self.annotator, self.vocabulary = settings.annotator(), settings.vocabulary()
 
     @property
@@ -276,68 +379,6 @@ class Opened:
     def training_decoders(self) -> Sequence[str]:
         """The names of the decoders that make the training outputs."""
         return self.settings.training_decoders or [self.first_decoder]
-
-    def _look_at_prompts(self, check: Callable[[Sequence[records.Record]], None] | None) -> int:
-        """`num_seen`, and what is wrong with prompts in files, before the work."""
-        train, evaluation = (
-            records.read_records(prompts) if isinstance(prompts, str) else None
-            for prompts in (self.settings.train_prompts, self.settings.eval_prompts)
-        )
-        if evaluation is not None and check is not None:
-            check(evaluation)
-        setting, given = "TRAIN_PROMPTS", self.settings.training_records
-        if given is not None:  # these are learned from
-            setting, train = "TRAINING_RECORDS", records.iterate(given)
-        if train is None or evaluation is None:
-            return 0
-        inputs = {row.prompt for row in train}
-        num_seen = sum(row.prompt in inputs for row in evaluation)
-        if num_seen:
-            console.log(
-                f"EVAL_PROMPTS: {num_seen} of {len(evaluation)} inputs are also in {setting}: "
-                "numbers on what was learned from say little about other inputs. Give others."
-            )
-        return num_seen
-
-    def _make_corpus(self, corpus: Callable[[], Any]) -> None:
-        new, prompts = self.settings.new_original, self.settings.train_prompts
-        output = prompts if new is None else new.records
-        if not isinstance(output, str):
-            raise UsageError(
-                "Experiment.corpus: expected TRAIN_PROMPTS to be a file that it writes, found "
-                f"{output}."
-            )
-        self._stages.run(
-            "corpus", _write_corpus, output=output, inputs={}, settings={"corpus": corpus}
-        )
-
-    def _make_original(self, new: NewOriginal) -> None:
-        self._stages.run(
-            "vocabulary",
-            _train_vocabulary,
-            output=new.vocabulary_path,
-            inputs={"texts_of": new.records},
-            settings={"vocab_size": new.vocab_size},
-        )
-        dataset = datasets.RecordFiles(
-            files=new.records, vocabulary=self.settings.vocabulary(), annotated=False
-        )
-        self._stages.run(
-            "original: train",
-            new.train,
-            output=str(self.root / "original" / "model"),
-            output_name="model_dir",
-            inputs={},
-            settings={
-                "dataset": dataset,
-                # A model from nothing has no original, and no adapters.
-                "original_choice": self.settings.original_choice(
-                    path=None, kind="parameters", states_dir=None, trained_layers=None
-                ),
-            },
-            also_depends_on=[new.records],
-            goes_on=True,
-        )
 
     # ------------------------------------------------------------------------------------ Outputs
 
@@ -368,8 +409,8 @@ class Opened:
         if mask is not None:
             place = self.settings.mask_place()
             if place.at == "start":  # ordinary words are those of the training outputs
-                words_of = [self.training_outputs]
-                place = dataclasses.replace(place, innocent=self.training_outputs)
+                words_of = [self.make_training_outputs()]
+                place = dataclasses.replace(place, innocent=self.make_training_outputs())
                 rule = ", the prompt's words are innocent"
             masking = {"mask": mask, "mask_place": place}
         of_model = {"checkpoint_path": checkpoint}
@@ -476,14 +517,14 @@ class Opened:
         """How long a stage took, if it is done."""
         return self._stages.seconds(stage)
 
-    @functools.cached_property
-    def training_outputs(self) -> str:
+    @_once
+    def make_training_outputs(self) -> str:
         """The outputs to learn from, annotated."""
         given = self.settings.training_records
         return self.training_outputs_by(self.training_decoders) if given is None else given
 
-    @functools.cached_property
-    def original_outputs(self) -> dict[str, str]:
+    @_once
+    def make_original_outputs(self) -> dict[str, str]:
         """The original's outputs to compare with, annotated, by decoder.
 
         Raises:
@@ -501,8 +542,8 @@ class Opened:
                 )
         return found
 
-    @functools.cached_property
-    def mask_outputs(self) -> dict[str, str]:
+    @_once
+    def make_mask_outputs(self) -> dict[str, str]:
         """The same while what is unwanted is masked; empty without a mask."""
         is_made = self.settings.mask_decoding
         if is_made is None:
@@ -516,8 +557,8 @@ class Opened:
             for name in self.settings.decoders
         }
 
-    @functools.cached_property
-    def unrelated_outputs(self) -> str | None:
+    @_once
+    def make_unrelated_outputs(self) -> str | None:
         """What the original says to prompts of other tasks, annotated; None if there are none."""
         prompts = self.settings.unrelated_prompts
         if prompts is None:
@@ -685,9 +726,12 @@ class Opened:
         )
         if choice_share is not None:
             certificate = dataclasses.replace(certificate, choice_share=choice_share)
-        inputs = {"original_records": self.original_outputs[decoder], "current_records": current}
-        if decoder in self.mask_outputs:
-            inputs["mask_records"] = self.mask_outputs[decoder]
+        inputs = {
+            "original_records": self.make_original_outputs()[decoder],
+            "current_records": current,
+        }
+        if decoder in self.make_mask_outputs():
+            inputs["mask_records"] = self.make_mask_outputs()[decoder]
         tokens = str(self.root / name / f"{decoder}.tokens.jsonl")
         found = self._compared(
             name,
@@ -696,7 +740,7 @@ class Opened:
             settings={"tokens_output": tokens, "certificate": certificate},
             checkpoints=[self.original, checkpoint],
         )
-        if decoder == self.first_decoder and (before := self.unrelated_outputs) is not None:
+        if decoder == self.first_decoder and (before := self.make_unrelated_outputs()) is not None:
             of_arm, prompts = _unrelated_name(name), self.settings.unrelated_prompts
             after = self.outputs_of(of_arm, checkpoint, prompts, decoder)
             self._compared(
@@ -728,9 +772,9 @@ class Opened:
 
     def evaluate_mask(self, decoder: str) -> dict[str, Any]:
         """Compares what the mask leaves with the original; returns what `evaluate` writes."""
-        masked = self.mask_outputs[decoder]
+        masked = self.make_mask_outputs()[decoder]
         inputs = {
-            "original_records": self.original_outputs[decoder],
+            "original_records": self.make_original_outputs()[decoder],
             "current_records": masked,
             "mask_records": masked,
         }
@@ -772,7 +816,7 @@ class Opened:
             settings={"pipeline_dir": str(self.root)},
             also_depends_on=[
                 str(self.root / "summary.json"),
-                *self.original_outputs.values(),
+                *self.make_original_outputs().values(),
                 *files,
             ],
             version=__version__,

@@ -23,7 +23,7 @@ import msgspec
 
 from tnt_jax.data import records
 from tnt_jax.evaluation import results, text_metrics
-from tnt_jax.experiments.experiment import Arm, Changes, Opened
+from tnt_jax.experiments.experiment import Arm, Changes, ExperimentRun
 from tnt_jax.runtime import files, stages
 from tnt_jax.runtime.errors import UsageError
 
@@ -156,7 +156,7 @@ def unwanted_in(file: str) -> int:
     return sum(bool(row.negative_spans) for row in records.iterate(file))
 
 
-def original_outputs(opened: Opened, prompts: str) -> dict[str, str]:
+def original_outputs(opened: ExperimentRun, prompts: str) -> dict[str, str]:
     """The original's annotated outputs on prompts, by decoder, that looks are compared with."""
     return {
         decoder: opened.outputs_of("choice", opened.original, prompts, decoder)
@@ -165,7 +165,7 @@ def original_outputs(opened: Opened, prompts: str) -> dict[str, str]:
 
 
 def search(
-    opened: Opened,
+    opened: ExperimentRun,
     arm: Arm,
     plan: Plan,
     before: Mapping[str, str],
@@ -189,11 +189,11 @@ def search(
 class _Search:
     """Looks so far, what they learned from, and how long their legs took."""
 
-    def __init__(self, opened: Opened, arm: Arm, plan: Plan, before: Mapping[str, str]):
+    def __init__(self, opened: ExperimentRun, arm: Arm, plan: Plan, before: Mapping[str, str]):
         self._opened, self._arm, self._plan, self._before = opened, arm, plan, before
         self._unwanted = {decoder: unwanted_in(file) for decoder, file in before.items()}
-        self._of_rounds = [opened.training_outputs]  # what each round brought
-        self._files = [opened.training_outputs]  # what each round learns from
+        self._of_rounds = [opened.make_training_outputs()]  # what each round brought
+        self._files = [opened.make_training_outputs()]  # what each round learns from
         self._looks: list[Look] = []
         self._seconds_of_training: list[float] = []  # of the leg before each look
         self._last_leg = 0.0

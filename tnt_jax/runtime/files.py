@@ -136,7 +136,7 @@ def check_directory(path: str | os.PathLike, setting: str) -> None:
     Raises:
         UsageError: it cannot; the message names `setting`.
     """
-    if "://" not in os.fspath(path) and (reason := _unwritable(pathlib.Path(path) / "any")):
+    if not is_remote(path) and (reason := _unwritable(pathlib.Path(path) / "any")):
         raise UsageError(
             f"{setting}: expected a directory that can be written, found {path}: {reason}."
         )

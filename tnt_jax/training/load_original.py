@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from tnt_jax import objectives
 from tnt_jax.checkpoints import digests, lazy_arrays, pretrained
 from tnt_jax.data.examples import Example
 from tnt_jax.data.layouts import Place
@@ -22,71 +21,10 @@ from tnt_jax.runtime.array_types import PyTree
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.training import original_cache, settings
 from tnt_jax.training.original_cache import OriginalStates
-from tnt_jax.training.originals import STATES, Original, part_of, without
+from tnt_jax.training.originals import STATES, part_of, without
 from tnt_jax.training.trainer import Trainer, copied
 
 _OF_DECODER = {STATES: original_cache.TARGETS}
-
-
-def kind_of(choice: settings.OriginalChoice, config: NetworkConfig) -> Original:
-    """The kind that the settings name.
-
-    Raises:
-      UsageError: Dropout would change states that are cached.
-    """
-    kind = Original(
-        has_adapters=choice.has_adapters,
-        trained_layers=choice.trained_layers,
-        cached_from=config if choice.is_cached else None,
-    )
-    if kind.begins_above is not None and config.dropout_rate:
-        raise UsageError(
-            f"DROPOUT_RATE: expected 0 with ORIGINAL={choice.kind!r} and TRAINED_LAYERS, because "
-            f"the states that enter the trained layers are cached; found {config.dropout_rate}."
-        )
-    return kind
-
-
-def make_trainer(
-    *,
-    config: NetworkConfig,
-    objective: objectives.TntObjective,
-    original_choice: settings.OriginalChoice,
-    update: settings.Update,
-    devices: Sequence[Any] | None = None,
-) -> Trainer:
-    """Makes the trainer of a run.
-
-    Args:
-      config: Settings of the network.
-      objective: The loss per token.
-      original_choice: Which kind of original the step compares with.
-      update: How an update is computed.
-      devices: Devices of the mesh; None takes all that are here.
-
-    Raises:
-      UsageError: A setting does not fit.
-    """
-    mesh = sharding.make_mesh(update.mesh_shape or sharding.MeshShape(), devices)
-    sharding.check_batch_size(update.batch_size, update.num_microbatches, mesh)
-    if update.pack and config.attention == "cudnn":
-        raise UsageError(
-            "ATTENTION: 'cudnn' cannot tell the examples of a row apart, found PACK=True. Set "
-            "PACK=False, or ATTENTION='xla'."
-        )
-    if original_choice.has_adapters:
-        scale = original_choice.adapter_alpha / original_choice.adapter_rank
-        config = dataclasses.replace(config, adapter_scale=scale)
-    return Trainer(
-        model=Model(config=config, mesh=mesh),
-        objective=objective,
-        optimizer=update.make_optimizer(),
-        num_microbatches=update.num_microbatches,
-        original_kind=kind_of(original_choice, config),
-        adapter_rank=original_choice.adapter_rank,
-        block_size=update.block_size,
-        skip_non_finite=update.non_finite == "skip",
-    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -547,7 +547,7 @@ class _SinceLog:
         """Waits for the devices, and begins anew."""
         sums = jax.device_get(self._pending)
         found = _Elapsed(sums, time.monotonic() - self._began, self._waited)
-        self.__init__()
+        self._pending, self._began, self._waited = [], time.monotonic(), 0.0
         return found
 
 

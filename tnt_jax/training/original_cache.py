@@ -131,7 +131,7 @@ class OriginalStates:
         *,
         like: str = TARGETS,
     ):
-        if "://" in folder:
+        if files.is_remote(folder):
             raise UsageError(
                 f"STATES_DIR: expected a local folder (they are read row by row), found {folder}. "
                 "Where records or MODEL_DIR are in a bucket, set it."

@@ -11,15 +11,11 @@ from typing import Any
 
 import optax
 
-from tnt_jax import objectives
-from tnt_jax.data.examples import Example, num_marks_of
-from tnt_jax.data.layouts import count_lost
 from tnt_jax.models import sharding
 from tnt_jax.models.model import check_seed
 from tnt_jax.runtime import settings_json
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.training import train_step
-from tnt_jax.training.trainer import Trainer
 
 # Where the original's logits come from, and whether adapters are trained.
 ORIGINALS = ("parameters", "cached", "adapters_off", "adapters_cached")
@@ -238,67 +234,4 @@ class Keep:
             raise UsageError(
                 f"KEEP_BEST: expected one of {names}, of the evaluation with eval/ before it; "
                 f"found {self.best!r}."
-            )
-
-    def check_is_measured(
-        self, schedule: Schedule, trainer: Trainer, *, has_evaluation: bool
-    ) -> None:
-        """Raises a UsageError unless `best` is measured whenever a checkpoint is written.
-
-        Args:
-          schedule: After how many updates what is done.
-          trainer: The run's trainer.
-          has_evaluation: Whether there are examples to evaluate.
-        """
-        if self.best is None:
-            return
-        name = self.best.removeprefix("eval/")
-        is_training, objective = name == self.best, trainer.objective
-        names = trainer.measured(is_training=is_training)
-        if name not in names:
-            known = ", ".join(names if is_training else [f"eval/{each}" for each in names])
-            raise UsageError(
-                f"KEEP_BEST: expected what a run with negative_term={objective.negative_term!r}, "
-                f"positive_term={objective.positive_term!r} and "
-                f"ORIGINAL={trainer.original_kind.name!r} measures, one of {known}; found "
-                f"{self.best!r}."
-            )
-        if is_training:
-            return
-        of = schedule
-        if not has_evaluation or of.checkpoint_every % of.eval_every:
-            found = (
-                f"{of.checkpoint_every} and {of.eval_every}"
-                if has_evaluation
-                else ("no EVAL_DATASET")
-            )
-            raise UsageError(
-                f"KEEP_BEST={self.best!r} needs an evaluation before each checkpoint: an "
-                "EVAL_DATASET, and a CHECKPOINT_EVERY that is a multiple of EVAL_EVERY; found "
-                f"{found}."
-            )
-
-    def check_has_marks(
-        self,
-        eval_examples: Sequence[Example],
-        objective: objectives.TntObjective,
-        task_feature_lengths: Mapping[str, int],
-    ) -> None:
-        """Raises a UsageError where `best` is a mean over marks, and the evaluation has none.
-
-        Args:
-          eval_examples: Those of the evaluation.
-          objective: The run's: what it removes everywhere needs no mark.
-          task_feature_lengths: A mark beyond them is none.
-        """
-        best = self.best or ""
-        name = best.removeprefix("eval/")
-        if name == best or train_step.MEAN_OVER[name] != "num_negative":
-            return
-        lost = count_lost(eval_examples, task_feature_lengths).num_marks
-        if not objective.removed_everywhere and num_marks_of(eval_examples).sum() == lost:
-            raise UsageError(
-                f"KEEP_BEST={best!r} is a mean over marked tokens: expected marks in EVAL_DATASET, "
-                f"found none in its {len(eval_examples)} examples within TASK_FEATURE_LENGTHS. "
-                "Annotate them, or set KEEP_BEST='eval/loss'."
             )

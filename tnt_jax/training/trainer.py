@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,8 +12,10 @@ import optax
 from tnt_jax import objectives
 from tnt_jax.models import adapters, sharding
 from tnt_jax.models.model import Forward, Model
+from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime.array_types import PyTree
-from tnt_jax.training import train_step
+from tnt_jax.runtime.errors import UsageError
+from tnt_jax.training import settings, train_step
 from tnt_jax.training.originals import PARAMETERS, STATES, Original
 
 
@@ -261,3 +263,64 @@ def _jit_for_eval(
 def copied(params: PyTree, abstract: PyTree) -> PyTree:
     """New arrays with the dtypes of `abstract`, placed as `params` are."""
     return jax.tree.map(lambda leaf, like: jnp.array(leaf, like.dtype, copy=True), params, abstract)
+
+
+def make_trainer(
+    *,
+    config: NetworkConfig,
+    objective: objectives.TntObjective,
+    original_choice: settings.OriginalChoice,
+    update: settings.Update,
+    devices: Sequence[Any] | None = None,
+) -> Trainer:
+    """Makes the trainer of a run.
+
+    Args:
+      config: Settings of the network.
+      objective: The loss per token.
+      original_choice: Which kind of original the step compares with.
+      update: How an update is computed.
+      devices: Devices of the mesh; None takes all that are here.
+
+    Raises:
+      UsageError: A setting does not fit.
+    """
+    mesh = sharding.make_mesh(update.mesh_shape or sharding.MeshShape(), devices)
+    sharding.check_batch_size(update.batch_size, update.num_microbatches, mesh)
+    if update.pack and config.attention == "cudnn":
+        raise UsageError(
+            "ATTENTION: 'cudnn' cannot tell the examples of a row apart, found PACK=True. Set "
+            "PACK=False, or ATTENTION='xla'."
+        )
+    if original_choice.has_adapters:
+        scale = original_choice.adapter_alpha / original_choice.adapter_rank
+        config = dataclasses.replace(config, adapter_scale=scale)
+    return Trainer(
+        model=Model(config=config, mesh=mesh),
+        objective=objective,
+        optimizer=update.make_optimizer(),
+        num_microbatches=update.num_microbatches,
+        original_kind=_kind_of(original_choice, config),
+        adapter_rank=original_choice.adapter_rank,
+        block_size=update.block_size,
+        skip_non_finite=update.non_finite == "skip",
+    )
+
+
+def _kind_of(choice: settings.OriginalChoice, config: NetworkConfig) -> Original:
+    """The kind that the settings name.
+
+    Raises:
+      UsageError: Dropout would change states that are cached.
+    """
+    kind = Original(
+        has_adapters=choice.has_adapters,
+        trained_layers=choice.trained_layers,
+        cached_from=config if choice.is_cached else None,
+    )
+    if kind.begins_above is not None and config.dropout_rate:
+        raise UsageError(
+            f"DROPOUT_RATE: expected 0 with ORIGINAL={choice.kind!r} and TRAINED_LAYERS, because "
+            f"the states that enter the trained layers are cached; found {config.dropout_rate}."
+        )
+    return kind

@@ -254,7 +254,7 @@ class TensorBoard(_FlushedInTime):
     """
 
     def __init__(self, folder: str, start: int = 0):
-        is_remote = "://" in folder
+        is_remote = files.is_remote(folder)
         # One name for each start of a run, in the order in which TensorBoard reads them.
         name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
         path = epath.Path(folder) / name
@@ -360,7 +360,7 @@ class WeightsAndBiases:
                 resume="allow",
                 name=folder.name,
                 config=dict(config),
-                dir=None if "://" in model_dir else os.fspath(folder),
+                dir=None if files.is_remote(model_dir) else os.fspath(folder),
             )
         except wandb.Error as error:
             said, *_ = str(error).splitlines() or [type(error).__name__]

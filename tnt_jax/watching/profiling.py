@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from tnt_jax.runtime import console, processes
+from tnt_jax.runtime import console, files, processes
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.watching import hooks
 
@@ -72,7 +72,7 @@ class Trace(hooks.Hook):
         with contextlib.ExitStack() as stack:
             local = self._folder
             # The profiler writes to disks alone, and names its file after the host.
-            if "://" in self._folder or processes.count() > 1:
+            if files.is_remote(self._folder) or processes.count() > 1:
                 local = stack.enter_context(tempfile.TemporaryDirectory())
             jax.profiler.start_trace(local)
             try:
