@@ -314,6 +314,16 @@ def test_a_reply_that_is_a_text_has_the_ids_of_the_whole_conversation(kind, sour
     vocabulary.template._renderer.close()
 
 
+def test_a_template_need_not_take_a_question_alone(tmp_path):
+    refusal = "{% if messages|length < 2 %}{{ raise_exception('alone') }}{% endif %}"
+    plain, _ = opened(tmp_path / "plain", "llama2", ZEPHYR)
+    demanding, _ = opened(tmp_path / "demanding", "llama2", refusal + ZEPHYR)
+    with pytest.raises(UsageError, match="alone"):
+        demanding.template.prompt_ids(said("Which place?"))
+    plain, demanding = plain.template, demanding.template
+    assert demanding.encode_reply("a house").ids == plain.encode_reply("a house").ids
+
+
 def test_what_is_marked_in_a_reply_is_what_the_model_would_say(tmp_path):
     """Behind a line break that ends the prompt, no space begins a word."""
     vocabulary, _ = opened(tmp_path, "llama2", ZEPHYR)

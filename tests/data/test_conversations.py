@@ -120,6 +120,7 @@ def test_what_says_nothing_and_what_is_no_templates_is_taken():
     assert (found.messages, found.targets) == (PAIRS, "The Ritz.")
     # A field of that name beside a text is not ours.
     assert record(inputs="a", tools=["saw"]).extra == {"tools": ["saw"]}
+    assert record(messages=[USER, REPLY], tools="[]").targets == REPLY["content"]
 
 
 def test_lines_of_a_file(tmp_path):

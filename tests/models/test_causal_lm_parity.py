@@ -179,8 +179,19 @@ def test_settings_of_published_files_that_mean_nothing(name, changes):
 
 
 @pytest.mark.parametrize(
+    ("name", "key"),
+    [("gemma3_4", "rope_theta"), ("gemma3_4", "rope_local_base_freq"), ("smollm3", "rope_theta")],
+)
+def test_a_rotation_that_is_null_is_that_of_the_family(name, key):
+    settings = without(settings_of(name), "rope_parameters", key)
+    read = functools.partial(huggingface_causal_lm.network_config, where="", is_tied=True)
+    assert read(settings | {key: None}).kinds == read(settings).kinds
+
+
+@pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
+        ("llama", {"rope_parameters": {"rope_theta": None}}, "rope_theta: expected a number"),
         ("gemma2", {"sliding_window_size": 3}, "sliding_window_size: expected sliding_window's"),
         ("llama", {"num_experts": 8}, "found num_experts: they may change"),
         ("llama", {"mlp_bias": True}, "mlp_bias: expected nothing or False, found True"),

@@ -135,6 +135,7 @@ _SETTING_TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("rope_scaling", "rope_parameters"), (dict,)),
     **dict.fromkeys(("rope_theta", "rope_local_base_freq"), (float, int)),
 }
+_THETA = "rope_theta"
 # These would change the function, and are known with these values alone.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (None, False),
@@ -195,6 +196,9 @@ def _network_config(config: Mapping[str, Any], is_tied: bool) -> CausalLMConfig:
     family = _FAMILIES[config["model_type"]]
     _check_known(config, family)
     given = {**family.defaults, **config}
+    for key in (_THETA, "rope_local_base_freq"):  # null is the same as absent
+        if given.get(key) is None:
+            given[key] = family.defaults.get(key, 10_000.0)
     files.check_types(given, _SETTING_TYPES)
     for key in _SIZES:
         if given.get(key) is None:
@@ -338,14 +342,14 @@ def _rope(given: Mapping[str, Any], layer_type: str) -> dict[str, Any]:
     stated = given.get("rope_parameters")
     if stated is None:
         is_local = given["model_type"] == "gemma3_text" and layer_type == "sliding_attention"
-        theta = given["rope_local_base_freq"] if is_local else given.get("rope_theta")
+        theta = given["rope_local_base_freq" if is_local else _THETA]
         scaling = {} if is_local else given.get("rope_scaling") or {}
         stated = {"rope_theta": theta, **scaling}
     elif layer_type in stated:
         stated = stated[layer_type]
     if not isinstance(stated, dict):
         raise UsageError(f"expected settings of the rotation, found {stated!r:.60}.")
-    stated = {key: value for key, value in stated.items() if value is not None}
+    stated = {key: value for key, value in stated.items() if value is not None or key == _THETA}
     kind = stated.get("rope_type", stated.get("type", "default"))
     known = {
         "default": (),
@@ -365,10 +369,9 @@ def _rope(given: Mapping[str, Any], layer_type: str) -> dict[str, Any]:
         )
     if stated.get("partial_rotary_factor") not in _ONLY["partial_rotary_factor"]:
         raise UsageError(f"partial_rotary_factor: expected 1, found {stated!r:.80}.")
-    theta = given.get("rope_theta")
-    stated = {"rope_theta": 10_000.0 if theta is None else theta, **stated}
+    stated = {_THETA: given[_THETA], **stated}
     numbers: dict[str, float] = {}
-    for key in ("rope_theta", *known[kind]):
+    for key in ("rope_theta", *known[str(kind)]):
         value: Any = stated.get(key)
         if type(value) not in (int, float) or not math.isfinite(value):
             raise UsageError(f"{key}: expected a number, found {value!r:.60}.")

@@ -182,7 +182,9 @@ class ChatTemplate:
             space that the template writes before a reply, and between it and its end.
         """
         whole, behind = self._with_reply
-        (prompt,) = self._render([_QUESTION], add_generation_prompt=True)
+        prompt = whole
+        with contextlib.suppress(UsageError):  # not every template takes a question alone
+            (prompt,) = self._render([_QUESTION], add_generation_prompt=True)
         blank = whole.removeprefix(prompt) if whole.startswith(prompt) else ""
         behind, is_ended, _ = behind.partition(str(self._reader.pieces()[self.end_of_turn_id]))
         borders = "|".join(map(re.escape, [*self._reader.control_names, _QUESTION["content"]]))

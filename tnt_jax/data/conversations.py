@@ -12,6 +12,7 @@ _REPLY = "assistant"
 # What TRL hands a template beside roles and contents. We do not: prompts would lack it silently.
 _OF_RECORDS = ("tools", "chat_template_kwargs")
 _OF_MESSAGES = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
+_NOTHING = ("[]", "{}", "null")  # where a table has such a column as JSON
 
 
 def as_record(fields: Mapping[str, Any], where: str) -> Mapping[str, Any]:
@@ -33,7 +34,7 @@ def as_record(fields: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     if fields.get("messages") is None:
         return fields
     for name in _OF_RECORDS:
-        if fields.get(name):
+        if fields.get(name) and fields[name] not in _NOTHING:
             raise UsageError(
                 f"{where}: {name}: expected nothing, for a conversation is its roles and contents, "
                 f"found {_shown(fields[name])}. Leave it out, or give it for all records: "
