@@ -45,8 +45,8 @@ class Certificate:
 
     Attributes:
       model: The network's settings, the same for both, or that they are the original's.
-      original_checkpoint_path: Of the original.
-      checkpoint_path: Of the patched model.
+      original_checkpoint_path: Path of the original.
+      checkpoint_path: Path of the patched model.
       task_feature_lengths: Tokens of "inputs" and "targets".
       batch_size: Records computed together.
       mesh_shape: Devices per mesh axis; None puts all on `data`.

@@ -55,8 +55,8 @@ def report(
       current_records: Annotated outputs of the patched model, for the same ids.
       evaluation: What `tnt_jax.evaluate` wrote about these two. None counts what texts alone tell.
       tokens: What it wrote as TOKENS_OUTPUT.
-      results: Of a sweep, a JSON file `{"rows": [...]}`; `evaluation.results.Shown` has the fields.
-      title: Of the page.
+      results: A sweep's JSON file, `{"rows": [...]}`; `evaluation.results.Shown` has the fields.
+      title: The page's title.
       num_records: The most outputs to show of each arm and decoder: the worst changes, and a fifth
         drawn from the others. If there are more, OUTPUT.outputs.jsonl has all of them.
 
@@ -315,7 +315,7 @@ class _Shown(contextlib.ExitStack):
     """Which outputs are in the page; all of them are in a file, if they are more.
 
     Args:
-      path: Of the file, which appears when this ends, if `write_all` was called.
+      path: The file's path; it appears when this ends, if `write_all` was called.
       num_records: The most outputs of each comparison in the page.
     """
 

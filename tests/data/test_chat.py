@@ -617,7 +617,7 @@ def test_the_digest_is_of_the_tokens_that_the_template_writes_by_name(vocabulary
 
 
 def test_a_template_is_told_more_by_a_setting(tmp_path):
-    """As Qwen 3's, which lets the model think unless it is told."""
+    """Qwen 3's template lets the model think, unless `enable_thinking` is false."""
     thinking, library = opened(tmp_path, "qwen", QWEN_3)
     settled = pretrained.vocabulary(str(tmp_path), chat_template_kwargs={"enable_thinking": False})
     asked = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"

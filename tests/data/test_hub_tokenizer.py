@@ -216,7 +216,7 @@ def test_a_reply_goes_on_with_a_prompt_that_is_a_text(kind, prompt, reply, token
 
 
 def test_a_word_is_parted_from_a_prompt_that_ends_in_a_word(tokenisers):
-    """As a model says it: decoding leaves out the space before what it says."""
+    """A model says the space between them, which decoding leaves out of the reply's text."""
     tokeniser = tokenisers["llama2"]
     for prompt in ("Which place?", ""):
         ids = tokeniser.encode_reply("house", prompt)

@@ -115,17 +115,6 @@ def test_training_fits_on_a_few_screens():
 
 # An entry that begins so says whose an argument is, or where to look, and not what it is.
 SAYS_NOT_WHAT = re.compile(r"(of|as in|likewise)\b", re.IGNORECASE)
-# Modules with such entries of before this rule. None may be added; take out what has none left.
-STILL_SAY_NOT_WHAT = {
-    "data.chat",
-    "data.conversations",
-    "data.hub_tokenizer",
-    "data.marks",
-    "data.tasks",
-    "evaluate",
-    "report",
-    "watching.samples",
-}
 
 
 def documented_entries(module):
@@ -141,9 +130,8 @@ def documented_entries(module):
 @pytest.mark.parametrize("module", MODULES)
 def test_docstrings_say_what_an_argument_is(module):
     """A reader who meets "seed: Of sampling." has to put the sentence together alone."""
-    if module not in STILL_SAY_NOT_WHAT:
-        for name, text in documented_entries(module):
-            assert not SAYS_NOT_WHAT.match(text), f"{module}: say what this is: {name}: {text}"
+    for name, text in documented_entries(module):
+        assert not SAYS_NOT_WHAT.match(text), f"{module}: say what this is: {name}: {text}"
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,7 @@ def _from_hub(path: str) -> epath.Path:
     missing = f"expected a checkpoint or a model directory, found nothing at {path}"
     owner, _, name = path.partition("/")
     is_part = [re.fullmatch(r"\w[\w.-]*", part) is not None for part in (owner, name)]
-    if is_part == [True, False] and not name:
+    if is_part[0] and not name:
         raise UsageError(
             f"{missing}. A model of the Hugging Face hub is named with its owner, such as "
             "google/flan-t5-small."
@@ -393,7 +393,7 @@ def _of_hub_model(
         weights=model.weights,
         step=0,
         run=None,
-        description=_description(folder),
+        description=kind.description(folder),
         output_format=kind.output_format,
         quantisation=quantisation,
     )
@@ -417,13 +417,14 @@ def _open_ours(kind: _Kind, folder: epath.Path, within: tuple[epath.Path, ...]) 
             "the checkpoint again."
         )
     lazy_arrays.check_types(weights)
-    described = _described(folder, weights)
+    config_file = kind.description(folder) / huggingface.CONFIG
+    described = _described(config_file, weights)
     if described is None and beside is not None:
         described = beside.config
     if described is None and not any(name.startswith("encoder/") for name in weights):
         raise UsageError(
-            f"{folder}: expected {_description(folder) / huggingface.CONFIG}, which says what a "
-            "decoder-only model computes, found none. Copy the whole model directory."
+            f"{folder}: expected {config_file}, which says what a decoder-only model computes, "
+            "found none. Copy the whole model directory."
         )
     return _of_checkpoint(
         kind,
@@ -462,7 +463,8 @@ def _of_t5x(
     item: _OrbaxItem | None = None,
 ) -> Pretrained:
     lazy_arrays.check_types(weights)
-    described, scan_layers = _described(folder, weights), False
+    described = _described(kind.description(folder) / huggingface.CONFIG, weights)
+    scan_layers = False
     if t5x.is_scalable(weights):
         scan_layers, item = t5x.is_scanned(weights), None
         share_biases = not getattr(described, "relpos_bias_per_layer", False)
@@ -479,14 +481,14 @@ def _of_t5x(
     )
 
 
-def _described(folder: epath.Path, weights: Mapping[str, LazyArray]) -> NetworkConfig | None:
+def _described(config_file: epath.Path, weights: Mapping[str, LazyArray]) -> NetworkConfig | None:
     """The network of the `config.json` that lies beside a checkpoint, if one does."""
-    path = _description(folder) / huggingface.CONFIG
-    if not path.exists():
+    if not config_file.exists():
         return None
-    is_tied = "decoder/logits_dense/kernel" not in weights
     return huggingface.network_config(
-        huggingface.read_config(path.parent), str(path), is_tied=is_tied
+        huggingface.read_config(config_file.parent),
+        str(config_file),
+        is_tied="decoder/logits_dense/kernel" not in weights,
     )
 
 
@@ -499,7 +501,7 @@ def _of_checkpoint(
 ) -> Pretrained:
     """A checkpoint of ours or of T5X's, whose network is `described` or found by its weights."""
     config = described or t5x.infer_config(weights, str(folder))
-    description = _description(folder)
+    description = kind.description(folder)
     huggingface.check_depth(config, len(weights), str(description / huggingface.CONFIG))
     return Pretrained(
         kind=kind.name,

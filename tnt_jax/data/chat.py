@@ -58,7 +58,7 @@ class _WithMoreControl(hub_tokenizer.HubTokenizer):
     """A tokeniser with control tokens beside those of its file.
 
     Attributes:
-        names: of these further ones.
+        names: how the further ones are written.
     """
 
     names: frozenset[str]
@@ -77,8 +77,8 @@ class ChatTemplate:
 
     Attributes:
         source: the template, in jinja2's language.
-        tokeniser: of the model; its control tokens, and `more_control_names`, are those that the
-            template writes.
+        tokeniser: the model's tokeniser; the template may write its control tokens, and
+            `more_control_names`.
         where: it comes from, for messages.
         date: what a template that writes today's date writes, as YYYY-MM-DD, so that a prompt has
             the same ids tomorrow; None is today.
@@ -298,11 +298,11 @@ class ChatTokenizer(hub_tokenizer.HubTokenizer):
     """The tokeniser of a chat model: prompts are conversations, and a text is what a user says.
 
     Attributes:
-        folder: as in `HubTokenizer`.
+        folder: the folder with the tokenizer's files.
         source: the chat template, in jinja2's language.
         where: it comes from, for messages.
-        date: as in `ChatTemplate`.
-        kwargs: as in `ChatTemplate`.
+        date: what a template that writes today's date writes, as YYYY-MM-DD; None is today.
+        kwargs: further variables for the template, as a JSON object.
     """
 
     source: str
@@ -417,7 +417,7 @@ def of_directory(
 
     Args:
         folder: with `chat_template.jinja`, else with `chat_template` in `tokenizer_config.json`.
-        tokeniser: of the model.
+        tokeniser: the model's tokeniser.
         name: which one, where there are several.
 
     Raises:

@@ -10,7 +10,8 @@ from tnt_jax.runtime.errors import UsageError
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _REPLY = "assistant"
 # What TRL hands a template beside roles and contents. We do not: prompts would lack it silently.
-_OF_RECORDS = ("tools", "chat_template_kwargs")
+# Of a record's fields, the setting that says the same for all records.
+_OF_RECORDS = {"tools": '{"tools": [...]}', "chat_template_kwargs": "{...}"}
 _OF_MESSAGES = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
 _NOTHING = ("[]", "{}", "null")  # where a table has such a column as JSON
 
@@ -19,7 +20,7 @@ def as_record(fields: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     """The fields of an object as a record has them, whichever form they came in.
 
     Args:
-        fields: of the object; with `inputs`, with `messages`, or with TRL's `prompt`.
+        fields: those of the object, with `inputs`, with `messages`, or with TRL's `prompt`.
         where: its place, for messages.
 
     Raises:
@@ -33,12 +34,12 @@ def as_record(fields: Mapping[str, Any], where: str) -> Mapping[str, Any]:
         return fields
     if fields.get("messages") is None:
         return fields
-    for name in _OF_RECORDS:
+    for name, for_all in _OF_RECORDS.items():
         if fields.get(name) and fields[name] not in _NOTHING:
             raise UsageError(
                 f"{where}: {name}: expected nothing, for a conversation is its roles and contents, "
                 f"found {_shown(fields[name])}. Leave it out, or give it for all records: "
-                f"CHAT_TEMPLATE_KWARGS={_for_all(name)}."
+                f"CHAT_TEMPLATE_KWARGS={for_all}."
             )
     messages = _checked(fields["messages"], f"{where}: messages")
     reply = None
@@ -61,11 +62,6 @@ def as_record(fields: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     if fields.get("inputs") is None:
         fields = {**fields, "inputs": text_of(messages)}
     return fields
-
-
-def _for_all(name: str) -> str:
-    """How a setting says for all records what one of `_OF_RECORDS` says for one."""
-    return '{"tools": [...]}' if name == "tools" else "{...}"
 
 
 def _from_pair(fields: Mapping[str, Any], where: str) -> dict[str, Any]:

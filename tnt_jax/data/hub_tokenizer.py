@@ -211,7 +211,7 @@ class HubTokenizer(Tokeniser):
                 are left out.
             text: in which such names are text.
             blank: white space before the text, whose tokens are the text's.
-            behind: likewise after it.
+            behind: white space after the text, whose tokens are the text's, too.
         """
         before = self._hidden(before)
         own = self.encode(before)
@@ -240,7 +240,7 @@ class HubTokenizer(Tokeniser):
         """The ids and extents of a text that is a part of what was encoded.
 
         Args:
-            encoding: of all that was encoded.
+            encoding: what the package made of all that was encoded.
             text: the part.
             start: the character at which the part begins.
             num_before: the number of tokens before those of the part.
@@ -518,15 +518,15 @@ class _Loaded(NamedTuple):
         composes: whether characters are composed (NFC) before they are looked up.
         strips: whether decoding leaves out the first space of a text.
         size: one more than the largest id.
-        names: of all tokens by their ids, as the file has them.
+        names: the name of every token by its id, as the file has it.
         hidden: by the name of each control token the one that no text holds.
-        text_names: of the added tokens that are no control tokens.
+        text_names: the names of the added tokens that are no control tokens.
         silent_ids: control tokens, ends among them.
         end_ids: that end an output, in the order in which they are stated.
         end_id: that is written after a text.
         before_text: ids that are put before a text (BOS).
         is_bos_of_setting: whether the file by itself would put other ids there.
-        unknown_id: of the unknown token, if there is one.
+        unknown_id: the id of the unknown token, if there is one.
     """
 
     beginning: tokenizers.Tokenizer

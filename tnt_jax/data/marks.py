@@ -34,10 +34,10 @@ def examples_from_records(
 
     Args:
         rows: the records.
-        vocabulary: of inputs and targets.
-        where: they come from, for the warning.
-        marks: as in `datasets.RecordFiles`.
-        loss_until: as in `datasets.RecordFiles`.
+        vocabulary: the tokeniser of inputs and targets.
+        where: the file that they come from, for the warning.
+        marks: what of a span counts as marked; see `datasets.RecordFiles`.
+        loss_until: where the loss of a marked target ends; see `datasets.RecordFiles`.
 
     Raises:
         UsageError: a record does not fit the vocabulary (`mark_tokens`).
@@ -292,7 +292,7 @@ def pieces(record: records.Record, vocabulary: Tokeniser) -> list[str]:
     shares its character with a token before it, gets an empty one.
 
     Raises:
-        UsageError: as `mark_tokens`.
+        UsageError: ids and text do not belong together; see `mark_tokens`.
     """
     _, extents = ids_and_extents(record, vocabulary)
     ends = list(itertools.accumulate((end for _, end in extents), max))
@@ -322,7 +322,7 @@ def alternative_token_ids(
     unknown token is never removed, for it stands for much else.
 
     Args:
-        vocabulary: of the targets.
+        vocabulary: the tokeniser of the targets.
         target_ids: the generated ids.
         span: (start, end) in the text of `target_ids`.
         alternatives: texts that would be just as wrong in the place of the span.
@@ -395,7 +395,7 @@ class _First(NamedTuple):
     """The token with which a text departs from what was generated.
 
     Attributes:
-        id: of the token.
+        id: the token's id.
         is_after_space: whether it comes after a lone "▁" that was generated, too.
         reaches: whether it spells some of the text, rather than what stands before it alone.
         is_whole: whether it spells all of it.

@@ -124,14 +124,14 @@ def tokenize_and_mark(
     For other marks than whole spans: `functools.partial(tokenize_and_mark, marks=...)`.
 
     Args:
-        dataset: of `inputs` and `targets` (strings) and, where there are any, `id` (string),
+        dataset: rows with `inputs` and `targets` (strings) and, where there are any, `id` (string),
             `target_ids` `[T]` (empty means not known), `negative_spans` `[N, 2]` and
             `negative_token_ids` `[N, 2]` rows (position, id), and the strengths of both, `[N]`, as
             `negative_span_strengths` and `negative_token_strengths` (empty means 1). Other fields
             stay.
-        output_features: of the task.
-        marks: as in `datasets.RecordFiles`.
-        loss_until: as in `datasets.RecordFiles`.
+        output_features: the task's features, which have its vocabularies.
+        marks: what of a span counts as marked; see `datasets.RecordFiles`.
+        loss_until: where the loss of a marked target ends; see `datasets.RecordFiles`.
 
     Returns:
         A data set of `inputs`, `targets` and `negative_ids` (token ids, EOS included),
@@ -261,12 +261,12 @@ def record_task(
     """Registers files of records as a seqio task.
 
     Args:
-        name: of the task.
+        name: the task's name.
         files: a JSONL file, or a glob pattern, for each split.
-        vocabulary: of inputs and targets.
+        vocabulary: the tokeniser of inputs and targets.
         annotated: whether a record that nobody annotated is an error.
-        marks: as in `datasets.RecordFiles`.
-        loss_until: as in `datasets.RecordFiles`.
+        marks: what of a span counts as marked; see `datasets.RecordFiles`.
+        loss_until: where the loss of a marked target ends; see `datasets.RecordFiles`.
     """
     shapes = {
         "id": tf.TensorSpec([], tf.string),
@@ -458,7 +458,7 @@ class SeqioDataset:
     """A data set that is a registered seqio task or mixture.
 
     Attributes:
-        mixture_or_task_name: of the task.
+        mixture_or_task_name: the name of the task or mixture.
         split: such as "train".
         mixture_or_task_module: imported first, so that it can register the task.
         vocabulary_override: a tokeniser or seqio vocabulary to use instead of the task's own; None

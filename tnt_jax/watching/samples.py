@@ -28,7 +28,7 @@ class Prompt:
     """What is asked each time.
 
     Attributes:
-      id: Of the record or example.
+      id: The id of the record or example.
       inputs: Token ids, EOS included.
     """
 
@@ -71,7 +71,7 @@ class Speaker:
 
     Attributes:
       model: The network.
-      vocabulary: Of inputs and outputs.
+      vocabulary: The tokeniser of inputs and outputs.
       prompts: At least one.
       decoder: How to choose the tokens.
       longest_input: Tokens; longer inputs are cut.
