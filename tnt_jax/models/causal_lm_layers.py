@@ -119,20 +119,20 @@ class Attention(nn.Module):
         logits = []
         for (keys, _), mask in seen:
             asked = jnp.einsum(
-                "bnhgqd,bhkd->bnhgqk",
-                queries.reshape(len(keys), -1, *queries.shape[1:]),
+                "bhrd,bhkd->bhrk",
+                _by_keys(queries, len(keys)),
                 keys,
                 preferred_element_type=jnp.float32,
             )
             capped = cap(asked * c.logit_scale, c.attention_softcap)
-            masked = jnp.where(mask[:, None], capped, _MASKED_LOGIT)
-            logits.append(masked.reshape(*queries.shape[:-1], -1))
+            of_rows = jnp.repeat(mask, len(queries) // len(keys), axis=0)
+            logits.append(jnp.where(of_rows, _by_rows(capped, queries.shape), _MASKED_LOGIT))
         weights = jax.nn.softmax(jnp.concatenate(logits, axis=-1)).astype(c.dtype)
         ends = np.cumsum([part.shape[-1] for part in logits])[:-1]
         mixed: Any = 0
         for ((_, values), _), part in zip(seen, jnp.split(weights, ends, axis=-1), strict=True):
-            of_rows = part.reshape(len(values), -1, *part.shape[1:])
-            mixed += jnp.einsum("bnhgqk,bhkd->bnhgqd", of_rows, values).reshape(queries.shape)
+            of_keys = jnp.einsum("bhrk,bhkd->bhrd", _by_keys(part, len(values)), values)
+            mixed += _by_rows(of_keys, queries.shape)
         return self._out(mixed)
 
     def by_kernel(
@@ -161,6 +161,23 @@ class Attention(nn.Module):
         mixed = mixed.reshape(len(mixed), self.config.num_heads, *mixed.shape[3:])
         mixed = sharding.constrain(mixed, "batch", "heads", "length", "width")
         return self.out(mixed.swapaxes(1, 2).reshape(len(mixed), mixed.shape[2], -1))
+
+
+def _by_keys(x: Float[Array, "N H G Q K"], num_rows: int) -> Float[Array, "B H R K"]:
+    """Puts all that ask the same keys, of `num_rows` rows, under each other.
+
+    A product has two batch axes and one of rows then: with more axes of rows XLA takes, on a CPU,
+    the operands the other way round, and a step of decoding 1.3 times as long.
+    """
+    x = x.reshape(num_rows, -1, *x.shape[1:]).swapaxes(1, 2)
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])
+
+
+def _by_rows(x: Float[Array, "B H R K"], shape: Sequence[int]) -> Float[Array, "N H G Q K"]:
+    """Undoes `_by_keys`, for queries of a shape `[N, H, G, Q, _]`."""
+    num_rows, num_heads, *of_head, _ = shape
+    apart = x.reshape(len(x), num_heads, num_rows // len(x), *of_head, x.shape[-1])
+    return apart.swapaxes(1, 2).reshape(num_rows, num_heads, *of_head, x.shape[-1])
 
 
 def _check_heads(config: CausalLMConfig) -> None:
