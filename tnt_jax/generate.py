@@ -164,6 +164,10 @@ def generate(
         # Once, and not for every batch.
         on_devices = jax.device_put(masks.tables, sharding.replicated(opened.model.mesh))
         masks = dataclasses.replace(masks, tables=on_devices)
+    layout = opened.model.network.feature_layout
+    num_shared = decoding.num_shared_by(
+        layout.cut_input(np.asarray(ids), longest).tolist() for ids in inputs
+    )
     batches = _plan([len(ids) for ids in inputs], batch_size, longest)
 
     def start(batch: _Batch) -> decoding.Decoded:
@@ -172,7 +176,14 @@ def generate(
         of_batch = None if masks is None else masks.of_batch(batch.indices)
         keys = decoding.record_keys(seed, ids) if decoder.temperature else None
         return opened.model.decode(
-            params, tokens, batch.width, decoder, batch_size, row_keys=keys, mask=of_batch
+            params,
+            tokens,
+            batch.width,
+            decoder,
+            batch_size,
+            row_keys=keys,
+            mask=of_batch,
+            num_shared=num_shared,
         )
 
     sizes = output_parts.sizes(len(batches), math.ceil(_OUTPUTS_PER_PART / batch_size))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -200,7 +201,7 @@ def test_settings_that_no_network_has(changes, message):
 # --- Decoding -------------------------------------------------------------------------------------
 
 
-def decoded(config, params, prompts, **settings):
+def decoded(config, params, prompts, num_shared=0, **settings):
     tokens = np.zeros((len(prompts), 9), np.int32)
     for row, ids in zip(tokens, prompts, strict=True):
         row[: len(ids)] = ids
@@ -214,6 +215,7 @@ def decoded(config, params, prompts, **settings):
         keys,
         config=config,
         decoding=decoding.Decoding(**settings),
+        num_shared=num_shared,
     )
 
 
@@ -240,6 +242,54 @@ def test_a_prompt_among_others_says_what_it_says_alone(settings):
         np.testing.assert_array_equal(together.tokens[row], alone.tokens[0])
         np.testing.assert_allclose(together.log_prob[row], alone.log_prob[0], atol=1e-4)
     assert not together.tokens[-1].any()  # filler
+
+
+@pytest.mark.parametrize(
+    ("config", "settings"),
+    [(LLAMA, {}), (POST, {}), (MIXED, {"temperature": 1.0}), (MIXED, {"num_beams": 3})],
+)
+def test_what_all_prompts_begin_with_is_read_once(config, settings):
+    params = t5_inputs.random_params(config)
+    beginning = examples(((5, 1),), seed=1)[0].inputs
+    prompts = [[*beginning, *row.inputs[:4]] for row in examples()]
+    apart = decoded(config, params, prompts, **settings)
+    found = decoded(config, params, [*prompts, []], num_shared=5, **settings)
+    np.testing.assert_array_equal(found.tokens[:-1], apart.tokens)
+    np.testing.assert_allclose(found.log_prob[:-1], apart.log_prob, atol=1e-4)
+    assert not found.tokens[-1].any()  # filler
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_devices_that_share_a_batch_each_read_what_its_prompts_begin_with(num_beams):
+    prompts = [[7, 8, 9, 10, *row.inputs[:4].tolist()] for row in examples()]
+    settings = decoding.Decoding(max_length=LENGTHS["targets"], num_beams=num_beams)
+    found = []
+    for shape, num_shared in (((1, 1, 1), 0), ((4, 1, 2), 4)):
+        mesh = sharding.make_mesh(
+            sharding.MeshShape(data=shape[0], fsdp=shape[1], model=shape[2]),
+            jax.devices()[: math.prod(shape)],
+        )
+        of_mesh = Model(config=MIXED, mesh=mesh)
+        params = of_mesh.init(0)
+        found.append(of_mesh.decode(params, prompts, 9, settings, 8, num_shared=num_shared))
+    np.testing.assert_array_equal(found[0].tokens, found[1].tokens)
+    np.testing.assert_allclose(found[0].log_prob, found[1].log_prob, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "expected"),
+    [
+        ([], 0),
+        ([range(20)], 16),  # one token at least is its own
+        ([range(17), range(30)], 16),
+        ([range(16), range(30)], 8),
+        ([[*range(9), 1], [*range(9), 2, 3]], 8),
+        ([[*range(20), 1], [*range(20), 2], [5, *range(20)]], 0),
+        ([range(20), []], 0),
+    ],
+)
+def test_what_inputs_have_in_common(inputs, expected):
+    assert decoding.num_shared_by(inputs) == expected
 
 
 def test_beams_score_what_they_say():

@@ -8,6 +8,7 @@ Axes: B rows, L positions of prompt and response, R of responses, S of prompts, 
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -18,7 +19,7 @@ from flax import linen as nn
 from tnt_jax.data.layouts import CAUSAL, FeatureLayout
 from tnt_jax.models import sharded_embedding, sharding
 from tnt_jax.models.causal_lm_config import CausalLMConfig
-from tnt_jax.models.causal_lm_layers import Decoder, Sources
+from tnt_jax.models.causal_lm_layers import Decoder, Sources, num_places
 from tnt_jax.models.factored_logits import FactoredLogits, multiply
 from tnt_jax.models.layers import Cache
 from tnt_jax.models.linen_network import LinenNetwork
@@ -30,11 +31,12 @@ class Memory(NamedTuple):
     """What every decoding step reads and none changes.
 
     Attributes:
-      prompts: Keys and values of the prompts, of each layer.
+      prompts: Keys and values of the prompts, of each layer, by consecutive parts: what all prompts
+        begin with, if they do, in one row for all, and what is each prompt's own.
       last: Where each prompt's last token stands.
     """
 
-    prompts: Cache
+    prompts: tuple[Cache, ...]
     last: Int[Array, "B"]
 
 
@@ -85,11 +87,17 @@ class Transformer(nn.Module):
             self.decoder.logits_dense(x)  # so that it has parameters
         return x
 
-    def prefill(self, tokens: Int[Array, "B S"], lengths: Int[Array, "B"]) -> Cache:
-        """Keys and values of prompts at the left of their rows."""
-        places = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+    def prefill(
+        self,
+        tokens: Int[Array, "B S"],
+        lengths: Int[Array, "B"],
+        beginning: Cache | None = None,
+    ) -> Cache:
+        """Keys and values of prompts at the left of their rows, after what all begin with."""
+        num_before = 0 if beginning is None else num_places(beginning)
+        places = jnp.broadcast_to(num_before + jnp.arange(tokens.shape[1])[None], tokens.shape)
         is_token = (places < lengths[:, None]).astype(jnp.int32)
-        return self.decoder.prefill(self._embed(tokens), Sources(is_token, places))
+        return self.decoder.prefill(self._embed(tokens), Sources(is_token, places), beginning)
 
     def step(
         self, tokens: Int[Array, "N"], step: Int[Array, ""], cache: Cache, memory: Memory
@@ -187,19 +195,27 @@ class CausalLM(LinenNetwork):
         *,
         num_beams: int,
         max_length: int,
+        num_shared: int = 0,
     ) -> DecodingStart:
         """Reads the prompts; the first step begins with the last token of each.
 
-        A prompt's keys and values are kept once, for all of its beams.
+        A prompt's keys and values are kept once, for all of its beams; those of what all prompts
+        begin with once for each part of the batch, which devices compute for themselves.
         """
         c = self.config
-        prompts = Transformer(c).apply({"params": params}, input_tokens, lengths, method="prefill")
+        prefill = functools.partial(Transformer(c).apply, {"params": params}, method="prefill")
+        beginning = None
+        if num_shared:
+            shape = sharding.num_parts("batch"), num_shared
+            tokens = jnp.broadcast_to(input_tokens[:1, :num_shared], shape)
+            beginning = cast(Cache, prefill(tokens, jnp.full(len(tokens), num_shared)))
+        own = cast(Cache, prefill(input_tokens[:, num_shared:], lengths, beginning))
         last = jnp.maximum(lengths - 1, 0)
         tokens = jnp.take_along_axis(input_tokens, last[:, None], axis=1)[:, 0]
         num_rows = len(input_tokens) * num_beams
         zeros = jnp.zeros((num_rows, c.num_kv_heads, max_length, c.head_dim), c.dtype)
         cache = tuple((zeros, zeros) for _ in range(c.num_layers))
-        memory = Memory(cast(Cache, prompts), last)
+        memory = Memory((own,) if beginning is None else (beginning, own), last)
         return DecodingStart(jnp.repeat(tokens, num_beams), cache, memory)
 
     def decode_step(

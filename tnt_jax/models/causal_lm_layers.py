@@ -112,8 +112,8 @@ class Attention(nn.Module):
     ) -> Float[Array, "B Q E"]:
         """Attends to all that is seen, with one softmax; logits and weights are of float32.
 
-        Where there are more rows of queries than of keys (beams), those of one row of keys are next
-        to each other, and share it.
+        Where there are more rows of queries than of keys or masks (beams, prompts that begin
+        alike), those of one row are next to each other, and share it.
         """
         c = self.config
         logits = []
@@ -125,7 +125,7 @@ class Attention(nn.Module):
                 preferred_element_type=jnp.float32,
             )
             capped = cap(asked * c.logit_scale, c.attention_softcap)
-            of_rows = jnp.repeat(mask, len(queries) // len(keys), axis=0)
+            of_rows = jnp.repeat(mask, len(queries) // len(mask), axis=0)
             logits.append(jnp.where(of_rows, _by_rows(capped, queries.shape), _MASKED_LOGIT))
         weights = jax.nn.softmax(jnp.concatenate(logits, axis=-1)).astype(c.dtype)
         ends = np.cumsum([part.shape[-1] for part in logits])[:-1]
@@ -161,6 +161,11 @@ class Attention(nn.Module):
         mixed = mixed.reshape(len(mixed), self.config.num_heads, *mixed.shape[3:])
         mixed = sharding.constrain(mixed, "batch", "heads", "length", "width")
         return self.out(mixed.swapaxes(1, 2).reshape(len(mixed), mixed.shape[2], -1))
+
+
+def num_places(cache: Cache) -> int:
+    """Positions that keys and values are of."""
+    return cache[0][0].shape[2]
 
 
 def _by_keys(x: Float[Array, "N H G Q K"], num_rows: int) -> Float[Array, "B H R K"]:
@@ -283,19 +288,35 @@ class Decoder(nn.Module):
         x = layers.run_layers(chosen, c.num_layers, c, x, call, (kinds,))
         return self.decoder_norm(x) if stop is None else x
 
-    def prefill(self, x: Float[Array, "B S E"], sources: Sources) -> Cache:
-        """Keys and values of each layer for whole prompts; layers are apart."""
+    def prefill(
+        self, x: Float[Array, "B S E"], sources: Sources, beginning: Cache | None = None
+    ) -> Cache:
+        """Keys and values of each layer for prompts, in one row each; layers are apart.
+
+        Args:
+          x: Embedded tokens.
+          sources: Their examples and positions.
+          beginning: Keys and values of what all prompts begin with, before `x`.
+        """
         c = self.config
         found = []
-        for layer, kind in zip(self.layers, c.kind_of_layers.tolist(), strict=True):
-            speeds = jnp.asarray(self.speeds[kind])
-            mask = whole_rows.mask(*sources, jnp.asarray(self.windows[kind]))
+        for number, (layer, kind) in enumerate(
+            zip(self.layers, c.kind_of_layers.tolist(), strict=True)
+        ):
+            speeds, window = jnp.asarray(self.speeds[kind]), jnp.asarray(self.windows[kind])
+            mask = whole_rows.mask(*sources, window)
+            seen = []
+            if beginning is not None:
+                back = sources.positions[:, :, None] - jnp.arange(num_places(beginning))[None, None]
+                seen = [Seen(beginning[number], (back < window)[:, None, None])]
 
-            def attend(attention: Attention, y: Array, speeds=speeds, mask=mask) -> Array:
+            def attend(
+                attention: Attention, y: Array, speeds=speeds, mask=mask, seen=seen
+            ) -> Array:
                 keys_values = attention.keys_values(y, sources.positions, speeds)
                 found.append(keys_values)
                 queries = attention.queries(y, sources.positions, speeds)
-                return attention(queries, [Seen(keys_values, mask)])
+                return attention(queries, [*seen, Seen(keys_values, mask)])
 
             x = layer(x, attend, deterministic=True)
         return tuple(found)
@@ -306,7 +327,7 @@ class Decoder(nn.Module):
         *,
         step: Int[Array, ""],
         last: Int[Array, "B"],
-        prompts: Cache,
+        prompts: Sequence[Cache],
         cache: Cache,
     ) -> tuple[Float[Array, "N 1 E"], Cache]:
         """One position of every row; layers are apart.
@@ -315,24 +336,29 @@ class Decoder(nn.Module):
           x: Embedded tokens.
           step: Its number, and its place in the cache.
           last: Where each prompt's last token stands, which is what step 0 reads.
-          prompts: Keys and values of the prompts; those before the last token are seen.
+          prompts: Keys and values of the prompts, by consecutive parts; what is before the last
+            token is seen.
           cache: Keys and values of the steps before.
 
         Returns:
           Normalised states, and the cache with this position added.
         """
-        num_prompts, num_slots = prompts[0][0].shape[2], cache[0][0].shape[2]
         positions = jnp.repeat(last, len(x) // len(last))[:, None] + step
-        # Of each row of prompts: how far back its places, and those of the cache, lie.
-        back = (last[:, None] + step) - jnp.arange(num_prompts)[None]
-        is_prompt = jnp.arange(num_prompts)[None] < last[:, None]
-        since = step - jnp.arange(num_slots)
+        # Of each prompt: how far back its places, and those of the cache, lie.
+        sizes = [num_places(part) for part in prompts]
+        places = jnp.split(jnp.arange(sum(sizes))[None], np.cumsum(sizes)[:-1], axis=1)
+        back = [(last[:, None] + step) - of_part for of_part in places]
+        is_prompt = [of_part < last[:, None] for of_part in places]
+        since = step - jnp.arange(num_places(cache))
         kept = []
         for number, (layer, kind) in enumerate(
             zip(self.layers, self.config.kind_of_layers.tolist(), strict=True)
         ):
             speeds, window = jnp.asarray(self.speeds[kind]), int(self.windows[kind])
-            of_prompt = (is_prompt & (back < window))[:, None, None, None]
+            of_prompts = [
+                Seen(part[number], (is_there & (far < window))[:, None, None, None])
+                for part, is_there, far in zip(prompts, is_prompt, back, strict=True)
+            ]
             of_cache = ((since >= 0) & (since < window))[None, None, None, None]
 
             def attend(
@@ -340,7 +366,7 @@ class Decoder(nn.Module):
                 y: Array,
                 number=number,
                 speeds=speeds,
-                of_prompt=of_prompt,
+                of_prompts=of_prompts,
                 of_cache=of_cache,
             ) -> Array:
                 new = attention.keys_values(y, positions, speeds)
@@ -350,8 +376,7 @@ class Decoder(nn.Module):
                 of_steps = (write(cache[number][0], new[0]), write(cache[number][1], new[1]))
                 kept.append(of_steps)
                 queries = attention.queries(y, positions, speeds)
-                seen = [Seen(prompts[number], of_prompt), Seen(of_steps, of_cache)]
-                return attention(queries, seen)
+                return attention(queries, [*of_prompts, Seen(of_steps, of_cache)])
 
             x = layer(x, attend, deterministic=True)
         return self.decoder_norm(x), tuple(kept)

@@ -108,6 +108,7 @@ class Model:
         row_keys: jax.Array | None = None,
         mask: decoding.Mask | None = None,
         prefixes: np.ndarray | None = None,
+        num_shared: int = 0,
     ) -> decoding.Decoded:
         """Has the devices begin with a batch of outputs, and does not wait for it.
 
@@ -121,6 +122,7 @@ class Model:
           mask: What must not come up in each output.
           prefixes: How each output begins: token ids, filled up with -1 on the right
             (`decoding.decode`).
+          num_shared: Tokens with which all inputs begin, as `decoding.num_shared_by` finds them.
         """
         num_fill = batch_size - len(inputs)
         lengths = [min(len(ids), width) for ids in inputs]
@@ -147,6 +149,7 @@ class Model:
                 placed.get("prefixes"),
                 config=self.config,
                 decoding=decoder,
+                num_shared=num_shared,
             )
 
     def init(self, seed: int) -> PyTree:

@@ -141,6 +141,7 @@ class Network(Protocol):
         *,
         num_beams: int,
         max_length: int,
+        num_shared: int = 0,
     ) -> DecodingStart:
         """Computes, once, what every `decode_step` reads of the inputs.
 
@@ -153,6 +154,8 @@ class Network(Protocol):
           lengths: Number of ids of each input, 0 for a row that is filler.
           num_beams: Outputs of each input that are decoded, next to each other among the N rows.
           max_length: Steps that the cache has room for.
+          num_shared: Ids that all inputs begin with alike, and have more than, but for filler: what
+            they say may be computed once.
         """
         ...
 

@@ -119,6 +119,12 @@ def free_axes() -> dict[str, int]:
     return {axis: size for axis, size in automatic_axes().items() if size > 1}
 
 
+def num_parts(logical_axis: str) -> int:
+    """The number of parts that an axis of an activation lies in, on the mesh that is in use."""
+    free = free_axes()
+    return math.prod(free.get(axis, 1) for axis in AXIS_RULES[logical_axis])
+
+
 def constrain(x: Array, *logical_axes: str) -> Array:
     """Says how an activation lies, by `AXIS_RULES`, on the mesh that is in use.
 

@@ -349,6 +349,7 @@ class T5(LinenNetwork):
         *,
         num_beams: int,
         max_length: int,
+        num_shared: int = 0,  # an encoder looks ahead: no states of two inputs are the same
     ) -> DecodingStart:
         """Runs the encoder; the decoder begins with id 0 and an empty cache."""
         c = self.config
