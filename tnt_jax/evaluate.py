@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from tnt_jax import objectives
-from tnt_jax.checkpoints import opened_model, pretrained
+from tnt_jax.checkpoints import digests, opened_model, pretrained
 from tnt_jax.data import marks, records, removed_everywhere, tokenization
 from tnt_jax.data.batches import batch_for_eval
 from tnt_jax.data.examples import Example, count_graded
@@ -31,7 +31,8 @@ from tnt_jax.models import sharding
 from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime import console, files, holding, memory, operative_config, program
 from tnt_jax.runtime.errors import UsageError
-from tnt_jax.training import originals, train_step
+from tnt_jax.training import load_original, originals, train_step
+from tnt_jax.training.original_cache import OriginalStates
 from tnt_jax.training.trainer import jit_token_step
 
 # Of each token, in nats: the divergence from what is desired there (from the original itself where
@@ -52,6 +53,8 @@ class Certificate:
       mesh_shape: Devices per mesh axis; None puts all on `data`.
       choice_share: The share of the prompts that settings were chosen on, which are left out
         (`results.are_for_choice`).
+      states_dir: A folder for what is the same for every patched model: the original's states, and
+        those below the layers that differ. None computes them every time.
     """
 
     model: NetworkConfig | pretrained.FromCheckpoint
@@ -61,6 +64,7 @@ class Certificate:
     batch_size: int = 32
     mesh_shape: sharding.MeshShape | None = None
     choice_share: float = dataclasses.field(default=0.0, metadata={"omit_default": True})
+    states_dir: str | None = dataclasses.field(default=None, metadata={"omit_default": True})
 
     def __post_init__(self):
         if not 0 <= self.choice_share < 1:
@@ -223,8 +227,22 @@ def _certificate(
     # Of the objective only the loss depends, and the loss is not reported: forward KL splits
     # exactly into residual and collateral.
     objective = objectives.TntObjective(negative_term="forward_kl", positive_term="forward_kl")
-    step = jit_token_step(compared, objective, kind)
     examples = marks.examples_from_records(rows, vocabulary, "the original's outputs")
+    states: Mapping[str, OriginalStates] = {}
+    if settings.states_dir is not None:
+        kind = dataclasses.replace(kind, cached_from=compared.config)
+        states = load_original.states_of(
+            compared,
+            original_params,
+            [examples],
+            features=kind.features(needs_original=True),
+            trained_layers=kind.trained_layers,
+            digest=digests.of_params(original_params),
+            states_folder=settings.states_dir,
+            task_feature_lengths=settings.task_feature_lengths,
+            batch_size=settings.batch_size,
+        )
+    step = jit_token_step(compared, objective, kind)
     counts = _counts(examples, settings.task_feature_lengths)
     batches = batch_for_eval(
         examples,
@@ -238,13 +256,19 @@ def _certificate(
     for number, batch in enumerate(
         console.progress(batches, "certificate, in batches", num_batches)
     ):
-        placed = sharding.put_batch(batch, compared.mesh)
+        first = number * settings.batch_size
+        rows_of_batch = [
+            (e, row, 0) for row, e in enumerate(examples[first:][: settings.batch_size])
+        ]
+        known = {
+            name: of.feature(rows_of_batch, batch[of.like].shape) for name, of in states.items()
+        }
+        placed = sharding.put_batch({**batch, **known}, compared.mesh)
         of_batch, values = jax.device_get(step(current_params, original_params, placed))
         sums.append(of_batch)
         is_negative = (batch["decoder_negative_ids"] >= 0).any(axis=-1)
         tokens = {"kl": values.residual + values.collateral, "is_negative": is_negative}
         tokens |= {name: getattr(values, name) for name in TOKEN_VALUES[1:]}
-        first = number * settings.batch_size
         for row, total in enumerate(tokens["kl"].sum(axis=1)[: len(examples) - first]):
             kept = int(batch["decoder_loss_mask"][row].sum())
             of_row = {name: value[row, :kept] for name, value in tokens.items()}

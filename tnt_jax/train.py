@@ -53,7 +53,6 @@ from tnt_jax.training import (
     checks,
     load_original,
     loop,
-    original_cache,
     resume,
     run_checkpoints,
     settings,
@@ -167,8 +166,7 @@ def train(
             sources,
             update,
             data=(examples, eval_examples),
-            states_folder=original_choice.states_dir
-            or original_cache.default_folder(getattr(dataset, "files", None), model_dir),
+            states_folder=original_choice.states_folder(getattr(dataset, "files", None), model_dir),
             keeps_whole=bool(watch_hooks),
         )
         start = resume.begin(trainer, saved, run, load, sources, keep.allow_changes, model_dir)

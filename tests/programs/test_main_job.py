@@ -229,6 +229,22 @@ def test_tokens_add_up_to_the_certificate(patched):
     assert tokens_of(7)[1] == tokens[:7]
 
 
+def test_states_of_the_original_are_computed_once_for_all_certificates(patched, capsys):
+    train("upper", TRAINED_LAYERS=1, TRAIN_STEPS=2)
+    for model, said in (
+        ("patched", "states of the original, "),
+        ("patched", "nothing to compute"),
+        ("upper", "states of the original, "),  # those below its layer
+        ("upper", "nothing to compute"),
+    ):
+        expected = evaluate("computed.json", "patched.annotated.jsonl", model)["certificate"]
+        capsys.readouterr()
+        settings = {"evaluate.Certificate.states_dir": "certificate_states"}
+        found = evaluate("kept.json", "patched.annotated.jsonl", model, **settings)["certificate"]
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-7)
+        assert said in capsys.readouterr().out
+
+
 def test_records_that_settings_were_chosen_on_have_no_certificate(patched, capsys):
     share, names = 0.4, ("original.annotated.jsonl", "patched.annotated.jsonl")
     left = [[] for _ in names]

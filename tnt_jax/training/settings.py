@@ -5,6 +5,7 @@ import functools
 import inspect
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from tnt_jax.models import sharding
 from tnt_jax.models.model import check_seed
 from tnt_jax.runtime import settings_json
 from tnt_jax.runtime.errors import UsageError
-from tnt_jax.training import train_step
+from tnt_jax.training import original_cache, train_step
 
 # Where the original's logits come from, and whether adapters are trained.
 ORIGINALS = ("parameters", "cached", "adapters_off", "adapters_cached")
@@ -167,6 +168,10 @@ class OriginalChoice:
     def is_cached(self) -> bool:
         """Whether states of the original are computed once for the data, and kept in files."""
         return self.kind.endswith("cached")
+
+    def states_folder(self, records_path: str | os.PathLike | None, folder: str) -> str:
+        """Where they are kept: in `states_dir`, beside a file of records, or else in a folder."""
+        return self.states_dir or original_cache.default_folder(records_path, folder)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
