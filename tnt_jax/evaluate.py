@@ -257,9 +257,8 @@ def _certificate(
         console.progress(batches, "certificate, in batches", num_batches)
     ):
         first = number * settings.batch_size
-        rows_of_batch = [
-            (e, row, 0) for row, e in enumerate(examples[first:][: settings.batch_size])
-        ]
+        in_batch = examples[first : first + settings.batch_size]
+        rows_of_batch = [(example, row, 0) for row, example in enumerate(in_batch)]
         known = {
             name: of.feature(rows_of_batch, batch[of.like].shape) for name, of in states.items()
         }
