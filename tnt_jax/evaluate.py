@@ -53,8 +53,8 @@ class Certificate:
       mesh_shape: Devices per mesh axis; None puts all on `data`.
       choice_share: The share of the prompts that settings were chosen on, which are left out
         (`results.are_for_choice`).
-      states_dir: A folder for what is the same for every patched model: the original's states, and
-        those below the layers that differ. None computes them every time.
+      states_dir: A local folder for what is the same for every patched model: the original's
+        states, and those below the layers that differ. None computes them every time.
     """
 
     model: NetworkConfig | pretrained.FromCheckpoint
@@ -64,12 +64,17 @@ class Certificate:
     batch_size: int = 32
     mesh_shape: sharding.MeshShape | None = None
     choice_share: float = dataclasses.field(default=0.0, metadata={"omit_default": True})
-    states_dir: str | None = dataclasses.field(default=None, metadata={"omit_default": True})
+    states_dir: str | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self):
         if not 0 <= self.choice_share < 1:
             raise UsageError(
                 f"Certificate.choice_share: expected 0 to less than 1, found {self.choice_share}."
+            )
+        if self.states_dir is not None and files.is_remote(self.states_dir):
+            raise UsageError(
+                "Certificate.states_dir: expected a local folder, because states are read row by "
+                f"row, found {self.states_dir}."
             )
 
 

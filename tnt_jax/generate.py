@@ -33,6 +33,7 @@ import numpy as np
 from tnt_jax.annotators import innocent, interface, phrases
 from tnt_jax.checkpoints import digests, opened_model, pretrained
 from tnt_jax.data import marks, records, removed_everywhere, tokenization
+from tnt_jax.data.layouts import CAUSAL
 from tnt_jax.data.token_automaton import Innocent, Listed, TokenAutomaton
 from tnt_jax.models import decoding, masking, sharding
 from tnt_jax.models.model import check_seed
@@ -164,10 +165,9 @@ def generate(
         # Once, and not for every batch.
         on_devices = jax.device_put(masks.tables, sharding.replicated(opened.model.mesh))
         masks = dataclasses.replace(masks, tables=on_devices)
-    layout = opened.model.network.feature_layout
-    num_shared = decoding.num_shared_by(
-        layout.cut_input(np.asarray(ids), longest).tolist() for ids in inputs
-    )
+    num_shared = 0
+    if opened.model.network.feature_layout == CAUSAL:
+        num_shared = decoding.num_shared_by(ids for ids in inputs if len(ids) <= longest)
     batches = _plan([len(ids) for ids in inputs], batch_size, longest)
 
     def start(batch: _Batch) -> decoding.Decoded:
@@ -183,7 +183,8 @@ def generate(
             batch_size,
             row_keys=keys,
             mask=of_batch,
-            num_shared=num_shared,
+            # What is cut has lost its beginning.
+            num_shared=num_shared if max(map(len, tokens)) <= longest else 0,
         )
 
     sizes = output_parts.sizes(len(batches), math.ceil(_OUTPUTS_PER_PART / batch_size))

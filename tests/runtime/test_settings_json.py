@@ -27,6 +27,7 @@ class Point:
 class LaterPoint:
     x: float
     added: float = dataclasses.field(default=2.0, metadata={"omit_default": True})
+    folder: str | None = dataclasses.field(default=None, compare=False)
 
 
 class Holder:
@@ -58,6 +59,11 @@ def test_a_setting_that_was_added_changes_nothing_while_it_has_its_default():
     named = {"class": f"{__name__}.LaterPoint"}
     assert settings_json.describe(LaterPoint(1.0)) == {**named, "x": 1.0}
     assert settings_json.describe(LaterPoint(1.0, 3.0)) == {**named, "x": 1.0, "added": 3.0}
+
+
+def test_what_does_not_count_in_a_comparison_is_not_described():
+    here, there = LaterPoint(1.0, folder="here"), LaterPoint(1.0, folder="there")
+    assert settings_json.describe(here) == settings_json.describe(there)
 
 
 def greet(*, style):

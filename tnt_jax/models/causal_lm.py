@@ -32,7 +32,7 @@ class Memory(NamedTuple):
 
     Attributes:
       prompts: Keys and values of the prompts, of each layer, by consecutive parts: what all prompts
-        begin with, if they do, in one row for all, and what is each prompt's own.
+        begin with, if they do, in one row for each part of the batch; and what is a prompt's own.
       last: Where each prompt's last token stands.
     """
 

@@ -173,13 +173,17 @@ def num_shared_by(inputs: Iterable[Sequence[int]]) -> int:
 
     A multiple of 8, so that few programs are compiled; 0 where it would save little.
     """
-    rows = [tuple(ids) for ids in inputs]
-    if not rows:
-        return 0
-    # Of rows in the order of a dictionary, the first and the last have least in common.
-    pairs = zip(min(rows), max(rows), strict=False)
-    num_alike = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-    return max(0, min(num_alike, min(map(len, rows)) - 1)) // 8 * 8
+    shared: list[int] | None = None
+    for ids in inputs:
+        own = ids[:-1]  # one id at least is an input's own
+        if shared is None:
+            shared = list(own)
+        elif list(own[: len(shared)]) != shared:
+            pairs = itertools.takewhile(
+                lambda pair: pair[0] == pair[1], zip(shared, own, strict=False)
+            )
+            shared = [of_all for of_all, _ in pairs]
+    return len(shared or ()) // 8 * 8
 
 
 @functools.partial(jax.jit, static_argnames=("config", "decoding", "num_shared"))
@@ -213,8 +217,8 @@ def decode(
         `log_prob` and `max_length` as if they had been chosen. Not for beams.
       config: the settings of the network.
       decoding: how tokens are chosen.
-      num_shared: tokens with which all inputs begin, as `num_shared_by` finds them: a decoder-only
-        model reads them once for all rows. They change no output, but for rounding.
+      num_shared: number of tokens with which all inputs begin, as `num_shared_by` finds it: a
+        decoder-only model reads them once for all rows. It changes no output, but for rounding.
 
     Returns:
       Tokens, log-probabilities and the number of steps.

@@ -122,8 +122,12 @@ class Model:
           mask: What must not come up in each output.
           prefixes: How each output begins: token ids, filled up with -1 on the right
             (`decoding.decode`).
-          num_shared: Tokens with which all inputs begin, as `decoding.num_shared_by` finds them.
+          num_shared: Number of tokens with which all inputs begin (`decoding.num_shared_by`).
         """
+        beginnings = {tuple(ids[:num_shared]) for ids in inputs}
+        assert len(beginnings) <= 1 and all(
+            num_shared < len(ids) <= width for ids in inputs if num_shared
+        )
         num_fill = batch_size - len(inputs)
         lengths = [min(len(ids), width) for ids in inputs]
         layout = self.network.feature_layout

@@ -28,7 +28,8 @@ def describe(value: Any) -> Any:
     variables that they close over, which is where an optax schedule keeps its numbers. The
     description of a vocabulary depends on what is in its model file and not on where that lies.
     A field of a dataclass whose metadata has "omit_default" is left out where it has its default:
-    so a setting may be added, and what was described before is described alike.
+    so a setting may be added, and what was described before is described alike. One with
+    `compare=False` is left out always: it decides where something lies, and not what comes of it.
 
     Args:
         value: anything. A kind of object that this does not know is described by its class and
@@ -87,7 +88,8 @@ def _describe(value: Any, outer: tuple[int, ...]) -> Any:
     if dataclasses.is_dataclass(value):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         for field in dataclasses.fields(value):
-            if field.metadata.get("omit_default") and fields[field.name] == field.default:
+            is_default = fields[field.name] == field.default if field.compare else False
+            if not field.compare or (field.metadata.get("omit_default") and is_default):
                 del fields[field.name]
         return {"class": _qualified_name(type(value)), **named(fields)}
     if isinstance(value, np.dtype):
