@@ -722,9 +722,7 @@ class ExperimentRun:
         """
         current = self.answer(name, checkpoint, decoder)
         original = self.make_original_outputs()[decoder]
-        certificate = self._certificate(checkpoint, original)
-        if choice_share is not None:
-            certificate = dataclasses.replace(certificate, choice_share=choice_share)
+        certificate = self._certificate(checkpoint, original, choice_share)
         inputs = {"original_records": original, "current_records": current}
         if decoder in self.make_mask_outputs():
             inputs["mask_records"] = self.make_mask_outputs()[decoder]
@@ -743,25 +741,26 @@ class ExperimentRun:
                 of_arm,
                 decoder,
                 {"original_records": before, "current_records": after},
-                settings={
-                    "certificate": dataclasses.replace(
-                        self._certificate(checkpoint, before), choice_share=0.0
-                    )
-                },
+                settings={"certificate": self._certificate(checkpoint, before, 0.0)},
                 checkpoints=[self.original, checkpoint],
             )
             found["unrelated"] = self.unrelated(name)
         return found
 
-    def _certificate(self, checkpoint: str, original_records: str) -> Any:
+    def _certificate(
+        self, checkpoint: str, original_records: str, choice_share: float | None
+    ) -> Any:
         """The certificate's settings: the original's states are kept if training keeps them."""
         choice = self.settings.original_choice(path=self.original)
         folder = choice.states_folder(original_records, str(self.root))
-        return self.settings.certificate(
+        certificate = self.settings.certificate(
             original_checkpoint_path=self.original,
             checkpoint_path=checkpoint,
             states_dir=folder if choice.is_cached else None,
         )
+        if choice_share is None:
+            return certificate
+        return dataclasses.replace(certificate, choice_share=choice_share)
 
     def unrelated(self, name: str) -> dict[str, Any] | None:
         """What an arm changed on prompts of other tasks, if it was evaluated on any.

@@ -199,8 +199,8 @@ class CausalLM(LinenNetwork):
     ) -> DecodingStart:
         """Reads the prompts; the first step begins with the last token of each.
 
-        A prompt's keys and values are kept once, for all of its beams; those of what all prompts
-        begin with once for each part of the batch, which devices compute for themselves.
+        A prompt's keys and values are kept once, for all of its beams. Those of what all prompts
+        begin with are kept once for each part of the batch, by the devices that have it.
         """
         c = self.config
         prefill = functools.partial(Transformer(c).apply, {"params": params}, method="prefill")

@@ -168,17 +168,17 @@ def num_places(cache: Cache) -> int:
     return cache[0][0].shape[2]
 
 
-def _by_keys(x: Float[Array, "N H G Q K"], num_rows: int) -> Float[Array, "B H R K"]:
-    """Puts all that ask the same keys, of `num_rows` rows, under each other.
+def _by_keys(x: Float[Array, "N H G Q W"], num_rows: int) -> Float[Array, "B H R W"]:
+    """Joins the axes of all queries that ask the same keys, which have `num_rows` rows.
 
-    A product has two batch axes and one of rows then: with more axes of rows XLA takes, on a CPU,
-    the operands the other way round, and a step of decoding 1.3 times as long.
+    So a product has two batch axes and one of rows. With more axes of rows, XLA on a CPU exchanges
+    the operands, and a step of decoding takes 1.3 times as long.
     """
     x = x.reshape(num_rows, -1, *x.shape[1:]).swapaxes(1, 2)
     return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
-def _by_rows(x: Float[Array, "B H R K"], shape: Sequence[int]) -> Float[Array, "N H G Q K"]:
+def _by_rows(x: Float[Array, "B H R W"], shape: Sequence[int]) -> Float[Array, "N H G Q W"]:
     """Undoes `_by_keys`, for queries of a shape `[N, H, G, Q, _]`."""
     num_rows, num_heads, *of_head, _ = shape
     apart = x.reshape(len(x), num_heads, num_rows // len(x), *of_head, x.shape[-1])

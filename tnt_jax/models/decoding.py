@@ -169,9 +169,10 @@ def record_keys(seed: int, record_ids: Sequence[str]) -> Key[Array, "B"]:
 
 
 def num_shared_by(inputs: Iterable[Sequence[int]]) -> int:
-    """The number of ids that all inputs begin with, each of which has more.
+    """The number of ids that all inputs have in common at their beginning.
 
-    A multiple of 8, so that few programs are compiled; 0 where it would save little.
+    Every input has at least one more. It is rounded down to a multiple of 8, so that few programs
+    are compiled.
     """
     shared: list[int] | None = None
     for ids in inputs:

@@ -124,10 +124,9 @@ class Model:
             (`decoding.decode`).
           num_shared: Number of tokens with which all inputs begin (`decoding.num_shared_by`).
         """
-        beginnings = {tuple(ids[:num_shared]) for ids in inputs}
-        assert len(beginnings) <= 1 and all(
-            num_shared < len(ids) <= width for ids in inputs if num_shared
-        )
+        if num_shared:
+            assert len({tuple(ids[:num_shared]) for ids in inputs}) == 1
+            assert all(num_shared < len(ids) <= width for ids in inputs)
         num_fill = batch_size - len(inputs)
         lengths = [min(len(ids), width) for ids in inputs]
         layout = self.network.feature_layout

@@ -154,8 +154,8 @@ class Network(Protocol):
           lengths: Number of ids of each input, 0 for a row that is filler.
           num_beams: Outputs of each input that are decoded, next to each other among the N rows.
           max_length: Steps that the cache has room for.
-          num_shared: Ids that all inputs begin with alike, and have more than, but for filler: what
-            they say may be computed once.
+          num_shared: Number of ids that all inputs but filler have in common at their beginning;
+            each has at least one more. What follows from them may be computed once.
         """
         ...
 

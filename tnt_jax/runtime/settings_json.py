@@ -88,8 +88,8 @@ def _describe(value: Any, outer: tuple[int, ...]) -> Any:
     if dataclasses.is_dataclass(value):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         for field in dataclasses.fields(value):
-            is_default = fields[field.name] == field.default if field.compare else False
-            if not field.compare or (field.metadata.get("omit_default") and is_default):
+            omits_default = field.metadata.get("omit_default")
+            if not field.compare or (omits_default and fields[field.name] == field.default):
                 del fields[field.name]
         return {"class": _qualified_name(type(value)), **named(fields)}
     if isinstance(value, np.dtype):
