@@ -26,7 +26,9 @@ ifneq ($(UV),)
 INSTALL = $(UV) pip install --python $(VENV)/bin/python
 MAKE_VENV = $(UV) venv --clear --seed --python $(PYTHON) $(VENV)
 else
-INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check
+# Python compiles a module when it is first imported, as after uv. To compile all takes longer than the
+# download.
+INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check --no-compile
 MAKE_VENV = $(PYTHON) -m venv --clear $(VENV)
 endif
 

@@ -254,6 +254,9 @@ def _certificate(
         settings.batch_size,
         settings.task_feature_lengths,
         feature_layout=compared.network.feature_layout,
+        num_shared=compared.network.feature_layout.num_shared(
+            examples, settings.task_feature_lengths
+        ),
     )
     num_batches = -(-len(examples) // settings.batch_size)
     sums: list[dict[str, Any]] = []

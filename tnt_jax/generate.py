@@ -33,7 +33,7 @@ import numpy as np
 from tnt_jax.annotators import innocent, interface, phrases
 from tnt_jax.checkpoints import digests, opened_model, pretrained
 from tnt_jax.data import marks, records, removed_everywhere, tokenization
-from tnt_jax.data.layouts import CAUSAL
+from tnt_jax.data.layouts import CAUSAL, num_shared_by
 from tnt_jax.data.token_automaton import Innocent, Listed, TokenAutomaton
 from tnt_jax.models import decoding, masking, sharding
 from tnt_jax.models.model import check_seed
@@ -167,7 +167,7 @@ def generate(
         masks = dataclasses.replace(masks, tables=on_devices)
     num_shared = 0
     if opened.model.network.feature_layout == CAUSAL:
-        num_shared = decoding.num_shared_by(ids for ids in inputs if len(ids) <= longest)
+        num_shared = num_shared_by(ids for ids in inputs if len(ids) <= longest)
     batches = _plan([len(ids) for ids in inputs], batch_size, longest)
 
     def start(batch: _Batch) -> decoding.Decoded:

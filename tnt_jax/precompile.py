@@ -32,6 +32,7 @@ import jax
 from tnt_jax import objectives, train
 from tnt_jax.checkpoints import pretrained
 from tnt_jax.data.batches import feature_shapes
+from tnt_jax.data.layouts import CAUSAL
 from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime import console, files, program
 from tnt_jax.runtime.errors import UsageError
@@ -55,6 +56,7 @@ def precompile(
     topology: str = "local",
     num_negative_ids: int = 1,
     has_strengths: bool = False,
+    num_shared: int = 0,
     output: str | None = None,
     program_text: str | None = None,
 ) -> dict[str, Any]:
@@ -64,6 +66,8 @@ def precompile(
       topology: Which devices, as above.
       num_negative_ids: Ids removed at a position, at most; a run takes them from its data.
       has_strengths: Whether marks of the data have strengths below 1.
+      num_shared: Tokens that all inputs of the data begin with, which are computed once; those of
+        a decoder-only model that are not packed.
       output: A JSON file for the numbers; None writes none.
       program_text: A file for the compiled program as text; None writes none.
 
@@ -85,6 +89,7 @@ def precompile(
         original_choice=settings.OriginalChoice(**{"path": None, **choice}),
         num_negative_ids=num_negative_ids,
         has_strengths=has_strengths,
+        num_shared=num_shared,
         program_text=program_text,
         **found,
     )
@@ -144,6 +149,7 @@ def compile_step(
     original_choice: settings.OriginalChoice,
     num_negative_ids: int = 1,
     has_strengths: bool = False,
+    num_shared: int = 0,
     program_text: str | None = None,
 ) -> dict[str, Any]:
     """Compiles a step for devices.
@@ -156,6 +162,7 @@ def compile_step(
       original_choice: Which model is the original, and where its logits come from.
       num_negative_ids: Largest number of ids removed at a position.
       has_strengths: Whether marks have strengths below 1.
+      num_shared: Tokens that all inputs begin with.
       program_text: A file for the compiled program as text; None writes none.
 
     Returns:
@@ -172,14 +179,21 @@ def compile_step(
         update=update,
         devices=devices,
     )
+    layout, longest = trainer.model.network.feature_layout, update.task_feature_lengths["inputs"]
+    if num_shared and not (layout == CAUSAL and not update.pack and 0 < num_shared < longest):
+        raise UsageError(
+            "precompile.num_shared: expected 0 or, for a decoder-only model with PACK=False, fewer "
+            f"than the {longest} tokens of an input (TASK_FEATURE_LENGTHS), found {num_shared}."
+        )
     batch = trainer.abstract_batch(
         feature_shapes(
             update.task_feature_lengths,
             update.batch_size,
             num_negative_ids,
             pack=update.pack,
-            feature_layout=trainer.model.network.feature_layout,
+            feature_layout=layout,
             has_strengths=has_strengths,
+            num_shared=num_shared,
         )
     )
     report: dict[str, Any] = {

@@ -14,7 +14,14 @@ import numpy as np
 import pytest
 from helpers.full_disk import full_disk
 
-from tnt_jax.data import datasets, example_maker, packing, shuffling, tokenization
+from tnt_jax.data import (
+    datasets,
+    example_files,
+    example_maker,
+    packing,
+    shuffling,
+    tokenization,
+)
 from tnt_jax.data.batches import Batches, batch_for_eval
 from tnt_jax.data.examples import (
     check_token_ids,
@@ -161,6 +168,24 @@ def test_batches_are_the_same(pack, layout):
     ):
         name = "decoder_negative_ids"
         np.testing.assert_array_equal(batch[name], same[name])
+
+
+def test_what_prompts_begin_with_is_counted_once(monkeypatch):
+    rows = [record(number) for number in range(20)]
+    for number, row in enumerate(rows):
+        row["inputs"] = "A system message, and " + ("then " if number < 10 else "") + row["inputs"]
+    write(rows)
+    found, expected = dataset().load(LENGTHS), in_memory()
+    lengths = [{"inputs": number, "targets": 12} for number in (60, 24)]
+    numbers = [CAUSAL.num_shared(expected, of) for of in lengths]
+    assert numbers == [16, 0]  # 22 bytes; some are cut at 24
+    subset = np.arange(10)
+    first = CAUSAL.num_shared([expected[i] for i in subset], lengths[0])
+    assert first == 24  # 27 bytes
+    for _ in range(2):
+        assert [CAUSAL.num_shared(found, of) for of in lengths] == numbers
+        assert CAUSAL.num_shared(found.subset(subset), lengths[0]) == first
+        monkeypatch.setattr(example_files.ExampleFiles, "take", None)  # nothing is read again
 
 
 def test_large_data_sets_have_one_digest_too(monkeypatch):

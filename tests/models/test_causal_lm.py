@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from helpers.tiny_llama import LLAMA
 from tnt_jax import objectives
 from tnt_jax.data.batches import Batches
 from tnt_jax.data.examples import Example
-from tnt_jax.data.layouts import CAUSAL, count_lost
+from tnt_jax.data.layouts import CAUSAL, ENCODER_DECODER, count_lost, num_shared_by
 from tnt_jax.models import causal_lm, causal_lm_layers, decoding, parameters, sharding
 from tnt_jax.models.causal_lm_config import LayerKind, Llama3Scaling
 from tnt_jax.models.model import Model
@@ -289,7 +290,7 @@ def test_devices_that_share_a_batch_each_read_what_its_prompts_begin_with(num_be
     ],
 )
 def test_what_inputs_have_in_common(inputs, expected):
-    assert decoding.num_shared_by(inputs) == expected
+    assert num_shared_by(inputs) == expected
 
 
 def test_beams_score_what_they_say():
@@ -311,7 +312,10 @@ def test_beams_score_what_they_say():
 # --- Training: the one train step -----------------------------------------------------------------
 
 
-def update(config, shape, num_microbatches=1, marks=(1, 3), original_seed=1):
+SIZES = [(3, 4), (5, 2), (1, 6), (8, 3), (4, 3), (2, 5), (6, 6), (3, 1)]
+
+
+def update(config, shape, num_microbatches=1, marks=(1, 3), original_seed=1, batch=None):
     devices = jax.devices()[: int(np.prod(list(shape.values())))]
     model = Model(config=config, mesh=sharding.make_mesh(sharding.MeshShape(**shape), devices))
     trainer = Trainer(
@@ -323,8 +327,8 @@ def update(config, shape, num_microbatches=1, marks=(1, 3), original_seed=1):
     place = functools.partial(jax.tree.map, lambda x, like: jax.device_put(x, like.sharding))
     params = place(t5_inputs.random_params(config), model.abstract_params)
     original = place(t5_inputs.random_params(config, original_seed), model.abstract_params)
-    sizes = [(3, 4), (5, 2), (1, 6), (8, 3), (4, 3), (2, 5), (6, 6), (3, 1)]
-    batch = CAUSAL.convert(examples(sizes, marks), LENGTHS)
+    if batch is None:
+        batch = CAUSAL.convert(examples(SIZES, marks), LENGTHS)
     state, sums = trainer.step(
         trainer.init_state(params),
         original,
@@ -358,6 +362,158 @@ def test_eight_devices_and_microbatches_give_the_update_of_one(shape, num_microb
         params,
         expected_params,
     )
+
+
+def rows_that_begin_alike(num_shared=5, num_filler=0, said=True):
+    """A batch, which says what its rows have in common at their beginning, or does not."""
+    beginning = np.arange(11, 11 + num_shared, dtype=np.int32)
+    rows = [
+        dataclasses.replace(row, inputs=np.concatenate([beginning, row.inputs]))
+        for row in examples(SIZES, marks=(1, 3))
+    ]
+    nothing = np.zeros(0, np.int32)
+    rows += [Example(nothing, nothing, NOTHING)] * num_filler
+    lengths = {"inputs": num_shared + 8, "targets": 6}
+    return CAUSAL.convert(rows, lengths, num_shared=num_shared if said else 0)
+
+
+def assert_same_update(found, expected):
+    (params, sums), (expected_params, expected_sums) = found, expected
+    for name in ("loss", "gradient_norm", "num_tokens"):
+        np.testing.assert_allclose(sums[name], expected_sums[name], rtol=2e-5)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
+        params,
+        expected_params,
+    )
+
+
+@functools.cache
+def update_of_rows_apart(config):
+    return update(config, {"data": 1}, batch=rows_that_begin_alike(said=False))
+
+
+@pytest.mark.parametrize(
+    ("config", "shape", "num_microbatches"),
+    [
+        (LLAMA, {"data": 1}, 1),
+        (POST, {"data": 1}, 1),
+        (MIXED, {"data": 1}, 4),
+        (MIXED, {"data": 2, "fsdp": 2, "model": 2}, 2),
+        (MIXED, {"fsdp": 4, "model": 2}, 1),
+    ],
+    ids=str,
+)
+def test_what_rows_begin_with_is_learned_from_once_for_all(config, shape, num_microbatches):
+    batch = rows_that_begin_alike()
+    assert batch["decoder_shared_tokens"].tolist() == [[11, 12, 13, 14, 15]] * len(SIZES)
+    found = update(config, shape, num_microbatches, batch=batch)
+    assert_same_update(found, update_of_rows_apart(config))
+
+
+def test_what_rows_begin_with_is_computed_once_in_a_loop_of_layers():
+    config = dataclasses.replace(MIXED, scan_layers=True, remat_policy="full")
+    batches = [rows_that_begin_alike(said=said) for said in (True, False)]
+    found, expected = (update(config, {"data": 1}, batch=batch) for batch in batches)
+    assert_same_update(found, expected)
+
+
+def test_what_rows_begin_with_is_computed_once_where_a_kernel_attends():
+    params = t5_inputs.random_params(MIXED)
+    by_kernel = dataclasses.replace(MIXED, attention="splash")
+    batch = rows_that_begin_alike()
+    found = logits_of(by_kernel, params, batch)
+    expected = logits_of(MIXED, params, rows_that_begin_alike(said=False))
+    is_target = batch["decoder_loss_mask"] > 0
+    np.testing.assert_allclose(found[is_target], expected[is_target], atol=2e-5)
+
+
+@pytest.mark.parametrize("shape", [{"data": 1}, {"data": 2, "fsdp": 4}], ids=str)
+def test_filler_rows_begin_as_they_like(shape):
+    """On 8 devices, the last has no other rows."""
+    devices = jax.devices()[: math.prod(shape.values())]
+    model = Model(config=MIXED, mesh=sharding.make_mesh(sharding.MeshShape(**shape), devices))
+    forward = jax.jit(sharding.traced_on(model.mesh, model.forward))
+    params, found = t5_inputs.random_params(MIXED), []
+    params = jax.device_put(params, sharding.replicated(model.mesh))
+    for said in (True, False):
+        batch = rows_that_begin_alike(num_filler=8, said=said)
+        logits = forward(params, sharding.put_batch(batch, model.mesh)).whole()
+        assert np.isfinite(logits).all()
+        found.append(np.asarray(logits)[batch["decoder_loss_mask"] > 0])
+    np.testing.assert_allclose(*found, atol=2e-5)
+
+
+def test_joined_rows_lie_as_whole_ones_do():
+    """Before the compiler: heads that devices share out stay where they are."""
+    mesh = sharding.make_mesh(sharding.MeshShape(data=2, fsdp=2, model=2))
+    model = Model(config=LLAMA, mesh=mesh)
+    program = jax.jit(sharding.traced_on(mesh, model.forward))
+    batch = jax.tree.map(jnp.asarray, rows_that_begin_alike())
+    text = program.lower(model.abstract_params, batch).as_text()
+    said = re.findall(r"sharding_constraint .*<@mesh, \[(.*)\]> : tensor<(.*)>", text)
+    rows, positions = '{"data", "fsdp"}', 5 + 2 * 14
+    width, heads = LLAMA.emb_dim, LLAMA.num_heads * LLAMA.head_dim
+    assert width != heads
+    assert (f"{rows}, {{}}, {{}}", f"4x{positions}x{width}xf32") in said
+    assert (f'{rows}, {{}}, {{"model"}}', f"4x{positions}x{heads}xf32") in said
+
+
+def test_one_row_of_each_part_has_nothing_to_share():
+    mesh = sharding.make_mesh(sharding.MeshShape(fsdp=8))
+    model = Model(config=LLAMA, mesh=mesh)
+    program = jax.jit(sharding.traced_on(mesh, model.forward))
+    one, other = (
+        program.lower(model.abstract_params, rows_that_begin_alike(said=said)).as_text()
+        for said in (True, False)
+    )
+    body = [text.replace(", %arg", "%arg").split("\n", 3)[3] for text in (one, other)]
+    assert body[0].count("concatenate") == body[1].count("concatenate")
+
+
+def test_with_dropout_no_two_rows_begin_alike():
+    """The masks of dropout are those of rows apart."""
+    network = causal_lm.CausalLM(dataclasses.replace(MIXED, dropout_rate=0.5))
+    params, key = t5_inputs.random_params(MIXED), jax.random.key(0)
+    batches = (rows_that_begin_alike(said=said) for said in (True, False))
+    found, expected = (
+        network.forward(params, jax.tree.map(jnp.asarray, batch), key).whole() for batch in batches
+    )
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_what_rows_begin_with_is_computed_once(optimised):
+    """Of 8 rows of 46 positions 32 are alike: 32 + 8 x 14 positions are left of 368.
+
+    Attention is of whole rows; in a network of this width it is little of all.
+    """
+    config = dataclasses.replace(LLAMA, emb_dim=128, mlp_dim=512)
+    network, params = causal_lm.CausalLM(config), t5_inputs.random_params(config)
+    flops = []
+    for said in (True, False):
+        batch = rows_that_begin_alike(32, said=said)
+        assert batch["decoder_input_tokens"].shape == (8, 46)
+        batch = jax.tree.map(jnp.asarray, batch)
+        lowered = jax.jit(network.lower_states, static_argnums=2).lower(params, batch, 1)
+        flops.append(lowered.compile().cost_analysis()["flops"])
+    assert flops[0] < 0.5 * flops[1]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "length", "expected"),
+    [
+        ([range(20), range(30)], 30, 16),
+        ([range(20), range(40)], 30, 0),  # the second is cut: it has lost its beginning
+        ([range(9), range(30)], 30, 8),
+        ([range(9), range(300)], 300, 0),  # too little of a row of 306
+        ([[*range(20), 1], [5, *range(20)]], 30, 0),
+    ],
+)
+def test_what_the_rows_of_examples_have_in_common(inputs, length, expected):
+    rows = [Example(np.array(ids, np.int32), np.zeros(1, np.int32), NOTHING) for ids in inputs]
+    lengths = {"inputs": length, "targets": 6}
+    assert CAUSAL.num_shared(rows, lengths) == expected
+    assert ENCODER_DECODER.num_shared(rows, lengths) == 0
 
 
 def adapters_of(config, num_layers=None):

@@ -16,7 +16,8 @@ from helpers.chat_templates import TEMPLATES
 
 from tnt_jax import convert
 from tnt_jax.checkpoints import pretrained
-from tnt_jax.data import records
+from tnt_jax.data import layouts, records
+from tnt_jax.models import sharding
 
 # A tiny Qwen 3. Its biggest words are tokens; "dirty" and "noisy" may be several.
 MODEL = """
@@ -119,6 +120,58 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(original):
     train("parts", TRAIN_STEPS=3, **settings)
     train("parts", TRAIN_STEPS=6, **settings)
     rooms.assert_same_state("whole", "parts")
+
+
+def trained_and_compared(folder, monkeypatch):
+    """Numbers of a run with cached states and evaluation, and of its certificate.
+
+    And of each batch that goes to the devices how many tokens its rows are said to begin with.
+    """
+    shared, put_batch = [], sharding.put_batch
+
+    def spy(features, *more):
+        shared.append(features[layouts.SHARED].shape[1] if layouts.SHARED in features else 0)
+        return put_batch(features, *more)
+
+    model, marked = f"{folder}/model", "original.annotated.jsonl"
+    evaluation = {
+        "EVAL_DATASET": "@evaluation/datasets.RecordFiles()",
+        "evaluation/datasets.RecordFiles.files": marked,
+        "evaluation/datasets.RecordFiles.vocabulary": "%VOCABULARY",
+        "EVAL_EVERY": 2,
+        "LOG_EVERY": 1,
+    }
+    compared = {"CHECKPOINT_PATH": model, "OUTPUT": f"{folder}/evaluation.json"}
+    for role in ("ORIGINAL", "CURRENT"):
+        compared[f"{role}_RECORDS"] = marked
+    with monkeypatch.context() as patched:
+        patched.setattr(sharding, "put_batch", spy)
+        settings = {"ORIGINAL": '"cached"', "BATCH_SIZE": 8, "TRAIN_STEPS": 2}
+        train(model, **settings, **evaluation, STATES_DIR=f"{folder}/states")
+        run("evaluate", **TOKENIZER | compared)
+    lines = pathlib.Path(model, "metrics.jsonl").read_text().splitlines()
+    certificate = json.loads(pathlib.Path(compared["OUTPUT"]).read_text())["certificate"]
+    return [*map(json.loads, lines), certificate], shared
+
+
+def test_what_all_prompts_begin_with_is_computed_once_everywhere(original, monkeypatch, capsys):
+    """For states that are cached, in updates, in evaluation and for the certificate."""
+    found, shared = trained_and_compared("together", monkeypatch)
+    number = max(shared)
+    assert number >= 8
+    # Eight batches of states and of evaluation, two updates, two batches of the certificate; what is
+    # left is the batch of random tokens by which a resumed run knows its original.
+    assert shared.count(number) == 8 + 8 + 2 + 2
+    assert shared.count(0) == len(shared) - 20 == 1
+    assert f"All prompts begin with the same {number} tokens: " in capsys.readouterr().out
+    monkeypatch.setattr(layouts.Causal, "num_shared", lambda *_: 0)
+    expected, shared = trained_and_compared("apart", monkeypatch)
+    assert {*shared} == {0}
+    assert "All prompts begin" not in capsys.readouterr().out
+    for one, other in zip(found, expected, strict=True):
+        for name in ("loss", "gradient_norm", "eval/loss", "positive_collateral", "num_negative"):
+            if name in other:
+                assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-6), name
 
 
 def test_two_processes_learn_what_one_learns(original):

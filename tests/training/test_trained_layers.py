@@ -1,5 +1,6 @@
 """The last layers alone are trained: what is cached below them changes no loss and no gradient."""
 
+import contextlib
 import dataclasses
 import functools
 import zlib
@@ -16,10 +17,11 @@ from helpers.tiny_llama import LLAMA
 from tnt_jax import objectives, precompile
 from tnt_jax.data.batches import Batches, batch_for_eval, feature_shapes
 from tnt_jax.data.examples import Example
+from tnt_jax.data.layouts import CAUSAL
 from tnt_jax.models import sharding, t5
 from tnt_jax.models.causal_lm_config import LayerKind
 from tnt_jax.runtime.errors import UsageError
-from tnt_jax.training import load_original, originals, settings, train_step
+from tnt_jax.training import load_original, original_cache, originals, settings, train_step
 from tnt_jax.training.trainer import jit_eval_step, jit_token_step, make_trainer
 
 # Layers that differ, and an output matrix of its own.
@@ -48,12 +50,17 @@ TNRF = objectives.TntObjective(negative_term="reverse_kl", positive_term="forwar
 ULLL = objectives.TntObjective(negative_term="unlikelihood", positive_term="log_likelihood")
 
 
-def some_examples():
-    """Two of them fill a packed row's targets."""
+def some_examples(beginning=()):
+    """Two of them fill a packed row's targets; all inputs begin as they are told to."""
     random = np.random.default_rng(0)
     rows = [random.integers(2, 40, (2, 5)).astype(np.int32) for _ in range(8)]
     return [
-        Example(inputs, targets[:4], np.array([[1, targets[1]]], np.int32), id=str(i))
+        Example(
+            np.array([*beginning, *inputs], np.int32),
+            targets[:4],
+            np.array([[1, targets[1]]], np.int32),
+            id=str(i),
+        )
         for i, (inputs, targets) in enumerate(rows)
     ]
 
@@ -83,13 +90,13 @@ def moved(path, leaf):
     return leaf + jnp.asarray(0.1 * random.normal(size=leaf.shape), jnp.float32)
 
 
-def gradients(folder, *arguments, only=None, **settings):
+def gradients(folder, *arguments, only=None, examples=None, num_shared=0, **settings):
     """The sums of an update, and the gradient of each trained parameter, by name.
 
     Parameters that `only` does not name begin where the original's are.
     """
     trainer, sources, update = made(*arguments, **settings)
-    examples = some_examples()
+    examples = examples or some_examples()
     loaded, start = load_original.load(
         trainer, sources, update, is_new=True, data=[examples], states_folder=str(folder)
     )
@@ -101,10 +108,11 @@ def gradients(folder, *arguments, only=None, **settings):
     batches = Batches(
         examples,
         update.batch_size,
-        LENGTHS,
+        update.task_feature_lengths,
         seed=0,
         pack=update.pack,
         feature_layout=trainer.model.network.feature_layout,
+        num_shared=num_shared,
     )
     placed = [(examples[at.example], at) for at in batches.read(0).places]
     batch = loaded.with_states(batches.batch(0), placed)
@@ -151,6 +159,39 @@ def test_the_gradient_is_that_part_of_the_whole_models(config, trained_layers, o
 def test_adapters_learn_the_same_from_cached_states(config, trained_layers, tmp_path):
     found = gradients(tmp_path, "adapters_cached", config, trained_layers)
     assert_close(found, gradients(tmp_path, "adapters_off", config, trained_layers))
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("kind", ["cached", "adapters_cached"])
+def test_states_of_rows_that_begin_alike(kind, devices, tmp_path, monkeypatch):
+    """What they have in common is computed once, or in each: when cached, and in the update."""
+    settings = {
+        "examples": some_examples(beginning=range(20, 28)),
+        "task_feature_lengths": {"inputs": 13, "targets": 8},
+        "num_devices": devices,
+        "mesh_shape": None if devices == 1 else sharding.MeshShape(data=2, fsdp=2, model=2),
+    }
+    assert CAUSAL.num_shared(settings["examples"], settings["task_feature_lengths"]) == 8
+    seen, batch_of = [], original_cache.OriginalStates.batch
+
+    def batch(self, examples, batch_size, num_shared):
+        seen.append(num_shared)
+        return batch_of(self, examples, batch_size, num_shared)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(original_cache.OriginalStates, "batch", batch)
+        found = gradients(tmp_path / "one", kind, MIXED, 1, num_shared=8, **settings)
+    monkeypatch.setattr(type(CAUSAL), "num_shared", lambda *_: 0)
+    apart = gradients(tmp_path / "other", kind, MIXED, 1, **settings)
+    assert_close(found, apart)
+    assert seen == [8]
+    one, other = (
+        sorted((tmp_path / name).rglob("part_*.npy"), key=lambda path: path.stat().st_size)
+        for name in ("one", "other")
+    )
+    assert len(one) == len(other) == 2
+    for pair in zip(one, other, strict=True):
+        np.testing.assert_allclose(*map(np.load, pair), atol=1e-5)
 
 
 @pytest.mark.parametrize(("config", "trained_layers"), [(MIXED, 1), (T5, 1)], ids=["mixed", "t5"])
@@ -231,6 +272,27 @@ def test_a_step_with_cached_states_is_compiled_for_devices(kind):
     of_row = 4 * (10 + 4 * 8) + 4 * 16 * (10 + 8 + 8)  # ids and marks; the encoder's, below, above
     assert report["bytes"]["batch"] == of_row
     assert report["bytes"]["temporaries"] > 0
+
+
+@pytest.mark.parametrize(
+    ("config", "num_shared", "said"),
+    [(LLAMA, 8, None), (LLAMA, 10, "the 10 tokens"), (LLAMA, -8, "found -8"), (T5, 8, "found 8")],
+    ids=str,
+)
+def test_a_step_is_compiled_for_rows_that_begin_alike(config, num_shared, said):
+    _, _, update = made("parameters", config, None)
+    refused = pytest.raises(UsageError, match=f"^precompile.num_shared: .* {said}")
+    with contextlib.nullcontext() if said is None else refused:
+        report = precompile.compile_step(
+            jax.devices()[:1],
+            model=config,
+            objective=TNRF,
+            update=update,
+            original_choice=settings.OriginalChoice(path=None),
+            num_shared=num_shared,
+        )
+        # Four features of the row, three and the mark of the response, and what is shared.
+        assert report["bytes"]["batch"] == 4 * 8 * (3 * 18 + 8 + 3 * 8 + num_shared)
 
 
 @pytest.mark.parametrize("objective", [ULLL, TNRF], ids=["UL+LL", "TNRF"])

@@ -27,8 +27,9 @@ def feature_shapes(
     pack: bool,
     feature_layout: "FeatureLayout",
     has_strengths: bool = False,
+    num_shared: int = 0,
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes of the features of a batch, without making one.
+    """Shapes of the features of a batch, without making one; the arguments are those of `Batches`.
 
     All are int32 but `decoder_negative_strengths`, which is float32.
     """
@@ -43,6 +44,7 @@ def feature_shapes(
         pack=pack,
         feature_layout=feature_layout,
         has_strengths=has_strengths,
+        num_shared=num_shared,
     )
     return {name: (batch_size, *rows.shape[1:]) for name, rows in batches.batch(0).items()}
 
@@ -92,6 +94,7 @@ class Batches:
         feature_layout: the layout of features of the network that the batches are for.
         set_numbers: the number of each set of ids that the device has, by its name
             (`examples.Sets`).
+        num_shared: tokens that all rows begin with (`FeatureLayout.num_shared`); unread if packed.
 
     Raises:
         UsageError: there are no examples, or a setting is not positive.
@@ -107,6 +110,7 @@ class Batches:
     feature_layout: FeatureLayout = ENCODER_DECODER
     has_strengths: bool | None = None
     set_numbers: Mapping[int, int] | None = None
+    num_shared: int = 0
 
     def __post_init__(self):
         if not self.examples:
@@ -161,6 +165,7 @@ class Batches:
             placed.places if self.pack else None,
             self.has_strengths,
             self.set_numbers,
+            0 if self.pack else self.num_shared,
         )
 
     def read(self, k: int) -> Placed:
@@ -216,8 +221,12 @@ def batch_for_eval(
     feature_layout: FeatureLayout = ENCODER_DECODER,
     has_strengths: bool | None = None,
     set_numbers: Mapping[int, int] | None = None,
+    num_shared: int = 0,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Every example once, in order; the last batch is filled up with rows whose loss mask is 0."""
+    """Every example once, in order; the last batch is filled up with rows whose loss mask is 0.
+
+    `num_shared` counts tokens that the inputs of all examples begin with.
+    """
     num_negative_ids = num_negative_ids or max_negative_ids(examples, with_sets=bool(set_numbers))
     if has_strengths is None:
         has_strengths = have_strengths(examples)
@@ -231,4 +240,5 @@ def batch_for_eval(
             num_negative_ids,
             has_strengths=has_strengths,
             set_numbers=set_numbers,
+            num_shared=num_shared,
         )

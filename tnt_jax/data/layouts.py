@@ -13,7 +13,7 @@ In a packed batch several examples share a row, and `B` counts rows. `encoder_se
 and `decoder_segment_ids` `[B, T]` number the examples of a row from 1, with 0 at padding.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -263,6 +263,12 @@ def columns_of(example: Example, target_length: int, has_spans: bool) -> list[in
     ]
 
 
+# The feature of the tokens that all rows of a batch begin with, `[B, S]`.
+SHARED = "decoder_shared_tokens"
+
+_SHARED_TOKENS = 8  # that are counted at a time: few programs are compiled
+
+
 @runtime_checkable
 class FeatureLayout(Protocol):
     """How a family of networks has examples as features (`models.network.Network.feature_layout`).
@@ -281,8 +287,22 @@ class FeatureLayout(Protocol):
         places: Sequence[Place] | None = None,
         has_strengths: bool | None = None,
         set_numbers: Mapping[int, int] | None = None,
+        num_shared: int = 0,
     ) -> dict[str, np.ndarray]:
-        """Makes one batch of features; the arguments are those of `convert_features`."""
+        """Makes one batch of features.
+
+        The arguments are those of `convert_features`; and `num_shared`, the number of tokens that
+        all rows begin with: a network computes them once. It is 0 for a packed batch.
+        """
+        ...
+
+    def num_shared(
+        self, examples: Sequence[Example], task_feature_lengths: Mapping[str, int]
+    ) -> int:
+        """Counts the tokens that rows of one example each have in common at their beginning.
+
+        0 where a network would compute none of them once for all rows, or where that does not pay.
+        """
         ...
 
     def capacity(self, task_feature_lengths: Mapping[str, int]) -> tuple[int, int]:
@@ -314,11 +334,19 @@ class EncoderDecoder:
         places: Sequence[Place] | None = None,
         has_strengths: bool | None = None,
         set_numbers: Mapping[int, int] | None = None,
+        num_shared: int = 0,
     ) -> dict[str, np.ndarray]:
         """Makes one batch of the features that are listed at the head of this module."""
+        assert not num_shared
         return convert_features(
             examples, task_feature_lengths, num_negative_ids, places, has_strengths, set_numbers
         )
+
+    def num_shared(
+        self, examples: Sequence[Example], task_feature_lengths: Mapping[str, int]
+    ) -> int:
+        """0: an encoder looks ahead, so the states of no two inputs are the same."""
+        return 0
 
     def capacity(self, task_feature_lengths: Mapping[str, int]) -> tuple[int, int]:
         """Positions of the encoder and of the decoder."""
@@ -346,6 +374,10 @@ class Causal:
     `decoder_segment_ids`, 0 where a row is filled up; `decoder_positions`, from 0 in each example,
     all `[B, L]`; `decoder_target_places` `[B, T]`, where among the `L` the state lies that predicts
     each target: that of the prompt's last token, then those of the targets before.
+
+    Where all rows begin with the same `S` tokens, a system message or an instruction, a batch may
+    say so: `decoder_shared_tokens` `[B, S]` has them in each row, filler rows included. A network
+    reads how many there are.
     """
 
     def convert(
@@ -356,6 +388,7 @@ class Causal:
         places: Sequence[Place] | None = None,
         has_strengths: bool | None = None,
         set_numbers: Mapping[int, int] | None = None,
+        num_shared: int = 0,
     ) -> dict[str, np.ndarray]:
         """Makes one batch of features.
 
@@ -365,6 +398,7 @@ class Causal:
         """
         input_length, target_length = checked_lengths(task_feature_lengths)
         length, _ = self.capacity(task_feature_lengths)
+        assert places is None or not num_shared, "packed rows have examples within them"
         if places is None:
             places = _rows_of_their_own(examples, target_length)
         of_loss = _loss_features(
@@ -389,13 +423,37 @@ class Causal:
             first = place.input_offset + len(prompt) - 1
             here = slice(place.target_offset, place.target_offset + len(response))
             target_places[place.row, here] = first + np.arange(len(response))
-        return {
+        features = {
             "decoder_input_tokens": tokens,
             "decoder_segment_ids": segments,
             "decoder_positions": positions,
             "decoder_target_places": target_places,
             **of_loss,
         }
+        if num_shared:
+            beginnings = tokens[segments[:, 0] > 0, :num_shared]
+            assert (beginnings == beginnings[:1]).all()
+            shared = beginnings[0] if len(beginnings) else np.zeros(num_shared, np.int32)
+            features[SHARED] = np.tile(shared, (num_rows, 1))
+        return features
+
+    def num_shared(
+        self, examples: Sequence[Example], task_feature_lengths: Mapping[str, int]
+    ) -> int:
+        """Counts the tokens that all prompts begin with.
+
+        0 where it is less than a sixteenth of a row: attention needs a copy of it in every row.
+        """
+        input_length, _ = checked_lengths(task_feature_lengths)
+
+        def count() -> np.ndarray:
+            kept = (self.cut_input(each.inputs, input_length) for each in examples)
+            return np.array([num_shared_by(kept)])
+
+        is_table = isinstance(examples, ExampleTable)
+        found = examples.kept(f"shared {input_length}", count) if is_table else count()
+        number = int(found[0])
+        return number if 16 * number >= self.capacity(task_feature_lengths)[0] else 0
 
     def capacity(self, task_feature_lengths: Mapping[str, int]) -> tuple[int, int]:
         """Positions of a row, and of its responses."""
@@ -412,6 +470,25 @@ class Causal:
         if len(ids) <= length:
             return ids
         return np.concatenate([ids[:1], ids[len(ids) - length + 1 :]])
+
+
+def num_shared_by(inputs: Iterable[Sequence[int] | np.ndarray]) -> int:
+    """The number of ids that all inputs have in common at their beginning.
+
+    Every input has at least one more. It is rounded down to a multiple of 8, so that few programs
+    are compiled; no more inputs are read than it takes to know that it is 0.
+    """
+    shared: np.ndarray | None = None
+    for ids in inputs:
+        own = np.asarray(ids[:-1] if shared is None else ids[: len(shared)][: len(ids) - 1])
+        if shared is None:
+            shared = own
+        length = min(len(shared), len(own))
+        is_other = shared[:length] != own[:length]
+        shared = shared[: int(is_other.argmax()) if is_other.any() else length]
+        if len(shared) < _SHARED_TOKENS:
+            return 0
+    return 0 if shared is None else len(shared) // _SHARED_TOKENS * _SHARED_TOKENS
 
 
 ENCODER_DECODER = EncoderDecoder()

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from tnt_jax.data.layouts import CAUSAL, FeatureLayout
+from tnt_jax.data.layouts import CAUSAL, SHARED, FeatureLayout
 from tnt_jax.models import sharded_embedding, sharding
 from tnt_jax.models.causal_lm_config import CausalLMConfig
 from tnt_jax.models.causal_lm_layers import Decoder, Sources, num_places
@@ -160,8 +160,13 @@ class CausalLM(LinenNetwork):
         self, params: PyTree, batch: Mapping[str, Array], **kwargs: Any
     ) -> Float[Array, "B L E"]:
         sources = Sources(batch["decoder_segment_ids"], batch["decoder_positions"])
-        tokens = batch["decoder_input_tokens"]
-        found = Transformer(self.config).apply({"params": params}, tokens, sources, **kwargs)
+        tokens, num_shared = batch["decoder_input_tokens"], 0
+        # With dropout no two rows begin alike.
+        if SHARED in batch and (kwargs["deterministic"] or not self.config.dropout_rate):
+            num_shared = batch[SHARED].shape[1]
+        found = Transformer(self.config).apply(
+            {"params": params}, tokens, sources, num_shared=num_shared, **kwargs
+        )
         return cast(jax.Array, found)  # apply returns a pair only if it may change variables
 
     def lower_features(self, trained_layers: int) -> dict[str, str]:

@@ -1,8 +1,8 @@
 """The layers of a decoder-only language model, and the stack of them.
 
 Axes: B rows, L positions, Q positions that ask, K positions that are seen, H heads of keys and
-values, G query heads that share one, D width of a head, P pairs in it, E width of the stream, S
-prompts' positions, N rows of decoding.
+values, G query heads that share one, D width of a head, P pairs in it, E width of the stream, W any
+width, S prompts' positions, N rows of decoding, J positions of a joined row (`Rows`).
 """
 
 import functools
@@ -44,6 +44,51 @@ class Sources(NamedTuple):
 
     segment_ids: Int[Array, "B L"]
     positions: Int[Array, "B L"]
+
+
+class Rows(NamedTuple):
+    """How rows that begin alike are computed: their common beginning once, not in each of them.
+
+    Each part of a batch becomes one joined row: the beginning, then the rest of each of its rows.
+    All but attention is computed position by position, on joined rows; attention sees whole ones.
+
+    Attributes:
+      num_rows: Rows of the batch.
+      num_shared: Positions of the common beginning; 0 leaves all rows as they are.
+    """
+
+    num_rows: int = 0
+    num_shared: int = 0
+
+    @classmethod
+    def of(cls, num_rows: int, num_shared: int) -> "Rows":
+        """Rows are joined where a part of the batch has several of them."""
+        return cls(num_rows, num_shared if num_rows > sharding.num_parts("batch") else 0)
+
+    def joined(self, x: Float[Array, "B L W"], width: str = "width") -> Float[Array, "_ J W"]:
+        """Joins whole rows; the beginning is that of the first row of each part.
+
+        `width` is the logical axis of the last dimension (`sharding.constrain`).
+        """
+        if not self.num_shared:
+            return x
+        parts = x.reshape(sharding.num_parts("batch"), -1, *x.shape[1:])
+        rest = parts[:, :, self.num_shared :].reshape(len(parts), -1, x.shape[-1])
+        joined = jnp.concatenate([parts[:, 0, : self.num_shared], rest], axis=1)
+        return sharding.constrain(joined, "batch", "length", width)
+
+    def whole(self, x: Float[Array, "_ J W"]) -> Float[Array, "B L W"]:
+        """Undoes `joined`."""
+        if not self.num_shared:
+            return x
+        # Gradients of the beginning are summed over rows: in float32, as all sums over a batch are.
+        beginning = x[:, : self.num_shared].astype(jnp.float32)
+        repeated = jnp.repeat(beginning, self.num_rows // len(x), axis=0).astype(x.dtype)
+        rest = x[:, self.num_shared :].reshape(self.num_rows, -1, x.shape[-1])
+        return jnp.concatenate([repeated, rest], axis=1)
+
+
+_WHOLE = Rows()  # joins nothing
 
 
 def rotate(
@@ -90,26 +135,34 @@ class Attention(nn.Module):
         return sharding.constrain(x, "batch", "heads", "length", "width")
 
     def queries(
-        self, x: Float[Array, "B Q E"], positions: Int[Array, "B Q"], speeds: Float[Array, "P"]
+        self,
+        x: Float[Array, "_ _ E"],
+        positions: Int[Array, "B Q"],
+        speeds: Float[Array, "P"],
+        rows: Rows = _WHOLE,
     ) -> Float[Array, "B H G Q D"]:
-        """Rotated queries, by the head of keys that they ask."""
+        """Rotated queries, by the head of keys that they ask; `x` is joined if `rows` says so."""
         c = self.config
         norm = None if c.query_key_norm == "none" else self.query_norm
-        rotated = rotate(self._heads(self.query(x), norm), positions, speeds)
-        return rotated.reshape(len(x), c.num_kv_heads, -1, *rotated.shape[2:])
+        rotated = rotate(self._heads(rows.whole(self.query(x)), norm), positions, speeds)
+        return rotated.reshape(len(rotated), c.num_kv_heads, -1, *rotated.shape[2:])
 
     def keys_values(
-        self, x: Float[Array, "B K E"], positions: Int[Array, "B K"], speeds: Float[Array, "P"]
+        self,
+        x: Float[Array, "_ _ E"],
+        positions: Int[Array, "B K"],
+        speeds: Float[Array, "P"],
+        rows: Rows = _WHOLE,
     ) -> KeysValues:
-        """Rotated keys, and values, `[B, H, K, D]` both."""
+        """Rotated keys, and values, `[B, H, K, D]` both; `x` is joined if `rows` says so."""
         _check_heads(self.config)
         norm = None if self.config.query_key_norm == "none" else self.key_norm
-        keys = rotate(self._heads(self.key(x), norm), positions, speeds)
-        return keys, self._heads(self.value(x), None)
+        keys = rotate(self._heads(rows.whole(self.key(x)), norm), positions, speeds)
+        return keys, self._heads(rows.whole(self.value(x)), None)
 
     def __call__(
-        self, queries: Float[Array, "B H G Q D"], seen: Sequence[Seen]
-    ) -> Float[Array, "B Q E"]:
+        self, queries: Float[Array, "B H G Q D"], seen: Sequence[Seen], rows: Rows = _WHOLE
+    ) -> Float[Array, "_ _ E"]:
         """Attends to all that is seen, with one softmax; logits and weights are of float32.
 
         Where there are more rows of queries than of keys or masks (beams, prompts that begin
@@ -133,7 +186,7 @@ class Attention(nn.Module):
         for ((_, values), _), part in zip(seen, jnp.split(weights, ends, axis=-1), strict=True):
             of_keys = jnp.einsum("bhrk,bhkd->bhrd", _by_keys(part, len(values)), values)
             mixed += _by_rows(of_keys, queries.shape)
-        return self._out(mixed)
+        return self._out(mixed, rows)
 
     def by_kernel(
         self,
@@ -141,7 +194,8 @@ class Attention(nn.Module):
         keys_values: KeysValues,
         segment_ids: Int[Array, "B L"],
         kind: Int[Array, ""],
-    ) -> Float[Array, "B L E"]:
+        rows: Rows,
+    ) -> Float[Array, "_ _ E"]:
         """The same where queries and keys are those of whole rows, by the kernel of the config."""
         c = self.config
         mixed = whole_rows.by_kernel(
@@ -154,13 +208,14 @@ class Attention(nn.Module):
             scale=c.logit_scale,
             softcap=c.attention_softcap,
         )
-        return self._out(mixed)
+        return self._out(mixed, rows)
 
-    def _out(self, mixed: Float[Array, "B H G Q D"]) -> Float[Array, "B Q E"]:
+    def _out(self, mixed: Float[Array, "B H G Q D"], rows: Rows) -> Float[Array, "_ _ E"]:
         """The output of all heads, one after the other at each position."""
         mixed = mixed.reshape(len(mixed), self.config.num_heads, *mixed.shape[3:])
         mixed = sharding.constrain(mixed, "batch", "heads", "length", "width")
-        return self.out(mixed.swapaxes(1, 2).reshape(len(mixed), mixed.shape[2], -1))
+        mixed = mixed.swapaxes(1, 2).reshape(len(mixed), mixed.shape[2], -1)
+        return self.out(rows.joined(mixed, "joined_kv"))
 
 
 def num_places(cache: Cache) -> int:
@@ -261,23 +316,27 @@ class Decoder(nn.Module):
         deterministic: bool,
         first: int = 0,
         stop: int | None = None,
+        num_shared: int = 0,
     ) -> Float[Array, "B L E"]:
         """All positions at once: all layers, the norm, and dropout before them.
 
         With `first`, `x` is what enters that layer; with `stop`, the result is what enters that.
+        Where all rows begin with the same `num_shared` positions, these are computed once, which
+        needs that there is no dropout.
         """
-        c = self.config
+        c, rows = self.config, Rows.of(len(x), num_shared)
 
         def call(layer: _Layer, x: Float[Array, "B L E"], kind: Int[Array, ""]) -> Array:
             speeds, window = jnp.asarray(self.speeds)[kind], jnp.asarray(self.windows)[kind]
 
             def attend(attention: Attention, y: Float[Array, "B L E"]) -> Array:
-                keys_values = attention.keys_values(y, sources.positions, speeds)
-                queries = attention.queries(y, sources.positions, speeds)
+                keys_values = attention.keys_values(y, sources.positions, speeds, rows)
+                queries = attention.queries(y, sources.positions, speeds, rows)
                 if c.attention != "xla":
-                    return attention.by_kernel(queries, keys_values, sources.segment_ids, kind)
+                    segment_ids = sources.segment_ids
+                    return attention.by_kernel(queries, keys_values, segment_ids, kind, rows)
                 mask = whole_rows.mask(*sources, window)
-                return attention(queries, [Seen(keys_values, mask)])
+                return attention(queries, [Seen(keys_values, mask)], rows)
 
             return layer(x, attend, deterministic=deterministic)
 
@@ -285,8 +344,8 @@ class Decoder(nn.Module):
             x = self.dropout(x, deterministic=deterministic)
         kinds = jnp.asarray(c.kind_of_layers)[first:stop]
         chosen = layers.chosen(self.layers, first, stop)
-        x = layers.run_layers(chosen, c.num_layers, c, x, call, (kinds,))
-        return self.decoder_norm(x) if stop is None else x
+        x = layers.run_layers(chosen, c.num_layers, c, rows.joined(x), call, (kinds,))
+        return rows.whole(self.decoder_norm(x) if stop is None else x)
 
     def prefill(
         self, x: Float[Array, "B S E"], sources: Sources, beginning: Cache | None = None

@@ -7,8 +7,7 @@ The loop ends when every row has ended.
 import dataclasses
 import functools
 import hashlib
-import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -168,25 +167,6 @@ def record_keys(seed: int, record_ids: Sequence[str]) -> Key[Array, "B"]:
     return jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
 
 
-def num_shared_by(inputs: Iterable[Sequence[int]]) -> int:
-    """The number of ids that all inputs have in common at their beginning.
-
-    Every input has at least one more. It is rounded down to a multiple of 8, so that few programs
-    are compiled.
-    """
-    shared: list[int] | None = None
-    for ids in inputs:
-        own = ids[:-1]  # one id at least is an input's own
-        if shared is None:
-            shared = list(own)
-        elif list(own[: len(shared)]) != shared:
-            pairs = itertools.takewhile(
-                lambda pair: pair[0] == pair[1], zip(shared, own, strict=False)
-            )
-            shared = [of_all for of_all, _ in pairs]
-    return len(shared or ()) // 8 * 8
-
-
 @functools.partial(jax.jit, static_argnames=("config", "decoding", "num_shared"))
 def decode(
     params: PyTree,
@@ -218,7 +198,7 @@ def decode(
         `log_prob` and `max_length` as if they had been chosen. Not for beams.
       config: the settings of the network.
       decoding: how tokens are chosen.
-      num_shared: number of tokens with which all inputs begin, as `num_shared_by` finds it: a
+      num_shared: number of tokens with which all inputs begin (`layouts.num_shared_by`): a
         decoder-only model reads them once for all rows. It changes no output, but for rounding.
 
     Returns:

@@ -122,7 +122,7 @@ class Model:
           mask: What must not come up in each output.
           prefixes: How each output begins: token ids, filled up with -1 on the right
             (`decoding.decode`).
-          num_shared: Number of tokens with which all inputs begin (`decoding.num_shared_by`).
+          num_shared: Number of tokens with which all inputs begin (`layouts.num_shared_by`).
         """
         if num_shared:
             assert len({tuple(ids[:num_shared]) for ids in inputs}) == 1

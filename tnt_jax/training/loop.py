@@ -46,6 +46,7 @@ class Data:
         each one is a program of its own.
       has_strengths: Whether any mark, of training or of evaluation, has a strength below 1.
       sets: Long sets of ids that examples of either share, which the device has once.
+      num_shared_in_eval: Tokens that all of `eval_examples` begin with.
     """
 
     examples: Sequence[Example]
@@ -54,6 +55,7 @@ class Data:
     num_negative_ids: int
     has_strengths: bool
     sets: Sets
+    num_shared_in_eval: int = 0
 
     def check_fits(self, update: settings.Update) -> None:
         """Raises a UsageError where this host has no memory for a batch."""
@@ -87,16 +89,19 @@ def make_data(
         max_negative_ids(of, with_sets=bool(sets.ids)) for of in (examples, eval_examples)
     )
     has_strengths = any(map(have_strengths, (examples, eval_examples)))
+    layout, lengths = model.network.feature_layout, update.task_feature_lengths
+    num_shared = 0 if update.pack else layout.num_shared(examples, lengths)
     batches = Batches(
         examples,
         update.batch_size,
-        update.task_feature_lengths,
+        lengths,
         seed=seed,
         num_negative_ids=num_negative_ids,
         pack=update.pack,
-        feature_layout=model.network.feature_layout,
+        feature_layout=layout,
         has_strengths=has_strengths,
         set_numbers=sets.numbers,
+        num_shared=num_shared,
     )
     return Data(
         examples=examples,
@@ -105,6 +110,7 @@ def make_data(
         num_negative_ids=num_negative_ids,
         has_strengths=has_strengths,
         sets=sets,
+        num_shared_in_eval=layout.num_shared(eval_examples, lengths),
     )
 
 
@@ -453,6 +459,7 @@ class _Evaluation(hooks.Hook):
             data.batches.feature_layout,
             data.has_strengths,
             data.sets.numbers,
+            data.num_shared_in_eval,
         )
         sums = []
         for number, batch in enumerate(batches):

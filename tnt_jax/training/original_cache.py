@@ -194,10 +194,17 @@ class OriginalStates:
             is_missing = np.any(multihost_utils.process_allgather(is_missing), axis=0)
         return {key for key, absent in zip(keys, is_missing.tolist(), strict=True) if absent}
 
-    def batch(self, examples: Sequence[Example], batch_size: int) -> dict[str, np.ndarray]:
+    def batch(
+        self, examples: Sequence[Example], batch_size: int, num_shared: int = 0
+    ) -> dict[str, np.ndarray]:
         """The features of examples, each in a row of its own; what is left of it is filled up.
 
         They are those without marks: however many there are, all batches have one shape.
+
+        Args:
+          examples: At most `batch_size` of them.
+          batch_size: Rows.
+          num_shared: Tokens that their rows begin with; each number is another shape.
         """
         pairs = np.zeros((0, 2), np.int32)
         unmarked = [
@@ -205,8 +212,14 @@ class OriginalStates:
             for each in examples
         ]
         lengths, layout = self._lengths, self._layout
-        (found,) = batch_for_eval(unmarked, batch_size, lengths, feature_layout=layout)
+        (found,) = batch_for_eval(
+            unmarked, batch_size, lengths, feature_layout=layout, num_shared=num_shared
+        )
         return found
+
+    def num_shared(self, examples: Sequence[Example]) -> int:
+        """The number of tokens that the rows of examples begin with."""
+        return self._layout.num_shared(examples, self._lengths)
 
     def keep(self, examples: Sequence[Example], states: np.ndarray) -> None:
         """Keeps the states `[B, T, E]` of the first rows of a batch, each an example of its own.
@@ -332,15 +345,22 @@ def compute(
         return
     for store in stores.values():
         files.check_writable(store.folder / "part", "STATES_DIR")
-    chosen = [
-        (examples, indices[start : start + batch_size])
+    shared = [
+        first_store.num_shared(examples) if len(indices) else 0
         for examples, indices in zip(data, todo, strict=True)
+    ]
+    # Those of most data sets are computed by one program.
+    least = min(filter(None, shared), default=0)
+    shared = [min(number, least) for number in shared]
+    chosen = [
+        (examples, num_shared, indices[start : start + batch_size])
+        for examples, num_shared, indices in zip(data, shared, todo, strict=True)
         for start in range(0, len(indices), batch_size)
     ]
     title = f"states of the original, {num_lacking} examples, in batches"
-    for examples, indices in console.progress(chosen, title):
+    for examples, num_shared, indices in console.progress(chosen, title):
         read = take(examples, indices)
-        states = states_of(first_store.batch(read, batch_size))
+        states = states_of(first_store.batch(read, batch_size, num_shared))
         for name, store in stores.items():
             store.keep(read, states[name])
     for store in stores.values():
