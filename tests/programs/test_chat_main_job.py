@@ -123,7 +123,7 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(original):
 
 
 def trained_and_compared(folder, monkeypatch):
-    """Numbers of a run with cached states and evaluation, and of its certificate.
+    """Numbers of a run with evaluation, and of its certificate; both read cached states.
 
     And of each batch that goes to the devices how many tokens its rows are said to begin with.
     """
@@ -148,6 +148,7 @@ def trained_and_compared(folder, monkeypatch):
         patched.setattr(sharding, "put_batch", spy)
         settings = {"ORIGINAL": '"cached"', "BATCH_SIZE": 8, "TRAIN_STEPS": 2}
         train(model, **settings, **evaluation, STATES_DIR=f"{folder}/states")
+        compared["evaluate.Certificate.states_dir"] = f"{folder}/states"
         run("evaluate", **TOKENIZER | compared)
     lines = pathlib.Path(model, "metrics.jsonl").read_text().splitlines()
     certificate = json.loads(pathlib.Path(compared["OUTPUT"]).read_text())["certificate"]
