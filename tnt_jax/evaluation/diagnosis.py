@@ -47,6 +47,7 @@ def signs(evaluation: Mapping[str, Any], num_newly_unwanted: int) -> list[Sign]:
         _collapse("outputs", "distinct_outputs", "texts", before, after),
         _collapse("trigrams", "distinct_trigrams", "three words in a row", before, after),
         _changed_too_much(evaluation["comparison"]),
+        *_clean_changed(evaluation["comparison"].get("unchanged_clean")),
         *_leak(evaluation.get("unrelated")),
     ]
 
@@ -204,6 +205,24 @@ def _changed_too_much(comparison: Mapping[str, Any]) -> Sign:
             "as well: compare them with another arm rather than with 100."
         ),
     )
+
+
+def _clean_changed(unchanged_clean: Mapping[str, Any] | None) -> list[Sign]:
+    if unchanged_clean is None:
+        return []
+    is_measured = unchanged_clean["denominator"] >= 2 * _FEWEST
+    return [
+        Sign(
+            name="clean outputs changed",
+            is_seen=is_measured and unchanged_clean["value"] < 0.1,
+            evidence=f"of the original's clean outputs {_share(unchanged_clean)} did not change",
+            suggestion=(
+                "The update does not stop at what was marked. Replace log-likelihood at ordinary "
+                "positions by a KL term (TNFF, TNRF), or lower the learning rate or TRAIN_STEPS. "
+                "Sampled outputs differ by chance as well: compare them with another arm."
+            ),
+        )
+    ]
 
 
 def _leak(unrelated: Mapping[str, Any] | None) -> list[Sign]:
