@@ -464,7 +464,7 @@ class _Comparison(msgspec.Struct):
     bleu: _Number
     rouge_l: _Number
     exact_match: _Share
-    unchanged_clean: _Share | None = None
+    unchanged_clean: _Rate | None = None
 
 
 class _Mask(msgspec.Struct):
