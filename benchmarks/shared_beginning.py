@@ -11,7 +11,7 @@ Both variants of a line take turns in one process. What is measured is processor
 program on the machine does not lengthen; "products" are XLA's count of floating-point operations,
 "temporaries" XLA's count of bytes. All three are relative to the rows computed apart.
 
-Takes 8 minutes of processor time with `--rounds=3`, and about 10 GB of memory (estimated).
+Takes 25 minutes of processor time with `--rounds=3`, and about 10 GB of memory (both estimated).
 """
 
 import argparse

@@ -160,8 +160,8 @@ def test_what_all_prompts_begin_with_is_computed_once_everywhere(original, monke
     found, shared = trained_and_compared("together", monkeypatch)
     number = max(shared)
     assert number >= 8
-    # Eight batches of states and of evaluation, two updates, two batches of the certificate; what is
-    # left is the batch of random tokens by which a resumed run knows its original.
+    # Eight batches of states, eight of evaluation, two updates, two batches of the certificate. The
+    # one left has the random tokens by which a resumed run knows its original.
     assert shared.count(number) == 8 + 8 + 2 + 2
     assert shared.count(0) == len(shared) - 20 == 1
     assert f"All prompts begin with the same {number} tokens: " in capsys.readouterr().out
