@@ -26,8 +26,8 @@ ifneq ($(UV),)
 INSTALL = $(UV) pip install --python $(VENV)/bin/python
 MAKE_VENV = $(UV) venv --clear --seed --python $(PYTHON) $(VENV)
 else
-# Python compiles a module when it is first imported, as after uv. To compile all takes longer than the
-# download.
+# Python compiles a module when it is first imported; to compile all of them takes longer than the
+# download. (uv compiles none either.)
 INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check --no-compile
 MAKE_VENV = $(PYTHON) -m venv --clear $(VENV)
 endif

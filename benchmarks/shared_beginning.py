@@ -2,10 +2,11 @@ r"""What it saves to compute once what all prompts of a batch begin with.
 
     taskset -c 0 python benchmarks/shared_beginning.py
 
-SmolLM2 135M, random weights, float32: batches such as `make demo` has them, eight rows of 64 prompt
-and 40 response tokens, of which the first 32 are the system message; and such as an assistant with
-long instructions has them, four rows of 512 and 64 tokens, the first 384 the same. "states" is what
-is computed once for a data set with `TRAINED_LAYERS=10`; the others are updates of TNRF, Adafactor.
+SmolLM2 135M, random weights, float32. "demo" is a batch as `make demo` has it: eight rows of 64
+prompt and 40 response tokens, and the first 32 are the same in all rows. "instructions" is a batch
+of an assistant with long instructions: four rows of 512 and 64 tokens, the first 384 the same.
+"states" is what is computed once for a data set with `TRAINED_LAYERS=10`. The others are updates of
+TNRF by Adafactor.
 
 Both variants of a line take turns in one process. What is measured is processor time, which another
 program on the machine does not lengthen; "products" are XLA's count of floating-point operations,

@@ -140,7 +140,7 @@ def train(
     trainer = trainer.with_sets(data.sets.ids)
     checks.check_marks(examples, trainer, update.task_feature_lengths)
     checks.check_best_has_marks(keep, eval_examples, objective, update.task_feature_lengths)
-    _log_padding(data.batches, trainer.model.config)
+    _log_padding(data.batches)
     data.check_fits(update)
 
     # ---------------------------------------------------- What is done on the way, and what it is
@@ -311,7 +311,7 @@ def _with_removed(
     return dataclasses.replace(objective, removed_everywhere=tuple(sorted(both)))
 
 
-def _log_padding(batches: Batches, config: NetworkConfig) -> None:
+def _log_padding(batches: Batches) -> None:
     found = batches.padding()
     how = f"Packed, {found.examples_per_row:.1f} examples a row" if batches.pack else "Not packed"
     console.log(
@@ -319,10 +319,10 @@ def _log_padding(batches: Batches, config: NetworkConfig) -> None:
         f"{found.target_padding:.0%} of the targets' positions. An epoch takes "
         f"{found.num_rows / batches.batch_size:.1f} updates."
     )
-    if batches.num_shared and not config.dropout_rate:
+    if batches.num_shared:
         console.log(
-            f"All prompts begin with the same {batches.num_shared} tokens: they are computed once, "
-            "not in every row."
+            f"All prompts begin with the same {batches.num_shared} tokens: without dropout, a "
+            "device computes these once for all of its rows."
         )
 
 

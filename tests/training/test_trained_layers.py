@@ -164,7 +164,7 @@ def test_adapters_learn_the_same_from_cached_states(config, trained_layers, tmp_
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("kind", ["cached", "adapters_cached"])
 def test_states_of_rows_that_begin_alike(kind, devices, tmp_path, monkeypatch):
-    """What they have in common is computed once, or in each: when cached, and in the update."""
+    """States and gradients are the same, whether their beginning is computed once or in each."""
     settings = {
         "examples": some_examples(beginning=range(20, 28)),
         "task_feature_lengths": {"inputs": 13, "targets": 8},
@@ -291,7 +291,8 @@ def test_a_step_is_compiled_for_rows_that_begin_alike(config, num_shared, said):
             original_choice=settings.OriginalChoice(path=None),
             num_shared=num_shared,
         )
-        # Four features of the row, three and the mark of the response, and what is shared.
+        # Of each of 8 rows the tokens, segments and positions; of its response the places, tokens,
+        # loss mask and marks; and what all rows begin with.
         assert report["bytes"]["batch"] == 4 * 8 * (3 * 18 + 8 + 3 * 8 + num_shared)
 
 

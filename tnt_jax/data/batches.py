@@ -94,7 +94,7 @@ class Batches:
         feature_layout: the layout of features of the network that the batches are for.
         set_numbers: the number of each set of ids that the device has, by its name
             (`examples.Sets`).
-        num_shared: tokens that all rows begin with (`FeatureLayout.num_shared`); unread if packed.
+        num_shared: tokens that all rows begin with (`FeatureLayout.num_shared`); 0 if packed.
 
     Raises:
         UsageError: there are no examples, or a setting is not positive.
@@ -165,7 +165,7 @@ class Batches:
             placed.places if self.pack else None,
             self.has_strengths,
             self.set_numbers,
-            0 if self.pack else self.num_shared,
+            self.num_shared,
         )
 
     def read(self, k: int) -> Placed:

@@ -321,8 +321,8 @@ class Decoder(nn.Module):
         """All positions at once: all layers, the norm, and dropout before them.
 
         With `first`, `x` is what enters that layer; with `stop`, the result is what enters that.
-        Where all rows begin with the same `num_shared` positions, these are computed once, which
-        needs that there is no dropout.
+        The first `num_shared` positions, which are the same in all rows, are computed once for all;
+        with dropout there are none.
         """
         c, rows = self.config, Rows.of(len(x), num_shared)
 

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -246,8 +245,8 @@ def probe(model: Model, params: PyTree) -> np.ndarray:
     ids = random.integers(2, model.config.vocab_size, (num_rows, 2, 16), dtype=np.int32)
     no_marks = np.zeros((0, 2), np.int32)
     examples = [Example(*row, negative_pairs=no_marks) for row in ids]
-    devices = math.prod(model.mesh.shape[axis] for axis in sharding.AXIS_RULES["batch"])
-    repeated = [examples[row % num_rows] for row in range(-(-num_rows // devices) * devices)]
+    batch_size = sharding.batch_size_for(num_rows, model.mesh)
+    repeated = [examples[row % num_rows] for row in range(batch_size)]
     batch = model.network.feature_layout.convert(repeated, lengths)
     placed = sharding.put_batch(batch, model.mesh)
     return np.asarray(fused.jit_log_likelihoods(model)(params, placed))[:num_rows]

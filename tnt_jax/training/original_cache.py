@@ -195,7 +195,7 @@ class OriginalStates:
         return {key for key, absent in zip(keys, is_missing.tolist(), strict=True) if absent}
 
     def batch(
-        self, examples: Sequence[Example], batch_size: int, num_shared: int = 0
+        self, examples: Sequence[Example], batch_size: int, num_shared: int
     ) -> dict[str, np.ndarray]:
         """The features of examples, each in a row of its own; what is left of it is filled up.
 
@@ -349,7 +349,7 @@ def compute(
         first_store.num_shared(examples) if len(indices) else 0
         for examples, indices in zip(data, todo, strict=True)
     ]
-    # Those of most data sets are computed by one program.
+    # One program for all data sets whose rows have anything in common.
     least = min(filter(None, shared), default=0)
     shared = [min(number, least) for number in shared]
     chosen = [
