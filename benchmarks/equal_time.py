@@ -119,8 +119,8 @@ def row(task: str, flags: argparse.Namespace, variant: tuple[str, int | None], s
     name = f"{kind}, {'all layers' if layers is None else f'last {layers}'}"
     objective = objectives.named("TNFF", negative_weight=flags.weight)
 
-    def train(label: str, updates: int) -> tuple[str, float, ExperimentRun]:
-        experiment = opened(task, flags, updates)
+    def train(label: str, updates: int, decay: int) -> tuple[str, float, ExperimentRun]:
+        experiment = opened(task, flags, decay)
         files = experiment.make_training_outputs()
         choice = settings.OriginalChoice(
             path=experiment.original,
@@ -134,14 +134,15 @@ def row(task: str, flags: argparse.Namespace, variant: tuple[str, int | None], s
         return checkpoint, time.process_time() - began, experiment
 
     few, many = of_task.probe
-    _, with_states, _ = train(", states", few)
-    _, of_few, _ = train(", few", few)
-    _, of_many, _ = train(", many", many)
+    # A probe may end within the warm-up, over which no learning rate falls: it has the task's.
+    _, with_states, _ = train(", states", few, of_task.updates)
+    _, of_few, _ = train(", few", few, of_task.updates)
+    _, of_many, _ = train(", many", many, of_task.updates)
     an_update = (of_many - of_few) / (many - few)
     states = max(with_states - of_few, 0.0) if kind.endswith("cached") else 0.0
     seconds = seconds or of_task.updates * an_update
     updates = round((seconds - states) / an_update)
-    checkpoint, _, experiment = train("", updates)
+    checkpoint, _, experiment = train("", updates, updates)
     evaluation = experiment.evaluate(name, checkpoint, experiment.first_decoder)
     certificate = evaluation["certificate"]
     return seconds, (

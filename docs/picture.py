@@ -34,8 +34,8 @@ def main():
     """Opens the page and writes the picture."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("page", type=pathlib.Path, help="what `python -m tnt_jax.report` wrote")
-    parser.add_argument("--width", type=int, default=1000, help="of the window, in pixels")
-    parser.add_argument("--height", type=int, default=1000, help="of the window, in pixels")
+    parser.add_argument("--width", type=int, default=1240, help="of the window, in pixels")
+    parser.add_argument("--height", type=int, default=1320, help="of the window, in pixels")
     arguments = parser.parse_args()
 
     with sync_api.sync_playwright() as started:

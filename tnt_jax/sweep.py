@@ -29,7 +29,7 @@ from typing import Any
 
 from tnt_jax import objectives
 from tnt_jax.data import records
-from tnt_jax.evaluation import results
+from tnt_jax.evaluation import columns, results
 from tnt_jax.experiments.experiment import (
     Changes,
     Experiment,
@@ -538,29 +538,6 @@ def _chosen(
     return chosen
 
 
-# Headings of the numbers of a table, their fields, how they are written. A column that no arm has
-# is left out.
-_COLUMNS = (
-    ("cut", "cut", ".1%"),
-    ("BLEU", "bleu", ".1f"),
-    ("BLEU to the mask", "bleu_to_mask", ".1f"),
-    ("the mask's", "same_as_mask", ".1%"),
-    ("ROUGE-L", "rouge_l", ".1f"),
-    ("unchanged", "exact_match", ".1%"),
-    ("of clean ones", "unchanged_clean", ".1%"),
-    ("repeats", "repeated_word_rate", ".1%"),
-    ("phrases", "repeated_phrase_rate", ".1%"),
-    ("unknown", "unknown_token_rate", ".1%"),
-    ("distinct", "distinct_ratio", ".1%"),
-    ("trigrams", "distinct_trigram_ratio", ".1%"),
-    ("residual", "residual", ".4f"),
-    ("collateral", "collateral", ".4f"),
-    ("KL elsewhere", "collateral_elsewhere", ".4f"),
-    ("KL unrelated", "unrelated_kl", ".4f"),
-    ("unrelated unchanged", "unrelated_unchanged", ".1%"),
-)
-
-
 def as_markdown(found: Mapping[str, Any], decoders: Sequence[str] | Mapping[str, Any]) -> str:
     """The chosen arms as a table for each decoder, after a warning where the choice was chance."""
     warning = _chosen_by_chance(found.get("choice_rows", ()), next(iter(decoders)))
@@ -579,19 +556,19 @@ def as_markdown(found: Mapping[str, Any], decoders: Sequence[str] | Mapping[str,
             + f"{before['distinct_ratio_before']:.1%} are distinct",
             "",
         ]
-        columns = [c for c in _COLUMNS if any(row.get(c[1]) is not None for row in rows)]
+        shown = columns.known(columns.NUMBERS, rows)
         has_rates = any(row.get("rate") is not None for row in rows)
         headings = ["arm", "alpha", *(["rate"] if has_rates else []), "seeds"]
         alignments = ["---", *["---:"] * (len(headings) - 1)]
-        for heading, field, _ in columns:
-            has_interval = field in ("cut", "bleu")
-            headings += [heading, "95 %"] if has_interval else [heading]
+        for column in shown:
+            has_interval = column.field in ("cut", "bleu")
+            headings += [column.heading, "95 %"] if has_interval else [column.heading]
             alignments += ["---:", "---"] if has_interval else ["---:"]
         headings += ["p", "frontier"]
         alignments += ["---:", "---"]
         lines += [f"| {' | '.join(headings)} |", f"|{'|'.join(alignments)}|"]
         for row in sorted(rows, key=lambda row: -row["bleu"]):
-            lines.append(f"| {' | '.join(_cells(row, columns, has_rates))} |")
+            lines.append(f"| {' | '.join(_cells(row, shown, has_rates))} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -614,16 +591,15 @@ def _chosen_by_chance(choice_rows: Sequence[results.Row], decoder: str) -> str:
     )
 
 
-def _cells(
-    row: Mapping[str, Any], columns: Iterable[tuple[str, str, str]], has_rates: bool
-) -> list[str]:
+def _cells(row: Mapping[str, Any], shown: Iterable[columns.Column], has_rates: bool) -> list[str]:
     cells = [
         row["objective"],
         "-" if row["alpha"] is None else f"{row['alpha']:g}",
         *([f"{row['rate'] or 1:g}" if row["alpha"] is not None else "-"] if has_rates else []),
         str(row["num_seeds"]),
     ]
-    for _, name, form in columns:
+    for column in shown:
+        name, form = column.field, column.form
         value, spread = row.get(name), row.get(f"{name}_sd")
         deviation = f" ±{format(spread, form)}" if spread is not None else ""
         cells.append("-" if value is None else format(value, form) + deviation)

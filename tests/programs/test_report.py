@@ -154,6 +154,29 @@ def row(**fields):
     return results.from_results(found, "results.json")[0]
 
 
+def test_a_tag_tells_the_best_from_others():
+    """Where every arm is a best trade-off, the tag would say nothing."""
+    more, less = {"unwanted_rate_after": 0.05, "bleu": 60.0}, {"unwanted_rate_after": 0.1}
+    for bleu, tags in ((70.0, 0), (50.0, 1)):
+        rows = [
+            {"task": "t", "decoder": "d", "unwanted_rate_before": 0.2, "objective": name, **numbers}
+            for name, numbers in {"TNFF": more, "UL+LL": {**less, "bleu": bleu}}.items()
+        ]
+        pathlib.Path("two.json").write_text(json.dumps({"rows": rows}))
+        found = "".join(written(results="two.json").texts)
+        assert found.count("best trade-off") == tags + 1  # and the note below the table
+
+
+def test_what_the_original_repeats_stands_in_its_line():
+    pathlib.Path("results.json").write_text(json.dumps({"rows": [{
+        "task": "t", "decoder": "d", "objective": "TNFF", "unwanted_rate_before": 0.2,
+        "unwanted_rate_after": 0.1, "bleu": 70.0,
+        "repeated_phrase_rate": 0.123, "repeated_phrase_rate_before": 0.456,
+    }]}))  # fmt: skip
+    texts = written(results="results.json").texts
+    assert texts.index("45.6%") < texts.index("12.3%")
+
+
 def test_seeds_and_steps_are_whole_numbers():
     rows = [{**one, "seed": 20240601, "steps": 1234567} for one in outputs.results()["rows"][:1]]
     pathlib.Path("large.json").write_text(json.dumps({"rows": rows}))

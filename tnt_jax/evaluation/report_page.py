@@ -8,7 +8,6 @@ policy lets no script run but the two in it.
 """
 
 import base64
-import collections
 import dataclasses
 import hashlib
 import importlib.resources
@@ -18,7 +17,8 @@ from typing import Any
 import jinja2
 
 from tnt_jax import __version__
-from tnt_jax.evaluation import changes, diagnosis, results
+from tnt_jax.evaluation import changes, columns, diagnosis, results
+from tnt_jax.evaluation.columns import Column
 
 # Of each record in a file of tokens: the pieces of its text, and a value for each.
 TOKEN_FIELDS = ("pieces", "kl", "residual", "collateral", "smallest_cost", "is_negative")
@@ -57,30 +57,13 @@ class Comparison:
     tokens: Sequence[Mapping[str, Any]]
 
 
-# The columns of the table: heading, field of `results.Row`, how it is written.
-_PERCENT, _NUMBER, _NATS, _WHOLE = "{:.1%}", "{:.1f}", "{:.3f}", "{:.0f}"
+_WHOLE = ".0f"
 _COLUMNS = (
-    ("alpha", "alpha", "{:g}"),
-    ("rate", "rate", "{:g}"),
-    ("steps", "steps", _WHOLE),
-    ("unwanted", "unwanted_rate_after", _PERCENT),
-    ("cut", "cut", _PERCENT),
-    ("BLEU", "bleu", _NUMBER),
-    ("ROUGE\N{NON-BREAKING HYPHEN}L", "rouge_l", _NUMBER),
-    ("BLEU to the mask", "bleu_to_mask", _NUMBER),
-    ("the mask\N{RIGHT SINGLE QUOTATION MARK}s", "same_as_mask", _PERCENT),
-    ("unchanged", "exact_match", _PERCENT),
-    ("of clean ones", "unchanged_clean", _PERCENT),
-    ("repeated word", "repeated_word_rate", _PERCENT),
-    ("phrase", "repeated_phrase_rate", _PERCENT),
-    ("unknown token", "unknown_token_rate", _PERCENT),
-    ("distinct", "distinct_ratio", _PERCENT),
-    ("trigrams", "distinct_trigram_ratio", _PERCENT),
-    ("residual", "residual", _NATS),
-    ("collateral", "collateral", _NATS),
-    ("KL elsewhere", "collateral_elsewhere", _NATS),
-    ("KL unrelated", "unrelated_kl", _NATS),
-    ("unrelated unchanged", "unrelated_unchanged", _PERCENT),
+    Column("alpha", "alpha", "g", is_main=True),
+    Column("rate", "rate", "g", is_main=True),
+    Column("steps", "steps", _WHOLE),
+    Column("unwanted", "unwanted_rate_after", ".1%", is_main=True),
+    *columns.NUMBERS,
 )
 
 
@@ -105,7 +88,7 @@ def write(
     data = {
         "rows": [_point(row) for row in rows],
         "groups": [{**_point(row), "name": _name(row)} for row in groups],
-        "columns": [["seed", "seed"], *([heading, field] for heading, field, _ in _COLUMNS)],
+        "columns": [["seed", "seed"], *([column.heading, column.field] for column in _COLUMNS)],
         "comparisons": [
             {
                 "task": comparison.task,
@@ -131,7 +114,8 @@ def write(
         title=title,
         version=__version__,
         comparisons=[_shown_comparison(comparison, rows) for comparison in comparisons],
-        table=_table(groups),
+        table=_table(groups, [column for column in _COLUMNS if column.is_main]),
+        further=_table(groups, [column for column in _COLUMNS if not column.is_main]),
         files=files,
         settings=settings,
         data=data,
@@ -157,9 +141,8 @@ def _name(row: results.Row) -> str:
 
 def _shown(row: results.Row) -> dict[str, str]:
     """The numbers of a row as they are written, those that are known."""
-    fields = [("seed", _WHOLE), *((field, form) for _, field, form in _COLUMNS)]
-    values = {field: (row.get(field), form) for field, form in fields}
-    return {f: form.format(value) for f, (value, form) in values.items() if value is not None}
+    shown = columns.known([Column("seed", "seed", _WHOLE), *_COLUMNS], [row])
+    return {column.field: format(row[column.field], column.form) for column in shown}
 
 
 def _output(name: str, inputs: str, change: changes.Change) -> dict[str, Any]:
@@ -205,20 +188,18 @@ def _shown_comparison(comparison: Comparison, rows: Sequence[results.Row]) -> di
     }
 
 
-def _table(groups: Sequence[results.Row]) -> dict[str, Any]:
+def _table(groups: Sequence[results.Row], among: Sequence[Column]) -> dict[str, Any]:
     """Headings, and lines of cells; before the lines of each task and decoder, the original's."""
-    columns = [
-        column for column in _COLUMNS if any(group[column[1]] is not None for group in groups)
-    ]
+    shown_columns = columns.known(among, groups)
     has_seeds = any(group["num_seeds"] > 1 for group in groups)
-    # Who is alone is on the frontier, too, but no better than anybody.
-    num_trained = collections.Counter(_place(g) for g in groups if "is_pareto" in g)
+    # Where all are on the frontier, none is better than anybody.
+    has_worse = {_place(g) for g in groups if not g.get("is_pareto", True)}
 
     def line(
         group: results.Row, name: str, num_seeds: str, shown: Mapping[str, str], is_best: bool
     ) -> dict[str, Any]:
         cells = [num_seeds] if has_seeds else []
-        cells += [shown.get(field, "") for _, field, _ in columns]
+        cells += [shown.get(column.field, "") for column in shown_columns]
         task, decoder = _place(group)
         return {
             "task": task, "decoder": decoder, "name": name, "cells": cells, "is_best": is_best
@@ -228,16 +209,19 @@ def _table(groups: Sequence[results.Row]) -> dict[str, Any]:
     for group in groups:
         if _place(group) not in told:
             told.add(_place(group))
-            before = {"unwanted_rate_after": _PERCENT.format(group["unwanted_rate_before"])}
+            before = {"unwanted_rate_after": f"{group['unwanted_rate_before']:.1%}"}
+            for column in shown_columns:
+                if (value := group.get(f"{column.field}_before")) is not None:
+                    before[column.field] = format(value, column.form)
             # What is left where nothing was done: all of it is residual, if no mark is graded.
             if group["smallest_cost"] is not None and not group.get("num_graded"):
-                before["residual"] = _NATS.format(group["smallest_cost"])
+                before["residual"] = f"{group['smallest_cost']:.4f}"
             lines.append(line(group, "original", "", before, is_best=False))
-        is_best = group.get("is_pareto", False) and num_trained[_place(group)] > 1
+        is_best = group.get("is_pareto", False) and _place(group) in has_worse
         number = str(group["num_seeds"])
         lines.append(line(group, group["objective"], number, _shown(group), is_best))
-    headings = ["", *(["seeds"] if has_seeds else []), *(heading for heading, _, _ in columns)]
-    return {"headings": headings, "lines": lines}
+    headings = ["", *(["seeds"] if has_seeds else []), *(c.heading for c in shown_columns)]
+    return {"headings": headings, "lines": lines, "has_numbers": bool(shown_columns)}
 
 
 def _place(row: results.Row) -> tuple[str, str]:

@@ -53,6 +53,7 @@ class Shown(TypedDict):
       unknown_token_rate: share of outputs with an unknown token, from 0 to 1.
       distinct_ratio: different outputs among all, from 0 to 1.
       distinct_trigram_ratio: different ones among all three words in a row, from 0 to 1.
+      repeated_word_rate_before, ...: the last five of the original's outputs.
       residual: nats at the marks that are left of what must go.
       collateral: nats at the marks of everything else.
       smallest_cost: nats at the marks without an update.
@@ -82,6 +83,11 @@ class Shown(TypedDict):
     unknown_token_rate: NotRequired[_Number]
     distinct_ratio: NotRequired[_Number]
     distinct_trigram_ratio: NotRequired[_Number]
+    repeated_word_rate_before: NotRequired[_Number]
+    repeated_phrase_rate_before: NotRequired[_Number]
+    unknown_token_rate_before: NotRequired[_Number]
+    distinct_ratio_before: NotRequired[_Number]
+    distinct_trigram_ratio_before: NotRequired[_Number]
     residual: NotRequired[_Number]
     collateral: NotRequired[_Number]
     smallest_cost: NotRequired[_Number]
@@ -175,19 +181,28 @@ def measure(
         **to_mask,
         "exact_match": comparison.exact_match.value,
         "unchanged_clean": _value(comparison.unchanged_clean),
-        **_fluency(text_metrics.fluency(patched)),
-        **{f"{name}_before": x for name, x in _fluency(text_metrics.fluency(texts)).items()},
+        **_fluency(text_metrics.fluency(texts), text_metrics.fluency(patched)),
     }
 
 
-def _fluency(found: Any) -> Row:
-    """The columns of `text_metrics.Fluency`, from an object with the same fields."""
+def _fluency(before: Any, after: Any) -> Row:
+    """The columns of `text_metrics.Fluency`, of the original and of an arm.
+
+    Args:
+      before: an object with the same fields, of the original.
+      after: the same of the arm.
+    """
+    fields = {
+        "repeated_word_rate": "repeated_word",
+        "repeated_phrase_rate": "repeated_phrase",
+        "unknown_token_rate": "unknown_token",
+        "distinct_ratio": "distinct_outputs",
+        "distinct_trigram_ratio": "distinct_trigrams",
+    }
     return {
-        "repeated_word_rate": found.repeated_word.value,
-        "repeated_phrase_rate": found.repeated_phrase.value,
-        "unknown_token_rate": found.unknown_token.value,
-        "distinct_ratio": found.distinct_outputs.value,
-        "distinct_trigram_ratio": found.distinct_trigrams.value,
+        f"{name}{suffix}": getattr(found, field).value
+        for suffix, found in (("", after), ("_before", before))
+        for name, field in fields.items()
     }
 
 
@@ -543,7 +558,7 @@ def from_evaluation(evaluation: Any, known: Mapping[str, Any]) -> Row:
         "rouge_l": found.comparison.rouge_l,
         "exact_match": found.comparison.exact_match.value,
         "unchanged_clean": _value(found.comparison.unchanged_clean),
-        **_fluency(found.current),
+        **_fluency(found.original, found.current),
     }
     if found.mask is not None:
         to_mask = found.mask.to_current
