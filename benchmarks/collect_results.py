@@ -1,11 +1,12 @@
-"""Brings the results of several sweeps together, for docs/results.json and docs/results.md.
+"""Brings the results of several sweeps together, for docs/.
 
-    python benchmarks/collect_results.py runs/venues_sweep/results.json \
-      runs/venues_sweep/ablations.json runs/chitchat_sweep/results.json --output=docs/results.json
+    python benchmarks/collect_results.py docs/results.json runs/venues_sweep/results.json \
+      runs/venues_sweep/ablations.json --output=docs/results.json --tables=docs/results_tables.md
 
 Writes {"rows": of all, each with its "sweep", "sweeps": of each its "name", "settings"
-and "chosen"}, and prints the tables of every sweep. What it wrote before can be among the files: a
-sweep that is given again takes the place of the one before.
+and "chosen"}, a page of the tables of every sweep with all columns, and prints the tables with the
+main columns. What it wrote before can be among the files: a sweep that is given again takes the
+place of the one before.
 
 Takes 3 seconds and 220 MB of memory.
 """
@@ -14,15 +15,34 @@ import argparse
 import json
 import pathlib
 
-from tnt_jax import sweep
+from tnt_jax.evaluation import tables
 from tnt_jax.runtime import files
+
+HEAD = """# All columns of the study
+
+Made by `benchmarks/collect_results.py` from [results.json](results.json), which has every weight
+and seed besides. [What the study found](results.md) has the main columns, what they are, and the
+commands.
+
+"""
+
+
+def as_tables(sweeps, in_full):
+    """The tables of all sweeps, each below its name."""
+    texts = []
+    for found in sweeps:
+        decoders = dict.fromkeys(row["decoder"] for row in found["chosen"])
+        text = tables.as_markdown(found["chosen"], decoders, in_full=in_full)
+        texts.append(f"## {found['name']}\n\n{text}")
+    return "\n".join(texts)
 
 
 def main():
     """Writes the file and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("results", type=pathlib.Path, nargs="+", help="what sweeps wrote")
-    parser.add_argument("--output", required=True)
+    parser.add_argument("--output", required=True, help="the JSON file to write")
+    parser.add_argument("--tables", help="the page to write")
     arguments = parser.parse_args()
     rows, sweeps = {}, {}
     for path in arguments.results:
@@ -36,11 +56,11 @@ def main():
         name = f"{path.parent.name}, {path.stem}"
         sweeps[name] = {"name": name, "settings": found["settings"], "chosen": found["chosen"]}
         rows[name] = [{"sweep": name, **row} for row in found["rows"]]
-    for name, found in sweeps.items():
-        decoders = list(dict.fromkeys(row["decoder"] for row in found["chosen"]))
-        print(f"## {name}\n\n{sweep.as_markdown(found, decoders)}")
+    print(as_tables(sweeps.values(), in_full=False))
     of_all = [row for of_sweep in rows.values() for row in of_sweep]
     files.write_json(arguments.output, {"rows": of_all, "sweeps": list(sweeps.values())})
+    if arguments.tables:
+        files.write_text(arguments.tables, HEAD + as_tables(sweeps.values(), in_full=True))
 
 
 if __name__ == "__main__":

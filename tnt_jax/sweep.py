@@ -29,7 +29,7 @@ from typing import Any
 
 from tnt_jax import objectives
 from tnt_jax.data import records
-from tnt_jax.evaluation import columns, results
+from tnt_jax.evaluation import results, tables
 from tnt_jax.experiments.experiment import (
     Changes,
     Experiment,
@@ -538,39 +538,19 @@ def _chosen(
     return chosen
 
 
-def as_markdown(found: Mapping[str, Any], decoders: Sequence[str] | Mapping[str, Any]) -> str:
-    """The chosen arms as a table for each decoder, after a warning where the choice was chance."""
-    warning = _chosen_by_chance(found.get("choice_rows", ()), next(iter(decoders)))
-    lines = [warning, ""] if warning else []
-    for decoder in decoders:
-        rows = _of_decoder(found["chosen"], decoder)
-        if not rows:
-            continue
-        before = rows[0]
-        phrases = before.get("repeated_phrase_rate_before")
-        lines += [
-            f"{decoder}: {before['num_outputs']} prompts, of which the original answers "
-            f"{before['unwanted_rate_before']:.1%} with something unwanted; "
-            f"{before['repeated_word_rate_before']:.1%} repeat a word, "
-            + ("" if phrases is None else f"{phrases:.1%} a phrase, ")
-            + f"{before['distinct_ratio_before']:.1%} are distinct",
-            "",
-        ]
-        shown = columns.known(columns.NUMBERS, rows)
-        has_rates = any(row.get("rate") is not None for row in rows)
-        headings = ["arm", "alpha", *(["rate"] if has_rates else []), "seeds"]
-        alignments = ["---", *["---:"] * (len(headings) - 1)]
-        for column in shown:
-            has_interval = column.field in ("cut", "bleu")
-            headings += [column.heading, "95 %"] if has_interval else [column.heading]
-            alignments += ["---:", "---"] if has_interval else ["---:"]
-        headings += ["p", "frontier"]
-        alignments += ["---:", "---"]
-        lines += [f"| {' | '.join(headings)} |", f"|{'|'.join(alignments)}|"]
-        for row in sorted(rows, key=lambda row: -row["bleu"]):
-            lines.append(f"| {' | '.join(_cells(row, shown, has_rates))} |")
-        lines.append("")
-    return "\n".join(lines)
+def as_markdown(found: Mapping[str, Any], decoders: Iterable[str]) -> str:
+    """The chosen arms as tables, the main numbers first, after a warning if the choice was chance.
+
+    Args:
+      found: What a sweep found.
+      decoders: Its decoders; weights were chosen on the outputs of the first.
+    """
+    decoders = list(decoders)
+    warning = _chosen_by_chance(found.get("choice_rows", ()), decoders[0])
+    main, full = (
+        tables.as_markdown(found["chosen"], decoders, in_full=in_full) for in_full in (False, True)
+    )
+    return "\n".join([*([warning, ""] if warning else []), main, "All columns:", "", full])
 
 
 def _chosen_by_chance(choice_rows: Sequence[results.Row], decoder: str) -> str:
@@ -589,26 +569,6 @@ def _chosen_by_chance(choice_rows: Sequence[results.Row], decoder: str) -> str:
         f"they are chosen on {unwanted} are unwanted, expected {_FEWEST} at least. Put a decoder "
         "with more of them first in DECODERS, or give more EVAL_PROMPTS."
     )
-
-
-def _cells(row: Mapping[str, Any], shown: Iterable[columns.Column], has_rates: bool) -> list[str]:
-    cells = [
-        row["objective"],
-        "-" if row["alpha"] is None else f"{row['alpha']:g}",
-        *([f"{row['rate'] or 1:g}" if row["alpha"] is not None else "-"] if has_rates else []),
-        str(row["num_seeds"]),
-    ]
-    for column in shown:
-        name, form = column.field, column.form
-        value, spread = row.get(name), row.get(f"{name}_sd")
-        deviation = f" ±{format(spread, form)}" if spread is not None else ""
-        cells.append("-" if value is None else format(value, form) + deviation)
-        if name in ("cut", "bleu"):
-            interval = row.get(f"{name}_interval")
-            cells.append(" to ".join(format(x, form) for x in interval) if interval else "-")
-    cells.append("-" if row.get("bleu_p_value") is None else f"{row['bleu_p_value']:.3f}")
-    cells.append("yes" if row.get("is_pareto") else "")
-    return cells
 
 
 if __name__ == "__main__":

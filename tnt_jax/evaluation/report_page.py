@@ -17,8 +17,8 @@ from typing import Any
 import jinja2
 
 from tnt_jax import __version__
-from tnt_jax.evaluation import changes, columns, diagnosis, results
-from tnt_jax.evaluation.columns import Column
+from tnt_jax.evaluation import changes, diagnosis, results, tables
+from tnt_jax.evaluation.tables import Column
 
 # Of each record in a file of tokens: the pieces of its text, and a value for each.
 TOKEN_FIELDS = ("pieces", "kl", "residual", "collateral", "smallest_cost", "is_negative")
@@ -59,11 +59,11 @@ class Comparison:
 
 _WHOLE = ".0f"
 _COLUMNS = (
-    Column("alpha", "alpha", "g", is_main=True),
-    Column("rate", "rate", "g", is_main=True),
+    Column("alpha", "alpha", "g", short="g"),
+    Column("rate", "rate", "g", short="g"),
     Column("steps", "steps", _WHOLE),
-    Column("unwanted", "unwanted_rate_after", ".1%", is_main=True),
-    *columns.NUMBERS,
+    Column("unwanted", "unwanted_rate_after", ".1%", short=".1%"),
+    *tables.NUMBERS,
 )
 
 
@@ -114,8 +114,8 @@ def write(
         title=title,
         version=__version__,
         comparisons=[_shown_comparison(comparison, rows) for comparison in comparisons],
-        table=_table(groups, [column for column in _COLUMNS if column.is_main]),
-        further=_table(groups, [column for column in _COLUMNS if not column.is_main]),
+        table=_table(groups, [column for column in _COLUMNS if column.short]),
+        further=_table(groups, [column for column in _COLUMNS if not column.short]),
         files=files,
         settings=settings,
         data=data,
@@ -141,7 +141,7 @@ def _name(row: results.Row) -> str:
 
 def _shown(row: results.Row) -> dict[str, str]:
     """The numbers of a row as they are written, those that are known."""
-    shown = columns.known([Column("seed", "seed", _WHOLE), *_COLUMNS], [row])
+    shown = tables.known([Column("seed", "seed", _WHOLE), *_COLUMNS], [row])
     return {column.field: format(row[column.field], column.form) for column in shown}
 
 
@@ -190,7 +190,7 @@ def _shown_comparison(comparison: Comparison, rows: Sequence[results.Row]) -> di
 
 def _table(groups: Sequence[results.Row], among: Sequence[Column]) -> dict[str, Any]:
     """Headings, and lines of cells; before the lines of each task and decoder, the original's."""
-    shown_columns = columns.known(among, groups)
+    columns = tables.known(among, groups)
     has_seeds = any(group["num_seeds"] > 1 for group in groups)
     # Where all are on the frontier, none is better than anybody.
     has_worse = {_place(g) for g in groups if not g.get("is_pareto", True)}
@@ -199,7 +199,7 @@ def _table(groups: Sequence[results.Row], among: Sequence[Column]) -> dict[str, 
         group: results.Row, name: str, num_seeds: str, shown: Mapping[str, str], is_best: bool
     ) -> dict[str, Any]:
         cells = [num_seeds] if has_seeds else []
-        cells += [shown.get(column.field, "") for column in shown_columns]
+        cells += [shown.get(column.field, "") for column in columns]
         task, decoder = _place(group)
         return {
             "task": task, "decoder": decoder, "name": name, "cells": cells, "is_best": is_best
@@ -210,7 +210,7 @@ def _table(groups: Sequence[results.Row], among: Sequence[Column]) -> dict[str, 
         if _place(group) not in told:
             told.add(_place(group))
             before = {"unwanted_rate_after": f"{group['unwanted_rate_before']:.1%}"}
-            for column in shown_columns:
+            for column in columns:
                 if (value := group.get(f"{column.field}_before")) is not None:
                     before[column.field] = format(value, column.form)
             # What is left where nothing was done: all of it is residual, if no mark is graded.
@@ -220,8 +220,8 @@ def _table(groups: Sequence[results.Row], among: Sequence[Column]) -> dict[str, 
         is_best = group.get("is_pareto", False) and _place(group) in has_worse
         number = str(group["num_seeds"])
         lines.append(line(group, group["objective"], number, _shown(group), is_best))
-    headings = ["", *(["seeds"] if has_seeds else []), *(c.heading for c in shown_columns)]
-    return {"headings": headings, "lines": lines, "has_numbers": bool(shown_columns)}
+    headings = ["", *(["seeds"] if has_seeds else []), *(c.heading for c in columns)]
+    return {"headings": headings, "lines": lines, "has_numbers": bool(columns)}
 
 
 def _place(row: results.Row) -> tuple[str, str]:
