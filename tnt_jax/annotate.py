@@ -43,6 +43,10 @@ from tnt_jax.runtime import (
 from tnt_jax.runtime.errors import UsageError
 
 _RECORDS_PER_PART = 5000  # at most so many are lost with a process that is killed
+_NO_VOCABULARY = (
+    "the annotator removes texts at every position: expected a vocabulary to turn them into token "
+    "ids, found None. Set annotate.vocabulary."
+)
 
 
 def annotate(
@@ -79,10 +83,7 @@ def annotate(
     if vocabulary is not None:
         tokenization.check_vocabulary(vocabulary)
     elif annotator.everywhere() is not None:
-        raise UsageError(
-            "the annotator removes texts at every position: expected a vocabulary to turn them "
-            "into token ids, found None. Set annotate.vocabulary."
-        )
+        raise UsageError(_NO_VOCABULARY)
     everywhere = _everywhere(annotator, vocabulary)
     mark_one = functools.partial(
         mark,
@@ -219,6 +220,8 @@ def mark(
     annotation = annotator.annotate(row)
     if annotation is None:
         return None
+    if annotation.unwanted and vocabulary is None:
+        raise UsageError(_NO_VOCABULARY)
     entries: list[records.TokenIds] = []
     has_alternatives = any(span.alternatives for span in annotation.spans)
     if vocabulary is not None and (has_alternatives or annotation.unwanted):

@@ -269,9 +269,19 @@ def _log_end(
     )
 
 
+def check_are_prompts(prompts: Any, setting: str) -> None:
+    """Raises a UsageError, which names the setting, unless they are a file or a seqio task."""
+    if not isinstance(prompts, str) and not hasattr(prompts, "mixture_or_task_name"):
+        raise UsageError(
+            f"{setting}: expected a file (or a glob pattern), or @tasks.SeqioDataset(), found "
+            f"{prompts!r:.60}. A pattern names several files: 'parts/*.jsonl'."
+        )
+
+
 def _read(prompts: Any, vocabulary: Any) -> list[records.Record]:
     if isinstance(prompts, str):
         return records.read_records(prompts)
+    check_are_prompts(prompts, "PROMPTS")
     from tnt_jax.data import tasks  # here, because TensorFlow takes seconds to import
 
     return tasks.prompts_from_task(prompts.mixture_or_task_name, prompts.split, vocabulary)

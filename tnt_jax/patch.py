@@ -42,6 +42,7 @@ from tnt_jax.runtime.errors import UsageError
 
 FORMATS = ("same", "huggingface", "peft", "t5x", "orbax")
 _INPUTS = "patch_inputs.json"
+_LOG = "log.txt"
 _PATIENCE = 120.0  # seconds of looking for something unwanted, where the pilot has none
 _NUM_SHOWN = 10
 _TO_LEARN_FROM = "outputs to learn from"
@@ -131,7 +132,7 @@ def patch(
     asked.check(texts)
     inputs = asked.describe(texts)
     inputs = _check_folder(asked.root, inputs)
-    with holding.folder(asked.root, "--output"), console.logging_to(asked.root / "log.txt"):
+    with holding.folder(asked.root, "--output"), console.logging_to(asked.root / _LOG):
         files.write_json(asked.root / _INPUTS, inputs)
         return _Patch(asked, texts, choices.Machine(**inputs["machine"])).run(dry_run)
 
@@ -263,7 +264,11 @@ def _check_folder(root: pathlib.Path, inputs: Mapping[str, Any]) -> dict[str, An
     """What the folder holds, if it is this patch; raises a UsageError where it is another one."""
     note = root / _INPUTS
     if not note.is_file():
-        if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        # A command that was killed at its start has left no more than these.
+        own = {_LOG, holding.NOTE}
+        if root.exists() and (
+            not root.is_dir() or any(file.name not in own for file in root.iterdir())
+        ):
             raise UsageError(
                 "--output: expected a folder that is empty or not there yet, or that this command "
                 f"made, found other files in {root}. Give another --output."
@@ -315,12 +320,20 @@ def _configure(gin: pipeline_gin.PipelineGin, flags: Sequence[str] = ()) -> tupl
         raise UsageError(f"ARMS: expected one arm to train, found {', '.join(names) or 'none'}.")
     gin.check(found["experiment"])
     found["experiment"].check_names([*names, search.FOLDER, "prompts"])
+    for arm in found["arms"]:
+        found["experiment"].check_arm(
+            arm.name, lambda arm=arm: arm.objective, Changes(dataset=arm.dataset)
+        )
     if found["num_rounds"] != 1:
         raise UsageError(
             f"NUM_ROUNDS: expected 1, found {found['num_rounds']}: patch makes rounds of its own, "
             "where they help. Leave it out, or use pipeline; 1 keeps patch from making any."
         )
     return found["experiment"], found["arms"][0]
+
+
+def _num_marked(file: str) -> int:
+    return sum(bool(row.negative_spans) for row in records.iterate(file))
 
 
 class _Patch:
@@ -390,8 +403,9 @@ class _Patch:
         some = different[: choices.PILOT]
         is_begun = (self._root / "prompts" / "train.jsonl").is_file()
         if not is_begun:  # where it goes on they are there
-            self._write_prompts("train", some, self._asked.unwanted.are_outputs_given)
             self._write_prompts("report", parts.report)
+            # The last one: that it is there says that both are.
+            self._write_prompts("train", some, self._asked.unwanted.are_outputs_given)
         experiment, _ = self._first_settings()
         vocabulary = experiment.vocabulary()
         rows = [*parts.train, *parts.choice, *parts.report]
@@ -790,7 +804,8 @@ class _Patch:
         when = choices.looks(counts, self._chosen)
         self._add_learning_rate(when)
         opened, arm = self._configured()
-        file = self._pilot_files[opened.first_decoder]
+        # Of two ways to decode one may say nothing unwanted: nothing can be learned from that one.
+        file = max(self._pilot_files.values(), key=_num_marked)
         self._print_shown(file)
         changed = Changes(schedule={"train_steps": 3, "log_every": 1}, dataset=arm.dataset)
         opened.train(name, arm.objective, file, changes=changed)

@@ -164,6 +164,8 @@ def run_stages(
     Raises:
       UsageError: A stage found a mistake.
     """
+    for arm in arms:
+        experiment.check_arm(arm.name, lambda arm=arm: arm.objective, Changes(dataset=arm.dataset))
     opened = open_run(experiment)
     decoders = experiment.decoders
     training_outputs, original_outputs = (

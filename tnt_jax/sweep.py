@@ -120,6 +120,25 @@ class _Cell:
         """The name of its folder."""
         return _name_of(self.labels)
 
+    def make_objective(self) -> objectives.TntObjective:
+        """Its loss per token."""
+        return objectives.named(
+            self.objective, negative_weight=float(self.alpha), **self.grid.objective_settings
+        )
+
+    @property
+    def changes(self) -> Changes:
+        """What its training has otherwise than the experiment."""
+        update = self.grid.update
+        if self.rate != 1:
+            update = {**update, "learning_rate_factor": float(self.rate)}
+        return Changes(
+            train=self.grid.train,
+            update=update,
+            schedule={"seed": self.seed, **self.grid.schedule},
+            dataset=self.grid.dataset,
+        )
+
 
 def _name_of(row: Mapping[str, Any]) -> str:
     if row["alpha"] is None:
@@ -202,8 +221,8 @@ def sweep(
                     f"Grid.{setting}: expected none with TRAINING_RECORDS, which are annotated "
                     "outputs that all arms learn from. Leave one out."
                 )
-        for objective in grid.objectives:
-            objectives.named(objective)  # a misspelt one is known now
+    for cell in cells:
+        experiment.check_arm(cell.name, cell.make_objective, cell.changes)
     began = time.monotonic()
     share = (process_index, num_processes)
     with holding.folder(experiment.folder, "OUTPUT_DIR", None if num_processes == 1 else share):
@@ -257,24 +276,12 @@ class _Shared:
 
     def _run(self, cell: _Cell) -> None:
         """Trains and evaluates; a cell that is done costs the time to see that."""
-        grid = cell.grid
-        update = grid.update
-        if cell.rate != 1:
-            update = {**update, "learning_rate_factor": float(cell.rate)}
-        objective = objectives.named(
-            cell.objective, negative_weight=float(cell.alpha), **grid.objective_settings
-        )
         *_, checkpoint = self.opened.train_rounds(
             cell.name,
-            objective,
-            self.training_outputs[id(grid)],
-            grid.num_rounds,
-            Changes(
-                train=grid.train,
-                update=update,
-                schedule={"seed": cell.seed, **grid.schedule},
-                dataset=grid.dataset,
-            ),
+            cell.make_objective(),
+            self.training_outputs[id(cell.grid)],
+            cell.grid.num_rounds,
+            cell.changes,
         )
         if not cell.in_full:
             self.opened.answer(cell.name, checkpoint, self.opened.first_decoder)

@@ -237,6 +237,15 @@ def test_a_model_of_the_hub(directory, tmp_path, monkeypatch):
     directory.rename(snapshot)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     assert pretrained.open_checkpoint("someone/tiny-t5").config == TINY
+    assert pretrained.revision("someone/tiny-t5") == "0123abc"
+    assert pretrained.revision(str(snapshot)) is None
+    # Whoever owns it gives the name to other weights: not in the middle of a program.
+    newer = snapshot.with_name("4567def")
+    shutil.copytree(snapshot, newer)
+    (snapshot.parent.parent / "refs" / "main").write_text("4567def")
+    assert pretrained.revision("someone/tiny-t5") == "0123abc"
+    pretrained._downloaded.cache_clear()  # the next program
+    assert pretrained.revision("someone/tiny-t5") == "4567def"
     message = "found nothing at someone/other-t5, nor on the Hugging Face hub: "
     with pytest.raises(UsageError, match=message):
         pretrained.open_checkpoint("someone/other-t5")

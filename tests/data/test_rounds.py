@@ -64,6 +64,10 @@ def test_clean_outputs_of_later_rounds_can_be_left_out():
     merged = rounds.merge([first, second], VOCABULARY, keep_clean=False)
     assert [row.id for row in merged] == ["1", "2", "1 (round 2)"]
     assert removed(merged) == removed(rounds.merge([first, second], VOCABULARY)[:3])
+    # Ids to remove are marks, too, whether a span has them or not.
+    second = [record("3", "ad", further=[(1, ids("b"))]), record("4", "ae")]
+    merged = rounds.merge([first, second], VOCABULARY, keep_clean=False)
+    assert [row.id for row in merged] == ["1", "2", "3 (round 2)"]
 
 
 def test_no_name_is_given_twice_where_a_round_was_merged_before():

@@ -665,6 +665,11 @@ def test_the_folder_of_another_patch_is_refused(patched, capsys):
     pathlib.Path("full").mkdir(exist_ok=True)
     file("full/notes.txt", "mine")
     assert "found other files in " in mistake(capsys, "full")
+    # What a command leaves that is killed before it has noted anything is no other file.
+    pathlib.Path("killed").mkdir(exist_ok=True)
+    for name in (".held", "log.txt"):
+        file(f"killed/{name}", "")
+    assert patch._check_folder(pathlib.Path("killed"), {"model": "m"}) == {"model": "m"}
 
 
 def test_the_same_files_under_other_paths_are_the_same_patch(patched):

@@ -458,9 +458,20 @@ def test_prompts_whose_outputs_the_annotator_does_not_know_do_not_count(working_
             "Grid.annotator: expected none with TRAINING_RECORDS",
         ),
         ({"PROCESS_INDEX": 2, "NUM_PROCESSES": 2}, "PROCESS_INDEX: expected 0 to 1"),
+        ({"ORIGINAL": "adapter_off"}, "ORIGINAL: expected one of parameters, cached, "),
+        ({"ALPHAS": "[-1.0]"}, "negative_weight"),
+        ({"BATCH_SIZE": 0}, "BATCH_SIZE: expected at least 1, found 0."),
+        ({"OBJECTIVE_SETTINGS": "{'npo_bta': 0.5}"}, "argument 'npo_bta'"),
+        ({"sweep.Grid.update": "{'bach_size': 8}"}, "argument 'bach_size'"),
+        ({"sweep.Grid.dataset": "{'only_clen': True}"}, "argument 'only_clen'"),
+        ({"EVAL_PROMPTS": "['a.jsonl', 'b.jsonl']"}, "EVAL_PROMPTS: expected a file (or a glob"),
     ],
     ids=str,
 )
 def test_mistakes(settings, message, capsys):
+    """They are known before hours of generating, and in one line."""
     sweep("mistaken", status=2, **settings)
-    assert message in capsys.readouterr().err
+    found = capsys.readouterr().err
+    assert message in found
+    assert "Traceback" not in found
+    assert not pathlib.Path("mistaken/original").exists()

@@ -5,6 +5,7 @@ nothing else.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -128,6 +129,15 @@ def find(path: str) -> epath.Path:
     return steps[max(steps)]
 
 
+def revision(path: str) -> str | None:
+    """The commit of a model that a setting names on the Hugging Face hub; None of another's.
+
+    Raises:
+      UsageError: There is none.
+    """
+    return None if files.absolute(path).exists() else find(path).name
+
+
 def _check_may_look(path: str) -> None:
     """Raises an OSError where nothing seems to be at a local path that may not be looked at."""
     if files.is_remote(path):
@@ -155,20 +165,26 @@ def _from_hub(path: str) -> epath.Path:
             f"{missing}. The Hugging Face hub was not asked, because there is a {owner} here."
         )
     try:
-        import huggingface_hub  # of the extra `hub`
-    except ImportError:
+        return _downloaded(path)
+    except ImportError:  # of the extra `hub`
         raise UsageError(
             f"{missing}. If it is a model of the Hugging Face hub: pip install huggingface-hub."
         ) from None
-    files = [huggingface.CONFIG, "*.safetensors", INDEX, *huggingface.OTHER_FILES]
-    others = ["consolidated*", "*/*"]  # the same weights again, or those of another program
-    try:
-        return epath.Path(
-            huggingface_hub.snapshot_download(path, allow_patterns=files, ignore_patterns=others)
-        )
     except Exception as error:  # of the hub's, of its HTTP client's or of the network's
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise UsageError(f"{missing}, nor on the Hugging Face hub: {reason}.") from error
+
+
+@functools.cache
+def _downloaded(name: str) -> epath.Path:
+    """A model of the hub in its cache; for a process the same one, whatever its owner does."""
+    import huggingface_hub
+
+    files = [huggingface.CONFIG, "*.safetensors", INDEX, *huggingface.OTHER_FILES]
+    others = ["consolidated*", "*/*"]  # the same weights again, or those of another program
+    return epath.Path(
+        huggingface_hub.snapshot_download(name, allow_patterns=files, ignore_patterns=others)
+    )
 
 
 # ------------------------------------------------------------------------------- Opening

@@ -23,6 +23,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -453,6 +454,7 @@ def _make_in_processes(work: _Work, vocabulary: Mapping[str, Any], number: int) 
     root = str(pathlib.Path(tnt_jax.__file__).parents[1])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     total = len(work.plan.parts)
+    told = json.dumps(job, default=os.fspath) + "\n"
     running: list[subprocess.Popen[str]] = []
     try:
         for _ in range(number):
@@ -465,15 +467,22 @@ def _make_in_processes(work: _Work, vocabulary: Mapping[str, Any], number: int) 
                 start_new_session=True,  # Ctrl-C is for us: they end with this process
             )
             running.append(started)
-            assert started.stdin is not None
-            started.stdin.write(json.dumps(job, default=os.fspath) + "\n")
-            started.stdin.flush()
+            # A pipe holds 64 KiB: the plan of many parts waits until its reader has imported all.
+            threading.Thread(target=_tell, args=(started, told), daemon=True).start()
         for _ in console.progress(_as_they_come(work, running), "making examples, parts", total):
             pass
     finally:
         for process in running:
             process.kill()
             process.communicate()
+
+
+def _tell(process: "subprocess.Popen[str]", job: str) -> None:
+    # Why it has ended before, its status says.
+    with contextlib.suppress(OSError, ValueError):
+        assert process.stdin is not None
+        process.stdin.write(job)
+        process.stdin.flush()
 
 
 def _as_they_come(work: _Work, running: Sequence["subprocess.Popen[str]"]) -> Iterator[int]:

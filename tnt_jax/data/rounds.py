@@ -93,7 +93,8 @@ def merge(
                 marks.mark_tokens(row, vocabulary, "first_token") if row.negative_spans else marked,
             )
             output = row.prompt, marked.target_ids.tobytes()
-            is_kept = number == 1 or keep_clean or row.negative_spans
+            has_marks = bool(row.negative_spans or row.negative_token_ids)
+            is_kept = number == 1 or keep_clean or has_marks
             if is_kept and output not in seen:
                 seen.add(output)
                 name = next(name for name in _names(row.id, number) if name not in names)

@@ -19,8 +19,8 @@ from tnt_jax.annotators import interface
 from tnt_jax.checkpoints import pretrained
 from tnt_jax.data import datasets, records, removed_everywhere, rounds, tokenization
 from tnt_jax.evaluation import results
-from tnt_jax.generate import MaskPlace
-from tnt_jax.models import decoding
+from tnt_jax.generate import MaskPlace, check_are_prompts
+from tnt_jax.models import decoding, sharding
 from tnt_jax.runtime import console, files, operative_config, stages
 from tnt_jax.runtime.errors import UsageError
 
@@ -185,6 +185,73 @@ class Experiment:
         """`output_dir`, without `~` at its start."""
         return _from_home(self.output_dir)
 
+    def check_arm(
+        self, name: str, make_objective: Callable[[], objectives.TntObjective], changes: Changes
+    ) -> None:
+        """Makes all that an arm's training is told, so that a mistake in it is known beforehand.
+
+        Args:
+          name: The arm's name.
+          make_objective: Makes its loss per token.
+          changes: Settings that differ from those of the experiment.
+
+        Raises:
+          UsageError: A setting does not fit, or is none.
+        """
+        try:
+            made = self.arguments_of_training(
+                make_objective(), files="", vocabulary=None, original=None, changes=changes
+            )
+            self.mask_place()
+            self.certificate(original_checkpoint_path="", checkpoint_path="")
+        except TypeError as error:  # a name that no such settings have
+            raise UsageError(f"arm {name!r}: {error}") from error
+        update = made["update"]
+        mesh = sharding.make_mesh(update.mesh_shape or sharding.MeshShape())
+        sharding.check_batch_size(update.batch_size, update.num_microbatches, mesh)
+
+    def arguments_of_training(
+        self,
+        objective: objectives.TntObjective,
+        *,
+        files: str,
+        vocabulary: Any,
+        original: str | None,
+        changes: Changes,
+        start: str | None = None,
+    ) -> dict[str, Any]:
+        """The arguments of `train.train`, but for the folder.
+
+        Args:
+          objective: The loss per token.
+          files: Annotated outputs to learn from.
+          vocabulary: The tokeniser.
+          original: The original's checkpoint.
+          changes: Settings that differ from those of the experiment.
+          start: A checkpoint to go on from; None: the original.
+        """
+        dataset = datasets.RecordFiles(
+            **{
+                "files": files,
+                "vocabulary": vocabulary,
+                # An arm of clean outputs alone has no marked ones to take them in proportion to.
+                "clean_per_marked": (
+                    None if changes.dataset.get("only_clean") else self.clean_per_marked
+                ),
+                "marks": self.marks,
+                "loss_until": self.loss_until,
+                **changes.dataset,
+            }
+        )
+        return {
+            "objective": objective,
+            "dataset": dataset,
+            "original_choice": self.original_choice(path=original),
+            "update": self.update(**changes.update),
+            "schedule": self.schedule(**{**changes.schedule, "start_path": start}),
+            **changes.train,
+        }
+
     def check_names(self, names: Sequence[str]) -> None:
         """Checks the names of the arms, which become names of folders.
 
@@ -266,13 +333,39 @@ def open_run(
     else:
         assert experiment.original_checkpoint_path is not None
         original = _from_home(experiment.original_checkpoint_path)
+        _check_revision(root, original)
     return ExperimentRun(experiment, kept, root, original, num_seen)
+
+
+def _check_revision(root: pathlib.Path, original: str) -> None:
+    """Raises a UsageError where the hub has another original now than this folder was begun with.
+
+    Stages know a model of the hub by its name, which its owner may give to other weights.
+    """
+    found = pretrained.revision(original)
+    if found is None:
+        return
+    note = root / "stages" / "original_revision.json"
+    before = files.read_object(note) if note.is_file() else {}
+    if before.get("model") == original and before.get("revision") != found:
+        raise UsageError(
+            f"ORIGINAL_CHECKPOINT_PATH: {original} has changed on the Hugging Face hub: its "
+            f"revision is {found}, and {root} was made with {before['revision']}. Give another "
+            "OUTPUT_DIR, or the folder of the old revision (snapshot_download of huggingface_hub)."
+        )
+    files.write_json(str(note), {"model": original, "revision": found})
 
 
 def _look_at_prompts(
     experiment: Experiment, check: Callable[[Sequence[records.Record]], None] | None
 ) -> int:
     """Checks prompts in files before the work; returns `ExperimentRun.num_seen`."""
+    for setting, prompts in (
+        ("TRAIN_PROMPTS", experiment.train_prompts),
+        ("EVAL_PROMPTS", experiment.eval_prompts),
+    ):
+        if prompts is not None:  # with TRAINING_RECORDS there need not be any to learn from
+            check_are_prompts(prompts, setting)
     train, evaluation = (
         records.read_records(prompts) if isinstance(prompts, str) else None
         for prompts in (experiment.train_prompts, experiment.eval_prompts)
@@ -624,29 +717,14 @@ class ExperimentRun:
     def _training(
         self, objective: objectives.TntObjective, files: str, changes: Changes, start: str | None
     ) -> dict[str, Any]:
-        """The arguments of `train.train`, but for the folder."""
-        shared = self.settings
-        dataset = datasets.RecordFiles(
-            **{
-                "files": files,
-                "vocabulary": self.vocabulary,
-                # An arm of clean outputs alone has no marked ones to take them in proportion to.
-                "clean_per_marked": (
-                    None if changes.dataset.get("only_clean") else shared.clean_per_marked
-                ),
-                "marks": shared.marks,
-                "loss_until": shared.loss_until,
-                **changes.dataset,
-            }
+        return self.settings.arguments_of_training(
+            objective,
+            files=files,
+            vocabulary=self.vocabulary,
+            original=self.original,
+            changes=changes,
+            start=start,
         )
-        return {
-            "objective": objective,
-            "dataset": dataset,
-            "original_choice": shared.original_choice(path=self.original),
-            "update": shared.update(**changes.update),
-            "schedule": shared.schedule(**{**changes.schedule, "start_path": start}),
-            **changes.train,
-        }
 
     def train_rounds(
         self,

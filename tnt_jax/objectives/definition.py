@@ -175,7 +175,8 @@ class TntObjective:
       residual_weight: Multiplies the part `-log(1 - m)` of the negative term, where the term is the
         sum of that and of what happens outside `S`: `forward_kl`, `reverse_kl_split`,
         `jensen_shannon_split`. Whatever it is, the minimum is `p_new`: it decides what is given up
-        first where a model cannot reach that.
+        first where a model cannot reach that. A positive term of the same name has it as well: at
+        positive positions `S` is `removed_everywhere`.
       removed_token_floor: `KL(p || p_new)` is infinite while `m > 0`, so in `reverse_kl` the ids of
         `S`, and only they, share `e = min(removed_token_floor, p0(S))` in proportion to `p0`. The
         `min` keeps training from ever raising a removed id that was already rarer.

@@ -44,7 +44,8 @@ _ANSWER = 0.2  # seconds in which whoever has the lock has written who it is, or
 _TRIES = 20
 # Bytes of every note: TensorFlow remembers an object's length for five seconds, and reads so much.
 _SIZE = 1024
-_NOTE = re.compile(r"\.held(?:-(\d+)-of-(\d+))?")
+NOTE = ".held"  # in the folder
+_NOTE = re.compile(re.escape(NOTE) + r"(?:-(\d+)-of-(\d+))?")
 
 _places = itertools.count()  # each is met once, in the same order by all processes
 _held: set["_Hold"] = set()  # by this process
@@ -66,7 +67,7 @@ def folder(
       UsageError: Somebody else holds it, it cannot be written, or not all processes see it.
     """
     files.check_directory(path, setting)
-    note = files.path_of(path) / (".held" if share is None else ".held-{}-of-{}".format(*share))
+    note = files.path_of(path) / (NOTE if share is None else f"{NOTE}-{{}}-of-{{}}".format(*share))
 
     def take() -> _Hold:
         hold = _Hold(note, setting, path)

@@ -23,6 +23,9 @@ _only_done: contextvars.ContextVar[bool] = contextvars.ContextVar("only_done", d
 
 _NOT_LOCAL = "not a local file"  # named by its path alone
 _NOT_THERE = "not there"
+# From so many bytes on a file's digest is kept for as long as the file looks the same.
+_LARGE = 64 * 2**20
+_digests: dict[pathlib.Path, tuple[tuple[int, ...], str]] = {}
 
 
 class NotDoneError(Exception):
@@ -220,12 +223,12 @@ def fingerprint(path: str) -> str:
         described = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
         return _digest(repr(described).encode())
     if found.is_file():
-        return _digest(found.read_bytes())
+        return _digest_of_file(found)
     try:
         inside = files.matching_files(found)
     except UsageError:  # the name of a model of Hugging Face's, say
         return _NOT_LOCAL
-    contents = [(str(file), _digest(file.read_bytes())) for file in inside]
+    contents = [(str(file), _digest_of_file(file)) for file in inside]
     return _digest(repr(contents).encode())
 
 
@@ -239,7 +242,7 @@ def _remote_fingerprint(path: str) -> str:
         matching = files.matching_files(path)
     except UsageError:
         return _NOT_THERE
-    return _digest(repr([(str(file), _digest(file.read_bytes())) for file in matching]).encode())
+    return _digest(repr([(str(file), _digest_of_file(file)) for file in matching]).encode())
 
 
 def _files_in(folder: Any) -> Iterator[Any]:
@@ -253,3 +256,20 @@ def _files_in(folder: Any) -> Iterator[Any]:
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _digest_of_file(path: Any) -> str:
+    """`_digest` of a file, local or in an object store, which may be a model of many gigabytes."""
+    stat = path.stat() if isinstance(path, pathlib.Path) else None
+    if stat is None or stat.st_size < _LARGE:
+        return _read_digest(path)
+    known = _digests.get(path)
+    is_same = stat.st_ino, stat.st_size, stat.st_mtime_ns
+    if known is None or known[0] != is_same:
+        known = _digests[path] = (is_same, _read_digest(path))
+    return known[1]
+
+
+def _read_digest(path: Any) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

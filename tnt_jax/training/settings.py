@@ -64,6 +64,12 @@ class Update:
     )
 
     def __post_init__(self):
+        for name, number in (
+            ("BATCH_SIZE", self.batch_size),
+            ("NUM_MICROBATCHES", self.num_microbatches),
+        ):
+            if number < 1:
+                raise UsageError(f"{name}: expected at least 1, found {number}.")
         if self.block_size is not None and self.block_size < 1:
             raise UsageError(f"BLOCK_SIZE: expected None or at least 1, found {self.block_size}.")
         if self.non_finite not in NON_FINITE:
