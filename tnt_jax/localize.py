@@ -190,7 +190,7 @@ def localize(
             dataclasses.replace(
                 mark(
                     row,
-                    marks,
+                    is_negative,
                     vocabulary,
                     prefix_values.blame(v) if blame_as_strength else None,
                     is_sure=ahead is None,
@@ -198,7 +198,7 @@ def localize(
                 annotator=name,
                 extra=extra,
             )
-            for row, marks, v, extra in zip(
+            for row, is_negative, v, extra in zip(
                 rows,
                 found,
                 values,

@@ -237,7 +237,7 @@ def _run(
     best = expectations.arm if expectations else arms[0].name
     _print_examples(
         opened.make_original_outputs()[first_decoder],
-        str(root / best / f"{first_decoder}.annotated.jsonl"),
+        str(opened.files_of(best).annotated(first_decoder)),
         best,
         num_examples,
     )

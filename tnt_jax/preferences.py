@@ -75,9 +75,9 @@ def preferences(
     counts = ", ".join(f"{number} {why}" for why, number in left_out.items()) or "none"
     if not lines:
         raise UsageError(
-            f"expected outputs to prefer, found none: of {len(original)} records in "
-            f"{original_records} are left out: {counts}. Give outputs to more prompts, or others "
-            "in which nothing is marked."
+            f"expected at least one line to write, found none. Left out of the {len(original)} "
+            f"records in {original_records}: {counts}. Give outputs to more prompts, or others in "
+            "which nothing is marked."
         )
     with holding.output(output, "OUTPUT"), files.replacing(output) as unfinished:
         with unfinished.open("w", encoding="utf-8") as file:

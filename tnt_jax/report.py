@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from tnt_jax.data import records
-from tnt_jax.evaluation import changes, diagnosis, report_page, text_metrics
+from tnt_jax.evaluation import arm_files, changes, diagnosis, report_page, text_metrics
 from tnt_jax.evaluation.results import (
     Row,
     cut_of,
@@ -243,12 +243,13 @@ def _of_pipeline(
     for arm, by_decoder in evaluations.items():
         stated = training_of(training.get(arm, {}), f"{summary}: training: {arm}")
         for decoder, evaluation in by_decoder.items():
-            tokens = root / arm / f"{decoder}.tokens.jsonl"
+            of_arm = arm_files.ArmFiles(root, arm)
+            tokens = of_arm.tokens(decoder)
             pairs.append(
                 _compare(
                     sources,
-                    str(root / "original" / f"{decoder}.annotated.jsonl"),
-                    str(root / arm / f"{decoder}.annotated.jsonl"),
+                    str(arm_files.ArmFiles(root, "original").annotated(decoder)),
+                    str(of_arm.annotated(decoder)),
                     evaluation=evaluation,
                     tokens=str(tokens) if tokens.is_file() else None,
                     row={"objective": arm, "decoder": decoder, "task": root.name, **stated},

@@ -403,7 +403,7 @@ def _rows(
         of_training: Mapping[str, Any],
         of_report: Mapping[str, Any] | None = None,
     ) -> None:
-        current = str(opened.root / name / f"{decoder}.annotated.jsonl")
+        current = str(opened.files_of(name).annotated(decoder))
         before = opened.make_original_outputs()[decoder]
         choice, report = _parts(*records.read_pairs(before, current), choice_share)
         masked: tuple[Sequence[records.Record] | None, ...] = None, None
@@ -440,7 +440,7 @@ def _rows(
 
 def _certificate(opened: ExperimentRun, name: str, decoder: str) -> dict[str, Any]:
     """The numbers of an arm that need both models: of its certificate, and on unrelated prompts."""
-    evaluation = opened.root / name / f"{decoder}.evaluation.json"
+    evaluation = opened.files_of(name).evaluation(decoder)
     parts = results.read_evaluation(evaluation, has_certificate=True)["certificate"]
     unrelated = opened.unrelated(name) if decoder == opened.first_decoder else None
     return {
@@ -534,7 +534,7 @@ def _chosen(
         names = {row["objective"]: _name_of(row) for row in reversed(_of_decoder(rows, decoder))}
         outputs, original = {}, []
         for arm, name in names.items():
-            current = str(opened.root / name / f"{decoder}.annotated.jsonl")
+            current = str(opened.files_of(name).annotated(decoder))
             pairs = records.read_pairs(opened.make_original_outputs()[decoder], current)
             _, (original, outputs[arm]) = _parts(*pairs, choice_share)
         if not outputs:

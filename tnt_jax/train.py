@@ -230,7 +230,7 @@ def _describe_run(
     if not trainer.original_kind.is_apart:
         of_part: dict[str, Any] = {"layers": choice.trained_layers}
         if sources.original_source is not None:
-            # The checkpoint itself: a model directory means another when it has a newer.
+            # The checkpoint itself: a model directory would later be its newer checkpoint.
             of_part["beside"] = str(sources.original_source.path)
         if choice.has_adapters:
             part = {"adapters": {"rank": choice.adapter_rank, "alpha": choice.adapter_alpha}}

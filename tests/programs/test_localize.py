@@ -11,8 +11,8 @@ import pytest
 from helpers import rooms
 
 from tnt_jax import localize as localize_program
-from tnt_jax import patch
 from tnt_jax.data import marks, records, tokenization
+from tnt_jax.experiments import asked
 
 FOLDER_SETTINGS = {
     "RECORDS": "labelled.jsonl",
@@ -267,7 +267,7 @@ def test_patch_learns_from_labels_of_whole_outputs(optimised):
         "gin.OPTIMIZER": "@optax.adam",
         "gin.LEARNING_RATE": 3e-3,
     }
-    arguments = patch.gin_arguments([f"--{name}={value}" for name, value in flags.items()])
+    arguments = asked.gin_arguments([f"--{name}={value}" for name, value in flags.items()])
     assert rooms.run_program("patch", arguments) == 0
     learned = records.read_records("patched/prompts/train.jsonl")
     prompts = {row.inputs for row in learned}

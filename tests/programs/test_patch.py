@@ -23,7 +23,7 @@ from helpers.full_disk import full_disk
 
 from tnt_jax import convert, patch
 from tnt_jax.data import records, removed_everywhere
-from tnt_jax.experiments import choices, search
+from tnt_jax.experiments import asked, choices, search
 from tnt_jax.runtime import preemption, program, stages
 
 # Flags of a quick patch: what is given is not chosen.
@@ -51,7 +51,7 @@ def run(output, **flags):
         if value is not None
     ]
     with pytest.raises(SystemExit) as stopped:
-        program.run("tnt_jax.patch", "patch", patch.gin_arguments(arguments))
+        program.run("tnt_jax.patch", "patch", asked.gin_arguments(arguments))
     gin.clear_config()
     return stopped.value.code
 
@@ -578,7 +578,7 @@ LINES = "".join(f"prompt {number}\n" for number in range(100))
         ({"modle": "x"}, "unrecognized arguments: --modle=x (see --help)"),
         ({"gin.TRAIN_STPES": 3}, "--gin.TRAIN_STPES: no gin file reads %TRAIN_STPES; did you mean"),
         ({"gin.BATCH_SIZE": "many"}, "--gin.BATCH_SIZE: expected int, found 'many'."),
-        ({"gin.OUTPUT_DIR": "x"}, "--gin.OUTPUT_DIR: expected a setting that no flag says, found"),
+        ({"gin.OUTPUT_DIR": "x"}, "--gin.OUTPUT_DIR: --output sets this. Use that, and leave this"),
         ({"gin_file": "none.gin"}, "--gin_file: no gin file 'none.gin'"),
         *(
             ({"gin_file": ("own.gin", f"{name} = 'x'\n")}, f"{name}: expected a setting that no f")
@@ -591,11 +591,11 @@ LINES = "".join(f"prompt {number}\n" for number in range(100))
                     "ORIGINAL_CHECKPOINT_PATH = 'tiny'\nVOCABULARY_PATH = 'model'\n",
                 )
             },
-            "ORIGINAL_CHECKPOINT_PATH: expected a setting that no flag says, found 'tiny' in a --g",
+            "ORIGINAL_CHECKPOINT_PATH: --model sets this, and a --gin_file or a --gin.NAME=VALUE ",
         ),
         (
             {"gin.experiment.Experiment.output_dir": "x"},
-            "OUTPUT_DIR: expected a setting that no flag says, found 'x' in a --gin_file or a --gi",
+            "OUTPUT_DIR: --output sets this, and a --gin_file or a --gin.NAME=VALUE has set it to",
         ),
         ({"gin.ARMS": "[]"}, "ARMS: expected one arm to train, found none."),
         ({"output": "gs://bucket/out"}, "--output: expected a local folder, found "),
@@ -603,8 +603,8 @@ LINES = "".join(f"prompt {number}\n" for number in range(100))
             {"format": "peft", "gin.ORIGINAL": "cached"},
             "--format=peft: expected ORIGINAL='adapters_off', found 'cached'. Leave one out.",
         ),
-        ({"gin.NUM_ROUNDS": 0}, "NUM_ROUNDS: expected 1, found 0: patch makes rounds of its own"),
-        ({"gin.NUM_ROUNDS": 2}, "NUM_ROUNDS: expected 1, found 2: patch makes rounds of its own"),
+        ({"gin.NUM_ROUNDS": 0}, "NUM_ROUNDS: expected none, or 1, found 0: patch adds rounds"),
+        ({"gin.NUM_ROUNDS": 2}, "NUM_ROUNDS: expected none, or 1, found 2: patch adds rounds"),
         ({"output": "model/out"}, "--output: expected a folder outside the model's, found "),
     ],
 )
@@ -620,7 +620,7 @@ def test_a_mistake_is_one_line(capsys, flags, message):
 def test_a_model_without_a_model_or_without_an_output(capsys):
     for arguments in (["--prompts=prompts.txt"], ["--gin.X"]):
         with pytest.raises(SystemExit) as stopped:
-            patch.gin_arguments(arguments)
+            asked.gin_arguments(arguments)
         assert stopped.value.code == 2
         assert capsys.readouterr().err.count("\n") == 1
 
@@ -669,7 +669,7 @@ def test_the_folder_of_another_patch_is_refused(patched, capsys):
     pathlib.Path("killed").mkdir(exist_ok=True)
     for name in (".held", "log.txt"):
         file(f"killed/{name}", "")
-    assert patch._check_folder(pathlib.Path("killed"), {"model": "m"}) == {"model": "m"}
+    assert asked.check_folder(pathlib.Path("killed"), {"model": "m"}) == {"model": "m"}
 
 
 def test_the_same_files_under_other_paths_are_the_same_patch(patched):
@@ -709,7 +709,7 @@ def test_a_list_that_has_changed_is_refused(capsys):
 
 def test_help_fits_a_screen(capsys):
     with pytest.raises(SystemExit) as stopped:
-        patch.gin_arguments(["--help"])
+        asked.gin_arguments(["--help"], patch.__doc__)
     assert stopped.value.code == 0
     text = capsys.readouterr().out
     assert len(text.splitlines()) <= 44

@@ -12,8 +12,8 @@ import pytest
 import traitlets.config
 from helpers import doc_pages, rooms
 
-from tnt_jax import patch
 from tnt_jax.data import records
+from tnt_jax.experiments import asked
 from tnt_jax.runtime import program
 
 TUTORIAL = doc_pages.ROOT / "docs" / "tutorial.md"
@@ -87,7 +87,7 @@ def test_the_notebook_works_as_it_stands():
 def run(words):
     name, arguments = words[2].removeprefix("tnt_jax."), words[3:]
     if name == "patch":  # a model of 30 thousand parameters has to go faster than a reader's
-        arguments = patch.gin_arguments([*arguments, "--gin.LEARNING_RATE=3e-3"])
+        arguments = asked.gin_arguments([*arguments, "--gin.LEARNING_RATE=3e-3"])
     with pytest.raises(SystemExit) as stopped:
         program.run(words[2], name, arguments)
     gin.clear_config()

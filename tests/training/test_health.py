@@ -63,7 +63,7 @@ def events(tmp_path):
         # A loss of padding alone, say: the gradient may be sound.
         (
             sums_of(math.inf),
-            "loss = inf. Not finite is no gradient of one parameter by itself (0 of 3 parameters).",
+            "loss = inf. The gradient of each of the 3 parameters is finite.",
         ),
     ],
 )

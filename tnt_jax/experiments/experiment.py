@@ -11,7 +11,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from tnt_jax import __version__, convert, objectives, report
@@ -19,13 +19,15 @@ from tnt_jax.annotators import interface
 from tnt_jax.checkpoints import pretrained
 from tnt_jax.data import datasets, records, removed_everywhere, rounds, tokenization
 from tnt_jax.evaluation import results
+from tnt_jax.evaluation.arm_files import ArmFiles
 from tnt_jax.generate import MaskPlace, check_are_prompts
 from tnt_jax.models import decoding, sharding
 from tnt_jax.runtime import console, files, operative_config, stages
 from tnt_jax.runtime.errors import UsageError
 
 # Folders under output_dir, beside those of the arms.
-FOLDERS = ("original", "training_outputs", "stages", results.MASK)
+TRAINING_OUTPUTS = "training_outputs"
+FOLDERS = ("original", TRAINING_OUTPUTS, "stages", results.MASK)
 
 
 def path_in(*, folder: str, name: str) -> str:
@@ -276,6 +278,11 @@ def name_of_round(name: str, number: int) -> str:
     return name if number == 1 else f"{name}.round{number}"
 
 
+def _generating(name: str, decoder: str) -> str:
+    """The name of the stage that makes a model's outputs."""
+    return f"{name}: generate, {decoder}"
+
+
 def _unrelated_name(name: str) -> str:
     """The same of what a model says to `Experiment.unrelated_prompts`."""
     return f"{name}.unrelated"
@@ -468,6 +475,10 @@ class ExperimentRun:
         """The name of the decoder whose numbers count first."""
         return next(iter(self.settings.decoders))
 
+    def files_of(self, name: str) -> ArmFiles:
+        """The files of an arm, or of another folder that has outputs."""
+        return ArmFiles(self.root, name)
+
     @property
     def training_decoders(self) -> Sequence[str]:
         """The names of the decoders that make the training outputs."""
@@ -507,9 +518,9 @@ class ExperimentRun:
                 rule = ", the prompt's words are innocent"
             masking = {"mask": mask, "mask_place": place}
         of_model = {"checkpoint_path": checkpoint}
-        generated = str(self.root / name / f"{decoder}.jsonl")
+        generated = str(self.files_of(name).outputs(decoder))
         self._stages.run(
-            f"{name}: generate, {decoder}",
+            _generating(name, decoder),
             self.settings.generate,
             output=generated,
             inputs=({} if identity else of_model) | ({"prompts": prompts} if is_file else {}),
@@ -527,7 +538,7 @@ class ExperimentRun:
         return self._annotated(name, generated, decoder, self.annotator)
 
     def _annotated(self, name: str, generated: str, label: str, annotator: Any) -> str:
-        output = str(self.root / name / f"{label}.annotated.jsonl")
+        output = str(self.files_of(name).annotated(label))
         self._stages.run(
             f"{name}: annotate, {label}",
             self.settings.annotate,
@@ -545,14 +556,14 @@ class ExperimentRun:
           decoders: Their names; outputs of several are brought together as those of rounds are.
           annotator: None is the experiment's.
         """
-        name, files = "training_outputs", []
+        name, files = TRAINING_OUTPUTS, []
         for decoder in decoders:
             files.append(self.outputs_of(name, self.original, self.settings.train_prompts, decoder))
             if annotator is not None:
                 # One file for all that mark alike.
                 digest = hashlib.sha256(annotator.description.encode()).hexdigest()[:8]
                 label = f"{type(annotator).__name__}-{digest}"
-                generated = str(self.root / name / f"{decoder}.jsonl")
+                generated = str(self.files_of(name).outputs(decoder))
                 files[-1] = self._annotated(name, generated, f"{decoder}.{label}", annotator)
         if len(files) == 1:
             return files[0]
@@ -569,9 +580,9 @@ class ExperimentRun:
         described = json.dumps(stages.describe(localize, {}, []), sort_keys=True)
         digest = hashlib.sha256(described.encode()).hexdigest()[:8]
         name = f"{pathlib.Path(outputs).stem}.localized-{digest}"
-        found = str(self.root / "training_outputs" / f"{name}.jsonl")
+        found = str(self.files_of(TRAINING_OUTPUTS).outputs(name))
         self._stages.run(
-            f"training_outputs: localize, {name}",
+            f"{TRAINING_OUTPUTS}: localize, {name}",
             localize,
             output=found,
             inputs={"input": outputs},
@@ -606,9 +617,16 @@ class ExperimentRun:
         known = [of_round for of_round in seconds if of_round is not None]
         return steps, round(sum(known), 1) if len(known) == len(seconds) else None
 
-    def seconds(self, stage: str) -> float | None:
-        """How long a stage took, if it is done."""
-        return self._stages.seconds(stage)
+    def seconds_of_outputs(self, name: str, decoders: Iterable[str]) -> float | None:
+        """How long it took to make a model's outputs with these decoders; None if none are there.
+
+        Args:
+          name: The folder's name.
+          decoders: The names of the decoders.
+        """
+        found = [self._stages.seconds(_generating(name, decoder)) for decoder in decoders]
+        known = [seconds for seconds in found if seconds is not None]
+        return sum(known) if known else None
 
     @_once
     def make_training_outputs(self) -> str:
@@ -804,7 +822,7 @@ class ExperimentRun:
         inputs = {"original_records": original, "current_records": current}
         if decoder in self.make_mask_outputs():
             inputs["mask_records"] = self.make_mask_outputs()[decoder]
-        tokens = str(self.root / name / f"{decoder}.tokens.jsonl")
+        tokens = str(self.files_of(name).tokens(decoder))
         found = self._compared(
             name,
             decoder,
@@ -847,7 +865,7 @@ class ExperimentRun:
           "kl", to the original in nats a token that is not marked; "num_positive", the number of
           these tokens; and "unchanged", the share of outputs.
         """
-        file = self.root / _unrelated_name(name) / f"{self.first_decoder}.evaluation.json"
+        file = self.files_of(_unrelated_name(name)).evaluation(self.first_decoder)
         if self.settings.unrelated_prompts is None or not file.exists():
             return None
         found = results.read_evaluation(file, has_certificate=True)
@@ -875,7 +893,7 @@ class ExperimentRun:
         settings: Mapping[str, Any],
         checkpoints: Sequence[str],
     ) -> dict[str, Any]:
-        output = self.root / name / f"{decoder}.evaluation.json"
+        output = self.files_of(name).evaluation(decoder)
         self._stages.run(
             f"{name}: evaluate, {decoder}",
             self.settings.evaluate,
@@ -890,10 +908,13 @@ class ExperimentRun:
         """Writes the page that shows every arm, output by output; `summary.json` is there."""
         page = self.root / "report.html"
         files = [
-            str(self.root / name / f"{decoder}.{what}.jsonl")
+            str(file)
             for name in names
             for decoder in self.settings.decoders
-            for what in ("annotated", "tokens")
+            for file in (
+                self.files_of(name).annotated(decoder),
+                self.files_of(name).tokens(decoder),
+            )
         ]
         self._stages.run(
             "report",
@@ -942,7 +963,7 @@ class ExperimentRun:
             output=output,
             inputs={
                 "checkpoint": checkpoint,
-                "evaluation": str(self.root / name / f"{self.first_decoder}.evaluation.json"),
+                "evaluation": str(self.files_of(name).evaluation(self.first_decoder)),
             },
             settings={"output_format": output_format, "scan_layers": is_stacked},
             goes_on=True,

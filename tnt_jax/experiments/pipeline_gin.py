@@ -78,8 +78,7 @@ class PipelineGin:
         for name, value in self._settings:
             if name in _OF_FLAGS:
                 raise UsageError(
-                    f"--gin.{name}: expected a setting that no flag says, found what "
-                    f"{_OF_FLAGS[name]} does. Use that."
+                    f"--gin.{name}: {_OF_FLAGS[name]} sets this. Use that, and leave this out."
                 )
             own.add_binding(name, value)
         self._imports = own.imports_for_bindings()[1:]
@@ -173,9 +172,8 @@ class PipelineGin:
         ):
             if found != written:
                 raise UsageError(
-                    f"{name}: expected a setting that no flag says, found {found!r} in a "
-                    f"--gin_file or a --gin.NAME=VALUE, where {_OF_FLAGS[name]} says it. Leave it "
-                    "out there."
+                    f"{name}: {_OF_FLAGS[name]} sets this, and a --gin_file or a --gin.NAME=VALUE "
+                    f"has set it to {found!r}. Leave it out there."
                 )
         updates = self.given.get("TRAIN_STEPS", self._updates)
         found = experiment.schedule(start_path=None).train_steps

@@ -1,13 +1,13 @@
 """The smallest change that fulfils a wish: attempts one after another, each looked at on its way.
 
 An attempt starts from the original and goes on in legs. After each leg the model answers the choice
-prompts, which it is not trained on. While a look's cut is not enough, a larger one is better; of
-those that are enough a higher BLEU to the original's outputs, for a model comes back to the
-original where it may as its learning rate falls. An attempt ends when looks bring nothing better.
-If a look was enough, the search is over, and of those that are nearest to the original the one with
-the largest cut is taken. Else the next attempt follows, which learns from what the last one still
-said as well (a round), later with a larger weight. Each starts from the original again: so one file
-of outputs, one weight and one number of updates say what the result is.
+prompts, which it is not trained on. Until a look cuts enough, the one with the larger cut is
+better. Of those that cut enough, the one with the higher BLEU to the original's outputs is: as the
+learning rate falls, a model comes back to the original where it may. An attempt ends when looks
+bring nothing better. If a look was enough, the search is over, and of those that are nearest to the
+original the one with the largest cut is taken. Else the next attempt follows, which learns from
+what the last one still said as well (a round), later with a larger weight. Each starts from the
+original again: so one file of outputs, one weight and one number of updates say what the result is.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ import msgspec
 
 from tnt_jax.data import records
 from tnt_jax.evaluation import results, text_metrics
-from tnt_jax.experiments.experiment import Arm, Changes, ExperimentRun
+from tnt_jax.experiments.experiment import TRAINING_OUTPUTS, Arm, Changes, ExperimentRun
 from tnt_jax.runtime import files, stages
 from tnt_jax.runtime.errors import UsageError
 
@@ -277,8 +277,7 @@ class _Search:
     def _seconds_of_outputs(self) -> float:
         """How long the outputs of a round will take: as long as those of the original."""
         opened = self._opened
-        names = [f"training_outputs: generate, {name}" for name in opened.training_decoders]
-        return sum(opened.seconds(name) or 0.0 for name in names)
+        return opened.seconds_of_outputs(TRAINING_OUTPUTS, opened.training_decoders) or 0.0
 
     # ------------------------------------------------------------------------------------ Work
 

@@ -438,7 +438,10 @@ def check_types(
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes a whole file or none: it appears under its name only when it is complete."""
+    """Writes a whole file or none: it appears under its name only when it is complete.
+
+    Of several processes of a run the first one writes, and the others do nothing.
+    """
     if not console.is_first_process():
         return
     with replacing(path) as unfinished:

@@ -125,11 +125,13 @@ class Health:
             for name, value in (("loss", loss), ("gradient_norm", norm))
             if not math.isfinite(value)
         ]
-        of = f"the gradient of {_some(bad)}" if bad else "no gradient of one parameter by itself"
-        what = (
-            f"found {' and '.join(found)}. Not finite is {of} ({len(bad)} of {len(self._names)} "
-            "parameters)."
+        number = len(self._names)
+        where = (
+            f"Not finite is the gradient of {_some(bad)} ({len(bad)} of {number} parameters)."
+            if bad
+            else f"The gradient of each of the {number} parameters is finite."
         )
+        what = f"found {' and '.join(found)}. {where}"
         if not self._is_skipping:
             raise UsageError(
                 f"update {step}: expected finite numbers, {what} Before it, there is "

@@ -63,7 +63,7 @@ _OF_ALL = {
     "inference_evaluation": "EVAL_MIXTURE_OR_TASK_NAME or another setting of that evaluation",
 }
 
-# A run without them says nothing of them.
+# These are there only where a part of the model is trained.
 _OF_PARTS = ("adapters", "upper_layers")
 
 # Of these the named parts alone are compared; of others everything.
