@@ -26,7 +26,8 @@ import gin
 import report
 
 from tnt_jax import objectives, pipeline
-from tnt_jax.experiments.experiment import Changes, ExperimentRun, open_run
+from tnt_jax.experiments.experiment import Changes
+from tnt_jax.experiments.experiment_run import ExperimentRun, open_run
 from tnt_jax.runtime import holding, program
 from tnt_jax.training import settings
 

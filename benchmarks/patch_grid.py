@@ -20,7 +20,7 @@ import pathlib
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from tnt_jax import pipeline
-from tnt_jax.experiments.experiment import open_run
+from tnt_jax.experiments.experiment_run import open_run
 from tnt_jax.runtime import console, holding, program
 
 

@@ -39,14 +39,8 @@ from tnt_jax.experiments.asked import (
     is_decoder_only,
 )
 from tnt_jax.experiments.choices import Choice, Counts
-from tnt_jax.experiments.experiment import (
-    TRAINING_OUTPUTS,
-    Arm,
-    Changes,
-    Experiment,
-    ExperimentRun,
-    open_run,
-)
+from tnt_jax.experiments.experiment import TRAINING_OUTPUTS, Arm, Changes, Experiment
+from tnt_jax.experiments.experiment_run import ExperimentRun, open_run
 from tnt_jax.experiments.unwanted import Unwanted
 from tnt_jax.models import families
 from tnt_jax.runtime import console, files, holding, program, stages

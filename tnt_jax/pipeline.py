@@ -19,14 +19,8 @@ from typing import Any
 
 from tnt_jax.data import records
 from tnt_jax.evaluation import diagnosis, results
-from tnt_jax.experiments.experiment import (
-    Arm,
-    Changes,
-    Experiment,
-    ExperimentRun,
-    check_rounds,
-    open_run,
-)
+from tnt_jax.experiments.experiment import Arm, Changes, Experiment, check_rounds
+from tnt_jax.experiments.experiment_run import ExperimentRun, open_run
 from tnt_jax.runtime import console, files, holding, program
 from tnt_jax.runtime.errors import UsageError
 

@@ -30,13 +30,8 @@ from typing import Any
 from tnt_jax import objectives
 from tnt_jax.data import records
 from tnt_jax.evaluation import results, tables
-from tnt_jax.experiments.experiment import (
-    Changes,
-    Experiment,
-    ExperimentRun,
-    check_rounds,
-    open_run,
-)
+from tnt_jax.experiments.experiment import Changes, Experiment, check_rounds
+from tnt_jax.experiments.experiment_run import ExperimentRun, open_run
 from tnt_jax.runtime import console, files, holding, program, stages
 from tnt_jax.runtime.errors import UsageError
 

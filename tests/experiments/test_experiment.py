@@ -3,7 +3,7 @@
 import pytest
 from helpers import huggingface_model
 
-from tnt_jax.experiments import experiment
+from tnt_jax.experiments import experiment, experiment_run
 from tnt_jax.runtime.errors import UsageError
 
 
@@ -30,6 +30,6 @@ def test_in_our_format_the_model_of_the_last_round_is_handed_over(folder, tmp_pa
         **nothing,
     )
     model_dir = tmp_path / "run" / folder / "model"
-    opened = experiment.open_run(settings)
+    opened = experiment_run.open_run(settings)
     found = opened.hand_over("TNFF", str(model_dir / "checkpoint_5"), "orbax")
     assert found == str(model_dir)

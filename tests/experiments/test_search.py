@@ -31,7 +31,7 @@ PLAN = search.Plan(
 class Experiment:
     """Notes what is trained and said, and takes as long as is set; what models say is written down.
 
-    Takes the place of `experiment.ExperimentRun`.
+    Takes the place of `experiment_run.ExperimentRun`.
     """
 
     def __init__(self, clock, cuts, seconds_of_training=0.0, seconds_of_outputs=0.0):
@@ -40,8 +40,8 @@ class Experiment:
         self.trained, self.rounds = [], []
         self.make_training_outputs, self.training_decoders = lambda: "outputs", ("greedy",)
 
-    def seconds(self, stage):
-        assert stage == "training_outputs: generate, greedy"
+    def seconds_of_outputs(self, name, decoders):
+        assert (name, *decoders) == ("training_outputs", "greedy")
         return self.of_outputs
 
     def further_round(self, name, checkpoint, files, *, identity, keep_clean):

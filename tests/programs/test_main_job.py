@@ -21,7 +21,7 @@ from tnt_jax.checkpoints import digests
 from tnt_jax.data import records, removed_everywhere, tokenization
 from tnt_jax.data.batches import Batches
 from tnt_jax.evaluation import results
-from tnt_jax.experiments import experiment
+from tnt_jax.experiments import experiment_run
 from tnt_jax.runtime import program
 from tnt_jax.training import run_checkpoints
 
@@ -658,7 +658,7 @@ def test_outputs_with_a_mask_are_those_of_an_edited_word_list(original, capsys):
 
     def outputs():
         with experiment_of(settings) as found:
-            file = experiment.open_run(found).make_mask_outputs()["greedy"]
+            file = experiment_run.open_run(found).make_mask_outputs()["greedy"]
         return " ".join(row.targets for row in records.read_records(file))
 
     assert "quiet" in outputs()
@@ -681,7 +681,7 @@ def test_folders_in_the_home_folder(original, monkeypatch, tmp_path):
 
     (tmp_path / "original").symlink_to(pathlib.Path("original").absolute())
     with experiment_of({**PIPELINE, "OUTPUT_DIR": "another"}) as found:
-        opened = experiment.open_run(
+        opened = experiment_run.open_run(
             dataclasses.replace(
                 found, output_dir="~/pipeline", original_checkpoint_path="~/original"
             )

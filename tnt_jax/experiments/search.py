@@ -23,7 +23,8 @@ import msgspec
 
 from tnt_jax.data import records
 from tnt_jax.evaluation import results, text_metrics
-from tnt_jax.experiments.experiment import TRAINING_OUTPUTS, Arm, Changes, ExperimentRun
+from tnt_jax.experiments.experiment import TRAINING_OUTPUTS, Arm, Changes
+from tnt_jax.experiments.experiment_run import ExperimentRun
 from tnt_jax.runtime import files, stages
 from tnt_jax.runtime.errors import UsageError
 
