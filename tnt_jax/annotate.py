@@ -212,11 +212,7 @@ def mark(
     Raises:
       UsageError: The record is a prompt, or its ids are of another vocabulary.
     """
-    if row.is_prompt:
-        raise UsageError(
-            f"record {row.id!r} has no targets. Expected outputs of the original model "
-            "(tnt_jax.generate writes them), not prompts."
-        )
+    records.check_output(row)
     annotation = annotator.annotate(row)
     if annotation is None:
         return None

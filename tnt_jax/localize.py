@@ -249,11 +249,7 @@ def _labels(rows: Sequence[records.Record], field: str | None) -> np.ndarray:
     """Whether each output is bad."""
     labels = []
     for row in rows:
-        if row.is_prompt:
-            raise UsageError(
-                f"record {row.id!r} has no targets. Expected outputs of the original model "
-                "(tnt_jax.generate writes them), not prompts."
-            )
+        records.check_output(row)
         if field is None:
             if row.negative_spans is None:
                 raise UsageError(

@@ -63,8 +63,8 @@ def preferences(
         )
     reads = {"ORIGINAL_RECORDS": original_records, "CHOSEN_RECORDS": chosen_records}
     operative_config.check_writable(output, "OUTPUT", reads)
-    original = _annotated(original_records, "ORIGINAL_RECORDS")
-    others = [] if chosen_records is None else _annotated(chosen_records, "CHOSEN_RECORDS")
+    original = _annotated(original_records)
+    others = [] if chosen_records is None else _annotated(chosen_records)
     if as_messages:
         original, others = ([_with_messages(row) for row in rows] for rows in (original, others))
     left_out: collections.Counter[str] = collections.Counter()
@@ -88,14 +88,10 @@ def preferences(
     return {"written": len(lines), **left_out}
 
 
-def _annotated(path: str, setting: str) -> list[records.Record]:
+def _annotated(path: str) -> list[records.Record]:
     rows = records.read_records(path)
     for row in rows:
-        if row.negative_spans is None:
-            raise UsageError(
-                f"{setting}: record {row.id!r} of {path} has no negative_spans: expected annotated "
-                "records (python -m tnt_jax.annotate)."
-            )
+        records.check_annotated(row, path)
     return rows
 
 

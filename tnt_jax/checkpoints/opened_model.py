@@ -22,13 +22,11 @@ class OpenedModel:
       source: The checkpoint.
       model: The network on its mesh.
       vocabulary: The tokeniser of inputs and outputs.
-      vocab_size: Number of ids of the vocabulary; the network may have more embeddings.
     """
 
     source: pretrained.Pretrained
     model: Model
     vocabulary: tokenization.Tokeniser
-    vocab_size: int
 
     @functools.cached_property
     def params(self) -> PyTree:
@@ -75,9 +73,5 @@ def open_model(
             f"Rows may have {num_tokens} tokens (TASK_FEATURE_LENGTHS), and {source.path} was made "
             f"for {longest}. What it says in longer ones is noise."
         )
-    return OpenedModel(
-        source=source,
-        model=Model(config=config, mesh=mesh),
-        vocabulary=vocabulary,
-        vocab_size=pretrained.check_vocabulary(vocabulary, config, source),
-    )
+    pretrained.check_vocabulary(vocabulary, config, source)
+    return OpenedModel(source=source, model=Model(config=config, mesh=mesh), vocabulary=vocabulary)

@@ -418,11 +418,7 @@ def read_pairs(
         )
     for one, other in zip(before, after, strict=True):
         for row, path in ((one, original), (other, current)):
-            if row.negative_spans is None:
-                raise UsageError(
-                    f"record {row.id!r} of {path} has no negative_spans: expected annotated "
-                    "records (python -m tnt_jax.annotate)."
-                )
+            check_annotated(row, path)
         if one.prompt != other.prompt:
             raise UsageError(
                 f"record {one.id!r} has other inputs in {current}, {_shown(other.prompt)}, than in "
@@ -460,6 +456,24 @@ def annotator_of(original: Record, current: Record) -> str:
     return f"{original.annotator} (original), {current.annotator} (patched)"
 
 
+def check_output(record: Record, path: str | os.PathLike | None = None) -> None:
+    """Raises a UsageError, which names the file, where a record is a prompt."""
+    if record.is_prompt:
+        raise UsageError(
+            f"{'' if path is None else f'{path}: '}record {record.id!r} has no targets. Expected "
+            "outputs of the original model (tnt_jax.generate writes them), not prompts."
+        )
+
+
+def check_annotated(record: Record, path: str | os.PathLike) -> None:
+    """Raises a UsageError, which names the file, where nobody has annotated a record."""
+    if record.negative_spans is None:
+        raise UsageError(
+            f"record {record.id!r} of {path} has no negative_spans: expected annotated records "
+            "(python -m tnt_jax.annotate)."
+        )
+
+
 def check_trainable(record: Record, path: str | os.PathLike, annotated: bool) -> None:
     """Raises a UsageError where a record cannot be trained on.
 
@@ -468,11 +482,7 @@ def check_trainable(record: Record, path: str | os.PathLike, annotated: bool) ->
         path: the file (or glob), for the message.
         annotated: whether a record that nobody annotated is an error.
     """
-    if record.is_prompt:
-        raise UsageError(
-            f"{path}: record {record.id!r} has no targets. Expected outputs of the original "
-            "model (tnt_jax.generate writes them), not prompts."
-        )
+    check_output(record, path)
     if annotated and record.negative_spans is None and not record.negative_token_ids:
         raise UsageError(
             f"{path}: record {record.id!r} has no negative_spans: nobody annotated it. Run "
