@@ -145,12 +145,13 @@ def row(task: str, flags: argparse.Namespace, variant: tuple[str, int | None], s
     updates = round((seconds - states) / an_update)
     checkpoint, _, experiment = train("", updates, updates)
     evaluation = experiment.evaluate(name, checkpoint, experiment.first_decoder)
-    certificate = evaluation["certificate"]
+    certificate = evaluation.certificate
+    assert certificate is not None
     return seconds, (
-        *(name, an_update, states, updates, f"{evaluation['cut']:.1%}"),
-        f"{evaluation['comparison']['bleu']:.1f}",
-        f"{certificate['positive_collateral']:.4f}",
-        f"{certificate['negative_collateral']:.3f}",
+        *(name, an_update, states, updates, f"{evaluation.cut:.1%}"),
+        f"{evaluation.comparison.bleu:.1f}",
+        f"{certificate.positive_collateral:.4f}",
+        f"{certificate.negative_collateral:.3f}",
     )
 
 

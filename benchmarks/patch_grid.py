@@ -56,8 +56,8 @@ def cells(folder: pathlib.Path, records: str, weights: list[float], updates: int
     rows = []
     for weight, of_arm in zip(weights, arms, strict=True):
         evaluation = outcome.evaluations[of_arm.name][decoder]
-        kl = evaluation["certificate"]["positive_collateral"]
-        rows.append((weight, updates, evaluation["cut"], evaluation["comparison"]["bleu"], kl))
+        kl = evaluation.certificate and evaluation.certificate.positive_collateral
+        rows.append((weight, updates, evaluation.cut, evaluation.comparison.bleu, kl))
     return rows
 
 

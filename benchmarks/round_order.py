@@ -134,7 +134,8 @@ def compare(run, models, first, second):
                 batch_size=128,
             ),
         )
-    return same, found["certificate"]["positive_collateral"]
+    assert found.certificate is not None
+    return same, found.certificate.positive_collateral
 
 
 def record_without_marks(row):

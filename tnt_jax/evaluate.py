@@ -14,10 +14,12 @@ Example:
 
 import dataclasses
 import heapq
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import msgspec
 import numpy as np
 
 from tnt_jax import objectives
@@ -26,7 +28,7 @@ from tnt_jax.data import marks, records, removed_everywhere, tokenization
 from tnt_jax.data.batches import batch_for_eval
 from tnt_jax.data.examples import Example, count_graded
 from tnt_jax.data.layouts import count_lost
-from tnt_jax.evaluation import diagnosis, results, text_metrics
+from tnt_jax.evaluation import diagnosis, evaluations, results, text_metrics
 from tnt_jax.models import sharding
 from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime import console, files, holding, memory, operative_config, program
@@ -89,7 +91,7 @@ def evaluate(
     tokens_output: str | None = None,
     num_token_records: int = 200,
     print_table: bool = True,
-) -> dict[str, Any]:
+) -> evaluations.Evaluation:
     """Writes the comparison as JSON, and prints it.
 
     Args:
@@ -163,16 +165,16 @@ def evaluate(
                 files.write_text(tokens_output, "".join(lines))
         files.write_json(output, result)
         operative_config.write(output)
+        found = evaluations.parse(json.loads(files.as_json(result)))
         if print_table:
             columns = ("", "original", "patched")
-            console.table(
-                _rows(result), columns=columns, title=f"{output}: {len(original)} outputs"
-            )
-            of = result.get("certificate") or {}
-            # What is cut was told before the work.
-            for note in diagnosis.notes({**of, "num_cut_inputs": 0, "num_cut_targets": 0}):
-                console.log(note)
-        return result
+            console.table(_rows(found), columns=columns, title=f"{output}: {len(original)} outputs")
+            if (of := found.certificate) is not None:
+                # What is cut was told before the work.
+                told = msgspec.structs.replace(of, num_cut_inputs=0, num_cut_targets=0)
+                for note in diagnosis.notes(told):
+                    console.log(note)
+        return found
 
 
 def _compare(rows: Sequence[records.Record], other: Sequence[records.Record]) -> dict[str, Any]:
@@ -330,14 +332,15 @@ def _tokens(
     return {"id": record.id, "pieces": pieces, **numbers, "is_negative": is_negative}
 
 
-def _rows(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    before, after, comparison = result["original"], result["current"], result["comparison"]
+def _rows(found: evaluations.Evaluation) -> list[tuple[str, str, str]]:
+    comparison = found.comparison
 
-    def rate(of, name):
-        return f"{of[name]['value']:.2%} ({of[name]['numerator']} of {of[name]['denominator']})"
+    def rate(of: evaluations.Outputs, name: str) -> str:
+        rate = getattr(of, name)
+        return f"{rate.value:.2%} ({rate.numerator} of {rate.denominator})"
 
     rows = [
-        (label, rate(before, name), rate(after, name))
+        (label, rate(found.original, name), rate(found.current, name))
         for label, name in (
             ("unwanted outputs", "unwanted_outputs"),
             ("unwanted tokens", "unwanted_tokens"),
@@ -349,29 +352,28 @@ def _rows(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         )
     ]
     rows += [
-        ("cut of unwanted outputs", "", f"{result['cut']:.1%}"),
-        ("BLEU to the original", "", f"{comparison['bleu']:.1f}"),
-        ("ROUGE-L to the original", "", f"{comparison['rouge_l']:.1f}"),
-        ("unchanged outputs", "", f"{comparison['exact_match']['value']:.1%}"),
+        ("cut of unwanted outputs", "", f"{found.cut:.1%}"),
+        ("BLEU to the original", "", f"{comparison.bleu:.1f}"),
+        ("ROUGE-L to the original", "", f"{comparison.rouge_l:.1f}"),
+        ("unchanged outputs", "", f"{comparison.exact_match.value:.1%}"),
     ]
-    if (clean := comparison["unchanged_clean"]) is not None:
-        rows.append(("unchanged among clean ones", "", f"{clean['value']:.1%}"))
-    if (mask := result.get("mask")) is not None:
-        to_mask = mask["to_current"]
+    if (clean := comparison.unchanged_clean) is not None:
+        rows.append(("unchanged among clean ones", "", f"{clean.value:.1%}"))
+    if (mask := found.mask) is not None:
+        to_mask = mask.to_current
         rows += [
-            ("BLEU of the mask to the original", "", f"{mask['comparison']['bleu']:.1f}"),
-            ("BLEU to the mask", "", f"{to_mask['bleu']:.1f}"),
-            ("the mask's outputs", "", f"{to_mask['exact_match']['value']:.1%}"),
+            ("BLEU of the mask to the original", "", f"{mask.comparison.bleu:.1f}"),
+            ("BLEU to the mask", "", f"{to_mask.bleu:.1f}"),
+            ("the mask's outputs", "", f"{to_mask.exact_match.value:.1%}"),
         ]
-    if "certificate" in result:
-        parts = result["certificate"]
+    if (parts := found.certificate) is not None:
         rows += [
-            (label, "", "-" if parts[name] is None else f"{parts[name]:.4f}")
-            for label, name in (
-                ("residual at marks (nats)", "negative_residual"),
-                ("collateral at marks (nats)", "negative_collateral"),
-                ("smallest possible cost there", "negative_smallest_cost"),
-                ("KL to the original elsewhere", "positive_collateral"),
+            (label, "", "-" if nats is None else f"{nats:.4f}")
+            for label, nats in (
+                ("residual at marks (nats)", parts.negative_residual),
+                ("collateral at marks (nats)", parts.negative_collateral),
+                ("smallest possible cost there", parts.negative_smallest_cost),
+                ("KL to the original elsewhere", parts.positive_collateral),
             )
         ]
     return rows

@@ -19,6 +19,7 @@ from typing import Any
 
 from tnt_jax.data import records
 from tnt_jax.evaluation import diagnosis, results
+from tnt_jax.evaluation.evaluations import Evaluation, Rate
 from tnt_jax.experiments.experiment import Arm, Changes, Experiment, check_rounds
 from tnt_jax.experiments.experiment_run import ExperimentRun, open_run
 from tnt_jax.runtime import console, files, holding, program
@@ -132,7 +133,7 @@ class Outcome:
     """
 
     opened: ExperimentRun
-    evaluations: Mapping[str, Mapping[str, Any]]
+    evaluations: Mapping[str, Mapping[str, Evaluation]]
     models: Mapping[str, str]
     checks: Sequence[Mapping[str, Any]]
     summary: dict[str, Any]
@@ -166,7 +167,7 @@ def run_stages(
         opened.make_training_outputs(),
         opened.make_original_outputs(),
     )
-    evaluations: dict[str, dict[str, Any]] = {}
+    evaluations: dict[str, dict[str, Evaluation]] = {}
     models: dict[str, str] = {}
     masks = opened.make_mask_outputs()
     of_masks = {name: opened.evaluate_mask(name) for name in masks}
@@ -199,7 +200,10 @@ def run_stages(
         for arm in arms
     }
     summary = {
-        "evaluations": evaluations,
+        "evaluations": {
+            arm: {decoder: found.as_json() for decoder, found in of_arm.items()}
+            for arm, of_arm in evaluations.items()
+        },
         "expectations": checks,
         "num_rounds": num_rounds,
         "training": training,
@@ -247,50 +251,50 @@ def _run(
 
 
 def _check(
-    expected: Expectations, evaluations: Mapping[str, Mapping[str, Any]]
+    expected: Expectations, evaluations: Mapping[str, Mapping[str, Evaluation]]
 ) -> list[dict[str, Any]]:
     decoder = next(iter(evaluations[expected.arm]))
     first, other = (evaluations[arm][decoder] for arm in (expected.arm, expected.baseline))
-    unwanted, bleu = first["original"]["unwanted_outputs"], first["comparison"]["bleu"]
-    elsewhere = _known(first["certificate"]["positive_collateral"])
-    of_other = other["comparison"]["bleu"], _known(other["certificate"]["positive_collateral"])
+    unwanted, bleu = first.original.unwanted_outputs, first.comparison.bleu
+    elsewhere, collateral = _kl_elsewhere(first), math.inf
+    if first.certificate is not None:
+        collateral = _known(first.certificate.negative_collateral)
     # What, the number, the limit (None: nobody asked), how it is written.
     at_least = [
         (
             f"unwanted {decoder} outputs of the original",
-            unwanted["numerator"],
+            unwanted.numerator,
             expected.num_unwanted,
             "g",
         ),
-        ("their share", unwanted["value"], expected.unwanted_rate, ".1%"),
-        (f"cut by {expected.arm}, {decoder}", first["cut"], expected.cut, ".1%"),
+        ("their share", unwanted.value, expected.unwanted_rate, ".1%"),
+        (f"cut by {expected.arm}, {decoder}", first.cut, expected.cut, ".1%"),
         (
             f"BLEU to the original, as a multiple of {expected.baseline}'s",
-            _over(bleu, of_other[0]),
+            _over(bleu, other.comparison.bleu),
             expected.bleu_times_baseline,
             ".2f",
         ),
         (
             f"KL elsewhere of {expected.baseline}, as a multiple",
-            _over(of_other[1], elsewhere),
+            _over(_kl_elsewhere(other), elsewhere),
             expected.baseline_kl_times,
             ".1f",
         ),
     ]
     for name, margin in expected.bleu_margin.items():
         one, baseline = (
-            evaluations[arm][name]["comparison"]["bleu"]
-            for arm in (expected.arm, expected.baseline)
+            evaluations[arm][name].comparison.bleu for arm in (expected.arm, expected.baseline)
         )
         more = f"BLEU to the original, {name}: {expected.arm} {one:.1f}, {expected.baseline} "
         at_least.append((more + f"{baseline:.1f}; difference", one - baseline, margin, ".1f"))
-    after, mask = first["current"], first.get("mask")
+    after, mask = first.current, first.mask
     of_mask = dict.fromkeys(("bleu", "to_mask", "trigrams"), math.nan)  # no mask reaches nothing
     if mask is not None:
-        trigrams = (of["distinct_trigrams"]["value"] for of in (after, mask))
+        trigrams = (of.distinct_trigrams.value for of in (after, mask))
         of_mask = {
-            "bleu": _over(bleu, mask["comparison"]["bleu"]),
-            "to_mask": mask["to_current"]["bleu"],
+            "bleu": _over(bleu, mask.comparison.bleu),
+            "to_mask": mask.to_current.bleu,
             "trigrams": _over(*trigrams),
         }
     at_least += [
@@ -308,14 +312,13 @@ def _check(
             ".2f",
         ),
     ]
-    repeats = first["original"]["repeated_phrase"]["value"]
-    collateral = _known(first["certificate"]["negative_collateral"])
+    repeats = first.original.repeated_phrase.value
     at_most = [
         ("KL elsewhere, nats a token", elsewhere, expected.kl_elsewhere, ".3f"),
         ("collateral at the marks, nats a token", collateral, expected.collateral, ".3f"),
         (
             "outputs that repeat a phrase",
-            after["repeated_phrase"]["value"],
+            after.repeated_phrase.value,
             repeats if expected.fewer_repeated_phrases else None,
             ".1%",
         ),
@@ -331,6 +334,11 @@ def _check(
     ]
 
 
+def _kl_elsewhere(found: Evaluation) -> float:
+    """What reaches no limit where it was not measured."""
+    return math.inf if found.certificate is None else _known(found.certificate.positive_collateral)
+
+
 def _over(part: float, whole: float) -> float:
     return part / whole if whole else math.inf
 
@@ -341,41 +349,43 @@ def _known(value: float | None) -> float:
 
 
 def _print_table(
-    evaluations: Mapping[str, Mapping[str, Any]], decoders: Iterable[str], num_seen: int
+    evaluations: Mapping[str, Mapping[str, Evaluation]], decoders: Iterable[str], num_seen: int
 ) -> None:
     columns = ("", "unwanted", "cut", "BLEU", "to mask", "unchanged", "of clean", "repeats")
     columns += ("at marks", "elsewhere", "unrelated")
     for decoder in decoders:
         found = {arm: of_arm[decoder] for arm, of_arm in evaluations.items() if decoder in of_arm}
-        before = next(iter(found.values()))["original"]
-        repeats = f"{before['repeated_phrase']['value']:.1%}"
-        unwanted = _percent(before["unwanted_outputs"])
+        before = next(iter(found.values())).original
+        repeats = f"{before.repeated_phrase.value:.1%}"
+        unwanted = _percent(before.unwanted_outputs)
         rows: list[tuple[str, ...]] = [("original", unwanted, *[""] * 5, repeats, *[""] * 3)]
         for arm, result in found.items():
-            comparison, after, mask = result["comparison"], result["current"], result.get("mask")
-            clean = comparison["unchanged_clean"]
+            comparison, after, mask = result.comparison, result.current, result.mask
+            clean = comparison.unchanged_clean
             # Of what was not finite, and of the mask, which is no other model: None.
-            kl = result.get("certificate") or {}
-            nats = [kl.get("negative_collateral"), kl.get("positive_collateral")]
-            nats.append((result.get("unrelated") or {}).get("kl"))
+            nats: list[float | None] = [None] * 3
+            if (parts := result.certificate) is not None:
+                nats[:2] = parts.negative_collateral, parts.positive_collateral
+            if result.unrelated is not None:
+                nats[2] = result.unrelated.kl
             rows.append(
                 (
                     arm,
-                    _percent(after["unwanted_outputs"]),
-                    f"{result['cut']:.1%}",
-                    f"{comparison['bleu']:.1f}",
-                    "-" if mask is None else f"{mask['to_current']['bleu']:.1f}",
-                    f"{comparison['exact_match']['value']:.1%}",
-                    "-" if clean is None else f"{clean['value']:.1%}",
-                    f"{after['repeated_phrase']['value']:.1%}",
+                    _percent(after.unwanted_outputs),
+                    f"{result.cut:.1%}",
+                    f"{comparison.bleu:.1f}",
+                    "-" if mask is None else f"{mask.to_current.bleu:.1f}",
+                    f"{comparison.exact_match.value:.1%}",
+                    "-" if clean is None else f"{clean.value:.1%}",
+                    f"{after.repeated_phrase.value:.1%}",
                     *("-" if value is None else f"{value:.3f}" for value in nats),
                 )
             )
-        num_outputs = before["unwanted_outputs"]["denominator"]
+        num_outputs = before.unwanted_outputs.denominator
         which = f"prompts, {num_seen} of them trained on" if num_seen else "unseen prompts"
         console.table(rows, columns=columns, title=f"{decoder} outputs on {num_outputs} {which}")
         # The same for all arms: certificates are of the original's outputs.
-        of_arms = (diagnosis.notes(result.get("certificate")) for result in found.values())
+        of_arms = (diagnosis.notes(result.certificate) for result in found.values())
         for note in dict.fromkeys(itertools.chain.from_iterable(of_arms)):
             console.log(note)
     console.log(
@@ -401,8 +411,8 @@ def _print_examples(original_path: str, current_path: str, arm: str, number: int
         console.log("\n" + "\n".join(f"  {name:<{width}}  {text}" for name, text in lines.items()))
 
 
-def _percent(rate: Mapping[str, Any]) -> str:
-    return f"{rate['value']:.1%} ({rate['numerator']})"
+def _percent(rate: Rate) -> str:
+    return f"{rate.value:.1%} ({rate.numerator})"
 
 
 if __name__ == "__main__":

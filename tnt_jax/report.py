@@ -19,13 +19,12 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from tnt_jax.data import records
-from tnt_jax.evaluation import arm_files, changes, diagnosis, report_page, text_metrics
+from tnt_jax.evaluation import arm_files, changes, diagnosis, evaluations, report_page, text_metrics
 from tnt_jax.evaluation.results import (
     Row,
     cut_of,
     from_evaluation,
     from_results,
-    num_outputs,
     training_of,
 )
 from tnt_jax.runtime import console, files, operative_config, program
@@ -267,7 +266,7 @@ def _compare(
     original_records: str,
     current_records: str,
     *,
-    evaluation: Mapping[str, Any] | None,
+    evaluation: Any | None,
     tokens: str | None,
     row: Mapping[str, Any],
     shown: "_Shown",
@@ -275,9 +274,8 @@ def _compare(
     original, current = records.read_pairs(original_records, current_records)
     sources.note(original_records)
     sources.note(current_records)
-    if evaluation is None:
-        evaluation = _numbers(original, current)
-    counted = num_outputs(evaluation)
+    numbers = evaluations.parse(_numbers(original, current) if evaluation is None else evaluation)
+    counted = int(numbers.original.unwanted_outputs.denominator)
     if counted != len(original):
         raise UsageError(
             f"the evaluation is of {counted} outputs, but {original_records} has {len(original)}. "
@@ -302,14 +300,14 @@ def _compare(
         num_outputs=len(original),
         annotator=records.annotator_of(original[0], current[0]),
         kinds={kind: kinds[kind] for kind in changes.KINDS},
-        signs=diagnosis.signs(evaluation, kinds["newly unwanted"]),
-        notes=diagnosis.notes(evaluation.get("certificate")),
+        signs=diagnosis.signs(numbers, kinds["newly unwanted"]),
+        notes=diagnosis.notes(numbers.certificate),
         outputs=[(original[i].id, original[i].inputs, found[i]) for i in places],
         num_drawn=num_drawn,
         all_outputs=pathlib.Path(shown.path).name,
         tokens=sources.read_tokens(tokens, (r.id for r in original)) if tokens else [],
     )
-    return from_evaluation(evaluation, row), comparison
+    return from_evaluation(numbers, row), comparison
 
 
 class _Shown(contextlib.ExitStack):

@@ -27,9 +27,11 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 from tnt_jax import objectives
 from tnt_jax.data import records
-from tnt_jax.evaluation import results, tables
+from tnt_jax.evaluation import evaluations, results, tables
 from tnt_jax.experiments.experiment import Changes, Experiment, check_rounds
 from tnt_jax.experiments.experiment_run import ExperimentRun, open_run
 from tnt_jax.runtime import console, files, holding, program, stages
@@ -435,17 +437,10 @@ def _rows(
 
 def _certificate(opened: ExperimentRun, name: str, decoder: str) -> dict[str, Any]:
     """The numbers of an arm that need both models: of its certificate, and on unrelated prompts."""
-    evaluation = opened.files_of(name).evaluation(decoder)
-    parts = results.read_evaluation(evaluation, has_certificate=True)["certificate"]
-    unrelated = opened.unrelated(name) if decoder == opened.first_decoder else None
-    return {
-        "residual": parts["negative_residual"],
-        "collateral": parts["negative_collateral"],
-        "smallest_cost": parts["negative_smallest_cost"],
-        "collateral_elsewhere": parts["positive_collateral"],
-        "num_graded": parts.get("num_graded"),
-        **({} if unrelated is None else results.unrelated(unrelated)),
-    }
+    found = evaluations.read(opened.files_of(name).evaluation(decoder), has_certificate=True)
+    if decoder == opened.first_decoder:
+        found = msgspec.structs.replace(found, unrelated=opened.unrelated(name))
+    return results.of_models(found)
 
 
 Pairs = tuple[list[records.Record], list[records.Record]]

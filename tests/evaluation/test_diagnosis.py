@@ -2,7 +2,7 @@ import copy
 
 import pytest
 
-from tnt_jax.evaluation import diagnosis
+from tnt_jax.evaluation import diagnosis, evaluations
 
 
 def rate(numerator, denominator=200):
@@ -28,11 +28,33 @@ HEALTHY = {
         "distinct_trigrams": rate(1480, 3000),
         "mean_length": 19.5,
     },
-    "comparison": {"bleu": 72.0, "rouge_l": 81.0, "unchanged_clean": rate(90, 160)},
+    "comparison": {
+        "bleu": 72.0,
+        "rouge_l": 81.0,
+        "exact_match": rate(90),
+        "unchanged_clean": rate(90, 160),
+    },
     "cut": 0.9,
-    "certificate": {"negative_residual": 0.02, "negative_smallest_cost": 1.4},
+    "certificate": {
+        "negative_residual": 0.02,
+        "negative_collateral": None,
+        "negative_smallest_cost": 1.4,
+        "positive_collateral": None,
+    },
     "unrelated": {"kl": 0.05, "unchanged": rate(60, 80)},
 }
+
+
+NOTHING = {
+    "negative_residual": None,
+    "negative_collateral": None,
+    "negative_smallest_cost": None,
+    "positive_collateral": None,
+}
+
+
+def notes(certificate):
+    return diagnosis.notes(evaluations.parse({**HEALTHY, "certificate": certificate}).certificate)
 
 
 def seen(num_newly_unwanted=1, **changed):
@@ -44,7 +66,7 @@ def seen(num_newly_unwanted=1, **changed):
             evaluation[part][field] = value
         else:
             evaluation[part] = value
-    found = diagnosis.signs(evaluation, num_newly_unwanted)
+    found = diagnosis.signs(evaluations.parse(evaluation), num_newly_unwanted)
     assert all(sign.evidence and sign.suggestion for sign in found)
     return {sign.name: sign.suggestion for sign in found if sign.is_seen}
 
@@ -89,13 +111,14 @@ def test_without_a_cut_the_certificate_tells_why():
     assert "hardly moved" in stuck
     evaluation = {**HEALTHY, "cut": 0.05}
     del evaluation["certificate"]
-    (sign,) = (sign for sign in diagnosis.signs(evaluation, 0) if sign.is_seen)
+    (sign,) = (sign for sign in diagnosis.signs(evaluations.parse(evaluation), 0) if sign.is_seen)
     assert sign.suggestion.startswith("Ineffective marks or learning rate")
 
 
 def test_of_graded_marks_both_parts_tell_whether_the_model_moved():
     """A model that did not move: nothing is residual, for a part of every mark may stay."""
-    stuck = {"negative_residual": 0.0, "negative_collateral": 0.7, "negative_smallest_cost": 0.7}
+    stuck = {**NOTHING, "negative_residual": 0.0, "negative_collateral": 0.7}
+    stuck["negative_smallest_cost"] = 0.7
     no_cut = {"cut": 0.0, "current__unwanted_outputs": rate(40)}
     assert "hardly moved" in seen(**no_cut, certificate={**stuck, "num_graded": 12})["no reduction"]
     moved = {**stuck, "negative_collateral": 0.01, "num_graded": 12}
@@ -110,7 +133,7 @@ def test_of_graded_marks_both_parts_tell_whether_the_model_moved():
 def test_where_every_token_of_other_tasks_is_marked_no_leak_was_measured():
     unrelated = {**HEALTHY["unrelated"], "kl": None, "num_positive": 0.0}
     assert seen(unrelated=unrelated) == {}
-    (sign,) = diagnosis.signs({**HEALTHY, "unrelated": unrelated}, 0)[-1:]
+    (sign,) = diagnosis.signs(evaluations.parse({**HEALTHY, "unrelated": unrelated}), 0)[-1:]
     assert sign.evidence == (
         "on unrelated prompts every token is marked, so none has a KL; 75.0% (60 of 80) unchanged"
     )
@@ -120,20 +143,21 @@ def test_where_every_token_of_other_tasks_is_marked_no_leak_was_measured():
 
 
 def test_notes_say_what_a_certificate_is_of():
-    usual = {"num_negative": 40.0, "num_positive": 900.0, "num_graded": 0, "num_cut_inputs": 0}
-    for certificate in (None, {}, usual, {**usual, "num_removed_everywhere": 0}):
-        assert diagnosis.notes(certificate) == []
-    (note,) = diagnosis.notes({**usual, "num_negative": 2000.0})
+    usual = {**NOTHING, "num_negative": 40.0, "num_positive": 900.0}
+    usual |= {"num_graded": 0, "num_cut_inputs": 0}
+    for certificate in (None, NOTHING, usual, {**usual, "num_removed_everywhere": 0}):
+        assert notes(certificate) == []
+    (note,) = notes({**usual, "num_negative": 2000.0})
     assert note.startswith("2,000 of 2,900 positions of the original's outputs are marked (")
     assert note.endswith("KL elsewhere is of the few others.")
-    (note,) = diagnosis.notes({**usual, "num_negative": 40.0, "num_positive": 0.0})
+    (note,) = notes({**usual, "num_negative": 40.0, "num_positive": 0.0})
     assert note.endswith("KL elsewhere is of no position.")
-    (note,) = diagnosis.notes({**usual, "num_removed_everywhere": 3})
+    (note,) = notes({**usual, "num_removed_everywhere": 3})
     assert note.startswith("3 ids are removed at every position (.everywhere.json).")
-    (note,) = diagnosis.notes({**usual, "num_graded": 7})
+    (note,) = notes({**usual, "num_graded": 7})
     assert note.startswith("7 of the ids to remove have a strength below 1.")
     cut = {"num_cut_inputs": 2, "num_cut_targets": 0, "num_lost_marks": 5}
-    (note,) = diagnosis.notes({**usual, **cut})
+    (note,) = notes({**usual, **cut})
     assert note.startswith("2 inputs and 0 outputs are cut (TASK_FEATURE_LENGTHS): ")
     assert note.endswith(" 5 ids to remove among it.")
 

@@ -15,7 +15,7 @@ from sacrebleu.significance import PairedTest
 
 from tnt_jax import sweep
 from tnt_jax.data import records
-from tnt_jax.evaluation import results, tables
+from tnt_jax.evaluation import evaluations, results, tables
 from tnt_jax.runtime.errors import UsageError
 
 WORDS = ["the", "a", "old", "new", "house", "tree", "lake", "hill", "red", "blue", "is", "was"]
@@ -373,11 +373,15 @@ def test_the_published_tables_are_those_of_the_published_numbers():
 def test_an_evaluation_in_a_file_is_what_evaluate_writes(tmp_path):
     path, whole = tmp_path / "evaluation.json", evaluation(6)
     path.write_text(json.dumps(whole))
-    assert results.read_evaluation(path, has_certificate=True) == whole
+    found = evaluations.read(path, has_certificate=True)
+    assert found.comparison.bleu == whole["comparison"]["bleu"]
+    # All of it, but for what is None where it may be left out.
+    assert evaluations.parse(found.as_json()) == found
+    assert found.as_json() == whole
     path.write_text(json.dumps({**whole, "certificate": None}))
-    assert results.read_evaluation(path)["certificate"] is None
+    assert evaluations.read(path).certificate is None
     with pytest.raises(UsageError, match=r"evaluation\.json: expected a certificate, found none"):
-        results.read_evaluation(path, has_certificate=True)
+        evaluations.read(path, has_certificate=True)
     for content, message in (
         ({**whole, "cut": "x"}, r"evaluation\.json: expected the JSON file .* at `\$\.cut`"),
         ([], "expected a JSON object, found list"),
@@ -385,4 +389,4 @@ def test_an_evaluation_in_a_file_is_what_evaluate_writes(tmp_path):
     ):
         path.write_text(json.dumps(content))
         with pytest.raises(UsageError, match=message):
-            results.read_evaluation(path)
+            evaluations.read(path)

@@ -4,6 +4,7 @@ import pytest
 from helpers import huggingface_model
 
 from tnt_jax.experiments import experiment, experiment_run
+from tnt_jax.runtime import stages
 from tnt_jax.runtime.errors import UsageError
 
 
@@ -33,3 +34,23 @@ def test_in_our_format_the_model_of_the_last_round_is_handed_over(folder, tmp_pa
     opened = experiment_run.open_run(settings)
     found = opened.hand_over("TNFF", str(model_dir / "checkpoint_5"), "orbax")
     assert found == str(model_dir)
+
+
+def test_a_model_of_the_hub_that_changed_since_is_refused(tmp_path, monkeypatch):
+    """Stages know it by its name alone, and would go on with outputs of other weights."""
+    revisions = iter(["aaa", "aaa", "bbb", None])
+    monkeypatch.setattr(experiment_run.pretrained, "revision", lambda path: next(revisions))
+    for _ in range(2):
+        experiment_run._check_revision(tmp_path, "someone/model")
+    message = r"^someone/model has changed on the Hugging Face hub: its revision is bbb, .* aaa\."
+    with pytest.raises(UsageError, match=message):
+        experiment_run._check_revision(tmp_path, "someone/model")
+    experiment_run._check_revision(tmp_path, "someone/model")  # a local folder by now
+
+
+def test_notes_of_finished_stages_name_what_made_them_as_before():
+    """Another name would make everything again, and a model that is handed back would go first."""
+    for function in ("_write_corpus", "_train_vocabulary", "_hand_back"):
+        described = stages.describe(getattr(experiment_run, function), {}, [])
+        name = f"tnt_jax.experiments.experiment.{function}"
+        assert described["function"] == {"function": name}

@@ -127,7 +127,7 @@ def results():
 
 def evaluation(number):
     """An evaluation of `number` outputs, as far as the report reads it."""
-    return {
+    found = {
         of: {
             "unwanted_outputs": {"numerator": n, "denominator": number, "value": n / number},
             "repeated_word": {"numerator": 0, "denominator": number, "value": 0.0},
@@ -137,16 +137,20 @@ def evaluation(number):
             "distinct_outputs": {"numerator": 60, "denominator": number, "value": 1.0},
             "mean_length": 14.0,
         }
-        for of, n in (("original", 5), ("current", 1))
-    } | {
+        for of, n in (("original", 5), ("current", 1), ("mask", 0))
+    }
+    to_mask = {"value": 0.25, "numerator": 1, "denominator": 4}
+    return found | {
         "comparison": {
             "bleu": 81.5,
             "rouge_l": 90.0,
-            "exact_match": {"value": 0.75},
+            "exact_match": {"value": 0.75, "numerator": 3, "denominator": 4},
             "unchanged_clean": {"value": 0.875, "numerator": 7, "denominator": 8},
         },
         "mask": {
-            "to_current": {"bleu": 61.5, "rouge_l": 70.0, "exact_match": {"value": 0.25}},
+            **found["mask"],
+            "comparison": {"bleu": 85.0, "rouge_l": 92.0, "exact_match": to_mask},
+            "to_current": {"bleu": 61.5, "rouge_l": 70.0, "exact_match": to_mask},
         },
         "cut": 0.8,
         "certificate": {

@@ -20,7 +20,7 @@ from tnt_jax import pipeline
 from tnt_jax.checkpoints import digests
 from tnt_jax.data import records, removed_everywhere, tokenization
 from tnt_jax.data.batches import Batches
-from tnt_jax.evaluation import results
+from tnt_jax.evaluation import evaluations, results
 from tnt_jax.experiments import experiment_run
 from tnt_jax.runtime import program
 from tnt_jax.training import run_checkpoints
@@ -748,7 +748,8 @@ def test_one_prompt_is_enough_for_a_pipeline_and_unrelated_ones_have_numbers_of_
 def test_a_table_says_once_what_the_certificates_of_its_arms_are_of(capsys):
     evaluation = outputs.evaluation(60)
     evaluation["certificate"] |= {"num_negative": 700.0, "num_positive": 2.0}
-    pipeline._print_table({arm: {"greedy": evaluation} for arm in ("a", "b")}, ["greedy"], 0)
+    found = evaluations.parse(evaluation)
+    pipeline._print_table({arm: {"greedy": found} for arm in ("a", "b")}, ["greedy"], 0)
     told = " ".join(capsys.readouterr().out.split())
     assert told.count("700 of 702 positions of the original's outputs are marked") == 1
 
@@ -757,7 +758,7 @@ def test_a_number_that_was_not_finite_is_a_dash_in_the_table(capsys):
     evaluation = outputs.evaluation(60)
     certificate = dict.fromkeys(evaluation["certificate"])
     evaluation |= {"certificate": certificate}
-    pipeline._print_table({"TNRF": {"greedy": evaluation}}, ["greedy"], 0)
+    pipeline._print_table({"TNRF": {"greedy": evaluations.parse(evaluation)}}, ["greedy"], 0)
     line = r"TNRF .* 81\.5 +61\.5 +75\.0% +87\.5% .* - +- +- *$"
     assert re.search(line, capsys.readouterr().out, re.MULTILINE)
 
@@ -766,10 +767,10 @@ def test_what_a_run_should_reach():
     """Limits that the numbers of `outputs.evaluation` reach exactly, and others just beyond."""
     arm, baseline = outputs.evaluation(60), outputs.evaluation(60)
     arm["certificate"] |= {"negative_collateral": 0.5}
-    arm["mask"] |= {"comparison": {"bleu": 163.0}, "distinct_trigrams": {"value": 0.25}}
+    arm["mask"]["comparison"] |= {"bleu": 163.0}
+    arm["mask"]["distinct_trigrams"] |= {"value": 0.25}
     baseline["comparison"] = {**baseline["comparison"], "bleu": 40.75}
     baseline["certificate"] = {**baseline["certificate"], "positive_collateral": 0.5}
-    evaluations = {"A": {"greedy": arm}, "B": {"greedy": baseline}}
     reached = {
         "num_unwanted": 5,
         "unwanted_rate": 5 / 60,
@@ -786,14 +787,19 @@ def test_what_a_run_should_reach():
 
     def missed(**changed):
         expected = pipeline.Expectations(arm="A", baseline="B", **{**reached, **changed})
-        return [c["text"] for c in pipeline._check(expected, evaluations) if not c["reached"]]
+        of_arms = {
+            name: {"greedy": evaluations.parse(of_arm)}
+            for name, of_arm in (("A", arm), ("B", baseline))
+        }
+        return [c["text"] for c in pipeline._check(expected, of_arms) if not c["reached"]]
 
     assert missed(fewer_repeated_phrases=True) == []
     for name, limit in reached.items():
         is_most = name in ("kl_elsewhere", "collateral")
         beyond = {"greedy": limit["greedy"] * 1.01} if name == "bleu_margin" else limit * 1.01
         assert len(missed(**{name: limit * 0.99 if is_most else beyond})) == 1, name
-    arm["current"] = {**arm["current"], "repeated_phrase": {"value": 0.5}}
+    repeated = {"numerator": 30, "denominator": 60, "value": 0.5}
+    arm["current"] = {**arm["current"], "repeated_phrase": repeated}
     assert "50.0%, expected at most 5.0%" in missed(fewer_repeated_phrases=True)[0]
     # What is asked of a mask that is not there is not reached.
     del arm["mask"]

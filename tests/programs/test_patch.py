@@ -581,8 +581,13 @@ LINES = "".join(f"prompt {number}\n" for number in range(100))
         ({"gin.OUTPUT_DIR": "x"}, "--gin.OUTPUT_DIR: --output sets this. Use that, and leave this"),
         ({"gin_file": "none.gin"}, "--gin_file: no gin file 'none.gin'"),
         *(
-            ({"gin_file": ("own.gin", f"{name} = 'x'\n")}, f"{name}: expected a setting that no f")
-            for name in ("OUTPUT_DIR", "TRAIN_PROMPTS", "EVAL_PROMPTS", "TRAINING_RECORDS")
+            ({"gin_file": ("own.gin", f"{name} = 'x'\n")}, f"{name}: --{flag} sets this, and a ")
+            for name, flag in (
+                ("OUTPUT_DIR", "output"),
+                ("TRAIN_PROMPTS", "prompts"),
+                ("EVAL_PROMPTS", "eval_prompts"),
+                ("TRAINING_RECORDS", "records"),
+            )
         ),
         (
             {

@@ -130,7 +130,7 @@ def test_what_is_written_can_be_read_as_records():
         (None, "dpo", "CHOSEN_RECORDS: expected annotated outputs for the same prompts"),
         (CHOSEN, "ppo", "OUTPUT_FORMAT: expected one of dpo, kto, found 'ppo'"),
         ([("a", "the tub", "a tub", None)], "dpo", "record 'a' has another prompt than in"),
-        ([("a", "the pub", "a dirty pub", "dirty")], "dpo", "found none. Left out of the 5 records in"),
+        ([("a", "the pub", "a dirty pub", "dirty")], "dpo", "none. Left out of the 5 records in"),
         ([("a", "the pub", "a dirty pub", None)], "dpo", "1 whose two outputs are the same"),
     ],
 )
@@ -153,7 +153,7 @@ def test_records_that_nobody_annotated_are_refused():
     pathlib.Path("chosen.jsonl").write_text(
         '{"id": "a", "inputs": "the pub", "targets": "a pub"}\n'
     )
-    with pytest.raises(preferences.UsageError, match="^record 'a' of chosen"):
+    with pytest.raises(preferences.UsageError, match=r"^record 'a' of chosen"):
         preferences.preferences(
             output="pairs.jsonl", original_records="original.jsonl", chosen_records="chosen.jsonl"
         )

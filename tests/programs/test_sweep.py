@@ -464,6 +464,7 @@ def test_prompts_whose_outputs_the_annotator_does_not_know_do_not_count(working_
         ({"OBJECTIVE_SETTINGS": "{'npo_bta': 0.5}"}, "argument 'npo_bta'"),
         ({"sweep.Grid.update": "{'bach_size': 8}"}, "argument 'bach_size'"),
         ({"sweep.Grid.dataset": "{'only_clen': True}"}, "argument 'only_clen'"),
+        ({"sweep.Grid.train": "{'kep': None}"}, "argument 'kep'"),
         ({"EVAL_PROMPTS": "['a.jsonl', 'b.jsonl']"}, "EVAL_PROMPTS: expected a file (or a glob"),
     ],
     ids=str,
@@ -473,5 +474,6 @@ def test_mistakes(settings, message, capsys):
     sweep("mistaken", status=2, **settings)
     found = capsys.readouterr().err
     assert message in found
-    assert "Traceback" not in found
+    assert found.startswith("tnt_jax.sweep: error: ")
+    assert found.count("\n") == 1
     assert not pathlib.Path("mistaken/original").exists()

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -152,6 +153,17 @@ def test_who_lost_a_folder_writes_nothing_more_into_it(bucket, monkeypatch):
     monkeypatch.setattr(holding, "is_lost", lambda: False)
     with metric_writers.StepLines(path):  # what is not new is not written again
         path.write_text("another's")
+
+
+@pytest.mark.parametrize("kind", ["bucket", "tensorflow_bucket"])
+def test_a_digest_of_a_file_in_a_bucket(kind, request):
+    """TensorFlow's files are no files for `hashlib.file_digest`."""
+    request.getfixturevalue(kind)
+    file = epath.Path(f"gs://b/{kind}/prompts.jsonl")
+    for content in (b"first", b"second"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+        assert stages._digest_of_file(file) == hashlib.sha256(content).hexdigest()[:16]
 
 
 def test_a_stage_is_run_again_when_what_it_read_in_a_bucket_is_another(bucket):

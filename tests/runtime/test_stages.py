@@ -1,6 +1,7 @@
 """What a stage takes for done: only what was made whole, with the settings and files of today."""
 
 import contextlib
+import hashlib
 import os
 import pathlib
 import shutil
@@ -156,3 +157,20 @@ def test_a_stage_whose_note_is_damaged_is_run_again(content):
     stages.note_path(pathlib.Path("root"), "stage").write_bytes(content)
     assert stages.Stages(pathlib.Path("root")).seconds("stage") is None
     assert was_run("prompts")
+
+
+def test_a_large_file_is_looked_at_again_only_when_it_changes(tmp_path, monkeypatch):
+    """In pieces, to the same digest as in one."""
+    monkeypatch.setattr(stages, "_LARGE", 3)
+    monkeypatch.setattr(stages, "_PIECE", 2)
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"weights")
+    whole = hashlib.sha256(b"weights").hexdigest()[:16]
+    assert stages.fingerprint(str(file)) == whole
+    with monkeypatch.context() as unread:
+        unread.setattr(stages, "_read_digest", lambda path: pytest.fail("it was read again"))
+        assert stages.fingerprint(str(file)) == whole
+    other = tmp_path / "other"
+    other.write_bytes(b"changed")  # as long as before
+    other.replace(file)
+    assert stages.fingerprint(str(file)) == hashlib.sha256(b"changed").hexdigest()[:16]

@@ -135,7 +135,9 @@ def revision(path: str) -> str | None:
     Raises:
       UsageError: There is none.
     """
-    return None if files.absolute(path).exists() else find(path).name
+    if files.is_remote(path) or files.absolute(path).exists():
+        return None
+    return find(path).name
 
 
 def _check_may_look(path: str) -> None:

@@ -4,8 +4,15 @@ The thresholds are rules of thumb: they say where to look, not whether a model i
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+
+from tnt_jax.evaluation.evaluations import (
+    Certificate,
+    Comparison,
+    Evaluation,
+    Outputs,
+    Rate,
+    Unrelated,
+)
 
 _FEWEST = 5  # outputs: fewer are chance
 _LEAK = 0.1  # nats a token, on prompts of other tasks
@@ -28,40 +35,42 @@ class Sign:
     suggestion: str
 
 
-def signs(evaluation: Mapping[str, Any], num_newly_unwanted: int) -> list[Sign]:
+def signs(evaluation: Evaluation, num_newly_unwanted: int) -> list[Sign]:
     """Looks for every sign in what `tnt_jax.evaluate` wrote.
 
     Args:
-      evaluation: With "original", "current", "comparison" and "cut"; "certificate" where there is
-        one, "unrelated" where there were prompts of other tasks.
+      evaluation: The evaluation.
       num_newly_unwanted: Outputs that are unwanted now and were clean before.
     """
-    before, after = evaluation["original"], evaluation["current"]
+    before, after = evaluation.original, evaluation.current
     return [
         _no_reduction(evaluation),
-        _moved_elsewhere(before, after, num_newly_unwanted),
-        _damage("repeated words", "repeated_word", before, after, 0.01),
-        _damage("repeated phrases", "repeated_phrase", before, after, 0.02),
-        _damage("unknown tokens", "unknown_token", before, after, 0.005),
-        _length_drift(before, after),
-        _collapse("outputs", "distinct_outputs", "texts", before, after),
-        _collapse("trigrams", "distinct_trigrams", "three words in a row", before, after),
-        _changed_too_much(evaluation["comparison"]),
-        *_clean_changed(evaluation["comparison"].get("unchanged_clean")),
-        *_leak(evaluation.get("unrelated")),
+        _moved_elsewhere(before, num_newly_unwanted),
+        _damage("repeated words", before.repeated_word, after.repeated_word, 0.01),
+        _damage("repeated phrases", before.repeated_phrase, after.repeated_phrase, 0.02),
+        _damage("unknown tokens", before.unknown_token, after.unknown_token, 0.005),
+        _length_drift(before.mean_length, after.mean_length),
+        _collapse("outputs", "texts", before.distinct_outputs, after.distinct_outputs),
+        _collapse(
+            "trigrams", "three words in a row", before.distinct_trigrams, after.distinct_trigrams
+        ),
+        _changed_too_much(evaluation.comparison),
+        *_clean_changed(evaluation.comparison.unchanged_clean),
+        *_leak(evaluation.unrelated),
     ]
 
 
-def notes(certificate: Mapping[str, Any] | None) -> list[str]:
+def notes(of: Certificate | None) -> list[str]:
     """Sentences on what the numbers of a certificate are of, where that is easily misread.
 
     Args:
-      certificate: The certificate that `tnt_jax.evaluate` wrote. Nothing is said of numbers that an
-        older file does not have.
+      of: The certificate that `tnt_jax.evaluate` wrote. Nothing is said of numbers that an older
+        file does not have.
     """
-    of = certificate or {}
     found = []
-    num_marked, num_others = (of.get(f"num_{kind}") or 0 for kind in ("negative", "positive"))
+    if of is None:
+        return found
+    num_marked, num_others = of.num_negative or 0, of.num_positive or 0
     if num_marked > num_others:
         found.append(
             f"{num_marked:,.0f} of {num_marked + num_others:,.0f} positions of the original's "
@@ -69,43 +78,44 @@ def notes(certificate: Mapping[str, Any] | None) -> list[str]:
             "or not it was said). Residual, collateral and smallest cost are means over these, and "
             "KL elsewhere is " + ("of the few others." if num_others else "of no position.")
         )
-    if number := of.get("num_removed_everywhere"):
+    if number := of.num_removed_everywhere:
         found.append(
             f"{number:,} ids are removed at every position (.everywhere.json). The certificate "
             "does not count them as marks: where nothing else is marked, what was taken from them "
             "is a part of KL elsewhere."
         )
-    if number := of.get("num_graded"):
+    if number := of.num_graded:
         found.append(
             f"{number:,} of the ids to remove have a strength below 1. The residual is of those of "
             "strength 1 alone: compare residual and collateral together with the smallest cost."
         )
-    if of.get("num_cut_inputs") or of.get("num_cut_targets"):
+    if of.num_cut_inputs or of.num_cut_targets:
         found.append(
-            f"{of['num_cut_inputs']:,} inputs and {of['num_cut_targets']:,} outputs are cut "
+            f"{of.num_cut_inputs or 0:,} inputs and {of.num_cut_targets or 0:,} outputs are cut "
             f"(TASK_FEATURE_LENGTHS): the certificate is without what lies beyond, "
-            f"{of.get('num_lost_marks') or 0:,} ids to remove among it."
+            f"{of.num_lost_marks or 0:,} ids to remove among it."
         )
     return found
 
 
-def _no_reduction(evaluation: Mapping[str, Any]) -> Sign:
-    before, after = (evaluation[of]["unwanted_outputs"] for of in ("original", "current"))
+def _no_reduction(evaluation: Evaluation) -> Sign:
+    before, after = (of.unwanted_outputs for of in (evaluation.original, evaluation.current))
     evidence = f"{_share(before)} unwanted before, {_share(after)} now"
     suggestion = (
         "Ineffective marks or learning rate. Look at a few marked records: do the spans cover what "
         "must go, and are the alternatives that would be just as wrong removed too? Then raise the "
         "learning rate or TRAIN_STEPS."
     )
-    certificate = evaluation.get("certificate") or {}
-    residual, cost = (certificate.get(f"negative_{name}") for name in ("residual", "smallest_cost"))
-    left, what = residual, "residual"
-    if certificate.get("num_graded"):
-        # Of a graded mark some probability may stay, so what moves is no residual: both parts
-        # together are the distance from what is desired.
-        collateral = certificate.get("negative_collateral")
-        left = None if residual is None or collateral is None else residual + collateral
-        what = "residual and collateral"
+    left = cost = None
+    what = "residual"
+    if (certificate := evaluation.certificate) is not None:
+        left, cost = certificate.negative_residual, certificate.negative_smallest_cost
+        if certificate.num_graded:
+            # Of a graded mark some probability may stay, so what moves is no residual: both parts
+            # together are the distance from what is desired.
+            collateral = certificate.negative_collateral
+            left = None if left is None or collateral is None else left + collateral
+            what = "residual and collateral"
     if left is not None and cost is not None:
         evidence += f"; {what} at the marks {left:.3g} nats, {cost:.3g} without an update"
         if left > cost / 2:
@@ -119,14 +129,12 @@ def _no_reduction(evaluation: Mapping[str, Any]) -> Sign:
                 "place: ineffective marks. Mark more (alternatives at a mark's first token; more "
                 "training outputs), or generate, mark and train for another round."
             )
-    is_seen = before["numerator"] >= _FEWEST and evaluation["cut"] < 0.25
+    is_seen = before.numerator >= _FEWEST and evaluation.cut < 0.25
     return Sign(name="no reduction", is_seen=is_seen, evidence=evidence, suggestion=suggestion)
 
 
-def _moved_elsewhere(
-    before: Mapping[str, Any], after: Mapping[str, Any], num_newly_unwanted: int
-) -> Sign:
-    num_before = before["unwanted_outputs"]["numerator"]
+def _moved_elsewhere(before: Outputs, num_newly_unwanted: int) -> Sign:
+    num_before = before.unwanted_outputs.numerator
     return Sign(
         name="unwanted elsewhere",
         is_seen=num_newly_unwanted >= max(_FEWEST, num_before / 4),
@@ -142,14 +150,11 @@ def _moved_elsewhere(
     )
 
 
-def _damage(
-    name: str, field: str, before: Mapping[str, Any], after: Mapping[str, Any], threshold: float
-) -> Sign:
-    one, other = before[field], after[field]
-    rise = other["value"] - one["value"]
+def _damage(name: str, one: Rate, other: Rate, threshold: float) -> Sign:
+    rise = other.value - one.value
     return Sign(
         name=name,
-        is_seen=rise >= threshold and other["numerator"] - one["numerator"] >= _FEWEST,
+        is_seen=rise >= threshold and other.numerator - one.numerator >= _FEWEST,
         evidence=f"{_share(one)} before, {_share(other)} now",
         suggestion=(
             "Loss imbalance or poor marks. Lower negative_weight (alpha) or the learning rate, "
@@ -159,8 +164,7 @@ def _damage(
     )
 
 
-def _length_drift(before: Mapping[str, Any], after: Mapping[str, Any]) -> Sign:
-    one, other = before["mean_length"], after["mean_length"]
+def _length_drift(one: float, other: float) -> Sign:
     ratio = other / one if one else 1.0
     suggestion = (
         "Outputs end too early: marks near the end teach to stop, and log-likelihood terms sharpen "
@@ -178,13 +182,10 @@ def _length_drift(before: Mapping[str, Any], after: Mapping[str, Any]) -> Sign:
     )
 
 
-def _collapse(
-    what: str, field: str, of: str, before: Mapping[str, Any], after: Mapping[str, Any]
-) -> Sign:
-    one, other = before[field], after[field]
+def _collapse(what: str, of: str, one: Rate, other: Rate) -> Sign:
     return Sign(
         name=f"collapse of distinct {what}",
-        is_seen=other["value"] < 0.9 * one["value"] and one["numerator"] >= 2 * _FEWEST,
+        is_seen=other.value < 0.9 * one.value and one.numerator >= 2 * _FEWEST,
         evidence=f"{_share(one)} different {of} before, {_share(other)} now",
         suggestion=(
             "The model says the same whatever the input. Lower the learning rate or TRAIN_STEPS; "
@@ -193,8 +194,8 @@ def _collapse(
     )
 
 
-def _changed_too_much(comparison: Mapping[str, Any]) -> Sign:
-    bleu, rouge_l = comparison["bleu"], comparison["rouge_l"]
+def _changed_too_much(comparison: Comparison) -> Sign:
+    bleu, rouge_l = comparison.bleu, comparison.rouge_l
     return Sign(
         name="low BLEU or ROUGE-L",
         is_seen=bleu < 50 or rouge_l < 60,
@@ -207,14 +208,14 @@ def _changed_too_much(comparison: Mapping[str, Any]) -> Sign:
     )
 
 
-def _clean_changed(unchanged_clean: Mapping[str, Any] | None) -> list[Sign]:
+def _clean_changed(unchanged_clean: Rate | None) -> list[Sign]:
     if unchanged_clean is None:
         return []
-    is_measured = unchanged_clean["denominator"] >= 2 * _FEWEST
+    is_measured = unchanged_clean.denominator >= 2 * _FEWEST
     return [
         Sign(
             name="clean outputs changed",
-            is_seen=is_measured and unchanged_clean["value"] < 0.1,
+            is_seen=is_measured and unchanged_clean.value < 0.1,
             evidence=f"of the original's clean outputs {_share(unchanged_clean)} did not change",
             suggestion=(
                 "The update does not stop at what was marked. Replace log-likelihood at ordinary "
@@ -225,19 +226,19 @@ def _clean_changed(unchanged_clean: Mapping[str, Any] | None) -> list[Sign]:
     ]
 
 
-def _leak(unrelated: Mapping[str, Any] | None) -> list[Sign]:
+def _leak(unrelated: Unrelated | None) -> list[Sign]:
     if unrelated is None:
         return []
-    kl, unchanged = unrelated["kl"], unrelated["unchanged"]
+    kl = unrelated.kl
     # Evaluations of before do not tell the number of positions.
-    is_measured = unrelated.get("num_positive") != 0
+    is_measured = unrelated.num_positive != 0
     shown = "no finite number of" if kl is None else f"{kl:.3f}"
     shown = f"{shown} nats a token" if is_measured else "every token is marked, so none has a KL"
     return [
         Sign(
             name="leak into other tasks",
             is_seen=is_measured and (kl is None or kl > _LEAK),
-            evidence=f"on unrelated prompts {shown}; {_share(unchanged)} unchanged",
+            evidence=f"on unrelated prompts {shown}; {_share(unrelated.unchanged)} unchanged",
             suggestion=(
                 "The update changes what it was not trained on. Lower the learning rate or "
                 "TRAIN_STEPS, use a KL term at ordinary positions (TNFF, TNRF), or train adapters "
@@ -247,5 +248,5 @@ def _leak(unrelated: Mapping[str, Any] | None) -> list[Sign]:
     ]
 
 
-def _share(rate: Mapping[str, Any]) -> str:
-    return f"{rate['value']:.1%} ({rate['numerator']:,} of {rate['denominator']:,})"
+def _share(rate: Rate) -> str:
+    return f"{rate.value:.1%} ({rate.numerator:,} of {rate.denominator:,})"

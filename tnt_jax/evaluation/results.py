@@ -7,15 +7,15 @@ sweeps and of evaluations.
 """
 
 import hashlib
-import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import msgspec
 import numpy as np
 
 from tnt_jax.data import records
-from tnt_jax.evaluation import text_metrics
+from tnt_jax.evaluation import evaluations, text_metrics
+from tnt_jax.evaluation.evaluations import Number
 from tnt_jax.runtime import files
 from tnt_jax.runtime.errors import UsageError
 
@@ -24,9 +24,6 @@ Row = dict[str, Any]  # `Shown`, and what else a sweep knows
 # The arm that patches no model: the original while what is unwanted is masked. Others are compared
 # with it. It is on no frontier: that is of those that were trained.
 MASK = "decode mask"
-
-# JSON knows numbers of any length; a page has room for these.
-_Number = Annotated[float, msgspec.Meta(gt=-1e15, lt=1e15)]
 
 
 class Shown(TypedDict):
@@ -66,35 +63,35 @@ class Shown(TypedDict):
     task: str
     objective: str
     decoder: str
-    unwanted_rate_before: _Number
-    unwanted_rate_after: _Number
-    bleu: _Number
-    alpha: NotRequired[_Number]
-    rate: NotRequired[_Number]
-    seed: NotRequired[_Number]
-    steps: NotRequired[_Number]
-    rouge_l: NotRequired[_Number]
-    bleu_to_mask: NotRequired[_Number]
-    same_as_mask: NotRequired[_Number]
-    exact_match: NotRequired[_Number]
-    unchanged_clean: NotRequired[_Number]
-    repeated_word_rate: NotRequired[_Number]
-    repeated_phrase_rate: NotRequired[_Number]
-    unknown_token_rate: NotRequired[_Number]
-    distinct_ratio: NotRequired[_Number]
-    distinct_trigram_ratio: NotRequired[_Number]
-    repeated_word_rate_before: NotRequired[_Number]
-    repeated_phrase_rate_before: NotRequired[_Number]
-    unknown_token_rate_before: NotRequired[_Number]
-    distinct_ratio_before: NotRequired[_Number]
-    distinct_trigram_ratio_before: NotRequired[_Number]
-    residual: NotRequired[_Number]
-    collateral: NotRequired[_Number]
-    smallest_cost: NotRequired[_Number]
-    collateral_elsewhere: NotRequired[_Number]
-    num_graded: NotRequired[_Number]
-    unrelated_kl: NotRequired[_Number]
-    unrelated_unchanged: NotRequired[_Number]
+    unwanted_rate_before: Number
+    unwanted_rate_after: Number
+    bleu: Number
+    alpha: NotRequired[Number]
+    rate: NotRequired[Number]
+    seed: NotRequired[Number]
+    steps: NotRequired[Number]
+    rouge_l: NotRequired[Number]
+    bleu_to_mask: NotRequired[Number]
+    same_as_mask: NotRequired[Number]
+    exact_match: NotRequired[Number]
+    unchanged_clean: NotRequired[Number]
+    repeated_word_rate: NotRequired[Number]
+    repeated_phrase_rate: NotRequired[Number]
+    unknown_token_rate: NotRequired[Number]
+    distinct_ratio: NotRequired[Number]
+    distinct_trigram_ratio: NotRequired[Number]
+    repeated_word_rate_before: NotRequired[Number]
+    repeated_phrase_rate_before: NotRequired[Number]
+    unknown_token_rate_before: NotRequired[Number]
+    distinct_ratio_before: NotRequired[Number]
+    distinct_trigram_ratio_before: NotRequired[Number]
+    residual: NotRequired[Number]
+    collateral: NotRequired[Number]
+    smallest_cost: NotRequired[Number]
+    collateral_elsewhere: NotRequired[Number]
+    num_graded: NotRequired[Number]
+    unrelated_kl: NotRequired[Number]
+    unrelated_unchanged: NotRequired[Number]
 
 
 # What a report shows, and how it tells two updates apart whose seeds may differ.
@@ -456,71 +453,6 @@ def _checked(row: Any, where: str) -> Row:
     return {**dict.fromkeys(SHOWN), **known, "cut": cut}
 
 
-class _Share(msgspec.Struct):
-    value: _Number
-
-
-class _Rate(_Share):
-    numerator: _Number
-    denominator: _Number
-
-
-class _Outputs(msgspec.Struct):
-    unwanted_outputs: _Rate
-    repeated_word: _Rate
-    repeated_phrase: _Rate
-    unknown_token: _Rate
-    distinct_outputs: _Rate
-    distinct_trigrams: _Rate
-    mean_length: _Number
-
-
-class _Comparison(msgspec.Struct):
-    bleu: _Number
-    rouge_l: _Number
-    exact_match: _Share
-    unchanged_clean: _Rate | None = None
-
-
-class _Mask(msgspec.Struct):
-    to_current: _Comparison
-
-
-class _Certificate(msgspec.Struct):
-    """The certificate of an evaluation; None stands for a number that was not finite."""
-
-    negative_residual: _Number | None
-    negative_collateral: _Number | None
-    negative_smallest_cost: _Number | None
-    positive_collateral: _Number | None
-    # Evaluations of before have none of these.
-    num_negative: _Number | None = None
-    num_positive: _Number | None = None
-    num_cut_inputs: _Number | None = None
-    num_cut_targets: _Number | None = None
-    num_lost_marks: _Number | None = None
-    num_graded: _Number | None = None
-    num_removed_everywhere: _Number | None = None
-
-
-class _Unrelated(msgspec.Struct):
-    kl: _Number | None
-    unchanged: _Share
-    num_positive: _Number | None = None
-
-
-class _Evaluation(msgspec.Struct):
-    """What a report shows of an evaluation."""
-
-    original: _Outputs
-    current: _Outputs
-    comparison: _Comparison
-    cut: _Number
-    mask: _Mask | None = None
-    certificate: _Certificate | None = None
-    unrelated: _Unrelated | None = None
-
-
 def training_of(found: Mapping[str, Any], where: str) -> Row:
     """How an arm was trained, as a pipeline wrote it: "alpha", "seed" and "steps", or None each.
 
@@ -530,7 +462,7 @@ def training_of(found: Mapping[str, Any], where: str) -> Row:
     stated = {name: found.get(name) for name in ("alpha", "seed", "steps")}
     for name, value in stated.items():
         try:
-            msgspec.convert(value, _Number | None)
+            msgspec.convert(value, Number | None)
         except msgspec.ValidationError:
             raise UsageError(
                 f"{where}: {name}: expected a number or null, found {value!r:.60}."
@@ -538,17 +470,13 @@ def training_of(found: Mapping[str, Any], where: str) -> Row:
     return stated
 
 
-def from_evaluation(evaluation: Any, known: Mapping[str, Any]) -> Row:
-    """The row of what `tnt_jax.evaluate` wrote.
+def from_evaluation(found: evaluations.Evaluation, known: Mapping[str, Any]) -> Row:
+    """The row of an evaluation.
 
     Args:
-      evaluation: its JSON.
+      found: the evaluation.
       known: what that does not tell: the task, the objective and how it was trained.
-
-    Raises:
-      UsageError: it is something else.
     """
-    found = _checked_evaluation(evaluation)
     before, after = found.original.unwanted_outputs.value, found.current.unwanted_outputs.value
     row = {
         "unwanted_rate_before": before,
@@ -563,6 +491,13 @@ def from_evaluation(evaluation: Any, known: Mapping[str, Any]) -> Row:
     if found.mask is not None:
         to_mask = found.mask.to_current
         row |= {"bleu_to_mask": to_mask.bleu, "same_as_mask": to_mask.exact_match.value}
+    row |= of_models(found)
+    return {**dict.fromkeys(SHOWN), **row, **known}
+
+
+def of_models(found: evaluations.Evaluation) -> Row:
+    """The columns of an evaluation that need both models, and those of prompts of other tasks."""
+    row: Row = {}
     if (certificate := found.certificate) is not None:
         row |= {
             "residual": certificate.negative_residual,
@@ -571,53 +506,6 @@ def from_evaluation(evaluation: Any, known: Mapping[str, Any]) -> Row:
             "collateral_elsewhere": certificate.positive_collateral,
             "num_graded": certificate.num_graded,
         }
-    if found.unrelated is not None:
-        row |= unrelated(evaluation["unrelated"])
-    return {**dict.fromkeys(SHOWN), **row, **known}
-
-
-def unrelated(found: Mapping[str, Any]) -> Row:
-    """The columns of prompts of other tasks, from what an evaluation says of these."""
-    return {"unrelated_kl": found["kl"], "unrelated_unchanged": found["unchanged"]["value"]}
-
-
-def read_evaluation(path: pathlib.Path, *, has_certificate: bool = False) -> dict[str, Any]:
-    """What `tnt_jax.evaluate` wrote in a file.
-
-    Args:
-      path: The file.
-      has_certificate: Whether there must be one.
-
-    Raises:
-      UsageError: it is something else.
-    """
-    found = files.read_object(path)
-    try:
-        checked = _checked_evaluation(found)
-    except UsageError as error:
-        raise UsageError(f"{path}: {error}") from None
-    if has_certificate and checked.certificate is None:
-        raise UsageError(
-            f"{path}: expected a certificate, found none. Delete this file, and it is made again."
-        )
-    return found
-
-
-def num_outputs(evaluation: Any) -> int:
-    """The number of outputs that an evaluation is of.
-
-    Raises:
-      UsageError: it is something else.
-    """
-    return int(_checked_evaluation(evaluation).original.unwanted_outputs.denominator)
-
-
-def _checked_evaluation(evaluation: Any) -> _Evaluation:
-    try:
-        return msgspec.convert(evaluation, _Evaluation)
-    except msgspec.ValidationError as error:
-        names = sorted(evaluation) if isinstance(evaluation, Mapping) else []
-        raise UsageError(
-            "expected the JSON file that python -m tnt_jax.evaluate wrote, with original, current, "
-            f"comparison and cut; found {names or 'nothing'} ({error})."
-        ) from None
+    if (unrelated := found.unrelated) is not None:
+        row |= {"unrelated_kl": unrelated.kl, "unrelated_unchanged": unrelated.unchanged.value}
+    return row

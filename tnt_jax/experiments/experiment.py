@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from tnt_jax import objectives
 from tnt_jax.data import datasets
 from tnt_jax.evaluation import results
 from tnt_jax.generate import MaskPlace
-from tnt_jax.models import decoding, sharding
+from tnt_jax.models import decoding
 from tnt_jax.runtime import files
 from tnt_jax.runtime.errors import UsageError
 
@@ -183,6 +184,8 @@ class Experiment:
     ) -> None:
         """Makes all that an arm's training is told, so that a mistake in it is known beforehand.
 
+        What depends on the devices is not looked at: where all is done, nothing is trained on them.
+
         Args:
           name: The arm's name.
           make_objective: Makes its loss per token.
@@ -195,13 +198,12 @@ class Experiment:
             made = self.arguments_of_training(
                 make_objective(), files="", vocabulary=None, original=None, changes=changes
             )
+            if changes.train:
+                inspect.signature(self.train).bind_partial(**made)
             self.mask_place()
             self.certificate(original_checkpoint_path="", checkpoint_path="")
         except TypeError as error:  # a name that no such settings have
             raise UsageError(f"arm {name!r}: {error}") from error
-        update = made["update"]
-        mesh = sharding.make_mesh(update.mesh_shape or sharding.MeshShape())
-        sharding.check_batch_size(update.batch_size, update.num_microbatches, mesh)
 
     def arguments_of_training(
         self,

@@ -13,12 +13,15 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import msgspec
+
 from tnt_jax import __version__, convert, objectives, report
 from tnt_jax.annotators import interface
 from tnt_jax.checkpoints import pretrained
 from tnt_jax.data import datasets, records, removed_everywhere, rounds, tokenization
-from tnt_jax.evaluation import results
+from tnt_jax.evaluation import evaluations, results
 from tnt_jax.evaluation.arm_files import ArmFiles
+from tnt_jax.evaluation.evaluations import Evaluation
 from tnt_jax.experiments.experiment import (
     TRAINING_OUTPUTS,
     Changes,
@@ -100,11 +103,11 @@ def _check_revision(root: pathlib.Path, original: str) -> None:
         return
     note = root / "stages" / "original_revision.json"
     before = files.read_object(note) if note.is_file() else {}
-    if before.get("model") == original and before.get("revision") != found:
+    if before.get("model") == original and before.get("revision") not in (None, found):
         raise UsageError(
-            f"ORIGINAL_CHECKPOINT_PATH: {original} has changed on the Hugging Face hub: its "
-            f"revision is {found}, and {root} was made with {before['revision']}. Give another "
-            "OUTPUT_DIR, or the folder of the old revision (snapshot_download of huggingface_hub)."
+            f"{original} has changed on the Hugging Face hub: its revision is {found}, and {root} "
+            f"was made with {before['revision']}. Write into another folder, or give the folder of "
+            "the old revision as the model (snapshot_download of huggingface_hub)."
         )
     files.write_json(str(note), {"model": original, "revision": found})
 
@@ -556,7 +559,7 @@ class ExperimentRun:
 
     def evaluate(
         self, name: str, checkpoint: str, decoder: str, choice_share: float | None = None
-    ) -> dict[str, Any]:
+    ) -> Evaluation:
         """Generates with an arm and compares with the original; returns what `evaluate` writes.
 
         Of `choice_share` of the prompts, which settings are chosen on, there is no certificate;
@@ -586,7 +589,7 @@ class ExperimentRun:
                 settings={"certificate": self._certificate(checkpoint, before, 0.0)},
                 checkpoints=[self.original, checkpoint],
             )
-            found["unrelated"] = self.unrelated(name)
+            found = msgspec.structs.replace(found, unrelated=self.unrelated(name))
         return found
 
     def _certificate(
@@ -604,24 +607,20 @@ class ExperimentRun:
             return certificate
         return dataclasses.replace(certificate, choice_share=choice_share)
 
-    def unrelated(self, name: str) -> dict[str, Any] | None:
-        """What an arm changed on prompts of other tasks, if it was evaluated on any.
-
-        Returns:
-          "kl", to the original in nats a token that is not marked; "num_positive", the number of
-          these tokens; and "unchanged", the share of outputs.
-        """
+    def unrelated(self, name: str) -> evaluations.Unrelated | None:
+        """What an arm changed on prompts of other tasks, if it was evaluated on any."""
         file = self.files_of(_unrelated_name(name)).evaluation(self.first_decoder)
         if self.settings.unrelated_prompts is None or not file.exists():
             return None
-        found = results.read_evaluation(file, has_certificate=True)
-        return {
-            "kl": found["certificate"]["positive_collateral"],
-            "num_positive": found["certificate"].get("num_positive"),
-            "unchanged": found["comparison"]["exact_match"],
-        }
+        found = evaluations.read(file, has_certificate=True)
+        assert found.certificate is not None
+        return evaluations.Unrelated(
+            kl=found.certificate.positive_collateral,
+            unchanged=found.comparison.exact_match,
+            num_positive=found.certificate.num_positive,
+        )
 
-    def evaluate_mask(self, decoder: str) -> dict[str, Any]:
+    def evaluate_mask(self, decoder: str) -> Evaluation:
         """Compares what the mask leaves with the original; returns what `evaluate` writes."""
         masked = self.make_mask_outputs()[decoder]
         inputs = {
@@ -638,7 +637,7 @@ class ExperimentRun:
         inputs: Mapping[str, str],
         settings: Mapping[str, Any],
         checkpoints: Sequence[str],
-    ) -> dict[str, Any]:
+    ) -> Evaluation:
         output = self.files_of(name).evaluation(decoder)
         self._stages.run(
             f"{name}: evaluate, {decoder}",
@@ -648,7 +647,7 @@ class ExperimentRun:
             settings={"vocabulary": self.vocabulary, "print_table": False, **settings},
             also_depends_on=checkpoints,
         )
-        return results.read_evaluation(output)
+        return evaluations.read(output)
 
     def report(self, names: Sequence[str]) -> pathlib.Path:
         """Writes the page that shows every arm, output by output; `summary.json` is there."""
@@ -741,3 +740,8 @@ def _hand_back(
         scan_layers=scan_layers,
         evaluation=evaluation if output_format in ("huggingface", "peft") else None,
     )
+
+
+# Notes of finished stages name these so: that is where they were written.
+for _function in (_write_corpus, _train_vocabulary, _hand_back):
+    _function.__module__ = "tnt_jax.experiments.experiment"

@@ -6,6 +6,7 @@ from typing import Any
 
 from tnt_jax.data import records
 from tnt_jax.evaluation import changes
+from tnt_jax.evaluation.evaluations import Evaluation
 from tnt_jax.experiments.choices import Choice
 
 _NUM_EXAMPLES = 5
@@ -30,7 +31,7 @@ def as_json(choice: Choice) -> dict[str, Any]:
     }
 
 
-def numbers(evaluation: Mapping[str, Any], cut_interval: Sequence[float] | None) -> dict[str, Any]:
+def numbers(evaluation: Evaluation, cut_interval: Sequence[float] | None) -> dict[str, Any]:
     """What `patch.json` says of the outputs of one decoder.
 
     Args:
@@ -40,21 +41,20 @@ def numbers(evaluation: Mapping[str, Any], cut_interval: Sequence[float] | None)
     Returns:
       Shares from 0 to 1, BLEU from 0 to 100, KL in nats per token.
     """
-    before, after = evaluation["original"], evaluation["current"]
-    comparison, certificate = evaluation["comparison"], evaluation.get("certificate") or {}
-    clean = comparison["unchanged_clean"]
+    before, after, comparison = evaluation.original, evaluation.current, evaluation.comparison
+    clean, certificate = comparison.unchanged_clean, evaluation.certificate
     return {
-        "num_prompts": before["unwanted_outputs"]["denominator"],
-        "unwanted_before": before["unwanted_outputs"]["value"],
-        "unwanted_after": after["unwanted_outputs"]["value"],
-        "cut": evaluation["cut"],
+        "num_prompts": before.unwanted_outputs.denominator,
+        "unwanted_before": before.unwanted_outputs.value,
+        "unwanted_after": after.unwanted_outputs.value,
+        "cut": evaluation.cut,
         "cut_interval": None if cut_interval is None else list(cut_interval),
-        "bleu": comparison["bleu"],
-        "unchanged": comparison["exact_match"]["value"],
-        "unchanged_clean": None if clean is None else clean["value"],
-        "kl_elsewhere": certificate.get("positive_collateral"),
-        "repeated_phrase_before": before["repeated_phrase"]["value"],
-        "repeated_phrase_after": after["repeated_phrase"]["value"],
+        "bleu": comparison.bleu,
+        "unchanged": comparison.exact_match.value,
+        "unchanged_clean": None if clean is None else clean.value,
+        "kl_elsewhere": None if certificate is None else certificate.positive_collateral,
+        "repeated_phrase_before": before.repeated_phrase.value,
+        "repeated_phrase_after": after.repeated_phrase.value,
     }
 
 

@@ -25,6 +25,7 @@ _NOT_LOCAL = "not a local file"  # named by its path alone
 _NOT_THERE = "not there"
 # From so many bytes on a file's digest is kept for as long as the file looks the same.
 _LARGE = 64 * 2**20
+_PIECE = 2**20  # bytes that are read at once
 _digests: dict[pathlib.Path, tuple[tuple[int, ...], str]] = {}
 
 
@@ -271,5 +272,10 @@ def _digest_of_file(path: Any) -> str:
 
 
 def _read_digest(path: Any) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    hashed = hashlib.sha256()
+    with path.open(
+        "rb"
+    ) as file:  # of TensorFlow's, for a bucket, which `file_digest` does not take
+        while piece := file.read(_PIECE):
+            hashed.update(piece)
+    return hashed.hexdigest()[:16]
