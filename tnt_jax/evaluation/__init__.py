@@ -1,4 +1,4 @@
-"""What changed, in numbers and as a page: text metrics, results of sweeps, the report page.
+"""What changed, in numbers, tables and as a page; and where an arm's files lie.
 
 Imports `runtime` and `data`.
 """

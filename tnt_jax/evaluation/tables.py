@@ -64,7 +64,7 @@ def as_markdown(
       chosen: "chosen" of a sweep's results.
       decoders: whose tables are wanted.
       in_full: all columns, with 95 % intervals of cut and BLEU; else the main ones in few digits,
-        with the cut's interval, and the deviations of cut and BLEU over seeds.
+        with the cut's interval, and deviations over seeds of cut and BLEU (to both) alone.
     """
     chosen = list(chosen)
     of_decoders = {name: [row for row in chosen if row["decoder"] == name] for name in decoders}
@@ -113,7 +113,7 @@ def _table(rows: Sequence[Mapping[str, Any]], in_full: bool) -> str:
             if column.field in with_interval:
                 interval = row.get(f"{column.field}_interval")
                 form = column.form if in_full else ".0%"
-                cells.append(" to ".join(format(x, form) for x in interval) if interval else "-")
+                cells.append(" to ".join(_written(x, form) for x in interval) if interval else "-")
         if in_full:
             cells.append("-" if row.get("bleu_p_value") is None else f"{row['bleu_p_value']:.3f}")
             cells.append("yes" if row.get("is_pareto") else "")
@@ -133,4 +133,8 @@ def _with_spread(row: Mapping[str, Any], column: Column, in_full: bool) -> str:
         return "-"
     form = column.form if in_full else column.short
     has_spread = spread is not None and (in_full or column.field in ("cut", "bleu", "bleu_to_mask"))
-    return format(value, form) + (f" ±{format(spread, form)}" if has_spread else "")
+    return _written(value, form) + (f" ±{format(spread, form)}" if has_spread else "")
+
+
+def _written(value: float, form: str) -> str:
+    return format(value, f"z{form}")  # no "-0%"

@@ -1,4 +1,4 @@
-"""What a study needs beside the programs: an experiment's folder, and corpora.
+"""What a study needs beside the programs: an experiment, its stages, corpora, what `patch` decides.
 
 Imports every room below.
 """
