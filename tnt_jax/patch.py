@@ -178,6 +178,46 @@ def _num_marked(file: str) -> int:
     return sum(bool(row.negative_spans) for row in records.iterate(file))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Pilot:
+    """What the original said to a few prompts, and what is known before it says more.
+
+    Attributes:
+      network: Its sizes.
+      prompt_lengths: Tokens of every prompt.
+      files: Annotated outputs, by the decoder that made them.
+      counts: How many outputs there are, and how many are marked.
+      output_lengths: Their tokens.
+      num_unended: Those that did not end by themselves.
+      seconds: That one of them took.
+    """
+
+    network: choices.Network
+    prompt_lengths: Sequence[int]
+    files: Mapping[str, str]
+    counts: Counts
+    output_lengths: Sequence[int]
+    num_unended: int
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Split:
+    """How many prompts are for what.
+
+    Attributes:
+      num_train: To learn from.
+      choice_prompts: The file of those to choose by.
+      num_choice: How many these are.
+      num_report: To report on.
+    """
+
+    num_train: int
+    choice_prompts: str
+    num_choice: int
+    num_report: int
+
+
 class _Patch:
     """One patch, from the pilot to the numbers; each step is made of stages that are kept."""
 
@@ -203,23 +243,23 @@ class _Patch:
             f"to {len(parts.report)} to report on."
         )
         # What the model says, and how often it is unwanted.
-        opened, pilot = self._pilot()
-        number = self._choose(opened, pilot)
+        opened, pilot = self._look_at_the_original()
+        split = self._choose(opened, pilot)
         if is_dry:
-            return self._dry(pilot, number)
+            return self._dry(pilot, split)
         # What it learns from, and by how much it would have to change.
-        opened, arm, counts = self._training_outputs(number)
-        found = self._search(opened, arm, counts, pilot)
+        opened, arm, counts = self._training_outputs(split.num_train)
+        found = self._search(opened, arm, counts, pilot, split)
         # The result is what a pipeline with these settings makes.
         self._gin.write(self._chosen, found)
         experiment, arm = _configure(self._gin)
         self.say(
-            f"Taken: {found.best}. Now the {self._num_report} prompts that nothing was chosen by."
+            f"Taken: {found.best}. Now the {split.num_report} prompts that nothing was chosen by."
         )
         outcome = pipeline.run_stages(experiment, [arm])
         output_format = None if self._asked.output_format == "same" else self._asked.output_format
         model = outcome.opened.hand_over(arm.name, outcome.models[arm.name], output_format)
-        return self._finish(outcome, arm, found, model)
+        return self._finish(outcome, arm, found, model, pilot.network.is_decoder_only)
 
     # -------------------------------------------------------------------------------- The pilot
 
@@ -235,8 +275,12 @@ class _Patch:
         experiment, arm = _configure(self._gin)
         return open_run(experiment), arm
 
-    def _pilot(self) -> tuple[ExperimentRun, Counts]:
-        """Answers to a few prompts."""
+    def _look_at_the_original(self) -> tuple[ExperimentRun, _Pilot]:
+        """What it says to a few prompts.
+
+        Raises:
+          UsageError: None of it is unwanted.
+        """
         if self._asked.unwanted.labels:
             self._localize(self._asked.unwanted.labels)
         parts = self._texts.parts
@@ -251,10 +295,10 @@ class _Patch:
         experiment, _ = self._first_settings()
         vocabulary = experiment.vocabulary()
         rows = [*parts.train, *parts.choice, *parts.report]
-        self._prompt_lengths = [len(marks.prompt_ids(row, vocabulary)) for row in rows]
+        prompt_lengths = [len(marks.prompt_ids(row, vocabulary)) for row in rows]
         config = pretrained.open_checkpoint(self._asked.model).config
         shapes = lazy_arrays.shapes(families.network_of(config).abstract_params())
-        self._network = choices.Network(
+        network = choices.Network(
             is_decoder_only=is_decoder_only(config),
             num_layers=config.total_layers,
             num_params=sum(map(math.prod, shapes.values())),
@@ -262,31 +306,32 @@ class _Patch:
             num_heads=config.num_heads,
             vocab_size=config.vocab_size,
         )
-        self._chosen = choices.before_pilot(
-            self._gin.given, self._prompt_lengths, self._network, self._machine
-        )
+        self._chosen = choices.before_pilot(self._gin.given, prompt_lengths, network, self._machine)
         opened, _ = self._configured()
-        self._description = opened.annotator.description
-        prompts = self._write_prompts("pilot", some)
-        found = self._answered(opened, "pilot", prompts)
+
+        def answered(name: str, prompts: Sequence[records.Record]) -> _Pilot:
+            file = self._write_prompts(name, prompts)
+            return _answered(opened, name, file, network, prompt_lengths)
+
+        found = answered("pilot", some)
+        counts = found.counts
         self.say(
-            f"{found.outputs} answers of the original: {found.marked} ({found.share:.0%}) have "
+            f"{counts.outputs} answers of the original: {counts.marked} ({counts.share:.0%}) have "
             "something unwanted."
         )
-        if found.marked:
+        if counts.marked:
             return opened, found
         # Nothing: as many more as two minutes allow.
-        seconds_per_prompt = self._seconds_per_output * len(self._pilot_files)
-        most = min(int(_PATIENCE / seconds_per_prompt), len(different))
+        most = min(int(_PATIENCE / (found.seconds * len(found.files))), len(different))
         if most > len(some):
             self.say(f"None of it: looking at {most} answers.")
-            prompts = self._write_prompts("pilot_more", different[:most])
-            found = self._answered(opened, "pilot_more", prompts)
-        if not found.marked:
+            found = answered("pilot_more", different[:most])
+        if not found.counts.marked:
             raise UsageError(
-                f"the model never says it: none of {found.outputs} outputs has anything unwanted, "
-                f"by {self._description}. See what it says in {self._root / 'pilot'}; give prompts "
-                "that bring it up, another list, or --decoding=sampled."
+                f"the model never says it: none of {found.counts.outputs} outputs has anything "
+                f"unwanted, by {opened.annotator.description}. See what it says in "
+                f"{self._root / 'pilot'}; give prompts that bring it up, another list, or "
+                "--decoding=sampled."
             )
         return opened, found
 
@@ -327,38 +372,21 @@ class _Patch:
         self._gin.write([])
         return _configure(self._gin)
 
-    def _answered(self, opened: ExperimentRun, name: str, prompts: str) -> Counts:
-        """Answers prompts with every decoder; notes lengths and seconds."""
-        files = {
-            decoder: opened.outputs_of(name, opened.original, prompts, decoder)
-            for decoder in opened.settings.decoders
-        }
-        self._pilot_files = files
-        rows = [row for file in files.values() for row in records.iterate(file)]
-        self._output_lengths = [len(row.target_ids or ()) for row in rows]
-        ends = opened.vocabulary.end_ids.union(
-            *(decoder.end_ids for decoder in opened.settings.decoders.values())
-        )
-        self._num_unended = sum(ends.isdisjoint(row.target_ids or ()) for row in rows)
-        seconds = opened.seconds_of_outputs(name, files) or 0.0
-        self._seconds_per_output = max(seconds / len(rows), 1e-3)
-        return Counts(outputs=len(rows), marked=sum(bool(row.negative_spans) for row in rows))
-
     # ------------------------------------------------------------------------------ The choices
 
-    def _choose(self, opened: ExperimentRun, pilot: Counts) -> int:
-        """Chooses the rest, and prints it; returns how many prompts to learn from."""
+    def _choose(self, opened: ExperimentRun, pilot: _Pilot) -> _Split:
+        """Chooses the rest, and prints it."""
         parts = self._texts.parts
-        lengths = self._output_lengths
+        lengths = [*pilot.output_lengths]
         if self._asked.unwanted.are_outputs_given:
             encode = opened.vocabulary.encode_reply
-            lengths = lengths + [len(encode(row.targets, row.inputs)) + 1 for row in parts.train]
+            lengths += [len(encode(row.targets, row.inputs)) + 1 for row in parts.train]
         self._chosen = choices.after_pilot(
             self._gin.given,
-            self._prompt_lengths,
+            pilot.prompt_lengths,
             lengths,
-            self._num_unended,
-            self._network,
+            pilot.num_unended,
+            pilot.network,
             self._machine,
             needs_adapters=self._asked.output_format == "peft",
         )
@@ -366,17 +394,22 @@ class _Patch:
         if self._asked.unwanted.are_outputs_given:
             number, reason = available, "all that are marked"
         else:
-            number, reason = choices.training_outputs(pilot, available)
+            number, reason = choices.training_outputs(pilot.counts, available)
         self._note(_TO_LEARN_FROM, number, reason, "--prompts")
-        to_choose, reason = choices.num_to_choose_by(len(parts.choice), pilot)
-        self._choice_prompts = self._write_prompts("choice", parts.choice[:to_choose])
+        to_choose, reason = choices.num_to_choose_by(len(parts.choice), pilot.counts)
+        choice_prompts = self._write_prompts("choice", parts.choice[:to_choose])
         self._note("prompts to choose by", to_choose, reason, "--eval_prompts")
-        self._num_report, reason = choices.num_to_report_on(len(parts.report), pilot)
-        self._write_prompts("report", parts.report[: self._num_report])
-        self._note("prompts to report on", self._num_report, reason, "--eval_prompts")
+        to_report, reason = choices.num_to_report_on(len(parts.report), pilot.counts)
+        self._write_prompts("report", parts.report[:to_report])
+        self._note("prompts to report on", to_report, reason, "--eval_prompts")
         for choice in self._chosen:
             self._print(choice.what, choice.value, choice.reason, choice.flag)
-        return number
+        return _Split(
+            num_train=number,
+            choice_prompts=choice_prompts,
+            num_choice=to_choose,
+            num_report=to_report,
+        )
 
     def _note(self, what: str, value: Any, reason: str, flag: str) -> None:
         """Something chosen that is no setting of gin's; what was said of it before is replaced."""
@@ -433,16 +466,16 @@ class _Patch:
     # ------------------------------------------------------------------------------- The search
 
     def _search(
-        self, opened: ExperimentRun, arm: Arm, counts: Counts, pilot: Counts
+        self, opened: ExperimentRun, arm: Arm, counts: Counts, pilot: _Pilot, split: _Split
     ) -> search.Found:
-        of_original = search.original_outputs(opened, self._choice_prompts)
+        of_original = search.original_outputs(opened, split.choice_prompts)
         before = {name: search.unwanted_in(file) for name, file in of_original.items()}
         least = min((number for number in before.values() if number), default=0)
         if not least:
             raise UsageError(
                 f"of the original's outputs on the prompts to choose by none is unwanted, although "
-                f"{pilot.marked} of {pilot.outputs} others are: expected some, to measure the wish "
-                "on. Give more --prompts or --eval_prompts."
+                f"{pilot.counts.marked} of {pilot.counts.outputs} others are: expected some, to "
+                "measure the wish on. Give more --prompts or --eval_prompts."
             )
         when = choices.looks(counts, self._chosen)
         updates = [when.period * number for number in range(1, when.number + 1)]
@@ -461,12 +494,15 @@ class _Patch:
             f"{self._asked.cut:.1%} counts as fulfilled with a cut of {enough:.1%} there: one "
             "standard error more."
         )
-        last = 2.5 * self._num_report * len(before) * self._seconds_of_an_output(opened)
+        # The pilot's outputs were made while programs compiled, and took longer than these.
+        seconds = opened.seconds_of_outputs("choice", [opened.first_decoder])
+        of_output = pilot.seconds if seconds is None else seconds / split.num_choice
+        last = 2.5 * split.num_report * len(before) * of_output
         plan = search.Plan(
             enough=enough,
             attempts=attempts,
             updates=updates,
-            prompts=self._choice_prompts,
+            prompts=split.choice_prompts,
             deadline=self._began + self._asked.seconds - last,
         )
         found = self._searched(opened, arm, plan, of_original)
@@ -478,15 +514,6 @@ class _Patch:
                 f"{found.best}, which is taken."
             )
         return found
-
-    def _seconds_of_an_output(self, opened: ExperimentRun) -> float:
-        """How long an output takes, by those of the choice prompts.
-
-        The pilot's outputs were made while programs compiled, and took longer.
-        """
-        seconds = opened.seconds_of_outputs("choice", [opened.first_decoder])
-        number = sum(1 for _ in records.iterate(self._choice_prompts))
-        return self._seconds_per_output if seconds is None else seconds / number
 
     def _attempts(self, arm: Arm) -> tuple[Sequence[search.Attempt], str]:
         """What is tried, one after the other, and why."""
@@ -572,7 +599,12 @@ class _Patch:
     # ---------------------------------------------------------------------------------- The end
 
     def _finish(
-        self, outcome: pipeline.Outcome, arm: Arm, found: search.Found, model: str
+        self,
+        outcome: pipeline.Outcome,
+        arm: Arm,
+        found: search.Found,
+        model: str,
+        is_decoder_only: bool,
     ) -> Patched:
         """The numbers on the prompts that nothing was chosen by."""
         opened, by_decoder = outcome.opened, {}
@@ -599,9 +631,7 @@ class _Patch:
         is_fulfilled = None if decoder is None else not is_short
         decoder = decoder or opened.first_decoder
         same = self._gin.command
-        loads = patch_numbers.lines_that_load(
-            model, self._network.is_decoder_only, self._asked.output_format
-        )
+        loads = patch_numbers.lines_that_load(model, is_decoder_only, self._asked.output_format)
         numbers = {
             "decoder": decoder,
             **by_decoder[decoder],
@@ -615,7 +645,7 @@ class _Patch:
             "ended_because": found.reason,
             "decoders": by_decoder,
             "choices": [*map(patch_numbers.as_json, self._chosen), *self._more],
-            "annotator": self._description,
+            "annotator": opened.annotator.description,
             "model": model,
             "loads": loads,
             "report": str(outcome.page),
@@ -639,15 +669,16 @@ class _Patch:
 
     # ------------------------------------------------------------------------------- A dry run
 
-    def _dry(self, pilot: Counts, number: int) -> None:
+    def _dry(self, pilot: _Pilot, split: _Split) -> None:
         """Prints what the whole would take, from three updates; leaves the pilot alone."""
         name = "dry_run"
-        counts = Counts(outputs=number, marked=round(pilot.share * number))
+        number = split.num_train
+        counts = Counts(outputs=number, marked=round(pilot.counts.share * number))
         when = choices.looks(counts, self._chosen)
         self._add_learning_rate(when)
         opened, arm = self._configured()
         # Of two ways to decode one may say nothing unwanted: nothing can be learned from that one.
-        file = max(self._pilot_files.values(), key=_num_marked)
+        file = max(pilot.files.values(), key=_num_marked)
         self._print_shown(file)
         changed = Changes(schedule={"train_steps": 3, "log_every": 1}, dataset=arm.dataset)
         opened.train(name, arm.objective, file, changes=changed)
@@ -656,9 +687,8 @@ class _Patch:
         of_update = last["num_tokens"] / max(last["tokens_per_second"], 1e-9)
         shutil.rmtree(self._root / name)
         stages.note_path(self._root, f"{name}: train").unlink(missing_ok=True)
-        of_output, num_decoders = self._seconds_per_output, len(self._pilot_files)
-        num_choice = num_decoders * sum(1 for _ in records.iterate(self._choice_prompts))
-        num_report = num_decoders * self._num_report
+        of_output, num_decoders = pilot.seconds, len(pilot.files)
+        num_choice, num_report = (num_decoders * n for n in (split.num_choice, split.num_report))
         made = number * len(opened.training_decoders)
         if self._asked.unwanted.are_outputs_given:
             made = 0
@@ -681,6 +711,32 @@ class _Patch:
         rows = [row for row in records.iterate(file) if row.negative_spans]
         for row in rows[:_NUM_SHOWN]:
             console.say(f"           {patch_numbers.with_marks(row)}")
+
+
+def _answered(
+    opened: ExperimentRun,
+    name: str,
+    prompts: str,
+    network: choices.Network,
+    prompt_lengths: Sequence[int],
+) -> _Pilot:
+    """The original's answers to prompts, with every decoder."""
+    decoders = opened.settings.decoders
+    files = {
+        decoder: opened.outputs_of(name, opened.original, prompts, decoder) for decoder in decoders
+    }
+    rows = [row for file in files.values() for row in records.iterate(file)]
+    ends = opened.vocabulary.end_ids.union(*(decoder.end_ids for decoder in decoders.values()))
+    seconds = opened.seconds_of_outputs(name, files) or 0.0
+    return _Pilot(
+        network=network,
+        prompt_lengths=prompt_lengths,
+        files=files,
+        counts=Counts(outputs=len(rows), marked=sum(bool(row.negative_spans) for row in rows)),
+        output_lengths=[len(row.target_ids or ()) for row in rows],
+        num_unended=sum(ends.isdisjoint(row.target_ids or ()) for row in rows),
+        seconds=max(seconds / len(rows), 1e-3),
+    )
 
 
 def _listed(unwanted: Mapping[str, int]) -> str:
