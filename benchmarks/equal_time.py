@@ -11,7 +11,7 @@ the states that are cached are paid for, and what is left of the time is filled 
 which the learning rate falls. Time is processor time, which another program on the machine hardly
 lengthens.
 
-Takes 25 minutes of processor time for SmolLM2, 10 for the T5, and about 4 GB (memory estimated).
+Takes 50 minutes of processor time for SmolLM2, 10 for the T5, and about 4 GB (memory estimated).
 """
 
 import argparse
