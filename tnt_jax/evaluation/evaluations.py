@@ -23,7 +23,7 @@ class Rate(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
       numerator: How many.
-      denominator: Of how many.
+      denominator: The number that they are among.
       value: The share, from 0 to 1.
     """
 
@@ -66,8 +66,8 @@ class Mask(Outputs, frozen=True, kw_only=True, omit_defaults=True):
     """The outputs of the original while what is unwanted is masked.
 
     Attributes:
-      comparison: Of these with the original's.
-      to_current: Of the patched model's with these.
+      comparison: How these differ from the original's.
+      to_current: How the patched model's differ from these.
     """
 
     comparison: Comparison
@@ -124,7 +124,7 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     Attributes:
       original: The original's outputs.
       current: The patched model's, to the same prompts.
-      comparison: Of the two.
+      comparison: How the two differ.
       cut: The share of the unwanted outputs that is gone.
       annotator: Who marked them.
       mask: The original's under a mask, if there are any.
@@ -148,6 +148,9 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 def parse(value: Any) -> Evaluation:
     """The evaluation that a JSON value is.
+
+    Args:
+      value: What was read of a file.
 
     Raises:
       UsageError: It is something else.
