@@ -163,9 +163,10 @@ def evaluate(
             if tokens_output:
                 lines = [files.as_json(tokens) + "\n" for tokens in changed]
                 files.write_text(tokens_output, "".join(lines))
-        files.write_json(output, result)
+        text = files.as_json(result, indent=2)
+        files.write_text(output, text + "\n")
         operative_config.write(output)
-        found = evaluations.parse(json.loads(files.as_json(result)))
+        found = evaluations.parse(json.loads(text))  # without what is not finite
         if print_table:
             columns = ("", "original", "patched")
             console.table(_rows(found), columns=columns, title=f"{output}: {len(original)} outputs")

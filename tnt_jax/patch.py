@@ -39,7 +39,7 @@ from tnt_jax.experiments.asked import (
     is_decoder_only,
 )
 from tnt_jax.experiments.choices import Choice, Counts
-from tnt_jax.experiments.experiment import TRAINING_OUTPUTS, Arm, Changes, Experiment
+from tnt_jax.experiments.experiment import TRAINING_OUTPUTS, Arm, Experiment
 from tnt_jax.experiments.experiment_run import ExperimentRun, open_run
 from tnt_jax.experiments.unwanted import Unwanted
 from tnt_jax.models import families
@@ -163,9 +163,7 @@ def _configure(gin: pipeline_gin.PipelineGin, flags: Sequence[str] = ()) -> tupl
     gin.check(found["experiment"])
     found["experiment"].check_names([*names, search.FOLDER, "prompts"])
     for arm in found["arms"]:
-        found["experiment"].check_arm(
-            arm.name, lambda arm=arm: arm.objective, Changes(dataset=arm.dataset)
-        )
+        found["experiment"].check_arm(arm.name, lambda arm=arm: arm.objective, arm.changes)
     if found["num_rounds"] != 1:
         raise UsageError(
             f"NUM_ROUNDS: expected none, or 1, found {found['num_rounds']}: patch adds rounds "
@@ -534,7 +532,7 @@ class _Patch:
         """The search, or what it came to if it was over: its time does not begin anew."""
         note = self._root / "search.json"
         training = opened.describe_training(
-            arm.objective, opened.make_training_outputs(), Changes(dataset=arm.dataset)
+            arm.objective, opened.make_training_outputs(), arm.changes
         )
         of_what = {
             "training": training,
@@ -680,7 +678,7 @@ class _Patch:
         # Of two ways to decode one may say nothing unwanted: nothing can be learned from that one.
         file = max(pilot.files.values(), key=_num_marked)
         self._print_shown(file)
-        changed = Changes(schedule={"train_steps": 3, "log_every": 1}, dataset=arm.dataset)
+        changed = dataclasses.replace(arm.changes, schedule={"train_steps": 3, "log_every": 1})
         opened.train(name, arm.objective, file, changes=changed)
         lines = (self._root / name / "model" / "metrics.jsonl").read_text("utf-8").splitlines()
         last = json.loads(lines[-1])

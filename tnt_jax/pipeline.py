@@ -20,7 +20,7 @@ from typing import Any
 from tnt_jax.data import records
 from tnt_jax.evaluation import diagnosis, results
 from tnt_jax.evaluation.evaluations import Evaluation, Rate
-from tnt_jax.experiments.experiment import Arm, Changes, Experiment, check_rounds
+from tnt_jax.experiments.experiment import Arm, Experiment, check_rounds
 from tnt_jax.experiments.experiment_run import ExperimentRun, open_run
 from tnt_jax.runtime import console, files, holding, program
 from tnt_jax.runtime.errors import UsageError
@@ -160,7 +160,7 @@ def run_stages(
       UsageError: A stage found a mistake.
     """
     for arm in arms:
-        experiment.check_arm(arm.name, lambda arm=arm: arm.objective, Changes(dataset=arm.dataset))
+        experiment.check_arm(arm.name, lambda arm=arm: arm.objective, arm.changes)
     opened = open_run(experiment)
     decoders = experiment.decoders
     training_outputs, original_outputs = (
@@ -180,7 +180,7 @@ def run_stages(
         )
     for arm in arms:
         *_, models[arm.name] = opened.train_rounds(
-            arm.name, arm.objective, training_outputs, num_rounds, Changes(dataset=arm.dataset)
+            arm.name, arm.objective, training_outputs, num_rounds, arm.changes
         )
         evaluations[arm.name] = {
             decoder: opened.evaluate(arm.name, models[arm.name], decoder) for decoder in decoders

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tnt_jax import annotate as annotate_program
 from tnt_jax import annotators
 from tnt_jax.annotators import beam_jobs
 from tnt_jax.annotators.phrases import Phrases
@@ -245,6 +246,14 @@ def test_a_name_shared_with_a_supported_value_is_no_alternative(gazetteer):
     annotation = annotate(gazetteer(values), "rating = top", "low")
     assert annotation.spans[0].alternatives == ("Low",)
     assert set(annotation.supported) >= {"High", "top", "high"}
+
+
+def test_without_a_vocabulary_nothing_can_be_removed_at_every_position(gazetteer):
+    """Each record removes something else there, so only `mark` can tell."""
+    annotator = gazetteer({"area": ["north", "south"]}, at_every_position=True)
+    row = records.Record(id="1", inputs="in the north", targets="a pub in the south")
+    with pytest.raises(UsageError, match=r"at every position: expected a vocabulary .* found None"):
+        annotate_program.mark(row, annotator, None)
 
 
 def test_gazetteer_at_every_position_bans_what_is_not_supported(gazetteer):

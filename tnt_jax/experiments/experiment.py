@@ -35,21 +35,6 @@ def path_in(*, folder: str, name: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Arm:
-    """One way to update the original.
-
-    Attributes:
-      name: Its name, in tables and of its folder.
-      objective: The loss per token.
-      dataset: Further arguments of `datasets.RecordFiles`, such as `{"only_clean": True}`.
-    """
-
-    name: str
-    objective: objectives.TntObjective
-    dataset: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class NewOriginal:
     """How to make an original where there is none yet.
 
@@ -81,6 +66,26 @@ class Changes:
     update: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     schedule: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     dataset: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way to update the original.
+
+    Attributes:
+      name: Its name, in tables and of its folder.
+      objective: The loss per token.
+      dataset: Further arguments of `datasets.RecordFiles`, such as `{"only_clean": True}`.
+    """
+
+    name: str
+    objective: objectives.TntObjective
+    dataset: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def changes(self) -> Changes:
+        """What its training has otherwise than the experiment."""
+        return Changes(dataset=self.dataset)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

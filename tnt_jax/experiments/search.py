@@ -287,7 +287,7 @@ class _Search:
 
     def _up_to(self, updates: int) -> Changes:
         """The settings of a run that ends after so many updates; data as the arm wants it."""
-        return Changes(schedule={"train_steps": updates}, dataset=self._arm.dataset)
+        return dataclasses.replace(self._arm.changes, schedule={"train_steps": updates})
 
     def _model(self, attempt: Attempt, updates: int) -> tuple[str, str]:
         """A checkpoint, and what it is made of: it makes room for the next one."""

@@ -272,10 +272,9 @@ def _digest_of_file(path: Any) -> str:
 
 
 def _read_digest(path: Any) -> str:
+    # In pieces, not by `hashlib.file_digest`: TensorFlow's files, for a bucket, are none for that.
     hashed = hashlib.sha256()
-    with path.open(
-        "rb"
-    ) as file:  # of TensorFlow's, for a bucket, which `file_digest` does not take
+    with path.open("rb") as file:
         while piece := file.read(_PIECE):
             hashed.update(piece)
     return hashed.hexdigest()[:16]
