@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tnt_jax import annotate as annotate_program
 from tnt_jax import annotators
-from tnt_jax.annotators import beam_jobs
+from tnt_jax.annotators import beam_jobs, innocent
 from tnt_jax.annotators.phrases import Phrases
 from tnt_jax.data import records, words
 from tnt_jax.data.text_automaton import Automaton
@@ -487,6 +487,28 @@ def test_a_case_sensitive_list_lets_words_of_the_prompt_begin(lexicon):
         ",",
         "an",
     ]
+
+
+@pytest.mark.parametrize(
+    ("said", "counts"),
+    [
+        ({"Michelin": 60, "Michel": 2}, False),  # two slips
+        ({"Michelin": 60, "Michel": 5}, True),
+        ({"Michelin": 20, "Michel": 2}, True),  # too many to be slips of twenty
+        ({"Michelin": 60, "Mic": 2}, True),  # three letters say little
+        ({"Michelin": 60, "Mice": 2}, True),
+        ({"plain": 60, "Michel": 2}, True),
+        ({"plain": 60, "Michel": 1}, False),
+        ({"plain": 3000, "Michel": 2}, False),
+    ],
+)
+def test_a_word_of_outputs_is_innocent_if_it_is_no_slip(tmp_path, lexicon, said, counts):
+    texts = [f"a {word} star" for word, number in said.items() for _ in range(number)]
+    rows = [records.Record(id=str(n), inputs="", targets=text) for n, text in enumerate(texts)]
+    records.write_records(tmp_path / "outputs.jsonl", rows)
+    found = innocent.words(str(tmp_path / "outputs.jsonl"), lexicon("Michelin star", "Michelin"))
+    assert "a" in found and "michelin" not in found
+    assert (list(said)[-1].lower() in found) == counts
 
 
 def test_apache_beam_is_refused_files_in_an_object_store():

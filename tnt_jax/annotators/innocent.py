@@ -5,6 +5,11 @@ import itertools
 
 from tnt_jax.annotators import interface, phrases
 from tnt_jax.data import records
+from tnt_jax.data import words as words_of
+
+# Words look alike that share so many letters at their beginning: a token may begin both.
+_NUM_ALIKE = 4
+_ALIKE_COUNTS_FROM = 5  # outputs: two of them may have made the same slip
 
 
 def words(
@@ -16,17 +21,34 @@ def words(
       input: A JSONL file (or glob) of records with targets.
       annotator: One without `innocent_words` knows none.
       num_records: The first so many records are read. A word counts that is in a thousandth of
-        them, and in two: a rarer one may be an unwanted one, misspelt.
+        them, and in two: a rarer one may be an unwanted one, misspelt. One that looks like unwanted
+        words ("Michel", like "Michelin") counts from five outputs on, unless the unwanted ones are
+        in less than ten times as many as it.
     """
     if not hasattr(annotator, "innocent_words"):
         return ()
     counts: collections.Counter[str] = collections.Counter()
+    num_alike: collections.Counter[str] = collections.Counter()
     num_read = 0
     for row in itertools.islice(records.iterate(input), num_records):
         num_read += 1
-        counts.update(set(annotator.innocent_words(row.targets)))  # pyright: ignore
+        outside = annotator.innocent_words(row.targets)  # pyright: ignore
+        counts.update(set(outside))
+        unwanted = collections.Counter(map(str.lower, words_of.texts(row.targets)))
+        unwanted.subtract(map(str.lower, outside))
+        num_alike.update({_beginning(word) for word in +unwanted} - {None})
     least = max(2, num_read / 1000)
-    return phrases.forms(sorted(word for word, count in counts.items() if count >= least))
+    found = [
+        word
+        for word, count in sorted(counts.items())
+        if count >= max(least, min(_ALIKE_COUNTS_FROM, num_alike[_beginning(word)] / 10))
+    ]
+    return phrases.forms(found)
+
+
+def _beginning(word: str) -> str | None:
+    """What words that look like this one begin with; None where it is too short to say."""
+    return word[:_NUM_ALIKE].lower() if len(word) >= _NUM_ALIKE else None
 
 
 def of_prompt(row: records.Record, annotator: interface.Annotator | interface.Mask) -> set[str]:
