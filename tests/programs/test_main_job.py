@@ -136,6 +136,19 @@ def test_training_takes_the_mass_from_the_marks(patched):
     assert spoken[True] < 5
 
 
+def test_the_best_checkpoint_stays(original, capsys):
+    """Before the first update nothing has moved, so its KL is 0 and no later one's is smaller."""
+    settings = {"CHECKPOINT_EVERY": 1, "KEEP_CHECKPOINTS": 1, "KEEP_BEST": "positive_kl"}
+    train("best", TRAIN_STEPS=4, **settings)
+    kept = {path.name for path in pathlib.Path("best").glob("checkpoint_*")}
+    assert kept == {"checkpoint_1", "checkpoint_4"}
+    assert "positive_kl is smallest at best/checkpoint_1" in capsys.readouterr().out
+    # It is read from the disk by a run that goes on.
+    train("best", TRAIN_STEPS=6, **settings)
+    kept = {path.name for path in pathlib.Path("best").glob("checkpoint_*")}
+    assert kept == {"checkpoint_1", "checkpoint_6"}
+
+
 def test_training_goes_as_far_as_strengths_say(original, capsys):
     """Marks of 0.99 leave a hundredth; those of 1 are removal, in every bit of the run."""
     for name, strength in (("graded", 0.99), ("certain", 1.0)):

@@ -121,7 +121,8 @@ class Checkpoints:
                 optimizer=ocp.args.StandardSave(state.opt_state),
                 run=ocp.args.JsonSave(dict(run)),
             ),
-            metrics=metrics,
+            # A copy: Orbax keeps what it is given, to find the best, and writes it later.
+            metrics=None if metrics is None else dict(metrics),
         )
         assert is_saved, f"there is a checkpoint of step {state.step} or a later one"
 
