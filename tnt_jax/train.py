@@ -130,10 +130,13 @@ def train(
     )
     checks.check_best_is_measured(keep, schedule, trainer, has_evaluation=eval_dataset is not None)
     sources = load_original.Sources(trainer.model, source, original_choice, schedule)
+    _ = trainer.abstract_state  # refuses what does not go together before data are read
 
     # ---------------------------------------------------------------------------------- The data
     examples, eval_examples = (
-        _read_examples(each, update.task_feature_lengths, sources, model_dir) if each else []
+        []
+        if each is None
+        else _read_examples(each, update.task_feature_lengths, sources, model_dir)
         for each in (dataset, eval_dataset)
     )
     data = loop.make_data(examples, eval_examples, update, schedule.seed, trainer.model)

@@ -337,7 +337,7 @@ def test_a_model_directory_that_cannot_be_is_named(tmp_path):
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UsageError, match=f"MODEL_DIR: .*{path}"):
             run_checkpoints.Checkpoints(str(path))
-    with pytest.raises(UsageError, match="keep_checkpoints: expected at least 1, found 0"):
+    with pytest.raises(UsageError, match="KEEP_CHECKPOINTS: expected at least 1, found 0"):
         settings.Keep(checkpoints=0)
 
 

@@ -23,7 +23,7 @@ from tnt_jax.data.batches import Batches
 from tnt_jax.evaluation import evaluations, results
 from tnt_jax.experiments import experiment_run
 from tnt_jax.runtime import program
-from tnt_jax.training import run_checkpoints
+from tnt_jax.training import loop, run_checkpoints
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -397,9 +397,31 @@ def test_a_run_that_is_done_is_left_alone(patched, capsys):
     assert "Nothing to do: patched is at update 20 of 20." in capsys.readouterr().out
 
 
-def test_microbatches_make_the_same_update(patched):
-    train("microbatched", NUM_MICROBATCHES=2, LOG_EVERY=1, TRAIN_STEPS=2)
-    updates = metrics_of("microbatched")
+def test_microbatches_make_the_same_update(patched, monkeypatch):
+    """And the same evaluation: of as many rows at once as fit beside an update."""
+    rows_of_evaluation = []
+
+    def spied(examples, batch_size, *args, make=loop.batch_for_eval):
+        rows_of_evaluation.append(batch_size)
+        return make(examples, batch_size, *args)
+
+    monkeypatch.setattr(loop, "batch_for_eval", spied)
+    settings = {
+        "EVAL_DATASET": "@evaluation/datasets.RecordFiles()",
+        "evaluation/datasets.RecordFiles.files": "original.annotated.jsonl",
+        "LOG_EVERY": 1,
+        "TRAIN_STEPS": 2,
+    }
+    train("whole", **settings)
+    train("microbatched", NUM_MICROBATCHES=2, **settings)
+    assert rows_of_evaluation == [16, 8]
+    (whole,), (parts,) = (
+        [line for line in metrics_of(name) if "eval/loss" in line]
+        for name in ("whole", "microbatched")
+    )
+    assert whole["eval/num_tokens"] == parts["eval/num_tokens"]
+    assert parts["eval/loss"] == pytest.approx(whole["eval/loss"], rel=1e-4)
+    updates = [line for line in metrics_of("microbatched") if "loss" in line]
     assert len(updates) == 2
     for line, expected in zip(updates, metrics_of("patched"), strict=False):
         for name in ("num_tokens", "num_negative"):

@@ -294,17 +294,18 @@ def test_a_task_that_is_not_there(mistake):
     [
         (
             {"BATCH_SIZE": 12},
-            "BATCH_SIZE: expected a multiple of num_microbatches x data x fsdp devices = 1 x 8; "
+            "BATCH_SIZE: expected a multiple of NUM_MICROBATCHES x data x fsdp devices = 1 x 8; "
             "found 12.",
         ),
         (
             {"NUM_MICROBATCHES": 3},
-            "BATCH_SIZE: expected a multiple of num_microbatches x data x fsdp devices = 3 x 8; "
+            "BATCH_SIZE: expected a multiple of NUM_MICROBATCHES x data x fsdp devices = 3 x 8; "
             "found 16.",
         ),
         (
             {"MODEL_DEVICES": 3},
-            "MeshShape: expected data x fsdp x model to be the 8 devices here; found data=-1, ",
+            "expected DATA_DEVICES x FSDP_DEVICES x MODEL_DEVICES to be the 8 devices here; found "
+            "DATA_DEVICES=-1, FSDP_DEVICES=1, MODEL_DEVICES=3. Change one of them.",
         ),
         (
             {"MODEL_DEVICES": 4},
@@ -489,7 +490,7 @@ def test_parameters_that_are_not_finite_are_not_saved(mistake):
     [
         ({"NON_FINITE": "ignore"}, "NON_FINITE: expected one of ('stop', 'skip'), found 'ignore'."),
         ({"MAX_GRADIENT_NORM": 0}, "MAX_GRADIENT_NORM: expected None or more than 0, found 0."),
-        ({"KEEP_EVERY": 0}, "keep_every: expected at least 1, found 0."),
+        ({"KEEP_EVERY": 0}, "KEEP_EVERY: expected at least 1, found 0."),
         ({"KEEP_BEST": "eval/lost"}, "KEEP_BEST: expected one of loss, negative_loss, "),
         (
             {"KEEP_BEST": "eval/loss"},

@@ -62,12 +62,12 @@ class MeshShape:
     def __post_init__(self):
         if min(self.fsdp, self.model) < 1 or (self.data < 1 and self.data != -1):
             raise UsageError(
-                "MeshShape: expected fsdp and model of at least 1, and data of at least 1 or -1 "
-                f"(all other devices); found {self._as_text()}."
+                "expected at least 1 for FSDP_DEVICES and MODEL_DEVICES, and for DATA_DEVICES at least "
+                f"1 or -1 (all other devices); found {self._as_text()}."
             )
 
     def _as_text(self) -> str:
-        return ", ".join(f"{axis}={getattr(self, axis)}" for axis in MESH_AXES)
+        return ", ".join(f"{_setting(axis)}={getattr(self, axis)}" for axis in MESH_AXES)
 
     def sizes(self, num_devices: int) -> tuple[int, int, int]:
         """Devices along each of `MESH_AXES`.
@@ -79,12 +79,15 @@ class MeshShape:
         data = num_devices // others if self.data == -1 else self.data
         if data * others != num_devices:
             raise UsageError(
-                f"MeshShape: expected data x fsdp x model to be the {num_devices} devices here; "
-                f"found {self._as_text()}. Change "
-                + " or ".join(f"MeshShape.{axis}" for axis in MESH_AXES)
-                + "."
+                f"expected {' x '.join(map(_setting, MESH_AXES))} to be the {num_devices} devices "
+                f"here; found {self._as_text()}. Change one of them."
             )
         return data, self.fsdp, self.model
+
+
+def _setting(axis: str) -> str:
+    """The setting that says how many devices a mesh axis has."""
+    return f"{axis.upper()}_DEVICES"
 
 
 def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
@@ -191,7 +194,7 @@ def check_batch_size(
     if num_microbatches < 1 or batch_size < 1 or batch_size % num_parts:
         axes = " x ".join(AXIS_RULES["batch"])
         raise UsageError(
-            f"{setting}: expected a multiple of num_microbatches x {axes} devices = "
+            f"{setting}: expected a multiple of NUM_MICROBATCHES x {axes} devices = "
             f"{num_microbatches} x {num_devices}; found {batch_size}."
         )
 
@@ -241,7 +244,7 @@ def param_shardings(abstract_params: PyTree, logical_axes: PyTree, mesh: Mesh) -
                 raise UsageError(
                     f"parameter {name}: its {axis!r} axis of {size} does not split over the "
                     f"{mesh.shape[mesh_axis]} devices of mesh axis {mesh_axis!r}. Choose another "
-                    f"MeshShape.{mesh_axis}, or a model whose {axis!r} is a multiple of it."
+                    f"{_setting(mesh_axis)}, or a model whose {axis!r} is a multiple of it."
                 )
         return NamedSharding(mesh, _partition_spec(spec))
 

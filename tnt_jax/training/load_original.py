@@ -194,7 +194,7 @@ def load(
         digest=identity["digest"],
         states_folder=states_folder,
         task_feature_lengths=update.task_feature_lengths,
-        batch_size=update.batch_size,
+        batch_size=update.rows_at_once,
     )
     stays = abstract
     if keeps_whole and not kind.is_apart:

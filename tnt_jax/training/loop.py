@@ -46,7 +46,8 @@ class Data:
         each one is a program of its own.
       has_strengths: Whether any mark, of training or of evaluation, has a strength below 1.
       sets: Long sets of ids that examples of either share, which the device has once.
-      num_shared_in_eval: Tokens that all of `eval_examples` begin with.
+      eval_batch_size: Rows of a batch of `eval_examples`.
+      num_shared_in_eval: Tokens that all of them begin with.
     """
 
     examples: Sequence[Example]
@@ -55,6 +56,7 @@ class Data:
     num_negative_ids: int
     has_strengths: bool
     sets: Sets
+    eval_batch_size: int
     num_shared_in_eval: int = 0
 
     def check_fits(self, update: settings.Update) -> None:
@@ -110,6 +112,7 @@ def make_data(
         num_negative_ids=num_negative_ids,
         has_strengths=has_strengths,
         sets=sets,
+        eval_batch_size=update.rows_at_once,
         num_shared_in_eval=layout.num_shared(eval_examples, lengths),
     )
 
@@ -450,7 +453,7 @@ class _Evaluation(hooks.Hook):
     def __call__(self, step: int, state: train_step.TrainState) -> dict[str, float]:
         """The metrics of all of the evaluation's examples, as `eval/METRIC`."""
         loop, data = self._loop, self._loop.data
-        batch_size = data.batches.batch_size
+        batch_size = data.eval_batch_size
         batches = batch_for_eval(
             data.eval_examples,
             batch_size,
@@ -534,6 +537,7 @@ class _SinceLog:
     @contextlib.contextmanager
     def paused(self):
         """Context manager that does not count its time as training."""
+        jax.block_until_ready(self._pending[-1:])  # what is not done yet is training
         began = time.monotonic()
         yield
         self._began += time.monotonic() - began

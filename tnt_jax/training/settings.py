@@ -63,6 +63,11 @@ class Update:
         default=1.0, metadata={"omit_default": True}
     )
 
+    @property
+    def rows_at_once(self) -> int:
+        """Rows that devices compute together, in updates and in evaluation: a microbatch."""
+        return self.batch_size // self.num_microbatches
+
     def __post_init__(self):
         for name, number in (
             ("BATCH_SIZE", self.batch_size),
@@ -207,9 +212,9 @@ class Schedule:
     def __post_init__(self):
         for name, number in (
             ("TRAIN_STEPS", self.train_steps),
-            ("checkpoint_every", self.checkpoint_every),
-            ("log_every", self.log_every),
-            ("eval_every", self.eval_every),
+            ("CHECKPOINT_EVERY", self.checkpoint_every),
+            ("LOG_EVERY", self.log_every),
+            ("EVAL_EVERY", self.eval_every),
         ):
             if number < 1:
                 raise UsageError(f"{name}: expected at least 1, found {number}.")
@@ -237,7 +242,7 @@ class Keep:
     allow_changes: Sequence[str] = ()
 
     def __post_init__(self):
-        for name, number in (("keep_checkpoints", self.checkpoints), ("keep_every", self.every)):
+        for name, number in (("KEEP_CHECKPOINTS", self.checkpoints), ("KEEP_EVERY", self.every)):
             if number is not None and number < 1:
                 raise UsageError(f"{name}: expected at least 1, found {number}.")
         if self.best is not None and self.best.removeprefix("eval/") not in train_step.MEAN_OVER:
