@@ -94,7 +94,9 @@ def annotate(
         continuations=(
             None
             if vocabulary is None
-            else marks.Continuations(vocabulary, innocent.words(input, annotator))
+            else marks.Continuations(
+                vocabulary, functools.partial(innocent.words, input, annotator)
+            )
         ),
     )
     _check_outputs(input)

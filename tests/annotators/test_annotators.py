@@ -1,6 +1,7 @@
 import json
 import pathlib
 import pickle
+import re
 import tempfile
 
 import pytest
@@ -11,7 +12,7 @@ from tnt_jax import annotate as annotate_program
 from tnt_jax import annotators
 from tnt_jax.annotators import beam_jobs, innocent
 from tnt_jax.annotators.phrases import Phrases
-from tnt_jax.data import records, words
+from tnt_jax.data import records, tokenization, words
 from tnt_jax.data.text_automaton import Automaton
 from tnt_jax.data.token_automaton import Listed
 from tnt_jax.runtime.errors import UsageError
@@ -509,6 +510,41 @@ def test_a_word_of_outputs_is_innocent_if_it_is_no_slip(tmp_path, lexicon, said,
     found = innocent.words(str(tmp_path / "outputs.jsonl"), lexicon("Michelin star", "Michelin"))
     assert "a" in found and "michelin" not in found
     assert (list(said)[-1].lower() in found) == counts
+
+
+class Bees:
+    """Marks the word "bee", and would mark "bat" as well; knows no innocent words by itself."""
+
+    description = "Bees()"
+
+    def annotate(self, record):
+        spans = [m.span() for m in re.finditer(r"\bbee\b", record.targets)]
+        return annotators.Annotation(
+            spans=tuple(annotators.Span(start=a, end=b, alternatives=["bat"]) for a, b in spans)
+        )
+
+    def everywhere(self):
+        return None
+
+
+def test_words_around_the_marks_of_any_annotator_are_innocent(tmp_path):
+    """ "bat" begins with the byte of "by", which two outputs say: that one stays."""
+    vocabulary = tokenization.Bytes()
+    paths = [str(tmp_path / name) for name in ("with.jsonl", "without.jsonl", "out.jsonl")]
+    for path, texts in zip(paths, (["a bee by by", "by"], ["a bee", "a cow"]), strict=False):
+        records.write_records(
+            path,
+            [records.Record(id=str(n), inputs="", targets=text) for n, text in enumerate(texts)],
+        )
+    removed = []
+    for path in paths[:2]:
+        annotate_program.annotate(
+            output=paths[2], input=path, annotator=Bees(), vocabulary=vocabulary
+        )
+        removed.append([row.negative_token_ids for row in records.read_records(paths[2])])
+    b, *_ = vocabulary.prompt_ids("b")
+    # With nothing innocent, "bat" is removed where the mark begins; the mark removes that byte too.
+    assert removed == [[(), ()], [((2, (b,)),), ()]]
 
 
 def test_apache_beam_is_refused_files_in_an_object_store():

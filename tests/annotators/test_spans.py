@@ -376,6 +376,8 @@ BAD = {
     "negative": [(-1, 2)],
     "empty": [(2, 2)],
     "span_beyond": [Span(start=0, end=9)],
+    "letters": [Span(start=0, end=2, alternatives="cat")],
+    "blank": [Span(start=0, end=2, alternatives=["cat", " "])],
 }
 
 
@@ -403,6 +405,8 @@ def bad(inputs, targets):
         ("negative", "[-1, 2] for record 'a'"),
         ("empty", "[2, 2] for record 'a'"),
         ("span_beyond", "[0, 9] for record 'a'"),
+        ("letters", "expected a list of texts that are not blank as alternatives for record 'a'"),
+        ("blank", "expected a list of texts that are not blank as alternatives for record 'a'"),
     ],
 )
 def test_what_a_function_must_not_give(kind, message):

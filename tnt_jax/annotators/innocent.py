@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+from collections.abc import Sequence
 
 from tnt_jax.annotators import interface, phrases
 from tnt_jax.data import records
@@ -19,20 +20,18 @@ def words(
 
     Args:
       input: A JSONL file (or glob) of records with targets.
-      annotator: One without `innocent_words` knows none.
+      annotator: One that does not know innocent words marks each record to find them.
       num_records: The first so many records are read. A word counts that is in a thousandth of
         them, and in two: a rarer one may be an unwanted one, misspelt. One that looks like unwanted
         words ("Michel", like "Michelin") counts from five outputs on, unless the unwanted ones are
         in less than ten times as many as it.
     """
-    if not hasattr(annotator, "innocent_words"):
-        return ()
     counts: collections.Counter[str] = collections.Counter()
     num_alike: collections.Counter[str] = collections.Counter()
     num_read = 0
     for row in itertools.islice(records.iterate(input), num_records):
         num_read += 1
-        outside = annotator.innocent_words(row.targets)  # pyright: ignore
+        outside = _outside(row, annotator)
         counts.update(set(outside))
         unwanted = collections.Counter(map(str.lower, words_of.texts(row.targets)))
         unwanted.subtract(map(str.lower, outside))
@@ -46,6 +45,20 @@ def words(
     return phrases.forms(found)
 
 
+def _outside(row: records.Record, annotator: interface.Annotator | interface.Mask) -> Sequence[str]:
+    """The words of a record's targets that are in nothing that the annotator calls unwanted."""
+    if isinstance(annotator, interface.KnowsInnocentWords):
+        return annotator.innocent_words(row.targets)
+    found = annotator.annotate(row) if isinstance(annotator, interface.Annotator) else None
+    if found is None:
+        return ()
+    return [
+        row.targets[start:end].lower()
+        for start, end in words_of.extents(row.targets)
+        if not any(span.start < end and start < span.end for span in found.spans)
+    ]
+
+
 def _beginning(word: str) -> str | None:
     """What words that look like this one begin with; None where it is too short to say."""
     return word[:_NUM_ALIKE].lower() if len(word) >= _NUM_ALIKE else None
@@ -54,9 +67,9 @@ def _beginning(word: str) -> str | None:
 def of_prompt(row: records.Record, annotator: interface.Annotator | interface.Mask) -> set[str]:
     """The ordinary words of what a model is given: an output may well repeat them.
 
-    An annotator without `innocent_words` knows none.
+    There are none where the annotator does not know innocent words.
     """
-    if not hasattr(annotator, "innocent_words"):
+    if not isinstance(annotator, interface.KnowsInnocentWords):
         return set()
     texts = dict.fromkeys([row.inputs, *(content for _, content in row.messages)])
-    return {word for text in texts for word in annotator.innocent_words(text)}  # pyright: ignore
+    return {word for text in texts for word in annotator.innocent_words(text)}

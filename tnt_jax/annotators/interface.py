@@ -93,6 +93,15 @@ class Mask(Protocol):
         ...
 
 
+@runtime_checkable
+class KnowsInnocentWords(Protocol):
+    """An annotator that says of any text which of its words are in nothing that it would mark."""
+
+    def innocent_words(self, text: str) -> Sequence[str]:
+        """Each of these words, in lower case unless letters count as they are."""
+        ...
+
+
 def merged(spans: Iterable[Span]) -> tuple[Span, ...]:
     """The spans sorted, those that overlap made one.
 
@@ -170,6 +179,14 @@ def checked_spans(found: Iterable[Any], record: Record, where: str) -> tuple[Spa
                 f"{counted_otherwise(record.targets, start, end)} {_HOW_SPANS_ARE}."
             )
         alternatives = item.alternatives if isinstance(item, Span) else ()
+        # A text alone is a sequence of texts, too: of its letters.
+        if isinstance(alternatives, str) or not all(
+            isinstance(text, str) and text.strip() for text in alternatives
+        ):
+            raise UsageError(
+                f"{where}: expected a list of texts that are not blank as alternatives for record "
+                f"{record.id!r}, found {item!r}."
+            )
         spans.append(
             Span(start=start, end=end, alternatives=alternatives, strength=float(strength))
         )

@@ -7,7 +7,13 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from tnt_jax.annotators.interface import Annotation, Annotator, Span, merged
+from tnt_jax.annotators.interface import (
+    Annotation,
+    Annotator,
+    KnowsInnocentWords,
+    Span,
+    merged,
+)
 from tnt_jax.data import words
 from tnt_jax.data.records import Record
 from tnt_jax.data.token_automaton import Listed
@@ -93,8 +99,8 @@ class Noisy:
 
     def innocent_words(self, text: str) -> Sequence[str]:
         """What the other annotator says of a text, if it says anything."""
-        of_other = getattr(self.annotator, "innocent_words", None)
-        return of_other(text) if of_other else ()
+        of_other = self.annotator
+        return of_other.innocent_words(text) if isinstance(of_other, KnowsInnocentWords) else ()
 
     def everywhere(self) -> Listed | None:
         """What the other annotator removes everywhere."""

@@ -6,7 +6,7 @@ A span marks the tokens whose extents (see `tokenization`) it overlaps.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -463,8 +463,13 @@ class Continuations:
     _MOST_TEXTS = 1 << 18  # at a place
     _MOST_SHARED = 256  # of lists at a place
 
-    def __init__(self, vocabulary: Tokeniser, innocent: Sequence[str] = ()):
-        """Keeps the words that would be neither right nor wrong in the place of any span."""
+    def __init__(
+        self, vocabulary: Tokeniser, innocent: Sequence[str] | Callable[[], Sequence[str]] = ()
+    ):
+        """Keeps the words that would be neither right nor wrong in the place of any span.
+
+        A function finds them when the first alternative is looked at: of many texts there is none.
+        """
         self._vocabulary = vocabulary
         self._innocent = innocent
         self._known: dict[tuple[str, int | None], dict[str, _First | None]] = {}
@@ -543,6 +548,8 @@ class Continuations:
     def _firsts_of_words(self, before: str, space: int | None) -> frozenset[_Spot]:
         """The first tokens of all innocent words."""
         place = before, space
+        if callable(self._innocent):
+            self._innocent = self._innocent()
         if place not in self._innocent_firsts:
             _make_room(self._innocent_firsts, self._MOST_SHARED)
             self._innocent_firsts[place] = frozenset(

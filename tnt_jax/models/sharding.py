@@ -62,8 +62,8 @@ class MeshShape:
     def __post_init__(self):
         if min(self.fsdp, self.model) < 1 or (self.data < 1 and self.data != -1):
             raise UsageError(
-                "expected at least 1 for FSDP_DEVICES and MODEL_DEVICES, and for DATA_DEVICES at least "
-                f"1 or -1 (all other devices); found {self._as_text()}."
+                "expected FSDP_DEVICES and MODEL_DEVICES of at least 1, and DATA_DEVICES of at "
+                f"least 1 or -1 (all other devices); found {self._as_text()}."
             )
 
     def _as_text(self) -> str:
