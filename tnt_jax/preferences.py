@@ -113,11 +113,11 @@ def _pairs(
                 f"CHOSEN_RECORDS: record {row.id!r} has another prompt than in ORIGINAL_RECORDS. "
                 "Expected outputs for the same prompts, told by their ids."
             )
-        if not row.negative_spans:
+        if not row.says_unwanted:
             left_out["in which nothing is marked"] += 1
         elif other is None:
             left_out["without an output in CHOSEN_RECORDS"] += 1
-        elif other.negative_spans:
+        elif other.says_unwanted:
             left_out["whose chosen output is marked, too"] += 1
         elif other.targets == row.targets:
             left_out["whose two outputs are the same"] += 1
@@ -144,7 +144,7 @@ def _judged(
         yield {
             "prompt": _prompt(row),
             "completion": _reply(row, row.targets),
-            "label": not row.negative_spans,
+            "label": not row.says_unwanted,
         }
 
 

@@ -54,6 +54,15 @@ def test_a_pair_of_texts_and_a_prompt_alone():
     assert record(inputs="a", prompt=3).extra == {"prompt": 3}
 
 
+def test_a_text_named_prompt_beside_messages_is_no_conversation():
+    """UltraChat has the first turn there: what was said later is in the inputs, too."""
+    later = [SYSTEM, USER, REPLY, {"role": "user", "content": "In Paris?"}]
+    found = record(messages=[*later, {"role": "assistant", "content": "Yes."}], prompt="Be brief.")
+    assert found.inputs == "Be brief.\n\nWhich hotel?\n\nThe Ritz.\n\nIn Paris?"
+    assert (len(found.messages), found.targets) == (4, "Yes.")
+    assert found.extra == {"prompt": "Be brief."}
+
+
 def test_inputs_beside_messages_stay():
     found = record(inputs="hotels", messages=[USER])
     assert (found.inputs, found.messages) == ("hotels", PAIRS[1:])
@@ -82,6 +91,14 @@ def test_inputs_beside_messages_stay():
             "completion or targets, found both",
         ),
         ({"prompt": 3}, "prompt: expected a list of messages, found 3"),
+        (
+            {"messages": [USER], "completion": "The Ritz."},
+            "expected messages, or prompt and completion, found messages and completion. Leave",
+        ),
+        (
+            {"messages": [USER, REPLY], "prompt": [USER], "completion": [REPLY]},
+            "found messages and completion and prompt.",
+        ),
         (
             {"messages": [USER, REPLY], "tools": [{"name": "book"}]},
             'tools: expected nothing, for a conversation is its roles and contents, found [{"name"'

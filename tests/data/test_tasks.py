@@ -13,6 +13,7 @@ from tnt_jax.data import (
     marks,
     paper_tasks,
     records,
+    removed_everywhere,
     tasks,
     tokenization,
 )
@@ -153,6 +154,28 @@ def test_files_and_tasks_give_the_same_examples(vocabulary, tmp_path):
     ):
         assert dataset.vocabulary.encode("the city") == vocabulary.encode("the city")
         assert_same_examples(dataset.load(LENGTHS), from_files)
+
+
+def test_a_task_of_records_has_what_is_removed_everywhere(vocabulary, tmp_path, capsys):
+    """And a mixture has what its tasks have, of the split that is read."""
+    rows = [records.Record(id="r", inputs="a", targets="the city", negative_spans=())]
+    for name, numbers in {"one": (5, 3), "two": (4,), "other": (9,), "none": ()}.items():
+        ids = removed_everywhere.Ids(numbers, {}) if numbers else None
+        removed_everywhere.write_records(tmp_path / f"{name}.jsonl", rows, ids)
+    path = {name: str(tmp_path / f"{name}.jsonl") for name in ("one", "two", "other", "none")}
+    tasks.record_task("everywhere", {"train": path["one"], "test": path["other"]}, vocabulary)
+    tasks.record_task("elsewhere", {"train": path["two"], "test": path["none"]}, vocabulary)
+    seqio.MixtureRegistry.add("both_places", [("everywhere", 1), ("elsewhere", 1)])
+
+    def found(name, split="train"):
+        return tasks.SeqioDataset(mixture_or_task_name=name, split=split).removed_everywhere()
+
+    assert (found("everywhere"), found("elsewhere")) == ((3, 5), (4,))
+    assert found("both_places") == (3, 4, 5)
+    assert (found("both_places", "test"), found("elsewhere", "test")) == ((9,), ())
+    # T5X reads a task without asking for them: the log says that they are there.
+    tasks.SeqioDataset(mixture_or_task_name="elsewhere").load(LENGTHS)
+    assert f"{path['two']}.everywhere.json: ids that an annotator removes" in capsys.readouterr().out
 
 
 def test_strengths_go_through_tasks(vocabulary, tmp_path):

@@ -107,6 +107,26 @@ def test_every_output_is_judged_once():
     ]
 
 
+def test_an_output_that_is_marked_by_a_token_is_unwanted():
+    """`localize` marks so what has no text, such as the end of an output that stops too early."""
+    marks = {"said": [[1, [1]]], "another": [[1, [5]]], "raised": [[1, [1], -0.5]], "none": []}
+    rows = [
+        {
+            **{"id": name, "inputs": name, "targets": "x", "target_ids": [7, 1]},
+            **{"negative_spans": [], "negative_token_ids": ids},
+        }
+        for name, ids in marks.items()
+    ]
+    pathlib.Path("marked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write("chosen.jsonl", *((name, name, "y", None) for name in marks))
+    files = {"original_records": "marked.jsonl", "output": "out.jsonl"}
+    preferences.preferences(**files, chosen_records=None, output_format="kto")
+    assert [line["label"] for line in lines("out.jsonl")] == [False, True, True, True]
+    found = preferences.preferences(**files, chosen_records="chosen.jsonl")
+    assert found == {"written": 1, "in which nothing is marked": 3}
+    assert lines("out.jsonl") == [{"prompt": "said", "chosen": "y", "rejected": "x"}]
+
+
 def test_what_is_written_can_be_read_as_records():
     """Our reader knows TRL's `prompt` and `completion`."""
     write("original.jsonl", *ORIGINAL[:2])

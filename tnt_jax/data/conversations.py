@@ -20,15 +20,26 @@ def as_record(fields: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     """The fields of an object as a record has them, whichever form they came in.
 
     Args:
-        fields: those of the object, with `inputs`, with `messages`, or with TRL's `prompt`.
+        fields: those of the object, with `inputs`, with `messages`, or with TRL's `prompt`. Beside
+            messages, a `prompt` that is a text is a field like any other: UltraChat has there what
+            was said first.
         where: its place, for messages.
 
     Raises:
         UsageError: a conversation is none or has what no template is given here, or what the model
-            replied is given twice.
+            was told or replied is given twice.
     """
     given = {name for name, value in fields.items() if value is not None}
-    if "inputs" not in given and "prompt" in given:
+    if "inputs" not in given and "messages" in given:
+        twice = given & {"completion"} | (
+            {"prompt"} if isinstance(fields.get("prompt"), list) else set()
+        )
+        if twice:
+            raise UsageError(
+                f"{where}: expected messages, or prompt and completion, found messages and "
+                f"{' and '.join(sorted(twice))}. Leave one of the two out."
+            )
+    elif "inputs" not in given and "prompt" in given:
         fields = _from_pair(fields, where)
     elif "messages" not in given:
         return fields

@@ -150,6 +150,18 @@ class Record:
         return tuple((span[0], span[1]) for span in self.negative_spans or ())
 
     @property
+    def says_unwanted(self) -> bool:
+        """Whether something in the targets is marked: by a span, or by one of `target_ids`.
+
+        A mark by id alone has no text: an output that ends too early, for one.
+        """
+        ids = self.target_ids or ()
+        return bool(self.negative_spans) or any(
+            strength_of(entry) > 0 and entry[0] < len(ids) and ids[entry[0]] in entry[1]
+            for entry in self.negative_token_ids
+        )
+
+    @property
     def prompt(self) -> str:
         """What the model is given, as one text: two records with the same one ask the same."""
         return json.dumps(self.messages) if self.messages else self.inputs

@@ -27,7 +27,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from tnt_jax.data import datasets, records, tokenization
+from tnt_jax.data import datasets, records, removed_everywhere, tokenization
 from tnt_jax.data.examples import Example, id_of, unique_pairs
 from tnt_jax.data.marks import example_from_record, log_spans_without_token, prompt_ids
 from tnt_jax.data.t5patches_layout import t5patches_target
@@ -249,6 +249,15 @@ def t5patches_mode(mode: str) -> Callable[[tf.data.Dataset], tf.data.Dataset]:
     return lambda dataset: dataset.map(of_fields, num_parallel_calls=tf.data.AUTOTUNE)
 
 
+class _RecordSource(seqio.FunctionDataSource):
+    """A source that knows its files of records, of each split."""
+
+    def __init__(self, dataset_fn: Callable, files: Mapping[str, str]):
+        # seqio's protocol wants a number of examples that seqio's own sources need not know.
+        super().__init__(dataset_fn, splits=tuple(files))  # pyright: ignore[reportArgumentType]
+        self.files = files
+
+
 def record_task(
     name: str,
     files: Mapping[str, str],
@@ -283,6 +292,12 @@ def record_task(
         del shuffle_files, seed  # tnt_jax shuffles examples: Batches
         file = files[split]
         rows = datasets.check_trainable(records.read_records(file), file, annotated)
+        for of_ids in removed_everywhere.files_of(file):
+            console.log(
+                f"{of_ids}: ids that an annotator removes at every position, which a task has no "
+                "place for. tnt_jax.train removes them. For T5X, bind "
+                "objectives.TntObjective.removed_everywhere (docs/howto_t5x.md)."
+            )
         for record in rows:
             if record.messages:  # seqio's vocabularies are of no chat model
                 prompt_ids(record, tokeniser(vocabulary))
@@ -310,8 +325,7 @@ def record_task(
 
     return seqio.TaskRegistry.add(
         name,
-        # seqio's protocol wants a number of examples that seqio's own sources need not know.
-        source=seqio.FunctionDataSource(dataset_fn, splits=tuple(files)),  # pyright: ignore[reportArgumentType]
+        source=_RecordSource(dataset_fn, files),
         preprocessors=[functools.partial(tokenize_and_mark, marks=marks, loss_until=loss_until)],
         output_features=record_features(vocabulary),
     )
@@ -485,8 +499,14 @@ class SeqioDataset:
         return tokeniser(self.vocabulary_override or task.output_features["targets"].vocabulary)
 
     def removed_everywhere(self) -> tuple[int, ...]:
-        """Nothing: a task has no place for it."""
-        return ()
+        """What belongs to the files of records that the task, or the mixture's tasks, read."""
+        found = find_task(self.mixture_or_task_name, self.mixture_or_task_module)
+        files = {
+            of.source.files[self.split]
+            for of in seqio.get_subtasks(found)
+            if isinstance(of.source, _RecordSource) and self.split in of.source.files
+        }
+        return tuple(sorted({id_ for file in files for id_ in removed_everywhere.of_records(file)}))
 
     def load(self, task_feature_lengths: Mapping[str, int]) -> list[Example]:
         """Reads one epoch into memory: see `load_examples`."""
