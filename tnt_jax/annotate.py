@@ -24,7 +24,7 @@ import collections
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tnt_jax import annotators
@@ -33,6 +33,7 @@ from tnt_jax.data import marks, negative_sets, records, removed_everywhere, toke
 from tnt_jax.data.token_automaton import Listed
 from tnt_jax.runtime import (
     console,
+    files,
     holding,
     operative_config,
     output_parts,
@@ -100,6 +101,7 @@ def annotate(
         ),
     )
     _check_outputs(input)
+    before = files.versions_of(input)
     if beam_options is None:
         found = records.survey(input)
         work = {
@@ -117,6 +119,7 @@ def annotate(
                     names.forget()
                     last = part
                 job.add(part, [] if made is None else names.lines_of(made), {_kind(made): 1})
+            _check_unchanged(input, before)
             job.wait_for_all()
             job.join(removed_everywhere.replacing(output, everywhere.to_write(annotator)))
             _write_rest(output, annotator, everywhere, job.counts)
@@ -128,6 +131,7 @@ def annotate(
                 counts[_kind(made)] += 1
                 if made is not None:
                     yield made
+            _check_unchanged(input, before)
 
         with holding.output(output, "OUTPUT"):
             removed_everywhere.write_records(output, counted(), everywhere.to_write(annotator))
@@ -161,10 +165,21 @@ def _marked(
         yield part, mark_one(row)
         num_marked += 1
     if num_marked < number:
-        raise UsageError(
-            f"{input}: expected {sum(sizes)} records, as there were a moment ago, found fewer. Let "
-            "nothing write the file while it is annotated, and start again."
-        )
+        raise _changed(input)
+
+
+def _check_unchanged(path: str, before: Mapping[str, tuple[int, int]]) -> None:
+    """Raises a UsageError where records are not those that were there: parts would not belong."""
+    if files.versions_of(path) != before:
+        raise _changed(path)
+
+
+def _changed(path: str) -> UsageError:
+    return UsageError(
+        f"{path}: expected the records that were there at the start, found that they were written, "
+        "replaced or deleted since. Let nothing write them while they are annotated, and give the "
+        "same command again."
+    )
 
 
 def _kind(made: records.Record | None) -> str:

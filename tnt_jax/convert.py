@@ -26,6 +26,7 @@ import math
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -353,20 +354,21 @@ def _moved_when_whole(target: epath.Path, last: str) -> Iterator[epath.Path]:
       target: The directory that is written, or an empty one.
       last: The file that goes last into a bucket: with it the directory counts.
     """
-    is_remote = files.is_remote(target)
-    unfinished = files.new_folder_beside(
-        epath.Path(target.name).absolute() if is_remote else target
-    )
+    if files.is_remote(target):
+        # Of its own: the lock is on the target, and another one may have the same name.
+        with tempfile.TemporaryDirectory(prefix="tnt_jax-") as folder:
+            local = epath.Path(folder)
+            yield local
+            target.mkdir(parents=True, exist_ok=True)
+            for file in sorted(local.iterdir(), key=lambda file: file.name == last):
+                file.copy(target / file.name)
+        return
+    unfinished = files.new_folder_beside(target)
     try:
         yield unfinished
-        if is_remote:
-            target.mkdir(parents=True, exist_ok=True)
-            for file in sorted(unfinished.iterdir(), key=lambda file: file.name == last):
-                file.copy(target / file.name)
-        else:
-            if target.exists():  # empty
-                target.rmdir()
-            unfinished.rename(target)
+        if target.exists():  # empty
+            target.rmdir()
+        unfinished.rename(target)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 

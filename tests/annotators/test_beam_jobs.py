@@ -47,7 +47,7 @@ def test_output_is_that_of_the_loop_byte_for_byte(tmp_path, lexicon):
         outputs[name] = output.read_bytes()
     assert outputs["beam"] == outputs["loop"]
     assert outputs["loop"].count(b"\n") == 2503
-    assert not list(tmp_path.glob("*.parts"))
+    assert not list(tmp_path.glob("*.beam"))
 
 
 def test_alternatives_are_tokenised_by_the_workers(tmp_path, lexicon):
@@ -87,7 +87,7 @@ def test_any_division_keeps_the_order_and_what_is_left_out(tmp_path, lines_per_p
 
 
 def test_what_a_job_that_was_stopped_has_left_goes(tmp_path, lexicon):
-    folder = tmp_path / "out.jsonl.parts"
+    folder = tmp_path / "out.jsonl.beam"
     folder.mkdir()
     for name in ("0.jsonl", "7.mistake", ".1.jsonl.0123abcd.unfinished"):
         (folder / name).write_text("of before")

@@ -3,7 +3,9 @@ import hashlib
 import json
 import pickle
 import re
+import shutil
 import time
+import types
 import unicodedata
 
 import hypothesis
@@ -562,6 +564,43 @@ def test_a_template_of_ones_own(vocabulary_of, tmp_path):
         vocabulary_of(chat_template="no")
     with pytest.raises(UsageError, match=r"CHAT_TEMPLATE: expected .* no chat model, found 'own'"):
         vocabularies.with_template(tokenization.Bytes(), "own", None)
+
+
+@pytest.mark.parametrize("has_generation", [True, False])
+def test_a_template_of_ones_own_goes_with_the_model(
+    has_generation, vocabulary_of, folders, tmp_path
+):
+    """Whoever opens what was trained asks with it, and stops where it ends a turn."""
+    own, folder = tmp_path / "own.jinja", tmp_path / "model"
+    own.write_text(
+        "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}<|im_start|>"
+        "{% else %}<|im_end|>{% endif %}{% endfor %}"
+    )
+    shutil.copytree(folders["qwen"], folder)
+    if not has_generation:
+        (folder / "generation_config.json").unlink()
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    vocabulary = pretrained.vocabulary(str(folder), chat_template=str(own))
+    # What a run writes beside its checkpoints, whose original has a template of its own.
+    original = types.SimpleNamespace(description=epath.Path(folder))
+    pretrained.describe(str(tmp_path / "run"), None, vocabulary, original)
+    copy = tmp_path / "run/huggingface"
+    opened = pretrained.vocabulary(str(copy))
+    try:
+        assert opened.prompt_ids("Hi") == vocabulary.prompt_ids("Hi")
+        assert opened.end_id == vocabulary.end_id
+        ends = json.loads((copy / "generation_config.json").read_text())["eos_token_id"]
+        assert {*ends} == opened.end_ids == vocabulary.end_ids
+        (before,) = {*ends} - {*hub_tokenizer.HubTokenizer(str(folder)).end_ids}
+        assert before == opened.end_id
+    finally:
+        for one in (vocabulary, opened):
+            one.template._renderer.close()
+    # The model's own is copied as it is.
+    (tmp_path / "plain").mkdir()
+    vocabularies.write(epath.Path(tmp_path / "plain"), vocabulary_of())
+    for file in (tmp_path / "plain").iterdir():
+        assert file.read_bytes() == (folders["qwen"] / file.name).read_bytes()
 
 
 def test_the_text_of_a_prompt_goes_on_behind_its_ends(vocabulary_of):

@@ -175,7 +175,8 @@ def test_a_task_of_records_has_what_is_removed_everywhere(vocabulary, tmp_path, 
     assert (found("both_places", "test"), found("elsewhere", "test")) == ((9,), ())
     # T5X reads a task without asking for them: the log says that they are there.
     tasks.SeqioDataset(mixture_or_task_name="elsewhere").load(LENGTHS)
-    assert f"{path['two']}.everywhere.json: ids that an annotator removes" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{path['two']}.everywhere.json: ids that an annotator removes" in said
 
 
 def test_strengths_go_through_tasks(vocabulary, tmp_path):

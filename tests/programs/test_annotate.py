@@ -13,6 +13,7 @@ import pytest
 from tnt_jax import annotate, annotators
 from tnt_jax.data import marks, records, token_automaton, tokenization
 from tnt_jax.runtime import program
+from tnt_jax.runtime.errors import UsageError
 
 ROWS = [
     records.Record(id="a", inputs="Angela Merkel spoke.", targets="Merkel met Barack Obama."),
@@ -47,6 +48,31 @@ def run(tmp_path, monkeypatch, capsys):
         ]
 
     return run
+
+
+class Rewriting:
+    """Marks nothing, and rewrites the file that is being annotated, as another program would."""
+
+    description = "Rewriting()"
+
+    def __init__(self, path):
+        self.path = path
+
+    def annotate(self, record):
+        records.write_records(self.path, [dataclasses.replace(row, inputs="new") for row in ROWS])
+        return annotators.Annotation(spans=())
+
+    def everywhere(self):
+        return None
+
+
+def test_records_that_change_while_they_are_annotated_are_refused(tmp_path):
+    """Those of before and of after would be joined, and their digest be that of before."""
+    path, output = tmp_path / "outputs.jsonl", tmp_path / "annotated.jsonl"
+    records.write_records(path, ROWS)
+    with pytest.raises(UsageError, match=r"outputs.jsonl: expected the records that were there"):
+        annotate.annotate(output=str(output), input=str(path), annotator=Rewriting(path))
+    assert not output.exists()
 
 
 def test_entities(run):

@@ -24,7 +24,7 @@ from helpers import rooms
 from helpers.holders import PATIENCE, changing, held_by_another, note_of, refusal, wait_until
 from orbax.checkpoint._src.path import gcs_utils
 
-from tnt_jax import prepare, report
+from tnt_jax import convert, prepare, report
 from tnt_jax.data import datasets, records, removed_everywhere, tokenization
 from tnt_jax.runtime import failures, files, holding, operative_config, stages
 from tnt_jax.runtime.errors import UsageError
@@ -115,6 +115,19 @@ def tensorflow_bucket(monkeypatch, tmp_path):
     monkeypatch.setattr(gpath._GPath, "_backend", property(lambda path: ram))
     yield
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_of_one_name_are_converted_at_once(bucket):
+    """Each is written on this machine first, in a place of its own."""
+    one, other = (epath.Path(f"gs://b/{name}/huggingface") for name in ("one", "other"))
+    with convert._moved_when_whole(one, "last") as of_one:
+        (of_one / "last").write_text("of one")
+        with convert._moved_when_whole(other, "last") as of_other:
+            (of_other / "last").write_text("of other")
+        (of_one / "weights").write_text("many")
+    found = {path: (path / "last").read_text() for path in (one, other)}
+    assert found == {one: "of one", other: "of other"}
+    assert (one / "weights").read_text() == "many"
 
 
 @pytest.mark.parametrize("kind", ["bucket", "tensorflow_bucket"])

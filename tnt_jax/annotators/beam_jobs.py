@@ -46,7 +46,7 @@ def map_records(
     Args:
       function: Picklable; None leaves a record out.
       input: A JSONL file or a glob.
-      output: A folder beside this file, with the same name and `.parts`, holds what workers write,
+      output: A folder beside this file, with the same name and `.beam`, holds what workers write,
         until it has been read here.
       options: Pipeline options of Beam, as on its command line: `["--runner=DirectRunner"]`.
       lines_per_part: Lines that one worker takes at a time.
@@ -61,7 +61,7 @@ def map_records(
                 "beam_options: expected files on a disk that all workers see, found "
                 f"{path}. Copy the records there, or annotate without Beam."
             )
-    folder = pathlib.Path(f"{output}.parts").absolute()
+    folder = pathlib.Path(f"{output}.beam").absolute()
     names_of_ours(epath.Path(folder))
     try:
         import apache_beam  # pyright: ignore[reportMissingImports]

@@ -35,7 +35,7 @@ def description(path: epath.Path) -> epath.Path:
     Raises:
       UsageError: The file is damaged, or of a kind that is not read.
     """
-    return _described(path, _version(path))[0]
+    return _described(path, files.version_of(path))[0]
 
 
 def tokenizer(path: epath.Path) -> epath.Path:
@@ -44,19 +44,10 @@ def tokenizer(path: epath.Path) -> epath.Path:
     Raises:
       UsageError: The file is damaged, or it or its tokenizer is of a kind that is not read.
     """
-    folder, problem = _described(path, _version(path))
+    folder, problem = _described(path, files.version_of(path))
     if problem is not None:
         raise UsageError(problem)
     return folder
-
-
-def _version(path: epath.Path) -> tuple[int, int]:
-    """Size and time of change of a file: they differ when its content changes."""
-    if files.is_remote(path):
-        found = path.stat()
-        return found.length, found.mtime
-    status = os.stat(path)  # noqa: PTH116 (epath would look up the owner's name as well)
-    return status.st_size, status.st_mtime_ns
 
 
 @functools.cache

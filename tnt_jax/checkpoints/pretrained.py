@@ -29,7 +29,7 @@ from tnt_jax.checkpoints import (
 )
 from tnt_jax.checkpoints.lazy_arrays import LazyArray
 from tnt_jax.checkpoints.safetensors_files import INDEX, WEIGHTS
-from tnt_jax.data import tokenization, vocabularies
+from tnt_jax.data import hub_tokenizer, tokenization, vocabularies
 from tnt_jax.models import adapters, families, parameters
 from tnt_jax.models.network_config import COMPUTATION, NetworkConfig
 from tnt_jax.runtime import console, files
@@ -856,10 +856,12 @@ def describe(
         folder.rmtree()
     folder.mkdir(parents=True)
     source = None if original is None else original.description
+    if isinstance(vocabulary, hub_tokenizer.HubTokenizer):
+        vocabularies.write(folder, vocabulary)  # first: a chat template may be the user's own
     if source is not None and (source / huggingface.CONFIG).exists():
         settings = huggingface.read_config(source)
         for name in huggingface.OTHER_FILES:
-            if (source / name).exists():
+            if (source / name).exists() and not (folder / name).exists():
                 (folder / name).write_bytes((source / name).read_bytes())
     else:
         try:

@@ -351,6 +351,21 @@ class ChatTokenizer(hub_tokenizer.HubTokenizer):
         del inputs
         return self.template.encode_reply(text)
 
+    def copy_files(self, folder: epath.Path) -> None:
+        """Copies the tokenizer's files, and writes the template where it is not the model's own.
+
+        Whoever reads the directory then asks as this tokeniser does, and stops where it does.
+        """
+        super().copy_files(folder)
+        copied = hub_tokenizer.HubTokenizer(str(folder))
+        if not has_template(folder) or of_directory(folder, copied).source != self.source:
+            (folder / TEMPLATE).write_text(self.source)
+        if self.end_id not in copied.end_ids:
+            file = folder / hub_tokenizer.GENERATION
+            settings = files.read_object(file) if file.exists() else {}
+            settings = {**settings, "eos_token_id": [*sorted(copied.end_ids), self.end_id]}
+            file.write_text(json.dumps(settings, indent=2, allow_nan=False) + "\n")
+
     @property
     def _of_prompts(self) -> tuple[str, ...]:
         texts = self.control_texts

@@ -179,6 +179,20 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         unfinished.unlink(missing_ok=True)
 
 
+def version_of(path: epath.Path) -> tuple[int, int]:
+    """Size and time of change of a file: they differ when its content changes."""
+    if is_remote(path):
+        found = path.stat()
+        return found.length, found.mtime
+    status = os.stat(path)  # noqa: PTH116 (epath would look up the owner's name as well)
+    return status.st_size, status.st_mtime_ns
+
+
+def versions_of(pattern: str | os.PathLike) -> dict[str, tuple[int, int]]:
+    """The `version_of` each file of a pattern, by its path."""
+    return {os.fspath(file): version_of(epath.Path(file)) for file in matching_files(pattern)}
+
+
 def new_folder_beside(folder: epath.Path) -> epath.Path:
     """Makes an empty folder for what will be renamed to `folder`, which this process holds.
 
