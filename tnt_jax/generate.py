@@ -150,7 +150,6 @@ def generate(
     )
     decoder = decoding.within_vocabulary(decoder, vocabulary, opened.model.config)
     rows = _read(prompts, vocabulary)
-    params = opened.params
 
     longest = task_feature_lengths["inputs"]
     inputs = [marks.prompt_ids(row, vocabulary) for row in rows]
@@ -169,6 +168,16 @@ def generate(
     if opened.model.network.feature_layout == CAUSAL:
         num_shared = num_shared_by(ids for ids in inputs if len(ids) <= longest)
     batches = _plan([len(ids) for ids in inputs], batch_size, longest)
+    explained = functools.partial(
+        memory.explained,
+        memory.inference_advice("BATCH_SIZE", "MAX_LENGTH", "NUM_BEAMS", "TASK_FEATURE_LENGTHS"),
+        BATCH_SIZE=batch_size,
+        MAX_LENGTH=decoder.max_length,
+        NUM_BEAMS=decoder.num_beams,
+        TASK_FEATURE_LENGTHS=task_feature_lengths,
+    )
+    with explained():
+        params = opened.params
 
     def start(batch: _Batch) -> decoding.Decoded:
         ids = [rows[index].id for index in batch.indices]
@@ -204,15 +213,7 @@ def generate(
     with output_parts.opened(output, sizes, settings_json.describe(work)) as job:
         own = [(part, batch) for part in job.missing for batch in batches_of[part]]
         began = time.monotonic()
-        with memory.explained(
-            memory.inference_advice(
-                "BATCH_SIZE", "MAX_LENGTH", "NUM_BEAMS", "TASK_FEATURE_LENGTHS"
-            ),
-            BATCH_SIZE=batch_size,
-            MAX_LENGTH=decoder.max_length,
-            NUM_BEAMS=decoder.num_beams,
-            TASK_FEATURE_LENGTHS=task_feature_lengths,
-        ):
+        with explained():
             decoded = _one_ahead([batch for _, batch in own], start)
             num_own = sum(len(batch.indices) for _, batch in own)
             for (part, _), (batch, tokens) in console.progress(

@@ -80,6 +80,20 @@ class MonteCarlo:
                 f"above 0, found {self.num_prefixes}, {self.num_samples} and {self.temperature}."
             )
 
+    def is_good(self, row: records.Record) -> bool:
+        """Whether the annotator marks nothing in an output.
+
+        Raises:
+          UsageError: It does not know the output.
+        """
+        annotation = self.annotator.annotate(row)
+        if annotation is None:
+            raise UsageError(
+                "MonteCarlo.annotator: expected one that can judge any text, found "
+                f"{self.annotator.description}, which does not know continuations."
+            )
+        return not annotation.spans
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OriginalModel:
@@ -162,6 +176,9 @@ def localize(
     with holding.output(output, "OUTPUT"):
         rows = records.read_records(input)
         is_bad = _labels(rows, label_field)
+        if check is not None:  # its continuations come last, after hours it may be
+            unknown = f"{rows[0].targets} and nothing more"
+            check.is_good(records.Record(id="", inputs=rows[0].inputs, targets=unknown))
         folds = _folds(rows, is_bad, num_folds, seed)
         folder = original_model.states_folder
         folder = folder or original_cache.default_folder(input, f"{output}.states")
@@ -476,16 +493,7 @@ def _check(
         seed=seed,
     )
 
-    def is_good(row: records.Record) -> bool:
-        annotation = check.annotator.annotate(row)
-        if annotation is None:
-            raise UsageError(
-                "MonteCarlo.annotator: expected one that can judge any text, found "
-                f"{check.annotator.description}, which does not know continuations."
-            )
-        return not annotation.spans
-
-    shares = continuations.shares_of_good(sampled, is_good)
+    shares = continuations.shares_of_good(sampled, check.is_good)
     of_head = np.array([values[i][length] for i, length in zip(chosen, lengths, strict=True)])
     compared = prefix_values.compare_estimates(of_head, shares, check.num_samples)
     return {

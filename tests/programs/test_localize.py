@@ -159,6 +159,18 @@ def test_the_same_again_is_the_same_bytes(localized, capsys):
     assert pathlib.Path("again.jsonl").read_bytes() == first
 
 
+def test_who_cannot_judge_continuations_is_refused_at_once(capsys):
+    settings = {
+        **{"OUTPUT": "unchecked.jsonl", "CHECK": "@localize.MonteCarlo()"},
+        **{"localize.MonteCarlo.annotator": "@annotators.Spans()"},
+        **{"annotators.Spans.path": "marked.jsonl", "annotators.Spans.unmatched": "leave_out"},
+    }
+    assert rooms.run("localize", FOLDER_SETTINGS | settings) == 2
+    said = capsys.readouterr()
+    assert "MonteCarlo.annotator: expected one that can judge any text" in said.err
+    assert "head" not in said.out and not pathlib.Path("unchecked.jsonl").exists()
+
+
 def test_marks_that_are_given_are_labels_and_then_the_truth():
     """And values agree with sampled continuations of the same prefixes."""
     settings = {"RECORDS": "marked.jsonl", "LABEL_FIELD": None, "OUTPUT": "compared.jsonl"}

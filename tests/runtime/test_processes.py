@@ -313,6 +313,25 @@ def test_nobody_says_who_the_others_are():
     assert "TNT_JAX_DISTRIBUTED=1: expected to be told of the other processes (coor" in done.stderr
 
 
+def test_processes_come_to_a_place_as_often_as_they_like():
+    """A script of yours may train twice: each time all hear what is said that time."""
+    program = textwrap.dedent(
+        """
+        from tnt_jax.runtime import processes
+
+        processes.start("test", processes.Kind.TOGETHER)
+        for time in range(3):
+            print(processes.gather("place", f"{processes.index()} at {time}"), flush=True)
+            processes.wait_for_all("other place")
+        """
+    )
+    with several.Processes(["-c", program], 2, "often", **several.SOON_MISSED) as run:
+        assert run.end() == [0, 0]
+    for log in run.logs:
+        said = [line for line in log.read_text().splitlines() if line.startswith("[")]
+        assert said == [str([f"{index} at {time}" for index in (0, 1)]) for time in range(3)]
+
+
 def test_a_mistake_in_one_process_does_not_keep_the_others_waiting():
     """Each has another setting: one cannot begin, and the other is not left alone with it."""
     program = textwrap.dedent(

@@ -22,7 +22,6 @@ than two seconds between them, ends at the next `check`.
 import contextlib
 import errno
 import fcntl
-import itertools
 import json
 import os
 import pathlib
@@ -47,7 +46,6 @@ _SIZE = 1024
 NOTE = ".held"  # in the folder
 _NOTE = re.compile(re.escape(NOTE) + r"(?:-(\d+)-of-(\d+))?")
 
-_places = itertools.count()  # each is met once, in the same order by all processes
 _held: set["_Hold"] = set()  # by this process
 
 
@@ -132,7 +130,7 @@ def _of_all(take: Callable[[], "_Hold"]) -> Iterator[str]:
             refusal = str(error)
     try:
         said = json.dumps([refusal, hold and hold.token])
-        refusal, token = json.loads(processes.gather(f"hold {next(_places)}", said)[0])
+        refusal, token = json.loads(processes.gather("hold", said)[0])
         if refusal:
             raise UsageError(refusal)
         yield token
@@ -145,7 +143,7 @@ def _of_all(take: Callable[[], "_Hold"]) -> Iterator[str]:
 def _check_all_see(note: Any, token: str, setting: str, of: str | os.PathLike) -> None:
     """Raises a UsageError in all processes unless all see the note that the first one wrote."""
     is_seen = processes.index() == 0 or processes.is_soon(lambda: _is_there(note, token))
-    found = processes.gather(f"hold {next(_places)}", json.dumps(is_seen))
+    found = processes.gather("see", json.dumps(is_seen))
     blind = [str(number) for number, seen in enumerate(found) if not json.loads(seen)]
     if blind:
         raise UsageError(

@@ -14,7 +14,6 @@ import collections
 import contextlib
 import hashlib
 import io
-import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,7 +30,6 @@ _OF = "of.json"
 _PART = re.compile(r"\d+\.jsonl")
 # What may lie in the folder: ours, of `beam_jobs`, what a kill left of either, and what NFS keeps.
 _OURS = re.compile(r"of\.json|\d+\.(jsonl|mistake)|\..+\.unfinished|\.nfs\w+")
-_barriers = itertools.count()  # each is met once, in the same order by all
 
 
 class Parts:
@@ -63,7 +61,7 @@ class Parts:
         self.new_counts: collections.Counter[str] = collections.Counter()
         if processes.index() == 0:
             self._take_over()
-        self._check_is_shared(processes.gather(f"open {next(_barriers)}", self._identity))
+        self._check_is_shared(processes.gather("open", self._identity))
         own = range(processes.index(), len(sizes), processes.count())
         # The first process has looked before another one could add to it.
         self._before = self._before if processes.index() == 0 else self._done()
@@ -200,7 +198,7 @@ class Parts:
         is_first = processes.index() == 0
         if is_first and processes.count() > 1 and (left := all_parts - self._there()):
             console.log(f"{self._folder}: {len(left)} parts of other processes are to come.")
-        _meet("parts")
+        processes.wait_for_all("parts")
         if is_first and not processes.is_soon(lambda: all_parts <= self._there()):
             raise self._missing(min(all_parts - self._there()))
 
@@ -260,7 +258,7 @@ class Parts:
         if not is_whole and is_alone and not self._done():
             self._delete()
         if is_whole:
-            _meet("output")
+            processes.wait_for_all("output")
 
     def _delete(self) -> None:
         if self._folder.exists():
@@ -313,7 +311,3 @@ def names_of_ours(folder: epath.Path) -> list[str]:
 def sizes(num_steps: int, largest: int) -> list[int]:
     """Steps of each part, where the parts have `largest` and the last one what is left."""
     return [min(largest, num_steps - start) for start in range(0, num_steps, largest)]
-
-
-def _meet(where: str) -> None:
-    processes.wait_for_all(f"{where} {next(_barriers)}")

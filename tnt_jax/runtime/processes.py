@@ -9,6 +9,7 @@ starts all of them again. How soon, TNT_JAX_HEARTBEAT_SECONDS says; where they c
 mostly at once.
 """
 
+import collections
 import contextlib
 import enum
 import os
@@ -28,6 +29,7 @@ _LONGEST_WORK = 7 * 24 * 3600  # seconds: what a process waits for another that 
 # Seconds until a file that another host has written is there: NFS remembers for so long that it was
 # not.
 _PATIENCE = 60.0
+_visits: collections.Counter[str] = collections.Counter()
 _MISTAKEN = "tnt_jax/mistaken/"  # where a process notes that it ends with an error
 
 
@@ -126,11 +128,17 @@ def index() -> int:
     return 0 if jax is None else jax.process_index()
 
 
+def _visit(place: str) -> str:
+    """A name for coming to a place once: JAX knows what was said there before, and keeps it."""
+    _visits[place] += 1
+    return f"{place} {_visits[place]}"
+
+
 def wait_for_all(place: str, seconds: float = _LONGEST_WORK) -> None:
     """Until every process has come here.
 
     Args:
-      place: A name, the same in each process, used once.
+      place: A name, the same in each process. All come to it equally often.
       seconds: Whoever has not come after these is not waited for longer.
 
     Raises:
@@ -140,6 +148,7 @@ def wait_for_all(place: str, seconds: float = _LONGEST_WORK) -> None:
         return
     from orbax.checkpoint import multihost
 
+    place = _visit(place)
     failures: list[RuntimeError] = []
 
     def wait() -> None:
@@ -162,7 +171,7 @@ def gather(place: str, said: str) -> list[str]:
     """What every process says at a place, in their order.
 
     Args:
-      place: A name, the same in each process, used once.
+      place: A name, the same in each process. All come to it equally often.
       said: What this process says.
 
     Raises:
@@ -172,6 +181,7 @@ def gather(place: str, said: str) -> list[str]:
         return [said]
     from orbax.checkpoint import multihost
 
+    place = _visit(place)
     client = multihost.get_jax_distributed_client()
     folder = f"tnt_jax/{place}/"
     client.key_value_set(f"{folder}{index()}", said)

@@ -177,7 +177,7 @@ def _refuse_others(place: str, own: Mapping[str, Any]) -> None:
     """Raises a UsageError in all processes where one has another JSON value than the first one.
 
     Args:
-      place: A name, the same in each process, used once: see `processes.gather`.
+      place: A name, the same in each process: see `processes.gather`.
       own: The values of this process, by their names.
     """
     texts = {name: json.dumps(value, sort_keys=True) for name, value in own.items()}
