@@ -71,7 +71,7 @@ class MaskPlace:
         complete the text. None knows those of the prompt alone.
 
     Raises:
-      UsageError: `at` is something else.
+      UsageError: `at` is something else, or does not go with `innocent`.
     """
 
     at: str = "end"
@@ -80,6 +80,11 @@ class MaskPlace:
     def __post_init__(self):
         if self.at not in _MASK_AT:
             raise UsageError(f"MASK_AT: expected one of {', '.join(_MASK_AT)}, found {self.at!r}.")
+        if self.innocent is not None and self.at == "end":
+            raise UsageError(
+                "MASK_INNOCENT: expected None with MASK_AT='end', which lets every word begin, "
+                f"found {self.innocent!r}. Set MASK_AT='start', or leave it out."
+            )
 
 
 AT_THE_END = MaskPlace()

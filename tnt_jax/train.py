@@ -134,9 +134,7 @@ def train(
 
     # ---------------------------------------------------------------------------------- The data
     examples, eval_examples = (
-        []
-        if each is None
-        else _read_examples(each, update.task_feature_lengths, sources, model_dir)
+        _read_examples(each, update.task_feature_lengths, sources, model_dir)
         for each in (dataset, eval_dataset)
     )
     data = loop.make_data(examples, eval_examples, update, schedule.seed, trainer.model)
@@ -202,12 +200,14 @@ def train(
 
 
 def _read_examples(
-    dataset: Dataset,
+    dataset: Dataset | None,
     task_feature_lengths: Mapping[str, int],
     sources: load_original.Sources,
     model_dir: str,
 ) -> Sequence[Example]:
-    """All examples of a data set, whose ids are those of the network."""
+    """All examples of a data set, whose ids are those of the network; none where there is none."""
+    if dataset is None:
+        return ()
     config = sources.model.config
     pretrained.check_vocabulary(dataset.vocabulary, config, sources.original_source)
     if isinstance(dataset, datasets.RecordFiles):  # your own `load` knows of no folder

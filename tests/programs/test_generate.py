@@ -343,6 +343,8 @@ def test_the_words_of_a_mask_are_not_written_over(capsys):
     pathlib.Path("said.txt").write_text("fern\n")
     pathlib.Path("known.jsonl").write_text('{"inputs": "", "targets": "the fern room"}\n')
     settings = {"PROMPTS": "prompts.jsonl", "CHECKPOINT_PATH": "model", "OUTPUT": "known.jsonl"}
+    assert rooms.run("generate", settings | MASKED | {"MASK_INNOCENT": "known.jsonl"}) == 2
+    assert "expected None with MASK_AT='end', which lets every" in capsys.readouterr().err
     of_mask = MASKED | {"MASK_AT": "start", "MASK_INNOCENT": "known.jsonl"}
     assert rooms.run("generate", settings | of_mask) == 2
     assert "MASK_INNOCENT" in capsys.readouterr().err

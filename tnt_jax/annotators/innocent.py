@@ -27,7 +27,7 @@ def words(
         in less than ten times as many as it.
     """
     counts: collections.Counter[str] = collections.Counter()
-    num_alike: collections.Counter[str] = collections.Counter()
+    num_alike: collections.Counter[str | None] = collections.Counter()
     num_read = 0
     for row in itertools.islice(records.iterate(input), num_records):
         num_read += 1

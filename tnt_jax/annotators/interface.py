@@ -31,7 +31,7 @@ class Span:
       start: code point offset of its first character.
       end: code point offset after its last character.
       alternatives: texts that would be just as wrong from `start` on, in every casing that the text
-        may take there (`words.forms`).
+        may take there (`phrases.forms`).
       strength: how much of its probability goes, above 0 and at most 1: less than 1 where the
         annotator is unsure. Its alternatives have it, too.
     """

@@ -78,7 +78,7 @@ _OTHERS = {
     "context_length": "max_position_embeddings",
     "attention.head_count_kv": "num_key_value_heads",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    # Networks other than Gemma 2 are refused with these, by the settings of Hugging Face's name.
+    # Networks that have none (most) are refused with these, by the settings of Hugging Face's name.
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
 }

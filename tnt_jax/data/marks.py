@@ -20,7 +20,7 @@ from tnt_jax.data.tokenization import Extent, Tokeniser
 from tnt_jax.runtime.errors import UsageError
 
 MARKS = ("whole", "first_token")  # what a span makes negative
-_MOST_LISTS = 256  # of which is kept what may be said: records with the same inputs have the same
+_MOST_LISTS = 256  # whose flags are kept: records with the same inputs have the same list
 
 
 def examples_from_records(

@@ -253,8 +253,7 @@ class _RecordSource(seqio.FunctionDataSource):
     """A source that knows its files of records, of each split."""
 
     def __init__(self, dataset_fn: Callable, files: Mapping[str, str]):
-        # seqio's protocol wants a number of examples that seqio's own sources need not know.
-        super().__init__(dataset_fn, splits=tuple(files))  # pyright: ignore[reportArgumentType]
+        super().__init__(dataset_fn, splits=tuple(files))
         self.files = files
 
 
@@ -325,7 +324,8 @@ def record_task(
 
     return seqio.TaskRegistry.add(
         name,
-        source=_RecordSource(dataset_fn, files),
+        # seqio's protocol wants a number of examples that seqio's own sources need not know.
+        source=_RecordSource(dataset_fn, files),  # pyright: ignore[reportArgumentType]
         preprocessors=[functools.partial(tokenize_and_mark, marks=marks, loss_until=loss_until)],
         output_features=record_features(vocabulary),
     )

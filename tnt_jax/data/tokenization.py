@@ -1,10 +1,11 @@
 """Tokenisers: text to token ids and back, and which characters each token stands for.
 
-`Tokeniser` is what the rest of the project asks; `SentencePiece` and `Bytes` (ByT5) are the ones
-there are. Offsets are Unicode code points. The *extent* of a token is the stretch of text that it
-stands for, without the spaces at its ends: the piece "▁house" does not own the space before it.
-Tokens that stand for no text (an end, padding, a lone "▁") have an empty extent. No extent begins
-or ends with what normalisation drops, such as a character of no width.
+`Tokeniser` is what the rest of the project asks. Here are T5's, `SentencePiece` and `Bytes` (ByT5);
+`hub_tokenizer` and `chat` have those of decoder-only models. Offsets are Unicode code points. The
+*extent* of a token is the stretch of text that it stands for, without the spaces at its ends: the
+piece "▁house" does not own the space before it. Tokens that stand for no text (an end, padding, a
+lone "▁") have an empty extent. No extent begins or ends with what normalisation drops, such as a
+character of no width.
 """
 
 import abc
@@ -29,7 +30,7 @@ from tnt_jax.runtime.errors import UsageError, is_absence, naming_file
 
 Extent = tuple[int, int]
 
-# T5's ids. No other module knows them: it asks the tokeniser.
+# T5's ids, for its tokenisers: whoever has one of these asks it.
 _PADDING_ID = 0
 _END_ID = 1
 

@@ -265,13 +265,13 @@ def optimizer_shardings(
     """
     param_leaves = jax.tree.leaves_with_path(abstract_params)
     params = {
-        _dict_keys(path): (param.shape, sharding)
+        dict_keys(path): (param.shape, sharding)
         for (path, param), sharding in zip(param_leaves, jax.tree.leaves(shardings), strict=True)
     }
     longest = max(size for _, param in param_leaves for size in (1, *param.shape))
 
     def sharding_of(path, leaf):
-        keys = _dict_keys(path)  # an optimizer may put keys of its own before the parameter's
+        keys = dict_keys(path)  # an optimizer may put keys of its own before the parameter's
         for start in range(len(keys)):
             shape, sharding = params.get(keys[start:], (None, None))
             if leaf.shape == shape:
@@ -317,7 +317,8 @@ def fetch(array: jax.Array) -> np.ndarray:
     return multihost_utils.process_allgather(array, tiled=True)
 
 
-def _dict_keys(path: tuple[Any, ...]) -> tuple[str, ...]:
+def dict_keys(path: tuple[Any, ...]) -> tuple[str, ...]:
+    """The names on the way to a leaf of a tree, without what is no dictionary."""
     return tuple(part.key for part in path if isinstance(part, jax.tree_util.DictKey))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import optax
 
+from tnt_jax.models import sharding
 from tnt_jax.runtime.array_types import Array, PyTree
 
 
@@ -108,13 +109,9 @@ def _update_layers(
 # which stand for no parameter, are in every part.
 
 
-def _keys(path: tuple[Any, ...]) -> tuple[str, ...]:
-    return tuple(part.key for part in path if isinstance(part, jax.tree_util.DictKey))
-
-
 def _stack_of(path: tuple[Any, ...]) -> str | None:
     """The stack that a leaf is a layer's of, "encoder" or "decoder"."""
-    keys = _keys(path)
+    keys = sharding.dict_keys(path)
     return next((a for a, b in itertools.pairwise(keys) if b == "layers"), None)
 
 
@@ -125,7 +122,7 @@ def _stacks(params: PyTree) -> list[str | None]:
 
 def _part(tree: PyTree, stack: str | None) -> PyTree:
     def pick(path: tuple[Any, ...], leaf: Any) -> Any:
-        is_in = not _keys(path) or _stack_of(path) == stack
+        is_in = not sharding.dict_keys(path) or _stack_of(path) == stack
         return leaf if is_in else optax.MaskedNode()
 
     return jax.tree.map_with_path(pick, tree)
@@ -140,4 +137,4 @@ def _merged(parts: list[PyTree]) -> PyTree:
 
 def _layer_axes(state: PyTree) -> PyTree:
     """Where the layers are, for each leaf of a stack's part: counters have none."""
-    return jax.tree.map_with_path(lambda path, _: 0 if _keys(path) else None, state)
+    return jax.tree.map_with_path(lambda path, _: 0 if sharding.dict_keys(path) else None, state)
