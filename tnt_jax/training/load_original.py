@@ -143,6 +143,13 @@ class LoadedOriginal:
         states = {name: of.of_batch(batch, placed) for name, of in self.states.items()}
         return {**batch, **states}
 
+    def with_states_of_rows(
+        self, batch: dict[str, np.ndarray], examples: Sequence[Example]
+    ) -> dict[str, np.ndarray]:
+        """`with_states` of a batch with one example in each row, in their order."""
+        states = {name: of.of_rows(batch, examples) for name, of in self.states.items()}
+        return {**batch, **states}
+
 
 def load(
     trainer: Trainer,

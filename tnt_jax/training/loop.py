@@ -21,7 +21,6 @@ from tnt_jax.data.examples import (
     max_negative_ids,
     sets_of,
 )
-from tnt_jax.data.layouts import Place
 from tnt_jax.models import sharding
 from tnt_jax.models.model import Model
 from tnt_jax.runtime import holding, memory, preemption, prefetch
@@ -343,7 +342,7 @@ class _Progress:
             for number, of_step in enumerate(found.sums, start=first_step)
             if self.health.is_sound(number, of_step)
         ]
-        summary = train_step.summarize(_add(sums)) if sums else {}
+        summary = train_step.summarize(train_step.total(sums)) if sums else {}
         if self.loop.trainer.skip_non_finite:
             summary["num_skipped"] = len(found.sums) - len(sums)
         summary["tokens_per_second"] = summary.get("num_tokens", 0.0) / found.seconds
@@ -468,16 +467,13 @@ class _Evaluation(hooks.Hook):
         for number, batch in enumerate(batches):
             first = number * batch_size
             rows = data.eval_examples[first : first + batch_size]
-            placed = [
-                (of, Place(row, row, 1, 0, 0, len(of.targets))) for row, of in enumerate(rows)
-            ]
             batch = sharding.put_batch(
-                loop.loaded_original.with_states(batch, placed), loop.trainer.model.mesh
+                loop.loaded_original.with_states_of_rows(batch, rows), loop.trainer.model.mesh
             )
             sums.append(
                 jax.device_get(self._step(state.params, loop.loaded_original.params, batch))
             )
-        found = train_step.summarize(_add(sums))
+        found = train_step.summarize(train_step.total(sums))
         self._view.evaluated(step, found)
         return {f"eval/{name}": value for name, value in found.items()}
 
@@ -565,12 +561,3 @@ class _SinceLog:
 def _is_finite(sums: Mapping[str, Any]) -> bool:
     """Whether an update has a loss and a gradient, as far as its sums say."""
     return all(bool(np.isfinite(sums.get(name, 0.0))) for name in ("loss", "gradient_norm"))
-
-
-def _add(sums: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    # In float64: a count of tokens over many updates passes what float32 holds exactly.
-    return {
-        name: float(sum(float(of_step[name]) for of_step in sums))
-        for name, first in sums[0].items()
-        if not np.ndim(first)
-    }

@@ -288,6 +288,11 @@ class OriginalStates:
         ]
         return self.feature(starts, batch[self.like].shape)
 
+    def of_rows(self, batch: Mapping[str, np.ndarray], examples: Sequence[Example]) -> np.ndarray:
+        """`of_batch` where each example has a row of its own, in their order."""
+        rows = ((example, row, 0) for row, example in enumerate(examples))
+        return self.feature(rows, batch[self.like].shape)
+
     def feature(
         self,
         placed: Iterable[tuple[Example, int, int]],

@@ -5,12 +5,13 @@ So microbatches, devices and batches without a negative token all add up to the 
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, SupportsFloat
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 
@@ -403,6 +404,18 @@ MEAN_OVER = {
 
 # Those of them that need the original's logits.
 OF_ORIGINAL = {"positive_kl", "negative_residual", "negative_collateral", "negative_smallest_cost"}
+
+
+def total(sums: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The sums of several steps or batches added up, without those that are arrays.
+
+    In float64: a count of tokens over many updates passes what float32 holds exactly.
+    """
+    return {
+        name: float(sum(float(of_step[name]) for of_step in sums))
+        for name, first in sums[0].items()
+        if not np.ndim(first)
+    }
 
 
 def summarize(sums: Mapping[str, SupportsFloat]) -> dict[str, float]:
