@@ -187,7 +187,7 @@ def test_an_output_matrix_of_its_own_and_none(tmp_path):
     ("name", "changes", "message"),
     [
         ("llama", {"expert_count": 8}, "llama.expert_count: expected 0, found 8: such a network"),
-        ("llama", {"logit_scale": 2.0}, "found llama.'logit_scale': they may change"),
+        ("llama", {"logit_scale": 2.0}, "found llama.logit_scale: they may change"),
         (
             "llama",
             {"rope.scaling.type": "yarn"},
@@ -495,7 +495,7 @@ def test_scores_say_what_is_joined_and_not_the_order_of_ids(tmp_path):
         ({"eos_token_id": 10**6}, "eos_token_id: expected an id below .*, found 1000000"),
         ({"eos_token_id": None}, "expected tokenizer.ggml.eos_token_id, found no such setting"),
         ({"merges": ["no pair of tokens"]}, "merges: expected pairs .* 'no pair of tokens'"),
-        ({"token_type": [9]}, "token_type: expected a type for each of"),
+        ({"token_type": [9]}, "token_type: expected a type for each of .* tokens, found 1 types"),
         ({"tokens": None}, "ggml.tokens: expected list, found no such setting"),
         ({"model": "llama"}, "ggml.scores: expected a score for each"),
     ],

@@ -375,6 +375,19 @@ def test_a_t5x_checkpoint_brings_none(directory):
         pretrained.vocabulary(str(path))
 
 
+def test_a_file_of_a_directory_is_no_vocabulary(directory, tmp_path):
+    (directory / "tokenizer.json").write_text("{}")
+    with pytest.raises(UsageError, match=rf"found a file in it, .* VOCABULARY_PATH={directory}\.$"):
+        pretrained.vocabulary(str(directory / "tokenizer.json"))
+    lone = tmp_path / "lone"
+    lone.mkdir()
+    (lone / "tokenizer.model").write_bytes(b"of a Llama")
+    with pytest.raises(
+        UsageError, match=rf"{lone}'\)\.save_pretrained\('{lone}'\) of transformers"
+    ):
+        vocabularies.of_directory(epath.Path(lone))
+
+
 def test_another_vocabulary_than_the_model_s(directory, tmp_path, sentencepiece):
     same = tokenization.SentencePiece(sentencepiece, 9)
     source = pretrained.open_checkpoint(str(directory))

@@ -205,9 +205,10 @@ def _check_known(given: Mapping[str, Any], prefix: str) -> None:
     known = {*_SIZES, *_OTHERS, *_ONLY, *_WITHOUT_MEANING, *_OF_HEADS, *_OF_ROPE, _WINDOW, _PATTERN}
     unknown = sorted(set(given) - known)
     if unknown:
+        named = [f"{prefix}{name!s:.80}" for name in unknown[:4]]
         raise UsageError(
-            f"expected settings that are known, found {prefix}{', '.join(unknown)!r:.200}: they "
-            "may change what the network computes."
+            f"expected settings that are known, found {', '.join(named)}: they may change what the "
+            "network computes."
         )
 
 

@@ -174,9 +174,16 @@ def _tokens(settings: Mapping[str, Any]) -> tuple[list[str], np.ndarray]:
     if kinds is None:
         kinds = np.full(len(tokens), _NORMAL)
     if not isinstance(kinds, np.ndarray) or len(kinds) != len(tokens):
-        raise UsageError(f"{_PREFIX}token_type: expected a type for each of {len(tokens)} tokens.")
+        found = f"{len(kinds)} types" if isinstance(kinds, np.ndarray) else "no list of numbers"
+        raise UsageError(
+            f"{_PREFIX}token_type: expected a type for each of {len(tokens)} tokens, found {found}."
+        )
     if not tokens or not np.isin(kinds, range(_NORMAL, _BYTE + 1)).all():
-        raise UsageError(f"{_PREFIX}token_type: expected numbers from {_NORMAL} to {_BYTE}.")
+        found = sorted({*np.asarray(kinds).tolist()} - {*range(_NORMAL, _BYTE + 1)})
+        raise UsageError(
+            f"{_PREFIX}token_type: expected numbers from {_NORMAL} to {_BYTE}, found "
+            f"{', '.join(map(str, found[:4])) or 'none'}."
+        )
     return tokens, kinds
 
 
@@ -185,7 +192,13 @@ def _vocabulary(tokens: Sequence[str], kinds: np.ndarray) -> dict[str, int]:
     used = np.flatnonzero(kinds != _UNUSED).tolist()
     vocabulary = {tokens[i]: i for i in used}
     if len(vocabulary) != len(used) or not used:
-        raise UsageError(f"{_PREFIX}tokens: expected each token once.")
+        twice = next((i for i in used if vocabulary[tokens[i]] != i), None)
+        found = (
+            "none"
+            if twice is None
+            else f"{tokens[twice]!r:.60} with the ids {twice} and {vocabulary[tokens[twice]]}"
+        )
+        raise UsageError(f"{_PREFIX}tokens: expected each token once, found {found}.")
     return vocabulary
 
 
@@ -301,7 +314,10 @@ def _sentencepiece_bpe(
 ) -> dict[str, Any]:
     changes = _value(settings, "remove_extra_whitespaces", bool, False)
     if changes or f"{_PREFIX}precompiled_charsmap" in settings:
-        raise UsageError(f"{_PREFIX}: expected a tokenizer that takes a text as it is.")
+        found = "remove_extra_whitespaces=True" if changes else "precompiled_charsmap"
+        raise UsageError(
+            f"expected a tokenizer that takes a text as it is, found {_PREFIX}{found}."
+        )
     scores = settings.get(f"{_PREFIX}scores")
     if not isinstance(scores, np.ndarray) or len(scores) != len(tokens):
         raise UsageError(f"{_PREFIX}scores: expected a score for each of {len(tokens)} tokens.")

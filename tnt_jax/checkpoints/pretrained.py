@@ -783,11 +783,17 @@ def vocabulary(
     """
     if path is None:
         raise UsageError(
-            "VOCABULARY_PATH: expected a sentencepiece model or a directory, found None."
+            "VOCABULARY_PATH: expected a sentencepiece model or a directory, found None. The model "
+            "whose outputs these are has its own: its directory, or its checkpoint."
         )
     given = epath.Path(path).expanduser()
     if gguf_files.is_gguf(given):
         folder = gguf_models.tokenizer(given)
+    elif given.name == vocabularies.TOKENIZER and given.is_file():
+        raise UsageError(
+            f"VOCABULARY_PATH: expected a directory, found a file in it, {path}: what is beside it "
+            f"counts, too. Set VOCABULARY_PATH={given.parent}."
+        )
     elif given.is_file() or path.endswith(".model"):
         return vocabularies.of_file(path, extra_ids)
     elif given.is_dir() and vocabularies.has_tokenizer(given):

@@ -282,8 +282,10 @@ class SentencePiece(Tokeniser):
         if (processor.pad_id(), processor.eos_id()) != (_PADDING_ID, _END_ID):
             raise UsageError(
                 f"vocabulary {file!r}: expected T5's ids, padding {_PADDING_ID} and EOS {_END_ID}, "
-                f"found padding {processor.pad_id()} and EOS {processor.eos_id()}. Train it with "
-                "pad_id=0, eos_id=1, unk_id=2 (tnt_jax.data.tokenization.train_sentencepiece does)."
+                f"found padding {processor.pad_id()} and EOS {processor.eos_id()}. For a "
+                "decoder-only model, name the directory with its tokenizer.json instead. For a T5, "
+                "train it with pad_id=0, eos_id=1, unk_id=2 "
+                "(tnt_jax.data.tokenization.train_sentencepiece does)."
             )
         return processor
 

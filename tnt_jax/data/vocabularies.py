@@ -28,6 +28,7 @@ T5_EXTRA_IDS = 100
 _BYT5_EXTRA_IDS = 125
 _MOST_EXTRA_IDS = 100_000
 _SENTENCEPIECE = "spiece.model"
+TOKENIZER = "tokenizer.json"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _EXTRA_ID = re.compile(r"<extra_id_(\d+)>")
 # A model has rows up to here beyond the ids of its vocabulary: 32,128 for T5's 32,100, 151,936 for
@@ -57,7 +58,7 @@ def _checked(extra_ids: int) -> int:
 
 def has_tokenizer(folder: epath.Path) -> bool:
     """Whether a directory says how text is tokenised."""
-    names = (_SENTENCEPIECE, "tokenizer.json")
+    names = (_SENTENCEPIECE, TOKENIZER)
     return any((folder / name).exists() for name in names) or _is_bytes(_settings(folder))
 
 
@@ -91,11 +92,17 @@ def _of_directory(folder: epath.Path, extra_ids: int | None) -> tokenization.Tok
         )
     if not has_tokenizer(folder):
         raise UsageError(
-            f"VOCABULARY_PATH: expected {_SENTENCEPIECE} or tokenizer.json in {folder}, found "
-            "neither. Set VOCABULARY_PATH to the sentencepiece model that this model was trained "
-            "with."
+            f"VOCABULARY_PATH: expected {_SENTENCEPIECE} or {TOKENIZER} in {folder}, found "
+            "neither. "
+            + (
+                f"From tokenizer.model, AutoTokenizer.from_pretrained({str(folder)!r})"
+                f".save_pretrained({str(folder)!r}) of transformers makes {TOKENIZER}."
+                if (folder / "tokenizer.model").exists()
+                else "Set VOCABULARY_PATH to the sentencepiece model that this model was trained "
+                "with."
+            )
         )
-    tokenizer = _json(folder / "tokenizer.json")
+    tokenizer = _json(folder / TOKENIZER)
     has_pieces = (folder / _SENTENCEPIECE).exists()
     if not has_pieces and hub_tokenizer.is_known(tokenizer):
         if extra_ids:
@@ -111,7 +118,7 @@ def _of_directory(folder: epath.Path, extra_ids: int | None) -> tokenization.Tok
         pieces = _parse(content, file)
     else:
         file = None
-        pieces = _from_tokenizer_json(tokenizer, str(folder / "tokenizer.json"))
+        pieces = _from_tokenizer_json(tokenizer, str(folder / TOKENIZER))
     added = _added_tokens(folder, tokenizer, {piece.piece for piece in pieces.pieces})
     numbers = [int(match[1]) for name in added if (match := _EXTRA_ID.fullmatch(name))]
     is_standard = len(numbers) == len(added) and numbers == list(range(len(numbers)))[::-1]
