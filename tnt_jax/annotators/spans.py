@@ -9,7 +9,7 @@ from functools import cached_property
 
 from tnt_jax.annotators.interface import Annotation, TextFile, checked_spans
 from tnt_jax.data import records
-from tnt_jax.data.records import Record
+from tnt_jax.data.records import OF_PEOPLE, Record
 from tnt_jax.runtime import files
 from tnt_jax.runtime.errors import UsageError
 
@@ -108,7 +108,8 @@ class Spans:
     @cached_property
     def description(self) -> str:
         """Name, file with digest, and settings."""
-        return f"Spans({self._file.identity}, match={self._match}, unmatched={self.unmatched})"
+        settings = f"{self._file.identity}, match={self._match}, unmatched={self.unmatched}"
+        return f"{OF_PEOPLE}({settings})"
 
     def annotate(self, record: Record) -> Annotation | None:
         """The record's marks; None where nobody marked it, if that is to be left out."""

@@ -30,7 +30,6 @@ import json
 import numbers
 import os
 import pathlib
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple, TypedDict
 
@@ -446,10 +445,8 @@ def read_pairs(
     return before, after
 
 
-# What `annotators.Spans` says of itself.
-_MARKS_OF_PEOPLE = re.compile(
-    r"Spans\(.*:[0-9a-f]{12}, match=(?:id|text), unmatched=(?:error|leave_out)\)"
-)
+# The name of what reads people's marks, `annotators.Spans`, which begins how it describes itself.
+OF_PEOPLE = "Spans"
 
 
 def _measure_of(annotator: str) -> str:
@@ -458,7 +455,7 @@ def _measure_of(annotator: str) -> str:
     That is all but the file of people's marks: each file is of some outputs, so those of two models
     have two.
     """
-    return "Spans" if _MARKS_OF_PEOPLE.fullmatch(annotator) else annotator
+    return OF_PEOPLE if annotator.startswith(f"{OF_PEOPLE}(") else annotator
 
 
 def annotator_of(original: Record, current: Record) -> str:
