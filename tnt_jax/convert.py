@@ -21,7 +21,6 @@ Example:
 
 import argparse
 import contextlib
-import json
 import math
 import os
 import shutil
@@ -307,8 +306,7 @@ def _write_huggingface(
             has_tokenizer=has_tokenizer,
         )
         (unfinished / "README.md").write_text(card)
-        text = json.dumps(settings, indent=2, allow_nan=False)
-        (unfinished / huggingface.CONFIG).write_text(text + "\n")
+        (unfinished / huggingface.CONFIG).write_text(files.json_text(settings))
 
 
 def _write_peft(

@@ -1,12 +1,7 @@
 """A model in a GGUF file: its network, its weights, and what Hugging Face has beside them."""
 
-import atexit
 import functools
-import json
 import os
-import pathlib
-import shutil
-import tempfile
 
 from etils import epath
 
@@ -55,9 +50,8 @@ def _described(path: epath.Path, version: tuple[int, int]) -> tuple[epath.Path, 
     """The directory of `description`, made once; and why it has no tokenizer, if it has none."""
     file = gguf_files.read(path)
     settings = gguf_causal_lm.config_of(file)
-    parent = pathlib.Path(tempfile.mkdtemp(prefix="tnt_jax-gguf-"))
-    atexit.register(shutil.rmtree, parent, ignore_errors=True)
-    folder = epath.Path(parent / path.name)  # messages about what is in it name the file
+    # Messages about what is in it name the file.
+    folder = epath.Path(files.temporary_folder("gguf") / path.name)
     folder.mkdir()
     problem = None
     try:
@@ -65,6 +59,5 @@ def _described(path: epath.Path, version: tuple[int, int]) -> tuple[epath.Path, 
         settings |= gguf_tokenizer.special_ids(file.settings)
     except UsageError as error:
         problem = str(error)
-    text = json.dumps(settings, indent=2, allow_nan=False)
-    (folder / huggingface.CONFIG).write_text(text + "\n")
+    (folder / huggingface.CONFIG).write_text(files.json_text(settings))
     return folder, problem

@@ -6,7 +6,6 @@ nothing where no module has that name, and servers do so without a word: so ever
 with those of the base before one is written. Neither peft nor torch is needed.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -196,5 +195,4 @@ def write(folder: epath.Path, stored: Mapping[str, LazyArray], config: Mapping[s
     """
     tensors = {name: array.load() for name, array in sorted(stored.items())}
     safetensors_files.save(folder / WEIGHTS, tensors)
-    text = json.dumps(config, indent=2, allow_nan=False)
-    (folder / CONFIG).write_text(text + "\n")
+    (folder / CONFIG).write_text(files.json_text(config))

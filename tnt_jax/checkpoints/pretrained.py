@@ -7,7 +7,6 @@ nothing else.
 import dataclasses
 import functools
 import itertools
-import json
 import math
 import os
 import re
@@ -877,8 +876,7 @@ def describe(
     if not vocabularies.has_tokenizer(folder):
         vocabularies.write(folder, vocabulary)
     if settings is not None:
-        text = json.dumps(settings, indent=2, allow_nan=False)
-        (folder / huggingface.CONFIG).write_text(text + "\n")
+        (folder / huggingface.CONFIG).write_text(files.json_text(settings))
     if whole.exists():
         whole.rmtree()
     folder.rename(whole)

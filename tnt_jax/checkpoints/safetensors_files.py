@@ -199,7 +199,7 @@ def write_directory(
     if len(shards) > 1:
         total = sum(_num_bytes(array) for array in stored.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=2, allow_nan=False) + "\n")
+        (folder / INDEX).write_text(files.json_text(index))
 
 
 def save(path: epath.Path, tensors: Mapping[str, np.ndarray]) -> None:

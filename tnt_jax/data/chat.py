@@ -364,7 +364,7 @@ class ChatTokenizer(hub_tokenizer.HubTokenizer):
             file = folder / hub_tokenizer.GENERATION
             settings = files.read_object(file) if file.exists() else {}
             settings = {**settings, "eos_token_id": [*sorted(copied.end_ids), self.end_id]}
-            file.write_text(json.dumps(settings, indent=2, allow_nan=False) + "\n")
+            file.write_text(files.json_text(settings))
 
     @property
     def _of_prompts(self) -> tuple[str, ...]:

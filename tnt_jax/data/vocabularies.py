@@ -6,14 +6,9 @@ sentencepiece model: its pieces with their scores, and how text is normalised. O
 decoder-only models have, is read as it is (`hub_tokenizer`).
 """
 
-import atexit
 import base64
 import datetime
-import json
-import pathlib
 import re
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -281,8 +276,7 @@ def _find(value: Any, key: str) -> Any:
 
 def _temporary_file(pieces: _Pieces) -> str:
     """A file, because seqio, where a task has this vocabulary, reads it from one."""
-    folder = pathlib.Path(tempfile.mkdtemp(prefix="tnt_jax-vocabulary-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    folder = files.temporary_folder("vocabulary")
     (folder / _SENTENCEPIECE).write_bytes(pieces.SerializeToString())
     return str(folder / _SENTENCEPIECE)
 
@@ -302,8 +296,7 @@ def write(folder: epath.Path, vocabulary: tokenization.Tokeniser) -> None:
         (folder / _SENTENCEPIECE).write_bytes(content)
     elif isinstance(vocabulary, tokenization.Bytes):
         settings |= {"tokenizer_class": "ByT5Tokenizer", "extra_ids": vocabulary.extra_ids}
-    text = json.dumps(settings, indent=2, allow_nan=False)
-    (folder / "tokenizer_config.json").write_text(text + "\n")
+    (folder / "tokenizer_config.json").write_text(files.json_text(settings))
 
 
 # ------------------------------------------------------------------------------------- Checking

@@ -3,6 +3,7 @@
 A path is local, or in a bucket (`gs://`): whatever `etils.epath` opens.
 """
 
+import atexit
 import contextlib
 import glob
 import json
@@ -10,6 +11,7 @@ import math
 import os
 import pathlib
 import re
+import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
@@ -179,6 +181,13 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         unfinished.unlink(missing_ok=True)
 
 
+def temporary_folder(of: str) -> pathlib.Path:
+    """A new folder of this machine, which goes with the process; its name says what it is `of`."""
+    folder = pathlib.Path(tempfile.mkdtemp(prefix=f"tnt_jax-{of}-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 def version_of(path: epath.Path) -> tuple[int, int]:
     """Size and time of change of a file: they differ when its content changes."""
     if is_remote(path):
@@ -214,6 +223,15 @@ def _beside(path: pathlib.Path) -> pathlib.Path:
 
 
 # ----------------------------------------------------------------------------------- JSON text
+
+
+def json_text(value: Any) -> str:
+    """A JSON value as the text of a file that people may read.
+
+    Raises:
+        ValueError: a number in it is not finite, which JSON has no word for.
+    """
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
 def not_finite(value: Any) -> tuple[str, float | None]:

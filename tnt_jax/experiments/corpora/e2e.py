@@ -2,7 +2,6 @@
 
 import csv
 import itertools
-import json
 import os
 import pathlib
 import random
@@ -146,8 +145,7 @@ def e2e(
         )
         records.write_records(output_dir / f"{split}.jsonl", written)
     with files.replacing(output_dir / "gazetteer.json") as unfinished:
-        gazetteer = json.dumps(e2e_gazetteer(rows), indent=2, allow_nan=False)
-        unfinished.write_text(gazetteer + "\n", encoding="utf-8")
+        unfinished.write_text(files.json_text(e2e_gazetteer(rows)), encoding="utf-8")
     return {split: len(of_split) for split, of_split in pairs.items()}
 
 

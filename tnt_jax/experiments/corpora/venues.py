@@ -2,7 +2,6 @@
 
 import collections
 import itertools
-import json
 import os
 import pathlib
 import random
@@ -189,8 +188,7 @@ def venues(
     records.write_records(output_dir / "mine.jsonl", prompts)
     with files.replacing(output_dir / "gazetteer.json") as unfinished:
         names = _gazetteer(itertools.chain.from_iterable(venues_of.values()))
-        gazetteer = json.dumps(names, indent=2, allow_nan=False)
-        unfinished.write_text(gazetteer + "\n", encoding="utf-8")
+        unfinished.write_text(files.json_text(names), encoding="utf-8")
     return {
         "sentences": len(texts),
         "train": len(train),
