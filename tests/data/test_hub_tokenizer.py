@@ -16,7 +16,14 @@ from helpers.chat_templates import TEMPLATES
 from hypothesis import strategies as st
 
 from tnt_jax.checkpoints import pretrained
-from tnt_jax.data import hub_tokenizer, marks, records, tokenization, vocabularies
+from tnt_jax.data import (
+    hub_tokenizer,
+    loaded_tokenizer,
+    marks,
+    records,
+    tokenization,
+    vocabularies,
+)
 from tnt_jax.runtime import settings_json
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.training import resume
@@ -642,7 +649,7 @@ def test_a_tokenizer_is_parsed_once_while_its_files_are_the_same(tmp_path, monke
     folder = tiny_tokenizers.qwen(tmp_path, chat_template=TEMPLATES["qwen"])
     read, parse = [], tokenizers.Tokenizer.from_str
     counting = types.SimpleNamespace(from_str=lambda text: read.append(text) or parse(text))
-    monkeypatch.setattr(hub_tokenizer, "tokenizers", types.SimpleNamespace(Tokenizer=counting))
+    monkeypatch.setattr(loaded_tokenizer, "tokenizers", types.SimpleNamespace(Tokenizer=counting))
     vocabulary = pretrained.vocabulary(str(folder))
     assert vocabulary.end_id in vocabulary.end_ids
     vocabularies.check_same(vocabulary, epath.Path(folder))

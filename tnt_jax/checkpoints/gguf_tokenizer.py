@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from tnt_jax.data import hub_tokenizer
+from tnt_jax.data import hub_files
 from tnt_jax.runtime.errors import UsageError
 
 _PREFIX = "tokenizer.ggml."
@@ -97,9 +97,9 @@ def write(folder: epath.Path, settings: Mapping[str, Any], where: str) -> None:
     except UsageError as error:
         raise UsageError(f"{where}: {error} {_REFUSED}") from error
     contents = {
-        hub_tokenizer.TOKENIZER: tokenizer,
-        hub_tokenizer.SETTINGS: _config(settings, tokens),
-        hub_tokenizer.GENERATION: special_ids(settings),
+        hub_files.TOKENIZER: tokenizer,
+        hub_files.SETTINGS: _config(settings, tokens),
+        hub_files.GENERATION: special_ids(settings),
     }
     for name, content in contents.items():
         text = json.dumps(content, ensure_ascii=False, allow_nan=False)

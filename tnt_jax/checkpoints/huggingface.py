@@ -19,7 +19,7 @@ from tnt_jax.checkpoints import (
 )
 from tnt_jax.checkpoints.hub_family import HubFamily
 from tnt_jax.checkpoints.lazy_arrays import LazyArray
-from tnt_jax.data import hub_tokenizer
+from tnt_jax.data import hub_files
 from tnt_jax.models import families, parameters
 from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime import files
@@ -27,8 +27,8 @@ from tnt_jax.runtime.errors import UsageError
 
 CONFIG = "config.json"
 # Everything else that belongs to a model; a file that is not there is not missed.
-TOKENIZER_FILES = ("spiece.model", "vocab.json", "merges.txt", *hub_tokenizer.FILES)
-OTHER_FILES = (hub_tokenizer.GENERATION, *TOKENIZER_FILES, "LICENSE")
+TOKENIZER_FILES = ("spiece.model", "vocab.json", "merges.txt", *hub_files.FILES)
+OTHER_FILES = (hub_files.GENERATION, *TOKENIZER_FILES, "LICENSE")
 
 _FAMILIES = (huggingface_t5.FAMILY, huggingface_causal_lm.FAMILY)
 _FAMILY_OF = {model_type: family for family in _FAMILIES for model_type in family.model_types}

@@ -24,7 +24,7 @@ from typing import Any
 
 from etils import epath
 
-from tnt_jax.data import conversations, hub_tokenizer, template_process
+from tnt_jax.data import conversations, hub_files, hub_tokenizer, template_process
 from tnt_jax.runtime import files
 from tnt_jax.runtime.errors import UsageError, naming_file
 
@@ -361,7 +361,7 @@ class ChatTokenizer(hub_tokenizer.HubTokenizer):
         if not has_template(folder) or of_directory(folder, copied).source != self.source:
             (folder / TEMPLATE).write_text(self.source)
         if self.end_id not in copied.end_ids:
-            file = folder / hub_tokenizer.GENERATION
+            file = folder / hub_files.GENERATION
             settings = files.read_object(file) if file.exists() else {}
             settings = {**settings, "eos_token_id": [*sorted(copied.end_ids), self.end_id]}
             file.write_text(files.json_text(settings))
@@ -407,7 +407,7 @@ def has_template(folder: epath.Path) -> bool:
     """Whether a model's directory has a chat template."""
     if (folder / TEMPLATE).exists():
         return True
-    settings = folder / hub_tokenizer.SETTINGS
+    settings = folder / hub_files.SETTINGS
     return settings.exists() and bool(files.read_object(settings).get("chat_template"))
 
 
@@ -441,7 +441,7 @@ def of_directory(
     file = folder / TEMPLATE
     if file.exists():
         return ChatTemplate(_read(file), tokeniser, str(file))
-    settings = folder / hub_tokenizer.SETTINGS
+    settings = folder / hub_files.SETTINGS
     where = f"{settings}: chat_template"
     found = files.read_object(settings).get("chat_template") if settings.exists() else None
     if isinstance(found, list):
@@ -454,7 +454,7 @@ def of_directory(
         found = named[name]
     if not isinstance(found, str):
         raise UsageError(
-            f"{folder}: expected {TEMPLATE}, or chat_template in {hub_tokenizer.SETTINGS}, found "
+            f"{folder}: expected {TEMPLATE}, or chat_template in {hub_files.SETTINGS}, found "
             "neither. Give prompts as text, or use a model that was trained to chat."
         )
     return ChatTemplate(found, tokeniser, where)

@@ -15,7 +15,7 @@ from typing import Any
 from etils import epath
 from sentencepiece import sentencepiece_model_pb2
 
-from tnt_jax.data import chat, hub_tokenizer, tokenization
+from tnt_jax.data import chat, hub_files, hub_tokenizer, tokenization
 from tnt_jax.runtime import console, files
 from tnt_jax.runtime.errors import UsageError, naming_file
 
@@ -99,7 +99,7 @@ def _of_directory(folder: epath.Path, extra_ids: int | None) -> tokenization.Tok
         )
     tokenizer = _json(folder / TOKENIZER)
     has_pieces = (folder / _SENTENCEPIECE).exists()
-    if not has_pieces and hub_tokenizer.is_known(tokenizer):
+    if not has_pieces and hub_files.is_known(tokenizer):
         if extra_ids:
             raise UsageError(
                 f"EXTRA_IDS: expected None, for {folder} has all tokens of its model, found "
