@@ -41,7 +41,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
 
-from tnt_jax.checkpoints import orbax, pretrained
+from tnt_jax.checkpoints import (
+    checkpoint_kinds,
+    orbax,
+)
 from tnt_jax.data import records, tokenization
 from tnt_jax.runtime import console, program
 
@@ -303,7 +306,7 @@ def difference(expected: pathlib.Path, found: pathlib.Path) -> str | None:
                 return f"{name}, line {number}: expected {row}, found {other}"
         if len(rows[0]) != len(rows[1]):
             return f"{name}: expected {len(rows[0])} lines, found {len(rows[1])}"
-    newest = [pretrained.find(str(folder)) for folder in (expected, found)]
+    newest = [checkpoint_kinds.find(str(folder)) for folder in (expected, found)]
     if newest[0].name != newest[1].name:
         return f"the newest checkpoint: expected {newest[0].name}, found {newest[1].name}"
     for item in ("params", "optimizer"):

@@ -36,6 +36,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from tnt_jax.checkpoints import (
+    checkpoint_kinds,
     digests,
     huggingface,
     lazy_arrays,
@@ -44,6 +45,7 @@ from tnt_jax.checkpoints import (
     peft,
     pretrained,
     t5x,
+    trained_parts,
 )
 from tnt_jax.checkpoints.lazy_arrays import LazyArray
 from tnt_jax.data import vocabularies
@@ -229,7 +231,7 @@ def _target(output: str, output_format: str, step: int) -> epath.Path:
     """The directory that will be written; it must not be there yet."""
     folder = files.absolute(output)
     if output_format not in _DIRECTORIES:
-        pretrained.check_takes_checkpoints(folder, "--output")
+        checkpoint_kinds.check_takes_checkpoints(folder, "--output")
     target = folder if output_format in _DIRECTORIES else folder / f"checkpoint_{step}"
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(
@@ -314,7 +316,7 @@ def _write_peft(
     laid_out: Mapping[str, LazyArray],
     network: NetworkConfig,
     source: pretrained.Pretrained,
-    adapters: pretrained.Adapters,
+    adapters: trained_parts.Adapters,
     evaluation: Mapping[str, Any] | None,
 ) -> None:
     base = peft.base_of(adapters)

@@ -29,7 +29,10 @@ import jax
 from etils import epath
 
 from tnt_jax import objectives
-from tnt_jax.checkpoints import pretrained
+from tnt_jax.checkpoints import (
+    checkpoint_kinds,
+    pretrained,
+)
 from tnt_jax.data import datasets, negative_sets
 from tnt_jax.data.batches import Batches
 from tnt_jax.data.examples import (
@@ -116,7 +119,7 @@ def train(
     # ------------------------------------------------------------------------------ The settings
     keep, watch = keep or settings.Keep(), watch or watching.Watch()
     model_dir = os.fspath(epath.Path(model_dir).expanduser())  # for all that write to it
-    pretrained.check_takes_checkpoints(epath.Path(model_dir), "MODEL_DIR")
+    checkpoint_kinds.check_takes_checkpoints(epath.Path(model_dir), "MODEL_DIR")
     operative_config.check_folder(model_dir, "MODEL_DIR")
     resume.check_allowed(keep.allow_changes)
 
@@ -194,7 +197,7 @@ def train(
             model_dir=model_dir,
         ).go(start.state, start.step)
         _log_nothing_or_best(start.step, schedule, saved, keep, model_dir)
-    last = str(pretrained.find(model_dir))
+    last = str(checkpoint_kinds.find(model_dir))
     console.log(f"{outcome}The model is in {last}.{_next(model_dir)}")
     return last
 

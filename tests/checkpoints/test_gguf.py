@@ -16,7 +16,12 @@ from etils import epath
 from helpers import gguf_writer, golden_model, rooms, tiny_tokenizers
 
 from tnt_jax import convert
-from tnt_jax.checkpoints import gguf_files, lazy_arrays, pretrained
+from tnt_jax.checkpoints import (
+    checkpoint_kinds,
+    gguf_files,
+    lazy_arrays,
+    pretrained,
+)
 from tnt_jax.data import hub_tokenizer
 from tnt_jax.data.examples import Example
 from tnt_jax.data.layouts import CAUSAL
@@ -737,9 +742,9 @@ def test_a_file_is_known_by_its_name_or_its_first_bytes(small, tmp_path):
     for other in (tmp_path, tmp_path / "c.bin", tmp_path / "none.gguf"):
         assert not gguf_files.is_gguf(epath.Path(other))
     with pytest.raises(UsageError, match=r"Of a GGUF file, give the path of the file itself\."):
-        pretrained.find(str(tmp_path))
+        checkpoint_kinds.find(str(tmp_path))
     with pytest.raises(UsageError, match=r"found a file at .*c.bin\. Of files, only GGUF is read"):
-        pretrained.find(str(tmp_path / "c.bin"))
+        checkpoint_kinds.find(str(tmp_path / "c.bin"))
 
 
 def test_without_the_package(small, tmp_path, monkeypatch):

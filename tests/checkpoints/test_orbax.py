@@ -9,7 +9,12 @@ import optax
 import pytest
 from jax.experimental import multihost_utils
 
-from tnt_jax.checkpoints import digests, lazy_arrays, orbax, pretrained
+from tnt_jax.checkpoints import (
+    checkpoint_kinds,
+    digests,
+    lazy_arrays,
+    orbax,
+)
 from tnt_jax.models import parameters, sharding
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.training import run_checkpoints, settings, train_step
@@ -80,7 +85,7 @@ def save(model_dir, *states):
 
 
 def restore_params(path, wanted):
-    item = pretrained.find(str(path)) / "params"
+    item = checkpoint_kinds.find(str(path)) / "params"
     lazy_arrays.check(orbax.lazy_item(item), wanted, str(item.parent), "the model settings")
     return orbax.restore_item(item, wanted)
 
@@ -155,7 +160,7 @@ def test_every_so_many_and_the_best_stay_too(tmp_path):
     losses[7] = 2.0
     assert go_on([7, 8]) == 7
     assert kept() == {3, 6, 7, 8}
-    assert pretrained.find(str(tmp_path)).name == "checkpoint_8"
+    assert checkpoint_kinds.find(str(tmp_path)).name == "checkpoint_8"
 
 
 @pytest.mark.parametrize("stops", [(), (35,), (35, 37)])
@@ -234,11 +239,11 @@ def test_a_half_written_checkpoint_is_not_the_newest(tmp_path):
     save(tmp_path, state, state.replace(step=jnp.int32(7)))
     # As a process leaves it that is killed while it writes: Orbax renames at the very end.
     (tmp_path / "checkpoint_7").rename(tmp_path / "checkpoint_7.orbax-checkpoint-tmp")
-    assert pretrained.find(str(tmp_path)).name == "checkpoint_3"
+    assert checkpoint_kinds.find(str(tmp_path)).name == "checkpoint_3"
     with run_checkpoints.Checkpoints(str(tmp_path)) as saved:
         assert saved.latest_step() == 3
         saved.save(state.replace(step=jnp.int32(7)), RUN)  # the leftovers are not in the way
-    assert pretrained.find(str(tmp_path)).name == "checkpoint_7"
+    assert checkpoint_kinds.find(str(tmp_path)).name == "checkpoint_7"
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint_3", "checkpoint_7"}
 
 
@@ -384,5 +389,5 @@ def test_orbax_asks_nobody_whether_to_stop(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
     save(tmp_path / "model", make_state(mesh_of(model=2), optax.sgd(1e-3)))
-    assert pretrained.find(str(tmp_path / "model"))
+    assert checkpoint_kinds.find(str(tmp_path / "model"))
     assert asked == []

@@ -15,7 +15,12 @@ from etils import epath
 from helpers.huggingface_model import TINY, write_directory
 
 from tnt_jax import convert
-from tnt_jax.checkpoints import lazy_arrays, orbax, pretrained
+from tnt_jax.checkpoints import (
+    checkpoint_kinds,
+    lazy_arrays,
+    orbax,
+    pretrained,
+)
 from tnt_jax.data import tokenization, vocabularies
 from tnt_jax.models import parameters, sharding, t5
 from tnt_jax.models.model import Model
@@ -194,22 +199,22 @@ def test_a_checkpoint_is_itself_or_the_newest_of_a_directory(tmp_path):
         ("checkpoint_900", "checkpoint_900"),
         ("2000", "2000"),
     ):
-        assert pretrained.find(str(tmp_path / path)).name == name
+        assert checkpoint_kinds.find(str(tmp_path / path)).name == name
 
 
 def test_the_file_of_a_t5x_checkpoint_stands_for_it(directory):
     folder = of_kind(directory, "t5x") / "checkpoint_0"
-    assert pretrained.find(str(folder / "checkpoint")) == epath.Path(folder)
+    assert checkpoint_kinds.find(str(folder / "checkpoint")) == epath.Path(folder)
 
 
 def test_what_was_looked_for_is_listed(tmp_path):
     with pytest.raises(UsageError, match=r"found nothing at .*no_such"):
-        pretrained.find(str(tmp_path / "no_such"))
+        checkpoint_kinds.find(str(tmp_path / "no_such"))
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
     (tmp_path / "t5x" / "checkpoint_5" / "target.decoder").mkdir(parents=True)
     with pytest.raises(UsageError, match=r"expected a directory with a model, found a file at"):
-        pretrained.find(str(tmp_path / "file"))
+        checkpoint_kinds.find(str(tmp_path / "file"))
     for name, content in (("empty", "nothing in it"), ("t5x", "checkpoint_5")):
         message = (
             rf"expected a model at .*{name}, .* for: config.json and model.safetensors \(Hugging "
@@ -217,12 +222,12 @@ def test_what_was_looked_for_is_listed(tmp_path):
             rf"with Orbax\)\. The directory has {content}"
         )
         with pytest.raises(UsageError, match=message):
-            pretrained.find(str(tmp_path / name))
+            checkpoint_kinds.find(str(tmp_path / name))
 
 
 def test_a_scheme_that_nobody_knows():
     with pytest.raises(UsageError, match=r"expected a path that can be read, found no://where: "):
-        pretrained.find("no://where")
+        checkpoint_kinds.find("no://where")
 
 
 def test_a_model_of_the_hub(directory, tmp_path, monkeypatch):
@@ -237,15 +242,15 @@ def test_a_model_of_the_hub(directory, tmp_path, monkeypatch):
     directory.rename(snapshot)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     assert pretrained.open_checkpoint("someone/tiny-t5").config == TINY
-    assert pretrained.revision("someone/tiny-t5") == "0123abc"
-    assert pretrained.revision(str(snapshot)) is None
+    assert checkpoint_kinds.revision("someone/tiny-t5") == "0123abc"
+    assert checkpoint_kinds.revision(str(snapshot)) is None
     # Whoever owns it gives the name to other weights: not in the middle of a program.
     newer = snapshot.with_name("4567def")
     shutil.copytree(snapshot, newer)
     (snapshot.parent.parent / "refs" / "main").write_text("4567def")
-    assert pretrained.revision("someone/tiny-t5") == "0123abc"
-    pretrained._downloaded.cache_clear()  # the next program
-    assert pretrained.revision("someone/tiny-t5") == "4567def"
+    assert checkpoint_kinds.revision("someone/tiny-t5") == "0123abc"
+    checkpoint_kinds._downloaded.cache_clear()  # the next program
+    assert checkpoint_kinds.revision("someone/tiny-t5") == "4567def"
     message = "found nothing at someone/other-t5, nor on the Hugging Face hub: "
     with pytest.raises(UsageError, match=message):
         pretrained.open_checkpoint("someone/other-t5")
@@ -310,6 +315,10 @@ def test_a_model_brings_its_vocabulary(output_format, directory, sentencepiece):
     expected = tokenization.SentencePiece(sentencepiece, 9)
     for text in TEXTS:
         assert found.encode(text) == expected.encode(text)
+
+
+def test_every_kind_is_opened_by_something():
+    assert [*pretrained._OPENERS] == [kind.name for kind in checkpoint_kinds.KINDS]
 
 
 def files_of(folder):

@@ -19,7 +19,7 @@ import pytest
 from jax.extend import backend
 
 from tnt_jax import convert
-from tnt_jax.checkpoints import pretrained
+from tnt_jax.checkpoints import checkpoint_kinds
 from tnt_jax.data import records, tokenization
 from tnt_jax.runtime import program
 
@@ -192,7 +192,7 @@ def make_hub_model(folder):
 
 def saved(path, item="params"):
     """An item of a checkpoint, or of the newest one in a model directory, as NumPy arrays."""
-    folder = pretrained.find(str(path)) / item
+    folder = checkpoint_kinds.find(str(path)) / item
     tree = ocp.StandardCheckpointHandler().metadata(folder).tree
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
     restore = ocp.args.PyTreeRestore(restore_args=as_numpy)

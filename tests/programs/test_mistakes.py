@@ -10,7 +10,7 @@ import pytest
 from helpers import rooms
 from helpers.full_disk import full_disk
 
-from tnt_jax.checkpoints import pretrained
+from tnt_jax.checkpoints import checkpoint_kinds
 from tnt_jax.data import examples, records
 from tnt_jax.runtime import operative_config, program
 
@@ -533,9 +533,9 @@ def test_a_full_disk_while_checkpoints_are_written(mistake):
     assert rooms.run("train", {**settings, "TRAIN_STEPS": 1}) == 0
     with full_disk(20_000):
         assert mistake("train", {**settings, "TRAIN_STEPS": 2}) == FULL
-    assert pretrained.find("full").name == "checkpoint_1"
+    assert checkpoint_kinds.find("full").name == "checkpoint_1"
     assert rooms.run("train", {**settings, "TRAIN_STEPS": 2}) == 0
-    assert pretrained.find("full").name == "checkpoint_2"
+    assert checkpoint_kinds.find("full").name == "checkpoint_2"
 
 
 @orbax_gives_up

@@ -7,7 +7,9 @@ import dataclasses
 import pytest
 from helpers import rooms
 
-from tnt_jax.checkpoints import pretrained
+from tnt_jax.checkpoints import (
+    checkpoint_kinds,
+)
 from tnt_jax.data import records
 
 
@@ -27,13 +29,13 @@ def working_directory(tmp_path_factory):
 def found(monkeypatch):
     """Counts how often each path is looked up, which is what opening it begins with."""
     counts = collections.Counter()
-    find = pretrained.find
+    find = checkpoint_kinds.find
 
     def counted(path):
         counts[path] += 1
         return find(path)
 
-    monkeypatch.setattr(pretrained, "find", counted)
+    monkeypatch.setattr(checkpoint_kinds, "find", counted)
     return counts
 
 

@@ -13,7 +13,10 @@ from helpers import rooms, several
 from helpers.holders import held_by_another, note_of, refusal
 
 from tnt_jax import convert
-from tnt_jax.checkpoints import orbax, pretrained
+from tnt_jax.checkpoints import (
+    checkpoint_kinds,
+    orbax,
+)
 from tnt_jax.data import records
 from tnt_jax.runtime import holding
 from tnt_jax.runtime.errors import UsageError
@@ -160,7 +163,7 @@ def test_a_run_is_described_where_it_writes_before_its_first_checkpoint(monkeypa
     assert not names & {".held", *(f"checkpoint_{step}" for step in range(25))}
     about = json.loads(pathlib.Path("described/run.json").read_text())
     assert rooms.run("train", {**RUN, "TRAIN_STEPS": 1, "MODEL_DIR": "described"}) == 0
-    of_checkpoint = orbax.read_run(pretrained.find("described"))
+    of_checkpoint = orbax.read_run(checkpoint_kinds.find("described"))
     assert about.keys() >= {"original", "optimizer", "data", "seed", "versions"}
     assert {**about, "config": ""} == {name: of_checkpoint[name] for name in about} | {"config": ""}
 

@@ -20,7 +20,10 @@ import pytest
 from etils import epath
 from helpers import rooms, several
 
-from tnt_jax.checkpoints import orbax, pretrained
+from tnt_jax.checkpoints import (
+    checkpoint_kinds,
+    orbax,
+)
 from tnt_jax.data import records
 from tnt_jax.runtime import processes
 from tnt_jax.runtime.errors import UsageError
@@ -92,7 +95,7 @@ def test_a_run_that_is_stopped_and_then_loses_a_process_ends_as_the_undisturbed_
         run.send(signal.SIGTERM, index=1)
         pathlib.Path("hold").unlink()
         assert run.end() == [75, 75], run.said(1)
-        step = orbax.read_run(pretrained.find("model"))["position"]["next_batch"]
+        step = orbax.read_run(checkpoint_kinds.find("model"))["position"]["next_batch"]
         for index in range(2):
             said = f"(process {index} of 2): stopped by SIGTERM: update {step} is saved. The same"
             assert said in run.said(index)
@@ -215,7 +218,7 @@ def test_hosts_have_what_they_start_from_at_paths_of_their_own(another):
         statuses, said = run_apart("own_paths", settings, *starts)
         assert statuses == [0, 0], said
     assert "Going on from checkpoint 2" in said[0]
-    assert orbax.read_run(pretrained.find("own_paths"))["start"]["path"] == "here"
+    assert orbax.read_run(checkpoint_kinds.find("own_paths"))["start"]["path"] == "here"
 
 
 def test_a_mistake_in_the_file_of_one_process_ends_the_other_in_a_line():

@@ -18,7 +18,11 @@ import numpy as np
 import pytest
 from helpers import rooms, t5_inputs
 
-from tnt_jax.checkpoints import orbax, pretrained
+from tnt_jax.checkpoints import (
+    checkpoint_kinds,
+    orbax,
+    pretrained,
+)
 from tnt_jax.data import records
 from tnt_jax.models import sharding, t5
 from tnt_jax.runtime import processes
@@ -69,7 +73,7 @@ def train(model_dir, gin_files=(), status=0, **settings):
 
 
 def run_of(model_dir):
-    return orbax.read_run(pretrained.find(model_dir))
+    return orbax.read_run(checkpoint_kinds.find(model_dir))
 
 
 def as_killed(model_dir, newest, *, last_line):
@@ -227,7 +231,7 @@ def probe_by_hand(path):
 def test_p0_after_a_restart_is_the_p0_of_before():
     as_killed("p0", 2, last_line=3)
     train("p0", **RUN)
-    before = orbax.read_run(pretrained.find("straight/checkpoint_2"))["original"]
+    before = orbax.read_run(checkpoint_kinds.find("straight/checkpoint_2"))["original"]
     after = run_of("p0")["original"]
     assert after == before  # in every bit
     assert after["digest"] == digests.of_params(rooms.saved("original"))
@@ -262,11 +266,11 @@ def test_a_checkpoint_says_what_its_run_was():
     health = run["health"]
     assert len(health["losses_marked"]) + len(health["losses_unmarked"]) == 6
     # What is stored is the model's own: nothing of the original, whose optimizer ended with it.
-    names = orbax.lazy_item(pretrained.find("straight") / "optimizer").keys()
+    names = orbax.lazy_item(checkpoint_kinds.find("straight") / "optimizer").keys()
     params = rooms.saved("straight")
     num_params = len(jax.tree.leaves(params))
     assert len(names) == 2 * num_params + 1  # Adam's two moments, and a counter
-    items = {path.name for path in pretrained.find("straight").iterdir() if path.is_dir()}
+    items = {path.name for path in checkpoint_kinds.find("straight").iterdir() if path.is_dir()}
     assert items == {"params", "optimizer", "run"}
 
 

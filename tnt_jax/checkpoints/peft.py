@@ -13,7 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from tnt_jax.checkpoints import huggingface, pretrained, safetensors_files
+from tnt_jax.checkpoints import (
+    huggingface,
+    pretrained,
+    safetensors_files,
+    trained_parts,
+)
 from tnt_jax.checkpoints.hub_family import HubFamily
 from tnt_jax.checkpoints.lazy_arrays import LazyArray
 from tnt_jax.models.network_config import NetworkConfig
@@ -41,7 +46,7 @@ class Base(NamedTuple):
     is_loadable: bool
 
 
-def trained(source: pretrained.Pretrained) -> pretrained.Adapters:
+def trained(source: pretrained.Pretrained) -> trained_parts.Adapters:
     """The adapters of a run.
 
     Raises:
@@ -61,7 +66,7 @@ def trained(source: pretrained.Pretrained) -> pretrained.Adapters:
     return source.adapters
 
 
-def base_of(adapters: pretrained.Adapters) -> Base:
+def base_of(adapters: trained_parts.Adapters) -> Base:
     """What adapters were trained beside: by its name on the hub where it came from there."""
     original = adapters.original
     if found := safetensors_files.hub_name(original.path):
@@ -72,7 +77,7 @@ def base_of(adapters: pretrained.Adapters) -> Base:
 
 
 def to_stored(
-    adapters: pretrained.Adapters,
+    adapters: trained_parts.Adapters,
     base: Mapping[str, LazyArray],
     config: NetworkConfig,
     dtype: np.dtype,
@@ -128,7 +133,7 @@ def to_stored(
     return stored
 
 
-def _kernels_of(adapters: pretrained.Adapters, base: Mapping[str, LazyArray]) -> list[str]:
+def _kernels_of(adapters: trained_parts.Adapters, base: Mapping[str, LazyArray]) -> list[str]:
     """Names of the kernels that a run has adapters for, if nothing is lost."""
     kernels = [name for name in base if "/layers_" in name and name.endswith("/kernel")]
     if adapters.num_layers is None:
@@ -144,7 +149,7 @@ def _last(module: str) -> str:
 
 
 def new_config(
-    adapters: pretrained.Adapters, names: Mapping[str, Any], family: HubFamily
+    adapters: trained_parts.Adapters, names: Mapping[str, Any], family: HubFamily
 ) -> dict[str, Any]:
     """An `adapter_config.json`.
 

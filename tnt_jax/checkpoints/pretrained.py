@@ -1,23 +1,20 @@
-"""A model from wherever it is: what kind of checkpoint, which network, which vocabulary.
+"""A model from wherever it is: its weights, its network, its vocabulary.
 
-Kinds are found by what a directory holds, or a file is (`_KINDS`); the user names a path and
-nothing else.
+`checkpoint_kinds` finds it and says of which kind it is, `trained_parts` reads what was trained of
+it.
 """
 
 import dataclasses
-import functools
 import itertools
 import math
-import os
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
 
 from tnt_jax.checkpoints import (
+    checkpoint_kinds,
     digests,
     gguf_files,
     gguf_models,
@@ -25,200 +22,21 @@ from tnt_jax.checkpoints import (
     lazy_arrays,
     orbax,
     t5x,
+    trained_parts,
 )
+from tnt_jax.checkpoints.checkpoint_kinds import Kind, kind_of
 from tnt_jax.checkpoints.lazy_arrays import LazyArray
-from tnt_jax.checkpoints.safetensors_files import INDEX, WEIGHTS
 from tnt_jax.data import hub_tokenizer, tokenization, vocabularies
 from tnt_jax.models import adapters, families, parameters
 from tnt_jax.models.network_config import COMPUTATION, NetworkConfig
 from tnt_jax.runtime import console, files
 from tnt_jax.runtime.array_types import PyTree
-from tnt_jax.runtime.errors import UsageError, system_error
+from tnt_jax.runtime.errors import UsageError
 
 # ----------------------------------------------------------------------------- Kinds of checkpoint
 
 
-def _has_weights(folder: epath.Path) -> bool:
-    """Whether a folder is one of Hugging Face's. Weights that are not read are refused later."""
-    names = (
-        WEIGHTS,
-        INDEX,
-        "pytorch_model.bin",
-        "flax_model.msgpack",
-    )
-    has_weights = any((folder / name).exists() for name in names)
-    return (folder / huggingface.CONFIG).exists() and (
-        has_weights or not (folder / orbax.DESCRIPTION).exists()
-    )
-
-
-def is_model(folder: epath.Path) -> bool:
-    """Whether a directory is itself a model, of whichever kind."""
-    return _kind(folder) is not None
-
-
-def check_takes_checkpoints(folder: epath.Path, setting: str) -> None:
-    """Raises a UsageError where checkpoints would come to lie within a model of another kind."""
-    if folder.is_dir() and is_model(folder):
-        raise UsageError(
-            f"{setting}: expected a directory for checkpoints, found a model at {folder}. Choose "
-            "another directory."
-        )
-
-
-def _is_whole(folder: epath.Path) -> bool:
-    """Whether a checkpoint of a known kind is not one that is being written."""
-    kind = _kind(folder)
-    return kind is not None and (
-        not kind.is_of_orbax or ocp.path.step.is_checkpoint_finalized(folder)
-    )
-
-
-def find(path: str) -> epath.Path:
-    """The checkpoint that a setting names.
-
-    Itself, the newest `checkpoint_<step>` in a model directory, or a model of the Hugging Face hub,
-    which is downloaded into its cache.
-
-    Raises:
-      UsageError: There is none.
-    """
-    try:
-        given = files.absolute(path)
-        is_there = given.exists()
-    except Exception as error:
-        if not files.is_remote(path):
-            raise
-        # A scheme that etils does not know, or whatever the client of a bucket raises.
-        reason = next(iter(str(error).splitlines()), "")
-        raise UsageError(
-            f"expected a path that can be read, found {path}: {type(error).__name__}: {reason}."
-        ) from error
-    if not is_there:
-        _check_may_look(os.fspath(given))
-        return _from_hub(path)
-    if given.is_file() and given.name == t5x.CHECKPOINT_FILE:
-        given = given.parent  # T5X takes the path of the file as well
-    if not given.is_dir():
-        if _kind(given):
-            return given
-        raise UsageError(
-            f"expected a directory with a model, found a file at {path}. Of files, only GGUF is "
-            "read."
-        )
-    _check_may_look(f"{given}/.")
-    if _kind(given):
-        return given
-    steps = {
-        int(match[1]): folder
-        for folder in given.iterdir()
-        if (match := re.fullmatch(r"checkpoint_(\d+)", folder.name)) and _is_whole(folder)
-    }
-    if not steps:
-        looked_for = "; ".join(kind.looked_for for kind in _KINDS if kind.looked_for)
-        content = sorted(file.name for file in given.iterdir())
-        shown = ", ".join(content[:8]) + (" ..." if content[8:] else "")
-        is_near = any(name.lower().endswith(gguf_files.SUFFIX) for name in content)
-        hint = " Of a GGUF file, give the path of the file itself." if is_near else ""
-        raise UsageError(
-            f"expected a model at {path}, found no kind that is known. Looked there, and in "
-            f"checkpoint_<step> folders, for: {looked_for}. The directory has "
-            f"{shown or 'nothing in it'}.{hint}"
-        )
-    return steps[max(steps)]
-
-
-def revision(path: str) -> str | None:
-    """The commit of a model that a setting names on the Hugging Face hub; None of another's.
-
-    Raises:
-      UsageError: There is none.
-    """
-    if files.is_remote(path) or files.absolute(path).exists():
-        return None
-    return find(path).name
-
-
-def _check_may_look(path: str) -> None:
-    """Raises an OSError where nothing seems to be at a local path that may not be looked at."""
-    if files.is_remote(path):
-        return
-    try:
-        os.stat(path)  # noqa: PTH116 (pathlib drops the dot of "folder/.")
-    except OSError as error:
-        if (said := system_error(error)) is not None:
-            raise said from error
-
-
-def _from_hub(path: str) -> epath.Path:
-    missing = f"expected a checkpoint or a model directory, found nothing at {path}"
-    owner, _, name = path.partition("/")
-    is_part = [re.fullmatch(r"\w[\w.-]*", part) is not None for part in (owner, name)]
-    if is_part[0] and not name:
-        raise UsageError(
-            f"{missing}. A model of the Hugging Face hub is named with its owner, such as "
-            "google/flan-t5-small."
-        )
-    if not all(is_part):
-        raise UsageError(f"{missing}.")
-    if epath.Path(owner).exists():
-        raise UsageError(
-            f"{missing}. The Hugging Face hub was not asked, because there is a {owner} here."
-        )
-    try:
-        return _downloaded(path)
-    except ImportError:  # of the extra `hub`
-        raise UsageError(
-            f"{missing}. If it is a model of the Hugging Face hub: pip install huggingface-hub."
-        ) from None
-    except Exception as error:  # of the hub's, of its HTTP client's or of the network's
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise UsageError(f"{missing}, nor on the Hugging Face hub: {reason}.") from error
-
-
-@functools.cache
-def _downloaded(name: str) -> epath.Path:
-    """A model of the hub in its cache; for a process the same one, whatever its owner does."""
-    import huggingface_hub
-
-    files = [huggingface.CONFIG, "*.safetensors", INDEX, *huggingface.OTHER_FILES]
-    others = ["consolidated*", "*/*"]  # the same weights again, or those of another program
-    return epath.Path(
-        huggingface_hub.snapshot_download(name, allow_patterns=files, ignore_patterns=others)
-    )
-
-
 # ------------------------------------------------------------------------------- Opening
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Adapters:
-    """What a run of adapters has trained, and beside what: `W` acts as `W + (alpha / rank) A B`.
-
-    Attributes:
-      original: The model without the adapters.
-      pairs: T5X's name of a kernel `[inputs, outputs]` -> its A `[inputs, rank]` and B
-        `[rank, outputs]`.
-      rank: Rank of every pair.
-      alpha: Scale of the adapters: they are multiplied by `alpha / rank`.
-      num_layers: How many of the decoder's last layers have adapters; None: all, and those of an
-        encoder.
-    """
-
-    original: "Pretrained"
-    pairs: dict[str, tuple[LazyArray, LazyArray]]
-    rank: int
-    alpha: float
-    num_layers: int | None = None
-
-    @property
-    def by_name(self) -> dict[str, LazyArray]:
-        """Every A and B, by the name that it has in a tree of parameters."""
-        found = {}
-        for kernel, (a, b) in self.pairs.items():
-            module = kernel.rpartition("/")[0]
-            found |= {f"{module}/{adapters.ADAPTER_IN}": a, f"{module}/{adapters.ADAPTER_OUT}": b}
-        return found
 
 
 _SOME_BYTES = 64 * 10**6  # of `Pretrained.digest_of_some`
@@ -252,7 +70,7 @@ class Pretrained:
     description: epath.Path
     output_format: str
     scan_layers: bool = False
-    adapters: Adapters | None = None
+    adapters: trained_parts.Adapters | None = None
     beside: "Pretrained | None" = None
     quantisation: str | None = None
     # What Orbax can read by itself.
@@ -279,8 +97,9 @@ class Pretrained:
         found = digests.of_files({name: original.weights[name] for name in names})
         if found != noted:
             raise UsageError(
-                f"{self.path}: its {_part(self.run)} were trained beside weights with the digest "
-                f"{noted}, but {original.path} has {found} now. Bring back what was there."
+                f"{self.path}: its {trained_parts.part_of(self.run)} were trained beside weights "
+                f"with the digest {noted}, but {original.path} has {found} now. Bring back what "
+                "was there."
             )
 
     def digest_of_some(self) -> str:
@@ -336,14 +155,14 @@ def open_checkpoint(path: str) -> Pretrained:
       UsageError: There is none, or it is damaged or of another architecture.
       OSError: The system does not let it be read.
     """
-    return _opened(find(path), ())
+    return _opened(checkpoint_kinds.find(path), ())
 
 
 def _opened(folder: epath.Path, within: tuple[epath.Path, ...]) -> Pretrained:
     """Opens a checkpoint, for adapters in those `within`, each beside the next."""
-    kind = _kind(folder)
+    kind = kind_of(folder)
     assert kind is not None
-    return kind.open(kind, folder, within)
+    return _OPENERS[kind.name](kind, folder, within)
 
 
 class _OrbaxItem(NamedTuple):
@@ -360,48 +179,20 @@ class _OrbaxItem(NamedTuple):
     names: frozenset[str]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Kind:
-    """A kind of model in files.
-
-    Attributes:
-      name: The name that people read.
-      is_one: Tells whether a path is one.
-      looked_for: What is looked for in a directory; None where it is a file.
-      output_format: The setting of `tnt_jax.convert` that writes this kind, or the nearest one.
-      open: Opens one, given this kind, the path, and the checkpoints in whose adapters or layers it
-        lies, each beside the next.
-      description: Gives the folder in which its `config.json` and tokenizer lie, if it has any.
-      is_of_orbax: Whether Orbax says when one is whole.
-    """
-
-    name: str
-    is_one: Callable[[epath.Path], bool]
-    looked_for: str | None
-    output_format: str
-    open: "Callable[[_Kind, epath.Path, tuple[epath.Path, ...]], Pretrained]"
-    description: Callable[[epath.Path], epath.Path]
-    is_of_orbax: bool = False
-
-
-def _kind(folder: epath.Path) -> _Kind | None:
-    return next((kind for kind in _KINDS if kind.is_one(folder)), None)
-
-
 def _open_hugging_face(
-    kind: _Kind, folder: epath.Path, within: tuple[epath.Path, ...]
+    kind: Kind, folder: epath.Path, within: tuple[epath.Path, ...]
 ) -> Pretrained:
     del within
     return _of_hub_model(kind, folder, huggingface.read(folder))
 
 
-def _open_gguf(kind: _Kind, folder: epath.Path, within: tuple[epath.Path, ...]) -> Pretrained:
+def _open_gguf(kind: Kind, folder: epath.Path, within: tuple[epath.Path, ...]) -> Pretrained:
     del within
     return _of_hub_model(kind, folder, *gguf_models.read(folder))
 
 
 def _of_hub_model(
-    kind: _Kind, folder: epath.Path, model: huggingface.Model, quantisation: str | None = None
+    kind: Kind, folder: epath.Path, model: huggingface.Model, quantisation: str | None = None
 ) -> Pretrained:
     return Pretrained(
         kind=kind.name,
@@ -416,18 +207,18 @@ def _of_hub_model(
     )
 
 
-def _open_ours(kind: _Kind, folder: epath.Path, within: tuple[epath.Path, ...]) -> Pretrained:
+def _open_ours(kind: Kind, folder: epath.Path, within: tuple[epath.Path, ...]) -> Pretrained:
     stored = orbax.lazy_item(folder / orbax.PARAMS)
     item: _OrbaxItem | None = _OrbaxItem(folder / orbax.PARAMS, (), frozenset(stored))
     weights, run = lazy_arrays.layers_apart(stored), orbax.read_run(folder)
     trained, beside = None, None
-    if run is not None and _part(run) is not None:
+    if run is not None and trained_parts.part_of(run) is not None:
         beside, item = _original_of(run, folder, (*within, folder)), None
         if "adapters" in run:
-            trained = _adapters(weights, beside, run, folder)
-            weights = _with_adapters(trained)
+            trained = trained_parts.read_adapters(weights, beside, run, folder)
+            weights = trained_parts.with_adapters(trained)
         else:
-            weights = beside.weights | _upper_layers(weights, beside, run, folder)
+            weights = beside.weights | trained_parts.read_upper_layers(weights, beside, run, folder)
     elif any(name.endswith(f"/{adapters.ADAPTER_IN}") for name in weights):
         raise UsageError(
             f"{folder}: it has adapters, and its notes do not say beside which original. Copy "
@@ -456,12 +247,12 @@ def _open_ours(kind: _Kind, folder: epath.Path, within: tuple[epath.Path, ...]) 
     )
 
 
-def _open_t5x(kind: _Kind, folder: epath.Path, within: tuple[epath.Path, ...]) -> Pretrained:
+def _open_t5x(kind: Kind, folder: epath.Path, within: tuple[epath.Path, ...]) -> Pretrained:
     del within
     return _of_t5x(kind, folder, *t5x.read_legacy(folder))
 
 
-def _open_t5x_orbax(kind: _Kind, folder: epath.Path, within: tuple[epath.Path, ...]) -> Pretrained:
+def _open_t5x_orbax(kind: Kind, folder: epath.Path, within: tuple[epath.Path, ...]) -> Pretrained:
     del within
     item = folder / t5x.ORBAX_ITEM
     weights = orbax.lazy_item(item, ("target",))
@@ -473,7 +264,7 @@ def _open_t5x_orbax(kind: _Kind, folder: epath.Path, within: tuple[epath.Path, .
 
 
 def _of_t5x(
-    kind: _Kind,
+    kind: Kind,
     folder: epath.Path,
     weights: dict[str, LazyArray],
     step: int,
@@ -510,7 +301,7 @@ def _described(config_file: epath.Path, weights: Mapping[str, LazyArray]) -> Net
 
 
 def _of_checkpoint(
-    kind: _Kind,
+    kind: Kind,
     folder: epath.Path,
     weights: dict[str, LazyArray],
     described: NetworkConfig | None,
@@ -531,69 +322,11 @@ def _of_checkpoint(
     )
 
 
-def _beside(folder: epath.Path) -> epath.Path:
-    return folder.parent / orbax.DESCRIPTION
-
-
-# A path is of the first kind that it is one of.
-_KINDS = (
-    _Kind(
-        name="Hugging Face",
-        is_one=_has_weights,
-        looked_for=f"{huggingface.CONFIG} and {WEIGHTS} (Hugging Face)",
-        output_format="huggingface",
-        open=_open_hugging_face,
-        description=lambda folder: folder,
-    ),
-    _Kind(
-        name="tnt_jax",
-        is_one=lambda folder: (folder / orbax.PARAMS).is_dir(),
-        looked_for="params (tnt_jax)",
-        output_format="orbax",
-        open=_open_ours,
-        description=_beside,
-        is_of_orbax=True,
-    ),
-    _Kind(
-        name="T5X",
-        is_one=lambda folder: (folder / t5x.CHECKPOINT_FILE).is_file(),
-        looked_for="a file named checkpoint (T5X)",
-        output_format="t5x",
-        open=_open_t5x,
-        description=_beside,
-    ),
-    _Kind(
-        name="T5X (Orbax)",
-        is_one=lambda folder: (folder / t5x.ORBAX_ITEM / "_METADATA").is_file(),
-        looked_for="state/_METADATA (T5X with Orbax)",
-        output_format="t5x_orbax",
-        open=_open_t5x_orbax,
-        description=_beside,
-        is_of_orbax=True,
-    ),
-    _Kind(
-        name="GGUF",
-        is_one=gguf_files.is_gguf,
-        looked_for=None,
-        output_format="huggingface",
-        open=_open_gguf,
-        description=gguf_models.description,
-    ),
-)
-
-
-def _part(run: dict[str, Any]) -> str | None:
-    """What a run has trained of a model, in words; None where that is the whole model."""
-    if "adapters" in run:
-        return "adapters"
-    return "upper layers" if "upper_layers" in run else None
-
-
 def _original_of(
     run: dict[str, Any], folder: epath.Path, within: tuple[epath.Path, ...]
 ) -> Pretrained:
     """What the adapters or layers of a run were trained beside."""
-    part, of_part = _part(run), run.get("adapters") or run["upper_layers"]
+    part, of_part = trained_parts.part_of(run), run.get("adapters") or run["upper_layers"]
     path = of_part.get("beside") or run["original"]["path"]
     if path is None:
         raise UsageError(
@@ -601,7 +334,7 @@ def _original_of(
             f"{part} with an INITIAL_CHECKPOINT_PATH."
         )
     try:
-        found = find(path)
+        found = checkpoint_kinds.find(path)
         if found in within:
             raise UsageError(f"{found} is trained beside itself: its notes are damaged.")
         return _opened(found, within)
@@ -612,68 +345,15 @@ def _original_of(
         ) from error
 
 
-def _adapters(
-    stored: dict[str, LazyArray], original: Pretrained, run: dict[str, Any], folder: epath.Path
-) -> Adapters:
-    """What a run has trained, each pair of the shapes that its kernel asks for."""
-    rank, pairs = run["adapters"]["rank"], {}
-    for name, a in stored.items():
-        module, _, leaf = name.rpartition("/")
-        if leaf == adapters.ADAPTER_IN:
-            kernel, b = f"{module}/kernel", stored.get(f"{module}/{adapters.ADAPTER_OUT}")
-            if kernel not in original.weights:
-                raise UsageError(
-                    f"{folder}: it has an adapter for {kernel}, which {original.path} lacks."
-                )
-            shapes = [a.shape, b.shape if b else ()]
-            rows_and_columns = original.weights[kernel].shape
-            expected = [(*rows_and_columns[:1], rank), (rank, *rows_and_columns[1:])]
-            if b is None or len(rows_and_columns) != 2 or shapes != expected:
-                raise UsageError(
-                    f"{folder}: expected an adapter of rank {rank} for {kernel} of shape "
-                    f"{rows_and_columns}, found arrays of shapes {shapes}: it is damaged."
-                )
-            pairs[kernel] = (a, b)
-    return Adapters(
-        original=original,
-        pairs=pairs,
-        rank=rank,
-        alpha=run["adapters"]["alpha"],
-        num_layers=run["adapters"].get("layers"),
-    )
-
-
-def _upper_layers(
-    stored: dict[str, LazyArray], original: Pretrained, run: dict[str, Any], folder: epath.Path
-) -> dict[str, LazyArray]:
-    """The layers that a run has trained: all of them, and nothing else."""
-    number = run["upper_layers"]["layers"]
-    params = families.network_of(original.config).abstract_params()
-    names = lazy_arrays.shapes(adapters.upper_layers(params, number)).keys()
-    if stored.keys() != names:
-        raise UsageError(
-            f"{folder}: expected the {len(names)} parameters of the last {number} layers of "
-            f"{original.path}, found {len(stored)}, {len(stored.keys() & names)} of them these: it "
-            "is damaged. Copy the checkpoint again."
-        )
-    return stored
-
-
-def _with_adapters(trained: Adapters) -> dict[str, LazyArray]:
-    """The original's weights, with what was trained beside them added when they are read."""
-    scale = trained.alpha / trained.rank
-
-    def added(kernel: LazyArray, a: LazyArray, b: LazyArray) -> LazyArray:
-        def read(index: lazy_arrays.Index) -> np.ndarray:
-            rows, columns = index
-            low, high = a[rows, slice(None)], b[slice(None), columns]
-            return kernel.read(index).astype(np.float32) + scale * (low @ high)
-
-        source = f"{kernel.source}, with {a.source}"
-        return LazyArray(kernel.shape, np.dtype(np.float32), source, read)
-
-    weights = trained.original.weights
-    return weights | {name: added(weights[name], *pair) for name, pair in trained.pairs.items()}
+# By the name of the kind: each is given the kind, the path, and the checkpoints in whose adapters
+# or layers it lies, each beside the next.
+_OPENERS: dict[str, Callable[[Kind, epath.Path, tuple[epath.Path, ...]], Pretrained]] = {
+    "Hugging Face": _open_hugging_face,
+    "tnt_jax": _open_ours,
+    "T5X": _open_t5x,
+    "T5X (Orbax)": _open_t5x_orbax,
+    "GGUF": _open_gguf,
+}
 
 
 def _step_of_name(folder: epath.Path) -> int:
@@ -798,7 +478,7 @@ def vocabulary(
     elif given.is_dir() and vocabularies.has_tokenizer(given):
         folder = given
     else:
-        folder = _description(find(path))
+        folder = checkpoint_kinds.description_of(checkpoint_kinds.find(path))
     found = vocabularies.of_directory(folder, extra_ids)
     return vocabularies.with_template(found, chat_template, chat_date, chat_template_kwargs)
 
@@ -822,12 +502,6 @@ def check_vocabulary(
     if source is not None:
         vocabularies.check_same(vocabulary, source.description, str(source.path))
     return vocab_size
-
-
-def _description(folder: epath.Path) -> epath.Path:
-    """Where a checkpoint's `config.json` and tokenizer lie, if it has any."""
-    kind = _kind(folder)
-    return _beside(folder) if kind is None else kind.description(folder)
 
 
 def describe(

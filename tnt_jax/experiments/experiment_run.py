@@ -17,7 +17,10 @@ import msgspec
 
 from tnt_jax import __version__, convert, objectives, report
 from tnt_jax.annotators import interface
-from tnt_jax.checkpoints import pretrained
+from tnt_jax.checkpoints import (
+    checkpoint_kinds,
+    pretrained,
+)
 from tnt_jax.data import datasets, records, removed_everywhere, rounds, tokenization
 from tnt_jax.evaluation import evaluations, results
 from tnt_jax.evaluation.arm_files import ArmFiles
@@ -85,7 +88,7 @@ def open_run(
     num_seen = _look_at_prompts(experiment, check_prompts)
     if experiment.new_original is not None:
         _make_original(kept, experiment, experiment.new_original, root / "original" / "model")
-        original = str(pretrained.find(str(root / "original" / "model")))
+        original = str(checkpoint_kinds.find(str(root / "original" / "model")))
     else:
         assert experiment.original_checkpoint_path is not None
         original = from_home(experiment.original_checkpoint_path)
@@ -98,7 +101,7 @@ def _check_revision(root: pathlib.Path, original: str) -> None:
 
     Stages know a model of the hub by its name, which its owner may give to other weights.
     """
-    found = pretrained.revision(original)
+    found = checkpoint_kinds.revision(original)
     if found is None:
         return
     note = root / "stages" / "original_revision.json"
@@ -464,7 +467,7 @@ class ExperimentRun:
             goes_on=True,
             earlier_settings={**settings, "schedule": last_leg} if after else None,
         )
-        return str(pretrained.find(model_dir))
+        return str(checkpoint_kinds.find(model_dir))
 
     def describe_training(
         self, objective: objectives.TntObjective, files: str, changes: Changes

@@ -9,7 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from tnt_jax.checkpoints import digests, lazy_arrays, pretrained
+from tnt_jax.checkpoints import (
+    digests,
+    lazy_arrays,
+    pretrained,
+    trained_parts,
+)
 from tnt_jax.data.examples import Example
 from tnt_jax.data.layouts import Place
 from tnt_jax.models import adapters, parameters, sharding
@@ -80,7 +85,7 @@ class Sources:
 
 def _fitting_adapters(
     choice: settings.OriginalChoice, start: pretrained.Pretrained, original_digest: str | None
-) -> pretrained.Adapters:
+) -> trained_parts.Adapters:
     """The adapters of a checkpoint; raises a UsageError unless the settings ask for such ones."""
     trained, run = start.adapters, start.run
     expected = {
