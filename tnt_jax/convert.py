@@ -145,6 +145,16 @@ def convert(
                 _write_orbax(target, laid_out, source.step, output_format)
     if dtype == "bfloat16" and adapters is None and not is_t5x:
         _log_rounding(source, weights)
+    _log_what_is_lost(source, config, is_t5x=is_t5x)
+    written = len(weights if adapters is None else laid_out)
+    console.log(f"{target}: {written} parameters from {source.path} ({source.kind}).")
+    return str(target)
+
+
+def _log_what_is_lost(
+    source: pretrained.Pretrained, config: NetworkConfig, *, is_t5x: bool
+) -> None:
+    """Says what the two formats do not state, and what the weights have lost before."""
     if is_t5x:
         console.log("Parameters and step are carried over; optimizer state is not.")
         if not t5x.is_inferred(config):
@@ -164,9 +174,6 @@ def convert(
             f"The weights come from {quantisation}: the original that a patch keeps to is the "
             "quantised one."
         )
-    written = len(weights if adapters is None else laid_out)
-    console.log(f"{target}: {written} parameters from {source.path} ({source.kind}).")
-    return str(target)
 
 
 def _settings(

@@ -36,7 +36,7 @@ from tnt_jax.data import marks, records, removed_everywhere, tokenization
 from tnt_jax.data.layouts import CAUSAL, num_shared_by
 from tnt_jax.data.token_automaton import Innocent, Listed, TokenAutomaton
 from tnt_jax.models import decoding, masking, sharding
-from tnt_jax.models.model import check_seed
+from tnt_jax.models.model import Model, check_seed
 from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime import (
     console,
@@ -155,24 +155,12 @@ def generate(
     )
     decoder = decoding.within_vocabulary(decoder, vocabulary, opened.model.config)
     rows = _read(prompts, vocabulary)
-
-    longest = task_feature_lengths["inputs"]
-    inputs = [marks.prompt_ids(row, vocabulary) for row in rows]
-    num_cut = sum(len(ids) > longest for ids in inputs)
-    if num_cut:
-        console.log(
-            f"{num_cut} of {len(rows)} inputs are cut at {longest} tokens (TASK_FEATURE_LENGTHS)."
-        )
+    inputs = _Inputs.of(rows, vocabulary, opened.model, task_feature_lengths["inputs"])
     masks = None
     if mask is not None:
-        masks = _Masks.of(rows, mask, vocabulary, mask_place, opened.model.config.vocab_size)
-        # Once, and not for every batch.
-        on_devices = jax.device_put(masks.tables, sharding.replicated(opened.model.mesh))
-        masks = dataclasses.replace(masks, tables=on_devices)
-    num_shared = 0
-    if opened.model.network.feature_layout == CAUSAL:
-        num_shared = num_shared_by(ids for ids in inputs if len(ids) <= longest)
-    batches = _plan([len(ids) for ids in inputs], batch_size, longest)
+        vocab_size = opened.model.config.vocab_size
+        masks = _Masks.of(rows, mask, vocabulary, mask_place, vocab_size).on(opened.model.mesh)
+    batches = _plan([len(ids) for ids in inputs.ids], batch_size, inputs.longest)
     explained = functools.partial(
         memory.explained,
         memory.inference_advice("BATCH_SIZE", "MAX_LENGTH", "NUM_BEAMS", "TASK_FEATURE_LENGTHS"),
@@ -185,20 +173,17 @@ def generate(
         params = opened.params
 
     def start(batch: _Batch) -> decoding.Decoded:
-        ids = [rows[index].id for index in batch.indices]
-        tokens = [inputs[index] for index in batch.indices]
-        of_batch = None if masks is None else masks.of_batch(batch.indices)
-        keys = decoding.record_keys(seed, ids) if decoder.temperature else None
+        tokens = [inputs.ids[index] for index in batch.indices]
+        names = [rows[index].id for index in batch.indices]
         return opened.model.decode(
             params,
             tokens,
             batch.width,
             decoder,
             batch_size,
-            row_keys=keys,
-            mask=of_batch,
-            # What is cut has lost its beginning.
-            num_shared=num_shared if max(map(len, tokens)) <= longest else 0,
+            row_keys=decoding.record_keys(seed, names) if decoder.temperature else None,
+            mask=None if masks is None else masks.of_batch(batch.indices),
+            num_shared=inputs.num_shared_by(tokens),
         )
 
     sizes = output_parts.sizes(len(batches), math.ceil(_OUTPUTS_PER_PART / batch_size))
@@ -216,21 +201,9 @@ def generate(
         "seed": seed,
     }
     with output_parts.opened(output, sizes, settings_json.describe(work)) as job:
-        own = [(part, batch) for part in job.missing for batch in batches_of[part]]
         began = time.monotonic()
         with explained():
-            decoded = _one_ahead([batch for _, batch in own], start)
-            num_own = sum(len(batch.indices) for _, batch in own)
-            for (part, _), (batch, tokens) in console.progress(
-                zip(own, decoded, strict=True),
-                f"generating {num_own} outputs, in batches",
-                total=len(own),
-            ):
-                made = [
-                    _output(rows[index], of_row, vocabulary, decoder)
-                    for index, of_row in zip(batch.indices, tokens, strict=False)  # filler is last
-                ]
-                job.add(part, [row.to_line() for row in made], _counts(made, decoder.end_ids))
+            _make_parts(job, batches_of, start, rows, vocabulary, decoder)
         job.wait_for_all()
         seconds = time.monotonic() - began
         job.join(
@@ -239,6 +212,65 @@ def generate(
         )
         operative_config.write(output)
         _log_end(output, job, batches, decoder, seconds)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Inputs:
+    """What the model is given.
+
+    Attributes:
+      ids: Of each prompt.
+      longest: Tokens at which they are cut.
+      num_shared: How many tokens those that are not cut begin with alike.
+    """
+
+    ids: Sequence[Sequence[int]]
+    longest: int
+    num_shared: int
+
+    @classmethod
+    def of(
+        cls, rows: Sequence[records.Record], vocabulary: Any, model: Model, longest: int
+    ) -> "_Inputs":
+        """Tokenises all prompts; says how many are cut."""
+        ids = [marks.prompt_ids(row, vocabulary) for row in rows]
+        if num_cut := sum(len(of_row) > longest for of_row in ids):
+            console.log(
+                f"{num_cut} of {len(rows)} inputs are cut at {longest} tokens "
+                "(TASK_FEATURE_LENGTHS)."
+            )
+        num_shared = 0
+        if model.network.feature_layout == CAUSAL:
+            num_shared = num_shared_by(of_row for of_row in ids if len(of_row) <= longest)
+        return cls(ids=ids, longest=longest, num_shared=num_shared)
+
+    def num_shared_by(self, batch: Sequence[Sequence[int]]) -> int:
+        """How many tokens a batch begins with alike: what is cut has lost its beginning."""
+        return self.num_shared if max(map(len, batch)) <= self.longest else 0
+
+
+def _make_parts(
+    job: output_parts.Parts,
+    batches_of: Sequence[Sequence[_Batch]],
+    start: Callable[[_Batch], decoding.Decoded],
+    rows: Sequence[records.Record],
+    vocabulary: Any,
+    decoder: decoding.Decoding,
+) -> None:
+    """Makes the outputs of this process's parts that are not there yet."""
+    own = [(part, batch) for part in job.missing for batch in batches_of[part]]
+    decoded = _one_ahead([batch for _, batch in own], start)
+    num_own = sum(len(batch.indices) for _, batch in own)
+    for (part, _), (batch, tokens) in console.progress(
+        zip(own, decoded, strict=True),
+        f"generating {num_own} outputs, in batches",
+        total=len(own),
+    ):
+        made = [
+            _output(rows[index], of_row, vocabulary, decoder)
+            for index, of_row in zip(batch.indices, tokens, strict=False)  # filler is last
+        ]
+        job.add(part, [row.to_line() for row in made], _counts(made, decoder.end_ids))
 
 
 def _in_turn(batches: Sequence[_Batch], sizes: Sequence[int]) -> Iterator[list[_Batch]]:
@@ -352,6 +384,11 @@ class _Masks:
             kinds=tuple(number_of),
             kind_of=np.array(kind_of, np.int32),
         )
+
+    def on(self, mesh: jax.sharding.Mesh) -> "_Masks":
+        """The same with its tables on all devices of a mesh: once, and not for every batch."""
+        tables = jax.device_put(self.tables, sharding.replicated(mesh))
+        return dataclasses.replace(self, tables=tables)
 
     def of_batch(self, indices: Sequence[int]) -> masking.Mask:
         """The mask of the prompts with these indices."""

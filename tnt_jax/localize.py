@@ -28,7 +28,7 @@ Example:
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -203,6 +203,7 @@ def localize(
             f"{', blame_as_strength=True' if blame_as_strength else ''}"
             f"{f', {ahead}' if ahead else ''})"
         )
+        extras = _extra_fields(rows, is_bad, values, label_field is None)
         marked = [
             dataclasses.replace(
                 mark(
@@ -215,13 +216,7 @@ def localize(
                 annotator=name,
                 extra=extra,
             )
-            for row, is_negative, v, extra in zip(
-                rows,
-                found,
-                values,
-                _extra_fields(rows, is_bad, values, label_field is None),
-                strict=True,
-            )
+            for row, is_negative, v, extra in zip(rows, found, values, extras, strict=True)
         ]
         result = _quality(values, is_bad, found)
         if label_field is None:
@@ -241,12 +236,8 @@ def localize(
                 batch_size=original_model.batch_size,
                 input_length=original_model.task_feature_lengths["inputs"],
             )
-            ids = ()
-            if label_field is None:  # what was given is known, and stays
-                ids = removed_everywhere.of_records(input)
-                marked = map(_with_marks_of, marked, rows)
-            everywhere = removed_everywhere.Ids(ids, {}) if ids else None
-            removed_everywhere.write_records(output, strengths.add_to(marked), everywhere)
+            given = rows if label_field is None else None
+            _write_ahead(output, input, marked, given, strengths)
             result["look_ahead"] = strengths.numbers()
         if check is not None:
             result["monte_carlo"] = _check(
@@ -257,6 +248,22 @@ def localize(
         _print(output, result)
         _warn_of_chance(result)
         return result
+
+
+def _write_ahead(
+    output: str,
+    input: str,
+    marked: Iterable[records.Record],
+    given: Sequence[records.Record] | None,
+    strengths: look_ahead.Strengths,
+) -> None:
+    """Writes records with strengths that look ahead, and the marks that were given: they stay."""
+    ids: tuple[int, ...] = ()
+    if given is not None:
+        ids = removed_everywhere.of_records(input)
+        marked = map(_with_marks_of, marked, given)
+    everywhere = removed_everywhere.Ids(ids, {}) if ids else None
+    removed_everywhere.write_records(output, strengths.add_to(marked), everywhere)
 
 
 # ------------------------------------------------------------------------------ What is given
