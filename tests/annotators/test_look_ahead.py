@@ -209,10 +209,10 @@ def test_bounds_hold():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_tokens": 0}, "LookAhead.num_tokens must be at least 1; found 0"),
-        ({"least_strength": -100.0}, "LookAhead.least_strength must be from -99 to 0; found -100"),
-        ({"least_strength": 0.5}, "LookAhead.least_strength must be from -99 to 0; found 0.5"),
-        ({"least_value": 1.0}, "LookAhead.least_value must be at least 0 and below 1; found 1.0"),
+        ({"num_tokens": 0}, "LookAhead.num_tokens: expected at least 1, found 0"),
+        ({"least_strength": -100.0}, "least_strength: expected from -99 to 0, found -100"),
+        ({"least_strength": 0.5}, "LookAhead.least_strength: expected from -99 to 0, found 0.5"),
+        ({"least_value": 1.0}, "LookAhead.least_value: expected at least 0 and below 1, found 1.0"),
     ],
 )
 def test_settings_that_make_no_sense(settings, message):

@@ -198,10 +198,10 @@ def test_blame_by_hand():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Threshold(ratio=0.0), "Threshold.ratio must be above 0 and at most 1; found 0.0"),
-        (lambda: Threshold(min_fall=2.0), "Threshold.min_fall must be from 0 to 1; found 2.0"),
-        (lambda: Training(dropout=1.0), "Training.dropout must be at least 0 and below 1; found "),
-        (lambda: Training(num_updates=0), "Training.num_updates must be at least 1; found 0"),
+        (lambda: Threshold(ratio=0.0), "ratio: expected above 0 and at most 1, found 0.0"),
+        (lambda: Threshold(min_fall=2.0), "Threshold.min_fall: expected from 0 to 1, found 2.0"),
+        (lambda: Training(dropout=1.0), "dropout: expected at least 0 and below 1, found "),
+        (lambda: Training(num_updates=0), "Training.num_updates: expected at least 1, found 0"),
     ],
 )
 def test_settings_out_of_range(make, message):

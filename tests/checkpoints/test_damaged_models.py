@@ -403,7 +403,7 @@ def test_a_size_that_no_network_has(damaged, key, value):
     """Half a kilobyte of JSON that asked for 20 GB."""
     change_json(damaged / "config.json", lambda config: config | {key: value})
     message = outcome(read, damaged)
-    assert "must be a whole number from 1 to" in message
+    assert ": expected a whole number from 1 to" in message
     assert message.endswith(f"not {value}.")
 
 

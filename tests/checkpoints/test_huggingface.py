@@ -170,7 +170,7 @@ def test_a_new_config_says_the_same(settings, is_tied):
         ({"eos_token_id": 2}, "config.json: expected T5's ids, eos_token_id 1, found 2"),
         ({"decoder_start_token_id": 5}, "decoder_start_token_id 0, found 5"),
         ({"feed_forward_proj": "gated-mish"}, "config.json: .*mlp_activations must name"),
-        ({"num_heads": 0}, "config.json: T5Config.num_heads must be a whole number"),
+        ({"num_heads": 0}, "config.json: T5Config.num_heads: expected a whole number"),
         ({"feed_forward_proj": 3}, "config.json: feed_forward_proj: expected str, found 3"),
         ({"layer_norm_epsilon": "1e-6"}, "layer_norm_epsilon: expected float or int, found '1e-6'"),
     ],

@@ -185,12 +185,12 @@ def test_stacked_layers_have_the_logits_and_gradients_of_layers_apart(config, re
     [
         ({"num_kv_heads": 3}, "multiple of num_kv_heads"),
         ({"head_dim": 7}, "head_dim to be even"),
-        ({"norms": "none"}, "norms must be one of pre, pre_and_post, post, not 'none'"),
+        ({"norms": "none"}, "norms: expected one of pre, pre_and_post, post, found 'none'"),
         ({"layer_pattern": (0, 1)}, "indices of the 1 layer_kinds"),
-        ({"num_layers": 0}, "num_layers must be a whole number from 1"),
+        ({"num_layers": 0}, "num_layers: expected a whole number from 1"),
         (
             {"final_softcap": 0.0},
-            "final_softcap must be above 0 and below 1e.06, or None; found 0.0",
+            "final_softcap: expected a number above 0 and below 1e.06, or None, found 0.0",
         ),
     ],
 )

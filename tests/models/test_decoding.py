@@ -541,13 +541,13 @@ def test_few_beams_find_what_the_search_on_lists_finds(num_beams, alpha, ends):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_length": 0}, "Decoding.max_length must be at least 1; found 0"),
-        ({"num_beams": 0}, "Decoding.num_beams must be at least 1"),
-        ({"temperature": -1.0}, "Decoding.temperature must be 0"),
-        ({"temperature": 1.0, "top_p": 0.0}, "Decoding.top_p must be above 0"),
-        ({"temperature": 1.0, "top_k": -1}, "Decoding.top_k must be 0"),
-        ({"length_penalty": -0.5}, "Decoding.length_penalty must be 0"),
-        ({"banned_ids": (4, 1)}, "Decoding.banned_ids must be without end_ids.*; found 1$"),
+        ({"max_length": 0}, "Decoding.max_length: expected at least 1, found 0"),
+        ({"num_beams": 0}, "Decoding.num_beams: expected at least 1"),
+        ({"temperature": -1.0}, "Decoding.temperature: expected 0"),
+        ({"temperature": 1.0, "top_p": 0.0}, "Decoding.top_p: expected above 0"),
+        ({"temperature": 1.0, "top_k": -1}, "Decoding.top_k: expected 0"),
+        ({"length_penalty": -0.5}, "Decoding.length_penalty: expected 0"),
+        ({"banned_ids": (4, 1)}, "Decoding.banned_ids: expected none of end_ids.*, found 1$"),
         ({"top_k": 5}, "set temperature above 0"),
         ({"top_p": 0.9}, "set temperature above 0"),
         ({"num_beams": 2, "temperature": 1.0}, "set num_beams=1 or temperature=0"),
@@ -555,7 +555,7 @@ def test_few_beams_find_what_the_search_on_lists_finds(num_beams, alpha, ends):
         ({"end_ids": (12,)}, "Decoding.end_ids: .* from 0 to 11; found 12\\b"),
         ({"banned_ids": (3, 12)}, "Decoding.banned_ids: .* from 0 to 11; found 12\\b"),
         ({"banned_ids": (-1,)}, "Decoding.banned_ids: .* from 0 to 11; found -1\\b"),
-        ({"temperature": 1.0, "top_k": 13}, "top_k: .* at most the vocabulary of 12 ids; found 13"),
+        ({"temperature": 1.0, "top_k": 13}, "top_k: .* at most the vocabulary of 12 ids, found 13"),
     ],
 )
 def test_a_wrong_setting_is_named(settings, message):
@@ -586,9 +586,9 @@ def test_ends_of_a_user_come_beside_those_of_the_tokeniser(asked, ends, banned):
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"banned_ids": (7,)}, "without end_ids"),
+        ({"banned_ids": (7,)}, "none of end_ids"),
         ({"end_ids": (99,)}, "from 0 to 11; found 99$"),
-        ({"temperature": 1.0, "top_k": 13}, "12 ids; found 13$"),
+        ({"temperature": 1.0, "top_k": 13}, "12 ids, found 13$"),
     ],
 )
 def test_what_no_tokeniser_can_say_is_named_alone(asked, message):

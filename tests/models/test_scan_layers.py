@@ -199,7 +199,7 @@ def test_shapes_are_stacked_as_arrays_are():
 
 @pytest.mark.parametrize("policy", ["all", "Full"])
 def test_an_unknown_policy_is_named(policy):
-    with pytest.raises(UsageError, match="remat_policy must be one of none, minimal, full; found"):
+    with pytest.raises(UsageError, match="policy: expected one of none, minimal, full, found"):
         dataclasses.replace(T5_1_0, remat_policy=policy)
 
 

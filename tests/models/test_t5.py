@@ -450,18 +450,24 @@ def test_initializers_are_those_of_t5x():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"emb_dim": 0}, "T5Config.emb_dim must be a whole number from 1 to 65,536, not 0"),
-        ({"emb_dim": True}, "T5Config.emb_dim must be a whole number from 1 to 65,536, not True"),
-        ({"num_heads": 10**30}, r"T5Config.num_heads must be a whole .* 4,096, not 1000\d*"),
-        ({"num_decoder_layers": 1001}, "num_decoder_layers must be .* from 1 to 1,000, not 1001"),
-        ({"relpos_max_distance": 10**9}, "relpos_max_distance must be .* to 1,048,576, not 1000"),
-        ({"layer_norm_epsilon": 1e9}, r"layer_norm_epsilon must be from 0 to 1, not 1000000000.0"),
-        ({"layer_norm_epsilon": math.nan}, r"layer_norm_epsilon must be from 0 to 1, not nan"),
+        ({"emb_dim": 0}, "T5Config.emb_dim: expected a whole number from 1 to 65,536, found 0"),
+        (
+            {"emb_dim": True},
+            "T5Config.emb_dim: expected a whole number from 1 to 65,536, found True",
+        ),
+        ({"num_heads": 10**30}, r"T5Config.num_heads: expected a whole .* 4,096, found 1000\d*"),
+        ({"num_decoder_layers": 1001}, "num_decoder_layers: expected .* from 1 to 1,000, found 1001"),
+        ({"relpos_max_distance": 10**9}, "relpos_max_distance: expected .* to 1,048,576, found 1000"),
+        (
+            {"layer_norm_epsilon": 1e9},
+            r"epsilon: expected a number from 0 to 1, found 1000000000.0",
+        ),
+        ({"layer_norm_epsilon": math.nan}, r"epsilon: expected a number from 0 to 1, found nan"),
         ({"mlp_activations": ("gelu", "glu")}, "gelu, linear, .*found .*'glu'"),
         ({"mlp_activations": ()}, "T5Config.mlp_activations must name one or more"),
-        ({"dtype": "float16"}, "T5Config.dtype must be float32 or bfloat16, not 'float16'"),
-        ({"dtype": "bf16"}, "T5Config.dtype must be float32 or bfloat16, not 'bf16'"),
-        ({"dropout_rate": 1.0}, r"T5Config.dropout_rate must be in \[0, 1\), not 1.0"),
+        ({"dtype": "float16"}, "T5Config.dtype: expected float32 or bfloat16, found 'float16'"),
+        ({"dtype": "bf16"}, "T5Config.dtype: expected float32 or bfloat16, found 'bf16'"),
+        ({"dropout_rate": 1.0}, r"T5Config.dropout_rate: expected a number in \[0, 1\), found 1.0"),
     ],
 )
 def test_a_wrong_setting_is_named(changes, message):

@@ -365,16 +365,16 @@ def test_marks_that_are_ignored_have_no_strength():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"negative_strength": 0.0}, "negative_strength must be above 0 and at most 1; got 0.0"),
-        ({"negative_strength": 1.5}, "negative_strength must be above 0 and at most 1; got 1.5"),
+        ({"negative_strength": 0.0}, "strength: expected above 0 and at most 1, found 0.0"),
+        ({"negative_strength": 1.5}, "strength: expected above 0 and at most 1, found 1.5"),
         (
             {"negative_strength": math.nan},
-            "negative_strength must be above 0 and at most 1; got nan",
+            "strength: expected above 0 and at most 1, found nan",
         ),
-        ({"negative_strength": True}, "negative_strength must be above 0 and at most 1; got True"),
+        ({"negative_strength": True}, "strength: expected above 0 and at most 1, found True"),
         (
             {"negative_term": "none", "negative_strength": 0.5},
-            "ignores everything marked; got negat",
+            "ignores everything marked, found negat",
         ),
         ({"negative_term": "none", "positive_term": "none"}, "leaves no loss at any position"),
     ],

@@ -253,7 +253,7 @@ def test_an_empty_output_has_the_value_of_nothing_said():
             "expected good and bad outputs in every choice of 1 of 2 folds",
         ),
         ({"NUM_FOLDS": 1}, "NUM_FOLDS: expected at least 2, found 1."),
-        ({"THRESHOLD_RATIO": 0.0}, "Threshold.ratio must be above 0 and at most 1; found 0.0"),
+        ({"THRESHOLD_RATIO": 0.0}, "Threshold.ratio: expected above 0 and at most 1, found 0.0"),
         ({"OUTPUT": "/proc/output"}, "OUTPUT: expected a file that can be written, found "),
     ],
 )
@@ -394,11 +394,11 @@ def test_what_looks_ahead_is_trained_on(looked_ahead, optimised):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"LOOK_AHEAD": -1}, "LookAhead.num_tokens must be at least 1; found -1"),
+        ({"LOOK_AHEAD": -1}, "LookAhead.num_tokens: expected at least 1, found -1"),
         ({"LOOK_AHEAD": 999}, "LOOK_AHEAD: expected at most the 37 tokens that the model can say"),
         (
             {"LOOK_AHEAD": 2, "look_ahead.settings_of.least_strength": -200},
-            "LookAhead.least_strength must be from -99 to 0; found -200",
+            "LookAhead.least_strength: expected from -99 to 0, found -200",
         ),
     ],
 )

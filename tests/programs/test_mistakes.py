@@ -105,10 +105,10 @@ def record(**fields):
             "--gin.OPTIMIZER=@optax.adamm: Couldn't resolve selector optax.adamm; optax has no "
             "attribute adamm.",
         ),
-        ({"NEGATIVE_WEIGHT": -1.0}, "negative_weight must be 0 or more, and finite; got -1.0."),
+        ({"NEGATIVE_WEIGHT": -1.0}, "negative_weight: expected 0 or more, and finite, found -1.0."),
         (
             {"objectives.TntObjective.negative_term": "reverse"},
-            "negative_term must be one of forward_kl, ",
+            "negative_term: expected one of forward_kl, ",
         ),
     ],
 )
@@ -401,7 +401,7 @@ def test_an_output_directory_that_others_have_written_to(mistake):
     settings = {"OUTPUT_DIR": "of_others", "ARMS": "[@tnrf/experiment.Arm()]", "TRAIN_STEPS": 1}
     note = "of_others/stages/TNRF_train.json"
     assert mistake("pipeline", settings) == (
-        "TNRF: train: expected nothing, or what this run made, in of_others/TNRF/model; found "
+        "TNRF: train: expected nothing, or what this run made, in of_others/TNRF/model, found "
         f"files, and no {note}. Set another OUTPUT_DIR, or delete the folder."
     )
     # A damaged note is none.
@@ -649,7 +649,7 @@ def test_a_long_list_that_no_device_has_room_for(mistake, monkeypatch):
         (
             "generate",
             {"TOP_P": 2.0},
-            "Decoding.top_p must be above 0 and at most 1 (off); found 2.0",
+            "Decoding.top_p: expected above 0 and at most 1 (off), found 2.0",
         ),
         (
             "generate",

@@ -62,7 +62,7 @@ class LookAhead:
         ):
             if not holds:
                 raise UsageError(
-                    f"LookAhead.{name} must be {expected}; found {getattr(self, name)}"
+                    f"LookAhead.{name}: expected {expected}, found {getattr(self, name)}"
                 )
 
     def strengths(self, probs: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -147,7 +147,8 @@ class Training:
             ("weight_decay", "at least 0", self.weight_decay >= 0),
         ):
             if not holds:
-                raise UsageError(f"Training.{name} must be {expected}; found {getattr(self, name)}")
+                found = getattr(self, name)
+                raise UsageError(f"Training.{name}: expected {expected}, found {found}")
 
     @property
     def head(self) -> ValueHead:
@@ -304,7 +305,7 @@ class Threshold:
         ):
             if not holds:
                 raise UsageError(
-                    f"Threshold.{name} must be {expected}; found {getattr(self, name)}"
+                    f"Threshold.{name}: expected {expected}, found {getattr(self, name)}"
                 )
 
     def negative(self, values: np.ndarray) -> np.ndarray:

@@ -53,7 +53,7 @@ class Llama3Scaling:
         ):
             raise UsageError(
                 "Llama3Scaling: expected factor of at least 1, 0 < low_freq_factor < "
-                f"high_freq_factor and original_max_positions above 0; found {self}."
+                f"high_freq_factor and original_max_positions above 0, found {self}."
             )
 
 
@@ -167,7 +167,7 @@ class CausalLMConfig(NetworkConfig):
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UsageError(
-                    f"CausalLMConfig.{name} must be one of {', '.join(choices)}, not "
+                    f"CausalLMConfig.{name}: expected one of {', '.join(choices)}, found "
                     f"{getattr(self, name)!r:.60}"
                 )
         if self.num_heads % self.num_kv_heads or self.head_dim % 2:
@@ -179,8 +179,8 @@ class CausalLMConfig(NetworkConfig):
             softcap = getattr(self, name)
             if softcap is not None and not 0 < softcap < _LARGEST_SOFTCAP:
                 raise UsageError(
-                    f"CausalLMConfig.{name} must be above 0 and below "
-                    f"{_LARGEST_SOFTCAP:g}, or None; found {softcap!r:.60}"
+                    f"CausalLMConfig.{name}: expected a number above 0 and below "
+                    f"{_LARGEST_SOFTCAP:g}, or None, found {softcap!r:.60}"
                 )
         if self.attention == "cudnn" and self.dtype != jnp.bfloat16:
             raise UsageError(
@@ -196,7 +196,7 @@ class CausalLMConfig(NetworkConfig):
         if not self.layer_pattern or any(kind not in kinds for kind in self.layer_pattern):
             raise UsageError(
                 f"CausalLMConfig.layer_pattern must have indices of the {len(self.layer_kinds)} "
-                f"layer_kinds, not {self.layer_pattern!s:.80}"
+                f"layer_kinds, found {self.layer_pattern!s:.80}"
             )
 
     @property

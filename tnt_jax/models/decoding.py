@@ -70,10 +70,11 @@ class Decoding:
             ("length_penalty", "0 (off) or above", self.length_penalty >= 0),
         ):
             if not holds:
-                raise UsageError(f"Decoding.{name} must be {expected}; found {getattr(self, name)}")
+                found = getattr(self, name)
+                raise UsageError(f"Decoding.{name}: expected {expected}, found {found}")
         if both := set(self.end_ids).intersection(self.banned_ids):
             raise UsageError(
-                "Decoding.banned_ids must be without end_ids, or no output could end; found "
+                "Decoding.banned_ids: expected none of end_ids, or no output could end, found "
                 f"{min(both)}"
             )
         if self.temperature == 0 and (self.top_k > 0 or self.top_p < 1):
@@ -139,7 +140,7 @@ def _check_within(decoding: Decoding, vocab_size: int) -> None:
             )
     if decoding.top_k > vocab_size:
         raise UsageError(
-            f"Decoding.top_k: expected at most the vocabulary of {vocab_size} ids; found "
+            f"Decoding.top_k: expected at most the vocabulary of {vocab_size} ids, found "
             f"{decoding.top_k}"
         )
 

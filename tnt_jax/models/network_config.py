@@ -129,7 +129,7 @@ class NetworkConfig:
         with contextlib.suppress(TypeError):  # not the name of any dtype
             dtype = jnp.dtype(self.dtype)
         if dtype not in (jnp.float32, jnp.bfloat16):
-            raise UsageError(f"{family}.dtype must be float32 or bfloat16, not {self.dtype!r}")
+            raise UsageError(f"{family}.dtype: expected float32 or bfloat16, found {self.dtype!r}")
         object.__setattr__(self, "dtype", dtype)
         if self.attention not in ATTENTIONS:
             raise UsageError(
@@ -137,15 +137,17 @@ class NetworkConfig:
             )
         if self.remat_policy not in REMAT_POLICIES:
             raise UsageError(
-                f"{family}.remat_policy must be one of {', '.join(REMAT_POLICIES)}; "
+                f"{family}.remat_policy: expected one of {', '.join(REMAT_POLICIES)}, "
                 f"found {self.remat_policy!r}"
             )
         if not 0.0 <= self.dropout_rate < 1.0:
-            raise UsageError(f"{family}.dropout_rate must be in [0, 1), not {self.dropout_rate}")
+            raise UsageError(
+                f"{family}.dropout_rate: expected a number in [0, 1), found {self.dropout_rate}"
+            )
         if not 0 <= self.layer_norm_epsilon <= _LARGEST_EPSILON:
             raise UsageError(
-                f"{family}.layer_norm_epsilon must be from 0 to {_LARGEST_EPSILON:g}, not "
-                f"{self.layer_norm_epsilon!r:.60}"
+                f"{family}.layer_norm_epsilon: expected a number from 0 to {_LARGEST_EPSILON:g}, "
+                f"found {self.layer_norm_epsilon!r:.60}"
             )
         object.__setattr__(self, "layer_norm_epsilon", float(self.layer_norm_epsilon))
 
@@ -155,6 +157,6 @@ class NetworkConfig:
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= most:  # True is an int as well
                 raise UsageError(
-                    f"{type(self).__name__}.{name} must be a whole number from 1 to {most:,}, "
-                    f"not {value!r:.60}"
+                    f"{type(self).__name__}.{name}: expected a whole number from 1 to {most:,}, "
+                    f"found {value!r:.60}"
                 )

@@ -59,8 +59,8 @@ class T5Config(NetworkConfig):
         buckets, distance = self.num_relpos_buckets, self.relpos_max_distance
         if buckets % 4 or distance <= buckets // 2:
             raise UsageError(
-                "T5Config.num_relpos_buckets must be a multiple of 4 and less than twice "
-                f"relpos_max_distance, not {buckets} with {distance}"
+                "T5Config.num_relpos_buckets: expected a multiple of 4 and less than twice "
+                f"relpos_max_distance, found {buckets} with {distance}"
             )
 
     @property

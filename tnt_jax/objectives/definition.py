@@ -136,7 +136,8 @@ class FinalTokenPreference:
             ("rest_weight", 0 <= self.rest_weight < math.inf, "0 or more, and finite"),
         ):
             if not is_valid:
-                raise UsageError(f"ftpo: {name} must be {allowed}; got {getattr(self, name)!r}.")
+                found = getattr(self, name)
+                raise UsageError(f"ftpo: {name}: expected {allowed}, found {found!r}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -230,7 +231,7 @@ class TntObjective:
         ):
             if getattr(self, name) not in allowed:
                 raise UsageError(
-                    f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}."
+                    f"{name}: expected one of {', '.join(allowed)}, found {getattr(self, name)!r}."
                 )
         for name, is_valid, allowed in (
             ("negative_weight", 0 <= self.negative_weight < math.inf, "0 or more, and finite"),
@@ -253,19 +254,19 @@ class TntObjective:
             ),
         ):
             if not is_valid:
-                raise UsageError(f"{name} must be {allowed}; got {getattr(self, name)!r}.")
+                raise UsageError(f"{name}: expected {allowed}, found {getattr(self, name)!r}.")
 
         if self.residual_weight != 1 and (self.negative_term not in _SPLIT_TERMS or self.smoothing):
             raise UsageError(
                 f"residual_weight belongs to negative_term={' or '.join(_SPLIT_TERMS)} without "
-                f"smoothing; got residual_weight={self.residual_weight} with "
+                f"smoothing, found residual_weight={self.residual_weight} with "
                 f"{self.negative_term!r}, smoothing={self.smoothing}. Set residual_weight=1, or "
                 "change negative_term."
             )
         for name in ("label_smoothing", "z_loss"):
             if getattr(self, name) and self.positive_term != "log_likelihood":
                 raise UsageError(
-                    f"{name} belongs to positive_term='log_likelihood'; got "
+                    f"{name} belongs to positive_term='log_likelihood', found "
                     f"{name}={getattr(self, name)} with positive_term={self.positive_term!r}. "
                     f"Set {name}=0, or change positive_term."
                 )
@@ -275,12 +276,12 @@ class TntObjective:
                 if term not in _SMOOTHABLE_TERMS:
                     raise UsageError(
                         f"smoothing reproduces t5patches and exists for "
-                        f"{', '.join(_SMOOTHABLE_TERMS)} only; got smoothing={self.smoothing} with "
-                        f"{term!r}. Set smoothing=0."
+                        f"{', '.join(_SMOOTHABLE_TERMS)} only, found smoothing={self.smoothing} "
+                        f"with {term!r}. Set smoothing=0."
                     )
             if self.label_smoothing:
                 raise UsageError(
-                    f"smoothing and label_smoothing both smooth the target token; got "
+                    f"smoothing and label_smoothing both smooth the target token, found "
                     f"smoothing={self.smoothing}, label_smoothing={self.label_smoothing}. Set one "
                     f"of them to 0."
                 )
@@ -291,7 +292,7 @@ class TntObjective:
             )
         if self.negative_strength != 1 and self.negative_term == "none":
             raise UsageError(
-                "negative_term='none' ignores everything marked; got "
+                "negative_term='none' ignores everything marked, found "
                 f"negative_strength={self.negative_strength}. Set negative_strength=1, or choose "
                 "another negative_term."
             )
@@ -309,7 +310,7 @@ class TntObjective:
         ):
             if getattr(self, name) != default and self.negative_term != term:
                 raise UsageError(
-                    f"{name} belongs to negative_term={term!r}; got {name}={getattr(self, name)} "
+                    f"{name} belongs to negative_term={term!r}, found {name}={getattr(self, name)} "
                     f"with {self.negative_term!r}. Leave {name} out, or change negative_term."
                 )
 
@@ -328,7 +329,7 @@ class TntObjective:
             )
         if max(self.removed_everywhere, default=-1) >= vocab_size:
             raise UsageError(
-                f"removed_everywhere must hold ids below the vocabulary size, {vocab_size}; got "
+                f"removed_everywhere: expected ids below the vocabulary size, {vocab_size}, found "
                 f"{max(self.removed_everywhere)}. Take the ids from the vocabulary of this model."
             )
 
