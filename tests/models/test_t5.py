@@ -456,8 +456,8 @@ def test_initializers_are_those_of_t5x():
             "T5Config.emb_dim: expected a whole number from 1 to 65,536, found True",
         ),
         ({"num_heads": 10**30}, r"T5Config.num_heads: expected a whole .* 4,096, found 1000\d*"),
-        ({"num_decoder_layers": 1001}, "num_decoder_layers: expected .* from 1 to 1,000, found 1001"),
-        ({"relpos_max_distance": 10**9}, "relpos_max_distance: expected .* to 1,048,576, found 1000"),
+        ({"num_decoder_layers": 1001}, "decoder_layers: expected .* from 1 to 1,000, found 1001"),
+        ({"relpos_max_distance": 10**9}, "max_distance: expected .* to 1,048,576, found 1000"),
         (
             {"layer_norm_epsilon": 1e9},
             r"epsilon: expected a number from 0 to 1, found 1000000000.0",
