@@ -219,7 +219,7 @@ class _Inputs:
     """What the model is given.
 
     Attributes:
-      ids: Of each prompt.
+      ids: The token ids of each prompt.
       longest: Tokens at which they are cut.
       num_shared: How many tokens those that are not cut begin with alike.
     """

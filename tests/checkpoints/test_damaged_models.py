@@ -404,7 +404,7 @@ def test_a_size_that_no_network_has(damaged, key, value):
     change_json(damaged / "config.json", lambda config: config | {key: value})
     message = outcome(read, damaged)
     assert ": expected a whole number from 1 to" in message
-    assert message.endswith(f"not {value}.")
+    assert message.endswith(f"found {value}.")
 
 
 @of_format("huggingface")

@@ -39,7 +39,7 @@ def test_in_our_format_the_model_of_the_last_round_is_handed_over(folder, tmp_pa
 def test_a_model_of_the_hub_that_changed_since_is_refused(tmp_path, monkeypatch):
     """Stages know it by its name alone, and would go on with outputs of other weights."""
     revisions = iter(["aaa", "aaa", "bbb", None])
-    monkeypatch.setattr(experiment_run.pretrained, "revision", lambda path: next(revisions))
+    monkeypatch.setattr(experiment_run.checkpoint_kinds, "revision", lambda path: next(revisions))
     for _ in range(2):
         experiment_run._check_revision(tmp_path, "someone/model")
     message = r"^someone/model has changed on the Hugging Face hub: its revision is bbb, .* aaa\."

@@ -212,9 +212,9 @@ def test_a_rotation_that_is_null_is_that_of_the_family(name, key):
         ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers: expected a number for each of 4"),
         ("gemma", {"final_logit_softcapping": 30.0}, "final_logit_softcapping: expected nothing"),
         ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: expected nothing"),
-        ("gemma3", {"final_logit_softcapping": -1}, "final_softcap must be .* found -1"),
+        ("gemma3", {"final_logit_softcapping": -1}, "final_softcap: expected .* found -1"),
         ("gemma2", {"attn_logit_softcapping": 0}, "attention_softcap: expected .* 0 .* found 0"),
-        ("gemma2", {"final_logit_softcapping": 10**400}, "final_softcap must be .* found 1000"),
+        ("gemma2", {"final_logit_softcapping": 10**400}, "final_softcap: expected .* found 1000"),
         ("gemma2", {"attn_logit_softcapping": True}, "attn_logit_softcapping: expected float"),
     ],
 )

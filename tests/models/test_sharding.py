@@ -105,7 +105,7 @@ def test_a_batch_that_does_not_split_is_refused(batch_size, mesh):
 
 def test_a_batch_that_splits_passes(mesh):
     sharding.check_batch_size(24, 2, mesh)
-    with pytest.raises(UsageError, match=r"num_microbatches"):
+    with pytest.raises(UsageError, match="NUM_MICROBATCHES"):
         sharding.check_batch_size(24, 0, mesh)
 
 

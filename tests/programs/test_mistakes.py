@@ -401,7 +401,7 @@ def test_an_output_directory_that_others_have_written_to(mistake):
     settings = {"OUTPUT_DIR": "of_others", "ARMS": "[@tnrf/experiment.Arm()]", "TRAIN_STEPS": 1}
     note = "of_others/stages/TNRF_train.json"
     assert mistake("pipeline", settings) == (
-        "TNRF: train: expected nothing, or what this run made, in of_others/TNRF/model, found "
+        "TNRF: train: expected nothing, or what this run made, in of_others/TNRF/model; found "
         f"files, and no {note}. Set another OUTPUT_DIR, or delete the folder."
     )
     # A damaged note is none.

@@ -164,11 +164,15 @@ def test_a_part_that_vanishes_is_named(two_of_three, when):
 
 def test_a_folder_of_others_is_left_alone(two_of_three):
     (two_of_three / "thesis.txt").write_text("mine")
-    message = r"expected nothing in .*three\.jsonl\.parts, or .*thesis"
-    with pytest.raises(UsageError, match=message):
+    of_beam = two_of_three.with_name("three.jsonl.beam")
+    shutil.copytree(two_of_three, of_beam)
+    message = r"expected nothing in .*three\.jsonl\.{}, or .*thesis"
+    with pytest.raises(UsageError, match=message.format("parts")):
         do("three.jsonl", [2], {"seed": 2})
-    with pytest.raises(UsageError, match=message):  # before Beam is looked for
+    with pytest.raises(UsageError, match=message.format("beam")):  # before Beam is looked for
         list(beam_jobs.map_records(lambda row: row, "few.jsonl", "three.jsonl", []))
+    assert (of_beam / "thesis.txt").exists()
+    shutil.rmtree(of_beam)
     assert (two_of_three / "thesis.txt").read_text() == "mine"
     assert part_files("three.jsonl") == ["00000.jsonl", "00001.jsonl"]
 

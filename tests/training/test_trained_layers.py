@@ -318,7 +318,7 @@ def test_every_kind_is_evaluated(kind, trained_layers, objective):
 
 
 def test_settings_that_do_not_fit(tmp_path):
-    with pytest.raises(UsageError, match=r"DROPOUT_RATE: expected 0 .*, found 0\.1\."):
+    with pytest.raises(UsageError, match=r"DROPOUT_RATE: expected 0 .*; found 0\.1\."):
         made("cached", dataclasses.replace(T5, dropout_rate=0.1), 1)
     with pytest.raises(UsageError, match=r"TRAINED_LAYERS: .* 1 to 2, .* found 3\."):
         made("cached", T5, 3)[0].abstract_params  # noqa: B018
