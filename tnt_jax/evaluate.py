@@ -269,7 +269,7 @@ def _certificate(
     ):
         first = number * settings.batch_size
         in_batch = examples[first : first + settings.batch_size]
-        known = {name: of.of_rows(batch, in_batch) for name, of in states.items()}
+        known = {name: of.of_rows(in_batch, batch[of.like].shape) for name, of in states.items()}
         placed = sharding.put_batch({**batch, **known}, compared.mesh)
         of_batch, values = jax.device_get(step(current_params, original_params, placed))
         sums.append(of_batch)

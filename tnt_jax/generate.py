@@ -363,7 +363,7 @@ class _Masks:
         listed = [mask.unwanted(row) for row in rows]
         first = listed[0] if listed else Listed(())
         compiled = first.compiled(vocabulary, removes_starts=is_at_start)
-        words = innocent.words(place.innocent, mask) if is_at_start and place.innocent else ()
+        words = innocent.words(place.innocent, mask) if place.innocent else ()
         known = Innocent(words, case_sensitive=first.case_sensitive)
         own: list[tuple[str, ...]] = [()] * len(rows)
         if is_at_start:

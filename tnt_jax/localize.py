@@ -368,8 +368,8 @@ class _Outputs:
         return [self._examples[index].inputs for index in indices]
 
     def _states_of(self, indices: np.ndarray) -> np.ndarray:
-        placed = [(self._examples[index], row, 0) for row, index in enumerate(indices)]
-        return self._states.feature(placed, (len(indices), self._length))
+        examples = [self._examples[index] for index in indices]
+        return self._states.of_rows(examples, (len(indices), self._length))
 
     def padded(self, indices: np.ndarray) -> np.ndarray:
         """Their tokens `[B, T]`, filled up with 0."""

@@ -29,10 +29,7 @@ import jax
 from etils import epath
 
 from tnt_jax import objectives
-from tnt_jax.checkpoints import (
-    checkpoint_kinds,
-    pretrained,
-)
+from tnt_jax.checkpoints import checkpoint_kinds, pretrained
 from tnt_jax.data import datasets, negative_sets
 from tnt_jax.data.batches import Batches
 from tnt_jax.data.examples import (

@@ -547,6 +547,22 @@ def test_words_around_the_marks_of_any_annotator_are_innocent(tmp_path):
     assert removed == [[(), ()], [((2, (b,)),), ()]]
 
 
+class SomeBees(Bees):
+    """Knows no record whose text begins with "un"."""
+
+    def annotate(self, record):
+        return None if record.targets.startswith("un") else super().annotate(record)
+
+
+def test_records_that_an_annotator_does_not_know_say_nothing_of_words(tmp_path):
+    """Theirs are no unwanted ones, beside which a word that looks like them would be a slip."""
+    texts = ["a beekeeper"] * 2 + ["unknown beekeepers"] * 60
+    rows = [records.Record(id=str(n), inputs="", targets=text) for n, text in enumerate(texts)]
+    records.write_records(tmp_path / "outputs.jsonl", rows)
+    found = innocent.words(str(tmp_path / "outputs.jsonl"), SomeBees())
+    assert "beekeeper" in found and "beekeepers" not in found
+
+
 def test_apache_beam_is_refused_files_in_an_object_store():
     for paths in (("gs://b/in.jsonl", "out.jsonl"), ("in.jsonl", "gs://b/out.jsonl")):
         with pytest.raises(UsageError, match=r"that all workers see, found gs://b/.*\. Copy"):

@@ -16,12 +16,7 @@ from etils import epath
 from helpers import gguf_writer, golden_model, rooms, tiny_tokenizers
 
 from tnt_jax import convert
-from tnt_jax.checkpoints import (
-    checkpoint_kinds,
-    gguf_files,
-    lazy_arrays,
-    pretrained,
-)
+from tnt_jax.checkpoints import checkpoint_kinds, gguf_files, lazy_arrays, pretrained
 from tnt_jax.data import hub_tokenizer
 from tnt_jax.data.examples import Example
 from tnt_jax.data.layouts import CAUSAL

@@ -9,12 +9,7 @@ import optax
 import pytest
 from jax.experimental import multihost_utils
 
-from tnt_jax.checkpoints import (
-    checkpoint_kinds,
-    digests,
-    lazy_arrays,
-    orbax,
-)
+from tnt_jax.checkpoints import checkpoint_kinds, digests, lazy_arrays, orbax
 from tnt_jax.models import parameters, sharding
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.training import run_checkpoints, settings, train_step

@@ -15,12 +15,7 @@ from etils import epath
 from helpers.huggingface_model import TINY, write_directory
 
 from tnt_jax import convert
-from tnt_jax.checkpoints import (
-    checkpoint_kinds,
-    lazy_arrays,
-    orbax,
-    pretrained,
-)
+from tnt_jax.checkpoints import checkpoint_kinds, lazy_arrays, orbax, pretrained
 from tnt_jax.data import tokenization, vocabularies
 from tnt_jax.models import parameters, sharding, t5
 from tnt_jax.models.model import Model

@@ -18,12 +18,7 @@ from etils import epath
 from helpers import golden_model
 
 from tnt_jax import convert
-from tnt_jax.checkpoints import (
-    huggingface,
-    huggingface_causal_lm,
-    pretrained,
-    safetensors_files,
-)
+from tnt_jax.checkpoints import huggingface, huggingface_causal_lm, pretrained, safetensors_files
 from tnt_jax.data.examples import Example
 from tnt_jax.data.layouts import CAUSAL
 from tnt_jax.models import causal_lm, decoding

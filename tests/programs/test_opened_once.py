@@ -7,9 +7,7 @@ import dataclasses
 import pytest
 from helpers import rooms
 
-from tnt_jax.checkpoints import (
-    checkpoint_kinds,
-)
+from tnt_jax.checkpoints import checkpoint_kinds
 from tnt_jax.data import records
 
 

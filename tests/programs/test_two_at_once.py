@@ -13,10 +13,7 @@ from helpers import rooms, several
 from helpers.holders import held_by_another, note_of, refusal
 
 from tnt_jax import convert
-from tnt_jax.checkpoints import (
-    checkpoint_kinds,
-    orbax,
-)
+from tnt_jax.checkpoints import checkpoint_kinds, orbax
 from tnt_jax.data import records
 from tnt_jax.runtime import holding
 from tnt_jax.runtime.errors import UsageError

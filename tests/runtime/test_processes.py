@@ -20,10 +20,7 @@ import pytest
 from etils import epath
 from helpers import rooms, several
 
-from tnt_jax.checkpoints import (
-    checkpoint_kinds,
-    orbax,
-)
+from tnt_jax.checkpoints import checkpoint_kinds, orbax
 from tnt_jax.data import records
 from tnt_jax.runtime import processes
 from tnt_jax.runtime.errors import UsageError

@@ -18,11 +18,7 @@ import numpy as np
 import pytest
 from helpers import rooms, t5_inputs
 
-from tnt_jax.checkpoints import (
-    checkpoint_kinds,
-    orbax,
-    pretrained,
-)
+from tnt_jax.checkpoints import checkpoint_kinds, orbax, pretrained
 from tnt_jax.data import records
 from tnt_jax.models import sharding, t5
 from tnt_jax.runtime import processes

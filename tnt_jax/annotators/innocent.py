@@ -32,6 +32,8 @@ def words(
     for row in itertools.islice(records.iterate(input), num_records):
         num_read += 1
         outside = _outside(row, annotator)
+        if outside is None:
+            continue
         counts.update(set(outside))
         unwanted = collections.Counter(map(str.lower, words_of.texts(row.targets)))
         unwanted.subtract(map(str.lower, outside))
@@ -45,13 +47,18 @@ def words(
     return phrases.forms(found)
 
 
-def _outside(row: records.Record, annotator: interface.Annotator | interface.Mask) -> Sequence[str]:
-    """The words of a record's targets that are in nothing that the annotator calls unwanted."""
+def _outside(
+    row: records.Record, annotator: interface.Annotator | interface.Mask
+) -> Sequence[str] | None:
+    """The words of a record's targets that are in nothing that the annotator calls unwanted.
+
+    None where it does not know the record.
+    """
     if isinstance(annotator, interface.KnowsInnocentWords):
         return annotator.innocent_words(row.targets)
     found = annotator.annotate(row) if isinstance(annotator, interface.Annotator) else None
     if found is None:
-        return ()
+        return None
     return [
         row.targets[start:end].lower()
         for start, end in words_of.extents(row.targets)

@@ -99,8 +99,8 @@ class Noisy:
 
     def innocent_words(self, text: str) -> Sequence[str]:
         """What the other annotator says of a text, if it says anything."""
-        of_other = self.annotator
-        return of_other.innocent_words(text) if isinstance(of_other, KnowsInnocentWords) else ()
+        other = self.annotator
+        return other.innocent_words(text) if isinstance(other, KnowsInnocentWords) else ()
 
     def everywhere(self) -> Listed | None:
         """What the other annotator removes everywhere."""

@@ -13,12 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from tnt_jax.checkpoints import (
-    huggingface,
-    pretrained,
-    safetensors_files,
-    trained_parts,
-)
+from tnt_jax.checkpoints import huggingface, pretrained, safetensors_files, trained_parts
 from tnt_jax.checkpoints.hub_family import HubFamily
 from tnt_jax.checkpoints.lazy_arrays import LazyArray
 from tnt_jax.models.network_config import NetworkConfig

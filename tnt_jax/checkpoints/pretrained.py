@@ -26,18 +26,12 @@ from tnt_jax.checkpoints import (
 )
 from tnt_jax.checkpoints.checkpoint_kinds import Kind, kind_of
 from tnt_jax.checkpoints.lazy_arrays import LazyArray
-from tnt_jax.data import hub_tokenizer, tokenization, vocabularies
+from tnt_jax.data import hub_files, hub_tokenizer, tokenization, vocabularies
 from tnt_jax.models import adapters, families, parameters
 from tnt_jax.models.network_config import COMPUTATION, NetworkConfig
 from tnt_jax.runtime import console, files
 from tnt_jax.runtime.array_types import PyTree
 from tnt_jax.runtime.errors import UsageError
-
-# ----------------------------------------------------------------------------- Kinds of checkpoint
-
-
-# ------------------------------------------------------------------------------- Opening
-
 
 _SOME_BYTES = 64 * 10**6  # of `Pretrained.digest_of_some`
 
@@ -468,7 +462,7 @@ def vocabulary(
     given = epath.Path(path).expanduser()
     if gguf_files.is_gguf(given):
         folder = gguf_models.tokenizer(given)
-    elif given.name == vocabularies.TOKENIZER and given.is_file():
+    elif given.name == hub_files.TOKENIZER and given.is_file():
         raise UsageError(
             f"VOCABULARY_PATH: expected a directory, found a file in it, {path}: what is beside it "
             f"counts, too. Set VOCABULARY_PATH={given.parent}."

@@ -357,14 +357,13 @@ class ChatTokenizer(hub_tokenizer.HubTokenizer):
         Whoever reads the directory then asks as this tokeniser does, and stops where it does.
         """
         super().copy_files(folder)
-        copied = hub_tokenizer.HubTokenizer(str(folder))
-        if not has_template(folder) or of_directory(folder, copied).source != self.source:
+        plain = self.template.tokeniser
+        if not has_template(folder) or of_directory(folder, plain).source != self.source:
             (folder / TEMPLATE).write_text(self.source)
-        if self.end_id not in copied.end_ids:
-            file = folder / hub_files.GENERATION
-            settings = files.read_object(file) if file.exists() else {}
-            settings = {**settings, "eos_token_id": [*sorted(copied.end_ids), self.end_id]}
-            file.write_text(files.json_text(settings))
+        if self.end_id not in plain.end_ids:
+            ends = {"eos_token_id": [*sorted(plain.end_ids), self.end_id]}
+            stated = hub_files.settings(folder, hub_files.GENERATION)
+            (folder / hub_files.GENERATION).write_text(files.json_text({**stated, **ends}))
 
     @property
     def _of_prompts(self) -> tuple[str, ...]:

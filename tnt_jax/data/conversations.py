@@ -31,13 +31,12 @@ def as_record(fields: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     """
     given = {name for name, value in fields.items() if value is not None}
     if "inputs" not in given and "messages" in given:
-        twice = given & {"completion"} | (
-            {"prompt"} if isinstance(fields.get("prompt"), list) else set()
-        )
+        twice = ["completion"] * ("completion" in given)
+        twice += ["prompt"] * isinstance(fields.get("prompt"), list)
         if twice:
             raise UsageError(
                 f"{where}: expected messages, or prompt and completion, found messages and "
-                f"{' and '.join(sorted(twice))}. Leave one of the two out."
+                f"{' and '.join(twice)}. Leave one of the two out."
             )
     elif "inputs" not in given and "prompt" in given:
         fields = _from_pair(fields, where)

@@ -293,9 +293,9 @@ def record_task(
         rows = datasets.check_trainable(records.read_records(file), file, annotated)
         for of_ids in removed_everywhere.files_of(file):
             console.log(
-                f"{of_ids}: ids that an annotator removes at every position, which a task has no "
-                "place for. tnt_jax.train removes them. For T5X, bind "
-                "objectives.TntObjective.removed_everywhere (docs/howto_t5x.md)."
+                f"{of_ids}: ids that an annotator removes at every position. tnt_jax.train removes "
+                "them there; T5X does if objectives.TntObjective.removed_everywhere is bound "
+                "(docs/howto_t5x.md)."
             )
         for record in rows:
             if record.messages:  # seqio's vocabularies are of no chat model

@@ -16,6 +16,7 @@ from etils import epath
 from sentencepiece import sentencepiece_model_pb2
 
 from tnt_jax.data import chat, hub_files, hub_tokenizer, tokenization
+from tnt_jax.data.hub_files import TOKENIZER
 from tnt_jax.runtime import console, files
 from tnt_jax.runtime.errors import UsageError, naming_file
 
@@ -23,7 +24,6 @@ T5_EXTRA_IDS = 100
 _BYT5_EXTRA_IDS = 125
 _MOST_EXTRA_IDS = 100_000
 _SENTENCEPIECE = "spiece.model"
-TOKENIZER = "tokenizer.json"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _EXTRA_ID = re.compile(r"<extra_id_(\d+)>")
 # A model has rows up to here beyond the ids of its vocabulary: 32,128 for T5's 32,100, 151,936 for

@@ -17,10 +17,7 @@ import msgspec
 
 from tnt_jax import __version__, convert, objectives, report
 from tnt_jax.annotators import interface
-from tnt_jax.checkpoints import (
-    checkpoint_kinds,
-    pretrained,
-)
+from tnt_jax.checkpoints import checkpoint_kinds, pretrained
 from tnt_jax.data import datasets, records, removed_everywhere, rounds, tokenization
 from tnt_jax.evaluation import evaluations, results
 from tnt_jax.evaluation.arm_files import ArmFiles

@@ -226,10 +226,10 @@ def _beside(path: pathlib.Path) -> pathlib.Path:
 
 
 def json_text(value: Any) -> str:
-    """A JSON value as the text of a file that people may read.
+    """A JSON value as the text of a file of settings, which other programs read as well.
 
     Raises:
-        ValueError: a number in it is not finite, which JSON has no word for.
+        ValueError: a number in it is not finite. (`as_json`, for results, writes null instead.)
     """
     return json.dumps(value, indent=2, allow_nan=False) + "\n"
 

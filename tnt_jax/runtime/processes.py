@@ -129,7 +129,7 @@ def index() -> int:
 
 
 def _visit(place: str) -> str:
-    """A name for coming to a place once: JAX knows what was said there before, and keeps it."""
+    """A name that no earlier visit had: what was said under a name stays there."""
     _visits[place] += 1
     return f"{place} {_visits[place]}"
 

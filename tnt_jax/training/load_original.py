@@ -9,12 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tnt_jax.checkpoints import (
-    digests,
-    lazy_arrays,
-    pretrained,
-    trained_parts,
-)
+from tnt_jax.checkpoints import digests, lazy_arrays, pretrained, trained_parts
 from tnt_jax.data.examples import Example
 from tnt_jax.data.layouts import Place
 from tnt_jax.models import adapters, parameters, sharding
@@ -152,7 +147,9 @@ class LoadedOriginal:
         self, batch: dict[str, np.ndarray], examples: Sequence[Example]
     ) -> dict[str, np.ndarray]:
         """`with_states` of a batch with one example in each row, in their order."""
-        states = {name: of.of_rows(batch, examples) for name, of in self.states.items()}
+        states = {
+            name: of.of_rows(examples, batch[of.like].shape) for name, of in self.states.items()
+        }
         return {**batch, **states}
 
 
@@ -206,7 +203,7 @@ def load(
         digest=identity["digest"],
         states_folder=states_folder,
         task_feature_lengths=update.task_feature_lengths,
-        batch_size=update.rows_at_once,
+        batch_size=trainer.rows_at_once(update.batch_size),
     )
     stays = abstract
     if keeps_whole and not kind.is_apart:

@@ -45,8 +45,7 @@ class Data:
         each one is a program of its own.
       has_strengths: Whether any mark, of training or of evaluation, has a strength below 1.
       sets: Long sets of ids that examples of either share, which the device has once.
-      eval_batch_size: Rows of a batch of `eval_examples`.
-      num_shared_in_eval: Tokens that all of them begin with.
+      num_shared_in_eval: Tokens that all of `eval_examples` begin with.
     """
 
     examples: Sequence[Example]
@@ -55,7 +54,6 @@ class Data:
     num_negative_ids: int
     has_strengths: bool
     sets: Sets
-    eval_batch_size: int
     num_shared_in_eval: int = 0
 
     def check_fits(self, update: settings.Update) -> None:
@@ -111,7 +109,6 @@ def make_data(
         num_negative_ids=num_negative_ids,
         has_strengths=has_strengths,
         sets=sets,
-        eval_batch_size=update.rows_at_once,
         num_shared_in_eval=layout.num_shared(eval_examples, lengths),
     )
 
@@ -452,7 +449,7 @@ class _Evaluation(hooks.Hook):
     def __call__(self, step: int, state: train_step.TrainState) -> dict[str, float]:
         """The metrics of all of the evaluation's examples, as `eval/METRIC`."""
         loop, data = self._loop, self._loop.data
-        batch_size = data.eval_batch_size
+        batch_size = loop.trainer.rows_at_once(data.batches.batch_size)
         batches = batch_for_eval(
             data.eval_examples,
             batch_size,

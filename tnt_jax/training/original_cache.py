@@ -288,10 +288,9 @@ class OriginalStates:
         ]
         return self.feature(starts, batch[self.like].shape)
 
-    def of_rows(self, batch: Mapping[str, np.ndarray], examples: Sequence[Example]) -> np.ndarray:
-        """`of_batch` where each example has a row of its own, in their order."""
-        rows = ((example, row, 0) for row, example in enumerate(examples))
-        return self.feature(rows, batch[self.like].shape)
+    def of_rows(self, examples: Iterable[Example], shape: tuple[int, int]) -> np.ndarray:
+        """`feature` where each example has a row of its own, in their order."""
+        return self.feature(((example, row, 0) for row, example in enumerate(examples)), shape)
 
     def feature(
         self,

@@ -63,11 +63,6 @@ class Update:
         default=1.0, metadata={"omit_default": True}
     )
 
-    @property
-    def rows_at_once(self) -> int:
-        """Rows that devices compute together, in updates and in evaluation: a microbatch."""
-        return self.batch_size // self.num_microbatches
-
     def __post_init__(self):
         for name, number in (
             ("BATCH_SIZE", self.batch_size),

@@ -43,6 +43,10 @@ class Trainer:
     block_size: int | None = None
     skip_non_finite: bool = False
 
+    def rows_at_once(self, batch_size: int) -> int:
+        """Rows of a batch that devices compute together: evaluation has as much room as updates."""
+        return batch_size // self.num_microbatches
+
     def with_sets(self, sets: tuple[tuple[int, ...], ...]) -> "Trainer":
         """For batches whose marks name these sets of ids (`TntObjective.sets`)."""
         objective = dataclasses.replace(self.objective, sets=sets)
