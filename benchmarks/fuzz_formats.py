@@ -29,7 +29,7 @@ from tnt_jax.data import (
     batches,
     datasets,
     example_maker,
-    marks,
+    mark_alternatives,
     records,
     removed_everywhere,
     tokenization,
@@ -216,7 +216,7 @@ def read_lists(folder: Folder) -> None:
         annotators.Spans(path=str(folder / "marks.jsonl"), unmatched="leave_out"),
         annotators.Spans(path=str(folder / "marks.csv"), **by_text),
     ):
-        completions = marks.Completions(vocabulary())
+        completions = mark_alternatives.Completions(vocabulary())
         annotate.mark(record, annotator, vocabulary(), completions=completions)
 
 

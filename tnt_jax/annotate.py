@@ -29,7 +29,14 @@ from typing import Any
 
 from tnt_jax import annotators
 from tnt_jax.annotators import beam_jobs, innocent, phrases
-from tnt_jax.data import marks, negative_sets, records, removed_everywhere, tokenization
+from tnt_jax.data import (
+    mark_alternatives,
+    marks,
+    negative_sets,
+    records,
+    removed_everywhere,
+    tokenization,
+)
 from tnt_jax.data.token_automaton import Listed
 from tnt_jax.runtime import (
     console,
@@ -91,11 +98,11 @@ def annotate(
         annotator=annotator,
         vocabulary=vocabulary,
         removed_everywhere=everywhere.ids,
-        completions=None if vocabulary is None else marks.Completions(vocabulary),
+        completions=None if vocabulary is None else mark_alternatives.Completions(vocabulary),
         continuations=(
             None
             if vocabulary is None
-            else marks.Continuations(
+            else mark_alternatives.Continuations(
                 vocabulary, functools.partial(innocent.words, input, annotator)
             )
         ),
@@ -214,9 +221,9 @@ def mark(
     row: records.Record,
     annotator: annotators.Annotator,
     vocabulary: Any | None,
-    continuations: marks.Continuations | None = None,
+    continuations: mark_alternatives.Continuations | None = None,
     removed_everywhere: frozenset[int] = frozenset(),
-    completions: marks.Completions | None = None,
+    completions: mark_alternatives.Completions | None = None,
 ) -> records.Record | None:
     """The record with the annotator's spans and, given a vocabulary, its alternatives.
 
@@ -240,7 +247,7 @@ def mark(
     if vocabulary is not None and (has_alternatives or annotation.unwanted):
         ids, extents = marks.ids_and_extents(row, vocabulary)
         for span in annotation.spans:
-            found = marks.alternative_token_ids(
+            found = mark_alternatives.token_ids(
                 vocabulary,
                 ids,
                 (span.start, span.end),
@@ -251,7 +258,7 @@ def mark(
             )
             entries += (records.with_strength(*entry, span.strength) for entry in found)
         if annotation.unwanted:
-            completions = completions or marks.Completions(vocabulary)
+            completions = completions or mark_alternatives.Completions(vocabulary)
             entries += completions.ids(ids, annotation.unwanted, removed_everywhere)
     return dataclasses.replace(
         row,

@@ -19,6 +19,7 @@ from tnt_jax.checkpoints import pretrained
 from tnt_jax.data import (
     hub_tokenizer,
     loaded_tokenizer,
+    mark_alternatives,
     marks,
     records,
     tokenization,
@@ -425,7 +426,7 @@ def test_alternatives_are_removed_where_they_would_begin(kind, tokenisers):
     text = "the place in the city centre"
     ids = tokeniser.encode(text)
     span = text.index("city"), len(text)
-    removed = marks.alternative_token_ids(tokeniser, ids, span, ["riverside", "日本"])
+    removed = mark_alternatives.token_ids(tokeniser, ids, span, ["riverside", "日本"])
     expected = {}
     for other in ("riverside", "日本"):
         whole = tokeniser.encode(text[: span[0]] + other)

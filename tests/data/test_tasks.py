@@ -10,6 +10,7 @@ import tensorflow_datasets as tfds
 
 from tnt_jax.data import (
     datasets,
+    mark_alternatives,
     marks,
     paper_tasks,
     records,
@@ -73,7 +74,7 @@ def annotated_records(vocabulary):
                 negative_spans=() if is_clean else (span, (0, 2)),
                 negative_token_ids=()
                 if is_clean
-                else marks.alternative_token_ids(vocabulary, ids, span, ["city", "riverside"]),
+                else mark_alternatives.token_ids(vocabulary, ids, span, ["city", "riverside"]),
                 annotator="test",
                 extra={"number": number},
             )

@@ -11,7 +11,7 @@ import seqio
 from helpers import tiny_tokenizers
 from hypothesis import strategies as st
 
-from tnt_jax.data import marks, records, tokenization
+from tnt_jax.data import mark_alternatives, marks, records, tokenization
 from tnt_jax.data.token_automaton import Listed
 from tnt_jax.runtime.errors import UsageError
 
@@ -417,7 +417,7 @@ def test_first_tokens_of_bytes_are_first_bytes():
 def alternatives_by_piece(vocabulary, text, span_text, alternatives, occurrence=0):
     ids = vocabulary.prompt_ids(text)
     start = [match.start() for match in re.finditer(re.escape(span_text), text)][occurrence]
-    entries = marks.alternative_token_ids(
+    entries = mark_alternatives.token_ids(
         vocabulary, ids, (start, start + len(span_text)), alternatives
     )
     return {
@@ -444,7 +444,7 @@ def test_alternatives_depart_before_or_after_a_lone_space(small_vocabulary):
     ) == {(6, "▁"): {"▁c"}, (7, "riverside"): {"countryside"}}
     # Whatever came before them: here an id that only a padding row of the model has.
     space, riverside = small_vocabulary.processor.piece_to_id(["▁", "riverside"])
-    assert marks.alternative_token_ids(
+    assert mark_alternatives.token_ids(
         small_vocabulary, [99, space, riverside], (4, 6), ["countryside"]
     ) == ((2, (small_vocabulary.processor.piece_to_id("countryside"),)),)
 
@@ -464,7 +464,7 @@ def test_alternatives_keep_what_their_token_holds_before_the_span(small_vocabula
 
 def test_a_span_without_token_has_no_alternatives(small_vocabulary):
     ids = small_vocabulary.prompt_ids("in the city")
-    assert marks.alternative_token_ids(small_vocabulary, ids, (2, 3), ["city"]) == ()
+    assert mark_alternatives.token_ids(small_vocabulary, ids, (2, 3), ["city"]) == ()
 
 
 def test_alternatives_make_a_valid_record(small_vocabulary):
@@ -476,7 +476,7 @@ def test_alternatives_make_a_valid_record(small_vocabulary):
         targets=text,
         target_ids=tuple(ids),
         negative_spans=((7, 16),),
-        negative_token_ids=marks.alternative_token_ids(
+        negative_token_ids=mark_alternatives.token_ids(
             small_vocabulary, ids, (7, 16), ["city", "Zoo"]
         ),
     )
@@ -489,7 +489,7 @@ def test_alternatives_make_a_valid_record(small_vocabulary):
 
 def test_a_blank_alternative_is_a_usage_error(small_vocabulary):
     with pytest.raises(UsageError, match="blank"):
-        marks.alternative_token_ids(
+        mark_alternatives.token_ids(
             small_vocabulary, small_vocabulary.encode("the city"), (4, 8), ["city", " "]
         )
 
@@ -524,7 +524,7 @@ def test_a_shared_list_removes_what_its_texts_do_one_by_one(
         return [" ".join(random.choice(words, random.integers(1, 3))) for _ in range(number)]
 
     innocent = some(6)
-    continuations = marks.Continuations(vocabulary, innocent)
+    continuations = mark_alternatives.Continuations(vocabulary, innocent)
 
     def first(before, space, text):
         ((*tokens,),) = vocabulary.continuations(before, [text])
@@ -561,11 +561,11 @@ def test_a_shared_list_removes_what_its_texts_do_one_by_one(
         texts, supported = lists[random.integers(2)], some(2)
         marked = text[start:end]
         left = [t for t in texts if t != marked]
-        others = marks.AllBut(texts, marked)
+        others = mark_alternatives.AllBut(texts, marked)
         assert others == tuple(left) and len(others) == len(left) and bool(others) == bool(left)
         expected = removed_one_by_one(ids, text, extents, (start, end), left, supported)
         for alternatives in (others, tuple(left)):
-            found = marks.alternative_token_ids(
+            found = mark_alternatives.token_ids(
                 vocabulary,
                 ids,
                 (start, end),
@@ -589,14 +589,14 @@ def test_a_shared_list_removes_what_its_texts_do_one_by_one(
 def test_spans_that_share_a_long_list_share_the_ids(t5_vocabulary):
     listed = ("north", "south", "east", "west", "river", "city", "lake", "hill", "road", "park")
     listed += tuple(word.capitalize() for word in listed)
-    continuations = marks.Continuations(t5_vocabulary)
+    continuations = mark_alternatives.Continuations(t5_vocabulary)
     text = "the city and the lake and (north)"
     ids = t5_vocabulary.prompt_ids(text)
     found = {}
     for word in ("city", "lake", "north"):
         span = text.index(word), text.index(word) + len(word)
-        ((position, removed),) = marks.alternative_token_ids(
-            t5_vocabulary, ids, span, marks.AllBut(listed, word), (), continuations
+        ((position, removed),) = mark_alternatives.token_ids(
+            t5_vocabulary, ids, span, mark_alternatives.AllBut(listed, word), (), continuations
         )
         assert ids[position] in removed
         found[word] = removed
@@ -609,7 +609,7 @@ def test_spans_that_share_a_long_list_share_the_ids(t5_vocabulary):
 def completions_by_piece(vocabulary, text, texts, allowed=(), but=()):
     ids = vocabulary.prompt_ids(text)
     listed = Listed((*texts, *allowed), tuple(allowed))
-    found = marks.Completions(vocabulary).ids(ids, listed, but)
+    found = mark_alternatives.Completions(vocabulary).ids(ids, listed, but)
     return {position: set(pieces(vocabulary, removed)) for position, removed in found}
 
 
@@ -660,13 +660,13 @@ def test_alternatives_are_tokenised_once_for_each_place(t5_vocabulary, monkeypat
 
     real_tokens_after = marks._tokens_after
     monkeypatch.setattr(marks, "_tokens_after", tokens_after)
-    continuations = marks.Continuations(t5_vocabulary, ["the", "city"])
+    continuations = mark_alternatives.Continuations(t5_vocabulary, ["the", "city"])
     ids = t5_vocabulary.prompt_ids("in the bank and the bank")
     for span in [(7, 11), (20, 24), (7, 11)]:
         arguments = (t5_vocabulary, ids, span, ["river", "city hall"], ["lake"])
-        found = marks.alternative_token_ids(*arguments, continuations)
-        assert found == marks.alternative_token_ids(
-            *arguments, marks.Continuations(t5_vocabulary, ["the", "city"])
+        found = mark_alternatives.token_ids(*arguments, continuations)
+        assert found == mark_alternatives.token_ids(
+            *arguments, mark_alternatives.Continuations(t5_vocabulary, ["the", "city"])
         )
         assert [pieces(t5_vocabulary, removed) for _, removed in found] == [["▁river"]]
     # By the one that all spans share, and by the other three, once each.
@@ -680,7 +680,7 @@ def test_what_cannot_be_spelt_bans_nothing(small_vocabulary):
 
 def test_completions_of_other_texts_are_other_ones(t5_vocabulary):
     """Those of the last texts are remembered."""
-    completions = marks.Completions(t5_vocabulary)
+    completions = mark_alternatives.Completions(t5_vocabulary)
     ids = t5_vocabulary.prompt_ids("in the bank")
     found = [completions.ids(ids, Listed((text,))) for text in ("bank", "river", "bank")]
     assert found[0] == found[2] != found[1]

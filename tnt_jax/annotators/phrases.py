@@ -6,7 +6,7 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from tnt_jax.annotators.interface import Span
-from tnt_jax.data import marks, words
+from tnt_jax.data import mark_alternatives, words
 
 
 class Phrases:
@@ -228,4 +228,4 @@ class Alternatives(NamedTuple):
         marked = targets[start:end]
         is_in_capitals = len(marked) > 1 and marked.isupper()
         others = self.of_capitals if is_in_capitals else self.of_letters
-        return Span(start=start, end=end, alternatives=marks.AllBut(others, marked))
+        return Span(start=start, end=end, alternatives=mark_alternatives.AllBut(others, marked))
