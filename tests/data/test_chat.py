@@ -17,7 +17,13 @@ from helpers.chat_templates import CONVERSATIONS, LLAMA_2, QWEN_3, TEMPLATES, ZE
 from hypothesis import strategies as st
 
 from tnt_jax.checkpoints import pretrained
-from tnt_jax.data import chat, hub_tokenizer, marks, tokenization, vocabularies
+from tnt_jax.data import (
+    hub_tokenizer,
+    marks,
+    template_renderer,
+    tokenization,
+    vocabularies,
+)
 from tnt_jax.data.records import Record
 from tnt_jax.runtime.errors import UsageError
 
@@ -47,7 +53,7 @@ def tokenisers(folders):
 @pytest.fixture(scope="module")
 def templates(folders, tokenisers):
     found = {
-        kind: chat.of_directory(epath.Path(folder), tokenisers[kind])
+        kind: templates.of_directory(epath.Path(folder), tokenisers[kind])
         for kind, folder in folders.items()
     }
     yield found
@@ -61,7 +67,7 @@ def of_source(tokenisers):
     made = []
 
     def make(source, kind="qwen"):
-        made.append(chat.ChatTemplate(source, tokenisers[kind]))
+        made.append(templates.ChatTemplate(source, tokenisers[kind]))
         return made[-1]
 
     yield make
@@ -362,23 +368,23 @@ def test_the_file_comes_before_the_settings(tmp_path, tokenisers):
     folder = epath.Path(tmp_path)
     settings = tmp_path / "tokenizer_config.json"
     with pytest.raises(UsageError, match="found neither"):
-        chat.of_directory(folder, tokenisers["qwen"])
+        templates.of_directory(folder, tokenisers["qwen"])
     settings.write_text(json.dumps({"chat_template": "one"}))
-    assert chat.of_directory(folder, tokenisers["qwen"]).source == "one"
+    assert templates.of_directory(folder, tokenisers["qwen"]).source == "one"
     several = [{"name": "tools", "template": "two"}, {"name": "default", "template": "three"}]
     settings.write_text(json.dumps({"chat_template": several}))
-    assert chat.of_directory(folder, tokenisers["qwen"]).source == "three"
-    assert chat.of_directory(folder, tokenisers["qwen"], "tools").source == "two"
+    assert templates.of_directory(folder, tokenisers["qwen"]).source == "three"
+    assert templates.of_directory(folder, tokenisers["qwen"], "tools").source == "two"
     with pytest.raises(UsageError, match="expected one named 'rag', found 'tools', 'default'"):
-        chat.of_directory(folder, tokenisers["qwen"], "rag")
+        templates.of_directory(folder, tokenisers["qwen"], "rag")
     (tmp_path / "chat_template.jinja").write_text("four ü")
-    assert chat.of_directory(folder, tokenisers["qwen"]).source == "four ü"
+    assert templates.of_directory(folder, tokenisers["qwen"]).source == "four ü"
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(UsageError, match="in UTF-8, found invalid start byte at byte 0"):
-        chat.of_directory(folder, tokenisers["qwen"])
+        templates.of_directory(folder, tokenisers["qwen"])
     (tmp_path / "chat_template.jinja").write_bytes(b"a" * (2**20 + 1))
     with pytest.raises(UsageError, match="at most 1,048,576 bytes, found 1,048,577"):
-        chat.of_directory(folder, tokenisers["qwen"])
+        templates.of_directory(folder, tokenisers["qwen"])
 
 
 def test_a_copy_starts_a_process_of_its_own(templates):
@@ -485,18 +491,18 @@ LOOPS = "{% for i in range(99999) %}{% for i in range(99999) %}{% endfor %}{% en
 
 @pytest.mark.parametrize("endless", [LOOPS, "{% set n = 10 ** 11 %}{{ 10 ** n }}"])
 def test_a_template_that_does_not_end_is_ended(of_source, monkeypatch, endless):
-    monkeypatch.setattr(chat, "_MOST_SECONDS", 1)
+    monkeypatch.setattr(template_renderer, "_MOST_SECONDS", 1)
     template = of_source("{% if messages[0].content == 'on' %}" + endless + "{% endif %}end")
     start = time.monotonic()
     with pytest.raises(UsageError, match="it takes more than 1 seconds, or all memory"):
         template.render(said("on"))
-    assert time.monotonic() - start < chat._MOST_SECONDS_WAITING
+    assert time.monotonic() - start < template_renderer._MOST_SECONDS_WAITING
     assert template.render(said("off")) == "end"  # in another process
 
 
 def test_a_process_that_does_not_answer_is_ended(of_source, monkeypatch):
     """Where the system does not count processor time."""
-    monkeypatch.setattr(chat, "_MOST_SECONDS_WAITING", 1)
+    monkeypatch.setattr(template_renderer, "_MOST_SECONDS_WAITING", 1)
     template = of_source(LOOPS)
     with pytest.raises(UsageError, match="it takes more than 10 seconds, or all memory"):
         template.render(said("on"))

@@ -15,7 +15,7 @@ from typing import Any
 from etils import epath
 from sentencepiece import sentencepiece_model_pb2
 
-from tnt_jax.data import chat, hub_files, hub_tokenizer, tokenization
+from tnt_jax.data import chat, hub_files, hub_tokenizer, templates, tokenization
 from tnt_jax.data.hub_files import TOKENIZER
 from tnt_jax.runtime import console, files
 from tnt_jax.runtime.errors import UsageError, naming_file
@@ -154,7 +154,7 @@ def with_template(
       UsageError: The file is none, the date is none, there are such variables and no template, or
         the vocabulary is not of a chat model.
     """
-    template_kwargs = chat.kwargs_of(kwargs)
+    template_kwargs = templates.kwargs_of(kwargs)
     try:
         date = None if date is None else datetime.date.fromisoformat(date).isoformat()
     except (TypeError, ValueError):
@@ -170,20 +170,20 @@ def with_template(
             f"found {chat_template!r}."
         )
     folder = epath.Path(vocabulary.folder)
-    if chat_template is None or (chat_template == "auto" and not chat.has_template(folder)):
+    if chat_template is None or (chat_template == "auto" and not templates.has_template(folder)):
         _refuse_kwargs(template_kwargs)
         return vocabulary
     if chat_template == "auto":
-        template = chat.of_directory(folder, vocabulary)
+        template = templates.of_directory(folder, vocabulary)
     else:
-        template = chat.of_file(chat_template, vocabulary)
+        template = templates.of_file(chat_template, vocabulary)
     return chat.ChatTokenizer(
         vocabulary.folder, template.source, template.where, date, template_kwargs
     )
 
 
 def _refuse_kwargs(kwargs: str) -> None:
-    if kwargs != chat.NO_KWARGS:
+    if kwargs != templates.NO_KWARGS:
         raise UsageError(
             "CHAT_TEMPLATE_KWARGS: expected a model with a chat template, found one without, or "
             f"CHAT_TEMPLATE=None. Leave {kwargs:.100} out."
