@@ -658,8 +658,8 @@ def test_alternatives_are_tokenised_once_for_each_place(t5_vocabulary, monkeypat
         tokenised.extend(texts)
         return real_tokens_after(vocabulary, before, texts)
 
-    real_tokens_after = marks._tokens_after
-    monkeypatch.setattr(marks, "_tokens_after", tokens_after)
+    real_tokens_after = mark_alternatives._tokens_after
+    monkeypatch.setattr(mark_alternatives, "_tokens_after", tokens_after)
     continuations = mark_alternatives.Continuations(t5_vocabulary, ["the", "city"])
     ids = t5_vocabulary.prompt_ids("in the bank and the bank")
     for span in [(7, 11), (20, 24), (7, 11)]:
