@@ -46,7 +46,7 @@ setuptools.setup(
         "rouge-score>=0.1.2",
         "sacrebleu>=2.4",
         "safetensors>=0.5",
-        "scipy>=1.14",
+        "scipy>=1.15",
         "sentencepiece>=0.2.3",
         "seqio>=0.0.20",
         "tensorboard>=2.20",  # the format of its event files, without TensorFlow

@@ -61,8 +61,10 @@ installed=$venv/.installed-gpu
 if [[ ! -e $installed || $root/setup.py -nt $installed ]]; then
     python=$("$root/.ci/find_python" 3.12 3.11) ||
         refuse "tnt_jax needs Python 3.11 or 3.12, and none was found"
-    if [[ ! -e $venv/bin/python ]]; then
-        run "$python" -m venv "$venv"
+    # What Debian makes without its package for venv has a Python and no pip.
+    if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+        run "$python" -m venv --clear "$venv" ||
+            refuse "no virtual environment in $venv, see above (on Debian and Ubuntu, apt install python3-venv)"
     fi
     run "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "${root}[gpu,hub]"
     run touch "$installed"

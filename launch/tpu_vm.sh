@@ -294,7 +294,7 @@ choose_code() {
         refuse "--commit: no such commit here"
     in_commit launch/host.sh || refuse "--commit: $commit is from before launch/host.sh"
 
-    local file argument value names_model_dir='' given=()
+    local file argument value names_model_dir='' output='' given=()
     own_files=()
     for file in "${gin_files[@]}"; do
         if [[ -f $file ]] && ! is_projects "$file"; then # as the programs do, first what is here
@@ -310,6 +310,10 @@ choose_code() {
     done
     for argument in ${arguments[@]+"${arguments[@]}"}; do
         [[ $argument != --gin.MODEL_DIR=* ]] || names_model_dir=yes
+        # Where the work is saved, for what is said at the end.
+        case $argument in
+            --gin.MODEL_DIR=* | --gin.OUTPUT=* | --gin.OUTPUT_DIR=*) output=${argument#*=} ;;
+        esac
         case ${argument%%=*} in # what a program writes is not sent, wherever it is
             --gin.MODEL_DIR | --gin.OUTPUT | --gin.OUTPUT_DIR) continue ;;
             --gin.STATES_DIR | --gin.EXAMPLES_DIR | --gin.PROFILE_DIR) continue ;;
@@ -328,8 +332,9 @@ choose_code() {
             cksum <"$file"
         done | cksum | cut -d ' ' -f 1)
     fi
-    model_dir=gs://$bucket/$name
+    model_dir=${output:-the place that its gin files name}
     if [[ $program == train && -z $names_model_dir ]]; then
+        model_dir=gs://$bucket/$name
         given+=("--gin.MODEL_DIR=$model_dir")
     fi
     arguments=("${given[@]}" ${arguments[@]+"${arguments[@]}"})

@@ -102,6 +102,11 @@ def convert(
             "--vocabulary: expected none with --output_format=peft, because the tokenizer is the "
             f"base model's; found {vocabulary}. Leave it out."
         )
+    if evaluation is not None and output_format not in ("huggingface", "peft"):
+        raise UsageError(
+            "--evaluation: expected none with --output_format=t5x, t5x_orbax or orbax, which have "
+            f"no model card to show it in; found {evaluation}. Leave it out."
+        )
     source = pretrained.open_checkpoint(input)
     # Before the original is read, all of it.
     adapters = peft.trained(source) if output_format == "peft" else None

@@ -560,10 +560,13 @@ class _Patch:
             f"The patch that is finished in {self._root} is replaced: its wish or time was another."
         )
         finished.unlink()
-        (self._root / "report.html").unlink(missing_ok=True)
-        for folder in (self._root / arm.name).glob("*"):  # it may be gone
-            if folder.is_dir() and folder.name != "model":  # a model that was handed over
-                shutil.rmtree(folder)
+        for name in ("report.html", "summary.json", "pipeline.gin"):
+            (self._root / name).unlink(missing_ok=True)
+        for path in (self._root / arm.name).glob("*"):  # it may be gone
+            if path.is_dir() and path.name != "model":  # a model that was handed over
+                shutil.rmtree(path)
+            elif path.match("*.evaluation.json"):
+                path.unlink()
 
     def _add_learning_rate(self, when: choices.Looks) -> None:
         rate = choices.learning_rate(self._gin.given, self._chosen, when)

@@ -111,7 +111,7 @@ def pipeline(
       UsageError: Settings contradict each other, another run writes into OUTPUT_DIR, or a stage
         found a mistake.
     """
-    check_rounds(num_rounds)
+    check_rounds(experiment, num_rounds)
     experiment.check_names([arm.name for arm in arms])
     if expectations:
         expectations.check_names([arm.name for arm in arms], list(experiment.decoders))
@@ -169,6 +169,7 @@ def run_stages(
     )
     evaluations: dict[str, dict[str, Evaluation]] = {}
     models: dict[str, str] = {}
+    opened.make_unrelated_outputs()
     masks = opened.make_mask_outputs()
     of_masks = {name: opened.evaluate_mask(name) for name in masks}
     if opened.first_decoder in masks:

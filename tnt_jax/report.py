@@ -177,8 +177,8 @@ class _Files:
         known, found = set(ids), []
         for file in files.matching_files(path):
             # A text may hold other line separators, at which `splitlines` would cut it.
-            lines = file.read_bytes().rstrip(b"\n").split(b"\n")
-            found += [_tokens(line, f"{file}:{i}", known) for i, line in enumerate(lines, start=1)]
+            lines = enumerate(file.read_bytes().split(b"\n"), start=1)
+            found += [_tokens(line, f"{file}:{i}", known) for i, line in lines if line.strip()]
         self.note(path)
         return found
 

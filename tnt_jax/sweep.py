@@ -206,7 +206,7 @@ def sweep(
     cells.sort(key=lambda cell: list(cell.grid.seeds).index(cell.seed))
     experiment.check_names([cell.name for cell in cells])
     for grid in grids:
-        check_rounds(grid.num_rounds, "Grid.num_rounds")
+        check_rounds(experiment, grid.num_rounds, "Grid.num_rounds")
         for setting, why in _OF_FIRST_ROUND.items():
             if grid.num_rounds > 1 and getattr(grid, setting):
                 raise UsageError(

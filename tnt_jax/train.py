@@ -128,6 +128,7 @@ def train(
     trainer = make_trainer(
         config=config, objective=objective, original_choice=original_choice, update=update
     )
+    checks.check_kept_are_written(keep, schedule)
     checks.check_best_is_measured(keep, schedule, trainer, has_evaluation=eval_dataset is not None)
     sources = load_original.Sources(trainer.model, source, original_choice, schedule)
     _ = trainer.abstract_state  # refuses what does not go together before data are read

@@ -276,6 +276,20 @@ def test_a_package_that_is_edited_where_it_lies_is_known_by_its_code(tmp_path, m
     assert re.fullmatch(r"PythonFunction\(edited_marks:find \w{12}\)", edited)
 
 
+def test_a_function_is_known_by_the_modules_beside_it_that_it_uses(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    code = "from {helper} import MARKS\ndef find(inputs, targets):\n    return MARKS\n"
+    found = {}
+    for number, marks in enumerate(["[]", "[]", "[(0, 1)]"]):
+        helper, name = f"helper_{number}", f"used_marks_{number}"
+        (tmp_path / f"{helper}.py").write_text(f"import re\nfrom deeper_{number} import MARKS\n")
+        (tmp_path / f"deeper_{number}.py").write_text(f"MARKS = {marks}\n")
+        (tmp_path / f"{name}.py").write_text(code.format(helper=helper))
+        description = annotators.PythonFunction(function=f"{name}:find").description
+        found[number] = description
+    assert re.fullmatch(r"PythonFunction\(used_marks_0:find \w{12}\)", found[0])
+
+
 def test_its_spans_are_sorted_and_those_that_overlap_merged():
     found = annotators.PythonFunction(function=f"{HERE}:overlapping").annotate(record("1234567"))
     assert found.spans == (

@@ -16,7 +16,13 @@ from etils import epath
 from helpers import gguf_writer, golden_model, rooms, tiny_tokenizers
 
 from tnt_jax import convert
-from tnt_jax.checkpoints import checkpoint_kinds, gguf_files, lazy_arrays, pretrained
+from tnt_jax.checkpoints import (
+    checkpoint_kinds,
+    gguf_files,
+    gguf_tokenizer,
+    lazy_arrays,
+    pretrained,
+)
 from tnt_jax.data import hub_tokenizer
 from tnt_jax.data.examples import Example
 from tnt_jax.data.layouts import CAUSAL
@@ -428,6 +434,19 @@ def test_ids_are_those_of_the_directory_s_tokenizer(split, tmp_path):
         assert found.encode_with_extents(text) == expected.encode_with_extents(text)
 
 
+def test_the_end_of_a_text_ends_an_output_as_that_of_a_turn_does():
+    """A file states one; but what SmolLM 2 calls so is its unknown token."""
+    names = ["a", "<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>"]
+    settings = {
+        "tokenizer.ggml.tokens": names,
+        "tokenizer.ggml.token_type": np.array([1, 3, 3, 1, 3]),  # the fourth is text
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.chat_template": "{{ messages[0].content }}<|im_end|>",
+    }
+    assert gguf_tokenizer.end_ids(settings) == (2, 1)
+    assert gguf_tokenizer.end_ids({**settings, "tokenizer.ggml.unknown_token_id": 1}) == (2,)
+
+
 def test_rows_without_a_token(tmp_path):
     """The converter fills up to the rows of the network."""
     folder = tiny_tokenizers.gpt2(tmp_path / "folder")
@@ -544,13 +563,13 @@ def run(name, gin_files, **settings):
         return rooms.run_program(name, given)
 
 
-def write_chat_model(folder):
+def write_chat_model(folder, kind="Q8_0"):
     """A file with a model that can talk, and records of it with a word that is unwanted."""
     tokenizer = tiny_tokenizers.qwen(folder / "model", chat_template=TEMPLATE)
     settings = gguf_writer.byte_level(tokenizer, "llama-bpe")
     gguf_writer.write_directory(folder / "model", len(settings["tokenizer.ggml.tokens"]))
     path = gguf_writer.write_model(
-        folder / "model.gguf", folder / "model", "Q8_0", tokenizer=settings
+        folder / "model.gguf", folder / "model", kind, tokenizer=settings
     )
     rows = [
         {"inputs": f"the house {i}", "targets": "cheap area", "negative_spans": [[0, 5]][: i % 2]}
@@ -591,6 +610,21 @@ def test_a_run_is_whole_without_the_file_that_it_came_from(tmp_path, capsys):
     stored = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
     original = safetensors.numpy.load_file(tmp_path / "model" / "model.safetensors")
     assert stored.keys() == original.keys()
+
+
+@pytest.mark.parametrize("settings", [{"ADAPTER_RANK": 2, "ORIGINAL": "adapters_off"}, {}])
+def test_a_run_beside_a_file_of_half_precision_is_read(settings, tmp_path):
+    """What was trained is float32, and the original float16."""
+    path = write_chat_model(tmp_path, "F16")
+    train(path, tmp_path / "patched", TRAINED_LAYERS=1, **settings)
+    found = pretrained.open_checkpoint(str(tmp_path / "patched"))
+    types = {array.dtype for array in found.weights.values()}
+    assert types == {np.dtype(np.float16), np.dtype(np.float32)}
+    convert.convert(
+        input=str(tmp_path / "patched"), output=str(tmp_path / "out"), output_format="huggingface"
+    )
+    stored = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
+    assert all(np.isfinite(array).all() for array in stored.values())
 
 
 def test_adapters_beside_a_file(tmp_path, capsys):

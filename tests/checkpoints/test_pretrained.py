@@ -12,6 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from etils import epath
+from helpers import golden_model
 from helpers.huggingface_model import TINY, write_directory
 
 from tnt_jax import convert
@@ -280,6 +281,17 @@ def test_settings_that_no_shape_shows_are_compared(directory):
         pretrained.config_of(other, source)
     with pytest.raises(UsageError, match=r"does not fit the model settings: .*instead of \(12, 21"):
         pretrained.config_of(dataclasses.replace(TINY, mlp_dim=21), source)
+
+
+def test_a_scale_of_logits_is_compared_as_the_number_that_it_is():
+    """Gemma's file writes out what others leave to the width of a head."""
+    source = pretrained.open_checkpoint(str(golden_model.FOLDER / "causal_lm" / "llama"))
+    found = pretrained.config_of(pretrained.FromCheckpoint(), source)
+    assert found.attention_scale is None
+    same = dataclasses.replace(found, attention_scale=found.head_dim**-0.5)
+    assert pretrained.config_of(same, source) == same
+    with pytest.raises(UsageError, match=r"in brackets: logit_scale = 3\.0 \("):
+        pretrained.config_of(dataclasses.replace(found, attention_scale=3.0), source)
 
 
 def test_the_gin_file_takes_the_sizes_from_the_checkpoint():

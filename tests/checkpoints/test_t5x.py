@@ -118,6 +118,14 @@ def test_the_layout_with_scanned_layers_is_t5x_s_own(written_by_t5x):
     assert {k: v.shape for k, v in stacks.items()} == {
         k: v.shape for k, v in params_of("scanned_legacy").items()
     }
+    # A run of the last layers beside a bfloat16 original has both types.
+    first = "encoder/layers_0/mlp/wo/kernel"
+    weights = {
+        name: dataclasses.replace(array, dtype=np.dtype(jnp.bfloat16)) if name == first else array
+        for name, array in shared.weights.items()
+    }
+    mixed = t5x.stacked(weights)["encoder/encoder/mlp/wo/kernel"]
+    assert mixed.dtype == mixed.load().dtype == np.float32
     biases = stacks["encoder/encoder/relpos_bias/rel_embedding"].load()
     for i in range(3):
         np.testing.assert_array_equal(

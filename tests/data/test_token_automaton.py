@@ -30,11 +30,12 @@ from tnt_jax.runtime.errors import UsageError
 
 # Few characters, so that entries, words and their joints collide often: apostrophes, hyphens,
 # joints of digits, accents in two orders, letters of two folds, a symbol of two characters, letters
-# of scripts without spaces, with marks of their own, Korean syllables that begin or end alike.
+# of scripts without spaces, with marks of their own, Korean syllables that begin or end alike, an
+# emoji.
 ALPHABET = (
     "abBsS''\u2019  -\u2010.,:14e\u00e9\u0301\u0323\u00df\u017f\ufb01$\u2260"
     "\u65e5\u672c\u304b\u304c\u3099\u0e07\u0e48\u0e31"
-    "\ubc14\ubc29\ubcf4\uc544\uc559"
+    "\ubc14\ubc29\ubcf4\uc544\uc559\u2764\ufe0f"
 )
 ENTRIES = [
     *("city", "the", "the city", "city centre", "city centre place", "caf\u00e9", "caf", "it's"),

@@ -12,6 +12,11 @@ from tnt_jax.data import words
     ("text", "expected"),
     [
         ("Don\u2019t say 4.5 to half-ass idiot's", "Don\u2019t|say|4.5|to|half|ass|idiot|'s"),
+        # What makes an emoji of a character is in no word.
+        (
+            "You \u2764\ufe0fidiot 1\ufe0f\u20e3idiot",
+            "You|\u2764|\ufe0f|idiot|1|\ufe0f|\u20e3|idiot",
+        ),
         # An accent that is a character of its own, and Hindi vowel signs.
         ("cafe\u0301 x", "cafe\u0301|x"),
         (

@@ -8,20 +8,13 @@ from tnt_jax.runtime import stages
 from tnt_jax.runtime.errors import UsageError
 
 
-def test_there_is_a_round_at_least():
-    with pytest.raises(UsageError, match=r"^NUM_ROUNDS: expected at least 1, found 0\.$"):
-        experiment.check_rounds(0)
-
-
-@pytest.mark.parametrize("folder", ["TNFF", "TNFF.round2"])
-def test_in_our_format_the_model_of_the_last_round_is_handed_over(folder, tmp_path):
-    huggingface_model.write_directory(tmp_path / "original")
+def experiment_in(folder):
     nothing = dict.fromkeys(
         ("original_choice", "update", "schedule", "generate", "annotate", "evaluate", "certificate")
     )
-    settings = experiment.Experiment(
-        output_dir=str(tmp_path / "run"),
-        original_checkpoint_path=str(tmp_path / "original"),
+    return experiment.Experiment(
+        output_dir=f"{folder}/run",
+        original_checkpoint_path=f"{folder}/original",
         train_prompts=None,
         eval_prompts=None,
         vocabulary=lambda: None,
@@ -30,6 +23,20 @@ def test_in_our_format_the_model_of_the_last_round_is_handed_over(folder, tmp_pa
         train=None,
         **nothing,
     )
+
+
+def test_there_is_a_round_at_least():
+    with pytest.raises(UsageError, match=r"^NUM_ROUNDS: expected at least 1, found 0\.$"):
+        experiment.check_rounds(experiment_in("run"), 0)
+    message = r"^NUM_ROUNDS: expected 1 where TRAIN_PROMPTS is None, found 2: "
+    with pytest.raises(UsageError, match=message):
+        experiment.check_rounds(experiment_in("run"), 2)
+
+
+@pytest.mark.parametrize("folder", ["TNFF", "TNFF.round2"])
+def test_in_our_format_the_model_of_the_last_round_is_handed_over(folder, tmp_path):
+    huggingface_model.write_directory(tmp_path / "original")
+    settings = experiment_in(tmp_path)
     model_dir = tmp_path / "run" / folder / "model"
     opened = experiment_run.open_run(settings)
     found = opened.hand_over("TNFF", str(model_dir / "checkpoint_5"), "orbax")

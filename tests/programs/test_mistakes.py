@@ -491,6 +491,15 @@ def test_parameters_that_are_not_finite_are_not_saved(mistake):
         ({"NON_FINITE": "ignore"}, "NON_FINITE: expected one of ('stop', 'skip'), found 'ignore'."),
         ({"MAX_GRADIENT_NORM": 0}, "MAX_GRADIENT_NORM: expected None or more than 0, found 0."),
         ({"KEEP_EVERY": 0}, "KEEP_EVERY: expected at least 1, found 0."),
+        (
+            {"KEEP_EVERY": 3, "CHECKPOINT_EVERY": 2},
+            "KEEP_EVERY: expected a multiple of CHECKPOINT_EVERY, which is 2, found 3: no "
+            "checkpoint is written after 3 updates.",
+        ),
+        (
+            {"ADAPTER_RANK": 64},
+            "ADAPTER_RANK is set, to 64, and ORIGINAL is 'parameters': adapters are trained with",
+        ),
         ({"KEEP_BEST": "eval/lost"}, "KEEP_BEST: expected one of loss, negative_loss, "),
         (
             {"KEEP_BEST": "eval/loss"},

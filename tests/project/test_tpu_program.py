@@ -178,6 +178,25 @@ for topology in {list(CHIPS)}:
     assert complaints == ""
 
 
+def test_a_mesh_may_split_an_axis_of_the_torus():
+    """A v6e of 4 x 4 has no axis of 8, and none of 2."""
+    shapes = {"v6e:4x4": [(2, 8, 1), (8, 1, 2)], "v5p:4x4x4": [(2, 32, 1), (8, 1, 8)]}
+    printed, _ = run_python(f"""
+from tnt_jax import precompile
+from tnt_jax.models import sharding
+for topology, shapes in {shapes}.items():
+    for data, fsdp, model in shapes:
+        shape = sharding.MeshShape(data=data, fsdp=fsdp, model=model)
+        mesh = sharding.make_mesh(shape, precompile.devices_of(topology))
+        print(topology, *mesh.shape.values(), len(set(mesh.devices.flat)))
+""")
+    assert printed.split("\n")[:-1] == [
+        f"{topology} {data} {fsdp} {model} {data * fsdp * model}"
+        for topology, of in shapes.items()
+        for data, fsdp, model in of
+    ]
+
+
 # Loads libtpu as any program with a TPU does; if another one has it already, all the better.
 HOLD_LIBTPU = """
 import sys

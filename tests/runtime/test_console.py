@@ -194,10 +194,10 @@ def test_table_is_plain_whole_and_literal(capsys):
     console.table(
         [["TNRF", 76.98, 1, None], ["a [bold]name[/bold] " + "x" * 200, 5.0, 20, "ok"]],
         columns=["arm", "cut %", "n", "note"],
-        title="Before and after",
+        title="Before [and] after",
     )
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines() if line.strip()]
-    assert lines[0] == "Before and after"
+    assert lines[0] == "Before [and] after"
     assert lines[1].split() == ["arm", "cut", "%", "n", "note"]
     assert lines[3].split() == ["TNRF", "77.0", "1", "-"]
     assert "a [bold]name[/bold] " + "x" * 200 in lines[4]

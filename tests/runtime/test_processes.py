@@ -152,9 +152,10 @@ def test_processes_that_have_other_files_do_not_train_on_a_mixture():
     assert statuses == [2, 2], said
     message = (
         "expected the same models, data and settings in all 2 processes, found others in some: "
-        "data (RECORDS), checkpoint_every, non_finite (NON_FINITE), keep (ALLOW_CHANGES, KEEP_BEST "
-        "or another setting of settings.Keep), samples (SAMPLE_EVERY, SAMPLE_PROMPTS or another "
-        "setting of the samples). Start all of them alike, with the same files"
+        "data (RECORDS and its settings), checkpoint_every, non_finite (NON_FINITE), keep "
+        "(ALLOW_CHANGES, KEEP_BEST or another setting of settings.Keep), samples (SAMPLE_EVERY, "
+        "SAMPLE_PROMPTS or another setting of the samples). Start all of them alike, with the same "
+        "files"
     )
     assert all(message in text for text in said)
 

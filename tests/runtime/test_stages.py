@@ -51,6 +51,55 @@ def test_a_stage_is_run_again_when_a_file_that_its_pattern_matches_changes():
     assert not was_run("google/flan-t5-small")
 
 
+def test_what_is_hidden_in_a_folder_does_not_count():
+    """Desktops and downloads write such files whenever somebody looks."""
+    folder = pathlib.Path("model")
+    folder.mkdir()
+    (folder / "params").write_text("1")
+    assert was_run("model")
+    (folder / ".DS_Store").write_text("x")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "metadata").write_text("x")
+    assert not was_run("model")
+
+
+RUNS = []  # what a stage closes over would be one of its settings
+
+
+def make_folder(*, output, path, of):
+    RUNS.append((path, of))
+    pathlib.Path(output).mkdir(exist_ok=True)
+
+
+def test_a_folder_that_moves_holds_what_it_held(tmp_path, monkeypatch):
+    """However the folder is written, and from wherever: nothing is made again, or deleted."""
+
+    def made_in(root):
+        root = pathlib.Path(root)
+        settings = {"inputs": {"path": f"{root}/read.txt"}, "settings": {"of": f"{root}/x"}}
+        before = len(RUNS)
+        output = f"{root}/out"
+        stages.Stages(root).run("stage", make_folder, output=output, goes_on=True, **settings)
+        return len(RUNS) - before
+
+    pathlib.Path("run").mkdir()
+    pathlib.Path("run/read.txt").write_text("1")
+    assert made_in("run") == 1
+    assert made_in("./run") == made_in(tmp_path / "run") == made_in("run") == 0
+    pathlib.Path("run").rename("moved")
+    pathlib.Path("else").mkdir()
+    monkeypatch.chdir("else")
+    assert made_in("../moved") == 0
+    pathlib.Path("../moved/read.txt").write_text("2")
+    assert made_in("../moved") == 1
+
+
+def test_whoever_changes_a_setting_is_told_which(capsys):
+    counted(2)
+    counted(3)
+    assert "count: made anew, for settings: up_to changed." in capsys.readouterr().out
+
+
 def test_a_stage_is_run_again_when_an_older_file_of_its_folder_changes():
     """`cp -p` and `rsync -a` leave such a file: of the same size, with an older time."""
     folder = pathlib.Path("checkpoint")
@@ -111,7 +160,7 @@ def test_a_leg_goes_on_from_the_last_one_and_from_nothing_else():
     assert counted_in_legs(4, 1) == {str(number): "of 4" for number in range(4)}
 
 
-NOW = [0.0]  # what a stage closes over would be one of its settings
+NOW = [0.0]
 
 
 @pytest.fixture

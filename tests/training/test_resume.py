@@ -293,7 +293,8 @@ def test_a_checkpoint_says_what_its_run_was():
         (
             {"RECORDS": "fewer.jsonl"},
             "['data']",
-            r"data (RECORDS) was 60 examples (digest \w+), is 59 examples (digest \w+)",
+            r"data (RECORDS and its settings) was 60 examples (digest \w+), is 59 examples "
+            r"(digest \w+)",
         ),
         (
             {"INITIAL_CHECKPOINT_PATH": "other"},
@@ -483,8 +484,8 @@ def original_of(**changes):
             "data",
             {"num_examples": 65_537, "digest": "0" * 16},
             {"num_examples": 65_537, "digest": "rows-" + "1" * 16},
-            "data (RECORDS) was 65537 examples (digest 0000000000000000, in the order of an "
-            "earlier version), is 65537 examples (digest rows-1111111111111111)",
+            "data (RECORDS and its settings) was 65537 examples (digest 0000000000000000, in the "
+            "order of an earlier version), is 65537 examples (digest rows-1111111111111111)",
         ),
         (
             "objective",

@@ -14,9 +14,8 @@ from tnt_jax.training import checks, settings
 from tnt_jax.training.trainer import make_trainer
 
 
-def check(best, objective, kind="parameters"):
-    """Keeps the best by a metric, with an evaluation before each checkpoint."""
-    trainer = make_trainer(
+def trainer_of(objective, kind="parameters"):
+    return make_trainer(
         config=LLAMA,
         objective=objective,
         original_choice=settings.OriginalChoice(path=None, kind=kind),
@@ -24,8 +23,31 @@ def check(best, objective, kind="parameters"):
             batch_size=8, task_feature_lengths={"inputs": 8, "targets": 8}, optimizer=optax.sgd(1.0)
         ),
     )
+
+
+def check(best, objective, kind="parameters"):
+    """Keeps the best by a metric, with an evaluation before each checkpoint."""
+    trainer = trainer_of(objective, kind)
     schedule = settings.Schedule(train_steps=2, checkpoint_every=1, eval_every=1)
     checks.check_best_is_measured(settings.Keep(best=best), schedule, trainer, has_evaluation=True)
+
+
+@pytest.mark.parametrize(("name", "is_refused"), [("TNFF", True), ("FTPO", False)])
+def test_marks_on_all_text_are_a_mistake_only_where_something_holds_the_rest(name, is_refused):
+    """FTPO and UNDIAL as published have no loss elsewhere."""
+    example = Example(
+        inputs=np.array([2, 1], np.int32),
+        targets=np.array([3, 4, 1], np.int32),
+        negative_pairs=np.array([[0, 3], [1, 4]], np.int32),
+        span_numbers=np.array([1, 1, -1], np.int32),
+    )
+    lengths = {"inputs": 8, "targets": 8}
+    trainer = trainer_of(objectives.named(name))
+    if is_refused:
+        with pytest.raises(UsageError, match=r"^negative spans cover all text of all 1 examples"):
+            checks.check_marks([example], trainer, lengths)
+    else:
+        checks.check_marks([example], trainer, lengths)
 
 
 ULLL, KL, TNFF = map(objectives.named, ("UL+LL", "KL", "TNFF"))

@@ -208,7 +208,8 @@ def test_the_original_speaks_also_where_it_is_not_in_memory(original):
     check_samples("cached", steps=[0, 1, 2])
 
 
-def test_adapters_speak_to_the_prompts_of_a_file(original):
+def test_adapters_speak_to_the_prompts_of_a_file(original, monkeypatch):
+    monkeypatch.setattr(samples, "_MOST_AT_ONCE", 4)  # of six
     records.write_records("few.jsonl", rooms.corpus()[:6])
     settings = {"SAMPLE_EVERY": 1, "SAMPLE_PROMPTS": "few.jsonl"}
     train("adapters", **settings, ORIGINAL="adapters_off", ADAPTER_RANK=2, TRAIN_STEPS=1)
@@ -450,6 +451,8 @@ def test_the_last_line_says_what_came_out_and_what_to_run(watched):
         ([], {"PROFILE_UPDATES": [3, 2]}, "PROFILE_UPDATES: expected [FIRST, LAST]"),
         ([], {"SAMPLE_EVERY": 0}, "SAMPLE_EVERY: expected at least 1, found 0"),
         ([], {"SAMPLE_EVERY": 1, "SAMPLE_PROMPTS": "no.jsonl"}, "no.jsonl"),
+        ([], {"SAMPLE_PROMPTS": "few.jsonl"}, "SAMPLE_PROMPTS is set, to few.jsonl, and SAMPLE_EV"),
+        ([], {"PROFILE_DIR": "traces"}, "PROFILE_DIR is set, to traces, and PROFILE_UPDATES is No"),
         (
             ["runs/seqio_evaluation.gin"],
             {**EVALUATION, "EVAL_MIXTURE_OR_TASK_NAME": "rooms_unmeasured"},

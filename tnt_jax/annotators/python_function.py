@@ -5,6 +5,7 @@ import importlib
 import importlib.metadata
 import pathlib
 import sys
+import types
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -95,7 +96,8 @@ def identity(name: str, setting: str) -> str:
     """The name with what tells one version of its code from the next.
 
     That is the version of the package that the module belongs to. For a module that belongs to
-    none, or lies where it is edited (`pip install -e`), it is a digest of its file.
+    none, or lies where it is edited (`pip install -e`), it is a digest of its file, and of those of
+    the modules in its folder that it uses.
     """
     find(name, setting)
     module_name = name.partition(":")[0]
@@ -108,7 +110,23 @@ def identity(name: str, setting: str) -> str:
             return f"{name} {distributions[0]}=={package.version}"
     if file is None:
         return name
-    return f"{name} {hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest()[:12]}"
+    contents = [path.read_bytes() for path in _read_with(sys.modules[module_name])]
+    return f"{name} {hashlib.sha256(b''.join(contents)).hexdigest()[:12]}"
+
+
+def _read_with(module: types.ModuleType) -> list[pathlib.Path]:
+    """The file of a module, and those in its folder, or below, of modules whose names it has."""
+    first = pathlib.Path(str(module.__file__))
+    found, left = {first}, [module]
+    while left:
+        for value in vars(left.pop()).values():
+            used = value if isinstance(value, types.ModuleType) else None
+            used = used or sys.modules.get(getattr(value, "__module__", None) or "")
+            file = pathlib.Path(getattr(used, "__file__", None) or "")
+            if used is not None and first.parent in file.parents and file not in found:
+                found.add(file)
+                left.append(used)
+    return [first, *sorted(found - {first})]
 
 
 def _is_copied(package: importlib.metadata.Distribution, file: pathlib.Path) -> bool:

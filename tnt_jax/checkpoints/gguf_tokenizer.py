@@ -22,7 +22,8 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 _SPACE = "▁"
 _REFUSED = "Set VOCABULARY_PATH to a directory with the tokenizer of this model."
 
-# What llama.cpp, too, takes for the end of a turn where the file does not state one.
+# What llama.cpp, too, takes for the end of a text and, here if the template writes it, of a turn.
+_ENDS_OF_TEXTS = {"<|endoftext|>", "<|end_of_text|>"}
 _ENDS_OF_TURNS = {"<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|eom_id|>"}
 
 # ------------------------------------------------------------------------------- Splitting words
@@ -118,15 +119,20 @@ def special_ids(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def end_ids(settings: Mapping[str, Any]) -> tuple[int, ...]:
-    """The ids that end an output: those that are stated, and what the chat template writes."""
+    """The ids that end an output: those that are stated, and what the chat template writes.
+
+    A file states one, where the model's own `generation_config.json` has several.
+    """
     ids = [_id(settings, name) for name in ("eos", "eot", "eom")]
     template = settings.get(_TEMPLATE)
     if isinstance(template, str):
         tokens, kinds = _tokens(settings)
+        unknown = _id(settings, "unknown")  # which SmolLM 2 calls so, too
         ids += [
             i
             for i in np.flatnonzero(kinds == _CONTROL).tolist()
-            if tokens[i] in _ENDS_OF_TURNS and tokens[i] in template
+            if (tokens[i] in _ENDS_OF_TURNS and tokens[i] in template)
+            or (tokens[i] in _ENDS_OF_TEXTS and i != unknown)
         ]
     return tuple(dict.fromkeys(i for i in ids if i is not None))
 

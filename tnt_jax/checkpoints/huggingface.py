@@ -28,7 +28,8 @@ from tnt_jax.runtime.errors import UsageError
 CONFIG = "config.json"
 # Everything else that belongs to a model; a file that is not there is not missed.
 TOKENIZER_FILES = ("spiece.model", "vocab.json", "merges.txt", *hub_files.FILES)
-OTHER_FILES = (hub_files.GENERATION, *TOKENIZER_FILES, "LICENSE")
+_LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md")
+OTHER_FILES = (hub_files.GENERATION, *TOKENIZER_FILES, *_LICENCES)
 
 _FAMILIES = (huggingface_t5.FAMILY, huggingface_causal_lm.FAMILY)
 _FAMILY_OF = {model_type: family for family in _FAMILIES for model_type in family.model_types}

@@ -274,16 +274,18 @@ def first_line(error: Exception) -> str:
 
 
 def stack(arrays: Sequence[LazyArray], axis: int) -> LazyArray:
-    """Arrays of one shape, side by side along a new axis."""
+    """Arrays of one shape, side by side along a new axis; of several types, with a common one."""
     first = arrays[0]
-    assert all((a.shape, a.dtype) == (first.shape, first.dtype) for a in arrays), first.source
+    assert all(a.shape == first.shape for a in arrays), first.source
+    dtype = np.result_type(*(a.dtype for a in arrays))
 
     def read(index: Index) -> np.ndarray:
         rest = (*index[:axis], *index[axis + 1 :])
-        return np.stack([array.read(rest) for array in arrays[index[axis]]], axis)
+        parts = [array.read(rest).astype(dtype, copy=False) for array in arrays[index[axis]]]
+        return np.stack(parts, axis)
 
     shape = (*first.shape[:axis], len(arrays), *first.shape[axis:])
-    return LazyArray(shape, first.dtype, f"{first.source}, and {len(arrays) - 1} more", read)
+    return LazyArray(shape, dtype, f"{first.source}, and {len(arrays) - 1} more", read)
 
 
 # The layers of a network with `scan_layers`, and its layers apart: two names of the same.

@@ -204,6 +204,7 @@ def _of_hub_model(
 def _open_ours(kind: Kind, folder: epath.Path, within: tuple[epath.Path, ...]) -> Pretrained:
     stored = orbax.lazy_item(folder / orbax.PARAMS)
     item: _OrbaxItem | None = _OrbaxItem(folder / orbax.PARAMS, (), frozenset(stored))
+    lazy_arrays.check_types(stored)  # what is beside it may have others, such as float16
     weights, run = lazy_arrays.layers_apart(stored), orbax.read_run(folder)
     trained, beside = None, None
     if run is not None and trained_parts.part_of(run) is not None:
@@ -218,7 +219,6 @@ def _open_ours(kind: Kind, folder: epath.Path, within: tuple[epath.Path, ...]) -
             f"{folder}: it has adapters, and its notes do not say beside which original. Copy "
             "the checkpoint again."
         )
-    lazy_arrays.check_types(weights)
     config_file = kind.description(folder) / huggingface.CONFIG
     described = _described(config_file, weights)
     if described is None and beside is not None:

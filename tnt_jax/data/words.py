@@ -3,8 +3,9 @@
 A word is a run of letters, digits, marks and underscores; an apostrophe joins ("don't" does not
 hold "don") unless it starts a possessive 's ("idiot's" holds "idiot"), and `.`, `,` and `:` join
 digits ("4.5" does not hold "4"). Every other visible character is a word of its own, except that a
-hyphen between words counts as a space ("half-ass" holds "ass", "4-star" is "4 star"). Runs of white
-space are one space. Canonically equivalent strings and the two apostrophes are equal.
+hyphen between words counts as a space ("half-ass" holds "ass", "4-star" is "4 star"). What makes an
+emoji of a character is such a word, too. Runs of white space are one space. Canonically equivalent
+strings and the two apostrophes are equal.
 
 In a script without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese and others) no character
 says where a word ends. So each letter is a word of its own there, with the marks on it: what is
@@ -19,8 +20,14 @@ from collections.abc import Iterator
 import numpy as np
 
 # `\w` leaves out combining marks (accents of decomposed text, vowel signs of Indic scripts);
-# without them "cafe" would be found in "cafe\u0301".
-MARKS = "".join(c for c in map(chr, range(0x300, 0x1F000)) if unicodedata.category(c)[0] == "M")
+# without them "cafe" would be found in "cafe\u0301". Two selectors and the marks that enclose stand
+# on symbols and digits ("\u2764\ufe0f", "1\ufe0f\u20e3"): no word goes on with these, or begins.
+_OF_SYMBOLS = "\ufe0e\ufe0f"
+MARKS = "".join(
+    c
+    for c in map(chr, range(0x300, 0x1F000))
+    if unicodedata.category(c) in ("Mn", "Mc") and c not in _OF_SYMBOLS
+)
 
 
 def _ranges(characters: str) -> str:

@@ -24,8 +24,7 @@ _UNKNOWN_TOKEN = re.compile(r"\u2047|(?<!\S)\?\?(?!\S)")
 def _repeated_word(letter: str) -> re.Pattern[str]:
     """The pattern of a word twice in a row; `letter` is what a letter is, within brackets."""
     part = rf"[{letter}'\u2019-]"
-    begins = rf"(?:(?<!{part})|(?<=[\ufe0e\ufe0f\u20e3]))"  # an emoji may end with a mark
-    return re.compile(rf"{begins}(\w{part}*)\s+\1(?!{part})", re.IGNORECASE)
+    return re.compile(rf"(?<!{part})(\w{part}*)\s+\1(?!{part})", re.IGNORECASE)
 
 
 _REPEATED_WORD = _repeated_word(words.LETTER[1:-1])

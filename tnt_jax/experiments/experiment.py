@@ -265,10 +265,15 @@ class Experiment:
             )
 
 
-def check_rounds(num_rounds: int, name: str = "NUM_ROUNDS") -> None:
-    """Raises a UsageError, which names that setting, unless there is a round at least."""
+def check_rounds(experiment: Experiment, num_rounds: int, name: str = "NUM_ROUNDS") -> None:
+    """Raises a UsageError, which names that setting, unless so many rounds can be made."""
     if num_rounds < 1:
         raise UsageError(f"{name}: expected at least 1, found {num_rounds}.")
+    if num_rounds > 1 and experiment.train_prompts is None:
+        raise UsageError(
+            f"{name}: expected 1 where TRAIN_PROMPTS is None, found {num_rounds}: a further round "
+            "generates anew. Give the prompts of the TRAINING_RECORDS as TRAIN_PROMPTS, too."
+        )
 
 
 def name_of_round(name: str, number: int) -> str:

@@ -119,6 +119,7 @@ def _look_at_prompts(
     for setting, prompts in (
         ("TRAIN_PROMPTS", experiment.train_prompts),
         ("EVAL_PROMPTS", experiment.eval_prompts),
+        ("UNRELATED_PROMPTS", experiment.unrelated_prompts),
     ):
         if prompts is not None:  # with TRAINING_RECORDS there need not be any to learn from
             check_are_prompts(prompts, setting)

@@ -92,7 +92,8 @@ def verdict(by_decoder: Mapping[str, Mapping[str, Any]], wish: float) -> tuple[s
     which = f"unwanted {worst} outputs" if len(by_decoder) > 1 else "unwanted outputs"
     return (
         f"{'Not the whole wish' if is_short else 'The wish is fulfilled'}: {cut:.1%} of "
-        f"the {which} are gone{f' (95 %: {interval})' if interval else ''}, asked for {wish:.0%}.",
+        f"the {which} are gone{f' (95 %: {interval})' if interval else ''}, asked for "
+        f"{100 * wish:.4g}%.",
         is_short,
     )
 

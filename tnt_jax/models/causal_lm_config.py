@@ -155,7 +155,7 @@ class CausalLMConfig(NetworkConfig):
     final_softcap: float | None = None
     unseen: ClassVar = (
         *("mlp_activations", "layer_norm_epsilon", "num_heads", "num_kv_heads", "head_dim"),
-        *("kinds", "norm_scale_offset", "scales_embedding", "attention_scale"),
+        *("kinds", "norm_scale_offset", "scales_embedding", "logit_scale"),
         *("attention_softcap", "final_softcap"),
     )
 

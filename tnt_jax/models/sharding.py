@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tnt_jax.runtime.array_types import Array, PyTree
@@ -99,12 +99,22 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
         hosts.
 
     Raises:
-      UsageError: The shape does not use exactly the devices that are there.
+      UsageError: The shape does not use exactly the devices that are there, or they are of several
+        slices of a TPU.
     """
-    num_devices = jax.device_count() if devices is None else len(devices)
-    return jax.make_mesh(
-        shape.sizes(num_devices), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
-    )
+    devices = jax.devices() if devices is None else devices
+    sizes = shape.sizes(len(devices))
+    is_tpu = devices[0].platform == "tpu"
+    slices = {getattr(device, "slice_index", 0) for device in devices if is_tpu}
+    if len(slices) > 1:
+        raise UsageError(
+            f"expected devices of one slice of a TPU, found {len(slices)} slices. Start the run on "
+            "one."
+        )
+    # `jax.make_mesh` refuses an axis that is a part of an axis of the torus, of which a v6e of 4x4
+    # or a v5p of 4x4x4 have few.
+    arranged = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(arranged, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def automatic_axes() -> dict[str, int]:

@@ -137,7 +137,8 @@ def table(
     """
     if not is_first_process():
         return
-    shown = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, title_justify="left")
+    heading = None if title is None else rich.text.Text(title.translate(_OBEYED))  # no markup
+    shown = rich.table.Table(title=heading, box=rich.box.SIMPLE_HEAD, title_justify="left")
     for index, name in enumerate(columns):
         cells = [row[index] for row in rows]
         is_number = any(isinstance(cell, int | float) for cell in cells)

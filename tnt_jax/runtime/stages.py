@@ -23,6 +23,7 @@ _only_done: contextvars.ContextVar[bool] = contextvars.ContextVar("only_done", d
 
 _NOT_LOCAL = "not a local file"  # named by its path alone
 _NOT_THERE = "not there"
+_IN_FOLDER = "OUTPUT_DIR"  # in a note, before what lies in the run's folder
 # From so many bytes on a file's digest is kept for as long as the file looks the same.
 _LARGE = 64 * 2**20
 _PIECE = 2**20  # bytes that are read at once
@@ -121,13 +122,14 @@ class Stages:
         holding.check()
         note = note_path(self._root, name)
         paths = (*inputs.values(), *also_depends_on)
-        described = describe(function, settings, paths, version)
+        described = self._placed(describe(function, settings, paths, version))
         before: dict[str, Any] = {}
         # A note that is there and may not be read is none that is missing: that ends the run.
         with contextlib.suppress(FileNotFoundError):
             before = _read(note)
-        _take_over(before, described)
-        is_same = before.get("described") == json.loads(json.dumps(described))
+        made_of = self._placed(before.get("described"))
+        _take_over(made_of, described)
+        is_same = made_of == described
         is_there = pathlib.Path(output).exists()
         if is_same and before.get("done") and is_there:
             if name not in self._said and not _only_done.get():
@@ -135,15 +137,18 @@ class Stages:
             return
         if _only_done.get():
             raise NotDoneError(name)
-        is_leg = earlier_settings is not None and before.get("described") == json.loads(
-            json.dumps({**described, "settings": settings_json.describe(dict(earlier_settings))})
-        )
+        is_leg = earlier_settings is not None and made_of == {
+            **described,
+            "settings": self._placed(settings_json.describe(dict(earlier_settings))),
+        }
         if goes_on and not is_same and not is_leg and is_there:
             if not before:
                 raise UsageError(
                     f"{name}: expected nothing, or what this run made, in {output}; found "
                     f"files, and no {note}. Set another OUTPUT_DIR, or delete the folder."
                 )
+            if made_of is not None:
+                console.log(f"{name}: made anew, for {_difference(made_of, described)} changed.")
             # Fits no settings: what an interruption leaves is not whole, nor to go on from.
             files.write_json(str(note), {"described": None, "done": False})
             shutil.rmtree(output)
@@ -154,6 +159,13 @@ class Stages:
         with _noted(note, described, spent):
             function(**{output_name: output}, **inputs, **settings)
         preemption.check()
+
+    def _placed(self, value: Any) -> Any:
+        """A JSON value whose paths in the run's folder begin with that one's name alone.
+
+        So a folder that is moved, or named otherwise, holds what it held.
+        """
+        return _replaced(json.loads(json.dumps(value)), os.path.abspath(self._root))  # noqa: PTH100
 
     def _number_of(self, name: str) -> int:
         self._said.add(name)
@@ -168,13 +180,35 @@ class Stages:
         return None
 
 
-def _take_over(before: Mapping[str, Any], described: dict[str, Any]) -> None:
+def _replaced(value: Any, root: str) -> Any:
+    """A JSON value with the paths of its texts and keys below a folder as paths in it."""
+    if isinstance(value, dict):
+        return {_replaced(key, root): _replaced(of, root) for key, of in value.items()}
+    if isinstance(value, list):
+        return [_replaced(of, root) for of in value]
+    if not isinstance(value, str) or os.sep not in value or files.is_remote(value):
+        return value
+    path = os.path.abspath(value)  # noqa: PTH100 (links stay)
+    return _IN_FOLDER + path[len(root) :] if f"{path}{os.sep}".startswith(root + os.sep) else value
+
+
+def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Which settings and inputs are others, as a text."""
+    found = [
+        f"{part}: {name}"
+        for part in ("settings", "inputs")
+        for name in sorted({*before.get(part, {}), *now[part]})
+        if before.get(part, {}).get(name) != now[part].get(name)
+    ]
+    return ", ".join(found) or "the program has"
+
+
+def _take_over(noted: Any, described: dict[str, Any]) -> None:
     """Makes what a stage is made of comparable with a note of 0.2.0.
 
     That version knew what a stage read in an object store by its path alone. So a path is enough
     here, too, and what was made then is not made again.
     """
-    noted = before.get("described")
     read = noted.get("inputs") if isinstance(noted, dict) else None
     if isinstance(read, dict):
         for path in described["inputs"]:
@@ -213,13 +247,17 @@ def _noted(note: pathlib.Path, described: Mapping[str, Any], spent: float) -> It
 
 
 def fingerprint(path: str) -> str:
-    """Changes when the file, a file in the folder, or one that the pattern matches, does."""
+    """Changes when the file, a file in the folder, or one that the pattern matches, does.
+
+    What is hidden in a folder does not count: desktops and downloads write such files.
+    """
     if files.is_remote(path):
         return _remote_fingerprint(path)
     found = pathlib.Path(path)
     if found.is_dir():
         paths = map(pathlib.Path, files.files_below(found))
         inside = [file for file in paths if file.is_file()]  # no link that leads nowhere
+        inside = [f for f in inside if not any(p[0] == "." for p in f.relative_to(found).parts)]
         stats = [(str(file.relative_to(found)), file.stat()) for file in inside]
         described = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
         return _digest(repr(described).encode())

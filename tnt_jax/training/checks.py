@@ -45,6 +45,21 @@ def check_best_is_measured(
     )
 
 
+def check_kept_are_written(keep: settings.Keep, schedule: settings.Schedule) -> None:
+    """Raises a UsageError unless there is a checkpoint wherever KEEP_EVERY keeps one.
+
+    Args:
+      keep: Which checkpoints are kept.
+      schedule: After how many updates what is done.
+    """
+    if keep.every is not None and keep.every % schedule.checkpoint_every:
+        raise UsageError(
+            f"KEEP_EVERY: expected a multiple of CHECKPOINT_EVERY, which is "
+            f"{schedule.checkpoint_every}, found {keep.every}: no checkpoint is written after "
+            f"{keep.every} updates."
+        )
+
+
 def check_best_has_marks(
     keep: settings.Keep,
     eval_examples: Sequence[Example],
@@ -95,7 +110,9 @@ def check_marks(
             f"removed_everywhere has id {max(objective.removed_everywhere)}, but the model has "
             f"{num_embeddings} embeddings. Expected ids of its own vocabulary."
         )
-    if are_all_covered(examples, task_feature_lengths):
+    # Without a loss elsewhere (UNDIAL and FTPO as published) nothing holds it there anyway.
+    has_rest = objective.positive_term != "none"
+    if has_rest and are_all_covered(examples, task_feature_lengths):
         raise UsageError(
             f"negative spans cover all text of all {len(examples)} examples (within "
             "TASK_FEATURE_LENGTHS and LOSS_UNTIL), so that nothing holds the model to its "

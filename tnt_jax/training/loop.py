@@ -462,11 +462,11 @@ class _Evaluation(hooks.Hook):
         )
         sums = []
         for number, batch in enumerate(batches):
-            first = number * batch_size
-            rows = data.eval_examples[first : first + batch_size]
-            batch = sharding.put_batch(
-                loop.loaded_original.with_states_of_rows(batch, rows), loop.trainer.model.mesh
-            )
+            if loop.loaded_original.states:  # else the examples need not be read again
+                first = number * batch_size
+                rows = data.eval_examples[first : first + batch_size]
+                batch = loop.loaded_original.with_states_of_rows(batch, rows)
+            batch = sharding.put_batch(batch, loop.trainer.model.mesh)
             sums.append(
                 jax.device_get(self._step(state.params, loop.loaded_original.params, batch))
             )

@@ -44,7 +44,7 @@ COMPARED = {
     "objective": "the objective's file",
     "model": "the model's settings",
     "optimizer": "OPTIMIZER and its settings",
-    "data": "RECORDS",
+    "data": "RECORDS and its settings",
     "vocabulary": "VOCABULARY_PATH",
     "batch_size": "BATCH_SIZE",
     "task_feature_lengths": "TASK_FEATURE_LENGTHS",

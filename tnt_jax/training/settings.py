@@ -20,6 +20,7 @@ from tnt_jax.training import original_cache, train_step
 
 # Where the original's logits come from, and whether adapters are trained.
 ORIGINALS = ("parameters", "cached", "adapters_off", "adapters_cached")
+_RANK, _ALPHA = 16, 32.0  # of adapters
 
 # What becomes of an update whose loss or gradient is not finite: it stops the run, or is left out.
 NON_FINITE = ("stop", "skip")
@@ -148,8 +149,8 @@ class OriginalChoice:
     path: str | None
     kind: str = "parameters"
     states_dir: str | None = None
-    adapter_rank: int = 16
-    adapter_alpha: float = 32.0
+    adapter_rank: int = _RANK
+    adapter_alpha: float = _ALPHA
     trained_layers: int | None = None
 
     def __post_init__(self):
@@ -162,6 +163,16 @@ class OriginalChoice:
                 f"STATES_DIR is set, to {self.states_dir}, and ORIGINAL is {self.kind!r}: states "
                 "are kept with ORIGINAL='cached' or 'adapters_cached' alone."
             )
+        # Whoever sets these wants adapters, and would get the whole model.
+        for name, number, default in (
+            ("ADAPTER_RANK", self.adapter_rank, _RANK),
+            ("ADAPTER_ALPHA", self.adapter_alpha, _ALPHA),
+        ):
+            if number != default and not self.has_adapters:
+                raise UsageError(
+                    f"{name} is set, to {number:g}, and ORIGINAL is {self.kind!r}: adapters are "
+                    "trained with ORIGINAL='adapters_off' or 'adapters_cached' alone."
+                )
         if self.adapter_rank < 1:
             raise UsageError(f"ADAPTER_RANK: expected at least 1, found {self.adapter_rank}.")
 

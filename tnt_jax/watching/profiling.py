@@ -41,6 +41,7 @@ class Trace(hooks.Hook):
         self._updates, self._folder = updates, folder
         self._open = contextlib.ExitStack()
         self._is_tracing = False
+        self._is_there = False
 
     def begin(self, beginning: hooks.Beginning) -> None:
         """Begins the trace, if the run begins among its updates."""
@@ -56,7 +57,7 @@ class Trace(hooks.Hook):
         first, last = self._updates
         if not self._is_tracing and first - 1 <= step < last:
             jax.block_until_ready(state)
-            self._is_tracing = True
+            self._is_tracing = self._is_there = True
             self._open.enter_context(self._trace())
         elif self._is_tracing and step == last:
             jax.block_until_ready(state)
@@ -66,6 +67,12 @@ class Trace(hooks.Hook):
     def close(self) -> None:
         """Ends the trace, if it has not ended."""
         self._open.close()
+        if not self._is_there:
+            self._is_there = True  # said once
+            console.log(
+                f"No trace was made: PROFILE_UPDATES is {list(self._updates)}, and none of these "
+                "updates was among the run's."
+            )
 
     @contextlib.contextmanager
     def _trace(self) -> Iterator[None]:

@@ -48,6 +48,9 @@ def read_prompts(path: str, vocabulary: Any) -> list[Prompt]:
     ]
 
 
+_MOST_AT_ONCE = 32  # prompts
+
+
 def choose_prompts(examples: Sequence[Example], number: int) -> list[Prompt]:
     """Prompts from all over the data, half of them of examples with marks if there are as many."""
     is_marked = num_marks_of(examples) > 0
@@ -67,7 +70,7 @@ def _spread(rows: Sequence[Any], number: int) -> list[Any]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Speaker:
-    """Answers prompts in one batch; compiled once for each kind of parameters.
+    """Answers prompts, some at a time; compiled once for each kind of parameters.
 
     Attributes:
       model: The network.
@@ -86,24 +89,30 @@ class Speaker:
     def __call__(self, params: PyTree) -> list[str]:
         """The text that the parameters give for each prompt."""
         width = min(max(len(prompt.inputs) for prompt in self.prompts), self.longest_input)
-        decoded = self.model.decode(
-            params,
-            [prompt.inputs for prompt in self.prompts],
-            width,
-            self.decoder,
-            sharding.batch_size_for(len(self.prompts), self.model.mesh),
-            row_keys=self._keys,
-        )
-        tokens = sharding.fetch(decoded.tokens)[: len(self.prompts)]
-        ends = self.decoder.end_ids
-        return [self.vocabulary.decode(tokenization.said(row, ends)) for row in tokens]
+        # What decoding remembers of a row comes beside the state of training.
+        at_once = min(len(self.prompts), _MOST_AT_ONCE)
+        texts: list[str] = []
+        for first in range(0, len(self.prompts), at_once):
+            rows = slice(first, first + at_once)
+            decoded = self.model.decode(
+                params,
+                [prompt.inputs for prompt in self.prompts[rows]],
+                width,
+                self.decoder,
+                sharding.batch_size_for(at_once, self.model.mesh),
+                row_keys=None if self._keys is None else self._keys[rows],
+            )
+            tokens = sharding.fetch(decoded.tokens)[: len(self.prompts[rows])]
+            said = (tokenization.said(row, self.decoder.end_ids) for row in tokens)
+            texts += map(self.vocabulary.decode, said)
+        return texts
 
     @functools.cached_property
     def inputs(self) -> list[str]:
         """The texts of the prompts."""
         return [self.vocabulary.prompt_text(prompt.inputs) for prompt in self.prompts]
 
-    @property
+    @functools.cached_property
     def _keys(self) -> jax.Array | None:
         if not self.decoder.temperature:
             return None

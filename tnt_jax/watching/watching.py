@@ -67,6 +67,12 @@ class Watch:
         ):
             if number is not None and number < 1:
                 raise UsageError(f"{name}: expected at least 1, found {number}.")
+        for name, value, of, needed in (
+            ("SAMPLE_PROMPTS", self.sample_prompts, "SAMPLE_EVERY", self.sample_every),
+            ("PROFILE_DIR", self.profile_dir, "PROFILE_UPDATES", self.profile_updates),
+        ):
+            if value is not None and needed is None:
+                raise UsageError(f"{name} is set, to {value}, and {of} is None. Set {of}, too.")
 
     def make_hooks(
         self,
