@@ -62,7 +62,7 @@ if [[ ! -e $installed || $root/setup.py -nt $installed ]]; then
     python=$("$root/.ci/find_python" 3.12 3.11) ||
         refuse "tnt_jax needs Python 3.11 or 3.12, and none was found"
     # What Debian makes without its package for venv has a Python and no pip.
-    if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+    if [[ ! -e $venv/bin/pip ]]; then
         run "$python" -m venv --clear "$venv" ||
             refuse "no virtual environment in $venv, see above (on Debian and Ubuntu, apt install python3-venv)"
     fi

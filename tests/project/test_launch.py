@@ -175,7 +175,7 @@ def test_gpu_node_installs_checks_and_runs(tmp_path):
     )
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    assert re.search(r"-m venv .*venv $", lines[0])
+    assert re.search(r"-m venv --clear .*venv $", lines[0])
     assert lines[1].startswith(f"{venv}/bin/python -m pip install ")
     assert lines[1].endswith(r"\[gpu\,hub\] ")
     assert "default_backend" in lines[3]
@@ -234,7 +234,7 @@ def node(tmp_path):
     (project / ".ci").mkdir()
     python = program(
         tmp_path,
-        f'{NOTES}\nif [[ $2 == venv ]]; then mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; fi',
+        f'{NOTES}\nif [[ $2 == venv ]]; then mkdir -p "$4/bin"; cp "$0" "$4/bin/python"; fi',
         "python3",
     )
     program(project / ".ci", f"echo '{python}'", "find_python")
@@ -265,13 +265,23 @@ def test_gpu_node_takes_every_folder_and_every_setting_as_it_is(node, value):
     assert done.returncode == 0, done.stderr
     venv = f"./{value}" if value[0] in "-%" else value
     assert [call[0] for call in calls] == ["python3", *["python"] * 3]
-    assert calls[0][1:] == ["-m", "venv", venv]
+    assert calls[0][1:] == ["-m", "venv", "--clear", venv]
     assert calls[1][1:4] == ["-m", "pip", "install"]
     assert calls[3][1:] == ["-m", "tnt_jax.train", *settings]
     shown, _ = node(f"--venv={value}", "--dry_run", *settings)
     line = shown.stdout.splitlines()[-1]
     words = subprocess.check_output(["bash", "-c", f"printf '%s\\0' {line}"]).decode().split("\0")
     assert words[-6:-1] == calls[3][1:]
+
+
+def test_gpu_node_mends_an_environment_that_was_half_made(node, tmp_path):
+    """Where a package lacks, Debian's venv fails, and leaves a Python without pip."""
+    (tmp_path / "here" / "venv" / "bin").mkdir(parents=True)
+    shutil.copy(tmp_path / "python3", tmp_path / "here" / "venv" / "bin" / "python")
+    done, calls = node("--venv=venv", "--gin_file=a")
+    assert done.returncode == 0, done.stderr
+    assert calls[0] == ["python3", "-m", "venv", "--clear", "venv"]
+    assert calls[1][:4] == ["python", "-m", "pip", "install"]
 
 
 @pytest.mark.parametrize("value", hostile.VALUES)
