@@ -230,7 +230,8 @@ def mark(
     Earlier `negative_token_ids` are replaced, as the spans are. None where the annotator does not
     know the record. A token that begins one of the innocent words of `continuations` is not removed
     on account of an alternative that it does not spell out. What is unwanted at every position
-    needs no mark for the ids that are `removed_everywhere`. `continuations` and `completions` keep
+    needs no mark for the ids that are `removed_everywhere`. With `negative_token_ids`, a record has
+    `target_ids`, too, where the tokeniser can say the text. `continuations` and `completions` keep
     what is the same for many records.
 
     Raises:
@@ -243,6 +244,7 @@ def mark(
     if annotation.unwanted and vocabulary is None:
         raise UsageError(_NO_VOCABULARY)
     entries: list[records.TokenIds] = []
+    target_ids = row.target_ids
     has_alternatives = any(span.alternatives for span in annotation.spans)
     if vocabulary is not None and (has_alternatives or annotation.unwanted):
         ids, extents = marks.ids_and_extents(row, vocabulary)
@@ -260,8 +262,12 @@ def mark(
         if annotation.unwanted:
             completions = completions or mark_alternatives.Completions(vocabulary)
             entries += completions.ids(ids, annotation.unwanted, removed_everywhere)
+        # Ids and positions are of this vocabulary, and so another one is refused where it is not.
+        if target_ids is None and entries and vocabulary.decode(ids) == row.targets:
+            target_ids = tuple(ids)
     return dataclasses.replace(
         row,
+        target_ids=target_ids,
         negative_spans=tuple(
             records.with_strength(span.start, span.end, span.strength) for span in annotation.spans
         ),

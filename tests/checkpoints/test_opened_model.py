@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import gguf_writer
 
-from tnt_jax.checkpoints import opened_model, pretrained
+from tnt_jax.checkpoints import lazy_arrays, opened_model, pretrained
 from tnt_jax.data import tokenization
 from tnt_jax.models import sharding
 
@@ -59,3 +59,23 @@ def test_a_gguf_says_how_long_its_texts_were(tmp_path):
     path = tmp_path / "llama.gguf"
     gguf_writer.write_model(path, GOLDEN)
     assert pretrained.open_checkpoint(str(path)).max_positions == 128
+
+
+@pytest.mark.parametrize("axes", [("fsdp", None), (None, "fsdp"), ("fsdp", "model"), (None, None)])
+def test_each_parameter_is_read_once_however_it_is_split(axes):
+    """Files are read in rows: a part of all rows would be all of the file, for each device."""
+    stored = np.arange(8 * 16, dtype=np.float32).reshape(8, 16)
+    reads = []
+
+    def read(index):
+        reads.append(index)
+        return stored[index].copy()
+
+    mesh = sharding.make_mesh(sharding.MeshShape(data=1, fsdp=4, model=2))
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+    abstract = {"kernel": jax.ShapeDtypeStruct(stored.shape, stored.dtype, sharding=place)}
+    array = lazy_arrays.LazyArray(stored.shape, stored.dtype, "a file", read)
+    found = lazy_arrays.restore({"kernel": array}, abstract)["kernel"]
+    np.testing.assert_array_equal(found, stored)
+    assert found.sharding == place
+    assert len(reads) == 1

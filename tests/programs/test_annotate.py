@@ -149,6 +149,24 @@ def test_alternatives_are_as_sure_as_their_span():
     assert {where for where, *_ in row.negative_token_ids} == {10}
 
 
+def test_ids_to_remove_are_refused_by_another_tokeniser():
+    """Without ids of the text nobody would see that they stand for other tokens there."""
+
+    class Shifted(tokenization.Bytes):
+        def encode(self, text):
+            return [i + 1 for i in super().encode(text)]
+
+        def extents(self, ids):
+            return super().extents([i - 1 if i > 3 else i for i in ids])
+
+    assert ROWS[1].target_ids is None
+    row = annotate.mark(ROWS[1], Unsure(), tokenization.Bytes())
+    assert row.target_ids == (*tokenization.Bytes().encode(ROWS[1].targets), 1)
+    assert marks.mark_tokens(row, tokenization.Bytes()).target_ids.tolist() == [*row.target_ids]
+    with pytest.raises(UsageError, match=r"target_ids decode to .* Expected the vocabulary that"):
+        marks.mark_tokens(row, Shifted())
+
+
 def test_python_function(run):
     settings = {"FUNCTION": "marking_functions:idiots", "VOCABULARY": None, "VOCABULARY_PATH": "x"}
     assert run("python", settings) == [("a", []), ("b", ["idiot"]), ("c", [])]

@@ -419,7 +419,7 @@ def restore(arrays: Mapping[str, LazyArray], abstract: PyTree) -> PyTree:
     """Reads parameters, one after the other, each straight to the devices that hold it.
 
     In memory beside what the devices of this host hold: the largest parameter, or where it is
-    sharded the largest part.
+    sharded and larger than `_MOST_AT_ONCE` the largest part.
 
     Args:
       arrays: By name, from `laid_out`.
@@ -431,7 +431,45 @@ def restore(arrays: Mapping[str, LazyArray], abstract: PyTree) -> PyTree:
     # In the order of the files: the layers of a scanned stack come from one array.
     for name in sorted(by_name, key=lambda name: arrays[name].source):
         leaf = by_name[name]
-        read: Any = arrays[name].__getitem__
+        read = _reader(arrays[name], leaf.sharding)
         placed = jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
         restored[name] = placed.block_until_ready()
     return jax.tree.unflatten(treedef, [restored[name] for name in by_name])
+
+
+_MOST_AT_ONCE = 2**33  # bytes
+
+
+def _reader(array: LazyArray, sharding: jax.sharding.Sharding) -> Callable[[Any], np.ndarray]:
+    """What reads the parts of an array for the devices of this host, from the file once.
+
+    Files are read in rows, so for parts of rows all rows would be read again and again.
+    """
+    indices = sharding.addressable_devices_indices_map(array.shape).values()
+    parts = {
+        tuple(part.indices(n)[:2] for part, n in zip(index, array.shape, strict=True))
+        for index in indices
+        if index is not None
+    }
+    box = tuple(
+        slice(min(start for start, _ in axis), max(stop for _, stop in axis))
+        for axis in zip(*parts, strict=True)
+    )
+    num_bytes = math.prod(axis.stop - axis.start for axis in box) * array.dtype.itemsize
+    if len(parts) < 2 or num_bytes > _MOST_AT_ONCE:
+        return array.__getitem__
+
+    @functools.cache
+    def whole() -> np.ndarray:
+        return array[box]
+
+    def read(index: Any) -> np.ndarray:
+        wanted = (part.indices(n) for part, n in zip(index, array.shape, strict=True))
+        return whole()[
+            tuple(
+                slice(start - of.start, stop - of.start)
+                for (start, stop, _), of in zip(wanted, box, strict=True)
+            )
+        ]
+
+    return read
