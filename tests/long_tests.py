@@ -35,6 +35,7 @@ KEPT: dict[str, dict[str, set[str]]] = {
         },
         "test_agrees_with_the_definition_on_capped_logits": {"TNRF-1", "TNRLL-0", "UL+LL-0"},
         "test_agrees_in_bfloat16": {"TNRF", "TNRLL"},
+        "test_a_strength_of_1_is_removal_bit_by_bit": {"TNRF everywhere", "TNRLL", "UL+KL"},
         "test_a_set_is_the_ids_that_it_stands_for": {
             *("TNRF-removed", "TNRR smoothed-removed", "TNRF everywhere-graded", "UL+KL-graded"),
         },
@@ -52,24 +53,37 @@ KEPT: dict[str, dict[str, set[str]]] = {
         "test_eight_devices_and_microbatches_give_the_update_of_one": {
             "{'data': 2, 'fsdp': 2, 'model': 2}-2",
         },
-        "test_upper_layers_learn_what_they_learn_where_all_do": {"mixed"},
+        "test_upper_layers_learn_what_they_learn_where_all_do": set(),
         "test_lower_layers_are_computed_once_and_have_no_gradient": set(),
+        "test_what_rows_begin_with_is_learned_from_once_for_all": {"all axes"},
+        "test_what_rows_begin_with_is_computed_once_in_a_loop_of_layers": set(),
+        "test_devices_that_share_a_batch_each_read_what_its_prompts_begin_with": set(),
     },
     "test_scan_layers": {
         "test_what_is_computed_again_has_the_same_dropout": {"True"},
         "test_values_and_gradients_are_those_of_layers_apart": {"1.1 packed", "umt5"},
         "test_full_keeps_less_than_minimal_and_minimal_less_than_none": set(),
+        "test_eight_devices_with_stacked_layers_give_the_update_of_one_without": set(),
     },
     "test_attention": {
         "test_splash_gives_the_update_of_xla": {"{'data': 2, 'fsdp': 2, 'model': 2}-2"},
+        "test_splash_is_compiled_for_a_tpu_that_is_not_here": set(),
     },
     "test_trained_layers": {
         "test_packed_rows_devices_and_microbatches": {"adapters_cached-t5"},
         "test_the_gradient_is_that_part_of_the_whole_models": {"mixed"},
+        "test_neither_model_is_computed_below": set(),
+        "test_two_models_are_compared_by_what_differs": {"mixed-(1,)", "t5-(1,)"},
+        "test_models_that_differ_below_are_compared_whole": {"embedding", "encoder", "norm"},
+        "test_states_of_rows_that_begin_alike": {"adapters_cached-1"},
+        "test_a_step_with_cached_states_is_compiled_for_devices": set(),
+        "test_a_step_is_compiled_for_rows_that_begin_alike": set(),
+        "test_frozen_layers_are_where_the_step_does_not_look": set(),
         "test_adapters_learn_the_same_from_cached_states": {"mixed, everywhere"},
     },
     "test_load_original": {
-        "test_the_original_is_a_fixed_point_in_bfloat16": {"adapters_cached"},
+        "test_the_original_is_a_fixed_point_in_bfloat16": set(),
+        "test_adapters_of_stacked_layers_go_on_from_layers_apart": set(),
         "test_a_run_of_upper_layers_is_read_as_the_model_that_it_is": set(),
         "test_states_with_evaluation": set(),
         "test_cached_states_give_the_run_of_a_second_forward": {"{'NUM_MICROBATCHES': 2}"},
@@ -108,6 +122,7 @@ KEPT: dict[str, dict[str, set[str]]] = {
     # What a command that was stopped, killed or refused does when it is given again.
     "test_processes": {
         "test_a_run_that_is_stopped_and_then_loses_a_process_ends_as_the_undisturbed_one": set(),
+        "test_hosts_have_what_they_start_from_at_paths_of_their_own": set(),
         "test_four_processes_with_sharded_parameters_begin_as_one_does": set(),
         "test_processes_that_have_other_models_do_not_train_on_a_mixture": {"digest", "sharded"},
         "test_processes_that_start_from_other_models_do_not_train_on_a_mixture": set(),
@@ -155,6 +170,7 @@ KEPT: dict[str, dict[str, set[str]]] = {
     },
     "test_tpu_program": {
         "test_what_does_not_fit_is_said_with_what_would_help": set(),
+        "test_what_the_compiler_accepts_fits": set(),
     },
     "test_tpu_vm": {
         "test_trouble_while_it_is_created_again": {"trouble0"},
@@ -163,7 +179,12 @@ KEPT: dict[str, dict[str, set[str]]] = {
     "test_mistakes": {
         "test_a_long_list_that_no_device_has_room_for": set(),
     },
-    "test_benchmarks": {"test_a_variant_of_the_step_is_measured": set()},
+    "test_benchmarks": {
+        "test_a_variant_of_the_step_is_measured": set(),
+        "test_what_is_a_failure_of_reading_a_damaged_file": {"refuse-None"},
+    },
+    # The model of the demonstration, which `make demo` runs.
+    "test_smollm2": {"test_it_answers": set()},
 }
 
 

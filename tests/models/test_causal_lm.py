@@ -402,7 +402,7 @@ def update_of_rows_apart(config):
         (MIXED, {"data": 2, "fsdp": 2, "model": 2}, 2),
         (MIXED, {"fsdp": 4, "model": 2}, 1),
     ],
-    ids=str,
+    ids=["llama", "post", "microbatches", "all axes", "fsdp and model"],
 )
 def test_what_rows_begin_with_is_learned_from_once_for_all(config, shape, num_microbatches):
     batch = rows_that_begin_alike()
