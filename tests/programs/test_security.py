@@ -37,7 +37,7 @@ RUNS_CODE = {
 }
 # They start a program of ours, always the same. Templates run in one, with limits and no files;
 # examples are made in others, which are told of everything as JSON.
-ALLOWED = {"chat": {"subprocess"}, "example_maker": {"subprocess"}}
+ALLOWED = {"template_renderer": {"subprocess"}, "example_maker": {"subprocess"}}
 
 
 @pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: file.stem)

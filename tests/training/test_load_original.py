@@ -382,9 +382,8 @@ def made(kind, config=CONFIG, **mesh_shape):
         optimizer=optax.adam(1e-3),
         mesh_shape=sharding.MeshShape(**mesh_shape),
     )
-    original_choice = settings.OriginalChoice(
-        path=None, kind=kind, adapter_rank=4, adapter_alpha=8.0
-    )
+    adapters = {"adapter_rank": 4, "adapter_alpha": 8.0} if kind.startswith("adapters") else {}
+    original_choice = settings.OriginalChoice(path=None, kind=kind, **adapters)
     trainer = make_trainer(
         config=config,
         objective=objectives.TntObjective(negative_term="reverse_kl", positive_term="forward_kl"),

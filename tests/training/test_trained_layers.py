@@ -70,8 +70,9 @@ def made(kind, config, trained_layers, objective=TNRF, num_devices=1, mesh_shape
         **{"batch_size": 8, "task_feature_lengths": LENGTHS, "optimizer": SGD} | update,
         mesh_shape=mesh_shape,
     )
+    adapters = {"adapter_rank": 2, "adapter_alpha": 4.0} if kind.startswith("adapters") else {}
     choice = settings.OriginalChoice(
-        path=None, kind=kind, trained_layers=trained_layers, adapter_rank=2, adapter_alpha=4.0
+        path=None, kind=kind, trained_layers=trained_layers, **adapters
     )
     with rooms.devices_seen(num_devices):
         trainer = make_trainer(
