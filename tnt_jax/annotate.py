@@ -230,9 +230,9 @@ def mark(
     Earlier `negative_token_ids` are replaced, as the spans are. None where the annotator does not
     know the record. A token that begins one of the innocent words of `continuations` is not removed
     on account of an alternative that it does not spell out. What is unwanted at every position
-    needs no mark for the ids that are `removed_everywhere`. With `negative_token_ids`, a record has
-    `target_ids`, too, where the tokeniser can say the text. `continuations` and `completions` keep
-    what is the same for many records.
+    needs no mark for the ids that are `removed_everywhere`. A record that gets `negative_token_ids`
+    gets `target_ids`, too, if it has none and they decode to its text. `continuations` and
+    `completions` keep what is the same for many records.
 
     Raises:
       UsageError: The record is a prompt, or its ids are of another vocabulary.
@@ -262,7 +262,7 @@ def mark(
         if annotation.unwanted:
             completions = completions or mark_alternatives.Completions(vocabulary)
             entries += completions.ids(ids, annotation.unwanted, removed_everywhere)
-        # Ids and positions are of this vocabulary, and so another one is refused where it is not.
+        # Another tokeniser would remove other tokens. It refuses a record with ids of this one.
         if target_ids is None and entries and vocabulary.decode(ids) == row.targets:
             target_ids = tuple(ids)
     return dataclasses.replace(

@@ -4,6 +4,7 @@ import csv
 import json
 import pickle
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -276,18 +277,44 @@ def test_a_package_that_is_edited_where_it_lies_is_known_by_its_code(tmp_path, m
     assert re.fullmatch(r"PythonFunction\(edited_marks:find \w{12}\)", edited)
 
 
-def test_a_function_is_known_by_the_modules_beside_it_that_it_uses(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(tmp_path))
-    code = "from {helper} import MARKS\ndef find(inputs, targets):\n    return MARKS\n"
-    found = {}
-    for number, marks in enumerate(["[]", "[]", "[(0, 1)]"]):
-        helper, name = f"helper_{number}", f"used_marks_{number}"
-        (tmp_path / f"{helper}.py").write_text(f"import re\nfrom deeper_{number} import MARKS\n")
-        (tmp_path / f"deeper_{number}.py").write_text(f"MARKS = {marks}\n")
-        (tmp_path / f"{name}.py").write_text(code.format(helper=helper))
-        description = annotators.PythonFunction(function=f"{name}:find").description
-        found[number] = description
-    assert re.fullmatch(r"PythonFunction\(used_marks_0:find \w{12}\)", found[0])
+@pytest.mark.parametrize(
+    "changed", ["the_marks.py", "helper.py", "parts/deeper.py", "parts/late.py"]
+)
+def test_a_function_is_known_by_the_modules_beside_it_that_it_imports(
+    changed, tmp_path, monkeypatch
+):
+    """Whatever it takes of them: a list says nothing of where it comes from."""
+    files = {
+        "the_marks.py": "from helper import MARKS\ndef find(inputs, targets):\n    return MARKS\n",
+        "helper.py": "import json, installed\nfrom parts.deeper import MARKS\n",
+        "site-packages/installed.py": "",
+        "parts/__init__.py": "",
+        "parts/deeper.py": "MARKS = []\ndef ask():\n    from . import late\n",
+        "parts/late.py": "",
+        "parts/other.py": "",
+    }
+
+    def described():
+        annotators.python_function.identity.cache_clear()
+        return annotators.PythonFunction(function="the_marks:find").description
+
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "site-packages").mkdir()
+    for folder in (tmp_path, tmp_path / "site-packages"):
+        monkeypatch.syspath_prepend(str(folder))
+    for name, code in files.items():
+        (tmp_path / name).write_text(code)
+    try:
+        before = described()
+        for name in ("parts/other.py", "site-packages/installed.py"):
+            (tmp_path / name).write_text("1\n")
+        assert described() == before
+        (tmp_path / changed).write_text(files[changed] + "# changed\n")
+        assert described() != before
+    finally:
+        annotators.python_function.find.cache_clear()
+        for name in ("the_marks", "helper", "installed", "parts", "parts.deeper"):
+            sys.modules.pop(name, None)
 
 
 def test_its_spans_are_sorted_and_those_that_overlap_merged():

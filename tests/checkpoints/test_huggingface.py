@@ -438,7 +438,7 @@ def test_a_damaged_config(directory):
 
 
 def test_a_parameter_goes_to_its_devices_part_by_part(directory, monkeypatch):
-    """Of a parameter that is too large to be read as a whole, a device's rows are."""
+    """A parameter that is too large for memory is read in parts: for each device its own rows."""
     monkeypatch.setattr(lazy_arrays, "_MOST_AT_ONCE", 40 * 12 * 4 - 1)
     reads = []
     real = lazy_arrays._read_file

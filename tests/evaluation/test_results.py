@@ -152,8 +152,12 @@ def test_outputs_for_one_prompt_are_drawn_together():
     assert low ** sum(bool(row.negative_spans) for row in original) == pytest.approx(0.025)
 
 
-def test_what_is_said_to_prompts_that_all_differ_has_the_intervals_of_before():
-    """scipy's and sacrebleu's own, of the outputs as they are."""
+@pytest.mark.parametrize("num_resampled", [10_000_000, 90 * 7])
+def test_what_is_said_to_prompts_that_all_differ_has_the_intervals_of_before(
+    num_resampled, monkeypatch
+):
+    """scipy's and sacrebleu's own, of the outputs as they are, however many are in memory."""
+    monkeypatch.setattr(results, "_MOST_RESAMPLED", num_resampled)
     original = outputs(0, number=90, unwanted=0.4)
     arms = {name: outputs(seed, number=90, unwanted=0.2) for seed, name in ((1, "a"), (2, "b"))}
     found = results.intervals(original, arms, "a", num_resamples=200)

@@ -68,6 +68,11 @@ def test_the_decoder_with_the_least_cut_decides_whether_the_wish_is_fulfilled(
     assert patch_numbers.verdict(by_decoder, 0.9) == (sentence, is_short)
 
 
+def test_a_wish_is_said_as_it_was_given():
+    sentence, is_short = patch_numbers.verdict({"greedy": of_decoder(0.923)}, 0.925)
+    assert is_short and sentence.endswith(", asked for 92.5%.")
+
+
 def test_the_table_has_no_cut_where_nothing_was_unwanted():
     others = ("unwanted_after", "bleu", "unchanged", "repeated_phrase_before")
     more = dict.fromkeys((*others, "repeated_phrase_after"), 0.0)

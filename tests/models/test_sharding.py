@@ -1,6 +1,7 @@
 """Where every array of a run lies, and what is said when it cannot."""
 
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +85,12 @@ def test_a_mesh_that_is_not_the_devices_is_refused(sizes):
         match=rf"the 8 devices here; found {found_in(data, fsdp, model)}\. Change one",
     ):
         sharding.make_mesh(sharding.MeshShape(data=data, fsdp=fsdp, model=model))
+
+
+def test_devices_of_several_slices_are_refused():
+    devices = [types.SimpleNamespace(platform="tpu", slice_index=i // 4) for i in range(8)]
+    with pytest.raises(UsageError, match=r"one slice of a TPU, found 2 slices"):
+        sharding.make_mesh(sharding.MeshShape(), devices)
 
 
 @pytest.mark.parametrize("sizes", [(0, 1, 1), (-2, 1, 1), (1, 1, 0), (8, 1, -1), (1, 0, 1)])

@@ -272,6 +272,8 @@ def test_settings_that_do_not_exist(directory):
         run(directory, "out", "orbax", dtype="float16")
     with pytest.raises(UsageError, match=r"--scan_layers goes with"):
         run(directory, "out", "orbax", scan_layers=True)
+    with pytest.raises(UsageError, match=r"--evaluation: expected none .* found numbers\.json"):
+        run(directory, "out", "orbax", evaluation="numbers.json")
 
 
 def test_a_model_without_a_tokenizer(directory, tmp_path, capsys):

@@ -734,7 +734,7 @@ def test_a_pipeline_takes_no_model_for_its_own(original, capsys):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("setting", ["TRAIN_PROMPTS", "EVAL_PROMPTS"])
+@pytest.mark.parametrize("setting", ["TRAIN_PROMPTS", "EVAL_PROMPTS", "UNRELATED_PROMPTS"])
 def test_a_pipeline_without_prompts_ends_before_the_first_stage(original, setting, capsys):
     pathlib.Path("empty.jsonl").touch()
     assert rooms.run("pipeline", {**PIPELINE, "OUTPUT_DIR": "none", setting: "empty.jsonl"}) == 2

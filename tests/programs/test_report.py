@@ -62,6 +62,13 @@ class Page(html.parser.HTMLParser):
         self._open = None
 
 
+def test_a_file_of_no_tokens_is_one():
+    """`evaluate` writes one where num_token_records is 0."""
+    pathlib.Path("none.jsonl").touch()
+    page = written(**PAIR, tokens="none.jsonl")
+    assert "outputs-0" in page.islands and not page.islands.get("tokens-0")
+
+
 def test_texts_of_models_stay_texts():
     page = written(**PAIR, tokens="tokens.jsonl", title="<i>title</i>")
     assert {tag for tag, _ in page.tags}.isdisjoint({"b", "i", "img", "textarea"})

@@ -339,6 +339,12 @@ def test_hostile_values_arrive_as_they_are(cloud):
 # A run without incidents --------------------------------------------------------------------------
 
 
+def test_up_names_the_place_where_the_program_writes(cloud):
+    cloud.set(states=[ACTIVE])
+    done = cloud.up("--gin.MODEL_DIR=gs://other/run")
+    assert done.stdout.splitlines()[-2] == "tpu_vm: Done: gs://other/run."
+
+
 def test_up_installs_the_commit_runs_the_program_and_stays(cloud, checkout):
     cloud.set(states=[WAITING, {"state": "PROVISIONING"}, ACTIVE])
     done = cloud.up("--gin.TRAIN_STEPS=20", "--gin.RECORDS=gs://mine/a b's.jsonl")

@@ -25,7 +25,7 @@ from tnt_jax.data import records
 from tnt_jax.models import causal_lm, decoding, sharding
 from tnt_jax.models.model import Model
 from tnt_jax.runtime import program
-from tnt_jax.watching import hooks, metric_writers, samples, seqio_evaluation
+from tnt_jax.watching import hooks, metric_writers, profiling, samples, seqio_evaluation
 
 # T5X users' tasks: this module registers one, as theirs do. It knows nothing of tnt_jax.
 TASKS = """
@@ -416,6 +416,13 @@ def test_a_decoder_only_model_is_scored_behind_its_prompts(tmp_path):
 
 
 # --- Profiles, the last line, mistakes ------------------------------------------------------------
+
+
+def test_a_trace_of_updates_that_do_not_come_is_told(capsys):
+    trace = profiling.Trace([10, 11], "traces")
+    trace(1, None)
+    trace.close()
+    assert "No trace was made: PROFILE_UPDATES is [10, 11], and none of" in capsys.readouterr().out
 
 
 def test_the_trace_has_the_updates_that_were_asked_for(watched):

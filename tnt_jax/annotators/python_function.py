@@ -1,11 +1,13 @@
 """Marks what a function says: the user's own, or of a package, named as "module:function"."""
 
+import ast
 import hashlib
 import importlib
+import importlib.machinery
 import importlib.metadata
+import importlib.util
 import pathlib
 import sys
-import types
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -96,8 +98,8 @@ def identity(name: str, setting: str) -> str:
     """The name with what tells one version of its code from the next.
 
     That is the version of the package that the module belongs to. For a module that belongs to
-    none, or lies where it is edited (`pip install -e`), it is a digest of its file, and of those of
-    the modules in its folder that it uses.
+    none, or lies where it is edited (`pip install -e`), it is a digest of its file and of the
+    modules in its folder that it imports.
     """
     find(name, setting)
     module_name = name.partition(":")[0]
@@ -110,23 +112,52 @@ def identity(name: str, setting: str) -> str:
             return f"{name} {distributions[0]}=={package.version}"
     if file is None:
         return name
-    contents = [path.read_bytes() for path in _read_with(sys.modules[module_name])]
+    contents = [path.read_bytes() for path in _sources(module_name, pathlib.Path(file))]
     return f"{name} {hashlib.sha256(b''.join(contents)).hexdigest()[:12]}"
 
 
-def _read_with(module: types.ModuleType) -> list[pathlib.Path]:
-    """The file of a module, and those in its folder, or below, of modules whose names it has."""
-    first = pathlib.Path(str(module.__file__))
-    found, left = {first}, [module]
+def _sources(module_name: str, file: pathlib.Path) -> list[pathlib.Path]:
+    """A module's file, and those of the modules in its folder or below that it imports.
+
+    Import statements are read, so what a function imports when it is called counts as well. What is
+    installed in a virtual environment there does not.
+    """
+    found, left = {file}, [(module_name, file)]
     while left:
-        for value in vars(left.pop()).values():
-            used = value if isinstance(value, types.ModuleType) else None
-            used = used or sys.modules.get(getattr(value, "__module__", None) or "")
-            file = pathlib.Path(getattr(used, "__file__", None) or "")
-            if used is not None and first.parent in file.parents and file not in found:
-                found.add(file)
-                left.append(used)
-    return [first, *sorted(found - {first})]
+        for name in _imported(*left.pop()):
+            spec = _spec(name)
+            other = pathlib.Path((spec and spec.origin) or "")
+            is_installed = not {"site-packages", "dist-packages"}.isdisjoint(other.parts)
+            if file.parent in other.parents and not is_installed and other not in found:
+                found.add(other)
+                left.append((name, other))
+    return [file, *sorted(found - {file})]
+
+
+def _imported(module_name: str, file: pathlib.Path) -> set[str]:
+    """What the import statements of a module may name: modules, and what is in them."""
+    spec, names = _spec(module_name), set()
+    try:
+        nodes = [*ast.walk(ast.parse(file.read_bytes()))]
+    except (SyntaxError, ValueError):  # no source, such as a library in C
+        return names
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            if node.level:
+                base = importlib.util.resolve_name(base, spec.parent if spec else None)
+            names.update({base, *(f"{base}.{alias.name}" for alias in node.names)})
+    return names
+
+
+def _spec(name: str) -> importlib.machinery.ModuleSpec | None:
+    """Where a module comes from; None where there is none, or nobody knows."""
+    try:
+        return importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return None
 
 
 def _is_copied(package: importlib.metadata.Distribution, file: pathlib.Path) -> bool:

@@ -418,8 +418,8 @@ _MOST_SHOWN = 20  # of what differs between a checkpoint and a model: the rest i
 def restore(arrays: Mapping[str, LazyArray], abstract: PyTree) -> PyTree:
     """Reads parameters, one after the other, each straight to the devices that hold it.
 
-    In memory beside what the devices of this host hold: the largest parameter, or where it is
-    sharded and larger than `_MOST_AT_ONCE` the largest part.
+    Beside what the devices of this host hold, one parameter is in memory; of one that is sharded
+    and larger than `_MOST_AT_ONCE`, one part.
 
     Args:
       arrays: By name, from `laid_out`.
@@ -440,12 +440,12 @@ def restore(arrays: Mapping[str, LazyArray], abstract: PyTree) -> PyTree:
 _MOST_AT_ONCE = 2**33  # bytes
 
 
-def _reader(array: LazyArray, sharding: jax.sharding.Sharding) -> Callable[[Any], np.ndarray]:
-    """What reads the parts of an array for the devices of this host, from the file once.
+def _reader(array: LazyArray, place: jax.sharding.Sharding) -> Callable[[Any], np.ndarray]:
+    """Gives parts of an array to the devices of this host, and reads the file once for all of them.
 
-    Files are read in rows, so for parts of rows all rows would be read again and again.
+    Files are read in rows. Devices that hold columns would each have all rows read.
     """
-    indices = sharding.addressable_devices_indices_map(array.shape).values()
+    indices = place.addressable_devices_indices_map(array.shape).values()
     parts = {
         tuple(part.indices(n)[:2] for part, n in zip(index, array.shape, strict=True))
         for index in indices

@@ -24,6 +24,7 @@ Row = dict[str, Any]  # `Shown`, and what else a sweep knows
 # The arm that patches no model: the original while what is unwanted is masked. Others are compared
 # with it. It is on no frontier: that is of those that were trained.
 MASK = "decode mask"
+
 _MOST_RESAMPLED = 10_000_000  # prompts of resamples that are in memory at once
 
 

@@ -147,8 +147,8 @@ class Stages:
                     f"{name}: expected nothing, or what this run made, in {output}; found "
                     f"files, and no {note}. Set another OUTPUT_DIR, or delete the folder."
                 )
-            if made_of is not None:
-                console.log(f"{name}: made anew, for {_difference(made_of, described)} changed.")
+            if changed := _difference(made_of, described):
+                console.log(f"{name}: made anew, for {', '.join(changed)} changed.")
             # Fits no settings: what an interruption leaves is not whole, nor to go on from.
             files.write_json(str(note), {"described": None, "done": False})
             shutil.rmtree(output)
@@ -161,9 +161,9 @@ class Stages:
         preemption.check()
 
     def _placed(self, value: Any) -> Any:
-        """A JSON value whose paths in the run's folder begin with that one's name alone.
+        """A JSON value in which the paths below the run's folder do not say where that lies.
 
-        So a folder that is moved, or named otherwise, holds what it held.
+        So what was done counts after the folder is moved, and however its path is written.
         """
         return _replaced(json.loads(json.dumps(value)), os.path.abspath(self._root))  # noqa: PTH100
 
@@ -192,15 +192,15 @@ def _replaced(value: Any, root: str) -> Any:
     return _IN_FOLDER + path[len(root) :] if f"{path}{os.sep}".startswith(root + os.sep) else value
 
 
-def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Which settings and inputs are others, as a text."""
-    found = [
-        f"{part}: {name}"
-        for part in ("settings", "inputs")
-        for name in sorted({*before.get(part, {}), *now[part]})
-        if before.get(part, {}).get(name) != now[part].get(name)
-    ]
-    return ", ".join(found) or "the program has"
+def _difference(before: Any, now: Mapping[str, Any]) -> list[str]:
+    """Which settings and inputs changed; none where the note does not say what they were."""
+    found = []
+    for part in ("settings", "inputs"):
+        noted = before.get(part) if isinstance(before, dict) else None
+        if isinstance(noted, dict):
+            names = sorted({*noted, *now[part]})
+            found += [f"{part}: {name}" for name in names if noted.get(name) != now[part].get(name)]
+    return found
 
 
 def _take_over(noted: Any, described: dict[str, Any]) -> None:
@@ -249,7 +249,7 @@ def _noted(note: pathlib.Path, described: Mapping[str, Any], spent: float) -> It
 def fingerprint(path: str) -> str:
     """Changes when the file, a file in the folder, or one that the pattern matches, does.
 
-    What is hidden in a folder does not count: desktops and downloads write such files.
+    Hidden files in a folder do not count: desktops and downloads write such.
     """
     if files.is_remote(path):
         return _remote_fingerprint(path)
@@ -285,8 +285,10 @@ def _remote_fingerprint(path: str) -> str:
 
 
 def _files_in(folder: Any) -> Iterator[Any]:
-    """The files below a folder of an object store, for which `glob` takes no "**"."""
+    """What is not hidden below a folder of an object store, for which `glob` takes no "**"."""
     for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
         if path.is_dir():
             yield from _files_in(path)
         else:

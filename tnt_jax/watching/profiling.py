@@ -40,8 +40,7 @@ class Trace(hooks.Hook):
             )
         self._updates, self._folder = updates, folder
         self._open = contextlib.ExitStack()
-        self._is_tracing = False
-        self._is_there = False
+        self._has_begun = False
 
     def begin(self, beginning: hooks.Beginning) -> None:
         """Begins the trace, if the run begins among its updates."""
@@ -55,11 +54,11 @@ class Trace(hooks.Hook):
           state: The training state that it made; waited for where the trace begins or ends.
         """
         first, last = self._updates
-        if not self._is_tracing and first - 1 <= step < last:
+        if not self._has_begun and first - 1 <= step < last:
             jax.block_until_ready(state)
-            self._is_tracing = self._is_there = True
+            self._has_begun = True
             self._open.enter_context(self._trace())
-        elif self._is_tracing and step == last:
+        elif self._has_begun and step == last:
             jax.block_until_ready(state)
             self.close()
         return {}
@@ -67,8 +66,7 @@ class Trace(hooks.Hook):
     def close(self) -> None:
         """Ends the trace, if it has not ended."""
         self._open.close()
-        if not self._is_there:
-            self._is_there = True  # said once
+        if not self._has_begun:
             console.log(
                 f"No trace was made: PROFILE_UPDATES is {list(self._updates)}, and none of these "
                 "updates was among the run's."

@@ -20,6 +20,7 @@ from tnt_jax.runtime import console, settings_json
 from tnt_jax.runtime.array_types import PyTree
 from tnt_jax.watching import hooks, metric_writers
 
+_MOST_AT_ONCE = 32  # prompts that are answered together
 _LONGEST = 300  # characters of a text in the log; samples.jsonl has all
 
 
@@ -46,9 +47,6 @@ def read_prompts(path: str, vocabulary: Any) -> list[Prompt]:
         Prompt(id=row.id, inputs=tuple(marks.prompt_ids(row, vocabulary)))
         for row in records.read_records(path)
     ]
-
-
-_MOST_AT_ONCE = 32  # prompts
 
 
 def choose_prompts(examples: Sequence[Example], number: int) -> list[Prompt]:
