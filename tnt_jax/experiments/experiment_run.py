@@ -123,9 +123,14 @@ def _look_at_prompts(
     ):
         if prompts is not None:  # with TRAINING_RECORDS there need not be any to learn from
             check_are_prompts(prompts, setting)
-    train, evaluation = (
+    # Unrelated prompts are read to see that there are some; nothing is compared with them.
+    train, evaluation, _ = (
         records.read_records(prompts) if isinstance(prompts, str) else None
-        for prompts in (experiment.train_prompts, experiment.eval_prompts)
+        for prompts in (
+            experiment.train_prompts,
+            experiment.eval_prompts,
+            experiment.unrelated_prompts,
+        )
     )
     if evaluation is not None and check is not None:
         check(evaluation)
