@@ -160,10 +160,10 @@ def test_what_all_prompts_begin_with_is_computed_once_everywhere(original, monke
     found, shared = trained_and_compared("together", monkeypatch)
     number = max(shared)
     assert number >= 8
-    # Eight batches of states, eight of evaluation, two updates, two batches of the certificate. The
-    # one left has the random tokens by which a resumed run knows its original.
-    assert shared.count(number) == 8 + 8 + 2 + 2
-    assert shared.count(0) == len(shared) - 20 == 1
+    # Eight batches of states, eight of each evaluation, two updates, two batches of the
+    # certificate. The one left has the random tokens by which a resumed run knows its original.
+    assert shared.count(number) == 8 + 2 * 8 + 2 + 2
+    assert shared.count(0) == len(shared) - 28 == 1
     assert f"All prompts begin with the same {number} tokens: " in capsys.readouterr().out
     monkeypatch.setattr(layouts.Causal, "num_shared", lambda *_: 0)
     expected, shared = trained_and_compared("apart", monkeypatch)

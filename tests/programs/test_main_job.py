@@ -199,7 +199,11 @@ def test_evaluation_counts_what_the_files_hold(patched):
     certificate = result["certificate"]
     assert certificate["negative_residual"] < 0.1 < 1 < certificate["negative_smallest_cost"]
     # The trainer evaluated the same models on the same outputs, with no parameter split.
-    (of_trainer,) = (line for line in metrics_of("patched") if "eval/loss" in line)
+    of_original, of_trainer = (line for line in metrics_of("patched") if "eval/loss" in line)
+    assert (of_original["step"], of_trainer["step"]) == (0, 20)
+    # Before the first update it is the original, which differs in nothing from itself.
+    assert abs(of_original["eval/positive_kl"]) < 1e-6 < of_trainer["eval/positive_kl"]
+    assert of_original["eval/negative_residual"] > of_trainer["eval/negative_residual"]
     for name, of_trainer_name in (
         ("negative_residual", "negative_residual"),
         ("negative_collateral", "negative_collateral"),
@@ -414,8 +418,8 @@ def test_microbatches_make_the_same_update(patched, monkeypatch):
     }
     train("whole", **settings)
     train("microbatched", NUM_MICROBATCHES=2, **settings)
-    assert rows_of_evaluation == [16, 8]
-    (whole,), (parts,) = (
+    assert rows_of_evaluation == [16, 16, 8, 8]  # before the first update, and after the last
+    (_, whole), (_, parts) = (
         [line for line in metrics_of(name) if "eval/loss" in line]
         for name in ("whole", "microbatched")
     )
@@ -423,7 +427,8 @@ def test_microbatches_make_the_same_update(patched, monkeypatch):
     assert parts["eval/loss"] == pytest.approx(whole["eval/loss"], rel=1e-4)
     updates = [line for line in metrics_of("microbatched") if "loss" in line]
     assert len(updates) == 2
-    for line, expected in zip(updates, metrics_of("patched"), strict=False):
+    of_patched = [line for line in metrics_of("patched") if "loss" in line]
+    for line, expected in zip(updates, of_patched, strict=False):
         for name in ("num_tokens", "num_negative"):
             assert line[name] == expected[name]
         for name in ("loss", "gradient_norm", "negative_mass"):

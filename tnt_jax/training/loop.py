@@ -446,6 +446,11 @@ class _Evaluation(hooks.Hook):
             trainer.model, trainer.objective, trainer.original_kind, trainer.block_size
         )
 
+    def begin(self, beginning: hooks.Beginning) -> None:
+        """Evaluates what a new run starts from: later numbers are held against it."""
+        if beginning.step == 0:
+            beginning.out.write(0, self(0, beginning.state))
+
     def __call__(self, step: int, state: train_step.TrainState) -> dict[str, float]:
         """The metrics of all of the evaluation's examples, as `eval/METRIC`."""
         loop, data = self._loop, self._loop.data
