@@ -51,7 +51,8 @@ def write_lists(folder):
 def measure(folder, num_words, num_records):
     """Processor seconds, bytes at most, bytes of output and of its table, and marks."""
     from tnt_jax import annotate, annotators
-    from tnt_jax.data import records, tokenization
+    from tnt_jax.data import records
+    from tnt_jax.tokenizers import tokenization
 
     folder = pathlib.Path(folder)
     output = folder / f"{num_words}-{num_records}.marked.jsonl"

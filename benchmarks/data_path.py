@@ -44,7 +44,7 @@ NUM_READ = 20_000
 
 def vocabulary():
     """T5's."""
-    from tnt_jax.data import tokenization
+    from tnt_jax.tokenizers import tokenization
 
     folder = pathlib.Path(os.environ["TNT_JAX_SHARED"]) / "data"
     return tokenization.SentencePiece(str(folder / "t5_vocab" / "sentencepiece.model"), 100)

@@ -29,8 +29,9 @@ from etils import epath
 
 from tnt_jax import generate
 from tnt_jax.checkpoints import huggingface, lazy_arrays, pretrained
-from tnt_jax.data import records, tokenization
+from tnt_jax.data import records
 from tnt_jax.models import decoding, sharding, t5
+from tnt_jax.tokenizers import tokenization
 
 VOCAB_SIZE = 32128
 LAST_ID = VOCAB_SIZE - 1  # stands for the end, so that no row ends early

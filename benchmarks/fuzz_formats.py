@@ -32,16 +32,15 @@ from tnt_jax.data import (
     mark_alternatives,
     records,
     removed_everywhere,
-    tokenization,
-    vocabularies,
 )
 from tnt_jax.data.examples import COLUMNS, Example
 from tnt_jax.data.layouts import CAUSAL
-from tnt_jax.experiments import prompt_files, search
-from tnt_jax.experiments.unwanted import Unwanted
 from tnt_jax.models import adapters, sharding, t5
 from tnt_jax.models.model import Model
+from tnt_jax.patching import prompt_files, search
+from tnt_jax.patching.unwanted import Unwanted
 from tnt_jax.runtime import gin_files, output_parts, program, stages
+from tnt_jax.tokenizers import tokenization, vocabularies
 from tnt_jax.training import original_cache
 from tnt_jax.watching import metric_writers
 

@@ -42,8 +42,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import numpy as np
 
 from tnt_jax.checkpoints import checkpoint_kinds, orbax
-from tnt_jax.data import records, tokenization
+from tnt_jax.data import records
 from tnt_jax.runtime import console, program
+from tnt_jax.tokenizers import tokenization
 
 NAMES = (
     *("acorn", "birch", "cedar", "daisy", "elder", "fern", "grape", "hazel"),

@@ -27,12 +27,12 @@ import optax
 import report
 
 from tnt_jax import localize, objectives, train
-from tnt_jax.annotators import look_ahead, prefix_values
 from tnt_jax.checkpoints import opened_model, pretrained
 from tnt_jax.data import datasets, marks, records
 from tnt_jax.data.batches import batch_for_eval
 from tnt_jax.data.examples import Example
 from tnt_jax.evaluation import results
+from tnt_jax.localization import look_ahead, prefix_values
 from tnt_jax.models import decoding, sharding
 from tnt_jax.objectives import fused
 from tnt_jax.training import settings

@@ -21,9 +21,9 @@ import numpy as np
 import report
 
 from tnt_jax import localize
-from tnt_jax.annotators import prefix_values
 from tnt_jax.checkpoints import pretrained
 from tnt_jax.data import records
+from tnt_jax.localization import marking, prefix_values
 from tnt_jax.models import decoding
 
 # Longer than the run's own outputs, of which one in twenty is cut.
@@ -83,7 +83,7 @@ def with_a_mark(row, vocabulary):
         return row
     threshold = prefix_values.Threshold(at_least_one=True)
     is_negative = threshold.negative(np.array(row.extra["values"]))
-    return localize.mark(row, is_negative, vocabulary)
+    return marking.mark(row, is_negative, vocabulary)
 
 
 def arm(run, marks, annotator):

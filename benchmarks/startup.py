@@ -22,7 +22,7 @@ import tempfile
 
 import report
 
-from tnt_jax.data import tokenization
+from tnt_jax.tokenizers import tokenization
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROGRAMS = (

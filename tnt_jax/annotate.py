@@ -29,14 +29,7 @@ from typing import Any
 
 from tnt_jax import annotators
 from tnt_jax.annotators import beam_jobs, innocent, phrases
-from tnt_jax.data import (
-    mark_alternatives,
-    marks,
-    negative_sets,
-    records,
-    removed_everywhere,
-    tokenization,
-)
+from tnt_jax.data import mark_alternatives, marks, negative_sets, records, removed_everywhere
 from tnt_jax.data.token_automaton import Listed
 from tnt_jax.runtime import (
     console,
@@ -49,6 +42,7 @@ from tnt_jax.runtime import (
     settings_json,
 )
 from tnt_jax.runtime.errors import UsageError
+from tnt_jax.tokenizers import tokenization
 
 _RECORDS_PER_PART = 5000  # at most so many are lost with a process that is killed
 _NO_VOCABULARY = (

@@ -48,10 +48,10 @@ from tnt_jax.checkpoints import (
     trained_parts,
 )
 from tnt_jax.checkpoints.lazy_arrays import LazyArray
-from tnt_jax.data import vocabularies
 from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime import console, files, holding, program
 from tnt_jax.runtime.errors import UsageError
+from tnt_jax.tokenizers import vocabularies
 
 _FORMATS = ("huggingface", "t5x", "t5x_orbax", "orbax", "peft")
 _DIRECTORIES = ("huggingface", "peft")  # the others write a checkpoint among others

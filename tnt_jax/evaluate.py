@@ -24,7 +24,7 @@ import numpy as np
 
 from tnt_jax import objectives
 from tnt_jax.checkpoints import digests, opened_model, pretrained
-from tnt_jax.data import marks, records, removed_everywhere, tokenization
+from tnt_jax.data import marks, records, removed_everywhere
 from tnt_jax.data.batches import batch_for_eval
 from tnt_jax.data.examples import Example, count_graded
 from tnt_jax.data.layouts import count_lost
@@ -33,6 +33,7 @@ from tnt_jax.models import sharding
 from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime import console, files, holding, memory, operative_config, program
 from tnt_jax.runtime.errors import UsageError
+from tnt_jax.tokenizers import tokenization
 from tnt_jax.training import load_original, originals, train_step
 from tnt_jax.training.original_cache import OriginalStates
 from tnt_jax.training.trainer import jit_token_step

@@ -32,7 +32,7 @@ import numpy as np
 
 from tnt_jax.annotators import innocent, interface, phrases
 from tnt_jax.checkpoints import digests, opened_model, pretrained
-from tnt_jax.data import marks, records, removed_everywhere, tokenization
+from tnt_jax.data import marks, records, removed_everywhere
 from tnt_jax.data.layouts import CAUSAL, num_shared_by
 from tnt_jax.data.token_automaton import Innocent, Listed, TokenAutomaton
 from tnt_jax.models import decoding, masking, sharding
@@ -48,6 +48,7 @@ from tnt_jax.runtime import (
     settings_json,
 )
 from tnt_jax.runtime.errors import UsageError
+from tnt_jax.tokenizers import tokenization
 
 _WIDTH_MULTIPLE = 16  # so that files of nearly equal lengths share a compiled program
 _MOST_WIDTHS = 5  # per file: each is a program of its own

@@ -31,28 +31,19 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from tnt_jax import annotators
-from tnt_jax.annotators import continuations, look_ahead, prefix_values
-from tnt_jax.checkpoints import digests, opened_model, pretrained
-from tnt_jax.data import (
-    marks,
-    records,
-    removed_everywhere,
-    tokenization,
-)
-from tnt_jax.data.examples import Example
-from tnt_jax.data.layouts import count_lost
+from tnt_jax.checkpoints import opened_model, pretrained
+from tnt_jax.data import records, removed_everywhere
+from tnt_jax.localization import continuations, look_ahead, marking, prefix_values, value_heads
 from tnt_jax.models import decoding, sharding
 from tnt_jax.models.model import check_seed
 from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime import console, files, holding, memory, operative_config, program
 from tnt_jax.runtime.errors import UsageError
-from tnt_jax.training import load_original, original_cache
+from tnt_jax.training import original_cache
 
-_LEAST_STRENGTH = 0.01  # of a mark whose tokens have less blame, or none: it stays a mark
 _WEAK = 0.6  # area under the curve of whole outputs; marks of such heads are mostly wrong
 
 
@@ -188,9 +179,16 @@ def localize(
             TASK_FEATURE_LENGTHS=original_model.task_feature_lengths,
         ):
             opened = original_model.open(vocabulary)
-            outputs = _Outputs(rows, opened, original_model, folder, ahead is not None)
-            heads = _heads(outputs, ~is_bad, folds, training, seed)
-            all_values = _values(outputs, heads)
+            outputs = value_heads.OriginalOutputs(
+                rows,
+                opened,
+                task_feature_lengths=original_model.task_feature_lengths,
+                batch_size=original_model.batch_size,
+                states_folder=folder,
+                is_ended=ahead is not None,
+            )
+            heads = value_heads.fit_heads(outputs, ~is_bad, folds, training, seed)
+            all_values = value_heads.values_of(outputs, heads)
         values = all_values if ahead is None else [of_row[:-1] for of_row in all_values]
         found = [
             threshold.negative(v) if bad else np.zeros(len(v) - 1, bool)
@@ -206,7 +204,7 @@ def localize(
         extras = _extra_fields(rows, is_bad, values, label_field is None)
         marked = [
             dataclasses.replace(
-                mark(
+                marking.mark(
                     row,
                     is_negative,
                     vocabulary,
@@ -220,7 +218,7 @@ def localize(
         ]
         result = _quality(values, is_bad, found)
         if label_field is None:
-            result["agreement"] = _agreement(rows, marked, vocabulary)
+            result["agreement"] = marking.agreement(rows, marked, vocabulary)
         holding.check()
         if ahead is None:
             removed_everywhere.write_records(output, marked, None)
@@ -309,142 +307,7 @@ def _folds(
     return folds
 
 
-class _Outputs:
-    """The outputs as the head reads them.
-
-    With `is_ended` there is one more position: after the end of each output.
-    """
-
-    def __init__(
-        self,
-        rows: Sequence[records.Record],
-        opened: opened_model.OpenedModel,
-        settings: OriginalModel,
-        folder: str,
-        is_ended: bool = False,
-    ):
-        unmarked = [
-            dataclasses.replace(row, negative_spans=None, negative_token_ids=()) for row in rows
-        ]
-        tokenized = marks.examples_from_records(unmarked, opened.vocabulary, "the records")
-        self._examples = [_ended(example, opened.vocabulary, is_ended) for example in tokenized]
-        # One more, so that an output cut at the length has a state after its last token too.
-        lengths = dict(settings.task_feature_lengths)
-        lengths["targets"] += 1 + is_ended
-        lost = count_lost(self._examples, lengths)
-        if lost.num_inputs or lost.num_targets:
-            console.log(
-                f"{lost.num_inputs} inputs and {lost.num_targets} targets are cut "
-                "(TASK_FEATURE_LENGTHS): nothing is found beyond."
-            )
-        self.tokens = [example.targets[: lengths["targets"]] for example in self._examples]
-        self._length = max(map(len, self.tokens))
-        self.digest = digests.of_params(opened.params)
-        (self._states,) = load_original.states_of(
-            opened.model,
-            opened.params,
-            [self._examples],
-            digest=self.digest,
-            states_folder=folder,
-            task_feature_lengths=lengths,
-            batch_size=settings.batch_size,
-        ).values()
-        network = opened.model.network
-        matrix, vocab_axis = network.output_matrix(opened.params)
-        whole = np.asarray(matrix, np.float32)
-        self.matrix = jnp.asarray(whole if vocab_axis == 0 else whole.T)
-        self._said = np.zeros((len(rows), self._length, 2), np.float32)
-        for start in range(0, len(rows), settings.batch_size):
-            indices = np.arange(start, min(start + settings.batch_size, len(rows)))
-            self._said[indices] = prefix_values.log_prob_and_entropy(
-                self._states_of(indices),
-                self.matrix,
-                self.padded(indices),
-                softcap=network.final_softcap,
-            )
-
-    def prompts(self, indices: np.ndarray) -> list[np.ndarray]:
-        """The ids of the inputs."""
-        return [self._examples[index].inputs for index in indices]
-
-    def _states_of(self, indices: np.ndarray) -> np.ndarray:
-        examples = [self._examples[index] for index in indices]
-        return self._states.of_rows(examples, (len(indices), self._length))
-
-    def padded(self, indices: np.ndarray) -> np.ndarray:
-        """Their tokens `[B, T]`, filled up with 0."""
-        tokens = np.zeros((len(indices), self._length), np.int32)
-        for row, index in zip(tokens, indices, strict=True):
-            row[: len(self.tokens[index])] = self.tokens[index]
-        return tokens
-
-    def said(self, indices: np.ndarray) -> np.ndarray:
-        """The log-probability of each token, and the entropy where it stands, `[B, T, 2]`."""
-        return self._said[indices]
-
-    def evidence(self, indices: np.ndarray) -> prefix_values.Evidence:
-        """A batch: what is said of a token stands where its prefix does, one position later."""
-        tokens = self.padded(indices)
-        lengths = np.array([len(self.tokens[index]) for index in indices])
-        mask = np.arange(self._length) < lengths[:, None]
-        return prefix_values.Evidence(
-            states=jnp.asarray(self._states_of(indices)),
-            tokens=jnp.asarray(np.pad(tokens, ((0, 0), (1, 0)))[:, :-1]),
-            said=jnp.asarray(np.pad(self._said[indices], ((0, 0), (1, 0), (0, 0)))[:, :-1]),
-            mask=jnp.asarray(mask.astype(np.int32)),
-        )
-
-
-def _ended(example: Example, vocabulary: tokenization.Tokeniser, is_twice: bool) -> Example:
-    """With an EOS, also where decoding was cut: the state there is the one after all the text.
-
-    With one more, the state there is the one after the first EOS.
-    """
-    has_end = len(example.targets) > 0 and example.targets[-1] in vocabulary.end_ids
-    more = [vocabulary.end_id] * (int(not has_end) + int(is_twice))
-    ended = np.append(example.targets, np.array(more, np.int32))
-    return dataclasses.replace(example, targets=ended) if more else example
-
-
 # --------------------------------------------------------------------------------- The values
-
-
-def _heads(
-    outputs: _Outputs,
-    is_good: np.ndarray,
-    folds: np.ndarray,
-    training: prefix_values.Training,
-    seed: int,
-) -> look_ahead.Heads:
-    """For each fold a head that was not trained on its outputs."""
-    heads = {}
-    names = np.unique(folds).tolist()
-    for fold in console.progress(names, f"heads of {len(names)} folds", len(names)):
-        others = np.flatnonzero(folds != fold)
-        heads[fold] = prefix_values.fit(
-            lambda chosen, others=others: outputs.evidence(others[chosen]),
-            is_good[others],
-            outputs.matrix,
-            training,
-            seed,
-        )
-    return look_ahead.Heads(heads, folds, training)
-
-
-def _values(outputs: _Outputs, heads: look_ahead.Heads) -> list[np.ndarray]:
-    """The value of each prefix of each output, by the head that was not trained on that output."""
-    training = heads.training
-    values: list[np.ndarray] = [np.zeros(0)] * len(heads.folds)
-    for fold, params in heads.params.items():
-        own = np.flatnonzero(heads.folds == fold)
-        for start in range(0, len(own), training.batch_size):
-            indices = own[start : start + training.batch_size]
-            of_batch = prefix_values.values(
-                params, outputs.evidence(indices), outputs.matrix, training=training
-            )
-            for index, of_row in zip(indices, np.asarray(of_batch), strict=True):
-                values[index] = of_row[: len(outputs.tokens[index])]
-    return values
 
 
 def _quality(
@@ -468,7 +331,7 @@ def _quality(
 def _check(
     check: MonteCarlo,
     rows: Sequence[records.Record],
-    outputs: _Outputs,
+    outputs: value_heads.OriginalOutputs,
     values: Sequence[np.ndarray],
     opened: opened_model.OpenedModel,
     original_model: OriginalModel,
@@ -520,61 +383,6 @@ def _check(
 # ---------------------------------------------------------------------------------- The marks
 
 
-def mark(
-    row: records.Record,
-    is_negative: np.ndarray,
-    vocabulary: Any,
-    blame: np.ndarray | None = None,
-    *,
-    is_sure: bool = True,
-) -> records.Record:
-    """The record with these tokens marked, its earlier marks replaced.
-
-    A token that stands for no text, such as the lone space before a word, is removed by its id; the
-    span that people see is of what it begins.
-
-    Args:
-      row: A record with an output.
-      is_negative: Whether each of its first tokens is negative; `Threshold.negative` makes it of
-        `values`.
-      vocabulary: The tokeniser.
-      blame: The blame of each of these tokens (`prefix_values.blame`), for the strengths of marks.
-      is_sure: Without blame, whether marks have the strength 1; False gives them the least.
-    """
-
-    def strength(positions: list[int]) -> float:
-        if blame is None:
-            return 1.0 if is_sure else _LEAST_STRENGTH
-        return prefix_values.short(np.clip(blame[positions].sum(), _LEAST_STRENGTH, 1.0))
-
-    ids, extents = marks.ids_and_extents(row, vocabulary)
-    spans: list[tuple[int, int, list[int]]] = []  # the last are the tokens that are blamed for it
-    without_text: list[int] = []
-    for position in np.flatnonzero(is_negative).tolist():
-        start, end = extents[position]
-        if start == end:
-            without_text.append(position)
-            start, end = next((e for e in extents[position:] if e[0] < e[1]), (start, end))
-        if start == end:
-            continue
-        if spans and start <= spans[-1][1]:  # pieces of one word
-            first, last, positions = spans[-1]
-            spans[-1] = (first, max(end, last), [*positions, position])
-        else:
-            spans.append((start, end, [position]))
-    return dataclasses.replace(
-        row,
-        negative_spans=tuple(
-            records.with_strength(start, end, strength(positions))
-            for start, end, positions in spans
-        ),
-        negative_token_ids=tuple(
-            records.with_strength(position, (ids[position],), strength([position]))
-            for position in without_text
-        ),
-    )
-
-
 def _with_marks_of(row: records.Record, given: records.Record) -> records.Record:
     """The record with what was given to remove, in place of what was found."""
     extra = {name: value for name, value in row.extra.items() if name != "given_spans"}
@@ -595,24 +403,6 @@ def _extra_fields(
         if keep_spans:
             extra["given_spans"] = [list(span) for span in row.negative_spans or ()]
         yield extra
-
-
-def _agreement(
-    given: Sequence[records.Record], marked: Sequence[records.Record], vocabulary: Any
-) -> dict[str, Any]:
-    """What the spans found mark, against what the spans given mark, in bad outputs."""
-
-    def of(row: records.Record) -> np.ndarray:
-        spans_alone = dataclasses.replace(row, negative_token_ids=())
-        marked = marks.mark_tokens(spans_alone, vocabulary)
-        return np.isin(np.arange(len(marked.target_ids)), marked.negative_pairs[:, 0])
-
-    bad = [
-        (of(after), of(before))
-        for before, after in zip(given, marked, strict=True)
-        if before.negative_spans
-    ]
-    return prefix_values.agreement(*zip(*bad, strict=True))._asdict()
 
 
 def _print(output: str, result: Mapping[str, Any]) -> None:

@@ -12,10 +12,11 @@ from tnt_jax import annotate as annotate_program
 from tnt_jax import annotators
 from tnt_jax.annotators import beam_jobs, innocent
 from tnt_jax.annotators.phrases import Phrases
-from tnt_jax.data import records, tokenization, words
+from tnt_jax.data import records, words
 from tnt_jax.data.text_automaton import Automaton
 from tnt_jax.data.token_automaton import Listed
 from tnt_jax.runtime.errors import UsageError
+from tnt_jax.tokenizers import tokenization
 
 
 @pytest.fixture

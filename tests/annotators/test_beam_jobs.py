@@ -7,8 +7,9 @@ import pytest
 
 from tnt_jax import annotate, annotators
 from tnt_jax.annotators import beam_jobs
-from tnt_jax.data import records, tokenization
+from tnt_jax.data import records
 from tnt_jax.runtime.errors import UsageError
+from tnt_jax.tokenizers import tokenization
 
 pytest.importorskip("apache_beam", reason="needs Apache Beam: README.md says how to install it")
 

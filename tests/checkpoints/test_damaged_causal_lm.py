@@ -14,9 +14,9 @@ from helpers.chat_templates import TEMPLATES
 from helpers.mutations import outcome, places, with_change
 
 from tnt_jax.checkpoints import pretrained
-from tnt_jax.data import tokenization
 from tnt_jax.models import sharding
 from tnt_jax.models.model import Model
+from tnt_jax.tokenizers import tokenization
 
 FOLDER = golden_model.FOLDER / "causal_lm"
 # One with every part of a config.json in the one dialect and in the other.

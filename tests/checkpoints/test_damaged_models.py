@@ -27,10 +27,10 @@ from helpers.mutations import LACKING, outcome, places, with_change
 
 from tnt_jax import convert
 from tnt_jax.checkpoints import lazy_arrays, orbax, pretrained
-from tnt_jax.data import tokenization, vocabularies
 from tnt_jax.models import adapters, sharding, t5
 from tnt_jax.models.model import Model
 from tnt_jax.runtime import errors, failures
+from tnt_jax.tokenizers import tokenization, vocabularies
 
 pytestmark = [
     pytest.mark.usefixtures("reads_left_alone"),

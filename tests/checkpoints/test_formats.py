@@ -20,8 +20,9 @@ from helpers.huggingface_model import TINY, write_directory
 
 from tnt_jax import convert
 from tnt_jax.checkpoints import pretrained
-from tnt_jax.data import records, tokenization, vocabularies
+from tnt_jax.data import records
 from tnt_jax.runtime import program
+from tnt_jax.tokenizers import tokenization, vocabularies
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -23,11 +23,11 @@ from tnt_jax.checkpoints import (
     lazy_arrays,
     pretrained,
 )
-from tnt_jax.data import hub_tokenizer
 from tnt_jax.data.examples import Example
 from tnt_jax.data.layouts import CAUSAL
 from tnt_jax.models import families
 from tnt_jax.runtime.errors import UsageError
+from tnt_jax.tokenizers import hub_tokenizer
 
 gguf = pytest.importorskip("gguf", reason="needs GGUF's types: pip install gguf")
 

@@ -9,8 +9,8 @@ import pytest
 from helpers import gguf_writer
 
 from tnt_jax.checkpoints import lazy_arrays, opened_model, pretrained
-from tnt_jax.data import tokenization
 from tnt_jax.models import sharding
+from tnt_jax.tokenizers import tokenization
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "causal_lm" / "llama"
 

@@ -17,11 +17,11 @@ from helpers.huggingface_model import TINY, write_directory
 
 from tnt_jax import convert
 from tnt_jax.checkpoints import checkpoint_kinds, lazy_arrays, orbax, pretrained
-from tnt_jax.data import tokenization, vocabularies
 from tnt_jax.models import parameters, sharding, t5
 from tnt_jax.models.model import Model
 from tnt_jax.runtime import console
 from tnt_jax.runtime.errors import UsageError
+from tnt_jax.tokenizers import tokenization, vocabularies
 
 FROM_CHECKPOINT = pathlib.Path(__file__).parents[2] / "gin_configs/models/from_checkpoint.gin"
 TEXTS = ["the house is wonderful", "a garden, a river and two trees", "it rains in the garden"]

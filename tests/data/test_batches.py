@@ -9,7 +9,7 @@ import pytest
 from helpers.examples import example
 from hypothesis import strategies as st
 
-from tnt_jax.data import layouts, marks, records, tokenization
+from tnt_jax.data import layouts, marks, records
 from tnt_jax.data.batches import Batches, batch_for_eval
 from tnt_jax.data.examples import (
     check_token_ids,
@@ -25,6 +25,7 @@ from tnt_jax.data.examples import (
 from tnt_jax.data.layouts import are_all_covered, convert_features, count_lost
 from tnt_jax.data.t5patches_layout import T5PATCHES_MODES, t5patches_target
 from tnt_jax.runtime.errors import UsageError
+from tnt_jax.tokenizers import tokenization
 
 LENGTHS = {"inputs": 4, "targets": 5}
 

@@ -14,14 +14,7 @@ import numpy as np
 import pytest
 from helpers.full_disk import full_disk
 
-from tnt_jax.data import (
-    datasets,
-    example_files,
-    example_maker,
-    packing,
-    shuffling,
-    tokenization,
-)
+from tnt_jax.data import datasets, example_files, example_maker, packing, shuffling
 from tnt_jax.data.batches import Batches, batch_for_eval
 from tnt_jax.data.examples import (
     check_token_ids,
@@ -35,6 +28,7 @@ from tnt_jax.data.examples import (
 )
 from tnt_jax.data.layouts import CAUSAL, are_all_covered, count_lost
 from tnt_jax.runtime.errors import UsageError
+from tnt_jax.tokenizers import tokenization
 
 LENGTHS = {"inputs": 6, "targets": 12}
 BYTES = tokenization.Bytes()
@@ -435,7 +429,8 @@ def test_a_full_disk_that_another_process_meets_is_told_here_in_one_line(monkeyp
 _LOADING = """
 import sys
 from typing import Any
-from tnt_jax.data import datasets, example_maker, tokenization
+from tnt_jax.data import datasets, example_maker
+from tnt_jax.tokenizers import tokenization
 example_maker._BYTES_PER_PART = 400
 example_maker._num_processes = lambda: 1
 found = datasets.RecordFiles(

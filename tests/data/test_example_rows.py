@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from tnt_jax.data import example_rows, marks, records, tokenization
+from tnt_jax.data import example_rows, marks, records
 from tnt_jax.data.examples import COLUMNS, from_bytes, row_digest, to_bytes
 from tnt_jax.data.layouts import columns_of
 from tnt_jax.runtime.errors import UsageError
+from tnt_jax.tokenizers import tokenization
 
 TARGET_LENGTH = 6
 SETTINGS = {"marks": "whole", "loss_until": "end", "annotated": True}

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from tnt_jax import objectives
-from tnt_jax.data import marks, records, removed_everywhere, rounds, tokenization
+from tnt_jax.data import marks, records, removed_everywhere, rounds
 from tnt_jax.runtime.errors import UsageError
+from tnt_jax.tokenizers import tokenization
 
 VOCABULARY = tokenization.Bytes()  # id = byte + 3
 

@@ -16,11 +16,11 @@ from tnt_jax.data import (
     records,
     removed_everywhere,
     tasks,
-    tokenization,
 )
 from tnt_jax.data.batches import Batches
 from tnt_jax.data.t5patches_layout import T5PATCHES_MODES, t5patches_target
 from tnt_jax.runtime.errors import UsageError
+from tnt_jax.tokenizers import tokenization
 
 LENGTHS = {"inputs": 32, "targets": 24}
 

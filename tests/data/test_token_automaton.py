@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tnt_jax import annotators
 from tnt_jax.annotators import phrases
-from tnt_jax.data import hub_tokenizer, records, tokenization, words
+from tnt_jax.data import records, words
 from tnt_jax.data.text_automaton import Automaton
 from tnt_jax.data.token_automaton import (
     BEGINNING,
@@ -27,6 +27,7 @@ from tnt_jax.data.token_automaton import (
 )
 from tnt_jax.models import masking
 from tnt_jax.runtime.errors import UsageError
+from tnt_jax.tokenizers import hub_tokenizer, tokenization
 
 # Few characters, so that entries, words and their joints collide often: apostrophes, hyphens,
 # joints of digits, accents in two orders, letters of two folds, a symbol of two characters, letters

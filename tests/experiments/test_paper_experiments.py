@@ -7,8 +7,9 @@ import pytest
 import tensorflow_datasets as tfds
 from helpers import rooms
 
-from tnt_jax.data import records, tokenization
+from tnt_jax.data import records
 from tnt_jax.runtime import program
+from tnt_jax.tokenizers import tokenization
 
 # The experiment as it is, but for the sizes, and for an annotator that finds something in the
 # outputs of a random model.

@@ -20,8 +20,9 @@ from jax.extend import backend
 
 from tnt_jax import convert
 from tnt_jax.checkpoints import checkpoint_kinds
-from tnt_jax.data import records, tokenization
+from tnt_jax.data import records
 from tnt_jax.runtime import program
+from tnt_jax.tokenizers import tokenization
 
 NAMES = (
     *("acorn", "birch", "cedar", "daisy", "elder", "fern", "grape", "hazel"),

@@ -11,9 +11,10 @@ import gin
 import pytest
 
 from tnt_jax import annotate, annotators
-from tnt_jax.data import marks, records, token_automaton, tokenization
+from tnt_jax.data import marks, records, token_automaton
 from tnt_jax.runtime import program
 from tnt_jax.runtime.errors import UsageError
+from tnt_jax.tokenizers import tokenization
 
 ROWS = [
     records.Record(id="a", inputs="Angela Merkel spoke.", targets="Merkel met Barack Obama."),

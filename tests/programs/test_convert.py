@@ -13,8 +13,8 @@ from helpers.huggingface_model import TINY, write_directory
 
 from tnt_jax import convert
 from tnt_jax.checkpoints import pretrained
-from tnt_jax.data import tokenization, vocabularies
 from tnt_jax.runtime.errors import UsageError
+from tnt_jax.tokenizers import tokenization, vocabularies
 
 FORMATS = ("huggingface", "t5x", "t5x_orbax", "orbax")
 

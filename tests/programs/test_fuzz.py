@@ -22,10 +22,11 @@ from helpers.mutations import outcome
 
 from tnt_jax import annotate, annotators, convert, report
 from tnt_jax.checkpoints import pretrained
-from tnt_jax.data import datasets, records, tokenization, vocabularies
+from tnt_jax.data import datasets, records
 from tnt_jax.models import sharding
 from tnt_jax.models.model import Model
 from tnt_jax.runtime import program
+from tnt_jax.tokenizers import tokenization, vocabularies
 
 LENGTHS = {"inputs": 8, "targets": 16}
 

@@ -18,9 +18,10 @@ from helpers.huggingface_model import write_directory
 from hypothesis import strategies as st
 
 from tnt_jax import annotators, generate
-from tnt_jax.data import records, tokenization
+from tnt_jax.data import records
 from tnt_jax.data.token_automaton import Listed
 from tnt_jax.models import masking, sharding
+from tnt_jax.tokenizers import tokenization
 
 # --- The plan -------------------------------------------------------------------------------------
 

@@ -11,8 +11,9 @@ import pytest
 from helpers import rooms
 
 from tnt_jax import localize as localize_program
-from tnt_jax.data import marks, records, tokenization
-from tnt_jax.experiments import asked
+from tnt_jax.data import marks, records
+from tnt_jax.patching import asked
+from tnt_jax.tokenizers import tokenization
 
 FOLDER_SETTINGS = {
     "RECORDS": "labelled.jsonl",

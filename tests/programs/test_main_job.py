@@ -18,11 +18,12 @@ from helpers import outputs, rooms
 
 from tnt_jax import pipeline
 from tnt_jax.checkpoints import digests
-from tnt_jax.data import records, removed_everywhere, tokenization
+from tnt_jax.data import records, removed_everywhere
 from tnt_jax.data.batches import Batches
 from tnt_jax.evaluation import evaluations, results
 from tnt_jax.experiments import experiment_run
 from tnt_jax.runtime import program
+from tnt_jax.tokenizers import tokenization
 from tnt_jax.training import loop, run_checkpoints
 
 ROOT = pathlib.Path(__file__).parents[2]

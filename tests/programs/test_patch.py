@@ -23,7 +23,7 @@ from helpers.full_disk import full_disk
 
 from tnt_jax import convert, patch
 from tnt_jax.data import records, removed_everywhere
-from tnt_jax.experiments import asked, choices, search
+from tnt_jax.patching import asked, choices, search
 from tnt_jax.runtime import preemption, program, stages
 
 # Flags of a quick patch: what is given is not chosen.

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from tnt_jax import prepare as prepare_program
-from tnt_jax.data import datasets, tokenization
+from tnt_jax.data import datasets
 from tnt_jax.runtime import program
 from tnt_jax.runtime.errors import UsageError
+from tnt_jax.tokenizers import tokenization
 
 
 @pytest.fixture(autouse=True)

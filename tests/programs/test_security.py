@@ -19,8 +19,9 @@ from helpers.huggingface_model import write_directory
 import tnt_jax
 from tnt_jax import convert
 from tnt_jax.checkpoints import huggingface, lazy_arrays, orbax, pretrained, safetensors_files, t5x
-from tnt_jax.data import records, tokenization, vocabularies
+from tnt_jax.data import records
 from tnt_jax.runtime.errors import UsageError
+from tnt_jax.tokenizers import tokenization, vocabularies
 from tnt_jax.training import original_cache
 
 PACKAGE = pathlib.Path(tnt_jax.__file__).parent

@@ -111,8 +111,8 @@ from __gin__ import dynamic_registration
 
 from tnt_jax import localize
 from tnt_jax import sweep
-from tnt_jax.annotators import look_ahead
-from tnt_jax.annotators import prefix_values
+from tnt_jax.localization import look_ahead
+from tnt_jax.localization import prefix_values
 from tnt_jax.checkpoints import pretrained
 
 sweep.Grid.localize = @localize.localize

@@ -13,7 +13,7 @@ import traitlets.config
 from helpers import doc_pages, rooms
 
 from tnt_jax.data import records
-from tnt_jax.experiments import asked
+from tnt_jax.patching import asked
 from tnt_jax.runtime import program
 
 TUTORIAL = doc_pages.ROOT / "docs" / "tutorial.md"

@@ -19,10 +19,8 @@ PACKAGE = ROOT / "tnt_jax"
 GIN_CONFIGS = ROOT / "gin_configs"
 
 # Rooms whose modules read text alone, and start without JAX; and those in them that do not.
-TEXT_ROOMS = {"runtime", "annotators", "evaluation"}
+TEXT_ROOMS = {"runtime", "tokenizers", "annotators", "evaluation"}
 NEED_JAX = {
-    "annotators.look_ahead",
-    "annotators.prefix_values",
     "runtime.array_types",
     "runtime.processes",
 }

@@ -25,9 +25,10 @@ from helpers.holders import PATIENCE, changing, held_by_another, note_of, refusa
 from orbax.checkpoint._src.path import gcs_utils
 
 from tnt_jax import convert, prepare, report
-from tnt_jax.data import datasets, records, removed_everywhere, tokenization
+from tnt_jax.data import datasets, records, removed_everywhere
 from tnt_jax.runtime import failures, files, holding, operative_config, stages
 from tnt_jax.runtime.errors import UsageError
+from tnt_jax.tokenizers import tokenization
 from tnt_jax.training import run_checkpoints
 from tnt_jax.watching import metric_writers
 

@@ -10,7 +10,11 @@ import numpy as np
 import optax
 import pytest
 
+from tnt_jax.data import datasets
+from tnt_jax.experiments import experiment_run
+from tnt_jax.localization import prefix_values
 from tnt_jax.runtime import settings_json
+from tnt_jax.tokenizers import tokenization
 
 
 class Color(enum.Enum):
@@ -53,6 +57,20 @@ CYCLE.append(CYCLE)
 class Voice:
     pitch: int
     words: tuple = ("hello",)
+
+
+@pytest.mark.parametrize(
+    ("moved", "name"),
+    [
+        (tokenization.SentencePiece, "data.tokenization.SentencePiece"),
+        (prefix_values.Training, "annotators.prefix_values.Training"),
+        (experiment_run._hand_back, "experiments.experiment._hand_back"),
+        (datasets.RecordFiles, "data.datasets.RecordFiles"),
+    ],
+)
+def test_files_name_what_has_moved_as_before(moved, name):
+    """Names in notes and checkpoints that earlier versions wrote, by which a run goes on."""
+    assert settings_json.written_name(moved) == f"tnt_jax.{name}"
 
 
 def test_a_setting_that_was_added_changes_nothing_while_it_has_its_default():

@@ -20,9 +20,10 @@ from helpers.huggingface_model import write_directory
 
 from tnt_jax import convert
 from tnt_jax.checkpoints import pretrained
-from tnt_jax.data import removed_everywhere, tokenization, vocabularies
+from tnt_jax.data import removed_everywhere
 from tnt_jax.data.examples import Example
 from tnt_jax.runtime import errors, failures, files, output_parts, stages
+from tnt_jax.tokenizers import tokenization, vocabularies
 from tnt_jax.training import original_cache
 
 pytestmark = [

@@ -18,12 +18,13 @@ from helpers import rooms, t5_inputs
 
 from tnt_jax import convert, objectives
 from tnt_jax.checkpoints import pretrained
-from tnt_jax.data import datasets, example_files, tokenization
+from tnt_jax.data import datasets, example_files
 from tnt_jax.data.examples import Example, ExampleTable
 from tnt_jax.data.layouts import Place, convert_features
 from tnt_jax.models import adapters, sharding, t5
 from tnt_jax.models.model import Model
 from tnt_jax.runtime.errors import UsageError
+from tnt_jax.tokenizers import tokenization
 from tnt_jax.training import load_original, original_cache, settings
 from tnt_jax.training.original_cache import OriginalStates
 from tnt_jax.training.originals import Original

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from helpers import tiny_tokenizers
 
-from tnt_jax.data import hub_tokenizer
 from tnt_jax.models import decoding, sharding
+from tnt_jax.tokenizers import hub_tokenizer
 from tnt_jax.watching import samples
 
 

@@ -4,8 +4,7 @@ Each takes a record and says which stretches of its targets must go, and perhaps
 just as wrong there (`tnt_jax.annotators.interface`). All are deterministic, and describe themselves
 with their settings in every record that they mark.
 
-Imports `runtime` and `data`; what `localize` uses (`look_ahead`, `prefix_values`, `continuations`)
-imports `models`, too.
+Imports `data`, `tokenizers` and `runtime`.
 """
 
 from tnt_jax.annotators.classifier import Classifier

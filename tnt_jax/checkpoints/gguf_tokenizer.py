@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from tnt_jax.data import hub_files
 from tnt_jax.runtime.errors import UsageError
+from tnt_jax.tokenizers import hub_files
 
 _PREFIX = "tokenizer.ggml."
 _TEMPLATE = "tokenizer.chat_template"

@@ -19,11 +19,11 @@ from tnt_jax.checkpoints import (
 )
 from tnt_jax.checkpoints.hub_family import HubFamily
 from tnt_jax.checkpoints.lazy_arrays import LazyArray
-from tnt_jax.data import hub_files
 from tnt_jax.models import families, parameters
 from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime import files
 from tnt_jax.runtime.errors import UsageError
+from tnt_jax.tokenizers import hub_files
 
 CONFIG = "config.json"
 # Everything else that belongs to a model; a file that is not there is not missed.

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from tnt_jax.checkpoints import pretrained
-from tnt_jax.data import tokenization
 from tnt_jax.models import sharding
 from tnt_jax.models.model import Model
 from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime import console, memory
 from tnt_jax.runtime.array_types import PyTree
+from tnt_jax.tokenizers import tokenization
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -26,12 +26,12 @@ from tnt_jax.checkpoints import (
 )
 from tnt_jax.checkpoints.checkpoint_kinds import Kind, kind_of
 from tnt_jax.checkpoints.lazy_arrays import LazyArray
-from tnt_jax.data import hub_files, hub_tokenizer, tokenization, vocabularies
 from tnt_jax.models import adapters, families, parameters
 from tnt_jax.models.network_config import COMPUTATION, NetworkConfig
 from tnt_jax.runtime import console, files
 from tnt_jax.runtime.array_types import PyTree
 from tnt_jax.runtime.errors import UsageError
+from tnt_jax.tokenizers import hub_files, hub_tokenizer, tokenization, vocabularies
 
 _SOME_BYTES = 64 * 10**6  # of `Pretrained.digest_of_some`
 

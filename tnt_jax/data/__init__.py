@@ -1,4 +1,4 @@
-"""From records to batches: text to marked tokens, tasks, rows of a batch.
+"""From records to batches: marked tokens, tasks, rows of a batch.
 
-Imports `runtime`.
+Imports `tokenizers` and `runtime`.
 """

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from absl import logging
 
-from tnt_jax.data import marks, records, removed_everywhere, tokenization
+from tnt_jax.data import marks, records, removed_everywhere
 from tnt_jax.data.examples import (
     IS_CLEAN,
     Example,
@@ -20,6 +20,7 @@ from tnt_jax.data.examples import (
 from tnt_jax.data.layouts import checked_lengths, count_lost
 from tnt_jax.runtime import console, files
 from tnt_jax.runtime.errors import UsageError
+from tnt_jax.tokenizers import tokenization
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

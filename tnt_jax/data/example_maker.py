@@ -33,7 +33,7 @@ import msgspec
 import numpy as np
 
 import tnt_jax
-from tnt_jax.data import chat, example_rows, hub_tokenizer, records, tokenization
+from tnt_jax.data import example_rows, records
 from tnt_jax.data.example_files import (
     ABOUT,
     COLUMNS_FILE,
@@ -51,6 +51,7 @@ from tnt_jax.data.example_files import (
 from tnt_jax.data.examples import COLUMNS
 from tnt_jax.runtime import console, failures, files, processes, settings_json
 from tnt_jax.runtime.errors import UsageError, naming_file, system_error
+from tnt_jax.tokenizers import chat, hub_tokenizer, tokenization
 
 _FORMAT = 3  # to be raised where the same records come to other examples, or other files
 _BYTES_PER_PART = 2**22  # of records: about a second's work

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tnt_jax.data import marks, records, tokenization
+from tnt_jax.data import marks, records
 from tnt_jax.data.examples import (
     COLUMNS,
     HAS_SPAN,
@@ -25,6 +25,7 @@ from tnt_jax.data.examples import (
     to_bytes,
 )
 from tnt_jax.data.layouts import columns_of
+from tnt_jax.tokenizers import tokenization
 
 _AT_A_TIME = 512  # records: their texts and tokens stay in the processor's cache
 

@@ -13,8 +13,8 @@ import numpy as np
 from tnt_jax.data import marks
 from tnt_jax.data.negative_sets import LEAST
 from tnt_jax.data.token_automaton import BEGINNING, Listed, Reading
-from tnt_jax.data.tokenization import Extent, Tokeniser
 from tnt_jax.runtime.errors import UsageError
+from tnt_jax.tokenizers.tokenization import Extent, Tokeniser
 
 _MOST_LISTS = 256  # whose flags are kept: records with the same inputs have the same list
 

@@ -11,11 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from absl import logging
 
-from tnt_jax.data import records, tokenization
+from tnt_jax.data import records
 from tnt_jax.data.examples import Example, SetAt, loss_mask_until, unique_pairs
 from tnt_jax.data.negative_sets import LEAST, name_of
-from tnt_jax.data.tokenization import Extent, Tokeniser
 from tnt_jax.runtime.errors import UsageError
+from tnt_jax.tokenizers import tokenization
+from tnt_jax.tokenizers.tokenization import Extent, Tokeniser
 
 MARKS = ("whole", "first_token")  # what a span makes negative
 

@@ -36,9 +36,10 @@ from typing import Annotated, Any, NamedTuple, TypedDict
 import msgspec
 import numpy as np
 
-from tnt_jax.data import conversations, negative_sets
+from tnt_jax.data import negative_sets
 from tnt_jax.runtime import files
 from tnt_jax.runtime.errors import UsageError, naming_file
+from tnt_jax.tokenizers import conversations
 
 Span = tuple[int, int] | tuple[int, int, float]  # start, end, and a strength below 1
 # Position, ids, and a strength below 1.

@@ -27,12 +27,13 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from tnt_jax.data import datasets, records, removed_everywhere, tokenization
+from tnt_jax.data import datasets, records, removed_everywhere
 from tnt_jax.data.examples import Example, id_of, unique_pairs
 from tnt_jax.data.marks import example_from_record, log_spans_without_token, prompt_ids
 from tnt_jax.data.t5patches_layout import t5patches_target
 from tnt_jax.runtime import console
 from tnt_jax.runtime.errors import UsageError, system_error
+from tnt_jax.tokenizers import tokenization
 
 # --- Tokenisers -----------------------------------------------------------------------------------
 

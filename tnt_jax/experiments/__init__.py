@@ -1,4 +1,4 @@
-"""What a study needs beside the programs: an experiment, its stages, corpora, what `patch` decides.
+"""What a study needs beside the programs: an experiment, its stages, corpora.
 
 Imports every room below.
 """

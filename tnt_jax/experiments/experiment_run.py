@@ -18,7 +18,7 @@ import msgspec
 from tnt_jax import __version__, convert, objectives, report
 from tnt_jax.annotators import interface
 from tnt_jax.checkpoints import checkpoint_kinds, pretrained
-from tnt_jax.data import datasets, records, removed_everywhere, rounds, tokenization
+from tnt_jax.data import datasets, records, removed_everywhere, rounds
 from tnt_jax.evaluation import evaluations, results
 from tnt_jax.evaluation.arm_files import ArmFiles
 from tnt_jax.evaluation.evaluations import Evaluation
@@ -33,6 +33,7 @@ from tnt_jax.experiments.experiment import (
 from tnt_jax.generate import check_are_prompts
 from tnt_jax.runtime import console, files, operative_config, stages
 from tnt_jax.runtime.errors import UsageError
+from tnt_jax.tokenizers import tokenization
 
 
 def _generating(name: str, decoder: str) -> str:
@@ -746,8 +747,3 @@ def _hand_back(
         scan_layers=scan_layers,
         evaluation=evaluation if output_format in ("huggingface", "peft") else None,
     )
-
-
-# Notes of finished stages name these so: that is where they were written.
-for _function in (_write_corpus, _train_vocabulary, _hand_back):
-    _function.__module__ = "tnt_jax.experiments.experiment"

@@ -41,7 +41,7 @@ def describe(value: Any) -> Any:
 def _describe(value: Any, outer: tuple[int, ...]) -> Any:
     """`describe` within the values whose ids are `outer`, so that a cycle ends."""
     if isinstance(value, enum.Enum):
-        return {"class": _qualified_name(type(value)), "name": value.name}
+        return {"class": written_name(type(value)), "name": value.name}
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
@@ -63,7 +63,7 @@ def _describe(value: Any, outer: tuple[int, ...]) -> Any:
         return named(value)
     if isinstance(value, tuple) and (names := getattr(value, "_fields", None)):
         fields = {name: getattr(value, name) for name in names}
-        return {"class": _qualified_name(type(value)), **named(fields)}
+        return {"class": written_name(type(value)), **named(fields)}
     if isinstance(value, list | tuple):
         return [_describe(x, outer) for x in value]
     if isinstance(value, set | frozenset):
@@ -81,17 +81,17 @@ def _describe(value: Any, outer: tuple[int, ...]) -> Any:
             model = _digest(epath.Path(file).read_bytes())
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             model = os.fspath(file)
-        name = _qualified_name(type(value))
+        name = written_name(type(value))
         return {"class": name, "model": model, "extra_ids": value.extra_ids}
     if hasattr(value, "tokenizer_digest"):  # a tokeniser of a directory
-        return {"class": _qualified_name(type(value)), "model": value.tokenizer_digest}
+        return {"class": written_name(type(value)), "model": value.tokenizer_digest}
     if dataclasses.is_dataclass(value):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         for field in dataclasses.fields(value):
             omits_default = field.metadata.get("omit_default")
             if not field.compare or (omits_default and fields[field.name] == field.default):
                 del fields[field.name]
-        return {"class": _qualified_name(type(value)), **named(fields)}
+        return {"class": written_name(type(value)), **named(fields)}
     if isinstance(value, np.dtype):
         return str(value)
     if hasattr(value, "__array__") and hasattr(value, "dtype"):
@@ -103,7 +103,7 @@ def _describe(value: Any, outer: tuple[int, ...]) -> Any:
             "shape": list(array.shape),
             "dtype": str(array.dtype),
         }
-    return {"class": _qualified_name(type(value)), **named(getattr(value, "__dict__", {}))}
+    return {"class": written_name(type(value)), **named(getattr(value, "__dict__", {}))}
 
 
 def _describe_function(function: Any, outer: tuple[int, ...]) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def _describe_function(function: Any, outer: tuple[int, ...]) -> dict[str, Any]:
     while (call := _gin_call(function)) is not None:
         scope = _closure(call).get("scope_components", scope)
         function = function.__bases__[0] if inspect.isclass(function) else function.__wrapped__
-    described = {"function": _qualified_name(function)}
+    described = {"function": written_name(function)}
     with gin.config_scope(scope) if scope else contextlib.nullcontext():
         try:
             settings = gin.get_bindings(function, resolve_references=False)
@@ -154,8 +154,25 @@ def _closure(function: Any) -> dict[str, Any]:
     return found
 
 
-def _qualified_name(value: Any) -> str:
-    return f"{value.__module__}.{value.__qualname__}"
+# Modules that have moved, and where they were when notes and checkpoints first named what is in
+# them. A run that was begun before the move goes on after it: to files, nothing has another name.
+_WRITTEN_IN = {
+    "tnt_jax.localization.": "tnt_jax.annotators.",
+    "tnt_jax.tokenizers.": "tnt_jax.data.",
+    **{
+        f"tnt_jax.experiments.experiment_run.{name}": f"tnt_jax.experiments.experiment.{name}"
+        for name in ("_write_corpus", "_train_vocabulary", "_hand_back")
+    },
+}
+
+
+def written_name(value: Any) -> str:
+    """The name of a class or a function in notes and checkpoints: with its module, as it was."""
+    name = f"{value.__module__}.{value.__qualname__}"
+    for now, before in _WRITTEN_IN.items():
+        if name.startswith(now):
+            return name.replace(now, before, 1)
+    return name
 
 
 def _digest(content: bytes) -> str:

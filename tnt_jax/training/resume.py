@@ -149,8 +149,7 @@ def _describe_vocabulary(vocabulary: Any) -> dict[str, Any]:
     if hasattr(vocabulary, "sentencepiece_model_file") or hasattr(vocabulary, "tokenizer_digest"):
         return settings_json.describe(vocabulary)
     # Others are told apart by what they are: what else they hold may be anything.
-    kind = type(vocabulary)
-    return {"class": f"{kind.__module__}.{kind.__qualname__}", "size": vocabulary.size}
+    return {"class": settings_json.written_name(type(vocabulary)), "size": vocabulary.size}
 
 
 def check_alike(run: Mapping[str, Any], **more: Any) -> None:

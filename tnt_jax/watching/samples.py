@@ -12,12 +12,13 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from tnt_jax.data import marks, records, tokenization
+from tnt_jax.data import marks, records
 from tnt_jax.data.examples import Example, num_marks_of, take
 from tnt_jax.models import decoding, sharding
 from tnt_jax.models.model import Model
 from tnt_jax.runtime import console, settings_json
 from tnt_jax.runtime.array_types import PyTree
+from tnt_jax.tokenizers import tokenization
 from tnt_jax.watching import hooks, metric_writers
 
 _MOST_AT_ONCE = 32  # prompts that are answered together

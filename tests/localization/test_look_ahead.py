@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from tnt_jax import objectives
-from tnt_jax.annotators import look_ahead
+from tnt_jax.localization import look_ahead
 from tnt_jax.runtime.errors import UsageError
 
 pytestmark = pytest.mark.usefixtures("optimised")

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import tokenizers
 from etils import epath
 
-from tnt_jax.data import hub_files, piece_texts
-from tnt_jax.data.hub_files import SETTINGS, TOKENIZER
-from tnt_jax.data.tokenization import Extent
 from tnt_jax.runtime import files
 from tnt_jax.runtime.errors import UsageError
+from tnt_jax.tokenizers import hub_files, piece_texts
+from tnt_jax.tokenizers.hub_files import SETTINGS, TOKENIZER
+from tnt_jax.tokenizers.tokenization import Extent
 
 _SPACES = {True: "Ġ", False: "▁"}  # how a piece writes a space, by whether it is byte-level
 

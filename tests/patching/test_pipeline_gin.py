@@ -5,8 +5,8 @@ import pathlib
 
 import pytest
 
-from tnt_jax.experiments import choices, pipeline_gin
-from tnt_jax.experiments.unwanted import Unwanted
+from tnt_jax.patching import choices, pipeline_gin
+from tnt_jax.patching.unwanted import Unwanted
 
 T5 = choices.Network(
     is_decoder_only=False,

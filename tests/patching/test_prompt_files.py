@@ -7,9 +7,9 @@ import re
 import pytest
 
 from tnt_jax.data import records, removed_everywhere
-from tnt_jax.experiments import prompt_files
-from tnt_jax.experiments.prompt_files import Texts
-from tnt_jax.experiments.unwanted import Unwanted
+from tnt_jax.patching import prompt_files
+from tnt_jax.patching.prompt_files import Texts
+from tnt_jax.patching.unwanted import Unwanted
 from tnt_jax.runtime.errors import UsageError
 
 # As many prompts as a patch needs, each with an output.

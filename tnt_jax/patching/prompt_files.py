@@ -13,8 +13,8 @@ from typing import Any
 
 from tnt_jax import annotators
 from tnt_jax.data import records, removed_everywhere, words
-from tnt_jax.experiments import choices
-from tnt_jax.experiments.unwanted import MARKED_TEXTS, Unwanted
+from tnt_jax.patching import choices
+from tnt_jax.patching.unwanted import MARKED_TEXTS, Unwanted
 from tnt_jax.runtime import files
 from tnt_jax.runtime.errors import UsageError, naming_file
 

@@ -14,11 +14,11 @@ import jax
 
 from tnt_jax.checkpoints import pretrained
 from tnt_jax.data import layouts
-from tnt_jax.experiments import choices, pipeline_gin, prompt_files
-from tnt_jax.experiments.choices import Choice
 from tnt_jax.experiments.experiment import Arm, Experiment
-from tnt_jax.experiments.unwanted import Unwanted
 from tnt_jax.models import families
+from tnt_jax.patching import choices, pipeline_gin, prompt_files
+from tnt_jax.patching.choices import Choice
+from tnt_jax.patching.unwanted import Unwanted
 from tnt_jax.runtime import files, holding, memory, stages
 from tnt_jax.runtime.errors import UsageError
 

@@ -10,7 +10,8 @@ from helpers.mutations import LACKING, with_change
 
 from tnt_jax import objectives
 from tnt_jax.data import records
-from tnt_jax.experiments import experiment, search
+from tnt_jax.experiments import experiment
+from tnt_jax.patching import search
 from tnt_jax.runtime import stages
 from tnt_jax.runtime.errors import UsageError
 

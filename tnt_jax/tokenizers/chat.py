@@ -9,8 +9,8 @@ from typing import Any
 
 from etils import epath
 
-from tnt_jax.data import hub_files, hub_tokenizer, templates
 from tnt_jax.runtime import files
+from tnt_jax.tokenizers import hub_files, hub_tokenizer, templates
 
 
 @dataclasses.dataclass(frozen=True)

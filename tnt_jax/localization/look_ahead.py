@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tnt_jax.annotators import prefix_values
 from tnt_jax.data import marks, records
 from tnt_jax.data.layouts import pad_inputs
+from tnt_jax.localization import prefix_values
 from tnt_jax.models import factored_logits, next_states, sharding
 from tnt_jax.models.model import Model
 from tnt_jax.runtime import console

@@ -7,7 +7,7 @@ from typing import Any
 from tnt_jax.data import records
 from tnt_jax.evaluation import changes
 from tnt_jax.evaluation.evaluations import Evaluation
-from tnt_jax.experiments.choices import Choice
+from tnt_jax.patching.choices import Choice
 
 _NUM_EXAMPLES = 5
 

@@ -17,16 +17,16 @@ from helpers.chat_templates import CONVERSATIONS, LLAMA_2, QWEN_3, TEMPLATES, ZE
 from hypothesis import strategies as st
 
 from tnt_jax.checkpoints import pretrained
-from tnt_jax.data import (
+from tnt_jax.data import marks
+from tnt_jax.data.records import Record
+from tnt_jax.runtime.errors import UsageError
+from tnt_jax.tokenizers import (
     hub_tokenizer,
-    marks,
     template_renderer,
     templates,
     tokenization,
     vocabularies,
 )
-from tnt_jax.data.records import Record
-from tnt_jax.runtime.errors import UsageError
 
 END_OF_TURN = {
     "qwen": "<|im_end|>",

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from tnt_jax.annotators import look_ahead, prefix_values
-from tnt_jax.annotators.prefix_values import Evidence, Threshold, Training
+from tnt_jax.localization import look_ahead, prefix_values
+from tnt_jax.localization.prefix_values import Evidence, Threshold, Training
 from tnt_jax.runtime.errors import UsageError
 
 pytestmark = pytest.mark.usefixtures("optimised")

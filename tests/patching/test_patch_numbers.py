@@ -2,7 +2,7 @@
 
 import pytest
 
-from tnt_jax.experiments import patch_numbers
+from tnt_jax.patching import patch_numbers
 
 
 def of_decoder(cut, unwanted_before=0.25):

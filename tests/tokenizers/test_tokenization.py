@@ -11,9 +11,10 @@ import seqio
 from helpers import tiny_tokenizers
 from hypothesis import strategies as st
 
-from tnt_jax.data import mark_alternatives, marks, records, tokenization
+from tnt_jax.data import mark_alternatives, marks, records
 from tnt_jax.data.token_automaton import Listed
 from tnt_jax.runtime.errors import UsageError
+from tnt_jax.tokenizers import tokenization
 
 TEXTS = [
     f"{name} is a wonderful {food} place in the {area} ({area})."

@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from tnt_jax.experiments import choices
-from tnt_jax.experiments.choices import Counts
+from tnt_jax.patching import choices
+from tnt_jax.patching.choices import Counts
 from tnt_jax.runtime.errors import UsageError
 
 # A T5 of 60 million parameters, and SmolLM2 135M.

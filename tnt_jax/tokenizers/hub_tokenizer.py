@@ -18,8 +18,8 @@ import numpy as np
 import tokenizers
 from etils import epath
 
-from tnt_jax.data import hub_files, loaded_tokenizer, piece_texts
-from tnt_jax.data.tokenization import (
+from tnt_jax.tokenizers import hub_files, loaded_tokenizer, piece_texts
+from tnt_jax.tokenizers.tokenization import (
     Encoded,
     Extent,
     Place,

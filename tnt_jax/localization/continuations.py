@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tnt_jax.data import marks, records, tokenization
+from tnt_jax.data import marks, records
 from tnt_jax.models import decoding
 from tnt_jax.models.model import Model
 from tnt_jax.runtime import console
 from tnt_jax.runtime.array_types import PyTree
+from tnt_jax.tokenizers import tokenization
 
 
 class Prefix(NamedTuple):

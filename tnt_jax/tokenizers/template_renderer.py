@@ -16,8 +16,8 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tnt_jax.data import template_process
 from tnt_jax.runtime.errors import UsageError
+from tnt_jax.tokenizers import template_process
 
 # What rendering one prompt may take: a thousand times what templates do.
 _MOST_SECONDS = 10  # of a processor

@@ -16,17 +16,10 @@ from helpers.chat_templates import TEMPLATES
 from hypothesis import strategies as st
 
 from tnt_jax.checkpoints import pretrained
-from tnt_jax.data import (
-    hub_tokenizer,
-    loaded_tokenizer,
-    mark_alternatives,
-    marks,
-    records,
-    tokenization,
-    vocabularies,
-)
+from tnt_jax.data import mark_alternatives, marks, records
 from tnt_jax.runtime import settings_json
 from tnt_jax.runtime.errors import UsageError
+from tnt_jax.tokenizers import hub_tokenizer, loaded_tokenizer, tokenization, vocabularies
 from tnt_jax.training import resume
 
 KINDS = list(tiny_tokenizers.KINDS)

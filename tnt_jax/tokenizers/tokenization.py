@@ -285,7 +285,7 @@ class SentencePiece(Tokeniser):
                 f"found padding {processor.pad_id()} and EOS {processor.eos_id()}. For a "
                 "decoder-only model, name the directory with its tokenizer.json instead. For a T5, "
                 "train it with pad_id=0, eos_id=1, unk_id=2 "
-                "(tnt_jax.data.tokenization.train_sentencepiece does)."
+                "(tnt_jax.tokenizers.tokenization.train_sentencepiece does)."
             )
         return processor
 

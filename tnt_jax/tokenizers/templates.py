@@ -15,9 +15,9 @@ from typing import Any
 
 from etils import epath
 
-from tnt_jax.data import conversations, hub_files, hub_tokenizer, template_renderer
 from tnt_jax.runtime import files
 from tnt_jax.runtime.errors import UsageError, naming_file
+from tnt_jax.tokenizers import conversations, hub_files, hub_tokenizer, template_renderer
 
 TEMPLATE = "chat_template.jinja"
 Message = Mapping[str, str]

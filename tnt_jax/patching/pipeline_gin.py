@@ -6,10 +6,10 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tnt_jax.experiments.choices import UNKNOWN, Choice
 from tnt_jax.experiments.experiment import Experiment
-from tnt_jax.experiments.search import ROUNDS, Found
-from tnt_jax.experiments.unwanted import Unwanted
+from tnt_jax.patching.choices import UNKNOWN, Choice
+from tnt_jax.patching.search import ROUNDS, Found
+from tnt_jax.patching.unwanted import Unwanted
 from tnt_jax.runtime import files, gin_files
 from tnt_jax.runtime.errors import UsageError
 

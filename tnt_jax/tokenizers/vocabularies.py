@@ -15,10 +15,10 @@ from typing import Any
 from etils import epath
 from sentencepiece import sentencepiece_model_pb2
 
-from tnt_jax.data import chat, hub_files, hub_tokenizer, templates, tokenization
-from tnt_jax.data.hub_files import TOKENIZER
 from tnt_jax.runtime import console, files
 from tnt_jax.runtime.errors import UsageError, naming_file
+from tnt_jax.tokenizers import chat, hub_files, hub_tokenizer, templates, tokenization
+from tnt_jax.tokenizers.hub_files import TOKENIZER
 
 T5_EXTRA_IDS = 100
 _BYT5_EXTRA_IDS = 125
