@@ -11,9 +11,9 @@ Programs exchange records as JSONL, one object a line:
      "messages": [{"role": "user", "content": "text"}, ...]}       the conversation before the reply
 
 A mark may have a strength s above 0 and at most 1, as `[start, end, s]`, `[position, [ids], s]` or
-`[position, "name", s]`: then the share 1 - s of the original's probability stays. Without one it is
-1, which is removal. Except in spans it may be from -99 to below 0, which raises the ids: 1 - s is
-above 1.
+`[position, "name", s]`: then the original's probability is multiplied by 1 - s, before all is
+renormalised. Without one it is 1, which is removal. Except in spans it may be from -99 to below 0,
+which raises the ids: 1 - s is above 1.
 
 Only `inputs` or `messages` is required, so a file of prompts is a file of records. Targets that are
 there and empty are an output: the model ended at once. A conversation is for a chat model; its
