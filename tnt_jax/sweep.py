@@ -228,12 +228,18 @@ def sweep(
         cells = [dataclasses.replace(cell, in_full=in_full) for cell in cells]
         shared.run_own(cells)
         while True:
-            found, arms, num_missing = _found(
-                shared, cells, cut, baseline, frontier_seeds, num_resamples
+            arms, choices, rows, num_missing = _run_what_follows(
+                shared, cells, cut, baseline, frontier_seeds
             )
             # Other processes go on while this one computes: nobody may write less over more.
             if num_processes == 1 or shared.num_missing(arms) >= num_missing:
                 break
+        of_choices = _of_choices(rows["rows"], choices)
+        found = {
+            **rows,
+            "chosen": _chosen(shared.opened, of_choices, baseline, choice_share, num_resamples),
+            "settings": {"task": task, "cut": cut, "choice_share": choice_share},
+        }
         written = shared.opened.root / f"{name}.json"
         files.write_json(str(written), found)
         text = as_markdown(found, experiment.decoders)
@@ -302,17 +308,18 @@ class _Shared:
         return _rows(self.opened, arms, self.task, self.choice_share), len(cells) - len(arms)
 
 
-def _found(
+def _run_what_follows(
     shared: _Shared,
     cells: Sequence[_Cell],
     cut: float,
     baseline: str,
     frontier_seeds: Sequence[int],
-    num_resamples: int,
-) -> tuple[dict[str, Any], Sequence[_Cell], int]:
-    """What a sweep writes, of which arms, and how many of these are not done.
+) -> tuple[Sequence[_Cell], Mapping[str, results.Choice], dict[str, list[results.Row]], int]:
+    """Runs this process's share of what the finished arms decide: what is measured in full, seeds.
 
-    The arms are those of `cells`, and those of the frontier with their seeds, once it is known.
+    Returns:
+      All arms; the weights and rates that were chosen; the rows of what is done; the number of arms
+      that are not done.
     """
     rows, num_missing = shared.rows(cells)
     # Seeds that are added for the frontier do not choose.
@@ -331,10 +338,7 @@ def _found(
         shared.run_own(again, ", of the frontier")
         cells = [*cells, *again]
         rows, num_missing = shared.rows(cells)
-    of_choices = _of_choices(rows["rows"], choices)
-    chosen = _chosen(shared.opened, of_choices, baseline, shared.choice_share, num_resamples)
-    settings = {"task": shared.task, "cut": cut, "choice_share": shared.choice_share}
-    return {**rows, "chosen": chosen, "settings": settings}, cells, num_missing
+    return cells, choices, rows, num_missing
 
 
 def _open(
