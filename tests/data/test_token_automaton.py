@@ -218,7 +218,7 @@ def test_no_adversary_says_what_a_gazetteer_marks(kind, vocabularies, tmp_path):
         chosen = []
         for row, record in enumerate(rows):
             reading = Reading(int(readings.state[row]), int(readings.within[row]))
-            is_to_mend = bool(flags[row, compiled.first_ended + reading.state])
+            is_to_mend = bool(flags[row, compiled.flag_places.end_in(reading.state)])
             if not is_to_mend:  # tables on devices and here say the same
                 here = np.ones(vocabulary.size, bool)
                 here[compiled.removed(reading, flags[row])] = False
@@ -239,7 +239,7 @@ def test_no_adversary_says_what_a_gazetteer_marks(kind, vocabularies, tmp_path):
         for row, record in enumerate(rows):
             text = vocabulary.decode(ids[row])
             spans = gazetteer.annotate(dataclasses.replace(record, targets=text)).spans
-            is_to_mend = flags[row, compiled.first_ended + int(readings.state[row])]
+            is_to_mend = flags[row, compiled.flag_places.end_in(int(readings.state[row]))]
             assert bool(spans) == bool(is_to_mend and not has_ended[row]), text
     assert num_compared > 100
 

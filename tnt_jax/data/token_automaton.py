@@ -69,6 +69,28 @@ class Listed(NamedTuple):
         return _compiled(self.texts, vocabulary, self.case_sensitive, removes_starts)
 
 
+class FlagPlaces(NamedTuple):
+    """Where each flag of `TokenAutomaton.flags` is; place 0 is False for everyone.
+
+    Attributes:
+        num_states: number of states of the automaton.
+    """
+
+    num_states: int
+
+    def into(self, state: Any) -> Any:
+        """Of states, numbers or arrays: whether no token may lead there."""
+        return 1 + state
+
+    def end_in(self, state: Any) -> Any:
+        """Of states: whether no output may end there."""
+        return 1 + self.num_states + state
+
+    def of_mentions(self, made: np.ndarray) -> np.ndarray:
+        """Of sets of mentions, int32: whether one of them is unwanted; of none of them, place 0."""
+        return np.where(made > 0, 1 + 2 * self.num_states + made, 0).astype(np.int32)
+
+
 class Entries(NamedTuple):
     """What tokens come to: one row for each, sorted by where they come.
 
@@ -251,9 +273,9 @@ class TokenAutomaton:
     # --------------------------------------------------------------------------------------- Flags
 
     @property
-    def first_ended(self) -> int:
-        """The flag of the first state that says whether a text may end there."""
-        return 1 + len(self.automaton.states)
+    def flag_places(self) -> FlagPlaces:
+        """Where each flag is."""
+        return FlagPlaces(len(self.automaton.states))
 
     def flags(
         self, allowed: Iterable[str], innocent: "Innocent | _InnocentToo | None" = None
@@ -280,7 +302,7 @@ class TokenAutomaton:
         # There is no hope where no token goes on: a vocabulary may not spell the rest from there.
         hopeful = np.flatnonzero(of.ended & ~wrong).tolist()
         while stuck := [state for state in hopeful if not self._goes_on(state, flags)]:
-            flags[1 + np.array(stuck)] = True
+            flags[self.flag_places.into(np.array(stuck))] = True
             hopeful = [state for state in hopeful if state not in stuck]
         return flags
 
@@ -314,11 +336,11 @@ class TokenAutomaton:
 
     def _goes_on(self, state: int, flags: np.ndarray) -> bool:
         """Whether a token may follow that goes on with what is under way."""
-        others, num_states = self.others.at(state), len(self.automaton.states)
+        others = self.others.at(state)
         is_wrong = flags[others.ends] | flags[others.made]
         # What a first character makes is wrong with every token that it begins.
-        made = self.automaton.made[state]
-        of_first = np.append(flags[1 + 2 * num_states + made] & (made > 0), False)
+        made = self.flag_places.of_mentions(self.automaton.made[state])
+        of_first = np.append(flags[made], False)
         is_wrong |= of_first[self.first_classes[others.tokens]]
         return not np.all(is_wrong) or bool(np.any(self.live[state][self._within_parts]))
 
@@ -352,7 +374,7 @@ class TokenAutomaton:
         np.logical_or.at(is_removed, base.tokens, flags[base.ends] | flags[base.made])
         others = self.others.at(after)
         is_wrong = flags[others.ends] | flags[others.made]
-        if flags[self.first_ended + after]:
+        if flags[self.flag_places.end_in(after)]:
             pairs = zip(others.states.tolist(), others.new.tolist(), strict=True)
             is_wrong &= np.array([self._is_new(after, *pair, flags) for pair in pairs], bool)
         is_removed[others.tokens] = is_wrong
@@ -367,7 +389,8 @@ class TokenAutomaton:
                 end, made = self._trace(Reading(state, within), self.token_bytes[token])
                 new = frozenset(made) - set(automaton.ended[state])
                 is_removed[token] = self._is_unwanted(new, flags) or (
-                    bool(flags[1 + end.state]) and self._is_new(state, end.state, 0, flags)
+                    bool(flags[self.flag_places.into(end.state)])
+                    and self._is_new(state, end.state, 0, flags)
                 )
         return np.flatnonzero(is_removed)
 
@@ -726,15 +749,15 @@ class _Compiler:
         places, tokens, states, made, new = columns
         order = np.lexsort((tokens, places))
         places, tokens, states, made, new = (x[order].astype(np.int32) for x in columns)
-        num_states = len(self._automaton.states)
+        flag_places = FlagPlaces(len(self._automaton.states))
         # What is wrong so far is made right by no character that does not lead on.
         within = self._within[tokens]
         is_live = (within == 0) | self._live[states, within]
         return Entries(
             starts=np.searchsorted(places, np.arange(num_places + 1)).astype(np.int32),
             tokens=tokens,
-            ends=np.where(is_live, 1 + states, 1 + num_states + states).astype(np.int32),
-            made=np.where(made > 0, 1 + 2 * num_states + made, 0).astype(np.int32),
+            ends=np.where(is_live, flag_places.into(states), flag_places.end_in(states)),
+            made=flag_places.of_mentions(made),
             states=states,
             new=new,
         )

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tnt_jax.data.token_automaton import BEGINNING, Entries, TokenAutomaton
+from tnt_jax.data.token_automaton import BEGINNING, Entries, FlagPlaces, TokenAutomaton
 from tnt_jax.runtime.array_types import Array, Bool, Int
 
 _Ints = Int[Array | np.ndarray, "..."]
@@ -93,7 +93,7 @@ class Tables(NamedTuple):
           num_ids: number of ids of the model; those beyond the vocabulary say nothing.
         """
         automaton, utf8 = compiled.automaton, compiled.utf8
-        num_states, num_classes = automaton.next_state.shape
+        num_classes = automaton.next_state.shape[1]
         num_more = num_ids - len(compiled.token_bytes)
         contents = [*compiled.token_bytes, *[()] * num_more]
         flat = np.array([*itertools.chain.from_iterable(contents), 0], np.int32)
@@ -104,9 +104,7 @@ class Tables(NamedTuple):
         is_part = (firsts == num_classes) & (withins > 0)
         return cls(
             next_state=automaton.next_state,
-            made=np.where(automaton.made > 0, 1 + 2 * num_states + automaton.made, 0).astype(
-                np.int32
-            ),
+            made=compiled.flag_places.of_mentions(automaton.made),
             utf8_next=utf8.next_state,
             utf8_class=utf8.class_of,
             utf8_broken=np.where(is_broken, automaton.broken, -1).astype(np.int32),
@@ -208,7 +206,7 @@ def removed(mask: Mask, readings: Readings, can_be_said: Bool[Array, "B V"]) -> 
       can_be_said: the ids that are not banned anyway.
     """
     tables, flags = jax.tree.map(jnp.asarray, mask)
-    num_states = tables.next_state.shape[0]
+    flag_places = FlagPlaces(tables.next_state.shape[0])
     num_rows, num_ids = can_be_said.shape
     rows = jnp.arange(num_rows)[:, None]
     state, within = readings
@@ -240,7 +238,7 @@ def removed(mask: Mask, readings: Readings, can_be_said: Bool[Array, "B V"]) -> 
             is_left = is_left.at[rows, tables.partial_tokens].set(part)
         return ~is_left | is_within[:, None]
 
-    goes_on = _flags_of(flags, (1 + num_states + state)[:, None])
+    goes_on = _flags_of(flags, flag_places.end_in(state)[:, None])
     found = jax.lax.cond(
         jnp.any(goes_on), lambda: jnp.where(goes_on, going_on(), found), lambda: found
     )
@@ -251,7 +249,7 @@ def removed(mask: Mask, readings: Readings, can_be_said: Bool[Array, "B V"]) -> 
         begun = Readings(*(jnp.broadcast_to(of[:, None], heads.shape) for of in readings))
         ends, is_bad = _read(tables, flags, begun, heads)
         is_live = (ends.within == 0) | tables.live[ends.state, ends.within]
-        end_flags = 1 + ends.state + jnp.where(is_live, 0, num_states)
+        end_flags = jnp.where(is_live, flag_places.into(ends.state), flag_places.end_in(ends.state))
         is_wrong = is_bad | _flags_of(flags, end_flags)
         kept = jnp.where(is_within[:, None], is_wrong, found[rows, heads])
         return found.at[rows, heads].set(kept)
