@@ -233,8 +233,8 @@ def _certificate(
     kind, current_params = originals.what_differs(
         original_params, current.restore(compared.abstract_computed_params)
     )
-    # Of the objective only the loss depends, and the loss is not reported: forward KL splits
-    # exactly into residual and collateral.
+    # What is reported does not depend on the objective. It is forward KL, which splits exactly into
+    # residual and collateral.
     objective = objectives.TntObjective(negative_term="forward_kl", positive_term="forward_kl")
     examples = marks.examples_from_records(rows, vocabulary, "the original's outputs")
     states: Mapping[str, OriginalStates] = {}

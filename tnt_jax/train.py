@@ -101,7 +101,7 @@ def train(
       dataset: Annotated examples. What they remove everywhere is added to the objective's.
       original_choice: Which model is the original, and where its logits come from.
       update: How an update is computed.
-      schedule: Where training starts, how long it goes on, and after how many updates what is done.
+      schedule: Where training starts, how long it goes on; how often it logs, evaluates and saves.
       keep: Which checkpoints stay on disk, and what may differ from the run that left them.
       eval_dataset: Examples that are evaluated, and not trained on.
       watch: What else is shown and written; metrics always are.

@@ -182,7 +182,7 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 
 def temporary_folder(of: str) -> pathlib.Path:
-    """A new folder of this machine, which goes with the process; its name says what it is `of`."""
+    """Makes a folder on this machine that is deleted when the process ends; `of` is in its name."""
     folder = pathlib.Path(tempfile.mkdtemp(prefix=f"tnt_jax-{of}-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder

@@ -135,7 +135,7 @@ def _visit(place: str) -> str:
 
 
 def wait_for_all(place: str, seconds: float = _LONGEST_WORK) -> None:
-    """Until every process has come here.
+    """Waits until every process has called this with the same name.
 
     Args:
       place: A name, the same in each process. All come to it equally often.
@@ -168,7 +168,7 @@ def wait_for_all(place: str, seconds: float = _LONGEST_WORK) -> None:
 
 
 def gather(place: str, said: str) -> list[str]:
-    """What every process says at a place, in their order.
+    """Gathers a text from each process, in their order.
 
     Args:
       place: A name, the same in each process. All come to it equally often.
@@ -199,7 +199,7 @@ def gather(place: str, said: str) -> list[str]:
 
 
 def is_soon(is_so: Callable[[], bool]) -> bool:
-    """Whether something is so; with other processes, whose files come later, soon.
+    """Whether something is so, or, where other processes have to write files, soon will be.
 
     Args:
       is_so: Looks for it; is called until it returns True, for a minute at most.

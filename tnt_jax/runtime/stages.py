@@ -110,8 +110,8 @@ class Stages:
           version: A text whose change makes it run again, for what the settings do not show.
           goes_on: Whether `function` goes on from what it finds in `output`, a directory. So what
             other settings left there is deleted first.
-          earlier_settings: With these, too, `function` left what it goes on from: a first leg of
-            the way. None: there was none.
+          earlier_settings: The settings of an earlier, shorter run whose output `function` may go
+            on from; None if there is none.
 
         Raises:
           UsageError: There is something to go on from, and it is not known what made it; or another

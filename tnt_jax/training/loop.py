@@ -122,7 +122,7 @@ class Loop:
       loaded_original: What the step needs of the original.
       sources: Where the parameters of the run come from.
       data: What it learns from.
-      schedule: How long it goes on, and after how many updates what is done.
+      schedule: How many updates there are, and how often it logs, evaluates and saves.
       watch: What the run is watched with.
       watch_hooks: What `watch` has made of its settings.
       saved: Where checkpoints go.

@@ -106,7 +106,7 @@ class Original:
         return without(read, trained)
 
     def gives_logits(self, *, needs_original: bool) -> bool:
-        """Whether `logits` can be computed from what there is: of evaluations they are wanted.
+        """Whether `logits` can be computed: an evaluation reports KL, needed by the loss or not.
 
         Args:
           needs_original: Whether the objective compares with the original. If it does not, no

@@ -193,7 +193,7 @@ class OriginalChoice:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Where training starts, how long it goes on, and after how many updates what is done.
+    """Where training starts, how long it goes on; how often it logs, evaluates and saves.
 
     Attributes:
       train_steps: Number of updates in all, those before a restart included.
