@@ -19,7 +19,7 @@ from helpers.holders import held_by_another, refusal
 from helpers.huggingface_model import TINY, write_directory
 
 from tnt_jax import convert
-from tnt_jax.checkpoints import digests, orbax, peft, pretrained
+from tnt_jax.checkpoints import checkpoint_kinds, digests, orbax, peft, pretrained
 from tnt_jax.models import adapters, parameters, sharding, t5
 from tnt_jax.models.model import Model
 from tnt_jax.runtime.errors import UsageError
@@ -261,6 +261,44 @@ def test_a_base_from_the_hub_has_its_name_and_revision(tmp_path, capsys):
     assert config["revision"] == revision
     assert "base_model: google/t5-v1_1-tiny" in (tmp_path / "peft" / "README.md").read_text()
     assert "Warning" not in capsys.readouterr().out
+
+
+def test_a_base_in_the_cache_of_another_machine(tmp_path, monkeypatch):
+    """A run copied from elsewhere finds the revision that it began from, and no newer one."""
+    revision, newer = "0123456789abcdef0123456789abcdef01234567", "f" * 40
+    of_model = pathlib.Path("hub", "models--google--t5-v1_1-tiny", "snapshots")
+    write_directory(tmp_path / "there" / of_model / revision)
+    write_run(tmp_path / "run", tmp_path / "there" / of_model / revision, random_adapters())
+    here = tmp_path / "here"
+    (tmp_path / "there").rename(here)
+    write_directory(here / of_model / newer, scale=2.0)
+    (here / of_model.parent / "refs").mkdir()
+    (here / of_model.parent / "refs" / "main").write_text(newer)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(here / "hub"))
+    found = pretrained.open_checkpoint(str(tmp_path / "run"))
+    assert found.beside is not None
+    assert found.beside.path == epath.Path(here / of_model / revision)
+    found.check_original()
+    # A cache that has the newer one alone, and nobody to ask for the other.
+    checkpoint_kinds._downloaded.cache_clear()  # the next program
+    (here / of_model / revision).rename(tmp_path / "gone")
+    with pytest.raises(UsageError) as error:
+        pretrained.open_checkpoint(str(tmp_path / "run"))
+    noted = tmp_path / "there" / of_model / revision
+    assert f"found nothing at {noted}, nor on the Hugging Face hub (google/t5-v1_1-tiny, " in str(
+        error.value
+    )
+
+
+def test_a_base_that_has_moved_is_found_by_a_link(tmp_path):
+    write_directory(tmp_path / "base")
+    write_run(tmp_path / "run", tmp_path / "base", random_adapters())
+    (tmp_path / "base").rename(tmp_path / "moved")
+    message = rf"found nothing at {tmp_path}/base\. Bring it back there, or put a link there to"
+    with pytest.raises(UsageError, match=message):
+        pretrained.open_checkpoint(str(tmp_path / "run"))
+    (tmp_path / "base").symlink_to(tmp_path / "moved")
+    pretrained.open_checkpoint(str(tmp_path / "run")).check_original()
 
 
 def test_a_base_that_transformers_does_not_read(folder, tmp_path, capsys):

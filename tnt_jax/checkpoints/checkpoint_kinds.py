@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from tnt_jax.checkpoints import gguf_files, gguf_models, huggingface, orbax, t5x
-from tnt_jax.checkpoints.safetensors_files import INDEX, WEIGHTS
+from tnt_jax.checkpoints.safetensors_files import INDEX, WEIGHTS, hub_name
 from tnt_jax.runtime import files
 from tnt_jax.runtime.errors import UsageError, system_error
 
@@ -146,17 +146,7 @@ def find(path: str) -> epath.Path:
     Raises:
       UsageError: There is none.
     """
-    try:
-        given = files.absolute(path)
-        is_there = given.exists()
-    except Exception as error:
-        if not files.is_remote(path):
-            raise
-        # A scheme that etils does not know, or whatever the client of a bucket raises.
-        reason = next(iter(str(error).splitlines()), "")
-        raise UsageError(
-            f"expected a path that can be read, found {path}: {type(error).__name__}: {reason}."
-        ) from error
+    is_there, given = _is_there(path), files.absolute(path)
     if not is_there:
         _check_may_look(os.fspath(given))
         return _from_hub(path)
@@ -191,6 +181,40 @@ def find(path: str) -> epath.Path:
     return steps[max(steps)]
 
 
+def find_noted(path: str) -> epath.Path:
+    """The checkpoint that a run noted, where it lay then.
+
+    A model of the hub lay in the cache of that machine and user: here it is in another one, or is
+    downloaded, in the same revision.
+
+    Raises:
+      UsageError: There is none.
+    """
+    if _is_there(path):
+        return find(path)
+    try:
+        of_hub = hub_name(epath.Path(path))
+        return find(path) if of_hub is None else _asked_of_hub(*of_hub, missing=_missing(path))
+    except UsageError as error:
+        raise UsageError(
+            f"{error} Bring it back there, or put a link there to where it is now."
+        ) from error
+
+
+def _is_there(path: str) -> bool:
+    """Whether anything is at a path; raises a UsageError where it cannot be read."""
+    try:
+        return files.absolute(path).exists()
+    except Exception as error:
+        if not files.is_remote(path):
+            raise
+        # A scheme that etils does not know, or whatever the client of a bucket raises.
+        reason = next(iter(str(error).splitlines()), "")
+        raise UsageError(
+            f"expected a path that can be read, found {path}: {type(error).__name__}: {reason}."
+        ) from error
+
+
 def revision(path: str) -> str | None:
     """The commit of a model that a setting names on the Hugging Face hub; None of another's.
 
@@ -216,8 +240,12 @@ def _check_may_look(path: str) -> None:
 # --------------------------------------------------------------------------- Hugging Face's hub
 
 
+def _missing(path: str) -> str:
+    return f"expected a checkpoint or a model directory, found nothing at {path}"
+
+
 def _from_hub(path: str) -> epath.Path:
-    missing = f"expected a checkpoint or a model directory, found nothing at {path}"
+    missing = _missing(path)
     owner, _, name = path.partition("/")
     is_part = [re.fullmatch(r"\w[\w.-]*", part) is not None for part in (owner, name)]
     if is_part[0] and not name:
@@ -231,24 +259,34 @@ def _from_hub(path: str) -> epath.Path:
         raise UsageError(
             f"{missing}. The Hugging Face hub was not asked, because there is a {owner} here."
         )
+    return _asked_of_hub(path, missing=missing)
+
+
+def _asked_of_hub(name: str, commit: str | None = None, *, missing: str) -> epath.Path:
+    """A model of the hub in its cache, of one commit or the newest; `missing` begins messages."""
     try:
-        return _downloaded(path)
+        return _downloaded(name, commit)
     except ImportError:  # of the extra `hub`
         raise UsageError(
             f"{missing}. If it is a model of the Hugging Face hub: pip install huggingface-hub."
         ) from None
     except Exception as error:  # of the hub's, of its HTTP client's or of the network's
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise UsageError(f"{missing}, nor on the Hugging Face hub: {reason}.") from error
+        asked = "" if commit is None else f" ({name}, {commit})"
+        raise UsageError(
+            f"{missing}, nor on the Hugging Face hub{asked}: {reason.removesuffix('.')}."
+        ) from error
 
 
 @functools.cache
-def _downloaded(name: str) -> epath.Path:
+def _downloaded(name: str, commit: str | None = None) -> epath.Path:
     """A model of the hub in its cache; for a process the same one, whatever its owner does."""
     import huggingface_hub
 
     files = [huggingface.CONFIG, "*.safetensors", INDEX, *huggingface.OTHER_FILES]
     others = ["consolidated*", "*/*"]  # the same weights again, or those of another program
     return epath.Path(
-        huggingface_hub.snapshot_download(name, allow_patterns=files, ignore_patterns=others)
+        huggingface_hub.snapshot_download(
+            name, revision=commit, allow_patterns=files, ignore_patterns=others
+        )
     )

@@ -328,7 +328,7 @@ def _original_of(
             f"{part} with an INITIAL_CHECKPOINT_PATH."
         )
     try:
-        found = checkpoint_kinds.find(path)
+        found = checkpoint_kinds.find_noted(path)
         if found in within:
             raise UsageError(f"{found} is trained beside itself: its notes are damaged.")
         return _opened(found, within)
