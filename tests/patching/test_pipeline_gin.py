@@ -5,8 +5,10 @@ import pathlib
 
 import pytest
 
-from tnt_jax.patching import choices, pipeline_gin
+from tnt_jax.patching import choices, patch_run, pipeline_gin
 from tnt_jax.patching.unwanted import Unwanted
+from tnt_jax.runtime import program
+from tnt_jax.runtime.errors import UsageError
 
 T5 = choices.Network(
     is_decoder_only=False,
@@ -20,11 +22,11 @@ LAPTOP = choices.Machine(platform="cpu", num_devices=1, num_bytes=2**34)
 
 
 @pytest.fixture
-def given(tmp_path, monkeypatch):
-    """The settings that a command line gives, and a gin file of the user's."""
+def made(tmp_path, monkeypatch):
+    """Makes what writes the gin file, for the settings of a command line and of a gin file."""
     monkeypatch.chdir(tmp_path)
 
-    def given(*settings, text=""):
+    def made(*settings, text=""):
         pathlib.Path("mine.gin").write_text(text)
         return pipeline_gin.PipelineGin(
             model="model",
@@ -33,9 +35,21 @@ def given(tmp_path, monkeypatch):
             decoding="greedy",
             own_files=["mine.gin"],
             settings=settings,
-        ).given
+        )
 
-    return given
+    return made
+
+
+@pytest.fixture
+def given(made):
+    """The settings that a command line gives, and a gin file of the user's."""
+    return lambda *settings, text="": made(*settings, text=text).given
+
+
+def chosen_with_a_rate(given):
+    chosen = choices.update(given, {"inputs": 8, "targets": 8}, T5, LAPTOP)
+    of_looks = choices.Looks(period=5, number=20, reason="")
+    return [*chosen, choices.learning_rate(given, chosen, of_looks)]
 
 
 @pytest.mark.parametrize("name", ["optax.adafactor", "optimizers.adafactor"])
@@ -74,3 +88,31 @@ def test_none_is_a_value_and_no_setting_that_is_not_known(given):
     )
     values = {choice.macro: (choice.value, choice.reason) for choice in chosen}
     assert values["CLEAN_PER_MARKED"] == values["TRAINED_LAYERS"] == (None, "given")
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "optax.adam.b2=0.98",
+        "optax.warmup_exponential_decay_schedule.decay_rate=0.7",
+        "optax.adam.learning_rate=1e-4",  # the schedule that is written is not read then
+    ],
+)
+def test_settings_of_the_optimizer_that_is_chosen(made, setting):
+    gin = made(setting)
+    for chosen in ([], chosen_with_a_rate(gin.given)):
+        gin.write(chosen)
+        patch_run.configure(gin)
+    # The pipeline that does the same takes the file.
+    assert program.configure("tnt_jax.pipeline", "pipeline", [f"--gin_file={gin.path}"])
+
+
+@pytest.mark.parametrize("is_in_file", [False, True])
+def test_settings_of_another_optimizer_are_refused_when_it_is_chosen(made, is_in_file):
+    setting = "optax.adamw.weight_decay=0.1"
+    gin = made(text=f"import optax\n{setting}") if is_in_file else made(setting)
+    gin.write([])
+    patch_run.configure(gin)
+    gin.write(chosen_with_a_rate(gin.given))
+    with pytest.raises(UsageError, match=r"optax\.adamw\.weight_decay: .* makes no optax\.adamw, "):
+        patch_run.configure(gin)

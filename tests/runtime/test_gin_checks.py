@@ -13,7 +13,7 @@ import gin
 import numpy as np
 import pytest
 
-from tnt_jax.runtime import gin_checks, program
+from tnt_jax.runtime import gin_checks, operative_config, program
 from tnt_jax.runtime.errors import UsageError
 
 
@@ -213,3 +213,107 @@ def test_a_setting_of_what_the_run_does_not_make(name, flag, what):
 )
 def test_settings_of_what_it_makes(name, flags):
     assert configure(name, *(f"--gin.{flag}" for flag in flags)) is not None
+
+
+# --- Optimizers -----------------------------------------------------------------------------------
+
+DECAY = "optax.adamw.weight_decay=0.5"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["optax.adafactor.clipping_threshold=0.001"],
+            "--gin.optax.adafactor.clipping_threshold: this run's OPTIMIZER makes no "
+            "optax.adafactor, so that the setting would change nothing. Set "
+            "optimizers.adafactor.clipping_threshold instead.",
+        ),
+        (
+            [
+                "optax.adafactor.learning_rate=@optax.cosine_decay_schedule()",
+                "optax.cosine_decay_schedule.init_value=3e-4",
+            ],
+            "--gin.optax.adafactor.learning_rate: this run's OPTIMIZER makes no optax.adafactor, "
+            "so that the setting would change nothing. Set optimizers.adafactor.learning_rate "
+            "instead.",
+        ),
+        (
+            [DECAY],
+            "--gin.optax.adamw.weight_decay: this run's OPTIMIZER makes no optax.adamw, so that "
+            "the setting would change nothing. Set OPTIMIZER=@optax.adamw as well, or leave it "
+            "out.",
+        ),
+        (
+            ["OPTIMIZER=@optax.adamw", "optax.cosine_decay_schedule.init_value=3e-4"],
+            "--gin.optax.cosine_decay_schedule.init_value: this run's OPTIMIZER makes no "
+            "optax.cosine_decay_schedule, so that the setting would change nothing. Refer to "
+            "@optax.cosine_decay_schedule() in LEARNING_RATE or OPTIMIZER, or leave it out.",
+        ),
+        (
+            ["OPTIMIZER=@optax.contrib.schedule_free_adamw", "LEARNING_RATE=1e-5"],
+            "OPTIMIZER: expected one whose learning_rate is set, found "
+            "@optax.contrib.schedule_free_adamw, whose own default would be taken, whatever "
+            "LEARNING_RATE is. Set "
+            "--gin.optax.contrib.schedule_free_adamw.learning_rate=%LEARNING_RATE, or to a rate.",
+        ),
+        (
+            ["OPTIMIZER=@optax.lion", "mine/optax.lion.learning_rate=1e-4"],
+            "OPTIMIZER: expected one whose learning_rate is set, found @optax.lion, ",
+        ),
+    ],
+)
+def test_settings_that_no_optimizer_reads(flags, message):
+    with pytest.raises(UsageError) as error:
+        configure("pipeline", *(f"--gin.{flag}" for flag in flags))
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("pipeline", ["optimizers.adafactor.clipping_threshold=0.001"]),
+        (
+            "pipeline",
+            [
+                *("OPTIMIZER=@optax.adamw", DECAY),
+                "optax.adamw.learning_rate=@optax.cosine_decay_schedule()",
+                "optax.cosine_decay_schedule.init_value=3e-4",
+                "optax.cosine_decay_schedule.decay_steps=10",
+            ],
+        ),
+        # In a scope, with the rate that is LEARNING_RATE; made already.
+        (
+            "pipeline",
+            ["OPTIMIZER=@mine/optax.lion", "mine/optax.lion.learning_rate=%LEARNING_RATE"],
+        ),
+        ("pipeline", ["OPTIMIZER=@optax.lion()", "optax.lion.learning_rate=1e-4"]),
+        # The optimizer of some arms.
+        ("sweep", ["sweep.Grid.update={'optimizer': @optax.adamw}", DECAY]),
+    ],
+)
+def test_settings_that_an_optimizer_reads(name, flags):
+    assert configure(name, *(f"--gin.{flag}" for flag in flags)) is not None
+
+
+def test_a_gin_file_of_the_user_is_read_as_the_command_line_is(tmp_path):
+    own = tmp_path / "own.gin"
+    own.write_text("import optax\noptax.adamw.weight_decay = 0.5\n")
+    with pytest.raises(UsageError, match=f"^{own}, optax.adamw.weight_decay: this run's OPTIMIZER"):
+        configure("pipeline", f"--gin_file={own}")
+    assert configure("pipeline", f"--gin_file={own}", "--gin.OPTIMIZER=@optax.adamw") is not None
+
+
+def test_gin_files_with_settings_to_spare(tmp_path):
+    """The project's, those that hold all settings of a run, and those that other programs share."""
+    demo = ["--gin_file=experiments/demo.gin", "--gin.OPTIMIZER=@optimizers.adafactor"]
+    assert configure("pipeline", *demo) is not None
+    operative_config.write(tmp_path)
+    written = tmp_path / "operative_config.gin"
+    assert "optax.adam.b2 = 0.99" in written.read_text()
+    assert configure("pipeline", f"--gin_file={written}") is not None
+    own = tmp_path / "own.gin"
+    own.write_text("import optax\noptax.adamw.weight_decay = 0.5\n")
+    arguments = ["--gin_file=runs/annotate_lexicon.gin", "--gin.RECORDS=a", "--gin.OUTPUT=b"]
+    arguments += ["--gin.LEXICON=words.txt", "--gin.VOCABULARY_PATH=c", f"--gin_file={own}"]
+    program.configure("tnt_jax.annotate", "annotate", arguments)

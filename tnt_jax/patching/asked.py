@@ -137,7 +137,7 @@ class Asked:
             gin.write([adapters] if needs_adapters else [], has_own=False)
             # As flags, so that what is wrong is said of flags.
             flags = [f"--gin_file={name}" for name in self.gin_files]
-            flags += [f"--gin.{setting}" for setting in self.settings]
+            flags += gin.flags
             experiment, _ = configure(gin, flags)
             if not self.unwanted.labels:  # whose list of words is still to be found
                 experiment.annotator()

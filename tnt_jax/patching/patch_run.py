@@ -58,12 +58,14 @@ def configure(gin: pipeline_gin.PipelineGin, flags: Sequence[str] = ()) -> tuple
 
     Args:
       gin: What has written the file.
-      flags: Further arguments of the command line.
+      flags: Further arguments of the command line; none are the user's settings, which are in the
+        file as well, so that what is wrong is said of flags.
 
     Raises:
       UsageError: A setting does not fit.
     """
-    program.configure("tnt_jax.pipeline", "pipeline", [f"--gin_file={gin.path}", *flags])
+    arguments = [f"--gin_file={gin.path}", *(flags or gin.flags)]
+    program.configure("tnt_jax.pipeline", "pipeline", arguments, is_all_chosen=gin.is_all_chosen)
     found = program.bound_arguments(pipeline.pipeline, ("experiment", "arms", "num_rounds"))
     names = [arm.name for arm in found["arms"]]
     if len(names) != 1:
@@ -310,6 +312,12 @@ class PatchRun:
         self._note("prompts to report on", to_report, reason, "--eval_prompts")
         for choice in self._chosen:
             self._print(choice.what, choice.value, choice.reason, choice.flag)
+        # The user's settings of an optimizer have to be those of the one that is taken. Which rate
+        # it will have does not matter for that.
+        any_looks = choices.Looks(period=1, number=1, reason="")
+        rate = choices.learning_rate(self._gin.given, self._chosen, any_looks)
+        self._gin.write([*self._chosen, rate])
+        configure(self._gin)
         return _Split(
             num_train=number,
             choice_prompts=choice_prompts,

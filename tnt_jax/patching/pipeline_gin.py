@@ -40,6 +40,7 @@ class PipelineGin:
       path: Where the file is: "so_far.gin" until all is found, then "pipeline.gin".
       given: The user's settings, by name, each as a `Choice` has it; `UNKNOWN` where rules cannot
         count with the value.
+      is_all_chosen: Whether the optimizer and its rate are in the file.
     """
 
     def __init__(
@@ -84,6 +85,12 @@ class PipelineGin:
         self._imports = own.imports_for_bindings()[1:]
         self.given = {name: _plain(name, value, own.values) for name, value in own.values.items()}
         self._updates = 1
+        self.is_all_chosen = False
+
+    @property
+    def flags(self) -> list[str]:
+        """The user's own settings, as they were given."""
+        return [f"--gin.{name}={value}" for name, value in self._settings]
 
     @property
     def is_weight_given(self) -> bool:
@@ -103,8 +110,9 @@ class PipelineGin:
         if found is not None:
             self.path.unlink(missing_ok=True)
             self.path = self._folder / "pipeline.gin"
+        self.is_all_chosen = any(choice.macro == "LEARNING_RATE" for choice in chosen)
         lines = [
-            "# What python -m tnt_jax.patch did, for pipeline: the same model, bit for bit.",
+            f"{gin_files.MADE}patch did, for pipeline: the same model, bit for bit.",
             f"#   {self.command}",
             "",
             "from __gin__ import dynamic_registration",

@@ -8,7 +8,7 @@ import os
 import pathlib
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import gin
@@ -18,6 +18,8 @@ from gin import config as gin_config
 from tnt_jax.runtime.errors import UsageError
 
 _OURS = "tnt_jax."
+_OPTAX = "optax."
+_UPDATE = "tnt_jax.training.settings.Update"  # its `optimizer` is the macro OPTIMIZER
 
 # --- Types ----------------------------------------------------------------------------------------
 
@@ -32,10 +34,7 @@ def check_types() -> None:
         UsageError: a value is of another type.
     """
     for (_, selector), bindings in gin_config._CONFIG.items():
-        try:
-            parameters = inspect.signature(gin_config._REGISTRY[selector].wrapped).parameters
-        except (TypeError, ValueError):  # written in C
-            continue
+        parameters = _parameters(gin_config._REGISTRY[selector].wrapped)
         for name, value in bindings.items():
             value: Any
             setting = f"{_short(selector)}.{name}"
@@ -217,6 +216,86 @@ def check_used(function: Callable[..., Any], flags: Sequence[str]) -> None:
                 f"--gin.{flag}: this run makes no {name}, so that the setting would change "
                 f"nothing. What it makes: {', '.join(known)}."
             )
+
+
+def check_optax(
+    function: Callable[..., Any], flags: Sequence[str], of_files: Mapping[str, pathlib.Path]
+) -> None:
+    """Refuses settings of Optax for what the run's optimizer does not refer to.
+
+    gin takes them, and nothing asks for them: code that calls Optax by itself does not ask gin.
+
+    Args:
+        function: the program's, with its settings.
+        flags: the names in `--gin.NAME=VALUE`.
+        of_files: the settings of the user's own gin files, which other programs may share: they
+            count where the run trains. What the project's files set for several optimizers is left
+            alone.
+
+    Raises:
+        UsageError: one would change nothing.
+    """
+    used = _used_by(function)
+    given = {name: f"--gin.{name}" for name in flags}
+    if _UPDATE in used:
+        given |= {name: f"{file}, {name}" for name, file in of_files.items()}
+    for setting, said in given.items():
+        name, _, argument = setting.rpartition("/")[2].rpartition(".")
+        meant = gin_config._REGISTRY.matching_selectors(name) if name else []
+        if meant and all(full.startswith(_OPTAX) and full not in used for full in meant):
+            raise UsageError(
+                f"{said}: this run's OPTIMIZER makes no {name}, so that the setting would change "
+                f"nothing. {_in_its_place(name, argument, meant[0], used)}"
+            )
+
+
+def _in_its_place(name: str, argument: str, full: str, used: Collection[str]) -> str:
+    """What to set instead of an argument of a function of Optax."""
+    for other in used:
+        if other.startswith(_OURS) and other.rpartition(".")[2] == name.rpartition(".")[2]:
+            return f"Set {_short(other)}.{argument} instead."
+    if "learning_rate" in _parameters(gin_config._REGISTRY[full].wrapped):
+        return f"Set OPTIMIZER=@{name} as well, or leave it out."
+    return f"Refer to @{name}() in LEARNING_RATE or OPTIMIZER, or leave it out."
+
+
+def check_learning_rate(function: Callable[..., Any]) -> None:
+    """Refuses an OPTIMIZER that takes a learning rate where nothing sets one.
+
+    It would take its own default, whatever LEARNING_RATE is.
+
+    Args:
+        function: the program's, with its settings.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if _UPDATE not in _used_by(function):
+        return
+    for (scope, name), bindings in gin_config._CONFIG.items():
+        optimizer: Any = bindings.get("optimizer") if name == _UPDATE else None
+        while _is_macro(optimizer):
+            optimizer = gin.query_parameter(f"{'/'.join(optimizer.scopes)}/gin.macro.value")
+        if not isinstance(optimizer, gin_config.ConfigurableReference):
+            continue
+        made = optimizer.configurable.wrapped
+        with gin.config_scope([*filter(None, scope.split("/")), *optimizer.scopes]):
+            bound = gin.get_bindings(made, resolve_references=False)
+        if "learning_rate" in _parameters(made) and "learning_rate" not in bound:
+            full = optimizer.scoped_selector
+            raise UsageError(
+                f"OPTIMIZER: expected one whose learning_rate is set, found @{full}, whose own "
+                "default would be taken, whatever LEARNING_RATE is. Set "
+                f"--gin.{full}.learning_rate=%LEARNING_RATE, or to a rate."
+            )
+
+
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """What a function takes; nothing where it is written in C."""
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return {}
 
 
 def _used_by(function: Callable[..., Any]) -> set[str]:

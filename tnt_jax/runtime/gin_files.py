@@ -11,12 +11,16 @@ from typing import Any
 
 from gin import config_parser
 
+from tnt_jax.runtime import operative_config
 from tnt_jax.runtime.errors import UsageError
 
 # Where gin_configs is: beside the package in a clone, in it when it was installed from a wheel.
 _PACKAGE = pathlib.Path(__file__).parents[1]
 ROOT = _PACKAGE if (_PACKAGE / "gin_configs").is_dir() else _PACKAGE.parent
 GIN_CONFIGS = ROOT / "gin_configs"
+
+# How a gin file begins that a program made: it may set more than the run reads.
+MADE = "# What python -m tnt_jax."
 
 _REQUIRED = object()  # stands for %gin.REQUIRED
 
@@ -56,12 +60,14 @@ class Settings:
         values: by key ("MODEL_DIR", "t5.T5Config.emb_dim"), the last value; that of
             @module.name, or of %MACRO, is a `Reference`.
         files: all that were read.
+        sources: by key, the gin file that set it last; what the command line sets has none.
     """
 
     def __init__(self, folders: Sequence[pathlib.Path]):
         self._folders = folders
         self.values: dict[str, Any] = {}
         self.files: list[pathlib.Path] = []
+        self.sources: dict[str, pathlib.Path] = {}
         self._texts: dict[str, str] = {}  # macro -> its value and comment, as gin has it
         self._defined: dict[str, pathlib.Path] = {}  # macro -> gin file
         self._read: dict[str, str] = {}  # macro -> who reads it
@@ -121,6 +127,7 @@ class Settings:
         """
         names = _Names()
         self.values[name] = _parse_value(value, names, f"--gin.{name}={value}")
+        self.sources.pop(name, None)
         selectors = self._note(names, name, f"--gin.{name}")
         if "." not in name:
             self._flags.append(name)
@@ -170,6 +177,18 @@ class Settings:
             problems.append(f"{problem}, or --gin.{name}=...")
         if problems:
             raise UsageError("settings are missing: " + "; ".join(problems))
+
+    def of_own_files(self) -> dict[str, pathlib.Path]:
+        """The `sources` that are the user's: neither the project's, nor made by a program."""
+        ours = GIN_CONFIGS.resolve()
+        own = {
+            file
+            for file in self.sources.values()
+            if ours not in file.resolve().parents
+            and not file.read_text("utf-8-sig").startswith(MADE)
+            and not operative_config.is_written(file)
+        }
+        return {key: file for key, file in self.sources.items() if file in own}
 
     def required(self) -> list[str]:
         """Keys that are still %gin.REQUIRED; a macro only where something reads it."""
@@ -235,6 +254,7 @@ class Settings:
                     line = text.splitlines()[statement.location.line_num - 1]
                     self._texts[key] = line.partition("=")[2].strip()
                 self.values[key] = statement.value
+                self.sources[key] = path
                 self._note(names, key, path.name)
 
     def _note(self, names: _Names, key: str, reader: str) -> list[str]:

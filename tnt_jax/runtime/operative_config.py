@@ -59,13 +59,18 @@ def _check_is_no_gin_file(path: str | os.PathLike, setting: str, *, is_folder: b
             given.exists() and file.samefile(given) for given in _given
         ):
             continue
-        if file == beside and _AS_WRITTEN.search(file.read_text("utf-8")):
+        if file == beside and is_written(file):
             continue
         what = "the settings of the run" if file == beside else "the output"
         raise UsageError(
             f"{setting}: expected a place of its own for {what}, found {file}, which is a gin file "
             f"of this run: it would be written over. Set another {setting}, or rename the gin file."
         )
+
+
+def is_written(file: pathlib.Path) -> bool:
+    """Whether a gin file is one that `write` has written, with all that a run was given."""
+    return _AS_WRITTEN.search(file.read_text("utf-8-sig")) is not None
 
 
 def write(path: str | os.PathLike) -> None:

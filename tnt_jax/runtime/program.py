@@ -248,6 +248,8 @@ def configure(
     arguments: Sequence[str],
     own_flags: Sequence[str] = (),
     needs_all: bool = True,
+    *,
+    is_all_chosen: bool = True,
 ) -> Callable[[], Any] | None:
     """All that `run` does before it calls the function: gin is given every setting, and asked.
 
@@ -257,6 +259,8 @@ def configure(
         arguments: the command line.
         own_flags: arguments of the function that are flags of their own: `--NAME=VALUE`.
         needs_all: whether every setting that is required must be given.
+        is_all_chosen: whether the optimizer and its rate are what the run will have: `patch` asks
+            for the rest before it chooses them.
 
     Returns:
         The function with its settings; None where help was asked for, which is then printed.
@@ -325,6 +329,10 @@ def configure(
         gin_checks.check_used(function, [name for name, _ in flags.bindings])
     gin_checks.check_types()
     if needs_all:
+        gin_checks.check_learning_rate(function)
+        if is_all_chosen:
+            names = [name for name, _ in flags.bindings]
+            gin_checks.check_optax(function, names, settings.of_own_files())
         for name in settings.unneeded():  # gin asks for these, too
             gin.parse_config([*imports, f"{name} = None"])
         gin.finalize()  # refuses whatever is still required
