@@ -165,14 +165,15 @@ def localize(
     training = training or prefix_values.Training()
     threshold = threshold or prefix_values.Threshold()
     with holding.output(output, "OUTPUT"):
+        folder = original_model.states_folder
+        folder = folder or original_cache.default_folder(input, f"{output}.states")
+        original_cache.check_folder(folder)
         rows = records.read_records(input)
         is_bad = _labels(rows, label_field)
         if check is not None:  # its continuations come last, after hours it may be
             unknown = f"{rows[0].targets} and nothing more"
             check.is_good(records.Record(id="", inputs=rows[0].inputs, targets=unknown))
         folds = _folds(rows, is_bad, num_folds, seed)
-        folder = original_model.states_folder
-        folder = folder or original_cache.default_folder(input, f"{output}.states")
         with memory.explained(
             memory.inference_advice("BATCH_SIZE", "TASK_FEATURE_LENGTHS"),
             BATCH_SIZE=original_model.batch_size,

@@ -53,6 +53,7 @@ from tnt_jax.training import (
     checks,
     load_original,
     loop,
+    original_cache,
     resume,
     run_checkpoints,
     settings,
@@ -132,6 +133,9 @@ def train(
     checks.check_best_is_measured(keep, schedule, trainer, has_evaluation=eval_dataset is not None)
     sources = load_original.Sources(trainer.model, source, original_choice, schedule)
     _ = trainer.abstract_state  # refuses what does not go together before data are read
+    states_folder = original_choice.states_folder(getattr(dataset, "files", None), model_dir)
+    if trainer.state_features:
+        original_cache.check_folder(states_folder)
 
     # ---------------------------------------------------------------------------------- The data
     examples, eval_examples = (
@@ -168,7 +172,7 @@ def train(
             sources,
             update,
             data=(examples, eval_examples),
-            states_folder=original_choice.states_folder(getattr(dataset, "files", None), model_dir),
+            states_folder=states_folder,
             keeps_whole=bool(watch_hooks),
         )
         start = resume.begin(trainer, saved, run, load, sources, keep.allow_changes, model_dir)

@@ -577,8 +577,26 @@ def test_an_input_that_is_cut_is_no_shorter_input(tmp_path):
 def test_states_in_a_bucket_are_refused():
     folder = original_cache.default_folder(None, "gs://bucket/run")
     assert folder == "gs://bucket/run/original_states"
-    with pytest.raises(UsageError, match="STATES_DIR: expected a local folder"):
-        OriginalStates("gs://bucket/states", "one", LENGTHS)
+    for refusing in (
+        lambda: OriginalStates("gs://bucket/states", "one", LENGTHS),
+        lambda: original_cache.check_folder(folder),
+        lambda: settings.OriginalChoice(path="x", kind="cached", states_dir="gs://bucket/states"),
+    ):
+        with pytest.raises(UsageError, match="STATES_DIR: expected a local folder"):
+            refusing()
+
+
+def test_a_folder_of_states_that_cannot_be_made_is_refused_before_data_are_read(capfd):
+    pathlib.Path("broken.jsonl").write_text("{")
+    cached = {"RECORDS": "broken.jsonl", "ORIGINAL": "cached"}
+    train("early", status=2, **cached, STATES_DIR="corpus.jsonl/states")
+    message = "STATES_DIR: expected a directory that can be written, found corpus.jsonl/states: "
+    assert message in capfd.readouterr().err
+    # An objective that needs no states needs no folder.
+    for folder, objective in (("new/states", "tnrf"), ("corpus.jsonl/states", "ul_ll")):
+        more = [f"objectives/{objective}.gin"]
+        train("early", more, status=2, **cached, STATES_DIR=folder)
+        assert "broken.jsonl:1: not JSON" in capfd.readouterr().err
 
 
 def test_anything_but_an_adapter_is_not_trained_beside_the_original():

@@ -131,11 +131,7 @@ class OriginalStates:
         *,
         like: str = TARGETS,
     ):
-        if files.is_remote(folder):
-            raise UsageError(
-                f"STATES_DIR: expected a local folder (they are read row by row), found {folder}. "
-                "Where records or MODEL_DIR are in a bucket, set it."
-            )
+        check_is_local(folder)
         self.folder = pathlib.Path(folder).expanduser() / re.sub(r"\W+", "-", identity)
         self._lengths = dict(task_feature_lengths)
         self._layout = feature_layout
@@ -388,6 +384,27 @@ def _lacking(
             lacking |= new
         found.append(np.array(of_data, np.int64))
     return found
+
+
+def check_folder(folder: str) -> None:
+    """Finds out, before the original is read, whether states can be in a folder; it is created.
+
+    Raises:
+      UsageError: It is in a bucket, or is not there and cannot be made.
+    """
+    check_is_local(folder)
+    place = pathlib.Path(folder).expanduser()
+    if not place.is_dir():  # one that has all states need not be writable
+        files.check_directory(place, "STATES_DIR")
+
+
+def check_is_local(folder: str) -> None:
+    """Raises a UsageError for a folder in a bucket."""
+    if files.is_remote(folder):
+        raise UsageError(
+            f"STATES_DIR: expected a local folder (they are read row by row), found {folder}. "
+            "Where records or MODEL_DIR are in a bucket, set it."
+        )
 
 
 def default_folder(records_path: str | os.PathLike | None, model_dir: str) -> str:

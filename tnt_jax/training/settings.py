@@ -163,6 +163,8 @@ class OriginalChoice:
                 f"STATES_DIR is set, to {self.states_dir}, and ORIGINAL is {self.kind!r}: states "
                 "are kept with ORIGINAL='cached' or 'adapters_cached' alone."
             )
+        if self.states_dir is not None:
+            original_cache.check_is_local(self.states_dir)
         # Whoever sets these wants adapters, and would get the whole model.
         for name, number, default in (
             ("ADAPTER_RANK", self.adapter_rank, _RANK),
