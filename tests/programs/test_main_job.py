@@ -436,6 +436,23 @@ def test_microbatches_make_the_same_update(patched, monkeypatch):
             assert line[name] == pytest.approx(expected[name], rel=1e-4)
 
 
+def test_an_evaluation_has_all_of_its_records_whatever_is_trained_on(patched):
+    rows = records.read_records("original.annotated.jsonl")
+    records.write_records("clean.jsonl", [row for row in rows if not row.negative_spans])
+    evaluation = {
+        "EVAL_DATASET": "@evaluation/datasets.RecordFiles()",
+        "evaluation/datasets.RecordFiles.files": "original.annotated.jsonl",
+        "TRAIN_STEPS": 1,
+    }
+    before_the_first = next(line for line in metrics_of("patched") if "eval/loss" in line)
+    train("of-marked", CLEAN_PER_MARKED=0, **evaluation)
+    assert metrics_of("of-marked")[0]["eval/num_tokens"] == before_the_first["eval/num_tokens"]
+    evaluation["evaluation/datasets.RecordFiles.files"] = "clean.jsonl"
+    train("of-marked-again", CLEAN_PER_MARKED=0, **evaluation)  # not: needs marked examples
+    of_clean = metrics_of("of-marked-again")[0]["eval/num_tokens"]
+    assert 0 < of_clean < before_the_first["eval/num_tokens"]
+
+
 def test_packed_rows_hold_several_examples(patched, capsys):
     lengths = {"inputs": 16, "targets": 48}
     train("packed", PACK=True, TASK_FEATURE_LENGTHS=lengths, LOG_EVERY=1, TRAIN_STEPS=4)
