@@ -136,6 +136,11 @@ def generate(
             "TASK_FEATURE_LENGTHS: expected a positive number of tokens for 'inputs', found "
             f"{dict(task_feature_lengths)}."
         )
+    if mask is None and mask_place != AT_THE_END:
+        raise UsageError(
+            f"MASK_AT is set, to {mask_place.at!r}, and MASK is None. Set MASK, too, or leave it "
+            "out."
+        )
     check_seed(seed)
     operative_config.check_writable(
         output,

@@ -129,13 +129,10 @@ def train(
     trainer = make_trainer(
         config=config, objective=objective, original_choice=original_choice, update=update
     )
-    checks.check_kept_are_written(keep, schedule)
-    checks.check_best_is_measured(keep, schedule, trainer, has_evaluation=eval_dataset is not None)
+    checks.check_schedule(keep, schedule, trainer, has_evaluation=eval_dataset is not None)
     sources = load_original.Sources(trainer.model, source, original_choice, schedule)
     _ = trainer.abstract_state  # refuses what does not go together before data are read
-    states_folder = original_choice.states_folder(getattr(dataset, "files", None), model_dir)
-    if trainer.state_features:
-        original_cache.check_folder(states_folder)
+    states_folder = _states_folder(trainer, original_choice, dataset, model_dir)
 
     # ---------------------------------------------------------------------------------- The data
     examples, eval_examples = (
@@ -202,6 +199,16 @@ def train(
     last = str(checkpoint_kinds.find(model_dir))
     console.log(f"{outcome}The model is in {last}.{_next(model_dir)}")
     return last
+
+
+def _states_folder(
+    trainer: Trainer, choice: settings.OriginalChoice, dataset: Dataset, model_dir: str
+) -> str:
+    """Where the original's states are kept; a UsageError where they would be and cannot be."""
+    folder = choice.states_folder(getattr(dataset, "files", None), model_dir)
+    if trainer.state_features:
+        original_cache.check_folder(folder)
+    return folder
 
 
 def _read_examples(

@@ -340,6 +340,13 @@ def test_the_place_of_a_mask_is_one_of_two(capsys):
     assert "MASK_AT: expected one of end, start, found 'middle'." in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("more", [{}, {"MASK_INNOCENT": "outputs.jsonl"}])
+def test_the_place_of_a_mask_needs_a_mask(more, capsys):
+    settings = {"PROMPTS": "prompts.jsonl", "CHECKPOINT_PATH": "model", "OUTPUT": "masked.jsonl"}
+    assert rooms.run("generate", settings | more | {"MASK_AT": "start"}) == 2
+    assert "MASK_AT is set, to 'start', and MASK is None. Set MASK" in capsys.readouterr().err
+
+
 def test_the_words_of_a_mask_are_not_written_over(capsys):
     pathlib.Path("said.txt").write_text("fern\n")
     pathlib.Path("known.jsonl").write_text('{"inputs": "", "targets": "the fern room"}\n')

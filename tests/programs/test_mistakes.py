@@ -500,6 +500,8 @@ def test_parameters_that_are_not_finite_are_not_saved(mistake):
             {"ADAPTER_RANK": 64},
             "ADAPTER_RANK is set, to 64, and ORIGINAL is 'parameters': adapters are trained with",
         ),
+        ({"EVAL_EVERY": 5}, "EVAL_EVERY is set, to 5, and EVAL_DATASET is None. Set EVAL"),
+        ({"NUM_SAMPLES": 3}, "NUM_SAMPLES is set, to 3, and SAMPLE_EVERY is None. Set SAMPLE"),
         ({"KEEP_BEST": "eval/lost"}, "KEEP_BEST: expected one of loss, negative_loss, "),
         (
             {"KEEP_BEST": "eval/loss"},

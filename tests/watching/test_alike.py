@@ -55,5 +55,6 @@ def test_prompts_are_compared_by_what_they_say():
 
 def test_settings_of_samples_that_nobody_asks_for_are_not():
     nothing = watching.Watch()
-    other = watching.Watch(num_samples=3, wandb_project="mine")
+    greedy = decoding.Decoding(max_length=9)
+    other = watching.Watch(sample_decoder=greedy, wandb_project="mine")
     assert describe(nothing) == describe(other)

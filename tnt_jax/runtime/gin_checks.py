@@ -278,6 +278,7 @@ def check_learning_rate(function: Callable[..., Any]) -> None:
             optimizer = gin.query_parameter(f"{'/'.join(optimizer.scopes)}/gin.macro.value")
         if not isinstance(optimizer, gin_config.ConfigurableReference):
             continue
+        assert optimizer.configurable is not None, "all that is referred to is imported by now"
         made = optimizer.configurable.wrapped
         with gin.config_scope([*filter(None, scope.split("/")), *optimizer.scopes]):
             bound = gin.get_bindings(made, resolve_references=False)

@@ -11,6 +11,22 @@ from tnt_jax.training import settings, train_step
 from tnt_jax.training.trainer import Trainer
 
 
+def check_schedule(
+    keep: settings.Keep, schedule: settings.Schedule, trainer: Trainer, *, has_evaluation: bool
+) -> None:
+    """Raises a UsageError where what happens after so many updates does not go together.
+
+    Args:
+      keep: Which checkpoints are kept.
+      schedule: After how many updates what is done.
+      trainer: The run's trainer.
+      has_evaluation: Whether there are examples to evaluate.
+    """
+    check_kept_are_written(keep, schedule)
+    check_is_evaluated(schedule, has_evaluation=has_evaluation)
+    check_best_is_measured(keep, schedule, trainer, has_evaluation=has_evaluation)
+
+
 def check_best_is_measured(
     keep: settings.Keep, schedule: settings.Schedule, trainer: Trainer, *, has_evaluation: bool
 ) -> None:
@@ -43,6 +59,20 @@ def check_best_is_measured(
         "a CHECKPOINT_EVERY that is a multiple of EVAL_EVERY; found "
         f"{found if has_evaluation else 'no EVAL_DATASET'}."
     )
+
+
+def check_is_evaluated(schedule: settings.Schedule, *, has_evaluation: bool) -> None:
+    """Raises a UsageError where EVAL_EVERY says how often nothing is evaluated.
+
+    Args:
+      schedule: After how many updates what is done.
+      has_evaluation: Whether there are examples to evaluate.
+    """
+    if schedule.eval_every != settings.EVAL_EVERY and not has_evaluation:
+        raise UsageError(
+            f"EVAL_EVERY is set, to {schedule.eval_every}, and EVAL_DATASET is None. Set "
+            "EVAL_DATASET, too, or leave it out."
+        )
 
 
 def check_kept_are_written(keep: settings.Keep, schedule: settings.Schedule) -> None:

@@ -21,6 +21,7 @@ from tnt_jax.training import original_cache, train_step
 # Where the original's logits come from, and whether adapters are trained.
 ORIGINALS = ("parameters", "cached", "adapters_off", "adapters_cached")
 _RANK, _ALPHA = 16, 32.0  # of adapters
+EVAL_EVERY = 500  # unless it is set
 
 # What becomes of an update whose loss or gradient is not finite: it stops the run, or is left out.
 NON_FINITE = ("stop", "skip")
@@ -213,7 +214,7 @@ class Schedule:
     train_steps: int
     start_path: str | None = None
     seed: int = 0
-    eval_every: int = 500
+    eval_every: int = EVAL_EVERY
     checkpoint_every: int = 1000
     log_every: int = 50
 

@@ -12,6 +12,8 @@ from tnt_jax.runtime import settings_json
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.watching import hooks, metric_writers, profiling, samples
 
+_NUM_SAMPLES = 8
+
 
 @runtime_checkable
 class InferenceEvaluation(Protocol):
@@ -51,7 +53,7 @@ class Watch:
     """
 
     sample_every: int | None = None
-    num_samples: int = 8
+    num_samples: int = _NUM_SAMPLES
     sample_prompts: str | None = None
     sample_decoder: decoding.Decoding | None = None
     profile_updates: Sequence[int] | None = None
@@ -67,7 +69,9 @@ class Watch:
         ):
             if number is not None and number < 1:
                 raise UsageError(f"{name}: expected at least 1, found {number}.")
+        num_samples = None if self.num_samples == _NUM_SAMPLES else self.num_samples
         for name, value, of, needed in (
+            ("NUM_SAMPLES", num_samples, "SAMPLE_EVERY", self.sample_every),
             ("SAMPLE_PROMPTS", self.sample_prompts, "SAMPLE_EVERY", self.sample_every),
             ("PROFILE_DIR", self.profile_dir, "PROFILE_UPDATES", self.profile_updates),
         ):
