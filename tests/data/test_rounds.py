@@ -1,6 +1,8 @@
 """Rounds: marks brought together by input and prefix, in whatever order they were found."""
 
+import collections
 import itertools
+import tracemalloc
 
 import jax.numpy as jnp
 import numpy as np
@@ -156,6 +158,105 @@ def test_of_several_strengths_the_largest_is_kept():
     # What goes altogether goes, whoever says so.
     certain = rounds.merge([first, [record("5", "ab", [(1, 2)])]], VOCABULARY)
     assert certain[1].negative_token_ids == ((1, b), (1, c, 0.5))
+
+
+# Of 16 ids and more; the last two are equal, and are two objects, as of two files.
+SHARED = [tuple(range(90, 110)), tuple(range(95, 130)), *(tuple(range(110, 80, -1)) for _ in "12")]
+
+
+def random_record(rng, name):
+    """One or two letters of an alphabet of three; spans, short lists, shared sets, strengths."""
+    targets = "".join(rng.choice(list("abc"), rng.integers(1, 4)))
+
+    def strength(least):
+        return rng.choice([1.0, 1.0, 0.5, 0.25, least])
+
+    spans = [
+        records.with_strength(start, int(rng.integers(start + 1, len(targets) + 1)), strength(0.75))
+        for start in range(len(targets))
+        if rng.random() < 0.3
+    ]
+    further = [
+        records.with_strength(position, ids_there, strength(-2.0))
+        for position in range(len(targets) + 1)
+        for ids_there in (SHARED[rng.integers(4)], tuple(rng.integers(97, 135, 2).tolist()))
+        if rng.random() < 0.4
+    ]
+    return record(name, targets, spans, inputs=str(rng.choice(["in", "other"])), further=further)
+
+
+def merged_plainly(rows):
+    """What `merge` says of each output, with one dict for each prefix; a byte is a token."""
+    removed, first = collections.defaultdict(dict), collections.defaultdict(set)
+
+    def key(row, position):
+        return row.inputs, row.target_ids[:position]
+
+    for row in rows:
+        marks_of_row = [
+            (position, row.target_ids[position], records.strength_of(span), position == span[0])
+            for span in row.negative_spans
+            for position in range(span[0], span[1])
+        ] + [
+            (entry[0], id_, records.strength_of(entry), True)
+            for entry in row.negative_token_ids
+            for id_ in entry[1]
+        ]
+        for position, id_, strength, is_first in marks_of_row:
+            ids_there = removed[key(row, position)]
+            ids_there[id_] = max(strength, ids_there.get(id_, strength))
+            if is_first:
+                first[key(row, position)].add(id_)
+    found = {}
+    for row in rows:
+        entries = []
+        for position, said in enumerate(row.target_ids):
+            own = [records.strength_of(s) for s in row.negative_spans if s[0] <= position < s[1]]
+            by_strength = collections.defaultdict(list)
+            for id_, strength in sorted(removed[key(row, position)].items()):
+                is_said_by_spans = id_ == said and own and strength <= max(own)
+                if not is_said_by_spans or id_ in first[key(row, position)]:
+                    by_strength[strength].append(id_)
+            entries += [
+                records.with_strength(position, tuple(by_strength[strength]), strength)
+                for strength in sorted(by_strength, reverse=True)
+            ]
+        found.setdefault((row.inputs, row.target_ids), (row.id, tuple(entries)))
+    return [(name, *output, entries) for output, (name, entries) in found.items()]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_shared_sets_come_to_what_a_dict_of_all_ids_says(seed):
+    rng = np.random.default_rng(seed)
+    rows = [random_record(rng, str(number)) for number in range(60)]
+    merged = rounds.merge([rows], VOCABULARY)
+    # The spans of an output are those of the first record that has it.
+    firsts = {(row.inputs, row.target_ids): row for row in reversed(rows)}
+    assert [row.negative_spans for row in merged] == [
+        firsts[row.inputs, row.target_ids].negative_spans for row in merged
+    ]
+    found = [(row.id, row.inputs, row.target_ids, row.negative_token_ids) for row in merged]
+    assert found == merged_plainly(rows)
+
+
+def test_records_that_share_a_long_set_share_it_after_a_merge():
+    """Written out for each mark they take a hundred times the memory."""
+    vocabulary = tokenization.Bytes(extra_ids=2500)
+    long = tuple(range(97, 2597))  # the letters are among them
+    rows = [
+        record(str(number), "abc", [(1, 2)], inputs=f"in {number}", further=[(1, long)])
+        for number in range(1000)
+    ]
+    rows += [record("more", "abc", inputs="in 0", further=[(1, (2600,)), (1, long[1:], 0.5)])]
+    tracemalloc.start()
+    try:
+        merged = rounds.merge([rows], vocabulary)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 5_000_000
+    assert merged[0].negative_token_ids == ((1, (*long, 2600)),)
+    assert {id(row.negative_token_ids[0][1]) for row in merged[1:]} == {id(long)}
 
 
 def test_ids_that_are_removed_everywhere_are_brought_together(tmp_path):

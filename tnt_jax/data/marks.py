@@ -170,17 +170,7 @@ def mark_tokens(
     strengths_of_long: list[float] = []
     for entry in record.negative_token_ids:
         position, removed_ids, strength = entry[0], entry[1], records.strength_of(entry)
-        if position >= len(ids):
-            raise UsageError(
-                f"record {record.id!r}: negative_token_ids has position {position}, but its "
-                f"targets have {len(ids)} tokens."
-            )
-        for removed_id in (min(removed_ids, default=0), max(removed_ids, default=0)):
-            if not 0 <= removed_id < vocabulary.size:
-                raise UsageError(
-                    f"record {record.id!r}: negative_token_ids has id {removed_id}, but the "
-                    f"vocabulary has {vocabulary.size} ids."
-                )
+        check_entry(entry, record, vocabulary, len(ids))
         if len(removed_ids) < LEAST:
             pairs += [(position, removed_id) for removed_id in removed_ids]
             strengths += [strength] * len(removed_ids)
@@ -205,6 +195,31 @@ def mark_tokens(
         span_numbers=np.array(span_numbers, np.int32),
         num_spans_without_token=num_spans_without_token,
     )
+
+
+def check_entry(
+    entry: records.TokenIds, record: records.Record, vocabulary: Tokeniser, num_tokens: int
+) -> None:
+    """Raises a UsageError where an id to remove, or its position, does not exist.
+
+    Args:
+        entry: one of the record's `negative_token_ids`.
+        record: the record, for the message.
+        vocabulary: the tokeniser of its ids.
+        num_tokens: tokens of its targets, EOS included.
+    """
+    position, removed_ids = entry[0], entry[1]
+    if position >= num_tokens:
+        raise UsageError(
+            f"record {record.id!r}: negative_token_ids has position {position}, but its "
+            f"targets have {num_tokens} tokens."
+        )
+    for removed_id in (min(removed_ids, default=0), max(removed_ids, default=0)):
+        if not 0 <= removed_id < vocabulary.size:
+            raise UsageError(
+                f"record {record.id!r}: negative_token_ids has id {removed_id}, but the "
+                f"vocabulary has {vocabulary.size} ids."
+            )
 
 
 @functools.lru_cache(maxsize=1024)
