@@ -34,6 +34,7 @@ from tnt_jax.data import datasets, negative_sets
 from tnt_jax.data.batches import Batches
 from tnt_jax.data.examples import (
     Example,
+    check_ids_are_left,
     check_token_ids,
     digest,
 )
@@ -136,7 +137,7 @@ def train(
 
     # ---------------------------------------------------------------------------------- The data
     examples, eval_examples = (
-        _read_examples(each, update.task_feature_lengths, sources, model_dir)
+        _read_examples(each, update.task_feature_lengths, sources, model_dir, trainer.objective)
         for each in (dataset, eval_dataset)
     )
     data = loop.make_data(examples, eval_examples, update, schedule.seed, trainer.model)
@@ -216,6 +217,7 @@ def _read_examples(
     task_feature_lengths: Mapping[str, int],
     sources: load_original.Sources,
     model_dir: str,
+    objective: objectives.TntObjective,
 ) -> Sequence[Example]:
     """All examples of a data set, whose ids are those of the network; none where there is none."""
     if dataset is None:
@@ -227,6 +229,7 @@ def _read_examples(
     else:
         examples = dataset.load(task_feature_lengths)
     check_token_ids(examples, config.vocab_size)
+    check_ids_are_left(examples, objective.removed_everywhere, dataset.vocabulary.size)
     return examples
 
 

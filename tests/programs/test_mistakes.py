@@ -82,6 +82,10 @@ def record(**fields):
             {"objectives.TntObjective.removed_everywhere": (5, 9999)},
             "removed_everywhere has id 9999, but the model has 38 embeddings. Expected ids of its ",
         ),
+        (
+            {"objectives.TntObjective.removed_everywhere": tuple(range(38))},
+            "removed_everywhere: expected ids that leave one of the vocabulary's 38, found all of ",
+        ),
         ({"LEARNING_RATE": "0,001"}, "--gin.LEARNING_RATE: expected float or "),
         ({"MODEL_DIR": 3}, "--gin.MODEL_DIR: expected str, found 3."),
         ({"TRAIN_STEPS": "@optax.adam"}, "--gin.TRAIN_STEPS: expected int, found @optax.adam."),

@@ -463,6 +463,68 @@ def check_token_ids(examples: Sequence[Example], num_embeddings: int) -> None:
                 )
 
 
+def position_without_ids(
+    pairs: np.ndarray,
+    strengths: np.ndarray | None,
+    num_ids: int,
+    everywhere: np.ndarray | None = None,
+) -> int | None:
+    """The first position at which all ids of a vocabulary are removed; None if there is none.
+
+    Args:
+        pairs: `[M, 2]` rows (position, id), each once.
+        strengths: `[M]`, of each; None where all are 1. Below 1 an id is not removed altogether.
+        num_ids: ids of the vocabulary.
+        everywhere: `[K]`, ids that are removed at every position, each once; None is no id.
+    """
+    num_everywhere = 0 if everywhere is None else len(everywhere)
+    if len(pairs) + num_everywhere < num_ids:  # nearly always
+        return None
+    positions, ids = pairs.T
+    is_removed = np.ones(len(pairs), bool) if strengths is None else strengths == 1
+    if everywhere is not None:
+        is_removed &= ~np.isin(ids, everywhere)
+    found = np.flatnonzero(np.bincount(positions[is_removed]) + num_everywhere >= num_ids)
+    return int(found[0]) if len(found) else None
+
+
+def check_ids_are_left(
+    examples: Sequence[Example], removed_everywhere: Sequence[int], num_ids: int
+) -> None:
+    """Raises a UsageError where marks leave no id of a vocabulary that a model could say.
+
+    Args:
+        examples: the data set.
+        removed_everywhere: ids that are removed at every position, beside the marks.
+        num_ids: ids of the vocabulary.
+    """
+    everywhere = np.unique(np.array(removed_everywhere, np.int32))
+    everywhere = everywhere[everywhere < num_ids]
+    if len(everywhere) == num_ids:
+        raise UsageError(
+            f"removed_everywhere: expected ids that leave one of the vocabulary's {num_ids}, found "
+            "all of them. Leave out what may be said."
+        )
+    is_table = isinstance(examples, ExampleTable)
+    most = examples.column("most_marks") if is_table else num_marks_of(examples)
+    for index in np.flatnonzero(most + len(everywhere) >= num_ids):
+        (example,) = take(examples, np.array([index]))
+        pairs, strengths = example.negative_pairs, example.negative_strengths
+        position = position_without_ids(pairs, strengths, num_ids, everywhere)
+        if position is not None:
+            raise no_id_is_left(f"example {example.id!r}", position, num_ids, len(everywhere))
+
+
+def no_id_is_left(where: str, position: int, num_ids: int, num_everywhere: int = 0) -> UsageError:
+    """The error of a position at which all ids are removed, some of them perhaps everywhere."""
+    beside = f" ({num_everywhere} of them everywhere)" if num_everywhere else ""
+    return UsageError(
+        f"{where}: position {position}: expected an id that may be said there, found all {num_ids} "
+        f"ids of the vocabulary removed{beside}. Take out of negative_token_ids what may stay, or "
+        "give it a strength below 1."
+    )
+
+
 class Selection(NamedTuple):
     """What `select_clean` kept."""
 

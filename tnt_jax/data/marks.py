@@ -12,7 +12,14 @@ import numpy as np
 from absl import logging
 
 from tnt_jax.data import records
-from tnt_jax.data.examples import Example, SetAt, loss_mask_until, unique_pairs
+from tnt_jax.data.examples import (
+    Example,
+    SetAt,
+    loss_mask_until,
+    no_id_is_left,
+    position_without_ids,
+    unique_pairs,
+)
 from tnt_jax.data.negative_sets import LEAST, name_of
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.tokenizers import tokenization
@@ -142,7 +149,8 @@ def mark_tokens(
 
     Raises:
         UsageError: `target_ids` do not decode to `targets` or go on after the EOS, a removed id or
-            its position does not exist, or there are no such marks.
+            its position does not exist, all ids are removed at a position, or there are no such
+            marks.
     """
     if marks not in MARKS:
         raise UsageError(f"marks: expected one of {', '.join(MARKS)}, found {marks!r}.")
@@ -188,6 +196,9 @@ def mark_tokens(
     else:  # which is quicker for few
         negative_pairs = np.array(sorted({*pairs}), np.int32).reshape(-1, 2)
         of_pairs = None
+    position = position_without_ids(negative_pairs, of_pairs, vocabulary.size)
+    if position is not None:
+        raise no_id_is_left(f"record {record.id!r}", position, vocabulary.size)
     return MarkedTarget(
         target_ids=np.array(ids, np.int32),
         negative_pairs=negative_pairs,
