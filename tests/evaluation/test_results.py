@@ -1,6 +1,7 @@
 """The numbers of a sweep: by hand, by another implementation, by what must not matter."""
 
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
@@ -161,17 +162,22 @@ def test_what_is_said_to_prompts_that_all_differ_has_the_intervals_of_before(
     original = outputs(0, number=90, unwanted=0.4)
     arms = {name: outputs(seed, number=90, unwanted=0.2) for seed, name in ((1, "a"), (2, "b"))}
     found = results.intervals(original, arms, "a", num_resamples=200)
-    _, expected = PairedTest(
-        [(name, [row.targets for row in rows]) for name, rows in arms.items()],
-        {"BLEU": BLEU(force=True)},
-        [[row.targets for row in original]],
-        test_type="bs",
-        n_samples=200,
-    )()
-    for name, of_name in zip(expected["System"], expected["BLEU"], strict=True):
+    resampled, exchanged = (
+        PairedTest(
+            [(name, [row.targets for row in rows]) for name, rows in arms.items()],
+            {"BLEU": BLEU(force=True)},
+            [[row.targets for row in original]],
+            test_type=kind,
+            n_samples=200,
+        )()[1]
+        for kind in ("bs", "ar")
+    )
+    assert [found[name]["bleu_p_value"] for name in exchanged["System"]] == [
+        of_name.p_value for of_name in exchanged["BLEU"]
+    ]
+    for name, of_name in zip(resampled["System"], resampled["BLEU"], strict=True):
         low, high = found[name]["bleu_interval"]
         assert (low, high) == (max(of_name.mean - of_name.ci, 0.0), of_name.mean + of_name.ci)
-        assert found[name]["bleu_p_value"] == of_name.p_value
         before, after = (
             np.array([bool(row.negative_spans) for row in rows], float)
             for rows in (original, arms[name])
@@ -186,6 +192,38 @@ def test_what_is_said_to_prompts_that_all_differ_has_the_intervals_of_before(
             rng=np.random.default_rng(0),
         ).confidence_interval
         assert found[name]["cut_interval"] == [sampled.low, sampled.high]
+
+
+def test_a_p_value_is_the_share_of_exchanges_that_differ_more_in_either_direction():
+    """All exchanges of what two arms said to eight prompts, against those that are drawn."""
+    original = outputs(0, number=8, unwanted=0.4)
+    one, other = (
+        outputs(seed, number=8, keep=original, unwanted=0.4, change=share)
+        for seed, share in ((1, 0.5), (2, 0.65))
+    )
+
+    def difference(swapped):
+        texts = [
+            [(b if swap else a).targets for a, b, swap in zip(first, second, swapped, strict=True)]
+            for first, second in ((one, other), (other, one))
+        ]
+        reference = [[row.targets for row in original]]
+        scores = [BLEU(force=True, effective_order=True).corpus_score(t, reference) for t in texts]
+        return abs(scores[0].score - scores[1].score)
+
+    observed = difference([False] * 8)
+    share = np.mean(
+        [
+            difference(swapped) > observed + 1e-9
+            for swapped in itertools.product([False, True], repeat=8)
+        ]
+    )
+    assert 0.1 < share < 0.7  # where half of it would be seen
+    found = results.intervals(original, {"one": one, "other": other}, "one", num_resamples=4000)
+    assert found["other"]["bleu_p_value"] == pytest.approx(share, abs=0.04)
+    # What says the same does not differ.
+    found = results.intervals(original, {"one": one, "again": one}, "one", num_resamples=20)
+    assert found["again"]["bleu_p_value"] == 1
 
 
 def test_one_prompt_has_no_intervals():
@@ -353,6 +391,27 @@ def test_seeds_are_averaged():
     assert (first["alpha"], first["num_seeds"]) == (2.0, 2)
     assert "seed" not in first
     assert (second["bleu"], second["bleu_sd"], second["num_seeds"]) == (50.0, None, 1)
+
+
+def test_a_column_without_a_number_is_not_shown():
+    rows = [
+        row(name, 1.0, 0.9, 80.0, decoder="greedy", num_outputs=9, num_seeds=1, is_pareto=True)
+        | {"unwanted_rate_before": 0.5, "repeated_word_rate_before": 0.0}
+        | {"distinct_ratio_before": 1.0}
+        for name in ("A", "B")
+    ]
+    without, with_one = (
+        tables.as_markdown(found, ["greedy"], in_full=True).splitlines()[2:]
+        for found in (rows, [rows[0], {**rows[1], "bleu_p_value": 0.25}])
+    )
+    assert without[0] == "| arm | alpha | seeds | cut | 95 % | BLEU | 95 % | frontier |"
+    assert with_one[0] == "| arm | alpha | seeds | cut | 95 % | BLEU | 95 % | p | frontier |"
+    assert with_one[2:] == [
+        "| A | 1 | 1 | 90.0% | - | 80.0 | - | - | yes |",
+        "| B | 1 | 1 | 90.0% | - | 80.0 | - | 0.250 | yes |",
+    ]
+    for lines in (without, with_one):
+        assert {line.count("|") for line in lines} == {lines[0].count("|")}
 
 
 def test_the_published_tables_are_those_of_the_published_numbers():

@@ -234,8 +234,9 @@ def intervals(
 
     Returns:
       For each arm "cut_interval"; "bleu_interval"; "bleu_p_value", the probability of a difference
-      to the baseline's BLEU at least so large (sacrebleu's paired bootstrap test; None for the
-      baseline, and without one). All are None where there is a single prompt.
+      to the baseline's BLEU as large, in whichever direction, if it were chance which of the two
+      said what (sacrebleu's approximate randomization test; None for the baseline, and without
+      one). All are None where there is a single prompt.
     """
     import scipy.stats  # here, because it takes a second, which nobody else pays
 
@@ -257,10 +258,9 @@ def intervals(
         # Where nothing was unwanted nothing is cut: `cut_of`.
         return np.where(of_before > 0, 1 - of_after / np.maximum(of_before, 1), 0.0)
 
-    systems = {name: arms[name] for name in _first(arms, baseline)}
-    found = _paired_test(original, systems, prompt_of, num_resamples)
+    found = _bleu_tests(original, arms, baseline, prompt_of, num_resamples)
     by_name, said = {}, [row.targets for row in original]
-    for name, result in zip(found["System"], found["BLEU"], strict=True):
+    for name, result in found.items():
         after = num_marked(arms[name])
         sampled = scipy.stats.bootstrap(
             (marked, after),
@@ -285,24 +285,35 @@ def intervals(
             # Of texts without a token sacrebleu says 0.
             if [row.targets for row in arms[name]] != said
             else [100.0, 100.0],
-            "bleu_p_value": result.p_value if baseline in arms else None,
+            "bleu_p_value": result.p_value,
         }
     return by_name
 
 
-def _paired_test(
+class _BleuTest(NamedTuple):
+    """BLEU over resamples of prompts: its mean, half of its interval, and how sure it differs."""
+
+    mean: float
+    ci: float
+    p_value: float | None
+
+
+def _bleu_tests(
     original: Sequence[records.Record],
     arms: Mapping[str, Sequence[records.Record]],
+    baseline: str,
     prompt_of: np.ndarray,
     num_resamples: int,
-) -> Any:
-    """A paired bootstrap test of BLEU by sacrebleu, over prompts; the first arm is the baseline.
+) -> dict[str, _BleuTest]:
+    """A bootstrap of the BLEU of every arm, and its difference to the baseline's, over prompts.
 
     Args:
       original: its outputs, the references.
       arms: outputs of each arm.
+      baseline: the arm that the others are tested against, if it is among them.
       prompt_of: `[N]` int, of each output the number of its prompt.
-      num_resamples: how often the prompts are drawn anew.
+      num_resamples: how often the prompts are drawn anew, and how often two arms exchange what they
+        said to a half of them.
     """
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.significance import PairedTest
@@ -310,24 +321,41 @@ def _paired_test(
     order = np.argsort(prompt_of, kind="stable")
     starts = np.flatnonzero(np.diff(prompt_of[order], prepend=-1))
 
-    class OfPrompts(BLEU):
-        """BLEU of lists of texts: it is computed from counts, which are added up."""
+    class OfCounts(BLEU):
+        """BLEU of the counts that it is computed from, which are added up, in place of texts."""
+
+        def counts_of(self, texts: list[str], references: list[list[str]]) -> Any:
+            """The counts of each prompt's texts."""
+            of_texts = np.array(super()._extract_corpus_statistics(texts, references))
+            return np.add.reduceat(of_texts, starts).tolist()
 
         def _extract_corpus_statistics(self, hypotheses: Any, references: Any) -> Any:
-            texts, of_original = (
-                [text for some in of for text in some] for of in (hypotheses, references[0])
-            )
-            counts = super()._extract_corpus_statistics(texts, [of_original])
-            return np.add.reduceat(np.array(counts), starts).tolist()
+            return hypotheses
 
-    def by_prompt(rows: Sequence[records.Record]) -> list[list[str]]:
-        return [[rows[i].targets for i in some] for some in np.split(order, starts[1:])]
+    metric = OfCounts(**text_metrics.bleu_settings([row.targets for row in original]))
+    texts = {name: [rows[i].targets for i in order] for name, rows in arms.items()}
+    references = [[original[i].targets for i in order]]
+    counts = {name: metric.counts_of(said, references) for name, said in texts.items()}
 
-    systems: Any = [(name, by_prompt(rows)) for name, rows in arms.items()]
-    references: Any = [by_prompt(original)]
-    metric = OfPrompts(**text_metrics.bleu_settings([row.targets for row in original]))
-    _, found = PairedTest(systems, {"BLEU": metric}, references, "bs", num_resamples)()
-    return found
+    def tested(kind: str, *names: str) -> Any:
+        systems: Any = [(name, counts[name]) for name in names]
+        test = PairedTest(systems, {"BLEU": metric}, None, kind, num_resamples)
+        return dict(zip(names, test()[1]["BLEU"], strict=True))
+
+    # Bootstraps give intervals alone: sacrebleu's test by them is one-sided, at half the value.
+    p_values: dict[str, float | None] = dict.fromkeys(arms)
+    if baseline in arms:
+        exchanged = tested("ar", *_first(arms, baseline))
+        p_values |= {name: result.p_value for name, result in exchanged.items()}
+        for name in arms:
+            # Of two arms that say the same sacrebleu calls their difference, which is 0, certain.
+            if name != baseline and texts[name] == texts[baseline]:
+                p_values[name] = 1.0
+    resampled = {name: tested("bs", name)[name] for name in arms}
+    return {
+        name: _BleuTest(result.mean, result.ci, p_values[name])
+        for name, result in resampled.items()
+    }
 
 
 def _first(arms: Mapping[str, Any], name: str) -> list[str]:

@@ -97,9 +97,9 @@ def _table(rows: Sequence[Mapping[str, Any]], in_full: bool) -> str:
         has_interval = column.field in with_interval
         headings += [column.heading, "95 %"] if has_interval else [column.heading]
         alignments += ["---:", "---"] if has_interval else ["---:"]
-    if in_full:
-        headings += ["p", "frontier"]
-        alignments += ["---:", "---"]
+    has_p_values = in_full and any(row.get("bleu_p_value") is not None for row in rows)
+    headings += [*(["p"] if has_p_values else []), *(["frontier"] if in_full else [])]
+    alignments += [*(["---:"] if has_p_values else []), *(["---"] if in_full else [])]
     lines = [f"| {' | '.join(headings)} |", f"|{'|'.join(alignments)}|"]
     for row in sorted(rows, key=_nearness, reverse=True):
         cells = [
@@ -114,8 +114,9 @@ def _table(rows: Sequence[Mapping[str, Any]], in_full: bool) -> str:
                 interval = row.get(f"{column.field}_interval")
                 form = column.form if in_full else ".0%"
                 cells.append(" to ".join(_written(x, form) for x in interval) if interval else "-")
-        if in_full:
+        if has_p_values:
             cells.append("-" if row.get("bleu_p_value") is None else f"{row['bleu_p_value']:.3f}")
+        if in_full:
             cells.append("yes" if row.get("is_pareto") else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
