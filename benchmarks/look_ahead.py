@@ -9,8 +9,8 @@ texts; beside it stands what samples of the original, weighted by importance, ma
 Second table: the quickstart's original (--run), its samples for some of its training prompts, and
 what arms learn from them. "marks" are the gazetteer's; "labels" only say which outputs are bad, and
 `localize` finds the tokens. KL(text) is measured on samples of each arm, for the prompts kept for
-evaluation. Whatever is as clean costs at least the last column, -log(1 - cut * rate), with the
-share of unwanted samples before as the rate.
+evaluation. Whatever is as clean costs at least the last column, `least_cost` of the shares of
+unwanted samples before and after.
 
 Takes 20 minutes of one core after the quickstart (15 measured for eight of the arms), and 1 GB.
 """
@@ -25,6 +25,7 @@ import jax
 import numpy as np
 import optax
 import report
+from scipy.special import rel_entr
 
 from tnt_jax import localize, objectives, train
 from tnt_jax.checkpoints import opened_model, pretrained
@@ -211,9 +212,23 @@ def arm(run, annotator, files, name, of_marks, objective, more):
             continue
         of_texts = log_likelihoods(run, model, output) - log_likelihoods(run, run.original, output)
         error = of_texts.std() / math.sqrt(len(of_texts))
-        cost = -math.log1p(-found["cut"] * found["unwanted_rate_before"])
+        cost = least_cost(found["unwanted_rate_before"], found["unwanted_rate_after"])
         row += [f"{of_texts.mean():.3f}", f"{error:.3f}", f"{cost:.3f}"]
     return row
+
+
+def least_cost(before, after):
+    """The smallest KL(text) to an original, in nats, of what is unwanted so rarely.
+
+    It only scales the probabilities of unwanted texts, and those of all others. So it is the
+    divergence of two coins.
+
+    Args:
+        before: probability of an unwanted text, of the original.
+        after: the highest that is allowed.
+    """
+    after = min(after, before)  # the original itself is no dirtier than it is
+    return float(rel_entr(after, before) + rel_entr(1 - after, 1 - before))
 
 
 def log_likelihoods(run, model, output):
