@@ -760,6 +760,16 @@ def test_fine_tuning_ignores_marks():
         ({"residual_weight": 2.0, "smoothing": 1e-6}, "without smoothing"),
         ({"removed_token_floor": 0.0}, "removed_token_floor: expected between 0 and 1"),
         ({"removed_token_floor": 1.0}, "removed_token_floor: expected between 0 and 1"),
+        (
+            {"removed_token_floor": 1e-3, "negative_term": "reverse_kl_split"},
+            "removed_token_floor belongs to negative_term='reverse_kl' or "
+            "positive_term='reverse_kl' without smoothing, found removed_token_floor=0.001 with "
+            "'reverse_kl_split', 'forward_kl', smoothing=0.0. Leave removed_token_floor out, or ",
+        ),
+        (
+            {"removed_token_floor": 1e-3, "positive_term": "reverse_kl", "smoothing": 1e-6},
+            "removed_token_floor belongs to",
+        ),
         ({"smoothing": 1.0}, "smoothing: expected at least 0 and below 1"),
         ({"smoothing": 1e-6, "negative_term": "unlikelihood"}, "Set smoothing=0"),
         ({"smoothing": 1e-6, "positive_term": "jensen_shannon"}, "Set smoothing=0"),
@@ -785,6 +795,14 @@ def test_impossible_settings_are_refused(settings, message):
     terms = {"negative_term": "forward_kl", "positive_term": "forward_kl"}
     with pytest.raises(UsageError, match=message):
         objectives.TntObjective(**(terms | settings))
+
+
+def test_a_floor_is_of_either_term():
+    for terms in (("reverse_kl", "log_likelihood"), ("unlikelihood", "reverse_kl")):
+        objective = objectives.TntObjective(
+            negative_term=terms[0], positive_term=terms[1], removed_token_floor=1e-3
+        )
+        assert objective.removed_token_floor == 1e-3
 
 
 @pytest.mark.parametrize(

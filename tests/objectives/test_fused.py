@@ -36,7 +36,7 @@ OBJECTIVES = {
     "TNFLL": objective_of("forward_kl", "log_likelihood"),
     "TNRLL": objective_of("reverse_kl", "log_likelihood", label_smoothing=0.1, z_loss=1e-2),
     "TNSR": objective_of("reverse_kl_split", "reverse_kl"),
-    "TNSF": objective_of("reverse_kl_split", "forward_kl", removed_token_floor=1e-2),
+    "TNSF": objective_of("reverse_kl_split", "forward_kl"),
     "TNJJ": objective_of("jensen_shannon", "jensen_shannon"),
     "TNJSJ": objective_of("jensen_shannon_split", "jensen_shannon"),
     "TNRF floor": objective_of("reverse_kl", "forward_kl", removed_token_floor=0.5),

@@ -263,6 +263,15 @@ class TntObjective:
                 f"{self.negative_term!r}, smoothing={self.smoothing}. Set residual_weight=1, or "
                 "change negative_term."
             )
+        has_floor = "reverse_kl" in (self.negative_term, self.positive_term) and not self.smoothing
+        if self.removed_token_floor != TntObjective.removed_token_floor and not has_floor:
+            raise UsageError(
+                "removed_token_floor belongs to negative_term='reverse_kl' or "
+                "positive_term='reverse_kl' without smoothing, found "
+                f"removed_token_floor={self.removed_token_floor} with {self.negative_term!r}, "
+                f"{self.positive_term!r}, smoothing={self.smoothing}. Leave removed_token_floor "
+                "out, or change a term."
+            )
         for name in ("label_smoothing", "z_loss"):
             if getattr(self, name) and self.positive_term != "log_likelihood":
                 raise UsageError(
