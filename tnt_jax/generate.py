@@ -36,7 +36,7 @@ from tnt_jax.data import marks, records, removed_everywhere
 from tnt_jax.data.layouts import CAUSAL, num_shared_by
 from tnt_jax.data.token_automaton import Innocent, Listed, TokenAutomaton
 from tnt_jax.models import decoding, masking, sharding
-from tnt_jax.models.model import Model, check_seed
+from tnt_jax.models.model import Model
 from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime import (
     console,
@@ -45,6 +45,7 @@ from tnt_jax.runtime import (
     output_parts,
     processes,
     program,
+    seeds,
     settings_json,
 )
 from tnt_jax.runtime.errors import UsageError
@@ -141,7 +142,7 @@ def generate(
             f"MASK_AT is set, to {mask_place.at!r}, and MASK is None. Set MASK, too, or leave it "
             "out."
         )
-    check_seed(seed)
+    seeds.check(seed)
     operative_config.check_writable(
         output,
         "OUTPUT",

@@ -38,9 +38,8 @@ from tnt_jax.checkpoints import opened_model, pretrained
 from tnt_jax.data import records, removed_everywhere
 from tnt_jax.localization import continuations, look_ahead, marking, prefix_values, value_heads
 from tnt_jax.models import decoding, sharding
-from tnt_jax.models.model import check_seed
 from tnt_jax.models.network_config import NetworkConfig
-from tnt_jax.runtime import console, files, holding, memory, operative_config, program
+from tnt_jax.runtime import console, files, holding, memory, operative_config, program, seeds
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.training import original_cache
 
@@ -160,7 +159,7 @@ def localize(
     """
     if num_folds < 2:
         raise UsageError(f"NUM_FOLDS: expected at least 2, found {num_folds}.")
-    check_seed(seed)
+    seeds.check(seed)
     operative_config.check_writable(output, "OUTPUT", {"RECORDS": input})
     training = training or prefix_values.Training()
     threshold = threshold or prefix_values.Threshold()

@@ -10,26 +10,26 @@ from tnt_jax.data import words as words_of
 
 # Words look alike that share so many letters at their beginning: a token may begin both.
 _NUM_ALIKE = 4
+_MOST_RECORDS = 20_000
 _ALIKE_COUNTS_FROM = 5  # outputs: two of them may have made the same slip
 
 
-def words(
-    input: str, annotator: interface.Annotator | interface.Mask, num_records: int = 20_000
-) -> tuple[str, ...]:
+def words(input: str, annotator: interface.Annotator | interface.Mask) -> tuple[str, ...]:
     """The ordinary words of outputs: those outside of all that the annotator may call unwanted.
+
+    Of the first 20,000 records, a word counts that is in a thousandth of them, and in two: a rarer
+    one may be an unwanted one, misspelt. One that looks like unwanted words ("Michel", like
+    "Michelin") counts from five outputs on, unless the unwanted ones are in less than ten times as
+    many as it.
 
     Args:
       input: A JSONL file (or glob) of records with targets.
       annotator: One that does not know innocent words marks each record to find them.
-      num_records: The first so many records are read. A word counts that is in a thousandth of
-        them, and in two: a rarer one may be an unwanted one, misspelt. One that looks like unwanted
-        words ("Michel", like "Michelin") counts from five outputs on, unless the unwanted ones are
-        in less than ten times as many as it.
     """
     counts: collections.Counter[str] = collections.Counter()
     num_alike: collections.Counter[str | None] = collections.Counter()
     num_read = 0
-    for row in itertools.islice(records.iterate(input), num_records):
+    for row in itertools.islice(records.iterate(input), _MOST_RECORDS):
         num_read += 1
         outside = _outside(row, annotator)
         if outside is None:

@@ -488,8 +488,8 @@ def check_vocabulary(
       source: The model's checkpoint; None for a random model.
 
     Raises:
-      UsageError: Its ids are not T5's, or not as many as the model's, or the checkpoint comes with
-        another one.
+      UsageError: It is no tokeniser, or a SentencePiece with other ids than T5's; it has more ids
+        than the model, or far fewer; or the checkpoint comes with another one.
     """
     vocab_size = tokenization.check_vocabulary(vocabulary)
     vocabularies.check_size(vocabulary, config.vocab_size)

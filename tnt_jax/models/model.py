@@ -15,7 +15,6 @@ from tnt_jax.models import adapters, attention, decoding, families, sharding
 from tnt_jax.models.network import Network
 from tnt_jax.models.network_config import NetworkConfig
 from tnt_jax.runtime.array_types import PyTree
-from tnt_jax.runtime.errors import UsageError
 
 Forward = Callable[..., Any]  # (params, batch, dropout_key or None) -> FactoredLogits
 
@@ -195,9 +194,3 @@ def _jit_init_adapters(model: Model, rank: int, num_layers: int | None) -> Calla
         functools.partial(adapters.init, kernels, rank),
         out_shardings=sharding.shardings_of(model.abstract_adapters(rank, num_layers)),
     )
-
-
-def check_seed(seed: int) -> None:
-    """Raises a UsageError for a seed that JAX or NumPy does not take."""
-    if not 0 <= seed < 2**31:
-        raise UsageError(f"SEED: expected a whole number from 0 to {2**31 - 1}, found {seed}.")

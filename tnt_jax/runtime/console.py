@@ -1,6 +1,6 @@
-"""What a run tells: lines and progress on stdout, metrics and results in files.
+"""What a run prints: lines, progress and tables on stdout.
 
-On several hosts only the first one prints and writes. Importing this needs neither JAX nor
+On several hosts only the first one prints. Importing this needs neither JAX nor
 TensorFlow, so that a program which only handles text starts at once.
 """
 

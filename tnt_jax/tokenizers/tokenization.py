@@ -196,8 +196,8 @@ def check_vocabulary(vocabulary: Any) -> int:
     """Loads a tokeniser now, rather than in the middle of a run, and returns its size.
 
     Raises:
-        UsageError: its file is missing or no sentencepiece model, its ids are not T5's (padding 0,
-            EOS 1), or it is no tokeniser.
+        UsageError: it is no tokeniser; or the file of a SentencePiece is missing, is no
+            sentencepiece model, or has other ids than T5's (padding 0, EOS 1).
     """
     if not hasattr(type(vocabulary), "encode_with_extents"):
         raise UsageError(

@@ -13,8 +13,7 @@ from typing import Any
 import optax
 
 from tnt_jax.models import sharding
-from tnt_jax.models.model import check_seed
-from tnt_jax.runtime import settings_json
+from tnt_jax.runtime import seeds, settings_json
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.training import original_cache, train_step
 
@@ -227,7 +226,7 @@ class Schedule:
         ):
             if number < 1:
                 raise UsageError(f"{name}: expected at least 1, found {number}.")
-        check_seed(self.seed)
+        seeds.check(self.seed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -234,13 +234,10 @@ def jit_eval_step(
 
 
 def jit_token_step(
-    model: Model,
-    objective: objectives.TntObjective,
-    kind: Original = PARAMETERS,
-    block_size: int | None = None,
+    model: Model, objective: objectives.TntObjective, kind: Original = PARAMETERS
 ) -> Callable[..., tuple[train_step.Sums, train_step.TokenValues]]:
     """`jit_eval_step` with the values of each token: `-> (sums, values)`, on every device."""
-    return _jit_for_eval(train_step.token_step, model, objective, kind, block_size)
+    return _jit_for_eval(train_step.token_step, model, objective, kind, None)
 
 
 @sharding.keep_compiled
