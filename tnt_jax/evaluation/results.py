@@ -7,6 +7,7 @@ sweeps and of evaluations.
 """
 
 import hashlib
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
@@ -333,9 +334,11 @@ def _bleu_tests(
             return hypotheses
 
     metric = OfCounts(**text_metrics.bleu_settings([row.targets for row in original]))
-    texts = {name: [rows[i].targets for i in order] for name, rows in arms.items()}
     references = [[original[i].targets for i in order]]
-    counts = {name: metric.counts_of(said, references) for name, said in texts.items()}
+    counts = {
+        name: metric.counts_of([rows[i].targets for i in order], references)
+        for name, rows in arms.items()
+    }
 
     def tested(kind: str, *names: str) -> Any:
         systems: Any = [(name, counts[name]) for name in names]
@@ -345,12 +348,13 @@ def _bleu_tests(
     # Bootstraps give intervals alone: sacrebleu's test by them is one-sided, at half the value.
     p_values: dict[str, float | None] = dict.fromkeys(arms)
     if baseline in arms:
-        exchanged = tested("ar", *_first(arms, baseline))
-        p_values |= {name: result.p_value for name, result in exchanged.items()}
-        for name in arms:
-            # Of two arms that say the same sacrebleu calls their difference, which is 0, certain.
-            if name != baseline and texts[name] == texts[baseline]:
-                p_values[name] = 1.0
+        for name, result in tested("ar", *_first(arms, baseline)).items():
+            if name == baseline:
+                continue
+            # sacrebleu leaves out what differs as much: the two as they are, and all exchanged. Of
+            # few prompts that differ at all that is much; of none it is everything.
+            num_differ = sum(map(operator.ne, counts[name], counts[baseline]))
+            p_values[name] = min(1.0, result.p_value + 2.0 ** (1 - num_differ))
     resampled = {name: tested("bs", name)[name] for name in arms}
     return {
         name: _BleuTest(result.mean, result.ci, p_values[name])
