@@ -49,7 +49,7 @@ class Grid:
     Attributes:
       objectives: The objectives, by their names in `objectives.TERMS`.
       alphas: Weights of the negative term.
-      seeds: Random seeds of the order of examples, and of dropout.
+      seeds: Random seeds of the order of examples, of new adapters and of dropout.
       rates: What the experiment's learning rate is multiplied by. As the weight, one is chosen for
         every objective.
       variant: What is special, for tables; "" is nothing.
