@@ -161,7 +161,7 @@ def generate(
         devices=jax.local_devices(),
     )
     decoder = decoding.within_vocabulary(decoder, vocabulary, opened.model.config)
-    rows = _read(prompts, vocabulary)
+    rows = read_prompts(prompts, vocabulary)
     inputs = _Inputs.of(rows, vocabulary, opened.model, task_feature_lengths["inputs"])
     masks = None
     if mask is not None:
@@ -323,7 +323,8 @@ def check_are_prompts(prompts: Any, setting: str) -> None:
         )
 
 
-def _read(prompts: Any, vocabulary: Any) -> list[records.Record]:
+def read_prompts(prompts: Any, vocabulary: Any) -> list[records.Record]:
+    """The prompts of a file (or glob) of records, or of a `tasks.SeqioDataset`."""
     if isinstance(prompts, str):
         return records.read_records(prompts)
     check_are_prompts(prompts, "PROMPTS")

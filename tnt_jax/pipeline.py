@@ -130,6 +130,7 @@ class Outcome:
       checks: The outcome of each expectation, in words.
       summary: What `summary.json` holds.
       page: The report.
+      num_seen: Outputs with the first decoder whose prompts were learned from.
     """
 
     opened: ExperimentRun
@@ -138,6 +139,7 @@ class Outcome:
     checks: Sequence[Mapping[str, Any]]
     summary: dict[str, Any]
     page: pathlib.Path
+    num_seen: int
 
 
 def run_stages(
@@ -167,6 +169,7 @@ def run_stages(
         opened.make_training_outputs(),
         opened.make_original_outputs(),
     )
+    num_seen = opened.count_seen([training_outputs])
     evaluations: dict[str, dict[str, Evaluation]] = {}
     models: dict[str, str] = {}
     opened.make_unrelated_outputs()
@@ -217,6 +220,7 @@ def run_stages(
         checks=checks,
         summary=summary,
         page=opened.report([arm.name for arm in arms]),
+        num_seen=num_seen,
     )
 
 
@@ -232,7 +236,7 @@ def _run(
     found = run_stages(experiment, arms, num_rounds, expectations, num_masked_examples)
     opened, root = found.opened, found.opened.root
     first_decoder = opened.first_decoder
-    _print_table(found.evaluations, experiment.decoders, opened.num_seen)
+    _print_table(found.evaluations, experiment.decoders, found.num_seen)
     best = expectations.arm if expectations else arms[0].name
     _print_examples(
         opened.make_original_outputs()[first_decoder],

@@ -359,6 +359,7 @@ def _open(
                 rows = [*records.iterate(file)]
                 _check_halves(rows, choice_share, f"EVAL_PROMPTS, {decoder} outputs")
             training = {id(grid): _training_outputs(opened, grid) for grid in grids}
+            opened.count_seen({*training.values()})
             opened.make_mask_outputs()
             opened.make_unrelated_outputs()
     except stages.NotDoneError as error:

@@ -292,6 +292,8 @@ def test_patch_learns_from_labels_of_whole_outputs(optimised):
     found = pathlib.Path("patched/marked_texts.txt").read_text()
     assert {"dirty", "noisy"} <= set(re.findall(r"\w+", found))
     assert not {"clean", "quiet"} & set(re.findall(r"\w+", found))
+    # They are not needed any more, and may be larger than the model.
+    assert not list(pathlib.Path("patched/prompts").glob("*.states"))
     numbers = json.loads(pathlib.Path("patched/patch.json").read_text())
     assert numbers["unwanted_before"] > 0.2
     assert numbers["cut"] > 0.5

@@ -757,6 +757,67 @@ def test_a_pipeline_takes_no_model_for_its_own(original, capsys):
     assert message in capsys.readouterr().err
 
 
+PROMPT_TASK = """
+import pathlib
+
+import seqio
+import tensorflow as tf
+
+
+def dataset_fn(split, shuffle_files):
+    lines = pathlib.Path("task_prompts.txt").read_text().splitlines()
+    return tf.data.Dataset.from_tensor_slices({"inputs": lines, "targets": [""] * len(lines)})
+
+
+seqio.TaskRegistry.add(
+    "room_prompts",
+    source=seqio.FunctionDataSource(dataset_fn, splits=["train"]),
+    preprocessors=[seqio.preprocessors.tokenize],
+    output_features=dict.fromkeys(
+        ("inputs", "targets"),
+        seqio.Feature(seqio.SentencePieceVocabulary("vocabulary.model", extra_ids=0)),
+    ),
+)
+"""
+
+
+def test_prompts_of_a_seqio_task_are_answered_anew_when_they_change(
+    original, tmp_path, monkeypatch, capsys
+):
+    """The task's name stays. And what is learned from is told from what is not by the texts."""
+    (tmp_path / "prompt_tasks.py").write_text(PROMPT_TASK)
+    monkeypatch.syspath_prepend(tmp_path)
+    prompts = [row.inputs for row in records.read_records("corpus.jsonl")]
+    file = pathlib.Path("task_prompts.txt")
+    file.write_text("\n".join(prompts[:20]))
+    settings = {
+        **PIPELINE,
+        "TRAIN_PROMPTS": "@tasks.SeqioDataset()",
+        "EVAL_PROMPTS": "@tasks.SeqioDataset()",
+        "tasks.SeqioDataset.mixture_or_task_name": "room_prompts",
+        "tasks.SeqioDataset.mixture_or_task_module": "prompt_tasks",
+        "OUTPUT_DIR": "of_task",
+        "ARMS": "[@tnrf/experiment.Arm()]",
+        "TRAIN_STEPS": 1,
+    }
+    try:
+        assert rooms.run("pipeline", settings) == 0
+        printed = capsys.readouterr().out
+        assert "EVAL_PROMPTS: 20 of 20 inputs are also in what is learned from: " in printed
+        assert "greedy outputs on 20 prompts, 20 of them trained on" in printed
+        assert rooms.run("pipeline", settings) == 0
+        assert stages(capsys.readouterr().out)[0] == []
+        file.write_text("\n".join(prompts[20:40]))
+        assert rooms.run("pipeline", settings) == 0
+        done, _ = stages(capsys.readouterr().out)
+        assert {"training_outputs: generate, greedy", "original: generate, greedy"} <= {*done}
+        answered = records.read_records("of_task/original/greedy.annotated.jsonl")
+        assert [row.inputs for row in answered] == prompts[20:40]
+    finally:
+        sys.modules.pop("prompt_tasks", None)
+        seqio.TaskRegistry.remove("room_prompts")
+
+
 @pytest.mark.parametrize("setting", ["TRAIN_PROMPTS", "EVAL_PROMPTS", "UNRELATED_PROMPTS"])
 def test_a_pipeline_without_prompts_ends_before_the_first_stage(original, setting, capsys):
     pathlib.Path("empty.jsonl").touch()

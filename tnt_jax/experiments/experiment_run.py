@@ -30,8 +30,8 @@ from tnt_jax.experiments.experiment import (
     from_home,
     name_of_round,
 )
-from tnt_jax.generate import check_are_prompts
-from tnt_jax.runtime import console, files, operative_config, stages
+from tnt_jax.generate import check_are_prompts, read_prompts
+from tnt_jax.runtime import console, files, operative_config, settings_json, stages
 from tnt_jax.runtime.errors import UsageError
 from tnt_jax.tokenizers import tokenization
 
@@ -83,7 +83,7 @@ def open_run(
     operative_config.write(root)
     if experiment.corpus is not None:
         _make_corpus(kept, experiment, experiment.corpus)
-    num_seen = _look_at_prompts(experiment, check_prompts)
+    is_compared = _look_at_prompts(experiment, check_prompts)
     if experiment.new_original is not None:
         _make_original(kept, experiment, experiment.new_original, root / "original" / "model")
         original = str(checkpoint_kinds.find(str(root / "original" / "model")))
@@ -91,7 +91,7 @@ def open_run(
         assert experiment.original_checkpoint_path is not None
         original = from_home(experiment.original_checkpoint_path)
         _check_revision(root, original)
-    return ExperimentRun(experiment, kept, root, original, num_seen)
+    return ExperimentRun(experiment, kept, root, original, is_compared)
 
 
 def _check_revision(root: pathlib.Path, original: str) -> None:
@@ -115,8 +115,12 @@ def _check_revision(root: pathlib.Path, original: str) -> None:
 
 def _look_at_prompts(
     experiment: Experiment, check: Callable[[Sequence[records.Record]], None] | None
-) -> int:
-    """Checks prompts in files before the work; returns `ExperimentRun.num_seen`."""
+) -> bool:
+    """Checks prompts in files before the work, and says which are learned from and evaluated on.
+
+    Returns:
+      Whether both are in files: of others it is known when their outputs are there.
+    """
     for setting, prompts in (
         ("TRAIN_PROMPTS", experiment.train_prompts),
         ("EVAL_PROMPTS", experiment.eval_prompts),
@@ -139,15 +143,23 @@ def _look_at_prompts(
     if given is not None:  # these are learned from
         setting, train = "TRAINING_RECORDS", records.iterate(given)
     if train is None or evaluation is None:
-        return 0
-    inputs = {row.prompt for row in train}
-    num_seen = sum(row.prompt in inputs for row in evaluation)
-    if num_seen:
+        return False
+    _say_seen(_num_seen(evaluation, train), len(evaluation), setting)
+    return True
+
+
+def _num_seen(evaluation: Iterable[records.Record], train: Iterable[records.Record]) -> int:
+    """How many prompts to evaluate on are also learned from."""
+    learned = {row.prompt for row in train}
+    return sum(row.prompt in learned for row in evaluation)
+
+
+def _say_seen(number: int, of: int, setting: str) -> None:
+    if number:
         console.log(
-            f"EVAL_PROMPTS: {num_seen} of {len(evaluation)} inputs are also in {setting}: "
+            f"EVAL_PROMPTS: {number} of {of} inputs are also in {setting}: "
             "numbers on what was learned from say little about other inputs. Give others."
         )
-    return num_seen
 
 
 def _make_corpus(kept: stages.Stages, experiment: Experiment, corpus: Callable[[], Any]) -> None:
@@ -201,7 +213,6 @@ class ExperimentRun:
       original: Path of the original's checkpoint.
       vocabulary: The tokeniser of inputs and outputs.
       annotator: Decides what is unwanted.
-      num_seen: Evaluation prompts whose input is also a training prompt's, as far as files tell.
     """
 
     def __init__(
@@ -210,7 +221,7 @@ class ExperimentRun:
         kept: stages.Stages,
         root: pathlib.Path,
         original: str,
-        num_seen: int = 0,
+        is_compared: bool = False,
     ):
         """`open_run` makes one.
 
@@ -219,10 +230,11 @@ class ExperimentRun:
           kept: The stages of its folder.
           root: Its folder.
           original: Path of the original's checkpoint.
-          num_seen: Evaluation prompts whose input is also a training prompt's.
+          is_compared: Whether it was said already which prompts are evaluated on and learned from.
         """
         self.settings, self._stages, self.root = settings, kept, root
-        self.original, self.num_seen = original, num_seen
+        self.original, self._is_compared = original, is_compared
+        self._digests: dict[str, str] = {}  # of prompts that are in no file
         self._came_as = pretrained.open_checkpoint(original)
         self.annotator, self.vocabulary = settings.annotator(), settings.vocabulary()
 
@@ -289,9 +301,18 @@ class ExperimentRun:
             | masking,
             also_depends_on=words_of,
             # As of `_annotated`.
-            version=(identity or "") + ("" if mask is None else mask.description + rule),
+            version=(identity or "")
+            + ("" if mask is None else mask.description + rule)
+            + ("" if is_file else f", prompts {self._digest_of(prompts)}"),
         )
         return self._annotated(name, generated, decoder, self.annotator)
+
+    def _digest_of(self, prompts: Any) -> str:
+        """The digest of prompts of a seqio task as they are read: its settings do not show them."""
+        described = json.dumps(settings_json.describe(prompts), sort_keys=True)
+        if described not in self._digests:  # every arm asks
+            self._digests[described] = records.digest(read_prompts(prompts, self.vocabulary))
+        return self._digests[described]
 
     def _annotated(self, name: str, generated: str, label: str, annotator: Any) -> str:
         output = str(self.files_of(name).annotated(label))
@@ -407,6 +428,21 @@ class ExperimentRun:
                     f"EVAL_PROMPTS: expected outputs that the annotator knows, found none in {file}"
                     ". Give other EVAL_PROMPTS, or another ANNOTATOR."
                 )
+        return found
+
+    def count_seen(self, training_outputs: Iterable[str]) -> int:
+        """How many outputs to compare with answer prompts that are learned from; says so once.
+
+        Args:
+          training_outputs: The files of outputs to learn from.
+        """
+        file = self.make_original_outputs()[self.first_decoder]
+        train = itertools.chain.from_iterable(map(records.iterate, training_outputs))
+        evaluation = [*records.iterate(file)]
+        found = _num_seen(evaluation, train)
+        if not self._is_compared:
+            self._is_compared = True
+            _say_seen(found, len(evaluation), "what is learned from")
         return found
 
     @_once

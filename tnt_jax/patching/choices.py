@@ -224,11 +224,6 @@ def _lengths(given: Mapping[str, Any], prompt_lengths: Sequence[int], of_output:
     return _take(given, "lengths", "TASK_FEATURE_LENGTHS", lengths, reason)
 
 
-def longest_lengths(prompt_lengths: Sequence[int]) -> dict[str, int]:
-    """Tokens of inputs and targets, before it is known how long outputs are."""
-    return {"inputs": _input_length(prompt_lengths), "targets": LONGEST_OUTPUT}
-
-
 def head_updates(num_outputs: int, batch_size: int) -> int:
     """For how many updates `localize` trains each of its heads: 40 epochs, 200 to 1,000."""
     updates = _EPOCHS_OF_HEADS * num_outputs // batch_size

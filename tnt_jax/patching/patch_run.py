@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from tnt_jax import localize, pipeline
+from tnt_jax import generate, localize, pipeline
 from tnt_jax.checkpoints import lazy_arrays, pretrained
 from tnt_jax.data import marks, records
 from tnt_jax.evaluation import results
@@ -80,6 +80,21 @@ def configure(gin: pipeline_gin.PipelineGin, flags: Sequence[str] = ()) -> tuple
             "itself where they help. 1 turns that off; for rounds that you choose, use pipeline."
         )
     return found["experiment"], found["arms"][0]
+
+
+def localized_model(checkpoint_path: str, states_folder: str) -> localize.OriginalModel:
+    """The original for `localize`, with the settings that gin has for making its outputs.
+
+    Args:
+      checkpoint_path: The original's checkpoint.
+      states_folder: Folder of its decoder states.
+    """
+    names = ("model", "task_feature_lengths", "batch_size", "mesh_shape")
+    return localize.OriginalModel(
+        checkpoint_path=checkpoint_path,
+        states_folder=states_folder,
+        **program.bound_arguments(generate.generate, names),
+    )
 
 
 def _num_marked(file: str) -> int:
@@ -189,6 +204,8 @@ class PatchRun:
         Raises:
           UsageError: None of it is unwanted.
         """
+        network, prompt_lengths = self._sizes()
+        self._chosen = choices.before_pilot(self._gin.given, prompt_lengths, network, self._machine)
         if self._asked.unwanted.labels:
             self._localize(self._asked.unwanted.labels)
         parts = self._texts.parts
@@ -200,21 +217,6 @@ class PatchRun:
             self._write_prompts("report", parts.report)
             # The last one: that it is there says that both are.
             self._write_prompts("train", some, self._asked.unwanted.are_outputs_given)
-        experiment, _ = self._first_settings()
-        vocabulary = experiment.vocabulary()
-        rows = [*parts.train, *parts.choice, *parts.report]
-        prompt_lengths = [len(marks.prompt_ids(row, vocabulary)) for row in rows]
-        config = pretrained.open_checkpoint(self._asked.model).config
-        shapes = lazy_arrays.shapes(families.network_of(config).abstract_params())
-        network = choices.Network(
-            is_decoder_only=is_decoder_only(config),
-            num_layers=config.total_layers,
-            num_params=sum(map(math.prod, shapes.values())),
-            emb_dim=config.emb_dim,
-            num_heads=config.num_heads,
-            vocab_size=config.vocab_size,
-        )
-        self._chosen = choices.before_pilot(self._gin.given, prompt_lengths, network, self._machine)
         opened, _ = self._configured()
 
         def answered(name: str, prompts: Sequence[records.Record]) -> _Pilot:
@@ -243,14 +245,32 @@ class PatchRun:
             )
         return opened, found
 
+    def _sizes(self) -> tuple[choices.Network, list[int]]:
+        """The sizes of the network, and the tokens of every prompt."""
+        self._gin.write([])
+        experiment, _ = configure(self._gin)
+        parts, vocabulary = self._texts.parts, experiment.vocabulary()
+        rows = [*parts.train, *parts.choice, *parts.report]
+        config = pretrained.open_checkpoint(self._asked.model).config
+        shapes = lazy_arrays.shapes(families.network_of(config).abstract_params())
+        network = choices.Network(
+            is_decoder_only=is_decoder_only(config),
+            num_layers=config.total_layers,
+            num_params=sum(map(math.prod, shapes.values())),
+            emb_dim=config.emb_dim,
+            num_heads=config.num_heads,
+            vocab_size=config.vocab_size,
+        )
+        return network, [len(marks.prompt_ids(row, vocabulary)) for row in rows]
+
     def _localize(self, field: str) -> None:
         """Finds which tokens made outputs bad, in those to learn from."""
         rows = self._texts.parts.train
         labelled = self._write_prompts("labelled", rows, whole=True)
-        experiment, _ = self._first_settings()
-        vocabulary = experiment.vocabulary()
-        lengths = [len(marks.prompt_ids(row, vocabulary)) for row in rows]
+        self._gin.write(self._chosen)
+        experiment, _ = configure(self._gin)
         output = str(self._root / "prompts" / "localized.jsonl")
+        states = f"{labelled}.states"
         num_bad = sum(bool(row.extra[field]) for row in rows)
         self.say(
             f"{num_bad} of {len(rows)} outputs are labelled bad. Looking for what made them so."
@@ -263,22 +283,16 @@ class PatchRun:
             output=output,
             inputs={"input": labelled},
             settings={
-                "original_model": localize.OriginalModel(
-                    checkpoint_path=self._asked.model,
-                    model=pretrained.FromCheckpoint(),
-                    task_feature_lengths=choices.longest_lengths(lengths),
-                ),
-                "vocabulary": vocabulary,
+                "original_model": localized_model(self._asked.model, states),
+                "vocabulary": experiment.vocabulary(),
                 "label_field": field,
                 "training": dataclasses.replace(training, num_updates=num_updates),
             },
         )
+        # Nothing reads them again, and they may be large. Of a stage that was stopped they stay.
+        shutil.rmtree(states, ignore_errors=True)
         self._texts, note = self._texts.with_marks_found(records.read_records(output))
         self.say(note)
-
-    def _first_settings(self) -> tuple[Experiment, Arm]:
-        self._gin.write([])
-        return configure(self._gin)
 
     # ------------------------------------------------------------------------------ The choices
 
