@@ -105,6 +105,65 @@ def share_of_a(texts):
     return [text.count("a") / 12 for text in texts]
 
 
+def bad_words(number, of):
+    return " ".join(["bad" if place < number else "fine" for place in range(of)])
+
+
+def test_where_many_words_would_have_to_go_the_whole_output_is_marked():
+    few = annotators.Classifier(scorer=f"{HERE}:count_of_bad", threshold=1)
+    for number, of in ((12, 300), (50, 300), (50, 51)):
+        assert marked(few, bad_words(number, of)) == ["bad"] * number
+    for number, of in ((51, 300), (50, 50), (51, 52)):
+        assert marked(few, bad_words(number, of)) == [bad_words(number, of)]
+    more = annotators.Classifier(scorer=f"{HERE}:count_of_bad", threshold=1, most_words=60)
+    assert marked(more, bad_words(60, 300)) == ["bad"] * 60
+    assert more.description.endswith(", threshold=1, most_words=60)")
+    one = annotators.Classifier(scorer=f"{HERE}:count_of_bad", threshold=1, most_words=1)
+    assert marked(one, "a bad bad day") == ["a bad bad day"]
+    assert marked(one, "a bad day") == ["bad"]
+    with pytest.raises(UsageError, match=r"^Classifier\.most_words: expected at least 1, found 0\."):
+        annotators.Classifier(scorer=f"{HERE}:constant", most_words=0)
+
+
+def test_up_to_eight_words_are_found_however_they_work_together():
+    """The last one seems better than any other until the first seven are gone."""
+    annotator = annotators.Classifier(scorer=f"{HERE}:of_eight")
+    text = " ".join([*(f"fine{number}" for number in range(100)), *SEVEN, "hidden"])
+    assert marked(annotator, text) == [*SEVEN, "hidden"]
+
+
+SEVEN = [f"odd{number}" for number in range(7)]
+
+
+def of_eight(texts):
+    def score(words):
+        if {*SEVEN} & words:
+            return 0.9
+        if "hidden" in words and len(words) > 1:
+            return 0.8
+        return 0.0 if "hidden" in words else 0.1
+
+    return [score({*text.split()}) for text in texts]
+
+
+def test_the_scorer_is_asked_for_few_texts_at_once_and_not_for_their_square(tmp_path, monkeypatch):
+    body = "sizes.append(len(texts)); return [float('bad' in t or len(t) > 900) for t in texts]"
+    write_scorer(tmp_path, monkeypatch, body, "sizing")
+    import sizing
+
+    sizing.sizes = []
+    annotator = annotators.Classifier(scorer="sizing:score")
+    for text, number in (
+        # The text, its words, eight times the text without each word, the text without fifty.
+        (bad_words(0, 300), 1 + 300 + sum(range(293, 301)) + 1),
+        (bad_words(3, 150), 1 + 150 + 150 + 149 + 148),
+    ):
+        sizing.sizes.clear()
+        annotator.annotate(records.Record(id="a", inputs="", targets=text))
+        assert sum(sizing.sizes) == number
+        assert max(sizing.sizes) == 128
+
+
 def test_scoring_is_batched(tmp_path, monkeypatch):
     batches = []
     body = "sizes.append(len(texts)); return [float('bad' in text) for text in texts]"
