@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tnt_jax import annotate as annotate_program
 from tnt_jax import annotators
 from tnt_jax.annotators import beam_jobs, innocent
+from tnt_jax.annotators.lexicon import line_of
 from tnt_jax.annotators.phrases import Phrases
 from tnt_jax.data import records, words
 from tnt_jax.data.text_automaton import Automaton
@@ -145,6 +146,14 @@ def test_inflections_follow_the_spelling_rules(lexicon):
 def test_comments_and_blank_lines_are_skipped(lexicon):
     annotator = lexicon("\ufeff# not a word", "", "  fool  ", "   ", "#fool too")
     assert marked(annotator, "not a word, fool too") == ["fool"]
+
+
+@pytest.mark.parametrize("text", ["#ad", r"\#ad", r"\\#ad", r"\ad", "#", "ad #1"])
+def test_a_text_that_begins_with_a_comments_sign_can_be_listed(lexicon, text):
+    line = line_of(text)
+    assert not line.startswith("#")
+    assert (line == text) == ("#" not in text.lstrip("\\")[:1])
+    assert marked(lexicon("# a comment", line), f"see {text} there") == [text]
 
 
 def test_lexicon_alternatives_are_the_entries_in_every_casing(lexicon):

@@ -1,11 +1,13 @@
 """A user's prompts and outputs, as `patch` reads them."""
 
 import dataclasses
+import itertools
 import json
 import re
 
 import pytest
 
+from tnt_jax import annotators
 from tnt_jax.data import records, removed_everywhere
 from tnt_jax.patching import prompt_files
 from tnt_jax.patching.prompt_files import Texts
@@ -65,6 +67,49 @@ def test_copies_of_an_output_of_which_others_are_said_are_kept(kind, tmp_path):
         name for name in learned if name[0] == "a"
     }
     assert len(learned) > 100
+
+
+def test_whatever_is_marked_is_looked_for_in_new_outputs(tmp_path):
+    """Signs, and what would be a comment in a word list. White space is no word."""
+    texts = ["\u2764\ufe0f", "!!!", "#ad", "\\#ad", "\U0001f600", "dirty"]
+    rows = [
+        dataclasses.replace(
+            with_marks(row, ((2, 2 + len(text)),)), targets=f"a {text} room {number}"
+        )
+        for number, (row, text) in enumerate(zip(OUTPUTS, itertools.cycle(texts), strict=False))
+    ]
+    rows[5] = with_marks(rows[5], ((1, 2), *rows[5].negative_spans))
+    found = read(tmp_path, rows, Unwanted(records=str(tmp_path / "rows.jsonl")))
+    assert set(found.marked) == {*texts}
+    assert found.notes == [
+        "New outputs are looked at for the 6 texts that are marked in the given ones: nobody has "
+        "marked these outputs.",
+        "In 1 of 120 outputs white space alone is marked, the first one 'a5': it is learned from, "
+        "and not looked for in new outputs.",
+    ]
+    found.write_words(tmp_path)
+    lexicon = annotators.Lexicon(path=str(tmp_path / "marked_texts.txt"))
+    for row in rows:
+        said = dataclasses.replace(row, negative_spans=None)
+        (span,) = lexicon.annotate(said).spans
+        # Of a longer entry and a shorter one within it the first to start is found.
+        assert (span.start, span.end) == row.offsets[-1]
+
+
+def test_white_space_alone_is_nothing_to_look_for(tmp_path):
+    rows = [with_marks(row, ((1, 2),)) for row in OUTPUTS]
+    message = "--records: expected something marked in some outputs, found nothing, or white space"
+    with pytest.raises(UsageError, match=message):
+        read(tmp_path, rows, Unwanted(records=str(tmp_path / "rows.jsonl")))
+
+
+def test_signs_that_make_outputs_bad_are_looked_for():
+    rows = [
+        dataclasses.replace(row, targets=f"{row.targets} {sign}", negative_spans=((n, n + 1),))
+        for row, sign in zip(OUTPUTS, "\u2620#" * 60, strict=True)
+        for n in [len(row.targets) + 1]
+    ]
+    assert prompt_files.words_mostly_marked(rows) == ["#", "\u2620"]
 
 
 def test_repeated_prompts_are_left_out(tmp_path):

@@ -1,5 +1,6 @@
 """Marks listed words and phrases. `tnt_jax.data.words` says what a word is."""
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -9,14 +10,27 @@ from tnt_jax.data.records import Record
 from tnt_jax.data.token_automaton import Listed
 from tnt_jax.runtime.errors import UsageError
 
+_HASH = re.compile(r"\\*#")  # of a text; in a list it has one backslash more
+_WRITTEN_HASH = re.compile(r"\\+#")
+
+
+def line_of(text: str) -> str:
+    """The line by which a list has a text as its entry; no line begins with `#` then."""
+    return f"\\{text}" if _HASH.match(text) else text
+
+
+def _entry_of(line: str) -> str:
+    return line[1:] if _WRITTEN_HASH.match(line) else line
+
 
 @dataclass(frozen=True, kw_only=True)
 class Lexicon:
     """Marks listed words and phrases, whatever the inputs say.
 
     The list is a UTF-8 text file with one entry a line; blank lines and lines that start with `#`
-    are skipped. Of entries that overlap in the targets the first to start wins, then the longest.
-    In a script without spaces (Chinese, Japanese, Thai) an entry is found within longer words, too.
+    are skipped, and one that starts with `\\#` has an entry that starts with `#`. Of entries that
+    overlap in the targets the first to start wins, then the longest. In a script without spaces
+    (Chinese, Japanese, Thai) an entry is found within longer words, too.
 
     Attributes:
       path: the list.
@@ -48,11 +62,11 @@ class Lexicon:
     @cached_property
     def _texts(self) -> tuple[str, ...]:
         lines = (line.strip() for line in self._file.text.splitlines())
-        entries = [line for line in lines if line and not line.startswith("#")]
+        entries = [_entry_of(line) for line in lines if line and not line.startswith("#")]
         if not entries:
             raise UsageError(
                 f"Lexicon.path: {self.path} lists nothing; expected one word or phrase a line "
-                "(a line that starts with # is a comment)."
+                "(a line that starts with # is a comment; \\# starts an entry with #)."
             )
         if self.inflections:
             entries = [form for entry in entries for form in (entry, *phrases.inflected(entry))]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tnt_jax import annotators
+from tnt_jax.annotators import lexicon
 from tnt_jax.data import records, removed_everywhere, words
 from tnt_jax.patching import choices
 from tnt_jax.patching.unwanted import MARKED_TEXTS, Unwanted
@@ -248,9 +249,12 @@ def _holds(path: pathlib.Path, rows: Sequence[records.Record], everywhere: Seque
 
 
 def marked_texts(rows: Sequence[records.Record]) -> list[str]:
-    """The different texts that are marked in outputs, each on one line, sorted."""
+    """The different texts that are marked in outputs, each on one line, sorted.
+
+    White space is left out, which no list finds; all else has a word (`words.extents`).
+    """
     texts = (" ".join(row.targets[start:end].split()) for row in rows for start, end in row.offsets)
-    return sorted({text for text in texts if any(map(str.isalnum, text)) and text[0] != "#"})
+    return sorted({text for text in texts if text})
 
 
 def words_mostly_marked(rows: Sequence[records.Record]) -> list[str]:
@@ -273,7 +277,7 @@ def words_mostly_marked(rows: Sequence[records.Record]) -> list[str]:
     return sorted(
         word
         for word, number in num_marked.items()
-        if number >= max(num_said[word] / 2, 2) and any(map(str.isalnum, word))
+        if number >= max(num_said[word] / 2, 2)
     )
 
 
@@ -330,7 +334,7 @@ class Texts:
             _check_labels(rows, unwanted.labels)
         elif are_given:
             marked = _check_marked(rows, f"--{unwanted.kind}")
-            notes.append(_about_new_outputs(len(marked)))
+            notes += [_about_new_outputs(len(marked)), *_about_white_space(rows)]
         parts = split(rows, eval_rows)
         digest = records.digest([*parts.train, *parts.choice, *parts.report])
         everywhere: tuple[int, ...] = ()
@@ -370,7 +374,8 @@ class Texts:
     def write_words(self, folder: pathlib.Path) -> None:
         """The list of marked texts, for a lexicon."""
         if self.marked is not None:
-            files.write_text(folder / MARKED_TEXTS, "\n".join(self.marked) + "\n")
+            lines = [f"{lexicon.line_of(text)}\n" for text in self.marked]
+            files.write_text(folder / MARKED_TEXTS, "".join(lines))
 
 
 def _about_new_outputs(num_marked: int) -> str:
@@ -378,6 +383,21 @@ def _about_new_outputs(num_marked: int) -> str:
         f"New outputs are looked at for the {num_marked} texts that are marked in the given ones: "
         "nobody has marked these outputs."
     )
+
+
+def _about_white_space(rows: Sequence[records.Record]) -> list[str]:
+    """What is to be said where something is marked that no list of words finds."""
+    found = [
+        row.id
+        for row in rows
+        if any(not row.targets[start:end].strip() for start, end in row.offsets)
+    ]
+    if not found:
+        return []
+    return [
+        f"In {len(found)} of {len(rows)} outputs white space alone is marked, the first one "
+        f"{found[0]!r}: it is learned from, and not looked for in new outputs."
+    ]
 
 
 def _check_labels(rows: Sequence[records.Record], field: str) -> None:
@@ -439,6 +459,7 @@ def _check_marked(rows: Sequence[records.Record], flag: str) -> list[str]:
     texts = marked_texts(rows)
     if not texts:
         raise UsageError(
-            f"{flag}: expected something marked in some outputs, found nothing in {len(rows)}."
+            f"{flag}: expected something marked in some outputs, found nothing, or white space "
+            f"alone, in {len(rows)}."
         )
     return texts
