@@ -186,7 +186,7 @@ def _changed(path: str) -> UsageError:
 def _kind(made: records.Record | None) -> str:
     if made is None:
         return "left out"
-    return "marked" if made.negative_spans else "clean"
+    return "marked" if made.has_unwanted_text else "clean"
 
 
 def _write_rest(

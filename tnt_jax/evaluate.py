@@ -180,9 +180,10 @@ def evaluate(
 
 
 def _compare(rows: Sequence[records.Record], other: Sequence[records.Record]) -> dict[str, Any]:
-    spans = [row.negative_spans or () for row in rows]
     comparison = text_metrics.compare(
-        [row.targets for row in rows], [row.targets for row in other], spans
+        [row.targets for row in rows],
+        [row.targets for row in other],
+        [row.has_unwanted_text for row in rows],
     )
     return dataclasses.asdict(comparison)
 
@@ -195,7 +196,7 @@ def _of_outputs(rows: Sequence[records.Record], vocabulary: Any) -> dict[str, An
     )
     return {
         **text_metrics.summary(
-            [row.targets for row in rows], [row.negative_spans or () for row in rows]
+            [row.targets for row in rows], [row.has_unwanted_text for row in rows]
         ),
         "unwanted_tokens": dataclasses.asdict(text_metrics.Rate(num_negative, max(num_tokens, 1))),
         "mean_length": num_tokens / len(rows),

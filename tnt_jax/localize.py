@@ -278,7 +278,7 @@ def _labels(rows: Sequence[records.Record], field: str | None) -> np.ndarray:
                     f"record {row.id!r} has no negative_spans: expected annotated records, or "
                     "LABEL_FIELD, the field that is true where an output is bad."
                 )
-            labels.append(bool(row.negative_spans))
+            labels.append(row.has_unwanted_text)
             continue
         label = row.extra.get(field)
         if label not in (0, 1):  # True and False are equal to them

@@ -406,7 +406,7 @@ def _print_examples(original_path: str, current_path: str, arm: str, number: int
     changed = [
         (before, current[before.id])
         for before in original
-        if before.negative_spans and not current[before.id].negative_spans
+        if before.has_unwanted_text and not current[before.id].has_unwanted_text
     ]
     for before, after in changed[:number]:
         spans = ", ".join(repr(before.targets[slice(*span)]) for span in before.offsets)

@@ -359,11 +359,11 @@ def _numbers(
 ) -> dict[str, Any]:
     """What `tnt_jax.evaluate` writes, as far as it takes no vocabulary; lengths are in words."""
     texts = [[row.targets for row in rows] for rows in (original, current)]
-    spans = [[row.negative_spans or () for row in rows] for rows in (original, current)]
-    before, after = map(text_metrics.summary, texts, spans)
+    is_unwanted = [[row.has_unwanted_text for row in rows] for rows in (original, current)]
+    before, after = map(text_metrics.summary, texts, is_unwanted)
     for found, outputs in zip((before, after), texts, strict=True):
         found["mean_length"] = math.fsum(len(text.split()) for text in outputs) / len(outputs)
-    comparison = text_metrics.compare(texts[0], texts[1], spans[0])
+    comparison = text_metrics.compare(texts[0], texts[1], is_unwanted[0])
     return {
         "original": before,
         "current": after,

@@ -121,7 +121,9 @@ def test_where_many_words_would_have_to_go_the_whole_output_is_marked():
     one = annotators.Classifier(scorer=f"{HERE}:count_of_bad", threshold=1, most_words=1)
     assert marked(one, "a bad bad day") == ["a bad bad day"]
     assert marked(one, "a bad day") == ["bad"]
-    with pytest.raises(UsageError, match=r"^Classifier\.most_words: expected at least 1, found 0\."):
+    with pytest.raises(
+        UsageError, match=r"^Classifier\.most_words: expected at least 1, found 0\."
+    ):
         annotators.Classifier(scorer=f"{HERE}:constant", most_words=0)
 
 

@@ -79,6 +79,29 @@ def test_strengths_are_read_as_written_and_1_is_no_strength(tmp_path):
     }
 
 
+@pytest.mark.parametrize(
+    ("spans", "ids", "has_text", "is_said"),
+    [
+        (None, (), False, False),
+        ((), (), False, False),
+        (((0, 1),), (), True, True),
+        (((0, 1, 0.01),), (), True, True),
+        ((), ((0, (7,)),), False, True),  # its own id
+        ((), ((0, (7,), 0.5),), False, True),
+        ((), ((0, (7,), -0.5),), False, False),  # raised
+        ((), ((0, (5, 9)), (1, (7,))), False, False),  # others than are said there
+    ],
+)
+def test_text_that_is_unwanted_is_told_from_whatever_is_said_and_marked(
+    spans, ids, has_text, is_said
+):
+    row = records.Record(
+        **{"id": "a", "inputs": "", "targets": "x y", "target_ids": (7, 1)},
+        **{"negative_spans": spans, "negative_token_ids": ids},
+    )
+    assert (row.has_unwanted_text, row.says_unwanted) == (has_text, is_said)
+
+
 def test_not_annotated_and_nothing_unwanted_stay_apart(tmp_path):
     path = tmp_path / "a.jsonl"
     annotated = records.Record(id="a", inputs="x", targets="y", negative_spans=())

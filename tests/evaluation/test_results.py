@@ -36,6 +36,28 @@ def outputs(seed, unwanted=0.3, number=200, keep=None, change=0.5):
     return rows
 
 
+def test_what_is_marked_by_id_alone_is_not_counted():
+    """No annotator marks so what the patched model says: its outputs would look better by that."""
+    by_id = records.Record(
+        **{"id": "0", "inputs": "0", "targets": "the lake", "target_ids": (7, 8, 1)},
+        **{"negative_spans": (), "negative_token_ids": ((2, (1,)),)},
+    )
+    by_span = records.Record(id="1", inputs="1", targets="a hill", negative_spans=((2, 6),))
+    clean = dataclasses.replace(by_span, targets="a tree", negative_spans=())
+    found = results.measure([by_id, by_span], [by_id, clean])
+    assert (found["unwanted_rate_before"], found["unwanted_rate_after"]) == (0.5, 0)
+    assert found["unchanged_clean"] == 1
+    sure = results.intervals([by_id, by_id, by_span], {"arm": [by_id, by_id, clean]}, "")
+    assert (
+        sure["arm"]["cut_interval"]
+        == results.intervals(
+            [dataclasses.replace(by_id, negative_token_ids=())] * 2 + [by_span],
+            {"arm": [by_id, by_id, clean]},
+            "",
+        )["arm"]["cut_interval"]
+    )
+
+
 def row(objective, alpha, cut, bleu, seed=0, **more):
     return {
         "objective": objective, "alpha": alpha, "cut": cut, "bleu": bleu, "seed": seed, **more

@@ -4,7 +4,7 @@ import random
 import pytest
 from sacrebleu.metrics.bleu import BLEU
 
-from tnt_jax.annotators import Span
+from tnt_jax.data import records
 from tnt_jax.evaluation import text_metrics
 from tnt_jax.runtime.errors import UsageError
 
@@ -113,12 +113,11 @@ def test_exact_match_is_strict():
 def test_unchanged_among_what_was_clean():
     """By hand: of the second and third, which have no mark, the second is as it was."""
     original, current = ["a", "b", "c", "d"], ["a", "b", "x", "y"]
-    spans = [((0, 1),), (), (), ((0, 1),)]
-    result = text_metrics.compare(original, current, spans)
+    result = text_metrics.compare(original, current, [True, False, False, True])
     assert result.unchanged_clean == text_metrics.Rate(1, 2)
     assert result.exact_match == text_metrics.Rate(2, 4)
     assert text_metrics.compare(original, current).unchanged_clean is None
-    assert text_metrics.compare(["a"], ["a"], [((0, 1),)]).unchanged_clean is None
+    assert text_metrics.compare(["a"], ["a"], [True]).unchanged_clean is None
 
 
 @pytest.mark.parametrize(
@@ -224,8 +223,13 @@ def test_unknown_token(text, expected):
 
 
 def test_unwanted_counts_outputs_not_spans():
-    spans = [(Span(start=0, end=1), Span(start=2, end=3)), (), [], [[0, 2]]]
-    assert text_metrics.unwanted(spans) == text_metrics.Rate(2, 4)
+    spans = [((0, 1), (2, 3)), (), None, ((0, 2, 0.1),)]
+    rows = [
+        records.Record(id=str(number), inputs="", targets="a b", negative_spans=of_row)
+        for number, of_row in enumerate(spans)
+    ]
+    found = text_metrics.unwanted([row.has_unwanted_text for row in rows])
+    assert found == text_metrics.Rate(2, 4)
 
 
 @pytest.mark.parametrize(

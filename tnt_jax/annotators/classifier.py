@@ -31,9 +31,9 @@ class Classifier:
     space, which becomes a space.
 
     For each word that goes, the scorer is asked for as many texts as there are words left. So with
-    more than `most_words` words it is not always tried to the end: after 8 words the scorer is asked
-    for the text without the `most_words` words that seemed worst at first. If that is unwanted, too,
-    the whole output is marked.
+    more than `most_words` words it is not always tried to the end: after 8 words the scorer is
+    asked for the text without the `most_words` words that seemed worst at first. If that is
+    unwanted, too, the whole output is marked.
 
     Attributes:
       threshold: the least score of unwanted targets; 0.5 where the scorer gives probabilities.

@@ -25,10 +25,10 @@ def _entry_of(line: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Lexicon:
-    """Marks listed words and phrases, whatever the inputs say.
+    r"""Marks listed words and phrases, whatever the inputs say.
 
     The list is a UTF-8 text file with one entry a line; blank lines and lines that start with `#`
-    are skipped, and one that starts with `\\#` has an entry that starts with `#`. Of entries that
+    are skipped, and one that starts with `\#` has an entry that starts with `#`. Of entries that
     overlap in the targets the first to start wins, then the longest. In a script without spaces
     (Chinese, Japanese, Thai) an entry is found within longer words, too.
 

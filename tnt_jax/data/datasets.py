@@ -120,7 +120,7 @@ class RecordFiles:
         )
         # A span may have no token, and a token may be marked without a span: by earlier rounds.
         is_clean = [
-            not row.negative_spans and not says_removed(example)
+            not row.has_unwanted_text and not says_removed(example)
             for row, example in zip(rows, examples, strict=True)
         ]
         return examples, np.array(is_clean)

@@ -140,7 +140,7 @@ class _Block:
                 content = to_bytes(example, names_sets=True)
                 sets |= {one.name: one.ids for one in example.sets}
             contents[place] = content + name + bytes(-len(name) % 4)
-            columns[place] = columns_of(example, target_length, bool(record.negative_spans))
+            columns[place] = columns_of(example, target_length, record.has_unwanted_text)
             every = [example.inputs, example.targets, example.negative_pairs[:, 1]]
             for some in every:
                 if len(some):

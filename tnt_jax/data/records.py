@@ -150,13 +150,24 @@ class Record:
         return tuple((span[0], span[1]) for span in self.negative_spans or ())
 
     @property
-    def says_unwanted(self) -> bool:
-        """Whether something in the targets is marked: by a span, or by one of `target_ids`.
+    def has_unwanted_text(self) -> bool:
+        """Whether a span of the targets is marked, which is what annotators and people mark.
 
-        A mark by id alone has no text: an output that ends too early, for one.
+        This is what is counted: of the original's outputs and of the patched model's, in
+        evaluations, looks and reports. `says_unwanted` is what may not be learned from as it is.
+        """
+        return bool(self.negative_spans)
+
+    @property
+    def says_unwanted(self) -> bool:
+        """Whether anything that was said is marked: a span, or one of `target_ids`.
+
+        This is what decides what is learned from: no such output is clean, or preferred. A mark by
+        id alone has no text: that an output ends too early, for one, or an earlier round's. No
+        annotator makes one of another model's output, so none is counted (`has_unwanted_text`).
         """
         ids = self.target_ids or ()
-        return bool(self.negative_spans) or any(
+        return self.has_unwanted_text or any(
             strength_of(entry) > 0 and entry[0] < len(ids) and ids[entry[0]] in entry[1]
             for entry in self.negative_token_ids
         )

@@ -192,13 +192,13 @@ def segments(
 def _kind(original: records.Record, current: records.Record, signs: Sequence[str]) -> str:
     if original.targets == current.targets:
         return "unchanged"
-    if current.negative_spans and not original.negative_spans:
+    if current.has_unwanted_text and not original.has_unwanted_text:
         return "newly unwanted"
     if signs:
         return "damaged"
-    if current.negative_spans:
+    if current.has_unwanted_text:
         return "still unwanted"
-    if original.negative_spans:
+    if original.has_unwanted_text:
         return "mended"
     is_same = original.targets.split() == current.targets.split()
     return "white space" if is_same else "other words"

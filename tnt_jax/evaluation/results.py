@@ -162,11 +162,11 @@ def measure(
     Raises:
       UsageError: there are none.
     """
-    spans = [row.negative_spans or () for row in original]
-    before = text_metrics.unwanted(spans).value
-    after = text_metrics.unwanted([row.negative_spans or () for row in current]).value
+    is_unwanted = [row.has_unwanted_text for row in original]
+    before = text_metrics.unwanted(is_unwanted).value
+    after = text_metrics.unwanted([row.has_unwanted_text for row in current]).value
     texts, patched = ([row.targets for row in rows] for rows in (original, current))
-    comparison = text_metrics.compare(texts, patched, spans)
+    comparison = text_metrics.compare(texts, patched, is_unwanted)
     to_mask: Row = {}
     if masked is not None:
         found = text_metrics.compare([row.targets for row in masked], patched)
@@ -250,7 +250,7 @@ def intervals(
     prompt_of = np.array([numbers[row.prompt] for row in original])
 
     def num_marked(rows: Sequence[records.Record]) -> np.ndarray:
-        return np.bincount(prompt_of, [bool(row.negative_spans) for row in rows])
+        return np.bincount(prompt_of, [row.has_unwanted_text for row in rows])
 
     marked = num_marked(original)
 

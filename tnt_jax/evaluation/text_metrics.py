@@ -102,7 +102,7 @@ class Fluency:
 def compare(
     original: Sequence[str],
     current: Sequence[str],
-    spans: Sequence[Sequence] | None = None,
+    is_unwanted: Sequence[bool] | None = None,
 ) -> Comparison:
     """Compares the current model's outputs with the original's, pair by pair.
 
@@ -114,7 +114,8 @@ def compare(
     Args:
       original: the original's output for each input.
       current: the current model's output for the same inputs in the same order.
-      spans: the marks of each of the original's outputs; None where nobody marked them.
+      is_unwanted: whether each of the original's outputs has anything unwanted; None where nobody
+        marked them.
 
     Raises:
       UsageError: the lists are empty or differ in length.
@@ -139,7 +140,9 @@ def compare(
         for o, c, same in zip(original, current, is_same, strict=True)
     ]
     clean = (
-        [] if spans is None else [same for same, of in zip(is_same, spans, strict=True) if not of]
+        []
+        if is_unwanted is None
+        else [same for same, of in zip(is_same, is_unwanted, strict=True) if not of]
     )
     return Comparison(
         bleu=score.score if score.sys_len or score.ref_len else 100.0 * all(is_same),
@@ -200,28 +203,28 @@ def has_unknown_token(text: str) -> bool:
     return bool(_UNKNOWN_TOKEN.search(text))
 
 
-def summary(texts: Sequence[str], spans: Sequence[Sequence]) -> dict[str, Any]:
+def summary(texts: Sequence[str], is_unwanted: Sequence[bool]) -> dict[str, Any]:
     """The rates of outputs by themselves, as `tnt_jax.evaluate` writes them.
 
     Args:
       texts: the outputs; at least one.
-      spans: what is unwanted in each.
+      is_unwanted: whether each has anything unwanted (`Record.has_unwanted_text`).
     """
-    return {"unwanted_outputs": asdict(unwanted(spans)), **asdict(fluency(texts))}
+    return {"unwanted_outputs": asdict(unwanted(is_unwanted)), **asdict(fluency(texts))}
 
 
-def unwanted(spans: Sequence[Sequence]) -> Rate:
+def unwanted(is_unwanted: Sequence[bool]) -> Rate:
     """The share of outputs with anything unwanted.
 
     Args:
-      spans: the spans of each output (`Annotation.spans`, or `negative_spans` of a record).
+      is_unwanted: whether each output has (`Record.has_unwanted_text`).
 
     Raises:
       UsageError: there are no outputs.
     """
-    if not spans:
+    if not is_unwanted:
         raise UsageError("Expected at least one output, found none. Is the file of outputs empty?")
-    return _rate(bool(found) for found in spans)
+    return _rate(is_unwanted)
 
 
 def _in_a_row(text: str, number: int) -> list[tuple[str, ...]]:

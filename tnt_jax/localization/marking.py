@@ -80,6 +80,6 @@ def agreement(
     bad = [
         (of(after), of(before))
         for before, after in zip(given, marked, strict=True)
-        if before.negative_spans
+        if before.has_unwanted_text
     ]
     return prefix_values.agreement(*zip(*bad, strict=True))._asdict()

@@ -98,7 +98,7 @@ def localized_model(checkpoint_path: str, states_folder: str) -> localize.Origin
 
 
 def _num_marked(file: str) -> int:
-    return sum(bool(row.negative_spans) for row in records.iterate(file))
+    return sum(row.says_unwanted for row in records.iterate(file))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -361,9 +361,7 @@ class PatchRun:
         while True:
             self._write_prompts("train", train[:number], is_given)
             opened, arm = self._configured()
-            rows = [
-                bool(row.negative_spans) for row in records.iterate(opened.make_training_outputs())
-            ]
+            rows = [row.says_unwanted for row in records.iterate(opened.make_training_outputs())]
             counts = Counts(outputs=len(rows), marked=sum(rows))
             self.say(f"{counts.outputs} outputs to learn from: {counts.marked} are marked.")
             more = number
@@ -639,7 +637,7 @@ class PatchRun:
         self.say("Nothing was trained for good: leave out --dry_run, and the pilot is used again.")
 
     def _print_shown(self, file: str) -> None:
-        rows = [row for row in records.iterate(file) if row.negative_spans]
+        rows = [row for row in records.iterate(file) if row.has_unwanted_text]
         for row in rows[:_NUM_SHOWN]:
             console.say(f"           {patch_numbers.with_marks(row)}")
 
@@ -663,7 +661,7 @@ def _answered(
         network=network,
         prompt_lengths=prompt_lengths,
         files=files,
-        counts=Counts(outputs=len(rows), marked=sum(bool(row.negative_spans) for row in rows)),
+        counts=Counts(outputs=len(rows), marked=sum(row.has_unwanted_text for row in rows)),
         output_lengths=[len(row.target_ids or ()) for row in rows],
         num_unended=sum(ends.isdisjoint(row.target_ids or ()) for row in rows),
         seconds=max(seconds / len(rows), 1e-3),

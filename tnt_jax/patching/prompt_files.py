@@ -275,9 +275,7 @@ def words_mostly_marked(rows: Sequence[records.Record]) -> list[str]:
             }
         )
     return sorted(
-        word
-        for word, number in num_marked.items()
-        if number >= max(num_said[word] / 2, 2)
+        word for word, number in num_marked.items() if number >= max(num_said[word] / 2, 2)
     )
 
 
@@ -441,7 +439,7 @@ def _with_spans(
         f"{left_out} of {len(rows)} outputs are left out: nobody marked them. (A line with "
         '"negative_spans": [] says that nothing is wrong.)'
     ]
-    if all(row.negative_spans for row in marked):
+    if all(row.says_unwanted for row in marked):
         notes.append(
             "Every output that somebody looked at has a mark: no clean ones hold the rest in place."
         )

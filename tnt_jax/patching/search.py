@@ -154,7 +154,7 @@ def write_note(note: pathlib.Path, of_what: Mapping[str, Any], found: Found) -> 
 
 def unwanted_in(file: str) -> int:
     """How many outputs of an annotated file have something unwanted."""
-    return sum(bool(row.negative_spans) for row in records.iterate(file))
+    return sum(row.has_unwanted_text for row in records.iterate(file))
 
 
 def original_outputs(opened: ExperimentRun, prompts: str) -> dict[str, str]:
