@@ -688,6 +688,10 @@ def test_a_pipeline_reads_an_edited_word_list(original, capsys):
     printed = capsys.readouterr().out
     assert "greedy outputs on 30 unseen prompts" in printed
     assert "EVAL_PROMPTS: " not in printed
+    # A file of prompts is an input: nothing else in a note says what they are, as in older notes.
+    note = json.loads(pathlib.Path("edited/stages/original_generate_greedy.json").read_text())
+    assert {"corpus.jsonl", "odd.jsonl"} & {*note["described"]["inputs"]} == {"odd.jsonl"}
+    assert note["described"]["version"] == ""
     words.write_text(words.read_text() + "quiet\n")
     assert rooms.run("pipeline", settings) == 0
     done, kept = stages(capsys.readouterr().out)
