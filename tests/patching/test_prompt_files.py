@@ -84,8 +84,8 @@ def test_whatever_is_marked_is_looked_for_in_new_outputs(tmp_path):
     assert found.notes == [
         "New outputs are looked at for the 6 texts that are marked in the given ones: nobody has "
         "marked these outputs.",
-        "In 1 of 120 outputs white space alone is marked, the first one 'a5': it is learned from, "
-        "and not looked for in new outputs.",
+        "In 1 of 120 outputs white space is marked, or a sign that most outputs say unmarked, the "
+        "first one 'a5': it is learned from, and not looked for in new outputs.",
     ]
     found.write_words(tmp_path)
     lexicon = annotators.Lexicon(path=str(tmp_path / "marked_texts.txt"))
@@ -98,9 +98,18 @@ def test_whatever_is_marked_is_looked_for_in_new_outputs(tmp_path):
 
 def test_white_space_alone_is_nothing_to_look_for(tmp_path):
     rows = [with_marks(row, ((1, 2),)) for row in OUTPUTS]
-    message = "--records: expected something marked in some outputs, found nothing, or white space"
+    message = "--records: expected something marked in some outputs, found nothing, white space, or"
     with pytest.raises(UsageError, match=message):
         read(tmp_path, rows, Unwanted(records=str(tmp_path / "rows.jsonl")))
+
+
+def test_a_full_stop_that_somebody_marked_is_not_looked_for_in_every_sentence():
+    rows = [with_marks(dataclasses.replace(row, targets=f"{row.targets}."), ()) for row in OUTPUTS]
+    end = len(rows[0].targets)
+    rows[0] = with_marks(rows[0], ((end - 1, end), (0, 1)))
+    assert prompt_files.marked_texts(rows) == [rows[0].targets[0]]
+    rows = [with_marks(row, ((len(row.targets) - 1, len(row.targets)),)) for row in rows]
+    assert prompt_files.marked_texts(rows) == ["."]
 
 
 def test_signs_that_make_outputs_bad_are_looked_for():

@@ -251,10 +251,22 @@ def _holds(path: pathlib.Path, rows: Sequence[records.Record], everywhere: Seque
 def marked_texts(rows: Sequence[records.Record]) -> list[str]:
     """The different texts that are marked in outputs, each on one line, sorted.
 
-    White space is left out, which no list finds; all else has a word (`words.extents`).
+    White space is left out, which no list finds; all else has a word (`words.extents`). So is what
+    has no letter or digit and is left unmarked by most outputs that say it: one full stop that
+    somebody marked would make every sentence an unwanted one.
     """
-    texts = (" ".join(row.targets[start:end].split()) for row in rows for start, end in row.offsets)
-    return sorted({text for text in texts if text})
+    num_marked = collections.Counter(text for row in rows for text in _marked_in(row))
+    signs = {text for text in num_marked if not any(map(str.isalnum, text))}
+    num_said = collections.Counter(text for row in rows for text in signs if text in row.targets)
+    return sorted(
+        text
+        for text, number in num_marked.items()
+        if text and (text not in signs or number >= num_said[text] / 2)
+    )
+
+
+def _marked_in(row: records.Record) -> set[str]:
+    return {" ".join(row.targets[start:end].split()) for start, end in row.offsets}
 
 
 def words_mostly_marked(rows: Sequence[records.Record]) -> list[str]:
@@ -332,7 +344,7 @@ class Texts:
             _check_labels(rows, unwanted.labels)
         elif are_given:
             marked = _check_marked(rows, f"--{unwanted.kind}")
-            notes += [_about_new_outputs(len(marked)), *_about_white_space(rows)]
+            notes += [_about_new_outputs(len(marked)), *_about_left_out(rows, marked)]
         parts = split(rows, eval_rows)
         digest = records.digest([*parts.train, *parts.choice, *parts.report])
         everywhere: tuple[int, ...] = ()
@@ -383,18 +395,15 @@ def _about_new_outputs(num_marked: int) -> str:
     )
 
 
-def _about_white_space(rows: Sequence[records.Record]) -> list[str]:
-    """What is to be said where something is marked that no list of words finds."""
-    found = [
-        row.id
-        for row in rows
-        if any(not row.targets[start:end].strip() for start, end in row.offsets)
-    ]
+def _about_left_out(rows: Sequence[records.Record], listed: Sequence[str]) -> list[str]:
+    """What is to be said where something is marked that is not in the list of `marked_texts`."""
+    found = [row for row in rows if _marked_in(row) - {*listed}]
     if not found:
         return []
     return [
-        f"In {len(found)} of {len(rows)} outputs white space alone is marked, the first one "
-        f"{found[0]!r}: it is learned from, and not looked for in new outputs."
+        f"In {len(found)} of {len(rows)} outputs white space is marked, or a sign that most "
+        f"outputs say unmarked, the first one {found[0].id!r}: it is learned from, and not looked "
+        "for in new outputs."
     ]
 
 
@@ -457,7 +466,7 @@ def _check_marked(rows: Sequence[records.Record], flag: str) -> list[str]:
     texts = marked_texts(rows)
     if not texts:
         raise UsageError(
-            f"{flag}: expected something marked in some outputs, found nothing, or white space "
-            f"alone, in {len(rows)}."
+            f"{flag}: expected something marked in some outputs, found nothing, white space, "
+            f"or signs that most outputs say unmarked, in {len(rows)}."
         )
     return texts
