@@ -231,15 +231,15 @@ def sweep(
             arms, choices, rows, num_missing = _run_what_follows(
                 shared, cells, cut, baseline, frontier_seeds
             )
+            of_choices = _of_choices(rows["rows"], choices)
+            found = {
+                **rows,
+                "chosen": _chosen(shared.opened, of_choices, baseline, choice_share, num_resamples),
+                "settings": {"task": task, "cut": cut, "choice_share": choice_share},
+            }
             # Other processes go on while this one computes: nobody may write less over more.
             if num_processes == 1 or shared.num_missing(arms) >= num_missing:
                 break
-        of_choices = _of_choices(rows["rows"], choices)
-        found = {
-            **rows,
-            "chosen": _chosen(shared.opened, of_choices, baseline, choice_share, num_resamples),
-            "settings": {"task": task, "cut": cut, "choice_share": choice_share},
-        }
         written = shared.opened.root / f"{name}.json"
         files.write_json(str(written), found)
         text = as_markdown(found, experiment.decoders)

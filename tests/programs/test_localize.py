@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from helpers import rooms
 
-from tnt_jax import localize as localize_program
 from tnt_jax.data import marks, records
+from tnt_jax.localization import marking
 from tnt_jax.patching import asked
 from tnt_jax.tokenizers import tokenization
 
@@ -144,12 +144,12 @@ def test_blame_as_strength():
     is_negative[[*first, *last]] = True
     blame = np.zeros(len(ids) + 1)
     blame[first] = 0.6 / len(first)
-    found = localize_program.mark(row, is_negative, vocabulary(), blame)
+    found = marking.mark(row, is_negative, vocabulary(), blame)
     assert found.negative_spans == ((0, 5, 0.6), (10, 15, 0.01))
     blame[last] = 1.0  # rounding may take a sum above 1
-    found = localize_program.mark(row, is_negative, vocabulary(), blame)
+    found = marking.mark(row, is_negative, vocabulary(), blame)
     assert found.negative_spans == ((0, 5, 0.6), (10, 15))
-    certain = localize_program.mark(row, is_negative, vocabulary())
+    certain = marking.mark(row, is_negative, vocabulary())
     assert certain.negative_spans == ((0, 5), (10, 15))
 
 

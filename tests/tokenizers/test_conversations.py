@@ -155,5 +155,5 @@ def test_marks_of_one_conversation_are_not_those_of_another():
     ledger = rounds.Ledger()
     asked = record(messages=[SYSTEM, USER], inputs="same")
     ledger.add(asked.prompt, MarkedTarget(ids, marked, np.zeros(2, np.int32), 0))
-    assert ledger.removed(asked.prompt, ids) == {1: {4: 1.0}}
+    assert ledger.removed(asked.prompt, ids) == {1: rounds.Removed({4: 1.0})}
     assert ledger.removed(record(messages=[USER], inputs="same").prompt, ids) == {}

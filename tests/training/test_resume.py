@@ -90,7 +90,7 @@ def as_killed(model_dir, newest, *, last_line):
 # --- Exactly --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("newest", "last_line"), [(2, 5), (4, 4)])
+@pytest.mark.parametrize(("newest", "last_line"), [(2, 6), (4, 5)])
 def test_a_killed_run_ends_as_the_undisturbed_one(newest, last_line):
     model_dir = f"killed_after_{newest}"
     as_killed(model_dir, newest, last_line=last_line)
@@ -100,7 +100,7 @@ def test_a_killed_run_ends_as_the_undisturbed_one(newest, last_line):
     steps = [
         line["step"] for line in kill_and_resume.lines_of(pathlib.Path(model_dir, "metrics.jsonl"))
     ]
-    assert steps == [1, 2, 3, 4, 5, 6]
+    assert steps == [0, 1, 2, 3, 4, 5, 6]  # 0 is the evaluation of what it starts from
     assert not list(pathlib.Path(model_dir).glob("*tmp*"))
 
 
@@ -142,11 +142,12 @@ def test_a_run_that_was_told_to_stop_saves_and_goes_on_exactly(monkeypatch, caps
     step = run_of("told")["position"]["next_batch"]
     assert 0 < step < 5
     assert f"stopped by SIGTERM: update {step} is saved. The same command goes on" in said
-    assert not kill_and_resume.lines_of(pathlib.Path("told/metrics.jsonl"))
+    lines = kill_and_resume.lines_of(pathlib.Path("told/metrics.jsonl"))
+    assert [line["step"] for line in lines] == [0]
     train("told", **run)
     assert kill_and_resume.difference(pathlib.Path("calm"), pathlib.Path("told")) is None
     lines = kill_and_resume.lines_of(pathlib.Path("told/metrics.jsonl"))
-    assert [line["step"] for line in lines] == [5, 6]
+    assert [line["step"] for line in lines] == [0, 5, 6]
     # The checkpoint of the stop is gone: without it there would have been none.
     for model_dir in ("calm", "told"):
         assert [path.name for path in pathlib.Path(model_dir).glob("checkpoint_*")] == [
@@ -196,10 +197,10 @@ def test_the_comparison_sees_every_difference():
     text = metrics.read_text()
     metrics.write_text(text + text.splitlines()[-1] + "\n")
     assert kill_and_resume.difference(straight, other) == (
-        "metrics.jsonl: expected 6 lines, found 7"
+        "metrics.jsonl: expected 7 lines, found 8"
     )
     metrics.write_text(text.replace('"step": 3, "loss": ', '"step": 3, "loss": 1'))
-    assert kill_and_resume.difference(straight, other).startswith("metrics.jsonl, line 3: expected")
+    assert kill_and_resume.difference(straight, other).startswith("metrics.jsonl, line 4: expected")
     metrics.write_text(text)
     shutil.rmtree(other / "checkpoint_6")
     shutil.copytree(other / "checkpoint_4", other / "checkpoint_6")
