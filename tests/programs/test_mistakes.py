@@ -538,8 +538,12 @@ FULL = (
 )
 
 
-# What its other threads were about to write is thrown away with them, now or a little later.
-orbax_gives_up = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def orbax_gives_up(test):
+    """What its other threads were about to write is thrown away with them: before the test is over,
+    for in another one, where nobody expects it, that is a failure.
+    """
+    ignored = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+    return pytest.mark.usefixtures("reads_left_alone")(ignored(test))
 
 
 @orbax_gives_up

@@ -643,6 +643,7 @@ def test_what_is_too_rare_ends_with_what_would_do(capsys):
     assert re.match(r"too rare: \d+ of (64|72) outputs have something unwanted", found)
 
 
+@pytest.mark.usefixtures("reads_left_alone")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk_ends_with_that_and_the_same_command_goes_on(patched, capsys):
     """What Orbax's other threads were about to write is thrown away with them."""

@@ -70,7 +70,9 @@ class Listed(NamedTuple):
 
 
 class FlagPlaces(NamedTuple):
-    """Where each flag of `TokenAutomaton.flags` is; place 0 is False for everyone.
+    """The places of the flags within `TokenAutomaton.flags`. Place 0 holds a flag that is False.
+
+    Methods take numbers or arrays of them, and return as many places.
 
     Attributes:
         num_states: number of states of the automaton.
@@ -79,15 +81,18 @@ class FlagPlaces(NamedTuple):
     num_states: int
 
     def into(self, state: Any) -> Any:
-        """Of states, numbers or arrays: whether no token may lead there."""
+        """The places of the flags that say whether no token may lead into a state."""
         return 1 + state
 
     def end_in(self, state: Any) -> Any:
-        """Of states: whether no output may end there."""
+        """The places of the flags that say whether no output may end in a state."""
         return 1 + self.num_states + state
 
     def of_mentions(self, made: np.ndarray) -> np.ndarray:
-        """Of sets of mentions, int32: whether one of them is unwanted; of none of them, place 0."""
+        """The places (int32) of the flags that say whether a set has an unwanted mention.
+
+        Set 0 has no mention: its place is 0.
+        """
         return np.where(made > 0, 1 + 2 * self.num_states + made, 0).astype(np.int32)
 
 
@@ -274,7 +279,7 @@ class TokenAutomaton:
 
     @property
     def flag_places(self) -> FlagPlaces:
-        """Where each flag is."""
+        """The places of this list's flags."""
         return FlagPlaces(len(self.automaton.states))
 
     def flags(

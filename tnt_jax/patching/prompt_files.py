@@ -397,7 +397,8 @@ def _about_new_outputs(num_marked: int) -> str:
 
 def _about_left_out(rows: Sequence[records.Record], listed: Sequence[str]) -> list[str]:
     """What is to be said where something is marked that is not in the list of `marked_texts`."""
-    found = [row for row in rows if _marked_in(row) - {*listed}]
+    known = {*listed}
+    found = [row for row in rows if not _marked_in(row).issubset(known)]
     if not found:
         return []
     return [

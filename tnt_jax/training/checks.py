@@ -14,16 +14,25 @@ from tnt_jax.training.trainer import Trainer
 def check_schedule(
     keep: settings.Keep, schedule: settings.Schedule, trainer: Trainer, *, has_evaluation: bool
 ) -> None:
-    """Raises a UsageError where what happens after so many updates does not go together.
+    """Raises a UsageError where evaluations and checkpoints do not go together.
 
     Args:
       keep: Which checkpoints are kept.
-      schedule: After how many updates what is done.
+      schedule: How often the run evaluates and saves.
       trainer: The run's trainer.
       has_evaluation: Whether there are examples to evaluate.
     """
-    check_kept_are_written(keep, schedule)
-    check_is_evaluated(schedule, has_evaluation=has_evaluation)
+    if keep.every is not None and keep.every % schedule.checkpoint_every:
+        raise UsageError(
+            f"KEEP_EVERY: expected a multiple of CHECKPOINT_EVERY, which is "
+            f"{schedule.checkpoint_every}, found {keep.every}: no checkpoint is written after "
+            f"{keep.every} updates."
+        )
+    if schedule.eval_every != settings.EVAL_EVERY and not has_evaluation:
+        raise UsageError(
+            f"EVAL_EVERY is set, to {schedule.eval_every}, and EVAL_DATASET is None. Set "
+            "EVAL_DATASET, too, or leave it out."
+        )
     check_best_is_measured(keep, schedule, trainer, has_evaluation=has_evaluation)
 
 
@@ -32,11 +41,7 @@ def check_best_is_measured(
 ) -> None:
     """Raises a UsageError unless KEEP_BEST is measured whenever a checkpoint is written.
 
-    Args:
-      keep: Which checkpoints are kept.
-      schedule: After how many updates what is done.
-      trainer: The run's trainer.
-      has_evaluation: Whether there are examples to evaluate.
+    The arguments are those of `check_schedule`.
     """
     if keep.best is None:
         return
@@ -59,35 +64,6 @@ def check_best_is_measured(
         "a CHECKPOINT_EVERY that is a multiple of EVAL_EVERY; found "
         f"{found if has_evaluation else 'no EVAL_DATASET'}."
     )
-
-
-def check_is_evaluated(schedule: settings.Schedule, *, has_evaluation: bool) -> None:
-    """Raises a UsageError where EVAL_EVERY says how often nothing is evaluated.
-
-    Args:
-      schedule: After how many updates what is done.
-      has_evaluation: Whether there are examples to evaluate.
-    """
-    if schedule.eval_every != settings.EVAL_EVERY and not has_evaluation:
-        raise UsageError(
-            f"EVAL_EVERY is set, to {schedule.eval_every}, and EVAL_DATASET is None. Set "
-            "EVAL_DATASET, too, or leave it out."
-        )
-
-
-def check_kept_are_written(keep: settings.Keep, schedule: settings.Schedule) -> None:
-    """Raises a UsageError unless there is a checkpoint wherever KEEP_EVERY keeps one.
-
-    Args:
-      keep: Which checkpoints are kept.
-      schedule: After how many updates what is done.
-    """
-    if keep.every is not None and keep.every % schedule.checkpoint_every:
-        raise UsageError(
-            f"KEEP_EVERY: expected a multiple of CHECKPOINT_EVERY, which is "
-            f"{schedule.checkpoint_every}, found {keep.every}: no checkpoint is written after "
-            f"{keep.every} updates."
-        )
 
 
 def check_best_has_marks(
