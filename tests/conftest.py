@@ -73,6 +73,7 @@ SLOW_FILES = {
     *("test_gguf", "test_report_browser", "test_start", "test_t5x_plugin", "test_opened_once"),
     *("test_peft", "test_causal_lm", "test_causal_lm_parity", "test_chat_main_job"),
     *("test_damaged_causal_lm", "test_attention", "test_smollm2", "test_patch"),
+    *("test_negative_sets", "test_preemption"),
 }
 
 

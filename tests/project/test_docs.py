@@ -7,6 +7,7 @@ why it is not run. The tutorial is run as it stands, tests/programs/test_tutoria
 import ast
 import contextlib
 import doctest
+import functools
 import importlib
 import importlib.util
 import itertools
@@ -328,6 +329,7 @@ def slug(heading):
     return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower())
 
 
+@functools.cache
 def anchors(text):
     tokens = MARKDOWN.parse(text)
     return {
