@@ -348,14 +348,24 @@ def test_loss_until_the_first_negative(pairs, expected):
     assert loss_mask_until("end", one.targets, one.negative_pairs) is None
 
 
-def test_what_is_raised_is_no_mistake():
+@pytest.mark.parametrize(
+    ("strengths", "spans", "expected"),
+    [
+        ([-2.0, 1.0], [0, 0, 0, 0, -1], [1, 1, 1, 1, 0]),
+        ([0.01, 1.0], [0, 0, 0, 0, -1], [1, 1, 1, 1, 0]),
+        ([0.01, 1.0], [0, 1, 0, 0, -1], [1, 1, 0, 0, 0]),  # somebody marked it, however unsure
+        ([0.9999, -1.0], [0, 0, 0, 0, -1], None),
+    ],
+)
+def test_what_is_raised_or_only_lowered_is_no_mistake_unless_a_span_marks_it(
+    strengths, spans, expected
+):
     one = example(targets=[5, 6, 7, 8, 1], pairs=[(1, 6), (3, 8)])
-    marks = one.targets, one.negative_pairs
-    found = loss_mask_until("first_negative", *marks, np.array([-2.0, 0.5]))
-    assert found.tolist() == [1, 1, 1, 1, 0]
-    for strengths, expected in (([-2.0, 0.5], True), ([-2.0, -1.0], False)):
-        graded = dataclasses.replace(one, negative_strengths=np.array(strengths))
-        assert says_removed(graded) == expected
+    strengths, spans = np.array(strengths), np.array(spans)
+    found = loss_mask_until("first_negative", one.targets, one.negative_pairs, strengths, spans)
+    assert (found if found is None else found.tolist()) == expected
+    graded = dataclasses.replace(one, negative_strengths=strengths, span_numbers=spans)
+    assert says_removed(graded) == (expected is not None)
 
 
 def test_loss_until_what_is_unknown():

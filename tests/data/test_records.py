@@ -87,7 +87,7 @@ def test_strengths_are_read_as_written_and_1_is_no_strength(tmp_path):
         (((0, 1),), (), True, True),
         (((0, 1, 0.01),), (), True, True),
         ((), ((0, (7,)),), False, True),  # its own id
-        ((), ((0, (7,), 0.5),), False, True),
+        ((), ((0, (7,), 0.9999),), False, False),  # lowered
         ((), ((0, (7,), -0.5),), False, False),  # raised
         ((), ((0, (5, 9)), (1, (7,))), False, False),  # others than are said there
     ],

@@ -352,6 +352,8 @@ def test_looking_ahead_leaves_the_labels_and_the_values_as_they_are(looked_ahead
         assert all(records.strength_of(span) == 0.01 for span in row.negative_spans)
         assert len(row.extra["values"]) == len(plain.extra["values"])
         assert all(entry[0] < len(row.target_ids) for entry in row.negative_token_ids)
+        # What was said in a good output is lowered somewhere, and makes it no bad one.
+        assert bool(row.negative_spans) == row.says_unwanted
     assert "LookAhead(num_tokens=6, least_strength=-9.0" in looked_ahead[0][0].annotator
     assert looked_ahead[1]["auc_at_end"] > 0.95
 

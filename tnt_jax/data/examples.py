@@ -328,16 +328,19 @@ def loss_mask_until(
     targets: np.ndarray,
     negative_pairs: np.ndarray,
     strengths: np.ndarray | None = None,
+    span_numbers: np.ndarray | None = None,
 ) -> np.ndarray | None:
     """The loss mask of a target that counts up to an end.
 
     Args:
-        end: one of LOSS_UNTIL. "first_negative" leaves no loss after the first token that is
-            itself removed, for what follows a mistake is the consequence of it. Ids that are
-            removed beside another token are no mistake of the target's.
+        end: one of LOSS_UNTIL. "first_negative" leaves no loss after the first token of a span, or
+            that is itself removed, for what follows a mistake is the consequence of it. Ids that
+            are removed beside another token are no mistake of the target's.
         targets: `[T]` token ids.
         negative_pairs: `[M, 2]` rows (position, id), sorted.
-        strengths: `[M]`, of each; None where all are 1. An id that is raised is no mistake.
+        strengths: `[M]`, of each; None where all are 1. An id that is only lowered, or raised, is
+            no mistake unless a span marks it.
+        span_numbers: `[T]`, above 0 where a span marks the token; None where there is no span.
 
     Returns:
         `[T]` int32; None where all tokens count.
@@ -347,26 +350,32 @@ def loss_mask_until(
     """
     if end not in LOSS_UNTIL:
         raise UsageError(f"loss_until: expected one of {', '.join(LOSS_UNTIL)}, found {end!r}.")
-    mistakes = _removed_targets(targets, negative_pairs, strengths)
+    mistakes = _mistakes(targets, negative_pairs, strengths, span_numbers)
     if end == "end" or not len(mistakes):
         return None
     return (np.arange(len(targets)) <= mistakes[0]).astype(np.int32)
 
 
 def says_removed(example: Example) -> bool:
-    """Whether a target token is itself to be removed, not only others in its place."""
-    found = _removed_targets(example.targets, example.negative_pairs, example.negative_strengths)
-    return bool(len(found))
+    """Whether a target token is itself to be removed, or marked by a span."""
+    pairs, strengths = example.negative_pairs, example.negative_strengths
+    return bool(len(_mistakes(example.targets, pairs, strengths, example.span_numbers)))
 
 
-def _removed_targets(
-    targets: np.ndarray, negative_pairs: np.ndarray, strengths: np.ndarray | None
+def _mistakes(
+    targets: np.ndarray,
+    negative_pairs: np.ndarray,
+    strengths: np.ndarray | None,
+    span_numbers: np.ndarray | None,
 ) -> np.ndarray:
-    """The positions whose target token is itself to be removed, or lowered."""
+    """The positions whose target token is itself removed, or lowered because a span marks it."""
     positions, ids = negative_pairs.T
     is_mistake = ids == targets[positions]
     if strengths is not None:
-        is_mistake &= strengths > 0
+        is_whole = strengths == 1
+        if span_numbers is not None:
+            is_whole |= span_numbers[positions] > 0
+        is_mistake &= is_whole
     return positions[is_mistake]
 
 

@@ -64,7 +64,11 @@ def example_from_record(
         negative_pairs=marked.negative_pairs,
         negative_strengths=marked.negative_strengths,
         loss_mask=loss_mask_until(
-            loss_until, marked.target_ids, marked.negative_pairs, marked.negative_strengths
+            loss_until,
+            marked.target_ids,
+            marked.negative_pairs,
+            marked.negative_strengths,
+            marked.span_numbers,
         ),
         span_numbers=marked.span_numbers,
         sets=tuple(

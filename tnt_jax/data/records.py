@@ -160,15 +160,17 @@ class Record:
 
     @property
     def says_unwanted(self) -> bool:
-        """Whether anything that was said is marked: a span, or one of `target_ids`.
+        """Whether anything that was said is marked: a span, or one of `target_ids` is removed.
 
         This is what decides what is learned from: no such output is clean, or preferred. A mark by
         id alone has no text: that an output ends too early, for one, or an earlier round's. No
-        annotator makes one of another model's output, so none is counted (`has_unwanted_text`).
+        annotator makes one of another model's output, so none is counted (`has_unwanted_text`). An
+        id that is lowered by less than 1 may still be said: so `localize` lowers, in good outputs
+        too, whatever fewer texts end well after.
         """
         ids = self.target_ids or ()
         return self.has_unwanted_text or any(
-            strength_of(entry) > 0 and entry[0] < len(ids) and ids[entry[0]] in entry[1]
+            strength_of(entry) == 1 and entry[0] < len(ids) and ids[entry[0]] in entry[1]
             for entry in self.negative_token_ids
         )
 

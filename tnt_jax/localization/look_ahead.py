@@ -31,6 +31,7 @@ from tnt_jax.runtime.array_types import Array, Bool, Float, Int, PyTree
 from tnt_jax.runtime.errors import UsageError
 
 _LEAST_CHANGE = 0.01  # smaller strengths are not written: they are errors of values, in large files
+_MOST = 0.9999  # a strength of 1 would say that an output with the token is bad: `says_unwanted`
 _BATCHES_AT_ONCE = 8  # of each head: so many outputs are looked at before their records are written
 
 
@@ -365,7 +366,7 @@ class Strengths:
         num_tokens = len(marks.ids_and_extents(row, self._vocabulary)[0])
         found: dict[int, dict[int, float]] = {}
         for position, column in np.argwhere(np.abs(strengths[:num_tokens]) >= _LEAST_CHANGE):
-            strength = prefix_values.short(strengths[position, column])
+            strength = min(prefix_values.short(strengths[position, column]), _MOST)
             found.setdefault(int(position), {})[int(ids[position, column])] = strength
             self._num_lowered += strength > 0
             self._num_raised += strength < 0
