@@ -3,10 +3,10 @@
     python benchmarks/collect_results.py docs/results.json runs/venues_sweep/results.json \
       runs/venues_sweep/ablations.json --output=docs/results.json --tables=docs/results_tables.md
 
-Writes {"rows": of all, each with its "sweep", "sweeps": of each its "name", "settings"
-and "chosen"}, a page of the tables of every sweep with all columns, and prints the tables with the
-main columns. What it wrote before can be among the files: a sweep that is given again takes the
-place of the one before.
+Writes {"rows": of all, each with its "sweep", "choice_rows": the same on the prompts that weights
+and rates were chosen on, "sweeps": of each its "name", "settings" and "chosen"}, and a page of the
+tables of every sweep with all columns; prints the tables with the main columns. What it wrote
+before can be among the files: a sweep that is given again takes the place of the one before.
 
 Takes 3 seconds and 220 MB of memory.
 """
@@ -14,6 +14,7 @@ Takes 3 seconds and 220 MB of memory.
 import argparse
 import json
 import pathlib
+import re
 
 from tnt_jax.evaluation import tables
 from tnt_jax.runtime import files
@@ -37,6 +38,14 @@ def as_tables(sweeps, in_full):
     return "\n".join(texts)
 
 
+def settings_of(found):
+    """The settings of a sweep, but for where it was run."""
+    settings = dict(found["settings"])
+    if settings.get("gin"):
+        settings["gin"] = re.sub(r"^OUTPUT_DIR = .*\n", "", settings["gin"], flags=re.MULTILINE)
+    return settings
+
+
 def main():
     """Writes the file and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -44,21 +53,25 @@ def main():
     parser.add_argument("--output", required=True, help="the JSON file to write")
     parser.add_argument("--tables", help="the page to write")
     arguments = parser.parse_args()
-    rows, sweeps = {}, {}
+    rows, sweeps = {kind: {} for kind in ("rows", "choice_rows")}, {}
     for path in arguments.results:
         found = json.loads(path.read_text("utf-8"))
         if "sweeps" in found:
             sweeps |= {of["name"]: of for of in found["sweeps"]}
-            rows |= {
-                name: [row for row in found["rows"] if row["sweep"] == name] for name in sweeps
-            }
+            for kind, of_sweeps in rows.items():
+                for row in found.get(kind, ()):
+                    of_sweeps.setdefault(row["sweep"], []).append(row)
             continue
         name = f"{path.parent.name}, {path.stem}"
-        sweeps[name] = {"name": name, "settings": found["settings"], "chosen": found["chosen"]}
-        rows[name] = [{"sweep": name, **row} for row in found["rows"]]
+        sweeps[name] = {"name": name, "settings": settings_of(found), "chosen": found["chosen"]}
+        for kind, of_sweeps in rows.items():
+            of_sweeps[name] = [{"sweep": name, **row} for row in found[kind]]
     print(as_tables(sweeps.values(), in_full=False))
-    of_all = [row for of_sweep in rows.values() for row in of_sweep]
-    files.write_json(arguments.output, {"rows": of_all, "sweeps": list(sweeps.values())})
+    of_all = {
+        kind: [row for name in sweeps for row in of_sweeps.get(name, ())]
+        for kind, of_sweeps in rows.items()
+    }
+    files.write_json(arguments.output, {**of_all, "sweeps": list(sweeps.values())})
     if arguments.tables:
         files.write_text(arguments.tables, HEAD + as_tables(sweeps.values(), in_full=True))
 

@@ -8,6 +8,7 @@ It writes `results.json` and, as tables, `results.md`. In `results.json`, "rows"
 weight, rate, seed and decoder on the prompts that were not used to choose weights; "choice_rows"
 has the same on the prompts that were; "chosen" has each arm at its chosen weight and rate, averaged
 over seeds, with intervals over prompts. "steps" and "train_seconds" count all rounds of an arm.
+"settings" has the version of this package, and as "gin" all settings that the run was given.
 
 When all arms are done, those on the frontier of cut and BLEU can be run with further seeds
 (FRONTIER_SEEDS). Of many weights and rates most are not chosen: ONLY_CHOSEN_IN_FULL spares these
@@ -29,12 +30,12 @@ from typing import Any
 
 import msgspec
 
-from tnt_jax import objectives
+from tnt_jax import __version__, objectives
 from tnt_jax.data import records
 from tnt_jax.evaluation import evaluations, results, tables
 from tnt_jax.experiments.experiment import Changes, Experiment, check_rounds
 from tnt_jax.experiments.experiment_run import ExperimentRun, open_run
-from tnt_jax.runtime import console, files, holding, program, stages
+from tnt_jax.runtime import console, files, holding, operative_config, program, stages
 from tnt_jax.runtime.errors import UsageError
 
 _ARM = ("decoder", "objective")  # of one weight and rate each: rows that have these alike
@@ -235,7 +236,13 @@ def sweep(
             found = {
                 **rows,
                 "chosen": _chosen(shared.opened, of_choices, baseline, choice_share, num_resamples),
-                "settings": {"task": task, "cut": cut, "choice_share": choice_share},
+                "settings": {
+                    "task": task,
+                    "cut": cut,
+                    "choice_share": choice_share,
+                    "version": __version__,
+                    "gin": operative_config.given(),
+                },
             }
             # Other processes go on while this one computes: nobody may write less over more.
             if num_processes == 1 or shared.num_missing(arms) >= num_missing:

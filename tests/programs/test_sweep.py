@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from helpers import rooms
 
+import tnt_jax
 from tnt_jax.data import records
 from tnt_jax.evaluation.results import intervals, is_for_choice
 from tnt_jax.runtime import stages
@@ -64,6 +65,18 @@ def test_every_arm_is_there(swept):
     # The frontier is that of trained arms.
     assert {row["objective"] for row in swept["chosen"] if "is_pareto" in row} == {"TNRF", "UL+LL"}
     assert any(row.get("is_pareto") for row in swept["chosen"])
+
+
+def test_what_it_wrote_says_how_to_make_it_again(swept):
+    assert swept["settings"]["version"] == tnt_jax.__version__
+    settings = swept["settings"]["gin"].replace("'swept'", "'swept_again'")
+    pathlib.Path("again.gin").write_text(settings)
+    assert rooms.run_program("sweep", ["--gin_file=again.gin"]) == 0
+
+    def numbers(found):
+        return [{**row, "train_seconds": 0.0} for row in found["rows"] + found["choice_rows"]]
+
+    assert numbers(results("swept_again")) == numbers(swept)
 
 
 def test_what_an_arm_moved_is_measured_on_prompts_of_the_report(swept):

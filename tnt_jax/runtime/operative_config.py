@@ -95,6 +95,14 @@ def _file_of(output: Any, is_folder: bool) -> Any:
     return output / "operative_config.gin" if is_folder else output.with_name(f"{output.name}.gin")
 
 
+def given() -> str | None:
+    """What gin was given, without defaults: the same however much of the work was done before.
+
+    None where it was given nothing.
+    """
+    return gin.config_str() or None
+
+
 def text() -> str | None:
     """What `write` writes; None where gin was given nothing."""
     if not gin.config_str():
