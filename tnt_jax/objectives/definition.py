@@ -24,7 +24,7 @@ UNDIAL: Dong, Lin, Belkin, Huerta and Vulić, "UNDIAL: Self-Distillation with Ad
 Robust Unlearning in Large Language Models" (arXiv 2402.10052). Its target at a marked token `y` is
 `softmax(z0 - beta onehot(y))`, which is `p_new` of strength `1 - exp(-beta)`; its loss is the
 cross-entropy with it, larger than forward KL by the entropy of the target. Its authors mark every
-token of the texts to forget and train on no others.
+token of the texts to forget, or their entities and nouns alone, and train on no others.
 """
 
 import dataclasses
@@ -100,12 +100,15 @@ class FinalTokenPreference:
 
     Source: Paech, Roush, Goldfeder and Shwartz-Ziv, "Antislop: A Comprehensive Framework for
     Identifying and Eliminating Repetitive Patterns in Language Models" (arXiv 2510.15061), and
-    `core/ftpo_trainer.py` and `configs/default.yaml` of github.com/sam-paech/auto-antislop, which
-    has these numbers: 20 candidates of a position, `min_p` 0.01, `clip_epsilon_logits` 2,
-    `lambda_mse_target` 0.05, `tau_mse_target` 0.5, `lambda_mse` 0.4. What differs: a position has
-    one rejected id there. The weighted mean is over a batch there, here over a position. Where all
-    chosen ids have won, that code gives all of them the weight 1; the text says that they no longer
-    contribute, and here they do not. That code leaves out positions where fewer than four ids pass.
+    `core/ftpo_trainer.py` and `configs/default.yaml` of github.com/sam-paech/auto-antislop. At
+    commit 30f1694 the latter has these numbers: 20 candidates of a position, `min_p` 0.01,
+    `clip_epsilon_logits` 2, `lambda_mse_target` 0.05, `tau_mse_target` 0.5, `lambda_mse` 0.4. (At
+    4b31cae the two of the targets are 0.25 and 1, and a third tether is switched off.) What
+    differs: a position has one rejected id there, the first token of a phrase; here every marked
+    token has one, unless `MARKS="first_token"`. The weighted mean is over a batch there, here over
+    a position. Where all chosen ids have won, that code gives all of them the weight 1; the text
+    says that they no longer contribute, and here they do not. That code leaves out positions where
+    fewer than four ids pass.
 
     Attributes:
       num_chosen: Most chosen ids at a position.
