@@ -56,7 +56,8 @@ def patch(
       unwanted: What the model must not say.
       cut: The wish: the share of unwanted outputs that shall be gone.
       decoding: "greedy", "sampled" or "both".
-      seconds: That the search may take, from now on.
+      seconds: That all may take from now on, as far as can be foreseen; the first look and the
+        report are always made.
       eval_prompts: Prompts to choose by and to report on; None keeps back some of `prompts`.
       output_format: "same" as the model came in, "huggingface", "peft", "t5x" or "orbax".
       dry_run: Says what would be done, how long it would take and how much memory, and stops.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import pytest
 
@@ -191,8 +192,24 @@ def test_where_outputs_are_cheap_more_of_them_are_learned_from(seconds_per_outpu
 
 def test_what_is_too_rare_is_refused_with_what_would_do():
     # One of 64, and perhaps three more: 4 of 64 are 6 of 100 prompts. 20 take 1,280.
-    with pytest.raises(UsageError, match=r"too rare: 1 of 64 .* about 1280 prompts"):
-        choices.training_outputs(Counts(outputs=64, marked=1), 100)
+    one = Counts(outputs=64, marked=1)
+    expected = r"too rare: 1 of 64 .* about 1280 prompts that bring it up in --prompts, or"
+    with pytest.raises(UsageError, match=expected):
+        choices.training_outputs(one, 100, has_eval_prompts=True)
+    # Two fifths are kept back, so that 3 of 5 are learned from; and the parts are rounded.
+    expected = r"about 2135 prompts that bring it up in --prompts, of which 854 are kept back, or"
+    with pytest.raises(UsageError, match=expected):
+        choices.training_outputs(one, 100)
+
+
+@pytest.mark.parametrize(("marked", "outputs"), [(72, 72), (10, 72), (7, 72), (1, 64), (1, 500)])
+def test_as_many_prompts_as_it_asks_for_are_enough(marked, outputs):
+    found = Counts(outputs=outputs, marked=marked)
+    said = choices.too_rare(found, outputs, has_eval_prompts=False)
+    number, kept_back = map(int, re.findall(r"about (\d+) .* of which (\d+)", said)[0])
+    left = number - sum(choices.split_sizes(number, False))
+    assert left * marked / outputs >= choices.FEWEST_MARKED
+    assert number - kept_back == left
 
 
 # --- The update -----------------------------------------------------------------------------------

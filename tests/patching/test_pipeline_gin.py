@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from tnt_jax.patching import choices, patch_run, pipeline_gin
+from tnt_jax.patching import choices, patch_run, pipeline_gin, search
 from tnt_jax.patching.unwanted import Unwanted
 from tnt_jax.runtime import program
 from tnt_jax.runtime.errors import UsageError
@@ -116,3 +116,22 @@ def test_settings_of_another_optimizer_are_refused_when_it_is_chosen(made, is_in
     gin.write(chosen_with_a_rate(gin.given))
     with pytest.raises(UsageError, match=r"optax\.adamw\.weight_decay: .* makes no optax\.adamw, "):
         patch_run.configure(gin)
+
+
+@pytest.mark.parametrize(
+    ("is_enough", "reason"),
+    [
+        # What `search` takes is not the nearest to the original: tests/patching/test_search.py.
+        (True, "The largest cut of the looks that were enough and within one BLEU of the highest"),
+        (False, "The largest cut"),
+    ],
+)
+def test_the_file_says_why_that_look_was_taken(made, is_enough, reason):
+    look = search.Look(attempt=search.ROUNDS[0], updates=40, cut=0.9, bleu=50.0, unwanted={})
+    found = search.Found(
+        best=look, files="outputs.jsonl", is_enough=is_enough, looks=[look], reason=""
+    )
+    gin = made()
+    gin.write([], found)
+    lines = gin.path.read_text().splitlines()
+    assert lines[lines.index("TRAIN_STEPS = 40") - 2] == f"# {reason}"

@@ -641,6 +641,11 @@ def test_what_is_too_rare_ends_with_what_would_do(capsys):
     words = file("rare.txt", "acorn\n")
     found = mistake(capsys, "rare", words=words)
     assert re.match(r"too rare: \d+ of (64|72) outputs have something unwanted", found)
+    # Wrong marks may be the reason: a dry run shows them.
+    assert run("rare", words=words, dry_run=True) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("tnt_jax.patch: error: too rare: ")
+    assert "[[acorn]]" in shown.out
 
 
 @pytest.mark.usefixtures("reads_left_alone")

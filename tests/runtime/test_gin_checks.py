@@ -140,18 +140,27 @@ def test_what_is_written_in_c_has_no_annotations():
     [
         ("count = 3.0", "int, found 3.0"),
         ("count = True", "int, found True"),
-        ("count = @number", "int, found @number"),
+        ("count = @number", "int, found @number. Write it with parentheses: @number()"),
         ("count = @Wheel()", "int, found @Wheel()"),
         ("length = @pair()", "float, found @pair()"),
         ("wheel = 3", "Wheel or None, found 3"),
-        ("wheel = @Wheel", "Wheel or None, found @Wheel"),
+        ("wheel = @Wheel", "Wheel or None, found @Wheel. Write it with parentheses: @Wheel()"),
         ("wheel = @pair()", "Wheel or None, found @pair()"),
         ("names = 'abc'", "Sequence[str], found 'abc'"),
         ("names = @pair()", "Sequence[str], found @pair()"),
         ("settings = {1: 2}", "Mapping or None, found {1: 2}"),
         ("make = 3", "a reference (@module.name) or None, found 3"),
-        ("make = @Wheel()", "a reference (@module.name) or None, found @Wheel()"),
-        ("rolls = @Wheel", "Rolls or None, found @Wheel"),
+        (
+            "make = @Wheel()",
+            "a reference (@module.name) or None, found @Wheel(). Write it without parentheses: "
+            "@Wheel",
+        ),
+        ("rolls = @Wheel", "Rolls or None, found @Wheel. Write it with parentheses: @Wheel()"),
+        (
+            "make = @a/Wheel()",
+            "a reference (@module.name) or None, found @a/Wheel(). Write it without parentheses: "
+            "@a/Wheel",
+        ),
     ],
 )
 def test_what_does_not(binding, expected):

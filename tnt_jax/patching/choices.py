@@ -333,10 +333,17 @@ def _given_targets(given: Mapping[str, Any]) -> int | None:
     return lengths.get("targets") if isinstance(lengths, Mapping) else None
 
 
-def training_outputs(pilot: Counts, available: int) -> tuple[int, str]:
+def training_outputs(
+    pilot: Counts, available: int, *, has_eval_prompts: bool = False
+) -> tuple[int, str]:
     """How many outputs to learn from, and why.
 
     Enough that about 200 are marked, at least 256, at most one for each prompt.
+
+    Args:
+      pilot: The counts of the pilot's outputs.
+      available: Number of prompts to learn from.
+      has_eval_prompts: Whether the user keeps prompts back, so that none of --prompts are.
 
     Raises:
       UsageError: Even all of them would hardly have 20.
@@ -344,8 +351,7 @@ def training_outputs(pilot: Counts, available: int) -> tuple[int, str]:
     # With as many as two standard errors more than were found.
     at_most = pilot.marked + 2 * math.sqrt(pilot.marked + 1)
     if at_most / pilot.outputs * available < FEWEST_MARKED:
-        wanted = math.ceil(FEWEST_MARKED / max(pilot.share, 0.5 / pilot.outputs))
-        raise UsageError(too_rare(pilot, available, wanted))
+        raise UsageError(too_rare(pilot, available, has_eval_prompts=has_eval_prompts))
     wanted = max(math.ceil(MARKED_WANTED / max(pilot.share, 1e-9)), _FEWEST_OUTPUTS)
     number = min(wanted, available)
     if number < wanted:
@@ -375,14 +381,37 @@ def more_training_outputs(
     return number if number > 1.5 * found.outputs else found.outputs
 
 
-def too_rare(found: Counts, available: int, wanted: int) -> str:
-    """What to do where there is too little to learn from."""
+def too_rare(
+    found: Counts, available: int, *, has_eval_prompts: bool, flag: str = "--prompts"
+) -> str:
+    """What to do where there is too little to learn from.
+
+    Args:
+      found: The counts of the outputs so far.
+      available: Number of prompts to learn from.
+      has_eval_prompts: Whether the user keeps prompts back, so that none of the others are.
+      flag: The flag that names the file of prompts.
+    """
+    wanted = math.ceil(FEWEST_MARKED / max(found.share, 0.5 / found.outputs))
+    kept_back = ""
+    if not has_eval_prompts:
+        wanted = _with_kept_back(wanted)
+        kept_back = f", of which {sum(split_sizes(wanted, False))} are kept back"
     return (
         f"too rare: {found.marked} of {found.outputs} outputs have something unwanted, and at "
         f"least {FEWEST_MARKED} to learn from are expected of {available} prompts. Give about "
-        f"{wanted} prompts that bring it up, or try --decoding=sampled or --decoding=both; for a "
-        "list of words alone, a mask while decoding needs no training (docs/limits.md)."
+        f"{wanted} prompts that bring it up in {flag}{kept_back}, or try --decoding=sampled or "
+        "--decoding=both; for a list of words alone, a mask while decoding needs no training "
+        "(docs/limits.md)."
     )
+
+
+def _with_kept_back(to_learn: int) -> int:
+    """How many prompts a file has to have, for so many to be left to learn from."""
+    share = 1 - _SHARE_OF_CHOICE - _SHARE_OF_REPORT
+    # Rounding up both parts that are kept back may take one more.
+    wanted = min(math.ceil((to_learn + 1) / share), to_learn + 2 * _MOST_KEPT_BACK)
+    return max(wanted, _FEWEST_PROMPTS)
 
 
 # ------------------------------------------------------------------------------------- The update
@@ -533,7 +562,7 @@ class Looks:
 
     Attributes:
       period: Updates from one look to the next.
-      number: Most looks in a run.
+      number: Most looks in an attempt.
       reason: Why this period.
     """
 
@@ -543,7 +572,7 @@ class Looks:
 
 
 def looks(counts: Counts, chosen: Sequence[Choice]) -> Looks:
-    """A look every quarter of an epoch, every 5 to 40 updates; 20 looks at most.
+    """A look every quarter of an epoch, every 5 to 40 updates; 20 looks at most in an attempt.
 
     Args:
       counts: The counts of the training outputs.

@@ -123,6 +123,14 @@ class _Pilot:
     num_unended: int
     seconds: float
 
+    @property
+    def most_marked(self) -> str:
+        """The file with the most marked outputs.
+
+        Of two ways to decode one may say nothing unwanted: nothing can be learned from that one.
+        """
+        return max(self.files.values(), key=_num_marked)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Split:
@@ -151,6 +159,10 @@ class PatchRun:
         self._chosen: list[Choice] = []
         self._more: list[dict[str, Any]] = []  # what is chosen beside settings
 
+    @property
+    def _has_eval_prompts(self) -> bool:
+        return self._asked.eval_prompts is not None
+
     def say(self, text: str) -> None:
         """A line with the time since the beginning."""
         console.say(f"{console.duration(time.monotonic() - self._began):>7}  {text}")
@@ -167,6 +179,8 @@ class PatchRun:
         )
         # What the model says, and how often it is unwanted.
         opened, pilot = self._look_at_the_original()
+        if is_dry:  # before anything is refused: wrong marks may be the reason
+            self._print_unwanted(pilot)
         split = self._choose(opened, pilot)
         if is_dry:
             return self._dry(pilot, split)
@@ -316,7 +330,9 @@ class PatchRun:
         if self._asked.unwanted.are_outputs_given:
             number, reason = available, "all that are marked"
         else:
-            number, reason = choices.training_outputs(pilot.counts, available)
+            number, reason = choices.training_outputs(
+                pilot.counts, available, has_eval_prompts=self._has_eval_prompts
+            )
         self._note(_TO_LEARN_FROM, number, reason, "--prompts")
         to_choose, reason = choices.num_to_choose_by(len(parts.choice), pilot.counts)
         choice_prompts = self._write_prompts("choice", parts.choice[:to_choose])
@@ -381,8 +397,14 @@ class PatchRun:
                     more = number
             if counts.marked < choices.FEWEST_MARKED:
                 if number == len(train):
-                    wanted = choices.FEWEST_MARKED / max(counts.share, 0.5 / counts.outputs)
-                    raise UsageError(choices.too_rare(counts, number, round(wanted)))
+                    raise UsageError(
+                        choices.too_rare(
+                            counts,
+                            number,
+                            has_eval_prompts=self._has_eval_prompts,
+                            flag="--prompts" if self._asked.prompts else "--records",
+                        )
+                    )
                 more = max(more, min(2 * number, len(train)))
             if more == number:
                 return opened, arm, counts
@@ -606,11 +628,8 @@ class PatchRun:
         when = choices.looks(counts, self._chosen)
         self._add_learning_rate(when)
         opened, arm = self._configured()
-        # Of two ways to decode one may say nothing unwanted: nothing can be learned from that one.
-        file = max(pilot.files.values(), key=_num_marked)
-        self._print_shown(file)
         changed = dataclasses.replace(arm.changes, schedule={"train_steps": 3, "log_every": 1})
-        opened.train(name, arm.objective, file, changes=changed)
+        opened.train(name, arm.objective, pilot.most_marked, changes=changed)
         lines = (self._root / name / "model" / "metrics.jsonl").read_text("utf-8").splitlines()
         last = json.loads(lines[-1])
         of_update = last["num_tokens"] / max(last["tokens_per_second"], 1e-9)
@@ -636,8 +655,9 @@ class PatchRun:
         self.say(f"Memory, at its peak so far: {_peak_bytes() / 2**30:.2f} GiB.")
         self.say("Nothing was trained for good: leave out --dry_run, and the pilot is used again.")
 
-    def _print_shown(self, file: str) -> None:
-        rows = [row for row in records.iterate(file) if row.has_unwanted_text]
+    def _print_unwanted(self, pilot: _Pilot) -> None:
+        """Prints some answers of the original that have something unwanted, with their marks."""
+        rows = [row for row in records.iterate(pilot.most_marked) if row.has_unwanted_text]
         for row in rows[:_NUM_SHOWN]:
             console.say(f"           {patch_numbers.with_marks(row)}")
 

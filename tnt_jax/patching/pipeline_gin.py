@@ -204,7 +204,7 @@ class PipelineGin:
 def _about(found: Found | None) -> str:
     if found is None:
         return "Not found yet"
-    enough = "Of the looks that were enough the nearest to the original"
+    enough = "The largest cut of the looks that were enough and within one BLEU of the highest"
     return enough if found.is_enough else "The largest cut"
 
 

@@ -4,10 +4,11 @@ An attempt starts from the original and goes on in legs. After each leg the mode
 prompts, which it is not trained on. Until a look cuts enough, the one with the larger cut is
 better. Of those that cut enough, the one with the higher BLEU to the original's outputs is: as the
 learning rate falls, a model comes back to the original where it may. An attempt ends when looks
-bring nothing better. If a look was enough, the search is over, and of those that are nearest to the
-original the one with the largest cut is taken. Else the next attempt follows, which learns from
-what the last one still said as well (a round), later with a larger weight. Each starts from the
-original again: so one file of outputs, one weight and one number of updates say what the result is.
+bring nothing better. If a look was enough, the search is over: of those that were enough, and
+within one BLEU of the highest among them, the one with the largest cut is taken. Else the next
+attempt follows, which learns from what the last one still said as well (a round), later with a
+larger weight. Each starts from the original again: so one file of outputs, one weight and one
+number of updates say what the result is.
 """
 
 import contextlib

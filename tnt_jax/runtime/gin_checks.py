@@ -2,6 +2,7 @@
 
 import abc
 import collections.abc
+import copy
 import enum
 import inspect
 import os
@@ -54,7 +55,19 @@ def check_types() -> None:
             if value is not default and not _has_type(value, annotation):
                 raise UsageError(
                     f"--gin.{setting}: expected {_type_name(annotation)}, found {value!r}."
+                    f"{_with_other_parentheses(value, annotation)}"
                 )
+
+
+def _with_other_parentheses(value: Any, annotation: Any) -> str:
+    """What to write where a reference fits with parentheses, or without; else nothing."""
+    if not isinstance(value, gin_config.ConfigurableReference):
+        return ""
+    other = copy.copy(value)
+    other._evaluate = not value.evaluate
+    if not _has_type(other, annotation):
+        return ""
+    return f" Write it {'with' if other.evaluate else 'without'} parentheses: {other!r}."
 
 
 def _short(selector: str) -> str:
