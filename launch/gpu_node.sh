@@ -5,7 +5,7 @@
 #   launch/gpu_node.sh [SETTINGS] --gin_file=FILE ... [--gin.NAME=VALUE ...]
 #
 # Settings:
-#   --program=train     another of tnt_jax's programs
+#   --program=train     another program that takes gin files (convert and patch do not)
 #   --venv=.venv-gpu    the virtual environment, made if need be
 #   --install_only      only that: on a login node of a cluster, say, for launch/slurm.sh
 #   --dry_run           prints every command, and runs none

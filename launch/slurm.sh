@@ -8,7 +8,7 @@
 # unless sbatch is told otherwise: --gpus-per-node and --ntasks-per-node must be the same number. No
 # --gpus-per-task: each process must see all GPUs of its node, and jax.distributed gives it its own.
 #
-# Environment: VENV (.venv-gpu), PROGRAM (train).
+# Environment: VENV (.venv-gpu), PROGRAM (train, or another program that takes gin files).
 #
 # Three minutes before the time limit the programs get SIGTERM, save and end with status 75; the job is then
 # queued again, and goes on from there. Where SLURM preempts it (--requeue) or it is cancelled, srun may kill

@@ -22,7 +22,8 @@
 #   --provisioning=on-demand   PROVISIONING       or spot, or reserved
 #   --runtime_version=VERSION  RUNTIME_VERSION    of the TPU's software; known for v2 to v6e
 #   --commit=COMMIT                               of the code; the last one, which must have all changes
-#   --program=train                               another of tnt_jax's programs; set where it writes to
+#   --program=train                               another program that takes gin files (convert and
+#                                                 patch do not); set where it writes to
 #   --create_flag=FLAG                            further flags of gcloud, repeatable: of
 #   --ssh_flag=FLAG                               `queued-resources create`, of `tpu-vm ssh` and `scp`
 #   --lines=100, --worker=0                       of `logs`: how far back, and which host's

@@ -66,7 +66,7 @@ def check_command(words):
         words = words[1:]
     if words[0] == "taskset":  # taskset -c 0 COMMAND
         words = words[3:]
-    name = words[0]
+    name = words[0].removeprefix(".venv-gpu/bin/")  # where launch/gpu_node.sh installs
     if name.startswith("--gin."):  # settings to add to a run's
         return check_settings([*TRAIN, *words])
     if name.startswith("launch/"):
@@ -119,10 +119,11 @@ def check_t5x(arguments):
         if argument.startswith("--gin_file=") and not argument.startswith("--gin_file=t5x/"):
             name = argument.removeprefix("--gin_file=")
             assert (ROOT / name).exists() or (ROOT / "gin_configs" / name).exists(), name
-    plugin = (ROOT / "gin_configs/t5x/train.gin").read_text("utf-8")
+    files = [ROOT / "gin_configs/t5x/train.gin", ROOT / "gin_configs/objectives/tnff.gin"]
+    known = "".join(file.read_text("utf-8") for file in files)
     for argument in arguments:
         if setting := re.match(r"--gin\.([A-Z_]+)=", argument):
-            assert re.search(rf"^{setting[1]} = ", plugin, re.MULTILINE), argument
+            assert re.search(rf"^{setting[1]} = ", known, re.MULTILINE), argument
 
 
 def check_benchmark(path, arguments):
@@ -204,7 +205,9 @@ COMMANDS = {
     "make": check_make,
     "pip": check_pip,
     "pytest": check_pytest,
-    **dict.fromkeys(("head", "gcloud", "sbatch", "docker", "xpk", "tensorboard"), check_other),
+    **dict.fromkeys(
+        ("head", "gcloud", "hf", "sbatch", "docker", "xpk", "tensorboard"), check_other
+    ),
 }
 
 
