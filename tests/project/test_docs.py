@@ -6,6 +6,7 @@ why it is not run. The tutorial is run as it stands, tests/programs/test_tutoria
 
 import ast
 import contextlib
+import dataclasses
 import doctest
 import functools
 import importlib
@@ -22,7 +23,7 @@ import gin
 import pytest
 from helpers.doc_pages import MARKDOWN, ROOT, blocks, commands
 
-from tnt_jax import convert, patch
+from tnt_jax import annotators, convert, patch
 from tnt_jax.models import sharding
 from tnt_jax.runtime import program
 
@@ -322,6 +323,23 @@ def test_the_table_of_axes_is_that_of_the_code():
         axes = tuple(re.findall(r"`(\w+)`", mesh_axes))
         found |= dict.fromkeys(re.findall(r"`(\w+)`", names), axes)
     assert found == dict(sharding.AXIS_RULES)
+
+
+def test_settings_have_the_names_that_the_table_says():
+    page = (ROOT / "docs/howto_mark.md").read_text("utf-8").partition("## Names of settings")[2]
+    rows = re.findall(r"^\| [\w ]+ \| (`[A-Z].+) \| (`annotators\..+) \|$", page, re.MULTILINE)
+    assert len(rows) == 5
+    for short, long in rows:
+        kind, *more = re.findall(r"`([\w.]+)`", long)
+        _, annotator, first = kind.split(".")
+        fields = [first, *(name.removeprefix(".") for name in more)]
+        texts = [file.read_text("utf-8") for file in (ROOT / "gin_configs/runs").glob("annotate_*")]
+        (text,) = (text for text in texts if f"@annotators.{annotator}()" in text)
+        bound = dict(re.findall(r"^(?:  |\S+\.)(\w+) = %(\w+)$", text, re.MULTILINE))
+        names = re.findall(r"`(\w+)`", short)
+        assert {bound[field] for field in fields} == {*names}, annotator
+        known = {field.name for field in dataclasses.fields(getattr(annotators, annotator))}
+        assert known.issuperset(fields), annotator
 
 
 # --- Links ----------------------------------------------------------------------------------------
