@@ -1,5 +1,7 @@
 """Mistakes of a chosen rate, the same on every machine."""
 
+import dataclasses
+import pickle
 import subprocess
 import sys
 
@@ -156,6 +158,37 @@ def test_what_goes_at_every_position_stays(tmp_path):
     found = annotators.Noisy(annotator=gazetteer, miss_rate=1).annotate(record)
     assert found.unwanted == gazetteer.annotate(record).unwanted
     assert found.unwanted.texts == ("north", "south") and found.unwanted.allowed == ("north",)
+
+
+def test_a_mask_is_handed_on_and_has_no_mistakes(tmp_path):
+    (tmp_path / "words.txt").write_text("rat")
+    (tmp_path / "values.json").write_text('{"area": ["north", "south"]}')
+    record = row("a rat in the south", inputs="north")
+    for inner, texts, allowed in (
+        (annotators.Lexicon(path=str(tmp_path / "words.txt")), ("rat",), ()),
+        (
+            annotators.Gazetteer(path=str(tmp_path / "values.json")),
+            ("north", "south"),
+            ("north",),
+        ),
+    ):
+        made = annotators.Noisy(annotator=inner, miss_rate=1, false_rate=1)
+        for wrapped in (
+            made,
+            pickle.loads(pickle.dumps(made)),
+            dataclasses.replace(made, seed=1),
+            annotators.Noisy(annotator=made),
+        ):
+            assert isinstance(wrapped, interface.Mask)
+            found = wrapped.unwanted(record)
+            assert (found.texts, found.allowed) == (texts, allowed)
+            assert wrapped.innocent_words("a rat") == inner.innocent_words("a rat")
+        # What was made with it before is not made again.
+        assert "unwanted" not in settings_json.describe(made)
+
+
+def test_who_marks_what_it_is_shown_alone_is_no_mask():
+    assert not isinstance(noisy(), interface.Mask)
 
 
 def test_description_and_mistakes():

@@ -11,6 +11,7 @@ from tnt_jax.annotators.interface import (
     Annotation,
     Annotator,
     KnowsInnocentWords,
+    Mask,
     Span,
     merged,
 )
@@ -25,7 +26,8 @@ class Noisy:
     """Misses some spans of another annotator, and marks words that it does not.
 
     What happens to a record depends on the seed and on its inputs and targets alone. With a higher
-    rate the same mistakes are made, and more.
+    rate the same mistakes are made, and more. If the other annotator can mask while decoding
+    (`interface.Mask`), this one can, with the same texts: mistakes are made in marks alone.
 
     Attributes:
       annotator: the annotator whose marks get mistakes.
@@ -59,6 +61,9 @@ class Noisy:
                 "Noisy.confidence: expected None, or a number of draws of 1 or more, found "
                 f"{self.confidence}."
             )
+        # Not a method of the class, by which every one would seem to be a mask.
+        if isinstance(self.annotator, Mask):
+            object.__setattr__(self, "unwanted", self.annotator.unwanted)
 
     @property
     def description(self) -> str:
