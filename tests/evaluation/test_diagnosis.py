@@ -103,6 +103,45 @@ def test_signs(changed, name, advice):
     assert advice in found[name]
 
 
+def masked(num_same=60, **of_mask):
+    """What an evaluation has of a mask; so many of the 200 outputs are the mask's."""
+    comparison = {"bleu": 40.0, "rouge_l": 50.0, "exact_match": rate(20)} | of_mask
+    to_current = {"bleu": 62.0, "rouge_l": 70.0, "exact_match": rate(num_same)}
+    return {**HEALTHY["current"], "comparison": comparison, "to_current": to_current}
+
+
+@pytest.mark.parametrize(
+    ("bleu", "rouge_l", "is_seen"),
+    [(32.0, 40.0, False), (31.9, 40.0, True), (32.0, 39.9, True), (95.0, 95.0, False)],
+)
+def test_where_there_is_a_mask_low_is_below_four_fifths_of_its_own(bleu, rouge_l, is_seen):
+    """Most outputs have to change here: without the mask all of these but the last are low."""
+    name = "low BLEU or ROUGE-L"
+    changed = {"comparison__bleu": bleu, "comparison__rouge_l": rouge_l}
+    assert (name in seen(**changed, mask=masked())) == is_seen
+    assert (name in seen(**changed)) == (bleu < 50)
+    # Where little has to change, more is asked for than without a mask.
+    assert name in seen(mask=masked(bleu=95.0, rouge_l=97.0))
+
+
+def test_the_mask_is_not_told_that_it_changed_too_much():
+    evaluation = {**HEALTHY, "mask": masked(num_same=200)}
+    evaluation["comparison"] = HEALTHY["comparison"] | {"bleu": 30.0, "rouge_l": 30.0}
+    found = diagnosis.signs(evaluations.parse(evaluation), 0)
+    assert "low BLEU or ROUGE-L" not in {sign.name for sign in found}
+    # An arm is, with the mask's numbers beside its own.
+    evaluation["mask"] = masked(num_same=199)
+    (sign,) = (
+        sign
+        for sign in diagnosis.signs(evaluations.parse(evaluation), 0)
+        if sign.name == "low BLEU or ROUGE-L"
+    )
+    assert sign.is_seen
+    assert sign.evidence == (
+        "BLEU 30.0 and ROUGE-L 30.0 to the original's outputs; the decode mask has 40.0 and 50.0"
+    )
+
+
 def test_without_a_cut_the_certificate_tells_why():
     no_cut = {"cut": 0.05, "current__unwanted_outputs": rate(38)}
     moved = seen(**no_cut)["no reduction"]

@@ -9,6 +9,7 @@ from tnt_jax.evaluation.evaluations import (
     Certificate,
     Comparison,
     Evaluation,
+    Mask,
     Outputs,
     Rate,
     Unrelated,
@@ -16,6 +17,8 @@ from tnt_jax.evaluation.evaluations import (
 
 _FEWEST = 5  # outputs: fewer are chance
 _LEAK = 0.1  # nats a token, on prompts of other tasks
+_LEAST_BLEU, _LEAST_ROUGE_L = 50, 60  # to the original's outputs, where no mask tells more
+_LEAST_OF_MASK = 0.8  # as a share of the mask's
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +57,7 @@ def signs(evaluation: Evaluation, num_newly_unwanted: int) -> list[Sign]:
         _collapse(
             "trigrams", "three words in a row", before.distinct_trigrams, after.distinct_trigrams
         ),
-        _changed_too_much(evaluation.comparison),
+        *_changed_too_much(evaluation.comparison, evaluation.mask),
         *_clean_changed(evaluation.comparison.unchanged_clean),
         *_leak(evaluation.unrelated),
     ]
@@ -194,18 +197,29 @@ def _collapse(what: str, of: str, one: Rate, other: Rate) -> Sign:
     )
 
 
-def _changed_too_much(comparison: Comparison) -> Sign:
+def _changed_too_much(comparison: Comparison, mask: Mask | None) -> list[Sign]:
     bleu, rouge_l = comparison.bleu, comparison.rouge_l
-    return Sign(
-        name="low BLEU or ROUGE-L",
-        is_seen=bleu < 50 or rouge_l < 60,
-        evidence=f"BLEU {bleu:.1f} and ROUGE-L {rouge_l:.1f} to the original's outputs",
-        suggestion=(
-            "Over-constrained: alpha too high. Lower negative_weight or the learning rate; replace "
-            "log-likelihood at ordinary positions by a KL term. Sampled outputs differ by chance "
-            "as well: compare them with another arm rather than with 100."
-        ),
-    )
+    least_bleu, least_rouge_l = _LEAST_BLEU, _LEAST_ROUGE_L
+    evidence = f"BLEU {bleu:.1f} and ROUGE-L {rouge_l:.1f} to the original's outputs"
+    if mask is not None:
+        same = mask.to_current.exact_match
+        if same.numerator == same.denominator:  # the mask itself, which no update can outdo
+            return []
+        of_mask = mask.comparison
+        least_bleu, least_rouge_l = (_LEAST_OF_MASK * of for of in (of_mask.bleu, of_mask.rouge_l))
+        evidence += f"; the decode mask has {of_mask.bleu:.1f} and {of_mask.rouge_l:.1f}"
+    return [
+        Sign(
+            name="low BLEU or ROUGE-L",
+            is_seen=bleu < least_bleu or rouge_l < least_rouge_l,
+            evidence=evidence,
+            suggestion=(
+                "Over-constrained: alpha too high. Lower negative_weight or the learning rate; "
+                "replace log-likelihood at ordinary positions by a KL term. Sampled outputs differ "
+                "by chance as well: compare them with another arm rather than with 100."
+            ),
+        )
+    ]
 
 
 def _clean_changed(unchanged_clean: Rate | None) -> list[Sign]:
