@@ -12,6 +12,7 @@ Example, the quickstart:
 import dataclasses
 import itertools
 import math
+import operator
 import pathlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -45,7 +46,7 @@ class Expectations:
       kl_elsewhere: KL to the original at ordinary positions, at most, in nats a token.
       collateral: At the marks, at most, in nats a token.
       baseline_kl_times: The baseline's `kl_elsewhere` as a multiple of the arm's.
-      fewer_repeated_phrases: No more outputs repeat a phrase than of the original.
+      fewer_repeated_phrases: Fewer outputs repeat a phrase than of the original.
     """
 
     arm: str
@@ -317,23 +318,22 @@ def _check(
             ".2f",
         ),
     ]
-    repeats = first.original.repeated_phrase.value
     at_most = [
         ("KL elsewhere, nats a token", elsewhere, expected.kl_elsewhere, ".3f"),
         ("collateral at the marks, nats a token", collateral, expected.collateral, ".3f"),
-        (
-            "outputs that repeat a phrase",
-            after.repeated_phrase.value,
-            repeats if expected.fewer_repeated_phrases else None,
-            ".1%",
-        ),
     ]
+    repeats = first.original.repeated_phrase.value if expected.fewer_repeated_phrases else None
+    below = [("outputs that repeat a phrase", after.repeated_phrase.value, repeats, ".1%")]
     return [
         {
-            "text": f"{what}: {found:{form}}, expected at {word} {limit:{form}}",
-            "reached": bool(found >= limit if word == "least" else found <= limit),
+            "text": f"{what}: {found:{form}}, expected {word} {limit:{form}}",
+            "reached": bool(is_reached(found, limit)),
         }
-        for word, checks in (("least", at_least), ("most", at_most))
+        for word, is_reached, checks in (
+            ("at least", operator.ge, at_least),
+            ("at most", operator.le, at_most),
+            ("below", operator.lt, below),
+        )
         for what, found, limit, form in checks
         if limit is not None
     ]
