@@ -1,6 +1,7 @@
 # make quickstart   an original model, its unwanted values, the patched model, the table and an HTML report:
 #                   minutes on two cores
 # make demo         a chat model that people use, patched: minutes on two cores, after a download of 93 MB
+# make demo-phrases the same model, patched to say no stock phrases, where a mask reads badly
 # make test         the unit and end-to-end tests
 # make test-all     with the long cases that tests/long_tests.py leaves out of make test
 # make check        what to run while you work: style, rooms, and the tests that are quick
@@ -32,7 +33,7 @@ INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check --no-com
 MAKE_VENV = $(PYTHON) -m venv --clear $(VENV)
 endif
 
-.PHONY: quickstart demo test test-all check lint docs parity
+.PHONY: quickstart demo demo-phrases test test-all check lint docs parity
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.installed-quickstart
@@ -40,6 +41,9 @@ quickstart: $(VENV)/.installed-quickstart
 
 demo: $(VENV)/.installed-demo
 	$(VENV)/bin/python -m tnt_jax.pipeline --gin_file=gin_configs/experiments/demo.gin
+
+demo-phrases: $(VENV)/.installed-demo-phrases
+	$(VENV)/bin/python -m tnt_jax.pipeline --gin_file=gin_configs/experiments/demo_phrases.gin
 
 test: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
@@ -86,6 +90,11 @@ $(VENV)/.installed-quickstart: setup.py $(VENV)/bin/python
 
 $(VENV)/.installed-demo: $(VENV)/.installed-quickstart
 	$(INSTALL_MODEL)
+	touch $@
+
+# The messages that the model answers in the second task. The package needs nothing else.
+$(VENV)/.installed-demo-phrases: $(VENV)/.installed-demo
+	$(INSTALL) --no-deps chitchat-dataset==0.9.0
 	touch $@
 
 $(VENV)/.installed-test: setup.py $(VENV)/bin/python

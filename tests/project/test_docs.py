@@ -17,6 +17,7 @@ import os
 import pathlib
 import re
 import shlex
+import subprocess
 import urllib.parse
 
 import gin
@@ -299,6 +300,27 @@ def test_gin_files_named_in_text_are_there(page):
                 ("operative_config.gin", "block.gin", "NAME.gin", WRITTEN_BY_PATCH)
             )
             assert is_written or any(str(path).endswith(name) for path in found), code
+
+
+@pytest.mark.parametrize("target", ["demo", "demo-phrases"])
+def test_make_installs_what_its_gin_file_needs(target):
+    """The target runs the gin file of its name, and installs all that this one's heading names."""
+    gin_file = f"gin_configs/experiments/{target.replace('-', '_')}.gin"
+    (needs,) = re.findall(
+        r"^# Needs +pip install (.*)$", (ROOT / gin_file).read_text("utf-8"), re.MULTILINE
+    )
+    settings = ["VENV=absent", "PYTHON=python3", "UV="]
+    *installs, run = subprocess.run(
+        ["make", "--dry-run", *settings, target],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if not name.startswith("MAKE")},
+        capture_output=True,
+        check=True,
+        text=True,
+    ).stdout.splitlines()
+    assert run.endswith(f" -m tnt_jax.pipeline --gin_file={gin_file}")
+    packages = {word for line in installs if " pip install " in line for word in line.split()}
+    assert {word for word in needs.split() if "==" in word} <= packages
 
 
 def test_messages_in_troubleshooting_are_those_of_the_code():
