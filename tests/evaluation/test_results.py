@@ -446,6 +446,26 @@ def test_a_column_without_a_number_is_not_shown():
         assert {line.count("|") for line in lines} == {lines[0].count("|")}
 
 
+def test_the_heading_has_of_the_original_what_the_table_has_of_the_arms():
+    of_original = {"unwanted_rate_before": 0.5, "repeated_word_rate_before": 0.0}
+    of_original |= {"distinct_ratio_before": 1.0}
+    newer = {"repeated_phrase_rate_before": 0.25, "distinct_trigram_ratio_before": 0.375}
+    headings = [
+        tables.as_markdown(
+            [row("A", 1.0, 0.9, 80.0, decoder="greedy", num_outputs=9, num_seeds=1) | found],
+            ["greedy"],
+            in_full=False,
+        ).partition("\n")[0]
+        for found in (of_original, of_original | newer)
+    ]
+    begins = "greedy: 9 prompts, of which the original answers 50.0% with something unwanted; "
+    assert headings == [
+        begins + "0.0% repeat a word, 100.0% are distinct",
+        begins + "0.0% repeat a word, 25.0% a phrase, 100.0% are distinct; "
+        "37.5% of the trigrams are distinct",
+    ]
+
+
 def test_the_published_tables_are_those_of_the_published_numbers():
     docs = pathlib.Path(__file__).parents[2] / "docs"
     found = json.loads((docs / "results.json").read_text("utf-8"))

@@ -77,12 +77,14 @@ def as_markdown(
 
 def _heading(decoder: str, row: Mapping[str, Any]) -> str:
     phrases = row.get("repeated_phrase_rate_before")
+    trigrams = row.get("distinct_trigram_ratio_before")
     return (
         f"{decoder}: {row['num_outputs']} prompts, of which the original answers "
         f"{row['unwanted_rate_before']:.1%} with something unwanted; "
         f"{row['repeated_word_rate_before']:.1%} repeat a word, "
         + ("" if phrases is None else f"{phrases:.1%} a phrase, ")
         + f"{row['distinct_ratio_before']:.1%} are distinct"
+        + ("" if trigrams is None else f"; {trigrams:.1%} of the trigrams are distinct")
     )
 
 
