@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from tnt_jax.annotators import phrases
+from tnt_jax.annotators.denials import Denials
 from tnt_jax.annotators.interface import Annotation, TextFile
 from tnt_jax.data.records import Record
 from tnt_jax.data.token_automaton import Listed
@@ -23,18 +24,18 @@ class Gazetteer:
     """Marks mentions of known values that the inputs do not state.
 
     A value is supported when any of its names occurs in the inputs, also within a longer name, and
-    is not denied there, as "family-friendly: no" denies it. Of
-    mentions that overlap in the targets the first to start wins, then the longest, and it is marked
-    unless a value of that name, of whatever type, is supported. Letter case does not count. In a
-    script without spaces (Chinese, Japanese, Thai) a name is found within longer words, too.
+    is not denied there (`denials`). Of mentions that overlap in the targets the first to start
+    wins, then the longest, and it is marked unless a value of that name, of whatever type, is
+    supported. Letter case does not count. In a script without spaces (Chinese, Japanese, Thai) a
+    name is found within longer words, too.
 
     The file is a JSON object of types, each a list of values or an object that gives each value a
     list of further names: `{"area": ["north", "south"], "food": {"british": ["english"]}}`.
 
     Attributes:
       path: the file.
-      denials: values that deny what stands before them, such as "no". A name in the inputs that is
-        followed by one of `:`, `=`, `[` and `(`, and then by such a value, supports nothing there.
+      denials: values that deny the name that they are given to, as "no" does in
+        `familyFriendly: no` (`denials.Denials` says in which forms). It supports nothing there.
       alternatives: give each span all other names that are not supported, of every type.
       at_every_position: no name that is not supported may be completed at any position, which
         distils a decoding mask into the weights.
@@ -79,15 +80,16 @@ class Gazetteer:
         return tuple(self._values_by_name)
 
     @cached_property
-    def _denials(self) -> phrases.Phrases:
-        return phrases.Phrases((f"{mark} {text}", text) for text in self.denials for mark in ":=[(")
+    def _denials(self) -> Denials:
+        return Denials(self.denials)
 
     def _supported_in(self, inputs: str) -> set[Hashable]:
         """The values that inputs state and do not deny."""
+        denied = self._denials.ends(inputs) if self.denials else ()
         return {
             value
             for _, end, values in self._phrases.mentions(inputs)
-            if not (self.denials and self._denials.begins(inputs, end))
+            if end not in denied
             for value in values
         }
 

@@ -94,17 +94,6 @@ class Phrases:
         """The values of all phrases in the text, also of those within longer ones."""
         return {value for _, _, values in self.mentions(text) for value in values}
 
-    def begins(self, text: str, start: int = 0) -> bool:
-        """Whether a phrase is what the text begins with from a place between two words on."""
-        node = self._root
-        for first, last in words.iterate(text, start):
-            node = node.get(words.key(text[first:last], case_sensitive=self._case_sensitive))
-            if node is None:
-                return False
-            if None in node:
-                return True
-        return False
-
     def values_of(self, phrase: str) -> frozenset:
         """The values that a phrase of the trie names."""
         node = self._root

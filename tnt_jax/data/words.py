@@ -15,7 +15,6 @@ listed is found within longer words, too, and across spaces.
 import functools
 import re
 import unicodedata
-from collections.abc import Iterator
 
 import numpy as np
 
@@ -107,19 +106,14 @@ _NOT_PLAIN = re.compile(
 
 def extents(text: str) -> list[tuple[int, int]]:
     """The (start, end) of each word."""
-    return [*iterate(text)]
-
-
-def iterate(text: str, start: int = 0) -> Iterator[tuple[int, int]]:
-    """The (start, end) of each word from a place between two words on, one after the other."""
-    return (match.span() for match in _pattern_for(text).finditer(text, start))
+    return [match.span() for match in _pattern_for(text).finditer(text)]
 
 
 def stretches(text: str) -> list[tuple[int, int]]:
     """The (start, end) of each word, and of each run of letters of scripts without spaces."""
     found: list[tuple[int, int]] = []
     is_run = False
-    for start, end in iterate(text):
+    for start, end in extents(text):
         is_letter = is_unspaced(text[start])
         if is_run and is_letter and found[-1][1] == start:
             found[-1] = found[-1][0], end
