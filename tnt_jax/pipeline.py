@@ -101,9 +101,9 @@ def pipeline(
         it on all outputs so far.
       expectations: What to check at the end; None checks nothing.
       num_examples: How many changed outputs are printed.
-      num_masked_examples: Before training, print so many outputs of the original where what is
-        unwanted is masked. If they are no better, the marks are wrong: training would teach just
-        that.
+      num_masked_examples: Before training, print so many unwanted outputs of the original and what
+        it says while that is masked, and how many of all are still unwanted then. If they are no
+        better, the marks are wrong: training would teach just that. 0 prints nothing.
 
     Returns:
       What `summary.json` holds.
@@ -177,10 +177,9 @@ def run_stages(
     masks = opened.make_mask_outputs()
     of_masks = {name: opened.evaluate_mask(name) for name in masks}
     if opened.first_decoder in masks:
-        _print_examples(
+        _print_masked(
             original_outputs[opened.first_decoder],
             masks[opened.first_decoder],
-            results.MASK,
             num_masked_examples,
         )
     for arm in arms:
@@ -400,20 +399,54 @@ def _print_table(
     )
 
 
+def _print_masked(original_path: str, masked_path: str, number: int) -> None:
+    """Shows what a mask makes of the unwanted outputs, whatever that is, and counts what is wrong.
+
+    Args:
+      original_path: Annotated outputs of the original.
+      masked_path: The same under the mask.
+      number: How many to show; of 0 nothing is said at all.
+    """
+    if not number:
+        return
+    pairs = _pairs(original_path, masked_path)
+    unwanted = [pair for pair in pairs if pair[0].has_unwanted_text]
+    clean = [pair for pair in pairs if not pair[0].has_unwanted_text]
+    for before, after in unwanted[:number]:
+        _print_pair(before, after, results.MASK)
+    num_left = sum(after.has_unwanted_text for _, after in unwanted)
+    changed = [pair for pair in clean if pair[0].targets != pair[1].targets]
+    console.log(
+        f"\nUnder the mask {num_left} of {len(unwanted)} unwanted outputs are still unwanted, and "
+        f"{len(changed)} of {len(clean)} clean ones changed"
+        + (", such as this one:" if changed else ".")
+    )
+    for before, after in changed[:1]:
+        _print_pair(before, after, results.MASK)
+
+
 def _print_examples(original_path: str, current_path: str, arm: str, number: int) -> None:
-    original = records.read_records(original_path)
-    current = {row.id: row for row in records.read_records(current_path)}
-    changed = [
-        (before, current[before.id])
-        for before in original
-        if before.has_unwanted_text and not current[before.id].has_unwanted_text
+    mended = [
+        (before, after)
+        for before, after in _pairs(original_path, current_path)
+        if before.has_unwanted_text and not after.has_unwanted_text
     ]
-    for before, after in changed[:number]:
-        spans = ", ".join(repr(before.targets[slice(*span)]) for span in before.offsets)
-        lines = {"input": before.inputs, "original": before.targets, arm: after.targets}
-        lines["unwanted"] = spans
-        width = max(map(len, lines))
-        console.log("\n" + "\n".join(f"  {name:<{width}}  {text}" for name, text in lines.items()))
+    for before, after in mended[:number]:
+        _print_pair(before, after, arm)
+
+
+def _pairs(original_path: str, current_path: str) -> list[tuple[records.Record, records.Record]]:
+    current = {row.id: row for row in records.read_records(current_path)}
+    return [(row, current[row.id]) for row in records.read_records(original_path)]
+
+
+def _print_pair(before: records.Record, after: records.Record, arm: str) -> None:
+    lines = {"input": before.inputs, "original": before.targets, arm: after.targets}
+    for name, row in (("unwanted", before), ("unwanted now", after)):
+        if row.has_unwanted_text:
+            lines[name] = ", ".join(repr(row.targets[slice(*span)]) for span in row.offsets)
+    width = max(map(len, lines))
+    console.log("\n" + "\n".join(f"  {name:<{width}}  {text}" for name, text in lines.items()))
 
 
 def _percent(rate: Rate) -> str:

@@ -628,6 +628,10 @@ def test_a_pipeline_does_what_is_not_done(original, capsys, monkeypatch):
     shown = re.search(r"\n  original     .*(dirty|noisy).*\n  decode mask  (.*)\n", printed)
     assert shown and not rooms.UNWANTED.search(shown[2])
     assert shown.start() < printed.index("Going on from")
+    assert re.search(
+        r"\nUnder the mask 0 of \d+ unwanted outputs are still unwanted, and \d+ of \d+ clean ones",
+        printed,
+    )
     # As if it had not been interrupted, and as the programs do it one by one.
     train("one_by_one", TRAIN_STEPS=6)
     rooms.assert_same_state("pipeline/TNRF/model", "one_by_one")
@@ -884,6 +888,57 @@ def test_a_number_that_was_not_finite_is_a_dash_in_the_table(capsys):
     pipeline._print_table({"TNRF": {"greedy": evaluations.parse(evaluation)}}, ["greedy"], 0)
     line = r"TNRF .* 81\.5 +61\.5 +75\.0% +87\.5% .* - +- +- *$"
     assert re.search(line, capsys.readouterr().out, re.MULTILINE)
+
+
+def said(folder, name, *texts):
+    """Annotated outputs of a model that says these; "glad" and "happy" are unwanted."""
+    found = [
+        records.Record(
+            id=str(number),
+            inputs=f"message {number}",
+            targets=text,
+            negative_spans=tuple(m.span() for m in re.finditer("glad|happy", text)),
+            annotator="ours",
+        )
+        for number, text in enumerate(texts)
+    ]
+    records.write_records(folder / name, found)
+    return str(folder / name)
+
+
+def test_before_training_people_see_what_the_mask_makes_of_what_is_unwanted(tmp_path, capsys):
+    """In order, also where that is unwanted as well; and that it is wrong about clean ones."""
+    original = said(tmp_path, "original", "I am glad", "Good", "so glad", "Fine", "glad", "Well")
+    masked = said(tmp_path, "masked", "I am happy", "Good", "so so", "Fi", "happy", "We")
+    pipeline._print_masked(original, masked, 2)
+    assert capsys.readouterr().out.splitlines() == [
+        "",
+        "  input         message 0",
+        "  original      I am glad",
+        "  decode mask   I am happy",
+        "  unwanted      'glad'",
+        "  unwanted now  'happy'",
+        "",
+        "  input        message 2",
+        "  original     so glad",
+        "  decode mask  so so",
+        "  unwanted     'glad'",
+        "",
+        "Under the mask 2 of 3 unwanted outputs are still unwanted, and 2 of 3 clean ones changed, "
+        "such as this one:",
+        "",
+        "  input        message 3",
+        "  original     Fine",
+        "  decode mask  Fi",
+    ]
+    clean = said(tmp_path, "clean", "so so", "Good")
+    pipeline._print_masked(clean, clean, 2)
+    assert capsys.readouterr().out == (
+        "\nUnder the mask 0 of 0 unwanted outputs are still unwanted, and 0 of 2 clean ones "
+        "changed.\n"
+    )
+    pipeline._print_masked(original, masked, 0)
+    assert capsys.readouterr().out == ""
 
 
 def test_what_a_run_should_reach():
