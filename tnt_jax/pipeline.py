@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tnt_jax.data import records
-from tnt_jax.evaluation import diagnosis, results
+from tnt_jax.evaluation import diagnosis, results, tables
 from tnt_jax.evaluation.evaluations import Evaluation, Rate
 from tnt_jax.experiments.experiment import Arm, Experiment, check_rounds
 from tnt_jax.experiments.experiment_run import ExperimentRun, open_run
@@ -355,48 +355,62 @@ def _known(value: float | None) -> float:
 def _print_table(
     evaluations: Mapping[str, Mapping[str, Evaluation]], decoders: Iterable[str], num_seen: int
 ) -> None:
-    columns = ("", "unwanted", "cut", "BLEU", "to mask", "unchanged", "of clean", "repeats")
-    columns += ("at marks", "elsewhere", "unrelated")
     for decoder in decoders:
         found = {arm: of_arm[decoder] for arm, of_arm in evaluations.items() if decoder in of_arm}
-        before = next(iter(found.values())).original
-        repeats = f"{before.repeated_phrase.value:.1%}"
-        unwanted = _percent(before.unwanted_outputs)
-        rows: list[tuple[str, ...]] = [("original", unwanted, *[""] * 5, repeats, *[""] * 3)]
-        for arm, result in found.items():
-            comparison, after, mask = result.comparison, result.current, result.mask
-            clean = comparison.unchanged_clean
-            # Of what was not finite, and of the mask, which is no other model: None.
-            nats: list[float | None] = [None] * 3
-            if (parts := result.certificate) is not None:
-                nats[:2] = parts.negative_collateral, parts.positive_collateral
-            if result.unrelated is not None:
-                nats[2] = result.unrelated.kl
-            rows.append(
-                (
-                    arm,
-                    _percent(after.unwanted_outputs),
-                    f"{result.cut:.1%}",
-                    f"{comparison.bleu:.1f}",
-                    "-" if mask is None else f"{mask.to_current.bleu:.1f}",
-                    f"{comparison.exact_match.value:.1%}",
-                    "-" if clean is None else f"{clean.value:.1%}",
-                    f"{after.repeated_phrase.value:.1%}",
-                    *("-" if value is None else f"{value:.3f}" for value in nats),
-                )
-            )
-        num_outputs = before.unwanted_outputs.denominator
+        before = next(iter(found.values())).original.unwanted_outputs
+        rates = [before, *(one.current.unwanted_outputs for one in found.values())]
+        rows = {arm: results.from_evaluation(one, {}) for arm, one in found.items()}
+        original = tables.of_original(next(iter(rows.values())))
+        rows = {"original": original} | rows
         which = f"prompts, {num_seen} of them trained on" if num_seen else "unseen prompts"
-        console.table(rows, columns=columns, title=f"{decoder} outputs on {num_outputs} {which}")
+        columns = tables.known(filter(_is_printed, tables.OF_TEXTS), [*rows.values()])
+        console.table(
+            [
+                (arm, _percent(rate), *_cells(arm, row, columns))
+                for (arm, row), rate in zip(rows.items(), rates, strict=True)
+            ],
+            columns=("", "unwanted", *(column.heading for column in columns)),
+            title=f"{decoder} outputs on {before.denominator} {which}",
+        )
+        _print_moved(decoder, found, original)
         # The same for all arms: certificates are of the original's outputs.
         of_arms = (diagnosis.notes(result.certificate) for result in found.values())
         for note in dict.fromkeys(itertools.chain.from_iterable(of_arms)):
             console.log(note)
     console.log(
-        "BLEU and unchanged are to the original's own outputs; to mask: BLEU to what it says while "
-        "what is unwanted is masked; repeats: outputs that say four words twice. The last three "
-        "are what moved that need not, in nats a token."
+        "BLEU and unchanged are to the original's own outputs. The mask's are what it says while "
+        "what is unwanted is masked. Phrases: outputs that say four words twice. Trigrams: "
+        "different ones among all. Residual: what is left, at marks, of what must go. Collateral "
+        "and KL: what moved that need not, at marks, elsewhere, and on unrelated prompts."
     )
+
+
+def _print_moved(decoder: str, found: Mapping[str, Evaluation], original: results.Row) -> None:
+    """Prints what needs both models, of those arms where it was measured: not of a mask."""
+    measured = {arm: row for arm, one in found.items() if (row := results.of_models(one))}
+    fields = set(itertools.chain.from_iterable(measured.values()))
+    # Also those where no number was finite: that is worth knowing.
+    columns = [c for c in filter(_is_printed, tables.OF_MODELS) if c.field in fields]
+    if columns:
+        console.table(
+            [
+                (arm, *_cells(arm, row, columns))
+                for arm, row in {"original": original, **measured}.items()
+            ],
+            columns=("", *(column.heading for column in columns)),
+            title=f"{decoder} outputs: what moved, in nats a token",
+        )
+
+
+def _is_printed(column: tables.Column) -> bool:
+    """Whether it is a main one, or says how much stayed as it was."""
+    return bool(column.short) or column.field in ("exact_match", "unrelated_unchanged")
+
+
+def _cells(arm: str, row: results.Row, columns: Iterable[tables.Column]) -> list[str]:
+    unknown = "" if arm == "original" else "-"
+    values = [(row.get(column.field), column.form) for column in columns]
+    return [unknown if value is None else tables.written(value, form) for value, form in values]
 
 
 def _print_masked(original_path: str, masked_path: str, number: int) -> None:

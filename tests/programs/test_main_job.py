@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -20,7 +21,7 @@ from tnt_jax import pipeline
 from tnt_jax.checkpoints import digests
 from tnt_jax.data import records, removed_everywhere
 from tnt_jax.data.batches import Batches
-from tnt_jax.evaluation import evaluations, results
+from tnt_jax.evaluation import evaluations, results, tables
 from tnt_jax.experiments import experiment_run
 from tnt_jax.runtime import program
 from tnt_jax.tokenizers import tokenization
@@ -869,7 +870,8 @@ def test_one_prompt_is_enough_for_a_pipeline_and_unrelated_ones_have_numbers_of_
     assert unrelated["kl"] > 0
     assert evaluation["unrelated"] == of_all["unrelated"] == unrelated
     line = re.findall(r"^ *TNRF .*%.*$", capsys.readouterr().out, re.MULTILINE)[-1]
-    assert line.split()[-1] == f"{unrelated['kl']:.3f}"
+    share = unrelated["unchanged"]["value"]
+    assert line.split()[-2:] == [f"{unrelated['kl']:.4f}", f"{share:.1%}"]
 
 
 def test_a_table_says_once_what_the_certificates_of_its_arms_are_of(capsys):
@@ -886,8 +888,90 @@ def test_a_number_that_was_not_finite_is_a_dash_in_the_table(capsys):
     certificate = dict.fromkeys(evaluation["certificate"])
     evaluation |= {"certificate": certificate}
     pipeline._print_table({"TNRF": {"greedy": evaluations.parse(evaluation)}}, ["greedy"], 0)
-    line = r"TNRF .* 81\.5 +61\.5 +75\.0% +87\.5% .* - +- +- *$"
-    assert re.search(line, capsys.readouterr().out, re.MULTILINE)
+    printed = capsys.readouterr().out
+    assert re.search(r"^ +residual +collateral +KL elsewhere *$", printed, re.MULTILINE)
+    assert re.search(r"^ +TNRF +- +- +- *$", printed, re.MULTILINE)
+
+
+def printed_tables(capsys, **arms):
+    """Headings and rows of what `_print_table` prints, by arm: a dict of texts each."""
+    of_arms = {arm: {"greedy": evaluations.parse(found)} for arm, found in arms.items()}
+    pipeline._print_table(of_arms, ["greedy"], 0)
+    found = {}
+    for text in capsys.readouterr().out.split("greedy outputs")[1:]:
+        lines = [line for line in text.splitlines()[1:] if line.startswith("  ") and line.strip()]
+        headings = re.split(r"  +", lines[0].strip())
+        starts = [lines[0].index(f" {heading} ") + 1 for heading in headings]
+        for line in lines[1:]:
+            cells = [line[a:b].strip() for a, b in itertools.pairwise([*starts, None])]
+            arm = found.setdefault(line[: starts[0]].strip(), {})
+            arm |= dict(zip(headings, cells, strict=True))
+    return found
+
+
+def test_the_table_has_the_numbers_of_the_other_tables(capsys):
+    """Under their headings: those of a sweep's main columns, and what stayed as it was."""
+    evaluation = outputs.evaluation(60)
+    evaluation["certificate"] |= {"negative_collateral": 3.5}
+    unchanged = {"numerator": 26, "denominator": 80, "value": 0.325}
+    evaluation["unrelated"] = {"kl": 0.25, "unchanged": unchanged}
+    evaluation["original"]["distinct_trigrams"]["value"] = 0.25
+    mask = {name: evaluation[name] for name in evaluation.keys() - {"certificate", "unrelated"}}
+    found = printed_tables(capsys, TNRF=evaluation, mask=mask)
+    assert found["TNRF"] == {
+        "unwanted": "1.7% (1)",
+        "cut": "80.0%",
+        "BLEU": "81.5",
+        "BLEU to the mask": "61.5",
+        "the mask's": "25.0%",
+        "unchanged": "75.0%",
+        "of clean ones": "87.5%",
+        "phrases": "5.0%",
+        "trigrams": "50.0%",
+        "residual": "0.2500",
+        "collateral": "3.5000",
+        "KL elsewhere": "0.1250",
+        "KL unrelated": "0.2500",
+        "unrelated unchanged": "32.5%",
+    }
+    known = {"unwanted": "8.3% (5)", "phrases": "5.0%", "trigrams": "25.0%", "residual": "1.5000"}
+    assert found["original"] == dict.fromkeys(found["TNRF"], "") | known
+    # No model is behind a mask.
+    assert [*found["mask"]] == [*found["TNRF"]][:9]
+    row = results.from_evaluation(evaluations.parse(evaluation), {"objective": "TNRF", "alpha": 1})
+    row |= {"decoder": "greedy", "num_outputs": 60, "num_seeds": 1}
+    sweeps = tables.as_markdown([row], ["greedy"], in_full=False).splitlines()[2]
+    assert {*sweeps.strip("| ").split(" | ")} - {*found["TNRF"]} == {"arm", "alpha", "95 %"}
+
+
+def test_the_table_has_no_column_of_what_was_not_measured(capsys):
+    evaluation = outputs.evaluation(60)
+    del evaluation["mask"], evaluation["certificate"]
+    found = printed_tables(capsys, TNRF=evaluation)
+    expected = ["unwanted", "cut", "BLEU", "unchanged", "of clean ones", "phrases", "trigrams"]
+    assert [*found["TNRF"]] == expected
+    evaluation["unrelated"] = {"kl": 0.25, "unchanged": evaluation["comparison"]["exact_match"]}
+    found = printed_tables(capsys, TNRF=evaluation)
+    assert [*found["TNRF"]] == [*expected, "KL unrelated", "unrelated unchanged"]
+
+
+def test_the_table_fits_a_terminal_of_120_columns(capsys, monkeypatch):
+    """Headings of several words may take several lines; no word, and no number, is cut."""
+    evaluation = outputs.evaluation(60)
+    evaluation["unrelated"] = {"kl": 0.25, "unchanged": evaluation["comparison"]["exact_match"]}
+    evaluation["comparison"]["bleu"] = evaluation["mask"]["to_current"]["bleu"] = 100.0
+    for part in (evaluation["comparison"]["exact_match"], evaluation["current"]["repeated_phrase"]):
+        part["value"] = 1.0
+    of_arm = {"greedy": evaluations.parse(evaluation)}
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "120")
+    pipeline._print_table({"decode mask": of_arm}, ["greedy"], 0)
+    printed = re.sub(r"\x1b\[\d*m", "", capsys.readouterr().out)
+    lines = printed.partition("BLEU and unchanged")[0].splitlines()
+    assert max(map(len, lines)) <= 120 and "\u2026" not in printed
+    first, second = (" ".join(line.split()) for line in lines if line.startswith("  decode mask"))
+    assert first == "decode mask 1.7% (1) 80.0% 100.0 100.0 25.0% 100.0% 87.5% 100.0% 50.0%"
+    assert second == "decode mask 0.2500 - 0.1250 0.2500 100.0%"
 
 
 def said(folder, name, *texts):

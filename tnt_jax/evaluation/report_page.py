@@ -209,12 +209,8 @@ def _table(groups: Sequence[results.Row], among: Sequence[Column]) -> dict[str, 
     for group in groups:
         if _place(group) not in told:
             told.add(_place(group))
-            before = {column.field: group.get(f"{column.field}_before") for column in columns}
-            before["unwanted_rate_after"] = group["unwanted_rate_before"]
-            # What is left where nothing was done: all of it is residual, if no mark is graded.
-            if not group.get("num_graded"):
-                before["residual"] = group["smallest_cost"]
-            lines.append(line(group, "original", "", _shown(before), is_best=False))
+            before = _shown(tables.of_original(group))
+            lines.append(line(group, "original", "", before, is_best=False))
         is_best = group.get("is_pareto", False) and _place(group) in has_worse
         number = str(group["num_seeds"])
         lines.append(line(group, group["objective"], number, _shown(group), is_best))

@@ -1,6 +1,6 @@
 """Tables of arms: what each number is called, how it is written, and the tables of a sweep.
 
-The report page has the same columns in the same order.
+The report page, and what `pipeline` prints, have the same columns in the same order.
 """
 
 import dataclasses
@@ -25,7 +25,8 @@ class Column:
     short: str = ""
 
 
-NUMBERS = (
+# What outputs say.
+OF_TEXTS = (
     Column("cut", "cut", ".1%", short=".1%"),
     Column("BLEU", "bleu", ".1f", short=".1f"),
     Column("BLEU to the mask", "bleu_to_mask", ".1f", short=".1f"),
@@ -38,18 +39,32 @@ NUMBERS = (
     Column("unknown", "unknown_token_rate", ".1%"),
     Column("distinct", "distinct_ratio", ".1%"),
     Column("trigrams", "distinct_trigram_ratio", ".1%", short=".1%"),
+)
+# What needs both models, in nats a token; and what is of prompts of other tasks.
+OF_MODELS = (
     Column("residual", "residual", ".4f", short=".3f"),
     Column("collateral", "collateral", ".4f", short=".3f"),
     Column("KL elsewhere", "collateral_elsewhere", ".4f", short=".3f"),
     Column("KL unrelated", "unrelated_kl", ".4f", short=".3f"),
     Column("unrelated unchanged", "unrelated_unchanged", ".1%"),
 )
+NUMBERS = (*OF_TEXTS, *OF_MODELS)
 MAIN = tuple(column for column in NUMBERS if column.short)
 
 
 def known(columns: Iterable[Column], rows: Sequence[Mapping[str, Any]]) -> list[Column]:
     """Those of the columns that any of the rows has a number for."""
     return [c for c in columns if any(row.get(c.field) is not None for row in rows)]
+
+
+def of_original(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The original's numbers, which the row of any of its arms has; named as an arm's own are."""
+    found = {column.field: row.get(f"{column.field}_before") for column in NUMBERS}
+    found["unwanted_rate_after"] = row["unwanted_rate_before"]
+    # What is left where nothing was done: all of it is residual, if no mark is graded.
+    if not row.get("num_graded"):
+        found["residual"] = row.get("smallest_cost")
+    return found
 
 
 def as_markdown(
@@ -115,7 +130,7 @@ def _table(rows: Sequence[Mapping[str, Any]], in_full: bool) -> str:
             if column.field in with_interval:
                 interval = row.get(f"{column.field}_interval")
                 form = column.form if in_full else ".0%"
-                cells.append(" to ".join(_written(x, form) for x in interval) if interval else "-")
+                cells.append(" to ".join(written(x, form) for x in interval) if interval else "-")
         if has_p_values:
             cells.append("-" if row.get("bleu_p_value") is None else f"{row['bleu_p_value']:.3f}")
         if in_full:
@@ -136,8 +151,9 @@ def _with_spread(row: Mapping[str, Any], column: Column, in_full: bool) -> str:
         return "-"
     form = column.form if in_full else column.short
     has_spread = spread is not None and (in_full or column.field in ("cut", "bleu", "bleu_to_mask"))
-    return _written(value, form) + (f" ±{format(spread, form)}" if has_spread else "")
+    return written(value, form) + (f" ±{format(spread, form)}" if has_spread else "")
 
 
-def _written(value: float, form: str) -> str:
+def written(value: float, form: str) -> str:
+    """A number in the form of its column."""
     return format(value, f"z{form}")  # no "-0%"
