@@ -35,6 +35,14 @@ KEPT: dict[str, dict[str, set[str]]] = {
         },
         "test_agrees_with_the_definition_on_capped_logits": {"TNRF-1", "TNRLL-0", "UL+LL-0"},
         "test_agrees_in_bfloat16": {"TNRF", "TNRLL"},
+        # Compiled for the tests above, too.
+        "test_finite_at_gaps_of_ten_thousand": {
+            *("TNFF", "TNRR", "TNRF", "TNRLL", "TNSR", "TNJSJ", "NL+LL", "UL+KL", "NPO+KL"),
+            *("UNDIAL+KL", "FTPO", "TNRF floor", "TNRR smoothed", "TNRF everywhere"),
+        },
+        "test_strengths_are_finite_at_gaps_of_ten_thousand": {
+            *("TNRF", "TNSR", "TNJSJ", "UL+KL", "UNDIAL", "TNRF everywhere"),
+        },
         "test_a_strength_of_1_is_removal_bit_by_bit": {"TNRF everywhere", "TNRLL", "UL+KL"},
         "test_a_set_is_the_ids_that_it_stands_for": {
             *("TNRF-removed", "TNRR smoothed-removed", "TNRF everywhere-graded", "UL+KL-graded"),
