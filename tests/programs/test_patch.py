@@ -263,7 +263,9 @@ def test_a_search_whose_time_was_over_is_not_begun_anew(monkeypatch):
     """
     monkeypatch.setattr(choices, "threshold", lambda *of: math.inf)
     monkeypatch.setattr(choices, "PILOT", 40)
-    monkeypatch.setattr(choices, "training_outputs", lambda *of: (40, "so many are enough"))
+    monkeypatch.setattr(
+        choices, "training_outputs", lambda *of, **settings: (40, "so many are enough")
+    )
     flags = {**QUICK, "gin.TRAIN_STEPS": 2}  # one look at each of three attempts
     little = done("no_time", **flags, time="0.01s").numbers
     assert (len(little["looks"]), little["ended_because"]) == (1, search.TIME_IS_OVER)

@@ -351,7 +351,8 @@ def test_what_another_process_does_meanwhile_is_not_left_out(swept, monkeypatch,
     monkeypatch.setattr("tnt_jax.evaluation.results.intervals", meanwhile)
     settings = {"MASK_DECODING": None, "sweep.sweep.name": "meanwhile"}
     sweep("swept", PROCESS_INDEX=0, NUM_PROCESSES=2, **settings)
-    assert json.loads(pathlib.Path("swept/meanwhile.json").read_text()) == swept
+    found = json.loads(pathlib.Path("swept/meanwhile.json").read_text())
+    assert all(found[name] == swept[name] for name in ("rows", "choice_rows", "chosen"))
     assert "not done yet" not in capsys.readouterr().out
 
 
