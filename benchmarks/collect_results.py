@@ -59,8 +59,9 @@ def main():
         if "sweeps" in found:
             sweeps |= {of["name"]: of for of in found["sweeps"]}
             for kind, of_sweeps in rows.items():
-                for row in found.get(kind, ()):
-                    of_sweeps.setdefault(row["sweep"], []).append(row)
+                of_kind = found.get(kind, [])
+                for of in found["sweeps"]:
+                    of_sweeps[of["name"]] = [row for row in of_kind if row["sweep"] == of["name"]]
             continue
         name = f"{path.parent.name}, {path.stem}"
         sweeps[name] = {"name": name, "settings": settings_of(found), "chosen": found["chosen"]}
@@ -68,7 +69,7 @@ def main():
             of_sweeps[name] = [{"sweep": name, **row} for row in found[kind]]
     print(as_tables(sweeps.values(), in_full=False))
     of_all = {
-        kind: [row for name in sweeps for row in of_sweeps.get(name, ())]
+        kind: [row for name in sweeps for row in of_sweeps[name]]
         for kind, of_sweeps in rows.items()
     }
     files.write_json(arguments.output, {**of_all, "sweeps": list(sweeps.values())})

@@ -166,7 +166,7 @@ def generate(
     masks = None
     if mask is not None:
         vocab_size = opened.model.config.vocab_size
-        masks = _Masks.of(rows, mask, vocabulary, mask_place, vocab_size).on(opened.model.mesh)
+        masks = Masks.of(rows, mask, vocabulary, mask_place, vocab_size).on(opened.model.mesh)
     batches = _plan([len(ids) for ids in inputs.ids], batch_size, inputs.longest)
     explained = functools.partial(
         memory.explained,
@@ -334,7 +334,7 @@ def read_prompts(prompts: Any, vocabulary: Any) -> list[records.Record]:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Masks:
+class Masks:
     """What must not come up in each output.
 
     Attributes:
@@ -360,7 +360,7 @@ class _Masks:
         vocabulary: Any,
         place: MaskPlace = AT_THE_END,
         num_ids: int = 0,
-    ) -> "_Masks":
+    ) -> "Masks":
         """All that a mask says of all prompts, for a model of at least so many ids."""
         if not isinstance(mask, interface.Mask):
             raise UsageError(
@@ -393,7 +393,7 @@ class _Masks:
             kind_of=np.array(kind_of, np.int32),
         )
 
-    def on(self, mesh: jax.sharding.Mesh) -> "_Masks":
+    def on(self, mesh: jax.sharding.Mesh) -> "Masks":
         """The same with its tables on all devices of a mesh: once, and not for every batch."""
         tables = jax.device_put(self.tables, sharding.replicated(mesh))
         return dataclasses.replace(self, tables=tables)

@@ -121,7 +121,7 @@ def test_prompts_in_which_the_same_may_be_said_share_it():
     vocabulary = tokenization.Bytes()
     inputs = ["b a", "", "c", "b a", "c"]
     rows = [records.Record(id=str(n), inputs=text) for n, text in enumerate(inputs)]
-    masks = generate._Masks.of(rows, Mask("a", inputs=("b a", "c")), vocabulary)
+    masks = generate.Masks.of(rows, Mask("a", inputs=("b a", "c")), vocabulary)
     assert masks.kind_of.tolist() == [0, 1, 2, 0, 2] and len(masks.kinds) == 3
     flags = masks.of_batch([4, 0, 2]).flags
     np.testing.assert_array_equal(flags, [masks.of_batch([n]).flags[0] for n in (2, 3, 4)])
@@ -138,7 +138,7 @@ def test_starts_that_are_banned_by_hand(tmp_path):
     vocabulary = tokenization.Bytes()
     mask = Mask("zoo", "zebra", "bee", inputs=("zoo", "a"))
     rows = [records.Record(id=str(n), inputs=text) for n, text in enumerate(["y", "zoo", "a"])]
-    masks = generate._Masks.of(rows, mask, vocabulary, generate.MaskPlace(at="start"))
+    masks = generate.Masks.of(rows, mask, vocabulary, generate.MaskPlace(at="start"))
     starts = [removed_after(masks, row, vocabulary, "x ") for row in range(3)]
     assert starts == [{*"azbAZB"}, {*"abAB"}, {*"bzBZ"}]
     # Where "zoo" may be said, "zebra" is removed where they part.
@@ -148,7 +148,7 @@ def test_starts_that_are_banned_by_hand(tmp_path):
     outputs = [records.Record(id=str(n), inputs="", targets="zinc by zinc by") for n in range(2)]
     records.write_records(tmp_path / "outputs.jsonl", outputs)
     place = generate.MaskPlace(at="start", innocent=str(tmp_path / "outputs.jsonl"))
-    masks = generate._Masks.of(rows, mask, vocabulary, place)
+    masks = generate.Masks.of(rows, mask, vocabulary, place)
     starts = [removed_after(masks, row, vocabulary, "x ") for row in range(3)]
     assert starts == [{*"aA"}, {*"aA"}, set()]
     assert removed_after(masks, 0, vocabulary, "z") == {*"eEoO"}
@@ -161,7 +161,7 @@ def test_words_of_the_prompt_may_begin_as_banned_ones_do():
     inputs = ["The River Bar", "a bar", "the Newt, in a new town", "the Rivers", "Riverside"]
     rows = [records.Record(id=str(n), inputs=text) for n, text in enumerate(inputs)]
     rows.append(records.Record(id="5", inputs="", messages=(("user", "The river"),)))
-    masks = generate._Masks.of(rows, mask, vocabulary, generate.MaskPlace(at="start"))
+    masks = generate.Masks.of(rows, mask, vocabulary, generate.MaskPlace(at="start"))
     starts = [removed_after(masks, row, vocabulary, "x ") for row in range(6)]
     assert starts == [{*"nNoO"}, {*"rRnNoO"}, {*"rRoO"}, {*"nNoO"}, {*"nNoO"}, {*"nNoO"}]
     # What leaves the word of the prompt is removed, and so is what makes a banned text whole.
@@ -174,7 +174,7 @@ def test_words_of_the_prompt_may_begin_as_banned_ones_do():
     assert removed_after(masks, 2, vocabulary, "x new") == set()
     # Those that may say the same share what is wrong.
     assert masks.kind_of.tolist() == [0, 1, 2, 3, 4, 0]
-    at_end = generate._Masks.of(rows, mask, vocabulary)
+    at_end = generate.Masks.of(rows, mask, vocabulary)
     assert (
         not any(own for _, own in at_end.kinds)
         and removed_after(at_end, 1, vocabulary, "x Rive") == set()
@@ -185,7 +185,7 @@ def test_a_list_of_words_is_held_once(tmp_path):
     (tmp_path / "words.txt").write_text("\n".join(f"word{n}" for n in range(500)))
     words = annotators.Lexicon(path=str(tmp_path / "words.txt"))
     rows = [records.Record(id=str(n), inputs="") for n in range(5000)]
-    one, many = (generate._Masks.of(some, words, tokenization.Bytes()) for some in (rows[:1], rows))
+    one, many = (generate.Masks.of(some, words, tokenization.Bytes()) for some in (rows[:1], rows))
     assert many.of_batch([3, 4999]).flags.shape == (2, one.of_batch([0]).flags.shape[1])
     assert len(many.kinds) == 1
     sizes = [[array.nbytes for array in jax.tree.leaves(masks.tables)] for masks in (one, many)]

@@ -105,7 +105,7 @@ def given() -> str | None:
 
 def text() -> str | None:
     """What `write` writes; None where gin was given nothing."""
-    if not gin.config_str():
+    if given() is None:
         return None
     # gin prints either what was set or what was used; only both together repeat the run, and gin
     # has no public function for that.
